@@ -1,0 +1,94 @@
+"""Where it runs, and the whole configuration. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..checkpoint.config import CheckpointConfig
+from ..memory.config import MemoryConfig
+from ..parallel.config import ParallelConfig
+from ..training.config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
+from ..units import Bytes, Seconds
+
+
+class Device(Enum):
+    """What a rank computes on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines a plan is made for; every number of time comes from here until it is measured."""
+
+    name: str
+    device: Device
+    num_nodes: int
+    ranks_per_node: int
+    """GPUs of a node, or processes on a CPU machine."""
+    device_memory_bytes: Bytes
+    """Of one GPU, or one CPU rank's share."""
+    host_memory_bytes: Bytes
+    """Of one node."""
+    peak_flops: float
+    """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
+    efficiency: float
+    """Share of peak_flops that long-context training reaches; an assumption of time estimates."""
+    intra_node_bandwidth: float
+    """Bytes/s of one rank to another of its node, one direction."""
+    inter_node_bandwidth: float
+    """Bytes/s of one rank to another node, one direction."""
+    host_link_bandwidth: float
+    """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
+
+
+class Backend(Enum):
+    """What starts the agents."""
+
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LauncherConfig:
+    """How ranks are started, stopped and started again."""
+
+    name: str
+    backend: Backend
+    max_restarts: int = 2
+    """Restarts after a crash without a new checkpoint in between; a step forward resets the count."""
+    grace_s: Seconds = 120.0
+    """Time from a stop signal to the end of the save before ranks are killed."""
+    threads_per_rank: int = 1
+    """OMP_NUM_THREADS of each rank."""
+    start_timeout_s: Seconds = 300.0
+    """Longest time for all ranks to meet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Identity and place of the run. The same id again resumes it."""
+
+    root: str = "runs"
+    id: str | None = None
+    """None: made from the experiment's name, the time and a random suffix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything, resolved and checked: what run.yaml holds and workers read."""
+
+    experiment: str
+    """Name of the experiment file, for people."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    memory: MemoryConfig
+    checkpoint: CheckpointConfig
+    cluster: ClusterConfig
+    launcher: LauncherConfig
+    logging: LoggingConfig

@@ -1,0 +1,24 @@
+"""What is kept, moved and recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Keep(Enum):
+    """What happens to one class of activations between forward and backward."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """One policy for every decoder layer; the layer input itself is always kept."""
+
+    name: str
+    attention_output: Keep
+    """Attention output and log-sum-exp: kept, or attention runs again in backward."""
+    activations: Keep
+    """Everything else inside the layer."""

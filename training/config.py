@@ -1,0 +1,149 @@
+"""What is trained: model, data, optimizer, logging and the run's own settings. One frozen dataclass per config group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from ..units import Tokens
+
+
+class Family(Enum):
+    """Model families with a layer adapter (`training/families/`)."""
+
+    LLAMA = "llama"
+    MISTRAL = "mistral"
+    QWEN2 = "qwen2"
+    QWEN3 = "qwen3"
+    GEMMA2 = "gemma2"
+    GEMMA3 = "gemma3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Architecture and weights. With `path`, every size comes from its config.json and must not be given here."""
+
+    name: str
+    """Shown in logs and plans."""
+    path: str | None = None
+    """A local directory of safetensors, or a hub name where there is a network; None: random weights."""
+    family: Family | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    """None: hidden_size / num_heads."""
+    vocab_size: int | None = None
+    max_positions: Tokens | None = None
+    """Context length the rotary table is defined for (`max_position_embeddings`)."""
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    """As Hugging Face defines it: rope_type linear, dynamic, yarn or llama3, with its parameters."""
+    sliding_window: Tokens | None = None
+    tie_embeddings: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the Hugging Face config of this family, passed on as they are."""
+
+
+class LongDocuments(Enum):
+    """What happens to documents longer than `data.max_seq_len`."""
+
+    SPLIT = "split"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which documents are trained on and how many per optimizer step."""
+
+    name: str
+    prefixes: list[str] = field(default_factory=list)
+    """Megatron indexed corpora: PREFIX.bin + PREFIX.idx (+ PREFIX.mask.bin where a loss mask is kept)."""
+    builtin: str | None = None
+    """A corpus made on the spot instead of `prefixes`: `python_stdlib` (source files of this Python)."""
+    tokenizer: str | None = None
+    """Directory, tokenizer.json or hub name; its vocabulary must fit the model's. None: made with the built-in corpus."""
+    vocab_size: int | None = None
+    """Vocabulary of the tokenizer trained for a built-in corpus."""
+    cache_dir: str | None = None
+    """Where built-in corpora are kept; None: the user's cache directory."""
+    max_seq_len: Tokens
+    """Longest sequence; longer documents are split or dropped."""
+    long_documents: LongDocuments = LongDocuments.SPLIT
+    global_batch_tokens: Tokens
+    """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW on float32 master weights, and its schedule."""
+
+    name: str
+    lr: float
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norms, biases and embeddings are not decayed."""
+    grad_clip: float | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+    schedule: str = "cosine"
+    """cosine, linear (to zero), wsd (warm-up, stable, linear decay) or constant."""
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """wsd only: steps of the final decay."""
+    min_lr_ratio: float = 0.0
+    """cosine only: last learning rate as a share of the peak."""
+
+
+class Dtype(Enum):
+    """Precision of computation; weights, gradients' reduction and optimizer states are float32 (float64 for float64)."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, seed and numerics of the run."""
+
+    steps: int
+    seed: int = 0
+    dtype: Dtype = Dtype.BFLOAT16
+    z_loss: float = 0.0
+    """Weight of mean(logsumexp(logits)^2), added to the loss per target token."""
+    loss_chunk_tokens: Tokens = 2048
+    """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
+
+
+class WandbMode(Enum):
+    """Where W&B keeps its files; `online` is the only mode that opens a connection."""
+
+    OFF = "off"
+    OFFLINE = "offline"
+    ONLINE = "online"
+
+
+class Display(Enum):
+    """How progress is shown; `auto` is a live table on a terminal and plain lines otherwise."""
+
+    AUTO = "auto"
+    LIVE = "live"
+    PLAIN = "plain"
+    QUIET = "quiet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """metrics.jsonl is always written; these are what else is shown or written, on rank 0."""
+
+    name: str
+    every_steps: int = 1
+    display: Display = Display.AUTO
+    tensorboard: bool = False
+    wandb: WandbMode = WandbMode.OFF
+    wandb_project: str = "efflaunch"
