@@ -244,7 +244,7 @@ def _check_window(config: ModelConfig) -> None:
 def _check_rope(config: ModelConfig) -> None:
     if config.rope_scaling is None:
         return
-    kind = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
+    kind = str(config.rope_scaling.get("rope_type", config.rope_scaling.get("type")))
     if kind not in ROPE_KEYS:
         raise ConfigError(
             "model.rope_scaling.rope_type",
@@ -264,7 +264,8 @@ def _check_rope(config: ModelConfig) -> None:
 
 def _windows(family: Family, fields: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Per layer, as the family's Hugging Face class reads its config."""
-    window, num_layers = fields.get("sliding_window"), fields["num_hidden_layers"]
+    window: int | None = fields.get("sliding_window")
+    num_layers: int = fields["num_hidden_layers"]
     if family is Family.LLAMA or (family in _QWEN and not fields.get("use_sliding_window")):
         return (None,) * num_layers
     if family is Family.MISTRAL:
