@@ -32,8 +32,8 @@ def shard_model(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh,
         wrapped.set_force_sum_reduction_for_comms(True)
 
 
-def reduce_gradients_now(model: nn.Module, now: bool) -> None:
-    """Whether the next backward reduces gradients across ranks, or adds to whole local ones until a later one does."""
+def prepare_backward(model: nn.Module, *, reduce: bool, last: bool) -> None:
+    """Before a micro-batch: `reduce` its gradients across ranks, or add to whole local ones until a later one does; `last` of the step."""
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(now)
-    model.set_is_last_backward(now)
+    model.set_requires_gradient_sync(reduce)
+    model.set_is_last_backward(last)

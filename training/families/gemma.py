@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...parallel.sequence.attention import AttentionSpec
 from .llama import LlamaLayer
 
 
@@ -33,6 +36,10 @@ class Gemma3Layer(Gemma2Layer):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
         self.rope_key = self.attention.layer_type
+
+    def _spec(self) -> AttentionSpec:
+        # Hugging Face's Gemma 3 never applies a softcap to scores, whatever its config holds.
+        return replace(super()._spec(), softcap=None)
 
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super()._project(h)
