@@ -35,6 +35,7 @@ class SaveReport:
     path: Path
     save_s: float
     num_bytes: int
+    """On disk; known to rank 0 only, 0 elsewhere."""
     error: str | None
     """None: the checkpoint is committed and on disk."""
 
@@ -138,10 +139,15 @@ class CheckpointEngine:
         def commit() -> None:
             if self._rank == 0:
                 written.append(files.commit(self.directory, step, state=contents, world_size=self._world_size))
-                files.prune(self.directory, self.config.keep_last)
 
         self._all_well(commit)
+        self._prune()
         return written[0] if written else 0
+
+    def _prune(self) -> None:
+        failure = self._agreed(lambda: files.prune(self.directory, self.config.keep_last) if self._rank == 0 else None)
+        if failure is not None:
+            self._log(logging.ERROR, "older checkpoints stay in %s: %s", self.directory, failure)
 
     def _discard(self, step: int) -> None:
         temporary = files.temporary_path(self.directory, step)

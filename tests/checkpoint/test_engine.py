@@ -41,7 +41,9 @@ def pool() -> Iterator[RankPool]:
 class Run:
     """A model, its optimizer and its engine on this rank; `seed` makes fresh weights that differ from the saved ones."""
 
-    def __init__(self, folder: Path, *, replicate: int = 1, seed: int = 0, config: CheckpointConfig = CONFIG, model: Small | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, replicate: int = 1, seed: int = 0, config: CheckpointConfig = CONFIG, model: Small | None = None
+    ) -> None:
         plain = model or plain_model(seed=seed)
         self.model = shard(plain, replicate) if dist.is_initialized() else plain
         self.optimizer = build_optimizer(self.model, OptimConfig(name="test", lr=1e-2))
@@ -254,7 +256,9 @@ def _restore_wider(folder: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_of_another_model_names_the_first_differences(pool: RankPool, tmp_path: Path, ranks: int) -> None:
     Run(tmp_path).engine.save(1, {})
-    message = r"(?s)another model's weights:\n    embed.weight: 11x7 float32 in the checkpoint, 11x8 float32 in the model.*and \d+ more.*run.id="
+    message = (
+        r"(?s)another model's weights:\n    embed.weight: 11x7 float32 in the checkpoint, 11x8 float32 in the model.*and \d+ more.*run.id="
+    )
     with pytest.raises(CheckpointError, match=message):
         pool.run(_restore_wider, tmp_path, ranks=ranks)
 

@@ -16,7 +16,12 @@ from efflaunch.training.optim import build_optimizer, clip_gradients, set_learni
 
 CONFIG = OptimConfig(name="test", lr=1e-2, weight_decay=0.3)
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
-LAYOUTS = [pytest.param(1, 1, id="world-1"), pytest.param(2, 1, id="fsdp-2"), pytest.param(4, 1, id="fsdp-4"), pytest.param(4, 2, id="hsdp-2x2")]
+LAYOUTS = [
+    pytest.param(1, 1, id="world-1"),
+    pytest.param(2, 1, id="fsdp-2"),
+    pytest.param(4, 1, id="fsdp-4"),
+    pytest.param(4, 2, id="hsdp-2x2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,13 @@ def test_decay_goes_by_kind_and_groups_carry_names() -> None:
     model.layers[0].gate.requires_grad_(False)
     decay, rest = build_optimizer(model, CONFIG).param_groups
     assert (decay["name"], decay["weight_decay"], rest["name"], rest["weight_decay"]) == ("decay", 0.3, "no_decay", 0.0)
-    assert decay["param_names"] == ["layers.0.up.weight", "layers.0.down.weight", "layers.1.up.weight", "layers.1.down.weight", "head.weight"]
+    assert decay["param_names"] == [
+        "layers.0.up.weight",
+        "layers.0.down.weight",
+        "layers.1.up.weight",
+        "layers.1.down.weight",
+        "head.weight",
+    ]
     assert set(rest["param_names"]) == {
         *("embed.weight", "norm.weight", "norm.bias", "layers.1.gate"),
         *(f"layers.{i}.{name}" for i in range(2) for name in ("norm.weight", "norm.bias", "up.bias")),
@@ -129,7 +140,9 @@ def test_a_tied_head_is_the_embedding_and_not_decayed() -> None:
 def test_a_hugging_face_model_decays_its_projections_only() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=32)
+    config = LlamaConfig(
+        num_hidden_layers=1, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=32
+    )
     decay, rest = build_optimizer(LlamaForCausalLM(config), CONFIG).param_groups
     assert rest["param_names"] == [
         "model.embed_tokens.weight",

@@ -33,7 +33,9 @@ def _reference(make: str, **arguments: float) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
-@pytest.mark.parametrize(("schedule", "make"), [("cosine", "get_cosine_schedule_with_warmup"), ("linear", "get_linear_schedule_with_warmup")])
+@pytest.mark.parametrize(
+    ("schedule", "make"), [("cosine", "get_cosine_schedule_with_warmup"), ("linear", "get_linear_schedule_with_warmup")]
+)
 def test_after_warm_up_the_rates_are_those_of_transformers(schedule: str, make: str, warmup: int) -> None:
     rates = _rates(replace(BASE, schedule=schedule, warmup_steps=warmup))
     assert rates[warmup:] == pytest.approx(_reference(make, num_training_steps=STEPS - warmup), rel=1e-12)
