@@ -12,7 +12,7 @@ from .terms import ALL, GIB, Phase, Setting, Term, device_terms, term
 from .timing import Timing, estimate_time
 
 if TYPE_CHECKING:
-    from ..launcher.config import ClusterConfig
+    from ..parallel.config import ClusterConfig
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
 

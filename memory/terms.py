@@ -20,7 +20,7 @@ from ..parallel.layout import Layout
 from .config import Keep, MemoryConfig
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
-    from ..launcher.config import ClusterConfig
+    from ..parallel.config import ClusterConfig
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
 

@@ -64,7 +64,8 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
 def _gradients(model, topology, source, plan, case):
     works = read_step(source, 0, plan, topology.rank)
     count = count_targets(works, torch.device("cpu"))
-    loss = backward_step(model, topology, CpuKernel(), works, num_targets=count, reduce_each=case.get("reduce_each", False), device=torch.device("cpu"))
+    reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
+    loss = backward_step(model, topology, CpuKernel(), works, num_targets=count, reduce_each=reduce_each, device=device).sum()
     dist.all_reduce(loss)
     return float(loss)
 
