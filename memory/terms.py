@@ -97,7 +97,6 @@ class Setting:
 
 BACKWARD = (Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION)
 ALL = tuple(Phase)
-GRADIENTS = (*BACKWARD, Phase.REDUCE, Phase.OPTIMIZER)
 COMPUTE = (Phase.FORWARD, Phase.LOSS, *BACKWARD, Phase.REDUCE)
 
 
@@ -115,8 +114,12 @@ def optimizer_states(s: Setting) -> Term:
 
 
 def gradients(s: Setting) -> Term:
-    phases = ALL if s.layout.num_micro_batches > 1 else GRADIENTS
-    return term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", s.master * s.parameters / s.layout.shard, phases)
+    """In a step's only micro-batch they grow as layer inputs go: beside all the inputs there are none yet."""
+    total = s.master * s.parameters // s.layout.shard
+    growing = max(0, total - kept_bytes(s)) if s.layout.num_micro_batches == 1 else total
+    early = 0 if s.layout.num_micro_batches == 1 else total
+    held = {Phase.FORWARD: early, Phase.LOSS: early} | {phase: growing for phase in BACKWARD}
+    return Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", held | {Phase.REDUCE: total, Phase.OPTIMIZER: total})
 
 
 def whole_gradients(s: Setting) -> Term:
@@ -155,6 +158,11 @@ def layer_inputs(s: Setting) -> Term:
     return Term("layer inputs", note, {phase: kept for phase in (Phase.FORWARD, Phase.LOSS, *BACKWARD)})
 
 
+def kept_bytes(s: Setting) -> int:
+    """What forward leaves for the backward of all layers."""
+    return sum(made.num_bytes for made in (layer_inputs(s), attention_outputs(s), activations(s)))
+
+
 def attention_outputs(s: Setting) -> Term:
     kept = s.memory.attention_output is Keep.KEEP and s.memory.activations is Keep.RECOMPUTE
     per_token = s.spec.query_size * s.width + s.spec.num_heads * s.master
@@ -173,7 +181,7 @@ def live_layer(s: Setting) -> Term:
     """Token-local work of the layer that runs: projections, norms, feed-forward, and their gradients."""
     hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
     saved = saved_per_token(s)
-    forward = saved if s.memory.activations is Keep.KEEP else 3 * inner + 3 * hidden + attention_saved_per_token(s)
+    forward = saved if s.memory.activations is Keep.KEEP else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
     by_phase = {
         Phase.FORWARD: forward,
         Phase.LOSS: saved if s.memory.activations is Keep.KEEP else 0,
@@ -218,7 +226,7 @@ def keys_and_values(s: Setting) -> Term:
     kv, queries = 2 * s.kv_copies * s.spec.kv_size, s.spec.query_size
     ring = s.layout.ring > 1
     travelling = 2 * s.width * kv * ring
-    forward = s.width * (queries + kv) + travelling + s.master * queries
+    forward = travelling + s.master * queries
     # Gradients in float32, the kernel's own results beside them, and do on both sides of the exchange.
     backward = (s.master + s.width) * (queries + kv) + 2 * s.width * queries + travelling + 2 * s.master * kv * ring
     workspace = (2 * s.width + s.master) * queries if s.on_gpu else 0
