@@ -34,7 +34,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 PRELOAD = (
     "torch",
@@ -73,7 +73,7 @@ class RankPool:
         while self._worlds:
             self._worlds.popitem()[1].close()
 
-    def __enter__(self) -> RankPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -103,7 +103,7 @@ class _World:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         self.workers: list[_Worker] = []
-        with _single_threaded():
+        with _SingleThreaded():
             for rank in range(size):
                 pipe, far = context.Pipe()
                 stacks = folder / f"stacks-{rank}"
@@ -179,7 +179,7 @@ class _Call:
         return getattr(sys.modules[self.module], self.name)(*pickle.loads(self.args))
 
 
-class _single_threaded:  # noqa: N801 - reads as a statement
+class _SingleThreaded:
     """The fork server takes its environment from its first start: two cores serve all ranks."""
 
     def __enter__(self) -> None:
@@ -214,11 +214,11 @@ def _serve(pipe: Connection, rank: int, size: int, store: Path, stacks: Path, ti
 def _answer(call: _Call) -> tuple[bool, bytes, str]:
     try:
         return True, pickle.dumps(call()), ""
-    except BaseException as error:  # the test's to judge, whatever it is
+    except BaseException as error:  # noqa: BLE001 - the test's to judge, whatever it is
         text = traceback.format_exc()
         try:
             payload = pickle.dumps(error)
             pickle.loads(payload)
-        except Exception:  # an error that does not travel: its text does
+        except Exception:  # noqa: BLE001 - an error that does not travel: its text does
             payload = b""
         return False, payload, text

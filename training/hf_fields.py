@@ -48,7 +48,7 @@ _SIZES = (
     "sliding_window",
 )
 # Labels of a file on disk that say nothing about the architecture.
-_LABELS = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+_LABELS = ("architectures", "transformers_version", "_name_or_path", "auto_map")
 
 
 def model_family(config: ModelConfig) -> Family:
@@ -70,11 +70,12 @@ def model_family(config: ModelConfig) -> Family:
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments for `AutoConfig.for_model(MODEL_TYPES[model_family(config)], **...)`."""
+    """Arguments for `AutoConfig.for_model(model_type, **others)`: `model_type` and the fields of that family's class."""
     if config.path is not None:
         return _fields_from_path(config)
     family = model_family(config)
     fields: dict[str, Any] = {
+        "model_type": MODEL_TYPES[family],
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

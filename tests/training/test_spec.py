@@ -67,7 +67,9 @@ def preset(name: str) -> ModelConfig:
 def hugging_face(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(MODEL_TYPES[model_family(config)], **hf_config_dict(config))
+    fields = hf_config_dict(config)
+    assert fields["model_type"] == MODEL_TYPES[model_family(config)]
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def count_on_meta(hf: Any) -> tuple[int, int]:

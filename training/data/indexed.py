@@ -1,0 +1,179 @@
+"""Megatron's indexed corpus: PREFIX.bin holds the tokens, PREFIX.idx says where each document lies.
+
+The .idx file, little-endian: magic (9 bytes), version 1 (u64), dtype code (u8), number of items (u64), length of the
+document list (u64); then item lengths (int32), item byte offsets (int64), and for each document the item it starts at,
+with the number of items at the end (int64); then, in multimodal corpora only, one int8 mode per item.
+A document is one or more items; items lie end to end in the .bin file.
+
+Beside it there may be PREFIX.mask.bin, one uint8 per token in the same order (1: the token is a training target),
+and PREFIX.json, what `efflaunch data prepare` wrote about it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_NAMES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+MAKE_HINT = "check data.prefixes, or make the corpus: efflaunch data prepare INPUT --tokenizer TOKENIZER --out PREFIX"
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The token type Megatron takes for a vocabulary of this size."""
+    return "uint16" if vocab_size < 65500 else "int32"
+
+
+def stored_dtype(name: str) -> np.dtype[Any]:
+    """The little-endian numpy type behind one of `DTYPE_NAMES`."""
+    return np.dtype(name).newbyteorder("<")
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a .idx file says; `starts[d] ... starts[d + 1]` are document d's tokens, counted over the whole corpus."""
+
+    dtype: np.dtype[Any]
+    starts: np.ndarray
+
+
+def read_index(path: str) -> Index:
+    """The checked content of a .idx file. DataError where it is missing, cut short or says impossible things."""
+    size = _size(path)
+    with open(path, "rb") as stream:
+        head = stream.read(HEADER.size)
+    if len(head) < HEADER.size:
+        raise _damaged(path, f"{size} bytes", f"at least {HEADER.size} bytes of header")
+    magic, version, code, num_items, num_boundaries = HEADER.unpack(head)
+    if magic != MAGIC:
+        raise _damaged(path, f"a file that starts with {bytes(magic)!r}", f"a Megatron index, which starts with {MAGIC!r}")
+    if version != 1:
+        raise _damaged(path, f"index version {version}", "version 1")
+    if code not in DTYPE_NAMES or DTYPE_NAMES[code].startswith("float"):
+        raise _damaged(path, f"token type code {code}", "an integer type: 1, 2, 3, 4, 5 or 8")
+    expected = HEADER.size + 12 * num_items + 8 * num_boundaries
+    if size not in (expected, expected + num_items):
+        raise _damaged(path, f"{size:,} bytes", f"{expected:,} bytes for {num_items:,} items and {num_boundaries - 1:,} documents")
+    dtype = stored_dtype(DTYPE_NAMES[code])
+    return Index(dtype, _document_starts(path, num_items, num_boundaries, dtype.itemsize))
+
+
+def _document_starts(path: str, num_items: int, num_boundaries: int, itemsize: int) -> np.ndarray:
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    at = HEADER.size
+    lengths = raw[at : at + 4 * num_items].view("<i4")
+    pointers = raw[at + 4 * num_items : at + 12 * num_items].view("<i8")
+    boundaries = np.asarray(raw[at + 12 * num_items : at + 12 * num_items + 8 * num_boundaries].view("<i8"))
+    if num_items and int(lengths.min()) < 0:
+        raise _damaged(path, "a negative item length", "lengths of zero or more")
+    offsets = np.zeros(num_items + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    if not np.array_equal(pointers, offsets[:-1] * itemsize):
+        raise _damaged(path, "items that do not lie end to end", "each item to start where the one before it stops")
+    ordered = bool(np.all(boundaries[1:] >= boundaries[:-1]))
+    if num_boundaries < 1 or boundaries[0] != 0 or boundaries[-1] != num_items or not ordered:
+        raise _damaged(path, "a document list that does not cover the items in order", f"one from 0 to {num_items:,}")
+    return np.asarray(offsets[boundaries])
+
+
+class IndexedCorpus:
+    """Documents of one corpus, read from memory maps: only the pages that are asked for are touched."""
+
+    def __init__(self, prefix: str) -> None:
+        """DataError if a file is missing, cut short or does not belong to the others."""
+        self.prefix = _checked_prefix(prefix)
+        index = read_index(self.prefix + ".idx")
+        self._starts = index.starts
+        self.lengths: np.ndarray = np.diff(index.starts)
+        """Tokens per document, int64."""
+        if self.num_tokens == 0:
+            raise _damaged(self.prefix + ".idx", "no tokens", "at least one document")
+        self._tokens = _open_array(self.prefix + ".bin", index.dtype, self.num_tokens)
+        self.metadata = read_metadata(self.prefix)
+        """Content of PREFIX.json, or None where the corpus was made by something else."""
+        self._mask = self._open_mask()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def has_mask(self) -> bool:
+        return self._mask is not None
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens `start ... stop - 1` of a document, int64."""
+        return np.asarray(self._tokens[self._span(document, start, stop)]).astype(np.int64)
+
+    def mask(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """For the same tokens: bool, True where the token is a training target; None where everything is."""
+        if self._mask is None:
+            return None
+        return np.asarray(np.asarray(self._mask[self._span(document, start, stop)]) != 0)
+
+    def _span(self, document: int, start: int, stop: int) -> slice:
+        assert 0 <= start <= stop <= int(self.lengths[document]), (self.prefix, document, start, stop)
+        begin = int(self._starts[document])
+        return slice(begin + start, begin + stop)
+
+    def _open_mask(self) -> np.ndarray | None:
+        path = self.prefix + ".mask.bin"
+        if os.path.exists(path):
+            return _open_array(path, np.dtype(np.uint8), self.num_tokens)
+        if self.metadata is not None and self.metadata.get("loss_mask"):
+            raise _damaged(path, "no file", f"the loss mask that {self.prefix}.json speaks of")
+        return None
+
+
+def read_metadata(prefix: str) -> dict[str, Any] | None:
+    """Content of PREFIX.json; None where there is none."""
+    path = prefix + ".json"
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = json.load(stream)
+    except ValueError as error:
+        raise _damaged(path, f"a file that is not JSON ({error})", "what efflaunch data prepare wrote") from error
+    return content if isinstance(content, dict) else None
+
+
+def _checked_prefix(prefix: str) -> str:
+    for suffix in (".bin", ".idx"):
+        if prefix.endswith(suffix) and os.path.exists(prefix):
+            short = prefix[: -len(suffix)]
+            raise DataError(f"corpus {prefix}", found="a file name", expected="the prefix of the pair", hint=f"data.prefixes=[{short}]")
+    return prefix
+
+
+def _size(path: str) -> int:
+    if not os.path.exists(path):
+        raise _damaged(path, "no file", "a Megatron indexed corpus (PREFIX.idx and PREFIX.bin)")
+    size = os.path.getsize(path)
+    if size == 0:
+        raise _damaged(path, "an empty file", "a Megatron indexed corpus")
+    return size
+
+
+def _open_array(path: str, dtype: np.dtype[Any], num_tokens: int) -> np.ndarray:
+    size, expected = _size(path), num_tokens * dtype.itemsize
+    if size != expected:
+        kind = "cut short" if size < expected else "too long"
+        raise _damaged(path, f"{size:,} bytes ({kind})", f"{expected:,} bytes: {num_tokens:,} tokens of {dtype.itemsize} as the .idx says")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _damaged(path: str, found: str, expected: str) -> DataError:
+    return DataError(f"corpus file {path}", found=found, expected=expected, hint=MAKE_HINT)

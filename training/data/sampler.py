@@ -1,0 +1,163 @@
+"""Which sequences a step trains on: a pure function of (seed, step) and the documents' lengths. Numpy only.
+
+Note: pieces of long documents
+    A document of L tokens has L - 1 targets: position t predicts token t + 1. A document over `max_seq_len` is cut
+    into pieces [0, M), [M, 2M), ...; the last position of a piece predicts the first token of the next one, so
+    no target is lost. A last piece of one token would have no target and is left out: its token is the target of
+    the piece before it. Each piece is a sequence of its own, with positions from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Tokens `start ... stop - 1` of one document of one corpus."""
+
+    corpus: int
+    document: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceTable:
+    """All training sequences as columns (int64, one row per sequence), and what was left out."""
+
+    corpus: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    num_too_short: int
+    """Documents of zero or one token: nothing to predict."""
+    num_dropped: int
+    """Documents over max_seq_len that were dropped."""
+
+    @classmethod
+    def from_lengths(cls, lengths: list[np.ndarray], *, max_seq_len: int, split: bool) -> SequenceTable:
+        """Rows for the documents of each corpus, in order; longer documents are split, or dropped."""
+        if max_seq_len < 2:
+            raise ConfigError("data.max_seq_len", found=str(max_seq_len), expected="at least 2 tokens", hint="data.max_seq_len=8K")
+        parts = [_rows(np.asarray(corpus, dtype=np.int64), max_seq_len, split) for corpus in lengths]
+        sizes = [len(part[0]) for part in parts]
+        document, start, stop = (np.concatenate([part[column] for part in parts]) for column in range(3))
+        return cls(
+            corpus=np.repeat(np.arange(len(parts), dtype=np.int64), sizes),
+            document=document,
+            start=start,
+            stop=stop,
+            num_too_short=sum(int(np.count_nonzero(corpus < 2)) for corpus in lengths),
+            num_dropped=0 if split else sum(int(np.count_nonzero(corpus > max_seq_len)) for corpus in lengths),
+        )
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per sequence, int64."""
+        return np.asarray(self.stop - self.start)
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of the given rows, int64."""
+        return np.asarray(self.stop[rows] - self.start[rows])
+
+    def __getitem__(self, index: int) -> Sequence:
+        row = (self.corpus[index], self.document[index], self.start[index], self.stop[index])
+        return Sequence(*(int(value) for value in row))
+
+    def without(self, rows: np.ndarray) -> SequenceTable:
+        """The table less the given rows."""
+        keep = np.ones(len(self), dtype=bool)
+        keep[rows] = False
+        return replace(
+            self, corpus=self.corpus[keep], document=self.document[keep], start=self.start[keep], stop=self.stop[keep]
+        )
+
+
+def _rows(lengths: np.ndarray, max_seq_len: int, split: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kept = np.flatnonzero((lengths >= 2) if split else ((lengths >= 2) & (lengths <= max_seq_len)))
+    num_pieces = np.maximum(-(-(lengths[kept] - 1) // max_seq_len), 1)
+    document = np.repeat(kept, num_pieces)
+    first_row = np.cumsum(num_pieces) - num_pieces
+    piece = np.arange(len(document), dtype=np.int64) - np.repeat(first_row, num_pieces)
+    start = piece * max_seq_len
+    return document, start, np.minimum(start + max_seq_len, lengths[document])
+
+
+class Sampler:
+    """Cuts the endless stream of shuffled epochs into steps of `global_batch_tokens`.
+
+    Every epoch holds every sequence once, in an order that depends on (seed, epoch) alone. Step s holds the sequences
+    that start in tokens [s B, (s + 1) B) of the stream: B on average, never empty as B >= the longest sequence.
+    """
+
+    def __init__(self, table: SequenceTable, seed: int, global_batch_tokens: int) -> None:
+        self.table, self.seed, self.batch_tokens = table, seed, global_batch_tokens
+        self._lengths = table.lengths
+        if len(table) == 0:
+            raise DataError("data", found="no sequence to train on", expected="documents of two tokens or more", hint="check data.prefixes")
+        longest = int(self._lengths.max())
+        if global_batch_tokens < longest:
+            raise ConfigError(
+                "data.global_batch_tokens",
+                found=f"{global_batch_tokens}",
+                expected=f"at least the longest sequence, {longest} tokens",
+                hint=f"data.global_batch_tokens={longest}",
+            )
+        self.epoch_tokens = int(self._lengths.sum())
+        """Tokens of one epoch."""
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def epoch(self, step: int) -> float:
+        """How many epochs are done before `step`."""
+        return step * self.batch_tokens / self.epoch_tokens
+
+    def step(self, step: int) -> np.ndarray:
+        """Indices (int64) into the table of the sequences of a step, counted from 0, in stream order."""
+        low, high = step * self.batch_tokens, (step + 1) * self.batch_tokens
+        parts = []
+        for epoch in range(low // self.epoch_tokens, (high - 1) // self.epoch_tokens + 1):
+            order, starts = self._epoch(epoch)
+            base = epoch * self.epoch_tokens
+            first, last = np.searchsorted(starts, (low - base, high - base))
+            parts.append(order[first:last])
+        return np.concatenate(parts).astype(np.int64)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            order = shuffled(len(self.table), self.seed, epoch)
+            starts = np.cumsum(self._lengths[order])
+            starts -= self._lengths[order]
+            # Two epochs are enough to walk over a border; more would cost 12 bytes per sequence each.
+            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
+            self._epochs[epoch] = (order, starts)
+        return self._epochs[epoch]
+
+
+def shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `size` indices: sorted by a hash of (seed, epoch, index).
+
+    Not numpy's generator: its streams may change between numpy versions, and a resumed run must see the same order.
+    """
+    key = _mix(_mix(np.uint64(seed % (1 << 64)).reshape(1)) ^ np.uint64(epoch))
+    hashes = _mix(np.arange(size, dtype=np.uint64) ^ key)
+    order = np.argsort(hashes, kind="stable")
+    return order.astype(np.int32) if size < 1 << 31 else order
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """The splitmix64 finaliser on uint64 (wrapping): every input bit reaches every output bit."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(value ^ (value >> np.uint64(31)))

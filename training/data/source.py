@@ -1,0 +1,198 @@
+"""The training data of a run: lengths of a step first, tokens only where a rank asks for them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from ...errors import ConfigError, DataError
+from ..config import DataConfig, LongDocuments
+from .indexed import IndexedCorpus
+from .sampler import Sampler, Sequence, SequenceTable
+from .tokenizer import read_vocabulary
+
+IGNORE = -100
+"""Target of a position that has no loss."""
+
+
+class DataSource:
+    """Sequences of every step, from one or more indexed corpora. Steps count from 0."""
+
+    def __init__(
+        self, corpora: list[IndexedCorpus], table: SequenceTable, sampler: Sampler, vocab_size: int, tokenizer: str | None = None
+    ) -> None:
+        self.corpora, self.table, self.sampler, self.vocab_size, self.tokenizer = corpora, table, sampler, vocab_size, tokenizer
+        self._steps: dict[int, np.ndarray] = {}
+
+    def lengths(self, step: int) -> tuple[int, ...]:
+        """Tokens of each sequence of the step; nothing is read."""
+        return tuple(self.table.lengths_of(self._rows(step)).tolist())
+
+    def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and target ids (both int64, (stop - start,)) of positions of the step's sequence `index`.
+
+        target[t] is token t + 1 of the document, -100 at its end and where the loss mask says so.
+        DataError for an id outside the model's vocabulary.
+        """
+        sequence = self._sequence(step, index)
+        assert 0 <= start <= stop <= len(sequence), (step, index, start, stop)
+        corpus = self.corpora[sequence.corpus]
+        begin, end = sequence.start + start, sequence.start + stop
+        last = min(end + 1, int(corpus.lengths[sequence.document]))
+        read = corpus.tokens(sequence.document, begin, last)
+        self._check_ids(sequence, begin, read)
+        targets = np.full(stop - start, IGNORE, dtype=np.int64)
+        targets[: max(last - begin - 1, 0)] = read[1:]
+        mask = corpus.mask(sequence.document, begin, last)
+        if mask is not None:
+            targets[: max(last - begin - 1, 0)][~mask[1:]] = IGNORE
+        return read[: stop - start], targets
+
+    def num_target_tokens(self, step: int) -> int:
+        """Targets of the whole step. Arithmetic on lengths, except that loss masks are read where there are any.
+
+        DataError for a document whose mask leaves nothing to learn.
+        """
+        return sum(self._num_targets(self.table[row]) for row in self._rows(step).tolist())
+
+    def describe(self, step: int, index: int) -> str:
+        """`corpus PREFIX document 17 tokens 0-8192`, for messages."""
+        return self._describe(self._sequence(step, index))
+
+    def fingerprint(self) -> str:
+        """Identity of the stream of sequences: equal where (seed, step) means the same documents."""
+        digest = hashlib.sha256(f"{self.sampler.seed} {self.sampler.batch_tokens}".encode())
+        for column in (self.table.corpus, self.table.document, self.table.start, self.table.stop):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """One line for logs: how much there is, and what was left out."""
+        parts = [f"{len(self.table):,} sequences", f"{self.sampler.epoch_tokens:,} tokens per epoch"]
+        if self.table.num_too_short:
+            parts.append(f"{self.table.num_too_short:,} documents under 2 tokens skipped")
+        if self.table.num_dropped:
+            parts.append(f"{self.table.num_dropped:,} documents over max_seq_len dropped")
+        return ", ".join(parts)
+
+    def _rows(self, step: int) -> np.ndarray:
+        if step not in self._steps:
+            # Plans are made a few steps ahead of the step that runs.
+            self._steps = {key: rows for key, rows in self._steps.items() if abs(key - step) < 8}
+            self._steps[step] = self.sampler.step(step)
+        return self._steps[step]
+
+    def _sequence(self, step: int, index: int) -> Sequence:
+        return self.table[int(self._rows(step)[index])]
+
+    def _describe(self, sequence: Sequence) -> str:
+        corpus = self.corpora[sequence.corpus].prefix
+        return f"corpus {corpus} document {sequence.document} tokens {sequence.start}-{sequence.stop}"
+
+    def _check_ids(self, sequence: Sequence, begin: int, read: np.ndarray) -> None:
+        if len(read) == 0 or (int(read.min()) >= 0 and int(read.max()) < self.vocab_size):
+            return
+        at = int(np.flatnonzero((read < 0) | (read >= self.vocab_size))[0])
+        raise DataError(
+            f"corpus {self.corpora[sequence.corpus].prefix} document {sequence.document} position {begin + at}",
+            found=f"token id {int(read[at])}",
+            expected=f"0 to {self.vocab_size - 1}, the model's vocabulary",
+            hint="prepare the corpus with this model's tokenizer, or set model.vocab_size to the tokenizer's",
+        )
+
+    def _num_targets(self, sequence: Sequence) -> int:
+        corpus = self.corpora[sequence.corpus]
+        length = int(corpus.lengths[sequence.document])
+        last = min(sequence.stop + 1, length)
+        mask = corpus.mask(sequence.document, sequence.start + 1, last)
+        if mask is None:
+            return last - sequence.start - 1
+        count = int(np.count_nonzero(mask))
+        if count == 0 and sequence.start == 0 and sequence.stop == length:
+            raise no_loss_token(corpus, sequence.document)
+        return count
+
+
+def no_loss_token(corpus: IndexedCorpus, document: int) -> DataError:
+    """The error for a document that only has tokens the mask leaves out."""
+    return DataError(
+        f"corpus {corpus.prefix} document {document}",
+        found=f"a loss mask that leaves out all {int(corpus.lengths[document])} tokens",
+        expected="at least one token to learn",
+        hint="prepare the corpus again: efflaunch data prepare INPUT ... --skip-bad leaves such documents out",
+    )
+
+
+def open_data(config: DataConfig, seed: int, model_vocab_size: int) -> DataSource:
+    """The data of a run, checked: corpora whole, tokenizer inside the model's vocabulary, something to train on."""
+    prefixes, tokenizer = _located(config)
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    check_vocabularies(corpora, tokenizer, model_vocab_size)
+    split = config.long_documents is LongDocuments.SPLIT
+    table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=config.max_seq_len, split=split)
+    table = _without_untaught_pieces(corpora, table)
+    return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
+
+
+def _located(config: DataConfig) -> tuple[list[str], str | None]:
+    if (config.builtin is None) == (not config.prefixes):
+        raise ConfigError(
+            "data",
+            found="both prefixes and builtin" if config.prefixes else "neither prefixes nor builtin",
+            expected="one of them",
+            hint="data.prefixes=[PREFIX] data.builtin=null, or data.builtin=python_stdlib data.prefixes=[]",
+        )
+    if config.builtin is None:
+        return list(config.prefixes), config.tokenizer
+    from .builtin import builtin_corpus
+
+    made = builtin_corpus(config.builtin, vocab_size=config.vocab_size, cache_dir=config.cache_dir)
+    return [made.prefix], config.tokenizer or made.tokenizer
+
+
+def check_vocabularies(corpora: list[IndexedCorpus], tokenizer: str | None, model_vocab_size: int) -> None:
+    """DataError unless the tokenizer fits the model and is the one the corpora were prepared with (where they say)."""
+    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer)
+    if vocabulary is not None and vocabulary.size > model_vocab_size:
+        raise _vocab_mismatch(f"tokenizer {tokenizer}", vocabulary.size, model_vocab_size)
+    for corpus in corpora:
+        known = (corpus.metadata or {}).get("tokenizer") or {}
+        if int(known.get("vocab_size", 0)) > model_vocab_size:
+            raise _vocab_mismatch(f"corpus {corpus.prefix}, tokenizer {known.get('path')}", int(known["vocab_size"]), model_vocab_size)
+        if vocabulary is not None and known.get("vocab_sha256") not in (None, vocabulary.sha256):
+            raise DataError(
+                f"corpus {corpus.prefix}",
+                found=f"tokens of another tokenizer ({known.get('path')})",
+                expected=f"tokens of data.tokenizer ({tokenizer})",
+                hint=f"data.tokenizer={known.get('path')}, or prepare the corpus again with --tokenizer {tokenizer}",
+            )
+
+
+def _vocab_mismatch(where: str, found: int, model_vocab_size: int) -> DataError:
+    return DataError(
+        where,
+        found=f"a vocabulary of {found:,} tokens",
+        expected=f"at most the model's {model_vocab_size:,}",
+        hint=f"model.vocab_size={found}, or another tokenizer",
+    )
+
+
+def _without_untaught_pieces(corpora: list[IndexedCorpus], table: SequenceTable) -> SequenceTable:
+    # Only split documents are looked at: a piece that is all prompt would cost compute and teach nothing.
+    masked = np.array([corpus.has_mask for corpus in corpora], dtype=bool)
+    if not masked.any():
+        return table
+    untaught = []
+    split = (np.diff(table.document, prepend=-1) == 0) | (np.diff(table.document, append=-1) == 0)
+    for row in np.flatnonzero(split & masked[table.corpus]).tolist():
+        sequence = table[row]
+        corpus = corpora[sequence.corpus]
+        last = min(sequence.stop + 1, int(corpus.lengths[sequence.document]))
+        mask = corpus.mask(sequence.document, sequence.start + 1, last)
+        if mask is not None and not mask.any():
+            whole = corpus.mask(sequence.document, 1, int(corpus.lengths[sequence.document]))
+            if whole is not None and not whole.any():
+                raise no_loss_token(corpus, sequence.document)
+            untaught.append(row)
+    return table.without(np.array(untaught, dtype=np.int64)) if untaught else table

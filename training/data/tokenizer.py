@@ -1,0 +1,69 @@
+"""What a tokenizer's vocabulary is, without loading more than needed. `transformers` only where there is no other way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Size (largest id + 1) and identity of a tokenizer's vocabulary."""
+
+    size: int
+    sha256: str
+
+
+def read_vocabulary(tokenizer: str) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, a directory with one, or a hub name. DataError if it cannot be read."""
+    path = os.path.join(tokenizer, "tokenizer.json") if os.path.isdir(tokenizer) else tokenizer
+    if os.path.isfile(path):
+        return _vocabulary_of(_load_file(path))
+    return _vocabulary_of(load_tokenizer(tokenizer).backend_tokenizer)
+
+
+def _load_file(path: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception for bad files
+        raise _unreadable(path, error) from error
+
+
+def _vocabulary_of(backend: Any) -> Vocabulary:
+    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    text = json.dumps(sorted(vocabulary.items()), ensure_ascii=True)
+    return Vocabulary(max(vocabulary.values(), default=-1) + 1, hashlib.sha256(text.encode()).hexdigest())
+
+
+def load_tokenizer(tokenizer: str) -> Any:
+    """The `transformers` fast tokenizer of a tokenizer.json, a directory or a hub name. DataError if there is none."""
+    import transformers
+
+    from_file: Any = transformers.PreTrainedTokenizerFast
+    try:
+        if os.path.isfile(tokenizer):
+            loaded: Any = from_file(tokenizer_file=tokenizer)
+        else:
+            loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # anything from OSError to a JSON error of the Rust side, all meaning the same to a person
+        raise _unreadable(tokenizer, error) from error
+    if not getattr(loaded, "is_fast", False):
+        raise _unreadable(tokenizer, "it has no fast (Rust) version")
+    return loaded
+
+
+def _unreadable(tokenizer: str, reason: object) -> DataError:
+    lines = str(reason).strip().splitlines()
+    return DataError(
+        f"tokenizer {tokenizer}",
+        found=f"nothing that can be loaded ({lines[0] if lines else type(reason).__name__})",
+        expected="a tokenizer.json, a directory that holds one, or a hub name where there is a network",
+        hint="--tokenizer PATH for data prepare, data.tokenizer=PATH for training",
+    )
