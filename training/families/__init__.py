@@ -1,1 +1,35 @@
+"""Layer adapters: one per model family, chosen by the Hugging Face model type."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .adapter import LayerAdapter
+
+
+def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
+    """The adapter of one decoder layer; ConfigError names the file to write for a family that has none."""
+    from .gemma import Gemma2Layer, Gemma3Layer
+    from .llama import LlamaLayer, MistralLayer, Qwen2Layer, Qwen3Layer
+
+    adapters: dict[str, type[LayerAdapter]] = {
+        "llama": LlamaLayer,
+        "mistral": MistralLayer,
+        "qwen2": Qwen2Layer,
+        "qwen3": Qwen3Layer,
+        "gemma2": Gemma2Layer,
+        "gemma3_text": Gemma3Layer,
+    }
+    if model_type not in adapters:
+        raise ConfigError(
+            "model",
+            found=f"model type {model_type!r}",
+            expected=f"one of {', '.join(adapters)}",
+            hint=f"an adapter in training/families/{model_type}.py with before_attention and after_attention, as llama.py has",
+        )
+    return adapters[model_type](layer)

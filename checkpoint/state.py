@@ -1,0 +1,130 @@
+"""What a checkpoint holds as tensors: weights, optimizer states and each rank's random number generators.
+
+Keys: `model.NAME`, `optimizer.NAME.STATE` (both by parameter name, so any world size can read them) and
+`rng.RANK.GENERATOR` (bytes of one rank, useless to another layout).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
+
+MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters once each (tied ones under their first name) and persistent buffers; the live tensors, no copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # After a forward without backward FSDP2 leaves whole parameters in place of its shards.
+            module.reshard()
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in aliases:
+            assert isinstance(value, Tensor), f"{name} is not a tensor"
+            tensors[name] = value
+    return {MODEL + name: value.detach() for name, value in tensors.items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The states of every parameter that has some, by name; the live tensors. Hyperparameters belong to the configuration."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            assert isinstance(value, Tensor), f"optimizer state {key} of {name} is not a tensor"
+            tensors[f"{OPTIMIZER}{name}.{key}"] = value
+    return tensors
+
+
+def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, TensorStorageMetadata]) -> None:
+    """Empties the optimizer and gives it the states that `saved` names, unset: sharded like their parameter where alike."""
+    optimizer.state.clear()
+    trainable = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        prefix = f"{OPTIMIZER}{name}."
+        if parameter not in trainable:
+            continue
+        for key, entry in _starting_with(saved, prefix):
+            dtype = entry.properties.dtype
+            if entry.size == parameter.shape and parameter.ndim:
+                value: Tensor = torch.empty_like(parameter, dtype=dtype)
+            else:
+                value = torch.empty(entry.size, dtype=dtype, device=parameter.device)
+            optimizer.state[parameter][key] = value.detach()
+
+
+def _starting_with(saved: dict[str, TensorStorageMetadata], prefix: str) -> Iterable[tuple[str, TensorStorageMetadata]]:
+    return [(key[len(prefix) :], entry) for key, entry in saved.items() if key.startswith(prefix) and "." not in key[len(prefix) :]]
+
+
+def differences(model: dict[str, Tensor], saved: dict[str, TensorStorageMetadata]) -> list[str]:
+    """One line per weight that a checkpoint holds otherwise than the model, in the model's order."""
+    lines = []
+    for key, value in model.items():
+        name, ours = key[len(MODEL) :], _shape(value.shape, value.dtype)
+        if key not in saved:
+            lines.append(f"{name}: not in the checkpoint, {ours} in the model")
+        elif (theirs := _shape(saved[key].size, saved[key].properties.dtype)) != ours:
+            lines.append(f"{name}: {theirs} in the checkpoint, {ours} in the model")
+    for key, entry in saved.items():
+        if key.startswith(MODEL) and key not in model:
+            lines.append(f"{key[len(MODEL) :]}: {_shape(entry.size, entry.properties.dtype)} in the checkpoint, not in the model")
+    return lines
+
+
+def _shape(size: Iterable[int], dtype: torch.dtype) -> str:
+    return f"{'x'.join(map(str, size)) or 'scalar'} {str(dtype).removeprefix('torch.')}"
+
+
+def rng_tensors(rank: int) -> dict[str, Tensor]:
+    """This rank's generators as bytes: torch (and its current CUDA device), NumPy's and Python's global ones."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    inner = numpy_state["state"]
+    numpy_json = {**numpy_state, "state": {"key": inner["key"].tolist(), "pos": inner["pos"]}}
+    states = {"torch": torch.get_rng_state(), "numpy": _to_bytes(numpy_json), "python": _to_bytes(random.getstate())}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {f"{RNG}{rank}.{key}": value for key, value in states.items()}
+
+
+def set_rng(tensors: dict[str, Tensor], rank: int) -> None:
+    """The exact inverse of rng_tensors."""
+    states = {key[len(f"{RNG}{rank}.") :]: value for key, value in tensors.items()}
+    torch.set_rng_state(states["torch"])
+    numpy_json = _from_bytes(states["numpy"])
+    numpy_json["state"]["key"] = np.array(numpy_json["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_json)
+    version, words, gauss = _from_bytes(states["python"])
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def seed_rng(seed: int, step: int, rank: int) -> None:
+    """Generators as a function of (seed, step, rank): where the saved ones belong to another layout."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(3)
+    torch.manual_seed(int(mixed[0]))
+    np.random.seed(int(mixed[1]))
+    random.seed(int(mixed[2]))
+
+
+def _to_bytes(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(value: Tensor) -> object:
+    return json.loads(bytes(value.numpy()))
+
+
+def plain_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of the whole tensors, counted once over all ranks."""
+    return sum(value.numel() * value.element_size() for value in tensors.values())

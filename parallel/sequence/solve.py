@@ -1,0 +1,115 @@
+"""From the lengths of a step to its StepPlan: one sequence-parallel degree for all. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...errors import ConfigError, PlanError
+from ...units import format_tokens
+from ..config import Scheme
+from .plan import Group, MicroBatch, StepPlan
+
+
+def choose_degree(*, max_seq_len: int, tokens_per_rank: int, world_size: int, requested: int | None) -> int:
+    """Ranks per group: `requested`, or the smallest power of two that holds the longest sequence. ConfigError where none does."""
+    largest = 1 << (world_size.bit_length() - 1)
+    degree = requested if requested is not None else 1
+    if degree < 1 or degree & (degree - 1) or degree > largest:
+        raise ConfigError(
+            "parallel.sp_degree",
+            found=str(degree),
+            expected=f"a power of two up to {largest} ({world_size} ranks)",
+            hint=f"parallel.sp_degree={min(largest, 1 << max(0, degree.bit_length() - 1))}, or leave it out",
+        )
+    while requested is None and degree * tokens_per_rank < max_seq_len and degree < largest:
+        degree *= 2
+    if degree * tokens_per_rank < max_seq_len:
+        raise ConfigError(
+            "parallel.tokens_per_rank",
+            found=f"{format_tokens(tokens_per_rank)} x {degree} ranks = {format_tokens(degree * tokens_per_rank)} tokens",
+            expected=f"room for one sequence of data.max_seq_len={format_tokens(max_seq_len)}",
+            hint=f"parallel.tokens_per_rank={format_tokens(-(-max_seq_len // degree))}, more ranks, or a smaller data.max_seq_len",
+        )
+    return degree
+
+
+def choose_ulysses(*, degree: int, num_heads: int, ranks_per_node: int, scheme: Scheme, requested: int | None) -> int:
+    """Ranks of the inner Ulysses exchange; `degree // it` rings run across. ConfigError where the scheme cannot be had."""
+    allowed = [u for u in _powers(degree) if num_heads % u == 0]
+    if requested is not None and scheme is not Scheme.HYBRID:
+        raise ConfigError(
+            "parallel.ulysses_degree",
+            found=f"{requested} with parallel.scheme={scheme.value}",
+            expected="it only with the hybrid scheme",
+            hint="parallel.scheme=hybrid, or leave parallel.ulysses_degree out",
+        )
+    if scheme is Scheme.RING or degree == 1:
+        return 1
+    if scheme is Scheme.AUTO:
+        return max(u for u in allowed if u <= ranks_per_node)
+    wanted = degree if scheme is Scheme.ULYSSES else requested
+    if wanted is None or wanted not in allowed:
+        key = "parallel.sp_degree" if scheme is Scheme.ULYSSES else "parallel.ulysses_degree"
+        raise ConfigError(
+            key,
+            found=f"{wanted} Ulysses ranks in groups of {degree} for {num_heads} attention heads",
+            expected=f"a divisor of the heads and of the group: {', '.join(map(str, allowed))}",
+            hint=f"{key}={allowed[-1]}, or parallel.scheme=auto (Ulysses as far as the heads allow, ring across the rest)",
+        )
+    return wanted
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
+
+
+def solve_static(
+    lengths: Sequence[int], *, world_size: int, degree: int, ulysses: int, tokens_per_rank: int, linear_cost_tokens: float
+) -> StepPlan:
+    """Pack sequences into groups of `degree` ranks, longest first onto the least loaded, and groups of like load into micro-batches.
+
+    Work of a sequence is s^2 + linear_cost_tokens * s (causal attention, and everything that is linear in tokens).
+    A group holds at most degree * tokens_per_rank tokens; members differ by at most two tokens per sequence.
+    Deterministic: ties go to the lower index.
+    """
+    capacity, per_batch = degree * tokens_per_rank, world_size // degree
+    longest = max(lengths, default=0)
+    if longest > capacity or min(lengths, default=1) < 1:
+        raise PlanError(
+            "sequence lengths",
+            found=f"{longest} tokens" if longest > capacity else "a sequence of no tokens",
+            expected=f"1 to {capacity} tokens ({degree} ranks x parallel.tokens_per_rank={tokens_per_rank})",
+            hint=f"parallel.tokens_per_rank={-(-longest // degree)} or a larger parallel.sp_degree",
+        )
+    work = [s * s + linear_cost_tokens * s for s in lengths]
+    bins = _pack(lengths, work, capacity, per_batch)
+    bins.sort(key=lambda held: (-sum(work[i] for i in held), held))
+    groups = [tuple(bins[i : i + per_batch]) for i in range(0, len(bins), per_batch)]
+    batches = tuple(
+        MicroBatch(tuple(Group(slot * degree, degree, ulysses, tuple(sorted(held))) for slot, held in enumerate(batch))) for batch in groups
+    )
+    return StepPlan(world_size, tuple(int(s) for s in lengths), batches)
+
+
+def _pack(lengths: Sequence[int], work: Sequence[float], capacity: int, per_batch: int) -> list[list[int]]:
+    """Non-empty bins of sequence indices, each within `capacity`; bins are opened a micro-batch at a time."""
+    opened = max(1, -(-sum(lengths) // (capacity * per_batch))) * per_batch
+    while True:
+        bins = _least_loaded(lengths, work, capacity, opened)
+        if bins is not None:
+            return [held for held in bins if held]
+        opened += per_batch
+
+
+def _least_loaded(lengths: Sequence[int], work: Sequence[float], capacity: int, opened: int) -> list[list[int]] | None:
+    bins: list[list[int]] = [[] for _ in range(opened)]
+    load, room = [0.0] * opened, [capacity] * opened
+    for i in sorted(range(len(lengths)), key=lambda i: (-work[i], i)):
+        fits = [b for b in range(opened) if room[b] >= lengths[i]]
+        if not fits:
+            return None
+        best = min(fits, key=lambda b: (load[b], b))
+        bins[best].append(i)
+        load[best] += work[i]
+        room[best] -= lengths[i]
+    return bins

@@ -1,0 +1,39 @@
+"""Parameters, gradients and optimizer states over ranks: FSDP2 per decoder layer, HSDP with replicas, degree 1 alike.
+
+Note: sums, not means. Every rank's loss is already divided by the step's global number of target tokens, so gradients are
+summed over all ranks. FSDP2's divide factor is per wrapped module and its pre-multiplied sums do not exist on gloo:
+each wrapped module gets factor 1 and plain sum reductions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard_model(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+    """Shard each layer, then what is left of the model (embedding, last norm, head) as one group.
+
+    Master weights keep their dtype; they are gathered in `compute_dtype`, gradients are reduced in the master dtype.
+    """
+    master = next(model.parameters()).dtype
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == master else compute_dtype,
+        reduce_dtype=None if compute_dtype == master else master,
+        cast_forward_inputs=False,
+    )
+    for module in (*layers, model):
+        wrapped: FSDPModule = fully_shard(module, mesh=mesh, mp_policy=precision)
+        wrapped.set_gradient_divide_factor(1.0)
+        wrapped.set_force_sum_reduction_for_comms(True)
+
+
+def prepare_backward(model: nn.Module, *, reduce: bool, last: bool) -> None:
+    """Before a micro-batch: `reduce` its gradients across ranks, or add to whole local ones until a later one does; `last` of the step."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(reduce)
+    model.set_is_last_backward(last)

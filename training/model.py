@@ -1,0 +1,143 @@
+"""The trained model: a Hugging Face model owns weights and names; its forward is ours.
+
+Build order, each step once: on the meta device -> executors in place of layer forwards -> FSDP2 -> materialise shard by
+shard (random, or read from safetensors). No rank ever holds more than one whole tensor beyond its shards.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..memory.config import MemoryConfig
+from ..memory.layer import AttentionRuntime, LayerExecutor
+from ..parallel.sharding import shard_model
+from .families import layer_adapter
+from .families.rope import rotary_tables
+from .loss import LossOptions, chunked_cross_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One rank's rows of a micro-batch, on its device; each (T,) int64. `document_lengths`: tokens of each row's whole document."""
+
+    token_ids: Tensor
+    target_ids: Tensor
+    position_ids: Tensor
+    document_lengths: Tensor
+
+
+class Trunk:
+    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm -> chunked loss."""
+
+    def __init__(self, model: PreTrainedModel, options: LossOptions) -> None:
+        self._model, self._options = model, options
+
+    def __call__(self, tokens: Tokens, attention: AttentionRuntime, scale: float) -> Tensor:
+        """scale x sum of this rank's token losses, a scalar."""
+        base = self._model.model
+        x = base.embed_tokens(tokens.token_ids)
+        tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
+        for layer in base.layers:
+            x = layer(x, tables, attention)
+        return chunked_cross_entropy(base.norm(x), self._model.lm_head.weight, tokens.target_ids, scale=scale, options=self._options)
+
+
+def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
+    """The Hugging Face config from `training.spec.hf_config_dict` (its `model_type` and fields)."""
+    fields = dict(arguments)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without storage; `dtype` is that of the master weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def install(model: PreTrainedModel, policy: MemoryConfig, *, loss_chunk_tokens: int, z_loss: float = 0.0) -> None:
+    """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are."""
+    for layer in model.model.layers:
+        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy)
+    options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
+    model.forward = Trunk(model, options)  # type: ignore[method-assign]
+
+
+def build_model(
+    config: PretrainedConfig,
+    policy: MemoryConfig,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    seed: int,
+    loss_chunk_tokens: int,
+    z_loss: float = 0.0,
+) -> PreTrainedModel:
+    """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh."""
+    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    model = build_on_meta(config, master)
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss)
+    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype)
+    model.to_empty(device=device)
+    initialise(model, seed)
+    return model
+
+
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name)."""
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        if not module._parameters and not module._buffers:
+            continue
+        shadow, copies = _shadow(module, done)
+        with torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+            model._init_weights(shadow)
+        for target, full in copies:
+            write_shard(target, full.data)
+
+
+def _shadow(module: nn.Module, done: set[int]) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
+    """`module` with whole, empty parameters in place of shards; tied parameters only at their first owner."""
+    copies, parameters = [], {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in done:
+            continue
+        done.add(id(parameter))
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=local.device))
+        copies.append((parameter, parameters[name]))
+    shadow = copy.copy(module)
+    shadow.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}
+    return shadow, copies
+
+
+@torch.no_grad()
+def write_shard(target: nn.Parameter, full: Tensor) -> None:
+    """This rank's part of `full` into a sharded (or plain) parameter."""
+    if isinstance(target, DTensor):
+        target.to_local().copy_(full[local_slices(target)])
+    else:
+        target.copy_(full)
+
+
+def local_slices(target: DTensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds."""
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once, under the name its checkpoint has."""
+    yield from model.named_parameters()

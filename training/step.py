@@ -1,0 +1,81 @@
+"""One optimizer step's gradients: execute a StepPlan on this rank. Everything here is decided by the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..parallel.sequence.attention import BlockKernel
+from ..parallel.sequence.layout import GroupLayout
+from ..parallel.sequence.plan import Group, StepPlan
+from ..parallel.sequence.runtime import sequence_attention
+from ..parallel.sharding import prepare_backward
+from ..parallel.topology import Topology
+from .data.shard import PackedShard, build_shard
+from .data.source import DataSource
+from .loss import IGNORE
+from .model import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What this rank does in one micro-batch; without a group it runs with zero rows so that collectives match."""
+
+    shard: PackedShard
+    layout: GroupLayout | None
+    group: Group | None
+
+
+def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[Work]:
+    """This rank's work of each micro-batch; reads only the tokens it holds."""
+    return [Work(*build_shard(source, step, plan, index, rank), batch.group_of(rank)) for index, batch in enumerate(plan.micro_batches)]
+
+
+def count_targets(works: Sequence[Work], device: torch.device) -> int:
+    """Target tokens of the whole step over all ranks: the one divisor of its loss. Collective."""
+    local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in works)
+    total = torch.tensor(local, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def backward_step(
+    model: PreTrainedModel,
+    topology: Topology,
+    kernel: BlockKernel,
+    works: Sequence[Work],
+    *,
+    num_targets: int,
+    reduce_each: bool,
+    device: torch.device,
+) -> Tensor:
+    """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
+
+    The sum over micro-batches and ranks is the loss.
+
+    `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end.
+    """
+    shares = torch.zeros(len(works), dtype=torch.float64, device=device)
+    for index, work in enumerate(works):
+        last = index == len(works) - 1
+        prepare_backward(model, reduce=last or reduce_each, last=last)
+        attention = sequence_attention(topology, kernel, work.group, work.layout)
+        loss = model(to_tokens(work, device), attention, 1.0 / num_targets)
+        loss.backward()
+        shares[index] = loss.detach()
+    return shares
+
+
+def to_tokens(work: Work, device: torch.device) -> Tokens:
+    """The shard on the device; a row's document length comes from the group's layout."""
+    lengths = np.zeros(0, dtype=np.int64)
+    if work.layout is not None:
+        lengths = np.repeat([work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices])
+    arrays = work.shard.token_ids, work.shard.target_ids, work.shard.position_ids, lengths.astype(np.int64)
+    return Tokens(*(torch.from_numpy(array).to(device) for array in arrays))
