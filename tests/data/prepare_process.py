@@ -22,7 +22,9 @@ def main() -> None:
     """Run, or die on the way."""
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     arguments = settings["arguments"]
-    request = Request(**{**arguments, "encode": EncodeOptions(**arguments["encode"]), "commit_every_s": settings.get("commit_every_s", 0.0)})
+    request = Request(
+        **{**arguments, "encode": EncodeOptions(**arguments["encode"]), "commit_every_s": settings.get("commit_every_s", 0.0)}
+    )
     batches = 0
 
     def report(progress: Progress) -> None:

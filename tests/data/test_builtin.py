@@ -108,7 +108,7 @@ def test_the_standard_library_is_large_and_long_tailed() -> None:
 
 
 def test_unknown_name_and_missing_size(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.builtin: found 'wikipedia'; expected python_stdlib"):
+    with pytest.raises(ConfigError, match=r"data\.builtin: found 'wikipedia'; expected python_stdlib"):
         builtin_corpus("wikipedia", vocab_size=300)
-    with pytest.raises(ConfigError, match="data.vocab_size: found None; expected at least 257"):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size: found None; expected at least 257"):
         builtin_corpus("python_stdlib", vocab_size=None)

@@ -15,8 +15,7 @@ from efflaunch.training.data.encode import Encoded, EncodeOptions, Encoder
 from efflaunch.training.data.inputs import Cursor, Format, RawBatch
 
 PLAIN = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TAGGED = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}!{% endgeneration %}"
@@ -157,9 +156,17 @@ BAD: list[tuple[Any, Format, str]] = [
     (b'{"text": 5}', Format.JSONL, r"r0: found int in 'text'; expected a string in 'text'"),
     ({"prompt": "a", "completion": ["b"]}, Format.PARQUET, r"r0: found str and list in 'prompt' and 'completion'; expected two strings"),
     ({"prompt": "a b c", "completion": ""}, Format.PARQUET, r"r0: found no token to learn; expected a completion or an assistant turn"),
-    ({"messages": []}, Format.PARQUET, r"r0: found 'messages' that are no conversation; expected a list of objects with 'role' and 'content'"),
+    (
+        {"messages": []},
+        Format.PARQUET,
+        r"r0: found 'messages' that are no conversation; expected a list of objects with 'role' and 'content'",
+    ),
     ({"messages": ["hi"]}, Format.PARQUET, r"r0: found 'messages' that are no conversation"),
-    ({"messages": TALK[2:]}, Format.PARQUET, r"r0: found a conversation that starts with the assistant; expected a system or user turn first"),
+    (
+        {"messages": TALK[2:]},
+        Format.PARQUET,
+        r"r0: found a conversation that starts with the assistant; expected a system or user turn first",
+    ),
     ({"messages": TALK[:2]}, Format.PARQUET, r"r0: found no token to learn; expected a completion or an assistant turn that is not empty"),
 ]
 
@@ -192,7 +199,7 @@ def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str
     assert error.value.hint == "--eos-token TOKEN, or --no-eos"
     with pytest.raises(ConfigError, match=r"found no token '</s>'; expected one"):
         _encode(bare, {"text": "two plus"}, eos_token="</s>")
-    with pytest.raises(ConfigError, match="r0, tokenizer .* found no chat template, and a chat to render; expected one") as error:
+    with pytest.raises(ConfigError, match=r"r0, tokenizer .* found no chat template, and a chat to render; expected one") as error:
         _encode(bare, {"messages": TALK}, skip_bad=True)
     assert error.value.hint == "--chat-template FILE.jinja"
     ((ids, _),) = _encode(bare, {"text": "two plus"}, eos_token="<|endoftext|>").documents

@@ -159,7 +159,7 @@ def test_reading_may_start_after_any_batch(everything: list[str]) -> None:
 
 def test_a_parquet_row_group_behind_the_cursor_is_not_read(everything: list[str]) -> None:
     (entry,) = find_inputs([everything[2]], Format.AUTO)
-    (first, *_) = [batch for batch in read_batches([entry], "text", Cursor(0, 650, 650))]
+    first, *_ = read_batches([entry], "text", Cursor(0, 650, 650))
     assert first.records[0] == (f"{everything[2]} row 651", {"text": "row number 650"})
 
 
@@ -183,7 +183,9 @@ def test_another_corpus_is_never_overwritten(tmp_path: Path, tokenizer: str) -> 
     request = _texts_request(tmp_path, tokenizer, "a.txt")
     prepare(request, _nothing)
     (tmp_path / "in" / "b.txt").write_text("more")
-    with pytest.raises(DataError, match=r"output .*c\.bin: found a file of another corpus, or of other inputs, .*; expected nothing there") as error:
+    with pytest.raises(
+        DataError, match=r"output .*c\.bin: found a file of another corpus, or of other inputs, .*; expected nothing there"
+    ) as error:
         prepare(request, _nothing)
     assert error.value.hint == "another --out, or remove it first"
 
@@ -208,9 +210,13 @@ def test_changed_inputs_or_tokenizer_do_not_mix(tmp_path: Path, tokenizer: str, 
     _interrupted(request)
     with pytest.raises(DataError) as error:
         prepare(replace(request, encode=EncodeOptions(tokenizer, append_eos=False)), _nothing)
-    assert str(error.value).startswith(f"unfinished corpus {request.out}: found that the tokenizer and the options changed since it was started")
+    assert str(error.value).startswith(
+        f"unfinished corpus {request.out}: found that the tokenizer and the options changed since it was started"
+    )
     (tmp_path / "in" / "b.txt").write_text("something else")
-    with pytest.raises(DataError, match="found that the inputs changed since it was started; expected the same inputs, tokenizer and") as error:
+    with pytest.raises(
+        DataError, match="found that the inputs changed since it was started; expected the same inputs, tokenizer and"
+    ) as error:
         prepare(request, _nothing)
     assert error.value.hint.endswith("the same command with --restart")
     prepare(replace(request, restart=True), _nothing)
@@ -268,7 +274,11 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[str, Format, str]]:
     return {
         "nowhere": ("nowhere", Format.AUTO, "input .*nowhere: found nothing there; expected a file or a directory"),
         "empty": ("empty", Format.AUTO, "input .*empty: found a directory without files; expected at least one file to read"),
-        "json": ("x.json", Format.AUTO, r"found a \.json file, which may be lines of JSON or one text; expected a format.\n  Try: --format jsonl"),
+        "json": (
+            "x.json",
+            Format.AUTO,
+            r"found a \.json file, which may be lines of JSON or one text; expected a format.\n  Try: --format jsonl",
+        ),
         "parquet": ("bad.parquet", Format.AUTO, r"bad\.parquet: found no Parquet file \(.*\); expected a file written as Parquet"),
         "columns": ("columns", Format.AUTO, "found columns body, id; expected 'text', or 'messages', .*\n  Try: --text-field body"),
         "splits": ("splits", Format.AUTO, r"found several splits \(train, test\); expected one split.\n  Try: .*splits/train"),
