@@ -42,7 +42,10 @@ def test_a_named_class_is_respected(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_loading_a_plain_tokenizer_leaves_torch_out(tokenizer: Path) -> None:
-    code = "import sys\nfrom efflaunch.training.data.tokenizer import load_tokenizer\nload_tokenizer(sys.argv[1])\nprint('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom efflaunch.training.data.tokenizer import load_tokenizer\n"
+        "load_tokenizer(sys.argv[1])\nprint('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tokenizer)], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False\n", done.stderr
 
