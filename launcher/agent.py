@@ -21,8 +21,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
+from ..parallel.config import Device
 from . import state, worker
-from .config import Config, Device
+from .config import Config
 from .env import rank_environment
 from .files import tail_lines
 from .metrics_file import newest_step
