@@ -263,7 +263,8 @@ class _Wandb:
         import wandb
 
         mode = "online" if config.wandb is WandbMode.ONLINE else "offline"
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, disable_job_creation=True)
+        # Its system monitor is a process of its own that outlives a killed rank by seconds, and asks the cloud for metadata.
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_job_creation=True, x_disable_stats=True)
         self._run: Any = wandb.init(
             project=config.wandb_project,
             name=run_dir.name,
