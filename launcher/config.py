@@ -7,41 +7,9 @@ from enum import Enum
 
 from ..checkpoint.config import CheckpointConfig
 from ..memory.config import MemoryConfig
-from ..parallel.config import ParallelConfig
+from ..parallel.config import ClusterConfig, ParallelConfig
 from ..training.config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
-from ..units import Bytes, Seconds
-
-
-class Device(Enum):
-    """What a rank computes on."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterConfig:
-    """The machines a plan is made for; every number of time comes from here until it is measured."""
-
-    name: str
-    device: Device
-    num_nodes: int
-    ranks_per_node: int
-    """GPUs of a node, or processes on a CPU machine."""
-    device_memory_bytes: Bytes
-    """Of one GPU, or one CPU rank's share."""
-    host_memory_bytes: Bytes
-    """Of one node."""
-    peak_flops: float
-    """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
-    efficiency: float
-    """Share of peak_flops that long-context training reaches; an assumption of time estimates."""
-    intra_node_bandwidth: float
-    """Bytes/s of one rank to another of its node, one direction."""
-    inter_node_bandwidth: float
-    """Bytes/s of one rank to another node, one direction."""
-    host_link_bandwidth: float
-    """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
+from ..units import Seconds
 
 
 class Backend(Enum):

@@ -4,8 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
-from ..units import Tokens
+from ..errors import ConfigError
+from ..units import Bytes, Tokens
+
+
+class Device(Enum):
+    """What a rank computes on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines a plan is made for; every number of time comes from here until it is measured."""
+
+    name: str
+    device: Device
+    num_nodes: int
+    ranks_per_node: int
+    """GPUs of a node, or processes on a CPU machine."""
+    device_memory_bytes: Bytes
+    """Of one GPU, or one CPU rank's share."""
+    host_memory_bytes: Bytes
+    """Of one node."""
+    peak_flops: float
+    """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
+    efficiency: float
+    """Share of peak_flops that long-context training reaches; an assumption of time estimates."""
+    intra_node_bandwidth: float
+    """Bytes/s of one rank to another of its node, one direction."""
+    inter_node_bandwidth: float
+    """Bytes/s of one rank to another node, one direction."""
+    host_link_bandwidth: float
+    """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
 
 
 class SequenceMode(Enum):
@@ -52,3 +86,103 @@ class ParallelConfig:
     tokens_per_rank: Tokens
     """Most tokens one rank holds in a micro-batch."""
     grad_reduce: GradReduce = GradReduce.AUTO
+
+
+class Machines(Protocol):
+    """What a layout has to know of the cluster."""
+
+    @property
+    def num_nodes(self) -> int: ...
+
+    @property
+    def ranks_per_node(self) -> int: ...
+
+
+class Heads(Protocol):
+    """What a layout has to know of the model."""
+
+    @property
+    def num_heads(self) -> int: ...
+
+
+def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: Heads) -> None:
+    """ConfigError unless the axes multiply to the world and the sequence groups suit world and heads."""
+    _check_counts(parallel, cluster)
+    _check_world(parallel, cluster)
+    _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
+    _check_scheme(parallel, spec.num_heads)
+
+
+def _check_counts(parallel: ParallelConfig, cluster: Machines) -> None:
+    counts = {
+        "cluster.num_nodes": cluster.num_nodes,
+        "cluster.ranks_per_node": cluster.ranks_per_node,
+        "parallel.replicate": parallel.replicate,
+        "parallel.shard": parallel.shard,
+        "parallel.tokens_per_rank": parallel.tokens_per_rank,
+    }
+    for key, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(key, found=str(value), expected="1 or more", hint=f"{key}=1")
+
+
+def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:
+    world = cluster.num_nodes * cluster.ranks_per_node
+    if parallel.shard is not None and parallel.replicate * parallel.shard != world:
+        raise ConfigError(
+            "parallel.shard",
+            found=f"replicate {parallel.replicate} x shard {parallel.shard} = {parallel.replicate * parallel.shard} ranks",
+            expected=f"{world} ranks: {cluster.num_nodes} x {cluster.ranks_per_node} of cluster",
+            hint=f"parallel.shard={world // parallel.replicate}" if world % parallel.replicate == 0 else "parallel.replicate=1 parallel.shard=null",
+        )
+    if world % parallel.replicate:
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        raise ConfigError(
+            "parallel.replicate",
+            found=f"{parallel.replicate} copies over {world} ranks",
+            expected=f"a divisor of {world}: {', '.join(map(str, divisors))}",
+            hint=f"parallel.replicate={max(n for n in divisors if n <= parallel.replicate)}",
+        )
+
+
+def _check_degree(parallel: ParallelConfig, world: int) -> None:
+    degree = parallel.sp_degree
+    if degree is None:
+        return
+    largest = 1 << (world.bit_length() - 1)
+    if degree < 1 or degree & (degree - 1) or degree > largest:
+        raise ConfigError(
+            "parallel.sp_degree",
+            found=str(degree),
+            expected=f"a power of two up to {largest} ({world} ranks)",
+            hint=f"parallel.sp_degree={min(largest, 1 << max(0, degree.bit_length() - 1))}, or parallel.sp_degree=null",
+        )
+
+
+def _check_scheme(parallel: ParallelConfig, num_heads: int) -> None:
+    inner, degree = parallel.ulysses_degree, parallel.sp_degree
+    if parallel.scheme is Scheme.HYBRID and inner is None:
+        raise ConfigError(
+            "parallel.ulysses_degree",
+            found="nothing with parallel.scheme=hybrid",
+            expected="the ranks of the inner Ulysses exchange",
+            hint="parallel.ulysses_degree=2, or parallel.scheme=auto",
+        )
+    if parallel.scheme is not Scheme.HYBRID and inner is not None:
+        raise ConfigError(
+            "parallel.ulysses_degree",
+            found=f"{inner} with parallel.scheme={parallel.scheme.value}",
+            expected="null: only the hybrid scheme has an inner degree",
+            hint="parallel.scheme=hybrid, or parallel.ulysses_degree=null",
+        )
+    key, wanted = ("parallel.ulysses_degree", inner) if parallel.scheme is Scheme.HYBRID else ("parallel.sp_degree", degree)
+    if parallel.scheme not in (Scheme.HYBRID, Scheme.ULYSSES) or wanted is None:
+        return
+    allowed = [1 << i for i in range(num_heads.bit_length()) if num_heads % (1 << i) == 0 and (degree is None or degree % (1 << i) == 0)]
+    if wanted not in allowed:
+        raise ConfigError(
+            key,
+            found=f"{wanted} Ulysses ranks for {num_heads} attention heads" + (f" in groups of {degree}" if degree is not None else ""),
+            expected=f"one of {', '.join(map(str, allowed))}",
+            hint=f"{key}={max([n for n in allowed if n <= max(1, wanted)])}, or parallel.scheme=auto",
+        )

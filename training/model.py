@@ -98,9 +98,9 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name)."""
     done: set[int] = set()
     for name, module in model.named_modules():
-        shadow, copies = _shadow(module, done)
-        if not copies and not any(True for _ in module.buffers(recurse=False)):
+        if not module._parameters and not module._buffers:
             continue
+        shadow, copies = _shadow(module, done)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
             model._init_weights(shadow)

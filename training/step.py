@@ -55,19 +55,21 @@ def backward_step(
     reduce_each: bool,
     device: torch.device,
 ) -> Tensor:
-    """Leave the step's gradients in the parameters; returns this rank's share of the mean loss (sum over ranks = the loss).
+    """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
+
+    The sum over micro-batches and ranks is the loss.
 
     `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    shares = torch.zeros(len(works), dtype=torch.float64, device=device)
     for index, work in enumerate(works):
         last = index == len(works) - 1
         prepare_backward(model, reduce=last or reduce_each, last=last)
         attention = sequence_attention(topology, kernel, work.group, work.layout)
         loss = model(to_tokens(work, device), attention, 1.0 / num_targets)
         loss.backward()
-        total += loss.detach()
-    return total
+        shares[index] = loss.detach()
+    return shares
 
 
 def to_tokens(work: Work, device: torch.device) -> Tokens:

@@ -19,8 +19,10 @@ IGNORE = -100
 class DataSource:
     """Sequences of every step, from one or more indexed corpora. Steps count from 0."""
 
-    def __init__(self, corpora: list[IndexedCorpus], table: SequenceTable, sampler: Sampler, vocab_size: int) -> None:
-        self.corpora, self.table, self.sampler, self.vocab_size = corpora, table, sampler, vocab_size
+    def __init__(
+        self, corpora: list[IndexedCorpus], table: SequenceTable, sampler: Sampler, vocab_size: int, tokenizer: str | None = None
+    ) -> None:
+        self.corpora, self.table, self.sampler, self.vocab_size, self.tokenizer = corpora, table, sampler, vocab_size, tokenizer
         self._steps: dict[int, np.ndarray] = {}
 
     def lengths(self, step: int) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ class DataSource:
         """Identity of the stream of sequences: equal where (seed, step) means the same documents."""
         digest = hashlib.sha256(f"{self.sampler.seed} {self.sampler.batch_tokens}".encode())
         for column in (self.table.corpus, self.table.document, self.table.start, self.table.stop):
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
     def summary(self) -> str:
@@ -130,7 +132,7 @@ def open_data(config: DataConfig, seed: int, model_vocab_size: int) -> DataSourc
     split = config.long_documents is LongDocuments.SPLIT
     table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=config.max_seq_len, split=split)
     table = _without_untaught_pieces(corpora, table)
-    return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size)
+    return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
 
 
 def _located(config: DataConfig) -> tuple[list[str], str | None]:

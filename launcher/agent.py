@@ -1,0 +1,203 @@
+"""The process that owns the ranks of this machine: starts them, forwards stops, restarts them, decides the exit code.
+
+`python -m efflaunch.launcher.agent RUN_DIR`. It holds no terminal and shows nothing: what happened stands in state.json.
+
+Signals it takes: a stop signal (any number of times) is handed to the ranks, which then have `launcher.grace_s` to save;
+SIGQUIT kills them at once. If the agent's parent dies, the kernel kills the agent, and with it every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
+from . import state, worker
+from .config import Config, Device
+from .env import rank_environment
+from .files import tail_lines
+from .metrics_file import newest_step
+from .restarts import Action, Outcome, RankReport, first_failure, next_action
+from .rundir import attempt_dir, read_run
+from .signals import describe_exit, die_with_parent, on_stop_signals, release_stop_signals
+from .state import Attempt, Failure, RunState, read_state, write_state
+
+if TYPE_CHECKING:
+    from .elastic import RankAgent
+
+_LOG_TAIL_LINES = 30
+
+
+def main(arguments: list[str]) -> int:
+    """Run the ranks of a run directory to the end; the return value is the job's exit code."""
+    parser = argparse.ArgumentParser(prog="efflaunch.launcher.agent")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="process whose death ends this one")
+    options = parser.parse_args(arguments)
+    die_with_parent(options.parent)
+    return Agent(options.run_dir, options.entry).run()
+
+
+class Agent:
+    """Attempt after attempt, until one of them settles the job."""
+
+    def __init__(self, run_dir: Path, entry: str) -> None:
+        self.run_dir, self.entry = run_dir, entry
+        self.config: Config = read_run(run_dir).config
+        self.ranks: RankAgent | None = None
+        self.stopping = False
+        self.out_of_time = False
+        on_stop_signals(self._stop)
+        for number in (signal.SIGALRM, signal.SIGQUIT):
+            signal.signal(number, self._kill_now)
+        release_stop_signals()
+        known = read_state(run_dir)
+        assert known is not None, "whoever starts an agent writes state.json first"
+        self.state: RunState = known
+
+    def run(self) -> int:
+        """The job's exit code, with state.json saying the same."""
+        os.environ.update(rank_environment(self.config))
+        worker.preload(self.entry)
+        history: list[Outcome] = []
+        start_step = newest_step(self.run_dir)
+        while True:
+            outcome = self._attempt()
+            action = self._decide(outcome, history, start_step)
+            if not action.restart:
+                return self._finish(action)
+            history.append(outcome)
+
+    def _decide(self, outcome: Outcome, history: list[Outcome], start_step: int) -> Action:
+        limit = self.config.launcher.max_restarts
+        action = next_action(outcome, history, start_step=start_step, max_restarts=limit, stopping=self.stopping)
+        self._update_attempt(decision=action.reason)
+        return action
+
+    def _finish(self, action: Action) -> int:
+        ends = {EXIT_DONE: state.DONE, EXIT_PREEMPTED: state.PREEMPTED}
+        self._write(state=ends.get(action.exit_code, state.FAILED), exit_code=action.exit_code, ended=time.time())
+        return action.exit_code
+
+    def _attempt(self) -> Outcome:
+        number = len(self.state.attempts) + 1
+        attempt_dir(self.run_dir, number).mkdir(parents=True, exist_ok=True)
+        if self.stopping:
+            # Nothing runs: the last checkpoint is all there is to save.
+            return Outcome(exit_code=EXIT_PREEMPTED, step=newest_step(self.run_dir))
+        attempt = Attempt(number=number, started=time.time())
+        self._write(state=state.RUNNING, attempts=(*self.state.attempts, attempt))
+        exit_code, failure = self._run_ranks(number)
+        outcome = Outcome(exit_code=exit_code, step=newest_step(self.run_dir))
+        self._update_attempt(ended=time.time(), exit_code=exit_code, last_step=outcome.step, failure=failure)
+        return outcome
+
+    def _run_ranks(self, number: int) -> tuple[int, Failure | None]:
+        from .elastic import make_agent
+
+        flush_output()
+        self.ranks = make_agent(
+            worker.main,
+            (str(self.run_dir), self.entry, number, os.getpid()),
+            num_ranks=self.config.cluster.ranks_per_node,
+            run_id=f"{self.run_dir.name}-{number}",
+            start_method=start_method(self.config),
+            timeout_s=self.config.launcher.start_timeout_s,
+            on_start=self._hand_over,
+            on_poll=self._note_stop,
+        )
+        result = self.ranks.run()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        ranks, self.ranks = self.ranks, None
+        if not result.is_failed():
+            codes = [code for code in result.return_values.values() if code]
+            return (max(codes) if codes else EXIT_DONE), None
+        return self._failed(list(self._reports(ranks, number)), number)
+
+    def _reports(self, ranks: RankAgent, number: int) -> Iterator[RankReport]:
+        logs = attempt_dir(self.run_dir, number)
+        for rank in range(self.config.cluster.ranks_per_node):
+            process = ranks.processes.get(rank)
+            path = worker.error_file(logs, rank)
+            yield RankReport(
+                rank=rank,
+                exit_code=process.exitcode if process is not None else None,
+                stopped_by_agent=self.out_of_time or rank in ranks.killed,
+                record=json.loads(path.read_text()) if path.is_file() else None,
+            )
+
+    def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
+        first = first_failure(reports)
+        if first is None:
+            message = f"ranks did not save within launcher.grace_s={self.config.launcher.grace_s:g} s and were killed"
+            return EXIT_RETRY, Failure(rank=reports[0].rank, message=message, traceback="", log=str(attempt_dir(Path(), number)))
+        log = attempt_dir(Path(), number) / f"rank-{first.rank}.log"
+        failure = describe_failure(first, str(log), tail_lines(self.run_dir / log, _LOG_TAIL_LINES))
+        return (EXIT_USER if failure.is_user_error else EXIT_RETRY), failure
+
+    # The handlers run in the middle of anything, so they set flags and send signals, and write no file.
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self.stopping:
+            self.stopping = True
+            self._hand_over()
+
+    def _kill_now(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = self.out_of_time = True
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self.ranks is None or not self.stopping:
+            return
+        if self.out_of_time:
+            self.ranks.send(signal.SIGKILL)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, self.config.launcher.grace_s)
+            self.ranks.send(signal.SIGUSR2)
+
+    def _note_stop(self) -> None:
+        if self.stopping and self.state.state != state.STOPPING:
+            self._write(state=state.STOPPING)
+
+    def _update_attempt(self, **changes: Any) -> None:
+        if self.state.attempts:
+            *earlier, last = self.state.attempts
+            self._write(attempts=(*earlier, replace(last, **changes)))
+
+    def _write(self, **changes: Any) -> None:
+        self.state = write_state(self.run_dir, replace(self.state, **changes))
+
+
+def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failure:
+    """What a person is told about the rank that failed first."""
+    if report.record is None:
+        message = f"rank {report.rank} {describe_exit(report.exit_code)}"
+        return Failure(rank=report.rank, message=message, traceback="\n".join(log_tail), log=log)
+    is_user_error = report.record["exit_code"] == EXIT_USER
+    message = report.record["message"] if is_user_error else f"rank {report.rank}: {report.record['type']}: {report.record['message']}"
+    return Failure(rank=report.rank, message=message, traceback=report.record["traceback"], log=log, is_user_error=is_user_error)
+
+
+def start_method(config: Config) -> str:
+    """Ranks on a CPU are forked from the agent, which has torch loaded; CUDA does not survive a fork."""
+    return "fork" if config.cluster.device is Device.CPU else "spawn"
+
+
+def flush_output() -> None:
+    """A forked rank must not print what the agent had buffered."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""Run on this machine: one agent beside this process, which shows the progress and passes signals on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ...errors import EXIT_RETRY
+from .. import state
+from ..config import Config
+from ..display import Display, make_display
+from ..files import tail_lines
+from ..metrics_file import MetricsFollower
+from ..signals import STOP_SIGNALS, on_stop_signals, stop_signals_held
+from ..state import RunState, new_state, read_state, write_state
+
+AGENT_LOG = "logs/agent.log"
+_POLL_S = 0.1
+_SECOND_STOP_S = 0.5
+"""One Ctrl-C reaches a process group once, but a terminal and a scheduler may both pass it on."""
+
+
+def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str | None = None) -> int:
+    """Train to the end; returns the job's exit code. `lock` is inherited by every process of the run.
+
+    `entry` (module:function) replaces the training function, for tests of the launcher.
+    """
+    known = read_state(run_dir)
+    initial = new_state(world_size=config.cluster.ranks_per_node, revision=revision, attempts=known.attempts if known else ())
+    write_state(run_dir, initial)
+    follower = MetricsFollower(run_dir, from_end=True)
+    display = make_display(config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps)
+    try:
+        with _started(run_dir, lock, entry) as (agent, relay):
+            watcher = Watcher(run_dir, display, follower, len(initial.attempts))
+            while agent.poll() is None:
+                watcher.look(stopping=relay.first is not None)
+                time.sleep(_POLL_S)
+            watcher.look(stopping=relay.first is not None)
+    finally:
+        display.close()
+    return _settled(run_dir, agent.returncode)
+
+
+class Watcher:
+    """Hands what is new in metrics.jsonl and state.json to the display."""
+
+    def __init__(self, run_dir: Path, display: Display, follower: MetricsFollower, num_known_attempts: int) -> None:
+        self.run_dir, self.display, self.follower = run_dir, display, follower
+        self.num_told = num_known_attempts
+        self.told_stop = False
+
+    def look(self, *, stopping: bool) -> None:
+        if stopping and not self.told_stop:
+            self.told_stop = True
+            self.display.note("stopping: the step is finished and saved first (Ctrl-C again: kill the ranks now)")
+        self.display.show(self.follower.read())
+        current = read_state(self.run_dir)
+        for attempt in current.attempts[self.num_told :] if current else ():
+            if attempt.ended is None or not attempt.decision:
+                break
+            self.num_told += 1
+            if attempt.failure is not None:
+                self.display.note(f"attempt {attempt.number} failed after step {attempt.last_step}: {attempt.failure.message}")
+                self.display.note(f"  {attempt.decision}; log: {self.run_dir / attempt.failure.log}")
+
+
+@contextmanager
+def _started(run_dir: Path, lock: int, entry: str | None) -> Iterator[tuple[subprocess.Popen[bytes], _Relay]]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    # The agent is born with stop signals held, and takes them once it has its handlers; so does this process.
+    with stop_signals_held():
+        agent = _start_agent(run_dir, lock, entry)
+        relay = _Relay(agent)
+        on_stop_signals(relay)
+    try:
+        yield agent, relay
+    finally:
+        if agent.poll() is None:
+            agent.kill()
+            agent.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start_agent(run_dir: Path, lock: int, entry: str | None) -> subprocess.Popen[bytes]:
+    module = f"{__package__.rpartition('.')[0]}.agent"
+    command = [sys.executable, "-m", module, str(run_dir), "--parent", str(os.getpid())]
+    with (run_dir / AGENT_LOG).open("ab") as log:
+        # A process group of its own: Ctrl-C at the terminal reaches only this process, which passes it on once.
+        return subprocess.Popen(
+            [*command, *(["--entry", entry] if entry else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(lock,),
+            process_group=0,
+        )
+
+
+class _Relay:
+    """The first stop signal asks the agent to save and stop; a second Ctrl-C asks it to kill the ranks."""
+
+    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
+        self.agent = agent
+        self.first: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+            self.agent.send_signal(signal.SIGTERM)
+        elif number == signal.SIGINT and now - self.first > _SECOND_STOP_S:
+            self.agent.send_signal(signal.SIGQUIT)
+
+
+def _settled(run_dir: Path, returncode: int) -> int:
+    """The exit code, with state.json made true where the agent could not."""
+    current = read_state(run_dir)
+    assert current is not None, "written before the agent was started"
+    if current.exit_code is not None:
+        return current.exit_code
+    lines = tail_lines(run_dir / AGENT_LOG, 40)
+    message = f"the agent ended with {returncode} before its ranks did; the end of {run_dir / AGENT_LOG}:"
+    broken = state.Failure(rank=-1, message=message, traceback="\n".join(lines), log=AGENT_LOG)
+    write_state(run_dir, _with_failure(current, broken))
+    return EXIT_RETRY
+
+
+def _with_failure(current: RunState, failure: state.Failure) -> RunState:
+    now = time.time()
+    ended: dict[str, Any] = {"ended": now, "exit_code": EXIT_RETRY, "failure": failure}
+    *earlier, last = current.attempts or (state.Attempt(number=1, started=current.started),)
+    attempts = (*earlier, replace(last, **ended))
+    return replace(current, state=state.FAILED, exit_code=EXIT_RETRY, ended=now, attempts=attempts)

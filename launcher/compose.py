@@ -1,0 +1,97 @@
+"""Command line -> checked Config. Hydra runs here, once, in one process, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .config import Config
+from .groups import check_config_dir
+from .overrides import Override, parse_overrides
+from .schema import load_config, missing_key
+
+_MISSING = "???"
+
+
+def compose(overrides: list[str], config_dir: str | None = None) -> Config:
+    """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
+    check_config_dir(config_dir)
+    parsed = parse_overrides(overrides, config_dir)
+    data = _run_hydra([item.text for item in parsed], config_dir)
+    missing = list(_missing_keys(data))
+    if missing:
+        raise _missing_choice(missing[0], parsed)
+    config = load_config(data)
+    check_config(config)
+    return config
+
+
+def compose_group(group: str, option: str, config_dir: str | None = None) -> dict[str, Any]:
+    """The plain values of one group option by itself; the option must exist."""
+    data = _run_hydra([], config_dir, f"{group}/{option}")
+    value = data.get(group, data)
+    assert isinstance(value, dict)
+    return value
+
+
+def check_config(config: Config) -> None:
+    """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
+    from ..parallel import config as parallel
+    from ..training import config as training
+    from . import config as launcher
+
+    for module in (training, parallel, launcher):
+        check = getattr(module, "check_config", None)
+        if check is not None:
+            check(config)
+
+
+def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:
+    # The one place that knows Hydra: a later version is a change of this function.
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from .groups import conf_dir
+
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = hydra_compose(config_name, overrides=[*overrides, *search])
+        data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _translated(error) from error
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def _translated(error: Exception) -> ConfigError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and type(cause).__module__.startswith("omegaconf"):
+        lines.append(str(cause).splitlines()[0])
+    return ConfigError(
+        "command line or configuration file",
+        found="; ".join(lines[:3]) or type(error).__name__,
+        expected="overrides and files that compose",
+        hint="quote values with special characters: 'data.prefixes=[\"/data/my corpus\"]'; efflaunch train --help lists keys and groups",
+    )
+
+
+def _missing_keys(data: Any, path: str = "") -> Iterator[str]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _missing_keys(value, f"{path}.{key}" if path else str(key))
+    elif data == _MISSING:
+        yield path
+
+
+def _missing_choice(key: str, given: list[Override]) -> ConfigError:
+    error = missing_key(key)
+    if any(item.key == "experiment" for item in given):
+        return error
+    return ConfigError(error.where, found=error.found, expected=error.expected, hint=f"{key}=..., or an experiment that sets it: +experiment=quickstart")

@@ -1,0 +1,143 @@
+"""torch.distributed.elastic in process: one attempt of all ranks of this node. Imported by agents only.
+
+The one module of launcher/ that imports torch at module level. The torchrun command is not used because it turns
+every exit code into 1; here ranks return 0 or 75, and what failed is read from the processes themselves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from .signals import stop_signals_held
+
+LOOPBACK = "127.0.0.1"
+_PEERS_GRACE_S = 5.0
+"""How long the others may take to notice a dead rank and write down their own errors."""
+
+
+class LoopbackRendezvous(StaticTCPRendezvous):
+    """The ranks of one machine meet at a port the kernel chose, which nobody outside the machine can reach.
+
+    Made anew for each attempt: after a rank was killed, its store may hold half of an exchange.
+    """
+
+    def __init__(self, run_id: str, timeout_s: int) -> None:
+        self.listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.listener.bind((LOOPBACK, 0))
+        super().__init__(LOOPBACK, self.listener.getsockname()[1], 0, 1, run_id, timeout_s)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        if self._store is None:
+            self._store = TCPStore(
+                LOOPBACK,
+                self.master_port,
+                world_size=1,
+                is_master=True,
+                timeout=self.timeout,
+                multi_tenant=True,
+                master_listen_fd=self.listener.detach(),
+            )
+        store = PrefixStore(self.run_id, self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self.master_port))
+
+
+class OwnLogs(LogsSpecs):
+    """Ranks open their own logs and error files, so elastic redirects nothing."""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        nothing = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=nothing, stderrs=dict(nothing), error_files=dict.fromkeys(envs, os.devnull))
+
+    @property
+    def root_log_dir(self) -> str:
+        return os.devnull
+
+
+class RankAgent(LocalElasticAgent):
+    """One attempt. `processes` are the ranks by rank; `killed` those that were killed because another had failed."""
+
+    def __init__(self, spec: WorkerSpec, start_method: str, on_start: Callable[[], None], on_poll: Callable[[], None]) -> None:
+        super().__init__(spec, OwnLogs(), start_method=start_method)
+        self.processes: Mapping[int, BaseProcess] = {}
+        self.killed: set[int] = set()
+        self._on_start, self._on_poll = on_start, on_poll
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        # Held signals reach a rank only once it has its own handlers, and the agent once it knows its ranks.
+        with stop_signals_held():
+            pids = super()._start_workers(worker_group)
+            children = {process.pid: process for process in multiprocessing.active_children()}
+            self.processes = {worker_group.workers[local].global_rank: children[pid] for local, pid in pids.items() if pid in children}
+        self._on_start()
+        return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        # Elastic would wait 30 s for the rest; and a rank that ends by itself, even with 0, will never answer.
+        self._on_poll()
+        if any(process.exitcode is not None for process in self.processes.values()):
+            self._end_the_rest()
+        return super()._monitor_workers(worker_group)
+
+    def _end_the_rest(self) -> None:
+        deadline = time.monotonic() + _PEERS_GRACE_S
+        while self._alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.killed |= set(self._alive())
+        self.send(signal.SIGKILL)
+
+    def _alive(self) -> list[int]:
+        return [rank for rank, process in self.processes.items() if process.exitcode is None]
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to every rank that still runs."""
+        for process in self.processes.values():
+            # Not `exitcode`: this is called from signal handlers, in the middle of anything.
+            if process.pid is not None:
+                _kill(process.pid, number)
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def make_agent(
+    entry: Callable[..., int],
+    arguments: tuple[Any, ...],
+    *,
+    num_ranks: int,
+    run_id: str,
+    start_method: str,
+    timeout_s: float,
+    on_start: Callable[[], None],
+    on_poll: Callable[[], None],
+) -> RankAgent:
+    """An agent that runs `entry(*arguments)` in `num_ranks` processes of this machine, once."""
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=num_ranks,
+        entrypoint=entry,
+        args=arguments,
+        rdzv_handler=LoopbackRendezvous(run_id, int(timeout_s)),
+        max_restarts=0,
+        monitor_interval=0.1,
+        master_addr=LOOPBACK,
+        local_addr=LOOPBACK,
+    )
+    return RankAgent(spec, start_method, on_start, on_poll)

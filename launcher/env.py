@@ -1,0 +1,25 @@
+"""The environment ranks are given. The only place of launcher/ that reads it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from .config import Backend, Config
+
+
+def rank_environment(config: Config) -> dict[str, str]:
+    """Variables to set in an agent, which its ranks inherit. What the user has set for the network stays."""
+    values = {
+        "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
+        "TOKENIZERS_PARALLELISM": "false",
+        # Elastic insists on handling some signal itself; every one that matters is the agent's own.
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGXCPU",
+    }
+    if config.launcher.backend is Backend.LOCAL and "GLOO_SOCKET_IFNAME" not in os.environ:
+        values |= {"GLOO_SOCKET_IFNAME": name for name in _loopback_names()[:1]}
+    return values
+
+
+def _loopback_names() -> list[str]:
+    return [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]

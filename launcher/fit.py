@@ -1,0 +1,218 @@
+"""Whether this machine can run a configuration, and what to type where it cannot. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import ConfigError, UserError
+from ..memory.terms import GIB
+from ..parallel.layout import solve_layout
+from ..training.spec import model_spec
+from ..units import format_bytes, format_tokens
+from .config import Config, Device
+from .plan_command import plan
+
+MAX_RANKS_PER_CORE = 4
+# Data sheets say 80 GB, drivers show 79.6 GiB.
+_NOMINAL = 0.97
+
+
+class MachineError(ConfigError):
+    """The configuration is sound, but not for this machine."""
+
+    def __init__(self, where: str, *, found: str, expected: str, hint: str) -> None:
+        super().__init__(where, found=found, expected=expected, hint=hint)
+        self.args = (f"{where}: needs {expected}, found {found}.\n  Try: {hint}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is here."""
+
+    gpus: tuple[Gpu, ...]
+    num_cores: int
+    memory_bytes: int
+    """That new processes can still have."""
+
+
+def check_config(config: Config) -> None:
+    """ConfigError unless model, layout and batch go together, on whatever machine."""
+    spec = model_spec(config.model)
+    if config.data.global_batch_tokens < config.data.max_seq_len:
+        raise ConfigError(
+            "data.global_batch_tokens",
+            found=format_tokens(config.data.global_batch_tokens),
+            expected=f"at least data.max_seq_len={format_tokens(config.data.max_seq_len)}",
+            hint=f"data.global_batch_tokens={format_tokens(config.data.max_seq_len)}",
+        )
+    solve_layout(
+        config.parallel,
+        config.cluster,
+        spec,
+        max_seq_len=config.data.max_seq_len,
+        global_batch_tokens=config.data.global_batch_tokens,
+    )
+
+
+def check_machine(config: Config, machine: Machine | None = None) -> None:
+    """MachineError where this machine (looked at now, or `machine`) cannot run its node's part of the configuration."""
+    here = machine if machine is not None else this_machine(config.cluster.device)
+    if config.cluster.device is Device.CUDA:
+        _check_gpus(config, here)
+    else:
+        _check_cores(config, here)
+        _check_memory(config, here)
+
+
+def this_machine(device: Device) -> Machine:
+    """Cores, free memory and, where GPUs are asked for, GPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(tuple(find_gpus()) if device is Device.CUDA else (), cores, available_memory())
+
+
+def find_gpus() -> list[Gpu]:
+    """GPUs of this machine by NVML, or by nvidia-smi where its Python package is not installed; none where there is no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return _gpus_by_smi()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return [Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)) for handle in handles]
+
+
+def _gpus_by_smi() -> list[Gpu]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver, no tool or a tool without a driver: no GPU to use
+        return []
+    rows = [line.rpartition(",") for line in found.splitlines() if line.strip()]
+    return [Gpu(name.strip(), int(float(memory)) << 20) for name, _, memory in rows]
+
+
+def available_memory() -> int:
+    """Bytes new processes can have: the kernel's estimate, less where a control group allows less."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def _check_gpus(config: Config, machine: Machine) -> None:
+    cluster = config.cluster
+    needed, gib = cluster.ranks_per_node, round(cluster.device_memory_bytes / GIB)
+    large_enough = [gpu for gpu in machine.gpus if gpu.memory_bytes >= _NOMINAL * cluster.device_memory_bytes]
+    if len(large_enough) >= needed and cluster.num_nodes == 1:
+        return
+    places = f" on {cluster.num_nodes} nodes" if cluster.num_nodes > 1 else ""
+    raise MachineError(
+        config.experiment,
+        found=_gpus_in_words(machine) + (" on this machine, which is one node" if places else ""),
+        expected=f"{needed * cluster.num_nodes} GPU{'s' * (needed * cluster.num_nodes > 1)} with {gib} GB{places}",
+        hint=_instead(config),
+    )
+
+
+def _gpus_in_words(machine: Machine) -> str:
+    if not machine.gpus:
+        return "none"
+    sizes = sorted({round(gpu.memory_bytes / GIB) for gpu in machine.gpus})
+    return f"{len(machine.gpus)} with {' and '.join(map(str, sizes))} GB"
+
+
+def _instead(config: Config) -> str:
+    here = " ".join(local_overrides(config))
+    same = f"+experiment={config.experiment} "
+    return (
+        f"efflaunch plan {same}to see what it needs,\n"
+        f"       efflaunch +experiment=quickstart, or the same experiment in miniature on this machine:\n"
+        f"       efflaunch {same}{here}"
+    )
+
+
+def local_overrides(config: Config) -> list[str]:
+    """Overrides that turn any experiment into one that runs on CPU ranks: a tiny model on built-in text."""
+    found = [
+        "model=tiny",
+        "data=stdlib",
+        "cluster=local_cpu",
+        "cluster.num_nodes=1",
+        "data.max_seq_len=8K",
+        "data.global_batch_tokens=16K",
+        "parallel.tokens_per_rank=4K",
+        "train.dtype=float32",
+        "train.steps=20",
+    ]
+    parallel = config.parallel
+    if parallel.replicate != 1 or parallel.shard is not None:
+        found += ["parallel.replicate=1", "parallel.shard=null"]
+    if parallel.sp_degree is not None or parallel.ulysses_degree is not None:
+        found += ["parallel.sp_degree=null", "parallel.ulysses_degree=null", "parallel.scheme=auto"]
+    if config.model.path is not None:
+        found.append("model.path=null")
+    return found
+
+
+def _check_cores(config: Config, machine: Machine) -> None:
+    ranks, most = config.cluster.ranks_per_node, MAX_RANKS_PER_CORE * machine.num_cores
+    if ranks > most:
+        raise MachineError(
+            "cluster.ranks_per_node",
+            found=f"{machine.num_cores} (at most {MAX_RANKS_PER_CORE} ranks a core)",
+            expected=f"{-(-ranks // MAX_RANKS_PER_CORE)} cores for {ranks} ranks",
+            hint=_fewer_ranks(config, most),
+        )
+
+
+def _check_memory(config: Config, machine: Machine) -> None:
+    needed = _memory_needed(config)
+    if needed > machine.memory_bytes:
+        fitting = [n for n in range(config.cluster.ranks_per_node - 1, 0, -1) if (_with_ranks_needed(config, n) or needed) <= machine.memory_bytes]
+        raise MachineError(
+            config.experiment,
+            found=f"{format_bytes(machine.memory_bytes)} free",
+            expected=f"{format_bytes(needed)} of memory for {config.cluster.ranks_per_node} ranks",
+            hint=_fewer_ranks(config, fitting[0]) if fitting else "a smaller model, data.max_seq_len or parallel.tokens_per_rank; efflaunch plan shows what takes the room",
+        )
+
+
+def _memory_needed(config: Config) -> int:
+    ledger = plan(config)
+    return sum(entry.num_bytes for entry in ledger.host.terms if entry.name in ("ranks", "data staging"))
+
+
+def _with_ranks_needed(config: Config, ranks: int) -> int | None:
+    """Bytes with another number of ranks; None where no layout has that many."""
+    try:
+        return _memory_needed(replace(config, cluster=replace(config.cluster, ranks_per_node=ranks)))
+    except UserError:
+        return None
+
+
+def _fewer_ranks(config: Config, most: int) -> str:
+    """The largest number of ranks up to `most` that has a layout, as overrides."""
+    for ranks in range(min(most, config.cluster.ranks_per_node - 1), 0, -1):
+        if _with_ranks_needed(config, ranks) is not None:
+            return f"cluster.ranks_per_node={ranks}"
+        spread = replace(config, parallel=replace(config.parallel, tokens_per_rank=config.data.max_seq_len, sp_degree=None, shard=None, replicate=1))
+        if ranks == 1 and _with_ranks_needed(spread, ranks) is not None:
+            return f"cluster.ranks_per_node=1 parallel.tokens_per_rank={format_tokens(config.data.max_seq_len)}"
+    return "a larger machine"

@@ -1,0 +1,97 @@
+"""The plan as tables for a person. Only `plan_command` imports this, so that rich is loaded when something is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from ..memory.advice import Suggestion
+from ..memory.ledger import Account, Ledger
+from ..memory.terms import GIB
+from ..memory.timing import Timing
+from ..units import format_seconds, format_tokens
+from .config import Config
+
+
+def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion], notes: Iterable[str]) -> None:
+    """Layout, one table per memory, time, verdict."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {ledger.setting.parameters / 1e9:.2f}B parameters, {_batch(config)}")
+    for line in _layout_lines(ledger):
+        console.print(f"  {line}")
+    console.print()
+    console.print(_table(ledger.device, f"each {ledger.device.name}"))
+    console.print(_table(ledger.host, f"each node ({ledger.layout.ranks_per_node} ranks)"))
+    for line in _time_lines(ledger.timing):
+        console.print(line)
+    for note in notes:
+        console.print(f"note: {note}")
+    console.print()
+    for line in _verdict(ledger, suggestions):
+        console.print(line)
+
+
+def _batch(config: Config) -> str:
+    return f"sequences up to {format_tokens(config.data.max_seq_len)}, {format_tokens(config.data.global_batch_tokens)} tokens a step"
+
+
+def _layout_lines(ledger: Ledger) -> list[str]:
+    layout = ledger.layout
+    return [
+        f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
+        f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {ledger.setting.parallel.grad_reduce.value.replace('_', '-')}",
+        f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {format_tokens(layout.tokens_per_rank)} tokens a rank",
+        f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
+    ]
+
+
+def _table(account: Account, title: str) -> Table:
+    phase = account.peak_phase
+    table = Table(title=f"{title}, GiB; peak in {phase.value}", title_justify="left", title_style="bold")
+    table.add_column("term")
+    table.add_column("at peak", justify="right")
+    table.add_column("most", justify="right")
+    table.add_column("what")
+    for entry in sorted(account.terms, key=lambda entry: -entry.by_phase.get(phase, 0)):
+        table.add_row(entry.name, _gib(entry.by_phase.get(phase, 0)), _gib(entry.num_bytes), entry.note)
+    table.add_section()
+    table.add_row("[bold]sum[/bold]", f"[bold]{_gib(account.peak_bytes)}[/bold]", "", f"of {_gib(account.capacity_bytes)} there are")
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    # Small models live in thousandths.
+    return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 10 or num_bytes == 0 else f"{num_bytes / GIB:.4f}"
+
+
+def _time_lines(timing: Timing) -> list[str]:
+    share = timing.attention_flops / timing.flops
+    return [
+        f"step: {format_seconds(timing.step_s)}, {timing.tokens_per_s:,.0f} tokens/s (an estimate)",
+        f"  {timing.flops:.3g} FLOPs, causal, {share:.0%} of them attention; without recomputation {timing.model_flops:.3g}",
+        f"  compute {format_seconds(timing.compute_s)}, sequence exchanges {format_seconds(timing.sequence_s)}, "
+        f"weights and gradients not hidden {format_seconds(timing.sharding_s)}",
+        *(f"  assumed: {text}" for text in timing.assumptions),
+    ]
+
+
+def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
+    if ledger.fits:
+        spare = ledger.device.capacity_bytes - ledger.device.peak_bytes
+        return [f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {ledger.device.name}"]
+    lines = []
+    for account in (ledger.device, ledger.host):
+        if not account.fits:
+            missing = account.peak_bytes - account.capacity_bytes
+            lines.append(
+                f"[bold red]does not fit[/bold red]: {_gib(missing)} GiB too much on each {account.name}; "
+                f"largest: {account.largest.name}, {_gib(account.largest.by_phase[account.peak_phase])} GiB"
+            )
+    found = list(suggestions)
+    lines.append("any of these would make it fit:" if found else "no single set of overrides this planner knows makes it fit")
+    for entry in found:
+        peak, time = _gib(entry.ledger.device.peak_bytes), format_seconds(entry.ledger.timing.step_s)
+        lines.append(f"  {' '.join(entry.overrides)}\n    {entry.reason}: {peak} GiB, step {time}")
+    return lines

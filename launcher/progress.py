@@ -1,0 +1,123 @@
+"""Where a run stands, folded from its metrics events. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..units import format_bytes, format_seconds
+from .metrics_file import Event
+
+_RECENT_STEPS = 20
+
+
+@dataclass(slots=True)
+class Progress:
+    """Everything known so far; `losses` holds the valid loss of each step (a resumed run does its lost steps again)."""
+
+    steps: int = 0
+    world_size: int = 0
+    parameters: int = 0
+    resumed_from: int | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+    durations: dict[int, float] = field(default_factory=dict)
+    last: Event | None = None
+    total_tokens: int = 0
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+    """Most memory of each rank, over all steps."""
+    checkpoint: Event | None = None
+    checkpoint_error: str | None = None
+
+    def apply(self, events: Iterable[Event]) -> Progress:
+        """Take in new events, in order; returns itself."""
+        handlers = {
+            "start": self._start,
+            "step": self._step,
+            "checkpoint": self._saved,
+            "checkpoint_failed": self._not_saved,
+        }
+        for event in events:
+            handler = handlers.get(event["event"])
+            if handler is not None:
+                handler(event)
+        return self
+
+    def _start(self, event: Event) -> None:
+        self.steps, self.world_size = event["steps"], event["world_size"]
+        self.parameters, self.resumed_from = event["parameters"], event.get("resumed_from")
+        kept = self.resumed_from or 0
+        for values in (self.losses, self.durations):
+            for step in [step for step in values if step > kept]:
+                del values[step]
+
+    def _step(self, event: Event) -> None:
+        step = event["step"]
+        self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
+        self.total_tokens = event["total_tokens"]
+        for rank in event["ranks"]:
+            number = rank["rank"]
+            self.peak_bytes[number] = max(self.peak_bytes.get(number, 0), rank["peak_bytes"])
+
+    def _saved(self, event: Event) -> None:
+        self.checkpoint, self.checkpoint_error = event, None
+
+    def _not_saved(self, event: Event) -> None:
+        self.checkpoint_error = event["error"]
+
+    @property
+    def step(self) -> int:
+        """Newest valid step; 0 before the first."""
+        return max(self.losses, default=0)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean of the latest steps, without the first of the run, which also warms up."""
+        recent = [self.durations[step] for step in sorted(self.durations)[1:][-_RECENT_STEPS:]]
+        return sum(recent) / len(recent) if recent else None
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Of the steps that are left at the present pace."""
+        pace = self.seconds_per_step
+        return None if pace is None else pace * (self.steps - self.step)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the newest step, over all ranks."""
+        return self.last["tokens_per_s"] if self.last else None
+
+
+def step_line(progress: Progress) -> str:
+    """The newest step in one line of plain text."""
+    event = progress.last
+    assert event is not None, "no step yet"
+    parts = [f"step {event['step']}/{progress.steps}", f"loss {event['loss']:.4f}", f"{event['tokens_per_s']:,.0f} tokens/s"]
+    if event.get("grad_norm") is not None:
+        parts.append(f"grad {event['grad_norm']:.3f}")
+    parts += [f"lr {event['lr']:.2e}", format_seconds(event["step_s"])]
+    if progress.time_left_s is not None:
+        parts.append(f"{format_seconds(progress.time_left_s)} to go")
+    return "  ".join([*parts, event["plan"]])
+
+
+def start_line(event: Event) -> str:
+    """How the run starts, in one line."""
+    where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
+    return f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"
+
+
+def summary_lines(progress: Progress) -> list[tuple[str, str]]:
+    """(name, value) of what a finished or stopped run has come to."""
+    if not progress.losses:
+        return []
+    first, last = min(progress.losses), progress.step
+    trained = sum(progress.durations.values())
+    rows = [
+        ("steps", f"{last} of {progress.steps}"),
+        ("loss", f"{progress.losses[first]:.4f} at step {first}, {progress.losses[last]:.4f} at step {last}"),
+        ("tokens", f"{progress.total_tokens:,}" + (f", {format_seconds(trained)} of training" if trained else "")),
+    ]
+    if progress.peak_bytes:
+        shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
+        rows.append(("peak memory", shares))
+    return rows

@@ -1,0 +1,160 @@
+"""A run directory: its identity, its frozen configuration and the lock of whoever runs in it.
+
+run.yaml is the configuration in plain YAML with `revision` and `efflaunch_version`; run.sha256 is its hash.
+Starting the run again with another configuration writes the next revision; the earlier ones stay in `revisions/`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import ConfigError
+from .config import Config
+from .files import write_atomic
+from .schema import dump_config, load_config
+from .state import read_state
+
+RUN_FILE, HASH_FILE, LOCK_FILE = "run.yaml", "run.sha256", ".lock"
+_EXTRA_KEYS = ("efflaunch_version", "revision")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRun:
+    """What run.yaml holds."""
+
+    config: Config
+    revision: int
+    version: str
+
+
+def make_run_id(experiment: str) -> str:
+    """`quickstart-20260131-142501-3f9c`: made once, in one process; the suffix keeps two starts in a second apart."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment) or "run"
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def attempt_dir(run_dir: Path, attempt: int) -> Path:
+    """Where the ranks of an attempt log."""
+    return run_dir / "logs" / f"attempt-{attempt}"
+
+
+def read_run(run_dir: Path) -> StoredRun:
+    """The stored configuration; ConfigError where there is none, or it was changed by hand."""
+    import yaml
+
+    path = run_dir / RUN_FILE
+    if not path.is_file():
+        raise ConfigError(str(run_dir), found="no run.yaml", expected="a run directory", hint="efflaunch status runs/NAME, with a directory that efflaunch made")
+    text = path.read_text(encoding="utf-8")
+    expected = (run_dir / HASH_FILE).read_text().split()[0] if (run_dir / HASH_FILE).is_file() else ""
+    if hashlib.sha256(text.encode()).hexdigest() != expected:
+        hint = f"undo the edit (revisions/ holds every version), then: efflaunch resume {run_dir} key=value"
+        raise ConfigError(str(path), found="contents that do not match run.sha256", expected="the file as efflaunch wrote it", hint=hint)
+    data = yaml.safe_load(text)
+    config = load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS})
+    return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def write_run(run_dir: Path, config: Config, revision: int) -> None:
+    """Write run.yaml and run.sha256 as `revision`, and a copy under revisions/."""
+    import yaml
+
+    data = {"efflaunch_version": __version__, "revision": revision, **dump_config(config)}
+    text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+    (run_dir / "revisions").mkdir(exist_ok=True)
+    write_atomic(run_dir / "revisions" / f"{revision}.yaml", text)
+    write_atomic(run_dir / RUN_FILE, text)
+    write_atomic(run_dir / HASH_FILE, f"{hashlib.sha256(text.encode()).hexdigest()}  {RUN_FILE}\n")
+
+
+def config_diff(old: Config, new: Config) -> list[str]:
+    """One line per key that differs, `train.steps: 100 -> 200`."""
+    before, after = dict(_flat(dump_config(old))), dict(_flat(dump_config(new)))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys if before.get(key, ...) != after.get(key, ...)]
+
+
+def _flat(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key, "absent")
+    return "null" if value is None else str(value)
+
+
+def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
+    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held."""
+    if not (run_dir / RUN_FILE).is_file():
+        write_run(run_dir, config, 1)
+        return 1, []
+    stored = read_run(run_dir)
+    changes = config_diff(stored.config, config)
+    if not changes:
+        return stored.revision, []
+    write_run(run_dir, config, stored.revision + 1)
+    return stored.revision + 1, changes
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Create it; ConfigError where it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "logs").mkdir(exist_ok=True)
+        probe = run_dir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            "run.root", found=f"{run_dir}: {error.strerror}", expected="a directory that can be written", hint="run.root=DIR with a directory of yours"
+        ) from error
+
+
+def lock_run(run_dir: Path) -> int:
+    """An open file that holds the run's lock for as long as any process that inherited it lives.
+
+    ConfigError, naming the process, while another efflaunch runs there.
+    """
+    file = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        state = read_state(run_dir)
+        holder = f"process {state.pid} on {state.host}" if state else "another process"
+        raise ConfigError(
+            str(run_dir),
+            found=f"{holder} running in it",
+            expected="one efflaunch per run directory",
+            hint=f"efflaunch status {run_dir}; or stop it first" + (f": kill {state.pid}" if state else ""),
+        ) from error
+    return file
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether some process of the run is alive."""
+    try:
+        file = os.open(run_dir / LOCK_FILE, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)

@@ -1,0 +1,131 @@
+"""Start a run, or go on with one: from a checked configuration to a backend."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from .config import Config
+from .metrics_file import MetricsFollower
+from .overrides import Override, parse_overrides
+from .progress import Progress, summary_lines
+from .rundir import RUN_FILE, lock_run, make_run_dir, make_run_id, read_run, store_config
+from .schema import dump_config, load_config
+from .state import read_state
+
+
+def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False) -> int:
+    """Train what the command line asks for; a known run.id goes on. Returns the job's exit code."""
+    from .compose import compose
+
+    config = compose(overrides, config_dir)
+    if print_config:
+        return show_config(config)
+    if config.run.id is None:
+        config = replace(config, run=replace(config.run, id=make_run_id(config.experiment)))
+    return launch(config)
+
+
+def resume(run_dir: Path, overrides: list[str], config_dir: str | None) -> int:
+    """Go on in `run_dir`, with `overrides` on top of its stored configuration."""
+    config = read_run(run_dir).config
+    if overrides:
+        config = changed(config, parse_overrides(overrides, config_dir), config_dir)
+    return launch(config, run_dir)
+
+
+def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
+    """`config` with group options and values replaced, checked again."""
+    import yaml
+
+    from .compose import check_config, compose_group
+
+    data = dump_config(config)
+    for item in overrides:
+        if item.key in ("experiment", "run.id", "run.root"):
+            raise ConfigError(item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME")
+        if item.is_group:
+            data[item.key] = compose_group(item.key, item.value, config_dir)
+        else:
+            _set(data, item.key, yaml.safe_load(item.value))
+    result = load_config(data)
+    check_config(result)
+    return result
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inner = data[parent] = {}
+        data = inner
+    data[leaf] = value
+
+
+def show_config(config: Config) -> int:
+    """Print the resolved configuration as YAML."""
+    import yaml
+
+    print(yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=None, width=120), end="")
+    return EXIT_DONE
+
+
+def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = None) -> int:
+    """Run `config` in its run directory, one process at a time; returns the job's exit code.
+
+    Everything that can be refused is refused before anything is written. `entry` replaces the training function.
+    """
+    from .backends import local
+    from .fit import check_machine
+
+    check_machine(config)
+    assert config.run.id is not None, "made before launching"
+    run_dir = run_dir or Path(config.run.root) / config.run.id
+    make_run_dir(run_dir)
+    lock = lock_run(run_dir)
+    goes_on = (run_dir / RUN_FILE).is_file()
+    revision, changes = store_config(run_dir, config)
+    print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
+    if changes:
+        print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
+    code = local.run(config, run_dir, revision=revision, lock=lock, entry=entry)
+    report_end(run_dir, code)
+    return code
+
+
+def report_end(run_dir: Path, code: int) -> None:
+    """Say how it ended and what to type next; the error of a failed run comes last and in full, on stderr."""
+    progress = Progress().apply(MetricsFollower(run_dir).read())
+    titles = {EXIT_DONE: "done", EXIT_PREEMPTED: "stopped and saved"}
+    rows = [*summary_lines(progress), ("run", str(run_dir)), *_next_commands(run_dir, code, progress)]
+    print(f"\n{titles.get(code, 'failed')}")
+    for name, value in rows:
+        print(f"  {name:<12}{value}")
+    sys.stdout.flush()
+    if code not in titles:
+        _print_failure(run_dir)
+
+
+def _next_commands(run_dir: Path, code: int, progress: Progress) -> list[tuple[str, str]]:
+    more = f" train.steps={2 * progress.steps}" if code == EXIT_DONE and progress.steps else ""
+    rows = [("go on", f"efflaunch resume {run_dir}{more}"), ("look", f"efflaunch status {run_dir}")]
+    if progress.checkpoint is not None:
+        rows.append(("export", f"efflaunch export {run_dir} OUT"))
+    return rows
+
+
+def _print_failure(run_dir: Path) -> None:
+    state = read_state(run_dir)
+    failure = state.failure if state else None
+    if failure is None:
+        return
+    if failure.is_user_error:
+        print(f"\nefflaunch: {failure.message}", file=sys.stderr)
+        return
+    print(f"\nfirst failure: {failure.message}\n(log: {run_dir / failure.log})", file=sys.stderr)
+    if failure.traceback:
+        print(failure.traceback, file=sys.stderr)

@@ -1,0 +1,168 @@
+"""What would make a configuration fit: sets of overrides, each proven by the same ledger. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ..errors import UserError
+from ..parallel.config import GradReduce
+from ..units import format_tokens
+from .config import Keep, MemoryConfig
+from .ledger import Ledger, build_ledger
+from .terms import Setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """Overrides to type, in words what they do, and the ledger that shows they fit."""
+
+    overrides: tuple[str, ...]
+    reason: str
+    ledger: Ledger
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.overrides)}  ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    overrides: tuple[str, ...]
+    reason: str
+    setting: Setting
+
+
+_Move = Callable[[Setting], Iterator[_Change]]
+
+
+def suggest(ledger: Ledger, *, most: int = 4) -> tuple[Suggestion, ...]:
+    """At most `most` override sets that fit, the least intrusive kind first: one change if one is enough, else changes on top of each other."""
+    if ledger.fits:
+        return ()
+    found: list[Suggestion] = []
+    for move in _SINGLE:
+        proven = _first_that_fits(move(ledger.setting))
+        if proven is not None:
+            found.append(proven)
+    return tuple(found[:most] if found else _stacked(ledger.setting)[:most])
+
+
+def largest_length(ledger: Ledger) -> int | None:
+    """The longest data.max_seq_len, halving, that fits with everything else as it is; None if none of 16 halvings does."""
+    proven = _first_that_fits(_shorter(ledger.setting))
+    return proven.ledger.setting.data.max_seq_len if proven is not None else None
+
+
+def _first_that_fits(changes: Iterator[_Change]) -> Suggestion | None:
+    for change in changes:
+        proven = _prove(change)
+        if proven is not None:
+            return proven
+    return None
+
+
+def _prove(change: _Change) -> Suggestion | None:
+    s = change.setting
+    try:
+        ledger = build_ledger(spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=s.cluster)
+    except UserError:  # a layout that does not exist is no suggestion
+        return None
+    return Suggestion(overrides=change.overrides, reason=change.reason, ledger=ledger) if ledger.fits else None
+
+
+def _stacked(setting: Setting) -> list[Suggestion]:
+    """All that saves memory without other machines at once; then more nodes or shorter sequences on top of it."""
+    base = _Change((), "", setting)
+    for move in (_recompute, _reduce_each, _small_loss_chunks, _shard_more):
+        base = _on_top(base, next(move(base.setting), None))
+    if base.overrides and (proven := _prove(base)) is not None:
+        return [proven]
+    out = []
+    for move in (_spread, _more_nodes, _shorter):
+        proven = _first_that_fits(_on_top(base, change) for change in move(base.setting))
+        if proven is not None:
+            out.append(proven)
+    return out
+
+
+def _on_top(base: _Change, change: _Change | None) -> _Change:
+    if change is None:
+        return base
+    return _Change(base.overrides + change.overrides, "; ".join(filter(None, (base.reason, change.reason))), change.setting)
+
+
+def _recompute(s: Setting) -> Iterator[_Change]:
+    if Keep.KEEP in (s.memory.activations, s.memory.attention_output):
+        policy = MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE)
+        yield _Change(("memory=recompute",), "layers run again in backward", replace(s, memory=policy))
+
+
+def _reduce_each(s: Setting) -> Iterator[_Change]:
+    if s.parallel.grad_reduce is GradReduce.STEP and s.layout.num_micro_batches > 1:
+        parallel = replace(s.parallel, grad_reduce=GradReduce.MICRO_BATCH)
+        yield _Change(("parallel.grad_reduce=micro_batch",), "no whole gradients are kept", replace(s, parallel=parallel))
+
+
+def _small_loss_chunks(s: Setting) -> Iterator[_Change]:
+    for chunk in (1024, 512, 256):
+        if chunk < s.train.loss_chunk_tokens:
+            train = replace(s.train, loss_chunk_tokens=chunk)
+            yield _Change((f"train.loss_chunk_tokens={chunk}",), "fewer logits at a time", replace(s, train=train))
+
+
+def _shard_more(s: Setting) -> Iterator[_Change]:
+    if s.parallel.replicate > 1:
+        parallel = replace(s.parallel, replicate=1, shard=None)
+        yield _Change(("parallel.replicate=1", "parallel.shard=null"), "weights are sharded over all ranks", replace(s, parallel=parallel))
+
+
+def _spread(s: Setting) -> Iterator[_Change]:
+    """Each sequence over more of the ranks there are: fewer tokens on each."""
+    degree = s.layout.sp_degree
+    while 2 * degree <= s.layout.world_size:
+        degree *= 2
+        tokens = -(-s.data.max_seq_len // degree)
+        parallel = replace(s.parallel, sp_degree=degree, tokens_per_rank=tokens)
+        overrides = (f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}")
+        yield _Change(overrides, f"each sequence over {degree} ranks", replace(s, parallel=parallel))
+    least = -(-s.data.max_seq_len // s.layout.sp_degree)
+    if least < s.parallel.tokens_per_rank:
+        parallel = replace(s.parallel, tokens_per_rank=least)
+        yield _Change((f"parallel.tokens_per_rank={format_exact(least)}",), "one sequence a group at a time", replace(s, parallel=parallel))
+
+
+def _more_nodes(s: Setting) -> Iterator[_Change]:
+    for factor in (2, 4, 8, 16, 32, 64):
+        nodes = s.cluster.num_nodes * factor
+        world = nodes * s.cluster.ranks_per_node
+        degree = 1 << (world.bit_length() - 1)
+        tokens = max(1, -(-s.data.max_seq_len // degree))
+        parallel = replace(s.parallel, sp_degree=degree, tokens_per_rank=tokens, shard=None)
+        overrides = (f"cluster.num_nodes={nodes}", f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}")
+        if s.parallel.shard is not None:
+            overrides += ("parallel.shard=null",)
+        yield _Change(overrides, f"{world} ranks", replace(s, parallel=parallel, cluster=replace(s.cluster, num_nodes=nodes)))
+
+
+def _shorter(s: Setting) -> Iterator[_Change]:
+    length = s.data.max_seq_len
+    for _ in range(16):
+        length //= 2
+        if length < s.layout.sp_degree:
+            return
+        tokens = -(-length // s.layout.sp_degree)
+        data, parallel = replace(s.data, max_seq_len=length), replace(s.parallel, tokens_per_rank=tokens, sp_degree=s.layout.sp_degree)
+        overrides = (
+            f"data.max_seq_len={format_exact(length)}",
+            f"parallel.sp_degree={s.layout.sp_degree}",
+            f"parallel.tokens_per_rank={format_exact(tokens)}",
+        )
+        yield _Change(overrides, "shorter sequences", replace(s, data=data, parallel=parallel))
+
+
+_SINGLE: tuple[_Move, ...] = (_recompute, _reduce_each, _small_loss_chunks, _shard_more, _spread, _more_nodes, _shorter)
+
+
+def format_exact(num_tokens: int) -> str:
+    """As a person types it: 128K where exact, plain digits otherwise."""
+    return format_tokens(num_tokens).replace(",", "")

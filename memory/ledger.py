@@ -1,0 +1,128 @@
+"""The ledger: what each rank and each node must hold, whether it fits, and how long a step takes. Pure, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..parallel.config import GradReduce, ParallelConfig
+from ..parallel.layout import Layout, solve_layout
+from .config import MemoryConfig
+from .terms import ALL, GIB, Phase, Setting, Term, device_terms, term
+from .timing import Timing, estimate_time
+
+if TYPE_CHECKING:
+    from ..parallel.config import ClusterConfig
+    from ..training.config import DataConfig, TrainConfig
+    from ..training.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """One memory: its terms and how much there is."""
+
+    name: str
+    terms: tuple[Term, ...]
+    capacity_bytes: int
+
+    def phase_bytes(self, phase: Phase) -> int:
+        return sum(entry.by_phase.get(phase, 0) for entry in self.terms)
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(ALL, key=self.phase_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phase_bytes(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.capacity_bytes
+
+    @property
+    def largest(self) -> Term:
+        """The biggest term at the peak."""
+        return max(self.terms, key=lambda entry: entry.by_phase.get(self.peak_phase, 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """The memory of one rank and of one node, and the time of a step, for one configuration."""
+
+    setting: Setting
+    device: Account
+    host: Account
+    timing: Timing
+
+    @property
+    def layout(self) -> Layout:
+        return self.setting.layout
+
+    @property
+    def fits(self) -> bool:
+        return self.device.fits and self.host.fits
+
+
+def build_ledger(
+    *,
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    cluster: ClusterConfig,
+) -> Ledger:
+    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists."""
+    from ..training.spec import layer_parameters, num_parameters
+
+    layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
+    setting = Setting(
+        spec=spec,
+        parallel=parallel,
+        memory=memory,
+        train=train,
+        data=data,
+        cluster=cluster,
+        layout=layout,
+        layer_parameters=layer_parameters(spec),
+        parameters=num_parameters(spec),
+    )
+    return _ledger(resolve_grad_reduce(setting))
+
+
+def resolve_grad_reduce(setting: Setting) -> Setting:
+    """With `auto`: once per step where whole gradients fit on the device, else after every micro-batch."""
+    if setting.parallel.grad_reduce is not GradReduce.AUTO:
+        return setting
+    per_step = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
+    if device_account(per_step).fits:
+        return per_step
+    return replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.MICRO_BATCH))
+
+
+def device_account(s: Setting) -> Account:
+    return Account(name="GPU" if s.on_gpu else "rank", terms=device_terms(s), capacity_bytes=s.cluster.device_memory_bytes)
+
+
+def host_account(s: Setting, device: Account) -> Account:
+    """One node. On a machine without GPUs the ranks' own memory is the node's."""
+    ranks = s.layout.ranks_per_node
+    terms = [
+        _processes(s, ranks, device),
+        term("data staging", f"ids and targets of four micro-batches, {ranks} ranks", ranks * 4 * 24 * s.tokens),
+        term("checkpoint staging", f"64 MiB of buffers a rank while files are written, {ranks} ranks (assumed)", ranks * (64 << 20)),
+        term("system", "operating system and page cache it cannot do without (assumed)", 4 * GIB if s.on_gpu else GIB),
+    ]
+    return Account(name="host", terms=tuple(terms), capacity_bytes=s.cluster.host_memory_bytes)
+
+
+def _processes(s: Setting, ranks: int, device: Account) -> Term:
+    if not s.on_gpu:
+        return term("ranks", f"{ranks} ranks at their peak", ranks * device.peak_bytes)
+    return term("processes", f"{ranks} ranks with torch and CUDA, 4 GiB each (assumed)", ranks * 4 * GIB)
+
+
+def _ledger(setting: Setting) -> Ledger:
+    device = device_account(setting)
+    return Ledger(setting=setting, device=device, host=host_account(setting, device), timing=estimate_time(setting))

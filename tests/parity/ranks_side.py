@@ -1,0 +1,74 @@
+"""What the ranks of a parity row do: build the sharded model, load the reference's weights, execute the plan, report."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from efflaunch.memory.config import Keep, MemoryConfig
+from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.topology import build_topology
+from efflaunch.training.model import build_model, write_shard
+from efflaunch.training.step import backward_step, count_targets, read_step
+
+
+class ListSource:
+    """Documents and targets in memory, as a DataSource of one step."""
+
+    def __init__(self, documents, targets):
+        self.documents, self.targets = documents, targets
+
+    def lengths(self, step):
+        return tuple(len(tokens) for tokens in self.documents)
+
+    def tokens(self, step, index, start, stop):
+        return self.documents[index][start:stop], self.targets[index][start:stop]
+
+
+POLICIES = {
+    "keep": MemoryConfig(name="keep", attention_output=Keep.KEEP, activations=Keep.KEEP),
+    "recompute": MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE),
+    "keep_attention": MemoryConfig(name="keep_attention", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE),
+}
+
+
+def run_plans(case, weights, documents, targets, plans, steps=0):
+    """For each plan: (loss, gradients by name) on rank 0, None elsewhere; then `steps` AdamW steps of the first plan: weights."""
+    from efflaunch.tests.parity.reference import hf_config, lift_to_float64
+
+    torch.set_num_threads(1)
+    if case["dtype"] == "float64":
+        lift_to_float64()
+    dtype = getattr(torch, case["dtype"])
+    topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
+    model = build_model(
+        hf_config(case["family"]), POLICIES[case.get("policy", "keep")], topology.mesh,
+        device=torch.device("cpu"), compute_dtype=dtype, seed=0, loss_chunk_tokens=case.get("loss_chunk", 7), z_loss=case.get("z_loss", 0.0),
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        write_shard(parameter, torch.from_numpy(weights[name]))
+    source, results = ListSource(documents, targets), []
+    for plan in plans:
+        loss = _gradients(model, topology, source, plan, case)
+        results.append((loss, _gathered(model, lambda p: p.grad)))
+        model.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for _ in range(steps):
+        _gradients(model, topology, source, plans[0], case)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = _gathered(model, lambda p: p) if steps else None
+    return (results, trained) if dist.get_rank() == 0 else None
+
+
+def _gradients(model, topology, source, plan, case):
+    works = read_step(source, 0, plan, topology.rank)
+    count = count_targets(works, torch.device("cpu"))
+    reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
+    loss = backward_step(model, topology, CpuKernel(), works, num_targets=count, reduce_each=reduce_each, device=device).sum()
+    dist.all_reduce(loss)
+    return float(loss)
+
+
+def _gathered(model, pick):
+    return {name: np.array(pick(parameter).full_tensor().detach()) for name, parameter in model.named_parameters()}

@@ -1,0 +1,126 @@
+"""The single-process truth: a plain Hugging Face model, one document at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "llama_4kv": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama_mha_tied": {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 11},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "pad_token_id": None},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 24, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "pad_token_id": None},
+    "rope_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "rope_dynamic": {"model_type": "llama", "max_position_embeddings": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    "rope_yarn": {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}},
+    "rope_llama3": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    },
+}
+
+
+def hf_config(family: str):
+    fields = {**BASE, **FAMILIES[family]}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def reference_model(family: str, dtype: torch.dtype):
+    """Random weights everywhere, norms and biases included, so that no gradient is trivially right."""
+    torch.manual_seed(1234)
+    model = AutoModelForCausalLM.from_config(hf_config(family), dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()
+
+
+def reference_loss(model, documents, targets, z_loss: float = 0.0):
+    """Mean loss over all target tokens; each document is its own forward."""
+    total, count = 0.0, 0
+    for tokens, wanted in zip(documents, targets, strict=True):
+        rotary = model.model.rotary_emb
+        if hasattr(rotary, "max_seq_len_cached"):  # "dynamic" tables remember the longest document seen: forget it
+            rotary.__init__(model.config)
+        ids = torch.as_tensor(tokens).unsqueeze(0)
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        total = total + F.cross_entropy(logits, torch.as_tensor(wanted), ignore_index=-100, reduction="sum")
+        keep = torch.as_tensor(wanted) != -100
+        total = total + z_loss * logits[keep].logsumexp(-1).square().sum()
+        count += int(keep.sum())
+    return total / count
+
+
+def lift_to_float64() -> None:
+    """Hugging Face computes norms, rotary tables and eager softmax in float32 even in float64 models; here they use the input's dtype.
+
+    Both sides of a float64 comparison call this, so its bound can be 1e-10. Idempotent.
+    """
+    import importlib
+
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and name.endswith("RMSNorm"):
+                kind.forward = _gemma_norm if family.startswith("gemma") else _norm
+            if isinstance(kind, type) and name.endswith("RotaryEmbedding"):
+                kind.forward = _rotary_forward(kind.forward)
+        if hasattr(module, "eager_attention_forward") and family == "gemma2":
+            module.eager_attention_forward = _eager
+
+
+def _norm(self, x):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def _gemma_norm(self, x):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+    return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+
+
+def _rotary_forward(original):
+    if getattr(original, "lifted", False):
+        return original
+
+    @torch.no_grad()
+    def forward(self, x, position_ids, layer_type=None):
+        if x.dtype != torch.float64:
+            return original(self, x, position_ids, *([] if layer_type is None else [layer_type]))
+        original(self, x, position_ids, *([] if layer_type is None else [layer_type]))  # lets "dynamic" update its table
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        angles = position_ids[..., None].double() * getattr(self, f"{prefix}inv_freq").double()
+        both = torch.cat((angles, angles), -1)
+        scaling = getattr(self, f"{prefix}attention_scaling")
+        return both.cos() * scaling, both.sin() * scaling
+
+    forward.lifted = True
+    return forward
+
+
+def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -1,0 +1,180 @@
+"""The parity table: every technique, on real gloo ranks, against a plain single-process Hugging Face model.
+
+Same weights, same documents: the loss and every parameter's gradient, and for some rows three optimizer steps. Float64 rows
+must agree to 1e-10 relative to the largest entry of each tensor (Hugging Face's float32 norms, rotary tables and eager
+softmax lifted on both sides), float32 rows to 1e-5.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
+from efflaunch.parallel.sequence.solve import solve_static
+from efflaunch.tests.parity.ranks_side import run_plans
+from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_loss, reference_model
+from efflaunch.tests.ranks import RankPool
+
+BOUND = {"float64": 1e-10, "float32": 1e-5}
+LENGTHS = (37, 5, 64, 18, 29)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(timeout_s=240) as pool:
+        yield pool
+
+
+def make_documents(lengths, masked=False):
+    """Token ids and targets shifted once; `masked` drops targets at random, as a loss mask does."""
+    generator = np.random.default_rng(7)
+    documents = [generator.integers(0, BASE["vocab_size"], n) for n in lengths]
+    targets = [np.append(tokens[1:], -100) for tokens in documents]
+    if masked:
+        targets = [np.where(generator.random(len(t)) < 0.4, -100, t) for t in targets]
+    return documents, targets
+
+
+def batch(*groups):
+    """A micro-batch from (first rank, degree, ulysses, sequences) rows."""
+    return MicroBatch(tuple(Group(*group) for group in groups))
+
+
+def plan_of(world, *batches, lengths=LENGTHS):
+    plan = StepPlan(world, tuple(lengths), batches)
+    check_plan(plan)
+    return plan
+
+
+def static(world, degree, ulysses, lengths=LENGTHS, tokens_per_rank=1000):
+    return solve_static(lengths, world_size=world, degree=degree, ulysses=ulysses, tokens_per_rank=tokens_per_rank, linear_cost_tokens=100)
+
+
+ALL = tuple(range(len(LENGTHS)))
+ROWS = {
+    "one rank": ({}, static(1, 1, 1)),
+    "two ranks, data parallel": ({}, static(2, 1, 1)),
+    "four ranks, data parallel, three steps": ({"steps": 3}, static(4, 1, 1)),
+    "float32": ({"dtype": "float32"}, static(4, 2, 2)),
+    "ulysses 2": ({}, static(2, 2, 2)),
+    "ulysses 4, more ranks than key/value heads": ({}, static(4, 4, 4)),
+    "ulysses 4, as many key/value heads": ({"family": "llama_4kv"}, static(4, 4, 4)),
+    "ulysses 4, tied embeddings, no grouping": ({"family": "llama_mha_tied", "steps": 3}, static(4, 4, 4)),
+    "ring 2": ({}, static(2, 2, 1)),
+    "ring 4": ({}, static(4, 4, 1)),
+    "hybrid 2x2, three steps": ({"steps": 3}, static(4, 4, 2)),
+    "mixed groups 1, 1, 2": ({}, plan_of(4, batch((0, 2, 2, (2, 0)), (2, 1, 1, (1, 3)), (3, 1, 1, (4,))))),
+    "mixed ring 2 and ulysses 2": ({}, plan_of(4, batch((0, 2, 1, (2, 0)), (2, 2, 2, (1, 3, 4))))),
+    "boundaries inside shards": ({}, plan_of(4, batch((0, 4, 2, ALL)))),
+    "documents shorter than the group": ({}, plan_of(4, batch((0, 4, 1, (0, 1, 2))), lengths=(2, 1, 3))),
+    "a document shorter than the ulysses group": ({}, plan_of(4, batch((0, 4, 4, (0,))), lengths=(3,))),
+    "a rank without work": ({}, plan_of(4, batch((0, 2, 2, ALL[:3]), (2, 1, 1, ALL[3:])))),
+    "a micro-batch on one rank": ({"policy": "recompute"}, plan_of(4, batch((1, 1, 1, (0,))), batch((0, 4, 2, ALL[1:])))),
+    "three ranks": ({}, plan_of(3, batch((0, 2, 2, (0, 2)), (2, 1, 1, (1,))), batch((0, 2, 1, (3, 4))))),
+    "accumulation 4": ({}, plan_of(2, *(batch((0, 2, 2, (i,))) for i in (0, 1, 2)), batch((0, 1, 1, (3,)), (1, 1, 1, (4,))))),
+    "accumulation 4, reduced each time": (
+        {"reduce_each": True, "steps": 3},
+        plan_of(2, *(batch((0, 2, 2, (i,))) for i in (0, 1, 2)), batch((0, 1, 1, (3,)), (1, 1, 1, (4,)))),
+    ),
+    "recompute": ({"policy": "recompute"}, static(2, 1, 1)),
+    "recompute, ulysses 2": ({"policy": "recompute"}, static(2, 2, 2)),
+    "recompute, ring 2": ({"policy": "recompute"}, static(2, 2, 1)),
+    "recompute, hybrid 2x2": ({"policy": "recompute"}, static(4, 4, 2)),
+    "attention kept, rest recomputed, hybrid 2x2": ({"policy": "keep_attention"}, static(4, 4, 2)),
+    "HSDP 2x2": ({"replicate": 2}, static(4, 2, 2)),
+    "HSDP 2x2, accumulation, recompute": (
+        {"replicate": 2, "policy": "recompute", "steps": 3},
+        plan_of(4, batch((0, 4, 2, ALL[:2])), batch((0, 2, 1, ALL[2:4]), (2, 2, 2, ALL[4:]))),
+    ),
+    "loss mask": ({"masked": True}, static(4, 2, 2)),
+    "z-loss": ({"z_loss": 1e-2}, static(2, 2, 2)),
+    **{f"{family}, hybrid 2x2": ({"family": family}, static(4, 4, 2)) for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")},
+    **{f"{family}, recompute, ring 2": ({"family": family, "policy": "recompute"}, static(2, 2, 1)) for family in ("mistral", "gemma2", "gemma3")},
+    **{f"rope {kind}": ({"family": f"rope_{kind}"}, static(2, 2, 1)) for kind in ("linear", "dynamic", "yarn", "llama3")},
+    "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def reference(family, dtype, lengths, masked, z_loss, steps):
+    """Weights, loss, gradients and the weights after `steps` AdamW steps of the plain model."""
+    if dtype == "float64":
+        lift_to_float64()
+    model = reference_model(family, getattr(torch, dtype))
+    documents, targets = make_documents(lengths, masked)
+    weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+    loss = reference_loss(model, documents, targets, z_loss)
+    loss.backward()
+    gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        reference_loss(model, documents, targets, z_loss).backward()
+        optimizer.step()
+    return weights, loss.item(), gradients, {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+def worst(got, want):
+    """The largest error of any tensor relative to its largest entry, and its name."""
+    assert set(got) == set(want)
+    return max((float(np.abs(got[name] - want[name]).max() / (np.abs(want[name]).max() + 1e-30)), name) for name in want)
+
+
+def check(pool, case, plans):
+    case = {"family": "llama", "dtype": "float64", **case}
+    lengths = plans[0].lengths
+    documents, targets = make_documents(lengths, case.get("masked", False))
+    weights, loss, gradients, trained = reference(
+        case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0)
+    )
+    answers = pool.run(run_plans, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
+    results, ours = answers[0]
+    bound = BOUND[case["dtype"]]
+    for plan, (got_loss, got) in zip(plans, results, strict=True):
+        assert abs(got_loss - loss) <= bound * abs(loss), f"{plan}: loss {got_loss} is not {loss}"
+        error, name = worst(got, gradients)
+        assert error <= bound, f"{plan}: gradient of {name} is off by {error:.1e}"
+    if case.get("steps"):
+        error, name = worst(ours, trained)
+        assert error <= bound * 10, f"{name} is off by {error:.1e} after {case['steps']} steps"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_gradients_equal_plain_hugging_face(pool, row):
+    case, plan = ROWS[row]
+    check(pool, case, [plan])
+
+
+@st.composite
+def random_plans(draw, world=4):
+    """Any split of the sequences into micro-batches of aligned groups of any degree and scheme."""
+    order = list(draw(st.permutations(ALL)))
+    batches = []
+    while order:
+        groups, rank = [], 0
+        while rank < world and order:
+            degree = draw(st.sampled_from([d for d in (1, 2, 4) if rank % d == 0 and rank + d <= world]))
+            if draw(st.integers(0, 3)):  # else these ranks stay idle
+                ulysses = draw(st.sampled_from([u for u in (1, 2, 4) if degree % u == 0]))
+                taken = draw(st.integers(1, len(order)))
+                groups.append(Group(rank, degree, ulysses, tuple(order[:taken])))
+                order = order[taken:]
+            rank += degree
+        if groups:
+            batches.append(MicroBatch(tuple(groups)))
+    plan = StepPlan(world, LENGTHS, tuple(batches))
+    check_plan(plan)
+    return plan
+
+
+@seed(20)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute"]))
+def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
+    check(pool, {"policy": policy}, plans)

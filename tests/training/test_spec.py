@@ -1,0 +1,233 @@
+"""Parameter counts and Hugging Face configs against transformers itself, and every message of check_model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from efflaunch.errors import ConfigError
+from efflaunch.training.config import Family, ModelConfig
+from efflaunch.training.spec import MODEL_TYPES, check_model, hf_config_dict, layer_parameters, model_family, model_spec, num_parameters
+from efflaunch.units import parse_quantity
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))
+TINY: dict[str, Any] = {
+    "name": "t",
+    "num_layers": 7,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 128,
+    "max_positions": 256,
+}
+VARIANTS: list[dict[str, Any]] = [
+    {"family": Family.LLAMA},
+    {"family": Family.LLAMA, "tie_embeddings": True, "extra": {"attention_bias": True, "mlp_bias": True}},
+    {"family": Family.LLAMA, "head_dim": 32},
+    {"family": Family.MISTRAL, "sliding_window": 16},
+    {"family": Family.MISTRAL},
+    {"family": Family.QWEN2},
+    {"family": Family.QWEN2, "sliding_window": 16, "extra": {"max_window_layers": 3}},
+    {"family": Family.QWEN3},
+    {"family": Family.QWEN3, "head_dim": 32, "tie_embeddings": True, "extra": {"attention_bias": True}},
+    {"family": Family.GEMMA2, "sliding_window": 16, "head_dim": 32},
+    {"family": Family.GEMMA2, "sliding_window": 16, "tie_embeddings": True, "extra": {"attention_bias": True}},
+    {"family": Family.GEMMA3, "sliding_window": 16, "tie_embeddings": True},
+    {"family": Family.GEMMA3, "sliding_window": 16, "extra": {"sliding_window_pattern": 3}},
+]
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+]
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, **changes})
+
+
+def preset(name: str) -> ModelConfig:
+    found = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert set(found) <= {field.name for field in fields(ModelConfig)}
+    found["family"], found["max_positions"] = Family(found["family"]), parse_quantity(found["max_positions"], "tokens")
+    return ModelConfig(**found)
+
+
+def hugging_face(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    fields = hf_config_dict(config)
+    assert fields["model_type"] == MODEL_TYPES[model_family(config)]
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def count_on_meta(hf: Any) -> tuple[int, int]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    return sum(p.numel() for p in model.parameters()), layer
+
+
+def hf_windows(hf: Any) -> tuple[int | None, ...]:
+    if getattr(hf, "layer_types", None) is None:
+        return (getattr(hf, "sliding_window", None),) * hf.num_hidden_layers
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
+
+
+@pytest.mark.parametrize("config", [*map(preset, PRESETS), *(tiny(**v) for v in VARIANTS)], ids=lambda c: f"{c.name}-{c.family.value}")
+def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
+    spec, hf = model_spec(config), hugging_face(config)
+    assert (num_parameters(spec), layer_parameters(spec)) == count_on_meta(hf)
+    assert spec.windows == hf_windows(hf)
+    assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
+        getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),
+        hf.num_key_value_heads,
+        hf.max_position_embeddings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("tiny", 4.8),
+        ("llama3_8b", 8030.3),
+        ("llama3_70b", 70553.7),
+        ("mistral_7b", 7248.0),
+        ("qwen2_7b", 7615.6),
+        ("qwen3_8b", 8190.7),
+        ("qwen3_32b", 32762.1),
+    ],
+)
+def test_presets_have_their_published_sizes(name: str, millions: float) -> None:
+    assert round(num_parameters(model_spec(preset(name))) / 1e6, 1) == pytest.approx(millions, abs=0.11)
+
+
+@pytest.mark.parametrize("family", list(Family), ids=lambda f: f.value)
+@pytest.mark.parametrize("scaling", [None, *ROPES], ids=lambda r: "default" if r is None else str(r.get("rope_type", "old")))
+def test_rope_arrives_where_transformers_reads_it(family: Family, scaling: dict[str, Any] | None) -> None:
+    window = None if family in (Family.LLAMA, Family.QWEN2, Family.QWEN3) else 16
+    config = tiny(family=family, rope_theta=12345.0, rope_scaling=scaling, sliding_window=window)
+    found = hugging_face(config).rope_parameters
+    full = found["full_attention"] if family is Family.GEMMA3 else found
+    wanted = dict(scaling or {})
+    wanted["rope_type"] = wanted.pop("rope_type", None) or wanted.pop("type", None) or "default"
+    wanted.pop("type", None)
+    assert full == {**wanted, "rope_theta": 12345.0}
+    if family is Family.GEMMA3:
+        assert found["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v["family"].value)
+def test_a_saved_model_directory_gives_the_same_spec(variant: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(**variant)
+    hugging_face(config).save_pretrained(tmp_path)
+    from_path = ModelConfig(name="t", path=str(tmp_path))
+    assert model_spec(from_path) == model_spec(config)
+    assert hugging_face(from_path).to_dict() | {"architectures": None} == hugging_face(config).to_dict() | {"architectures": None}
+
+
+@pytest.mark.parametrize("family", list(Family), ids=lambda f: f.value)
+def test_a_file_with_defaults_left_out_reads_as_transformers_reads_it(family: Family, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": MODEL_TYPES[family]}))
+    spec, hf = model_spec(ModelConfig(name="t", path=str(tmp_path))), AutoConfig.for_model(MODEL_TYPES[family])
+    assert (spec.num_layers, spec.hidden_size, spec.intermediate_size, spec.vocab_size, spec.num_heads, spec.num_kv_heads) == (
+        hf.num_hidden_layers,
+        hf.hidden_size,
+        hf.intermediate_size,
+        hf.vocab_size,
+        hf.num_attention_heads,
+        hf.num_key_value_heads,
+    )
+    assert (spec.tie_embeddings, spec.max_positions, spec.windows) == (hf.tie_word_embeddings, hf.max_position_embeddings, hf_windows(hf))
+
+
+def test_context_extension_of_a_saved_model(tmp_path: Path) -> None:
+    hugging_face(tiny(family=Family.LLAMA, rope_theta=5e5)).save_pretrained(tmp_path)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    config = ModelConfig(name="t", path=str(tmp_path), max_positions=1024, rope_scaling=scaling)
+    hf = hugging_face(config)
+    assert hf.rope_parameters == {**scaling, "rope_theta": 5e5} and hf.max_position_embeddings == 1024
+    assert model_spec(config).max_positions == 1024
+
+
+BAD: list[tuple[ModelConfig, str, str]] = [
+    (ModelConfig(name="t"), "model.family: found no family, num_layers,", "model.num_layers=VALUE"),
+    (
+        tiny(family=Family.LLAMA, vocab_size=None),
+        "model.vocab_size: found no vocab_size in model t",
+        "model.vocab_size=VALUE, or model.path",
+    ),
+    (tiny(family=Family.LLAMA, num_layers=0), "model.num_layers: found 0; expected a number above 0", "model.num_layers=VALUE"),
+    (
+        tiny(family=Family.LLAMA, num_kv_heads=3),
+        "model.num_kv_heads: found 3 KV heads for 4 heads; expected a divisor of 4: 1, 2, 4",
+        "num_kv_heads=2",
+    ),
+    (tiny(family=Family.LLAMA, hidden_size=66), "model.num_heads: found 4 heads for hidden size 66", "model.head_dim=VALUE"),
+    (tiny(family=Family.LLAMA, head_dim=15), "model.head_dim: found 15; expected an even number", "model.head_dim=16"),
+    (tiny(family=Family.LLAMA, sliding_window=8), "model.sliding_window: found 8 for a llama model", "model.family=mistral"),
+    (tiny(family=Family.QWEN2, sliding_window=8), "model.sliding_window: found 8, but no layer uses it", "max_window_layers=0"),
+    (tiny(family=Family.GEMMA2), "model.sliding_window: found no sliding_window", "model.sliding_window=VALUE"),
+    (
+        tiny(family=Family.LLAMA, rope_scaling={"rope_type": "ntk"}),
+        "model.rope_scaling.rope_type: found 'ntk'; expected one of default, linear",
+        "=linear",
+    ),
+    (
+        tiny(family=Family.LLAMA, rope_scaling={"rope_type": "yarn"}),
+        "model.rope_scaling.factor: found no factor for rope_type yarn",
+        "+model.rope_scaling.factor",
+    ),
+    (ModelConfig(name="t", path="/nowhere/at/all"), "model.path /nowhere/at/all: found no readable config.json", "model.path=DIRECTORY"),
+]
+
+
+@pytest.mark.parametrize(("config", "message", "hint"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_mistakes_are_named(config: ModelConfig, message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_model(config)
+    assert str(caught.value).startswith(message) and hint in caught.value.hint
+
+
+def test_sizes_beside_a_path(tmp_path: Path) -> None:
+    hugging_face(tiny(family=Family.LLAMA)).save_pretrained(tmp_path)
+    config = ModelConfig(name="t", path=str(tmp_path))
+    check_model(config)
+    with pytest.raises(ConfigError, match="model.num_layers: found 3 beside model.path"):
+        check_model(replace(config, num_layers=3))
+    with pytest.raises(ConfigError, match="model.tie_embeddings=false"):
+        check_model(replace(config, tie_embeddings=True))
+
+
+def test_an_unknown_model_type_names_the_adapter_to_write(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    with pytest.raises(ConfigError, match="found model_type 'phi3'") as caught:
+        check_model(ModelConfig(name="t", path=str(tmp_path)))
+    assert "training/families/phi3.py" in caught.value.hint
+    (tmp_path / "config.json").write_text("[1")
+    with pytest.raises(ConfigError, match="no readable config.json"):
+        check_model(ModelConfig(name="t", path=str(tmp_path)))
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, efflaunch.training.spec; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,243 @@
+"""The training loop of one rank: plan, gradients, update, report, save; until done or told to stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoint.engine import SaveReport
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, NonFiniteLossError
+from ..parallel.sequence.plan import StepPlan
+from ..parallel.sequence.solve import solve_static
+from .metrics import Metrics
+from .optim import clip_gradients, set_learning_rate
+from .schedule import learning_rate
+from .setup import RunSettings, Session, build_session, join_ranks
+from .spec import num_parameters
+from .step import Work, backward_step, count_targets, read_step
+
+PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
+"""What the agent imports once, before it forks the ranks."""
+
+
+class Stop(Protocol):
+    """Set by a signal; only read here."""
+
+    @property
+    def requested(self) -> bool: ...
+
+
+def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
+    """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
+    device = join_ranks(config.cluster)
+    try:
+        return _Run(config, run_dir, device).loop(stop)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """What every rank knows after a step's one report: per-rank rows, in rank order."""
+
+    loss: float
+    tokens: list[int]
+    peak_bytes: list[int]
+    stop: bool
+
+
+class _Run:
+    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device) -> None:
+        self.config, self.rank = config, dist.get_rank()
+        self.session: Session = build_session(config, run_dir, device, self._on_save)
+        restored = self.session.engine.restore()
+        self.done = restored.step if restored is not None else 0
+        self.first_loss: float | None = restored.extra.get("first_loss") if restored is not None else None
+        self.last_loss: float | None = restored.extra.get("last_loss") if restored is not None else None
+        self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
+        self.peak_bytes: list[int] = []
+        self.saved = self.done if restored is not None else -1
+        self.step_s: list[float] = []
+        self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self._write_start(restored is not None)
+
+    def loop(self, stop: Stop) -> int:
+        """Steps until the end; the metrics are closed whatever happens."""
+        with self.metrics:
+            while self.done < self.config.train.steps:
+                stopping = self._step(stop)
+                every = self.config.checkpoint.every_steps
+                last = self.done == self.config.train.steps
+                if stopping or last or (every and self.done % every == 0):
+                    self._save()
+                if stopping and not last:
+                    self.metrics.write("stop", step=self.done, reason="signal")
+                    return EXIT_PREEMPTED
+            self._write_end()
+        return EXIT_DONE
+
+    def _step(self, stop: Stop) -> bool:
+        """One update; True where any rank was told to stop."""
+        started, step, session = time.monotonic(), self.done, self.session
+        plan = self._plan(step)
+        works = read_step(session.source, step, plan, self.rank)
+        targets = count_targets(works, session.device)
+        assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
+        shares = backward_step(
+            session.model,
+            session.topology,
+            session.kernel,
+            works,
+            num_targets=targets,
+            reduce_each=session.reduce_each,
+            device=session.device,
+        )
+        told = self._gather(shares.sum(), works, stop)
+        self._check_finite(told.loss, shares, plan, step)
+        norm = clip_gradients(session.model, self.config.optim.grad_clip)
+        self._check_finite(norm, shares, plan, step)
+        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        set_learning_rate(session.optimizer, rate)
+        session.engine.wait_for_snapshot()
+        session.optimizer.step()
+        session.optimizer.zero_grad()
+        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started)
+        return told.stop
+
+    def _plan(self, step: int) -> StepPlan:
+        layout = self.session.layout
+        return solve_static(
+            self.session.source.lengths(step),
+            world_size=layout.world_size,
+            degree=layout.sp_degree,
+            ulysses=layout.ulysses,
+            tokens_per_rank=layout.tokens_per_rank,
+            linear_cost_tokens=self.session.linear_cost_tokens,
+        )
+
+    def _gather(self, share: torch.Tensor, works: list[Work], stop: Stop) -> _Gathered:
+        """Loss, tokens, memory and the stop flag of every rank in one collective; summed in rank order, so bit-equal everywhere."""
+        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
+        mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
+        table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
+        dist.all_gather(table, mine)
+        losses, tokens, peaks, stops = torch.stack(table).T.tolist()
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops))
+
+    def _peak(self) -> int:
+        if self.session.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.session.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _check_finite(self, value: float, shares: torch.Tensor, plan: StepPlan, step: int) -> None:
+        """NonFiniteLossError on every rank, naming the ranks and documents it came from."""
+        if math.isfinite(value):
+            return
+        bad = [index for index, share in enumerate(shares.tolist()) if not math.isfinite(share)]
+        everyone: list[list[int] | None] = [None] * self.session.topology.world_size
+        dist.all_gather_object(everyone, bad)
+        culprits = [(rank, index) for rank, indices in enumerate(everyone) for index in indices or ()]
+        documents = dict.fromkeys(
+            self.session.source.describe(step, sequence)
+            for rank, index in culprits
+            if (group := plan.micro_batches[index].group_of(rank)) is not None
+            for sequence in group.sequences
+        )
+        ranks = ", ".join(map(str, sorted({rank for rank, _ in culprits}))) or "none: every loss is finite, the gradients are not"
+        raise NonFiniteLossError(
+            f"step {step + 1}",
+            found=f"a loss or gradient norm of {value} (ranks {ranks}; {'; '.join(list(documents)[:8]) or 'no single document'})",
+            expected="finite numbers; nothing of this step was applied and the last checkpoint is intact",
+            hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
+        )
+
+    def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float) -> None:
+        self.done += 1
+        self.last_loss = told.loss
+        self.first_loss = told.loss if self.first_loss is None else self.first_loss
+        tokens = sum(told.tokens)
+        self.total_tokens += tokens
+        self.peak_bytes = told.peak_bytes
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize(self.session.device)
+        elapsed = time.monotonic() - started
+        self.step_s.append(elapsed)
+        if self.done % self.config.logging.every_steps and self.done != self.config.train.steps:
+            return
+        self.metrics.write(
+            "step",
+            step=self.done,
+            loss=told.loss,
+            tokens=tokens,
+            sequences=len(plan.lengths),
+            **numbers,
+            step_s=elapsed,
+            tokens_per_s=tokens / elapsed,
+            micro_batches=len(plan.micro_batches),
+            plan=str(plan),
+            ranks=[
+                {"rank": rank, "tokens": held, "peak_bytes": peak} for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
+            ],
+            total_tokens=self.total_tokens,
+        )
+
+    def _save(self) -> None:
+        """Write the state after the updates done so far; nothing where it is on disk already."""
+        if self.saved == self.done:
+            return
+        extra = {
+            "train": {"seed": self.config.train.seed, "step": self.done},
+            "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
+            "layout": str(self.session.layout),
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "total_tokens": self.total_tokens,
+        }
+        self.session.engine.save(self.done, extra)
+
+    def _on_save(self, report: SaveReport) -> None:
+        if report.error is not None:
+            self.metrics.write("checkpoint_failed", step=report.step, error=report.error)
+            return
+        self.saved = report.step
+        path = f"{report.path.parent.name}/{report.path.name}"
+        self.metrics.write("checkpoint", step=report.step, path=path, save_s=report.save_s, num_bytes=report.num_bytes)
+
+    def _write_start(self, resumed: bool) -> None:
+        self.metrics.write(
+            "start",
+            step=self.done,
+            steps=self.config.train.steps,
+            world_size=self.session.topology.world_size,
+            parameters=num_parameters(self.session.spec),
+            plan=str(self.session.layout),
+            data=self.session.source.summary(),
+            resumed_from=self.done if resumed else None,
+        )
+
+    def _write_end(self) -> None:
+        self.metrics.write(
+            "end",
+            step=self.done,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            total_tokens=self.total_tokens,
+            peak_bytes=self.peak_bytes,
+            step_s_mean=sum(self.step_s) / len(self.step_s) if self.step_s else None,
+        )
+
+
+def _plain(config: RunSettings) -> dict[str, Any]:
+    """The configuration as JSON, for sinks that show it."""
+    from dataclasses import asdict
+
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
+    return plain

@@ -1,0 +1,146 @@
+"""Everything one rank needs before its first step, built once, in an order every rank shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ..checkpoint.config import CheckpointConfig
+from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..memory.config import MemoryConfig
+from ..memory.ledger import build_ledger
+from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
+from ..parallel.layout import Layout, solve_layout
+from ..parallel.sequence.attention import BlockKernel
+from ..parallel.sequence.kernels import block_kernel
+from ..parallel.topology import Topology, build_topology
+from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
+from .data.source import DataSource, open_data
+from .model import build_config, build_model
+from .optim import build_optimizer
+from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
+from .weights import load_weights
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
+
+
+class RunSettings(Protocol):
+    """What training reads of the whole configuration (launcher.config.Config)."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def memory(self) -> MemoryConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+    @property
+    def logging(self) -> LoggingConfig: ...
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's live objects."""
+
+    topology: Topology
+    device: torch.device
+    layout: Layout
+    spec: ModelSpec
+    source: DataSource
+    model: PreTrainedModel
+    optimizer: torch.optim.AdamW
+    engine: CheckpointEngine
+    kernel: BlockKernel
+    reduce_each: bool
+    """Gradients are reduced after every micro-batch, not once per step."""
+
+    @property
+    def linear_cost_tokens(self) -> float:
+        """Tokens of attention span whose cost equals the layer's token-local work: 2 P / (2 H D) per token and layer."""
+        return layer_parameters(self.spec) / self.spec.query_size
+
+
+def join_ranks(cluster: ClusterConfig) -> torch.device:
+    """Start the default process group from the environment the agent set; this rank's device."""
+    if cluster.device is Device.CPU:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        return torch.device("cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    device = torch.device("cuda", dist.get_rank() % cluster.ranks_per_node)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_save: Callable[[SaveReport], None]) -> Session:
+    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
+    spec = model_spec(config.model)
+    source = open_data(config.data, config.train.seed, spec.vocab_size)
+    layout = solve_layout(
+        config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
+    )
+    topology = build_topology(replicate=layout.replicate, device=device.type)
+    compute = getattr(torch, config.train.dtype.value)
+    model = build_model(
+        build_config(hf_config_dict(config.model)),
+        config.memory,
+        topology.mesh,
+        device=device,
+        compute_dtype=compute,
+        seed=config.train.seed,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        z_loss=config.train.z_loss,
+    )
+    if config.model.path is not None:
+        load_weights(model, config.model.path)
+    optimizer = build_optimizer(model, config.optim)
+    engine = CheckpointEngine(
+        config.checkpoint,
+        run_dir / "checkpoints",
+        model=model,
+        optimizer=optimizer,
+        metadata=_metadata(config, model, layout, source),
+        on_save=on_save,
+    )
+    ledger = build_ledger(
+        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
+    )
+    return Session(
+        topology=topology,
+        device=device,
+        layout=layout,
+        spec=spec,
+        source=source,
+        model=model,
+        optimizer=optimizer,
+        engine=engine,
+        kernel=block_kernel(device),
+        reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
+    )
+
+
+def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "hf_config": model.config.to_dict(),
+        "layout": str(layout),
+        "seed": config.train.seed,
+        "data": source.fingerprint(),
+        "tokenizer": source.tokenizer,
+    }

@@ -1,0 +1,72 @@
+"""Pretrained weights from safetensors, each rank reading only its own rows."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import ConfigError
+from .model import local_slices
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str) -> None:
+    """Fill every parameter from a directory of safetensors, or a hub name where there is a network.
+
+    ConfigError where files are missing, or a tensor is missing or has another shape: all of them named, nothing half-loaded is used.
+    """
+    folder = _folder(path)
+    files = _index(folder)
+    parameters = dict(model.named_parameters())
+    missing = [name for name in parameters if name not in files]
+    if missing:
+        raise _wrong(folder, f"no tensor for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}", "every weight of the model")
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(set(files.values()))}
+        for name, parameter in parameters.items():
+            saved = opened[files[name]].get_slice(name)
+            if list(saved.get_shape()) != list(parameter.shape):
+                raise _wrong(folder, f"{name} of shape {saved.get_shape()}", f"{list(parameter.shape)}")
+            if isinstance(parameter, DTensor):
+                part = local_slices(parameter)
+                # safetensors slices must not be empty: a rank beyond the last row holds none.
+                if all(piece.start < piece.stop for piece in part):
+                    parameter.to_local().copy_(saved[part])
+            else:
+                parameter.copy_(saved[:])
+
+
+def _folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "model.path", found=f"{path} ({error})", expected="a directory of safetensors, or a hub name and a network", hint="model.path=DIRECTORY"
+        ) from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return names
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise _wrong(folder, "neither model.safetensors nor model.safetensors.index.json", "one of them")
+    with safe_open(single, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), single.name)
+
+
+def _wrong(folder: Path, found: str, expected: str) -> ConfigError:
+    return ConfigError(f"model.path={folder}", found=found, expected=expected, hint="a directory written by save_pretrained, or model.path=null")
