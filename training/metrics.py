@@ -232,7 +232,7 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         for key, value in scalars.items():
@@ -262,7 +262,7 @@ class _Wandb:
         os.environ["WANDB_SILENT"] = "true"
         import wandb
 
-        mode = "online" if config.wandb is WandbMode.ONLINE else "offline"
+        online = config.wandb is WandbMode.ONLINE
         # Its system monitor is a process of its own that outlives a killed rank by seconds, and asks the cloud for metadata.
         settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_job_creation=True, x_disable_stats=True)
         self._run: Any = wandb.init(
@@ -270,8 +270,8 @@ class _Wandb:
             name=run_dir.name,
             id=run_id,
             dir=str(run_dir),
-            mode=mode,
-            resume="allow" if resumed and mode == "online" else None,
+            mode="online" if online else "offline",
+            resume="allow" if resumed and online else None,
             config=config_dict,
             settings=settings,
         )
