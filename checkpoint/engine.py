@@ -179,7 +179,7 @@ class CheckpointEngine:
         return box[0]  # type: ignore[no-any-return]
 
     def _choose(self) -> tuple[Path | None, tuple[str, ...]]:
-        skipped = []
+        skipped: list[str] = []
         for info in reversed(files.scan(self.directory)):
             if info.is_whole:
                 return info.path, tuple(skipped)

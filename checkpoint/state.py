@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
     inner = numpy_state["state"]
     numpy_json = {**numpy_state, "state": {"key": inner["key"].tolist(), "pos": inner["pos"]}}
     states = {"torch": torch.get_rng_state(), "numpy": _to_bytes(numpy_json), "python": _to_bytes(random.getstate())}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"{RNG}{rank}.{key}": value for key, value in states.items()}
 
@@ -121,7 +122,7 @@ def _to_bytes(value: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _from_bytes(value: Tensor) -> object:
+def _from_bytes(value: Tensor) -> Any:
     return json.loads(bytes(value.numpy()))
 
 
