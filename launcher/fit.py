@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ..errors import ConfigError, UserError
 from ..memory.terms import GIB
+from ..parallel.config import Device
 from ..parallel.layout import solve_layout
 from ..training.spec import model_spec
 from ..units import format_bytes, format_tokens
-from .config import Config, Device
+from .config import Config
 from .plan_command import plan
 
 MAX_RANKS_PER_CORE = 4
