@@ -21,4 +21,5 @@ class CheckpointConfig:
     every_steps: int | None = 100
     """None: only at the end and when told to stop."""
     keep_last: int = 2
+    """Whole checkpoints kept; disk space for one more is needed while the next is written."""
     on_error: OnSaveError = OnSaveError.CONTINUE

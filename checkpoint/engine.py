@@ -23,6 +23,8 @@ from .config import CheckpointConfig, OnSaveError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+SEEN_S = 10.0
+"""Network file systems show a new directory to other nodes some seconds late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class SaveReport:
     path: Path
     save_s: float
     num_bytes: int
+    """On disk; known to rank 0 only, 0 elsewhere."""
     error: str | None
     """None: the checkpoint is committed and on disk."""
 
@@ -136,17 +139,21 @@ class CheckpointEngine:
         def commit() -> None:
             if self._rank == 0:
                 written.append(files.commit(self.directory, step, state=contents, world_size=self._world_size))
-                files.prune(self.directory, self.config.keep_last)
 
         self._all_well(commit)
+        self._prune()
         return written[0] if written else 0
 
+    def _prune(self) -> None:
+        failure = self._agreed(lambda: files.prune(self.directory, self.config.keep_last) if self._rank == 0 else None)
+        if failure is not None:
+            self._log(logging.ERROR, "older checkpoints stay in %s: %s", self.directory, failure)
+
     def _discard(self, step: int) -> None:
-        if self._rank == 0:
-            try:
-                files.remove(files.temporary_path(self.directory, step))
-            except OSError as error:
-                self._log(logging.ERROR, "%s stays behind: %s", files.temporary_path(self.directory, step), error)
+        temporary = files.temporary_path(self.directory, step)
+        failure = self._agreed(lambda: files.remove(temporary) if self._rank == 0 else None)
+        if failure is not None:
+            self._log(logging.ERROR, "%s stays behind: %s", temporary, failure)
 
     def _prepare(self, temporary: Path, num_bytes: int) -> None:
         free = files.free_bytes(self.directory)
@@ -272,8 +279,7 @@ def _own_version() -> str:
 
 
 def _wait_until_seen(directory: Path) -> None:
-    """Network file systems show a new directory to other nodes some seconds late."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SEEN_S
     while not directory.is_dir():
         if time.monotonic() > deadline:
             raise FileNotFoundError(f"no directory {directory} on every node")

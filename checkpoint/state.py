@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters once each (tied ones under their first name) and persistent buffers; the live tensors, no copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # After a forward without backward FSDP2 leaves whole parameters in place of its shards.
+            module.reshard()
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in model.state_dict(keep_vars=True).items():

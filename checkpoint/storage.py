@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,12 @@ def read_tensors(tensors: dict[str, Tensor], path: Path, *, alone: bool = False)
 
 
 def read_index(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Key to shape and dtype of every tensor in the directory; reads no tensor."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    """Key to shape and dtype of every tensor in the directory; reads no tensor. ValueError where the index is damaged."""
+    try:
+        metadata = dcp.FileSystemReader(path).read_metadata()
+    except (pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError) as error:
+        # What pickle raises on bytes that are not its own.
+        raise ValueError(f".metadata: {error}") from error
     return {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 

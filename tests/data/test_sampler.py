@@ -105,7 +105,9 @@ def test_ten_million_documents() -> None:
 
 
 def test_a_batch_below_the_longest_sequence_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.global_batch_tokens: found 15; expected at least the longest sequence, 16 tokens") as error:
+    with pytest.raises(
+        ConfigError, match=r"data.global_batch_tokens: found 15; expected at least the longest sequence, 16 tokens"
+    ) as error:
         Sampler(_table([[5, 30]], 16), 0, 15)
     assert error.value.hint == "data.global_batch_tokens=16"
 

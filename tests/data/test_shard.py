@@ -78,7 +78,9 @@ def test_shards_of_any_plan_cover_the_batch_once(data: st.DataObject, batch: tup
     for row, rows in zip(source.sampler.step(step), held, strict=True):
         piece = source.table[int(row)]
         document = documents[piece.document]
-        expected = [(t - piece.start, document[t], document[t + 1] if t + 1 < len(document) else -100) for t in range(piece.start, piece.stop)]
+        expected = [
+            (t - piece.start, document[t], document[t + 1] if t + 1 < len(document) else -100) for t in range(piece.start, piece.stop)
+        ]
         assert rows == expected
         targets += sum(target != -100 for _, _, target in rows)
     assert source.num_target_tokens(step) == targets

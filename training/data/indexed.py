@@ -121,7 +121,7 @@ class IndexedCorpus:
         """For the same tokens: bool, True where the token is a training target; None where everything is."""
         if self._mask is None:
             return None
-        return np.asarray(self._mask[self._span(document, start, stop)]) != 0
+        return np.asarray(np.asarray(self._mask[self._span(document, start, stop)]) != 0)
 
     def _span(self, document: int, start: int, stop: int) -> slice:
         assert 0 <= start <= stop <= int(self.lengths[document]), (self.prefix, document, start, stop)

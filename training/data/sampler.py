@@ -9,7 +9,7 @@ Note: pieces of long documents
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class SequenceTable:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64."""
-        return self.stop - self.start
+        return np.asarray(self.stop - self.start)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of the given rows, int64."""
@@ -79,8 +79,9 @@ class SequenceTable:
         """The table less the given rows."""
         keep = np.ones(len(self), dtype=bool)
         keep[rows] = False
-        columns = (column[keep] for column in (self.corpus, self.document, self.start, self.stop))
-        return SequenceTable(*columns, num_too_short=self.num_too_short, num_dropped=self.num_dropped)
+        return replace(
+            self, corpus=self.corpus[keep], document=self.document[keep], start=self.start[keep], stop=self.stop[keep]
+        )
 
 
 def _rows(lengths: np.ndarray, max_seq_len: int, split: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

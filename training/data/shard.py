@@ -43,4 +43,5 @@ def build_shard(source: DataSource, step: int, plan: StepPlan, micro_batch: int,
 
 def _packed(ids: list[np.ndarray], targets: list[np.ndarray], positions: list[np.ndarray], slices: Slices = ()) -> PackedShard:
     empty = np.zeros(0, dtype=np.int64)
-    return PackedShard(*(np.concatenate([empty, *parts]) for parts in (ids, targets, positions)), slices)
+    token_ids, target_ids, position_ids = (np.concatenate([empty, *parts]) for parts in (ids, targets, positions))
+    return PackedShard(token_ids, target_ids, position_ids, slices)

@@ -64,7 +64,7 @@ class DataSource:
         """Identity of the stream of sequences: equal where (seed, step) means the same documents."""
         digest = hashlib.sha256(f"{self.sampler.seed} {self.sampler.batch_tokens}".encode())
         for column in (self.table.corpus, self.table.document, self.table.start, self.table.stop):
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
     def summary(self) -> str:

@@ -44,13 +44,14 @@ def _vocabulary_of(backend: Any) -> Vocabulary:
 
 def load_tokenizer(tokenizer: str) -> Any:
     """The `transformers` fast tokenizer of a tokenizer.json, a directory or a hub name. DataError if there is none."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    import transformers
 
+    from_file: Any = transformers.PreTrainedTokenizerFast
     try:
         if os.path.isfile(tokenizer):
-            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=tokenizer)
+            loaded: Any = from_file(tokenizer_file=tokenizer)
         else:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
+            loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:  # anything from OSError to a JSON error of the Rust side, all meaning the same to a person
         raise _unreadable(tokenizer, error) from error
     if not getattr(loaded, "is_fast", False):

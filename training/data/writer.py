@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -87,7 +88,6 @@ class IndexedWriter:
     def seal(self, metadata: dict[str, Any] | None = None) -> None:
         """Write the index and `metadata` (as PREFIX.json), still under temporary names."""
         self.commit()
-        self.close()
         with open(_part(self.prefix, ".idx"), "wb") as stream:
             stream.write(HEADER.pack(MAGIC, 1, self._code, self.documents, self.documents + 1))
             self._write_index(stream)
@@ -111,9 +111,10 @@ class IndexedWriter:
         """Seal and publish: afterwards the corpus is there, whole, under its names."""
         self.seal(metadata)
         publish(self.prefix)
+        self.close()
 
     def close(self) -> None:
-        """Let go of the parts without publishing them."""
+        """Let go of the parts, and of the lock that keeps a second writer away."""
         for stream in (self._bin, self._lengths, self._mask):
             if stream is not None:
                 stream.close()
@@ -148,12 +149,20 @@ def _part(prefix: str, suffix: str) -> str:
 
 def _open_part(path: str, size: int) -> BinaryIO:
     stream = open(path, "ab")  # noqa: SIM115 (held open by the writer)
-    found = os.path.getsize(path)
-    if found < size:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        found = "another process writing it"
+        raise DataError(
+            f"unfinished corpus file {path}", found=found, expected="one writer", hint="wait for it, or another --out"
+        ) from error
+    present = os.path.getsize(path)
+    if present < size:
         stream.close()
         raise DataError(
             f"unfinished corpus file {path}",
-            found=f"{found:,} bytes",
+            found=f"{present:,} bytes",
             expected=f"at least {size:,} bytes, as its state file says",
             hint="start again: add --restart",
         )

@@ -1,0 +1,180 @@
+"""Exported checkpoints load with from_pretrained and give the trained model's own logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efflaunch.checkpoint.config import CheckpointConfig
+from efflaunch.checkpoint.engine import CheckpointEngine
+from efflaunch.errors import CheckpointError
+from efflaunch.tests.ranks import RankPool
+from efflaunch.training.config import Dtype, OptimConfig
+from efflaunch.training.export import export, plan_shards
+from efflaunch.training.optim import build_optimizer
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SIZES},
+    "qwen3": {"model_type": "qwen3", **SIZES},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True, **SIZES},
+    "gemma3-tied": {"model_type": "gemma3_text", **SIZES},
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool() as pool:
+        yield pool
+
+
+def _train_and_save(run_dir: Path, fields: dict[str, Any], steps: tuple[int, ...], metadata: dict[str, Any]) -> Tensor:
+    """One update on sharded weights, a checkpoint per step; logits of the last."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(fields)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=torch.float32)
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = build_optimizer(model, OptimConfig(name="test", lr=0.05))
+    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", model=model, optimizer=optimizer, metadata=metadata)
+    for step in steps:
+        model(_ids(), use_cache=False).logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.save(step, {})
+    with torch.no_grad():
+        return model(_ids(), use_cache=False).logits.clone()
+
+
+def _ids() -> Tensor:
+    return torch.arange(12).reshape(2, 6) * 3 % 40
+
+
+def _exported_logits(path: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        return model(_ids(), use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path, name: str, ranks: int) -> None:
+    fields = MODELS[name]
+    logits = pool.run(_train_and_save, tmp_path / "run", fields, (1,), {"hf_config": fields}, ranks=ranks)[0]
+    report = export(tmp_path / "run", tmp_path / "out", dtype=Dtype.FLOAT32)
+    assert torch.equal(_exported_logits(tmp_path / "out"), logits)
+    assert (report.step, report.num_files, report.tokenizer) == (1, 1, None)
+    assert report.num_bytes == 4 * report.num_parameters
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def _save_llama(folder: Path, steps: tuple[int, ...] = (1,), **metadata: Any) -> Tensor:
+    torch.manual_seed(0)
+    return _train_and_save(folder, MODELS["llama"], steps, {"hf_config": MODELS["llama"], **metadata})
+
+
+def test_several_files_with_an_index_and_bfloat16_rounded_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    _save_llama(tmp_path / "run")
+    whole = export(tmp_path / "run", tmp_path / "whole", dtype=Dtype.FLOAT32)
+    progress: list[tuple[int, int]] = []
+    split = export(tmp_path / "run", tmp_path / "split", max_shard_bytes=2000, on_progress=lambda *done: progress.append(done))
+    assert split.num_files > 3 and split.num_bytes == 2 * whole.num_parameters
+    assert len(progress) == split.num_files and progress[-1] == (split.num_bytes, split.num_bytes)
+    index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == split.num_bytes
+    for name, exact in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "split" / index["weight_map"][name])[name], exact.bfloat16()), name
+    _exported_logits(tmp_path / "split")
+
+
+def test_a_step_can_be_chosen_and_missing_ones_are_named(tmp_path: Path) -> None:
+    _save_llama(tmp_path / "run", (1, 2))
+    assert export(tmp_path / "run", tmp_path / "newest").step == 2
+    assert export(tmp_path / "run", tmp_path / "first", step=1).step == 1
+    with pytest.raises(CheckpointError, match=r"checkpoints of steps: 1, 2; expected a whole checkpoint of step 3"):
+        export(tmp_path / "run", tmp_path / "third", step=3)
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "__0_0.distcp").write_bytes(b"")
+    assert export(tmp_path / "run", tmp_path / "whole").step == 1
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp has 0 bytes"):
+        export(tmp_path / "run", tmp_path / "third", step=2)
+    with pytest.raises(CheckpointError, match=r"steps: none; expected a whole checkpoint"):
+        export(tmp_path / "nowhere", tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_an_output_in_use_or_in_the_way_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    _save_llama(tmp_path / "run")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="found a directory with files in it"):
+        export(tmp_path / "run", tmp_path / "used")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        export(tmp_path / "run", tmp_path / "used" / "mine.txt" / "out")
+    (tmp_path / "empty").mkdir()
+    assert export(tmp_path / "run", tmp_path / "empty").num_files == 1
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_without_a_model_configuration_is_refused(tmp_path: Path) -> None:
+    _train_and_save(tmp_path / "run", MODELS["llama"], (1,), {})
+    with pytest.raises(CheckpointError, match=r"state.json: found no model configuration"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_the_tokenizer_comes_along(tmp_path: Path, as_file: bool) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer").mkdir()
+    Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    source = tmp_path / "tokenizer" / ("tokenizer.json" if as_file else "")
+    _save_llama(tmp_path / "run", tokenizer=str(source))
+    assert export(tmp_path / "run", tmp_path / "out").tokenizer == str(source)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids(["b", "a"]) == [1, 0]
+
+
+def test_a_tokenizer_that_is_not_here_is_reported_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _save_llama(tmp_path / "run", tokenizer="nobody/no-such-tokenizer")
+    assert export(tmp_path / "run", tmp_path / "out").tokenizer is None
+
+
+def test_files_are_filled_in_order_up_to_the_limit() -> None:
+    assert plan_shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == {
+        "model-00001-of-00003.safetensors": ["a", "b"],
+        "model-00002-of-00003.safetensors": ["c"],
+        "model-00003-of-00003.safetensors": ["d"],
+    }
+    assert plan_shards({"a": 3, "b": 3}, 6) == {"model.safetensors": ["a", "b"]}
