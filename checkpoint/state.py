@@ -92,7 +92,7 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
     inner = numpy_state["state"]
     numpy_json = {**numpy_state, "state": {"key": inner["key"].tolist(), "pos": inner["pos"]}}
     states = {"torch": torch.get_rng_state(), "numpy": _to_bytes(numpy_json), "python": _to_bytes(random.getstate())}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"{RNG}{rank}.{key}": value for key, value in states.items()}
 

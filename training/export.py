@@ -220,7 +220,7 @@ def _copy_tokenizer(tokenizer: str | None, out_dir: Path) -> str | None:
 def _from_file(path: Path, out_dir: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_file=str(path)).save_pretrained(out_dir)  # type: ignore[no-untyped-call]
+    PreTrainedTokenizerFast(tokenizer_file=str(path)).save_pretrained(out_dir)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

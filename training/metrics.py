@@ -1,8 +1,8 @@
 """What a run reports: metrics.jsonl always, TensorBoard and W&B where asked. Rank 0 writes; nothing here blocks training.
 
-Note: sinks. TensorBoard and W&B each live in a thread of their own behind a bounded queue, from opening to closing.
-A sink that fails is reported once, in the log and as `{"event": "sink_failed"}`, and takes nothing more; a sink that
-cannot keep up loses events and their number is reported at the end. W&B has a process of its own besides. metrics.jsonl has everything in any case.
+Note: sinks. TensorBoard and W&B each live in a thread of their own behind a bounded queue, from opening to closing (W&B in
+a process besides). A sink that fails is reported once, in the log and as `{"event": "sink_failed"}`, and takes nothing
+more; one that cannot keep up loses events and their number is reported at the end. metrics.jsonl has everything in any case.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class _SinkThread:
             sink.close()
         except SinkError as error:
             self._fail(str(error))
-        except Exception as error:  # noqa: BLE001 - whatever a logging package raises is its own failure, reported, not the run's
+        except Exception as error:  # whatever a logging package raises is its own failure, reported, not the run's
             self._fail(f"{type(error).__name__}: {error}")
 
     def _next(self) -> tuple[dict[str, float], int] | None:

@@ -156,7 +156,7 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
         check_logging(replace(CONFIG, tensorboard=True))
     with pytest.raises(ConfigError, match=r"logging.wandb=offline: found no package wandb.*\n.*pip install 'efflaunch\[wandb\]'"):
         Metrics(tmp_path, replace(CONFIG, wandb=WandbMode.OFFLINE), {}, False)
-    with pytest.raises(ConfigError, match="logging.every_steps"):
+    with pytest.raises(ConfigError, match=r"logging\.every_steps"):
         check_logging(replace(CONFIG, every_steps=0))
     check_logging(CONFIG)
     assert list(tmp_path.iterdir()) == []
