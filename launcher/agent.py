@@ -62,7 +62,8 @@ class Agent:
         self.config: Config = read_run(run_dir).config
         self.ranks: RankAgent | None = None
         self.stopping = False
-        self.out_of_time = False
+        self.out_of_time = 0
+        """The signal that ended the ranks' time to save."""
         on_stop_signals(self._stop)
         for number in (signal.SIGALRM, signal.SIGQUIT):
             signal.signal(number, self._kill_now)
@@ -87,7 +88,7 @@ class Agent:
     def _decide(self, outcome: Outcome, history: list[Outcome], start_step: int) -> Action:
         limit = self.config.launcher.max_restarts
         action = next_action(outcome, history, start_step=start_step, max_restarts=limit, stopping=self.stopping)
-        self._update_attempt(decision=action.reason)
+        self._update_attempt(decision=action.reason, restarted=action.restart)
         return action
 
     def _finish(self, action: Action) -> int:
@@ -138,14 +139,15 @@ class Agent:
             yield RankReport(
                 rank=rank,
                 exit_code=process.exitcode if process is not None else None,
-                stopped_by_agent=self.out_of_time or rank in ranks.killed,
+                stopped_by_agent=bool(self.out_of_time) or rank in ranks.killed,
                 record=json.loads(path.read_text()) if path.is_file() else None,
             )
 
     def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
         first = first_failure(reports)
         if first is None:
-            message = f"ranks did not save within launcher.grace_s={self.config.launcher.grace_s:g} s and were killed"
+            in_time = f"did not save within launcher.grace_s={self.config.launcher.grace_s:g} s and were killed"
+            message = f"the ranks {in_time if self.out_of_time == signal.SIGALRM else 'were killed at once, as asked'}"
             return EXIT_RETRY, Failure(rank=reports[0].rank, message=message, traceback="", log=str(attempt_dir(Path(), number)))
         log = attempt_dir(Path(), number) / f"rank-{first.rank}.log"
         failure = describe_failure(first, str(log), tail_lines(self.run_dir / log, _LOG_TAIL_LINES))
@@ -159,7 +161,7 @@ class Agent:
             self._hand_over()
 
     def _kill_now(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = self.out_of_time = True
+        self.stopping, self.out_of_time = True, number
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -187,7 +189,7 @@ class Agent:
 def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failure:
     """What a person is told about the rank that failed first."""
     if report.record is None:
-        message = f"rank {report.rank} {describe_exit(report.exit_code)}"
+        message = f"rank {report.rank} {describe_exit(report.exit_code)}" + ("" if report.exit_code else " in the middle of training")
         return Failure(rank=report.rank, message=message, traceback="\n".join(log_tail), log=log)
     is_user_error = report.record["exit_code"] == EXIT_USER
     message = report.record["message"] if is_user_error else f"rank {report.rank}: {report.record['type']}: {report.record['message']}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from .config import Config
-from .groups import check_config_dir
+from .groups import check_config_dir, conf_dir, options
 from .overrides import Override, parse_overrides
 from .schema import load_config, missing_key
 
@@ -38,14 +39,13 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
-    from ..parallel import config as parallel
-    from ..training import config as training
-    from . import config as launcher
+    from ..training.metrics import check_logging
+    from ..training.schedule import check_optim
+    from . import fit
 
-    for module in (training, parallel, launcher):
-        check = getattr(module, "check_config", None)
-        if check is not None:
-            check(config)
+    fit.check_config(config)
+    check_optim(config.optim, config.train.steps)
+    check_logging(config.logging)
 
 
 def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:
@@ -55,8 +55,6 @@ def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = 
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-
-    from .groups import conf_dir
 
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
@@ -70,7 +68,19 @@ def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = 
 
 
 def _translated(error: Exception) -> ConfigError:
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
+    argument = getattr(error, "override", None) or (ambiguous[1] if ambiguous else None)
+    if argument:
+        # `++` is ours.
+        typed = str(argument).lstrip("+")
+        hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
+        return ConfigError(f"argument {typed!r}", found="several values" if ambiguous else str(error).splitlines()[0], expected="a value that can be parsed", hint=hint)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    choice = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
+    if choice is not None:
+        group = choice[1]
+        expected = f"one of {', '.join(options(group))}"
+        return ConfigError(group, found="no choice", expected=expected, hint=f"{group}=..., or an experiment that sets it: +experiment=quickstart")
     cause = error.__cause__
     if cause is not None and type(cause).__module__.startswith("omegaconf"):
         lines.append(str(cause).splitlines()[0])
@@ -78,7 +88,7 @@ def _translated(error: Exception) -> ConfigError:
         "command line or configuration file",
         found="; ".join(lines[:3]) or type(error).__name__,
         expected="overrides and files that compose",
-        hint="quote values with special characters: 'data.prefixes=[\"/data/my corpus\"]'; efflaunch train --help lists keys and groups",
+        hint="efflaunch train --help lists keys and groups",
     )
 
 

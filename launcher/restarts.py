@@ -92,14 +92,19 @@ def lost_a_peer(record: dict[str, Any]) -> bool:
 
 def first_failure(reports: Sequence[RankReport]) -> RankReport | None:
     """The rank that failed first: own errors by time, then deaths without a word, then ranks that lost a peer."""
-    failed = [report for report in reports if report.exit_code != 0 and not (report.stopped_by_agent and report.record is None)]
+    failed = [report for report in reports if not (report.stopped_by_agent and report.record is None)]
     own = [report for report in failed if report.record is not None and not lost_a_peer(report.record)]
-    silent = [report for report in failed if report.record is None]
-    # A signal is a cause; a plain exit code may be a consequence.
-    silent.sort(key=lambda report: report.exit_code is None or report.exit_code >= 0)
+    silent = sorted((report for report in failed if report.record is None), key=_suspicion)
     collateral = [report for report in failed if report.record is not None and lost_a_peer(report.record)]
     ordered = _by_time(own) + silent + _by_time(collateral)
     return ordered[0] if ordered else None
+
+
+def _suspicion(report: RankReport) -> int:
+    # A signal is a cause; a plain exit code may be a consequence. A rank that ends well by itself, ahead of the
+    # others, gives no answer either.
+    code = report.exit_code
+    return 0 if code is not None and code < 0 else 1 if code else 2
 
 
 def _by_time(reports: list[RankReport]) -> list[RankReport]:

@@ -101,8 +101,10 @@ def report_end(run_dir: Path, code: int) -> None:
     """Say how it ended and what to type next; the error of a failed run comes last and in full, on stderr."""
     progress = Progress().apply(MetricsFollower(run_dir).read())
     titles = {EXIT_DONE: "done", EXIT_PREEMPTED: "stopped and saved"}
+    state = read_state(run_dir)
+    reason = state.attempts[-1].decision if state and state.attempts else ""
     rows = [*summary_lines(progress), ("run", str(run_dir)), *_next_commands(run_dir, code, progress)]
-    print(f"\n{titles.get(code, 'failed')}")
+    print(f"\n{titles.get(code, f'failed: {reason}')}")
     for name, value in rows:
         print(f"  {name:<12}{value}")
     sys.stdout.flush()

@@ -46,6 +46,7 @@ class Attempt:
     failure: Failure | None = None
     decision: str = ""
     """What was done next and why."""
+    restarted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,7 +69,7 @@ class Watcher:
             if attempt.ended is None or not attempt.decision:
                 break
             self.num_told += 1
-            if attempt.failure is not None:
+            if attempt.failure is not None and attempt.restarted:
                 self.display.note(f"attempt {attempt.number} failed after step {attempt.last_step}: {attempt.failure.message}")
                 self.display.note(f"  {attempt.decision}; log: {self.run_dir / attempt.failure.log}")
 

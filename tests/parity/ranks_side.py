@@ -29,6 +29,9 @@ POLICIES = {
     "keep": MemoryConfig(name="keep", attention_output=Keep.KEEP, activations=Keep.KEEP),
     "recompute": MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE),
     "keep_attention": MemoryConfig(name="keep_attention", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE),
+    "chunks_5": MemoryConfig(name="chunks", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE, chunk_tokens=5),
+    "chunks_16": MemoryConfig(name="chunks", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE, chunk_tokens=16),
+    "chunks_16_keep_attention": MemoryConfig(name="chunks", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE, chunk_tokens=16),
 }
 
 

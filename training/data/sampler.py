@@ -79,9 +79,7 @@ class SequenceTable:
         """The table less the given rows."""
         keep = np.ones(len(self), dtype=bool)
         keep[rows] = False
-        return replace(
-            self, corpus=self.corpus[keep], document=self.document[keep], start=self.start[keep], stop=self.stop[keep]
-        )
+        return replace(self, corpus=self.corpus[keep], document=self.document[keep], start=self.start[keep], stop=self.stop[keep])
 
 
 def _rows(lengths: np.ndarray, max_seq_len: int, split: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

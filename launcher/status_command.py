@@ -1,0 +1,102 @@
+"""`efflaunch status RUN_DIR`: where a run stands, from its files alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import EXIT_DONE, ConfigError
+from ..units import format_seconds
+from .metrics_file import MetricsFollower, checkpoint_steps
+from .progress import Progress, summary_lines
+from .rundir import is_locked, read_run
+from .state import ACTIVE, RunState, read_state
+
+DIED = "died"
+"""Says running, but nobody is there: killed, or the machine went down. `efflaunch resume` goes on."""
+
+
+def main(run_dir: Path, *, as_json: bool) -> int:
+    """Print it; exit code 0 whatever the run's own state is."""
+    facts = status(run_dir)
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts, run_dir)))
+    return EXIT_DONE
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """Everything `--json` prints. ConfigError where `run_dir` is not a run directory."""
+    stored = read_run(run_dir)
+    try:
+        state = read_state(run_dir)
+    except (ValueError, TypeError, KeyError) as error:
+        hint = f"remove it: efflaunch resume {run_dir} writes it anew"
+        raise ConfigError(str(run_dir / "state.json"), found=str(error), expected="a file efflaunch wrote", hint=hint) from error
+    progress = Progress().apply(MetricsFollower(run_dir).read())
+    return {
+        "run_dir": str(run_dir),
+        "experiment": stored.config.experiment,
+        "revision": stored.revision,
+        **_process_facts(run_dir, state),
+        "step": progress.step,
+        "steps": stored.config.train.steps,
+        "loss": progress.losses.get(progress.step),
+        "first_loss": progress.losses[min(progress.losses)] if progress.losses else None,
+        "tokens": progress.total_tokens,
+        "tokens_per_s": progress.tokens_per_s,
+        "time_left_s": progress.time_left_s,
+        "peak_bytes": [progress.peak_bytes[rank] for rank in sorted(progress.peak_bytes)],
+        "checkpoints": checkpoint_steps(run_dir),
+        "checkpoint_error": progress.checkpoint_error,
+    }
+
+
+def _process_facts(run_dir: Path, state: RunState | None) -> dict[str, Any]:
+    if state is None:
+        return {"state": "not started", "pid": None, "host": None, "attempts": 0, "exit_code": None, "updated": None, "last_error": None}
+    is_dead = state.state in ACTIVE and not is_locked(run_dir)
+    failure = state.failure
+    return {
+        "state": DIED if is_dead else state.state,
+        "pid": state.pid if state.state in ACTIVE and not is_dead else None,
+        "host": state.host,
+        "attempts": len(state.attempts),
+        "exit_code": state.exit_code,
+        "updated": state.updated,
+        "last_error": None if failure is None else {"rank": failure.rank, "message": failure.message, "log": failure.log},
+    }
+
+
+def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
+    """The same for people."""
+    rows = [("run", f"{facts['run_dir']} ({facts['experiment']}, revision {facts['revision']})"), ("state", _state_line(facts))]
+    progress = Progress().apply(MetricsFollower(run_dir).read())
+    progress.steps = facts["steps"]
+    rows += summary_lines(progress)
+    if facts["state"] in ACTIVE and facts["tokens_per_s"] is not None:
+        left = facts["time_left_s"]
+        rows.append(("speed", f"{facts['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {format_seconds(left)} to go")))
+    rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
+    if facts["checkpoint_error"]:
+        rows.append(("save failed", facts["checkpoint_error"]))
+    if facts["last_error"]:
+        rows.append(("last error", f"{facts['last_error']['message']} (log: {run_dir / facts['last_error']['log']})"))
+    if facts["state"] not in ACTIVE:
+        rows.append(("go on", f"efflaunch resume {run_dir}"))
+    return [f"{name:<12}{value}" for name, value in rows]
+
+
+def _state_line(facts: dict[str, Any]) -> str:
+    parts = [facts["state"]]
+    if facts["state"] == DIED:
+        parts.append("ended without a word, killed or the machine went down")
+    if facts["pid"]:
+        parts.append(f"process {facts['pid']} on {facts['host']}")
+    if facts["exit_code"] is not None:
+        parts.append(f"exit code {facts['exit_code']}")
+    if facts["attempts"] > 1:
+        parts.append(f"{facts['attempts']} attempts")
+    if facts["updated"]:
+        parts.append(f"{format_seconds(max(0.0, time.time() - facts['updated']))} ago")
+    return ", ".join(parts)
