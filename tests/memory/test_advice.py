@@ -45,7 +45,7 @@ def test_suggestions_fit(name: str) -> None:
         ("loss", ("train.loss_chunk_tokens=1024",)),
         ("few ranks used", ("memory.chunk_tokens=16K",)),
         ("1M on eight", ("memory.chunk_tokens=16K",)),
-        ("4M on eight", ("cluster.num_nodes=4", "parallel.sp_degree=32", "parallel.tokens_per_rank=128K")),
+        ("4M on eight", ("cluster.num_nodes=8", "parallel.sp_degree=64", "parallel.tokens_per_rank=64K")),
     ],
 )
 def test_the_least_intrusive_comes_first(name: str, first: tuple[str, ...]) -> None:
