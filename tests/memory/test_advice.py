@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from efflaunch.launcher.compose import compose
 from efflaunch.memory.advice import largest_length, suggest
-from efflaunch.memory.ledger import Ledger
+from efflaunch.memory.ledger import Ledger, build_ledger
 from efflaunch.parallel.config import GradReduce
+from efflaunch.training.spec import model_spec
 
 from .settings import GIB, cluster, make_ledger, policy
 
@@ -41,8 +43,9 @@ def test_suggestions_fit(name: str) -> None:
         ("whole gradients", ("parallel.grad_reduce=micro_batch",)),
         ("replicas", ("parallel.replicate=1", "parallel.shard=null")),
         ("loss", ("train.loss_chunk_tokens=1024",)),
-        ("few ranks used", ("parallel.sp_degree=2", "parallel.tokens_per_rank=64K")),
-        ("1M on eight", ("cluster.num_nodes=2", "parallel.sp_degree=16", "parallel.tokens_per_rank=64K")),
+        ("few ranks used", ("memory.chunk_tokens=16K",)),
+        ("1M on eight", ("memory.chunk_tokens=16K",)),
+        ("4M on eight", ("cluster.num_nodes=8", "parallel.sp_degree=64", "parallel.tokens_per_rank=64K")),
     ],
 )
 def test_the_least_intrusive_comes_first(name: str, first: tuple[str, ...]) -> None:
@@ -68,3 +71,12 @@ def test_the_longest_length_halving() -> None:
     assert make_ledger(length=length, tokens_per_rank=length // 8, sp_degree=8).fits
     assert not make_ledger(length=2 * length, tokens_per_rank=2 * length // 8, sp_degree=8).fits
     assert largest_length(make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(device_memory_bytes=GIB))) is None
+
+
+def test_chunks_are_suggested_where_a_layer_is_too_large():
+    """The million-token experiment without its chunks does not fit one node; with them it does."""
+    config = compose(["+experiment=llama8b_1M", "memory.chunk_tokens=null"], None)
+    ledger = build_ledger(
+        spec=model_spec(config.model), parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
+    )
+    assert not ledger.fits and suggest(ledger)[0].overrides == ("memory.chunk_tokens=16K",)
