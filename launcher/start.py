@@ -79,10 +79,13 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
 
     Everything that can be refused is refused before anything is written. `entry` replaces the training function.
     """
+    from ..training.data.source import check_corpora
+    from ..training.spec import model_spec
     from .backends import local
     from .fit import check_machine
 
     check_machine(config)
+    check_corpora(config.data, model_spec(config.model).vocab_size)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
     make_run_dir(run_dir)
