@@ -176,10 +176,10 @@ class CheckpointEngine:
         box: list[Any] = [self._read(self.directory, self._choose) if self._rank == 0 else self._read(self.directory, lambda: None)]
         if self._world_size > 1:
             dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[no-any-return]
+        return box[0]
 
     def _choose(self) -> tuple[Path | None, tuple[str, ...]]:
-        skipped = []
+        skipped: list[str] = []
         for info in reversed(files.scan(self.directory)):
             if info.is_whole:
                 return info.path, tuple(skipped)

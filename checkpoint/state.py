@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def _to_bytes(value: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _from_bytes(value: Tensor) -> object:
+def _from_bytes(value: Tensor) -> Any:
     return json.loads(bytes(value.numpy()))
 
 

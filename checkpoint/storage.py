@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -21,7 +23,7 @@ FAILURES = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointExc
 """What reading and writing raise; CheckpointException is not an Exception. Anything else is a mistake of ours."""
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """Fsyncs each file; a full disk keeps its name, which torch.save's archive writer otherwise hides."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -37,7 +39,7 @@ class _Writer(dcp.FileSystemWriter):
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes this rank's share of `tensors`; collective. An error of any rank is raised on all, as CheckpointException."""
     with _QuietAlone():
-        metadata = dcp.save(dict(tensors), storage_writer=_Writer(path, sync_files=True), no_dist=not dist.is_initialized())
+        metadata = save(dict(tensors), storage_writer=_Writer(path, sync_files=True), no_dist=not dist.is_initialized())
     missing = sorted({name for name in _file_names(metadata) if not (path / name).is_file()})
     if missing:
         # Every rank looks: a folder on a node's own disk shows here, not at the next restore.
@@ -47,13 +49,13 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def read_tensors(tensors: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
     """Fills `tensors` in place from their keys, cast to their dtype; collective unless `alone`."""
     with _QuietAlone():
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=alone or not dist.is_initialized())
+        load(dict(tensors), storage_reader=FileSystemReader(path), no_dist=alone or not dist.is_initialized())
 
 
 def read_index(path: Path) -> dict[str, TensorStorageMetadata]:
     """Key to shape and dtype of every tensor in the directory; reads no tensor. ValueError where the index is damaged."""
     try:
-        metadata = dcp.FileSystemReader(path).read_metadata()
+        metadata = FileSystemReader(path).read_metadata()
     except (pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError) as error:
         # What pickle raises on bytes that are not its own.
         raise ValueError(f".metadata: {error}") from error

@@ -29,7 +29,12 @@ from .files import tail_lines
 from .metrics_file import newest_step
 from .restarts import Action, Outcome, RankReport, first_failure, next_action
 from .rundir import attempt_dir, read_run
-from .signals import describe_exit, die_with_parent, on_stop_signals, release_stop_signals
+from .signals import (
+    describe_exit,
+    die_with_parent,
+    on_stop_signals,
+    release_stop_signals,
+)
 from .state import Attempt, Failure, RunState, read_state, write_state
 
 if TYPE_CHECKING:

@@ -60,3 +60,10 @@ class Config:
     cluster: ClusterConfig
     launcher: LauncherConfig
     logging: LoggingConfig
+
+
+def check_config(config: Config) -> None:
+    """ConfigError where model, layout and batch do not go together; on whatever machine (fit.check_machine looks at this one)."""
+    from .fit import check_config as check_together
+
+    check_together(config)

@@ -18,7 +18,9 @@ from .config import Config
 def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion], notes: Iterable[str]) -> None:
     """Layout, one table per memory, time, verdict."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {ledger.setting.parameters / 1e9:.2f}B parameters, {_batch(config)}")
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=120)
+    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.setting.parameters)} parameters, {_batch(config)}")
     for line in _layout_lines(ledger):
         console.print(f"  {line}")
     console.print()
@@ -31,6 +33,10 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console.print()
     for line in _verdict(ledger, suggestions):
         console.print(line)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
 
 
 def _batch(config: Config) -> str:

@@ -6,12 +6,13 @@ once afterwards. The parameter objects are the same in both passes (FSDP2 refill
 inside the Function stays valid.
 
 Note: two halves. A layer is before_attention and after_attention (token-local) around the attention core. Backward runs
-the second half, then attention, then the first half, and frees each half before the next starts.
+the second half, then attention, then the first half, and frees each half before the next starts. With `chunk_tokens` a
+half runs over chunks of rows, forward and backward, and only one chunk of it exists at a time; attention sees all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,11 +60,22 @@ class LayerExecutor:
 
     def run(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime) -> Tensor:
         """Forward alone, nothing kept."""
-        spec = self.adapter.spec
-        qkv = attention.exchange_in(*self.adapter.before_attention(x, rope), spec)
-        o, _ = attention.core_forward(qkv, spec)
+        return self.run_keeping(x, rope, attention)[0]
+
+    def run_keeping(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime) -> tuple[Tensor, Tensor, Tensor]:
+        """Layer output, and (o, lse) between the exchanges. Builds no graph."""
+        spec, chunk = self.adapter.spec, self.policy.chunk_tokens
+        qkv = attention.exchange_in(*run_rows(self.before, (x, *rope), chunk), spec)
+        o, lse = attention.core_forward(qkv, spec)
         del qkv
-        return self.adapter.after_attention(x, attention.exchange_out(o, spec))
+        (y,) = run_rows(self.after, (x, attention.exchange_out(o, spec)), chunk)
+        return y, o, lse
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> QKV:
+        return self.adapter.before_attention(x, (cos, sin))
+
+    def after(self, x: Tensor, o: Tensor) -> tuple[Tensor]:
+        return (self.adapter.after_attention(x, o),)
 
 
 class _Halves:
@@ -90,33 +102,33 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, executor: LayerExecutor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime, *parameters: Tensor) -> Tensor:
         ctx.executor, ctx.rope, ctx.attention, ctx.parameters, ctx.halves = executor, rope, attention, parameters, None
-        policy, spec = executor.policy, executor.adapter.spec
-        if policy.activations is Keep.KEEP:
+        if executor.policy.activations is Keep.KEEP:
             ctx.halves = _Halves(executor, x, rope, attention, None)
             assert ctx.halves.y is not None
             return ctx.halves.y.detach()  # type: ignore[no-any-return]
-        qkv = attention.exchange_in(*executor.adapter.before_attention(x, rope), spec)
-        o, lse = attention.core_forward(qkv, spec)
-        del qkv
-        ctx.save_for_backward(x, *((o, lse) if policy.attention_output is Keep.KEEP else ()))
-        return executor.adapter.after_attention(x, attention.exchange_out(o, spec))
+        y, o, lse = executor.run_keeping(x, rope, attention)
+        ctx.save_for_backward(x, *((o, lse) if executor.policy.attention_output is Keep.KEEP else ()))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        halves = ctx.halves
+        halves, executor, attention = ctx.halves, ctx.executor, ctx.attention
         ctx.halves = None
+        x, *kept = ctx.saved_tensors if halves is None else (None,)
+        if halves is None and executor.policy.chunk_tokens is not None and x.shape[0] > executor.policy.chunk_tokens:
+            dx, gradients = _backward_by_chunks(x, kept, dy, executor, ctx.rope, attention, ctx.parameters)
+            return dx, None, None, None, *gradients
         if halves is None:
-            x, *kept = ctx.saved_tensors
-            halves = _Halves(ctx.executor, x, ctx.rope, ctx.attention, tuple(kept) if kept else None)
-        dx, gradients = _backward(halves, dy, ctx.executor.adapter.spec, ctx.attention, ctx.parameters)
+            halves = _Halves(executor, x, ctx.rope, attention, tuple(kept) if kept else None)
+        dx, gradients = _backward(halves, dy, executor.adapter.spec, attention, ctx.parameters)
         return dx, None, None, None, *gradients
 
 
 def _backward(
     halves: _Halves, dy: Tensor, spec: Any, attention: AttentionRuntime, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """dx and each parameter's gradient."""
+    """dx and each parameter's gradient, from graphs of the whole halves."""
     assert halves.y is not None
     dx_after, do, *late = torch.autograd.grad(halves.y, [halves.x_after, halves.o_leaf, *parameters], dy, allow_unused=True)
     halves.y = None
@@ -126,6 +138,80 @@ def _backward(
     del do, wide
     dx, *early = torch.autograd.grad(halves.projected, [halves.x_before, *parameters], dqkv, allow_unused=True)
     return dx.add_(dx_after), [_sum(a, b) for a, b in zip(late, early, strict=True)]
+
+
+def _backward_by_chunks(
+    x: Tensor,
+    kept: Sequence[Tensor],
+    dy: Tensor,
+    executor: LayerExecutor,
+    rope: tuple[Tensor, Tensor],
+    attention: AttentionRuntime,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The same with the graph of one chunk at a time; the first half's projections are computed twice for it."""
+    spec, chunk = executor.adapter.spec, executor.policy.chunk_tokens
+    assert chunk is not None
+    with torch.no_grad():
+        gathered = attention.exchange_in(*run_rows(executor.before, (x, *rope), chunk), spec)
+        o, lse = kept if kept else attention.core_forward(gathered, spec)
+        local_o = attention.exchange_out(o, spec)
+    (dx_after, do), late = backward_rows(executor.after, (x, local_o), (dy,), parameters, chunk, differentiable=2)
+    del local_o
+    wide = attention.core_backward(attention.exchange_out_backward(do, spec), gathered, o, lse, spec)
+    dqkv = attention.exchange_in_backward(wide, spec, x.dtype)
+    del do, wide, gathered, o
+    (dx,), early = backward_rows(executor.before, (x, *rope), dqkv, parameters, chunk, differentiable=1)
+    return dx.add_(dx_after), [_sum(a, b) for a, b in zip(late, early, strict=True)]
+
+
+def run_rows(half: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], chunk: int | None) -> tuple[Tensor, ...]:
+    """`half` of all rows, computed `chunk` rows at a time; every input and output has one row per token."""
+    num_rows = rows[0].shape[0]
+    if chunk is None or num_rows <= chunk:
+        return half(*rows)
+    outputs: tuple[Tensor, ...] = ()
+    for start in range(0, num_rows, chunk):
+        parts = half(*(t[start : start + chunk] for t in rows))
+        outputs = outputs or tuple(part.new_empty((num_rows, *part.shape[1:])) for part in parts)
+        for output, part in zip(outputs, parts, strict=True):
+            output[start : start + chunk] = part
+    return outputs
+
+
+def backward_rows(
+    half: Callable[..., tuple[Tensor, ...]],
+    rows: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    chunk: int,
+    *,
+    differentiable: int,
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """Gradients of the first `differentiable` inputs, and of each parameter, recomputing `half` chunk by chunk.
+
+    Parameter gradients are summed over chunks in float32 (float64 for float64) and returned in the parameter's dtype.
+    """
+    d_rows = tuple(torch.empty_like(t) for t in rows[:differentiable])
+    totals: list[Tensor | None] = [None] * len(parameters)
+    for start in range(0, rows[0].shape[0], chunk):
+        part = slice(start, start + chunk)
+        with torch.enable_grad():
+            leaves = [t[part].detach().requires_grad_(index < differentiable) for index, t in enumerate(rows)]
+            outputs = half(*leaves)
+        inputs = [*leaves[:differentiable], *parameters]
+        gradients = torch.autograd.grad(outputs, inputs, [t[part] for t in upstream], allow_unused=True)
+        for whole, gradient in zip(d_rows, gradients, strict=False):
+            whole[part] = gradient
+        for index, gradient in enumerate(gradients[differentiable:]):
+            if gradient is not None:
+                totals[index] = _add_wide(totals[index], gradient)
+    return d_rows, [None if t is None else t.to(p.dtype) for t, p in zip(totals, parameters, strict=True)]
+
+
+def _add_wide(total: Tensor | None, part: Tensor) -> Tensor:
+    wide = part.to(torch.promote_types(part.dtype, torch.float32))
+    return wide if total is None else total.add_(wide)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

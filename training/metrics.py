@@ -1,8 +1,8 @@
 """What a run reports: metrics.jsonl always, TensorBoard and W&B where asked. Rank 0 writes; nothing here blocks training.
 
-Note: sinks. TensorBoard and W&B each live in a thread of their own behind a bounded queue, from opening to closing.
-A sink that fails is reported once, in the log and as `{"event": "sink_failed"}`, and takes nothing more; a sink that
-cannot keep up loses events and their number is reported at the end. metrics.jsonl has everything in any case.
+Note: sinks. TensorBoard and W&B each live in a thread of their own behind a bounded queue, from opening to closing (W&B in
+a process besides). A sink that fails is reported once, in the log and as `{"event": "sink_failed"}`, and takes nothing
+more; one that cannot keep up loses events and their number is reported at the end. metrics.jsonl has everything in any case.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Protocol, Self
 
 from ..errors import ConfigError
 from .config import LoggingConfig, WandbMode
+from .wandb_sink import SinkError, WandbSink
 
 log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -200,7 +201,9 @@ class _SinkThread:
             while (item := self._next()) is not None:
                 sink.write(*item)
             sink.close()
-        except Exception as error:  # noqa: BLE001 - whatever a logging package raises is its own failure, reported, not the run's
+        except SinkError as error:
+            self._fail(str(error))
+        except Exception as error:  # whatever a logging package raises is its own failure, reported, not the run's
             self._fail(f"{type(error).__name__}: {error}")
 
     def _next(self) -> tuple[dict[str, float], int] | None:
@@ -224,7 +227,7 @@ def _openers(run_dir: Path, config: LoggingConfig, config_dict: dict[str, Any], 
         openers["tensorboard"] = lambda: _TensorBoard(run_dir / "tensorboard")
     if config.wandb is not WandbMode.OFF:
         run_id = wandb_run_id(run_dir)
-        openers["wandb"] = lambda: _Wandb(run_dir, config, config_dict, run_id, resumed)
+        openers["wandb"] = lambda: _wandb(run_dir, config, config_dict, run_id, resumed)
     return openers
 
 
@@ -232,7 +235,7 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         for key, value in scalars.items():
@@ -253,33 +256,19 @@ def wandb_run_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-class _Wandb:
+def _wandb(run_dir: Path, config: LoggingConfig, config_dict: dict[str, Any], run_id: str, resumed: bool) -> Sink:
     """One W&B segment per attempt, all with the same run id; offline segments merge at `wandb sync`."""
-
-    def __init__(self, run_dir: Path, config: LoggingConfig, config_dict: dict[str, Any], run_id: str, resumed: bool) -> None:
-        # Read by wandb when it is imported: its crash reporter looks up an outside host even offline.
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
-        os.environ["WANDB_SILENT"] = "true"
-        import wandb
-
-        mode = "online" if config.wandb is WandbMode.ONLINE else "offline"
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, disable_job_creation=True)
-        self._run: Any = wandb.init(
-            project=config.wandb_project,
-            name=run_dir.name,
-            id=run_id,
-            dir=str(run_dir),
-            mode=mode,
-            resume="allow" if resumed and mode == "online" else None,
-            config=config_dict,
-            settings=settings,
-        )
-        # Steps after a restored checkpoint are logged again: the step is a metric, not wandb's own rising counter.
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, scalars: dict[str, float], step: int) -> None:
-        self._run.log({**scalars, "step": step})
-
-    def close(self) -> None:
-        self._run.finish()
+    online = config.wandb is WandbMode.ONLINE
+    return WandbSink(
+        {
+            "project": config.wandb_project,
+            "name": run_dir.name,
+            "id": run_id,
+            "dir": str(run_dir),
+            "mode": "online" if online else "offline",
+            "resume": "allow" if resumed and online else None,
+            "config": config_dict,
+            # Its system monitor is one more process that outlives a killed run by seconds, and asks the cloud for metadata.
+            "settings": {"silent": True, "console": "off", "disable_git": True, "disable_job_creation": True, "x_disable_stats": True},
+        }
+    )

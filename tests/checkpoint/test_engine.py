@@ -353,7 +353,7 @@ def test_a_file_system_without_room_is_noticed_before_anything_is_written(tmp_pa
 
 
 def test_a_disk_that_fills_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "free_bytes", lambda directory: 1 << 40)  # noqa: ARG005
+    monkeypatch.setattr(files, "free_bytes", lambda directory: 1 << 40)
     with _mounted(tmp_path / "disk", "size=160k"):
         run = Run(tmp_path / "disk", config=CheckpointConfig(name="test", keep_last=9))
         run.train(0, 1)

@@ -152,23 +152,39 @@ def _patch(path: Path, at: int, data: bytes) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
-    ("no idx", lambda p: (p / "c.idx").unlink(), r"c\.idx: found no file; expected a Megatron indexed corpus \(PREFIX.idx and PREFIX.bin\)"),
+    (
+        "no idx",
+        lambda p: (p / "c.idx").unlink(),
+        r"c\.idx: found no file; expected a Megatron indexed corpus \(PREFIX.idx and PREFIX.bin\)",
+    ),
     ("no bin", lambda p: (p / "c.bin").unlink(), r"c\.bin: found no file; expected a Megatron indexed corpus"),
     ("empty idx", lambda p: (p / "c.idx").write_bytes(b""), r"c\.idx: found an empty file; expected a Megatron indexed corpus"),
     ("empty bin", lambda p: (p / "c.bin").write_bytes(b""), r"c\.bin: found an empty file"),
     ("short header", lambda p: (p / "c.idx").write_bytes(b"MMIDIDX"), r"c\.idx: found 7 bytes; expected at least 34 bytes of header"),
-    ("magic", lambda p: _patch(p / "c.idx", 0, b"TNTIDX"), r"found a file that starts with b'TNTIDXX.*expected a Megatron index, which starts"),
+    (
+        "magic",
+        lambda p: _patch(p / "c.idx", 0, b"TNTIDX"),
+        r"found a file that starts with b'TNTIDXX.*expected a Megatron index, which starts",
+    ),
     ("version", lambda p: _patch(p / "c.idx", 9, b"\x02"), r"found index version 2; expected version 1"),
     ("float", lambda p: _patch(p / "c.idx", 17, b"\x07"), r"found token type code 7; expected an integer type: 1, 2, 3, 4, 5 or 8"),
     ("code", lambda p: _patch(p / "c.idx", 17, b"\x63"), r"found token type code 99"),
-    ("cut idx", lambda p: (p / "c.idx").write_bytes((p / "c.idx").read_bytes()[:-8]), r"found 74 bytes; expected 82 bytes for 2 items and 2 doc"),
+    (
+        "cut idx",
+        lambda p: (p / "c.idx").write_bytes((p / "c.idx").read_bytes()[:-8]),
+        r"found 74 bytes; expected 82 bytes for 2 items and 2 doc",
+    ),
     ("cut bin", lambda p: (p / "c.bin").write_bytes(b"\1\0\2\0"), r"c\.bin: found 4 bytes \(cut short\); expected 10 bytes: 5 tokens of 2"),
     ("long bin", lambda p: (p / "c.bin").write_bytes(bytes(12)), r"c\.bin: found 12 bytes \(too long\); expected 10 bytes"),
     ("length", lambda p: _patch(p / "c.idx", 34, b"\xff\xff\xff\xff"), r"found a negative item length"),
     ("pointer", lambda p: _patch(p / "c.idx", 50, b"\x05"), r"found items that do not lie end to end"),
     ("documents", lambda p: _patch(p / "c.idx", 74, b"\x01"), r"found a document list that does not cover the items in order"),
     ("cut mask", lambda p: (p / "c.mask.bin").write_bytes(b"\1"), r"c\.mask\.bin: found 1 bytes \(cut short\); expected 5 bytes"),
-    ("no mask", lambda p: (p / "c.json").write_text('{"loss_mask": true}'), r"c\.mask\.bin: found no file; expected the loss mask that .*c\.json"),
+    (
+        "no mask",
+        lambda p: (p / "c.json").write_text('{"loss_mask": true}'),
+        r"c\.mask\.bin: found no file; expected the loss mask that .*c\.json",
+    ),
     ("json", lambda p: (p / "c.json").write_text("{"), r"c\.json: found a file that is not JSON"),
 ]
 

@@ -118,5 +118,5 @@ def test_nothing_to_train_on() -> None:
 
 
 def test_a_sequence_of_one_token_is_no_sequence() -> None:
-    with pytest.raises(ConfigError, match="data.max_seq_len: found 1; expected at least 2 tokens"):
+    with pytest.raises(ConfigError, match=r"data\.max_seq_len: found 1; expected at least 2 tokens"):
         _table([[5]], 1)

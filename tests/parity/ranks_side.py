@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from efflaunch.memory.config import Keep, MemoryConfig
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
@@ -29,6 +30,9 @@ POLICIES = {
     "keep": MemoryConfig(name="keep", attention_output=Keep.KEEP, activations=Keep.KEEP),
     "recompute": MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE),
     "keep_attention": MemoryConfig(name="keep_attention", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE),
+    "chunks_5": MemoryConfig(name="chunks", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE, chunk_tokens=5),
+    "chunks_16": MemoryConfig(name="chunks", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE, chunk_tokens=16),
+    "chunks_16_keep_attention": MemoryConfig(name="chunks", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE, chunk_tokens=16),
 }
 
 

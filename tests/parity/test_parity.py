@@ -87,6 +87,13 @@ ROWS = {
     "recompute, ring 2": ({"policy": "recompute"}, static(2, 2, 1)),
     "recompute, hybrid 2x2": ({"policy": "recompute"}, static(4, 4, 2)),
     "attention kept, rest recomputed, hybrid 2x2": ({"policy": "keep_attention"}, static(4, 4, 2)),
+    "chunks of 5 tokens, recompute, one rank": ({"policy": "chunks_5"}, static(1, 1, 1)),
+    "chunks of 16 tokens, recompute, hybrid 2x2": ({"policy": "chunks_16"}, static(4, 4, 2)),
+    "chunks of 16 tokens, attention kept, ring 2": ({"policy": "chunks_16_keep_attention", "family": "qwen3"}, static(2, 2, 1)),
+    "chunks of 5 tokens, recompute, gemma2, accumulation, HSDP": (
+        {"policy": "chunks_5", "family": "gemma2", "replicate": 2},
+        plan_of(4, batch((0, 4, 2, ALL[:2])), batch((0, 2, 1, ALL[2:4]), (2, 2, 2, ALL[4:]))),
+    ),
     "HSDP 2x2": ({"replicate": 2}, static(4, 2, 2)),
     "HSDP 2x2, accumulation, recompute": (
         {"replicate": 2, "policy": "recompute", "steps": 3},

@@ -34,6 +34,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **SIZES},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True, **SIZES},
     "gemma3-tied": {"model_type": "gemma3_text", **SIZES},
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+        **SIZES,
+    },
 }
 
 
@@ -84,13 +89,18 @@ def _exported_logits(path: Path) -> Tensor:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path, name: str, ranks: int) -> None:
-    fields = MODELS[name]
-    logits = pool.run(_train_and_save, tmp_path / "run", fields, (1,), {"hf_config": fields}, ranks=ranks)[0]
+    from transformers import AutoConfig
+
+    fields = dict(MODELS[name])
+    saved = AutoConfig.for_model(**fields).to_dict()
+    logits = pool.run(_train_and_save, tmp_path / "run", fields, (1,), {"hf_config": saved}, ranks=ranks)[0]
     report = export(tmp_path / "run", tmp_path / "out", dtype=Dtype.FLOAT32)
     assert torch.equal(_exported_logits(tmp_path / "out"), logits)
     assert (report.step, report.num_files, report.tokenizer) == (1, 1, None)
     assert report.num_bytes == 4 * report.num_parameters
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert {key for key in saved if again[key] != saved[key]} <= {"architectures", "dtype", "_name_or_path"}
     assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.training import metrics as metrics_module
+from efflaunch.training import wandb_sink
 from efflaunch.training.config import LoggingConfig, WandbMode
 from efflaunch.training.metrics import Metrics, check_logging
 
@@ -59,7 +59,9 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_loses_lines_says_so_and_recovers(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_lines_says_so_and_recovers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     metrics = Metrics(tmp_path, CONFIG, {}, False)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", _no_space)
@@ -154,40 +156,78 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
         check_logging(replace(CONFIG, tensorboard=True))
     with pytest.raises(ConfigError, match=r"logging.wandb=offline: found no package wandb.*\n.*pip install 'efflaunch\[wandb\]'"):
         Metrics(tmp_path, replace(CONFIG, wandb=WandbMode.OFFLINE), {}, False)
-    with pytest.raises(ConfigError, match="logging.every_steps"):
+    with pytest.raises(ConfigError, match=r"logging\.every_steps"):
         check_logging(replace(CONFIG, every_steps=0))
     check_logging(CONFIG)
     assert list(tmp_path.iterdir()) == []
 
 
-def _fake_wandb(calls: list[dict[str, Any]]) -> types.ModuleType:
-    module = types.ModuleType("wandb")
-    module.Settings = lambda **fields: fields  # type: ignore[attr-defined]
-    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda values: calls.append(values), finish=lambda: None)
+_FAKE_WANDB = """
+import json, os, time
+def note(*values):
+    with open(os.environ["FAKE_CALLS"], "a") as file:
+        file.write(json.dumps(values) + "\\n")
+class Run:
+    def define_metric(self, *a, **k): pass
+    def log(self, values): note("log", values)
+    def finish(self): note("finish")
+def Settings(**fields): return fields
+def init(**arguments):
+    if os.environ.get("FAKE_HANGS"): time.sleep(60)
+    if os.environ.get("FAKE_FAILS"): raise RuntimeError("no such project")
+    note("init", arguments, os.environ["WANDB_ERROR_REPORTING"], os.environ["WANDB_SILENT"])
+    return Run()
+"""
 
-    def init(**arguments: Any) -> Any:
-        calls.append({**arguments, "reporting": os.environ["WANDB_ERROR_REPORTING"], "quiet": os.environ["WANDB_SILENT"]})
-        return run
 
-    module.init = init  # type: ignore[attr-defined]
-    return module
-
-
-def test_wandb_is_offline_quiet_and_keeps_its_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    for name in ("WANDB_ERROR_REPORTING", "WANDB_SILENT"):
-        monkeypatch.setenv(name, "unset")
-    monkeypatch.setitem(sys.modules, "wandb", _fake_wandb(calls))
+@pytest.fixture
+def fake_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The child process imports this wandb; what it is asked is noted in a file."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(_FAKE_WANDB)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fake'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr(metrics_module, "_check_installed", lambda *args: None)
+    return tmp_path / "calls"
+
+
+def test_wandb_is_offline_quiet_and_keeps_its_run_id(tmp_path: Path, fake_calls: Path) -> None:
     for resumed, mode in ((False, WandbMode.OFFLINE), (True, WandbMode.OFFLINE), (True, WandbMode.ONLINE)):
         with Metrics(tmp_path / "run", replace(CONFIG, wandb=mode), {"a": 1}, resumed) as metrics:
             metrics.write("step", step=3, loss=0.5)
-    starts = [call for call in calls if "id" in call]
-    assert [(call["mode"], call["resume"]) for call in starts] == [("offline", None), ("offline", None), ("online", "allow")]
-    assert len({call["id"] for call in starts}) == 1 and starts[0]["id"] == (tmp_path / "run" / "wandb_id").read_text()
-    assert all((call["reporting"], call["quiet"]) == ("false", "true") for call in starts)
+    calls = [json.loads(line) for line in fake_calls.read_text().splitlines()]
+    assert [call[0] for call in calls] == ["init", "log", "finish"] * 3
+    starts = [call[1] for call in calls if call[0] == "init"]
+    assert [(start["mode"], start["resume"]) for start in starts] == [("offline", None), ("offline", None), ("online", "allow")]
+    assert len({start["id"] for start in starts}) == 1 and starts[0]["id"] == (tmp_path / "run" / "wandb_id").read_text()
+    assert all(call[2:] == ["false", "true"] for call in calls if call[0] == "init")
     assert starts[0]["config"] == {"a": 1} and starts[0]["dir"] == str(tmp_path / "run")
-    assert calls[1] == {"loss": 0.5, "step": 3}
+    assert calls[1][1] == {"loss": 0.5, "step": 3}
+    assert [line["event"] for line in _lines(tmp_path / "run")] == ["step"] * 3
+
+
+def test_wandb_that_does_not_start_is_reported_with_its_reason(tmp_path: Path, fake_calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "1")
+    with Metrics(tmp_path / "run", replace(CONFIG, wandb=WandbMode.ONLINE), {}, False) as metrics:
+        metrics.write("step", step=1, loss=0.5)
+    failed = [line for line in _lines(tmp_path / "run") if line["event"] == "sink_failed"]
+    assert [(line["sink"], line["error"]) for line in failed] == [("wandb", "RuntimeError: no such project")]
+    assert not fake_calls.exists()
+
+
+def test_a_wandb_that_hangs_takes_every_line_and_gives_up_at_the_end(
+    tmp_path: Path, fake_calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(wandb_sink.__file__).read_text()
+    (tmp_path / "wandb_sink.py").write_text(source.replace("FINISH_S = 8.0", "FINISH_S = 0.3"))
+    monkeypatch.setattr(wandb_sink, "__file__", str(tmp_path / "wandb_sink.py"))
+    monkeypatch.setenv("FAKE_HANGS", "1")
+    sink = wandb_sink.WandbSink({"settings": {}})
+    for step in range(2000):
+        sink.write({"x" * 100: 1.0}, step)
+    with pytest.raises(wandb_sink.SinkError, match="not finished 0 s after the end of the run"):
+        sink.close()
+    assert not fake_calls.exists()
 
 
 _OFFLINE = """

@@ -1,0 +1,91 @@
+"""`python -m efflaunch.bench.report DIR docs/benchmarks.md`: write the page of figures from the benchmarks' JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HEADER = """# Benchmarks
+
+Written by `python -m efflaunch.bench.report DIR docs/benchmarks.md` from the JSON files of the programs in `bench/`.
+Do not edit: run a benchmark again with `--json`, then the command above.
+"""
+MIB = 1 << 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m efflaunch.bench.report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the JSON files are")
+    parser.add_argument("page", type=Path, help="the page to write")
+    options = parser.parse_args(arguments)
+    results = [json.loads(file.read_text()) for file in sorted(options.folder.glob("*.json"))]
+    known = [result for result in results if result.get("benchmark") in SECTIONS]
+    if not known:
+        parser.error(f"no result of a known benchmark ({', '.join(SECTIONS)}) in {options.folder}")
+    options.page.write_text(page(known))
+    print(f"{len(known)} benchmarks -> {options.page}")
+    return 0
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The whole page, one section per result."""
+    return "\n".join([HEADER, *(section(result) for result in results)])
+
+
+def section(result: dict[str, Any]) -> str:
+    """Title, figures, and where they come from."""
+    return "\n".join([*SECTIONS[result["benchmark"]](result), "", *_origin(result), ""])
+
+
+def _origin(result: dict[str, Any]) -> list[str]:
+    machine, versions = result["machine"], result["versions"]
+    return [
+        f"- machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}; load before: {machine['load_before']:.1f}",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",
+        f"- command: `{result['command']}`",
+        f"- date: {result['date']}",
+    ]
+
+
+def _startup(result: dict[str, Any]) -> list[str]:
+    names = {"help_s": "`efflaunch --help`", "plan_s": "`efflaunch plan +experiment=llama8b_1M`", "first_step_s": "quickstart, to its first step"}
+    lines = ["## Start-up", "", "Seconds until the answer, in a fresh process with warm files; the median.", ""]
+    lines += ["| what | seconds | aim below | each run |", "|---|---|---|---|"]
+    for key, name in names.items():
+        if key in result:
+            runs = ", ".join(f"{value:.2f}" for value in result["seconds"][key])
+            lines.append(f"| {name} | {result[key]:.2f} | {result['targets'][key]:g} | {runs} |")
+    return lines
+
+
+def _step(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "## One step against plain Hugging Face + torch",
+        "",
+        f"Same model, weights and packed tokens (documents of {', '.join(map(str, result['lengths']))} tokens on each rank), float32, FSDP2 in all,",
+        f"{result['rounds']} interleaved rounds. `stock`: SDPA with `position_ids`; `varlen`: SDPA document by document, the stronger peer.",
+        "Ratios are the median of the rounds' ratios; processor ratios count rank 0's processor seconds instead of wall time.",
+        "",
+        f"**throughput_ratio {result['throughput_ratio']:.3f}** (our worst case against the stronger peer; aim 0.97 or more), "
+        f"**peak_ratio {result['peak_ratio']:.3f}** (recompute against gradient checkpointing; aim 1.0 or less).",
+        "",
+        "| ranks | ours | peer | tokens/s, ours over peer | processor time, peer over ours | peak MiB, ours | peak MiB, peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for ranks, row in result["ranks"].items():
+        for policy, peers in row["ratios"].items():
+            for peer, ratio in peers.items():
+                ours, theirs = row["peak_bytes"][f"ours_{policy}"] / MIB, row["peak_bytes"][peer] / MIB
+                processor = row["processor_ratios"][policy][peer]
+                lines.append(f"| {ranks} | {policy} | {peer.replace('_', ' + ')} | {ratio:.3f} | {processor:.3f} | {ours:.1f} | {theirs:.1f} |")
+    return lines
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"startup": _startup, "step": _step}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""Saves killed at any moment: what is committed is whole, and the newest committed one restores."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from efflaunch.checkpoint import files
+from efflaunch.checkpoint.config import CheckpointConfig
+from efflaunch.checkpoint.engine import CheckpointEngine
+from efflaunch.tests.ranks import RankDiedError, RankPool
+from efflaunch.tests.training.small import Small, full, shard
+from efflaunch.training.config import OptimConfig
+from efflaunch.training.optim import build_optimizer
+
+
+def _engine(folder: Path) -> tuple[Small, CheckpointEngine]:
+    model = shard(Small())
+    optimizer = build_optimizer(model, OptimConfig(name="test", lr=1e-3))
+    return model, CheckpointEngine(CheckpointConfig(name="test"), folder, model=model, optimizer=optimizer, metadata={})
+
+
+def _fill(model: Small, step: int) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float(step))
+
+
+def _restored_step(folder: Path) -> int:
+    """The newest step, after checking that every weight is of that step; 0 where there is none."""
+    model, engine = _engine(folder)
+    restored = engine.restore()
+    if restored is None:
+        return 0
+    assert restored.skipped == () and restored.extra == {"step": restored.step}
+    for name, parameter in model.named_parameters():
+        assert bool((full(parameter) == restored.step).all()), name
+    return restored.step
+
+
+def _save_until_killed(folder: Path, victim: int, after_s: float) -> None:
+    """Restores, then saves step after step; rank `victim` dies after `after_s` seconds of saving."""
+    step = _restored_step(folder)
+    model, engine = _engine(folder)
+    if dist.get_rank() == victim:
+        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        step += 1
+        _fill(model, step)
+        engine.save(step, {"step": step})
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_rank_killed_while_saving_loses_nothing_that_was_committed(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    committed = 0
+    with RankPool() as pool:
+        for trial in range(8):
+            with pytest.raises(RankDiedError, match=f"rank {trial % 2} died"):
+                pool.run(_save_until_killed, tmp_path, trial % 2, chance.uniform(0.05, 0.3), ranks=2)
+            infos = files.scan(tmp_path)
+            assert all(info.is_whole for info in infos)
+            newest = infos[-1].step if infos else 0
+            assert newest >= committed
+            committed = newest
+        assert pool.run(_restored_step, tmp_path, ranks=2) == [committed, committed]
+    assert committed > 0 and not list(tmp_path.glob("*.tmp"))

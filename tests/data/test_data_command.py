@@ -1,0 +1,147 @@
+"""`efflaunch data`: what it prints, its exit codes, its progress, and docs/data.md run as it stands."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efflaunch.launcher import data_progress
+from efflaunch.launcher.cli import main
+from efflaunch.launcher.data_progress import progress_text, show_progress
+from efflaunch.training.data import prepare as prepare_module
+from efflaunch.training.data.prepare import Progress
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Two texts and a tokenizer in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("in/a.txt").write_text("the quick brown fox")
+    Path("in/b.txt").write_text("x")
+    assert main(["data", "tokenizer", "in", "--vocab-size", "280", "--out", "tok"]) == 0
+    assert capsys.readouterr().out == "tok: byte-level BPE trained on 2 files\n"
+    return tmp_path
+
+
+def test_the_summary(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "prepare", "in", "--tokenizer", "tok", "--out", "out/c", "--no-eos"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    tokens = json.loads(Path("out/c.json").read_text())["tokens"]
+    assert out.splitlines() == [
+        "out/c.bin + .idx",
+        f"  1 documents, {tokens} tokens from 2 inputs (20 B)",
+        f"  tokens per document: min {tokens}, p50 {tokens}, p90 {tokens}, p99 {tokens}, max {tokens}",
+        "  skipped 1: fewer than 2 tokens (first: in/b.txt)",
+        f"Train on it: data.prefixes=[out/c] data.tokenizer={inputs}/tok",
+    ]
+
+
+def test_the_summary_as_json(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.jsonl").write_text('{"prompt": "the quick", "completion": " fox"}\n')
+    assert main(["data", "prepare", "p.jsonl", "--tokenizer", "tok", "--out", "c", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == {"out": "c", **json.loads(Path("c.json").read_text())}
+    assert summary["loss_mask"] and 0 < summary["loss_tokens"] < summary["tokens"]
+
+
+BAD = [
+    ([], "efflaunch data: found arguments it does not understand (the following arguments are required"),
+    (
+        ["prepare", "in"],
+        "efflaunch data prepare: found arguments it does not understand (the following arguments are required: --tokenizer, --out)",
+    ),
+    (["prepare", "in", "--tokenizer", "tok", "--out", "c", "--workers", "0"], "argument --workers: invalid"),
+    (["prepare", "nowhere", "--tokenizer", "tok", "--out", "c"], "input nowhere: found nothing there; expected a file or a directory."),
+    (["prepare", "in", "--tokenizer", "./nowhere", "--out", "c"], "tokenizer ./nowhere: found nothing that can be loaded"),
+    (["prepare", "in", "--tokenizer", "tok", "--out", "in/a.txt/c"], "file in/a.txt"),
+    (["prepare", "in", "--tokenizer", "tok", "--out", "c", "--chat-template", "x"], "--chat-template x: found No such file or directory"),
+    (["tokenizer", "in", "--vocab-size", "100", "--out", "new"], "--vocab-size: found 100; expected at least 257."),
+    (["tokenizer", "in", "--vocab-size", "300", "--out", "tok"], "--out tok: found something there already; expected a new directory."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_mistakes_exit_93_with_one_message(inputs: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["data", *arguments]) == 93
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("Try: ") == 1
+    assert not list(inputs.glob("c.*")) and not Path("new").exists()
+
+
+def test_interrupted(inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "encode_all", interrupt)
+    arguments = ["data", "prepare", "in", "--tokenizer", "tok", "--out", "c"]
+    assert main(arguments) == 75
+    assert capsys.readouterr().err == "Stopped. The same command again goes on from here.\n"
+    monkeypatch.undo()
+    os.chdir(inputs)
+    assert main(arguments) == 0
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom efflaunch.launcher.cli import main\n"
+        "try:\n    main(['data', 'prepare', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'numpy', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'rich'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == "set()"
+    assert "--text-field NAME" in done.stdout and "goes on where it was" in done.stdout
+
+
+def test_progress_counts_this_attempt_alone() -> None:
+    progress = Progress(done_bytes=600, total_bytes=1000, resumed_bytes=200, resumed_tokens=50, documents=7, tokens=250, elapsed_s=20.0)
+    assert progress_text(progress) == "7 documents, 250 tokens, 60 %, 10 tokens/s, 20 s to go"
+
+
+def test_plain_lines_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(data_progress, "_LINE_EVERY_S", 0.0)
+    with show_progress(stream) as report:
+        report(Progress(0, 10, 0, 0, 1, 2, 0.0))
+    assert stream.getvalue() == "prepare: 1 documents, 2 tokens, 0 %\n"
+
+
+def test_a_bar_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with show_progress(stream) as report:
+        report(Progress(10, 10, 0, 0, 3, 400, 2.0))
+    assert "prepare" in stream.getvalue() and "3 documents, 400 tokens, 100 %, 200 tokens/s" in stream.getvalue()
+
+
+def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 5
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "work").mkdir()
+    for name, command in (("efflaunch", f"{sys.executable} -m efflaunch"), ("python", sys.executable)):
+        script = tmp_path / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    script_text = "set -euo pipefail\n" + "\n".join(blocks)
+    done = subprocess.run(["bash", "-c", script_text], cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    shown = re.search(r"^```\n(corpus/texts.*?)^Train", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert shown is not None and shown[1] in done.stdout
+    names = {path.name for path in (tmp_path / "work" / "corpus").iterdir()}
+    assert {f"{name}.idx" for name in ("texts", "mixed", "rows", "bare", "open", "some")} <= names
+    assert "mixed.mask.bin" in names and "texts.mask.bin" not in names

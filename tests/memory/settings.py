@@ -1,0 +1,78 @@
+"""Small configurations and their ledgers, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from efflaunch.memory.config import Keep, MemoryConfig
+from efflaunch.memory.ledger import Ledger, build_ledger
+from efflaunch.parallel.config import ClusterConfig, Device, ParallelConfig
+from efflaunch.training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
+from efflaunch.training.spec import model_spec
+
+GIB = 1 << 30
+LLAMA_8B: dict[str, Any] = {
+    "name": "llama3_8b",
+    "family": Family.LLAMA,
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "vocab_size": 128256,
+    "max_positions": 131072,
+}
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "family": Family.LLAMA,
+    "num_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "vocab_size": 2048,
+    "max_positions": 65536,
+}
+
+
+def policy(activations: str = "recompute", attention_output: str = "recompute") -> MemoryConfig:
+    return MemoryConfig(name="m", attention_output=Keep(attention_output), activations=Keep(activations))
+
+
+def cluster(**changes: Any) -> ClusterConfig:
+    fields: dict[str, Any] = {
+        "name": "c",
+        "device": Device.CUDA,
+        "num_nodes": 1,
+        "ranks_per_node": 8,
+        "device_memory_bytes": 80 * GIB,
+        "host_memory_bytes": 2000 * GIB,
+        "peak_flops": 1e15,
+        "efficiency": 0.33,
+        "intra_node_bandwidth": 450e9,
+        "inter_node_bandwidth": 50e9,
+        "host_link_bandwidth": 50e9,
+    }
+    return ClusterConfig(**{**fields, **changes})
+
+
+def make_ledger(
+    model: dict[str, Any] | None = None,
+    *,
+    length: int,
+    tokens_per_rank: int,
+    batch: int | None = None,
+    memory: MemoryConfig | None = None,
+    machines: ClusterConfig | None = None,
+    dtype: Dtype = Dtype.BFLOAT16,
+    loss_chunk: int = 2048,
+    **parallel: Any,
+) -> Ledger:
+    return build_ledger(
+        spec=model_spec(ModelConfig(**(model or LLAMA_8B))),
+        parallel=ParallelConfig(name="p", tokens_per_rank=tokens_per_rank, **parallel),
+        memory=memory or policy(),
+        train=TrainConfig(steps=1, dtype=dtype, loss_chunk_tokens=loss_chunk),
+        data=DataConfig(name="d", max_seq_len=length, global_batch_tokens=batch or length),
+        cluster=machines or cluster(),
+    )

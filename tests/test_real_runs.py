@@ -1,0 +1,198 @@
+"""efflaunch as a person runs it, with the real training: stop, kill, resume, other layouts, export, and runs that cannot go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.progress import Progress
+from efflaunch.launcher.rundir import read_run
+from efflaunch.tests.launcher.runs import descendants, environment, is_alive
+from efflaunch.tests.parity.reference import reference_loss
+from efflaunch.training.data.source import open_data
+from efflaunch.training.data.writer import IndexedWriter
+
+pytestmark = pytest.mark.timeout(240)
+STEPS = 30
+BASE = (
+    "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.vocab_size=97", "data=indexed", "data.prefixes=[corpus]", "data.max_seq_len=256", "data.global_batch_tokens=1K",
+    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=128", "parallel.scheme=ring", "train.dtype=float32",
+    "optim.schedule=constant", "optim.lr=1e-3", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain",
+)  # fmt: skip
+
+
+def start(directory: Path, *words: str) -> subprocess.Popen:
+    log = (directory / "output").open("ab")
+    return subprocess.Popen([sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), stdout=log, stderr=log)
+
+
+def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Popen:
+    return start(directory, "train", *BASE, f"train.steps={steps}", *overrides)
+
+
+def run(directory: Path, *words: str, expect: int = 0) -> str:
+    """What one efflaunch command printed; fails unless it exits with `expect`."""
+    done = subprocess.run([sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def finish(process: subprocess.Popen, directory: Path, expect: int = 0) -> None:
+    assert process.wait(200) == expect, (directory / "output").read_text()
+
+
+def losses(directory: Path) -> dict[int, float]:
+    return Progress().apply(MetricsFollower(directory / "runs" / "run").read()).losses
+
+
+def wait_for_step(directory: Path, process: subprocess.Popen, step: int) -> None:
+    while newest_step(directory / "runs" / "run") < step:
+        assert process.poll() is None, (directory / "output").read_text()
+        time.sleep(0.02)
+
+
+def make_corpus(directory: Path) -> None:
+    generator = np.random.default_rng(3)
+    writer = IndexedWriter(str(directory / "corpus"), "uint16")
+    for length in np.minimum(generator.lognormal(3.5, 1.2, 300).astype(int) + 2, 700):
+        writer.add(np.cumsum(generator.integers(0, 3, length)) % 97)
+    writer.finish()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run nothing happened to."""
+    directory = tmp_path_factory.mktemp("reference")
+    make_corpus(directory)
+    finish(train(directory), directory)
+    curve = losses(directory)
+    assert sorted(curve) == list(range(1, STEPS + 1)) and curve[STEPS] < curve[1]
+    return directory
+
+
+@pytest.fixture
+def place(tmp_path, reference):
+    for file in reference.glob("corpus.*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def stopped(place: Path, step: int) -> None:
+    """Leave a run that was told to stop after `step`."""
+    process = train(place)
+    wait_for_step(place, process, step)
+    process.send_signal(signal.SIGTERM)
+    finish(process, place, expect=75)
+    assert step <= max(losses(place)) < STEPS
+
+
+def test_stopped_and_started_again_is_bit_equal(place, reference):
+    stopped(place, 7)
+    finish(train(place), place)
+    assert losses(place) == losses(reference)
+
+
+def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
+    process = train(place)
+    wait_for_step(place, process, 8)
+    pids = descendants(process.pid)
+    ranks = [pid for pid in pids if "forkserver" not in " ".join(psutil.Process(pid).cmdline()) or psutil.Process(pid).memory_info().rss > 1 << 28]
+    os.kill(ranks[-1], signal.SIGKILL)
+    finish(process, place)
+    assert losses(place) == losses(reference)
+    assert "signal 9" in (place / "output").read_text()
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_everything_killed_then_resumed_is_bit_equal(place, reference):
+    process = train(place)
+    wait_for_step(place, process, 12)
+    pids = descendants(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "processes outlived efflaunch"
+        time.sleep(0.1)
+    run(place, "resume", "runs/run")
+    assert losses(place) == losses(reference)
+
+
+def test_done_and_then_more_steps_is_bit_equal(place, reference):
+    finish(train(place, steps=STEPS - 6), place)
+    assert "nothing to do" in run(place, "resume", "runs/run") or max(losses(place)) == STEPS - 6
+    run(place, "resume", "runs/run", f"train.steps={STEPS}")
+    assert losses(place) == losses(reference)
+
+
+@pytest.mark.parametrize("overrides", [("cluster.ranks_per_node=1", "parallel.tokens_per_rank=512"), ("cluster.ranks_per_node=4", "parallel.replicate=2", "parallel.scheme=auto")])
+def test_resume_on_another_layout_sees_the_same_documents(place, reference, overrides):
+    stopped(place, 6)
+    at = max(losses(place))
+    run(place, "resume", "runs/run", *overrides)
+    ours, theirs = losses(place), losses(reference)
+    assert {step: loss for step, loss in ours.items() if step <= at} == {step: loss for step, loss in theirs.items() if step <= at}
+    for step in range(at + 1, STEPS + 1):
+        assert abs(ours[step] - theirs[step]) < 1e-4 * theirs[step], step
+
+
+def test_export_gives_the_model_that_was_trained(place, reference):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(reference / "runs", place / "runs")
+    run(place, "export", "runs/run", "exported")
+    model = AutoModelForCausalLM.from_pretrained(place / "exported", dtype=torch.float32)
+    source = open_data_of(place)
+    documents, targets = zip(*(source.tokens(STEPS, i, 0, n) for i, n in enumerate(source.lengths(STEPS))), strict=True)
+    with torch.no_grad():
+        expected = float(reference_loss(model, documents, targets))
+    run(place, "resume", "runs/run", f"train.steps={STEPS + 1}")
+    assert abs(losses(place)[STEPS + 1] - expected) < 1e-5 * expected
+
+
+def open_data_of(place: Path):
+    config = read_run(place / "runs" / "run").config
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        return open_data(config.data, config.train.seed, 97)
+    finally:
+        os.chdir(before)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(place, reference):
+    shutil.copytree(reference / "runs", place / "runs")
+    text = run(place, "resume", "runs/run", f"train.steps={STEPS + 9}", "optim.lr=1e30", "optim.grad_clip=null", expect=93)
+    assert f"step {STEPS + 2}: found a loss or gradient norm of" in text and "ranks 0" in text and "corpus corpus document" in text
+    assert "Traceback" not in text
+    newest = sorted((place / "runs" / "run" / "checkpoints").iterdir())[-1]
+    assert newest.name == f"step-{STEPS:08d}"
+    run(place, "resume", "runs/run", "optim.lr=1e-3", "optim.grad_clip=1.0", f"train.steps={STEPS + 2}")
+    assert max(losses(place)) == STEPS + 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "corpus.idx").unlink(), "corpus.idx"),
+        (lambda d: (d / "corpus.idx").write_bytes((d / "corpus.idx").read_bytes()[:500]), "corpus.idx"),
+        (lambda d: (d / "corpus.bin").write_bytes((d / "corpus.bin").read_bytes()[:500]), "corpus.bin"),
+    ],
+    ids=["missing", "truncated index", "truncated tokens"],
+)
+def test_a_broken_corpus_is_named_once(place, damage, message):
+    damage(place)
+    text = run(place, "train", *BASE, "train.steps=3", expect=93)
+    assert text.count("expected") == 1 and message in text and "Traceback" not in text
