@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import environment
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli
 from efflaunch.launcher.completion import SHELLS, complete, script
 from efflaunch.launcher.schema import config_keys
+from efflaunch.tests.launcher.runs import environment
 
 COMMANDS = ["train", "plan", "resume", "status", "export", "completion"]
 
