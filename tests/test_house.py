@@ -110,11 +110,9 @@ def test_configuration_files_build_nothing() -> None:
 
 def test_every_package_is_packaged() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found = {
-        ".".join(["efflaunch", *path.parent.relative_to(ROOT).parts])
-        for folder in (*CODE_FOLDERS, "conf")
-        for path in (ROOT / folder).rglob("__init__.py")
-    }
+    folders = {path.parent for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
+    folders |= {path.parent for path in (ROOT / "conf").rglob("*.yaml")}
+    found = {".".join(["efflaunch", *folder.relative_to(ROOT).parts]) for folder in folders}
     listed = project["tool"]["setuptools"]["packages"]
     assert {package for package in found if not package.startswith("efflaunch.tests")} | {"efflaunch"} == set(listed)
     assert listed == sorted(listed)
