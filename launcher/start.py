@@ -46,7 +46,9 @@ def changed(config: Config, overrides: list[Override], config_dir: str | None) -
     data = dump_config(config)
     for item in overrides:
         if item.key in ("experiment", "run.id", "run.root"):
-            raise ConfigError(item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME")
+            raise ConfigError(
+                item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME"
+            )
         if item.is_group:
             data[item.key] = compose_group(item.key, item.value, config_dir)
         else:
