@@ -113,19 +113,25 @@ def optimizer_states(s: Setting) -> Term:
     return term("optimizer states", f"two float{8 * s.master} moments, 1/{s.layout.shard} of each", 2 * s.master * s.parameters / s.layout.shard)
 
 
+def reduces_once(s: Setting) -> bool:
+    """Whether gradients of several micro-batches pile up whole before they are reduced."""
+    return s.parallel.grad_reduce is GradReduce.STEP and s.layout.num_micro_batches > 1
+
+
 def gradients(s: Setting) -> Term:
-    """In a step's only micro-batch they grow as layer inputs go: beside all the inputs there are none yet."""
+    """Reduced in the only or last micro-batch, they grow as layer inputs (or whole gradients) go: beside all of those there are none yet."""
     total = s.master * s.parameters // s.layout.shard
-    growing = max(0, total - kept_bytes(s)) if s.layout.num_micro_batches == 1 else total
-    early = 0 if s.layout.num_micro_batches == 1 else total
+    early = 0 if s.layout.num_micro_batches == 1 or reduces_once(s) else total
+    growing = 0 if reduces_once(s) else max(early, total - kept_bytes(s))
     held = {Phase.FORWARD: early, Phase.LOSS: early} | {phase: growing for phase in BACKWARD}
     return Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", held | {Phase.REDUCE: total, Phase.OPTIMIZER: total})
 
 
 def whole_gradients(s: Setting) -> Term:
-    """Reduced once per step, gradients of all weights pile up unsharded from micro-batch to micro-batch."""
-    per_step = s.parallel.grad_reduce is GradReduce.STEP and s.layout.num_micro_batches > 1
-    return term("gradients, whole", "kept over micro-batches, reduced once a step", s.master * s.parameters * per_step, COMPUTE)
+    """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
+    whole = s.master * s.parameters * reduces_once(s)
+    held = {phase: whole for phase in (Phase.FORWARD, Phase.LOSS, *BACKWARD)}
+    return Term("gradients, whole", "kept over micro-batches, reduced once a step", held | {Phase.REDUCE: s.master * s.root_parameters * reduces_once(s)})
 
 
 def gathered_root(s: Setting) -> Term:
