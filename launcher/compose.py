@@ -39,11 +39,13 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
+    from ..memory.config import check_memory
     from ..training.metrics import check_logging
     from ..training.schedule import check_optim
     from . import fit
 
     fit.check_config(config)
+    check_memory(config.memory)
     check_optim(config.optim, config.train.steps)
     check_logging(config.logging)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, DataError
 from ..units import format_bytes
 
 _EPILOG = """\
@@ -107,6 +107,12 @@ def _prepare(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command again goes on from here.", file=sys.stderr)
         return EXIT_PREEMPTED
+    except OSError as error:
+        where = error.filename or options.out
+        hint = "make room or another --out; the same command goes on where it was"
+        raise DataError(
+            f"file {where}", found=str(error.strerror or error), expected="files that can be read and written", hint=hint
+        ) from error
     print(json.dumps({"out": options.out, **metadata}) if options.json else summary_text(options.out, metadata))
     return EXIT_DONE
 

@@ -36,7 +36,7 @@ _Move = Callable[[Setting], Iterator[_Change]]
 
 
 def suggest(ledger: Ledger, *, most: int = 4) -> tuple[Suggestion, ...]:
-    """At most `most` override sets that fit, the least intrusive kind first: one change if one is enough, else changes on top of each other."""
+    """At most `most` override sets that fit, the least intrusive first: one change if one is enough, else changes on top of each other."""
     if ledger.fits:
         return ()
     found: list[Suggestion] = []
@@ -73,7 +73,7 @@ def _prove(change: _Change) -> Suggestion | None:
 def _stacked(setting: Setting) -> list[Suggestion]:
     """All that saves memory without other machines at once; then more nodes or shorter sequences on top of it."""
     base = _Change((), "", setting)
-    for move in (_recompute, _reduce_each, _small_loss_chunks, _shard_more):
+    for move in (_recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more):
         base = _on_top(base, next(move(base.setting), None))
     if base.overrides and (proven := _prove(base)) is not None:
         return [proven]
@@ -95,6 +95,17 @@ def _recompute(s: Setting) -> Iterator[_Change]:
     if Keep.KEEP in (s.memory.activations, s.memory.attention_output):
         policy = MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE)
         yield _Change(("memory=recompute",), "layers run again in backward", replace(s, memory=policy))
+
+
+def _chunks(s: Setting) -> Iterator[_Change]:
+    if s.memory.activations is Keep.KEEP:
+        return
+    for chunk in (16384, 4096, 1024):
+        if chunk < min(s.tokens, s.memory.chunk_tokens or s.tokens):
+            memory = replace(s.memory, chunk_tokens=chunk)
+            yield _Change(
+                (f"memory.chunk_tokens={format_tokens(chunk)}",), "norms, projections and MLP by chunks", replace(s, memory=memory)
+            )
 
 
 def _reduce_each(s: Setting) -> Iterator[_Change]:
@@ -160,7 +171,7 @@ def _shorter(s: Setting) -> Iterator[_Change]:
         yield _Change(overrides, "shorter sequences", replace(s, data=data, parallel=parallel))
 
 
-_SINGLE: tuple[_Move, ...] = (_recompute, _reduce_each, _small_loss_chunks, _shard_more, _spread, _more_nodes, _shorter)
+_SINGLE: tuple[_Move, ...] = (_recompute, _chunks, _reduce_each, _small_loss_chunks, _shard_more, _spread, _more_nodes, _shorter)
 
 
 def format_exact(num_tokens: int) -> str:

@@ -81,6 +81,12 @@ class Setting:
         return self.layout.tokens_per_rank
 
     @property
+    def chunk_tokens(self) -> int | None:
+        """Rows a layer's token-local work has at one time, where that is fewer than all."""
+        chunk = self.memory.chunk_tokens
+        return chunk if chunk is not None and chunk < self.tokens and self.memory.activations is Keep.RECOMPUTE else None
+
+    @property
     def root_parameters(self) -> int:
         """Embedding, head and last norm: what is not in a decoder layer."""
         return self.parameters - self.spec.num_layers * self.layer_parameters
@@ -110,7 +116,9 @@ def weights(s: Setting) -> Term:
 
 
 def optimizer_states(s: Setting) -> Term:
-    return term("optimizer states", f"two float{8 * s.master} moments, 1/{s.layout.shard} of each", 2 * s.master * s.parameters / s.layout.shard)
+    return term(
+        "optimizer states", f"two float{8 * s.master} moments, 1/{s.layout.shard} of each", 2 * s.master * s.parameters / s.layout.shard
+    )
 
 
 def reduces_once(s: Setting) -> bool:
@@ -119,23 +127,29 @@ def reduces_once(s: Setting) -> bool:
 
 
 def gradients(s: Setting) -> Term:
-    """Reduced in the only or last micro-batch, they grow as layer inputs (or whole gradients) go: beside all of those there are none yet."""
+    """In the only or last micro-batch they grow as layer inputs (or whole gradients) go: beside all of those there are none yet."""
     total = s.master * s.parameters // s.layout.shard
     early = 0 if s.layout.num_micro_batches == 1 or reduces_once(s) else total
     growing = 0 if reduces_once(s) else max(early, total - kept_bytes(s))
-    held = {Phase.FORWARD: early, Phase.LOSS: early} | {phase: growing for phase in BACKWARD}
+    held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, growing)
     return Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", held | {Phase.REDUCE: total, Phase.OPTIMIZER: total})
 
 
 def whole_gradients(s: Setting) -> Term:
     """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
     whole = s.master * s.parameters * reduces_once(s)
-    held = {phase: whole for phase in (Phase.FORWARD, Phase.LOSS, *BACKWARD)}
-    return Term("gradients, whole", "kept over micro-batches, reduced once a step", held | {Phase.REDUCE: s.master * s.root_parameters * reduces_once(s)})
+    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), whole)
+    return Term(
+        "gradients, whole",
+        "kept over micro-batches, reduced once a step",
+        held | {Phase.REDUCE: s.master * s.root_parameters * reduces_once(s)},
+    )
 
 
 def gathered_root(s: Setting) -> Term:
-    return term("embedding and head, gathered", "in compute precision, from forward to the end of backward", s.width * s.root_parameters, COMPUTE)
+    return term(
+        "embedding and head, gathered", "in compute precision, from forward to the end of backward", s.width * s.root_parameters, COMPUTE
+    )
 
 
 def gathered_layers(s: Setting) -> Term:
@@ -151,17 +165,19 @@ def layer_gradients(s: Setting) -> Term:
 def head_gradient(s: Setting) -> Term:
     head = s.spec.vocab_size * s.spec.hidden_size
     root = s.root_parameters
-    held = {Phase.LOSS: (s.master + s.width) * head} | {phase: s.width * head for phase in BACKWARD}
+    held = {Phase.LOSS: (s.master + s.width) * head} | dict.fromkeys(BACKWARD, s.width * head)
     # At the end: both gradients, and the same again as the reduction's input in master precision.
     return Term(
-        "head and embedding gradients", f"summed in float{8 * s.master} over chunks, reduced last", held | {Phase.REDUCE: (s.width + s.master) * root}
+        "head and embedding gradients",
+        f"summed in float{8 * s.master} over chunks, reduced last",
+        held | {Phase.REDUCE: (s.width + s.master) * root},
     )
 
 
 def layer_inputs(s: Setting) -> Term:
     note = f"{s.spec.num_layers} layers, one hidden vector a token"
     kept = s.spec.num_layers * s.spec.hidden_size * s.width * s.tokens
-    return Term("layer inputs", note, {phase: kept for phase in (Phase.FORWARD, Phase.LOSS, *BACKWARD)})
+    return Term("layer inputs", note, dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), kept))
 
 
 def kept_bytes(s: Setting) -> int:
@@ -180,14 +196,22 @@ def activations(s: Setting) -> Term:
     """With `keep`, what every layer but the last leaves for its backward (the last is the live layer)."""
     kept = s.memory.activations is Keep.KEEP
     num_bytes = (s.spec.num_layers - 1) * saved_per_token(s) * s.tokens * kept
-    return Term("activations kept", "all that the other layers' backward needs", {p: num_bytes for p in (Phase.FORWARD, Phase.LOSS, *BACKWARD)})
+    return Term(
+        "activations kept", "all that the other layers' backward needs", dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), num_bytes)
+    )
 
 
 def live_layer(s: Setting) -> Term:
     """Token-local work of the layer that runs: projections, norms, feed-forward, and their gradients."""
+    if s.chunk_tokens is not None:
+        return live_layer_by_chunks(s, s.chunk_tokens)
     hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
     saved = saved_per_token(s)
-    forward = saved if s.memory.activations is Keep.KEEP else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
+    forward = (
+        saved
+        if s.memory.activations is Keep.KEEP
+        else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
+    )
     by_phase = {
         Phase.FORWARD: forward,
         Phase.LOSS: saved if s.memory.activations is Keep.KEEP else 0,
@@ -197,6 +221,25 @@ def live_layer(s: Setting) -> Term:
     }
     note = "saved for and made by one layer's forward and backward"
     return Term("live layer", note, {phase: per_token * s.tokens for phase, per_token in by_phase.items()})
+
+
+def live_layer_by_chunks(s: Setting, chunk: int) -> Term:
+    """Rows that attention needs are there for all tokens, what is between them for one chunk (memory/layer.py)."""
+    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
+    queries, keys = s.width * s.spec.query_size, 2 * s.width * s.spec.kv_size
+    # With one Ulysses rank the projections are what attention reads; otherwise their exchanged copies are counted with it.
+    attention = attention_saved_per_token(s) + (queries + keys if s.layout.ulysses == 1 else 0)
+    after = saved_per_token(s) - before_attention_saved_per_token(s) - attention_saved_per_token(s) + 2 * inner + 3 * hidden
+    before = before_attention_saved_per_token(s) + hidden
+    per_token_and_chunk = {
+        Phase.FORWARD: (attention + hidden, max(3 * inner + 4 * hidden, before)),
+        # dx of the second half and do for all rows, and dy from the layer above.
+        Phase.BACKWARD_MLP: (attention + queries + 2 * hidden, after),
+        # Attention's own gradients are counted with K/V; after it only q, k, v gradients and both dx are left beside a chunk.
+        Phase.BACKWARD_ATTENTION: (max(attention + queries + 2 * hidden, queries + keys + 3 * hidden), 0),
+    }
+    by_phase = {phase: whole * s.tokens + part * chunk for phase, (whole, part) in per_token_and_chunk.items()}
+    return Term("live layer", f"what attention reads and makes; the rest of one layer {chunk} tokens at a time", by_phase)
 
 
 def saved_per_token(s: Setting) -> int:

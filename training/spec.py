@@ -146,7 +146,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         max_positions=fields["max_position_embeddings"],
         windows=_windows(family, fields),
         qk_norm=family in (Family.QWEN3, Family.GEMMA3),
-        attention_bias=family is Family.QWEN2 or bias and family is not Family.MISTRAL,
+        attention_bias=family is Family.QWEN2 or (bias and family is not Family.MISTRAL),
         output_bias=bias and family not in (Family.QWEN2, Family.MISTRAL),
         mlp_bias=family is Family.LLAMA and bool(fields.get("mlp_bias")),
         norms_per_layer=4 if family in _GEMMA else 2,
@@ -188,7 +188,7 @@ def _check_present(config: ModelConfig) -> None:
             expected="every size of a model without model.path",
             hint=" ".join(f"model.{name}=VALUE" for name in missing) + ", or model.path=DIRECTORY",
         )
-    for name in needed[1:] + ["head_dim"]:
+    for name in [*needed[1:], "head_dim"]:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"model.{name}", found=str(value), expected="a number above 0", hint=f"model.{name}=VALUE")

@@ -64,6 +64,7 @@ BAD = [
     (["prepare", "in", "--tokenizer", "tok", "--out", "c", "--workers", "0"], "argument --workers: invalid"),
     (["prepare", "nowhere", "--tokenizer", "tok", "--out", "c"], "input nowhere: found nothing there; expected a file or a directory."),
     (["prepare", "in", "--tokenizer", "./nowhere", "--out", "c"], "tokenizer ./nowhere: found nothing that can be loaded"),
+    (["prepare", "in", "--tokenizer", "tok", "--out", "in/a.txt/c"], "file in/a.txt"),
     (["prepare", "in", "--tokenizer", "tok", "--out", "c", "--chat-template", "x"], "--chat-template x: found No such file or directory"),
     (["tokenizer", "in", "--vocab-size", "100", "--out", "new"], "--vocab-size: found 100; expected at least 257."),
     (["tokenizer", "in", "--vocab-size", "300", "--out", "tok"], "--out tok: found something there already; expected a new directory."),

@@ -141,6 +141,19 @@ def test_an_end_token_the_tokenizer_adds_itself_is_not_doubled(tokenizer: str, t
     assert _learnt(str(tmp_path), {"prompt": "two", "completion": " plus"}) == ("two plus<|endoftext|>", " plus<|endoftext|>")
 
 
+def test_whole_surrogate_pairs_are_characters(tokenizer: str) -> None:
+    ((ids, _),) = _encode(tokenizer, rb'{"text": "a \ud83d\ude00"}', kind=Format.JSONL).documents
+    assert _decode(tokenizer, ids) == "a \U0001f600<|endoftext|>"
+
+
+def test_a_byte_order_mark_is_no_text(tokenizer: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbftwo plus")
+    batch = RawBatch(Format.TEXT, [(str(path), str(path))], Cursor(), 0)
+    ((ids, _),) = Encoder(EncodeOptions(tokenizer)).encode(batch).documents
+    assert _decode(tokenizer, ids) == "two plus<|endoftext|>"
+
+
 def test_short_documents_are_skipped_with_a_reason(tokenizer: str) -> None:
     encoded = _encode(tokenizer, {"text": ""}, {"text": "two plus"}, {"text": "a"}, append_eos=False)
     assert encoded.skipped == [("fewer than 2 tokens", "r0"), ("fewer than 2 tokens", "r2")]
@@ -150,6 +163,7 @@ def test_short_documents_are_skipped_with_a_reason(tokenizer: str) -> None:
 BAD: list[tuple[Any, Format, str]] = [
     (b"{nope", Format.JSONL, r"r0: found a line that is not JSON \(.+\); expected one JSON object a line"),
     (b'{"text": "\xff"}', Format.JSONL, r"r0: found a line that is not JSON \(.+\); expected one JSON object a line"),
+    (rb'{"text": "a \ud83d b"}', Format.JSONL, r"r0: found half of a \\u surrogate pair, which is no character; expected whole characters"),
     (b"[1, 2]", Format.JSONL, r"r0: found a JSON list; expected one JSON object a line"),
     (b'{"b": 1, "a": 2}', Format.JSONL, r"r0: found fields a, b; expected a string in 'text', or 'messages', or 'prompt' and 'completion'"),
     (b"{}", Format.JSONL, r"r0: found fields \(none\); expected a string in 'text'"),

@@ -293,6 +293,28 @@ def test_inputs_that_cannot_be_read_are_named(tmp_path: Path, case: str) -> None
         list(read_batches(find_inputs([str(tmp_path / name)], wanted), "text", Cursor()))
 
 
+def test_links_and_pipes_are_no_documents(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.txt").write_text("a")
+    (folder / "link.txt").symlink_to(folder / "deep" / "a.txt")
+    (folder / "loop").symlink_to(folder)
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe")
+    assert [entry.path for entry in find_inputs([str(folder)], Format.AUTO)] == [f"{folder}/deep/a.txt", f"{folder}/link.txt"]
+
+
+def test_restart_after_a_kill_while_names_were_given(everything: list[str], tokenizer: str, tmp_path: Path) -> None:
+    """What the first attempt had already named goes too: its mask must not be read with the second corpus."""
+    out = tmp_path / "out" / "c"
+    arguments = {"inputs": everything[1:2], "out": str(out), "encode": {"tokenizer": tokenizer}, "num_workers": 1}
+    assert _run(out.parent, arguments=arguments, kill_at_rename=2).returncode == -9
+    assert Path(f"{out}.mask.bin").exists() and not Path(f"{out}.idx").exists()
+    prepare(Request(everything[2:3], str(out), EncodeOptions(tokenizer), num_workers=1, restart=True), _nothing)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]
+    assert IndexedCorpus(str(out)).num_documents == 1300
+
+
 def test_hidden_files_are_left_alone_and_a_format_may_be_forced(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "in" / ".git").mkdir(parents=True)
     (tmp_path / "in" / ".git" / "config").write_text("hidden")

@@ -12,7 +12,17 @@ import pytest
 
 from efflaunch.errors import EXIT_USER, ConfigError
 from efflaunch.launcher.compose import compose
-from efflaunch.launcher.fit import Gpu, Machine, MachineError, available_memory, check_config, check_machine, find_gpus, local_overrides, this_machine
+from efflaunch.launcher.fit import (
+    Gpu,
+    Machine,
+    MachineError,
+    available_memory,
+    check_config,
+    check_machine,
+    find_gpus,
+    local_overrides,
+    this_machine,
+)
 from efflaunch.launcher.plan_command import plan
 from efflaunch.parallel.config import Device
 
@@ -29,7 +39,9 @@ def test_no_gpu() -> None:
     with pytest.raises(MachineError) as caught:
         check_machine(compose(["+experiment=llama8b_1M"]), NO_GPU)
     error = caught.value
-    assert str(error).startswith("llama8b_1M: needs 8 GPUs with 80 GB, found none.\n  Try: efflaunch plan +experiment=llama8b_1M to see what it needs")
+    assert str(error).startswith(
+        "llama8b_1M: needs 8 GPUs with 80 GB, found none.\n  Try: efflaunch plan +experiment=llama8b_1M to see what it needs"
+    )
     assert error.exit_code == EXIT_USER
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
@@ -70,7 +82,16 @@ def test_what_is_suggested_composes_and_runs_here(experiment: str) -> None:
 
 
 def test_a_layout_that_does_not_suit_this_machine_is_reset() -> None:
-    config = compose(["+experiment=llama8b_1M", "parallel.sp_degree=8", "parallel.scheme=hybrid", "parallel.ulysses_degree=4", "parallel.replicate=1", "parallel.shard=8"])
+    config = compose(
+        [
+            "+experiment=llama8b_1M",
+            "parallel.sp_degree=8",
+            "parallel.scheme=hybrid",
+            "parallel.ulysses_degree=4",
+            "parallel.replicate=1",
+            "parallel.shard=8",
+        ]
+    )
     check_machine(compose(["+experiment=llama8b_1M", *local_overrides(config)]), NO_GPU)
 
 
@@ -89,12 +110,14 @@ def test_too_many_ranks_for_the_memory() -> None:
     each = plan(config).device.peak_bytes
     with pytest.raises(MachineError) as caught:
         check_machine(config, Machine((), 8, int(3.1 * each)))
-    assert re.match(r"quickstart: needs 2\.\d GiB of memory for 4 ranks, found 2\.\d GiB free\.\n  Try: cluster\.ranks_per_node=", str(caught.value))
+    assert re.match(
+        r"quickstart: needs 2\.\d GiB of memory for 4 ranks, found 2\.\d GiB free\.\n  Try: cluster\.ranks_per_node=", str(caught.value)
+    )
     check_machine(compose(["+experiment=quickstart", *caught.value.hint.split()]), Machine((), 8, int(3.1 * each)))
 
 
 def test_nothing_fits_in_no_memory() -> None:
-    with pytest.raises(MachineError, match="a smaller model, data.max_seq_len or parallel.tokens_per_rank"):
+    with pytest.raises(MachineError, match=r"a smaller model, data.max_seq_len or parallel.tokens_per_rank"):
         check_machine(compose(["+experiment=quickstart"]), Machine((), 8, 1 << 20))
 
 
@@ -126,7 +149,10 @@ BAD = [
     (["parallel.shard=3"], "parallel.shard: found replicate 1 x shard 3 = 3 ranks; expected 4 ranks"),
     (["parallel.tokens_per_rank=1K"], "parallel.tokens_per_rank: found 1K x 4 ranks = 4K tokens"),
     (["model.num_kv_heads=3"], "model.num_kv_heads: found 3 KV heads for 8 heads"),
-    (["cluster.ranks_per_node=16", "parallel.sp_degree=16", "parallel.scheme=ulysses"], "parallel.sp_degree: found 16 Ulysses ranks for 8 attention heads"),
+    (
+        ["cluster.ranks_per_node=16", "parallel.sp_degree=16", "parallel.scheme=ulysses"],
+        "parallel.sp_degree: found 16 Ulysses ranks for 8 attention heads",
+    ),
     (["parallel.scheme=hybrid"], "parallel.ulysses_degree: found nothing with parallel.scheme=hybrid"),
 ]
 

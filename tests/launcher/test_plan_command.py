@@ -82,7 +82,15 @@ def test_suggestions_compose_and_fit(experiment: str, capsys: pytest.CaptureFixt
 def test_tables_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(compose(["+experiment=llama8b_1M", "cluster.device_memory_bytes=60GiB"]), False) == 0
     shown = capsys.readouterr().out
-    for part in ("llama3_8b, 8.03 billion parameters", "ranks       8 = 1 node(s) x 8", "layer inputs", "32.00", "does not fit", "tokens/s (an estimate)", "cluster.num_nodes="):
+    for part in (
+        "llama3_8b, 8.03 billion parameters",
+        "ranks       8 = 1 node(s) x 8",
+        "layer inputs",
+        "32.00",
+        "does not fit",
+        "tokens/s (an estimate)",
+        "cluster.num_nodes=",
+    ):
         assert part in shown
     assert main(compose(["+experiment=quickstart"]), False) == 0
     assert "fits: " in capsys.readouterr().out
@@ -91,7 +99,8 @@ def test_tables_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_sequence_beyond_the_models_positions_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, "+experiment=quickstart", "model.max_positions=4K")
     assert found["notes"] == [
-        "data.max_seq_len=8K is beyond the 4K positions the model knows: extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
+        "data.max_seq_len=8K is beyond the 4K positions the model knows: "
+        "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
     ]
     assert plan_json(capsys, "+experiment=quickstart")["notes"] == []
 

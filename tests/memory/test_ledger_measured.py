@@ -30,7 +30,7 @@ def pool() -> Iterator[RankPool]:
 
 def case(name: str, **changes: Any) -> Any:
     base = {
-        "ranks": 1, "tokens": 1024, "documents": 1, "micro_batches": 1, "dtype": "float32", "activations": "recompute",
+        "ranks": 1, "tokens": 1024, "micro_batches": 1, "dtype": "float32", "activations": "recompute",
         "attention": "recompute", "scheme": "auto", "model": {}, "grad_reduce": "micro_batch",
     }  # fmt: skip
     return pytest.param({**base, **changes}, id=name)

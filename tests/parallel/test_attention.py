@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efflaunch.parallel.sequence.attention import AttentionSpec, CpuKernel, MaskedKernel, Partial, add_blocks, attention_backward, attention_forward
+from efflaunch.parallel.sequence.attention import (
+    AttentionSpec,
+    CpuKernel,
+    MaskedKernel,
+    Partial,
+    add_blocks,
+    attention_backward,
+    attention_forward,
+)
 from efflaunch.parallel.sequence.blocks import attention_blocks
 from efflaunch.parallel.sequence.layout import Slice, group_layout, split_slices, zigzag_slices
 

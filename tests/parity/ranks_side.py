@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from efflaunch.memory.config import Keep, MemoryConfig
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology

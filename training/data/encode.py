@@ -21,6 +21,7 @@ from ...errors import ConfigError, DataError
 from .inputs import Format, RawBatch
 from .tokenizer import load_tokenizer
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -231,7 +232,7 @@ class Encoder:
 def _read_text(path: str) -> str:
     try:
         with open(path, "rb") as stream:
-            return stream.read().decode("utf-8")
+            return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _bad(path, f"a file that is not UTF-8 (byte {error.start})", "UTF-8 text") from error
 
@@ -243,6 +244,8 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
         raise _bad(where, f"a line that is not JSON ({error})", "one JSON object a line") from error
     if not isinstance(row, dict):
         raise _bad(where, f"a JSON {type(row).__name__}", "one JSON object a line")
+    if b"\\ud" in line.lower() and _LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        raise _bad(where, "half of a \\u surrogate pair, which is no character", "whole characters")
     return row
 
 

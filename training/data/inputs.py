@@ -88,7 +88,9 @@ def _walk(path: Path, wanted: Format) -> Iterator[Input]:
         return
     for entry in sorted(path.iterdir()):
         # Hidden files and folders are tools' own (.git, .cache): nobody means them by naming a directory.
-        if not entry.name.startswith("."):
+        # Links to folders may lead back up; pipes, sockets and dangling links are no documents.
+        folder = entry.is_dir() and not entry.is_symlink()
+        if not entry.name.startswith(".") and (folder or entry.is_file()):
             yield from _walk(entry, wanted)
 
 

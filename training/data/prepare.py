@@ -98,11 +98,12 @@ def prepare(request: Request, report: Callable[[Progress], None]) -> dict[str, A
     if finished is not None:
         return finished
     state_path = Path(request.out + ".prepare.json")
-    state = _resumed(request, state_path, identity) or _started(state_path, identity)
+    state = _resumed(request, state_path, identity) or _started(request.out, state_path, identity)
     if not state.sealed:
         with closing(IndexedWriter(request.out, dtype_for(encoder.vocab_size), resume=state.writer)) as writer:
-            _write_or_leave_nothing(request, inputs, writer, state, state_path, report)
-            writer.seal(_metadata(request, inputs, encoder, state, writer))
+            attempt = _Attempt(request, inputs, writer, state, state_path)
+            attempt.write_or_leave_nothing(report)
+            writer.seal(_metadata(attempt, encoder))
             state.sealed = True
             state.save(state_path)
             publish(request.out)
@@ -111,44 +112,54 @@ def prepare(request: Request, report: Callable[[Progress], None]) -> dict[str, A
     return read_metadata(request.out) or {}
 
 
-def _write_or_leave_nothing(
-    request: Request, inputs: list[Input], writer: IndexedWriter, state: _State, state_path: Path, report: Callable[[Progress], None]
-) -> None:
-    try:
-        _write_documents(request, inputs, writer, state, state_path, report)
-    except UserError:
-        # What was saved may go on with --skip-bad; where nothing was, the mended input must not look like a change.
-        if state.writer.documents == 0:
-            discard(request.out)
-            state_path.unlink()
-        raise
+@dataclass(slots=True)
+class _Attempt:
+    """The writing of one corpus, from where the state stands to the last document."""
 
+    request: Request
+    inputs: list[Input]
+    writer: IndexedWriter
+    state: _State
+    state_path: Path
 
-def _write_documents(
-    request: Request, inputs: list[Input], writer: IndexedWriter, state: _State, state_path: Path, report: Callable[[Progress], None]
-) -> None:
-    total = sum(entry.size_bytes for entry in inputs)
-    resumed, resumed_tokens = state.done_bytes, state.writer.tokens
-    started = committed = time.monotonic()
-    batches = read_batches(inputs, request.encode.text_field, state.cursor)
-    for batch, encoded in encode_all(batches, request.encode, _num_workers(request, total - resumed)):
-        for ids, mask in encoded.documents:
-            writer.add(ids, mask)
-        state.skip(encoded)
-        state.cursor, state.done_bytes = batch.after, batch.done_bytes
-        if time.monotonic() - committed >= request.commit_every_s:
-            state.writer = writer.commit()
-            state.save(state_path)
-            committed = time.monotonic()
-        report(Progress(batch.done_bytes, total, resumed, resumed_tokens, writer.documents, writer.tokens, time.monotonic() - started))
-    if writer.documents == 0:
-        raise DataError(
-            f"corpus {request.out}",
-            found=f"no document to train on in {len(inputs)} inputs ({_skipped_text(state)})",
-            expected="at least one of two tokens or more",
-            hint="check the inputs and --text-field",
-        )
-    state.writer = writer.commit()
+    def write_or_leave_nothing(self, report: Callable[[Progress], None]) -> None:
+        try:
+            self.write(report)
+        except UserError:
+            # What was saved may go on with --skip-bad; where nothing was, the mended input must not look like a change.
+            if self.state.writer.documents == 0:
+                discard(self.request.out)
+                self.state_path.unlink()
+            raise
+
+    def write(self, report: Callable[[Progress], None]) -> None:
+        request, state, writer = self.request, self.state, self.writer
+        total = sum(entry.size_bytes for entry in self.inputs)
+        resumed, resumed_tokens = state.done_bytes, state.writer.tokens
+        started = committed = time.monotonic()
+        batches = read_batches(self.inputs, request.encode.text_field, state.cursor)
+        for batch, encoded in encode_all(batches, request.encode, _num_workers(request, total - resumed)):
+            for ids, mask in encoded.documents:
+                writer.add(ids, mask)
+            state.skip(encoded)
+            state.cursor, state.done_bytes = batch.after, batch.done_bytes
+            if time.monotonic() - committed >= request.commit_every_s:
+                self.commit()
+                committed = time.monotonic()
+            elapsed_s = time.monotonic() - started
+            report(Progress(batch.done_bytes, total, resumed, resumed_tokens, writer.documents, writer.tokens, elapsed_s))
+        self.commit()
+        if writer.documents == 0:
+            raise DataError(
+                f"corpus {request.out}",
+                found=f"no document to train on in {len(self.inputs)} inputs ({_skipped_text(state)})",
+                expected="at least one of two tokens or more",
+                hint="check the inputs and --text-field",
+            )
+
+    def commit(self) -> None:
+        self.state.writer = self.writer.commit()
+        self.state.save(self.state_path)
 
 
 def _num_workers(request: Request, num_bytes: int) -> int:
@@ -188,8 +199,11 @@ def _finished(out: str, fingerprint: str) -> dict[str, Any] | None:
     )
 
 
-def _started(state_path: Path, identity: dict[str, str]) -> _State:
+def _started(out: str, state_path: Path, identity: dict[str, str]) -> _State:
     state_path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in FINAL_SUFFIXES:
+        # Only an attempt killed while it gave names, and now restarted, leaves any: _finished refuses all others.
+        Path(out + suffix).unlink(missing_ok=True)
     state = _State(identity)
     state.save(state_path)
     return state
@@ -210,7 +224,8 @@ def _resumed(request: Request, state_path: Path, identity: dict[str, str]) -> _S
     )
 
 
-def _metadata(request: Request, inputs: list[Input], encoder: Encoder, state: _State, writer: IndexedWriter) -> dict[str, Any]:
+def _metadata(attempt: _Attempt, encoder: Encoder) -> dict[str, Any]:
+    request, inputs, writer, state = attempt.request, attempt.inputs, attempt.writer, attempt.state
     vocabulary = read_vocabulary(request.encode.tokenizer)
     lengths = document_lengths(request.out, writer.documents)
     quantiles = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest").astype(int).tolist()

@@ -31,7 +31,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class SequenceTable:
-    """All training sequences as columns (int64, one row per sequence), and what was left out."""
+    """All training sequences as columns (one row per sequence), and what was left out."""
 
     corpus: np.ndarray
     document: np.ndarray
@@ -51,7 +51,7 @@ class SequenceTable:
         sizes = [len(part[0]) for part in parts]
         document, start, stop = (np.concatenate([part[column] for part in parts]) for column in range(3))
         return cls(
-            corpus=np.repeat(np.arange(len(parts), dtype=np.int64), sizes),
+            corpus=np.repeat(np.arange(len(parts), dtype=np.int16), sizes),
             document=document,
             start=start,
             stop=stop,
@@ -134,8 +134,9 @@ class Sampler:
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
             order = shuffled(len(self.table), self.seed, epoch)
-            starts = np.cumsum(self._lengths[order])
-            starts -= self._lengths[order]
+            lengths = self._lengths[order]
+            starts = np.cumsum(lengths, dtype=np.int64)
+            starts -= lengths
             # Two epochs are enough to walk over a border; more would cost 12 bytes per sequence each.
             self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             self._epochs[epoch] = (order, starts)
@@ -149,7 +150,7 @@ def shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
     """
     key = _mix(_mix(np.uint64(seed % (1 << 64)).reshape(1)) ^ np.uint64(epoch))
     hashes = _mix(np.arange(size, dtype=np.uint64) ^ key)
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes)  # no ties, so any sort gives this order: each step of the hash is a bijection
     return order.astype(np.int32) if size < 1 << 31 else order
 
 

@@ -50,6 +50,8 @@ def load_tokenizer(tokenizer: str) -> Any:
     try:
         if os.path.isfile(tokenizer):
             loaded: Any = from_file(tokenizer_file=tokenizer)
+        elif _names_no_class(tokenizer):
+            loaded = from_file.from_pretrained(tokenizer)
         else:
             loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:  # anything from OSError to a JSON error of the Rust side, all meaning the same to a person
@@ -57,6 +59,15 @@ def load_tokenizer(tokenizer: str) -> Any:
     if not getattr(loaded, "is_fast", False):
         raise _unreadable(tokenizer, "it has no fast (Rust) version")
     return loaded
+
+
+def _names_no_class(tokenizer: str) -> bool:
+    """Whether a directory's tokenizer.json is all there is to it: AutoTokenizer would find the same, and import torch for it."""
+    config = os.path.join(tokenizer, "tokenizer_config.json")
+    if not (os.path.isfile(config) and os.path.isfile(os.path.join(tokenizer, "tokenizer.json"))):
+        return False
+    with open(config, encoding="utf-8") as stream:
+        return json.load(stream).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _unreadable(tokenizer: str, reason: object) -> DataError:

@@ -1,0 +1,57 @@
+"""Tokenizers load the same way whichever door they come in by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efflaunch.errors import DataError
+from efflaunch.training.data.builtin import train_tokenizer
+from efflaunch.training.data.tokenizer import load_tokenizer, read_vocabulary
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tok") / "tokenizer"
+    train_tokenizer(["some words to learn from"], 270, folder)
+    return folder
+
+
+def test_the_file_and_its_directory_are_one_vocabulary(tokenizer: Path) -> None:
+    assert read_vocabulary(str(tokenizer)) == read_vocabulary(str(tokenizer / "tokenizer.json"))
+    assert read_vocabulary(str(tokenizer)).size == 270
+
+
+def test_the_short_way_loads_what_auto_tokenizer_loads(tokenizer: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(str(tokenizer)), AutoTokenizer.from_pretrained(str(tokenizer))
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.eos_token_id == theirs.eos_token_id == 0
+
+
+def test_a_named_class_is_respected(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}))
+    assert type(load_tokenizer(str(tmp_path))).__name__.startswith("GPT2Tokenizer")
+
+
+def test_loading_a_plain_tokenizer_leaves_torch_out(tokenizer: Path) -> None:
+    code = (
+        "import sys\nfrom efflaunch.training.data.tokenizer import load_tokenizer\n"
+        "load_tokenizer(sys.argv[1])\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tokenizer)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_a_broken_configuration_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer .*: found nothing that can be loaded \(.+\); expected a tokenizer\.json, a directory"):
+        load_tokenizer(str(tmp_path))
