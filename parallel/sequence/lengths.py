@@ -167,7 +167,10 @@ def _parameters(text: str, arguments: list[str]) -> tuple[float, float]:
         values = (0.0, 0.0)
     if values[0] < 1 or not 0 < values[1] < 10:
         raise ConfigError(
-            "--lengths", found=repr(text), expected="lognormal:MEDIAN:SIGMA, tokens and a number up to 10", hint="--lengths lognormal:4K:1.2"
+            "--lengths",
+            found=repr(text),
+            expected="lognormal:MEDIAN:SIGMA, tokens and a number up to 10",
+            hint="--lengths lognormal:4K:1.2",
         )
     return values
 
@@ -193,7 +196,9 @@ def _file_lengths(path: Path, max_seq_len: int) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error:
         raise _unusable(str(path), str(error), "a text file of whole numbers", "one length a line, or PREFIX.idx of a corpus") from error
     lengths = [
-        _length(word, f"{path} line {number}", max_seq_len) for number, line in enumerate(lines, 1) for word in line.replace(",", " ").split()
+        _length(word, f"{path} line {number}", max_seq_len)
+        for number, line in enumerate(lines, 1)
+        for word in line.replace(",", " ").split()
     ]
     if not lengths:
         raise _unusable(str(path), "no number", "at least one length", "one length a line")

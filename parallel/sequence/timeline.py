@@ -1,0 +1,113 @@
+"""When every group of a step runs, by the cost model. Pure; what tables and pictures of a plan are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .plan import Group, StepPlan
+
+if TYPE_CHECKING:
+    from .cost import CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One group's time. Seconds count from the start of the step; `sequence_s[i]` belongs to `group.sequences[i]`."""
+
+    micro_batch: int
+    group: Group
+    lengths: tuple[int, ...]
+    sequence_s: tuple[float, ...]
+    start_s: float
+    stop_s: float
+    measured_s: float | None = None
+    """What the group really took, where a run has measured it."""
+
+    @property
+    def seconds(self) -> float:
+        return self.stop_s - self.start_s
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """One micro-batch: `overhead_s` of it is paid before its groups start, and it stops when its slowest group does."""
+
+    start_s: float
+    overhead_s: float
+    stop_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """A step of `world_size` ranks as bars. With `barrier_free` every rank goes on as soon as its own group is done."""
+
+    world_size: int
+    tokens_per_rank: int
+    bars: tuple[Bar, ...]
+    shelves: tuple[Shelf, ...]
+    step_s: float
+    barrier_free: bool = False
+
+    @property
+    def busy_share(self) -> float:
+        """Rank-seconds in which a group runs, over all of the step's; the rest is overhead and waiting."""
+        busy = sum(bar.seconds * bar.group.degree for bar in self.bars)
+        return busy / (self.step_s * self.world_size) if self.step_s > 0 else 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Rank-seconds spent neither in a group nor in a micro-batch's overhead: the bubble."""
+        overhead = sum(shelf.overhead_s for shelf in self.shelves) / self.step_s if self.step_s > 0 else 0.0
+        return max(0.0, 1.0 - self.busy_share - overhead)
+
+    @property
+    def longest(self) -> Bar:
+        """The bar that holds the longest sequence, the first of equals."""
+        return max(self.bars, key=lambda bar: max(bar.lengths))
+
+    def of(self, micro_batch: int) -> Iterator[Bar]:
+        return (bar for bar in self.bars if bar.micro_batch == micro_batch)
+
+
+def timeline(
+    plan: StepPlan, cost: CostModel, *, measured: Mapping[tuple[int, int], float] | None = None, barrier_free: bool = False
+) -> Timeline:
+    """The step as the cost model sees it. `measured` holds seconds by (micro-batch, first rank) of a group."""
+    free = [0.0] * plan.world_size
+    bars: list[Bar] = []
+    shelves: list[Shelf] = []
+    for index, batch in enumerate(plan.micro_batches):
+        if not barrier_free:
+            free = [max(free, default=0.0)] * plan.world_size
+        begin = min(free, default=0.0)
+        free = [at + cost.beta_s for at in free]
+        for group in batch.groups:
+            bar = _bar(plan, cost, index, group, max(free[group.first_rank : group.first_rank + group.degree]), measured or {})
+            free[group.first_rank : group.first_rank + group.degree] = [bar.stop_s] * group.degree
+            bars.append(bar)
+        shelves.append(Shelf(begin, cost.beta_s, max(free)))
+    return Timeline(
+        world_size=plan.world_size,
+        tokens_per_rank=cost.tokens_per_rank,
+        bars=tuple(bars),
+        shelves=tuple(shelves),
+        step_s=max(free, default=0.0) + cost.step_s,
+        barrier_free=barrier_free,
+    )
+
+
+def _bar(plan: StepPlan, cost: CostModel, index: int, group: Group, start: float, measured: Mapping[tuple[int, int], float]) -> Bar:
+    import numpy as np
+
+    # Longest first, as people look for the long ones.
+    order = sorted(group.sequences, key=lambda i: (-plan.lengths[i], i))
+    lengths = tuple(plan.lengths[i] for i in order)
+    seconds = tuple(float(value) for value in cost.sequence_s(np.array(lengths, dtype=np.int64), group.degree))
+    ordered = Group(group.first_rank, group.degree, group.ulysses, tuple(order))
+    return Bar(index, ordered, lengths, seconds, start, start + sum(seconds), measured.get((index, group.first_rank)))
