@@ -79,25 +79,28 @@ def timeline(
     plan: StepPlan, cost: CostModel, *, measured: Mapping[tuple[int, int], float] | None = None, barrier_free: bool = False
 ) -> Timeline:
     """The step as the cost model sees it. `measured` holds seconds by (micro-batch, first rank) of a group."""
-    free = [0.0] * plan.world_size
+    free = [cost.gather_s if barrier_free else 0.0] * plan.world_size
     bars: list[Bar] = []
     shelves: list[Shelf] = []
     for index, batch in enumerate(plan.micro_batches):
+        begin = min(free) if barrier_free else max(free)
         if not barrier_free:
-            free = [max(free, default=0.0)] * plan.world_size
-        begin = min(free, default=0.0)
-        free = [at + cost.beta_s for at in free]
+            free = [begin] * plan.world_size
         for group in batch.groups:
-            bar = _bar(plan, cost, index, group, max(free[group.first_rank : group.first_rank + group.degree]), measured or {})
-            free[group.first_rank : group.first_rank + group.degree] = [bar.stop_s] * group.degree
+            ranks = slice(group.first_rank, group.first_rank + group.degree)
+            bar = _bar(plan, cost, index, group, max(free[ranks]) + cost.beta_s, measured or {})
+            free[ranks] = [bar.stop_s] * group.degree
             bars.append(bar)
+        if not barrier_free:
+            # Gathering weights takes its time even where no group needs as long.
+            free[0] = max(*free, begin + cost.beta_s + cost.gather_s)
         shelves.append(Shelf(begin, cost.beta_s, max(free)))
     return Timeline(
         world_size=plan.world_size,
         tokens_per_rank=cost.tokens_per_rank,
         bars=tuple(bars),
         shelves=tuple(shelves),
-        step_s=max(free, default=0.0) + cost.step_s,
+        step_s=max(free) + cost.step_s,
         barrier_free=barrier_free,
     )
 
