@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError, DataError
@@ -137,6 +136,8 @@ def open_lengths(text: str, *, max_seq_len: int) -> LengthSource:
 
 
 def _draw_wikipedia(generator: np.random.Generator, count: int) -> np.ndarray:
+    from statistics import NormalDist
+
     import numpy as np
 
     # The lowest point keeps the slope of the first piece down to the shortest sequence.
