@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None) 
         raise ConfigError("--step", found=str(number), expected=f"1 to {config.train.steps}, the steps of this run", hint="--step 1")
     event = events.get(number)
     if event is not None and event.get("groups"):
-        plan, measured = recorded_plan(event["groups"], cost.world_size, str(run_dir))
+        plan, measured = recorded_plan(event["groups"], cost.world_size, str(run_dir), lambda: step_lengths(config, number))
         return RecordedStep(step=number, plan=_as_run(plan, event, cost), measured=measured, event=event, notes=())
     plan = plan_step(config, step_lengths(config, number), cost)
     return RecordedStep(step=number, plan=plan, measured={}, event=event, notes=_replanned(plan, event))
@@ -101,25 +101,30 @@ def _as_run(plan: StepPlan, event: Event, cost: CostModel) -> StepPlan:
     """The recorded plan with the bound the run knew, or the closed-form one."""
     from dataclasses import replace
 
-    priced = replace(cost.priced(plan), source=str(event.get("source", event.get("plan_source", "recorded"))))
+    priced = replace(cost.priced(plan), source=str(event.get("planned_by", "recorded")))
     if event.get("lower_bound_s"):
         return replace(priced, lower_bound_s=float(event["lower_bound_s"]), bound=str(event.get("bound", "")))
     return with_bound(priced, cost)
 
 
-def recorded_plan(batches: Any, world_size: int, where: str) -> tuple[StepPlan, Measured]:
-    """The plan in a step event's `groups`, and what was measured of it. ConfigError where they are not a plan."""
-    lengths: dict[int, int] = {}
+def recorded_plan(entries: Any, world_size: int, where: str, all_lengths: Callable[[], tuple[int, ...]]) -> tuple[StepPlan, Measured]:
+    """The plan in a step event's `groups`, and what was measured of it. `all_lengths` is asked where they leave lengths out.
+
+    ConfigError where the groups are no plan.
+    """
     measured: Measured = {}
-    found = []
+    batches: dict[int, list[Group]] = {}
     try:
-        for index, batch in enumerate(batches):
-            found.append(MicroBatch(tuple(_group(entry) for entry in batch)))
-            for entry in batch:
-                lengths.update(zip(entry["sequences"], entry["lengths"], strict=True))
-                if entry.get("measured_s") is not None:
-                    measured[index, entry["first_rank"]] = float(entry["measured_s"])
-        plan = StepPlan(world_size, tuple(lengths[i] for i in range(len(lengths))), tuple(found))
+        for entry in entries:
+            batches.setdefault(int(entry["micro_batch"]), []).append(_group(entry))
+            if entry.get("measured_s") is not None:
+                measured[int(entry["micro_batch"]), int(entry["first_rank"])] = float(entry["measured_s"])
+        if all("lengths" in entry for entry in entries):
+            known = {i: int(n) for entry in entries for i, n in zip(entry["sequences"], entry["lengths"], strict=True)}
+            lengths = tuple(known[i] for i in range(len(known)))
+        else:
+            lengths = all_lengths()
+        plan = StepPlan(world_size, lengths, tuple(MicroBatch(tuple(batches[index])) for index in range(len(batches))))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}/metrics.jsonl", found=f"groups that are no plan ({error})", expected="what efflaunch wrote", hint="another --step"
