@@ -54,13 +54,13 @@ def main(run_dir: Path, *, step: int | None, out: Path | None, as_json: bool) ->
 
 
 def _heading(found: RecordedStep, predicted_s: float, measured_s: float | None) -> str:
-    from ..units import format_seconds
+    from ..units import format_precise
 
     plan = found.plan
-    measured = "" if measured_s is None else f", measured {format_seconds(measured_s)}"
+    measured = "" if measured_s is None else f", measured {format_precise(measured_s)}"
     return (
         f"step {found.step}: {len(plan.lengths):,} sequences, {sum(plan.lengths):,} tokens on {plan.world_size} ranks, "
-        f"{plan.source} plan, modelled {format_seconds(predicted_s)}{measured}"
+        f"{plan.source} plan, modelled {format_precise(predicted_s)}{measured}"
     )
 
 

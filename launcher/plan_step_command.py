@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import EXIT_DONE
 from ..parallel.sequence.lengths import open_lengths
-from ..units import format_seconds
+from ..units import format_precise
 from .config import Config
 from .sequence_plan import draw_step, explain_plan, explanation_dict, plan_step, step_cost
 
@@ -27,7 +27,7 @@ def main(config: Config, text: str, *, sequences: int | None, seed: int, out: Pa
     from .sequence_view import show_explanation
 
     size = f"{len(lengths):,} sequences, {sum(lengths):,} tokens on {cost.world_size} ranks"
-    show_explanation(found, f"{title}: {size}, {found.plan.source} plan, modelled {format_seconds(found.line.step_s)}")
+    show_explanation(found, f"{title}: {size}, {found.plan.source} plan, modelled {format_precise(found.line.step_s)}")
     if out is not None:
         print(f"wrote {out}")
     return EXIT_DONE

@@ -159,7 +159,7 @@ def _alternative(other: Any, step_s: float) -> dict[str, Any]:
 def draw_step(found: Explanation, title: str, path: Path) -> None:
     """The picture of a step, under its title."""
     from ..parallel.sequence.picture import Caption, draw
-    from ..units import format_seconds
+    from ..units import format_precise
 
     plan, line = found.plan, found.line
     gap = (
@@ -172,5 +172,5 @@ def draw_step(found: Explanation, title: str, path: Path) -> None:
         f"ranks work {line.busy_share:.0%} of the time{gap}"
     )
     many = len(plan.micro_batches)
-    heading = f"{title}: {many} micro-batch{'es' * (many > 1)}, {format_seconds(line.step_s)} modelled"
+    heading = f"{title}: {many} micro-batch{'es' * (many > 1)}, {format_precise(line.step_s)} modelled"
     draw(line, Caption(title=heading, subtitle=subtitle, lower_bound_s=plan.lower_bound_s, bound=plan.bound), path)

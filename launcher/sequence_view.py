@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..parallel.sequence.explain import Choice, Explanation, Verdict
 from ..parallel.sequence.timeline import Bar, Timeline
-from ..units import format_seconds
+from ..units import format_precise
 
 MOST_ROWS = 24
 """Groups of a micro-batch beyond which those of one degree share a row."""
@@ -47,7 +47,7 @@ def groups_table(line: Timeline) -> Table:
     for index, shelf in enumerate(line.shelves):
         bars = list(line.of(index))
         table.add_section()
-        table.add_row(f"[bold]micro-batch {index + 1}[/bold], {format_seconds(shelf.stop_s - shelf.start_s)}")
+        table.add_row(f"[bold]micro-batch {index + 1}[/bold], {format_precise(shelf.stop_s - shelf.start_s)}")
         for together in _rows(bars):
             table.add_row(*_cells(together, line, measured))
     return table
@@ -84,7 +84,7 @@ def _cells(bars: Sequence[Bar], line: Timeline, measured: bool) -> list[str]:
 def _span(seconds: Sequence[float]) -> str:
     if not seconds:
         return "-"
-    low, high = format_seconds(min(seconds)), format_seconds(max(seconds))
+    low, high = format_precise(min(seconds)), format_precise(max(seconds))
     return low if low == high else f"{low} - {high}"
 
 
@@ -95,7 +95,7 @@ def choices_table(choices: Iterable[Choice], tokens: int) -> Table:
         table.add_column(name, justify="right" if right else "left")
     for choice in choices:
         verdict = f"[bold]{choice.verdict.value}[/bold]" if choice.verdict is Verdict.CHOSEN else choice.verdict.value
-        seconds = "" if choice.sequence_s is None else format_seconds(choice.sequence_s)
+        seconds = "" if choice.sequence_s is None else format_precise(choice.sequence_s)
         rank_s = "" if choice.rank_s is None else f"{choice.rank_s:,.4g}"
         table.add_row(str(choice.degree), verdict, seconds, rank_s, choice.reason)
     return table

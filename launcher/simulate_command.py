@@ -119,7 +119,7 @@ def show(facts: dict[str, Any], found: list[Row]) -> None:
     """The same for people."""
     from rich.table import Table
 
-    from ..units import format_seconds
+    from ..units import format_precise
     from .sequence_view import make_console
 
     console = make_console()
@@ -148,8 +148,8 @@ def show(facts: dict[str, Any], found: list[Row]) -> None:
             str(row.steps),
             *seconds,
             f"{row.micro_batches:.1f}",
-            format_seconds(row.plan_s_p50),
-            format_seconds(row.plan_s_max),
+            format_precise(row.plan_s_p50),
+            format_precise(row.plan_s_max),
             faster,
         )
     console.print(table)

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ...errors import PlanError
-from ...units import format_seconds
+from ...units import format_precise
 from .cost import CostModel, DegreeCost
 from .plan import Group, StepPlan
 from .timeline import Timeline, timeline
@@ -168,7 +168,7 @@ def _bound_words(found: Explanation) -> list[str]:
     if plan.lower_bound_s is None:
         return ["No lower bound is known for this plan: what it rests on does not hold for this cost model."] if plan.bound else []
     share = max(0.0, found.line.step_s / plan.lower_bound_s - 1)
-    least = f"No plan of these sequences takes less than {format_seconds(plan.lower_bound_s)} ({plan.bound} bound)"
+    least = f"No plan of these sequences takes less than {format_precise(plan.lower_bound_s)} ({plan.bound} bound)"
     return [f"{least}: this one is at most {share:.1%} above the best there can be."]
 
 
@@ -179,7 +179,7 @@ def _longest_words(found: Explanation) -> list[str]:
     ranks = f"rank {group.first_rank}" if group.degree == 1 else f"ranks {group.first_rank}-{group.first_rank + group.degree - 1}"
     lines = [
         f"The longest sequence, {length:,} tokens (number {found.longest}), runs on {ranks}: "
-        f"{group.degree} rank{'s' * (group.degree > 1)}, {chosen.reason}, {format_seconds(chosen.sequence_s)}."
+        f"{group.degree} rank{'s' * (group.degree > 1)}, {chosen.reason}, {format_precise(chosen.sequence_s)}."
     ]
     small = [choice for choice in found.choices if choice.verdict is Verdict.TOO_SMALL]
     if small:
@@ -194,7 +194,7 @@ def _longest_words(found: Explanation) -> list[str]:
 
 def _compared(choice: Choice, seconds: float, rank_s: float) -> str:
     assert choice.sequence_s is not None and choice.rank_s is not None
-    on = f"On {choice.degree} rank{'s' * (choice.degree > 1)} ({choice.reason}) it would take {format_seconds(choice.sequence_s)}"
+    on = f"On {choice.degree} rank{'s' * (choice.degree > 1)} ({choice.reason}) it would take {format_precise(choice.sequence_s)}"
     faster, cheaper = choice.sequence_s < seconds, choice.rank_s < rank_s
     cost = f"{choice.rank_s:,.4g} rank-seconds instead of {rank_s:,.4g}"
     if faster and not cheaper:
@@ -212,13 +212,13 @@ def _next_words(found: Explanation) -> list[str]:
     verdict = f"{slower:.1%} more" if slower >= 0.0005 else "no more" if slower > -0.0005 else f"{-slower:.1%} less: the search missed it"
     return [
         f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
-        f"takes {format_seconds(other.predicted_s)}, {verdict}."
+        f"takes {format_precise(other.predicted_s)}, {verdict}."
     ]
 
 
 def _other_words(found: Explanation) -> list[str]:
     parts = [
-        f"{other.name} {format_seconds(other.predicted_s)} ({other.predicted_s / found.line.step_s - 1:+.1%})"
+        f"{other.name} {format_precise(other.predicted_s)} ({other.predicted_s / found.line.step_s - 1:+.1%})"
         for other in found.alternatives
         if other.predicted_s is not None
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ...units import format_seconds
+from ...units import format_precise
 from .timeline import Bar, Timeline
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
     if any(bar.measured_s is not None for bar in line.bars):
         marks += [Line2D([], [], color=_MEASURED, linewidth=1.8, label="measured end")]
     if caption.lower_bound_s is not None:
-        label = f"no plan ends before {format_seconds(caption.lower_bound_s)} ({caption.bound} bound)"
+        label = f"no plan ends before {format_precise(caption.lower_bound_s)} ({caption.bound} bound)"
         marks += [Line2D([], [], color=_BOUND, linewidth=1.6, linestyle=_DASHES, label=label)]
     groups = [Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree)) for degree in degrees]
     style: dict[str, Any] = {"handlelength": 1.5, "columnspacing": 1.4, "handletextpad": 0.5, "borderaxespad": 0.0, "borderpad": 0.0}
