@@ -1,0 +1,244 @@
+"""Profile: what a machine was measured to take for one model, fitted to the terms of the cost model. Plain data, no torch.
+
+Legend of a micro-batch's time: every group is busy for `overhead_s + sum over its sequences of (attention_s * s^2 +
+(linear_s + exchange_s) * s)`, and the micro-batch takes the busiest group's time plus `gather_s`, what ranks spend in
+collectives over all of them. Coefficients are of the whole group: already divided by its degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..memory.config import MemoryConfig
+    from ..training.config import TrainConfig
+    from ..training.spec import ModelSpec
+    from .config import ClusterConfig
+
+DEFAULT_FILE = "profile.yaml"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileKey:
+    """What a profile is of; one taken of anything else says nothing about a run."""
+
+    hardware: str
+    """Of one rank: the GPU's name, or the processor's with its cores."""
+    ranks: str
+    """`2 nodes x 8 ranks`."""
+    model: str
+    """Shapes, precision and what is recomputed."""
+    versions: str
+
+    def differences(self, other: ProfileKey) -> list[str]:
+        """`hardware: A, not B` for each field in which `other` (what is here) differs from what was measured."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name}: {mine[name]}, not {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """How well a line went through its samples; residuals are relative to the measured time."""
+
+    samples: int
+    r2: float
+    mean_error: float
+    worst_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedDegree:
+    """Seconds that a sequence of s tokens keeps a group of `degree` ranks busy: see the module's legend."""
+
+    degree: int
+    ulysses: int
+    attention_s: float
+    """Per squared token of the whole sequence."""
+    linear_s: float
+    """Per token: one rank's token-local work, divided by the degree."""
+    exchange_s: float
+    """Per token: what is linear in tokens beyond that; the exchanges and their waiting."""
+    fit: Fit
+
+    def sequence_s(self, length: int) -> float:
+        return length * (self.attention_s * length + self.linear_s + self.exchange_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedCollective:
+    """`latency_s + bytes / bytes_per_s`, bytes being what one rank sends."""
+
+    kind: str
+    degree: int
+    latency_s: float
+    bytes_per_s: float
+    fit: Fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """One machine, one model."""
+
+    key: ProfileKey
+    degrees: tuple[FittedDegree, ...]
+    overhead_s: float
+    """Of a group and micro-batch, whatever it holds."""
+    gather_s: float
+    """Of a micro-batch: collectives over all ranks, as far as compute did not hide them."""
+    step_s: float
+    """Of a step: reports, clipping and the optimizer."""
+    collectives: tuple[FittedCollective, ...] = ()
+    taken: str = ""
+    """When, for people."""
+
+    @property
+    def beta_s(self) -> float:
+        """Seconds of a micro-batch besides its sequences."""
+        return self.overhead_s + self.gather_s
+
+    def degree(self, degree: int, ulysses: int) -> FittedDegree | None:
+        """The measured coefficients of groups of this shape; None where none were probed."""
+        return next((row for row in self.degrees if (row.degree, row.ulysses) == (degree, ulysses)), None)
+
+
+def least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[list[float], Fit]:
+    """Coefficients >= 0 of each column, minimising the squared relative error. Few columns: every set of active ones is tried."""
+    import numpy as np
+
+    x, t = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    weighted = x / t[:, None]
+    # Columns differ by many orders of magnitude (s^2 against 1).
+    scale = np.abs(weighted).max(axis=0)
+    scale[scale == 0] = 1.0
+    best, least = np.zeros(x.shape[1]), float(len(t))
+    for chosen in range(1, 1 << x.shape[1]):
+        active = [column for column in range(x.shape[1]) if chosen >> column & 1]
+        found = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(t)), rcond=None)[0] / scale[active]
+        error = float(((weighted[:, active] @ found - 1) ** 2).sum())
+        if (found >= 0).all() and error < least:
+            best, least = np.zeros(x.shape[1]), error
+            best[active] = found
+    return [float(value) for value in best], fit_of(x @ best, t)
+
+
+def fit_of(predicted: Any, measured: Any) -> Fit:
+    """How far predictions (n,) are from measurements (n,)."""
+    import numpy as np
+
+    errors = np.abs(predicted - measured) / measured
+    spread = float(((measured - measured.mean()) ** 2).sum())
+    r2 = 1.0 - float(((predicted - measured) ** 2).sum()) / spread if spread > 0 else 1.0
+    return Fit(samples=len(measured), r2=r2, mean_error=float(errors.mean()), worst_error=float(errors.max()))
+
+
+def profile_key(spec: ModelSpec, memory: MemoryConfig, train: TrainConfig, cluster: ClusterConfig, hardware: str) -> ProfileKey:
+    """The key of a run on `hardware`."""
+    chunks = "" if memory.chunk_tokens is None else f", {memory.chunk_tokens}-token chunks"
+    kept = f"activations {memory.activations.value}, attention output {memory.attention_output.value}{chunks}"
+    heads = f"{spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}"
+    shape = f"{spec.family.value}, {spec.num_layers} layers, {spec.hidden_size} wide, {heads}, {spec.intermediate_size} inner"
+    nodes = f"{cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)} x {cluster.ranks_per_node} ranks"
+    return ProfileKey(
+        hardware=hardware, ranks=nodes, model=f"{shape}, {spec.vocab_size} words, {train.dtype.value}; {kept}", versions=_versions()
+    )
+
+
+def _versions() -> str:
+    from importlib import metadata
+
+    found = []
+    for name in ("torch", "efflaunch"):
+        try:
+            # `2.9.0+cu128` and `2.9.0+cpu` run different kernels.
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def save_profile(path: Path, profile: Profile) -> None:
+    """Put the profile into the file, whole or not at all; what the file has of other machines and models stays."""
+    import yaml
+
+    others = [entry for entry in _read(path) if entry.get("key") != asdict(profile.key)] if path.exists() else []
+    text = yaml.safe_dump({"efflaunch_profile": FORMAT, "entries": [*others, _plain(profile)]}, sort_keys=False, width=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def load_profiles(path: Path) -> list[Profile]:
+    """All the file has; ConfigError where it is no profile."""
+    try:
+        return [_parsed(entry) for entry in _read(path)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, f"an entry that cannot be read ({type(error).__name__}: {error})") from error
+
+
+def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None) -> tuple[Profile | None, str]:
+    """The profile of `key` and where it came from, or None and why there is none.
+
+    `wanted` is parallel.profile: a file the user named must have it (ConfigError says what differs); where no file was
+    named, profile.yaml of `folder` is used if it fits, and said not to be if not.
+    """
+    path = (folder or Path()) / (wanted or DEFAULT_FILE)
+    if not path.exists():
+        if wanted is not None:
+            raise ConfigError("parallel.profile", found=f"no file {path}", expected="a profile of this machine", hint=_make(path))
+        return None, "arithmetic on data sheets: nothing was measured here (efflaunch profile does)"
+    known = load_profiles(path)
+    match = next((profile for profile in known if profile.key == key), None)
+    if match is not None:
+        return match, str(path)
+    reason = _nearest_difference(known, key)
+    if wanted is not None:
+        raise ConfigError(
+            f"parallel.profile={wanted}", found=f"a profile of something else ({reason})", expected="one of this machine and model", hint=_make(path)
+        )
+    return None, f"arithmetic on data sheets: {path} is of something else ({reason})"
+
+
+def _nearest_difference(known: list[Profile], key: ProfileKey) -> str:
+    if not known:
+        return "it is empty"
+    return "; ".join(min((profile.key.differences(key) for profile in known), key=len))
+
+
+def _make(path: Path) -> str:
+    out = "" if path.name == DEFAULT_FILE and path.parent == Path() else f" --out {path}"
+    return f"efflaunch profile with the arguments of this run{out}, or parallel.profile=null"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _unreadable(path, type(error).__name__) from error
+    if not isinstance(data, dict) or data.get("efflaunch_profile") != FORMAT or not isinstance(data.get("entries"), list):
+        raise _unreadable(path, "another kind of file")
+    return list(data["entries"])
+
+
+def _unreadable(path: Path, found: str) -> ConfigError:
+    return ConfigError(f"profile {path}", found=found, expected="a file written by efflaunch profile", hint=_make(path))
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    data = asdict(profile)
+    return {**data, "degrees": list(data["degrees"]), "collectives": list(data["collectives"])}
+
+
+def _parsed(entry: dict[str, Any]) -> Profile:
+    data = dict(entry)
+    degrees = tuple(FittedDegree(**{**row, "fit": Fit(**row["fit"])}) for row in data.pop("degrees"))
+    collectives = tuple(FittedCollective(**{**row, "fit": Fit(**row["fit"])}) for row in data.pop("collectives"))
+    return Profile(key=ProfileKey(**data.pop("key")), degrees=degrees, collectives=collectives, **data)
