@@ -1,14 +1,15 @@
 """Profile: what a machine was measured to take for one model, fitted to the terms of the cost model. Plain data, no torch.
 
-Legend of a micro-batch's time: every group is busy for `overhead_s + sum over its sequences of (attention_s * s^2 +
-(linear_s + exchange_s) * s)`, and the micro-batch takes the busiest group's time plus `gather_s`, what ranks spend in
-collectives over all of them. Coefficients are of the whole group: already divided by its degree.
+Legend of a micro-batch's time: every group is busy for `overhead_s + sum over its sequences of (attention_s * n^2 +
+(linear_s + exchange_s) * n)`, n tokens; where layers have windows, n^2 is the mean over layers of twice the query-key
+pairs. The micro-batch takes the busiest group's time plus `gather_s`, what ranks spend in collectives over all of them,
+and at least `empty_s`. Coefficients are of the whole group: already divided by its degree. Ring hops are in all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..training.config import TrainConfig
     from ..training.spec import ModelSpec
     from .config import ClusterConfig
+    from .sequence.cost import CostModel, DegreeCost
 
 DEFAULT_FILE = "profile.yaml"
 FORMAT = 1
@@ -59,15 +61,12 @@ class FittedDegree:
     degree: int
     ulysses: int
     attention_s: float
-    """Per squared token of the whole sequence."""
+    """Per squared token of the whole sequence (see the legend for windows)."""
     linear_s: float
     """Per token: one rank's token-local work, divided by the degree."""
     exchange_s: float
     """Per token: what is linear in tokens beyond that; the exchanges and their waiting."""
     fit: Fit
-
-    def sequence_s(self, length: int) -> float:
-        return length * (self.attention_s * length + self.linear_s + self.exchange_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +90,8 @@ class Profile:
     """Of a group and micro-batch, whatever it holds."""
     gather_s: float
     """Of a micro-batch: collectives over all ranks, as far as compute did not hide them."""
+    empty_s: float
+    """Of a micro-batch without tokens: the same collectives with nothing to hide behind."""
     step_s: float
     """Of a step: reports, clipping and the optimizer."""
     collectives: tuple[FittedCollective, ...] = ()
@@ -105,6 +106,37 @@ class Profile:
     def degree(self, degree: int, ulysses: int) -> FittedDegree | None:
         """The measured coefficients of groups of this shape; None where none were probed."""
         return next((row for row in self.degrees if (row.degree, row.ulysses) == (degree, ulysses)), None)
+
+    def refine(self, cost: CostModel) -> CostModel:
+        """`cost` with what was measured in place of arithmetic; degrees that were not probed keep theirs."""
+        degrees = tuple(_refined(known, self.degree(known.degree, known.ulysses)) for known in cost.degrees)
+        least = max(0.0, self.empty_s - self.beta_s)
+        return replace(cost, degrees=degrees, beta_s=self.beta_s, gather_s=least, step_s=self.step_s, source="profile")
+
+
+def _refined(known: DegreeCost, fitted: FittedDegree | None) -> DegreeCost:
+    if fitted is None:
+        return known
+    share = fitted.attention_s / _squares(known)
+    return replace(
+        known,
+        attention_s=known.attention_s * share,
+        windowed_s=tuple((window, pair_s * share) for window, pair_s in known.windowed_s),
+        linear_s=fitted.linear_s,
+        exchange_s=fitted.exchange_s,
+        ring_s=0.0,
+    )
+
+
+def attention_units(known: DegreeCost, lengths: Any) -> Any:
+    """The legend's n^2 of each sequence, by the proportions of full and windowed layers in an arithmetic cost."""
+    bare = replace(known, linear_s=0.0, exchange_s=0.0, ring_s=0.0)
+    return bare.sequence_s(lengths) / _squares(known)
+
+
+def _squares(known: DegreeCost) -> float:
+    """Seconds per n^2 of all layers for sequences no window cuts."""
+    return known.attention_s + sum(pair_s for _, pair_s in known.windowed_s) / 2
 
 
 def least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[list[float], Fit]:
@@ -199,9 +231,8 @@ def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None
         return match, str(path)
     reason = _nearest_difference(known, key)
     if wanted is not None:
-        raise ConfigError(
-            f"parallel.profile={wanted}", found=f"a profile of something else ({reason})", expected="one of this machine and model", hint=_make(path)
-        )
+        found = f"a profile of something else ({reason})"
+        raise ConfigError(f"parallel.profile={wanted}", found=found, expected="one of this machine and model", hint=_make(path))
     return None, f"arithmetic on data sheets: {path} is of something else ({reason})"
 
 
