@@ -39,9 +39,9 @@ class ProfileKey:
     versions: str
 
     def differences(self, other: ProfileKey) -> list[str]:
-        """`hardware: A, not B` for each field in which `other` (what is here) differs from what was measured."""
+        """`hardware: A, not B` for each field in which `other` (what is here) differs from what was measured; empty ones match all."""
         mine, theirs = asdict(self), asdict(other)
-        return [f"{name}: {mine[name]}, not {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        return [f"{name}: {mine[name]}, not {theirs[name]}" for name in mine if theirs[name] and mine[name] != theirs[name]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +49,10 @@ class Fit:
     """How well a line went through its samples; residuals are relative to the measured time."""
 
     samples: int
-    r2: float
     mean_error: float
-    worst_error: float
+    r2: float | None = None
+    """None, as the worst error, where a run was measured as it went."""
+    worst_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,7 @@ class Profile:
 def _refined(known: DegreeCost, fitted: FittedDegree | None) -> DegreeCost:
     if fitted is None:
         return known
-    share = fitted.attention_s / _squares(known)
+    share = fitted.attention_s / squares_s(known)
     return replace(
         known,
         attention_s=known.attention_s * share,
@@ -131,32 +132,31 @@ def _refined(known: DegreeCost, fitted: FittedDegree | None) -> DegreeCost:
 def attention_units(known: DegreeCost, lengths: Any) -> Any:
     """The legend's n^2 of each sequence, by the proportions of full and windowed layers in an arithmetic cost."""
     bare = replace(known, linear_s=0.0, exchange_s=0.0, ring_s=0.0)
-    return bare.sequence_s(lengths) / _squares(known)
+    return bare.sequence_s(lengths) / squares_s(known)
 
 
-def _squares(known: DegreeCost) -> float:
+def squares_s(known: DegreeCost) -> float:
     """Seconds per n^2 of all layers for sequences no window cuts."""
     return known.attention_s + sum(pair_s for _, pair_s in known.windowed_s) / 2
 
 
-def least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[list[float], Fit]:
-    """Coefficients >= 0 of each column, minimising the squared relative error. Few columns: every set of active ones is tried."""
+def least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Coefficients >= 0 of each column, minimising the squared relative error; the most negative column is left out until none is."""
     import numpy as np
 
     x, t = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     weighted = x / t[:, None]
-    # Columns differ by many orders of magnitude (s^2 against 1).
+    # Columns differ by many orders of magnitude (n^2 against 1).
     scale = np.abs(weighted).max(axis=0)
-    scale[scale == 0] = 1.0
-    best, least = np.zeros(x.shape[1]), float(len(t))
-    for chosen in range(1, 1 << x.shape[1]):
-        active = [column for column in range(x.shape[1]) if chosen >> column & 1]
-        found = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(t)), rcond=None)[0] / scale[active]
-        error = float(((weighted[:, active] @ found - 1) ** 2).sum())
-        if (found >= 0).all() and error < least:
-            best, least = np.zeros(x.shape[1]), error
-            best[active] = found
-    return [float(value) for value in best], fit_of(x @ best, t)
+    active = [column for column in range(x.shape[1]) if scale[column] > 0]
+    out = np.zeros(x.shape[1])
+    while active:
+        found = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(t)), rcond=None)[0]
+        if found.min() >= 0:
+            out[active] = found / scale[active]
+            break
+        active.pop(int(found.argmin()))
+    return [float(value) for value in out]
 
 
 def fit_of(predicted: Any, measured: Any) -> Fit:
@@ -179,6 +179,18 @@ def profile_key(spec: ModelSpec, memory: MemoryConfig, train: TrainConfig, clust
     return ProfileKey(
         hardware=hardware, ranks=nodes, model=f"{shape}, {spec.vocab_size} words, {train.dtype.value}; {kept}", versions=_versions()
     )
+
+
+def processor_name() -> str:
+    """This machine's processor and how many cores this process may use."""
+    import os
+    import platform
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "processor")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} core{'s' * (cores > 1)}"
 
 
 def _versions() -> str:
@@ -226,7 +238,7 @@ def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None
             raise ConfigError("parallel.profile", found=f"no file {path}", expected="a profile of this machine", hint=_make(path))
         return None, "arithmetic on data sheets: nothing was measured here (efflaunch profile does)"
     known = load_profiles(path)
-    match = next((profile for profile in known if profile.key == key), None)
+    match = next((profile for profile in known if not profile.key.differences(key)), None)
     if match is not None:
         return match, str(path)
     reason = _nearest_difference(known, key)
