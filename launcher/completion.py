@@ -43,10 +43,11 @@ _FISH = """\
 # fish: efflaunch completion fish | source
 complete -c efflaunch -a '(efflaunch completion words (commandline -cp)"." 2>/dev/null)'
 """
-_FIRST_WORDS = ("train", "plan", "resume", "status", "export", "data", "completion", "--help", "--version")
+_FIRST_WORDS = ("train", "plan", "profile", "resume", "status", "export", "data", "completion", "--help", "--version")
 _OPTIONS = {
     "train": ("--config-dir", "--print-config", "--help"),
     "plan": ("--config-dir", "--print-config", "--json", "--help"),
+    "profile": ("--config-dir", "--print-config", "--out", "--seconds", "--json", "--help"),
     "resume": ("--config-dir", "--help"),
     "status": ("--json", "--help"),
     "export": ("--step", "--help"),
@@ -87,7 +88,7 @@ def complete(line: str) -> list[str]:
         return _matching([*_FIRST_WORDS, *_overrides(current, None)], current)
     command = before[0] if before[0] in _OPTIONS else "train"
     candidates = [*_OPTIONS[command]]
-    if command in ("train", "plan", "resume"):
+    if command in ("train", "plan", "profile", "resume"):
         candidates += _overrides(current, _config_dir(before))
     return _matching(candidates, current)
 
