@@ -19,6 +19,7 @@ Command = Callable[[list[str]], int]
 SUMMARY = {
     "train": "train, or go on with the run of the same run.id (the default command)",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
+    "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "go on with a run directory, with changes if wanted",
     "status": "where a run stands",
     "explain": "one step of a run: who held which sequences, why, and how far from the best",
@@ -65,6 +66,7 @@ def _commands() -> dict[str, Command]:
     return {
         "train": _train,
         "plan": _plan,
+        "profile": _profile,
         "resume": _resume,
         "status": _status,
         "explain": _explain,
@@ -125,6 +127,24 @@ def _add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--lengths", metavar="FILE|DISTRIBUTION", required=required, help=text)
     parser.add_argument("--sequences", type=int, metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
     parser.add_argument("--seed", type=int, default=0, help="of the lengths that are drawn")
+
+
+def _profile(words: list[str]) -> int:
+    parser = _config_parser("profile", "Measure this machine with short probes, on the ranks of a configuration. Takes the arguments of train.")
+    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes; other entries of the file stay")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the probes may take (60)")
+    parser.add_argument("--json", action="store_true", help="print the profile as JSON")
+    options = parser.parse_intermixed_args(words)
+    from .compose import compose
+
+    config = compose(options.overrides, options.config_dir)
+    if options.print_config:
+        from .start import show_config
+
+        return show_config(config)
+    from . import profile_command
+
+    return profile_command.main(config, options.out, options.seconds, options.json)
 
 
 def _resume(words: list[str]) -> int:

@@ -44,10 +44,14 @@ _FISH = """\
 # fish: efflaunch completion fish | source
 complete -c efflaunch -a '(efflaunch completion words (commandline -cp)"." 2>/dev/null)'
 """
-_FIRST_WORDS = ("train", "plan", "resume", "status", "explain", "simulate", "export", "data", "completion", "--help", "--version")
+_FIRST_WORDS = (
+    *("train", "plan", "profile", "resume", "status", "explain", "simulate", "export", "data", "completion"),
+    *("--help", "--version"),
+)
 _OPTIONS = {
     "train": ("--config-dir", "--print-config", "--help"),
     "plan": ("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--out", "--json", "--help"),
+    "profile": ("--config-dir", "--print-config", "--out", "--seconds", "--json", "--help"),
     "resume": ("--config-dir", "--help"),
     "status": ("--json", "--help"),
     "explain": ("--step", "--out", "--json", "--help"),
@@ -92,10 +96,10 @@ def complete(line: str) -> list[str]:
     if not before:
         return _matching([*_FIRST_WORDS, *_overrides(current, None)], current)
     command = before[0] if before[0] in _OPTIONS else "train"
-    candidates = [*_OPTIONS[command]]
     if before[-1] == "--lengths":
         return _matching([*DISTRIBUTIONS], current)
-    if command in ("train", "plan", "resume", "simulate"):
+    candidates = [*_OPTIONS[command]]
+    if command in ("train", "plan", "profile", "resume", "simulate"):
         candidates += _overrides(current, _config_dir(before))
     return _matching(candidates, current)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..memory.ledger import build_ledger
-from ..parallel.config import SequenceMode
+from ..parallel.config import Device, SequenceMode
+from ..parallel.profile import find_profile, processor_name, profile_key
 from ..parallel.sequence.cost import CostModel, cost_model
 from ..parallel.sequence.explain import Explanation, Solver, explain
 from ..parallel.sequence.plan import StepPlan
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def step_cost(config: Config) -> CostModel:
-    """The cost model of a configuration, from its profile where one fits."""
-    return cost_model(
-        model_spec(config.model), config.parallel, config.memory, config.train, config.data, config.cluster, profile=_profile(config)
-    )
+    """The cost model of a configuration, from its profile where one fits.
+
+    Which GPUs a cluster has is not looked up here: a profile of this model on as many of any kind is taken.
+    """
+    spec, on_cpu = model_spec(config.model), config.cluster.device is Device.CPU
+    key = profile_key(spec, config.memory, config.train, config.cluster, processor_name() if on_cpu else "")
+    profile, _ = find_profile(config.parallel.profile, key)
+    return cost_model(spec, config.parallel, config.memory, config.train, config.data, config.cluster, profile)
 
 
 def plan_step(config: Config, lengths: Sequence[int], cost: CostModel) -> StepPlan:
