@@ -27,7 +27,7 @@ def make_run(directory: Path, *overrides: str, recorded: bool = True) -> tuple[P
     prefix = write_corpus(directory / "corpus", [[1] * n for n in lengths.tolist()])
     config = compose(
         ["+experiment=quickstart", "data=indexed", f"data.prefixes=[{prefix}]", "data.max_seq_len=8K", "data.global_batch_tokens=16K"]
-        + [f"train.steps={STEPS}", "run.id=mine", *overrides]
+        + [f"train.steps={STEPS}", "optim.warmup_steps=0", "run.id=mine", *overrides]
     )
     write_run(run_dir, config, 1)
     cost = step_cost(config)
