@@ -107,6 +107,8 @@ def explanation_dict(found: Explanation) -> dict[str, Any]:
         "gap": max(0.0, line.step_s / plan.lower_bound_s - 1) if plan.lower_bound_s else None,
         "busy_share": line.busy_share,
         "waiting_share": line.waiting_share,
+        "gather_share": line.gather_share,
+        "overhead_share": line.overhead_share,
         "micro_batches": [
             {
                 "start_s": shelf.start_s,

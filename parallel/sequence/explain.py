@@ -16,6 +16,8 @@ from .timeline import Timeline, timeline
 if TYPE_CHECKING:
     import numpy as np
 
+_SAME = 1e-3
+"""Shares closer than this are called the same."""
 Solver = Callable[[CostModel], StepPlan]
 """Plans the step's lengths for a cost model; PlanError where it cannot."""
 
@@ -195,13 +197,15 @@ def _longest_words(found: Explanation) -> list[str]:
 def _compared(choice: Choice, seconds: float, rank_s: float) -> str:
     assert choice.sequence_s is not None and choice.rank_s is not None
     on = f"On {choice.degree} rank{'s' * (choice.degree > 1)} ({choice.reason}) it would take {format_precise(choice.sequence_s)}"
-    faster, cheaper = choice.sequence_s < seconds, choice.rank_s < rank_s
-    cost = f"{choice.rank_s:,.4g} rank-seconds instead of {rank_s:,.4g}"
-    if faster and not cheaper:
+    ratio, share = choice.sequence_s / seconds, choice.rank_s / rank_s
+    cost = f"{choice.rank_s:,.4g} rank-seconds instead of {rank_s:,.4g}" if abs(share - 1) > _SAME else "as many rank-seconds"
+    if ratio < 1 - _SAME and share > 1 + _SAME:
         return f"{on}, sooner, but {cost}: time the other sequences need."
-    if cheaper and not faster:
+    if ratio > 1 + _SAME and share < 1 - _SAME:
         return f"{on} and only {cost}, but its micro-batch would wait for it."
-    return f"{on} and {cost}: {'better by itself, but it does not go with the rest' if faster else 'worse in both'}."
+    if ratio < 1 - _SAME:
+        return f"{on} and {cost}: better by itself, but the other sequences go better with this."
+    return f"{on} and {cost}: {'later for nothing' if ratio > 1 + _SAME else 'no gain'}."
 
 
 def _next_words(found: Explanation) -> list[str]:
@@ -209,7 +213,7 @@ def _next_words(found: Explanation) -> list[str]:
     if other is None or other.predicted_s is None:
         return []
     slower = other.predicted_s / found.line.step_s - 1
-    verdict = f"{slower:.1%} more" if slower >= 0.0005 else "no more" if slower > -0.0005 else f"{-slower:.1%} less: the search missed it"
+    verdict = f"{slower:.1%} more" if slower >= 0.0005 else "no more than this plan" if slower > -0.0005 else f"{-slower:.1%} less: the search missed it"
     return [
         f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
         f"takes {format_precise(other.predicted_s)}, {verdict}."
@@ -227,8 +231,7 @@ def _other_words(found: Explanation) -> list[str]:
 
 def _time_words(found: Explanation) -> list[str]:
     line = found.line
-    overhead = max(0.0, 1 - line.busy_share - line.waiting_share)
-    return [
-        f"Ranks work in groups {line.busy_share:.0%} of the step, wait for slower groups {line.waiting_share:.0%}, "
-        f"and pay {overhead:.0%} for starting micro-batches."
-    ]
+    parts = [f"work in groups {line.busy_share:.0%} of the step", f"wait for slower groups {line.waiting_share:.0%}"]
+    if line.gather_share >= 0.005:
+        parts.append(f"wait for weights {line.gather_share:.0%} (they take longer to gather than the groups to compute)")
+    return [f"Ranks {', '.join(parts)}; {line.overhead_share:.0%} is the cost of having micro-batches and a step at all."]

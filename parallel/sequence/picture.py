@@ -86,6 +86,9 @@ def _draw_step(axes: Axes, line: Timeline, caption: Caption) -> None:
     if not line.barrier_free:
         for shelf in line.shelves:
             axes.add_patch(Rectangle((shelf.start_s, 0), shelf.overhead_s, line.world_size, facecolor=_OVERHEAD, linewidth=0))
+            late = Rectangle((shelf.groups_stop_s, 0), shelf.stop_s - shelf.groups_stop_s, line.world_size)
+            late.set(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="///", linewidth=0)
+            axes.add_patch(late)
     _draw_bars(axes, line)
     _draw_marks(axes, line, caption)
     _outline_longest(axes, line.longest)
@@ -201,10 +204,12 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
     degrees = sorted({bar.group.degree for bar in line.bars})
     marks: list[Any] = [
         Patch(facecolor="none", edgecolor=_INK, linewidth=1.8, label="longest sequence"),
-        Patch(facecolor=_IDLE, label="waiting"),
+        Patch(facecolor=_IDLE, label="waiting for slower groups"),
     ]
     if not line.barrier_free and any(shelf.overhead_s > 0 for shelf in line.shelves):
         marks += [Patch(facecolor=_OVERHEAD, label="cost of a micro-batch")]
+    if line.gather_share > 0:
+        marks += [Patch(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="////", linewidth=0, label="weights still on their way")]
     if any(bar.measured_s is not None for bar in line.bars):
         marks += [Line2D([], [], color=_MEASURED, linewidth=1.8, label="measured end")]
     if caption.lower_bound_s is not None:

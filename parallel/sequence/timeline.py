@@ -36,10 +36,14 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """One micro-batch: `overhead_s` of it is paid before its groups start, and it stops when its slowest group does."""
+    """One micro-batch: `overhead_s` of it is paid before its groups start; the slowest of them ends at `groups_stop_s`.
+
+    Where weights take longer to gather than the groups to compute, it stops later than they do.
+    """
 
     start_s: float
     overhead_s: float
+    groups_stop_s: float
     stop_s: float
 
 
@@ -61,10 +65,26 @@ class Timeline:
         return busy / (self.step_s * self.world_size) if self.step_s > 0 else 0.0
 
     @property
+    def overhead_share(self) -> float:
+        """Rank-seconds of the step that its micro-batches and the step itself cost, whatever they hold."""
+        if self.step_s <= 0:
+            return 0.0
+        paid = sum(shelf.overhead_s for shelf in self.shelves)
+        if self.barrier_free:
+            paid = sum(self.shelves[bar.micro_batch].overhead_s * bar.group.degree for bar in self.bars) / self.world_size
+        return (paid + self.step_s - max((shelf.stop_s for shelf in self.shelves), default=0.0)) / self.step_s
+
+    @property
+    def gather_share(self) -> float:
+        """Rank-seconds in which all groups of a micro-batch are done, or none has begun, and weights are being gathered."""
+        if self.step_s <= 0 or not self.shelves:
+            return 0.0
+        return (self.shelves[0].start_s + sum(shelf.stop_s - shelf.groups_stop_s for shelf in self.shelves)) / self.step_s
+
+    @property
     def waiting_share(self) -> float:
-        """Rank-seconds spent neither in a group nor in a micro-batch's overhead: the bubble."""
-        overhead = sum(shelf.overhead_s for shelf in self.shelves) / self.step_s if self.step_s > 0 else 0.0
-        return max(0.0, 1.0 - self.busy_share - overhead)
+        """Rank-seconds spent waiting for slower groups: the bubble."""
+        return max(0.0, 1.0 - self.busy_share - self.overhead_share - self.gather_share)
 
     @property
     def longest(self) -> Bar:
@@ -84,17 +104,18 @@ def timeline(
     shelves: list[Shelf] = []
     for index, batch in enumerate(plan.micro_batches):
         begin = min(free) if barrier_free else max(free)
-        if not barrier_free:
-            free = [begin] * plan.world_size
         for group in batch.groups:
             ranks = slice(group.first_rank, group.first_rank + group.degree)
             bar = _bar(plan, cost, index, group, max(free[ranks]) + cost.beta_s, measured or {})
             free[ranks] = [bar.stop_s] * group.degree
             bars.append(bar)
+        groups_stop = stop = max(free)
         if not barrier_free:
+            groups_stop = max(groups_stop, begin + cost.beta_s)
             # Gathering weights takes its time even where no group needs as long.
-            free[0] = max(*free, begin + cost.beta_s + cost.gather_s)
-        shelves.append(Shelf(begin, cost.beta_s, max(free)))
+            stop = max(groups_stop, begin + cost.beta_s + cost.gather_s)
+            free = [stop] * plan.world_size
+        shelves.append(Shelf(begin, cost.beta_s, groups_stop, stop))
     return Timeline(
         world_size=plan.world_size,
         tokens_per_rank=cost.tokens_per_rank,

@@ -56,7 +56,10 @@ def test_the_end_of_the_timeline_is_the_modelled_step(plan: StepPlan, beta: floa
     for rank in range(8):
         spans = sorted((bar.start_s, bar.stop_s) for bar in line.bars if 0 <= rank - bar.group.first_rank < bar.group.degree)
         assert all(stop <= start + 1e-9 for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)), "a rank is in two groups at once"
-    assert 0 <= line.busy_share <= 1 and 0 <= line.waiting_share <= 1
+    shares = (line.busy_share, line.waiting_share, line.gather_share, line.overhead_share)
+    assert all(-1e-9 <= share <= 1 + 1e-9 for share in shares)
+    assert line.step_s == 0 or sum(shares) == pytest.approx(1)
+    assert gather > 0 or line.gather_share == pytest.approx(0)
 
 
 def two_batches() -> Timeline:
