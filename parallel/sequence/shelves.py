@@ -9,7 +9,7 @@ never in time, so the same batch and budget give the same plan on any machine.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ FILL_WORK = 100
 """What starting a shelf counts, in sequences looked at."""
 MOST_SHELVES = 24
 """Above this many micro-batches the beam is too deep to pay: only equal shelves and random changes are tried."""
+ENOUGH = 1e-3
+"""A plan this close to the bound, as a share, ends the search."""
 STRETCH = ((1.0, 1.1, 1.45), (1.0, 1.04, 1.12, 1.3, 1.7), (1.0, 1.03, 1.08, 1.16, 1.3, 1.6, 2.2))
 """Durations tried for a shelf, over what its longest sequence takes; finer as the beam widens."""
 
@@ -37,13 +39,18 @@ class State:
 
 
 class Search:
-    """Looks for durations within `budget` units of work; `limit_s` is the best plan known from elsewhere, without step_s."""
+    """Looks for durations within `budget` units of work. `limit_s`: the best plan known from elsewhere; `enough_s`: a lower bound.
 
-    def __init__(self, batch: Batch, budget: int, limit_s: float, expired: Any = None) -> None:
-        self.batch, self.budget, self.best_s = batch, budget, limit_s
+    All seconds are without step_s. `expired` says whether the wall clock ends the search; it should hardly ever.
+    """
+
+    def __init__(
+        self, batch: Batch, budget: int, limit_s: float, *, enough_s: float = 0.0, expired: Callable[[], bool] | None = None
+    ) -> None:
+        self.batch, self.budget, self.best_s, self.enough_s = batch, budget, limit_s, enough_s * (1 + ENOUGH)
         self.taus: tuple[float, ...] = ()
         self.spent = 0
-        self.expired = expired or (lambda: False)
+        self.expired = expired
 
     def run(self) -> list[Shelf] | None:
         """The best shelves found, or None where nothing beat the limit."""
@@ -61,7 +68,9 @@ class Search:
         return left, self.batch.shelf_s(load)
 
     def _over(self, share: float = 1.0) -> bool:
-        return self.spent >= share * self.budget or self.expired()
+        if self.best_s <= self.enough_s or self.spent >= share * self.budget:
+            return True
+        return self.expired is not None and self.expired()
 
     def _keep(self, seconds: float, taus: tuple[float, ...]) -> None:
         if seconds < self.best_s * (1 - 1e-12):
