@@ -58,13 +58,11 @@ def static_step(config: Config, lengths: Sequence[int]) -> StepPlan:
 
 
 def with_bound(plan: StepPlan, cost: CostModel) -> StepPlan:
-    """The plan with the staircase bound of its lengths."""
-    from dataclasses import replace
-
+    """The plan with the staircase bound of its lengths, where that holds."""
+    from ..parallel.sequence.adaptive import bounded
     from ..parallel.sequence.bound import staircase_bound
 
-    bound = staircase_bound(plan.lengths, cost)
-    return replace(plan, lower_bound_s=bound.value_s if bound.valid else None, bound=bound.name)
+    return bounded(plan, staircase_bound(plan.lengths, cost))
 
 
 def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapping[tuple[int, int], float] | None = None) -> Explanation:
@@ -82,13 +80,13 @@ def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapp
 
 
 def _others(plan: StepPlan) -> dict[str, Solver]:
-    from ..parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static_best
+    from ..parallel.sequence.solve import solve_adaptive, solve_greedy, solve_best_static
 
     lengths = plan.lengths
     others: dict[str, Solver] = {
         "adaptive": lambda model: solve_adaptive(lengths, model),
         "greedy": lambda model: solve_greedy(lengths, model),
-        "best static degree": lambda model: solve_static_best(lengths, model),
+        "best static degree": lambda model: solve_best_static(lengths, model),
     }
     return {name: solver for name, solver in others.items() if name != plan.source}
 

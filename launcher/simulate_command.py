@@ -67,16 +67,15 @@ def step_lengths(config: Config, request: Request) -> Iterator[tuple[int, ...]]:
 
 def contestants(cost: CostModel, request: Request) -> list[Contestant]:
     """Who is compared, ours last."""
-    from ..parallel.sequence.flexsp import solve_flexsp
-    from ..parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static_best
+    from ..parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 
-    found = [
-        Contestant(name="best static degree", plan=solve_static_best),
-        Contestant(name="greedy", plan=solve_greedy),
-        Contestant(name="FlexSP's MILP", plan=partial(solve_flexsp, limit_s=request.flexsp_s), max_steps=request.flexsp_steps),
-        Contestant(name=OURS, plan=solve_adaptive),
-    ]
-    return [contestant for contestant in found if contestant.max_steps != 0]
+    found = [Contestant(name="best static degree", plan=solve_best_static), Contestant(name="greedy", plan=solve_greedy)]
+    if request.flexsp_steps > 0:
+        from ..parallel.sequence.flexsp import solve_flexsp
+
+        milp = partial(solve_flexsp, limit_s=request.flexsp_s)
+        found.append(Contestant(name="FlexSP's MILP", plan=milp, max_steps=request.flexsp_steps))
+    return [*found, Contestant(name=OURS, plan=solve_adaptive)]
 
 
 def _progress(step: Step, *, total: int) -> None:

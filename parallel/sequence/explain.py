@@ -85,6 +85,9 @@ def explain(
     barrier_free: bool = False,
 ) -> Explanation:
     """The explanation of `plan`. `solver` is asked for the next-best plan, `others` by name for what else could have been done."""
+    if barrier_free:
+        # Bounds are proved for micro-batches that end together.
+        plan = replace(plan, lower_bound_s=None, bound="")
     line = timeline(plan, cost, measured=measured, barrier_free=barrier_free)
     group = line.longest.group
     longest = group.sequences[0]
@@ -168,10 +171,16 @@ def _words(found: Explanation) -> list[str]:
 def _bound_words(found: Explanation) -> list[str]:
     plan = found.plan
     if plan.lower_bound_s is None:
-        return ["No lower bound is known for this plan: what it rests on does not hold for this cost model."] if plan.bound else []
+        return ["No lower bound: " + _why_unbounded(found.line.barrier_free)]
     share = max(0.0, found.line.step_s / plan.lower_bound_s - 1)
     least = f"No plan of these sequences takes less than {format_precise(plan.lower_bound_s)} ({plan.bound} bound)"
     return [f"{least}: this one is at most {share:.1%} above the best there can be."]
+
+
+def _why_unbounded(barrier_free: bool) -> str:
+    if barrier_free:
+        return "the bounds are for micro-batches that end together, and here every rank goes on by itself."
+    return "the cost model gives some sequences no time, or none that is finite."
 
 
 def _longest_words(found: Explanation) -> list[str]:
@@ -204,7 +213,7 @@ def _compared(choice: Choice, seconds: float, rank_s: float) -> str:
     if ratio > 1 + _SAME and share < 1 - _SAME:
         return f"{on} and only {cost}, but its micro-batch would wait for it."
     if ratio < 1 - _SAME:
-        return f"{on} and {cost}: better by itself, but the other sequences go better with this."
+        return f"{on} and {cost}: better by itself; the other sequences decide."
     return f"{on} and {cost}: {'later for nothing' if ratio > 1 + _SAME else 'no gain'}."
 
 

@@ -114,12 +114,15 @@ def test_the_words_say_why() -> None:
         assert part in words, words
 
 
-def test_a_bound_that_does_not_hold_is_not_claimed() -> None:
+@pytest.mark.parametrize(("barrier_free", "reason"), [(False, "gives some sequences no time"), (True, "are for micro-batches that end together")])
+def test_a_bound_that_does_not_hold_is_not_claimed(barrier_free: bool, reason: str) -> None:
     cost = model()
-    best = replace(brute_force(cost), lower_bound_s=None, bound="staircase")
-    words = explain(best, cost, solver=brute_force, others={}).words
-    assert words[0].startswith("No lower bound is known")
-    assert not any("above the best" in text for text in words)
+    best = brute_force(cost)
+    best = replace(best, lower_bound_s=0.8 * cost.plan_s(best) if barrier_free else None, bound="staircase" if barrier_free else "")
+    found = explain(best, cost, solver=brute_force, others={}, barrier_free=barrier_free)
+    assert found.words[0].startswith("No lower bound: ") and reason in found.words[0] and found.plan.lower_bound_s is None
+    assert not any("above the best" in text for text in found.words)
+    assert found.line.step_s == pytest.approx(cost.plan_s(best, barrier_free=barrier_free))
 
 
 def test_one_degree_leaves_nothing_to_choose() -> None:
