@@ -301,6 +301,7 @@ class _Run:
             plan=str(self.session.layout),
             sequence=self.config.parallel.sequence.value,
             costs=self.costs.origin,
+            cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
             resumed_from=self.done if restored is not None else None,
