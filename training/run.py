@@ -235,7 +235,7 @@ class _Run:
 
     def _measure(self, plan: StepPlan, times: StepTimes) -> dict[str, Any]:
         """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
-        static_s = self.planner.static_s(self.done - 1, plan)
+        static_s, plan = self.planner.known_by_now(self.done - 1, plan)
         self.measured.add(plan, times)
         drifted = self.measured.drift.news()
         if drifted:
