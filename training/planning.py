@@ -37,6 +37,8 @@ class Totals:
 
     late: int = 0
     """Plans that were not there in time: those steps ran greedy ones."""
+    unplanned: int = 0
+    """Steps that ran greedy plans because the planning process was gone."""
     steps: int = 0
     """Steps with a static plan to compare with; the two sums are over these."""
     predicted_s: float = 0.0
@@ -96,6 +98,7 @@ class StepPlanner:
             return plan
         if self._service.failure:
             self._tell(step, self._service.failure)
+            self.totals.unplanned += 1
             return _greedy(lengths, self.request.cost, "greedy")
         self.totals.late += 1
         return _greedy(lengths, self.request.cost, "late")
@@ -109,17 +112,22 @@ class StepPlanner:
     def _priced(self, plan: StepPlan) -> StepPlan:
         if not self._barrier_free:
             return plan if plan.predicted_s is not None else self.request.cost.priced(plan)
-        return replace(self.request.cost.priced(plan), predicted_s=self.request.cost.plan_s(plan, barrier_free=True))
+        # Bounds are of steps with barriers; one without may take less.
+        seconds = self.request.cost.plan_s(plan, barrier_free=True)
+        return replace(self.request.cost.priced(plan), predicted_s=seconds, lower_bound_s=None, bound="")
 
-    def static_s(self, step: int, plan: StepPlan) -> float | None:
-        """Modelled seconds of the static plan of the step that just ran, and the totals with it; None where it is not known."""
+    def known_by_now(self, step: int, plan: StepPlan) -> tuple[float | None, StepPlan]:
+        """Modelled seconds of the static plan of the step that just ran, where they are known; the plan with the tightest bound."""
         extras = self._service.extras(step) if self._service is not None else None
         if extras is None or plan.predicted_s is None:
-            return None
-        self.totals.steps += 1
-        self.totals.predicted_s += plan.predicted_s
-        self.totals.static_s += extras.static_s
-        return extras.static_s
+            return None, plan
+        if extras.static_s is not None:
+            self.totals.steps += 1
+            self.totals.predicted_s += plan.predicted_s
+            self.totals.static_s += extras.static_s
+        if extras.lower_bound_s is not None and plan.lower_bound_s is not None:
+            plan = replace(plan, lower_bound_s=extras.lower_bound_s, bound=extras.bound)
+        return extras.static_s, plan
 
 
 def _greedy(lengths: Sequence[int], cost: CostModel, source: str) -> StepPlan:

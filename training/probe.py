@@ -115,7 +115,7 @@ class Prober:
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""
-        self._run([EMPTY])
+        self.run([EMPTY])
         empty_s, reduce_s = self._empty()
         samples = self._samples(seconds)
         collectives = probe_collectives(self.topology, self.device, [cost.degree for cost in self.cost.degrees if cost.degree > 1])
@@ -133,7 +133,7 @@ class Prober:
 
     def _empty(self) -> tuple[float, float]:
         """Seconds of a micro-batch without tokens, and of the reduction at the end of a step."""
-        one, three = (statistics.median(self._run([EMPTY] * count)[0] for _ in range(REPEATS)) for count in (1, 3))
+        one, three = (statistics.median(self.run([EMPTY] * count)[0] for _ in range(REPEATS)) for count in (1, 3))
         each = max(0.0, (three - one) / 2)
         return each, max(0.0, one - each)
 
@@ -162,13 +162,13 @@ class Prober:
         plan = StepPlan(world, lengths * len(groups), (MicroBatch(groups),))
         works = read_step(_Documents(plan.lengths, self.spec.vocab_size), 0, plan, self.topology.rank)  # type: ignore[arg-type]
         if warm:
-            self._run(works)
-        runs = [self._run(works) for _ in range(REPEATS)]
+            self.run(works)
+        runs = [self.run(works) for _ in range(REPEATS)]
         by_group = [[max(busy[group.first_rank : group.first_rank + degree]) for group in groups] for _, busy in runs]
         rest = statistics.median(wall - max(times) for (wall, _), times in zip(runs, by_group, strict=True))
         return Sample(degree, ulysses, lengths, tuple(statistics.median(times) for times in zip(*by_group, strict=True)), rest)
 
-    def _run(self, works: Sequence[Work]) -> tuple[float, list[float]]:
+    def run(self, works: Sequence[Work]) -> tuple[float, list[float]]:
         """Wall seconds of one step's gradients, and each rank's busy seconds."""
         clocks = [BusyClock(self.device) for _ in works]
         dist.barrier()

@@ -235,7 +235,7 @@ class _Run:
 
     def _measure(self, plan: StepPlan, times: StepTimes) -> dict[str, Any]:
         """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
-        static_s = self.planner.static_s(self.done - 1, plan)
+        static_s, plan = self.planner.known_by_now(self.done - 1, plan)
         self.measured.add(plan, times)
         drifted = self.measured.drift.news()
         if drifted:
@@ -301,6 +301,7 @@ class _Run:
             plan=str(self.session.layout),
             sequence=self.config.parallel.sequence.value,
             costs=self.costs.origin,
+            cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
             resumed_from=self.done if restored is not None else None,

@@ -18,7 +18,9 @@ THRESHOLD = 1.25
 """Measured over modelled seconds beyond which a degree has drifted, up or down."""
 ENOUGH = 16
 """Groups of a degree before anything is said of it."""
-PRIOR = 8.0
+PRIOR = 1.0
+LIMIT = 8.0
+"""One group counts as at most so many times slower or faster than modelled: a rank that was stopped is no evidence."""
 FADE = 0.995
 """Weight of an equation after one more of its degree: the last few hundred groups count."""
 
@@ -37,6 +39,8 @@ class Observed:
     """aa, al, ll, a, l: faded sums, of attention and linear seconds over measured seconds."""
 
     def add(self, attention_s: float, linear_s: float, measured_s: float) -> None:
+        modelled_s = attention_s + linear_s
+        measured_s = min(max(measured_s, modelled_s / LIMIT), modelled_s * LIMIT)
         a, linear = attention_s / measured_s, linear_s / measured_s
         self.groups += 1
         self.weight = self.weight * FADE + 1

@@ -39,6 +39,10 @@ AHEAD = 4
 """Steps whose plans are asked for before they are needed."""
 FIRST_PATIENCE_S = 30.0
 """Longest wait for the first plan of an attempt: the process has to start, and no step is running yet."""
+STATIC_WORK = 5_000_000
+"""Most sequences x groups for which the static plan is made on the side: a few seconds."""
+CERTIFY_SHARE, LEAST_CERTIFY_S, MOST_CERTIFY_S = 0.25, 1.0, 10.0
+"""The class MILP may take this share of a step, so steps under four seconds go without; plans are asked for further ahead than that."""
 _POLL_S = 1.0
 _END_S = 2.0
 
@@ -60,8 +64,11 @@ class PlanRequest:
 class Extras:
     """What is known of a step besides its plan; made when the process has nothing else to do."""
 
-    static_s: float
-    """Modelled seconds of the static plan."""
+    static_s: float | None
+    """Modelled seconds of the static plan; None where there are too many sequences to make one on the side."""
+    lower_bound_s: float | None = None
+    """A tighter bound than the plan came with; None where none was looked for or found."""
+    bound: str = ""
 
 
 def solve(lengths: Sequence[int], request: PlanRequest) -> StepPlan:
@@ -217,7 +224,7 @@ def serve(connection: Connection, parent: int) -> None:
     """The process's life: plans in the order they are needed, extras when there is time, until the rank is gone."""
     request: PlanRequest = connection.recv()
     wanted: dict[int, tuple[int, ...]] = {}
-    without_extras: dict[int, tuple[int, ...]] = {}
+    without_extras: dict[int, StepPlan] = {}
     now = -1
     while os.getppid() == parent:
         while connection.poll(0 if wanted or without_extras else _POLL_S):
@@ -228,29 +235,37 @@ def serve(connection: Connection, parent: int) -> None:
                 wanted[step] = lengths
         # A step that has begun has no use for a plan any more.
         wanted = {step: lengths for step, lengths in wanted.items() if step >= now}
-        without_extras = {step: lengths for step, lengths in without_extras.items() if step >= now}
-        if wanted:
-            step = min(wanted)
-            lengths = wanted.pop(step)
-            connection.send(_answer(step, lengths, request))
-            without_extras[step] = lengths
-        elif without_extras:
-            step = min(without_extras)
-            connection.send(("extras", step, _extras(without_extras.pop(step), request)))
+        without_extras = {step: plan for step, plan in without_extras.items() if step >= now}
+        step = min(wanted or without_extras, default=-1)
+        try:
+            if wanted:
+                without_extras[step] = solve(wanted.pop(step), request)
+                connection.send(("plan", step, pack_plan(without_extras[step])))
+            elif without_extras:
+                connection.send(("extras", step, find_extras(without_extras.pop(step), request)))
+        except OSError:
+            raise
+        except Exception as error:  # whatever the solver raises is reported by the rank, which goes on without it
+            log.exception("step %d", step + 1)
+            connection.send(("failed", step, f"{type(error).__name__}: {error}"))
+            return
 
 
-def _answer(step: int, lengths: tuple[int, ...], request: PlanRequest) -> tuple[str, int, Any]:
-    try:
-        return "plan", step, pack_plan(solve(lengths, request))
-    except Exception as error:  # whatever the solver raises is reported by the rank, which goes on without it
-        log.exception("step %d", step + 1)
-        return "failed", step, f"{type(error).__name__}: {error}"
+def find_extras(plan: StepPlan, request: PlanRequest) -> Extras:
+    """The static plan's time, and for long steps a tighter bound, in a time that is small beside the step."""
+    groups = request.cost.world_size // request.static_degree
+    static_s = None
+    if len(plan.lengths) * groups <= STATIC_WORK:
+        static_s = static_plan(plan.lengths, request).predicted_s
+    limit_s = min(MOST_CERTIFY_S, CERTIFY_SHARE * (plan.predicted_s or 0.0))
+    if limit_s < LEAST_CERTIFY_S or plan.predicted_s is None or plan.lower_bound_s is None:
+        return Extras(static_s=static_s)
+    from .bound import class_milp_bound
 
-
-def _extras(lengths: tuple[int, ...], request: PlanRequest) -> Extras:
-    predicted = static_plan(lengths, request).predicted_s
-    assert predicted is not None, "priced"
-    return Extras(static_s=predicted)
+    bound = class_milp_bound(plan.lengths, request.cost, plan_s=plan.predicted_s, time_limit_s=limit_s)
+    if not bound.valid or bound.value_s <= plan.lower_bound_s:
+        return Extras(static_s=static_s)
+    return Extras(static_s=static_s, lower_bound_s=bound.value_s, bound=bound.name)
 
 
 def main(arguments: list[str]) -> int:
