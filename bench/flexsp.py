@@ -27,6 +27,4 @@ def _published(degree: int) -> DegreeCost:
     """Ulysses only: four tensors of 32 layers x 4096 numbers of two bytes, forward and backward."""
     exchanged_mib = 4 * 2 * 32 * 4096 * 2 / 2**20
     exchange_s = exchanged_mib / degree / BANDWIDTH[degree] / 1e3 if degree > 1 else 0.0
-    return DegreeCost(
-        degree=degree, ulysses=degree, attention_s=5.128e-9 / degree, linear_s=183.9576e-6 / degree, exchange_s=exchange_s
-    )
+    return DegreeCost(degree=degree, ulysses=degree, attention_s=5.128e-9 / degree, linear_s=183.9576e-6 / degree, exchange_s=exchange_s)

@@ -145,7 +145,14 @@ def solve_micro_batch(ordered: np.ndarray, cost: CostModel, *, time_limit_s: flo
 
 
 def _program(
-    tops: np.ndarray, counts: np.ndarray, times: np.ndarray, degrees: np.ndarray, of: np.ndarray, cost: CostModel, limit: float, time_limit_s: float
+    tops: np.ndarray,
+    counts: np.ndarray,
+    times: np.ndarray,
+    degrees: np.ndarray,
+    of: np.ndarray,
+    cost: CostModel,
+    limit: float,
+    time_limit_s: float,
 ) -> tuple[np.ndarray | None, bool]:
     """min C: Time_p <= C, Memory_p <= E, sum d_p m_p <= N, sum_q A_qp <= K m_p, sum_p A_qp = n_q; (A or None, timed out)."""
     from scipy.optimize import Bounds, LinearConstraint, milp
