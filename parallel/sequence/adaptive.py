@@ -13,8 +13,8 @@ from .plan import StepPlan
 from .shelves import Search, squeezed
 from .tables import Batch, Shelf
 
-WORK_PER_SEQUENCE = 400
-LEAST_WORK, MOST_WORK = 100_000, 1_600_000
+WORK_PER_SEQUENCE = 250
+LEAST_WORK, MOST_WORK = 60_000, 640_000
 
 
 def default_budget(num_sequences: int) -> int:
