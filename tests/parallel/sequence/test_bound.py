@@ -13,8 +13,7 @@ from efflaunch.parallel.sequence.classes import Effort
 from efflaunch.parallel.sequence.cost import DegreeCost
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 from efflaunch.parallel.sequence.tables import Batch
-
-from .tiny import cost_of, optimum, random_cost, random_lengths
+from efflaunch.tests.parallel.sequence.tiny import cost_of, optimum, random_cost, random_lengths
 
 ROUNDING = 1 + 1e-9
 
