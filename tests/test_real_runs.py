@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -152,7 +153,8 @@ def test_export_gives_the_model_that_was_trained(place, reference):
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(reference / "runs", place / "runs")
-    run(place, "export", "runs/run", "exported")
+    report = run(place, "export", "runs/run", "exported", "--dtype", "float32", "--json")
+    assert json.loads(report.splitlines()[-1])["step"] == STEPS
     model = AutoModelForCausalLM.from_pretrained(place / "exported", dtype=torch.float32)
     source = open_data_of(place)
     documents, targets = zip(*(source.tokens(STEPS, i, 0, n) for i, n in enumerate(source.lengths(STEPS))), strict=True)
