@@ -85,6 +85,9 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .fit import check_machine
 
     check_machine(config)
+    if config.data.builtin is not None:
+        print(f"data: {config.data.builtin} is looked up, or made once for this machine, in less than a minute", flush=True)
+    print(f"data: {check_data(config)}", flush=True)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
     make_run_dir(run_dir)
@@ -97,6 +100,14 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     code = local.run(config, run_dir, revision=revision, lock=lock, entry=entry)
     report_end(run_dir, code)
     return code
+
+
+def check_data(config: Config) -> str:
+    """What the corpus comes to, in words. DataError where it cannot be trained on; ranks open the same files later."""
+    from ..training.data.source import open_data
+    from ..training.spec import model_spec
+
+    return open_data(config.data, config.train.seed, model_spec(config.model).vocab_size).summary()
 
 
 def report_end(run_dir: Path, code: int) -> None:
