@@ -46,7 +46,9 @@ class Workload:
     def documents(self, world_size: int) -> list[np.ndarray]:
         """Token ids of all ranks' documents, rank by rank."""
         generator = np.random.default_rng(self.seed)
-        return [generator.integers(0, self.model["vocab_size"], length, dtype=np.int64) for _ in range(world_size) for length in self.lengths]
+        return [
+            generator.integers(0, self.model["vocab_size"], length, dtype=np.int64) for _ in range(world_size) for length in self.lengths
+        ]
 
 
 class Contestant(Protocol):
@@ -86,7 +88,9 @@ class _Documents:
 class Ours:
     """The package's own step; each rank is its own sequence group unless `sp_degree` says otherwise."""
 
-    def __init__(self, workload: Workload, policy: MemoryConfig, topology: Topology, weights: Mapping[str, Tensor], *, sp_degree: int = 1) -> None:
+    def __init__(
+        self, workload: Workload, policy: MemoryConfig, topology: Topology, weights: Mapping[str, Tensor], *, sp_degree: int = 1
+    ) -> None:
         self._topology, self._kernel = topology, block_kernel(DEVICE)
         self.model = build_model(
             workload.config(),
@@ -107,9 +111,7 @@ class Ours:
     def step(self) -> float:
         works = read_step(self._source, 0, self._plan, self._topology.rank)
         count = count_targets(works, DEVICE)
-        shares = backward_step(
-            self.model, self._topology, self._kernel, works, num_targets=count, reduce_each=False, device=DEVICE
-        )
+        shares = backward_step(self.model, self._topology, self._kernel, works, num_targets=count, reduce_each=False, device=DEVICE)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(shares.sum())
@@ -119,7 +121,9 @@ class Ours:
 
 
 def _plan(world_size: int, lengths: tuple[int, ...], per_rank: int, degree: int) -> StepPlan:
-    groups = (Group(first, degree, degree, tuple(range(first * per_rank, (first + degree) * per_rank))) for first in range(0, world_size, degree))
+    groups = (
+        Group(first, degree, degree, tuple(range(first * per_rank, (first + degree) * per_rank))) for first in range(0, world_size, degree)
+    )
     return StepPlan(world_size, lengths, (MicroBatch(tuple(groups)),))
 
 
@@ -173,7 +177,15 @@ def _packed_row(documents: list[np.ndarray], varlen: bool) -> dict[str, Any]:
 
 
 def _attention_by_document(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, document_lengths: list[int], **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    document_lengths: list[int],
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal flash attention of each document by itself; query (1, H, T, D), key and value (1, K, T, D)."""
     parts = zip(*(t.split(document_lengths, 2) for t in (query, key, value)), strict=True)

@@ -51,7 +51,11 @@ def _origin(result: dict[str, Any]) -> list[str]:
 
 
 def _startup(result: dict[str, Any]) -> list[str]:
-    names = {"help_s": "`efflaunch --help`", "plan_s": "`efflaunch plan +experiment=llama8b_1M`", "first_step_s": "quickstart, to its first step"}
+    names = {
+        "help_s": "`efflaunch --help`",
+        "plan_s": "`efflaunch plan +experiment=llama8b_1M`",
+        "first_step_s": "quickstart, to its first step",
+    }
     lines = ["## Start-up", "", "Seconds until the answer, in a fresh process with warm files; the median.", ""]
     lines += ["| what | seconds | aim below | each run |", "|---|---|---|---|"]
     for key, name in names.items():
@@ -65,8 +69,9 @@ def _step(result: dict[str, Any]) -> list[str]:
     lines = [
         "## One step against plain Hugging Face + torch",
         "",
-        f"Same model, weights and packed tokens (documents of {', '.join(map(str, result['lengths']))} tokens on each rank), float32, FSDP2 in all,",
-        f"{result['rounds']} interleaved rounds. `stock`: SDPA with `position_ids`; `varlen`: SDPA document by document, the stronger peer.",
+        f"Same model, weights and packed tokens (documents of {', '.join(map(str, result['lengths']))} tokens on each rank),",
+        f"float32, FSDP2 in all, {result['rounds']} interleaved rounds. `stock`: SDPA with `position_ids`; `varlen`: SDPA document",
+        "by document, the stronger peer.",
         "Ratios are the median of the rounds' ratios; processor ratios count rank 0's processor seconds instead of wall time.",
         "",
         f"**throughput_ratio {result['throughput_ratio']:.3f}** (our worst case against the stronger peer; aim 0.97 or more), "
@@ -80,7 +85,9 @@ def _step(result: dict[str, Any]) -> list[str]:
             for peer, ratio in peers.items():
                 ours, theirs = row["peak_bytes"][f"ours_{policy}"] / MIB, row["peak_bytes"][peer] / MIB
                 processor = row["processor_ratios"][policy][peer]
-                lines.append(f"| {ranks} | {policy} | {peer.replace('_', ' + ')} | {ratio:.3f} | {processor:.3f} | {ours:.1f} | {theirs:.1f} |")
+                lines.append(
+                    f"| {ranks} | {policy} | {peer.replace('_', ' + ')} | {ratio:.3f} | {processor:.3f} | {ours:.1f} | {theirs:.1f} |"
+                )
     return lines
 
 

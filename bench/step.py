@@ -43,7 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     sizes = tuple(int(part) for part in options.lengths.split(","))
     rows = {str(ranks): measure(sizes, ranks=ranks, rounds=options.rounds) for ranks in options.ranks}
-    result = {"benchmark": "step", **machine(), "model": STEP_MODEL, "lengths": sizes, "rounds": options.rounds, **summary(rows), "ranks": rows}
+    result = {
+        "benchmark": "step",
+        **machine(),
+        "model": STEP_MODEL,
+        "lengths": sizes,
+        "rounds": options.rounds,
+        **summary(rows),
+        "ranks": rows,
+    }
     write_json(options.json, result)
     print(f"throughput_ratio {result['throughput_ratio']:.3f}  peak_ratio {result['peak_ratio']:.3f}  -> {options.json}")
     return 0

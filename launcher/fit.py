@@ -186,12 +186,16 @@ def _check_cores(config: Config, machine: Machine) -> None:
 def _check_memory(config: Config, machine: Machine) -> None:
     needed = _memory_needed(config)
     if needed > machine.memory_bytes:
-        fitting = [n for n in range(config.cluster.ranks_per_node - 1, 0, -1) if (_with_ranks_needed(config, n) or needed) <= machine.memory_bytes]
+        fitting = [
+            n for n in range(config.cluster.ranks_per_node - 1, 0, -1) if (_with_ranks_needed(config, n) or needed) <= machine.memory_bytes
+        ]
         raise MachineError(
             config.experiment,
             found=f"{format_bytes(machine.memory_bytes)} free",
             expected=f"{format_bytes(needed)} of memory for {config.cluster.ranks_per_node} ranks",
-            hint=_fewer_ranks(config, fitting[0]) if fitting else "a smaller model, data.max_seq_len or parallel.tokens_per_rank; efflaunch plan shows what takes the room",
+            hint=_fewer_ranks(config, fitting[0])
+            if fitting
+            else "a smaller model, data.max_seq_len or parallel.tokens_per_rank; efflaunch plan shows what takes the room",
         )
 
 
@@ -213,7 +217,9 @@ def _fewer_ranks(config: Config, most: int) -> str:
     for ranks in range(min(most, config.cluster.ranks_per_node - 1), 0, -1):
         if _with_ranks_needed(config, ranks) is not None:
             return f"cluster.ranks_per_node={ranks}"
-        spread = replace(config, parallel=replace(config.parallel, tokens_per_rank=config.data.max_seq_len, sp_degree=None, shard=None, replicate=1))
+        spread = replace(
+            config, parallel=replace(config.parallel, tokens_per_rank=config.data.max_seq_len, sp_degree=None, shard=None, replicate=1)
+        )
         if ranks == 1 and _with_ranks_needed(spread, ranks) is not None:
             return f"cluster.ranks_per_node=1 parallel.tokens_per_rank={format_tokens(config.data.max_seq_len)}"
     return "a larger machine"

@@ -20,7 +20,9 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=120)
-    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.setting.parameters)} parameters, {_batch(config)}")
+    console.print(
+        f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.setting.parameters)} parameters, {_batch(config)}"
+    )
     for line in _layout_lines(ledger):
         console.print(f"  {line}")
     console.print()
@@ -44,11 +46,12 @@ def _batch(config: Config) -> str:
 
 
 def _layout_lines(ledger: Ledger) -> list[str]:
-    layout = ledger.layout
+    layout, reduced = ledger.layout, ledger.setting.parallel.grad_reduce.value.replace("_", "-")
+    tokens = format_tokens(layout.tokens_per_rank)
     return [
         f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
-        f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {ledger.setting.parallel.grad_reduce.value.replace('_', '-')}",
-        f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {format_tokens(layout.tokens_per_rank)} tokens a rank",
+        f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {reduced}",
+        f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {tokens} tokens a rank",
         f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
     ]
 

@@ -85,9 +85,7 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .fit import check_machine
 
     check_machine(config)
-    if config.data.builtin is not None:
-        print(f"data: {config.data.builtin} is looked up, or made once for this machine, in less than a minute", flush=True)
-    print(f"data: {check_data(config)}", flush=True)
+    check_data(config)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
     make_run_dir(run_dir)
@@ -102,12 +100,17 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     return code
 
 
-def check_data(config: Config) -> str:
-    """What the corpus comes to, in words. DataError where it cannot be trained on; ranks open the same files later."""
-    from ..training.data.source import open_data
+def check_data(config: Config) -> None:
+    """DataError where the corpora cannot be trained on. A built-in corpus is made here, where one can say so."""
+    from ..training.data.source import check_corpora, open_data
     from ..training.spec import model_spec
 
-    return open_data(config.data, config.train.seed, model_spec(config.model).vocab_size).summary()
+    vocab_size = model_spec(config.model).vocab_size
+    if config.data.builtin is None:
+        check_corpora(config.data, vocab_size)
+        return
+    print(f"data: {config.data.builtin}, made once for this machine, in less than a minute", flush=True)
+    print(f"data: {open_data(config.data, config.train.seed, vocab_size).summary()}", flush=True)
 
 
 def report_end(run_dir: Path, code: int) -> None:

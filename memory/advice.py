@@ -36,7 +36,7 @@ _Move = Callable[[Setting], Iterator[_Change]]
 
 
 def suggest(ledger: Ledger, *, most: int = 4) -> tuple[Suggestion, ...]:
-    """At most `most` override sets that fit, the least intrusive kind first: one change if one is enough, else changes on top of each other."""
+    """At most `most` override sets that fit, the least intrusive first: one change if one is enough, else changes on top of each other."""
     if ledger.fits:
         return ()
     found: list[Suggestion] = []
@@ -103,7 +103,9 @@ def _chunks(s: Setting) -> Iterator[_Change]:
     for chunk in (16384, 4096, 1024):
         if chunk < min(s.tokens, s.memory.chunk_tokens or s.tokens):
             memory = replace(s.memory, chunk_tokens=chunk)
-            yield _Change((f"memory.chunk_tokens={format_tokens(chunk)}",), "norms, projections and MLP by chunks", replace(s, memory=memory))
+            yield _Change(
+                (f"memory.chunk_tokens={format_tokens(chunk)}",), "norms, projections and MLP by chunks", replace(s, memory=memory)
+            )
 
 
 def _reduce_each(s: Setting) -> Iterator[_Change]:

@@ -116,26 +116,40 @@ def weights(s: Setting) -> Term:
 
 
 def optimizer_states(s: Setting) -> Term:
-    return term("optimizer states", f"two float{8 * s.master} moments, 1/{s.layout.shard} of each", 2 * s.master * s.parameters / s.layout.shard)
+    return term(
+        "optimizer states", f"two float{8 * s.master} moments, 1/{s.layout.shard} of each", 2 * s.master * s.parameters / s.layout.shard
+    )
+
+
+def reduces_once(s: Setting) -> bool:
+    """Whether gradients of several micro-batches pile up whole before they are reduced."""
+    return s.parallel.grad_reduce is GradReduce.STEP and s.layout.num_micro_batches > 1
 
 
 def gradients(s: Setting) -> Term:
-    """In a step's only micro-batch they grow as layer inputs go: beside all the inputs there are none yet."""
+    """In the only or last micro-batch they grow as layer inputs (or whole gradients) go: beside all of those there are none yet."""
     total = s.master * s.parameters // s.layout.shard
-    growing = max(0, total - kept_bytes(s)) if s.layout.num_micro_batches == 1 else total
-    early = 0 if s.layout.num_micro_batches == 1 else total
+    early = 0 if s.layout.num_micro_batches == 1 or reduces_once(s) else total
+    growing = 0 if reduces_once(s) else max(early, total - kept_bytes(s))
     held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, growing)
     return Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", held | {Phase.REDUCE: total, Phase.OPTIMIZER: total})
 
 
 def whole_gradients(s: Setting) -> Term:
-    """Reduced once per step, gradients of all weights pile up unsharded from micro-batch to micro-batch."""
-    per_step = s.parallel.grad_reduce is GradReduce.STEP and s.layout.num_micro_batches > 1
-    return term("gradients, whole", "kept over micro-batches, reduced once a step", s.master * s.parameters * per_step, COMPUTE)
+    """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
+    whole = s.master * s.parameters * reduces_once(s)
+    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), whole)
+    return Term(
+        "gradients, whole",
+        "kept over micro-batches, reduced once a step",
+        held | {Phase.REDUCE: s.master * s.root_parameters * reduces_once(s)},
+    )
 
 
 def gathered_root(s: Setting) -> Term:
-    return term("embedding and head, gathered", "in compute precision, from forward to the end of backward", s.width * s.root_parameters, COMPUTE)
+    return term(
+        "embedding and head, gathered", "in compute precision, from forward to the end of backward", s.width * s.root_parameters, COMPUTE
+    )
 
 
 def gathered_layers(s: Setting) -> Term:
@@ -154,7 +168,9 @@ def head_gradient(s: Setting) -> Term:
     held = {Phase.LOSS: (s.master + s.width) * head} | dict.fromkeys(BACKWARD, s.width * head)
     # At the end: both gradients, and the same again as the reduction's input in master precision.
     return Term(
-        "head and embedding gradients", f"summed in float{8 * s.master} over chunks, reduced last", held | {Phase.REDUCE: (s.width + s.master) * root}
+        "head and embedding gradients",
+        f"summed in float{8 * s.master} over chunks, reduced last",
+        held | {Phase.REDUCE: (s.width + s.master) * root},
     )
 
 
@@ -180,7 +196,9 @@ def activations(s: Setting) -> Term:
     """With `keep`, what every layer but the last leaves for its backward (the last is the live layer)."""
     kept = s.memory.activations is Keep.KEEP
     num_bytes = (s.spec.num_layers - 1) * saved_per_token(s) * s.tokens * kept
-    return Term("activations kept", "all that the other layers' backward needs", dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), num_bytes))
+    return Term(
+        "activations kept", "all that the other layers' backward needs", dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), num_bytes)
+    )
 
 
 def live_layer(s: Setting) -> Term:
@@ -189,7 +207,11 @@ def live_layer(s: Setting) -> Term:
         return live_layer_by_chunks(s, s.chunk_tokens)
     hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
     saved = saved_per_token(s)
-    forward = saved if s.memory.activations is Keep.KEEP else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
+    forward = (
+        saved
+        if s.memory.activations is Keep.KEEP
+        else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
+    )
     by_phase = {
         Phase.FORWARD: forward,
         Phase.LOSS: saved if s.memory.activations is Keep.KEEP else 0,

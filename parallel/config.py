@@ -133,7 +133,9 @@ def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:
             "parallel.shard",
             found=f"replicate {parallel.replicate} x shard {parallel.shard} = {parallel.replicate * parallel.shard} ranks",
             expected=f"{world} ranks: {cluster.num_nodes} x {cluster.ranks_per_node} of cluster",
-            hint=f"parallel.shard={world // parallel.replicate}" if world % parallel.replicate == 0 else "parallel.replicate=1 parallel.shard=null",
+            hint=f"parallel.shard={world // parallel.replicate}"
+            if world % parallel.replicate == 0
+            else "parallel.replicate=1 parallel.shard=null",
         )
     if world % parallel.replicate:
         divisors = [n for n in range(1, world + 1) if world % n == 0]

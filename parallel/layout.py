@@ -42,7 +42,8 @@ class Layout:
     def __str__(self) -> str:
         groups = f"{self.num_groups} group{'s' * (self.num_groups > 1)} of {self.sp_degree} ({self.ulysses} Ulysses x {self.ring} ring)"
         weights = f"weights {self.replicate} x {self.shard} (replicate x shard)"
-        return f"{self.world_size} ranks on {self.num_nodes} node{'s' * (self.num_nodes > 1)}; {weights}; {groups}, {format_tokens(self.tokens_per_rank)} tokens a rank"
+        ranks = f"{self.world_size} ranks on {self.num_nodes} node{'s' * (self.num_nodes > 1)}"
+        return f"{ranks}; {weights}; {groups}, {format_tokens(self.tokens_per_rank)} tokens a rank"
 
 
 def solve_layout(parallel: ParallelConfig, cluster: Machines, spec: Heads, *, max_seq_len: int, global_batch_tokens: int) -> Layout:

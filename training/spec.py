@@ -188,7 +188,7 @@ def _check_present(config: ModelConfig) -> None:
             expected="every size of a model without model.path",
             hint=" ".join(f"model.{name}=VALUE" for name in missing) + ", or model.path=DIRECTORY",
         )
-    for name in needed[1:] + ["head_dim"]:
+    for name in [*needed[1:], "head_dim"]:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"model.{name}", found=str(value), expected="a number above 0", hint=f"model.{name}=VALUE")

@@ -18,7 +18,9 @@ TOO_LARGE: dict[str, Ledger] = {
     "1M on eight": make_ledger(length=M, tokens_per_rank=128 * K),
     "4M on eight": make_ledger(length=4 * M, tokens_per_rank=512 * K),
     "keep": make_ledger(length=128 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
-    "whole gradients": make_ledger(length=32 * K, tokens_per_rank=16 * K, batch=M, grad_reduce=GradReduce.STEP, machines=cluster(device_memory_bytes=50 * GIB)),
+    "whole gradients": make_ledger(
+        length=32 * K, tokens_per_rank=16 * K, batch=M, grad_reduce=GradReduce.STEP, machines=cluster(device_memory_bytes=50 * GIB)
+    ),
     "replicas": make_ledger(length=8 * K, tokens_per_rank=8 * K, replicate=8, machines=cluster(num_nodes=1)),
     "loss": make_ledger(length=8 * K, tokens_per_rank=8 * K, loss_chunk=8 * K, machines=cluster(device_memory_bytes=31 * GIB)),
     "few ranks used": make_ledger(length=128 * K, tokens_per_rank=128 * K, sp_degree=1),
@@ -54,7 +56,12 @@ def test_the_least_intrusive_comes_first(name: str, first: tuple[str, ...]) -> N
 
 def test_changes_are_stacked_where_one_is_not_enough() -> None:
     ledger = make_ledger(
-        length=8 * K, tokens_per_rank=8 * K, batch=M, memory=policy("keep", "keep"), grad_reduce=GradReduce.STEP, machines=cluster(ranks_per_node=8, device_memory_bytes=34 * GIB)
+        length=8 * K,
+        tokens_per_rank=8 * K,
+        batch=M,
+        memory=policy("keep", "keep"),
+        grad_reduce=GradReduce.STEP,
+        machines=cluster(ranks_per_node=8, device_memory_bytes=34 * GIB),
     )
     (found,) = suggest(ledger, most=1)
     assert found.ledger.fits and found.overrides[:2] == ("memory=recompute", "parallel.grad_reduce=micro_batch")
@@ -77,6 +84,11 @@ def test_chunks_are_suggested_where_a_layer_is_too_large():
     """The million-token experiment without its chunks does not fit one node; with them it does."""
     config = compose(["+experiment=llama8b_1M", "memory.chunk_tokens=null"], None)
     ledger = build_ledger(
-        spec=model_spec(config.model), parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
+        spec=model_spec(config.model),
+        parallel=config.parallel,
+        memory=config.memory,
+        train=config.train,
+        data=config.data,
+        cluster=config.cluster,
     )
     assert not ledger.fits and suggest(ledger)[0].overrides == ("memory.chunk_tokens=16K",)

@@ -128,15 +128,15 @@ def test_work_of_a_step(memory: Any, attention: float, linear: int) -> None:
 
 def test_time_of_a_million_tokens_agrees_with_the_published_run() -> None:
     """A public recipe trains Llama 8B on 1.1M tokens on 8 H100 in 564 s, about 331 TFLOP/s of causal work each."""
-    timing = make_ledger(
-        length=1_100_000, tokens_per_rank=137_500, machines=cluster(peak_flops=331e12, efficiency=1.0)
-    ).timing
+    timing = make_ledger(length=1_100_000, tokens_per_rank=137_500, machines=cluster(peak_flops=331e12, efficiency=1.0)).timing
     assert timing.compute_s == pytest.approx(564, rel=0.03)
     assert timing.tokens_per_s == pytest.approx(1_100_000 / timing.step_s)
 
 
 def test_the_busiest_group_sets_the_pace() -> None:
-    two, three = (make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=n * 8 * K, machines=cluster(ranks_per_node=2)).timing for n in (2, 3))
+    two, three = (
+        make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=n * 8 * K, machines=cluster(ranks_per_node=2)).timing for n in (2, 3)
+    )
     assert three.compute_s == pytest.approx(2 * two.compute_s)
     assert three.flops == pytest.approx(1.5 * two.flops)
 
@@ -165,6 +165,7 @@ def test_sliding_windows_save_work() -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, efflaunch.memory.advice; print([m for m in ('torch', 'transformers', 'numpy', 'hydra', 'efflaunch.launcher.config') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy", "hydra", "efflaunch.launcher.config")
+    code = f"import sys, efflaunch.memory.advice; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -25,14 +25,44 @@ BAD: list[tuple[dict[str, Any], tuple[int, int], int, str, str]] = [
     ({"replicate": 0}, (1, 4), 8, "parallel.replicate: found 0; expected 1 or more", "parallel.replicate=1"),
     ({"tokens_per_rank": 0}, (1, 4), 8, "parallel.tokens_per_rank: found 0; expected 1 or more", "parallel.tokens_per_rank=1"),
     ({}, (0, 4), 8, "cluster.num_nodes: found 0; expected 1 or more", "cluster.num_nodes=1"),
-    ({"shard": 2}, (1, 4), 8, "parallel.shard: found replicate 1 x shard 2 = 2 ranks; expected 4 ranks: 1 x 4 of cluster", "parallel.shard=4"),
-    ({"replicate": 3, "shard": 2}, (1, 4), 8, "parallel.shard: found replicate 3 x shard 2 = 6 ranks", "parallel.replicate=1 parallel.shard=null"),
-    ({"replicate": 3}, (1, 4), 8, "parallel.replicate: found 3 copies over 4 ranks; expected a divisor of 4: 1, 2, 4", "parallel.replicate=2"),
+    (
+        {"shard": 2},
+        (1, 4),
+        8,
+        "parallel.shard: found replicate 1 x shard 2 = 2 ranks; expected 4 ranks: 1 x 4 of cluster",
+        "parallel.shard=4",
+    ),
+    (
+        {"replicate": 3, "shard": 2},
+        (1, 4),
+        8,
+        "parallel.shard: found replicate 3 x shard 2 = 6 ranks",
+        "parallel.replicate=1 parallel.shard=null",
+    ),
+    (
+        {"replicate": 3},
+        (1, 4),
+        8,
+        "parallel.replicate: found 3 copies over 4 ranks; expected a divisor of 4: 1, 2, 4",
+        "parallel.replicate=2",
+    ),
     ({"sp_degree": 3}, (1, 4), 8, "parallel.sp_degree: found 3; expected a power of two up to 4 (4 ranks)", "parallel.sp_degree=2"),
     ({"sp_degree": 8}, (1, 4), 8, "parallel.sp_degree: found 8; expected a power of two up to 4 (4 ranks)", "parallel.sp_degree=4"),
     ({"sp_degree": 8}, (1, 6), 8, "parallel.sp_degree: found 8; expected a power of two up to 4 (6 ranks)", "parallel.sp_degree=4"),
-    ({"scheme": Scheme.HYBRID}, (1, 4), 8, "parallel.ulysses_degree: found nothing with parallel.scheme=hybrid", "parallel.ulysses_degree=2"),
-    ({"ulysses_degree": 2}, (1, 4), 8, "parallel.ulysses_degree: found 2 with parallel.scheme=auto; expected null", "parallel.scheme=hybrid"),
+    (
+        {"scheme": Scheme.HYBRID},
+        (1, 4),
+        8,
+        "parallel.ulysses_degree: found nothing with parallel.scheme=hybrid",
+        "parallel.ulysses_degree=2",
+    ),
+    (
+        {"ulysses_degree": 2},
+        (1, 4),
+        8,
+        "parallel.ulysses_degree: found 2 with parallel.scheme=auto; expected null",
+        "parallel.scheme=hybrid",
+    ),
     (
         {"scheme": Scheme.ULYSSES, "sp_degree": 8},
         (1, 8),
@@ -82,7 +112,9 @@ def test_axes(changes: dict[str, Any], world: tuple[int, int], degree: int, weig
 @pytest.mark.parametrize("length", [10, 50, 90, 100, 150, 370, 800])
 @pytest.mark.parametrize("sequences", [1, 3, 8, 20])
 def test_micro_batches_are_those_the_solver_makes(length: int, sequences: int) -> None:
-    layout = solve_layout(parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=length, global_batch_tokens=sequences * length)
+    layout = solve_layout(
+        parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=length, global_batch_tokens=sequences * length
+    )
     made = solve_static(
         (length,) * sequences,
         world_size=8,
@@ -97,8 +129,9 @@ def test_micro_batches_are_those_the_solver_makes(length: int, sequences: int) -
 
 def test_a_group_is_as_small_as_the_longest_sequence_allows() -> None:
     found = [
-        solve_layout(parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=n, global_batch_tokens=n).sp_degree for n in (1, 100, 101, 200, 201, 800)
+        solve_layout(parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=n, global_batch_tokens=n).sp_degree
+        for n in (1, 100, 101, 200, 201, 800)
     ]
     assert found == [1, 1, 2, 2, 4, 8]
-    with pytest.raises(ConfigError, match="parallel.tokens_per_rank: found 100 x 8 ranks = 800 tokens"):
+    with pytest.raises(ConfigError, match=r"parallel.tokens_per_rank: found 100 x 8 ranks = 800 tokens"):
         solve_layout(parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=801, global_batch_tokens=801)

@@ -209,19 +209,19 @@ def test_sizes_beside_a_path(tmp_path: Path) -> None:
     hugging_face(tiny(family=Family.LLAMA)).save_pretrained(tmp_path)
     config = ModelConfig(name="t", path=str(tmp_path))
     check_model(config)
-    with pytest.raises(ConfigError, match="model.num_layers: found 3 beside model.path"):
+    with pytest.raises(ConfigError, match=r"model.num_layers: found 3 beside model.path"):
         check_model(replace(config, num_layers=3))
-    with pytest.raises(ConfigError, match="model.tie_embeddings=false"):
+    with pytest.raises(ConfigError, match=r"model.tie_embeddings=false"):
         check_model(replace(config, tie_embeddings=True))
 
 
 def test_an_unknown_model_type_names_the_adapter_to_write(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
-    with pytest.raises(ConfigError, match="found model_type 'phi3'") as caught:
+    with pytest.raises(ConfigError, match=r"found model_type 'phi3'") as caught:
         check_model(ModelConfig(name="t", path=str(tmp_path)))
     assert "training/families/phi3.py" in caught.value.hint
     (tmp_path / "config.json").write_text("[1")
-    with pytest.raises(ConfigError, match="no readable config.json"):
+    with pytest.raises(ConfigError, match=r"no readable config.json"):
         check_model(ModelConfig(name="t", path=str(tmp_path)))
 
 

@@ -1,0 +1,163 @@
+"""Machines that cannot run what is asked for, and what they are told to type instead."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from efflaunch.errors import EXIT_USER, ConfigError
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.fit import (
+    Gpu,
+    Machine,
+    MachineError,
+    available_memory,
+    check_config,
+    check_machine,
+    find_gpus,
+    local_overrides,
+    this_machine,
+)
+from efflaunch.launcher.plan_command import plan
+from efflaunch.parallel.config import Device
+
+GIB = 1 << 30
+EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
+NO_GPU = Machine((), 2, 16 * GIB)
+
+
+def gpus(count: int, gib: float) -> Machine:
+    return Machine(tuple(Gpu("H100", int(gib * GIB)) for _ in range(count)), 64, 1000 * GIB)
+
+
+def test_no_gpu() -> None:
+    with pytest.raises(MachineError) as caught:
+        check_machine(compose(["+experiment=llama8b_1M"]), NO_GPU)
+    error = caught.value
+    assert str(error).startswith(
+        "llama8b_1M: needs 8 GPUs with 80 GB, found none.\n  Try: efflaunch plan +experiment=llama8b_1M to see what it needs"
+    )
+    assert error.exit_code == EXIT_USER
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("machine", "found"),
+    [(gpus(4, 79.6), "found 4 with 80 GB."), (gpus(8, 39.4), "found 8 with 39 GB."), (gpus(1, 10), "found 1 with 10 GB.")],
+)
+def test_too_few_or_too_small(machine: Machine, found: str) -> None:
+    with pytest.raises(MachineError, match=re.escape(f"llama8b_1M: needs 8 GPUs with 80 GB, {found}")):
+        check_machine(compose(["+experiment=llama8b_1M"]), machine)
+
+
+def test_one_node_of_several() -> None:
+    config = compose(["+experiment=llama70b_512k"])
+    assert config.cluster.num_nodes > 1
+    total = config.cluster.num_nodes * config.cluster.ranks_per_node
+    message = f"needs {total} GPUs with 80 GB on {config.cluster.num_nodes} nodes, found 8 with 80 GB on this machine, which is one node."
+    with pytest.raises(MachineError, match=re.escape(message)):
+        check_machine(config, gpus(8, 79.6))
+
+
+def test_enough_gpus() -> None:
+    check_machine(compose(["+experiment=llama8b_1M"]), gpus(8, 79.6))
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "quickstart"])
+def test_what_is_suggested_composes_and_runs_here(experiment: str) -> None:
+    """The message's own last line is what a person pastes."""
+    with pytest.raises(MachineError) as caught:
+        check_machine(compose([f"+experiment={experiment}"]), NO_GPU)
+    typed = caught.value.hint.splitlines()[-1].split()
+    assert typed[0] == "efflaunch"
+    config = compose(typed[1:])
+    check_config(config)
+    check_machine(config, NO_GPU)
+    assert config.experiment == experiment and config.cluster.device is Device.CPU and config.data.builtin is not None
+
+
+def test_a_layout_that_does_not_suit_this_machine_is_reset() -> None:
+    config = compose(
+        [
+            "+experiment=llama8b_1M",
+            "parallel.sp_degree=8",
+            "parallel.scheme=hybrid",
+            "parallel.ulysses_degree=4",
+            "parallel.replicate=1",
+            "parallel.shard=8",
+        ]
+    )
+    check_machine(compose(["+experiment=llama8b_1M", *local_overrides(config)]), NO_GPU)
+
+
+def test_too_many_ranks_for_the_cores() -> None:
+    config = compose(["+experiment=quickstart", "cluster.ranks_per_node=16"])
+    with pytest.raises(MachineError) as caught:
+        check_machine(config, NO_GPU)
+    assert str(caught.value) == (
+        "cluster.ranks_per_node: needs 4 cores for 16 ranks, found 2 (at most 4 ranks a core).\n  Try: cluster.ranks_per_node=8"
+    )
+    check_machine(compose(["+experiment=quickstart", "cluster.ranks_per_node=8"]), NO_GPU)
+
+
+def test_too_many_ranks_for_the_memory() -> None:
+    config = compose(["+experiment=quickstart"])
+    each = plan(config).device.peak_bytes
+    with pytest.raises(MachineError) as caught:
+        check_machine(config, Machine((), 8, int(3.1 * each)))
+    assert re.match(
+        r"quickstart: needs 2\.\d GiB of memory for 4 ranks, found 2\.\d GiB free\.\n  Try: cluster\.ranks_per_node=", str(caught.value)
+    )
+    check_machine(compose(["+experiment=quickstart", *caught.value.hint.split()]), Machine((), 8, int(3.1 * each)))
+
+
+def test_nothing_fits_in_no_memory() -> None:
+    with pytest.raises(MachineError, match=r"a smaller model, data.max_seq_len or parallel.tokens_per_rank"):
+        check_machine(compose(["+experiment=quickstart"]), Machine((), 8, 1 << 20))
+
+
+def test_the_quickstart_runs_on_this_machine() -> None:
+    check_machine(compose(["+experiment=quickstart"]))
+
+
+def test_gpus_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert find_gpus() == [Gpu("NVIDIA H100 80GB HBM3", 81559 << 20)] * 2
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert find_gpus() == []
+
+
+def test_this_machine_is_looked_at() -> None:
+    here = this_machine(Device.CPU)
+    assert here.gpus == () and here.num_cores >= 1
+    assert (1 << 20) < available_memory() < (1 << 50)
+
+
+BAD = [
+    (["data.global_batch_tokens=4K"], "data.global_batch_tokens: found 4K; expected at least data.max_seq_len=8K"),
+    (["parallel.sp_degree=3"], "parallel.sp_degree: found 3; expected a power of two up to 4 (4 ranks)"),
+    (["parallel.replicate=3"], "parallel.replicate: found 3 copies over 4 ranks"),
+    (["parallel.shard=3"], "parallel.shard: found replicate 1 x shard 3 = 3 ranks; expected 4 ranks"),
+    (["parallel.tokens_per_rank=1K"], "parallel.tokens_per_rank: found 1K x 4 ranks = 4K tokens"),
+    (["model.num_kv_heads=3"], "model.num_kv_heads: found 3 KV heads for 8 heads"),
+    (
+        ["cluster.ranks_per_node=16", "parallel.sp_degree=16", "parallel.scheme=ulysses"],
+        "parallel.sp_degree: found 16 Ulysses ranks for 8 attention heads",
+    ),
+    (["parallel.scheme=hybrid"], "parallel.ulysses_degree: found nothing with parallel.scheme=hybrid"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_compose_refuses_what_does_not_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose(["+experiment=quickstart", *overrides])

@@ -1,0 +1,133 @@
+"""`efflaunch plan`: its JSON, its tables, and that it stays light."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efflaunch.launcher import cli
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.config import Config
+from efflaunch.launcher.plan_command import main, plan
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+GIB = 1 << 30
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, Any]:
+    assert main(compose(list(overrides)), True) == 0
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def documented_keys() -> set[str]:
+    """Keys the table in docs/plan.md names, as `group.key`."""
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "plan.md").read_text(), re.MULTILINE)
+    return {name for name in rows if not name.startswith("--")}
+
+
+def documented_commands() -> list[str]:
+    """Every line of the page's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "plan.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def flat(value: Any, path: str = "") -> set[str]:
+    """Paths of all keys; entries of a list are one `[]`, phases one `*`."""
+    if isinstance(value, dict):
+        if path.endswith("by_phase"):
+            return {path}
+        return {found for key, item in value.items() for found in flat(item, f"{path}.{key}" if path else key)}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {found for item in value for found in flat(item, f"{path}[]")}
+    return {path}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_has_a_plan(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, f"+experiment={experiment}")
+    assert found["experiment"] == experiment
+    for account in (found["device"], found["host"]):
+        assert account["peak_bytes"] == sum(entry["bytes_at_peak"] for entry in account["terms"])
+        assert account["fits"] == (account["peak_bytes"] <= account["capacity_bytes"])
+        assert all(entry["bytes"] == max(entry["by_phase"].values()) for entry in account["terms"])
+    layout = found["layout"]
+    assert layout["replicate"] * layout["shard"] == layout["world_size"] == layout["groups_per_micro_batch"] * layout["sp_degree"]
+    assert found["step"]["time_s"] == pytest.approx(sum(found["step"][key] for key in ("compute_s", "sequence_s", "sharding_s")))
+    assert found["fits"] == (found["device"]["fits"] and found["host"]["fits"])
+
+
+def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, "+experiment=llama8b_1M", "cluster.device_memory_bytes=60GiB")
+    assert found["suggestions"], "this one must not fit, so that every key is there"
+    assert flat(found) == documented_keys()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_suggestions_compose_and_fit(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "cluster.device_memory_bytes=40GiB" if experiment != "quickstart" else "cluster.device_memory_bytes=620MiB"
+    found = plan_json(capsys, f"+experiment={experiment}", small)
+    assert not found["fits"]
+    for entry in found["suggestions"]:
+        ledger = plan(compose([f"+experiment={experiment}", small, *entry["overrides"]]))
+        assert ledger.fits and ledger.device.peak_bytes == entry["device_peak_bytes"]
+
+
+def test_tables_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(compose(["+experiment=llama8b_1M", "cluster.device_memory_bytes=60GiB"]), False) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "llama3_8b, 8.03 billion parameters",
+        "ranks       8 = 1 node(s) x 8",
+        "layer inputs",
+        "32.00",
+        "does not fit",
+        "tokens/s (an estimate)",
+        "cluster.num_nodes=",
+    ):
+        assert part in shown
+    assert main(compose(["+experiment=quickstart"]), False) == 0
+    assert "fits: " in capsys.readouterr().out
+
+
+def test_a_sequence_beyond_the_models_positions_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, "+experiment=quickstart", "model.max_positions=4K")
+    assert found["notes"] == [
+        "data.max_seq_len=8K is beyond the 4K positions the model knows: "
+        "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
+    ]
+    assert plan_json(capsys, "+experiment=quickstart")["notes"] == []
+
+
+def test_idle_groups_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, "+experiment=quickstart", "data.global_batch_tokens=8K")
+    assert ["idle" in note for note in found["notes"]] == [True]
+
+
+def test_the_command_never_imports_torch() -> None:
+    code = (
+        "import sys; from efflaunch.launcher.cli import main; code = main(['plan', '+experiment=llama8b_1M', '--json']); "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'ray', 'datasets') if m in sys.modules], code, file=sys.stderr)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stderr.strip() == "[] 0"
+    assert json.loads(out.stdout)["experiment"] == "llama8b_1M"
+
+
+def test_a_plan_is_a_function_of_the_configuration() -> None:
+    config: Config = compose(["+experiment=llama8b_1M"])
+    assert plan(config) == plan(config)
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_commands_of_the_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command.split()
+    assert words[:2] == ["efflaunch", "plan"]
+    assert cli.main(words[1:]) == 0
+    assert capsys.readouterr().out
