@@ -116,7 +116,7 @@ def test_live_display_draws_what_each_rank_holds() -> None:
         "8.0000  (first 9.0000)",
         "50 tokens/s",
         "step 2",
-        "3 sequences, 1 micro-batches",
+        "[0+2: 3 seq]",
         "70",
         "1.0 GiB",
     ):
