@@ -88,7 +88,8 @@ def measure(lengths: tuple[int, ...], *, ranks: int, rounds: int, model: dict[st
             failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
             if failed:
                 raise RuntimeError(f"ranks {failed} failed; their tracebacks are above")
-            return results.get()  # type: ignore[no-any-return]
+            found: dict[str, Any] = results.get()
+            return found
         finally:
             for worker in workers:
                 worker.kill()

@@ -149,7 +149,7 @@ def _more_nodes(s: Setting) -> Iterator[_Change]:
         degree = 1 << (world.bit_length() - 1)
         tokens = max(1, -(-s.data.max_seq_len // degree))
         parallel = replace(s.parallel, sp_degree=degree, tokens_per_rank=tokens, shard=None)
-        overrides = (f"cluster.num_nodes={nodes}", f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}")
+        overrides: tuple[str, ...] = (f"cluster.num_nodes={nodes}", f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}")
         if s.parallel.shard is not None:
             overrides += ("parallel.shard=null",)
         yield _Change(overrides, f"{world} ranks", replace(s, parallel=parallel, cluster=replace(s.cluster, num_nodes=nodes)))
