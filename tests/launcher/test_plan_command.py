@@ -72,7 +72,7 @@ def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_suggestions_compose_and_fit(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
     peak = plan(compose([f"+experiment={experiment}"])).device.peak_bytes
-    small = f"cluster.device_memory_bytes={peak * 9 // 10}"
+    small = f"cluster.device_memory_bytes={peak // 2}"
     found = plan_json(capsys, f"+experiment={experiment}", small)
     assert not found["fits"]
     for entry in found["suggestions"]:
