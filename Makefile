@@ -22,15 +22,17 @@ types: $(STAMP)
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"efflaunch needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11"'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "pip>=24"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq "pip>=24"
 	@# torch first and alone: later packages that only name it then keep this build.
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	@echo "installing torch into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq -c constraints.txt torch
+	@echo "installing efflaunch and the rest ..."
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[test]"
 	@# mypy needs a directory called efflaunch, whatever this one is called.
-	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/efflaunch
-	touch $(STAMP)
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/efflaunch
+	@touch $(STAMP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -76,13 +76,20 @@ def _translated(error: Exception) -> ConfigError:
         # `++` is ours.
         typed = str(argument).lstrip("+")
         hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
-        return ConfigError(f"argument {typed!r}", found="several values" if ambiguous else str(error).splitlines()[0], expected="a value that can be parsed", hint=hint)
+        return ConfigError(
+            f"argument {typed!r}",
+            found="several values" if ambiguous else str(error).splitlines()[0],
+            expected="a value that can be parsed",
+            hint=hint,
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     choice = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
     if choice is not None:
         group = choice[1]
         expected = f"one of {', '.join(options(group))}"
-        return ConfigError(group, found="no choice", expected=expected, hint=f"{group}=..., or an experiment that sets it: +experiment=quickstart")
+        return ConfigError(
+            group, found="no choice", expected=expected, hint=f"{group}=..., or an experiment that sets it: +experiment=quickstart"
+        )
     cause = error.__cause__
     if cause is not None and type(cause).__module__.startswith("omegaconf"):
         lines.append(str(cause).splitlines()[0])
@@ -106,4 +113,6 @@ def _missing_choice(key: str, given: list[Override]) -> ConfigError:
     error = missing_key(key)
     if any(item.key == "experiment" for item in given):
         return error
-    return ConfigError(error.where, found=error.found, expected=error.expected, hint=f"{key}=..., or an experiment that sets it: +experiment=quickstart")
+    return ConfigError(
+        error.where, found=error.found, expected=error.expected, hint=f"{key}=..., or an experiment that sets it: +experiment=quickstart"
+    )

@@ -135,7 +135,10 @@ class LiveDisplay:
         table = Table.grid(padding=(0, 2))
         first = self.progress.losses[min(self.progress.losses)]
         table.add_row("loss", f"{event['loss']:.4f}  (first {first:.4f})")
-        table.add_row("speed", f"{event['tokens_per_s']:,.0f} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} tokens so far")
+        table.add_row(
+            "speed",
+            f"{event['tokens_per_s']:,.0f} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} so far",
+        )
         norm = event.get("grad_norm")
         table.add_row("optimizer", f"lr {event['lr']:.2e}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
         table.add_row("checkpoint", "none yet" if saved is None else f"step {saved['step']}")

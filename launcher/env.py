@@ -17,9 +17,12 @@ def rank_environment(config: Config) -> dict[str, str]:
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGXCPU",
     }
     if config.launcher.backend is Backend.LOCAL and "GLOO_SOCKET_IFNAME" not in os.environ:
-        values |= {"GLOO_SOCKET_IFNAME": name for name in _loopback_names()[:1]}
+        values |= _loopback()
     return values
 
 
-def _loopback_names() -> list[str]:
-    return [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+def _loopback() -> dict[str, str]:
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            return {"GLOO_SOCKET_IFNAME": name}
+    return {}

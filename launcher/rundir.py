@@ -54,7 +54,12 @@ def read_run(run_dir: Path) -> StoredRun:
 
     path = run_dir / RUN_FILE
     if not path.is_file():
-        raise ConfigError(str(run_dir), found="no run.yaml", expected="a run directory", hint="efflaunch status runs/NAME, with a directory that efflaunch made")
+        raise ConfigError(
+            str(run_dir),
+            found="no run.yaml",
+            expected="a run directory",
+            hint="efflaunch status runs/NAME, with a directory that efflaunch made",
+        )
     text = path.read_text(encoding="utf-8")
     expected = (run_dir / HASH_FILE).read_text().split()[0] if (run_dir / HASH_FILE).is_file() else ""
     if hashlib.sha256(text.encode()).hexdigest() != expected:
@@ -120,7 +125,10 @@ def make_run_dir(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            "run.root", found=f"{run_dir}: {error.strerror}", expected="a directory that can be written", hint="run.root=DIR with a directory of yours"
+            "run.root",
+            found=f"{run_dir}: {error.strerror}",
+            expected="a directory that can be written",
+            hint="run.root=DIR with a directory of yours",
         ) from error
 
 

@@ -179,7 +179,9 @@ def enum_values(hint: Any) -> list[str]:
 def unknown_key(key: str, known: list[str]) -> ConfigError:
     """The error for a key no dataclass has, with the nearest one that exists."""
     everywhere = config_keys()
-    near = difflib.get_close_matches(key, known, 1, 0.6) or difflib.get_close_matches(key, everywhere, 1, 0.6) or _same_leaf(key, everywhere)
+    near = (
+        difflib.get_close_matches(key, known, 1, 0.6) or difflib.get_close_matches(key, everywhere, 1, 0.6) or _same_leaf(key, everywhere)
+    )
     parent = key.rpartition(".")[0] or "the configuration"
     names = ", ".join(name.rpartition(".")[2] for name in known)
     hint = f"did you mean {near[0]}?" if near else "efflaunch train --help lists every key"

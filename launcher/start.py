@@ -46,7 +46,9 @@ def changed(config: Config, overrides: list[Override], config_dir: str | None) -
     data = dump_config(config)
     for item in overrides:
         if item.key in ("experiment", "run.id", "run.root"):
-            raise ConfigError(item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME")
+            raise ConfigError(
+                item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME"
+            )
         if item.is_group:
             data[item.key] = compose_group(item.key, item.value, config_dir)
         else:
@@ -79,10 +81,13 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
 
     Everything that can be refused is refused before anything is written. `entry` replaces the training function.
     """
+    from ..training.data.source import check_corpora
+    from ..training.spec import model_spec
     from .backends import local
     from .fit import check_machine
 
     check_machine(config)
+    check_corpora(config.data, model_spec(config.model).vocab_size)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
     make_run_dir(run_dir)

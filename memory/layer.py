@@ -32,6 +32,7 @@ class LayerHalves(Protocol):
 
     def before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> QKV: ...
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor: ...
+    def after_attention_graph(self, x: Tensor, o: Tensor) -> Tensor: ...
 
 
 class AttentionRuntime(Protocol):
@@ -77,33 +78,51 @@ class LayerExecutor:
     def after(self, x: Tensor, o: Tensor) -> tuple[Tensor]:
         return (self.adapter.after_attention(x, o),)
 
+    def after_graph(self, x: Tensor, o: Tensor) -> tuple[Tensor]:
+        return (self.adapter.after_attention_graph(x, o),)
+
 
 class _Halves:
     """The graphs of both halves of one layer, and what attention's backward needs."""
 
     __slots__ = ("gathered", "lse", "o", "o_leaf", "projected", "x_after", "x_before", "y")
 
-    def __init__(self, executor: LayerExecutor, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime, kept: tuple[Tensor, Tensor] | None):
-        """Run the layer with a graph for each half; `kept` is (o, lse) between the exchanges where attention need not run again."""
+    def __init__(
+        self,
+        executor: LayerExecutor,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: AttentionRuntime,
+        *,
+        again: bool,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        """Run the layer with a graph for each half.
+
+        `again`: in backward, where the values of y are not needed; `kept` is then (o, lse) where attention need not run.
+        """
         adapter, spec = executor.adapter, executor.adapter.spec
         with torch.enable_grad():
             self.x_before = x.detach().requires_grad_()
             self.projected = adapter.before_attention(self.x_before, rope)
         with torch.no_grad():
             self.gathered = attention.exchange_in(*(t.detach() for t in self.projected), spec)
-            self.o, self.lse = attention.core_forward(self.gathered, spec) if kept is None else kept
+            self.o, self.lse = kept if kept else attention.core_forward(self.gathered, spec)
             o = attention.exchange_out(self.o, spec)
         with torch.enable_grad():
             self.x_after, self.o_leaf = x.detach().requires_grad_(), o.detach().requires_grad_()
-            self.y: Tensor | None = adapter.after_attention(self.x_after, self.o_leaf)
+            half = adapter.after_attention_graph if again else adapter.after_attention
+            self.y: Tensor | None = half(self.x_after, self.o_leaf)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, executor: LayerExecutor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, executor: LayerExecutor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime, *parameters: Tensor
+    ) -> Tensor:
         ctx.executor, ctx.rope, ctx.attention, ctx.parameters, ctx.halves = executor, rope, attention, parameters, None
         if executor.policy.activations is Keep.KEEP:
-            ctx.halves = _Halves(executor, x, rope, attention, None)
+            ctx.halves = _Halves(executor, x, rope, attention, again=False)
             assert ctx.halves.y is not None
             return ctx.halves.y.detach()  # type: ignore[no-any-return]
         y, o, lse = executor.run_keeping(x, rope, attention)
@@ -120,7 +139,7 @@ class _Layer(torch.autograd.Function):
             dx, gradients = _backward_by_chunks(x, kept, dy, executor, ctx.rope, attention, ctx.parameters)
             return dx, None, None, None, *gradients
         if halves is None:
-            halves = _Halves(executor, x, ctx.rope, attention, tuple(kept) if kept else None)
+            halves = _Halves(executor, x, ctx.rope, attention, again=True, kept=kept)
         dx, gradients = _backward(halves, dy, executor.adapter.spec, attention, ctx.parameters)
         return dx, None, None, None, *gradients
 
@@ -156,7 +175,7 @@ def _backward_by_chunks(
         gathered = attention.exchange_in(*run_rows(executor.before, (x, *rope), chunk), spec)
         o, lse = kept if kept else attention.core_forward(gathered, spec)
         local_o = attention.exchange_out(o, spec)
-    (dx_after, do), late = backward_rows(executor.after, (x, local_o), (dy,), parameters, chunk, differentiable=2)
+    (dx_after, do), late = backward_rows(executor.after_graph, (x, local_o), (dy,), parameters, chunk, differentiable=2)
     del local_o
     wide = attention.core_backward(attention.exchange_out_backward(do, spec), gathered, o, lse, spec)
     dqkv = attention.exchange_in_backward(wide, spec, x.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,11 @@ def _write_shard(source: Path, path: Path, index: dict[str, TensorStorageMetadat
     # Allocated in the output's precision: the reader casts piece by piece.
     tensors = {name: torch.empty(entry.size, dtype=_out_dtype(entry, dtype)) for name, entry in index.items()}
     read_tensors({MODEL + name: tensor for name, tensor in tensors.items()}, source, alone=True)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors writes beside it and renames, readable by the owner only.
+    path.chmod(mode)
 
 
 def _out_dtype(entry: TensorStorageMetadata, dtype: Dtype) -> torch.dtype:
@@ -191,6 +196,7 @@ def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = dtype.value
+    config.use_cache = True  # off in training; generation is quadratic without
     config.save_pretrained(out_dir)
 
 

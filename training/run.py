@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.engine import SaveReport
-from ..errors import EXIT_DONE, EXIT_PREEMPTED, NonFiniteLossError
+from ..checkpoint.engine import Restored, SaveReport
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, NonFiniteLossError
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.solve import solve_static
 from .metrics import Metrics
@@ -65,9 +65,10 @@ class _Run:
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
         self.saved = self.done if restored is not None else -1
+        self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
-        self._write_start(restored is not None)
+        self._write_start(restored)
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
@@ -78,6 +79,8 @@ class _Run:
                 last = self.done == self.config.train.steps
                 if stopping or last or (every and self.done % every == 0):
                     self._save()
+                if stopping or last:
+                    self._check_saved()
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
@@ -203,15 +206,26 @@ class _Run:
         }
         self.session.engine.save(self.done, extra)
 
+    def _check_saved(self) -> None:
+        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says."""
+        if self.saved != self.done:
+            raise CheckpointError(
+                f"checkpoint of step {self.done}, the last of this run",
+                found=self.save_error,
+                expected="it on disk before the run ends; earlier checkpoints are intact",
+                hint="make room, then the same command again goes on from the newest checkpoint",
+            )
+
     def _on_save(self, report: SaveReport) -> None:
         if report.error is not None:
+            self.save_error = report.error
             self.metrics.write("checkpoint_failed", step=report.step, error=report.error)
             return
         self.saved = report.step
         path = f"{report.path.parent.name}/{report.path.name}"
         self.metrics.write("checkpoint", step=report.step, path=path, save_s=report.save_s, num_bytes=report.num_bytes)
 
-    def _write_start(self, resumed: bool) -> None:
+    def _write_start(self, restored: Restored | None) -> None:
         self.metrics.write(
             "start",
             step=self.done,
@@ -220,7 +234,8 @@ class _Run:
             parameters=num_parameters(self.session.spec),
             plan=str(self.session.layout),
             data=self.session.source.summary(),
-            resumed_from=self.done if resumed else None,
+            resumed_from=self.done if restored is not None else None,
+            skipped_checkpoints=list(restored.skipped) if restored is not None else [],
         )
 
     def _write_end(self) -> None:

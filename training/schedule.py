@@ -48,9 +48,6 @@ def check_optim(config: OptimConfig, total_steps: int) -> None:
     elif config.decay_steps is not None:
         found = f"{config.decay_steps} with schedule {config.schedule}"
         raise _wrong("decay_steps", found, "null: only wsd has a decay of its own", "optim.schedule=wsd or optim.decay_steps=null")
-    if config.schedule != "cosine" and config.min_lr_ratio:
-        found = f"{config.min_lr_ratio} with schedule {config.schedule}"
-        raise _wrong("min_lr_ratio", found, "0: only cosine ends above zero", "optim.min_lr_ratio=0 or optim.schedule=cosine")
 
 
 def _check_wsd(config: OptimConfig, total_steps: int) -> None:

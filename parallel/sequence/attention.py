@@ -83,6 +83,8 @@ def add_blocks(partial: Partial, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, spec: AttentionSpec, kernel: BlockKernel) -> tuple[Tensor, Tensor]:
     """o and lse over one shard of keys."""
+    if len(blocks) == 1 and _whole(blocks[0], q, k):
+        return kernel.forward(q, k, v, blocks[0], spec)
     partial = Partial(q, merges=not disjoint_queries(blocks))
     add_blocks(partial, q, k, v, blocks, spec, kernel)
     return partial.result()
@@ -92,6 +94,8 @@ def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, blocks: Blocks, spec: AttentionSpec, kernel: BlockKernel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv over one shard of keys, in the accumulation dtype (in q's own where no row is touched twice)."""
+    if len(blocks) == 1 and _whole(blocks[0], q, k):
+        return kernel.backward(do, q, k, v, o, lse, blocks[0], spec)
     wide = accumulation_dtype(q.dtype)
     single = len(blocks) == 1 or (disjoint_queries(blocks) and _disjoint_keys(blocks))
     dq, dk, dv = (torch.zeros_like(t, dtype=t.dtype if single else wide) for t in (q, k, v))
@@ -104,6 +108,11 @@ def attention_backward(
             else:
                 total[where] += part
     return dq, dk, dv
+
+
+def _whole(block: Block, q: Tensor, k: Tensor) -> bool:
+    """Whether one block covers every row, so that its results are the results."""
+    return (block.q_start, block.q_stop, block.k_start, block.k_stop) == (0, q.shape[0], 0, k.shape[0])
 
 
 def _disjoint_keys(blocks: Blocks) -> bool:

@@ -397,6 +397,7 @@ def test_leftovers_of_a_killed_save_are_removed_at_the_next_start(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_plain_torch_reads_the_files(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.train(0, 1)

@@ -218,3 +218,28 @@ def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str
     assert error.value.hint == "--chat-template FILE.jinja"
     ((ids, _),) = _encode(bare, {"text": "two plus"}, eos_token="<|endoftext|>").documents
     assert _decode(tokenizer, ids) == "two plus<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer as Llama 2's and Mistral's: spaces become underscores, one is put in front, bytes fall back."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(["Two plus two? Four Five And three?"] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    folder = tmp_path_factory.mktemp("tok")
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    return str(folder)
+
+
+def test_turns_are_found_where_the_tokenizer_rewrites_spaces(sentencepiece_like: str) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    _, learnt = _learnt(sentencepiece_like, {"messages": TALK[1:]}, chat_template=template)
+    assert learnt.split() == ["Four", "\u2713</s>", "Five</s>"]

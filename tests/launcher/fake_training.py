@@ -32,7 +32,15 @@ def train(config: Config, run_dir: Path, stop: StopFlag) -> int:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     first = _newest_checkpoint(run_dir)
     if rank == 0:
-        _write(run_dir, event="start", step=first + 1, steps=config.train.steps, world_size=world_size, parameters=10, resumed_from=first or None)
+        _write(
+            run_dir,
+            event="start",
+            step=first + 1,
+            steps=config.train.steps,
+            world_size=world_size,
+            parameters=10,
+            resumed_from=first or None,
+        )
     for step in range(first + 1, config.train.steps + 1):
         go_wrong(run_dir, rank, step)
         stopped = one_step(run_dir, rank, step, stop)

@@ -92,15 +92,17 @@ def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path
     from transformers import AutoConfig
 
     fields = dict(MODELS[name])
-    saved = AutoConfig.for_model(**fields).to_dict()
+    saved = AutoConfig.for_model(**fields, use_cache=False).to_dict()
     logits = pool.run(_train_and_save, tmp_path / "run", fields, (1,), {"hf_config": saved}, ranks=ranks)[0]
     report = export(tmp_path / "run", tmp_path / "out", dtype=Dtype.FLOAT32)
     assert torch.equal(_exported_logits(tmp_path / "out"), logits)
     assert (report.step, report.num_files, report.tokenizer) == (1, 1, None)
     assert report.num_bytes == 4 * report.num_parameters
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
-    assert {key for key in saved if again[key] != saved[key]} <= {"architectures", "dtype", "_name_or_path"}
+    assert {key for key in saved if again[key] != saved[key]} <= {"architectures", "dtype", "use_cache", "_name_or_path"}
+    assert config["use_cache"] is True
     assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 

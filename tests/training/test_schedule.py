@@ -77,7 +77,6 @@ def test_the_longest_warm_up_ends_with_the_run() -> None:
         ({"schedule": "wsd"}, r"optim.decay_steps: found None; expected 1 to 40 steps.*optim.decay_steps=8"),
         ({"schedule": "wsd", "warmup_steps": 30, "decay_steps": 11}, r"optim.decay_steps: found 11; expected 1 to 10 steps"),
         ({"decay_steps": 5}, r"optim.decay_steps: found 5 with schedule cosine"),
-        ({"schedule": "linear", "min_lr_ratio": 0.1}, r"optim.min_lr_ratio: found 0.1 with schedule linear"),
         ({"min_lr_ratio": 1.5}, r"optim.min_lr_ratio: found 1.5; expected 0 to 1"),
         ({"lr": 0.0}, r"optim.lr: found 0.0"),
         ({"lr": float("nan")}, r"optim.lr: found nan"),

@@ -135,6 +135,13 @@ def open_data(config: DataConfig, seed: int, model_vocab_size: int) -> DataSourc
     return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
 
 
+def check_corpora(config: DataConfig, model_vocab_size: int) -> None:
+    """DataError where corpora or tokenizer cannot be used. Opens the prefixes only: a built-in corpus is made by the run."""
+    if config.builtin is None:
+        prefixes, tokenizer = _located(config)
+        check_vocabularies([IndexedCorpus(prefix) for prefix in prefixes], tokenizer, model_vocab_size)
+
+
 def _located(config: DataConfig) -> tuple[list[str], str | None]:
     if (config.builtin is None) == (not config.prefixes):
         raise ConfigError(

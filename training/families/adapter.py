@@ -41,6 +41,10 @@ class LayerAdapter(ABC):
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
 
+    def after_attention_graph(self, x: Tensor, o: Tensor) -> Tensor:
+        """As after_attention, where only the gradients of what it returns are wanted and its values may be anything."""
+        return self.after_attention(x, o)
+
     def _spec(self) -> AttentionSpec:
         config = self.attention.config
         return AttentionSpec(

@@ -29,6 +29,10 @@ class Gemma2Layer(LlamaLayer):
         x = x + layer.post_attention_layernorm(self.attention.o_proj(o.flatten(1)))
         return x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
 
+    def after_attention_graph(self, x: Tensor, o: Tensor) -> Tensor:
+        # The layer ends in a norm, whose gradient needs the MLP's values.
+        return self.after_attention(x, o)
+
 
 class Gemma3Layer(Gemma2Layer):
     """Adds per-head norms of q and k, and a rotary table per kind of layer."""

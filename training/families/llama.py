@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .adapter import LayerAdapter, Rope
@@ -21,12 +25,36 @@ class LlamaLayer(LayerAdapter):
         x = x + self.attention.o_proj(o.flatten(1))
         return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
 
+    def after_attention_graph(self, x: Tensor, o: Tensor) -> Tensor:
+        mlp = self.layer.mlp
+        x = x + self.attention.o_proj(o.flatten(1))
+        h = self.layer.post_attention_layernorm(x)
+        inner = mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h)
+        # The layer ends in this product and a sum, whose gradients need neither's values: a third of the MLP is not recomputed.
+        return x + LinearGraph.apply(inner, mlp.down_proj.weight, mlp.down_proj.bias)
+
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, M) -> (T, heads, D) for each projection."""
         heads = self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads
         projections = self.attention.q_proj, self.attention.k_proj, self.attention.v_proj
         q, k, v = (project(h).unflatten(-1, (count, self.spec.head_dim)) for project, count in zip(projections, heads, strict=True))
         return q, k, v
+
+
+class LinearGraph(torch.autograd.Function):
+    """The backward of x W^T + b for x (T, I), W (M, I), b (M,) or None; forward returns uninitialised memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty((x.shape[0], weight.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, needs_weight, needs_bias = ctx.needs_input_grad
+        return dy @ weight, dy.T @ x if needs_weight else None, dy.sum(0) if needs_bias else None
 
 
 class MistralLayer(LlamaLayer):

@@ -1,0 +1,192 @@
+"""Metrics events to progress, lines, tables and status."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from efflaunch.launcher import state as states
+from efflaunch.launcher import status_command
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.display import LiveDisplay, PlainDisplay
+from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.progress import Progress, step_line, summary_lines
+from efflaunch.launcher.rundir import config_diff, lock_run, make_run_dir, read_run, store_config
+from efflaunch.launcher.start import changed
+from efflaunch.launcher.state import Attempt, Failure, new_state, read_state, write_state
+
+
+def start(step: int = 1, resumed_from: int | None = None) -> dict[str, Any]:
+    return {"event": "start", "step": step, "steps": 10, "world_size": 2, "parameters": 5_000_000, "resumed_from": resumed_from}
+
+
+def step(number: int, loss: float, step_s: float = 2.0, peak: int = 1 << 30) -> dict[str, Any]:
+    ranks = [{"rank": 0, "tokens": 70, "peak_bytes": peak}, {"rank": 1, "tokens": 30, "peak_bytes": 2 << 30}]
+    numbers = {
+        "tokens": 100,
+        "tokens_per_s": 50.0,
+        "micro_batches": 1,
+        "sequences": 3,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "total_tokens": 100 * number,
+    }
+    return {"event": "step", "step": number, "loss": loss, "step_s": step_s, "plan": "[0+2: 3 seq]", "ranks": ranks, **numbers}
+
+
+def test_pace_leaves_the_first_step_out() -> None:
+    progress = Progress().apply([start(), step(1, 9.0, step_s=30.0), step(2, 8.0), step(3, 7.0, step_s=4.0)])
+    assert progress.seconds_per_step == 3.0 and progress.time_left_s == 21.0
+    assert step_line(progress) == "step 3/10  loss 7.0000  50 tokens/s  grad 0.500  lr 1.00e-03  4.00 s  21 s to go  [0+2: 3 seq]"
+
+
+def test_lost_steps_are_forgotten_on_resume() -> None:
+    events = [start(), step(1, 9.0), step(2, 8.0), step(3, 1.0), start(3, resumed_from=2)]
+    progress = Progress().apply(events)
+    assert progress.losses == {1: 9.0, 2: 8.0} and progress.step == 2
+    assert progress.apply([step(3, 7.0)]).losses[3] == 7.0
+
+
+def test_summary() -> None:
+    progress = Progress().apply([start(), step(1, 9.0, peak=3 << 30), step(2, 8.0)])
+    assert dict(summary_lines(progress)) == {
+        "steps": "2 of 10",
+        "loss": "9.0000 at step 1, 8.0000 at step 2",
+        "tokens": "200, 4.00 s of training",
+        "peak memory": "rank 0 3.0 GiB, rank 1 2.0 GiB",
+    }
+    assert summary_lines(Progress()) == []
+
+
+def test_follower_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    follower = MetricsFollower(tmp_path)
+    assert follower.read() == []
+    file.write_text(json.dumps(step(1, 9.0)) + "\n" + json.dumps(step(2, 8.0))[:20])
+    assert [event["step"] for event in follower.read()] == [1]
+    with file.open("a") as stream:
+        stream.write(json.dumps(step(2, 8.0))[20:] + "\nhalf a line of a killed rank\n")
+    assert [event["step"] for event in follower.read()] == [2]
+    assert newest_step(tmp_path) == 2
+    assert MetricsFollower(tmp_path, from_end=True).read() == []
+
+
+def test_newest_step_counts_committed_checkpoints(tmp_path: Path) -> None:
+    for name in ("step-00000007", "step-00000009.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000007" / "COMMIT").touch()
+    assert newest_step(tmp_path) == 7
+
+
+def test_plain_display(capsys: pytest.CaptureFixture[str]) -> None:
+    display = PlainDisplay(every_steps=2)
+    display.show([start(), *(step(number, 9.0 - number) for number in range(1, 5))])
+    display.show([{"event": "checkpoint", "step": 4, "path": "checkpoints/step-00000004", "save_s": 0.5}])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "5.0 million weights on 2 ranks, 10 steps, starting from the beginning"
+    assert [line.split("/")[0] for line in lines[1:4]] == ["step 1", "step 2", "step 4"]
+    assert lines[4] == "saved checkpoints/step-00000004 in 0.50 s"
+
+
+def test_quiet_display_shows_notes_only(capsys: pytest.CaptureFixture[str]) -> None:
+    display = PlainDisplay(every_steps=None)
+    display.show([start(), step(1, 9.0)])
+    display.note("something went wrong")
+    assert capsys.readouterr().out == "something went wrong\n"
+
+
+def test_live_display_draws_what_each_rank_holds() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    display = LiveDisplay("quickstart", console)
+    try:
+        display.show([start(), step(1, 9.0), step(2, 8.0), {"event": "checkpoint", "step": 2, "path": "x", "save_s": 1.0}])
+    finally:
+        display.close()
+    drawing = Console(file=io.StringIO(), width=120)
+    drawing.print(display.render())
+    text = drawing.file.getvalue()  # type: ignore[attr-defined]
+    for part in (
+        "step 2/10",
+        "16 s to go",
+        "8.0000  (first 9.0000)",
+        "50 tokens/s",
+        "step 2",
+        "3 sequences, 1 micro-batches",
+        "70",
+        "1.0 GiB",
+    ):
+        assert part in text, text
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run_dir = tmp_path / "run"
+    make_run_dir(run_dir)
+    store_config(run_dir, compose(["+experiment=quickstart", "run.id=run"]))
+    return run_dir
+
+
+def test_revisions(run_dir: Path) -> None:
+    config = read_run(run_dir).config
+    assert store_config(run_dir, config) == (1, [])
+    other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=keep"])
+    revision, changes = store_config(run_dir, other)
+    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: recompute -> keep" in changes
+    assert read_run(run_dir).config == other and (run_dir / "revisions" / "1.yaml").is_file()
+    assert config_diff(other, other) == []
+
+
+def test_resume_overrides(run_dir: Path) -> None:
+    from efflaunch.launcher.overrides import parse_overrides
+
+    config = read_run(run_dir).config
+    new = changed(config, parse_overrides(["train.steps=99", "memory=keep", "optim.grad_clip=null", "data.max_seq_len=4K"]), None)
+    assert (new.train.steps, new.memory.name, new.optim.grad_clip, new.data.max_seq_len) == (99, "keep", None, 4096)
+    for override, text in (("run.id=x", "a change of it"), ("experiment=llama8b_1M", "a change of it"), ("train.stps=3", "an unknown key")):
+        with pytest.raises(Exception, match=text):
+            changed(config, parse_overrides([override]), None)
+
+
+def test_edited_run_file_is_refused(run_dir: Path) -> None:
+    with (run_dir / "run.yaml").open("a") as file:
+        file.write("# mine\n")
+    with pytest.raises(Exception, match=r"contents that do not match run\.sha256"):
+        read_run(run_dir)
+
+
+def test_state_round_trip(tmp_path: Path) -> None:
+    failure = Failure(rank=1, message="m", traceback="t", log="logs/attempt-1/rank-1.log")
+    attempt = Attempt(number=1, started=1.0, ended=2.0, exit_code=1, last_step=3, failure=failure, decision="d", restarted=True)
+    state = write_state(tmp_path, new_state(world_size=2, revision=1, attempts=(attempt,)))
+    assert read_state(tmp_path) == state and read_state(tmp_path / "none") is None
+
+
+def test_status_of_a_run_that_never_started(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_command.main(run_dir, as_json=False) == 0
+    assert "state       not started" in capsys.readouterr().out
+
+
+def test_status_running_and_died(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    failure = Failure(rank=1, message="rank 1 was killed by signal 9 (SIGKILL)", traceback="", log="logs/attempt-1/rank-1.log")
+    attempts = (Attempt(number=1, started=1.0, ended=2.0, exit_code=1, failure=failure, decision="restart 1 of 2", restarted=True),)
+    state = new_state(world_size=2, revision=1, attempts=attempts)
+    write_state(run_dir, states.replace(state, state=states.RUNNING))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start(), step(1, 9.0), step(2, 8.0))))
+    lock = lock_run(run_dir)
+    assert status_command.main(run_dir, as_json=True) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["pid"], facts["step"], facts["loss"], facts["tokens_per_s"]) == ("running", os.getpid(), 2, 8.0, 50.0)
+    assert facts["last_error"]["rank"] == 1 and facts["peak_bytes"] == [1 << 30, 2 << 30]
+    with pytest.raises(Exception, match=rf"found process {os.getpid()} on .* running in it"):
+        lock_run(run_dir)
+    os.close(lock)
+    assert status_command.main(run_dir, as_json=False) == 0
+    text = capsys.readouterr().out
+    assert "state       died" in text and "killed by signal 9" in text and "efflaunch resume" in text

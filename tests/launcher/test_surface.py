@@ -1,0 +1,37 @@
+"""What people and schedulers rely on: configuration keys, groups, commands and exit codes. A change is a visible diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from efflaunch import errors
+from efflaunch.launcher.cli import SUMMARY
+from efflaunch.launcher.groups import EXPERIMENT, GROUPS, conf_dir
+from efflaunch.launcher.schema import config_keys
+
+KEYS = Path(__file__).resolve().parent.parent / "golden" / "config_keys.txt"
+
+
+def test_config_keys() -> None:
+    """Edit tests/golden/config_keys.txt by hand when a key is meant to come or go."""
+    assert config_keys() == KEYS.read_text().split()
+
+
+def test_groups() -> None:
+    assert GROUPS == ("model", "data", "optim", "parallel", "memory", "checkpoint", "cluster", "launcher", "logging")
+    folders = {path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*GROUPS, EXPERIMENT}
+
+
+def test_commands() -> None:
+    assert list(SUMMARY) == ["train", "plan", "resume", "status", "export", "data", "completion"]
+
+
+def test_exit_codes() -> None:
+    assert {name: value for name, value in vars(errors).items() if name.startswith("EXIT_")} == {
+        "EXIT_DONE": 0,
+        "EXIT_RETRY": 1,
+        "EXIT_PREEMPTED": 75,
+        "EXIT_USER": 93,
+    }
+    assert errors.ConfigError.exit_code == errors.DataError.exit_code == errors.CheckpointError.exit_code == 93
