@@ -66,8 +66,8 @@ def test_the_report_of_a_step(tmp_path: Path) -> None:
     }
     machine = {"processor": "p", "cores": 2, "system": "s", "load_before": 0.0}
     result = {
-        "benchmark": "step", "lengths": [3, 2], "rounds": 5, "throughput_ratio": 1.234, "processor_ratio": 1.1, "peak_ratio": 0.5, "ranks": {"1": row},
-        "machine": machine, "versions": {"torch": "2"}, "command": "c", "date": "d",
+        "benchmark": "step", "lengths": [3, 2], "rounds": 5, "ranks": {"1": row}, "machine": machine, "versions": {"torch": "2"},
+        "throughput_ratio": 1.234, "processor_ratio": 1.1, "peak_ratio": 0.5, "command": "c", "date": "d",
     }  # fmt: skip
     page = report.page([result])
     assert "| 1 | keep | varlen | 1.234 | 1.111 | 3.0 | 6.0 |" in page and "- command: `c`" in page
