@@ -41,12 +41,12 @@ PAIRS = {"keep": ("stock", "varlen"), "recompute": ("stock_checkpointing", "varl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options, origin = _parser().parse_args(arguments), machine()
     sizes = tuple(int(part) for part in options.lengths.split(","))
     rows = {str(ranks): measure(sizes, ranks=ranks, rounds=options.rounds) for ranks in options.ranks}
     result = {
         "benchmark": "step",
-        **machine(),
+        **origin,
         "model": STEP_MODEL,
         "lengths": sizes,
         "rounds": options.rounds,
