@@ -47,7 +47,9 @@ def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Po
 
 def run(directory: Path, *words: str, expect: int = 0) -> str:
     """What one efflaunch command printed; fails unless it exits with `expect`."""
-    done = subprocess.run([sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -111,7 +113,11 @@ def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
     process = train(place)
     wait_for_step(place, process, 8)
     pids = descendants(process.pid)
-    ranks = [pid for pid in pids if "forkserver" not in " ".join(psutil.Process(pid).cmdline()) or psutil.Process(pid).memory_info().rss > 1 << 28]
+    ranks = [
+        pid
+        for pid in pids
+        if "forkserver" not in " ".join(psutil.Process(pid).cmdline()) or psutil.Process(pid).memory_info().rss > 1 << 28
+    ]
     os.kill(ranks[-1], signal.SIGKILL)
     finish(process, place)
     assert losses(place) == losses(reference)
@@ -140,7 +146,13 @@ def test_done_and_then_more_steps_is_bit_equal(place, reference):
     assert losses(place) == losses(reference)
 
 
-@pytest.mark.parametrize("overrides", [("cluster.ranks_per_node=1", "parallel.tokens_per_rank=512"), ("cluster.ranks_per_node=4", "parallel.replicate=2", "parallel.scheme=auto")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=512"),
+        ("cluster.ranks_per_node=4", "parallel.replicate=2", "parallel.scheme=auto"),
+    ],
+)
 def test_resume_on_another_layout_sees_the_same_documents(place, reference, overrides):
     stopped(place, 6)
     at = max(losses(place))
@@ -198,7 +210,9 @@ def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
     (place / "mine" / "model" / "spoiled.yaml").write_text("name: spoiled\npath: spoiled\n")
     words = [word for word in BASE if not word.startswith("model")]
     text = run(place, "train", *words, f"train.steps={STEPS}", "--config-dir", "mine", "model=spoiled", "run.id=other", expect=93)
-    found = re.search(r"step 1: found a loss or gradient norm of nan \(ranks ([01](, 1)?); (corpus corpus document \d+ tokens \d+-\d+(; )?)+", text)
+    found = re.search(
+        r"step 1: found a loss or gradient norm of nan \(ranks ([01](, 1)?); (corpus corpus document \d+ tokens \d+-\d+(; )?)+", text
+    )
     assert found, text
     source = open_data_of(place)
     named = [int(n) for n in re.findall(r"document (\d+) tokens", found[0])]

@@ -187,7 +187,8 @@ class _Run:
             micro_batches=len(plan.micro_batches),
             plan=str(plan),
             ranks=[
-                {"rank": rank, "tokens": held, "peak_bytes": peak} for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
+                {"rank": rank, "tokens": held, "peak_bytes": peak}
+                for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
             ],
             total_tokens=self.total_tokens,
         )

@@ -102,7 +102,10 @@ ROWS = {
     "loss mask": ({"masked": True}, static(4, 2, 2)),
     "z-loss": ({"z_loss": 1e-2}, static(2, 2, 2)),
     **{f"{family}, hybrid 2x2": ({"family": family}, static(4, 4, 2)) for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")},
-    **{f"{family}, recompute, ring 2": ({"family": family, "policy": "recompute"}, static(2, 2, 1)) for family in ("mistral", "gemma2", "gemma3")},
+    **{
+        f"{family}, recompute, ring 2": ({"family": family, "policy": "recompute"}, static(2, 2, 1))
+        for family in ("mistral", "gemma2", "gemma3")
+    },
     **{f"rope {kind}": ({"family": f"rope_{kind}"}, static(2, 2, 1)) for kind in ("linear", "dynamic", "yarn", "llama3")},
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
 }  # fmt: skip
