@@ -136,7 +136,7 @@ def worst(got, want):
     return max((float(np.abs(got[name] - want[name]).max() / (np.abs(want[name]).max() + 1e-30)), name) for name in want)
 
 
-def check(pool, case, plans):
+def check_parity(pool, case, plans):
     case = {"family": "llama", "dtype": "float64", **case}
     lengths = plans[0].lengths
     documents, targets = make_documents(lengths, case.get("masked", False))
@@ -158,7 +158,7 @@ def check(pool, case, plans):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_gradients_equal_plain_hugging_face(pool, row):
     case, plan = ROWS[row]
-    check(pool, case, [plan])
+    check_parity(pool, case, [plan])
 
 
 @pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16"])
@@ -217,4 +217,4 @@ def random_plans(draw, world=4):
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute"]))
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
-    check(pool, {"policy": policy}, plans)
+    check_parity(pool, {"policy": policy}, plans)
