@@ -134,9 +134,9 @@ def run_dir(tmp_path: Path) -> Path:
 def test_revisions(run_dir: Path) -> None:
     config = read_run(run_dir).config
     assert store_config(run_dir, config) == (1, [])
-    other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=keep"])
+    other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=recompute"])
     revision, changes = store_config(run_dir, other)
-    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: recompute -> keep" in changes
+    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: keep -> recompute" in changes
     assert read_run(run_dir).config == other and (run_dir / "revisions" / "1.yaml").is_file()
     assert config_diff(other, other) == []
 
