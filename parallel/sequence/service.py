@@ -106,7 +106,7 @@ class PlanService:
         self.failure = ""
         """Why there are no more plans; empty while there are."""
         self._patience_s, self._ahead = patience_s, ahead
-        self._asked, self._answered_once = -1, False
+        self._asked, self._patient = -1, True
         self._plans: dict[int, Any] = {}
         self._extras: dict[int, Extras] = {}
         self._changed = threading.Condition()
@@ -127,16 +127,13 @@ class PlanService:
     def plan(self, step: int) -> StepPlan | None:
         """The step's plan, or None where it is not there within the patience or never will be. Asks for the next ones."""
         self._ask(step)
-        patience = self._patience_s if self._answered_once else max(self._patience_s, FIRST_PATIENCE_S)
+        patience, self._patient = max(self._patience_s, FIRST_PATIENCE_S * self._patient), False
         with self._changed:
             self._changed.wait_for(lambda: step in self._plans or self.failure, patience)
             packed = self._plans.get(step)
             self._plans = {key: value for key, value in self._plans.items() if key > step}
             self._extras = {key: value for key, value in self._extras.items() if key >= step}
-        if packed is None:
-            return None
-        self._answered_once = True
-        return unpack_plan(packed, self._request.cost.world_size, self._lengths_of(step))
+        return None if packed is None else unpack_plan(packed, self._request.cost.world_size, self._lengths_of(step))
 
     def extras(self, step: int) -> Extras | None:
         """What is known of the step by now; forgotten once a later step was planned."""
