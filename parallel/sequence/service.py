@@ -56,6 +56,8 @@ class PlanRequest:
     static_ulysses: int
     linear_cost_tokens: float
     """These three: the static plan that each step is compared with."""
+    certify: bool = False
+    """Look for tighter bounds of long steps: where the machine has a core to spare for it."""
     solver: str = "adaptive"
     """`adaptive`, or a `module:function` of (lengths, cost) that makes the StepPlan."""
 
@@ -255,7 +257,7 @@ def find_extras(plan: StepPlan, request: PlanRequest) -> Extras:
     if len(plan.lengths) * groups <= STATIC_WORK:
         static_s = static_plan(plan.lengths, request).predicted_s
     limit_s = min(MOST_CERTIFY_S, CERTIFY_SHARE * (plan.predicted_s or 0.0))
-    if limit_s < LEAST_CERTIFY_S or plan.predicted_s is None or plan.lower_bound_s is None:
+    if not request.certify or limit_s < LEAST_CERTIFY_S or plan.predicted_s is None or plan.lower_bound_s is None:
         return Extras(static_s=static_s)
     from .bound import class_milp_bound
 
