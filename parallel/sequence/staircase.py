@@ -33,13 +33,13 @@ def staircase(batch: Batch, rem: np.ndarray) -> Stairs:
     if not shelves:
         return Stairs(0.0, 0)
     work, fastest = batch.work[rem], batch.fastest[rem]
-    leads = _leads(tokens, fastest, room, shelves)
+    steps = leads(tokens, fastest, room, shelves)
     left = _work_left(tokens, work, room, shelves)
-    longest = float((np.concatenate([[0.0], np.cumsum(leads)]) + left / batch.cost.world_size).max())
+    longest = float((np.concatenate([[0.0], np.cumsum(steps)]) + left / batch.cost.world_size).max())
     return Stairs(shelves * batch.cost.beta_s + max(longest, shelves * batch.cost.gather_s), shelves)
 
 
-def _leads(tokens: np.ndarray, fastest: np.ndarray, room: float, shelves: int) -> np.ndarray:
+def leads(tokens: np.ndarray, fastest: np.ndarray, room: float, shelves: int) -> np.ndarray:
     """Least durations of the longest shelf, the second longest, ..."""
     if np.any(fastest[:-1] < fastest[1:]):
         order = np.argsort(-fastest, kind="stable")
