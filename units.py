@@ -65,3 +65,15 @@ def format_seconds(seconds: float) -> str:
     if total < 86400:
         return f"{total // 3600} h {total % 3600 // 60} min"
     return f"{total // 86400} d {total % 86400 // 3600} h"
+
+
+def format_precise(seconds: float) -> str:
+    """Three digits, for times that are compared: `850 us`, `12.3 ms`, `1.23 s`, `184 s`, `2,500 s`."""
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if 0 < abs(seconds) < 999.5 * size:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds)} s"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"

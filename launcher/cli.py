@@ -19,8 +19,11 @@ Command = Callable[[list[str]], int]
 SUMMARY = {
     "train": "train, or go on with the run of the same run.id (the default command)",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
+    "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "go on with a run directory, with changes if wanted",
     "status": "where a run stands",
+    "explain": "one step of a run: who held which sequences, why, and how far from the best",
+    "simulate": "modelled step times of several planners, on clusters of any size",
     "export": "write a checkpoint as a Hugging Face model directory",
     "data": "data prepare: text, JSONL, Parquet -> indexed corpus",
     "completion": "print a script for tab completion: bash, zsh or fish",
@@ -63,8 +66,11 @@ def _commands() -> dict[str, Command]:
     return {
         "train": _train,
         "plan": _plan,
+        "profile": _profile,
         "resume": _resume,
         "status": _status,
+        "explain": _explain,
+        "simulate": _simulate,
         "export": _export,
         "data": _data,
         "completion": _completion,
@@ -95,6 +101,8 @@ def _train(words: list[str]) -> int:
 def _plan(words: list[str]) -> int:
     parser = _config_parser("plan", "What a run would need, without running it. Takes the arguments of train.")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    _add_lengths(parser, required=False)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --lengths: draw the step, as .svg, .png or .pdf")
     options = parser.parse_intermixed_args(words)
     from .compose import compose
 
@@ -105,7 +113,38 @@ def _plan(words: list[str]) -> int:
         return show_config(config)
     from . import plan_command
 
-    return int(plan_command.main(config, options.json))
+    if options.lengths is None:
+        return int(plan_command.main(config, options.json))
+    from . import plan_step_command
+
+    return plan_step_command.main(
+        config, options.lengths, sequences=options.sequences, seed=options.seed, out=options.out, as_json=options.json
+    )
+
+
+def _add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    text = "wikipedia, commoncrawl, github, lognormal:MEDIAN:SIGMA, PREFIX.idx or a file of lengths"
+    parser.add_argument("--lengths", metavar="FILE|DISTRIBUTION", required=required, help=text)
+    parser.add_argument("--sequences", type=int, metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
+    parser.add_argument("--seed", type=int, default=0, help="of the lengths that are drawn")
+
+
+def _profile(words: list[str]) -> int:
+    parser = _config_parser("profile", "Measure this machine with short probes, on the ranks of a configuration. Takes the arguments of train.")
+    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes; other entries of the file stay")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the probes may take (60)")
+    parser.add_argument("--json", action="store_true", help="print the profile as JSON")
+    options = parser.parse_intermixed_args(words)
+    from .compose import compose
+
+    config = compose(options.overrides, options.config_dir)
+    if options.print_config:
+        from .start import show_config
+
+        return show_config(config)
+    from . import profile_command
+
+    return profile_command.main(config, options.out, options.seconds, options.json)
 
 
 def _resume(words: list[str]) -> int:
@@ -127,6 +166,49 @@ def _status(words: list[str]) -> int:
     from . import status_command
 
     return status_command.main(options.run_dir, as_json=options.json)
+
+
+def _explain(words: list[str]) -> int:
+    parser = _Parser("explain", "Who held which sequences in a step, why, what bounds it, and what other plans would have cost.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--step", type=int, help="counted from 1; the newest if not given")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the step, as .svg, .png or .pdf")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(words)
+    from . import explain_command
+
+    return explain_command.main(options.run_dir, step=options.step, out=options.out, as_json=options.json)
+
+
+def _simulate(words: list[str]) -> int:
+    parser = _config_parser("simulate", "Modelled step times of static, greedy, FlexSP's and our plans. Takes the arguments of train.")
+    _add_lengths(parser, required=True)
+    parser.add_argument("--steps", type=int, default=40, help="how many steps; 40")
+    parser.add_argument("--flexsp-steps", type=int, default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
+    parser.add_argument("--flexsp-seconds", type=float, default=10.0, metavar="S", help="its limit for each MILP; 10")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_intermixed_args(words)
+    from .compose import compose
+
+    config = compose(options.overrides, options.config_dir)
+    if options.print_config:
+        from .start import show_config
+
+        return show_config(config)
+    from . import simulate_command
+
+    return simulate_command.main(
+        config,
+        simulate_command.Request(
+            lengths=options.lengths,
+            sequences=options.sequences,
+            seed=options.seed,
+            steps=options.steps,
+            flexsp_steps=options.flexsp_steps,
+            flexsp_s=options.flexsp_seconds,
+        ),
+        as_json=options.json,
+    )
 
 
 def _export(words: list[str]) -> int:
@@ -200,6 +282,7 @@ examples:
   efflaunch +experiment=quickstart train.steps=20 memory=keep
   efflaunch plan +experiment=llama8b_1M          what eight GPUs would have to hold
   efflaunch resume runs/NAME train.steps=200     go on, with more steps
+  efflaunch explain runs/NAME --out step.svg     why the last step was planned as it was
 
 efflaunch COMMAND --help says more; efflaunch train --help lists experiments, groups and every key.
 Exit codes: 0 done; 75 stopped and saved, run it again; 93 a mistake to mend first; 1 anything else."""

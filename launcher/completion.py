@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 
 from ..errors import EXIT_DONE, ConfigError
+from ..parallel.sequence.lengths import DISTRIBUTIONS
 from .groups import EXPERIMENT, GROUPS, options
 from .schema import enum_values, walk_fields
 
@@ -43,12 +44,21 @@ _FISH = """\
 # fish: efflaunch completion fish | source
 complete -c efflaunch -a '(efflaunch completion words (commandline -cp)"." 2>/dev/null)'
 """
-_FIRST_WORDS = ("train", "plan", "resume", "status", "export", "data", "completion", "--help", "--version")
+_FIRST_WORDS = (
+    *("train", "plan", "profile", "resume", "status", "explain", "simulate", "export", "data", "completion"),
+    *("--help", "--version"),
+)
 _OPTIONS = {
     "train": ("--config-dir", "--print-config", "--help"),
-    "plan": ("--config-dir", "--print-config", "--json", "--help"),
+    "plan": ("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--out", "--json", "--help"),
+    "profile": ("--config-dir", "--print-config", "--out", "--seconds", "--json", "--help"),
     "resume": ("--config-dir", "--help"),
     "status": ("--json", "--help"),
+    "explain": ("--step", "--out", "--json", "--help"),
+    "simulate": (
+        *("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--steps"),
+        *("--flexsp-steps", "--flexsp-seconds", "--json", "--help"),
+    ),
     "export": ("--step", "--help"),
     "data": ("prepare", "--help"),
     "completion": (*SHELLS, "--help"),
@@ -86,8 +96,10 @@ def complete(line: str) -> list[str]:
     if not before:
         return _matching([*_FIRST_WORDS, *_overrides(current, None)], current)
     command = before[0] if before[0] in _OPTIONS else "train"
+    if before[-1] == "--lengths":
+        return _matching([*DISTRIBUTIONS], current)
     candidates = [*_OPTIONS[command]]
-    if command in ("train", "plan", "resume"):
+    if command in ("train", "plan", "profile", "resume", "simulate"):
         candidates += _overrides(current, _config_dir(before))
     return _matching(candidates, current)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
-from .progress import Progress, start_line, step_line
+from .progress import Progress, drift_line, plans_text, start_line, step_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -61,9 +61,7 @@ class PlainDisplay:
             return step_line(self.progress)
         if event["event"] == "checkpoint":
             return f"saved {event['path']} in {format_seconds(event['save_s'])}"
-        if event["event"] == "checkpoint_failed":
-            return f"checkpoint of step {event['step']} failed: {event['error']}"
-        return None
+        return _bad_news(event)
 
     def _is_shown(self, step: int) -> bool:
         assert self.every_steps is not None or step
@@ -94,8 +92,8 @@ class LiveDisplay:
         for event in events:
             if event["event"] == "start":
                 self.note(start_line(event))
-            elif event["event"] == "checkpoint_failed":
-                self.note(f"checkpoint of step {event['step']} failed: {event['error']}")
+            elif news := _bad_news(event):
+                self.note(news)
         self.progress.apply(events)
         self.live.update(self.render())
 
@@ -145,7 +143,10 @@ class LiveDisplay:
         norm = event.get("grad_norm")
         table.add_row("optimizer", f"lr {event['lr']:.2e}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
         table.add_row("checkpoint", "none yet" if saved is None else f"step {saved['step']}")
-        table.add_row("plan", _shortened(event["plan"]))
+        table.add_row("plan", f"{event['sequences']} sequences, {event['micro_batches']} micro-batches: {_shortened(event['plan'])}")
+        plans = plans_text(self.progress)
+        if plans:
+            table.add_row("planner", plans)
         return table
 
     def _ranks(self) -> RenderableType:
@@ -173,6 +174,15 @@ def quiet_control_keys() -> Callable[[], None]:
     quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
     return lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _bad_news(event: Event) -> str | None:
+    """What a person should hear of, whatever the display."""
+    if event["event"] == "checkpoint_failed":
+        return f"checkpoint of step {event['step']} failed: {event['error']}"
+    if event["event"] == "planner_failed":
+        return f"{event['error']}: greedy plans from step {event['step']} on"
+    return drift_line(event) if event["event"] == "drift" else None
 
 
 def _shortened(text: str, width: int = 160) -> str:

@@ -72,6 +72,17 @@ def check_machine(config: Config, machine: Machine | None = None) -> None:
     else:
         _check_cores(config, here)
         _check_memory(config, here)
+    _check_profile(config, here)
+
+
+def _check_profile(config: Config, machine: Machine) -> None:
+    """ConfigError where parallel.profile names a file that is not of this machine, model and software."""
+    from ..parallel.profile import find_profile, processor_name, profile_key
+
+    if config.parallel.profile is not None:
+        hardware = processor_name() if config.cluster.device is Device.CPU else machine.gpus[0].name
+        key = profile_key(model_spec(config.model), config.memory, config.train, config.cluster, hardware)
+        find_profile(config.parallel.profile, key)
 
 
 def this_machine(device: Device) -> Machine:

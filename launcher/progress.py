@@ -27,6 +27,11 @@ class Progress:
     """Most memory of each rank, over all steps."""
     checkpoint: Event | None = None
     checkpoint_error: str | None = None
+    sequence: str = "static"
+    """parallel.sequence of the run."""
+    planner_error: str | None = None
+    drift: dict[str, float] = field(default_factory=dict)
+    """Measured over modelled time of the group degrees for which it is far from one."""
 
     def apply(self, events: Iterable[Event]) -> Progress:
         """Take in new events, in order; returns itself."""
@@ -35,6 +40,8 @@ class Progress:
             "step": self._step,
             "checkpoint": self._saved,
             "checkpoint_failed": self._not_saved,
+            "planner_failed": self._planner_failed,
+            "drift": self._drifted,
         }
         for event in events:
             handler = handlers.get(event["event"])
@@ -45,6 +52,7 @@ class Progress:
     def _start(self, event: Event) -> None:
         self.steps, self.world_size = event["steps"], event["world_size"]
         self.parameters, self.resumed_from = event["parameters"], event.get("resumed_from")
+        self.sequence, self.planner_error = event.get("sequence", "static"), None
         kept = self.resumed_from or 0
         for values in (self.losses, self.durations):
             for step in [step for step in values if step > kept]:
@@ -63,6 +71,12 @@ class Progress:
 
     def _not_saved(self, event: Event) -> None:
         self.checkpoint_error = event["error"]
+
+    def _planner_failed(self, event: Event) -> None:
+        self.planner_error = event["error"]
+
+    def _drifted(self, event: Event) -> None:
+        self.drift.update(event["measured_over_predicted"])
 
     @property
     def step(self) -> int:
@@ -117,7 +131,32 @@ def summary_lines(progress: Progress) -> list[tuple[str, str]]:
         ("loss", f"{progress.losses[first]:.4f} at step {first}, {progress.losses[last]:.4f} at step {last}"),
         ("tokens", f"{progress.total_tokens:,}" + (f", {format_seconds(trained)} of training" if trained else "")),
     ]
+    plans = plans_text(progress)
+    if plans:
+        rows.append(("plans", plans))
     if progress.peak_bytes:
         shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
         rows.append(("peak memory", shares))
     return rows
+
+
+def plans_text(progress: Progress) -> str:
+    """What adaptive planning came to: the model's seconds against the static plan's, and what went wrong; empty for static runs."""
+    totals = (progress.last or {}).get("plan_totals")
+    if progress.sequence != "adaptive" or not totals:
+        return ""
+    late = f"{totals['late']} late" if totals["late"] else "none late"
+    parts = ["adaptive", f"{late} of {progress.step}"]
+    if totals["steps"] and totals["predicted_s"] > 0:
+        ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
+        saved = f"{format_seconds(ours)} a step in the model, {format_seconds(static)} with static groups: {static / ours:.2f} x"
+        parts.insert(1, saved)
+    if progress.planner_error:
+        parts.append(f"{progress.planner_error}, greedy plans since")
+    return "; ".join(parts)
+
+
+def drift_line(event: Event) -> str:
+    """Which groups do not take the time the cost model says, and what to do about it."""
+    ratios = ", ".join(f"groups of {degree} take {ratio:.2f} x" for degree, ratio in event["measured_over_predicted"].items())
+    return f"the cost model is off: {ratios} the modelled time (efflaunch profile measures this machine)"

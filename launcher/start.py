@@ -125,7 +125,7 @@ def report_end(run_dir: Path, code: int) -> None:
         print(f"  {name:<12}{value}")
     sys.stdout.flush()
     if code not in titles:
-        _print_failure(run_dir)
+        print_failure(run_dir)
 
 
 def _next_commands(run_dir: Path, code: int, progress: Progress) -> list[tuple[str, str]]:
@@ -136,7 +136,8 @@ def _next_commands(run_dir: Path, code: int, progress: Progress) -> list[tuple[s
     return rows
 
 
-def _print_failure(run_dir: Path) -> None:
+def print_failure(run_dir: Path) -> None:
+    """The first failure of a run, in full, on stderr."""
     state = read_state(run_dir)
     failure = state.failure if state else None
     if failure is None:

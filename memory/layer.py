@@ -13,6 +13,7 @@ half runs over chunks of rows, forward and backward, and only one chunk of it ex
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,9 @@ class AttentionRuntime(Protocol):
     def exchange_in_backward(self, gradients: QKV, spec: Any, dtype: object) -> QKV: ...
     def core_forward(self, qkv: QKV, spec: Any) -> tuple[Tensor, Tensor]: ...
     def core_backward(self, do: Tensor, qkv: QKV, o: Tensor, lse: Tensor, spec: Any) -> QKV: ...
+    def busy(self) -> AbstractContextManager[None]:
+        """The group's own work happens inside."""
+        ...
 
 
 class LayerExecutor:
@@ -122,6 +126,18 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, executor: LayerExecutor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime, *parameters: Tensor
     ) -> Tensor:
+        with attention.busy():
+            return _Layer._forward(ctx, x, executor, rope, attention, parameters)
+
+    @staticmethod
+    def _forward(
+        ctx: Any,
+        x: Tensor,
+        executor: LayerExecutor,
+        rope: tuple[Tensor, Tensor],
+        attention: AttentionRuntime,
+        parameters: tuple[Tensor, ...],
+    ) -> Tensor:
         ctx.executor, ctx.rope, ctx.attention, ctx.parameters, ctx.halves = executor, rope, attention, parameters, None
         if executor.policy.activations is Keep.KEEP:
             ctx.halves = _Halves(executor, x, rope, attention, again=False)
@@ -134,6 +150,11 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.attention.busy():
+            return _Layer._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         halves, executor, attention = ctx.halves, ctx.executor, ctx.attention
         ctx.halves = None
         if halves is None:

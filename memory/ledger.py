@@ -94,11 +94,11 @@ def build_ledger(
 
 
 def resolve_grad_reduce(setting: Setting) -> Setting:
-    """With `auto`: once per step where whole gradients fit on the device, else after every micro-batch."""
+    """With `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
     if setting.parallel.grad_reduce is not GradReduce.AUTO:
         return setting
     per_step = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
-    if device_account(per_step).fits:
+    if setting.parallel.barrier_free or device_account(per_step).fits:
         return per_step
     return replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.MICRO_BATCH))
 

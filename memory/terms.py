@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ..parallel.config import GradReduce, ParallelConfig
+from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout
 from .config import Keep, MemoryConfig
 
@@ -123,7 +123,9 @@ def optimizer_states(s: Setting) -> Term:
 
 def reduces_once(s: Setting) -> bool:
     """Whether gradients of several micro-batches pile up whole before they are reduced."""
-    return s.parallel.grad_reduce is GradReduce.STEP and s.layout.num_micro_batches > 1
+    # An adaptive plan may have more micro-batches than the static one of longest sequences.
+    several = s.layout.num_micro_batches > 1 or s.parallel.sequence is SequenceMode.ADAPTIVE or s.parallel.barrier_free
+    return s.parallel.grad_reduce is GradReduce.STEP and several
 
 
 def gradients(s: Setting) -> Term:
@@ -154,6 +156,9 @@ def gathered_root(s: Setting) -> Term:
 
 def gathered_layers(s: Setting) -> Term:
     phases = (Phase.FORWARD, *BACKWARD)
+    if s.parallel.barrier_free:
+        note = "all layers, in compute precision, from the first micro-batch to the last"
+        return term("layers, gathered", note, s.width * s.spec.num_layers * s.layer_parameters, (Phase.LOSS, *phases))
     return term("layers, gathered", "the running layer and the next, in compute precision", 2 * s.width * s.layer_parameters, phases)
 
 

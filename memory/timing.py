@@ -72,8 +72,9 @@ def estimate_time(s: Setting) -> Timing:
     # The busiest group sets the pace: sequences do not always divide over the groups.
     in_turn = layout.sequences_per_group * layout.num_micro_batches
     compute = in_turn * (attention + linear) / (layout.sp_degree * rate)
-    exchange = in_turn * _exchange_s(s, length) + in_turn * _exposed_ring_s(s, length, attention / (layout.sp_degree * rate))
-    sharding = max(0.0, layout.num_micro_batches * _gather_s(s) + _reduce_s(s) - compute)
+    ring = max(0.0, ring_s(s) * length - attention / (layout.sp_degree * rate))
+    exchange = in_turn * (exchange_s(s) * length + ring)
+    sharding = max(0.0, layout.num_micro_batches * gather_s(s) + reduce_s(s) - compute)
     forward = forward_attention_flops(s.spec.windows, s.spec.query_size, length)
     return Timing(
         attention_flops=sequences * attention,
@@ -92,54 +93,58 @@ def _matrix_parameters(s: Setting) -> int:
     return s.spec.num_layers * s.layer_parameters + s.spec.vocab_size * s.spec.hidden_size
 
 
-def _sequence_flops(s: Setting, length: int) -> tuple[float, float]:
-    """Attention and linear FLOPs of one sequence. The head is not recomputed: its gradient is made with its logits."""
-    attention = attention_passes(s) * forward_attention_flops(s.spec.windows, s.spec.query_size, length)
+def linear_flops(s: Setting) -> float:
+    """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
     head = s.spec.vocab_size * s.spec.hidden_size
-    return attention, (linear_passes(s) * s.spec.num_layers * s.layer_parameters + 6 * head) * length
+    return linear_passes(s) * s.spec.num_layers * s.layer_parameters + 6 * head
 
 
-def _exchange_s(s: Setting, length: int) -> float:
-    """Ulysses all-to-alls of one sequence: q, k, v in and o out, forward, again if recomputed, and their gradients."""
+def _sequence_flops(s: Setting, length: int) -> tuple[float, float]:
+    """Attention and linear FLOPs of one sequence."""
+    attention = attention_passes(s) * forward_attention_flops(s.spec.windows, s.spec.query_size, length)
+    return attention, linear_flops(s) * length
+
+
+def exchange_s(s: Setting) -> float:
+    """Ulysses all-to-alls of one token of a sequence: q, k, v in and o out, forward, again if recomputed, and their gradients."""
     ulysses = s.layout.ulysses
     if ulysses == 1:
         return 0.0
-    tokens = length / s.layout.sp_degree
     into, out = s.spec.query_size + 2 * s.kv_copies * s.spec.kv_size, s.spec.query_size
     again = 0 if s.memory.activations is Keep.KEEP else into + out
-    sent = s.spec.num_layers * s.width * tokens * (2 * (into + out) + again)
+    sent = s.spec.num_layers * s.width * (2 * (into + out) + again) / s.layout.sp_degree
     near = min(ulysses, s.layout.ranks_per_node)
     within, across = sent * (near - 1) / ulysses, sent * (ulysses - near) / ulysses
     return within / s.cluster.intra_node_bandwidth + across / s.cluster.inter_node_bandwidth
 
 
-def _exposed_ring_s(s: Setting, length: int, attention_s: float) -> float:
-    """Ring hops run beside attention; only what is longer than it shows."""
+def ring_s(s: Setting) -> float:
+    """Ring hops of one token of a sequence; they run beside attention, and only what is longer than it shows."""
     ring = s.layout.ring
     if ring == 1:
         return 0.0
-    per_hop = 2 * s.spec.kv_size * s.kv_copies / s.layout.ulysses * length / ring
+    per_hop = 2 * s.spec.kv_size * s.kv_copies / s.layout.ulysses / ring
     passes = attention_passes(s) - 2.5
     moved = s.spec.num_layers * per_hop * ((passes + 1) * (ring - 1) * s.width + ring * s.master)
     crosses = s.layout.sp_degree > s.layout.ranks_per_node
-    return max(0.0, moved / (s.cluster.inter_node_bandwidth if crosses else s.cluster.intra_node_bandwidth) - attention_s)
+    return moved / (s.cluster.inter_node_bandwidth if crosses else s.cluster.intra_node_bandwidth)
 
 
-def _gather_s(s: Setting) -> float:
+def gather_s(s: Setting) -> float:
     """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
     reduce_each = s.parallel.grad_reduce is not GradReduce.STEP
-    return _collective_s(s, 2 * s.width * s.parameters + (s.master * s.parameters if reduce_each else 0))
+    return collective_s(s, 2 * s.width * s.parameters + (s.master * s.parameters if reduce_each else 0))
 
 
-def _reduce_s(s: Setting) -> float:
+def reduce_s(s: Setting) -> float:
     """Gradients once a step: scattered over shards unless every micro-batch did, then summed over replicas."""
-    once = _collective_s(s, s.master * s.parameters) if s.parallel.grad_reduce is GradReduce.STEP else 0.0
+    once = collective_s(s, s.master * s.parameters) if s.parallel.grad_reduce is GradReduce.STEP else 0.0
     copies = s.layout.replicate
     bandwidth = s.cluster.inter_node_bandwidth if s.layout.num_nodes > 1 else s.cluster.intra_node_bandwidth
     return once + 2 * s.master * s.parameters / s.layout.shard * (copies - 1) / copies / bandwidth
 
 
-def _collective_s(s: Setting, num_bytes: float) -> float:
+def collective_s(s: Setting, num_bytes: float) -> float:
     shard = s.layout.shard
     crosses = shard > s.layout.ranks_per_node
     return num_bytes * (shard - 1) / shard / (s.cluster.inter_node_bandwidth if crosses else s.cluster.intra_node_bandwidth)

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Protocol
 
 from ..errors import ConfigError
-from ..units import Bytes, Tokens
+from ..units import Bytes, Seconds, Tokens
 
 
 class Device(Enum):
@@ -43,9 +43,12 @@ class ClusterConfig:
 
 
 class SequenceMode(Enum):
-    """How sequences are given to groups: `static` is one SP degree for the whole run."""
+    """How sequences are given to groups."""
 
     STATIC = "static"
+    """One SP degree for the whole run."""
+    ADAPTIVE = "adaptive"
+    """Each step's groups are planned for the lengths that are there."""
 
 
 class Scheme(Enum):
@@ -86,6 +89,12 @@ class ParallelConfig:
     tokens_per_rank: Tokens
     """Most tokens one rank holds in a micro-batch."""
     grad_reduce: GradReduce = GradReduce.AUTO
+    barrier_free: bool = False
+    """Ranks meet once a step instead of once a micro-batch: whole weights and gradients stay on every rank within the step."""
+    profile: str | None = None
+    """File of measured times (`efflaunch profile`); None: profile.yaml of the working directory, where it is of this machine and model."""
+    plan_patience_s: Seconds = 0.25
+    """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
 
 
 class Machines(Protocol):
@@ -111,6 +120,7 @@ def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: Heads) -> 
     _check_world(parallel, cluster)
     _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
     _check_scheme(parallel, spec.num_heads)
+    _check_barrier_free(parallel)
 
 
 def _check_counts(parallel: ParallelConfig, cluster: Machines) -> None:
@@ -158,6 +168,16 @@ def _check_degree(parallel: ParallelConfig, world: int) -> None:
             found=str(degree),
             expected=f"a power of two up to {largest} ({world} ranks)",
             hint=f"parallel.sp_degree={min(largest, 1 << max(0, degree.bit_length() - 1))}, or parallel.sp_degree=null",
+        )
+
+
+def _check_barrier_free(parallel: ParallelConfig) -> None:
+    if parallel.barrier_free and parallel.grad_reduce is GradReduce.MICRO_BATCH:
+        raise ConfigError(
+            "parallel.grad_reduce",
+            found="micro_batch with parallel.barrier_free=true",
+            expected="step: ranks that meet once a step reduce once a step",
+            hint="parallel.grad_reduce=auto, or parallel.barrier_free=false",
         )
 
 

@@ -37,3 +37,17 @@ def prepare_backward(model: nn.Module, *, reduce: bool, last: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(reduce)
     model.set_is_last_backward(last)
+
+
+def keep_weights(model: nn.Module, *, keep: bool) -> None:
+    """Whether gathered weights stay after each backward pass. They always stay after forward once this was called."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False)
+    model.set_reshard_after_backward(not keep)
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Gather every weight now. Collective over the mesh."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()

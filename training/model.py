@@ -50,7 +50,8 @@ class Trunk:
         tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
         for layer in base.layers:
             x = layer(x, tables, attention)
-        return chunked_cross_entropy(base.norm(x), self._model.lm_head.weight, tokens.target_ids, scale=scale, options=self._options)
+        with attention.busy():
+            return chunked_cross_entropy(base.norm(x), self._model.lm_head.weight, tokens.target_ids, scale=scale, options=self._options)
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:

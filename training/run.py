@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,16 @@ import torch.distributed as dist
 
 from ..checkpoint.engine import Restored, SaveReport
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, NonFiniteLossError
+from ..parallel.config import SequenceMode
+from ..parallel.profile import DEFAULT_FILE, save_profile
+from ..parallel.sequence.clock import BusyClock
+from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.solve import solve_static
+from ..parallel.sequence.service import PlanRequest, PlanService
+from .measure import Measured, StepTimes, bubble, group_rows
 from .metrics import Metrics
 from .optim import clip_gradients, set_learning_rate
+from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
 from .setup import RunSettings, Session, build_session, join_ranks
 from .spec import num_parameters
@@ -38,10 +45,19 @@ class Stop(Protocol):
 def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
     device = join_ranks(config.cluster)
+    # First of all: it starts while the model is built.
+    service = _plan_service(config)
     try:
-        return _Run(config, run_dir, device).loop(stop)
+        return _Run(config, run_dir, device, service).loop(stop)
     finally:
+        if service is not None:
+            service.close()
         dist.destroy_process_group()
+
+
+def _plan_service(config: RunSettings) -> PlanService | None:
+    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank() == 0
+    return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +68,13 @@ class _Gathered:
     tokens: list[int]
     peak_bytes: list[int]
     stop: bool
+    busy_s: list[list[float]]
+    """Of each micro-batch."""
 
 
 class _Run:
-    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device) -> None:
-        self.config, self.rank = config, dist.get_rank()
+    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None) -> None:
+        self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
         self.session: Session = build_session(config, run_dir, device, self._on_save)
         restored = self.session.engine.restore()
         self.done = restored.step if restored is not None else 0
@@ -68,7 +86,34 @@ class _Run:
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        extra = restored.extra if restored is not None else {}
+        self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
+        self.planner = self._planner(service, extra)
+        self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
+        if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
+            self.measured.drift.load(extra.get("drift", {}))
         self._write_start(restored)
+
+    def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
+        layout = self.session.layout
+        request = PlanRequest(
+            cost=self.costs.model,
+            static_degree=layout.sp_degree,
+            static_ulysses=layout.ulysses,
+            linear_cost_tokens=self.session.linear_cost_tokens,
+            certify=(os.cpu_count() or 1) > self.config.cluster.ranks_per_node,
+        )
+        planner = StepPlanner(
+            self.session.source.lengths,
+            self.config.train.steps,
+            request,
+            self.config.parallel.sequence,
+            service=service,
+            barrier_free=self.config.parallel.barrier_free,
+            report=self.metrics.write,
+        )
+        planner.totals = Totals(**extra.get("plan_totals", {}))
+        return planner
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
@@ -90,10 +135,11 @@ class _Run:
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
         started, step, session = time.monotonic(), self.done, self.session
-        plan = self._plan(step)
+        plan = self.planner.plan(step)
         works = read_step(session.source, step, plan, self.rank)
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
+        clocks, begun = [BusyClock(session.device) for _ in works], time.monotonic()
         shares = backward_step(
             session.model,
             session.topology,
@@ -102,8 +148,11 @@ class _Run:
             num_targets=targets,
             reduce_each=session.reduce_each,
             device=session.device,
+            barrier_free=self.config.parallel.barrier_free,
+            clocks=clocks,
         )
-        told = self._gather(shares.sum(), works, stop)
+        told = self._gather(shares.sum(), works, clocks, stop)
+        backward_s = time.monotonic() - begun
         self._check_finite(told.loss, shares, plan, step)
         norm = clip_gradients(session.model, self.config.optim.grad_clip)
         self._check_finite(norm, shares, plan, step)
@@ -112,28 +161,19 @@ class _Run:
         session.engine.wait_for_snapshot()
         session.optimizer.step()
         session.optimizer.zero_grad()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started)
+        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started, backward_s)
         return told.stop
 
-    def _plan(self, step: int) -> StepPlan:
-        layout = self.session.layout
-        return solve_static(
-            self.session.source.lengths(step),
-            world_size=layout.world_size,
-            degree=layout.sp_degree,
-            ulysses=layout.ulysses,
-            tokens_per_rank=layout.tokens_per_rank,
-            linear_cost_tokens=self.session.linear_cost_tokens,
-        )
-
-    def _gather(self, share: torch.Tensor, works: list[Work], stop: Stop) -> _Gathered:
-        """Loss, tokens, memory and the stop flag of every rank in one collective; summed in rank order, so bit-equal everywhere."""
+    def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
+        """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
+        row += [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops = torch.stack(table).T.tolist()
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops))
+        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        by_rank = [list(times) for times in zip(*busy, strict=True)]
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
 
     def _peak(self) -> int:
         if self.session.device.type == "cuda":
@@ -162,7 +202,7 @@ class _Run:
             hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
         )
 
-    def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float) -> None:
+    def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1
         self.last_loss = told.loss
         self.first_loss = told.loss if self.first_loss is None else self.first_loss
@@ -173,6 +213,8 @@ class _Run:
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
         self.step_s.append(elapsed)
+        times = StepTimes(told.busy_s, backward_s, elapsed)
+        planned = self._measure(plan, times)
         if self.done % self.config.logging.every_steps and self.done != self.config.train.steps:
             return
         self.metrics.write(
@@ -186,12 +228,32 @@ class _Run:
             tokens_per_s=tokens / elapsed,
             micro_batches=len(plan.micro_batches),
             plan=str(plan),
+            **planned,
             ranks=[
                 {"rank": rank, "tokens": held, "peak_bytes": peak}
                 for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
             ],
             total_tokens=self.total_tokens,
         )
+
+    def _measure(self, plan: StepPlan, times: StepTimes) -> dict[str, Any]:
+        """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
+        static_s, plan = self.planner.known_by_now(self.done - 1, plan)
+        self.measured.add(plan, times)
+        drifted = self.measured.drift.news()
+        if drifted:
+            self.metrics.write("drift", step=self.done, measured_over_predicted={str(d): ratio for d, ratio in drifted.items()})
+        return {
+            "planned_by": plan.source,
+            "predicted_s": plan.predicted_s,
+            "lower_bound_s": plan.lower_bound_s,
+            "bound": plan.bound,
+            "gap": plan.gap,
+            "static_s": static_s,
+            "bubble": bubble(plan, times, barrier_free=self.config.parallel.barrier_free),
+            "plan_totals": asdict(self.planner.totals),
+            "groups": group_rows(plan, times, self.costs.overhead_s),
+        }
 
     def _save(self) -> None:
         """Write the state after the updates done so far; nothing where it is on disk already."""
@@ -204,8 +266,14 @@ class _Run:
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
             "total_tokens": self.total_tokens,
+            "costs": self.costs.dump(),
+            "drift": self.measured.drift.dump(),
+            "plan_totals": asdict(self.planner.totals),
         }
         self.session.engine.save(self.done, extra)
+        refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
+        if refitted is not None:
+            save_profile(self.run_dir / DEFAULT_FILE, refitted)
 
     def _check_saved(self) -> None:
         """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says."""
@@ -234,6 +302,10 @@ class _Run:
             world_size=self.session.topology.world_size,
             parameters=num_parameters(self.session.spec),
             plan=str(self.session.layout),
+            sequence=self.config.parallel.sequence.value,
+            costs=self.costs.origin,
+            cost_model=asdict(self.costs.model),
+            excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
@@ -248,12 +320,12 @@ class _Run:
             total_tokens=self.total_tokens,
             peak_bytes=self.peak_bytes,
             step_s_mean=sum(self.step_s) / len(self.step_s) if self.step_s else None,
+            drift=self.measured.summary(),
+            late_plans=self.planner.totals.late,
         )
 
 
 def _plain(config: RunSettings) -> dict[str, Any]:
     """The configuration as JSON, for sinks that show it."""
-    from dataclasses import asdict
-
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
     return plain

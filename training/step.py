@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..parallel.sequence.attention import BlockKernel
+from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.layout import GroupLayout
 from ..parallel.sequence.plan import Group, StepPlan
-from ..parallel.sequence.runtime import sequence_attention
-from ..parallel.sharding import prepare_backward
+from ..parallel.sequence.runtime import SequenceAttention, sequence_attention
+from ..parallel.sharding import gather_weights, keep_weights, prepare_backward
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
@@ -30,6 +31,11 @@ class Work:
     shard: PackedShard
     layout: GroupLayout | None
     group: Group | None
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+EMPTY = Work(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
+"""No tokens: every collective over all ranks, and nothing else."""
 
 
 def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[Work]:
@@ -54,22 +60,42 @@ def backward_step(
     num_targets: int,
     reduce_each: bool,
     device: torch.device,
+    barrier_free: bool = False,
+    clocks: Sequence[BusyClock] | None = None,
 ) -> Tensor:
     """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
 
     The sum over micro-batches and ranks is the loss.
 
-    `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end.
+    `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
+    different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
+
+    Note: without barriers, all weights are gathered first and stay; a rank passes over micro-batches in which it has no group.
+    Reductions cannot ride on a rank's last micro-batch: its partners may have more to do first, and need it. They ride on one
+    more pass, of no tokens, that all ranks make at the end.
     """
+    clocks = clocks or [BusyClock(device) for _ in works]
     shares = torch.zeros(len(works), dtype=torch.float64, device=device)
+    if barrier_free:
+        keep_weights(model, keep=True)
+        gather_weights(model)
     for index, work in enumerate(works):
-        last = index == len(works) - 1
+        if barrier_free and work.group is None:
+            continue
+        last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
-        attention = sequence_attention(topology, kernel, work.group, work.layout)
-        loss = model(to_tokens(work, device), attention, 1.0 / num_targets)
-        loss.backward()
-        shares[index] = loss.detach()
+        shares[index] = _micro_batch(model, sequence_attention(topology, kernel, work.group, work.layout, clocks[index]), work, num_targets, device)
+    if barrier_free:
+        keep_weights(model, keep=False)
+        prepare_backward(model, reduce=True, last=True)
+        _micro_batch(model, sequence_attention(topology, kernel, None, None, BusyClock(device)), EMPTY, num_targets, device)
     return shares
+
+
+def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, work: Work, num_targets: int, device: torch.device) -> Tensor:
+    loss: Tensor = model(to_tokens(work, device), attention, 1.0 / num_targets)
+    loss.backward()
+    return loss.detach()
 
 
 def to_tokens(work: Work, device: torch.device) -> Tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import PlanError
 
@@ -19,6 +19,8 @@ class Group:
     degree: int
     ulysses: int
     sequences: tuple[int, ...]
+    predicted_s: float | None = field(default=None, compare=False)
+    """Modelled seconds of the group in its micro-batch, without what every micro-batch costs."""
 
     @property
     def ring(self) -> int:
@@ -49,6 +51,21 @@ class StepPlan:
     world_size: int
     lengths: tuple[int, ...]
     micro_batches: tuple[MicroBatch, ...]
+    predicted_s: float | None = field(default=None, compare=False)
+    """Modelled seconds of the step."""
+    lower_bound_s: float | None = field(default=None, compare=False)
+    """No plan of these lengths is faster in the same model; None where no bound was made or it does not hold."""
+    bound: str = field(default="", compare=False)
+    """Which bound: "staircase", "class LP" or "class MILP"."""
+    source: str = field(default="static", compare=False)
+    """Who made it: "static", "adaptive", "greedy", or "late" (greedy, because the planner was)."""
+
+    @property
+    def gap(self) -> float | None:
+        """How much slower than the bound the plan is at most, as a share; None without both figures."""
+        if self.predicted_s is None or not self.lower_bound_s:
+            return None
+        return max(0.0, self.predicted_s / self.lower_bound_s - 1)
 
     def __str__(self) -> str:
         return " | ".join(" ".join(str(group) for group in batch.groups) for batch in self.micro_batches)

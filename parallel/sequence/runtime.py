@@ -7,6 +7,7 @@ exchanges every tensor has all tokens of this ring member and the local heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..topology import Topology
 from .attention import AttentionSpec, BlockKernel, attention_backward, attention_forward
 from .blocks import Blocks, attention_blocks
+from .clock import BusyClock
 from .layout import GroupLayout
 from .plan import Group
 from .ring import Ring, ring_backward, ring_forward
@@ -31,11 +33,16 @@ class SequenceAttention:
     group: Group | None
     """None: this rank has no work in the micro-batch, and every tensor has zero rows."""
     layout: GroupLayout | None
+    clock: BusyClock
+    """How long the group is busy."""
     _blocks: dict[int | None, tuple[Blocks, ...]]
 
     @property
     def member(self) -> int:
         return 0 if self.group is None else self.topology.rank - self.group.first_rank
+
+    def busy(self) -> AbstractContextManager[None]:
+        return self.clock.running()
 
     def exchange_in(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> QKV:
         """(T, heads, D) of this rank -> (T of the ring member, local heads, D)."""
@@ -97,6 +104,8 @@ class SequenceAttention:
         return self._blocks[window]
 
 
-def sequence_attention(topology: Topology, kernel: BlockKernel, group: Group | None, layout: GroupLayout | None) -> SequenceAttention:
-    """The attention of `group` (None: no work) with its layout."""
-    return SequenceAttention(topology, kernel, group, layout, {})
+def sequence_attention(
+    topology: Topology, kernel: BlockKernel, group: Group | None, layout: GroupLayout | None, clock: BusyClock
+) -> SequenceAttention:
+    """The attention of `group` (None: no work) with its layout, timed by `clock`."""
+    return SequenceAttention(topology, kernel, group, layout, clock, {})

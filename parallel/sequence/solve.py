@@ -1,13 +1,17 @@
-"""From the lengths of a step to its StepPlan: one sequence-parallel degree for all. Pure."""
+"""From the lengths of a step to its StepPlan: one sequence-parallel degree for all, or groups that suit each sequence. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ...errors import ConfigError, PlanError
 from ...units import format_tokens
 from ..config import Scheme
 from .plan import Group, MicroBatch, StepPlan
+
+if TYPE_CHECKING:
+    from .cost import CostModel
 
 
 def choose_degree(*, max_seq_len: int, tokens_per_rank: int, world_size: int, requested: int | None) -> int:
@@ -61,6 +65,28 @@ def choose_ulysses(*, degree: int, num_heads: int, ranks_per_node: int, scheme: 
 
 def _powers(limit: int) -> list[int]:
     return [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
+
+
+def solve_adaptive(lengths: Sequence[int], cost: CostModel, *, budget: int | None = None, wall_s: float | None = None) -> StepPlan:
+    """Groups of the degrees that suit the step's sequences; see adaptive.adaptive_plan. Never slower in the model than solve_best_static
+    or solve_greedy. The plan depends on lengths, cost and `budget` (units of work; None: by the number of sequences) alone, unless `wall_s` cuts it off."""
+    from .adaptive import adaptive_plan
+
+    return adaptive_plan(lengths, cost, budget=budget, wall_s=wall_s)
+
+
+def solve_greedy(lengths: Sequence[int], cost: CostModel) -> StepPlan:
+    """Longest first, counting s^2 / ranks only, as Megatron's dynamic context parallelism does: milliseconds, and no search."""
+    from .adaptive import greedy_plan
+
+    return greedy_plan(lengths, cost)
+
+
+def solve_best_static(lengths: Sequence[int], cost: CostModel) -> StepPlan:
+    """The best plan of one degree for all sequences, packed best-fit or balanced."""
+    from .adaptive import static_plan
+
+    return static_plan(lengths, cost)
 
 
 def solve_static(

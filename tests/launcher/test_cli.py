@@ -17,7 +17,7 @@ from efflaunch.launcher.completion import SHELLS, complete, script
 from efflaunch.launcher.schema import config_keys
 from efflaunch.tests.launcher.runs import environment
 
-COMMANDS = ["train", "plan", "resume", "status", "export", "completion"]
+COMMANDS = ["train", "plan", "resume", "status", "explain", "simulate", "export", "completion"]
 
 
 def efflaunch(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -71,6 +71,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["status"], "efflaunch: efflaunch status: found the following arguments are required: RUN_DIR; expected usage: efflaunch status"),
         (["status", "nowhere"], "efflaunch: nowhere: found no run.yaml; expected a run directory."),
         (["resume", "nowhere"], "efflaunch: nowhere: found no run.yaml; expected a run directory."),
+        (["explain", "nowhere"], "efflaunch: nowhere: found no run.yaml; expected a run directory."),
         (["export", "nowhere", "out"], "efflaunch: nowhere: found no run.yaml; expected a run directory."),
         (["completion", "tcsh"], "efflaunch: efflaunch completion: found 'tcsh'; expected one of bash, zsh, fish."),
         (["+experiment=quickstart", "train.stepz=3"], "efflaunch: train.stepz: found an unknown key;"),

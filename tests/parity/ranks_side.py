@@ -75,7 +75,10 @@ def _gradients(model, topology, source, plan, case):
     works = read_step(source, 0, plan, topology.rank)
     count = count_targets(works, torch.device("cpu"))
     reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
-    loss = backward_step(model, topology, CpuKernel(), works, num_targets=count, reduce_each=reduce_each, device=device).sum()
+    loss = backward_step(
+        model, topology, CpuKernel(), works,
+        num_targets=count, reduce_each=reduce_each, device=device, barrier_free=case.get("barrier_free", False),
+    ).sum()  # fmt: skip
     dist.all_reduce(loss)
     return float(loss)
 

@@ -57,6 +57,12 @@ def static(world, degree, ulysses, lengths=LENGTHS, tokens_per_rank=1000):
 
 
 ALL = tuple(range(len(LENGTHS)))
+ADAPTIVE = (
+    batch((0, 4, 2, (2,))),
+    batch((0, 2, 1, (0,)), (2, 1, 1, (1,)), (3, 1, 1, (3,))),
+    batch((2, 2, 2, (4,))),
+)
+"""Every degree and scheme, in three micro-batches; two ranks are idle in the last."""
 ROWS = {
     "one rank": ({}, static(1, 1, 1)),
     "two ranks, data parallel": ({}, static(2, 1, 1)),
@@ -107,6 +113,14 @@ ROWS = {
         for family in ("mistral", "gemma2", "gemma3")
     },
     **{f"rope {kind}": ({"family": f"rope_{kind}"}, static(2, 2, 1)) for kind in ("linear", "dynamic", "yarn", "llama3")},
+    "adaptive: groups of 1, 2 and 4, ring, ulysses and hybrid, three steps": ({"steps": 3}, plan_of(4, *ADAPTIVE)),
+    "adaptive, recompute, HSDP": ({"policy": "recompute", "replicate": 2}, plan_of(4, *ADAPTIVE)),
+    "adaptive, more ranks than key/value heads in some groups": ({"family": "llama_4kv"}, plan_of(4, *ADAPTIVE)),
+    "barrier-free, three steps": ({"barrier_free": True, "steps": 3}, plan_of(4, *ADAPTIVE)),
+    "barrier-free, recompute, HSDP": ({"barrier_free": True, "policy": "recompute", "replicate": 2}, plan_of(4, *ADAPTIVE)),
+    "barrier-free, a rank that never works": ({"barrier_free": True}, plan_of(4, batch((0, 2, 2, (2, 0)), (2, 1, 1, (1, 3))), batch((0, 2, 1, (4,))))),
+    "barrier-free, tied embeddings, gemma2": ({"barrier_free": True, "family": "gemma2"}, plan_of(4, *ADAPTIVE)),
+    "barrier-free, one rank": ({"barrier_free": True}, static(1, 1, 1)),
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
 }  # fmt: skip
 

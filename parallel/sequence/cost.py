@@ -1,0 +1,272 @@
+"""Seconds a plan takes, by a model that is additive over the sequences of a group. Pure; numpy is imported when asked for.
+
+A micro-batch takes `beta_s` plus its slowest group; a group takes the sum of its sequences. One sequence of n tokens over d ranks
+takes its linear work and Ulysses exchanges, both linear in n, and attention or ring hops, whichever is longer: they run side by side.
+All seconds of a DegreeCost already contain the division by the degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...errors import ConfigError, PlanError
+from ...units import format_tokens
+from ..config import ParallelConfig, Scheme
+from .plan import Group, MicroBatch, StepPlan
+from .solve import choose_ulysses
+
+if TYPE_CHECKING:  # plans are shared, runtimes are not
+    import numpy as np
+
+    from ...memory.config import MemoryConfig
+    from ...memory.terms import Setting
+    from ...training.config import DataConfig, TrainConfig
+    from ...training.spec import ModelSpec
+    from ..config import ClusterConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DegreeCost:
+    """What one sequence of n tokens adds to a group of `degree` ranks."""
+
+    degree: int
+    ulysses: int
+    attention_s: float
+    """Per n^2: layers whose attention sees the whole sequence."""
+    linear_s: float
+    """Per token: all that is local to tokens."""
+    exchange_s: float = 0.0
+    """Per token: Ulysses all-to-alls, which compute waits for."""
+    ring_s: float = 0.0
+    """Per token: ring hops, hidden as long as attention takes."""
+    windowed_s: tuple[tuple[int, float], ...] = ()
+    """(window, seconds per query-key pair) of layers whose attention looks back that many tokens."""
+
+    @property
+    def ring(self) -> int:
+        return self.degree // self.ulysses
+
+    def sequence_s(self, lengths: Any) -> np.ndarray:
+        """Seconds of each sequence; any shape of token counts."""
+        import numpy as np
+
+        n = np.asarray(lengths, dtype=np.float64)
+        attention = self.attention_s * n * n
+        for window, pair_s in self.windowed_s:
+            attention = attention + pair_s * np.where(n <= window, n * n / 2, window * (n - window / 2))
+        return n * (self.linear_s + self.exchange_s) + np.maximum(attention, n * self.ring_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """Modelled time of one step over `world_size` ranks, and the limit on what a rank holds."""
+
+    world_size: int
+    tokens_per_rank: int
+    """A group of d ranks holds at most d times this in a micro-batch."""
+    degrees: tuple[DegreeCost, ...]
+    """Ascending."""
+    excluded: tuple[tuple[int, str], ...] = ()
+    """Degrees that model or topology forbid, and why."""
+    beta_s: float = 0.0
+    """Of every micro-batch, whatever it holds."""
+    gather_s: float = 0.0
+    """Collectives on weights and gradients beside a micro-batch's compute: it takes at least this, and beta_s."""
+    step_s: float = 0.0
+    """Of every step, whatever its plan."""
+    source: str = "arithmetic"
+    """Where the figures come from: "arithmetic", "profile" or a publication."""
+
+    def __post_init__(self) -> None:
+        found = [cost.degree for cost in self.degrees]
+        if not found or found != sorted(set(found)) or found[-1] > self.world_size or self.tokens_per_rank < 1:
+            raise PlanError(
+                "cost model",
+                found=f"degrees {found} over {self.world_size} ranks of {self.tokens_per_rank} tokens",
+                expected="ascending degrees no larger than the world, and room for a token",
+                hint=f"degrees that can be had: {'; '.join(f'{d}: {why}' for d, why in self.excluded) or 'all powers of two'}",
+            )
+
+    @property
+    def largest(self) -> int:
+        """Ranks of the largest group."""
+        return self.degrees[-1].degree
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence any group can hold."""
+        return self.largest * self.tokens_per_rank
+
+    def of(self, degree: int) -> DegreeCost:
+        """PlanError, with the reason, where the degree is excluded."""
+        for cost in self.degrees:
+            if cost.degree == degree:
+                return cost
+        raise PlanError(
+            "cost model",
+            found=f"a group of {degree} ranks",
+            expected=f"one of {', '.join(str(cost.degree) for cost in self.degrees)}",
+            hint=dict(self.excluded).get(degree, "a degree of the cost model"),
+        )
+
+    def sequence_s(self, lengths: Any, degree: int) -> np.ndarray:
+        """Seconds each sequence adds to a group of `degree` ranks."""
+        return self.of(degree).sequence_s(lengths)
+
+    def group_s(self, lengths: Any, degree: int) -> float:
+        """Seconds of a group that holds sequences of these lengths; without beta_s."""
+        return float(self.sequence_s(lengths, degree).sum())
+
+    def micro_batch_s(self, batch: MicroBatch, lengths: Sequence[int]) -> float:
+        """The slowest group (or the collectives on weights, where those take longer), and beta_s."""
+        slowest = max((self.group_s([lengths[i] for i in group.sequences], group.degree) for group in batch.groups), default=0.0)
+        return self.beta_s + max(self.gather_s, slowest)
+
+    def plan_s(self, plan: StepPlan, *, barrier_free: bool = False) -> float:
+        """Seconds of the step. `barrier_free`: ranks meet only inside groups and at the end; weights are gathered once."""
+        if barrier_free:
+            return self.step_s + self.gather_s + self._barrier_free_s(plan)
+        return self.step_s + sum(self.micro_batch_s(batch, plan.lengths) for batch in plan.micro_batches)
+
+    def _barrier_free_s(self, plan: StepPlan) -> float:
+        ready = [0.0] * plan.world_size
+        for batch in plan.micro_batches:
+            for group in batch.groups:
+                ranks = range(group.first_rank, group.first_rank + group.degree)
+                spent = self.group_s([plan.lengths[i] for i in group.sequences], group.degree)
+                done = max(ready[rank] for rank in ranks) + self.beta_s + spent
+                for rank in ranks:
+                    ready[rank] = done
+        return max(ready, default=0.0)
+
+    def priced(self, plan: StepPlan) -> StepPlan:
+        """The same plan with predicted_s of the step and of every group."""
+
+        def group(held: Group) -> Group:
+            return replace(held, predicted_s=self.group_s([plan.lengths[i] for i in held.sequences], held.degree))
+
+        batches = tuple(MicroBatch(tuple(group(held) for held in batch.groups)) for batch in plan.micro_batches)
+        return replace(plan, micro_batches=batches, predicted_s=self.plan_s(plan))
+
+    def is_monotone(self) -> bool:
+        """Whether time per token never falls with length, and rank-seconds of a sequence never fall with the degree."""
+        import numpy as np
+
+        lengths = np.unique(np.geomspace(1, self.max_seq_len, 256).astype(np.int64))
+        table = np.stack([cost.sequence_s(lengths) * cost.degree for cost in self.degrees])
+        slack = 1e-9 * np.abs(table)
+        per_token = table / lengths
+        rising = bool(np.all(np.diff(per_token, axis=1) >= -slack[:, 1:] / lengths[1:]))
+        return rising and bool(np.all(np.diff(table, axis=0) >= -slack[1:])) and bool(np.all(table > 0))
+
+
+class Fitted(Protocol):
+    """Measured constants that replace arithmetic (parallel/profile.py)."""
+
+    def refine(self, cost: CostModel) -> CostModel: ...
+
+
+def cost_model(
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    cluster: ClusterConfig,
+    profile: Fitted | None = None,
+) -> CostModel:
+    """The model of one configuration: by arithmetic from data sheets, then refined by `profile`."""
+    world = cluster.num_nodes * cluster.ranks_per_node
+    ulysses, excluded = allowed_degrees(parallel, num_heads=spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
+    from ...memory.timing import gather_s, reduce_s
+
+    setting = _setting(spec, parallel, memory, train, data, cluster)
+    degrees = tuple(
+        degree_cost(replace(setting, layout=replace(setting.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
+    )
+    cost = CostModel(
+        world_size=world,
+        tokens_per_rank=int(parallel.tokens_per_rank),
+        degrees=degrees,
+        excluded=excluded,
+        beta_s=_exposed_s(setting),
+        gather_s=gather_s(setting),
+        step_s=reduce_s(setting),
+    )
+    return cost if profile is None else profile.refine(cost)
+
+
+def allowed_degrees(
+    parallel: ParallelConfig, *, num_heads: int, ranks_per_node: int, world_size: int
+) -> tuple[dict[int, int], tuple[tuple[int, str], ...]]:
+    """Ulysses ranks of every group size that can be had, and the sizes that cannot, with the reason."""
+    allowed: dict[int, int] = {}
+    excluded: list[tuple[int, str]] = []
+    for exponent in range(world_size.bit_length()):
+        degree = 1 << exponent
+        wanted = parallel.ulysses_degree
+        inner = min(wanted, degree) if wanted is not None and parallel.scheme is Scheme.HYBRID else wanted
+        try:
+            allowed[degree] = choose_ulysses(
+                degree=degree, num_heads=num_heads, ranks_per_node=ranks_per_node, scheme=parallel.scheme, requested=inner
+            )
+        except ConfigError as error:
+            excluded.append((degree, f"{error.found}: {error.expected}"))
+    return allowed, tuple(excluded)
+
+
+def degree_cost(s: Setting) -> DegreeCost:
+    """Arithmetic of the group size in the setting's layout."""
+    from ...memory.timing import attention_passes, exchange_s, linear_flops, ring_s
+
+    rate = s.cluster.peak_flops * s.cluster.efficiency * s.layout.sp_degree
+    pair_s = attention_passes(s) * 4 * s.spec.query_size / rate
+    windows = sorted(window for window in s.spec.windows if window is not None)
+    full = len(s.spec.windows) - len(windows)
+    return DegreeCost(
+        degree=s.layout.sp_degree,
+        ulysses=s.layout.ulysses,
+        attention_s=full * pair_s / 2,
+        linear_s=linear_flops(s) / rate,
+        exchange_s=exchange_s(s),
+        ring_s=ring_s(s),
+        windowed_s=tuple((window, pair_s * windows.count(window)) for window in sorted(set(windows))),
+    )
+
+
+def check_lengths(lengths: Iterable[int], cost: CostModel) -> None:
+    """PlanError naming the sequence, the limit and what would raise it."""
+    for index, length in enumerate(lengths):
+        if 1 <= length <= cost.max_seq_len:
+            continue
+        limit = f"{cost.largest} ranks x parallel.tokens_per_rank={format_tokens(cost.tokens_per_rank)}"
+        why = "; ".join(f"groups of {degree} are out: {reason}" for degree, reason in cost.excluded if degree > cost.largest)
+        raise PlanError(
+            "sequence lengths",
+            found=f"sequence {index} with {length} tokens",
+            expected=f"1 to {cost.max_seq_len} tokens ({limit})" + (f"; {why}" if why else ""),
+            hint="drop sequences without tokens"
+            if length < 1
+            else f"parallel.tokens_per_rank={format_tokens(-(-int(length) // cost.largest))}, more ranks, or a smaller data.max_seq_len",
+        )
+
+
+def _setting(
+    spec: ModelSpec, parallel: ParallelConfig, memory: MemoryConfig, train: TrainConfig, data: DataConfig, cluster: ClusterConfig
+) -> Setting:
+    """The ledger's, without a requirement that one static degree suits the longest sequence."""
+    from ...memory.ledger import build_ledger
+
+    return build_ledger(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster).setting
+
+
+def _exposed_s(s: Setting) -> float:
+    """What hides behind no compute: the first gather of embedding and first layer, and the last reduction where each micro-batch has one."""
+    from ...memory.timing import collective_s
+    from ..config import GradReduce
+
+    first = s.root_parameters + s.layer_parameters
+    reduced = 0 if s.parallel.grad_reduce is GradReduce.STEP else s.master * s.root_parameters
+    return collective_s(s, s.width * first + reduced)

@@ -1,0 +1,59 @@
+"""A run directory with a corpus and metrics, as training leaves it, without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.config import Config
+from efflaunch.launcher.explain_command import step_lengths
+from efflaunch.launcher.rundir import write_run
+from efflaunch.launcher.sequence_plan import plan_step, step_cost
+from efflaunch.parallel.sequence.plan import StepPlan
+from efflaunch.tests.data.corpora import write_corpus
+
+STEPS = 3
+
+
+def make_run(directory: Path, *overrides: str, recorded: bool = True) -> tuple[Path, Config, list[StepPlan]]:
+    """RUN_DIR, its configuration and the plans of its steps; `recorded`: metrics.jsonl holds them, else only their text."""
+    run_dir = directory / "runs" / "mine"
+    run_dir.mkdir(parents=True)
+    lengths = np.random.default_rng(0).lognormal(np.log(300), 1.3, 400).astype(int).clip(2, 8000)
+    prefix = write_corpus(directory / "corpus", [[1] * n for n in lengths.tolist()])
+    config = compose(
+        ["+experiment=quickstart", "data=indexed", f"data.prefixes=[{prefix}]", "data.max_seq_len=8K", "data.global_batch_tokens=16K"]
+        + [f"train.steps={STEPS}", "optim.warmup_steps=0", "run.id=mine", *overrides]
+    )
+    write_run(run_dir, config, 1)
+    cost = step_cost(config)
+    plans = [plan_step(config, step_lengths(config, step), cost) for step in range(1, STEPS + 1)]
+    lines = [json.dumps({"event": "start", "step": 0, "plan": "layout"})]
+    lines += [json.dumps(step_event(step, plan, recorded)) for step, plan in enumerate(plans[:-1], 1)]
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return run_dir, config, plans
+
+
+def step_event(step: int, plan: StepPlan, recorded: bool) -> dict[str, Any]:
+    """What training writes of a step: the last one's line is not there yet."""
+    event: dict[str, Any] = {"event": "step", "step": step, "step_s": 1.5 * step, "plan": str(plan), "planned_by": plan.source}
+    if recorded:
+        event["groups"] = [
+            {
+                "micro_batch": index,
+                "first_rank": group.first_rank,
+                "degree": group.degree,
+                "ulysses": group.ulysses,
+                "sequences": list(group.sequences),
+                "lengths": [plan.lengths[i] for i in group.sequences],
+                "predicted_s": group.predicted_s,
+                "measured_s": 2.0 * (group.predicted_s or 1.0),
+            }
+            for index, batch in enumerate(plan.micro_batches)
+            for group in batch.groups
+        ]
+    return event

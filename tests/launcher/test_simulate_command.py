@@ -1,0 +1,133 @@
+"""`efflaunch simulate` and `efflaunch plan --lengths`: what they say, and that nobody is better than ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efflaunch.errors import ConfigError, PlanError
+from efflaunch.launcher import cli
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.plan_step_command import draw_step_lengths
+from efflaunch.launcher.sequence_plan import step_cost
+from efflaunch.launcher.simulate_command import Request, step_lengths
+from efflaunch.parallel.sequence.plan import StepPlan
+from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy
+from efflaunch.parallel.simulate import Contestant, gaps, rows, simulate
+
+NODES = ["+experiment=llama8b_1M", "cluster=a100_40g_8x8", "cluster.num_nodes=2", "data.max_seq_len=128K", "parallel.tokens_per_rank=8K"]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert cli.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def test_ours_is_never_slower_and_never_below_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", *NODES, "--lengths", "commoncrawl", "--sequences", "96", "--steps", "3", "--flexsp-steps", "1"]
+    found = run_json(capsys, *words, "--flexsp-seconds", "1")
+    planners = {row["name"]: row for row in found["planners"]}
+    assert list(planners) == ["best static degree", "greedy", "FlexSP's MILP", "efflaunch"]
+    assert [row["steps"] for row in planners.values()] == [3, 3, 1, 3] and found["world_size"] == 16
+    for step in found["steps"]:
+        ours = step["step_s"]["efflaunch"]
+        assert all(ours <= other * (1 + 1e-9) for other in step["step_s"].values())
+        assert step["lower_bound_s"] <= ours * (1 + 1e-9) and step["longest"] <= 128 << 10 and step["sequences"] == 96
+    for row in planners.values():
+        mine = [step["step_s"]["efflaunch"] for step in found["steps"][: row["steps"]]]
+        theirs = [step["step_s"][row["name"]] for step in found["steps"][: row["steps"]]]
+        assert row["speedup"] == pytest.approx(sum(theirs) / sum(mine)) and row["mean_s"] == pytest.approx(sum(theirs) / len(theirs))
+        assert row["least"] == pytest.approx(min(a / b for a, b in zip(theirs, mine, strict=True))) and row["least"] >= 1 - 1e-9
+    assert 0 <= found["gap_mean"] <= found["gap_max"]
+
+
+def test_the_same_words_give_the_same_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", *NODES, "--lengths", "github", "--sequences", "64", "--steps", "2", "--flexsp-steps", "0"]
+    first, again, other = (run_json(capsys, *words, "--seed", seed)["steps"] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_table_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["simulate", *NODES, "--lengths", "wikipedia", "--sequences", "64", "--steps", "2", "--flexsp-steps", "0"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("llama8b_1M on 16 ranks of a100_40g_8x8", "best static degree", "greedy", "efflaunch is faster", "above the best there can be"):
+        assert part in shown, shown
+
+
+def test_a_thousand_ranks_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("\n".join(["64K", "20K", *["2000"] * 30, *["300"] * 200]))
+    words = ["simulate", *NODES, "cluster.num_nodes=128", "--lengths", str(lengths), "--steps", "1", "--sequences", "500", "--flexsp-steps", "0"]
+    found = run_json(capsys, *words)
+    assert found["world_size"] == 1024 and found["longest"] == 64 << 10
+
+
+def test_plan_with_lengths_of_a_file_is_that_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("70000 300 4096 12")
+    found = run_json(capsys, "plan", *NODES, "--lengths", str(lengths))
+    held = sorted(length for batch in found["micro_batches"] for group in batch["groups"] for length in group["lengths"])
+    assert held == [12, 300, 4096, 70000] and found["longest"]["tokens"] == 70000 and found["longest"]["degree"] >= 16
+    assert found["lengths"] == str(lengths)
+
+
+def test_plan_with_a_distribution_shows_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "step.svg"
+    words = ["plan", *NODES, "parallel.sequence=adaptive", "--lengths", "commoncrawl", "--sequences", "200", "--out", str(picture)]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "200 sequences" in shown and "Next best" in shown and f"wrote {picture}" in shown
+    assert "llama3_8b, lengths of commoncrawl" in picture.read_text()
+
+
+def test_a_step_holds_the_tokens_of_a_batch_where_no_number_is_given() -> None:
+    config = compose(NODES)
+    lengths = draw_step_lengths(config, "wikipedia", None, 5)
+    assert sum(lengths[:-1]) < config.data.global_batch_tokens <= sum(lengths)
+    request = Request(lengths="wikipedia", sequences=None, seed=5, steps=2, flexsp_steps=0, flexsp_s=1.0)
+    for step in step_lengths(config, request):
+        assert sum(step[:-1]) < config.data.global_batch_tokens <= sum(step)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "wikipedia", "--steps", "0"], "--steps: found 0; expected 1 or more."),
+        (["--lengths", "nothing"], "--lengths: found 'nothing', which is no file"),
+        ([], "the following arguments are required: --lengths"),
+        (["--lengths", "wikipedia", "--sequences", "0"], "--sequences: found 0"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert cli.main(["simulate", "+experiment=quickstart", *words]) == 93
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_with_a_sequence_nobody_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("129K")
+    assert cli.main(["plan", *NODES, "--lengths", str(lengths)]) == 93
+    assert "a sequence of 132096 tokens" in capsys.readouterr().err
+
+
+def test_planners_that_cannot_are_left_out_and_judged_by_the_model() -> None:
+    cost = step_cost(compose(NODES))
+
+    def never(lengths: Any, model: Any) -> StepPlan:
+        raise PlanError("x", found="y", expected="z", hint="w")
+
+    asked = [Contestant(name="never", plan=never), Contestant(name="greedy", plan=solve_greedy), Contestant(name="ours", plan=solve_adaptive, max_steps=1)]
+    steps = simulate([(5000, 300), (700, 20, 9)], cost, asked)
+    assert [list(step.outcomes) for step in steps] == [["greedy", "ours"], ["greedy"]]
+    assert steps[0].outcomes["ours"].step_s == cost.plan_s(solve_adaptive((5000, 300), cost))
+    assert [(row.name, row.steps) for row in rows(steps, "ours")] == [("greedy", 2), ("ours", 1)] and len(gaps(steps, "ours")) == 1
+    with pytest.raises(PlanError):
+        simulate([(5000,)], cost, asked[:1])
+
+
+def test_adaptive_runs_do_not_need_a_static_degree_for_their_longest_sequence() -> None:
+    with pytest.raises(ConfigError):
+        compose([*NODES, "data.max_seq_len=1M"])

@@ -1,0 +1,127 @@
+"""Profiles: fits against known coefficients, what they do to a cost model, files, and refusal of other hardware."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from efflaunch.errors import ConfigError
+from efflaunch.parallel.profile import (
+    Fit,
+    FittedCollective,
+    FittedDegree,
+    Profile,
+    ProfileKey,
+    attention_units,
+    find_profile,
+    fit_of,
+    least_squares,
+    load_profiles,
+    save_profile,
+)
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
+
+KEY = ProfileKey(hardware="NVIDIA H200", ranks="1 node x 8 ranks", model="llama, 2 layers", versions="torch 2.13.0")
+FIT = Fit(samples=9, mean_error=0.03, r2=0.999, worst_error=0.06)
+
+
+def profile(**changes):
+    degrees = tuple(
+        FittedDegree(degree=d, ulysses=1, attention_s=3e-9 / d, linear_s=1e-6 / d, exchange_s=2e-7 * (d > 1), fit=FIT) for d in (1, 2)
+    )
+    link = FittedCollective(kind="gather", degree=2, latency_s=1e-4, bytes_per_s=1e9, fit=FIT)
+    fields = {"key": KEY, "degrees": degrees, "overhead_s": 0.01, "gather_s": 0.02, "empty_s": 0.05, "step_s": 0.1, "collectives": (link,)}
+    return Profile(**{**fields, **changes})
+
+
+def arithmetic(windowed=()):
+    degrees = tuple(
+        DegreeCost(degree=d, ulysses=1, attention_s=1e-9 / d, linear_s=5e-6 / d, ring_s=1e-7 * (d > 1), windowed_s=windowed) for d in (1, 2, 4)
+    )
+    return CostModel(world_size=4, tokens_per_rank=1000, degrees=degrees, beta_s=7.0, gather_s=3.0, step_s=5.0)
+
+
+def test_least_squares_finds_what_made_the_samples():
+    truth = [2e-2, 3e-6, 4e-11]
+    rows = [[1.0, n, n * n] for n in (64, 512, 4096, 32768, 262144)]
+    found = least_squares(rows, [float(np.dot(row, truth)) for row in rows])
+    assert found == pytest.approx(truth, rel=1e-6)
+
+
+def test_least_squares_matches_scipy_on_noisy_samples_and_never_goes_negative():
+    optimize = pytest.importorskip("scipy.optimize")
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        rows = generator.random((12, 3))
+        seconds = np.maximum(rows @ [1.0, 0.0, 0.5] + generator.normal(0, 0.05, 12), 0.05)
+        found = least_squares(rows.tolist(), seconds.tolist())
+        want, _ = optimize.nnls(rows / seconds[:, None], np.ones(12))
+        ours, best = (np.square(rows @ x / seconds - 1).sum() for x in (np.array(found), want))
+        assert min(found) >= 0 and ours <= best * 1.05
+
+
+def test_fit_of_counts_relative_errors():
+    fit = fit_of(np.array([1.1, 2.0]), np.array([1.0, 2.0]))
+    assert (fit.samples, fit.worst_error, fit.mean_error) == (2, pytest.approx(0.1), pytest.approx(0.05))
+    assert fit.r2 == pytest.approx(1 - 0.01 / 0.5)
+
+
+def test_measured_values_replace_arithmetic_and_what_was_not_probed_stays():
+    cost = profile().refine(arithmetic())
+    n = np.array([100.0, 900.0])
+    assert cost.sequence_s(n, 2) == pytest.approx(1.5e-9 * n * n + 7e-7 * n, rel=1e-12)
+    assert cost.of(4) == arithmetic().of(4)
+    assert (cost.beta_s, cost.gather_s, cost.step_s, cost.source) == (pytest.approx(0.03), pytest.approx(0.02), 0.1, "profile")
+
+
+def test_windows_keep_their_proportion():
+    before = arithmetic(windowed=((50, 4e-9),))
+    cost = profile().refine(before)
+    n = np.array([10.0, 50.0, 800.0])
+    units = attention_units(before.of(1), n)
+    assert units[0] == pytest.approx(100) and units[2] < 800**2
+    assert cost.sequence_s(n, 1) == pytest.approx(3e-9 * units + 1e-6 * n, rel=1e-12)
+
+
+def test_files_keep_every_bit_and_other_machines(tmp_path):
+    path = tmp_path / "profile.yaml"
+    other = profile(key=replace(KEY, hardware="NVIDIA A100"))
+    for made in (other, profile(), profile(overhead_s=0.1 + 0.2)):
+        save_profile(path, made)
+    assert load_profiles(path) == [other, profile(overhead_s=0.1 + 0.2)]
+    assert find_profile(None, KEY, tmp_path) == (profile(overhead_s=0.1 + 0.2), str(path))
+
+
+def test_a_profile_of_other_hardware_is_refused_with_the_reason(tmp_path):
+    save_profile(tmp_path / "mine.yaml", profile())
+    here = replace(KEY, hardware="NVIDIA A100")
+    with pytest.raises(ConfigError, match="hardware: NVIDIA H200, not NVIDIA A100") as caught:
+        find_profile("mine.yaml", here, tmp_path)
+    assert caught.value.exit_code == 93 and "efflaunch profile" in caught.value.hint
+
+
+def test_the_default_file_of_other_hardware_is_left_aside_and_said_to_be(tmp_path):
+    save_profile(tmp_path / "profile.yaml", profile())
+    found, origin = find_profile(None, replace(KEY, versions="torch 9"), tmp_path)
+    assert found is None and "versions: torch 2.13.0, not torch 9" in origin
+    found, origin = find_profile(None, KEY, tmp_path / "elsewhere")
+    assert found is None and "nothing was measured" in origin
+
+
+def test_planning_elsewhere_takes_a_profile_of_any_hardware(tmp_path):
+    save_profile(tmp_path / "profile.yaml", profile())
+    assert find_profile(None, replace(KEY, hardware=""), tmp_path)[0] == profile()
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "efflaunch_profile: 9\nentries: []", "efflaunch_profile: 1\nentries: [{key: {}}]", "a: [", "\x00"])
+def test_files_that_are_no_profile(tmp_path, text):
+    (tmp_path / "profile.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="written by efflaunch profile"):
+        find_profile(None, KEY, tmp_path)
+
+
+def test_a_named_file_must_exist(tmp_path):
+    with pytest.raises(ConfigError, match="no file"):
+        find_profile("absent.yaml", KEY, tmp_path)

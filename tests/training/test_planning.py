@@ -1,0 +1,151 @@
+"""Plans on real ranks: the same everywhere, the same again, greedy where the planning process is late or gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+
+import pytest
+import torch.distributed as dist
+
+from efflaunch.errors import PlanError
+from efflaunch.launcher.compose import compose
+from efflaunch.parallel.config import SequenceMode
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
+from efflaunch.parallel.sequence.plan import check_plan
+from efflaunch.parallel.sequence.service import PlanRequest, PlanService, static_plan
+from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy
+from efflaunch.tests.ranks import RankPool
+from efflaunch.training.planning import StepPlanner, load_cost
+
+COST = CostModel(
+    world_size=4,
+    tokens_per_rank=128,
+    degrees=tuple(DegreeCost(degree=d, ulysses=1, attention_s=1e-6 / d, linear_s=1e-4 / d, exchange_s=1e-5 * (d > 1)) for d in (1, 2, 4)),
+    beta_s=1e-3,
+)
+STEPS = 8
+
+
+def lengths_of(step):
+    return tuple(1 + (37 * (step + 3) * (index + 1)) % 250 for index in range(6 + step)) + (500,)
+
+
+def request(solver="adaptive"):
+    return PlanRequest(cost=COST, static_degree=4, static_ulysses=1, linear_cost_tokens=10.0, solver=solver)
+
+
+def plan_steps(mode, solver="adaptive", patience_s=20.0, kill_at=-1, stop_at=-1):
+    """On every rank: its plans as text, the totals, what was reported."""
+    reports = []
+    service = PlanService(patience_s=patience_s) if mode == "adaptive" and dist.get_rank() == 0 else None
+    try:
+        planner = StepPlanner(
+            lengths_of, STEPS, request(solver), SequenceMode(mode),
+            service=service, barrier_free=False, report=lambda event, **fields: reports.append((event, fields)),
+        )  # fmt: skip
+        plans = []
+        for step in range(STEPS):
+            if service is not None and step in (kill_at, stop_at):
+                os.kill(service.pid, signal.SIGKILL if step == kill_at else signal.SIGSTOP)
+                while step == kill_at and not service.failure:
+                    time.sleep(0.01)
+            plans.append(planner.plan(step))
+            check_plan(plans[-1])
+        return [repr(plan) for plan in plans], [plan.source for plan in plans], asdict(planner.totals), reports
+    finally:
+        if service is not None:
+            service.close()
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(timeout_s=120) as pool:
+        yield pool
+
+
+def test_every_rank_has_the_same_adaptive_plan_and_it_comes_again(pool):
+    answers = pool.run(plan_steps, "adaptive", ranks=4)
+    expected = [repr(solve_adaptive(lengths_of(step), COST)) for step in range(STEPS)]
+    for plans, sources, totals, reports in answers:
+        assert plans == expected and "late" not in sources and totals["late"] == 0 and not reports
+    assert pool.run(plan_steps, "adaptive", ranks=4)[3][0] == expected
+
+
+def test_static_plans_are_the_static_solver_s(pool):
+    for plans, _, _, _ in pool.run(plan_steps, "static", ranks=4):
+        assert plans == [repr(static_plan(lengths_of(step), request())) for step in range(STEPS)]
+
+
+def test_a_killed_planning_process_is_told_once_and_greedy_goes_on(pool):
+    answers = pool.run(plan_steps, "adaptive", "adaptive", 20.0, 3, ranks=4)
+    assert all(answer[:2] == answers[0][:2] for answer in answers)
+    assert answers[0][1][3:] == ["greedy"] * (STEPS - 3) and answers[0][2]["unplanned"] == STEPS - 3
+    ((event, fields),) = answers[0][3]
+    assert event == "planner_failed" and fields == {"step": 4, "error": "the planning process was killed by SIGKILL"}
+    assert [answer[3] for answer in answers[1:]] == [[]] * 3 and answers[0][2]["late"] == 0
+
+
+def test_late_plans_are_greedy_and_counted(pool):
+    answers = pool.run(plan_steps, "adaptive", "adaptive", 0.05, -1, 1, ranks=4)
+    plans, sources, totals, reports = answers[0]
+    late = sources.count("late")
+    assert late == totals["late"] >= 1 and not reports
+    assert all(answer[:2] == (plans, sources) for answer in answers)
+    step = sources.index("late")
+    assert plans[step].partition("micro_batches=")[2].startswith(repr(solve_greedy(lengths_of(step), COST).micro_batches)[:40])
+
+
+def test_a_broken_solver_is_told_once(pool):
+    answers = pool.run(plan_steps, "adaptive", "efflaunch.tests.parallel.fake_solvers:broken", ranks=4)
+    assert answers[0][1] == ["greedy"] * STEPS
+    ((event, fields),) = answers[0][3]
+    assert event == "planner_failed" and "a bug in the solver" in fields["error"]
+
+
+def plan_too_long():
+    service = PlanService(patience_s=20.0) if dist.get_rank() == 0 else None
+    try:
+        planner = StepPlanner(
+            lambda step: (5, 513), 1, request(), SequenceMode.ADAPTIVE, service=service, barrier_free=False, report=lambda *a, **k: None
+        )
+        with pytest.raises(PlanError, match="513 tokens"):
+            planner.plan(0)
+    finally:
+        if service is not None:
+            service.close()
+
+
+def test_a_sequence_that_fits_nowhere_is_the_same_error_on_every_rank(pool):
+    pool.run(plan_too_long, ranks=4)
+
+
+def test_a_cost_model_goes_through_json_unchanged():
+    windowed = CostModel(
+        world_size=3,
+        tokens_per_rank=7,
+        degrees=(DegreeCost(degree=1, ulysses=1, attention_s=0.1 + 0.2, linear_s=1 / 3, windowed_s=((16, 1e-9), (64, 2e-9))),),
+        excluded=((2, "why"),),
+        source="profile",
+    )
+    for cost in (COST, windowed):
+        assert load_cost(json.loads(json.dumps(asdict(cost)))) == cost
+
+
+def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, monkeypatch):
+    import torch
+
+    from efflaunch.training.planning import settle_costs
+    from efflaunch.training.spec import model_spec
+
+    monkeypatch.chdir(tmp_path)
+    config = compose(["+experiment=quickstart"])
+    device = torch.device("cpu")
+    first = settle_costs(config, model_spec(config.model), device, None)
+    stored = json.loads(json.dumps({**first.dump(), "overhead_s": 0.25}))
+    assert settle_costs(compose(["+experiment=quickstart", "train.steps=99"]), model_spec(config.model), device, stored).overhead_s == 0.25
+    other = settle_costs(compose(["+experiment=quickstart", "memory=keep"]), model_spec(config.model), device, stored)
+    assert other.overhead_s == 0.0 and other.fingerprint != first.fingerprint

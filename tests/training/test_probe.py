@@ -1,0 +1,75 @@
+"""Probes: the fit on samples with known coefficients, and a whole profile of two real ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from efflaunch.launcher.compose import compose
+from efflaunch.parallel.profile import load_profiles
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
+from efflaunch.tests.ranks import RankPool
+from efflaunch.training.probe import Sample, fit_degrees
+
+COST = CostModel(
+    world_size=4,
+    tokens_per_rank=1024,
+    degrees=tuple(DegreeCost(degree=d, ulysses=d, attention_s=1e-9 / d, linear_s=1e-6 / d) for d in (1, 2, 4)),
+)
+TINY = [
+    "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=128", "data.global_batch_tokens=256",
+    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=64", "train.dtype=float32", "train.steps=10",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(timeout_s=120) as pool:
+        yield pool
+
+
+def test_coefficients_are_found_again():
+    truth = {1: (4e-9, 3e-6), 2: (2.1e-9, 2e-6), 4: (1.1e-9, 1.5e-6)}
+    samples = [
+        Sample(degree, degree, lengths, (0.01 + sum(a * n * n + b * n for n in lengths),) * (4 // degree), 0.0)
+        for degree, (a, b) in truth.items()
+        for lengths in ((64,), (512,), (1024 * degree,), (128,) * 4, (700, 30))
+    ]
+    degrees, overhead_s = fit_degrees(samples, COST)
+    assert overhead_s == pytest.approx(0.01, rel=1e-6)
+    for row in degrees:
+        a, b = truth[row.degree]
+        assert row.attention_s == pytest.approx(a, rel=1e-6) and row.linear_s + row.exchange_s == pytest.approx(b, rel=1e-6)
+        assert row.linear_s == pytest.approx(min(b, 3e-6 / row.degree), rel=1e-6) and row.fit.worst_error < 1e-9
+
+
+def _probe_twice(arguments, folder):
+    """The rank's part, without joining again: the pool's ranks have their group."""
+    import pathlib
+
+    import torch
+    import torch.distributed as dist
+
+    from efflaunch.parallel.profile import save_profile
+    from efflaunch.training.probe import Prober
+
+    profile = Prober(compose(arguments), torch.device("cpu")).profile(1.0)
+    if dist.get_rank() == 0:
+        save_profile(pathlib.Path(folder) / "profile.yaml", profile)
+    return profile.overhead_s
+
+
+def test_real_ranks_are_profiled(pool, tmp_path):
+    pool.run(_probe_twice, TINY, str(tmp_path), ranks=2)
+    (profile,) = load_profiles(tmp_path / "profile.yaml")
+    assert [row.degree for row in profile.degrees] == [1, 2] and "2 ranks" in profile.key.ranks
+    for row in profile.degrees:
+        assert row.attention_s + row.linear_s + row.exchange_s > 0 and row.fit.samples >= 3
+    assert {(link.kind, link.degree) for link in profile.collectives} == {(k, 2) for k in ("all-to-all", "neighbours", "gather", "reduce")}
+    figures = [profile.overhead_s, profile.gather_s, profile.empty_s, profile.step_s]
+    assert all(math.isfinite(value) and value >= 0 for value in figures) and profile.empty_s > 0
+    assert json.dumps(figures) and np.isfinite([link.latency_s for link in profile.collectives]).all()

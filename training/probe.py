@@ -1,0 +1,285 @@
+"""Probes on the real ranks: what micro-batches and collectives take here, fitted to a Profile (parallel/profile.py).
+
+Note: what is probed. Whole micro-batches of the real, sharded model: for every group degree, all groups of that degree at once
+hold the same lengths, short ones and long ones, one or several. Busy time inside the groups is fitted to attention, linear and
+constant terms; what is left of the wall time is gathers of weights. Nothing is extrapolated from a kernel to a layer, and ranks
+that share a processor or a link disturb each other as they will in training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..memory.ledger import build_ledger
+from ..parallel.config import GradReduce
+from ..parallel.layout import solve_layout
+from ..parallel.profile import (
+    DEFAULT_FILE,
+    Fit,
+    FittedDegree,
+    Profile,
+    attention_units,
+    fit_of,
+    least_squares,
+    profile_key,
+    save_profile,
+)
+from ..parallel.sequence.clock import BusyClock
+from ..parallel.sequence.cost import CostModel, cost_model
+from ..parallel.sequence.kernels import block_kernel
+from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
+from ..parallel.topology import Topology, build_topology
+from .collectives import probe_collectives
+from .model import build_config, build_model
+from .optim import build_optimizer, clip_gradients
+from .planning import this_hardware
+from .setup import RunSettings, join_ranks
+from .spec import hf_config_dict, model_spec
+from .step import EMPTY, Work, backward_step, read_step
+
+log = logging.getLogger(__name__)
+PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
+REQUEST_FILE = "probe.json"
+DEFAULT_SECONDS = 60.0
+REPEATS = 3
+SHAPES = ((16, 1), (8, 1), (4, 1), (2, 1), (1, 1), (16, 8), (64, 8), (8, 4), (4, 3))
+"""(fraction of a group's capacity in one sequence, number of such sequences)."""
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One group size and one set of lengths, the same in every group."""
+
+    degree: int
+    ulysses: int
+    lengths: tuple[int, ...]
+    group_s: tuple[float, ...]
+    """Busy seconds of each group of the world; the median of the repeats."""
+    rest_s: float
+    """Wall seconds of the micro-batch and its reduction beyond the busiest group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One step's gradients: wall seconds of the slowest rank, `busy_s[rank][micro_batch]`, and the loss."""
+
+    wall_s: float
+    busy_s: list[list[float]]
+    loss: float
+
+
+def probe(config: RunSettings, run_dir: Path, stop: object) -> int:
+    """Write the profile of this machine and model to RUN_DIR/profile.yaml. Collective over the ranks the agent started."""
+    request = json.loads((run_dir / REQUEST_FILE).read_text())
+    device = join_ranks(config.cluster)
+    try:
+        profile = Prober(config, device).profile(float(request["seconds"]))
+        if dist.get_rank() == 0:
+            save_profile(run_dir / DEFAULT_FILE, profile)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+class Prober:
+    """The real model of a configuration, and documents of any lengths."""
+
+    def __init__(self, config: RunSettings, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.spec = model_spec(config.model)
+        parallel, data = config.parallel, config.data
+        layout = solve_layout(
+            parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
+        )
+        self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
+        self.kernel = block_kernel(device)
+        self.model = build_model(
+            build_config(hf_config_dict(config.model)),
+            config.memory,
+            self.topology.mesh,
+            device=device,
+            compute_dtype=getattr(torch, config.train.dtype.value),
+            seed=config.train.seed,
+            loss_chunk_tokens=config.train.loss_chunk_tokens,
+        )
+        self.optimizer = build_optimizer(self.model, config.optim)
+        ledger = build_ledger(
+            spec=self.spec, parallel=parallel, memory=config.memory, train=config.train, data=data, cluster=config.cluster
+        )
+        self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
+        self.cost: CostModel = cost_model(self.spec, parallel, config.memory, config.train, data, config.cluster)
+
+    def profile(self, seconds: float) -> Profile:
+        """All probes, in about `seconds` beyond the shortest of each kind."""
+        self.run([EMPTY])
+        empty_s, reduce_s = self._empty()
+        samples = self._samples(seconds)
+        collectives = probe_collectives(self.topology, self.device, [cost.degree for cost in self.cost.degrees if cost.degree > 1])
+        degrees, overhead_s = fit_degrees(samples, self.cost)
+        return Profile(
+            key=profile_key(self.spec, self.config.memory, self.config.train, self.config.cluster, this_hardware(self.device)),
+            degrees=degrees,
+            overhead_s=overhead_s,
+            gather_s=max(0.0, statistics.median(sample.rest_s for sample in samples) - reduce_s),
+            empty_s=empty_s,
+            reduce_s=reduce_s,
+            step_s=reduce_s + self._optimizer_s(),
+            collectives=collectives,
+            taken=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+
+    def _empty(self) -> tuple[float, float]:
+        """Seconds of a micro-batch without tokens, and of the reduction at the end of a step."""
+        one, three = (statistics.median(self.run([EMPTY] * count).wall_s for _ in range(REPEATS)) for count in (1, 3))
+        each = max(0.0, (three - one) / 2)
+        return each, max(0.0, one - each)
+
+    def _samples(self, seconds: float) -> list[Sample]:
+        """Every degree gets the same time; of its shapes, short ones come first and ones it has no time for are left out."""
+        out: list[Sample] = []
+        for cost in self.cost.degrees:
+            capacity = cost.degree * self.cost.tokens_per_rank
+            shapes = {tuple([max(1, capacity // part)] * count) for part, count in SHAPES}
+            ends, pace = self._agreed(time.monotonic()) + seconds / len(self.cost.degrees), 0.0
+            for index, lengths in enumerate(sorted(shapes, key=lambda lengths: (sum(lengths) * max(lengths), lengths))):
+                work = float(cost.sequence_s(lengths).sum())
+                if index >= 3 and self._agreed(time.monotonic()) + pace * work * REPEATS > ends:
+                    continue
+                begun = time.monotonic()
+                out.append(self._sample(cost.degree, cost.ulysses, lengths, warm=index == 0))
+                pace = self._agreed((time.monotonic() - begun) / REPEATS / work)
+        return out
+
+    def _sample(self, degree: int, ulysses: int, lengths: tuple[int, ...], *, warm: bool) -> Sample:
+        world, count = self.topology.world_size, len(lengths)
+        firsts = range(0, world - degree + 1, degree)
+        groups = tuple(
+            Group(first, degree, ulysses, tuple(range(index * count, (index + 1) * count))) for index, first in enumerate(firsts)
+        )
+        plan = StepPlan(world, lengths * len(groups), (MicroBatch(groups),))
+        works = read_step(_Documents(plan.lengths, self.spec.vocab_size), 0, plan, self.topology.rank)  # type: ignore[arg-type]
+        if warm:
+            self.run(works)
+        runs = [self.run(works) for _ in range(REPEATS)]
+        by_group = [[max(run.busy_s[rank][0] for rank in range(g.first_rank, g.first_rank + degree)) for g in groups] for run in runs]
+        rest = statistics.median(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
+        return Sample(degree, ulysses, lengths, tuple(statistics.median(times) for times in zip(*by_group, strict=True)), rest)
+
+    def run(self, works: Sequence[Work], num_targets: int | None = None) -> Run:
+        """One step's gradients, thrown away. Collective."""
+        clocks = [BusyClock(self.device) for _ in works]
+        dist.barrier()
+        self._synchronize()
+        begun = time.perf_counter()
+        shares = backward_step(
+            self.model,
+            self.topology,
+            self.kernel,
+            works,
+            num_targets=num_targets or max(1, sum(work.shard.num_tokens for work in works)),
+            reduce_each=self.reduce_each,
+            device=self.device,
+            clocks=clocks,
+        )
+        self._synchronize()
+        wall_s = self._agreed(time.perf_counter() - begun)
+        self.optimizer.zero_grad()
+        mine = torch.tensor([float(shares.sum()), *(clock.seconds() for clock in clocks)], dtype=torch.float64)
+        table = [torch.zeros_like(mine) for _ in range(self.topology.world_size)]
+        dist.all_gather(table, mine)
+        losses, *_ = rows = torch.stack(table).T.tolist()
+        return Run(wall_s, [list(times) for times in zip(*rows[1:], strict=True)], sum(losses))
+
+    def _optimizer_s(self) -> float:
+        """Clipping and the update, on gradients of zero."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+        def update() -> None:
+            clip_gradients(self.model, self.config.optim.grad_clip)
+            self.optimizer.step()
+
+        return self._timed(update)
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(REPEATS + 1):
+            dist.barrier()
+            begun = time.perf_counter()
+            work()
+            self._synchronize()
+            seconds.append(self._agreed(time.perf_counter() - begun))
+        return statistics.median(seconds[1:])
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _agreed(self, value: float) -> float:
+        """The largest of all ranks: decisions must be the same everywhere."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
+
+class _Documents:
+    """Random tokens; a DataSource as far as read_step looks."""
+
+    def __init__(self, lengths: tuple[int, ...], vocab_size: int) -> None:
+        self._lengths, self._vocab_size = lengths, vocab_size
+
+    def lengths(self, step: int) -> tuple[int, ...]:
+        return self._lengths
+
+    def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.random.default_rng(index).integers(0, self._vocab_size, stop - start)
+        return ids, ids
+
+
+def fit_degrees(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDegree, ...], float]:
+    """Attention and linear seconds of each degree and one constant for all, by least squares on relative errors."""
+    known = {row.degree: row for row in cost.degrees}
+    present = [row.degree for row in cost.degrees if any(sample.degree == row.degree for sample in samples)]
+    rows, seconds, owner = [], [], []
+    for sample in samples:
+        units = float(attention_units(known[sample.degree], sample.lengths).sum())
+        row = [0.0] * (2 * len(present)) + [1.0]
+        row[2 * present.index(sample.degree)], row[2 * present.index(sample.degree) + 1] = units, float(sum(sample.lengths))
+        rows += [row] * len(sample.group_s)
+        seconds += list(sample.group_s)
+        owner += [sample.degree] * len(sample.group_s)
+    found = least_squares(rows, seconds)
+    predicted = np.array(rows) @ np.array(found)
+    fits: dict[int, Fit] = {}
+    for degree in present:
+        mine = [index for index, name in enumerate(owner) if name == degree]
+        fits[degree] = fit_of(predicted[mine], np.array(seconds)[mine])
+    local = found[1] * present[0]
+    degrees = []
+    for index, degree in enumerate(present):
+        attention, linear = found[2 * index], found[2 * index + 1]
+        share = min(linear, local / degree)
+        degrees.append(
+            FittedDegree(
+                degree=degree,
+                ulysses=known[degree].ulysses,
+                attention_s=attention,
+                linear_s=share,
+                exchange_s=linear - share,
+                fit=fits[degree],
+            )
+        )
+    return tuple(degrees), found[-1]
