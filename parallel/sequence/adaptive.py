@@ -41,7 +41,7 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         enough_s=bound.value_s - cost.step_s if bound.valid else 0.0,
         expired=None if until is None else (lambda: time.monotonic() > until),
     )
-    found = search.run()
+    found = search.run(tuple(shelf.load_s for shelf in shelves))
     if found is not None:
         shelves, source = found, "adaptive"
     else:

@@ -170,6 +170,18 @@ def greedy_choice(k: int, most: float, limit: float, free: int, groups: int, tab
     return chosen
 
 
+def greedy_reach(limit: float, groups: int, tables: Any, space: Any) -> float:
+    """The longest sequence some group can still take, by tokens and by work."""
+    lengths, times, first, degrees, capacity, rates, offsets = tables
+    keys, ids, count, group_degree, group_tokens, group_work = space
+    most = 0.0
+    for group in range(groups):
+        d = group_degree[group]
+        room = float(capacity[d] - group_tokens[group])
+        most = max(most, min(room, (max(0.0, limit - group_work[group]) * degrees[d]) ** 0.5 + 1.0))
+    return most
+
+
 def fill_greedy(rem: Any, num: int, tolerance: float, world: int, tables: Any, space: Any, left: Any, group_of: Any) -> tuple[int, int, float, int]:
     """One micro-batch as Megatron's dynamic context parallelism makes it: longest first, counting s^2 / ranks only.
 
@@ -180,8 +192,15 @@ def fill_greedy(rem: Any, num: int, tolerance: float, world: int, tables: Any, s
     keys, ids, count, group_degree, group_tokens, group_work = space
     limit = float(lengths[rem[0]]) * capacity[0] / degrees[0] * tolerance
     free, groups, num_left, looked, most = world, 0, 0, 0, 0.0
-    for q in range(num):
+    q, reach = 0, float(lengths[rem[0]])
+    while q < num:
         k = rem[q]
+        if lengths[k] > reach:
+            group_of[q] = -1
+            left[num_left] = k
+            num_left += 1
+            q += 1
+            continue
         looked += 1
         if q == 0:
             group = 0
@@ -189,9 +208,12 @@ def fill_greedy(rem: Any, num: int, tolerance: float, world: int, tables: Any, s
         else:
             group = greedy_choice(k, most, limit, free, groups, tables, space)
         group_of[q] = group
+        q += 1
         if group < 0:
             left[num_left] = k
             num_left += 1
+            if free < degrees[0]:
+                reach = greedy_reach(limit, groups, tables, space)
             continue
         d = group_degree[group]
         if group == groups:
@@ -203,7 +225,7 @@ def fill_greedy(rem: Any, num: int, tolerance: float, world: int, tables: Any, s
     return num_left, groups, most, looked
 
 
-FUNCTIONS = (lower_bound, take_best_fit, put, next_fitting, choose, fill, greedy_choice, fill_greedy)
+FUNCTIONS = (lower_bound, take_best_fit, put, next_fitting, choose, fill, greedy_choice, greedy_reach, fill_greedy)
 Kernel = Callable[[Any, int, float, int, Any, Any, Any, Any], tuple[int, int, float, int]]
 
 

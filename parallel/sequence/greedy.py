@@ -83,17 +83,21 @@ def _least_loaded(batch: Batch, d: int, opened: int) -> list[list[int]] | None:
     queue = [(0.0, pack) for pack in range(opened)]
     heapify(queue)
     loads = batch.times[:, d].tolist()
+    waiting: list[tuple[int, float, int]] = []
     for k, length in enumerate(batch.lengths.tolist()):
-        full = []
+        # Lengths only fall: a pack that is too full now waits until a sequence comes that it can take.
+        while waiting and -waiting[0][0] >= length:
+            _, load, pack = heappop(waiting)
+            heappush(queue, (load, pack))
         while queue and rooms[queue[0][1]] < length:
-            full.append(heappop(queue))
+            load, pack = heappop(queue)
+            heappush(waiting, (-rooms[pack], load, pack))
         if not queue:
             return None
         load, pack = heappop(queue)
         packs[pack].append(k)
         rooms[pack] -= length
-        for entry in [(load + loads[k], pack), *full]:
-            heappush(queue, entry)
+        heappush(queue, (load + loads[k], pack))
     return packs
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .durations import likely_durations
 from .staircase import staircase
 from .tables import Batch, Shelf
 
@@ -22,6 +23,8 @@ FILL_WORK = 100
 """What starting a shelf counts, in sequences looked at."""
 MOST_SHELVES = 24
 """Above this many micro-batches the beam is too deep to pay: only equal shelves and random changes are tried."""
+EFFICIENCIES = (0.97, 0.93, 1.0, 0.89)
+"""Shares of a shelf's rank-seconds the relaxation may use."""
 ENOUGH = 1e-3
 """A plan this close to the bound, as a share, ends the search."""
 STRETCH = ((1.0, 1.1, 1.45), (1.0, 1.04, 1.12, 1.3, 1.7), (1.0, 1.03, 1.08, 1.16, 1.3, 1.6, 2.2))
@@ -49,17 +52,23 @@ class Search:
     ) -> None:
         self.batch, self.budget, self.best_s, self.enough_s = batch, budget, limit_s, enough_s * (1 + ENOUGH)
         self.taus: tuple[float, ...] = ()
-        self.spent = 0
+        self.spent, self.improved = 0, False
         self.expired = expired
 
-    def run(self) -> list[Shelf] | None:
-        """The best shelves found, or None where nothing beat the limit."""
+    def run(self, known: tuple[float, ...] = ()) -> list[Shelf] | None:
+        """The best shelves found, or None where nothing beat the limit. `known`: durations of a plan that exists."""
         start = State(0.0, self.batch.everything(), ())
+        if known:
+            self._follow(start, known)
+            if not self.taus:
+                # Nothing is better yet, but something has to be changed: the known plan is where random changes start.
+                self.taus = known
         self._equal(start)
+        self._likely(start)
         if self.batch.num_shelves <= MOST_SHELVES:
             self._beam(start)
         self._perturb(start)
-        return self._shelves() if self.taus else None
+        return self._shelves() if self.improved else None
 
     def _fill(self, rem: Any, tau: float) -> tuple[Any, float]:
         before = self.batch.looked
@@ -74,7 +83,33 @@ class Search:
 
     def _keep(self, seconds: float, taus: tuple[float, ...]) -> None:
         if seconds < self.best_s * (1 - 1e-12):
-            self.best_s, self.taus = seconds, taus
+            self.best_s, self.taus, self.improved = seconds, taus, True
+
+    def _likely(self, start: State) -> None:
+        """Rows of durations from the relaxation, stretched until their number of shelves suffices."""
+        for efficiency in EFFICIENCIES:
+            taus = likely_durations(self.batch, efficiency)
+            low, high = 0.97, None
+            stretch = low
+            for _ in range(7):
+                if not taus or self._over(0.4):
+                    return
+                if self._row_fits(start, tuple(tau * stretch for tau in taus)):
+                    high = stretch
+                else:
+                    low = stretch
+                stretch = low * 1.03 if high is None else (low + high) / 2
+
+    def _row_fits(self, state: State, taus: tuple[float, ...]) -> bool:
+        """Whether so many shelves more hold the rest; kept where that is the best yet."""
+        rem, seconds = state.rem, state.seconds
+        for done, tau in enumerate(taus, 1):
+            rem, took = self._fill(rem, tau)
+            seconds += took
+            if not len(rem):
+                self._keep(seconds, (*state.taus, *taus[:done]))
+                return True
+        return False
 
     def _beam(self, start: State) -> None:
         width = 1
@@ -118,7 +153,8 @@ class Search:
         area = float(batch.work[rem].sum()) / batch.cost.world_size
         for shelves in (fewest, fewest + 1):
             least = max(area / shelves, float(batch.fastest[rem[0]]))
-            if state.seconds + shelves * batch.shelf_s(least) < self.best_s and not self._over():
+            # Memory may fill a shelf long before its duration is used: only work is sure to be spent.
+            if state.seconds + shelves * batch.shelf_s(area / shelves) < self.best_s and not self._over():
                 self._bisect(state, shelves, least)
 
     def _bisect(self, state: State, shelves: int, low: float) -> None:
@@ -127,25 +163,14 @@ class Search:
             if (enough and high - low < 0.004 * high) or self._over():
                 return
             middle = (low + high) / 2 if enough else high
-            if self._fits(state, shelves, middle):
+            if self._row_fits(state, (middle,) * shelves):
                 enough, high = True, middle
             elif enough:
                 low = middle
             else:
                 low, high, step = middle, middle * step, step * 1.25
-                if state.seconds + shelves * self.batch.shelf_s(high) > 1.3 * self.best_s:
+                if state.seconds + shelves * self.batch.shelf_s(high) > 2.5 * self.best_s:
                     return
-
-    def _fits(self, state: State, shelves: int, tau: float) -> bool:
-        """Whether so many shelves of one duration hold the rest; kept where that is the best yet."""
-        rem, seconds = state.rem, state.seconds
-        for done in range(1, shelves + 1):
-            rem, took = self._fill(rem, tau)
-            seconds += took
-            if not len(rem):
-                self._keep(seconds, (*state.taus, *[tau] * done))
-                return True
-        return False
 
     def _perturb(self, start: State) -> None:
         """Random changes of one or two durations; the shelves before the first change are not packed again."""
