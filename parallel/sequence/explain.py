@@ -222,7 +222,13 @@ def _next_words(found: Explanation) -> list[str]:
     if other is None or other.predicted_s is None:
         return []
     slower = other.predicted_s / found.line.step_s - 1
-    verdict = f"{slower:.1%} more" if slower >= 0.0005 else "no more than this plan" if slower > -0.0005 else f"{-slower:.1%} less: the search missed it"
+    verdict = (
+        f"{slower:.1%} more"
+        if slower >= 0.0005
+        else "no more than this plan"
+        if slower > -0.0005
+        else f"{-slower:.1%} less: the search missed it"
+    )
     return [
         f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
         f"takes {format_precise(other.predicted_s)}, {verdict}."

@@ -83,7 +83,10 @@ def test_a_step_is_judged_by_the_model_it_was_planned_with(tmp_path: Path, capsy
     events[0]["cost_model"] |= {"beta_s": events[0]["cost_model"]["beta_s"] + 3.0, "source": "profile"}
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     after = explain_json(capsys, str(run_dir))
-    assert after["predicted_s"] == pytest.approx(before["predicted_s"] + 3.0 * len(after["micro_batches"])) and after["cost_source"] == "profile"
+    assert (
+        after["predicted_s"] == pytest.approx(before["predicted_s"] + 3.0 * len(after["micro_batches"]))
+        and after["cost_source"] == "profile"
+    )
 
 
 def test_tables_and_words_for_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
