@@ -9,7 +9,7 @@ import pytest
 
 from efflaunch.bench.flexsp import flexsp_a100_7b
 from efflaunch.errors import PlanError
-from efflaunch.parallel.sequence.flexsp import blaster, bucket_runs, flexsp_plan, solve_flexsp
+from efflaunch.parallel.sequence.flexsp import blaster, bucket_runs, flexsp_plan
 from efflaunch.parallel.sequence.plan import check_plan
 from efflaunch.tests.parallel.sequence.tiny import cost_of, optimum
 
@@ -54,7 +54,7 @@ def test_long_tailed_batches_are_planned_within_memory() -> None:
     cost = cost_of(8)
     drawn = np.random.default_rng(0).lognormal(np.log(300), 1.2, 40)
     lengths = np.clip(drawn, 1, cost.max_seq_len).astype(int).tolist()
-    plan = solve_flexsp(lengths, cost, limit_s=0.5)
+    plan = flexsp_plan(lengths, cost, time_limit_s=0.5).plan
     check_plan(plan)
     for batch in plan.micro_batches:
         for group in batch.groups:
@@ -65,7 +65,7 @@ def test_long_tailed_batches_are_planned_within_memory() -> None:
 
 def test_too_long_a_sequence_is_named() -> None:
     with pytest.raises(PlanError, match="sequence 0 with 9999 tokens"):
-        solve_flexsp([9999], cost_of(4))
+        flexsp_plan([9999], cost_of(4))
 
 
 def test_published_constants() -> None:
