@@ -145,9 +145,11 @@ def reduce_s(s: Setting) -> float:
 
 
 def collective_s(s: Setting, num_bytes: float) -> float:
-    shard = s.layout.shard
+    """A gather or scatter of so many bytes over the shards. Across nodes rings run side by side, one through each rank's link."""
+    shard, cluster = s.layout.shard, s.cluster
     crosses = shard > s.layout.ranks_per_node
-    return num_bytes * (shard - 1) / shard / (s.cluster.inter_node_bandwidth if crosses else s.cluster.intra_node_bandwidth)
+    across = min(cluster.intra_node_bandwidth, cluster.inter_node_bandwidth * s.layout.ranks_per_node)
+    return num_bytes * (shard - 1) / shard / (across if crosses else cluster.intra_node_bandwidth)
 
 
 def _assumptions(s: Setting, sequences: int) -> tuple[str, ...]:

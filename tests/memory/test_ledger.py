@@ -153,7 +153,8 @@ def test_exchanges_across_nodes_cost_more() -> None:
 def test_short_steps_show_what_they_cannot_hide() -> None:
     timing = make_ledger(length=64, tokens_per_rank=64, batch=64 * 16, machines=cluster(num_nodes=2)).timing
     gathers, scatter = 4 * PARAMETERS, 4 * PARAMETERS
-    assert timing.sharding_s == pytest.approx((gathers + scatter) * 15 / 16 / 50e9 - timing.compute_s, rel=1e-6)
+    # Eight links of 50 GB/s a node work side by side, as the rings of a collective do.
+    assert timing.sharding_s == pytest.approx((gathers + scatter) * 15 / 16 / 400e9 - timing.compute_s, rel=1e-6)
 
 
 def test_sliding_windows_save_work() -> None:
