@@ -94,7 +94,9 @@ class Profile:
     empty_s: float
     """Of a micro-batch without tokens: the same collectives with nothing to hide behind."""
     step_s: float
-    """Of a step: reports, clipping and the optimizer."""
+    """Of a step: reductions that are made once, clipping and the optimizer."""
+    reduce_s: float = 0.0
+    """Of these, the reductions."""
     collectives: tuple[FittedCollective, ...] = ()
     taken: str = ""
     """When, for people."""

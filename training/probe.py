@@ -72,6 +72,15 @@ class Sample:
     """Wall seconds of the micro-batch and its reduction beyond the busiest group."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One step's gradients: wall seconds of the slowest rank, `busy_s[rank][micro_batch]`, and the loss."""
+
+    wall_s: float
+    busy_s: list[list[float]]
+    loss: float
+
+
 def probe(config: RunSettings, run_dir: Path, stop: object) -> int:
     """Write the profile of this machine and model to RUN_DIR/profile.yaml. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text())
@@ -126,6 +135,7 @@ class Prober:
             overhead_s=overhead_s,
             gather_s=max(0.0, statistics.median(sample.rest_s for sample in samples) - reduce_s),
             empty_s=empty_s,
+            reduce_s=reduce_s,
             step_s=reduce_s + self._optimizer_s(),
             collectives=collectives,
             taken=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -133,7 +143,7 @@ class Prober:
 
     def _empty(self) -> tuple[float, float]:
         """Seconds of a micro-batch without tokens, and of the reduction at the end of a step."""
-        one, three = (statistics.median(self.run([EMPTY] * count)[0] for _ in range(REPEATS)) for count in (1, 3))
+        one, three = (statistics.median(self.run([EMPTY] * count).wall_s for _ in range(REPEATS)) for count in (1, 3))
         each = max(0.0, (three - one) / 2)
         return each, max(0.0, one - each)
 
@@ -164,33 +174,34 @@ class Prober:
         if warm:
             self.run(works)
         runs = [self.run(works) for _ in range(REPEATS)]
-        by_group = [[max(busy[group.first_rank : group.first_rank + degree]) for group in groups] for _, busy in runs]
-        rest = statistics.median(wall - max(times) for (wall, _), times in zip(runs, by_group, strict=True))
+        by_group = [[max(run.busy_s[rank][0] for rank in range(g.first_rank, g.first_rank + degree)) for g in groups] for run in runs]
+        rest = statistics.median(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
         return Sample(degree, ulysses, lengths, tuple(statistics.median(times) for times in zip(*by_group, strict=True)), rest)
 
-    def run(self, works: Sequence[Work]) -> tuple[float, list[float]]:
-        """Wall seconds of one step's gradients, and each rank's busy seconds."""
+    def run(self, works: Sequence[Work], num_targets: int | None = None) -> Run:
+        """One step's gradients, thrown away. Collective."""
         clocks = [BusyClock(self.device) for _ in works]
         dist.barrier()
         self._synchronize()
         begun = time.perf_counter()
-        backward_step(
+        shares = backward_step(
             self.model,
             self.topology,
             self.kernel,
             works,
-            num_targets=max(1, sum(work.shard.num_tokens for work in works)),
+            num_targets=num_targets or max(1, sum(work.shard.num_tokens for work in works)),
             reduce_each=self.reduce_each,
             device=self.device,
             clocks=clocks,
         )
         self._synchronize()
-        wall = self._agreed(time.perf_counter() - begun)
+        wall_s = self._agreed(time.perf_counter() - begun)
         self.optimizer.zero_grad()
-        mine = torch.tensor(sum(clock.seconds() for clock in clocks), dtype=torch.float64)
+        mine = torch.tensor([float(shares.sum()), *(clock.seconds() for clock in clocks)], dtype=torch.float64)
         table = [torch.zeros_like(mine) for _ in range(self.topology.world_size)]
         dist.all_gather(table, mine)
-        return wall, [float(busy) for busy in table]
+        losses, *_ = rows = torch.stack(table).T.tolist()
+        return Run(wall_s, [list(times) for times in zip(*rows[1:], strict=True)], sum(losses))
 
     def _optimizer_s(self) -> float:
         """Clipping and the update, on gradients of zero."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from dataclasses import asdict, dataclass
@@ -100,6 +101,7 @@ class _Run:
             static_degree=layout.sp_degree,
             static_ulysses=layout.ulysses,
             linear_cost_tokens=self.session.linear_cost_tokens,
+            certify=(os.cpu_count() or 1) > self.config.cluster.ranks_per_node,
         )
         planner = StepPlanner(
             self.session.source.lengths,

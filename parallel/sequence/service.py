@@ -56,6 +56,8 @@ class PlanRequest:
     static_ulysses: int
     linear_cost_tokens: float
     """These three: the static plan that each step is compared with."""
+    certify: bool = False
+    """Look for tighter bounds of long steps: where the machine has a core to spare for it."""
     solver: str = "adaptive"
     """`adaptive`, or a `module:function` of (lengths, cost) that makes the StepPlan."""
 
@@ -106,7 +108,7 @@ class PlanService:
         self.failure = ""
         """Why there are no more plans; empty while there are."""
         self._patience_s, self._ahead = patience_s, ahead
-        self._asked, self._answered_once = -1, False
+        self._asked, self._patient = -1, True
         self._plans: dict[int, Any] = {}
         self._extras: dict[int, Extras] = {}
         self._changed = threading.Condition()
@@ -127,16 +129,13 @@ class PlanService:
     def plan(self, step: int) -> StepPlan | None:
         """The step's plan, or None where it is not there within the patience or never will be. Asks for the next ones."""
         self._ask(step)
-        patience = self._patience_s if self._answered_once else max(self._patience_s, FIRST_PATIENCE_S)
+        patience, self._patient = max(self._patience_s, FIRST_PATIENCE_S * self._patient), False
         with self._changed:
             self._changed.wait_for(lambda: step in self._plans or self.failure, patience)
             packed = self._plans.get(step)
             self._plans = {key: value for key, value in self._plans.items() if key > step}
             self._extras = {key: value for key, value in self._extras.items() if key >= step}
-        if packed is None:
-            return None
-        self._answered_once = True
-        return unpack_plan(packed, self._request.cost.world_size, self._lengths_of(step))
+        return None if packed is None else unpack_plan(packed, self._request.cost.world_size, self._lengths_of(step))
 
     def extras(self, step: int) -> Extras | None:
         """What is known of the step by now; forgotten once a later step was planned."""
@@ -258,7 +257,7 @@ def find_extras(plan: StepPlan, request: PlanRequest) -> Extras:
     if len(plan.lengths) * groups <= STATIC_WORK:
         static_s = static_plan(plan.lengths, request).predicted_s
     limit_s = min(MOST_CERTIFY_S, CERTIFY_SHARE * (plan.predicted_s or 0.0))
-    if limit_s < LEAST_CERTIFY_S or plan.predicted_s is None or plan.lower_bound_s is None:
+    if not request.certify or limit_s < LEAST_CERTIFY_S or plan.predicted_s is None or plan.lower_bound_s is None:
         return Extras(static_s=static_s)
     from .bound import class_milp_bound
 

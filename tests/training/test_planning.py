@@ -90,7 +90,7 @@ def test_a_killed_planning_process_is_told_once_and_greedy_goes_on(pool):
 
 
 def test_late_plans_are_greedy_and_counted(pool):
-    answers = pool.run(plan_steps, "adaptive", "adaptive", 0.05, -1, 0, ranks=4)
+    answers = pool.run(plan_steps, "adaptive", "adaptive", 0.05, -1, 1, ranks=4)
     plans, sources, totals, reports = answers[0]
     late = sources.count("late")
     assert late == totals["late"] >= 1 and not reports

@@ -1,0 +1,220 @@
+"""`python -m efflaunch.bench.adaptive --json FILE`: adaptive plans against every static degree, on real ranks and documents.
+
+Four gloo ranks train the quickstart's model on the built-in corpus. The machine is profiled first, for a short time, and the
+plans are made with that profile. Every round takes one step's documents and runs each contestant's plan of them once, in turning
+order, so that a slow moment of the machine hits all; seconds are those of the step's gradients, wall time, on the slowest rank.
+All contestants run the same loss, and a difference beyond rounding stops the benchmark.
+
+Headline keys: `speedup_vs_best_static`, the static degree with the lowest mean over adaptive's (means of the same steps);
+`prediction_error`, the mean over groups of |modelled / measured - 1|, and `step_prediction_error` of whole steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .record import machine, write_json
+
+OVERRIDES = (
+    "+experiment=quickstart",
+    "data.max_seq_len=4K",
+    "data.global_batch_tokens=16K",
+    "parallel.tokens_per_rank=4K",
+)
+"""Every degree can hold the longest sequence, so that all static degrees can take part."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    result = {"benchmark": "adaptive", **machine(), **measure((*OVERRIDES, *options.overrides), rounds=options.rounds, seconds=options.seconds)}
+    write_json(options.json, result)
+    print(
+        f"speedup_vs_best_static {result['speedup_vs_best_static']:.3f}  prediction_error {result['prediction_error']:.3f}  -> {options.json}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m efflaunch.bench.adaptive", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("overrides", nargs="*", help="changes to the quickstart, as data.global_batch_tokens=32K")
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    parser.add_argument("--rounds", type=int, default=8, help="steps of the run")
+    parser.add_argument("--seconds", type=float, default=45.0, help="about how long the profile may take")
+    return parser
+
+
+def measure(overrides: tuple[str, ...], *, rounds: int, seconds: float) -> dict[str, Any]:
+    """The whole benchmark on fresh processes; the result is rank 0's."""
+    from ..launcher.compose import compose
+
+    config = compose(list(overrides))
+    ranks = config.cluster.ranks_per_node
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="efflaunch-bench-") as folder:
+        results = context.SimpleQueue()
+        arguments = (ranks, Path(folder) / "store", config, rounds, seconds, results)
+        workers = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
+        for worker in workers:
+            worker.start()
+        try:
+            for worker in workers:
+                worker.join()
+            failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
+            if failed:
+                raise RuntimeError(f"ranks {failed} failed; their tracebacks are above")
+            return {"overrides": list(overrides), "ranks": ranks, "rounds": rounds, **results.get()}
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+def _rank_main(rank: int, ranks: int, store: Path, config: Any, rounds: int, seconds: float, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = _Bench(config, seconds).run(rounds)
+    if rank == 0:
+        results.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Bench:
+    """One rank's side."""
+
+    def __init__(self, config: Any, seconds: float) -> None:
+        import torch
+
+        from ..training.data.source import open_data
+        from ..training.probe import Prober
+
+        self.prober = Prober(config, torch.device("cpu"))
+        self.profile = self.prober.profile(seconds)
+        self.source = open_data(config.data, config.train.seed, self.prober.spec.vocab_size)
+        self.cost = self._same_everywhere(self.profile.refine(self.prober.cost))
+
+    def _same_everywhere(self, cost: Any) -> Any:
+        """Rank 0's: measured times differ a little between ranks."""
+        import torch.distributed as dist
+
+        held = [cost]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+    def run(self, rounds: int) -> dict[str, Any]:
+        steps = [self._round(step) for step in range(rounds)]
+        return {
+            "profile": asdict(self.profile),
+            **summary(steps),
+            "steps": steps,
+        }
+
+    def _plans(self, step: int) -> tuple[dict[str, Any], float]:
+        from ..parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
+
+        lengths = self.source.lengths(step)
+        begun = time.perf_counter()
+        plans = {"adaptive": solve_adaptive(lengths, self.cost)}
+        plan_s = time.perf_counter() - begun
+        plans["greedy"] = solve_greedy(lengths, self.cost)
+        for degree in self.cost.degrees:
+            static = solve_static(
+                lengths,
+                world_size=self.cost.world_size,
+                degree=degree.degree,
+                ulysses=degree.ulysses,
+                tokens_per_rank=self.cost.tokens_per_rank,
+                linear_cost_tokens=degree.linear_s / degree.attention_s if degree.attention_s else 0.0,
+            )
+            plans[f"static {degree.degree}"] = self.cost.priced(static)
+        return plans, plan_s
+
+    def _round(self, step: int) -> dict[str, Any]:
+        """Every contestant's plan of the step's documents, once."""
+        plans, plan_s = self._plans(step)
+        names = list(plans)
+        turn = step % len(names)
+        rows, losses = {}, {}
+        for name in names[turn:] + names[:turn]:
+            rows[name], losses[name] = self._measured(step, plans[name])
+        if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
+            raise RuntimeError(f"plans of step {step} do not compute the same loss: {losses}")
+        return {"sequences": len(self.source.lengths(step)), "longest": max(self.source.lengths(step)), "plan_s": plan_s, "plans": rows}
+
+    def _measured(self, step: int, plan: Any) -> tuple[dict[str, Any], float]:
+        from ..training.measure import StepTimes, bubble, group_rows
+        from ..training.step import read_step
+
+        works = read_step(self.source, step, plan, self.prober.topology.rank)
+        run = self.prober.run(works, num_targets=self.source.num_target_tokens(step))
+        times = StepTimes(run.busy_s, run.wall_s, run.wall_s)
+        groups = [
+            {"degree": row["degree"], "predicted_s": row["predicted_s"], "measured_s": row["measured_s"]}
+            for row in group_rows(plan, times, self.profile.overhead_s)
+        ]
+        row = {
+            "plan": str(plan),
+            "source": plan.source,
+            # step_s of the model is the optimizer and the reduction; only the latter is in the measured time.
+            "predicted_s": plan.predicted_s - self.profile.step_s + self.profile.reduce_s,
+            "measured_s": run.wall_s,
+            "gap": plan.gap,
+            "bubble": bubble(plan, times, barrier_free=False),
+            "groups": groups,
+        }
+        return row, run.loss
+
+
+def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the steps, who is how much faster, and how far the model was off."""
+    names = list(steps[0]["plans"])
+    rows = [
+        {
+            "plan": name,
+            "step_s": statistics.mean(step["plans"][name]["measured_s"] for step in steps),
+            "predicted_s": statistics.mean(step["plans"][name]["predicted_s"] for step in steps),
+            "bubble": statistics.mean(step["plans"][name]["bubble"] for step in steps),
+        }
+        for name in sorted(names)
+    ]
+    by_name = {row["plan"]: row for row in rows}
+    static = [row for row in rows if row["plan"].startswith("static")]
+    best = min(static, key=lambda row: row["step_s"])
+    best_modelled = min(static, key=lambda row: row["predicted_s"])
+    adaptive = by_name["adaptive"]
+    groups = [group for step in steps for plan in step["plans"].values() for group in plan["groups"]]
+    return {
+        "rows": rows,
+        "best_static": best["plan"],
+        "speedup_vs_best_static": best["step_s"] / adaptive["step_s"],
+        "speedup_vs_best_static_modelled": best_modelled["predicted_s"] / adaptive["predicted_s"],
+        "speedups": {row["plan"]: row["step_s"] / adaptive["step_s"] for row in rows if row is not adaptive},
+        "prediction_error": _error(groups),
+        "prediction_error_by_degree": {
+            str(degree): _error([group for group in groups if group["degree"] == degree]) for degree in sorted({g["degree"] for g in groups})
+        },
+        "step_prediction_error": _error([plan for step in steps for plan in step["plans"].values()]),
+        "measured_over_predicted": statistics.median(
+            plan["measured_s"] / plan["predicted_s"] for step in steps for plan in step["plans"].values()
+        ),
+        "plan_s": statistics.median(step["plan_s"] for step in steps),
+    }
+
+
+def _error(rows: list[dict[str, Any]]) -> float:
+    return statistics.mean(abs(row["predicted_s"] / row["measured_s"] - 1) for row in rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
