@@ -86,7 +86,7 @@ def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, 
         raise ConfigError("--step", found=str(number), expected=f"1 to {config.train.steps}, the steps of this run", hint="--step 1")
     event = steps.get(number)
     if event is not None and event.get("groups"):
-        plan, measured = recorded_plan(event["groups"], cost.world_size, str(run_dir), lambda: step_lengths(config, number))
+        plan, measured = recorded_plan(event["groups"], cost, str(run_dir), lambda: step_lengths(config, number))
         return RecordedStep(step=number, plan=_as_run(plan, event, cost), measured=measured, event=event, notes=())
     plan = plan_step(config, step_lengths(config, number), cost)
     return RecordedStep(step=number, plan=plan, measured={}, event=event, notes=_replanned(plan, event))
@@ -117,7 +117,7 @@ def _as_run(plan: StepPlan, event: Event, cost: CostModel) -> StepPlan:
     return with_bound(priced, cost)
 
 
-def recorded_plan(entries: Any, world_size: int, where: str, all_lengths: Callable[[], tuple[int, ...]]) -> tuple[StepPlan, Measured]:
+def recorded_plan(entries: Any, cost: CostModel, where: str, all_lengths: Callable[[], tuple[int, ...]]) -> tuple[StepPlan, Measured]:
     """The plan in a step event's `groups`, and what was measured of it. `all_lengths` is asked where they leave lengths out.
 
     ConfigError where the groups are no plan.
@@ -127,20 +127,29 @@ def recorded_plan(entries: Any, world_size: int, where: str, all_lengths: Callab
     try:
         for entry in entries:
             batches.setdefault(int(entry["micro_batch"]), []).append(_group(entry))
-            if entry.get("measured_s") is not None:
-                measured[int(entry["micro_batch"]), int(entry["first_rank"])] = float(entry["measured_s"])
         if all("lengths" in entry for entry in entries):
             known = {i: int(n) for entry in entries for i, n in zip(entry["sequences"], entry["lengths"], strict=True)}
             lengths = tuple(known[i] for i in range(len(known)))
         else:
             lengths = all_lengths()
-        plan = StepPlan(world_size, lengths, tuple(MicroBatch(tuple(batches[index])) for index in range(len(batches))))
-    except (KeyError, TypeError, ValueError) as error:
+        plan = StepPlan(cost.world_size, lengths, tuple(MicroBatch(tuple(batches[index])) for index in range(len(batches))))
+        for entry in entries:
+            if entry.get("measured_s") is not None:
+                measured[int(entry["micro_batch"]), int(entry["first_rank"])] = _measured(
+                    entry, [lengths[i] for i in entry["sequences"]], cost
+                )
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}/metrics.jsonl", found=f"groups that are no plan ({error})", expected="what efflaunch wrote", hint="another --step"
         ) from error
     check_plan(plan)
     return plan, measured
+
+
+def _measured(entry: Mapping[str, Any], lengths: list[int], cost: CostModel) -> float:
+    """Measured seconds of a group's sequences: what the run counts to every group beside them is in the prediction too."""
+    beside = 0.0 if entry.get("predicted_s") is None else float(entry["predicted_s"]) - cost.group_s(lengths, int(entry["degree"]))
+    return max(0.0, float(entry["measured_s"]) - max(0.0, beside))
 
 
 def _group(entry: Mapping[str, Any]) -> Group:
