@@ -33,12 +33,15 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         return StepPlan(cost.world_size, (), (), predicted_s=cost.step_s, lower_bound_s=cost.step_s, bound="staircase", source="adaptive")
     bound = staircase_of(batch)
     shelves, source = _without_search(batch)
+    if not bound.valid:
+        # Without sense in the times there is nothing to search by; the plan at least fits in memory.
+        return batch.plan(shelves, source)
     until = None if wall_s is None else time.monotonic() + wall_s
     search = Search(
         batch,
         default_budget(len(batch)) if budget is None else budget,
         batch.seconds(shelves) - cost.step_s,
-        enough_s=bound.value_s - cost.step_s if bound.valid else 0.0,
+        enough_s=bound.value_s - cost.step_s,
         expired=None if until is None else (lambda: time.monotonic() > until),
     )
     found = search.run(tuple(shelf.load_s for shelf in shelves))

@@ -43,7 +43,11 @@ def staircase_of(batch: Batch) -> Bound:
     name, reason = "staircase", _fault(batch)
     if reason:
         return Bound(0.0, name, False, reason)
-    note = "" if batch.cost.is_monotone() else "cost is not monotone: least work and fastest times over degrees were used, each in its own order"
+    note = (
+        ""
+        if batch.cost.is_monotone()
+        else "cost is not monotone: least work and fastest times over degrees were used, each in its own order"
+    )
     return Bound(batch.cost.step_s + staircase(batch, np.arange(len(batch))).rest_s * (1 - 1e-12), name, True, note)
 
 

@@ -182,7 +182,9 @@ def greedy_reach(limit: float, groups: int, tables: Any, space: Any) -> float:
     return most
 
 
-def fill_greedy(rem: Any, num: int, tolerance: float, world: int, tables: Any, space: Any, left: Any, group_of: Any) -> tuple[int, int, float, int]:
+def fill_greedy(
+    rem: Any, num: int, tolerance: float, world: int, tables: Any, space: Any, left: Any, group_of: Any
+) -> tuple[int, int, float, int]:
     """One micro-batch as Megatron's dynamic context parallelism makes it: longest first, counting s^2 / ranks only.
 
     The longest sequence gets the smallest group that holds it; no group's work may exceed its length x tokens a rank x `tolerance`.

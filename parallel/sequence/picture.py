@@ -178,7 +178,8 @@ def _draw_lengths(axes: Axes, line: Timeline) -> None:
 
     lengths = np.array([length for bar in line.bars for length in bar.lengths], dtype=np.int64)
     degrees = np.array([bar.group.degree for bar in line.bars for _ in bar.lengths], dtype=np.int64)
-    bins = np.floor(np.log2(lengths)).astype(int)
+    # A bin ends with its power of two: sequences cut at max_seq_len are as long as that.
+    bins = np.maximum(np.ceil(np.log2(lengths)).astype(int) - 1, 0)
     floor = np.zeros(int(bins.max()) + 1)
     for degree in sorted(set(degrees.tolist())):
         tokens = np.bincount(bins, weights=lengths * (degrees == degree), minlength=len(floor))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.errors import ConfigError, PlanError
+from efflaunch.errors import PlanError
 from efflaunch.launcher import cli
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.plan_step_command import draw_step_lengths
@@ -148,8 +148,3 @@ def test_planners_that_cannot_are_left_out_and_judged_by_the_model() -> None:
     assert [(row.name, row.steps) for row in rows(steps, "ours")] == [("greedy", 2), ("ours", 1)] and len(gaps(steps, "ours")) == 1
     with pytest.raises(PlanError):
         simulate([(5000,)], cost, asked[:1])
-
-
-def test_adaptive_runs_do_not_need_a_static_degree_for_their_longest_sequence() -> None:
-    with pytest.raises(ConfigError):
-        compose([*NODES, "data.max_seq_len=1M"])
