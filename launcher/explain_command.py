@@ -16,7 +16,7 @@ from ..training.spec import model_spec
 from .config import Config
 from .metrics_file import Event, MetricsFollower
 from .rundir import read_run
-from .sequence_plan import draw_step, explain_plan, explanation_dict, plan_step, step_cost, with_bound
+from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_step, step_cost, with_bound
 
 Measured = dict[tuple[int, int], float]
 """Seconds of a group by (micro-batch, first rank)."""
@@ -33,13 +33,13 @@ class RecordedStep:
     notes: tuple[str, ...]
 
 
-def main(run_dir: Path, *, step: int | None, out: Path | None, as_json: bool) -> int:
+def main(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
     """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
     config = read_run(run_dir).config
     events = MetricsFollower(run_dir).read()
     cost = _run_cost(events, config)
     found = find_step(run_dir, config, cost, step, events)
-    explanation = explain_plan(config, found.plan, cost, found.measured)
+    explanation = explain_plan(config, certified(found.plan, cost, certify_s), cost, found.measured)
     if out is not None:
         draw_step(explanation, f"Step {found.step} of {run_dir.name}", out)
     measured_s = None if found.event is None else found.event.get("step_s")

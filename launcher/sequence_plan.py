@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from ..memory.ledger import build_ledger
 from ..parallel.config import Device, SequenceMode
 from ..parallel.profile import find_profile, processor_name, profile_key
@@ -63,6 +64,18 @@ def with_bound(plan: StepPlan, cost: CostModel) -> StepPlan:
     from ..parallel.sequence.bound import staircase_bound
 
     return bounded(plan, staircase_bound(plan.lengths, cost))
+
+
+def certified(plan: StepPlan, cost: CostModel, seconds: float | None) -> StepPlan:
+    """The plan with a tighter bound, if one is found in so many seconds; None: as it is."""
+    if seconds is None:
+        return plan
+    from ..parallel.sequence.adaptive import bounded
+    from ..parallel.sequence.bound import class_milp_bound
+
+    if seconds <= 0:
+        raise ConfigError("--certify", found=f"{seconds:g}", expected="seconds above 0", hint="--certify 10")
+    return bounded(plan, class_milp_bound(plan.lengths, cost, plan_s=cost.plan_s(plan), time_limit_s=seconds))
 
 
 def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapping[tuple[int, int], float] | None = None) -> Explanation:

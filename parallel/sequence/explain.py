@@ -223,14 +223,16 @@ def _next_words(found: Explanation) -> list[str]:
         return []
     return [
         f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
-        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / found.line.step_s - 1)}."
+        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / found.line.step_s - 1, found.plan.source)}."
     ]
 
 
-def _more(slower: float) -> str:
+def _more(slower: float, source: str) -> str:
     if slower > _SAME / 2:
         return f"{slower:.1%} more"
-    return "no more than this plan" if slower > -_SAME / 2 else f"{-slower:.1%} less: the search missed it"
+    if slower > -_SAME / 2:
+        return "no more than this plan"
+    return f"{-slower:.1%} less: " + ("the search missed it" if source == "adaptive" else f"this plan is {source}, that one adaptive")
 
 
 def _other_words(found: Explanation) -> list[str]:

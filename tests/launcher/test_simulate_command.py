@@ -110,6 +110,16 @@ def test_a_step_holds_the_tokens_of_a_batch_where_no_number_is_given() -> None:
         assert sum(step[:-1]) < config.data.global_batch_tokens <= sum(step)
 
 
+def test_a_certificate_is_at_least_the_closed_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", *NODES, "parallel.sequence=adaptive", "--lengths", "commoncrawl", "--sequences", "40"]
+    closed, tighter = run_json(capsys, *words), run_json(capsys, *words, "--certify", "1")
+    assert closed["bound"] == "staircase" and tighter["bound"] in ("staircase", "class MILP")
+    assert closed["lower_bound_s"] <= tighter["lower_bound_s"] <= tighter["predicted_s"] * (1 + 1e-9)
+    assert tighter["predicted_s"] == closed["predicted_s"]
+    assert cli.main([*words, "--certify", "0"]) == 93
+    assert "--certify: found 0; expected seconds above 0." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
