@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import EXIT_DONE, ConfigError
 from ..parallel.sequence.cost import CostModel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
+from ..parallel.sequence.stored import load_cost
 from ..training.spec import model_spec
 from .config import Config
 from .metrics_file import Event, MetricsFollower
@@ -35,8 +36,9 @@ class RecordedStep:
 def main(run_dir: Path, *, step: int | None, out: Path | None, as_json: bool) -> int:
     """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
     config = read_run(run_dir).config
-    cost = step_cost(config)
-    found = find_step(run_dir, config, cost, step)
+    events = MetricsFollower(run_dir).read()
+    cost = _run_cost(events, config)
+    found = find_step(run_dir, config, cost, step, events)
     explanation = explain_plan(config, found.plan, cost, found.measured)
     if out is not None:
         draw_step(explanation, f"Step {found.step} of {run_dir.name}", out)
@@ -64,17 +66,25 @@ def _heading(found: RecordedStep, predicted_s: float, measured_s: float | None) 
     )
 
 
-def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None) -> RecordedStep:
+def _run_cost(events: list[Event], config: Config) -> CostModel:
+    """The model the newest attempt planned with; for runs whose metrics lack it, what a new run would plan with."""
+    starts = [event for event in events if event["event"] == "start" and "cost_model" in event]
+    if not starts:
+        return step_cost(config)
+    return load_cost(starts[-1]["cost_model"])
+
+
+def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, events: list[Event]) -> RecordedStep:
     """The step asked for (None: the last in the metrics). ConfigError where the run has no such step."""
-    events = {int(event["step"]): event for event in MetricsFollower(run_dir).read() if event["event"] == "step"}
-    if step is None and not events:
+    steps = {int(event["step"]): event for event in events if event["event"] == "step"}
+    if step is None and not steps:
         raise ConfigError(
             str(run_dir), found="no finished step in metrics.jsonl", expected="one to explain", hint=f"efflaunch explain {run_dir} --step 1"
         )
-    number = max(events) if step is None else step
+    number = max(steps) if step is None else step
     if not 1 <= number <= config.train.steps:
         raise ConfigError("--step", found=str(number), expected=f"1 to {config.train.steps}, the steps of this run", hint="--step 1")
-    event = events.get(number)
+    event = steps.get(number)
     if event is not None and event.get("groups"):
         plan, measured = recorded_plan(event["groups"], cost.world_size, str(run_dir), lambda: step_lengths(config, number))
         return RecordedStep(step=number, plan=_as_run(plan, event, cost), measured=measured, event=event, notes=())

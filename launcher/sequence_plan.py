@@ -80,7 +80,7 @@ def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapp
 
 
 def _others(plan: StepPlan) -> dict[str, Solver]:
-    from ..parallel.sequence.solve import solve_adaptive, solve_greedy, solve_best_static
+    from ..parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 
     lengths = plan.lengths
     others: dict[str, Solver] = {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from ..errors import EXIT_DONE, ConfigError
+from ..errors import EXIT_DONE, ConfigError, PlanError
 from ..parallel.sequence.cost import CostModel
 from ..parallel.sequence.lengths import open_lengths
+from ..parallel.sequence.plan import StepPlan
 from ..parallel.simulate import Contestant, Row, Step, gaps, rows, simulate
 from .config import Config
 from .sequence_plan import step_cost
@@ -71,11 +72,17 @@ def contestants(cost: CostModel, request: Request) -> list[Contestant]:
 
     found = [Contestant(name="best static degree", plan=solve_best_static), Contestant(name="greedy", plan=solve_greedy)]
     if request.flexsp_steps > 0:
-        from ..parallel.sequence.flexsp import solve_flexsp
-
-        milp = partial(solve_flexsp, limit_s=request.flexsp_s)
-        found.append(Contestant(name="FlexSP's MILP", plan=milp, max_steps=request.flexsp_steps))
+        found.append(Contestant(name="FlexSP's MILP", plan=partial(_flexsp, limit_s=request.flexsp_s), max_steps=request.flexsp_steps))
     return [*found, Contestant(name=OURS, plan=solve_adaptive)]
+
+
+def _flexsp(lengths: Sequence[int], cost: CostModel, *, limit_s: float) -> StepPlan:
+    from ..parallel.sequence.flexsp import flexsp_plan
+
+    try:
+        return flexsp_plan(lengths, cost, time_limit_s=limit_s).plan
+    except RuntimeError as error:
+        raise PlanError("FlexSP's MILP", found=str(error), expected="a plan", hint="--flexsp-seconds 60, or --flexsp-steps 0") from error
 
 
 def _progress(step: Step, *, total: int) -> None:
@@ -122,10 +129,9 @@ def show(facts: dict[str, Any], found: list[Row]) -> None:
     from .sequence_view import make_console
 
     console = make_console()
-    console.print(
-        f"[bold]{facts['experiment']}[/bold] on {facts['world_size']:,} ranks of {facts['cluster']}, lengths of {facts['lengths']}: "
-        f"{len(facts['steps'])} steps of {facts['sequences_mean']:,.0f} sequences and {facts['tokens_mean']:,.0f} tokens, longest {facts['longest']:,}"
-    )
+    size = f"{facts['sequences_mean']:,.0f} sequences and {facts['tokens_mean']:,.0f} tokens, longest {facts['longest']:,}"
+    where = f"{facts['world_size']:,} ranks of {facts['cluster']}, lengths of {facts['lengths']}"
+    console.print(f"[bold]{facts['experiment']}[/bold] on {where}: {len(facts['steps'])} steps of {size}")
     table = Table(title="modelled seconds of a step", title_justify="left", title_style="bold")
     for name in (
         "planner",

@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from ..parallel.config import SequenceMode
 from ..parallel.profile import ProfileKey, find_profile, processor_name, profile_key
-from ..parallel.sequence.cost import CostModel, DegreeCost, cost_model
+from ..parallel.sequence.cost import CostModel, cost_model
 from ..parallel.sequence.packed import pack_plan, packed_size, unpack_plan
 from ..parallel.sequence.plan import StepPlan, check_plan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..parallel.sequence.stored import load_cost
 
 if TYPE_CHECKING:
     from .spec import ModelSpec
@@ -171,10 +172,3 @@ def settle_costs(config: Any, spec: ModelSpec, device: torch.device, stored: dic
 def this_hardware(device: torch.device) -> str:
     """As profiles call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-
-
-def load_cost(data: dict[str, Any]) -> CostModel:
-    """The inverse of dataclasses.asdict, through JSON."""
-    degrees = tuple(DegreeCost(**{**row, "windowed_s": tuple((int(w), float(s)) for w, s in row["windowed_s"])}) for row in data["degrees"])
-    excluded = tuple((int(degree), str(reason)) for degree, reason in data["excluded"])
-    return CostModel(**{**data, "degrees": degrees, "excluded": excluded})

@@ -103,6 +103,8 @@ def to_tokens(work: Work, device: torch.device) -> Tokens:
     """The shard on the device; a row's document length comes from the group's layout."""
     lengths = np.zeros(0, dtype=np.int64)
     if work.layout is not None:
-        lengths = np.repeat([work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices])
+        lengths = np.repeat(
+            [work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices]
+        )
     arrays = work.shard.token_ids, work.shard.target_ids, work.shard.position_ids, lengths.astype(np.int64)
     return Tokens(*(torch.from_numpy(array).to(device) for array in arrays))

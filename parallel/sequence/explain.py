@@ -221,12 +221,16 @@ def _next_words(found: Explanation) -> list[str]:
     other = found.next_best
     if other is None or other.predicted_s is None:
         return []
-    slower = other.predicted_s / found.line.step_s - 1
-    verdict = f"{slower:.1%} more" if slower >= 0.0005 else "no more than this plan" if slower > -0.0005 else f"{-slower:.1%} less: the search missed it"
     return [
         f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
-        f"takes {format_precise(other.predicted_s)}, {verdict}."
+        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / found.line.step_s - 1)}."
     ]
+
+
+def _more(slower: float) -> str:
+    if slower > _SAME / 2:
+        return f"{slower:.1%} more"
+    return "no more than this plan" if slower > -_SAME / 2 else f"{-slower:.1%} less: the search missed it"
 
 
 def _other_words(found: Explanation) -> list[str]:

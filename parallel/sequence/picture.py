@@ -215,10 +215,10 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
     if caption.lower_bound_s is not None:
         label = f"no plan ends before {format_precise(caption.lower_bound_s)} ({caption.bound} bound)"
         marks += [Line2D([], [], color=_BOUND, linewidth=1.6, linestyle=_DASHES, label=label)]
-    groups = [Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree)) for degree in degrees]
+    groups: list[Any] = [Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree)) for degree in degrees]
     style: dict[str, Any] = {"handlelength": 1.5, "columnspacing": 1.4, "handletextpad": 0.5, "borderaxespad": 0.0, "borderpad": 0.0}
     for handles, at in ((groups, top), (marks, top - row)):
-        place = {"loc": "center left", "bbox_to_anchor": (0.055, at), "ncols": len(handles)}
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (0.055, at), "ncols": len(handles)}
         figure.legend(handles=handles, fontsize=8.5, labelcolor=_INK, frameon=False, **place, **style)
 
 
@@ -245,8 +245,8 @@ def _rank_ticks(world_size: int) -> Sequence[int]:
 
 def _points(axes: Axes) -> tuple[float, float]:
     """Points (1/72 inch, on paper) of one second and of one rank."""
-    box = axes.get_position()
-    width, height = (box.width * axes.figure.get_figwidth() * 72, box.height * axes.figure.get_figheight() * 72)
+    per_pixel = 72 / axes.figure.dpi
+    width, height = axes.bbox.width * per_pixel, axes.bbox.height * per_pixel
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     return width / abs(right - left), height / abs(high - low)
 

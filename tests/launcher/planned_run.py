@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def make_run(directory: Path, *overrides: str, recorded: bool = True) -> tuple[P
     write_run(run_dir, config, 1)
     cost = step_cost(config)
     plans = [plan_step(config, step_lengths(config, step), cost) for step in range(1, STEPS + 1)]
-    lines = [json.dumps({"event": "start", "step": 0, "plan": "layout"})]
+    lines = [json.dumps({"event": "start", "step": 0, "plan": "layout", **({"cost_model": asdict(cost)} if recorded else {})})]
     lines += [json.dumps(step_event(step, plan, recorded)) for step, plan in enumerate(plans[:-1], 1)]
     (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return run_dir, config, plans

@@ -75,6 +75,20 @@ def test_lengths_are_read_from_the_data_where_metrics_leave_them_out(tmp_path: P
     assert explain_json(capsys, str(run_dir), "--step", "1") == whole
 
 
+def test_a_step_is_judged_by_the_model_it_was_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, _, _ = make_run(tmp_path)
+    before = explain_json(capsys, str(run_dir))
+    path = run_dir / "metrics.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    events[0]["cost_model"] |= {"beta_s": events[0]["cost_model"]["beta_s"] + 3.0, "source": "profile"}
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    after = explain_json(capsys, str(run_dir))
+    assert (
+        after["predicted_s"] == pytest.approx(before["predicted_s"] + 3.0 * len(after["micro_batches"]))
+        and after["cost_source"] == "profile"
+    )
+
+
 def test_tables_and_words_for_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _, plans = make_run(tmp_path, "parallel.sequence=adaptive")
     picture = tmp_path / "step.png"

@@ -53,14 +53,32 @@ def test_the_same_words_give_the_same_seconds(capsys: pytest.CaptureFixture[str]
 def test_a_table_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["simulate", *NODES, "--lengths", "wikipedia", "--sequences", "64", "--steps", "2", "--flexsp-steps", "0"]) == 0
     shown = capsys.readouterr().out
-    for part in ("llama8b_1M on 16 ranks of a100_40g_8x8", "best static degree", "greedy", "efflaunch is faster", "above the best there can be"):
+    for part in (
+        "llama8b_1M on 16 ranks of a100_40g_8x8",
+        "best static degree",
+        "greedy",
+        "efflaunch is faster",
+        "above the best there can be",
+    ):
         assert part in shown, shown
 
 
 def test_a_thousand_ranks_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("\n".join(["64K", "20K", *["2000"] * 30, *["300"] * 200]))
-    words = ["simulate", *NODES, "cluster.num_nodes=128", "--lengths", str(lengths), "--steps", "1", "--sequences", "500", "--flexsp-steps", "0"]
+    words = [
+        "simulate",
+        *NODES,
+        "cluster.num_nodes=128",
+        "--lengths",
+        str(lengths),
+        "--steps",
+        "1",
+        "--sequences",
+        "500",
+        "--flexsp-steps",
+        "0",
+    ]
     found = run_json(capsys, *words)
     assert found["world_size"] == 1024 and found["longest"] == 64 << 10
 
@@ -119,7 +137,11 @@ def test_planners_that_cannot_are_left_out_and_judged_by_the_model() -> None:
     def never(lengths: Any, model: Any) -> StepPlan:
         raise PlanError("x", found="y", expected="z", hint="w")
 
-    asked = [Contestant(name="never", plan=never), Contestant(name="greedy", plan=solve_greedy), Contestant(name="ours", plan=solve_adaptive, max_steps=1)]
+    asked = [
+        Contestant(name="never", plan=never),
+        Contestant(name="greedy", plan=solve_greedy),
+        Contestant(name="ours", plan=solve_adaptive, max_steps=1),
+    ]
     steps = simulate([(5000, 300), (700, 20, 9)], cost, asked)
     assert [list(step.outcomes) for step in steps] == [["greedy", "ours"], ["greedy"]]
     assert steps[0].outcomes["ours"].step_s == cost.plan_s(solve_adaptive((5000, 300), cost))

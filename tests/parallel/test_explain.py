@@ -35,7 +35,10 @@ def every_plan(lengths: tuple[int, ...], cost: CostModel) -> list[StepPlan]:
             fits = all(sum(lengths[i] for i in part) <= slots[slot][2] * cost.tokens_per_rank for slot, part in enumerate(held))
             if not fits:
                 continue
-            groups = [[Group(at, d, min(d, 2), tuple(held[s])) for s, (b, at, d) in enumerate(slots) if b == batch and held[s]] for batch in (0, 1)]
+            groups = [
+                [Group(at, d, min(d, 2), tuple(held[s])) for s, (b, at, d) in enumerate(slots) if b == batch and held[s]]
+                for batch in (0, 1)
+            ]
             found.append(StepPlan(4, lengths, tuple(MicroBatch(tuple(batch)) for batch in groups if batch)))
     return found
 
@@ -114,7 +117,9 @@ def test_the_words_say_why() -> None:
         assert part in words, words
 
 
-@pytest.mark.parametrize(("barrier_free", "reason"), [(False, "gives some sequences no time"), (True, "are for micro-batches that end together")])
+@pytest.mark.parametrize(
+    ("barrier_free", "reason"), [(False, "gives some sequences no time"), (True, "are for micro-batches that end together")]
+)
 def test_a_bound_that_does_not_hold_is_not_claimed(barrier_free: bool, reason: str) -> None:
     cost = model()
     best = brute_force(cost)

@@ -137,5 +137,14 @@ def test_endings_and_a_missing_matplotlib(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_names_and_colours() -> None:
-    assert [short(n) for n in (7, 1023, 1024, 1536, 10_000, 262_144, 1 << 20, 3 << 19)] == ["7", "1023", "1K", "1.5K", "9.8K", "256K", "1M", "1.5M"]
+    assert [short(n) for n in (7, 1023, 1024, 1536, 10_000, 262_144, 1 << 20, 3 << 19)] == [
+        "7",
+        "1023",
+        "1K",
+        "1.5K",
+        "9.8K",
+        "256K",
+        "1M",
+        "1.5M",
+    ]
     assert len({colour(1 << i) for i in range(11)}) == 11
