@@ -75,6 +75,7 @@ def _step(result: dict[str, Any]) -> list[str]:
         "Ratios are the median of the rounds' ratios; processor ratios count rank 0's processor seconds instead of wall time.",
         "",
         f"**throughput_ratio {result['throughput_ratio']:.3f}** (our worst case against the stronger peer; aim 0.97 or more), "
+        f"processor_ratio {result['processor_ratio']:.3f} (the same in processor time: less disturbed by other work on the machine), "
         f"**peak_ratio {result['peak_ratio']:.3f}** (recompute against gradient checkpointing; aim 1.0 or less).",
         "",
         "| ranks | ours | peer | tokens/s, ours over peer | processor time, peer over ours | peak MiB, ours | peak MiB, peer |",

@@ -25,7 +25,7 @@ FIRST_STEP_LIMIT_S = 600.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options, origin = _parser().parse_args(arguments), machine()
     timed: dict[str, Callable[[], float]] = {
         "help_s": lambda: command_s("--help"),
         "plan_s": lambda: command_s("plan", f"+experiment={options.plan_experiment}"),
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = {name: repeated(run, repeats[name]) for name, run in timed.items()}
     result = {
         "benchmark": "startup",
-        **machine(),
+        **origin,
         **{name: statistics.median(times) for name, times in seconds.items()},
         "targets": {"help_s": 0.5, "plan_s": 2.0, "first_step_s": 25.0},
         "seconds": seconds,

@@ -45,7 +45,7 @@ class StorageTracer(TorchDispatchMode):
             tracer._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[method-assign,assignment]
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

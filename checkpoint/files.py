@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import sync
+
 COMMIT_FILE = "COMMIT"
 STATE_FILE = "state.json"
 FOLDER = "checkpoints"
@@ -126,14 +128,14 @@ def commit(directory: Path, step: int, *, state: dict[str, Any], world_size: int
     temporary, final = temporary_path(directory, step), step_path(directory, step)
     _write_json(temporary / STATE_FILE, state)
     for path in temporary.iterdir():
-        _fsync(path)
+        sync(path)
     files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     record = {"format": FORMAT, "step": step, "time": time.time(), "world_size": world_size, "files": files}
     _write_json(temporary / COMMIT_FILE, record)
-    _fsync(temporary)
+    sync(temporary)
     with _moved_away(final):
         temporary.rename(final)
-        _fsync(directory)
+        sync(directory)
     return sum(files.values())
 
 
@@ -159,14 +161,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         json.dump(value, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:

@@ -223,15 +223,12 @@ def _export(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("out_dir", type=Path, metavar="OUT")
     parser.add_argument("--step", type=int, help="of which checkpoint; the newest if not given")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
+    parser.add_argument("--json", action="store_true", help="what was written, as JSON")
     options = parser.parse_args(words)
-    from .rundir import read_run
+    from . import export_command
 
-    read_run(options.run_dir)
-    from ..training.export import export
-
-    export(options.run_dir, options.out_dir, options.step)
-    print(f"wrote {options.out_dir}")
-    return EXIT_DONE
+    return export_command.main(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, as_json=options.json)
 
 
 def _data(words: list[str]) -> int:

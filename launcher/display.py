@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from ..training.config import Display as Mode
@@ -84,6 +85,7 @@ class LiveDisplay:
         self.progress = Progress()
         self.console = console or RichConsole()
         self.live: Live = RichLive(self.render(), console=self.console, refresh_per_second=4, transient=False)
+        self._restore = quiet_control_keys()
         self.live.start()
 
     def show(self, events: list[Event]) -> None:
@@ -101,6 +103,7 @@ class LiveDisplay:
     def close(self) -> None:
         self.live.update(self.render())
         self.live.stop()
+        self._restore()
 
     def render(self) -> RenderableType:
         """The whole picture."""
@@ -158,6 +161,19 @@ class LiveDisplay:
         if len(ranks) > _MAX_RANK_ROWS:
             table.add_row("...", f"{len(ranks) - _MAX_RANK_ROWS} more", "")
         return table
+
+
+def quiet_control_keys() -> Callable[[], None]:
+    """Have the terminal not print `^C`, which would push the table out of place; returns what undoes that."""
+    import termios
+
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, ValueError, OSError):
+        return lambda: None
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    return lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _bad_news(event: Event) -> str | None:

@@ -1,4 +1,4 @@
-"""Small files that are either old or new, never half of each."""
+"""Small files of a run directory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a crash leaves the old file. The directory must exist."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+from ..durable import write_atomic
 
 
 def write_json(path: Path, value: Any) -> None:

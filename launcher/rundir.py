@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..durable import write_atomic
 from ..errors import ConfigError
 from .config import Config
-from .files import write_atomic
 from .schema import dump_config, load_config
 from .state import read_state
 

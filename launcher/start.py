@@ -81,13 +81,11 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
 
     Everything that can be refused is refused before anything is written. `entry` replaces the training function.
     """
-    from ..training.data.source import check_corpora
-    from ..training.spec import model_spec
     from .backends import local
     from .fit import check_machine
 
     check_machine(config)
-    check_corpora(config.data, model_spec(config.model).vocab_size)
+    check_data(config)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
     make_run_dir(run_dir)
@@ -100,6 +98,19 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     code = local.run(config, run_dir, revision=revision, lock=lock, entry=entry)
     report_end(run_dir, code)
     return code
+
+
+def check_data(config: Config) -> None:
+    """DataError where the corpora cannot be trained on. A built-in corpus is made here, where one can say so."""
+    from ..training.data.source import check_corpora, open_data
+    from ..training.spec import model_spec
+
+    vocab_size = model_spec(config.model).vocab_size
+    if config.data.builtin is None:
+        check_corpora(config.data, vocab_size)
+        return
+    print(f"data: {config.data.builtin}, made once for this machine, in less than a minute", flush=True)
+    print(f"data: {open_data(config.data, config.train.seed, vocab_size).summary()}", flush=True)
 
 
 def report_end(run_dir: Path, code: int) -> None:

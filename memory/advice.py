@@ -41,15 +41,15 @@ def suggest(ledger: Ledger, *, most: int = 4) -> tuple[Suggestion, ...]:
         return ()
     found: list[Suggestion] = []
     for move in _SINGLE:
-        proven = _first_that_fits(move(ledger.setting))
+        proven = _first_that_fits(move(ledger.asked))
         if proven is not None:
             found.append(proven)
-    return tuple(found[:most] if found else _stacked(ledger.setting)[:most])
+    return tuple(found[:most] if found else _stacked(ledger.asked)[:most])
 
 
 def largest_length(ledger: Ledger) -> int | None:
     """The longest data.max_seq_len, halving, that fits with everything else as it is; None if none of 16 halvings does."""
-    proven = _first_that_fits(_shorter(ledger.setting))
+    proven = _first_that_fits(_shorter(ledger.asked))
     return proven.ledger.setting.data.max_seq_len if proven is not None else None
 
 
@@ -149,10 +149,10 @@ def _more_nodes(s: Setting) -> Iterator[_Change]:
         degree = 1 << (world.bit_length() - 1)
         tokens = max(1, -(-s.data.max_seq_len // degree))
         parallel = replace(s.parallel, sp_degree=degree, tokens_per_rank=tokens, shard=None)
-        overrides = (f"cluster.num_nodes={nodes}", f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}")
+        overrides = [f"cluster.num_nodes={nodes}", f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}"]
         if s.parallel.shard is not None:
-            overrides += ("parallel.shard=null",)
-        yield _Change(overrides, f"{world} ranks", replace(s, parallel=parallel, cluster=replace(s.cluster, num_nodes=nodes)))
+            overrides.append("parallel.shard=null")
+        yield _Change(tuple(overrides), f"{world} ranks", replace(s, parallel=parallel, cluster=replace(s.cluster, num_nodes=nodes)))
 
 
 def _shorter(s: Setting) -> Iterator[_Change]:

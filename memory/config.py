@@ -39,7 +39,9 @@ def check_memory(memory: MemoryConfig) -> None:
             hint="memory=keep, or memory=recompute",
         )
     if memory.chunk_tokens is not None and memory.chunk_tokens < 1:
-        raise ConfigError("memory.chunk_tokens", found=str(memory.chunk_tokens), expected="1 or more, or null", hint="memory.chunk_tokens=16K")
+        raise ConfigError(
+            "memory.chunk_tokens", found=str(memory.chunk_tokens), expected="1 or more, or null", hint="memory.chunk_tokens=16K"
+        )
     if memory.chunk_tokens is not None and memory.activations is Keep.KEEP:
         raise ConfigError(
             "memory.chunk_tokens",

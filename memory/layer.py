@@ -70,9 +70,10 @@ class LayerExecutor:
     def run_keeping(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionRuntime) -> tuple[Tensor, Tensor, Tensor]:
         """Layer output, and (o, lse) between the exchanges. Builds no graph."""
         spec, chunk = self.adapter.spec, self.policy.chunk_tokens
-        qkv = attention.exchange_in(*run_rows(self.before, (x, *rope), chunk), spec)
+        q, k, v = run_rows(self.before, (x, *rope), chunk)
+        qkv = attention.exchange_in(q, k, v, spec)
         o, lse = attention.core_forward(qkv, spec)
-        del qkv
+        del q, k, v, qkv
         (y,) = run_rows(self.after, (x, attention.exchange_out(o, spec)), chunk)
         return y, o, lse
 
@@ -110,7 +111,8 @@ class _Halves:
             self.x_before = x.detach().requires_grad_()
             self.projected = adapter.before_attention(self.x_before, rope)
         with torch.no_grad():
-            self.gathered = attention.exchange_in(*(t.detach() for t in self.projected), spec)
+            q, k, v = (t.detach() for t in self.projected)
+            self.gathered = attention.exchange_in(q, k, v, spec)
             self.o, self.lse = kept if kept else attention.core_forward(self.gathered, spec)
             o = attention.exchange_out(self.o, spec)
         with torch.enable_grad():
@@ -155,11 +157,12 @@ class _Layer(torch.autograd.Function):
     def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         halves, executor, attention = ctx.halves, ctx.executor, ctx.attention
         ctx.halves = None
-        x, *kept = ctx.saved_tensors if halves is None else (None,)
-        if halves is None and executor.policy.chunk_tokens is not None and x.shape[0] > executor.policy.chunk_tokens:
-            dx, gradients = _backward_by_chunks(x, kept, dy, executor, ctx.rope, attention, ctx.parameters)
-            return dx, None, None, None, *gradients
         if halves is None:
+            x, *kept = ctx.saved_tensors
+            chunk = executor.policy.chunk_tokens
+            if chunk is not None and x.shape[0] > chunk:
+                dx, gradients = _backward_by_chunks(x, kept, dy, executor, ctx.rope, attention, ctx.parameters)
+                return dx, None, None, None, *gradients
             halves = _Halves(executor, x, ctx.rope, attention, again=True, kept=kept)
         dx, gradients = _backward(halves, dy, executor.adapter.spec, attention, ctx.parameters)
         return dx, None, None, None, *gradients
@@ -193,7 +196,9 @@ def _backward_by_chunks(
     spec, chunk = executor.adapter.spec, executor.policy.chunk_tokens
     assert chunk is not None
     with torch.no_grad():
-        gathered = attention.exchange_in(*run_rows(executor.before, (x, *rope), chunk), spec)
+        q, k, v = run_rows(executor.before, (x, *rope), chunk)
+        gathered = attention.exchange_in(q, k, v, spec)
+        del q, k, v
         o, lse = kept if kept else attention.core_forward(gathered, spec)
         local_o = attention.exchange_out(o, spec)
     (dx_after, do), late = backward_rows(executor.after_graph, (x, local_o), (dy,), parameters, chunk, differentiable=2)

@@ -50,6 +50,8 @@ class Account:
 class Ledger:
     """The memory of one rank and of one node, and the time of a step, for one configuration."""
 
+    asked: Setting
+    """As configured; `setting` is the same with what was left to `auto` decided."""
     setting: Setting
     device: Account
     host: Account
@@ -88,7 +90,7 @@ def build_ledger(
         layer_parameters=layer_parameters(spec),
         parameters=num_parameters(spec),
     )
-    return _ledger(resolve_grad_reduce(setting))
+    return _ledger(setting, resolve_grad_reduce(setting))
 
 
 def resolve_grad_reduce(setting: Setting) -> Setting:
@@ -123,6 +125,6 @@ def _processes(s: Setting, ranks: int, device: Account) -> Term:
     return term("processes", f"{ranks} ranks with torch and CUDA, 4 GiB each (assumed)", ranks * 4 * GIB)
 
 
-def _ledger(setting: Setting) -> Ledger:
+def _ledger(asked: Setting, setting: Setting) -> Ledger:
     device = device_account(setting)
-    return Ledger(setting=setting, device=device, host=host_account(setting, device), timing=estimate_time(setting))
+    return Ledger(asked=asked, setting=setting, device=device, host=host_account(setting, device), timing=estimate_time(setting))

@@ -155,7 +155,7 @@ def _assumptions(s: Setting, sequences: int) -> tuple[str, ...]:
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
         f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
-        f"{cluster.intra_node_bandwidth / 1e9:g} GB/s inside a node, {cluster.inter_node_bandwidth / 1e9:g} GB/s between, a rank and direction",
+        f"{cluster.intra_node_bandwidth / 1e9:g} GB/s inside a node, {cluster.inter_node_bandwidth / 1e9:g} GB/s between, per rank",
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
         "reading data, saving checkpoints and the optimizer step take no time",
     )

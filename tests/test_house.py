@@ -95,10 +95,10 @@ def test_nothing_heavy_at_module_level(path: Path) -> None:
 
 
 def test_importing_the_launcher_stays_light() -> None:
-    modules = [name(path)[:-3].replace("/", ".").removesuffix(".__init__") for path in sources("launcher") if name(path) not in IMPORTED_LATE]
-    code = (
-        f"import importlib, json, sys; [importlib.import_module('efflaunch.' + m) for m in {modules!r}]; print(json.dumps([*sys.modules]))"
-    )
+    light = [name(path) for path in sources("launcher") if name(path) not in IMPORTED_LATE]
+    modules = [path[:-3].replace("/", ".").removesuffix(".__init__") for path in light]
+    imports = f"[importlib.import_module('efflaunch.' + m) for m in {modules!r}]"
+    code = f"import importlib, json, sys; {imports}; print(json.dumps([*sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=120)
     assert not {module.partition(".")[0] for module in json.loads(result.stdout)} & HEAVY
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.progress import Progress
@@ -44,7 +47,9 @@ def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Po
 
 def run(directory: Path, *words: str, expect: int = 0) -> str:
     """What one efflaunch command printed; fails unless it exits with `expect`."""
-    done = subprocess.run([sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -108,7 +113,11 @@ def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
     process = train(place)
     wait_for_step(place, process, 8)
     pids = descendants(process.pid)
-    ranks = [pid for pid in pids if "forkserver" not in " ".join(psutil.Process(pid).cmdline()) or psutil.Process(pid).memory_info().rss > 1 << 28]
+    ranks = [
+        pid
+        for pid in pids
+        if "forkserver" not in " ".join(psutil.Process(pid).cmdline()) or psutil.Process(pid).memory_info().rss > 1 << 28
+    ]
     os.kill(ranks[-1], signal.SIGKILL)
     finish(process, place)
     assert losses(place) == losses(reference)
@@ -137,7 +146,13 @@ def test_done_and_then_more_steps_is_bit_equal(place, reference):
     assert losses(place) == losses(reference)
 
 
-@pytest.mark.parametrize("overrides", [("cluster.ranks_per_node=1", "parallel.tokens_per_rank=512"), ("cluster.ranks_per_node=4", "parallel.replicate=2", "parallel.scheme=auto")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=512"),
+        ("cluster.ranks_per_node=4", "parallel.replicate=2", "parallel.scheme=auto"),
+    ],
+)
 def test_resume_on_another_layout_sees_the_same_documents(place, reference, overrides):
     stopped(place, 6)
     at = max(losses(place))
@@ -152,7 +167,8 @@ def test_export_gives_the_model_that_was_trained(place, reference):
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(reference / "runs", place / "runs")
-    run(place, "export", "runs/run", "exported")
+    report = run(place, "export", "runs/run", "exported", "--dtype", "float32", "--json")
+    assert json.loads(report.splitlines()[-1])["step"] == STEPS
     model = AutoModelForCausalLM.from_pretrained(place / "exported", dtype=torch.float32)
     source = open_data_of(place)
     documents, targets = zip(*(source.tokens(STEPS, i, 0, n) for i, n in enumerate(source.lengths(STEPS))), strict=True)
@@ -172,15 +188,36 @@ def open_data_of(place: Path):
         os.chdir(before)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(place, reference):
+def test_gradients_that_are_no_numbers_stop_the_run_and_keep_the_checkpoint(place, reference):
     shutil.copytree(reference / "runs", place / "runs")
-    text = run(place, "resume", "runs/run", f"train.steps={STEPS + 9}", "optim.lr=1e30", "optim.grad_clip=null", expect=93)
-    assert f"step {STEPS + 2}: found a loss or gradient norm of" in text and "ranks 0" in text and "corpus corpus document" in text
+    text = run(place, "resume", "runs/run", f"train.steps={STEPS + 9}", "optim.lr=1e38", "optim.grad_clip=null", expect=93)
+    assert f"step {STEPS + 2}: found a loss or gradient norm of nan" in text and "every loss is finite, the gradients are not" in text
     assert "Traceback" not in text
     newest = sorted((place / "runs" / "run" / "checkpoints").iterdir())[-1]
     assert newest.name == f"step-{STEPS:08d}"
     run(place, "resume", "runs/run", "optim.lr=1e-3", "optim.grad_clip=1.0", f"train.steps={STEPS + 2}")
     assert max(losses(place)) == STEPS + 2
+
+
+def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
+    """Training goes on from exported weights, through `model.path`; one row of the embedding is spoiled."""
+    shutil.copytree(reference / "runs", place / "runs")
+    run(place, "export", "runs/run", "spoiled", "--dtype", "float32")
+    weights = load_file(place / "spoiled" / "model.safetensors")
+    weights["model.embed_tokens.weight"][96] = float("nan")
+    save_file(weights, place / "spoiled" / "model.safetensors", metadata={"format": "pt"})
+    (place / "mine" / "model").mkdir(parents=True)
+    (place / "mine" / "model" / "spoiled.yaml").write_text("name: spoiled\npath: spoiled\n")
+    words = [word for word in BASE if not word.startswith("model")]
+    text = run(place, "train", *words, f"train.steps={STEPS}", "--config-dir", "mine", "model=spoiled", "run.id=other", expect=93)
+    found = re.search(
+        r"step 1: found a loss or gradient norm of nan \(ranks ([01](, 1)?); (corpus corpus document \d+ tokens \d+-\d+(; )?)+", text
+    )
+    assert found, text
+    source = open_data_of(place)
+    named = [int(n) for n in re.findall(r"document (\d+) tokens", found[0])]
+    held = [int(n) for index in range(len(source.lengths(0))) for n in re.findall(r"document (\d+)", source.describe(0, index))]
+    assert set(named) <= set(held)
 
 
 @pytest.mark.parametrize(
@@ -194,5 +231,5 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(place, 
 )
 def test_a_broken_corpus_is_named_once(place, damage, message):
     damage(place)
-    text = run(place, "train", *BASE, "train.steps=3", expect=93)
+    text = run(place, "train", *BASE, "train.steps=3", "optim.warmup_steps=0", expect=93)
     assert text.count("expected") == 1 and message in text and "Traceback" not in text

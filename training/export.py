@@ -7,7 +7,6 @@ rename, or not at all.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import files
+from ..durable import sync
 from ..errors import CheckpointError
 from .config import Dtype
 
@@ -93,9 +93,9 @@ def _appearing(out_dir: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+            sync(path)
         temporary.rename(out_dir)
-        _fsync(out_dir.parent)
+        sync(out_dir.parent)
     except OSError as error:
         raise _unusable(out_dir, str(error)) from error
     finally:
@@ -106,14 +106,6 @@ def _unusable(out_dir: Path, found: str) -> CheckpointError:
     return CheckpointError(
         str(out_dir), found=found, expected="a new or empty directory with room for the weights", hint="another directory"
     )
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_weights(

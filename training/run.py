@@ -230,7 +230,8 @@ class _Run:
             plan=str(plan),
             **planned,
             ranks=[
-                {"rank": rank, "tokens": held, "peak_bytes": peak} for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
+                {"rank": rank, "tokens": held, "peak_bytes": peak}
+                for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
             ],
             total_tokens=self.total_tokens,
         )

@@ -84,7 +84,8 @@ def backward_step(
             continue
         last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
-        shares[index] = _micro_batch(model, sequence_attention(topology, kernel, work.group, work.layout, clocks[index]), work, num_targets, device)
+        attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
+        shares[index] = _micro_batch(model, attention, work, num_targets, device)
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
@@ -102,6 +103,8 @@ def to_tokens(work: Work, device: torch.device) -> Tokens:
     """The shard on the device; a row's document length comes from the group's layout."""
     lengths = np.zeros(0, dtype=np.int64)
     if work.layout is not None:
-        lengths = np.repeat([work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices])
+        lengths = np.repeat(
+            [work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices]
+        )
     arrays = work.shard.token_ids, work.shard.target_ids, work.shard.position_ids, lengths.astype(np.int64)
     return Tokens(*(torch.from_numpy(array).to(device) for array in arrays))

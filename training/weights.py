@@ -26,7 +26,9 @@ def load_weights(model: nn.Module, path: str) -> None:
     parameters = dict(model.named_parameters())
     missing = [name for name in parameters if name not in files]
     if missing:
-        raise _wrong(folder, f"no tensor for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}", "every weight of the model")
+        raise _wrong(
+            folder, f"no tensor for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}", "every weight of the model"
+        )
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(set(files.values()))}
         for name, parameter in parameters.items():
@@ -51,7 +53,10 @@ def _folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "model.path", found=f"{path} ({error})", expected="a directory of safetensors, or a hub name and a network", hint="model.path=DIRECTORY"
+            "model.path",
+            found=f"{path} ({error})",
+            expected="a directory of safetensors, or a hub name and a network",
+            hint="model.path=DIRECTORY",
         ) from error
 
 
@@ -69,4 +74,6 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _wrong(folder: Path, found: str, expected: str) -> ConfigError:
-    return ConfigError(f"model.path={folder}", found=found, expected=expected, hint="a directory written by save_pretrained, or model.path=null")
+    return ConfigError(
+        f"model.path={folder}", found=found, expected=expected, hint="a directory written by save_pretrained, or model.path=null"
+    )

@@ -35,7 +35,7 @@ class _Flash(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self._applies(q, block, spec):
             return self._masked.backward(do, q, k, v, o, lse, block, spec)
-        rows = tuple(t.unsqueeze(0) for t in (do, q, k, v, o))
+        rows = (do.unsqueeze(0), q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), o.unsqueeze(0))
         dq, dk, dv = self._backward(*rows, lse.T.contiguous().unsqueeze(0), block, spec)
         return dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)
 

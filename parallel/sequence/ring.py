@@ -44,7 +44,14 @@ class Ring:
 
 
 def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, ring: Ring, blocks: Sequence[Blocks], num_tokens: Sequence[int], spec: AttentionSpec, kernel: BlockKernel
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    blocks: Sequence[Blocks],
+    num_tokens: Sequence[int],
+    spec: AttentionSpec,
+    kernel: BlockKernel,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D), lse (T, H). `blocks[j]`: my queries against ring member j's keys, of which there are `num_tokens[j]`."""
     partial = Partial(q, merges=True)

@@ -26,9 +26,17 @@ def test_contestants_agree_and_our_recompute_holds_less(ranks: int) -> None:
 def test_headline_figures_are_the_worst_case() -> None:
     def row(keep: float, recompute: float, peak: int) -> dict[str, Any]:
         ratios = {"keep": {"stock": 9.0, "varlen": keep}, "recompute": {"stock_checkpointing": 9.0, "varlen_checkpointing": recompute}}
-        return {"ratios": ratios, "peak_bytes": {"ours_recompute": peak, "stock_checkpointing": 200, "varlen_checkpointing": 100}}
+        return {
+            "ratios": ratios,
+            "processor_ratios": ratios,
+            "peak_bytes": {"ours_recompute": peak, "stock_checkpointing": 200, "varlen_checkpointing": 100},
+        }
 
-    assert step.summary({"1": row(1.2, 1.1, 50), "2": row(0.99, 1.3, 80)}) == {"throughput_ratio": 0.99, "peak_ratio": 0.8}
+    assert step.summary({"1": row(1.2, 1.1, 50), "2": row(0.99, 1.3, 80)}) == {
+        "throughput_ratio": 0.99,
+        "processor_ratio": 0.99,
+        "peak_ratio": 0.8,
+    }
 
 
 def test_medians_of_ratios_within_a_round() -> None:
@@ -58,8 +66,8 @@ def test_the_report_of_a_step(tmp_path: Path) -> None:
     }
     machine = {"processor": "p", "cores": 2, "system": "s", "load_before": 0.0}
     result = {
-        "benchmark": "step", "lengths": [3, 2], "rounds": 5, "throughput_ratio": 1.234, "peak_ratio": 0.5, "ranks": {"1": row},
-        "machine": machine, "versions": {"torch": "2"}, "command": "c", "date": "d",
+        "benchmark": "step", "lengths": [3, 2], "rounds": 5, "ranks": {"1": row}, "machine": machine, "versions": {"torch": "2"},
+        "throughput_ratio": 1.234, "processor_ratio": 1.1, "peak_ratio": 0.5, "command": "c", "date": "d",
     }  # fmt: skip
     page = report.page([result])
     assert "| 1 | keep | varlen | 1.234 | 1.111 | 3.0 | 6.0 |" in page and "- command: `c`" in page

@@ -15,6 +15,7 @@ import pytest
 from efflaunch.launcher import data_progress
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.data_progress import progress_text, show_progress
+from efflaunch.tests.pages import bash_blocks, run_page
 from efflaunch.training.data import prepare as prepare_module
 from efflaunch.training.data.prepare import Progress
 
@@ -128,20 +129,10 @@ def test_a_bar_on_a_terminal() -> None:
 
 
 def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "work").mkdir()
-    for name, command in (("efflaunch", f"{sys.executable} -m efflaunch"), ("python", sys.executable)):
-        script = tmp_path / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        script.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    script_text = "set -euo pipefail\n" + "\n".join(blocks)
-    done = subprocess.run(["bash", "-c", script_text], cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    assert len(bash_blocks("data.md")) == 5
+    printed = run_page("data.md", tmp_path)
     shown = re.search(r"^```\n(corpus/texts.*?)^Train", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert shown is not None and shown[1] in done.stdout
+    assert shown is not None and shown[1] in printed
     names = {path.name for path in (tmp_path / "work" / "corpus").iterdir()}
     assert {f"{name}.idx" for name in ("texts", "mixed", "rows", "bare", "open", "some")} <= names
     assert "mixed.mask.bin" in names and "texts.mask.bin" not in names

@@ -111,7 +111,7 @@ def test_too_many_ranks_for_the_memory() -> None:
     with pytest.raises(MachineError) as caught:
         check_machine(config, Machine((), 8, int(3.1 * each)))
     assert re.match(
-        r"quickstart: needs 2\.\d GiB of memory for 4 ranks, found 2\.\d GiB free\.\n  Try: cluster\.ranks_per_node=", str(caught.value)
+        r"quickstart: needs \d\.\d GiB of memory for 4 ranks, found \d\.\d GiB free\.\n  Try: cluster\.ranks_per_node=", str(caught.value)
     )
     check_machine(compose(["+experiment=quickstart", *caught.value.hint.split()]), Machine((), 8, int(3.1 * each)))
 

@@ -138,7 +138,7 @@ def test_kill_9_leaves_no_orphans(tmp_path: Path, victim: str) -> None:
     run.wait_for_step(2)
     family = descendants(run.process.pid)
     agent = next(pid for pid in family if psutil.Process(pid).ppid() == run.process.pid)
-    assert len(family) == 3
+    assert len(family) >= 3, "agent and two ranks"
     os.kill(run.process.pid if victim == "launcher" else agent, signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, family)))
     run.wait()

@@ -71,7 +71,8 @@ def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_suggestions_compose_and_fit(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    small = "cluster.device_memory_bytes=40GiB" if experiment != "quickstart" else "cluster.device_memory_bytes=620MiB"
+    peak = plan(compose([f"+experiment={experiment}"])).device.peak_bytes
+    small = f"cluster.device_memory_bytes={peak // 2}"
     found = plan_json(capsys, f"+experiment={experiment}", small)
     assert not found["fits"]
     for entry in found["suggestions"]:

@@ -116,7 +116,7 @@ def test_live_display_draws_what_each_rank_holds() -> None:
         "8.0000  (first 9.0000)",
         "50 tokens/s",
         "step 2",
-        "3 sequences, 1 micro-batches",
+        "[0+2: 3 seq]",
         "70",
         "1.0 GiB",
     ):
@@ -134,9 +134,9 @@ def run_dir(tmp_path: Path) -> Path:
 def test_revisions(run_dir: Path) -> None:
     config = read_run(run_dir).config
     assert store_config(run_dir, config) == (1, [])
-    other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=keep"])
+    other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=recompute"])
     revision, changes = store_config(run_dir, other)
-    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: recompute -> keep" in changes
+    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: keep -> recompute" in changes
     assert read_run(run_dir).config == other and (run_dir / "revisions" / "1.yaml").is_file()
     assert config_diff(other, other) == []
 

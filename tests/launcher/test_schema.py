@@ -38,7 +38,7 @@ def test_round_trip_through_yaml(plain: dict[str, Any]) -> None:
     assert dump_config(config) == plain
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(lr=st.floats(1e-9, 1e3), betas=st.lists(st.floats(0, 1), max_size=3), seed=st.integers(0, 2**63), text=st.text())
 def test_round_trip_of_any_value(plain: dict[str, Any], lr: float, betas: list[float], seed: int, text: str) -> None:
     data = with_value(with_value(with_value(plain, "optim.lr", lr), "optim.betas", betas), "train.seed", seed)

@@ -7,6 +7,7 @@ Terms it cannot see (process, communicators) are left out of the prediction.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def pool() -> Iterator[RankPool]:
 
 def case(name: str, **changes: Any) -> Any:
     base = {
-        "ranks": 1, "tokens": 1024, "micro_batches": 1, "dtype": "float32", "activations": "recompute",
+        "ranks": 1, "tokens": 1024, "micro_batches": 1, "chunk": None, "dtype": "float32", "activations": "recompute",
         "attention": "recompute", "scheme": "auto", "model": {}, "grad_reduce": "micro_batch",
     }  # fmt: skip
     return pytest.param({**base, **changes}, id=name)
@@ -45,6 +46,8 @@ CASES = [
     case("qwen3", model={"family": Family.QWEN3, "head_dim": 64}),
     case("large vocabulary", model={"vocab_size": 32768}, tokens=512),
     case("few tokens", tokens=64),
+    case("chunks", tokens=4096, chunk=512),
+    case("chunks, attention kept, two ranks", tokens=2048, ranks=2, chunk=256, attention="keep", scheme="ulysses"),
     case("ulysses 2", ranks=2, scheme="ulysses"),
     case("ring 2", ranks=2, scheme="ring"),
     case("ulysses 4 with 2 KV heads", ranks=4, tokens=512, scheme="ulysses"),
@@ -63,7 +66,7 @@ def test_prediction_holds(wanted: dict[str, Any], pool: RankPool) -> None:
         length=length,
         tokens_per_rank=wanted["tokens"],
         batch=length * wanted["micro_batches"],
-        memory=policy(wanted["activations"], wanted["attention"]),
+        memory=replace(policy(wanted["activations"], wanted["attention"]), chunk_tokens=wanted["chunk"]),
         machines=cluster(device=Device.CPU, ranks_per_node=wanted["ranks"]),
         dtype=Dtype(wanted["dtype"]),
         loss_chunk=CHUNK,
@@ -90,7 +93,9 @@ def traced_peak(wanted: dict[str, Any], model: dict[str, Any]) -> int:
 
     torch.set_num_threads(1)
     topology, device, ranks = build_topology(replicate=1, device="cpu"), torch.device("cpu"), wanted["ranks"]
-    keep = MemoryConfig(name="m", activations=Keep(wanted["activations"]), attention_output=Keep(wanted["attention"]))
+    keep = MemoryConfig(
+        name="m", activations=Keep(wanted["activations"]), attention_output=Keep(wanted["attention"]), chunk_tokens=wanted["chunk"]
+    )
     net = build_model(
         build_config(hf_config_dict(ModelConfig(**model))), keep, topology.mesh,
         device=device, compute_dtype=getattr(torch, wanted["dtype"]), seed=0, loss_chunk_tokens=CHUNK,

@@ -22,6 +22,7 @@ from efflaunch.parallel.sequence.layout import Slice, group_layout, split_slices
 
 def dense(q, k, v, q_slices, k_slices, spec):
     """Reference: one masked softmax over everything."""
+
     def coordinates(slices):
         return torch.tensor([(piece.sequence, p) for piece in slices for p in range(piece.start, piece.stop)]).reshape(-1, 2)
 
@@ -78,7 +79,12 @@ def test_blocks_merge_to_dense_attention(lengths, ring, window, softcap, kv_head
 
 def test_masked_and_flash_kernels_agree():
     torch.manual_seed(0)
-    q, k, v, do = torch.randn(700, 4, 8).double(), torch.randn(700, 2, 8).double(), torch.randn(700, 2, 8).double(), torch.randn(700, 4, 8).double()
+    q, k, v, do = (
+        torch.randn(700, 4, 8).double(),
+        torch.randn(700, 2, 8).double(),
+        torch.randn(700, 2, 8).double(),
+        torch.randn(700, 4, 8).double(),
+    )
     spec, blocks = AttentionSpec(4, 2, 8, 0.35), attention_blocks((Slice(0, 0, 700),), (Slice(0, 0, 700),))
     results = []
     for kernel in (CpuKernel(), MaskedKernel()):
@@ -103,7 +109,9 @@ def test_blocks_cover_each_visible_pair_once(window):
                     visible &= qs[i][1] - ks[j][1] < window
                 if visible:
                     found[i, j] = found.get((i, j), 0) + 1
-    expected = {(i, j) for i, (a, p) in enumerate(qs) for j, (b, r) in enumerate(ks) if a == b and r <= p and (window is None or p - r < window)}
+    expected = {
+        (i, j) for i, (a, p) in enumerate(qs) for j, (b, r) in enumerate(ks) if a == b and r <= p and (window is None or p - r < window)
+    }
     assert set(found) == expected and set(found.values()) == {1}
 
 

@@ -51,7 +51,12 @@ def test_smallest_degree_that_holds_the_longest(longest, degree):
 
 @pytest.mark.parametrize(
     ("longest", "requested", "message"),
-    [(801, None, r"parallel\.tokens_per_rank=101"), (300, 2, r"parallel\.tokens_per_rank=150"), (100, 3, "power of two up to 8"), (100, 16, "up to 8")],
+    [
+        (801, None, r"parallel\.tokens_per_rank=101"),
+        (300, 2, r"parallel\.tokens_per_rank=150"),
+        (100, 3, "power of two up to 8"),
+        (100, 16, "up to 8"),
+    ],
 )
 def test_degrees_that_cannot_work_are_refused(longest, requested, message):
     with pytest.raises(ConfigError, match=message):

@@ -46,9 +46,15 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
     dtype = getattr(torch, case["dtype"])
     topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
     model = build_model(
-        hf_config(case["family"]), POLICIES[case.get("policy", "keep")], topology.mesh,
-        device=torch.device("cpu"), compute_dtype=dtype, seed=0, loss_chunk_tokens=case.get("loss_chunk", 7), z_loss=case.get("z_loss", 0.0),
-    )  # fmt: skip
+        hf_config(case["family"]),
+        POLICIES[case.get("policy", "keep")],
+        topology.mesh,
+        device=torch.device("cpu"),
+        compute_dtype=dtype,
+        seed=0,
+        loss_chunk_tokens=case.get("loss_chunk", 7),
+        z_loss=case.get("z_loss", 0.0),
+    )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
     source, results = ListSource(documents, targets), []

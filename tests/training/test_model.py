@@ -28,7 +28,9 @@ def pool():
 
 def _build(family, seed, path=None):
     topology = build_topology(replicate=1, device="cpu")
-    model = build_model(hf_config(family), KEEP, topology.mesh, device=torch.device("cpu"), compute_dtype=torch.float32, seed=seed, loss_chunk_tokens=8)
+    model = build_model(
+        hf_config(family), KEEP, topology.mesh, device=torch.device("cpu"), compute_dtype=torch.float32, seed=seed, loss_chunk_tokens=8
+    )
     if path is not None:
         load_weights(model, path)
     whole = {name: np.array(parameter.full_tensor().detach()) for name, parameter in model.named_parameters()}

@@ -18,7 +18,7 @@ from efflaunch.training.spec import MODEL_TYPES, check_model, hf_config_dict, la
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))
+PRESETS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "pretrained")
 TINY: dict[str, Any] = {
     "name": "t",
     "num_layers": 7,

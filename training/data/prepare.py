@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from ...durable import write_atomic
 from ...errors import DataError, UserError
 from .encode import Encoded, EncodeOptions, Encoder
-from .files import write_atomic
 from .indexed import dtype_for, read_metadata
 from .inputs import Cursor, Format, Input, find_inputs, read_batches
 from .tokenizer import read_vocabulary

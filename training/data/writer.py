@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ...durable import sync, write_atomic
 from ...errors import DataError
-from .files import sync, write_atomic
 from .indexed import DTYPE_NAMES, HEADER, MAGIC, stored_dtype
 
 FINAL_SUFFIXES = (".bin", ".mask.bin", ".json", ".idx")

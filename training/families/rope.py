@@ -34,7 +34,9 @@ def _dynamic_table(rotary: nn.Module, key: str | None, like: Tensor, position_id
     angles = position_ids.new_zeros((len(position_ids), 0), dtype=wide)
     for length in torch.unique(document_lengths.clamp(min=config.max_position_embeddings)).tolist() or [config.max_position_embeddings]:
         init = ROPE_INIT_FUNCTIONS["dynamic"]
-        inv_freq, _ = init(config, like.device, seq_len=torch.tensor(length, device=like.device), **({} if key is None else {"layer_type": key}))
+        inv_freq, _ = init(
+            config, like.device, seq_len=torch.tensor(length, device=like.device), **({} if key is None else {"layer_type": key})
+        )
         part = position_ids.unsqueeze(-1).to(wide) * inv_freq.to(wide)
         rows = (document_lengths.clamp(min=config.max_position_embeddings) == length).unsqueeze(-1)
         angles = part if angles.shape[1] == 0 else torch.where(rows, part, angles)

@@ -18,14 +18,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """`path` holds either its old content or all of `data`, whatever happens."""
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """`path` holds either its old content or all of `data` (text as UTF-8), whatever happens. Its directory must exist."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as stream:
+            stream.write(data.encode() if isinstance(data, str) else data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -1,0 +1,44 @@
+"""Every command of the README is one that works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from efflaunch.launcher import cli, completion, data_command, start, status_command
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.rundir import make_run_dir, store_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMANDS = sorted({" ".join(found.split()) for found in re.findall(r"`efflaunch ([^`]+)`", (ROOT / "README.md").read_text())})
+
+
+@pytest.fixture
+def runs_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run_dir(Path("runs/mine"))
+    store_config(Path("runs/mine"), compose(["+experiment=quickstart", "run.id=mine"]))
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 7
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in ("run", "test"))
+
+
+@pytest.mark.usefixtures("runs_mine")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run for real where that is cheap; what trains or converts is stopped at its own door, after its arguments are checked."""
+    monkeypatch.setattr(start, "launch", lambda config, run_dir=None: 0)
+    monkeypatch.setattr(data_command, "_prepare", lambda options: 0)
+    words = shlex.split(command)
+    if words[0] == "export":
+        pytest.skip("needs a trained run: tests/test_real_runs.py")
+    assert cli.main(words) == 0, command
+
+
+def test_stand_ins_exist() -> None:
+    assert callable(start.launch) and callable(data_command._prepare) and callable(status_command.main) and callable(completion.main)

@@ -1,0 +1,20 @@
+"""docs/runs.md as it stands: what it says happens, happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from efflaunch.tests.pages import run_page
+
+
+def test_runs_page(tmp_path: Path) -> None:
+    printed = run_page("runs.md", tmp_path)
+    run = tmp_path / "work" / "runs" / "demo"
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    there = {path.name for path in run.iterdir()}
+    assert {"run.yaml", "run.sha256", "revisions", "metrics.jsonl", "logs", "checkpoints", "state.json"} <= there
+    for exported in ("exported", "exported-float32"):
+        assert (tmp_path / "work" / exported / "model.safetensors").is_file()
+    assert "train.steps: 6 -> 8" in printed
