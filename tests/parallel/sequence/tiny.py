@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ def optimum(lengths: list[int], cost: CostModel) -> float:
         mine = [lengths[i] for i in held[subset]]
         return cost.group_s(mine, degree) if sum(mine) <= degree * cost.tokens_per_rank else float("inf")
 
-    @lru_cache(maxsize=None)
+    @cache
     def side_by_side(subset: int, ranks: int) -> float:
         if not subset:
             return 0.0
@@ -92,7 +92,7 @@ def optimum(lengths: list[int], cost: CostModel) -> float:
             default=float("inf"),
         )
 
-    @lru_cache(maxsize=None)
+    @cache
     def in_turn(subset: int) -> float:
         if not subset:
             return 0.0
