@@ -10,13 +10,14 @@ from typing import Any
 
 from ..errors import EXIT_DONE, ConfigError
 from ..parallel.sequence.cost import CostModel
+from ..parallel.sequence.explain import Explanation
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from ..parallel.sequence.stored import load_cost
 from ..training.spec import model_spec
 from .config import Config
 from .metrics_file import Event, MetricsFollower
 from .rundir import read_run
-from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_step, step_cost, with_bound
+from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost, with_bound
 
 Measured = dict[tuple[int, int], float]
 """Seconds of a group by (micro-batch, first rank)."""
@@ -49,20 +50,20 @@ def main(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path 
         return EXIT_DONE
     from .sequence_view import show_explanation
 
-    show_explanation(explanation, _heading(found, explanation.line.step_s, measured_s), found.notes)
+    show_explanation(explanation, _heading(found.step, explanation, measured_s), found.notes)
     if out is not None:
         print(f"wrote {out}")
     return EXIT_DONE
 
 
-def _heading(found: RecordedStep, predicted_s: float, measured_s: float | None) -> str:
+def _heading(step: int, found: Explanation, measured_s: float | None) -> str:
     from ..units import format_precise
 
     plan = found.plan
     measured = "" if measured_s is None else f", measured {format_precise(measured_s)}"
     return (
-        f"step {found.step}: {len(plan.lengths):,} sequences, {sum(plan.lengths):,} tokens on {plan.world_size} ranks, "
-        f"{plan.source} plan, modelled {format_precise(predicted_s)}{measured}"
+        f"step {step}: {len(plan.lengths):,} sequences, {sum(plan.lengths):,} tokens on {plan.world_size} ranks, "
+        f"{plan_name(found)}, modelled {format_precise(found.line.step_s)}{measured}"
     )
 
 

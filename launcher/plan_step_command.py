@@ -10,7 +10,7 @@ from ..errors import EXIT_DONE
 from ..parallel.sequence.lengths import open_lengths
 from ..units import format_precise
 from .config import Config
-from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_step, step_cost
+from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ def main(config: Config, request: Request, *, as_json: bool) -> int:
     from .sequence_view import show_explanation
 
     size = f"{len(lengths):,} sequences, {sum(lengths):,} tokens on {cost.world_size} ranks"
-    show_explanation(found, f"{title}: {size}, {found.plan.source} plan, modelled {format_precise(found.line.step_s)}")
+    show_explanation(found, f"{title}: {size}, {plan_name(found)}, modelled {format_precise(found.line.step_s)}")
     if request.out is not None:
         print(f"wrote {request.out}")
     return EXIT_DONE

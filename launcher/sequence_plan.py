@@ -82,17 +82,19 @@ def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapp
     """What there is to say about a plan, with the other plans a person would think of."""
     from ..parallel.sequence.solve import solve_adaptive
 
+    adaptive = config.parallel.sequence is not SequenceMode.STATIC
     return explain(
         plan,
         cost,
+        adaptive=adaptive,
         solver=lambda model: solve_adaptive(plan.lengths, model),
-        others=_others(plan),
+        others=_others(plan, adaptive),
         measured=measured,
         barrier_free=config.parallel.barrier_free,
     )
 
 
-def _others(plan: StepPlan) -> dict[str, Solver]:
+def _others(plan: StepPlan, adaptive: bool) -> dict[str, Solver]:
     from ..parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 
     lengths = plan.lengths
@@ -101,7 +103,17 @@ def _others(plan: StepPlan) -> dict[str, Solver]:
         "greedy": lambda model: solve_greedy(lengths, model),
         "best static degree": lambda model: solve_best_static(lengths, model),
     }
-    return {name: solver for name, solver in others.items() if name != plan.source}
+    return {name: solver for name, solver in others.items() if name != ("adaptive" if adaptive else None)}
+
+
+def plan_name(found: Explanation) -> str:
+    """What kind of plan it is, for headings."""
+    source = found.plan.source
+    if source == "late":
+        return "greedy plan (the planner was late)"
+    if found.adaptive and source in ("static", "greedy"):
+        return f"adaptive plan (the best {source} one, which no search beat)"
+    return f"{source} plan"
 
 
 def explanation_dict(found: Explanation) -> dict[str, Any]:
