@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=10, help="plans timed per batch")
     parser.add_argument("--certificate-s", type=float, default=20.0, help="limit of the class MILP; 0: no certificate")
     parser.add_argument("--certificate-seeds", type=int, default=6)
-    parser.add_argument("--flexsp-seeds", type=int, default=1, help="of sizes up to 256 GPUs; 0: FlexSP is left out")
+    parser.add_argument("--flexsp-seeds", type=int, default=1, help="0: FlexSP is left out")
+    parser.add_argument("--flexsp-sizes", nargs="*", default=["64/512", "256/2048"], metavar="GPUS/SEQUENCES", help="FlexSP plans these")
     parser.add_argument("--flexsp-s", type=float, default=10.0, help="limit of one of FlexSP's programs")
     parser.add_argument("--flexsp-tries", type=int, default=2, help="numbers of micro-batches FlexSP tries")
     return parser
@@ -90,7 +91,7 @@ def row(gpus: int, sequences: int, name: str, seed: int, options: argparse.Names
     check_plan(plan)
     ours = cost.plan_s(plan)
     greedy, static = (cost.plan_s(solve(lengths, cost)) for solve in (solve_greedy, solve_best_static))
-    flexsp = _flexsp(lengths, cost, options) if seed < options.flexsp_seeds and gpus <= 256 else None
+    flexsp = _flexsp(lengths, cost, options) if seed < options.flexsp_seeds and f"{gpus}/{sequences}" in options.flexsp_sizes else None
     certified = certificate(lengths, cost, plan, options.certificate_s) if seed < options.certificate_seeds else None
     return {
         "gpus": gpus,

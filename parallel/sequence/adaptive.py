@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .bound import Bound, staircase_of
+from .bound import Bound, staircase_of, tightened_by
 from .cost import CostModel
 from .greedy import greedy_shelves, static_shelves
 from .plan import StepPlan
 from .shelves import Search, squeezed
 from .tables import Batch, Shelf
 
-WORK_PER_SEQUENCE = 400
-LEAST_WORK, MOST_WORK = 100_000, 1_600_000
+WORK_PER_SEQUENCE = 250
+LEAST_WORK, MOST_WORK = 60_000, 640_000
 
 
 def default_budget(num_sequences: int) -> int:
@@ -49,7 +49,8 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         shelves, source = found, "adaptive"
     else:
         shelves = [squeezed(batch, shelf) for shelf in shelves]
-    return bounded(batch.plan(shelves, source), bound)
+    plan = batch.plan(shelves, source)
+    return bounded(plan, tightened_by(batch, bound, batch.seconds(shelves)))
 
 
 def greedy_plan(lengths: Sequence[int], cost: CostModel) -> StepPlan:

@@ -259,5 +259,9 @@ def compiled() -> tuple[Kernel, Kernel] | None:
     namespace: dict[str, Any] = dict(globals())
     for function in FUNCTIONS:
         copy = FunctionType(function.__code__, namespace, function.__name__)
-        namespace[function.__name__] = numba.njit(cache=True)(copy)
+        try:
+            namespace[function.__name__] = numba.njit(cache=True)(copy)
+        except RuntimeError:
+            # No folder to keep machine code in: it is made again in every process.
+            namespace[function.__name__] = numba.njit(copy)
     return namespace["fill"], namespace["fill_greedy"]

@@ -57,15 +57,10 @@ def flexsp_plan(lengths: Sequence[int], cost: CostModel, *, time_limit_s: float 
             "FlexSP's planner",
             found=f"no solution in {fewest} to {fewest + tries - 1} micro-batches",
             expected="one for some number of micro-batches",
-            hint="more tries, or a longer limit for each program",
+            hint="a longer limit for each program (--flexsp-seconds 60), or leave it out (--flexsp-steps 0)",
         )
     wall = time.perf_counter() - started
     return FlexspResult(best, wall, len(solved), sum(s.timed_out for s in solved), sum(s.warm for s in solved))
-
-
-def solve_flexsp(lengths: Sequence[int], cost: CostModel, *, limit_s: float = 10.0) -> StepPlan:
-    """FlexSP's plan with `limit_s` seconds for each program."""
-    return flexsp_plan(lengths, cost, time_limit_s=limit_s).plan
 
 
 def _fewest(ordered: np.ndarray, cost: CostModel) -> int:

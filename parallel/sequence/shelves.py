@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .durations import likely_durations
+from .durations import Relaxation
 from .staircase import staircase
 from .tables import Batch, Shelf
 
@@ -87,8 +87,9 @@ class Search:
 
     def _likely(self, start: State) -> None:
         """Rows of durations from the relaxation, stretched until their number of shelves suffices."""
+        relaxed = Relaxation(self.batch)
         for efficiency in EFFICIENCIES:
-            taus = likely_durations(self.batch, efficiency)
+            taus = relaxed.durations(efficiency)
             low, high = 0.97, None
             stretch = low
             for _ in range(7):

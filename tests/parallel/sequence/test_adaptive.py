@@ -14,8 +14,7 @@ from efflaunch.parallel.sequence.plan import StepPlan, check_plan
 from efflaunch.parallel.sequence.shelves import Search
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 from efflaunch.parallel.sequence.tables import Batch
-
-from .tiny import cost_of, optimum, random_cost, random_lengths
+from efflaunch.tests.parallel.sequence.tiny import cost_of, optimum, random_cost, random_lengths
 
 
 def check(plan: StepPlan, cost: object) -> None:

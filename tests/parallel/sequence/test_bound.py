@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import PlanError
-from efflaunch.parallel.sequence.bound import class_milp_bound, staircase_bound
+from efflaunch.parallel.sequence.bound import class_milp_bound, staircase_bound, tightened_by
 from efflaunch.parallel.sequence.classes import Effort
 from efflaunch.parallel.sequence.cost import DegreeCost
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
-
-from .tiny import cost_of, optimum, random_cost, random_lengths
+from efflaunch.parallel.sequence.tables import Batch
+from efflaunch.tests.parallel.sequence.tiny import cost_of, optimum, random_cost, random_lengths
 
 ROUNDING = 1 + 1e-9
 
@@ -30,7 +30,12 @@ def test_no_bound_exceeds_the_optimum_and_no_plan_is_below_it(block: int, monoto
         assert staircase.valid
         assert staircase.value_s <= best * ROUNDING, (lengths, cost)
         for solve in (solve_adaptive, solve_greedy, solve_best_static):
-            assert solve(lengths, cost).predicted_s >= best / ROUNDING, (lengths, cost)
+            plan = solve(lengths, cost)
+            assert plan.predicted_s >= best / ROUNDING, (lengths, cost)
+            assert plan.lower_bound_s is None or plan.lower_bound_s <= best * ROUNDING, (lengths, cost)
+        batch = Batch(lengths, cost)
+        for known in (best, 1.05 * best, 1.5 * best):
+            assert tightened_by(batch, staircase, known).value_s <= best * ROUNDING, (lengths, cost, known)
 
 
 @pytest.mark.parametrize("monotone", [True, False])
