@@ -96,8 +96,8 @@ def _adaptive(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Adaptive plans on real ranks",
         "",
-        f"{result['ranks']} gloo ranks of this machine, real documents, {result['rounds']} steps; every plan runs the same documents in the "
-        "same round. Wall seconds of a step's gradients; the model is the machine's profile, taken just before.",
+        f"{result['ranks']} gloo ranks of this machine, real documents, {result['rounds']} steps; every plan runs the same documents in "
+        "the same round. Wall seconds of a step's gradients; the model is the machine's profile, taken just before.",
         "",
         f"**speedup_vs_best_static {result['speedup_vs_best_static']:.3f}** against {result['best_static']} "
         f"({result['speedup_vs_best_static_modelled']:.3f} in the model); **prediction_error {result['prediction_error']:.1%}** of groups, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from efflaunch.bench.adaptive import measure, summary
@@ -32,7 +33,7 @@ def test_a_round_on_real_ranks(tmp_path):
 
     writer = IndexedWriter(str(tmp_path / "corpus"), "uint16")
     for length in (500, 300, 40, 900, 120, 30, 60, 20, 700, 90):
-        writer.add([(7 * k) % 97 for k in range(length)])
+        writer.add(np.arange(7, 7 * length + 7, 7) % 97)
     writer.finish()
     tiny = (
         "+experiment=quickstart", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
