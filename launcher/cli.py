@@ -130,8 +130,8 @@ def _add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _profile(words: list[str]) -> int:
-    parser = _config_parser("profile", "Measure this machine with short probes, on the ranks of a configuration. Takes the arguments of train.")
-    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes; other entries of the file stay")
+    parser = _config_parser("profile", "Measure this machine with short probes on a configuration's ranks. Takes the arguments of train.")
+    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes, beside what is there")
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long the probes may take (60)")
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
     options = parser.parse_intermixed_args(words)

@@ -67,7 +67,7 @@ class Sample:
     ulysses: int
     lengths: tuple[int, ...]
     group_s: tuple[float, ...]
-    """Busy seconds of each group of the world; the median of the repeats."""
+    """Busy seconds of each group of the world; the least of the repeats, for what disturbs one of them is not the machine's."""
     rest_s: float
     """Wall seconds of the micro-batch and its reduction beyond the busiest group."""
 
@@ -143,7 +143,7 @@ class Prober:
 
     def _empty(self) -> tuple[float, float]:
         """Seconds of a micro-batch without tokens, and of the reduction at the end of a step."""
-        one, three = (statistics.median(self.run([EMPTY] * count).wall_s for _ in range(REPEATS)) for count in (1, 3))
+        one, three = (min(self.run([EMPTY] * count).wall_s for _ in range(REPEATS)) for count in (1, 3))
         each = max(0.0, (three - one) / 2)
         return each, max(0.0, one - each)
 
@@ -175,8 +175,8 @@ class Prober:
             self.run(works)
         runs = [self.run(works) for _ in range(REPEATS)]
         by_group = [[max(run.busy_s[rank][0] for rank in range(g.first_rank, g.first_rank + degree)) for g in groups] for run in runs]
-        rest = statistics.median(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
-        return Sample(degree, ulysses, lengths, tuple(statistics.median(times) for times in zip(*by_group, strict=True)), rest)
+        rest = min(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
+        return Sample(degree, ulysses, lengths, tuple(min(times) for times in zip(*by_group, strict=True)), rest)
 
     def run(self, works: Sequence[Work], num_targets: int | None = None) -> Run:
         """One step's gradients, thrown away. Collective."""
