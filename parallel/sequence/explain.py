@@ -262,5 +262,6 @@ def _time_words(found: Explanation) -> list[str]:
     line = found.line
     parts = [f"work in groups {line.busy_share:.0%} of the step", f"wait for slower groups {line.waiting_share:.0%}"]
     if line.gather_share >= 0.005:
-        parts.append(f"wait for weights {line.gather_share:.0%} (they take longer to gather than the groups to compute)")
+        why = "once, before anything runs" if line.barrier_free else "they take longer to gather than the groups to compute"
+        parts.append(f"wait for weights {line.gather_share:.0%} ({why})")
     return [f"Ranks {', '.join(parts)}; {line.overhead_share:.0%} is the cost of having micro-batches and a step at all."]
