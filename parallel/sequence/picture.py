@@ -88,9 +88,10 @@ def _draw_step(axes: Axes, line: Timeline, caption: Caption) -> None:
     if not line.barrier_free:
         for shelf in line.shelves:
             axes.add_patch(Rectangle((shelf.start_s, 0), shelf.overhead_s, line.world_size, facecolor=_OVERHEAD, linewidth=0))
-            late = Rectangle((shelf.groups_stop_s, 0), shelf.stop_s - shelf.groups_stop_s, line.world_size)
-            late.set(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="///", linewidth=0)
-            axes.add_patch(late)
+    for start, stop in [(0.0, line.shelves[0].start_s)] + [(shelf.groups_stop_s, shelf.stop_s) for shelf in line.shelves]:
+        gather = Rectangle((start, 0), stop - start, line.world_size)
+        gather.set(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="///", linewidth=0)
+        axes.add_patch(gather)
     _draw_bars(axes, line)
     _draw_marks(axes, line, caption)
     _outline_longest(axes, line.longest)
@@ -132,7 +133,7 @@ def _cuts(bar: Bar, points: tuple[float, float]) -> Iterator[list[tuple[float, f
 
 
 def _label_bar(axes: Axes, bar: Bar, points: tuple[float, float]) -> None:
-    """Lengths of the sequences that have room for it, else how many there are, else nothing."""
+    """Lengths of the longest, as far as they have room; where none has, how many sequences there are."""
     height = bar.group.degree * points[1] * 0.72
     size = min(9.0, height * 0.72)
     if size < 4.5:
@@ -141,9 +142,10 @@ def _label_bar(axes: Axes, bar: Bar, points: tuple[float, float]) -> None:
     at, written = bar.start_s, False
     for length, seconds in zip(bar.lengths, bar.sequence_s, strict=True):
         text = short(length)
-        if _fits(text, size, seconds * points[0]):
-            axes.text(at + seconds / 2, middle, text, fontsize=size, color=ink, ha="center", va="center_baseline", zorder=5)
-            written = True
+        if not _fits(text, size, seconds * points[0]):
+            break
+        axes.text(at + seconds / 2, middle, text, fontsize=size, color=ink, ha="center", va="center_baseline", zorder=5)
+        written = True
         at += seconds
     whole = f"{len(bar.lengths)} seq, {short(bar.tokens)}"
     for text in (whole, f"{len(bar.lengths)} seq"):
@@ -218,15 +220,21 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
     if caption.lower_bound_s is not None:
         label = f"no plan ends before {format_precise(caption.lower_bound_s)} ({caption.bound} bound)"
         marks += [Line2D([], [], color=_BOUND, linewidth=1.6, linestyle=_DASHES, label=label)]
-    groups: list[Any] = [Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree)) for degree in degrees]
+    groups: list[Any] = [
+        Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree, brief=len(degrees) > 7 and degree > degrees[0]))
+        for degree in degrees
+    ]
     style: dict[str, Any] = {"handlelength": 1.5, "columnspacing": 1.4, "handletextpad": 0.5, "borderaxespad": 0.0, "borderpad": 0.0}
     for handles, at in ((groups, top), (marks, top - row)):
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (0.055, at), "ncols": len(handles)}
         figure.legend(handles=handles, fontsize=8.5, labelcolor=_INK, frameon=False, **place, **style)
 
 
-def _degree_name(bars: Iterable[Bar], degree: int) -> str:
+def _degree_name(bars: Iterable[Bar], degree: int, *, brief: bool) -> str:
+    """`4 ranks: 12 groups`; brief, after one that was not: `4: 12`."""
     number = sum(bar.group.degree == degree for bar in bars)
+    if brief:
+        return f"{degree}: {number:,}"
     return f"{degree} rank{'s' * (degree > 1)}: {number} group{'s' * (number > 1)}"
 
 
