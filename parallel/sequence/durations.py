@@ -28,6 +28,21 @@ class Relaxation:
         self.by_room = np.searchsorted(held, room, side="right") - 1
         self.spent, self.fits = zip(*(_work(batch, float(tau)) for tau in self.taus), strict=True)
 
+        self.choices: list[np.ndarray] = []
+        self.rests: list[np.ndarray] = []
+        self.work_after = np.append(np.cumsum(batch.work[::-1])[::-1], 0.0)
+
+    def suggested(self, lead: int) -> list[float]:
+        """Durations that the rows found so far give a shelf whose longest sequence is at `lead`."""
+        place = int(np.searchsorted(self.starts, lead, side="right")) - 1
+        return [float(self.taus[choice[place]]) for choice in self.choices]
+
+    def estimate(self, rem: np.ndarray) -> float:
+        """Seconds that what is left may take: the relaxed row from its longest on, by the share of work that is still there."""
+        place = int(np.searchsorted(self.starts, rem[0], side="right")) - 1
+        rest = min(float(rest[place]) for rest in self.rests)
+        return rest * float(self.batch.work[rem].sum()) / float(self.work_after[self.starts[place]])
+
     def durations(self, efficiency: float) -> tuple[float, ...]:
         """Shelves of the cheapest row if `efficiency` of a shelf's rank-seconds can be used, for the longest sequences first."""
         ends = np.stack([self._reach(i, efficiency) for i in range(len(self.taus))])
@@ -39,6 +54,8 @@ class Relaxation:
             total = np.where(to > place, price + rest[to], np.inf)
             choice[place] = total.argmin()
             rest[place] = total[choice[place]]
+        self.choices.append(choice)
+        self.rests.append(rest)
         found, place = [], 0
         while place < last and np.isfinite(rest[place]):
             found.append(float(self.taus[choice[place]]))
