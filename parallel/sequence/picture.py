@@ -83,6 +83,8 @@ def _draw_step(axes: Axes, line: Timeline, caption: Caption) -> None:
     axes.set_xlim(0, max(line.step_s * 1.015, 1e-9))
     axes.set_ylim(line.world_size, 0)
     axes.add_patch(Rectangle((0, 0), line.step_s, line.world_size, facecolor=_IDLE, linewidth=0))
+    end = max((shelf.stop_s for shelf in line.shelves), default=0.0)
+    axes.add_patch(Rectangle((end, 0), line.step_s - end, line.world_size, facecolor=_OVERHEAD, linewidth=0))
     if not line.barrier_free:
         for shelf in line.shelves:
             axes.add_patch(Rectangle((shelf.start_s, 0), shelf.overhead_s, line.world_size, facecolor=_OVERHEAD, linewidth=0))
@@ -176,7 +178,8 @@ def _draw_lengths(axes: Axes, line: Timeline) -> None:
 
     lengths = np.array([length for bar in line.bars for length in bar.lengths], dtype=np.int64)
     degrees = np.array([bar.group.degree for bar in line.bars for _ in bar.lengths], dtype=np.int64)
-    bins = np.floor(np.log2(lengths)).astype(int)
+    # A bin ends with its power of two: sequences cut at max_seq_len are as long as that.
+    bins = np.maximum(np.ceil(np.log2(lengths)).astype(int) - 1, 0)
     floor = np.zeros(int(bins.max()) + 1)
     for degree in sorted(set(degrees.tolist())):
         tokens = np.bincount(bins, weights=lengths * (degrees == degree), minlength=len(floor))
@@ -206,8 +209,8 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
         Patch(facecolor="none", edgecolor=_INK, linewidth=1.8, label="longest sequence"),
         Patch(facecolor=_IDLE, label="waiting for slower groups"),
     ]
-    if not line.barrier_free and any(shelf.overhead_s > 0 for shelf in line.shelves):
-        marks += [Patch(facecolor=_OVERHEAD, label="cost of a micro-batch")]
+    if line.overhead_share > 0:
+        marks += [Patch(facecolor=_OVERHEAD, label="cost of a micro-batch, of a step")]
     if line.gather_share > 0:
         marks += [Patch(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="////", linewidth=0, label="weights still on their way")]
     if any(bar.measured_s is not None for bar in line.bars):
