@@ -253,8 +253,8 @@ def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None
 def _nearest_difference(known: list[Profile], key: ProfileKey) -> str:
     if not known:
         return "it is empty"
-    differences = [profile.key.differences(key) for profile in known]
-    return "; ".join(min(differences, key=lambda found: len(found)))
+    differences = [list(profile.key.differences(key)) for profile in known]
+    return "; ".join(min(differences, key=len))
 
 
 def _make(path: Path) -> str:
