@@ -254,7 +254,8 @@ def _nearest_difference(known: list[Profile], key: ProfileKey) -> str:
     if not known:
         return "it is empty"
     differences = [list(profile.key.differences(key)) for profile in known]
-    return "; ".join(min(differences, key=len))
+    nearest = min(differences, key=len)
+    return "; ".join(nearest)
 
 
 def _make(path: Path) -> str:
