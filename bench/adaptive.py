@@ -2,7 +2,8 @@
 
 Four gloo ranks train the quickstart's model on the built-in corpus. The machine is profiled first, for a short time, and the
 plans are made with that profile. Every round takes one step's documents and runs each contestant's plan of them once, in turning
-order, so that a slow moment of the machine hits all; seconds are those of the step's gradients, wall time, on the slowest rank.
+order, so that a slow moment of the machine hits all, twice, and the faster run counts; seconds are those of the step's gradients,
+wall time, on the slowest rank. Processor seconds of all ranks are recorded beside them: on a busy machine they tell work from waiting.
 All contestants run the same loss, and a difference beyond rounding stops the benchmark.
 
 Headline keys: `speedup_vs_best_static`, the static degree with the lowest mean over adaptive's (means of the same steps);
@@ -25,6 +26,7 @@ from .record import machine, write_json
 
 OVERRIDES = (
     "+experiment=quickstart",
+    "model.num_layers=2",
     "data.max_seq_len=4K",
     "data.global_batch_tokens=16K",
     "parallel.tokens_per_rank=4K",
@@ -34,11 +36,10 @@ OVERRIDES = (
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    result = {"benchmark": "adaptive", **machine(), **measure((*OVERRIDES, *options.overrides), rounds=options.rounds, seconds=options.seconds)}
-    write_json(options.json, result)
-    print(
-        f"speedup_vs_best_static {result['speedup_vs_best_static']:.3f}  prediction_error {result['prediction_error']:.3f}  -> {options.json}"
-    )
+    found = measure((*OVERRIDES, *options.overrides), rounds=options.rounds, seconds=options.seconds)
+    write_json(options.json, {"benchmark": "adaptive", **machine(), **found})
+    headline = "  ".join(f"{key} {found[key]:.3f}" for key in ("speedup_vs_best_static", "prediction_error"))
+    print(f"{headline}  -> {options.json}")
     return 0
 
 
@@ -112,6 +113,14 @@ class _Bench:
         dist.broadcast_object_list(held, 0)
         return held[0]
 
+    def _sum(self, value: float) -> float:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
     def run(self, rounds: int) -> dict[str, Any]:
         steps = [self._round(step) for step in range(rounds)]
         return {
@@ -145,9 +154,12 @@ class _Bench:
         plans, plan_s = self._plans(step)
         names = list(plans)
         turn = step % len(names)
-        rows, losses = {}, {}
-        for name in names[turn:] + names[:turn]:
-            rows[name], losses[name] = self._measured(step, plans[name])
+        rows: dict[str, Any] = {}
+        losses: dict[str, float] = {}
+        for name in (names[turn:] + names[:turn]) * 2:
+            row, losses[name] = self._measured(step, plans[name])
+            if name not in rows or row["measured_s"] < rows[name]["measured_s"]:
+                rows[name] = row
         if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
             raise RuntimeError(f"plans of step {step} do not compute the same loss: {losses}")
         return {"sequences": len(self.source.lengths(step)), "longest": max(self.source.lengths(step)), "plan_s": plan_s, "plans": rows}
@@ -157,7 +169,9 @@ class _Bench:
         from ..training.step import read_step
 
         works = read_step(self.source, step, plan, self.prober.topology.rank)
+        used = time.process_time()
         run = self.prober.run(works, num_targets=self.source.num_target_tokens(step))
+        processor_s = self._sum(time.process_time() - used)
         times = StepTimes(run.busy_s, run.wall_s, run.wall_s)
         groups = [
             {"degree": row["degree"], "predicted_s": row["predicted_s"], "measured_s": row["measured_s"]}
@@ -169,6 +183,7 @@ class _Bench:
             # step_s of the model is the optimizer and the reduction; only the latter is in the measured time.
             "predicted_s": plan.predicted_s - self.profile.step_s + self.profile.reduce_s,
             "measured_s": run.wall_s,
+            "processor_s": processor_s,
             "gap": plan.gap,
             "bubble": bubble(plan, times, barrier_free=False),
             "groups": groups,
@@ -184,6 +199,7 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
             "plan": name,
             "step_s": statistics.mean(step["plans"][name]["measured_s"] for step in steps),
             "predicted_s": statistics.mean(step["plans"][name]["predicted_s"] for step in steps),
+            "processor_s": statistics.mean(step["plans"][name]["processor_s"] for step in steps),
             "bubble": statistics.mean(step["plans"][name]["bubble"] for step in steps),
         }
         for name in sorted(names)
@@ -194,6 +210,7 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
     best_modelled = min(static, key=lambda row: row["predicted_s"])
     adaptive = by_name["adaptive"]
     groups = [group for step in steps for plan in step["plans"].values() for group in plan["groups"]]
+    degrees = sorted({group["degree"] for group in groups})
     return {
         "rows": rows,
         "best_static": best["plan"],
@@ -201,9 +218,7 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "speedup_vs_best_static_modelled": best_modelled["predicted_s"] / adaptive["predicted_s"],
         "speedups": {row["plan"]: row["step_s"] / adaptive["step_s"] for row in rows if row is not adaptive},
         "prediction_error": _error(groups),
-        "prediction_error_by_degree": {
-            str(degree): _error([group for group in groups if group["degree"] == degree]) for degree in sorted({g["degree"] for g in groups})
-        },
+        "prediction_error_by_degree": {str(degree): _error([row for row in groups if row["degree"] == degree]) for degree in degrees},
         "step_prediction_error": _error([plan for step in steps for plan in step["plans"].values()]),
         "measured_over_predicted": statistics.median(
             plan["measured_s"] / plan["predicted_s"] for step in steps for plan in step["plans"].values()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
-from ..parallel.config import GradReduce
+from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..units import format_tokens
 from .config import Keep, MemoryConfig
 from .ledger import Ledger, build_ledger
@@ -133,13 +133,19 @@ def _spread(s: Setting) -> Iterator[_Change]:
     while 2 * degree <= s.layout.world_size:
         degree *= 2
         tokens = -(-s.data.max_seq_len // degree)
-        parallel = replace(s.parallel, sp_degree=degree, tokens_per_rank=tokens)
-        overrides = (f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}")
+        overrides, parallel = _over(s, degree, tokens)
         yield _Change(overrides, f"each sequence over {degree} ranks", replace(s, parallel=parallel))
     least = -(-s.data.max_seq_len // s.layout.sp_degree)
     if least < s.parallel.tokens_per_rank:
         parallel = replace(s.parallel, tokens_per_rank=least)
         yield _Change((f"parallel.tokens_per_rank={format_exact(least)}",), "one sequence a group at a time", replace(s, parallel=parallel))
+
+
+def _over(s: Setting, degree: int, tokens: int) -> tuple[tuple[str, ...], ParallelConfig]:
+    """What puts the longest sequence over `degree` ranks. Adaptive plans choose degrees themselves, by what a rank may hold."""
+    adaptive = s.parallel.sequence is SequenceMode.ADAPTIVE
+    overrides = (*(() if adaptive else (f"parallel.sp_degree={degree}",)), f"parallel.tokens_per_rank={format_exact(tokens)}")
+    return overrides, replace(s.parallel, sp_degree=None if adaptive else degree, tokens_per_rank=tokens)
 
 
 def _more_nodes(s: Setting) -> Iterator[_Change]:
@@ -148,8 +154,8 @@ def _more_nodes(s: Setting) -> Iterator[_Change]:
         world = nodes * s.cluster.ranks_per_node
         degree = 1 << (world.bit_length() - 1)
         tokens = max(1, -(-s.data.max_seq_len // degree))
-        parallel = replace(s.parallel, sp_degree=degree, tokens_per_rank=tokens, shard=None)
-        overrides = [f"cluster.num_nodes={nodes}", f"parallel.sp_degree={degree}", f"parallel.tokens_per_rank={format_exact(tokens)}"]
+        spread, parallel = _over(s, degree, tokens)
+        parallel, overrides = replace(parallel, shard=None), [f"cluster.num_nodes={nodes}", *spread]
         if s.parallel.shard is not None:
             overrides.append("parallel.shard=null")
         yield _Change(tuple(overrides), f"{world} ranks", replace(s, parallel=parallel, cluster=replace(s.cluster, num_nodes=nodes)))
@@ -162,12 +168,8 @@ def _shorter(s: Setting) -> Iterator[_Change]:
         if length < s.layout.sp_degree:
             return
         tokens = -(-length // s.layout.sp_degree)
-        data, parallel = replace(s.data, max_seq_len=length), replace(s.parallel, tokens_per_rank=tokens, sp_degree=s.layout.sp_degree)
-        overrides = (
-            f"data.max_seq_len={format_exact(length)}",
-            f"parallel.sp_degree={s.layout.sp_degree}",
-            f"parallel.tokens_per_rank={format_exact(tokens)}",
-        )
+        spread, parallel = _over(s, s.layout.sp_degree, tokens)
+        data, overrides = replace(s.data, max_seq_len=length), (f"data.max_seq_len={format_exact(length)}", *spread)
         yield _Change(overrides, "shorter sequences", replace(s, data=data, parallel=parallel))
 
 

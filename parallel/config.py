@@ -82,7 +82,7 @@ class ParallelConfig:
     """Ranks that share one copy of weights and optimizer states; None: all ranks / replicate."""
     sequence: SequenceMode = SequenceMode.STATIC
     sp_degree: int | None = None
-    """Ranks per sequence group, a power of two; None: the smallest that holds the longest sequence."""
+    """static: ranks per sequence group, a power of two; None: the smallest that holds the longest sequence."""
     scheme: Scheme = Scheme.AUTO
     ulysses_degree: int | None = None
     """hybrid only: ranks of the inner Ulysses exchange."""
@@ -161,6 +161,13 @@ def _check_degree(parallel: ParallelConfig, world: int) -> None:
     degree = parallel.sp_degree
     if degree is None:
         return
+    if parallel.sequence is SequenceMode.ADAPTIVE:
+        raise ConfigError(
+            "parallel.sp_degree",
+            found=f"{degree} with parallel.sequence=adaptive",
+            expected="null: every step gets the degrees that suit its lengths",
+            hint="parallel.sp_degree=null, or parallel.sequence=static",
+        )
     largest = 1 << (world.bit_length() - 1)
     if degree < 1 or degree & (degree - 1) or degree > largest:
         raise ConfigError(

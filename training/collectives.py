@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -33,7 +32,7 @@ def _probe(topology: Topology, device: torch.device, degree: int, kind: str, ope
 
 
 def _seconds(topology: Topology, device: torch.device, degree: int, size: int, operation: Operation) -> float:
-    """The slowest rank's, the median of the repeats. Ranks outside every aligned block of this size only wait."""
+    """The slowest rank's, the least of the repeats. Ranks outside every aligned block of this size only wait."""
     first = topology.rank // degree * degree
     takes_part = first + degree <= topology.world_size
     message = torch.ones(size // 4 // degree * degree, dtype=torch.float32, device=device)
@@ -50,7 +49,7 @@ def _seconds(topology: Topology, device: torch.device, degree: int, size: int, o
         spent = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
         dist.all_reduce(spent, dist.ReduceOp.MAX)
         times.append(float(spent))
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def _all_to_all(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
@@ -68,11 +67,14 @@ def _neighbours(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence
 
 
 def _gather(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
-    dist.all_gather_into_tensor(message.new_empty(len(ranks) * message.numel()), message, group=group)
+    # Newer torch has other names for these two.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(message.new_empty(len(ranks) * message.numel()), message, group=group)
 
 
 def _reduce(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
-    dist.reduce_scatter_tensor(message.new_empty(message.numel() // len(ranks)), message, group=group)
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(message.new_empty(message.numel() // len(ranks)), message, group=group)
 
 
 OPERATIONS: dict[str, Operation] = {"all-to-all": _all_to_all, "neighbours": _neighbours, "gather": _gather, "reduce": _reduce}

@@ -48,6 +48,19 @@ def group_rows(plan: StepPlan, times: StepTimes, overhead_s: float) -> list[dict
     ]
 
 
+def plan_report(plan: StepPlan, times: StepTimes, overhead_s: float, *, barrier_free: bool) -> dict[str, Any]:
+    """The step event's part about its plan; docs/adaptive.md lists the keys."""
+    return {
+        "planned_by": plan.source,
+        "predicted_s": plan.predicted_s,
+        "lower_bound_s": plan.lower_bound_s,
+        "bound": plan.bound,
+        "gap": plan.gap,
+        "bubble": bubble(plan, times, barrier_free=barrier_free),
+        "groups": group_rows(plan, times, overhead_s),
+    }
+
+
 def bubble(plan: StepPlan, times: StepTimes, *, barrier_free: bool) -> float:
     """Share of the ranks' time in which they waited for a busier rank: in each micro-batch, or over the step without barriers."""
     busy = times.busy_s

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..errors import ConfigError
 from ..memory.ledger import build_ledger
 from ..parallel.config import GradReduce
 from ..parallel.layout import solve_layout
@@ -57,8 +58,6 @@ SHAPES = ((16, 1), (8, 1), (4, 1), (2, 1), (1, 1), (16, 8), (64, 8), (8, 4), (4,
 """(fraction of a group's capacity in one sequence, number of such sequences)."""
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One group size and one set of lengths, the same in every group."""
@@ -67,7 +66,7 @@ class Sample:
     ulysses: int
     lengths: tuple[int, ...]
     group_s: tuple[float, ...]
-    """Busy seconds of each group of the world; the median of the repeats."""
+    """Busy seconds of each group of the world; the least of the repeats, for what disturbs one of them is not the machine's."""
     rest_s: float
     """Wall seconds of the micro-batch and its reduction beyond the busiest group."""
 
@@ -129,6 +128,7 @@ class Prober:
         samples = self._samples(seconds)
         collectives = probe_collectives(self.topology, self.device, [cost.degree for cost in self.cost.degrees if cost.degree > 1])
         degrees, overhead_s = fit_degrees(samples, self.cost)
+        _check_fit(degrees)
         return Profile(
             key=profile_key(self.spec, self.config.memory, self.config.train, self.config.cluster, this_hardware(self.device)),
             degrees=degrees,
@@ -143,7 +143,7 @@ class Prober:
 
     def _empty(self) -> tuple[float, float]:
         """Seconds of a micro-batch without tokens, and of the reduction at the end of a step."""
-        one, three = (statistics.median(self.run([EMPTY] * count).wall_s for _ in range(REPEATS)) for count in (1, 3))
+        one, three = (min(self.run([EMPTY] * count).wall_s for _ in range(REPEATS)) for count in (1, 3))
         each = max(0.0, (three - one) / 2)
         return each, max(0.0, one - each)
 
@@ -175,8 +175,8 @@ class Prober:
             self.run(works)
         runs = [self.run(works) for _ in range(REPEATS)]
         by_group = [[max(run.busy_s[rank][0] for rank in range(g.first_rank, g.first_rank + degree)) for g in groups] for run in runs]
-        rest = statistics.median(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
-        return Sample(degree, ulysses, lengths, tuple(statistics.median(times) for times in zip(*by_group, strict=True)), rest)
+        rest = min(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
+        return Sample(degree, ulysses, lengths, tuple(min(times) for times in zip(*by_group, strict=True)), rest)
 
     def run(self, works: Sequence[Work], num_targets: int | None = None) -> Run:
         """One step's gradients, thrown away. Collective."""
@@ -247,6 +247,18 @@ class _Documents:
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.random.default_rng(index).integers(0, self._vocab_size, stop - start)
         return ids, ids
+
+
+def _check_fit(degrees: Sequence[FittedDegree]) -> None:
+    """ConfigError where noise or overhead hid the cost of tokens: plans by such a profile would mean nothing."""
+    for row in degrees:
+        if row.attention_s + row.linear_s + row.exchange_s <= 0:
+            raise ConfigError(
+                "efflaunch profile",
+                found=f"times of groups of {row.degree} ranks that do not grow with their tokens (r2 {row.fit.r2:.2f})",
+                expected="longer sequences to take longer",
+                hint="a quieter machine, more --seconds, or a larger data.max_seq_len and parallel.tokens_per_rank",
+            )
 
 
 def fit_degrees(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDegree, ...], float]:

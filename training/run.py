@@ -22,7 +22,7 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService
-from .measure import Measured, StepTimes, bubble, group_rows
+from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
 from .optim import clip_gradients, set_learning_rate
 from .planning import Costs, StepPlanner, Totals, settle_costs
@@ -243,17 +243,8 @@ class _Run:
         drifted = self.measured.drift.news()
         if drifted:
             self.metrics.write("drift", step=self.done, measured_over_predicted={str(d): ratio for d, ratio in drifted.items()})
-        return {
-            "planned_by": plan.source,
-            "predicted_s": plan.predicted_s,
-            "lower_bound_s": plan.lower_bound_s,
-            "bound": plan.bound,
-            "gap": plan.gap,
-            "static_s": static_s,
-            "bubble": bubble(plan, times, barrier_free=self.config.parallel.barrier_free),
-            "plan_totals": asdict(self.planner.totals),
-            "groups": group_rows(plan, times, self.costs.overhead_s),
-        }
+        totals, barrier_free = asdict(self.planner.totals), self.config.parallel.barrier_free
+        return plan_report(plan, times, self.costs.overhead_s, barrier_free=barrier_free) | {"static_s": static_s, "plan_totals": totals}
 
     def _save(self) -> None:
         """Write the state after the updates done so far; nothing where it is on disk already."""
@@ -309,6 +300,7 @@ class _Run:
             data=self.session.source.summary(),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
+            data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),
         )
 
     def _write_end(self) -> None:

@@ -84,7 +84,8 @@ def backward_step(
             continue
         last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
-        shares[index] = _micro_batch(model, sequence_attention(topology, kernel, work.group, work.layout, clocks[index]), work, num_targets, device)
+        attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
+        shares[index] = _micro_batch(model, attention, work, num_targets, device)
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)

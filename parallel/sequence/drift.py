@@ -20,7 +20,7 @@ ENOUGH = 16
 """Groups of a degree before anything is said of it."""
 PRIOR = 1.0
 LIMIT = 8.0
-"""One group counts as at most so many times slower or faster than modelled: a rank that was stopped is no evidence."""
+"""In the refit one group counts as at most so many times slower or faster than modelled: a rank that was stopped is no evidence."""
 FADE = 0.995
 """Weight of an equation after one more of its degree: the last few hundred groups count."""
 
@@ -40,12 +40,12 @@ class Observed:
 
     def add(self, attention_s: float, linear_s: float, measured_s: float) -> None:
         modelled_s = attention_s + linear_s
-        measured_s = min(max(measured_s, modelled_s / LIMIT), modelled_s * LIMIT)
-        a, linear = attention_s / measured_s, linear_s / measured_s
         self.groups += 1
         self.weight = self.weight * FADE + 1
-        self.log_ratio = self.log_ratio * FADE - math.log(a + linear)
-        self.error = self.error * FADE + abs(a + linear - 1)
+        self.log_ratio = self.log_ratio * FADE + math.log(measured_s / modelled_s)
+        self.error = self.error * FADE + abs(modelled_s / measured_s - 1)
+        measured_s = min(max(measured_s, modelled_s / LIMIT), modelled_s * LIMIT)
+        a, linear = attention_s / measured_s, linear_s / measured_s
         new = (a * a, a * linear, linear * linear, a, linear)
         self.products = [old * FADE + value for old, value in zip(self.products, new, strict=True)]
 

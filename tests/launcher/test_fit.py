@@ -144,13 +144,15 @@ def test_this_machine_is_looked_at() -> None:
 
 BAD = [
     (["data.global_batch_tokens=4K"], "data.global_batch_tokens: found 4K; expected at least data.max_seq_len=8K"),
-    (["parallel.sp_degree=3"], "parallel.sp_degree: found 3; expected a power of two up to 4 (4 ranks)"),
+    (["parallel.sequence=static", "parallel.sp_degree=3"], "parallel.sp_degree: found 3; expected a power of two up to 4 (4 ranks)"),
+    (["parallel.sp_degree=2"], "parallel.sp_degree: found 2 with parallel.sequence=adaptive; expected null"),
+    (["parallel.barrier_free=true", "parallel.grad_reduce=micro_batch"], "parallel.grad_reduce: found micro_batch with"),
     (["parallel.replicate=3"], "parallel.replicate: found 3 copies over 4 ranks"),
     (["parallel.shard=3"], "parallel.shard: found replicate 1 x shard 3 = 3 ranks; expected 4 ranks"),
     (["parallel.tokens_per_rank=1K"], "parallel.tokens_per_rank: found 1K x 4 ranks = 4K tokens"),
     (["model.num_kv_heads=3"], "model.num_kv_heads: found 3 KV heads for 8 heads"),
     (
-        ["cluster.ranks_per_node=16", "parallel.sp_degree=16", "parallel.scheme=ulysses"],
+        ["parallel.sequence=static", "cluster.ranks_per_node=16", "parallel.sp_degree=16", "parallel.scheme=ulysses"],
         "parallel.sp_degree: found 16 Ulysses ranks for 8 attention heads",
     ),
     (["parallel.scheme=hybrid"], "parallel.ulysses_degree: found nothing with parallel.scheme=hybrid"),

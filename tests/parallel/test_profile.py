@@ -38,7 +38,8 @@ def profile(**changes):
 
 def arithmetic(windowed=()):
     degrees = tuple(
-        DegreeCost(degree=d, ulysses=1, attention_s=1e-9 / d, linear_s=5e-6 / d, ring_s=1e-7 * (d > 1), windowed_s=windowed) for d in (1, 2, 4)
+        DegreeCost(degree=d, ulysses=1, attention_s=1e-9 / d, linear_s=5e-6 / d, ring_s=1e-7 * (d > 1), windowed_s=windowed)
+        for d in (1, 2, 4)
     )
     return CostModel(world_size=4, tokens_per_rank=1000, degrees=degrees, beta_s=7.0, gather_s=3.0, step_s=5.0)
 
@@ -115,7 +116,9 @@ def test_planning_elsewhere_takes_a_profile_of_any_hardware(tmp_path):
     assert find_profile(None, replace(KEY, hardware=""), tmp_path)[0] == profile()
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "efflaunch_profile: 9\nentries: []", "efflaunch_profile: 1\nentries: [{key: {}}]", "a: [", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", "efflaunch_profile: 9\nentries: []", "efflaunch_profile: 1\nentries: [{key: {}}]", "a: [", "\x00"]
+)
 def test_files_that_are_no_profile(tmp_path, text):
     (tmp_path / "profile.yaml").write_text(text)
     with pytest.raises(ConfigError, match="written by efflaunch profile"):

@@ -15,8 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
-from efflaunch.parallel.sequence.solve import solve_static
+from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
 from efflaunch.tests.parity.ranks_side import run_plans
 from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_loss, reference_model
 from efflaunch.tests.ranks import RankPool
@@ -118,7 +119,10 @@ ROWS = {
     "adaptive, more ranks than key/value heads in some groups": ({"family": "llama_4kv"}, plan_of(4, *ADAPTIVE)),
     "barrier-free, three steps": ({"barrier_free": True, "steps": 3}, plan_of(4, *ADAPTIVE)),
     "barrier-free, recompute, HSDP": ({"barrier_free": True, "policy": "recompute", "replicate": 2}, plan_of(4, *ADAPTIVE)),
-    "barrier-free, a rank that never works": ({"barrier_free": True}, plan_of(4, batch((0, 2, 2, (2, 0)), (2, 1, 1, (1, 3))), batch((0, 2, 1, (4,))))),
+    "barrier-free, a rank that never works": (
+        {"barrier_free": True},
+        plan_of(4, batch((0, 2, 2, (2, 0)), (2, 1, 1, (1, 3))), batch((0, 2, 1, (4,)))),
+    ),
     "barrier-free, tied embeddings, gemma2": ({"barrier_free": True, "family": "gemma2"}, plan_of(4, *ADAPTIVE)),
     "barrier-free, one rank": ({"barrier_free": True}, static(1, 1, 1)),
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
@@ -232,3 +236,15 @@ def random_plans(draw, world=4):
 @given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute"]))
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
     check_parity(pool, {"policy": policy}, plans)
+
+
+def test_static_and_adaptive_plans_have_the_same_gradient(pool):
+    """What the solvers really make of the same sequences, each against plain Hugging Face."""
+    degrees = tuple(DegreeCost(degree=d, ulysses=u, attention_s=1e-4 / d, linear_s=1e-3 / d) for d, u in ((1, 1), (2, 1), (4, 2)))
+    plans = []
+    for room in (20, 64):
+        cost = CostModel(world_size=4, tokens_per_rank=room, degrees=degrees, beta_s=1e-3)
+        plans += [solve_adaptive(LENGTHS, cost), solve_greedy(LENGTHS, cost), static(4, 4, 2, tokens_per_rank=room)]
+    assert {group.degree for plan in plans for batch in plan.micro_batches for group in batch.groups} == {1, 2, 4}
+    for case in ({}, {"barrier_free": True}):
+        check_parity(pool, case, plans)
