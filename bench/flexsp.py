@@ -1,11 +1,8 @@
-"""FlexSP's published constants (arXiv 2412.01523); its planner is parallel/sequence/flexsp.py."""
+"""The cost model FlexSP (arXiv 2412.01523) published: GPT-7B with 384K positions on A100-40GB, eight to a node."""
 
 from __future__ import annotations
 
 from ..parallel.sequence.cost import CostModel, DegreeCost
-from ..parallel.sequence.flexsp import FlexspResult, flexsp_plan
-
-__all__ = ["FlexspResult", "flexsp_a100_7b", "flexsp_plan"]
 
 BANDWIDTH = {2: 119.54, 4: 104.07, 8: 96.5, 16: 10.33, 32: 5.94, 64: 4.87}
 """MiB/ms of an all-to-all among so many A100s, from the public code's profile."""
@@ -30,6 +27,4 @@ def _published(degree: int) -> DegreeCost:
     """Ulysses only: four tensors of 32 layers x 4096 numbers of two bytes, forward and backward."""
     exchanged_mib = 4 * 2 * 32 * 4096 * 2 / 2**20
     exchange_s = exchanged_mib / degree / BANDWIDTH[degree] / 1e3 if degree > 1 else 0.0
-    return DegreeCost(
-        degree=degree, ulysses=degree, attention_s=5.128e-9 / degree, linear_s=183.9576e-6 / degree, exchange_s=exchange_s
-    )
+    return DegreeCost(degree=degree, ulysses=degree, attention_s=5.128e-9 / degree, linear_s=183.9576e-6 / degree, exchange_s=exchange_s)

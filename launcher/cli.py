@@ -103,6 +103,7 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     _add_lengths(parser, required=False)
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --lengths: draw the step, as .svg, .png or .pdf")
+    _add_certify(parser)
     options = parser.parse_intermixed_args(words)
     from .compose import compose
 
@@ -117,9 +118,14 @@ def _plan(words: list[str]) -> int:
         return int(plan_command.main(config, options.json))
     from . import plan_step_command
 
-    return plan_step_command.main(
-        config, options.lengths, sequences=options.sequences, seed=options.seed, out=options.out, as_json=options.json
+    request = plan_step_command.Request(
+        lengths=options.lengths, sequences=options.sequences, seed=options.seed, certify_s=options.certify, out=options.out
     )
+    return plan_step_command.main(config, request, as_json=options.json)
+
+
+def _add_certify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--certify", type=float, metavar="S", help="look for a tighter lower bound, for up to so many seconds")
 
 
 def _add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -173,11 +179,12 @@ def _explain(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--step", type=int, help="counted from 1; the newest if not given")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the step, as .svg, .png or .pdf")
+    _add_certify(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(words)
     from . import explain_command
 
-    return explain_command.main(options.run_dir, step=options.step, out=options.out, as_json=options.json)
+    return explain_command.main(options.run_dir, step=options.step, certify_s=options.certify, out=options.out, as_json=options.json)
 
 
 def _simulate(words: list[str]) -> int:

@@ -50,11 +50,11 @@ _FIRST_WORDS = (
 )
 _OPTIONS = {
     "train": ("--config-dir", "--print-config", "--help"),
-    "plan": ("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--out", "--json", "--help"),
+    "plan": ("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--certify", "--out", "--json", "--help"),
     "profile": ("--config-dir", "--print-config", "--out", "--seconds", "--json", "--help"),
     "resume": ("--config-dir", "--help"),
     "status": ("--json", "--help"),
-    "explain": ("--step", "--out", "--json", "--help"),
+    "explain": ("--step", "--certify", "--out", "--json", "--help"),
     "simulate": (
         *("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--steps"),
         *("--flexsp-steps", "--flexsp-seconds", "--json", "--help"),

@@ -10,13 +10,14 @@ from typing import Any
 
 from ..errors import EXIT_DONE, ConfigError
 from ..parallel.sequence.cost import CostModel
+from ..parallel.sequence.explain import Explanation
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from ..parallel.sequence.stored import load_cost
 from ..training.spec import model_spec
 from .config import Config
 from .metrics_file import Event, MetricsFollower
 from .rundir import read_run
-from .sequence_plan import draw_step, explain_plan, explanation_dict, plan_step, step_cost, with_bound
+from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost, with_bound
 
 Measured = dict[tuple[int, int], float]
 """Seconds of a group by (micro-batch, first rank)."""
@@ -33,13 +34,13 @@ class RecordedStep:
     notes: tuple[str, ...]
 
 
-def main(run_dir: Path, *, step: int | None, out: Path | None, as_json: bool) -> int:
+def main(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
     """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
     config = read_run(run_dir).config
     events = MetricsFollower(run_dir).read()
     cost = _run_cost(events, config)
     found = find_step(run_dir, config, cost, step, events)
-    explanation = explain_plan(config, found.plan, cost, found.measured)
+    explanation = explain_plan(config, certified(found.plan, cost, certify_s), cost, found.measured)
     if out is not None:
         draw_step(explanation, f"Step {found.step} of {run_dir.name}", out)
     measured_s = None if found.event is None else found.event.get("step_s")
@@ -49,20 +50,20 @@ def main(run_dir: Path, *, step: int | None, out: Path | None, as_json: bool) ->
         return EXIT_DONE
     from .sequence_view import show_explanation
 
-    show_explanation(explanation, _heading(found, explanation.line.step_s, measured_s), found.notes)
+    show_explanation(explanation, _heading(found.step, explanation, measured_s), found.notes)
     if out is not None:
         print(f"wrote {out}")
     return EXIT_DONE
 
 
-def _heading(found: RecordedStep, predicted_s: float, measured_s: float | None) -> str:
+def _heading(step: int, found: Explanation, measured_s: float | None) -> str:
     from ..units import format_precise
 
     plan = found.plan
     measured = "" if measured_s is None else f", measured {format_precise(measured_s)}"
     return (
-        f"step {found.step}: {len(plan.lengths):,} sequences, {sum(plan.lengths):,} tokens on {plan.world_size} ranks, "
-        f"{plan.source} plan, modelled {format_precise(predicted_s)}{measured}"
+        f"step {step}: {len(plan.lengths):,} sequences, {sum(plan.lengths):,} tokens on {plan.world_size} ranks, "
+        f"{plan_name(found)}, modelled {format_precise(found.line.step_s)}{measured}"
     )
 
 
@@ -86,7 +87,7 @@ def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, 
         raise ConfigError("--step", found=str(number), expected=f"1 to {config.train.steps}, the steps of this run", hint="--step 1")
     event = steps.get(number)
     if event is not None and event.get("groups"):
-        plan, measured = recorded_plan(event["groups"], cost.world_size, str(run_dir), lambda: step_lengths(config, number))
+        plan, measured = recorded_plan(event["groups"], cost, str(run_dir), lambda: step_lengths(config, number))
         return RecordedStep(step=number, plan=_as_run(plan, event, cost), measured=measured, event=event, notes=())
     plan = plan_step(config, step_lengths(config, number), cost)
     return RecordedStep(step=number, plan=plan, measured={}, event=event, notes=_replanned(plan, event))
@@ -117,7 +118,7 @@ def _as_run(plan: StepPlan, event: Event, cost: CostModel) -> StepPlan:
     return with_bound(priced, cost)
 
 
-def recorded_plan(entries: Any, world_size: int, where: str, all_lengths: Callable[[], tuple[int, ...]]) -> tuple[StepPlan, Measured]:
+def recorded_plan(entries: Any, cost: CostModel, where: str, all_lengths: Callable[[], tuple[int, ...]]) -> tuple[StepPlan, Measured]:
     """The plan in a step event's `groups`, and what was measured of it. `all_lengths` is asked where they leave lengths out.
 
     ConfigError where the groups are no plan.
@@ -127,20 +128,29 @@ def recorded_plan(entries: Any, world_size: int, where: str, all_lengths: Callab
     try:
         for entry in entries:
             batches.setdefault(int(entry["micro_batch"]), []).append(_group(entry))
-            if entry.get("measured_s") is not None:
-                measured[int(entry["micro_batch"]), int(entry["first_rank"])] = float(entry["measured_s"])
         if all("lengths" in entry for entry in entries):
             known = {i: int(n) for entry in entries for i, n in zip(entry["sequences"], entry["lengths"], strict=True)}
             lengths = tuple(known[i] for i in range(len(known)))
         else:
             lengths = all_lengths()
-        plan = StepPlan(world_size, lengths, tuple(MicroBatch(tuple(batches[index])) for index in range(len(batches))))
-    except (KeyError, TypeError, ValueError) as error:
+        plan = StepPlan(cost.world_size, lengths, tuple(MicroBatch(tuple(batches[index])) for index in range(len(batches))))
+        for entry in entries:
+            if entry.get("measured_s") is not None:
+                measured[int(entry["micro_batch"]), int(entry["first_rank"])] = _measured(
+                    entry, [lengths[i] for i in entry["sequences"]], cost
+                )
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}/metrics.jsonl", found=f"groups that are no plan ({error})", expected="what efflaunch wrote", hint="another --step"
         ) from error
     check_plan(plan)
     return plan, measured
+
+
+def _measured(entry: Mapping[str, Any], lengths: list[int], cost: CostModel) -> float:
+    """Measured seconds of a group's sequences: what the run counts to every group beside them is in the prediction too."""
+    beside = 0.0 if entry.get("predicted_s") is None else float(entry["predicted_s"]) - cost.group_s(lengths, int(entry["degree"]))
+    return max(0.0, float(entry["measured_s"]) - max(0.0, beside))
 
 
 def _group(entry: Mapping[str, Any]) -> Group:

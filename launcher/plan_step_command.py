@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import EXIT_DONE
 from ..parallel.sequence.lengths import open_lengths
 from ..units import format_precise
 from .config import Config
-from .sequence_plan import draw_step, explain_plan, explanation_dict, plan_step, step_cost
+from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost
 
 
-def main(config: Config, text: str, *, sequences: int | None, seed: int, out: Path | None, as_json: bool) -> int:
-    """Print the plan of one step of these lengths; with `out`, draw it. Keys of the JSON: docs/sequence.md."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """Which step to plan, and what to make of it."""
+
+    lengths: str
+    sequences: int | None
+    """None: a whole file, or as many as data.global_batch_tokens takes."""
+    seed: int
+    certify_s: float | None
+    """Seconds to look for a tighter bound."""
+    out: Path | None
+    """Where to draw the step."""
+
+
+def main(config: Config, request: Request, *, as_json: bool) -> int:
+    """Print the plan of one step of these lengths. Keys of the JSON: docs/sequence.md."""
     cost = step_cost(config)
-    lengths = draw_step_lengths(config, text, sequences, seed)
-    found = explain_plan(config, plan_step(config, lengths, cost), cost)
-    title = f"{config.model.name}, lengths of {text}"
-    if out is not None:
-        draw_step(found, title, out)
+    lengths = draw_step_lengths(config, request.lengths, request.sequences, request.seed)
+    found = explain_plan(config, certified(plan_step(config, lengths, cost), cost, request.certify_s), cost)
+    title = f"{config.model.name}, lengths of {request.lengths}"
+    if request.out is not None:
+        draw_step(found, title, request.out)
     if as_json:
-        facts = {"experiment": config.experiment, "lengths": text, "seed": seed, "cost_source": cost.source}
+        facts = {"experiment": config.experiment, "lengths": request.lengths, "seed": request.seed, "cost_source": cost.source}
         print(json.dumps({**facts, **explanation_dict(found)}, indent=1))
         return EXIT_DONE
     from .sequence_view import show_explanation
 
     size = f"{len(lengths):,} sequences, {sum(lengths):,} tokens on {cost.world_size} ranks"
-    show_explanation(found, f"{title}: {size}, {found.plan.source} plan, modelled {format_precise(found.line.step_s)}")
-    if out is not None:
-        print(f"wrote {out}")
+    show_explanation(found, f"{title}: {size}, {plan_name(found)}, modelled {format_precise(found.line.step_s)}")
+    if request.out is not None:
+        print(f"wrote {request.out}")
     return EXIT_DONE
 
 

@@ -115,9 +115,13 @@ def step_line(progress: Progress) -> str:
 
 
 def start_line(event: Event) -> str:
-    """How the run starts, in one line."""
+    """How the run starts, and what a person should know of what it starts from."""
     where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
-    return f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"
+    lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
+    lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
+    if event.get("data_changed"):
+        lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
+    return "\n".join(lines)
 
 
 def summary_lines(progress: Progress) -> list[tuple[str, str]]:

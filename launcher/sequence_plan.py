@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from ..memory.ledger import build_ledger
 from ..parallel.config import Device, SequenceMode
 from ..parallel.profile import find_profile, processor_name, profile_key
@@ -65,21 +66,35 @@ def with_bound(plan: StepPlan, cost: CostModel) -> StepPlan:
     return bounded(plan, staircase_bound(plan.lengths, cost))
 
 
+def certified(plan: StepPlan, cost: CostModel, seconds: float | None) -> StepPlan:
+    """The plan with a tighter bound, if one is found in so many seconds; None: as it is."""
+    if seconds is None:
+        return plan
+    from ..parallel.sequence.adaptive import bounded
+    from ..parallel.sequence.bound import class_milp_bound
+
+    if seconds <= 0:
+        raise ConfigError("--certify", found=f"{seconds:g}", expected="seconds above 0", hint="--certify 10")
+    return bounded(plan, class_milp_bound(plan.lengths, cost, plan_s=cost.plan_s(plan), time_limit_s=seconds))
+
+
 def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapping[tuple[int, int], float] | None = None) -> Explanation:
     """What there is to say about a plan, with the other plans a person would think of."""
     from ..parallel.sequence.solve import solve_adaptive
 
+    adaptive = config.parallel.sequence is not SequenceMode.STATIC
     return explain(
         plan,
         cost,
+        adaptive=adaptive,
         solver=lambda model: solve_adaptive(plan.lengths, model),
-        others=_others(plan),
+        others=_others(plan, adaptive),
         measured=measured,
         barrier_free=config.parallel.barrier_free,
     )
 
 
-def _others(plan: StepPlan) -> dict[str, Solver]:
+def _others(plan: StepPlan, adaptive: bool) -> dict[str, Solver]:
     from ..parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 
     lengths = plan.lengths
@@ -88,7 +103,17 @@ def _others(plan: StepPlan) -> dict[str, Solver]:
         "greedy": lambda model: solve_greedy(lengths, model),
         "best static degree": lambda model: solve_best_static(lengths, model),
     }
-    return {name: solver for name, solver in others.items() if name != plan.source}
+    return {name: solver for name, solver in others.items() if name != ("adaptive" if adaptive else None)}
+
+
+def plan_name(found: Explanation) -> str:
+    """What kind of plan it is, for headings."""
+    source = found.plan.source
+    if source == "late":
+        return "greedy plan (the planner was late)"
+    if found.adaptive and source in ("static", "greedy"):
+        return f"adaptive plan (the best {source} one, which no search beat)"
+    return f"{source} plan"
 
 
 def explanation_dict(found: Explanation) -> dict[str, Any]:

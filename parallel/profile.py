@@ -253,8 +253,9 @@ def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None
 def _nearest_difference(known: list[Profile], key: ProfileKey) -> str:
     if not known:
         return "it is empty"
-    differences = sorted((profile.key.differences(key) for profile in known), key=len)
-    return "; ".join(differences[0])
+    differences = [list(profile.key.differences(key)) for profile in known]
+    nearest = min(differences, key=len)
+    return "; ".join(nearest)
 
 
 def _make(path: Path) -> str:

@@ -142,8 +142,10 @@ def test_everything_killed_then_resumed_is_bit_equal(place, reference):
 def test_done_and_then_more_steps_is_bit_equal(place, reference):
     finish(train(place, steps=STEPS - 6), place)
     assert "nothing to do" in run(place, "resume", "runs/run") or max(losses(place)) == STEPS - 6
-    run(place, "resume", "runs/run", f"train.steps={STEPS}")
+    assert "the data is not" not in run(place, "resume", "runs/run", f"train.steps={STEPS}")
     assert losses(place) == losses(reference)
+    changed = run(place, "resume", "runs/run", f"train.steps={STEPS + 1}", "data.max_seq_len=128")
+    assert "the data is not what the checkpoint was trained on" in changed
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..errors import ConfigError
 from ..memory.ledger import build_ledger
 from ..parallel.config import GradReduce
 from ..parallel.layout import solve_layout
@@ -57,8 +58,6 @@ SHAPES = ((16, 1), (4, 1), (16, 8), (1, 1), (64, 8), (2, 1), (8, 4), (8, 1), (4,
 """(one sequence's fraction of a group's capacity, number of such sequences); what tells most comes first."""
 LEAST_SHAPES = 4
 """Shapes that are always probed: there are two coefficients and a constant."""
-
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +135,7 @@ class Prober:
         samples = self._samples(seconds)
         collectives = probe_collectives(self.topology, self.device, [cost.degree for cost in self.cost.degrees if cost.degree > 1])
         degrees, overhead_s = fit_degrees(samples, self.cost)
+        _check_fit(degrees)
         return Profile(
             key=profile_key(self.spec, self.config.memory, self.config.train, self.config.cluster, this_hardware(self.device)),
             degrees=degrees,
@@ -255,6 +255,18 @@ class _Documents:
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.random.default_rng(index).integers(0, self._vocab_size, stop - start)
         return ids, ids
+
+
+def _check_fit(degrees: Sequence[FittedDegree]) -> None:
+    """ConfigError where noise or overhead hid the cost of tokens: plans by such a profile would mean nothing."""
+    for row in degrees:
+        if row.attention_s + row.linear_s + row.exchange_s <= 0:
+            raise ConfigError(
+                "efflaunch profile",
+                found=f"times of groups of {row.degree} ranks that do not grow with their tokens (r2 {row.fit.r2:.2f})",
+                expected="longer sequences to take longer",
+                hint="a quieter machine, more --seconds, or a larger data.max_seq_len and parallel.tokens_per_rank",
+            )
 
 
 def fit_degrees(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDegree, ...], float]:

@@ -300,6 +300,7 @@ class _Run:
             data=self.session.source.summary(),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
+            data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),
         )
 
     def _write_end(self) -> None:

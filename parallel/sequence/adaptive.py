@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .bound import Bound, staircase_of
+from .bound import Bound, staircase_of, tightened_by
 from .cost import CostModel
 from .greedy import greedy_shelves, static_shelves
 from .plan import StepPlan
 from .shelves import Search, squeezed
 from .tables import Batch, Shelf
 
-WORK_PER_SEQUENCE = 400
-LEAST_WORK, MOST_WORK = 100_000, 1_600_000
+WORK_PER_SEQUENCE = 250
+LEAST_WORK, MOST_WORK = 60_000, 640_000
 
 
 def default_budget(num_sequences: int) -> int:
@@ -33,12 +33,15 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         return StepPlan(cost.world_size, (), (), predicted_s=cost.step_s, lower_bound_s=cost.step_s, bound="staircase", source="adaptive")
     bound = staircase_of(batch)
     shelves, source = _without_search(batch)
+    if not bound.valid:
+        # Without sense in the times there is nothing to search by; the plan at least fits in memory.
+        return batch.plan(shelves, source)
     until = None if wall_s is None else time.monotonic() + wall_s
     search = Search(
         batch,
         default_budget(len(batch)) if budget is None else budget,
         batch.seconds(shelves) - cost.step_s,
-        enough_s=bound.value_s - cost.step_s if bound.valid else 0.0,
+        enough_s=bound.value_s - cost.step_s,
         expired=None if until is None else (lambda: time.monotonic() > until),
     )
     found = search.run(tuple(shelf.load_s for shelf in shelves))
@@ -46,7 +49,8 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         shelves, source = found, "adaptive"
     else:
         shelves = [squeezed(batch, shelf) for shelf in shelves]
-    return bounded(batch.plan(shelves, source), bound)
+    plan = batch.plan(shelves, source)
+    return bounded(plan, tightened_by(batch, bound, batch.seconds(shelves)))
 
 
 def greedy_plan(lengths: Sequence[int], cost: CostModel) -> StepPlan:

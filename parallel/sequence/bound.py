@@ -14,7 +14,7 @@ import numpy as np
 
 from .classes import Effort, Program, solve_program
 from .cost import CostModel
-from .staircase import staircase
+from .staircase import staircase, tightened
 from .tables import Batch
 
 FINE = Effort(alone=16, bucket_ratio=1.12, class_ratio=1.25, cuts=3)
@@ -43,8 +43,20 @@ def staircase_of(batch: Batch) -> Bound:
     name, reason = "staircase", _fault(batch)
     if reason:
         return Bound(0.0, name, False, reason)
-    note = "" if batch.cost.is_monotone() else "cost is not monotone: least work and fastest times over degrees were used, each in its own order"
+    note = (
+        ""
+        if batch.cost.is_monotone()
+        else "cost is not monotone: least work and fastest times over degrees were used, each in its own order"
+    )
     return Bound(batch.cost.step_s + staircase(batch, np.arange(len(batch))).rest_s * (1 - 1e-12), name, True, note)
+
+
+def tightened_by(batch: Batch, closed: Bound, plan_s: float) -> Bound:
+    """The staircase bound again, knowing a plan of `plan_s`: no shelf of a faster one lasts long, so sequences need wider groups."""
+    if not closed.valid:
+        return closed
+    value = batch.cost.step_s + tightened(batch, plan_s - batch.cost.step_s) * (1 - 1e-12)
+    return Bound(max(closed.value_s, value), closed.name, True, closed.reason)
 
 
 def class_milp_bound(
@@ -58,6 +70,7 @@ def class_milp_bound(
     closed = staircase_of(batch)
     if not closed.valid or not len(batch):
         return closed
+    closed = tightened_by(batch, closed, plan_s)
     stairs = closed.value_s - cost.step_s
     limit = (plan_s - cost.step_s) * (1 + TOLERANCE)
     if limit <= stairs:

@@ -162,7 +162,9 @@ class Program:
                 some = part > 0
                 used = np.unique(of[some])
                 row = np.searchsorted(used, of[some])
-                self.rows.add(len(used), -np.inf, 0, (row, self.z[some], part[some]), (np.arange(len(used)), self.g.ravel()[pair[used]], -1.0))
+                self.rows.add(
+                    len(used), -np.inf, 0, (row, self.z[some], part[some]), (np.arange(len(used)), self.g.ravel()[pair[used]], -1.0)
+                )
 
     def _totals(self) -> None:
         """Exact sums over everything: work with what rounding left out, tokens, and shelves."""
@@ -188,7 +190,12 @@ def solve_program(program: Program, *, integer: bool, time_limit_s: float, floor
     from scipy.sparse import csr_array
 
     rows = program.rows
-    rows.add(1, floor_s, np.inf, (np.zeros(2 * program.num_classes, int), np.concatenate([program.y, program.total]), program.cost[: 2 * program.num_classes]))
+    rows.add(
+        1,
+        floor_s,
+        np.inf,
+        (np.zeros(2 * program.num_classes, int), np.concatenate([program.y, program.total]), program.cost[: 2 * program.num_classes]),
+    )
     row, column, value = (np.concatenate([entry[i] for entry in rows.entries]) for i in range(3))
     matrix = csr_array((value, (row, column)), shape=(rows.count, program.num_variables))
     integrality = np.zeros(program.num_variables)

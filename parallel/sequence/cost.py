@@ -263,7 +263,7 @@ def _setting(
 
 
 def _exposed_s(s: Setting) -> float:
-    """What hides behind no compute: the first gather of embedding and first layer, and the last reduction where each micro-batch has one."""
+    """What hides behind no compute: the gather of embedding and first layer, and the last reduction where each micro-batch has one."""
     from ...memory.timing import collective_s
     from ..config import GradReduce
 

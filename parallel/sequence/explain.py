@@ -72,6 +72,8 @@ class Explanation:
     next_best: Alternative | None
     """The best plan found that keeps the longest sequence off its degree."""
     alternatives: tuple[Alternative, ...]
+    adaptive: bool
+    """Whether the plan is the adaptive planner's, whichever way it was found."""
     words: tuple[str, ...]
 
 
@@ -83,8 +85,12 @@ def explain(
     others: Mapping[str, Solver],
     measured: Mapping[tuple[int, int], float] | None = None,
     barrier_free: bool = False,
+    adaptive: bool = True,
 ) -> Explanation:
-    """The explanation of `plan`. `solver` is asked for the next-best plan, `others` by name for what else could have been done."""
+    """The explanation of `plan`. `solver` is asked for the next-best plan, `others` by name for what else could have been done.
+
+    `adaptive` says that the plan comes from `solver` too.
+    """
     if barrier_free:
         # Bounds are proved for micro-batches that end together.
         plan = replace(plan, lower_bound_s=None, bound="")
@@ -95,7 +101,15 @@ def explain(
     next_best = _next_best(plan, cost, solver, longest, group.degree, barrier_free) if _has_another(choices) else None
     alternatives = tuple(_alternative(name, other, cost, longest, barrier_free) for name, other in others.items())
     found = Explanation(
-        plan=plan, line=line, longest=longest, group=group, choices=choices, next_best=next_best, alternatives=alternatives, words=()
+        plan=plan,
+        line=line,
+        longest=longest,
+        group=group,
+        choices=choices,
+        next_best=next_best,
+        alternatives=alternatives,
+        adaptive=adaptive,
+        words=(),
     )
     return replace(found, words=tuple(_words(found)))
 
@@ -223,14 +237,16 @@ def _next_words(found: Explanation) -> list[str]:
         return []
     return [
         f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
-        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / found.line.step_s - 1)}."
+        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / found.line.step_s - 1, found.adaptive)}."
     ]
 
 
-def _more(slower: float) -> str:
+def _more(slower: float, adaptive: bool) -> str:
     if slower > _SAME / 2:
         return f"{slower:.1%} more"
-    return "no more than this plan" if slower > -_SAME / 2 else f"{-slower:.1%} less: the search missed it"
+    if slower > -_SAME / 2:
+        return "no more than this plan"
+    return f"{-slower:.1%} less: " + ("the search missed it" if adaptive else "this plan has one degree for all, that one has not")
 
 
 def _other_words(found: Explanation) -> list[str]:
@@ -246,5 +262,6 @@ def _time_words(found: Explanation) -> list[str]:
     line = found.line
     parts = [f"work in groups {line.busy_share:.0%} of the step", f"wait for slower groups {line.waiting_share:.0%}"]
     if line.gather_share >= 0.005:
-        parts.append(f"wait for weights {line.gather_share:.0%} (they take longer to gather than the groups to compute)")
+        why = "once, before anything runs" if line.barrier_free else "they take longer to gather than the groups to compute"
+        parts.append(f"wait for weights {line.gather_share:.0%} ({why})")
     return [f"Ranks {', '.join(parts)}; {line.overhead_share:.0%} is the cost of having micro-batches and a step at all."]

@@ -20,6 +20,9 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
+LENGTHS, TIMES, FIRST, DEGREES, CAPACITY, RATES, OFFSETS = range(7)
+KEYS, IDS, COUNT, GROUP_DEGREE, GROUP_TOKENS, GROUP_LOAD = range(6)
+"""Places in `tables` and in `space`."""
 TRIES = 12
 """Groups looked at from the best fit upwards, for one whose time is not used up."""
 WIDEST = 9.0e15
@@ -38,8 +41,8 @@ def lower_bound(keys: Any, low: int, high: int, value: int) -> int:
 
 def take_best_fit(k: int, d: int, limit: float, tables: Any, space: Any) -> int:
     """Take the tightest group of degree d that holds sequence k out of the order, and return it; -1 where none does."""
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_load = space
+    lengths, times, degrees, offsets = tables[LENGTHS], tables[TIMES], tables[DEGREES], tables[OFFSETS]
+    keys, ids, count, group_load = space[KEYS], space[IDS], space[COUNT], space[GROUP_LOAD]
     base = offsets[d]
     end = base + count[d]
     place = lower_bound(keys, base, end, lengths[k])
@@ -59,8 +62,22 @@ def take_best_fit(k: int, d: int, limit: float, tables: Any, space: Any) -> int:
 
 def put(k: int, group: int, limit: float, tables: Any, space: Any) -> float:
     """Add sequence k to a group that is in no order now, and put it back into its degree's order; its load."""
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_load = space
+    lengths, times, degrees, capacity, rates, offsets = (
+        tables[LENGTHS],
+        tables[TIMES],
+        tables[DEGREES],
+        tables[CAPACITY],
+        tables[RATES],
+        tables[OFFSETS],
+    )
+    keys, ids, count, group_degree, group_tokens, group_load = (
+        space[KEYS],
+        space[IDS],
+        space[COUNT],
+        space[GROUP_DEGREE],
+        space[GROUP_TOKENS],
+        space[GROUP_LOAD],
+    )
     d = group_degree[group]
     group_tokens[group] += lengths[k]
     group_load[group] += times[k * len(degrees) + d]
@@ -79,8 +96,8 @@ def put(k: int, group: int, limit: float, tables: Any, space: Any) -> float:
 
 def next_fitting(rem: Any, q: int, num: int, tables: Any, space: Any) -> int:
     """First place from q on in rem whose sequence some group may hold."""
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_load = space
+    lengths, degrees, offsets = tables[LENGTHS], tables[DEGREES], tables[OFFSETS]
+    keys, count = space[KEYS], space[COUNT]
     most = 0
     for d in range(len(degrees)):
         if count[d] > 0:
@@ -97,8 +114,8 @@ def next_fitting(rem: Any, q: int, num: int, tables: Any, space: Any) -> int:
 
 def choose(k: int, limit: float, free: int, groups: int, tables: Any, space: Any) -> int:
     """The group sequence k goes to: an old one, `groups` for a new one, or -1."""
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_load = space
+    times, first, degrees = tables[TIMES], tables[FIRST], tables[DEGREES]
+    count, group_degree, group_tokens, group_load = space[COUNT], space[GROUP_DEGREE], space[GROUP_TOKENS], space[GROUP_LOAD]
     wanted = first[k]
     while wanted < len(degrees) and times[k * len(degrees) + wanted] > limit:
         wanted += 1
@@ -119,8 +136,8 @@ def fill(rem: Any, num: int, tau: float, world: int, tables: Any, space: Any, le
     of larger degrees, else to `left`. group_of[place in rem] is the group or -1.
     Returns (sequences left, groups, largest load, sequences looked at).
     """
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_load = space
+    degrees = tables[DEGREES]
+    count, group_degree = space[COUNT], space[GROUP_DEGREE]
     for d in range(len(degrees)):
         count[d] = 0
     limit, slowest = tau * (1.0 + 1e-12), 0.0
@@ -151,8 +168,8 @@ def fill(rem: Any, num: int, tau: float, world: int, tables: Any, space: Any, le
 
 def greedy_choice(k: int, most: float, limit: float, free: int, groups: int, tables: Any, space: Any) -> int:
     """The group in which s^2 / ranks raises the largest work least; smaller degrees, then older groups win ties."""
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_work = space
+    lengths, first, degrees, capacity = tables[LENGTHS], tables[FIRST], tables[DEGREES], tables[CAPACITY]
+    group_degree, group_tokens, group_work = space[GROUP_DEGREE], space[GROUP_TOKENS], space[GROUP_LOAD]
     length = float(lengths[k])
     best, chosen, degree = limit, -1, -1
     for group in range(groups):
@@ -172,8 +189,8 @@ def greedy_choice(k: int, most: float, limit: float, free: int, groups: int, tab
 
 def greedy_reach(limit: float, groups: int, tables: Any, space: Any) -> float:
     """The longest sequence some group can still take, by tokens and by work."""
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_work = space
+    degrees, capacity = tables[DEGREES], tables[CAPACITY]
+    group_degree, group_tokens, group_work = space[GROUP_DEGREE], space[GROUP_TOKENS], space[GROUP_LOAD]
     most = 0.0
     for group in range(groups):
         d = group_degree[group]
@@ -182,14 +199,16 @@ def greedy_reach(limit: float, groups: int, tables: Any, space: Any) -> float:
     return most
 
 
-def fill_greedy(rem: Any, num: int, tolerance: float, world: int, tables: Any, space: Any, left: Any, group_of: Any) -> tuple[int, int, float, int]:
+def fill_greedy(
+    rem: Any, num: int, tolerance: float, world: int, tables: Any, space: Any, left: Any, group_of: Any
+) -> tuple[int, int, float, int]:
     """One micro-batch as Megatron's dynamic context parallelism makes it: longest first, counting s^2 / ranks only.
 
     The longest sequence gets the smallest group that holds it; no group's work may exceed its length x tokens a rank x `tolerance`.
     Returns as `fill`, with the largest work for the largest load.
     """
-    lengths, times, first, degrees, capacity, rates, offsets = tables
-    keys, ids, count, group_degree, group_tokens, group_work = space
+    lengths, first, degrees, capacity = tables[LENGTHS], tables[FIRST], tables[DEGREES], tables[CAPACITY]
+    group_degree, group_tokens, group_work = space[GROUP_DEGREE], space[GROUP_TOKENS], space[GROUP_LOAD]
     limit = float(lengths[rem[0]]) * capacity[0] / degrees[0] * tolerance
     free, groups, num_left, looked, most = world, 0, 0, 0, 0.0
     q, reach = 0, float(lengths[rem[0]])
@@ -237,8 +256,12 @@ def compiled() -> tuple[Kernel, Kernel] | None:
     except ImportError:
         return None
     # The functions find each other by name: copies that look in their own namespace find the compiled ones.
-    namespace: dict[str, Any] = {"__name__": __name__, "TRIES": TRIES, "WIDEST": WIDEST, "__builtins__": __builtins__}
+    namespace: dict[str, Any] = dict(globals())
     for function in FUNCTIONS:
         copy = FunctionType(function.__code__, namespace, function.__name__)
-        namespace[function.__name__] = numba.njit(cache=True)(copy)
+        try:
+            namespace[function.__name__] = numba.njit(cache=True)(copy)
+        except RuntimeError:
+            # No folder to keep machine code in: it is made again in every process.
+            namespace[function.__name__] = numba.njit(copy)
     return namespace["fill"], namespace["fill_greedy"]

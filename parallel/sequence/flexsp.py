@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .cost import CostModel
+from ...errors import PlanError
+from .cost import CostModel, check_lengths
 from .plan import Group, MicroBatch, StepPlan
 
 
@@ -32,7 +33,8 @@ class FlexspResult:
 
 
 def flexsp_plan(lengths: Sequence[int], cost: CostModel, *, time_limit_s: float = 10.0, tries: int = 3, buckets: int = 16) -> FlexspResult:
-    """Micro-batch counts from the fewest on, `tries` of them; RuntimeError where none works."""
+    """Micro-batch counts from the fewest on, `tries` of them; PlanError where none works or a sequence fits no group."""
+    check_lengths(lengths, cost)
     started = time.perf_counter()
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     ordered = np.asarray(lengths, dtype=np.int64)[order]
@@ -51,7 +53,12 @@ def flexsp_plan(lengths: Sequence[int], cost: CostModel, *, time_limit_s: float 
             plan = cost.priced(StepPlan(cost.world_size, tuple(int(s) for s in lengths), tuple(batches), source="FlexSP"))
             best = plan if best is None or cost.plan_s(plan) < cost.plan_s(best) else best
     if best is None:
-        raise RuntimeError(f"FlexSP's programs have no solution in {fewest} to {fewest + tries - 1} micro-batches")
+        raise PlanError(
+            "FlexSP's planner",
+            found=f"no solution in {fewest} to {fewest + tries - 1} micro-batches",
+            expected="one for some number of micro-batches",
+            hint="a longer limit for each program (--flexsp-seconds 60), or leave it out (--flexsp-steps 0)",
+        )
     wall = time.perf_counter() - started
     return FlexspResult(best, wall, len(solved), sum(s.timed_out for s in solved), sum(s.warm for s in solved))
 
@@ -133,7 +140,14 @@ def solve_micro_batch(ordered: np.ndarray, cost: CostModel, *, time_limit_s: flo
 
 
 def _program(
-    tops: np.ndarray, counts: np.ndarray, times: np.ndarray, degrees: np.ndarray, of: np.ndarray, cost: CostModel, limit: float, time_limit_s: float
+    tops: np.ndarray,
+    counts: np.ndarray,
+    times: np.ndarray,
+    degrees: np.ndarray,
+    of: np.ndarray,
+    cost: CostModel,
+    limit: float,
+    time_limit_s: float,
 ) -> tuple[np.ndarray | None, bool]:
     """min C: Time_p <= C, Memory_p <= E, sum d_p m_p <= N, sum_q A_qp <= K m_p, sum_p A_qp = n_q; (A or None, timed out)."""
     from scipy.optimize import Bounds, LinearConstraint, milp

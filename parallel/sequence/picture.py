@@ -83,12 +83,15 @@ def _draw_step(axes: Axes, line: Timeline, caption: Caption) -> None:
     axes.set_xlim(0, max(line.step_s * 1.015, 1e-9))
     axes.set_ylim(line.world_size, 0)
     axes.add_patch(Rectangle((0, 0), line.step_s, line.world_size, facecolor=_IDLE, linewidth=0))
+    end = max((shelf.stop_s for shelf in line.shelves), default=0.0)
+    axes.add_patch(Rectangle((end, 0), line.step_s - end, line.world_size, facecolor=_OVERHEAD, linewidth=0))
     if not line.barrier_free:
         for shelf in line.shelves:
             axes.add_patch(Rectangle((shelf.start_s, 0), shelf.overhead_s, line.world_size, facecolor=_OVERHEAD, linewidth=0))
-            late = Rectangle((shelf.groups_stop_s, 0), shelf.stop_s - shelf.groups_stop_s, line.world_size)
-            late.set(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="///", linewidth=0)
-            axes.add_patch(late)
+    for start, stop in [(0.0, line.shelves[0].start_s)] + [(shelf.groups_stop_s, shelf.stop_s) for shelf in line.shelves]:
+        gather = Rectangle((start, 0), stop - start, line.world_size)
+        gather.set(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="///", linewidth=0)
+        axes.add_patch(gather)
     _draw_bars(axes, line)
     _draw_marks(axes, line, caption)
     _outline_longest(axes, line.longest)
@@ -130,7 +133,7 @@ def _cuts(bar: Bar, points: tuple[float, float]) -> Iterator[list[tuple[float, f
 
 
 def _label_bar(axes: Axes, bar: Bar, points: tuple[float, float]) -> None:
-    """Lengths of the sequences that have room for it, else how many there are, else nothing."""
+    """Lengths of the longest, as far as they have room; where none has, how many sequences there are."""
     height = bar.group.degree * points[1] * 0.72
     size = min(9.0, height * 0.72)
     if size < 4.5:
@@ -139,9 +142,10 @@ def _label_bar(axes: Axes, bar: Bar, points: tuple[float, float]) -> None:
     at, written = bar.start_s, False
     for length, seconds in zip(bar.lengths, bar.sequence_s, strict=True):
         text = short(length)
-        if _fits(text, size, seconds * points[0]):
-            axes.text(at + seconds / 2, middle, text, fontsize=size, color=ink, ha="center", va="center_baseline", zorder=5)
-            written = True
+        if not _fits(text, size, seconds * points[0]):
+            break
+        axes.text(at + seconds / 2, middle, text, fontsize=size, color=ink, ha="center", va="center_baseline", zorder=5)
+        written = True
         at += seconds
     whole = f"{len(bar.lengths)} seq, {short(bar.tokens)}"
     for text in (whole, f"{len(bar.lengths)} seq"):
@@ -176,7 +180,8 @@ def _draw_lengths(axes: Axes, line: Timeline) -> None:
 
     lengths = np.array([length for bar in line.bars for length in bar.lengths], dtype=np.int64)
     degrees = np.array([bar.group.degree for bar in line.bars for _ in bar.lengths], dtype=np.int64)
-    bins = np.floor(np.log2(lengths)).astype(int)
+    # A bin ends with its power of two: sequences cut at max_seq_len are as long as that.
+    bins = np.maximum(np.ceil(np.log2(lengths)).astype(int) - 1, 0)
     floor = np.zeros(int(bins.max()) + 1)
     for degree in sorted(set(degrees.tolist())):
         tokens = np.bincount(bins, weights=lengths * (degrees == degree), minlength=len(floor))
@@ -206,8 +211,8 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
         Patch(facecolor="none", edgecolor=_INK, linewidth=1.8, label="longest sequence"),
         Patch(facecolor=_IDLE, label="waiting for slower groups"),
     ]
-    if not line.barrier_free and any(shelf.overhead_s > 0 for shelf in line.shelves):
-        marks += [Patch(facecolor=_OVERHEAD, label="cost of a micro-batch")]
+    if line.overhead_share > 0:
+        marks += [Patch(facecolor=_OVERHEAD, label="cost of a micro-batch, of a step")]
     if line.gather_share > 0:
         marks += [Patch(facecolor=_IDLE, edgecolor=_OVERHEAD, hatch="////", linewidth=0, label="weights still on their way")]
     if any(bar.measured_s is not None for bar in line.bars):
@@ -215,15 +220,21 @@ def _legend(figure: Figure, line: Timeline, caption: Caption, top: float, row: f
     if caption.lower_bound_s is not None:
         label = f"no plan ends before {format_precise(caption.lower_bound_s)} ({caption.bound} bound)"
         marks += [Line2D([], [], color=_BOUND, linewidth=1.6, linestyle=_DASHES, label=label)]
-    groups: list[Any] = [Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree)) for degree in degrees]
+    groups: list[Any] = [
+        Patch(facecolor=colour(degree), label=_degree_name(line.bars, degree, brief=len(degrees) > 7 and degree > degrees[0]))
+        for degree in degrees
+    ]
     style: dict[str, Any] = {"handlelength": 1.5, "columnspacing": 1.4, "handletextpad": 0.5, "borderaxespad": 0.0, "borderpad": 0.0}
     for handles, at in ((groups, top), (marks, top - row)):
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (0.055, at), "ncols": len(handles)}
         figure.legend(handles=handles, fontsize=8.5, labelcolor=_INK, frameon=False, **place, **style)
 
 
-def _degree_name(bars: Iterable[Bar], degree: int) -> str:
+def _degree_name(bars: Iterable[Bar], degree: int, *, brief: bool) -> str:
+    """`4 ranks: 12 groups`; brief, after one that was not: `4: 12`."""
     number = sum(bar.group.degree == degree for bar in bars)
+    if brief:
+        return f"{degree}: {number:,}"
     return f"{degree} rank{'s' * (degree > 1)}: {number} group{'s' * (number > 1)}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .durations import likely_durations
+from .durations import Relaxation
 from .staircase import staircase
 from .tables import Batch, Shelf
 
@@ -23,8 +23,10 @@ FILL_WORK = 100
 """What starting a shelf counts, in sequences looked at."""
 MOST_SHELVES = 24
 """Above this many micro-batches the beam is too deep to pay: only equal shelves and random changes are tried."""
-EFFICIENCIES = (0.97, 0.93, 1.0, 0.89)
+EFFICIENCIES = (0.97, 0.93, 1.0, 0.89, 0.95, 0.91)
 """Shares of a shelf's rank-seconds the relaxation may use."""
+BEAM_SHARE = 0.8
+"""Of the budget, for the beam and all before it; the rest goes to random changes."""
 ENOUGH = 1e-3
 """A plan this close to the bound, as a share, ends the search."""
 STRETCH = ((1.0, 1.1, 1.45), (1.0, 1.04, 1.12, 1.3, 1.7), (1.0, 1.03, 1.08, 1.16, 1.3, 1.6, 2.2))
@@ -54,6 +56,7 @@ class Search:
         self.taus: tuple[float, ...] = ()
         self.spent, self.improved = 0, False
         self.expired = expired
+        self.relaxed: Relaxation | None = None
 
     def run(self, known: tuple[float, ...] = ()) -> list[Shelf] | None:
         """The best shelves found, or None where nothing beat the limit. `known`: durations of a plan that exists."""
@@ -87,8 +90,9 @@ class Search:
 
     def _likely(self, start: State) -> None:
         """Rows of durations from the relaxation, stretched until their number of shelves suffices."""
+        relaxed = self.relaxed = Relaxation(self.batch)
         for efficiency in EFFICIENCIES:
-            taus = likely_durations(self.batch, efficiency)
+            taus = relaxed.durations(efficiency)
             low, high = 0.97, None
             stretch = low
             for _ in range(7):
@@ -115,34 +119,36 @@ class Search:
         width = 1
         for level in range(8):
             states = [start]
-            while states and not self._over(0.6):
+            while states and not self._over(BEAM_SHARE):
                 found = [after for state in states for after in self._successors(state, STRETCH[min(level, 2)])]
                 found.sort(key=lambda state: (state.score, len(state.rem)))
                 states = found[:width]
                 for state in states:
                     self._equal(state)
             width *= 2
-            if self._over(0.6):
+            if self._over(BEAM_SHARE):
                 return
 
     def _successors(self, state: State, stretch: Sequence[float]) -> Iterator[State]:
         """One shelf more, of every duration worth trying; finished plans are kept aside instead."""
         lead, batch = int(state.rem[0]), self.batch
+        asked = [tau * factor for tau in batch.times[lead, int(batch.first[lead]) :].tolist() for factor in stretch]
+        suggested = self.relaxed.suggested(lead) if self.relaxed is not None else []
         tried: list[float] = []
-        for d in range(int(batch.first[lead]), len(batch.degrees)):
-            for factor in stretch:
-                tau = float(batch.times[lead, d]) * factor
-                if self._over(0.6) or any(abs(tau / other - 1) < 0.01 for other in tried):
-                    continue
-                tried.append(tau)
-                rem, seconds = self._fill(state.rem, tau)
-                after, taus = state.seconds + seconds, (*state.taus, tau)
-                if not len(rem):
-                    self._keep(after, taus)
-                    continue
-                score = after + staircase(batch, np.asarray(rem)).rest_s
-                if score < self.best_s:
-                    yield State(after, rem, taus, score)
+        for tau in [*suggested, *asked]:
+            if self._over(BEAM_SHARE) or any(abs(tau / other - 1) < 0.01 for other in tried):
+                continue
+            tried.append(tau)
+            rem, seconds = self._fill(state.rem, tau)
+            after, taus = state.seconds + seconds, (*state.taus, tau)
+            if not len(rem):
+                self._keep(after, taus)
+                continue
+            score = after + staircase(batch, np.asarray(rem)).rest_s
+            if score < self.best_s:
+                if self.relaxed is not None and self.relaxed.rests:
+                    score = max(score, after + self.relaxed.estimate(np.asarray(rem)))
+                yield State(after, rem, taus, score)
 
     def _equal(self, state: State) -> None:
         """What is left on shelves of one duration, the shortest that suffices, for the fewest shelves and one more."""

@@ -68,8 +68,11 @@ def _powers(limit: int) -> list[int]:
 
 
 def solve_adaptive(lengths: Sequence[int], cost: CostModel, *, budget: int | None = None, wall_s: float | None = None) -> StepPlan:
-    """Groups of the degrees that suit the step's sequences; see adaptive.adaptive_plan. Never slower in the model than solve_best_static
-    or solve_greedy. The plan depends on lengths, cost and `budget` (units of work; None: by the number of sequences) alone, unless `wall_s` cuts it off."""
+    """Groups of the degrees that suit the step's sequences, as fast as the search finds; with its lower bound (adaptive.py).
+
+    Never slower in the model than solve_best_static or solve_greedy. The plan depends on lengths, cost and `budget` (units of work;
+    None: by the number of sequences) alone, unless `wall_s` cuts the search off. PlanError for a sequence that no group holds.
+    """
     from .adaptive import adaptive_plan
 
     return adaptive_plan(lengths, cost, budget=budget, wall_s=wall_s)

@@ -39,6 +39,33 @@ def staircase(batch: Batch, rem: np.ndarray) -> Stairs:
     return Stairs(shelves * batch.cost.beta_s + max(longest, shelves * batch.cost.gather_s), shelves)
 
 
+MOST_STEPS = 16
+"""Steps of the tightened staircase that are looked at; any of them is a bound."""
+
+
+def tightened(batch: Batch, limit_s: float) -> float:
+    """A lower bound, without step_s, on every plan faster than `limit_s`: no shelf of such a plan lasts long.
+
+    With durations in descending order, (m + 1) t[m+1] and the least durations of later shelves fit in limit_s - M beta. So what is
+    left after m shelves has to run with degrees that keep to that duration, which may be more work than the smallest that memory
+    allows. The maximum over m of the staircase with that work bounds every plan faster than limit_s; so does limit_s itself.
+    """
+    cost, shelves = batch.cost, batch.num_shelves
+    tokens, room = batch.lengths.astype(np.float64), float(cost.world_size * cost.tokens_per_rank)
+    steps = leads(tokens, batch.fastest, room, shelves)
+    later = np.append(np.cumsum(np.maximum(steps, cost.gather_s)[::-1])[::-1], 0.0)
+    fits = np.arange(len(batch.degrees)) >= batch.first[:, None]
+    best = 0.0
+    for m in range(min(shelves, MOST_STEPS)):
+        longest = (limit_s - shelves * cost.beta_s - later[m + 1]) / (m + 1) * (1 + 1e-9)
+        work = np.where(fits & (batch.times <= longest), batch.times * batch.degrees, np.inf).min(axis=1)
+        # What no group does in that time was in one of the first m shelves, or there is no such plan: nothing is claimed of it.
+        work = np.where(np.isfinite(work), work, batch.work)
+        left = _work_left(tokens, work, room, shelves)[m] / cost.world_size
+        best = max(best, float(steps[:m].sum()) + left)
+    return min(limit_s, shelves * cost.beta_s + max(best, shelves * cost.gather_s))
+
+
 def leads(tokens: np.ndarray, fastest: np.ndarray, room: float, shelves: int) -> np.ndarray:
     """Least durations of the longest shelf, the second longest, ..."""
     if np.any(fastest[:-1] < fastest[1:]):

@@ -7,13 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from efflaunch.launcher import cli
-from efflaunch.launcher.sequence_plan import step_cost
+from efflaunch.launcher.sequence_plan import explain_plan, plan_name, step_cost
 from efflaunch.tests.launcher.planned_run import make_run
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.launcher.test_plan_command import flat
@@ -44,7 +45,7 @@ def test_a_finished_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
             assert group["predicted_s"] == pytest.approx(cost.group_s(group["lengths"], group["degree"]))
             assert group["measured_s"] == (pytest.approx(2 * group["predicted_s"]) if recorded else None)
         assert found["predicted_s"] == pytest.approx(cost.plan_s(plan)) and found["measured_s"] == 1.5 * step
-        assert found["source"] == mode and found["tokens"] == sum(plan.lengths) and found["longest"]["tokens"] == max(plan.lengths)
+        assert found["source"] == plan.source and found["tokens"] == sum(plan.lengths) and found["longest"]["tokens"] == max(plan.lengths)
         assert found["lower_bound_s"] <= found["predicted_s"] * (1 + 1e-9) and found["gap"] >= 0
         assert found["notes"] == ([] if recorded else ["the metrics hold no groups: the plan was made again, and is the one the run used"])
 
@@ -102,11 +103,25 @@ def test_tables_and_words_for_a_person(tmp_path: Path, capsys: pytest.CaptureFix
         "micro-batch 1",
         f"The longest sequence, {longest:,} tokens",
         "at most",
-        "Other plans of this step: greedy",
+        "Other plans of this step: ",
         f"wrote {picture}",
     ):
         assert part in shown, shown
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("mode", "source", "name"),
+    [
+        ("static", "static", "static plan"),
+        ("adaptive", "adaptive", "adaptive plan"),
+        ("adaptive", "static", "adaptive plan (the best static one, which no search beat)"),
+        ("adaptive", "late", "greedy plan (the planner was late)"),
+    ],
+)
+def test_plans_are_named_by_how_they_came_about(tmp_path: Path, mode: str, source: str, name: str) -> None:
+    _, config, plans = make_run(tmp_path, f"parallel.sequence={mode}")
+    assert plan_name(explain_plan(config, replace(plans[0], source=source), step_cost(config))) == name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.errors import ConfigError, PlanError
+from efflaunch.errors import PlanError
 from efflaunch.launcher import cli
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.plan_step_command import draw_step_lengths
@@ -110,6 +110,16 @@ def test_a_step_holds_the_tokens_of_a_batch_where_no_number_is_given() -> None:
         assert sum(step[:-1]) < config.data.global_batch_tokens <= sum(step)
 
 
+def test_a_certificate_is_at_least_the_closed_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", *NODES, "parallel.sequence=adaptive", "--lengths", "commoncrawl", "--sequences", "40"]
+    closed, tighter = run_json(capsys, *words), run_json(capsys, *words, "--certify", "1")
+    assert closed["bound"] == "staircase" and tighter["bound"] in ("staircase", "class MILP")
+    assert closed["lower_bound_s"] <= tighter["lower_bound_s"] <= tighter["predicted_s"] * (1 + 1e-9)
+    assert tighter["predicted_s"] == closed["predicted_s"]
+    assert cli.main([*words, "--certify", "0"]) == 93
+    assert "--certify: found 0; expected seconds above 0." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -148,8 +158,3 @@ def test_planners_that_cannot_are_left_out_and_judged_by_the_model() -> None:
     assert [(row.name, row.steps) for row in rows(steps, "ours")] == [("greedy", 2), ("ours", 1)] and len(gaps(steps, "ours")) == 1
     with pytest.raises(PlanError):
         simulate([(5000,)], cost, asked[:1])
-
-
-def test_adaptive_runs_do_not_need_a_static_degree_for_their_longest_sequence() -> None:
-    with pytest.raises(ConfigError):
-        compose([*NODES, "data.max_seq_len=1M"])

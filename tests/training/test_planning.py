@@ -147,5 +147,5 @@ def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, mon
     first = settle_costs(config, model_spec(config.model), device, None)
     stored = json.loads(json.dumps({**first.dump(), "overhead_s": 0.25}))
     assert settle_costs(compose(["+experiment=quickstart", "train.steps=99"]), model_spec(config.model), device, stored).overhead_s == 0.25
-    other = settle_costs(compose(["+experiment=quickstart", "memory=keep"]), model_spec(config.model), device, stored)
+    other = settle_costs(compose(["+experiment=quickstart", "memory=recompute"]), model_spec(config.model), device, stored)
     assert other.overhead_s == 0.0 and other.fingerprint != first.fingerprint

@@ -8,11 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from efflaunch.errors import ConfigError
 from efflaunch.launcher.compose import compose
 from efflaunch.parallel.profile import load_profiles
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.probe import Sample, fit_degrees
+from efflaunch.training.probe import Sample, _check_fit, fit_degrees
 
 COST = CostModel(
     world_size=4,
@@ -20,9 +21,9 @@ COST = CostModel(
     degrees=tuple(DegreeCost(degree=d, ulysses=d, attention_s=1e-9 / d, linear_s=1e-6 / d) for d in (1, 2, 4)),
 )
 TINY = [
-    "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
-    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=128", "data.global_batch_tokens=256",
-    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=64", "train.dtype=float32", "train.steps=10",
+    "model=tiny", "model.num_layers=2", "model.hidden_size=128", "model.intermediate_size=256", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=2K", "data.global_batch_tokens=4K",
+    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=1K", "train.dtype=float32", "train.steps=10",
 ]  # fmt: skip
 
 
@@ -45,6 +46,13 @@ def test_coefficients_are_found_again():
         a, b = truth[row.degree]
         assert row.attention_s == pytest.approx(a, rel=1e-6) and row.linear_s + row.exchange_s == pytest.approx(b, rel=1e-6)
         assert row.linear_s == pytest.approx(min(b, 3e-6 / row.degree), rel=1e-6) and row.fit.worst_error < 1e-9
+
+
+def test_a_fit_without_a_cost_of_tokens_is_refused():
+    samples = [Sample(1, 1, lengths, (0.01,) * 4, 0.0) for lengths in ((64,), (512,), (1024,), (128,) * 4)]
+    degrees, _ = fit_degrees(samples, CostModel(world_size=4, tokens_per_rank=1024, degrees=COST.degrees[:1]))
+    with pytest.raises(ConfigError, match=r"groups of 1 ranks that do not grow with their tokens"):
+        _check_fit(degrees)
 
 
 def _probe_twice(arguments, folder):

@@ -121,6 +121,16 @@ def test_a_thousand_ranks_and_a_barrier_free_step_can_be_drawn(tmp_path: Path) -
     assert (tmp_path / "many.png").stat().st_size > 1000
 
 
+def test_the_legend_of_eleven_degrees_stays_inside() -> None:
+    groups = [Group(1 << i, 1 << i, 1, (i,)) for i in range(10)]
+    plan = StepPlan(1024, tuple([5000] * 10 + [9000]), (MicroBatch(tuple(groups)), MicroBatch((Group(0, 1024, 1, (10,)),))))
+    figure = make_figure(timeline(plan, model(1024)), Caption(title="all"))
+    figure.draw_without_rendering()
+    for legend in figure.legends:
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
+    assert {"1 rank: 1 group", "2: 1", "1024: 1"} <= set(texts(figure))
+
+
 def test_endings_and_a_missing_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"ends in \.svg, \.png, \.pdf"):
         draw(two_batches(), Caption(title="x"), tmp_path / "x.gif")

@@ -130,6 +130,16 @@ def test_a_bound_that_does_not_hold_is_not_claimed(barrier_free: bool, reason: s
     assert found.line.step_s == pytest.approx(cost.plan_s(best, barrier_free=barrier_free))
 
 
+@pytest.mark.parametrize(
+    ("adaptive", "words"), [(True, "the search missed it"), (False, "this plan has one degree for all, that one has not")]
+)
+def test_a_plan_that_is_not_the_best_is_said_to_be(adaptive: bool, words: str) -> None:
+    cost = model()
+    bad = max((plan for plan in every_plan(LENGTHS, cost) if degree_of_longest(plan) == 4), key=cost.plan_s)
+    found = explain(bad, cost, solver=brute_force, others={}, adaptive=adaptive)
+    assert any(text.startswith("Next best") and f"% less: {words}." in text for text in found.words), found.words
+
+
 def test_one_degree_leaves_nothing_to_choose() -> None:
     cost = replace(model(), degrees=model().degrees[-1:], excluded=())
     plan = cost.priced(StepPlan(4, (100,), (MicroBatch((Group(0, 4, 2, (0,)),)),)))
