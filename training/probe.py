@@ -13,7 +13,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,8 +54,10 @@ PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
 REQUEST_FILE = "probe.json"
 DEFAULT_SECONDS = 60.0
 REPEATS = 3
-SHAPES = ((16, 1), (8, 1), (4, 1), (2, 1), (1, 1), (16, 8), (64, 8), (8, 4), (4, 3))
-"""(fraction of a group's capacity in one sequence, number of such sequences)."""
+SHAPES = ((16, 1), (4, 1), (16, 8), (1, 1), (64, 8), (2, 1), (8, 4), (8, 1), (4, 3))
+"""(one sequence's fraction of a group's capacity, number of such sequences); what tells most comes first."""
+LEAST_SHAPES = 4
+"""Shapes that are always probed: there are two coefficients and a constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,11 @@ class Sample:
     """Busy seconds of each group of the world; the least of the repeats, for what disturbs one of them is not the machine's."""
     rest_s: float
     """Wall seconds of the micro-batch and its reduction beyond the busiest group."""
+
+    def least(self, again: Sample) -> Sample:
+        """The same sample, each time the lesser of both."""
+        pairs = zip(self.group_s, again.group_s, strict=True)
+        return replace(self, group_s=tuple(min(pair) for pair in pairs), rest_s=min(self.rest_s, again.rest_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +155,26 @@ class Prober:
         return each, max(0.0, one - each)
 
     def _samples(self, seconds: float) -> list[Sample]:
-        """Every degree gets the same time; of its shapes, short ones come first and ones it has no time for are left out."""
-        out: list[Sample] = []
-        for cost in self.cost.degrees:
-            capacity = cost.degree * self.cost.tokens_per_rank
-            shapes = {tuple([max(1, capacity // part)] * count) for part, count in SHAPES}
-            ends, pace = self._agreed(time.monotonic()) + seconds / len(self.cost.degrees), 0.0
-            for index, lengths in enumerate(sorted(shapes, key=lambda lengths: (sum(lengths) * max(lengths), lengths))):
+        """Every shape on every degree, short ones first, as far as a first pass gets in its share of the time; then the same again.
+
+        Degrees take turns and passes are apart in time, so that a slow moment of the machine hits all degrees, and few samples twice.
+        """
+        kept, ends = [], self._agreed(time.monotonic()) + seconds / REPEATS
+        pace: dict[int, float] = {}
+        for index, shape in enumerate(SHAPES):
+            for cost in self.cost.degrees:
+                lengths = tuple(max(1, cost.degree * self.cost.tokens_per_rank // shape[0]) for _ in range(shape[1]))
                 work = float(cost.sequence_s(lengths).sum())
-                if index >= 3 and self._agreed(time.monotonic()) + pace * work * REPEATS > ends:
+                if index >= LEAST_SHAPES and self._agreed(time.monotonic()) + pace[cost.degree] * work > ends:
                     continue
                 begun = time.monotonic()
-                out.append(self._sample(cost.degree, cost.ulysses, lengths, warm=index == 0))
-                pace = self._agreed((time.monotonic() - begun) / REPEATS / work)
-        return out
+                kept.append(self._sample(cost.degree, cost.ulysses, lengths))
+                pace[cost.degree] = self._agreed((time.monotonic() - begun) / work)
+        for _ in range(REPEATS - 1):
+            kept = [known.least(self._sample(known.degree, known.ulysses, known.lengths)) for known in kept]
+        return kept
 
-    def _sample(self, degree: int, ulysses: int, lengths: tuple[int, ...], *, warm: bool) -> Sample:
+    def _sample(self, degree: int, ulysses: int, lengths: tuple[int, ...]) -> Sample:
         world, count = self.topology.world_size, len(lengths)
         firsts = range(0, world - degree + 1, degree)
         groups = tuple(
@@ -171,12 +182,9 @@ class Prober:
         )
         plan = StepPlan(world, lengths * len(groups), (MicroBatch(groups),))
         works = read_step(_Documents(plan.lengths, self.spec.vocab_size), 0, plan, self.topology.rank)  # type: ignore[arg-type]
-        if warm:
-            self.run(works)
-        runs = [self.run(works) for _ in range(REPEATS)]
-        by_group = [[max(run.busy_s[rank][0] for rank in range(g.first_rank, g.first_rank + degree)) for g in groups] for run in runs]
-        rest = min(run.wall_s - max(times) for run, times in zip(runs, by_group, strict=True))
-        return Sample(degree, ulysses, lengths, tuple(min(times) for times in zip(*by_group, strict=True)), rest)
+        run = self.run(works)
+        busy = tuple(max(run.busy_s[rank][0] for rank in range(group.first_rank, group.first_rank + degree)) for group in groups)
+        return Sample(degree, ulysses, lengths, busy, run.wall_s - max(busy))
 
     def run(self, works: Sequence[Work], num_targets: int | None = None) -> Run:
         """One step's gradients, thrown away. Collective."""
