@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,45 @@ def _adaptive(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"startup": _startup, "step": _step, "adaptive": _adaptive}
+def _planner(result: dict[str, Any]) -> list[str]:
+    rows, targets = result["rows"], result["targets"]
+    lines = [
+        "## Planner",
+        "",
+        f"{len(rows)} batches under FlexSP's published cost model (A100, 7B, 384K): modelled seconds, no GPU. Medians over seeds;",
+        "planning is wall time, in brackets processor time. Speed-ups are modelled time over ours. "
+        f"The first plan of a process took {result['cold_plan_s']:.2f} s.",
+        "",
+        "| GPUs / sequences | lengths | plan p50 | plan p99, worst | gap inline | gap, background | over static | over greedy | over FlexSP |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for gpus, sequences, name in dict.fromkeys((row["gpus"], row["sequences"], row["distribution"]) for row in rows):
+        alike = [row for row in rows if (row["gpus"], row["sequences"], row["distribution"]) == (gpus, sequences, name)]
+        plan = f"{_median(alike, 'plan_s_p50') * 1e3:.0f} ms ({_median(alike, 'plan_cpu_s_p50') * 1e3:.0f})"
+        worst = f"{max(row['plan_s_p99'] for row in alike) * 1e3:.0f} ms"
+        gaps = [f"{_median(alike, key):.1%}" if _known(alike, key) else "" for key in ("gap_inline", "gap_certificate")]
+        speedups = [f"{_median(alike, f'speedup_vs_{peer}'):.3f}" if _known(alike, f"speedup_vs_{peer}") else "" for peer in PEERS]
+        lines.append(f"| {gpus} / {sequences} | {name} | {plan} | {worst} | {' | '.join(gaps + speedups)} |")
+    return [*lines, "", "Aims: " + ", ".join(f"{name} {value:g}" for name, value in targets.items()) + "."]
+
+
+PEERS = ("static", "greedy", "flexsp")
+
+
+def _known(rows: list[dict[str, Any]], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _median(rows: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(_known(rows, key))
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "startup": _startup,
+    "step": _step,
+    "adaptive": _adaptive,
+    "planner": _planner,
+}
 
 
 if __name__ == "__main__":

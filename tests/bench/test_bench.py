@@ -82,3 +82,12 @@ def test_a_step_line_is_recognised_only_when_whole(tmp_path: Path) -> None:
     assert not startup.has_step(metrics)
     metrics.write_text('{"event":"start"}\n{"event":"step"}\n')
     assert startup.has_step(metrics)
+
+
+def test_the_report_of_the_planner() -> None:
+    row = {"gpus": 64, "sequences": 512, "distribution": "github", "plan_s_p50": 0.1, "plan_cpu_s_p50": 0.05, "plan_s_p99": 0.2}
+    row |= {"gap_inline": 0.04, "gap_certificate": None, "speedup_vs_static": 1.5, "speedup_vs_greedy": 1.25, "speedup_vs_flexsp": None}
+    other = {**row, "plan_s_p50": 0.3, "plan_s_p99": 0.4, "speedup_vs_flexsp": 1.125}
+    origin = {"machine": {"processor": "P", "cores": 2, "system": "S", "load_before": 0.0}, "versions": {}, "command": "c", "date": "d"}
+    result = {"benchmark": "planner", "rows": [row, other], "targets": {"x": 1.0}, "cold_plan_s": 0.5, **origin}
+    assert "| 64 / 512 | github | 200 ms (50) | 400 ms | 4.0% |  | 1.500 | 1.250 | 1.125 |" in report.page([result])
