@@ -128,7 +128,7 @@ def _planner(result: dict[str, Any]) -> list[str]:
         "planning is wall time, in brackets processor time. Speed-ups are modelled time over ours. "
         f"The first plan of a process took {result['cold_plan_s']:.2f} s.",
         "",
-        "| GPUs / sequences | lengths | plan p50 | plan p99, worst | gap inline | gap, background | over static | over greedy | over FlexSP |",
+        "| GPUs / sequences | lengths | plan p50 | worst p99 | gap inline | gap, background | over static | over greedy | over FlexSP |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for gpus, sequences, name in dict.fromkeys((row["gpus"], row["sequences"], row["distribution"]) for row in rows):
