@@ -13,15 +13,14 @@ Headline keys: `speedup_vs_best_static`, the static degree with the lowest mean 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .ranks import on_fresh_ranks
 from .record import machine, write_json
 
 OVERRIDES = (
@@ -58,23 +57,8 @@ def measure(overrides: tuple[str, ...], *, rounds: int, seconds: float) -> dict[
 
     config = compose(list(overrides))
     ranks = config.cluster.ranks_per_node
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="efflaunch-bench-") as folder:
-        results = context.SimpleQueue()
-        arguments = (ranks, Path(folder) / "store", config, rounds, seconds, results)
-        workers = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
-        for worker in workers:
-            worker.start()
-        try:
-            for worker in workers:
-                worker.join()
-            failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
-            if failed:
-                raise RuntimeError(f"ranks {failed} failed; their tracebacks are above")
-            return {"overrides": list(overrides), "ranks": ranks, "rounds": rounds, **results.get()}
-        finally:
-            for worker in workers:
-                worker.kill()
+    found = on_fresh_ranks(_rank_main, ranks, config, rounds, seconds)
+    return {"overrides": list(overrides), "ranks": ranks, "rounds": rounds, **found}
 
 
 def _rank_main(rank: int, ranks: int, store: Path, config: Any, rounds: int, seconds: float, results: Any) -> None:

@@ -14,15 +14,14 @@ checkpointing peers.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .ranks import on_fresh_ranks
 from .record import machine, write_json
 
 STEP_MODEL: dict[str, Any] = {
@@ -79,24 +78,7 @@ def summary(rows: dict[str, Any]) -> dict[str, float]:
 
 def measure(lengths: tuple[int, ...], *, ranks: int, rounds: int, model: dict[str, Any] | None = None) -> dict[str, Any]:
     """All contestants on `ranks` fresh processes; the result is rank 0's."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="efflaunch-bench-") as folder:
-        results = context.SimpleQueue()
-        arguments = (ranks, Path(folder) / "store", model or STEP_MODEL, lengths, rounds, results)
-        workers = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
-        for worker in workers:
-            worker.start()
-        try:
-            for worker in workers:
-                worker.join()
-            failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
-            if failed:
-                raise RuntimeError(f"ranks {failed} failed; their tracebacks are above")
-            found: dict[str, Any] = results.get()
-            return found
-        finally:
-            for worker in workers:
-                worker.kill()
+    return on_fresh_ranks(_rank_main, ranks, model or STEP_MODEL, lengths, rounds)
 
 
 def _rank_main(rank: int, ranks: int, store: Path, model: dict[str, Any], lengths: tuple[int, ...], rounds: int, results: Any) -> None:

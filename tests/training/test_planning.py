@@ -112,15 +112,17 @@ def plan_too_long():
         planner = StepPlanner(
             lambda step: (5, 513), 1, request(), SequenceMode.ADAPTIVE, service=service, barrier_free=False, report=lambda *a, **k: None
         )
-        with pytest.raises(PlanError, match="513 tokens"):
+        with pytest.raises(PlanError, match="513 tokens") as caught:
             planner.plan(0)
+        return str(caught.value)
     finally:
         if service is not None:
             service.close()
 
 
 def test_a_sequence_that_fits_nowhere_is_the_same_error_on_every_rank(pool):
-    pool.run(plan_too_long, ranks=4)
+    messages = pool.run(plan_too_long, ranks=4)
+    assert len(messages) == 4 and len(set(messages)) == 1
 
 
 def test_a_cost_model_goes_through_json_unchanged():
