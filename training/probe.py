@@ -54,6 +54,8 @@ PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
 REQUEST_FILE = "probe.json"
 DEFAULT_SECONDS = 60.0
 REPEATS = 3
+EXTRA_PASSES = 3
+"""Further passes at most, where a busy machine hid the cost of tokens."""
 SHAPES = ((16, 1), (4, 1), (16, 8), (1, 1), (64, 8), (2, 1), (8, 4), (8, 1), (4, 3))
 """(one sequence's fraction of a group's capacity, number of such sequences); what tells most comes first."""
 LEAST_SHAPES = 4
@@ -135,6 +137,11 @@ class Prober:
         samples = self._samples(seconds)
         collectives = probe_collectives(self.topology, self.device, [cost.degree for cost in self.cost.degrees if cost.degree > 1])
         degrees, overhead_s = fit_degrees(samples, self.cost)
+        for _ in range(EXTRA_PASSES):
+            if all(_grows(row) for row in degrees):
+                break
+            samples = self._again(samples)
+            degrees, overhead_s = fit_degrees(samples, self.cost)
         _check_fit(degrees)
         return Profile(
             key=profile_key(self.spec, self.config.memory, self.config.train, self.config.cluster, this_hardware(self.device)),
@@ -171,8 +178,12 @@ class Prober:
                 kept.append(self._sample(cost.degree, cost.ulysses, lengths))
                 pace[cost.degree] = self._agreed((time.monotonic() - begun) / work)
         for _ in range(REPEATS - 1):
-            kept = [known.least(self._sample(known.degree, known.ulysses, known.lengths)) for known in kept]
+            kept = self._again(kept)
         return kept
+
+    def _again(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Another pass over the same shapes, each time the lesser of both."""
+        return [known.least(self._sample(known.degree, known.ulysses, known.lengths)) for known in samples]
 
     def _sample(self, degree: int, ulysses: int, lengths: tuple[int, ...]) -> Sample:
         world, count = self.topology.world_size, len(lengths)
@@ -257,10 +268,15 @@ class _Documents:
         return ids, ids
 
 
+def _grows(row: FittedDegree) -> bool:
+    """Whether tokens cost anything by this fit."""
+    return row.attention_s + row.linear_s + row.exchange_s > 0
+
+
 def _check_fit(degrees: Sequence[FittedDegree]) -> None:
     """ConfigError where noise or overhead hid the cost of tokens: plans by such a profile would mean nothing."""
     for row in degrees:
-        if row.attention_s + row.linear_s + row.exchange_s <= 0:
+        if not _grows(row):
             raise ConfigError(
                 "efflaunch profile",
                 found=f"times of groups of {row.degree} ranks that do not grow with their tokens (r2 {row.fit.r2:.2f})",

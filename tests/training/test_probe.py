@@ -22,8 +22,8 @@ COST = CostModel(
 )
 TINY = [
     "model=tiny", "model.num_layers=2", "model.hidden_size=128", "model.intermediate_size=256", "model.num_heads=4", "model.num_kv_heads=2",
-    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=2K", "data.global_batch_tokens=4K",
-    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=1K", "train.dtype=float32", "train.steps=10",
+    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=8K", "data.global_batch_tokens=8K",
+    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=4K", "train.dtype=float32", "train.steps=10",
 ]  # fmt: skip
 
 
