@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..memory.config import MemoryConfig
+from ..memory.policy import MemoryPolicy
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology
@@ -89,7 +89,7 @@ class Ours:
     """The package's own step; each rank is its own sequence group unless `sp_degree` says otherwise."""
 
     def __init__(
-        self, workload: Workload, policy: MemoryConfig, topology: Topology, weights: Mapping[str, Tensor], *, sp_degree: int = 1
+        self, workload: Workload, policy: MemoryPolicy, topology: Topology, weights: Mapping[str, Tensor], *, sp_degree: int = 1
     ) -> None:
         self._topology, self._kernel = topology, block_kernel(DEVICE)
         self.model = build_model(

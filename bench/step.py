@@ -128,12 +128,9 @@ def _compete(workload: Any, topology: Any, rounds: int) -> dict[str, Any]:
 
 
 def _policies() -> dict[str, Any]:
-    from ..memory.config import Keep, MemoryConfig
+    from ..memory.policy import MemoryPolicy
 
-    return {
-        "keep": MemoryConfig(name="keep", attention_output=Keep.KEEP, activations=Keep.KEEP),
-        "recompute": MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE),
-    }
+    return {"keep": MemoryPolicy(graph=True), "recompute": MemoryPolicy()}
 
 
 def _loss(contestant: Any) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..errors import UserError
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..units import format_tokens
-from .config import Keep, MemoryConfig
+from .config import MemoryConfig, Place
 from .ledger import Ledger, build_ledger
 from .terms import Setting
 
@@ -92,13 +92,13 @@ def _on_top(base: _Change, change: _Change | None) -> _Change:
 
 
 def _recompute(s: Setting) -> Iterator[_Change]:
-    if Keep.KEEP in (s.memory.activations, s.memory.attention_output):
-        policy = MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE)
+    if Place.KEEP in (s.memory.activations, s.memory.attention_output):
+        policy = MemoryConfig(name="recompute", layer_input=Place.KEEP, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE)
         yield _Change(("memory=recompute",), "layers run again in backward", replace(s, memory=policy))
 
 
 def _chunks(s: Setting) -> Iterator[_Change]:
-    if s.memory.activations is Keep.KEEP:
+    if s.memory.activations is Place.KEEP:
         return
     for chunk in (16384, 4096, 1024):
         if chunk < min(s.tokens, s.memory.chunk_tokens or s.tokens):

@@ -1,4 +1,4 @@
-"""What is kept, moved and recomputed."""
+"""What is kept, moved and recomputed, as a person asks for it; memory/policy.py says what that means."""
 
 from __future__ import annotations
 
@@ -6,46 +6,146 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import ConfigError
-from ..units import Tokens
+from ..units import Bytes, Tokens
 
 
-class Keep(Enum):
-    """What happens to one class of activations between forward and backward."""
+class Place(Enum):
+    """Where a class of activations waits between forward and backward."""
 
     KEEP = "keep"
+    """On the device."""
+    HOST = "host"
+    """In host memory (or in files under memory.offload_dir), copied there and back while the device computes."""
     RECOMPUTE = "recompute"
+    """Nowhere: it is made again."""
+
+
+class Walk(Enum):
+    """What one piece of attention is."""
+
+    WHOLE = "whole"
+    """All tokens of the rank at once; only norms, projections and MLP go by chunks."""
+    CHUNKS = "chunks"
+    """One chunk of queries at a time, in backward the last one first: full length only for keys, values and their gradients."""
+
+
+class Arena(Enum):
+    """How device memory is handed out."""
+
+    DEFAULT = "default"
+    """The allocator of torch; on CUDA with expandable segments."""
+    PLANNED = "planned"
+    """Addresses planned from a traced step, every request checked against the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
-    """One policy for every decoder layer; the layer input itself is always kept."""
+    """One policy for every decoder layer. With `solve`, what is null is solved to the budget; what is given is held fixed."""
 
     name: str
-    attention_output: Keep
-    """Attention output and log-sum-exp: kept, or attention runs again in backward."""
-    activations: Keep
-    """Everything else inside the layer."""
+    solve: bool = False
+    """Choose every null field below so that the step fits the device and the host in the least time (memory/solve.py)."""
+    layer_input: Place | None = None
+    """keep or host."""
+    attention_output: Place | None = None
+    """Attention output and log-sum-exp. recompute: attention runs again in backward."""
+    activations: Place | None = None
+    """Everything else inside the layer: queries, keys and values, the sum after attention, gate and up."""
+    host_fraction: float | None = None
+    """With activations=host: the share of tokens whose activations go to the host; those of the others are recomputed. null: all."""
+    segment_layers: int | None = None
+    """Only every so many layers' input is kept; the others are made again inside their segment. null: 1."""
     chunk_tokens: Tokens | None = None
-    """Recomputing only: norms, projections and MLP run over this many tokens at a time, in both passes. None: all at once."""
+    """Norms, projections and MLP run over this many tokens at a time, in both passes. null: all at once."""
+    attention: Walk | None = None
+    """null: whole."""
+    head_groups: int | None = None
+    """Attention walks over the heads in so many groups, one group's queries, keys and values at a time. null: 1."""
+    host_budget: Bytes | None = None
+    """Host memory of one node that activations and optimizer states may take. null: what the ledger leaves of cluster.host_memory_bytes."""
+    offload_dir: str | None = None
+    """A directory on a local disk that takes what goes to the host; null: host memory."""
+    arena: Arena = Arena.DEFAULT
 
 
 def check_memory(memory: MemoryConfig) -> None:
-    """ConfigError for combinations that save nothing or mean nothing."""
-    if memory.activations is Keep.KEEP and memory.attention_output is Keep.RECOMPUTE:
+    """ConfigError for values that are out of range and combinations that save nothing or mean nothing."""
+    _check_ranges(memory)
+    if not memory.solve:
+        _check_given(memory)
+    kept = memory.activations is Place.KEEP
+    if kept and memory.attention_output is Place.RECOMPUTE:
         raise ConfigError(
             "memory.attention_output",
             found="recompute with memory.activations=keep",
             expected="attention kept where everything else is: it is the costly part",
             hint="memory=keep, or memory=recompute",
         )
-    if memory.chunk_tokens is not None and memory.chunk_tokens < 1:
-        raise ConfigError(
-            "memory.chunk_tokens", found=str(memory.chunk_tokens), expected="1 or more, or null", hint="memory.chunk_tokens=16K"
-        )
-    if memory.chunk_tokens is not None and memory.activations is Keep.KEEP:
+    if kept and memory.chunk_tokens is not None:
         raise ConfigError(
             "memory.chunk_tokens",
             found=f"{memory.chunk_tokens} with memory.activations=keep",
             expected="null: chunks save memory only where activations are recomputed",
             hint="memory=recompute, or memory.chunk_tokens=null",
+        )
+    _check_walk(memory)
+    if memory.host_fraction is not None and memory.activations is not Place.HOST:
+        raise ConfigError(
+            "memory.host_fraction",
+            found=f"{memory.host_fraction:g} with memory.activations={'null' if memory.activations is None else memory.activations.value}",
+            expected="null: it is the share of activations=host",
+            hint="memory.activations=host, or memory.host_fraction=null",
+        )
+
+
+def _check_ranges(memory: MemoryConfig) -> None:
+    if memory.chunk_tokens is not None and memory.chunk_tokens < 1:
+        raise ConfigError(
+            "memory.chunk_tokens", found=str(memory.chunk_tokens), expected="1 or more, or null", hint="memory.chunk_tokens=16K"
+        )
+    for key, value in (("segment_layers", memory.segment_layers), ("head_groups", memory.head_groups)):
+        if value is not None and value < 1:
+            raise ConfigError(f"memory.{key}", found=str(value), expected="1 or more, or null", hint=f"memory.{key}=1")
+    if memory.host_fraction is not None and not 0.0 <= memory.host_fraction <= 1.0:
+        raise ConfigError("memory.host_fraction", found=f"{memory.host_fraction:g}", expected="0 to 1", hint="memory.host_fraction=0.5")
+    if memory.layer_input is Place.RECOMPUTE:
+        raise ConfigError(
+            "memory.layer_input",
+            found="recompute",
+            expected="keep or host: something has to be left to start from",
+            hint="memory.segment_layers=2 keeps every second one only",
+        )
+
+
+def _check_given(memory: MemoryConfig) -> None:
+    for key in ("layer_input", "attention_output", "activations"):
+        if getattr(memory, key) is None:
+            raise ConfigError(
+                f"memory.{key}", found="null without memory.solve", expected="where it is kept", hint=f"memory.{key}=keep, or memory=auto"
+            )
+
+
+def _check_walk(memory: MemoryConfig) -> None:
+    chunks = memory.attention is Walk.CHUNKS
+    if chunks and memory.chunk_tokens is None and not memory.solve:
+        raise ConfigError(
+            "memory.attention",
+            found="chunks with memory.chunk_tokens=null",
+            expected="the size of a chunk",
+            hint="memory.chunk_tokens=16K, or memory.attention=whole",
+        )
+    if chunks and (memory.head_groups or 1) > 1:
+        raise ConfigError(
+            "memory.head_groups",
+            found=f"{memory.head_groups} with memory.attention=chunks",
+            expected="1: attention goes by chunks of queries or by groups of heads, not both",
+            hint="memory.head_groups=1, or memory.attention=whole",
+        )
+    if memory.activations is Place.KEEP and ((memory.head_groups or 1) > 1 or (memory.segment_layers or 1) > 1):
+        key = "head_groups" if (memory.head_groups or 1) > 1 else "segment_layers"
+        raise ConfigError(
+            f"memory.{key}",
+            found=f"{getattr(memory, key)} with memory.activations=keep",
+            expected="1: it saves memory only where activations are recomputed or moved",
+            hint=f"memory=recompute, or memory.{key}=1",
         )

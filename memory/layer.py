@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .config import Keep, MemoryConfig
+from .policy import MemoryPolicy
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -53,7 +53,7 @@ class AttentionRuntime(Protocol):
 class LayerExecutor:
     """Stands in for one decoder layer's `forward`: (x, rope tables, attention) -> layer output (T, M)."""
 
-    def __init__(self, layer: nn.Module, adapter: LayerHalves, policy: MemoryConfig) -> None:
+    def __init__(self, layer: nn.Module, adapter: LayerHalves, policy: MemoryPolicy) -> None:
         self._layer, self.adapter, self.policy = layer, adapter, policy
 
     def __call__(self, x: Tensor, tables: Mapping[str | None, tuple[Tensor, Tensor]], attention: AttentionRuntime) -> Tensor:
@@ -139,12 +139,12 @@ class _Layer(torch.autograd.Function):
         parameters: tuple[Tensor, ...],
     ) -> Tensor:
         ctx.executor, ctx.rope, ctx.attention, ctx.parameters, ctx.halves = executor, rope, attention, parameters, None
-        if executor.policy.activations is Keep.KEEP:
+        if executor.policy.graph:
             ctx.halves = _Halves(executor, x, rope, attention, again=False)
             assert ctx.halves.y is not None
             return ctx.halves.y.detach()  # type: ignore[no-any-return]
         y, o, lse = executor.run_keeping(x, rope, attention)
-        ctx.save_for_backward(x, *((o, lse) if executor.policy.attention_output is Keep.KEEP else ()))
+        ctx.save_for_backward(x, *((o, lse) if executor.policy.attention_output.keep else ()))
         return y
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
+from .policy import explicit_policy
 from .terms import ALL, GIB, Phase, Setting, Term, device_terms, term
 from .timing import Timing, estimate_time
 
@@ -83,6 +84,7 @@ def build_ledger(
         spec=spec,
         parallel=parallel,
         memory=memory,
+        policy=explicit_policy(memory),
         train=train,
         data=data,
         cluster=cluster,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout
-from .config import Keep, MemoryConfig
+from .config import MemoryConfig
+from .policy import MemoryPolicy
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..parallel.config import ClusterConfig
@@ -59,6 +60,8 @@ class Setting:
     spec: ModelSpec
     parallel: ParallelConfig
     memory: MemoryConfig
+    """As configured; `policy` is what it comes to."""
+    policy: MemoryPolicy
     train: TrainConfig
     data: DataConfig
     cluster: ClusterConfig
@@ -83,8 +86,8 @@ class Setting:
     @property
     def chunk_tokens(self) -> int | None:
         """Rows a layer's token-local work has at one time, where that is fewer than all."""
-        chunk = self.memory.chunk_tokens
-        return chunk if chunk is not None and chunk < self.tokens and self.memory.activations is Keep.RECOMPUTE else None
+        chunk = self.policy.chunk_tokens
+        return chunk if chunk is not None and chunk < self.tokens and not self.policy.graph else None
 
     @property
     def root_parameters(self) -> int:
@@ -191,7 +194,7 @@ def kept_bytes(s: Setting) -> int:
 
 
 def attention_outputs(s: Setting) -> Term:
-    kept = s.memory.attention_output is Keep.KEEP and s.memory.activations is Keep.RECOMPUTE
+    kept = s.policy.attention_output.keep > 0 and not s.policy.graph
     per_token = s.spec.query_size * s.width + s.spec.num_heads * s.master
     num_bytes = s.spec.num_layers * per_token * s.tokens * kept
     return term("attention outputs kept", "output and log-sum-exp of every layer", num_bytes, (Phase.FORWARD, Phase.LOSS, *BACKWARD))
@@ -199,7 +202,7 @@ def attention_outputs(s: Setting) -> Term:
 
 def activations(s: Setting) -> Term:
     """With `keep`, what every layer but the last leaves for its backward (the last is the live layer)."""
-    kept = s.memory.activations is Keep.KEEP
+    kept = s.policy.graph
     num_bytes = (s.spec.num_layers - 1) * saved_per_token(s) * s.tokens * kept
     return Term(
         "activations kept", "all that the other layers' backward needs", dict.fromkeys((Phase.FORWARD, Phase.LOSS, *BACKWARD), num_bytes)
@@ -212,14 +215,10 @@ def live_layer(s: Setting) -> Term:
         return live_layer_by_chunks(s, s.chunk_tokens)
     hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
     saved = saved_per_token(s)
-    forward = (
-        saved
-        if s.memory.activations is Keep.KEEP
-        else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
-    )
+    forward = saved if s.policy.graph else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
     by_phase = {
         Phase.FORWARD: forward,
-        Phase.LOSS: saved if s.memory.activations is Keep.KEEP else 0,
+        Phase.LOSS: saved if s.policy.graph else 0,
         # Gate, its activation and up, and their three gradients: 6 inner; dy, y and dx beside them.
         Phase.BACKWARD_MLP: saved + 2 * inner + 3 * hidden,
         Phase.BACKWARD_ATTENTION: before_attention_saved_per_token(s) + attention_saved_per_token(s) + 2 * hidden,

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..parallel.config import GradReduce
-from .config import Keep
 from .terms import Setting
 
 
@@ -54,13 +53,13 @@ def forward_attention_flops(windows: Iterable[int | None], query_size: int, num_
 
 def attention_passes(s: Setting) -> float:
     """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are made again), 1 more if its output is not kept."""
-    kept = s.memory.attention_output is Keep.KEEP or s.memory.activations is Keep.KEEP
+    kept = s.policy.graph or s.policy.attention_output.recompute == 0
     return 3.5 if kept else 4.5
 
 
 def linear_passes(s: Setting) -> int:
     """FLOPs per weight and token: 2 forward, 4 backward, 2 more if recomputed."""
-    return 6 if s.memory.activations is Keep.KEEP else 8
+    return 6 if s.policy.graph else 8
 
 
 def estimate_time(s: Setting) -> Timing:
@@ -111,7 +110,7 @@ def exchange_s(s: Setting) -> float:
     if ulysses == 1:
         return 0.0
     into, out = s.spec.query_size + 2 * s.kv_copies * s.spec.kv_size, s.spec.query_size
-    again = 0 if s.memory.activations is Keep.KEEP else into + out
+    again = 0 if s.policy.graph else into + out
     sent = s.spec.num_layers * s.width * (2 * (into + out) + again) / s.layout.sp_degree
     near = min(ulysses, s.layout.ranks_per_node)
     within, across = sent * (near - 1) / ulysses, sent * (ulysses - near) / ulysses

@@ -173,14 +173,24 @@ def fit_of(predicted: Any, measured: Any) -> Fit:
 
 def profile_key(spec: ModelSpec, memory: MemoryConfig, train: TrainConfig, cluster: ClusterConfig, hardware: str) -> ProfileKey:
     """The key of a run on `hardware`."""
-    chunks = "" if memory.chunk_tokens is None else f", {memory.chunk_tokens}-token chunks"
-    kept = f"activations {memory.activations.value}, attention output {memory.attention_output.value}{chunks}"
+    kept = _kept(memory)
     heads = f"{spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}"
     shape = f"{spec.family.value}, {spec.num_layers} layers, {spec.hidden_size} wide, {heads}, {spec.intermediate_size} inner"
     nodes = f"{cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)} x {cluster.ranks_per_node} ranks"
     return ProfileKey(
         hardware=hardware, ranks=nodes, model=f"{shape}, {spec.vocab_size} words, {train.dtype.value}; {kept}", versions=_versions()
     )
+
+
+def _kept(memory: MemoryConfig) -> str:
+    """The fields of the policy that times depend on, as the key of a profile has them."""
+    from dataclasses import fields
+    from enum import Enum
+
+    free = ("name", "solve", "host_budget", "offload_dir", "arena")
+    given = ((field.name, getattr(memory, field.name)) for field in fields(memory) if field.name not in free)
+    told = [f"{name} {value.value if isinstance(value, Enum) else value}" for name, value in given if value is not None]
+    return ", ".join(["solved", *told] if memory.solve else told)
 
 
 def processor_name() -> str:

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..memory.config import MemoryConfig
 from ..memory.layer import AttentionRuntime, LayerExecutor
+from ..memory.policy import MemoryPolicy
 from ..parallel.sharding import shard_model
 from .families import layer_adapter
 from .families.rope import rotary_tables
@@ -66,7 +66,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def install(model: PreTrainedModel, policy: MemoryConfig, *, loss_chunk_tokens: int, z_loss: float = 0.0) -> None:
+def install(model: PreTrainedModel, policy: MemoryPolicy, *, loss_chunk_tokens: int, z_loss: float = 0.0) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are."""
     for layer in model.model.layers:
         layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy)
@@ -76,7 +76,7 @@ def install(model: PreTrainedModel, policy: MemoryConfig, *, loss_chunk_tokens: 
 
 def build_model(
     config: PretrainedConfig,
-    policy: MemoryConfig,
+    policy: MemoryPolicy,
     mesh: DeviceMesh,
     *,
     device: torch.device,

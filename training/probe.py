@@ -113,10 +113,13 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
+        ledger = build_ledger(
+            spec=self.spec, parallel=parallel, memory=config.memory, train=config.train, data=data, cluster=config.cluster
+        )
         self.kernel = block_kernel(device)
         self.model = build_model(
             build_config(hf_config_dict(config.model)),
-            config.memory,
+            ledger.setting.policy,
             self.topology.mesh,
             device=device,
             compute_dtype=getattr(torch, config.train.dtype.value),
@@ -124,9 +127,6 @@ class Prober:
             loss_chunk_tokens=config.train.loss_chunk_tokens,
         )
         self.optimizer = build_optimizer(self.model, config.optim)
-        ledger = build_ledger(
-            spec=self.spec, parallel=parallel, memory=config.memory, train=config.train, data=data, cluster=config.cluster
-        )
         self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
         self.cost: CostModel = cost_model(self.spec, parallel, config.memory, config.train, data, config.cluster)
 

@@ -95,11 +95,14 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
+    ledger = build_ledger(
+        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
+    )
     topology = build_topology(replicate=layout.replicate, device=device.type)
     compute = getattr(torch, config.train.dtype.value)
     model = build_model(
         build_config(hf_config_dict(config.model)),
-        config.memory,
+        ledger.setting.policy,
         topology.mesh,
         device=device,
         compute_dtype=compute,
@@ -117,9 +120,6 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         optimizer=optimizer,
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
-    )
-    ledger = build_ledger(
-        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
     )
     return Session(
         topology=topology,

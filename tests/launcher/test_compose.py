@@ -100,7 +100,7 @@ def test_unknown_experiment_lists_them() -> None:
 
 def test_unknown_option_lists_them() -> None:
     text = message(QUICK, "memory=keeep")
-    assert text == "memory: found 'keeep'; expected one of keep, recompute.\n  Try: memory=keep"
+    assert text == "memory: found 'keeep'; expected one of alst, auto, keep, memo, recompute, streambp, upipe.\n  Try: memory=keep"
 
 
 def test_nothing_chosen() -> None:

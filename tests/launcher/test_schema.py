@@ -82,7 +82,7 @@ def test_values_as_people_write_them(plain: dict[str, Any], key: str, value: Any
         (
             "memory.activations",
             "kep",
-            "memory.activations: found the text 'kep'; expected one of keep, recompute.\n  Try: memory.activations=keep",
+            "memory.activations: found the text 'kep'; expected one of keep, host, recompute.\n  Try: memory.activations=keep",
         ),
         ("logging.tensorboard", "yes please", "logging.tensorboard: found the text 'yes please'; expected true or false."),
         ("model.rope_scaling", 4, "model.rope_scaling: found the number 4; expected a group of keys."),

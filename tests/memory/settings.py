@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from efflaunch.memory.config import Keep, MemoryConfig
+from efflaunch.memory.config import MemoryConfig, Place
 from efflaunch.memory.ledger import Ledger, build_ledger
 from efflaunch.parallel.config import ClusterConfig, Device, ParallelConfig
 from efflaunch.training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
 
 
 def policy(activations: str = "recompute", attention_output: str = "recompute") -> MemoryConfig:
-    return MemoryConfig(name="m", attention_output=Keep(attention_output), activations=Keep(activations))
+    return MemoryConfig(name="m", layer_input=Place.KEEP, attention_output=Place(attention_output), activations=Place(activations))
 
 
 def cluster(**changes: Any) -> ClusterConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.memory.config import Keep, MemoryConfig
+from efflaunch.memory.policy import explicit_policy
 from efflaunch.parallel.config import Device, GradReduce, Scheme
 from efflaunch.tests.memory.settings import SMALL, cluster, make_ledger, policy
 from efflaunch.tests.ranks import RankPool
@@ -93,9 +93,7 @@ def traced_peak(wanted: dict[str, Any], model: dict[str, Any]) -> int:
 
     torch.set_num_threads(1)
     topology, device, ranks = build_topology(replicate=1, device="cpu"), torch.device("cpu"), wanted["ranks"]
-    keep = MemoryConfig(
-        name="m", activations=Keep(wanted["activations"]), attention_output=Keep(wanted["attention"]), chunk_tokens=wanted["chunk"]
-    )
+    keep = explicit_policy(replace(policy(wanted["activations"], wanted["attention"]), chunk_tokens=wanted["chunk"]))
     net = build_model(
         build_config(hf_config_dict(ModelConfig(**model))), keep, topology.mesh,
         device=device, compute_dtype=getattr(torch, wanted["dtype"]), seed=0, loss_chunk_tokens=CHUNK,

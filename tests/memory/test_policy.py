@@ -5,24 +5,26 @@ from __future__ import annotations
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.config import Keep, MemoryConfig, check_memory
+from efflaunch.memory.config import MemoryConfig, Place, check_memory
 
 
 @pytest.mark.parametrize(
     ("attention", "activations", "chunk", "message"),
     [
-        (Keep.RECOMPUTE, Keep.KEEP, None, r"memory\.attention_output: found recompute with memory\.activations=keep"),
-        (Keep.RECOMPUTE, Keep.RECOMPUTE, 0, r"memory\.chunk_tokens: found 0"),
-        (Keep.KEEP, Keep.KEEP, 64, r"memory=recompute, or memory\.chunk_tokens=null"),
+        (Place.RECOMPUTE, Place.KEEP, None, r"memory\.attention_output: found recompute with memory\.activations=keep"),
+        (Place.RECOMPUTE, Place.RECOMPUTE, 0, r"memory\.chunk_tokens: found 0"),
+        (Place.KEEP, Place.KEEP, 64, r"memory=recompute, or memory\.chunk_tokens=null"),
     ],
 )
 def test_refused(attention, activations, chunk, message):
     with pytest.raises(ConfigError, match=message):
-        check_memory(MemoryConfig(name="x", attention_output=attention, activations=activations, chunk_tokens=chunk))
+        check_memory(
+            MemoryConfig(name="x", layer_input=Place.KEEP, attention_output=attention, activations=activations, chunk_tokens=chunk)
+        )
 
 
-@pytest.mark.parametrize(("attention", "chunk"), [(Keep.RECOMPUTE, None), (Keep.KEEP, 64), (Keep.RECOMPUTE, 64)])
+@pytest.mark.parametrize(("attention", "chunk"), [(Place.RECOMPUTE, None), (Place.KEEP, 64), (Place.RECOMPUTE, 64)])
 def test_accepted(attention, chunk):
-    policy = MemoryConfig(name="x", attention_output=attention, activations=Keep.RECOMPUTE, chunk_tokens=chunk)
+    policy = MemoryConfig(name="x", layer_input=Place.KEEP, attention_output=attention, activations=Place.RECOMPUTE, chunk_tokens=chunk)
     check_memory(policy)
     assert policy.chunk_tokens == chunk

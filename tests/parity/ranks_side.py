@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from efflaunch.memory.config import Keep, MemoryConfig
+from efflaunch.memory.policy import KEPT, MemoryPolicy
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
 from efflaunch.training.model import build_model, write_shard
@@ -27,12 +27,12 @@ class ListSource:
 
 
 POLICIES = {
-    "keep": MemoryConfig(name="keep", attention_output=Keep.KEEP, activations=Keep.KEEP),
-    "recompute": MemoryConfig(name="recompute", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE),
-    "keep_attention": MemoryConfig(name="keep_attention", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE),
-    "chunks_5": MemoryConfig(name="chunks", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE, chunk_tokens=5),
-    "chunks_16": MemoryConfig(name="chunks", attention_output=Keep.RECOMPUTE, activations=Keep.RECOMPUTE, chunk_tokens=16),
-    "chunks_16_keep_attention": MemoryConfig(name="chunks", attention_output=Keep.KEEP, activations=Keep.RECOMPUTE, chunk_tokens=16),
+    "keep": MemoryPolicy(graph=True, attention_output=KEPT, query=KEPT, key_value=KEPT, residual=KEPT, mlp=KEPT),
+    "recompute": MemoryPolicy(),
+    "keep_attention": MemoryPolicy(attention_output=KEPT),
+    "chunks_5": MemoryPolicy(chunk_tokens=5),
+    "chunks_16": MemoryPolicy(chunk_tokens=16),
+    "chunks_16_keep_attention": MemoryPolicy(attention_output=KEPT, chunk_tokens=16),
 }
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.config import Keep, MemoryConfig
+from efflaunch.memory.policy import MemoryPolicy
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.reference import hf_config, reference_model
 from efflaunch.tests.ranks import RankPool
@@ -17,7 +17,7 @@ from efflaunch.training.families import layer_adapter
 from efflaunch.training.model import build_model
 from efflaunch.training.weights import load_weights
 
-KEEP = MemoryConfig(name="keep", attention_output=Keep.KEEP, activations=Keep.KEEP)
+KEEP = MemoryPolicy(graph=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,98 @@
+"""The memory policy of a run: for every class of activations which share of the tokens is kept, moved or recomputed. Pure.
+
+Every published scheme is one value of `MemoryPolicy`; `explicit_policy` makes it of a configuration that says everything,
+memory/solve.py of one that leaves things to it; memory/layer.py executes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .config import MemoryConfig, Place, Walk
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Shares of the tokens of one class: the first `keep` stay on the device, the next `host` go to the host, the rest is recomputed."""
+
+    keep: float = 0.0
+    host: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.keep >= 0.0 and self.host >= 0.0 and self.keep + self.host <= 1.0 + 1e-9):
+            raise ValueError(f"shares of tokens are between 0 and 1 together, not {self.keep:g} and {self.host:g}")
+
+    def rows(self, num_tokens: int) -> tuple[int, int]:
+        """(a, b): rows [0, a) are kept, [a, b) moved, [b, num_tokens) recomputed."""
+        kept = round(self.keep * num_tokens)
+        return kept, max(kept, min(num_tokens, round((self.keep + self.host) * num_tokens)))
+
+    @property
+    def recompute(self) -> float:
+        return max(0.0, 1.0 - self.keep - self.host)
+
+
+KEPT, MOVED, REMADE = Split(keep=1.0), Split(host=1.0), Split()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPolicy:
+    """What every decoder layer does with its activations.
+
+    Widths per token, in numbers (query_size = heads x head dim, kv_size = key/value heads x head dim): layer_input and
+    residual: hidden; attention_output: query_size, and one float32 log-sum-exp a head; query: query_size; key_value:
+    2 kv_size; mlp: 2 intermediate (gate and up). Norm outputs and the activation product are always made again.
+    """
+
+    graph: bool = False
+    """Keep autograd's own graph of the layer: everything, nothing is made again. The splits below are then all `keep`."""
+    layer_input: Split = KEPT
+    """Nothing of it is recomputed, except within segments."""
+    attention_output: Split = REMADE
+    """Recomputed for all tokens or none."""
+    query: Split = REMADE
+    key_value: Split = REMADE
+    residual: Split = REMADE
+    """Layer input plus attention's projected output."""
+    mlp: Split = REMADE
+    segment_layers: int = 1
+    chunk_tokens: int | None = None
+    attention: Walk = Walk.WHOLE
+    head_groups: int = 1
+    offload_dir: str | None = None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """By class, in the order they are made."""
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Split)}
+
+    @property
+    def uses_host(self) -> bool:
+        return any(split.host > 0 for split in self.splits.values())
+
+
+CLASSES = ("layer_input", "query", "key_value", "attention_output", "residual", "mlp")
+
+
+def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:
+    """The policy of a configuration that leaves nothing to be solved (`check_memory` has passed)."""
+    places = memory.layer_input, memory.attention_output, memory.activations
+    assert None not in places, "with memory.solve the policy comes from memory/solve.py"
+    shares = {Place.KEEP: KEPT, Place.HOST: MOVED, Place.RECOMPUTE: REMADE}
+    layer_input, attention_output, activations = (shares[place] for place in places if place is not None)
+    if memory.activations is Place.HOST and memory.host_fraction is not None:
+        activations = Split(host=memory.host_fraction)
+    return MemoryPolicy(
+        graph=set(places) == {Place.KEEP},
+        layer_input=layer_input,
+        attention_output=attention_output,
+        query=activations,
+        key_value=activations,
+        residual=activations,
+        mlp=activations,
+        segment_layers=memory.segment_layers or 1,
+        chunk_tokens=memory.chunk_tokens,
+        attention=memory.attention or Walk.WHOLE,
+        head_groups=memory.head_groups or 1,
+        offload_dir=memory.offload_dir,
+    )
