@@ -47,11 +47,15 @@ def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
+    run: _Run | None = None
     try:
-        return _Run(config, run_dir, device, service).loop(stop)
+        run = _Run(config, run_dir, device, service)
+        return run.loop(stop)
     finally:
         if service is not None:
             service.close()
+        if run is not None:
+            run.session.engine.close()
         dist.destroy_process_group()
 
 
@@ -82,7 +86,7 @@ class _Run:
         self.last_loss: float | None = restored.extra.get("last_loss") if restored is not None else None
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
-        self.saved = self.done if restored is not None else -1
+        self.saved = self.asked = self.done if restored is not None else -1
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
@@ -123,7 +127,7 @@ class _Run:
                 every = self.config.checkpoint.every_steps
                 last = self.done == self.config.train.steps
                 if stopping or last or (every and self.done % every == 0):
-                    self._save()
+                    self._save(final=stopping or last)
                 if stopping or last:
                     self._check_saved()
                 if stopping and not last:
@@ -246,10 +250,11 @@ class _Run:
         totals, barrier_free = asdict(self.planner.totals), self.config.parallel.barrier_free
         return plan_report(plan, times, self.costs.overhead_s, barrier_free=barrier_free) | {"static_s": static_s, "plan_totals": totals}
 
-    def _save(self) -> None:
-        """Write the state after the updates done so far; nothing where it is on disk already."""
-        if self.saved == self.done:
+    def _save(self, *, final: bool) -> None:
+        """Start writing the state after the updates done so far; nothing where that was done already."""
+        if self.asked == self.done:
             return
+        self.asked = self.done
         extra = {
             "train": {"seed": self.config.train.seed, "step": self.done},
             "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
@@ -261,13 +266,14 @@ class _Run:
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
         }
-        self.session.engine.save(self.done, extra)
+        self.session.engine.save(self.done, extra, final=final)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
         if refitted is not None:
             save_profile(self.run_dir / DEFAULT_FILE, refitted)
 
     def _check_saved(self) -> None:
-        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says."""
+        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
+        self.session.engine.wait()
         if self.saved != self.done:
             raise CheckpointError(
                 f"checkpoint of step {self.done}, the last of this run",
@@ -283,7 +289,8 @@ class _Run:
             return
         self.saved = report.step
         path = f"{report.path.parent.name}/{report.path.name}"
-        self.metrics.write("checkpoint", step=report.step, path=path, save_s=report.save_s, num_bytes=report.num_bytes)
+        times = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s}
+        self.metrics.write("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **times)
 
     def _write_start(self, restored: Restored | None) -> None:
         self.metrics.write(

@@ -1,0 +1,137 @@
+"""From the newest checkpoint that proves whole into a model and an optimizer. Collective."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from . import files, state
+from .layout import METADATA_FILE
+from .peers import Peers
+from .reader import Reader, SavedTensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What restore found, apart from the tensors it loaded."""
+
+    step: int
+    path: Path
+    extra: dict[str, Any]
+    """As given to save, by rank 0."""
+    metadata: dict[str, Any]
+    """As given to the engine that saved."""
+    same_layout: bool
+    """False: saved by another number of ranks; random generators were re-seeded from (seed, step, rank)."""
+    skipped: tuple[str, ...]
+    """Newer checkpoints that are damaged, one line each."""
+
+
+class Restorer:
+    """One restore. Candidates are tried newest first; the first that every rank reads without damage is the one."""
+
+    def __init__(self, directory: Path, peers: Peers, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]) -> None:
+        self.directory, self.peers, self.metadata = directory, peers, metadata
+        self._model, self._optimizer = model, optimizer
+        self._skipped: list[str] = []
+
+    def restore(self) -> Restored | None:
+        """None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
+        for info in self._candidates():
+            if info.problem is not None:
+                self._skip(f"{info.path}: {info.problem}")
+                continue
+            restored, failure = self._try(info.path)
+            if restored is not None:
+                return restored
+            self._skip(f"{info.path}: {failure}")
+            self._mark(info.path, str(failure))
+        if self._skipped:
+            raise self._nothing_whole()
+        return None
+
+    def _candidates(self) -> list[files.CheckpointInfo]:
+        """Newest first; what rank 0 sees, on every rank."""
+        found: list[list[files.CheckpointInfo]] = []
+        failure = self.peers.agreed(lambda: found.append(files.scan(self.directory)) if self.peers.rank == 0 else None)
+        if failure is not None:
+            raise CheckpointError(
+                str(self.directory), found=f"a directory that cannot be read ({failure})", expected="checkpoints", hint="ls -l there"
+            )
+        return list(reversed(self.peers.share(found[0] if found else None)))
+
+    def _try(self, path: Path) -> tuple[Restored | None, str | None]:
+        opened: list[tuple[Reader, dict[str, Any]]] = []
+        failure = self.peers.agreed(lambda: opened.append((self._open(path), files.read_state(path))))
+        if failure is not None:
+            return None, failure
+        reader, contents = opened[0]
+        model = state.model_tensors(self._model)
+        self._check_model(path, state.differences(model, reader.tensors))
+        state.allocate_optimizer(self._model, self._optimizer, reader.tensors)
+        rng = _rng_targets(reader.tensors, self.peers.rank)
+        tensors = model | state.optimizer_tensors(self._model, self._optimizer) | rng
+        failure = self.peers.agreed(lambda: reader.read(tensors))
+        if failure is not None:
+            return None, failure
+        return self._finish(path, contents, rng), None
+
+    def _open(self, path: Path) -> Reader:
+        reader = Reader(path)
+        if self.peers.rank == 0:
+            # We go by its JSON twin; whoever reads with plain torch must hear of damage too.
+            reader.check(METADATA_FILE)
+        return reader
+
+    def _finish(self, path: Path, contents: dict[str, Any], rng: dict[str, Tensor]) -> Restored:
+        step, world_size = contents["step"], contents["world_size"]
+        if same_layout := world_size == self.peers.world_size:
+            state.set_rng(rng, self.peers.rank)
+        else:
+            state.seed_rng(int(self.metadata.get("seed", 0)), step, self.peers.rank)
+        return Restored(step, path, contents["extra"], contents["metadata"], same_layout, tuple(self._skipped))
+
+    def _skip(self, line: str) -> None:
+        self._skipped.append(line)
+        if self.peers.rank == 0:
+            log.warning("checkpoint skipped: %s", line)
+
+    def _mark(self, path: Path, failure: str) -> None:
+        """Retention must not count it: older ones would be removed for its sake."""
+        if self.peers.rank != 0:
+            return
+        try:
+            files.mark_damaged(path, failure)
+        except OSError as error:
+            log.warning("%s cannot be marked as damaged: %s", path, error)
+
+    def _check_model(self, path: Path, differing: list[str]) -> None:
+        if differing:
+            more = f"\n    and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise CheckpointError(
+                str(path),
+                found="another model's weights:\n    " + "\n    ".join(differing[:5]) + more + "\n  ",
+                expected="the weights of the configured model",
+                hint="run.id=ANOTHER_NAME for a new run, or the model this run was started with",
+            )
+
+    def _nothing_whole(self) -> CheckpointError:
+        return CheckpointError(
+            str(self.directory),
+            found="only damaged checkpoints:\n    " + "\n    ".join(self._skipped) + "\n  ",
+            expected="at least one whole checkpoint",
+            hint=f"bring the files back (and remove DAMAGED there), or rm -r {self.directory} to start again from step 0",
+        )
+
+
+def _rng_targets(saved: dict[str, SavedTensor], rank: int) -> dict[str, Tensor]:
+    prefix = f"{state.RNG}{rank}."
+    return {key: torch.empty(entry.size, dtype=torch.uint8) for key, entry in saved.items() if key.startswith(prefix)}
