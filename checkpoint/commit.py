@@ -58,12 +58,18 @@ class Committer:
         heard: Callable[[], float],
         hung: Callable[[], None],
         committed: Callable[[Path], None],
+        in_use: Callable[[], set[Path]],
         fault: str = "",
     ) -> None:
-        """`heard`: when this rank's flusher last said something; `hung`: ends it; `committed` is told of every commit."""
+        """`heard`: when this rank's flusher last said something; `hung`: ends it;
+
+        `committed` is told of every commit;
+        `in_use`: checkpoints that retention must leave for now.
+        """
         self.peers, self.timeout_s, self.retention = peers, timeout_s, retention
+        self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._heard, self._hung, self._committed = heard, hung, committed
+        self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
         self._faults = Faults(fault)
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._answered: list[str] = []
@@ -106,11 +112,11 @@ class Committer:
         mine = self._wait_flushed(attempt)
         self._faults.at("before_vote")
         ok, rank = mine.error is None, self.peers.rank
-        self.peers.post(_vote(attempt, rank), {"error": mine.error, "hash": mine.manifest_hash})
+        self._votes_of_all.post(_vote(attempt, rank), {"error": mine.error, "hash": mine.manifest_hash})
         self._faults.at("after_vote")
         if rank == 0:
             return self._decide(attempt, mine)
-        answer = self.peers.collect([_result(attempt)], self.timeout_s + _ANSWER_S)
+        answer = self._votes_of_all.collect([_result(attempt)], self.timeout_s + _ANSWER_S)
         if not answer:
             return f"rank 0 did not say within {format_seconds(self.timeout_s)} whether it was committed" if ok else mine.error, 0
         error, num_bytes = answer[_result(attempt)]
@@ -138,15 +144,15 @@ class Committer:
                 error = f"{failure} (rank 0)" if self.peers.world_size > 1 else str(failure)
         if error is not None:
             error = self._discard(attempt, error)
-        self.peers.post(_result(attempt), [error, num_bytes])
-        self.peers.forget([*self._answered, *(_vote(attempt, rank) for rank in range(self.peers.world_size))])
+        self._votes_of_all.post(_result(attempt), [error, num_bytes])
+        self._votes_of_all.forget([*self._answered, *(_vote(attempt, rank) for rank in range(self.peers.world_size))])
         self._answered = [_result(attempt)]
         return error, num_bytes
 
     def _votes(self, attempt: Attempt, mine: Flushed) -> tuple[dict[int, str], str | None]:
         """Each rank's manifest hash, or the first reason against."""
         keys = {_vote(attempt, rank): rank for rank in range(1, self.peers.world_size)}
-        found = self.peers.collect(list(keys), self.timeout_s) if keys else {}
+        found = self._votes_of_all.collect(list(keys), self.timeout_s) if keys else {}
         votes = {0: mine.manifest_hash} | {keys[key]: vote["hash"] for key, vote in found.items()}
         against = {0: mine.error} | {keys[key]: vote["error"] for key, vote in found.items()}
         for rank in sorted(against):
@@ -168,12 +174,13 @@ class Committer:
 
     def _after(self, attempt: Attempt) -> None:
         final = files.step_path(attempt.folder.parent, attempt.step)
+        self._committed(final)
         if self.peers.rank == 0:
+            keep = self.retention
             try:
-                files.prune(final.parent, self.retention.keep_last, self.retention.keep_every, self._faults.at)
+                files.prune(final.parent, keep.keep_last, keep.keep_every, self._faults.at, in_use=self._in_use())
             except OSError as failure:
                 log.error("older checkpoints stay in %s: %s", final.parent, failure)
-        self._committed(final)
 
 
 def _vote(attempt: Attempt, rank: int) -> str:

@@ -27,12 +27,16 @@ from . import facts as facts_of
 from . import files, state
 from .attempt import Attempt
 from .commit import Committer, Outcome, Retention
-from .config import CheckpointConfig, OnSaveError, WhileFlushing
+from .config import CheckpointConfig, Interval, OnSaveError, WhileFlushing
+from .interval import solve_interval
 from .layout import FileLayout, fingerprint, local, plan_files
+from .mirror import Mirror
 from .peers import Peers
 from .restore import Restored, Restorer
 from .saver import Saver
 from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
+from .throttle import Pace, Throttle
+from .tier import Tier
 
 log = logging.getLogger(__name__)
 SEEN_S = 10.0
@@ -95,12 +99,19 @@ class CheckpointEngine:
         self._fingerprint = 0
         self._saver: Saver | None = None
         self._committer: Committer | None = None
+        self._mirror: Mirror | None = None
         self._pending: list[Attempt] = []
         self._latest: Attempt | None = None
         self._failure: Outcome | None = None
         """Not yet raised, where a failed save stops training."""
         self._maybe_pending = False
         """Whether any rank may still wait for an outcome: known to all alike."""
+        self._throttle = Throttle(config.max_slowdown)
+        self._costs = (0.0, 0.0)
+        """Stall and time to durable of the newest save on this rank."""
+        self._next_due: int | None = None
+        self._interval = 0
+        self._last_update: float | None = None
         self._num_attempts = self._num_waits = 0
         self._open()
 
@@ -114,7 +125,9 @@ class CheckpointEngine:
         started = time.monotonic()
         tensors = self._tensors()
         found = fingerprint(tensors)
-        changed, busy = self._agree(float(self._layout is None or found != self._fingerprint), float(bool(self._pending)))
+        replan = self._layout is None or found != self._fingerprint
+        changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._costs, self._throttle.step_s)
+        self._set_interval(step, *times)
         if busy and not final and not self._admit(step):
             return
         if changed:
@@ -125,7 +138,18 @@ class CheckpointEngine:
         self._latest, self._maybe_pending = attempt, True
         self._saver.start(attempt)
         self._committer.add(attempt)
+        if self._throttle.pace is Pace.EAGER:
+            attempt.enqueued.wait()
         attempt.stall_s += time.monotonic() - started
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` updates; the same answer on every rank."""
+        every = self.config.every_steps
+        if self.config.interval is Interval.FIXED or every is None:
+            return every is not None and step % every == 0
+        if self._next_due is None:
+            self._next_due = step - 1 + every
+        return step >= self._next_due
 
     def wait_for_snapshot(self) -> None:
         """Returns when parameters and optimizer states may change; before every update. On CUDA the stream waits, not the host."""
@@ -139,18 +163,24 @@ class CheckpointEngine:
             if attempt.copy_event is not None:
                 torch.cuda.current_stream().wait_event(attempt.copy_event)
             attempt.stall_s += time.monotonic() - started
+        self._note_step(attempt)
         if self.config.on_error is OnSaveError.STOP and self._maybe_pending:
             # All raise at the same update, or none.
             self._agree()
         else:
             self._deliver()
 
-    def wait(self) -> None:
-        """Returns when every save so far is durable or has failed, and is reported. Collective."""
+    def wait(self, *, mirrored: bool = False) -> None:
+        """Returns when every save so far is durable or has failed, and is reported. Collective.
+
+        `mirrored`: and is in the second place too, or that took longer than config.commit_timeout_s (the log says so).
+        """
         while self._pending:
             self._deliver(block=True)
         if self._committer is not None:
             self._committer.wait_idle()
+        if mirrored and self._mirror is not None and not self._mirror.wait(self.config.commit_timeout_s):
+            self._log(logging.ERROR, "the newest checkpoint is not at %s yet", self.config.mirror)
         self._agree()
 
     def close(self) -> None:
@@ -160,7 +190,9 @@ class CheckpointEngine:
             self._committer.close(timeout_s)
         if self._saver is not None:
             self._saver.close(timeout_s)
-        self._saver = self._committer = None
+        if self._mirror is not None:
+            self._mirror.close()
+        self._saver = self._committer = self._mirror = None
         self._peers.close()
 
     @property
@@ -175,7 +207,8 @@ class CheckpointEngine:
         Every byte is checked against its hash while it is read. Damaged newer ones are passed over, logged and named in the
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
-        return Restorer(self.directory, self._peers, self._model, self._optimizer, self.metadata).restore()
+        tier = _open_tier(self.config.mirror) if self.config.mirror is not None else None
+        return Restorer(self.directory, self._peers, self._model, self._optimizer, self.metadata, tier).restore()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Live tensors; generators as they are now."""
@@ -215,6 +248,32 @@ class CheckpointEngine:
                 self._saver.cancel(attempt)
         return True
 
+    def _note_step(self, attempt: Attempt | None) -> None:
+        """The step that ends here, with or without a copy behind it."""
+        now, before = time.monotonic(), self._last_update
+        self._last_update = now
+        if before is None:
+            return
+        stall_s, copy_s = (0.0, None) if attempt is None else (attempt.stall_s, attempt.snapshot_s)
+        if self._throttle.add(now - before - stall_s, copy_s):
+            log.warning("checkpoints: %s", self._throttle.reason)
+        if attempt is not None and self._saver is not None:
+            # Of the next snapshot; this one's own pauses are part of its time.
+            copying_s = attempt.snapshot_s - self._saver.delay_s * len(attempt.layout.chunks)
+            self._saver.delay_s = self._throttle.delay_s(copying_s, len(attempt.layout.chunks))
+
+    def _set_interval(self, step: int, stall_s: float, durable_s: float, step_s: float) -> None:
+        if self.config.interval is not Interval.AUTO or self.config.every_steps is None:
+            return
+        steps = self.config.every_steps
+        if durable_s and step_s:
+            failure_s = self.config.mean_time_to_failure_s
+            plan = solve_interval(stall_s=stall_s, durable_s=durable_s, step_s=step_s, mean_time_to_failure_s=failure_s)
+            if plan.steps != self._interval:
+                self._log(logging.INFO, "%s", plan)
+            self._interval = steps = plan.steps
+        self._next_due = step + steps
+
     def _warm_up(self) -> None:
         tensors = self._tensors()
         self._plan(tensors, fingerprint(tensors))
@@ -236,6 +295,8 @@ class CheckpointEngine:
         self._saver = Saver(size, self._segment_bytes, _device(tensors), self._fault)
         if self._committer is None:
             peers.open_store()
+            if self.config.mirror is not None:
+                self._mirror = Mirror(peers, _open_tier(self.config.mirror), self.config.mirror_keep_last, self.config.commit_timeout_s)
             retention = Retention(self.config.keep_last, self.config.keep_every)
             self._committer = Committer(
                 peers,
@@ -243,7 +304,8 @@ class CheckpointEngine:
                 retention,
                 heard=self._last_heard,
                 hung=self._end_flusher,
-                committed=lambda path: None,
+                committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
+                in_use=self._mirror.in_use if self._mirror is not None else set,
                 fault=self._fault,
             )
 
@@ -296,6 +358,7 @@ class CheckpointEngine:
             snapshot_s=attempt.snapshot_s,
             mode=flushed.mode if flushed is not None else "",
         )
+        self._costs = (report.stall_s, report.save_s)
         if outcome.error is not None:
             self._failure = outcome
             self._log(logging.ERROR, "checkpoint of step %d failed: %s", attempt.step, outcome.error)
@@ -314,6 +377,9 @@ class CheckpointEngine:
             raise CheckpointError(
                 str(self.directory), found=failure, expected="a directory all ranks can write", hint="run.root=DIRECTORY on shared storage"
             )
+        if self.config.mirror is not None:
+            # An address nobody can open is a mistake of now, not of the first save.
+            _open_tier(self.config.mirror)
 
     def _settle_leftovers(self) -> None:
         for step in files.settle_leftovers(self.directory, self.config.commit_timeout_s):
@@ -335,6 +401,18 @@ def _stopped(outcome: Outcome | None, directory: Path) -> CheckpointError:
         expected=f"to be written below {directory}; earlier checkpoints are intact",
         hint="make room there and resume, or train on without with checkpoint.on_error=continue",
     )
+
+
+def _open_tier(address: str) -> Tier:
+    try:
+        return Tier(address)
+    except (ImportError, ValueError, OSError) as error:
+        raise CheckpointError(
+            "checkpoint.mirror",
+            found=f"{address} ({error})",
+            expected="a directory or an fsspec address",
+            hint="checkpoint.mirror=DIRECTORY",
+        ) from error
 
 
 def _device(tensors: dict[str, Tensor]) -> torch.device:

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,12 @@ def _inspect(path: Path, step: int) -> CheckpointInfo:
 
 def read_commit(path: Path) -> dict[str, Any]:
     """The record of a committed directory; ValueError, KeyError or OSError where it is not what was written."""
-    record: dict[str, Any] = json.loads((path / COMMIT_FILE).read_text())
+    return parse_commit((path / COMMIT_FILE).read_bytes())
+
+
+def parse_commit(data: bytes) -> dict[str, Any]:
+    """As read_commit, from the bytes of the record."""
+    record: dict[str, Any] = json.loads(data)
     if record["format"] != FORMAT:
         raise ValueError(f"written in format {record['format']}, this version reads {FORMAT}")
     claimed = record.pop("hash")
@@ -183,13 +188,19 @@ def commit(temporary: Path, *, votes: dict[int, str] | None = None, at: Callable
     at("before_commit")
     write_atomic(temporary / COMMIT_FILE, json.dumps({**record, "hash": _hash_of(record)}, indent=1))
     at("after_commit")
-    final = step_path(temporary.parent, first.step)
+    publish(temporary, first.step, at)
+    return sum(files.values())
+
+
+def publish(temporary: Path, step: int, at: Callable[[str], None] = lambda point: None) -> None:
+    """The rename that makes a finished directory count."""
+    final = step_path(temporary.parent, step)
+    sync(temporary)
     with _moved_away(final):
         at("before_rename")
         temporary.rename(final)
         sync(temporary.parent)
         at("after_rename")
-    return sum(files.values())
 
 
 def _votes_on_disk(temporary: Path, votes: dict[int, str] | None) -> dict[str, str]:
@@ -308,12 +319,19 @@ def _is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
-def prune(directory: Path, keep_last: int, keep_every: int | None = None, at: Callable[[str], None] = lambda point: None) -> list[int]:
-    """Removes what retention lets go (see retained), damaged ones too; the steps removed."""
+def prune(
+    directory: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    at: Callable[[str], None] = lambda point: None,
+    *,
+    in_use: Collection[Path] = (),
+) -> list[int]:
+    """Removes what retention lets go (see retained), damaged ones too, but none `in_use`; the steps removed."""
     at("before_prune")
     infos = scan(directory)
     kept = retained(infos, keep_last, keep_every)
-    removed = [info for info in infos if info.path not in kept] if kept else []
+    removed = [info for info in infos if info.path not in kept and info.path not in in_use] if kept else []
     for info in removed:
         remove(info.path, at)
     return [info.step for info in removed]

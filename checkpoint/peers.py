@@ -33,13 +33,14 @@ class Peers:
         self.session = uuid.uuid4().hex[:8]
         self._group: Any = None
         self._store: Any = None
+        self._address: tuple[str, int] | None = None
         if self.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(_MEET_S, timeout_s)))
             self.session = self.share(self.session)
 
     def open_store(self) -> None:
         """Collective; before the first vote."""
-        if self.world_size == 1 or self._store is not None:
+        if self.world_size == 1 or self._address is not None:
             return
         timeout = timedelta(seconds=_MEET_S)
         host, port = _own_address(), 0
@@ -58,8 +59,7 @@ class Peers:
             self._store = dist.TCPStore(
                 host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
             )
-        else:
-            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        self._address = (host, port)
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank; collective."""
@@ -115,7 +115,27 @@ class Peers:
         theirs = self.gather(mine)
         return next((text if "(rank " in text else f"{text} (rank {rank})" for rank, text in enumerate(theirs) if text is not None), None)
 
-    # The rest is for background threads: one of them at a time.
+    def votes(self) -> Votes:
+        """A connection of its own to the store, for one background thread; after open_store."""
+        if self.world_size == 1:
+            return Votes(None)
+        assert self._address is not None
+        timeout = timedelta(seconds=_MEET_S)
+        return Votes(dist.TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout))
+
+    def close(self) -> None:
+        """Each rank for itself; the store's server goes with rank 0."""
+        self._store = None
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+
+class Votes:
+    """What background threads of all ranks tell each other. A world of one tells nobody anything."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
 
     def post(self, key: str, value: object) -> None:
         """For `collect` on another rank; RuntimeError where the store is gone."""
@@ -123,8 +143,8 @@ class Peers:
             self._store.set(key, json.dumps(value))
 
     def collect(self, keys: list[str], timeout_s: float) -> dict[str, Any]:
-        """What was posted under the keys, of those that come within `timeout_s`."""
-        if self._store is None:
+        """What was posted under the keys, of those that come within `timeout_s`; RuntimeError where the store is gone."""
+        if self._store is None or not keys:
             return {}
         try:
             self._store.wait(keys, timedelta(seconds=timeout_s))
@@ -138,13 +158,6 @@ class Peers:
         if self._store is not None:
             for key in keys:
                 self._store.delete_key(key)
-
-    def close(self) -> None:
-        """Each rank for itself; the store's server goes with rank 0."""
-        self._store = None
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-            self._group = None
 
 
 def _own_address() -> str:

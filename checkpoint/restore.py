@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from . import files, state
 from .layout import METADATA_FILE
+from .mirror import fetch
 from .peers import Peers
 from .reader import Reader, SavedTensor
 
@@ -45,28 +46,53 @@ class Restorer:
 
     def restore(self) -> Restored | None:
         """None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
-        for info in self._candidates():
-            if info.problem is not None:
-                self._skip(f"{info.path}: {info.problem}")
-                continue
-            restored, failure = self._try(info.path)
+        for step, here, there in self._candidates():
+            restored = self._from_here(here) if here is not None else None
+            if restored is None and there:
+                restored = self._from_there(step)
             if restored is not None:
                 return restored
-            self._skip(f"{info.path}: {failure}")
-            self._mark(info.path, str(failure))
         if self._skipped:
             raise self._nothing_whole()
         return None
 
-    def _candidates(self) -> list[files.CheckpointInfo]:
-        """Newest first; what rank 0 sees, on every rank."""
-        found: list[list[files.CheckpointInfo]] = []
-        failure = self.peers.agreed(lambda: found.append(files.scan(self.directory)) if self.peers.rank == 0 else None)
+    def _from_here(self, info: files.CheckpointInfo) -> Restored | None:
+        if info.problem is not None:
+            self._skip(f"{info.path}: {info.problem}")
+            return None
+        restored, failure = self._try(info.path)
+        if restored is None:
+            self._skip(f"{info.path}: {failure}")
+            self._mark(info.path, str(failure))
+        return restored
+
+    def _from_there(self, step: int) -> Restored | None:
+        """Fetched into the directory first, then as any other."""
+        assert self._tier is not None
+        failure = fetch(self._tier, step, self.directory, self.peers)
+        path = files.step_path(self.directory, step)
+        if failure is None:
+            if self.peers.rank == 0:
+                log.warning("checkpoint of step %d fetched from %s", step, self._tier.address)
+            restored, failure = self._try(path)
+            if restored is not None:
+                return restored
+        self._skip(f"step {step} at {self._tier.address}: {failure}")
+        return None
+
+    def _candidates(self) -> list[tuple[int, files.CheckpointInfo | None, bool]]:
+        """(step, what is here, whether it is there too), newest first; what rank 0 sees, on every rank."""
+        found: list[list[tuple[int, files.CheckpointInfo | None, bool]]] = []
+        failure = self.peers.agreed(lambda: found.append(self._look()) if self.peers.rank == 0 else None)
         if failure is not None:
-            raise CheckpointError(
-                str(self.directory), found=f"a directory that cannot be read ({failure})", expected="checkpoints", hint="ls -l there"
-            )
-        return list(reversed(self.peers.share(found[0] if found else None)))
+            where = str(self.directory) if self._tier is None else f"{self.directory}, {self._tier.address}"
+            raise CheckpointError(where, found=f"what cannot be read ({failure})", expected="checkpoints", hint="ls -l there")
+        return self.peers.share(found[0] if found else None)
+
+    def _look(self) -> list[tuple[int, files.CheckpointInfo | None, bool]]:
+        here = {info.step: info for info in files.scan(self.directory)}
+        there = set(self._tier.steps()) if self._tier is not None else set()
+        return [(step, here.get(step), step in there) for step in sorted(here.keys() | there, reverse=True)]
 
     def _try(self, path: Path) -> tuple[Restored | None, str | None]:
         opened: list[tuple[Reader, dict[str, Any]]] = []

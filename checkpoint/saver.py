@@ -118,6 +118,7 @@ class Saver:
                 if self.delay_s:
                     time.sleep(self.delay_s)
             attempt.copy_event = self._mark()
+            attempt.snapshot_s = time.monotonic() - attempt.started
             attempt.enqueued.set()
             self._hand_over(flusher, pending, wait=True)
         except CancelledError:

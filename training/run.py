@@ -124,12 +124,11 @@ class _Run:
         with self.metrics:
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
-                every = self.config.checkpoint.every_steps
                 last = self.done == self.config.train.steps
-                if stopping or last or (every and self.done % every == 0):
+                if stopping or last or self.session.engine.due(self.done):
                     self._save(final=stopping or last)
                 if stopping or last:
-                    self._check_saved()
+                    self._check_saved(mirrored=last)
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
@@ -271,9 +270,9 @@ class _Run:
         if refitted is not None:
             save_profile(self.run_dir / DEFAULT_FILE, refitted)
 
-    def _check_saved(self) -> None:
+    def _check_saved(self, *, mirrored: bool) -> None:
         """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
-        self.session.engine.wait()
+        self.session.engine.wait(mirrored=mirrored)
         if self.saved != self.done:
             raise CheckpointError(
                 f"checkpoint of step {self.done}, the last of this run",

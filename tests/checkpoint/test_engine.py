@@ -65,7 +65,7 @@ class Run:
             metadata=METADATA,
             on_save=self.reports.append,
             segment_bytes=SEGMENT_BYTES,
-            fault=fault if dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1 or not dist.is_initialized() else "",
+            fault=fault if (dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1) or not dist.is_initialized() else "",
         )
 
     def save(self, step: int, extra: dict[str, Any]) -> None:
