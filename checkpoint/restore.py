@@ -39,7 +39,17 @@ class Restored:
 class Restorer:
     """One restore. Candidates are tried newest first; the first that every rank reads without damage is the one."""
 
-    def __init__(self, directory: Path, peers: Peers, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        peers: Peers,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metadata: dict[str, Any],
+        tier: Tier | None = None,
+    ) -> None:
+        """`tier`: a second place, asked for what is not whole here."""
+        self._tier = tier
         self.directory, self.peers, self.metadata = directory, peers, metadata
         self._model, self._optimizer = model, optimizer
         self._skipped: list[str] = []
