@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import FileLayout
+from .archive import FileLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,11 @@ from ..errors import CheckpointError
 from ..units import format_seconds
 from . import facts as facts_of
 from . import files, state
+from .archive import FileLayout, fingerprint, local, plan_files
 from .attempt import Attempt
 from .commit import Committer, Outcome, Retention
 from .config import CheckpointConfig, Interval, OnSaveError, WhileFlushing
 from .interval import solve_interval
-from .layout import FileLayout, fingerprint, local, plan_files
 from .mirror import Mirror
 from .peers import Peers
 from .restore import Restored, Restorer

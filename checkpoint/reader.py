@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import files
-from .layout import INDEX_FILE
+from .archive import INDEX_FILE
 from .manifest import Manifest, digest, file_damage
 from .pool import copy_memory
 from .sizes import BLOCK_BYTES

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from . import files, state
-from .layout import METADATA_FILE
+from .archive import METADATA_FILE
 from .mirror import fetch
 from .peers import Peers
 from .reader import Reader, SavedTensor
+from .tier import Tier
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .archive import Copy
 from .attempt import Attempt, Flushed
 from .flusher_process import FlusherDiedError, FlusherProcess
-from .layout import Copy
 from .pool import Pool, copy_memory
 from .ring import Ring, Ticket
 
