@@ -231,6 +231,7 @@ class State:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Shard, distribute_tensor
 
+        self.reports: list[Any] = []
         mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if dist.is_initialized() else None
         self.model = nn.Module()
         for number, shape in enumerate(self.SHAPES):
@@ -268,11 +269,12 @@ class State:
         from ..checkpoint.engine import CheckpointEngine, SaveReport
 
         def saved(report: SaveReport) -> None:
+            self.reports.append(report)
             if notes is not None and report.error is None:
                 with (notes / "durable").open("a") as file:
                     file.write(f"{report.step}\n")
 
-        config = CheckpointConfig(name="chaos", commit_timeout_s=20.0, **changes)
+        config = CheckpointConfig(**{"name": "chaos", "commit_timeout_s": 20.0, **changes})
         return CheckpointEngine(
             config,
             folder,

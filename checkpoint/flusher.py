@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ class Attempt:
         self.files[file].write(offset, data, padded)
         self.write_s += time.monotonic() - started
 
-    def finish(self) -> tuple[str, int]:
-        """Everything durable; hash and size of the manifest."""
+    def finish(self, check: Callable[[], None]) -> tuple[str, int]:
+        """Everything durable; hash and size of the manifest. `check` may raise as long as there is none."""
         self.faults.at("before_fsync")
         started = time.monotonic()
         for file in self.files:
@@ -73,6 +74,7 @@ class Attempt:
             FileRecord(name, size, tuple(part.result() for part in parts))
             for (name, size), parts in zip(self.names, self.hashes, strict=True)
         )
+        check()
         data = Manifest(**self.facts, files=tuple(records)).to_bytes()
         self.faults.at("before_manifest")
         path = self.folder / manifest_name(self.facts["rank"])
@@ -150,12 +152,15 @@ class Flusher:
             if message["do"] in ("end", "cancel"):
                 self.attempts.pop(name, None)
             return
-        if name in self.cancelled:
-            raise CancelledError("given up")
+        self._check_wanted(name)
         if message["do"] == "chunk":
             self._chunk(attempt, message)
         elif message["do"] == "end":
             self._finish(name, attempt)
+
+    def _check_wanted(self, name: str) -> None:
+        if name in self.cancelled:
+            raise CancelledError("given up")
 
     def _chunk(self, attempt: Attempt, message: Message) -> None:
         view, segment_bytes = self.pools[0]
@@ -166,7 +171,7 @@ class Flusher:
 
     def _finish(self, name: str, attempt: Attempt) -> None:
         mode = attempt.files[0].mode
-        found, size = attempt.finish()
+        found, size = attempt.finish(lambda: self._check_wanted(name))
         del self.attempts[name]
         self._send({"say": "done", "attempt": name, "manifest": [found, size], "mode": mode, "write_s": attempt.write_s})
 

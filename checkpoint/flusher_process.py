@@ -29,6 +29,7 @@ class FlusherProcess:
         self._ring = ring
         self._attempts: dict[str, Attempt] = {}
         self._lock = threading.Lock()
+        self._condemned = False
         self._sock, far = make_pair()
         command = [sys.executable, "-m", _MODULE, str(far.fileno()), fault]
         # A session of its own: a Ctrl-C at the terminal and a kill of the trainer's group are not meant for it.
@@ -47,7 +48,7 @@ class FlusherProcess:
 
     @property
     def is_alive(self) -> bool:
-        return self._listener.is_alive()
+        return self._listener.is_alive() and not self._condemned
 
     def begin(self, attempt: Attempt) -> None:
         """From here on the attempt is settled whatever happens to the process."""
@@ -62,7 +63,7 @@ class FlusherProcess:
         try:
             send(self._sock, message, descriptor)
         except OSError as error:
-            raise FlusherDiedError(self._last_words()) from error
+            raise FlusherDiedError(self.last_words()) from error
 
     def _listen(self) -> None:
         while True:
@@ -74,7 +75,7 @@ class FlusherProcess:
                 self._free(Ticket(*message["ticket"]))
             else:
                 self._done(message)
-        words = self._last_words()
+        words = self.last_words()
         with self._lock:
             left, self._attempts = list(self._attempts.values()), {}
         for attempt in left:
@@ -98,7 +99,8 @@ class FlusherProcess:
         found, size = message["manifest"]
         attempt.settle(Flushed(None, found, size, message["mode"], message["write_s"]))
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """How it ended."""
         try:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -107,7 +109,8 @@ class FlusherProcess:
         return f"the flusher process {self.pid} {how}"
 
     def kill(self) -> None:
-        """For one that hangs in the file system."""
+        """For one that hangs in the file system. No attempt is given to it any more."""
+        self._condemned = True
         self._process.kill()
 
     def close(self, timeout_s: float) -> None:

@@ -91,6 +91,7 @@ class Saver:
         if self._stream is not None:
             self._stream.synchronize()
         if self.flusher is not None:
+            log.warning("checkpoints: %s; another one takes its place", self.flusher.last_words())
             self.flusher.kill()
             self.flusher.close(5.0)
         self.ring.reset()
