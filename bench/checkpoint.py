@@ -115,8 +115,10 @@ class _State:
             torch.cuda.synchronize()
 
 
-Turn = Callable[[], tuple[Callable[[], None], Callable[[], None]]]
-"""Starts a save; gives what the update waits for, and what waits until durable."""
+Waits = tuple[Callable[[], Any], Callable[[], float | None]]
+"""What the update waits for; and what waits until durable and says when that was (None: before the step went on)."""
+Turn = Callable[[], Waits]
+"""Starts a save."""
 
 
 def measure(state: _State, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -147,15 +149,16 @@ def _shown(values: list[float]) -> dict[str, Any]:
 def _turn(state: _State, save: Turn, window_s: float) -> dict[str, float]:
     begun = time.monotonic()
     before_update, until_durable = save()
-    stall = time.monotonic() - begun
+    saved = time.monotonic()
+    stall = saved - begun
     state.window(window_s)
     waited = time.monotonic()
     before_update()
     stall += time.monotonic() - waited
     state.update()
     step = time.monotonic() - begun
-    until_durable()
-    return {"stall_s": stall, "durable_s": time.monotonic() - begun, "step_s": step}
+    durable = until_durable() or saved
+    return {"stall_s": stall, "durable_s": durable - begun, "step_s": step}
 
 
 class _Contestants:
@@ -168,7 +171,10 @@ class _Contestants:
         self.state, self.folder, self.scratch = state, folder, folder / "theirs"
         self.step = 0
         config = CheckpointConfig(name="bench", keep_last=1)
-        self.engine = CheckpointEngine(config, folder / "ours", model=state.model, optimizer=state.optimizer, metadata={})
+        self.reports: list[Any] = []
+        self.engine = CheckpointEngine(
+            config, folder / "ours", model=state.model, optimizer=state.optimizer, metadata={}, on_save=self.reports.append
+        )
         self.buffer: mmap.mmap | None = None
 
     def start(self, name: str) -> Turn:
@@ -202,12 +208,20 @@ class _Contestants:
     def close(self) -> None:
         self.engine.close()
 
-    def _ours(self) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _ours(self) -> Waits:
         self.step += 1
+        begun = time.monotonic()
         self.engine.save(self.step, {})
-        return self.engine.wait_for_snapshot, self.engine.wait
 
-    def _torch_save(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        def until_durable() -> float:
+            self.engine.wait()
+            report = self.reports[-1]
+            assert report.error is None, report.error
+            return begun + float(report.save_s)
+
+        return self.engine.wait_for_snapshot, until_durable
+
+    def _torch_save(self) -> Waits:
         import torch
 
         path = self.scratch / "state.pt"
@@ -217,13 +231,13 @@ class _Contestants:
             os.fsync(file.fileno())
         return _nothing, _nothing
 
-    def _dcp(self) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _dcp(self) -> Waits:
         import torch.distributed.checkpoint as dcp
 
         dcp.save(self.state.tensors(), checkpoint_id=str(self.scratch / "dcp"), no_dist=True)
         return _nothing, _nothing
 
-    def _async(self, kind: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _async(self, kind: str) -> Waits:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
         from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -232,15 +246,15 @@ class _Contestants:
         if kind == "staged":
             stager = DefaultStager(StagingOptions(False, False, True, False))
             answer: Any = dcp.async_save(self.state.tensors(), checkpoint_id=path, no_dist=True, async_stager=stager)
-            return lambda: answer.staging_completion.result(), lambda: (answer.upload_completion.result(), stager.close())[1]
+            return answer.staging_completion.result, _stamp(answer.upload_completion, stager.close)
         if kind == "process":
             _alone_in_a_group()
             future: Any = dcp.async_save(self.state.tensors(), checkpoint_id=path, async_checkpointer_type=AsyncCheckpointerType.PROCESS)
         else:
             future = dcp.async_save(self.state.tensors(), checkpoint_id=path, no_dist=True)
-        return _nothing, lambda: future.result() and None
+        return _nothing, _stamp(future)
 
-    def _raw(self) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _raw(self) -> Waits:
         """The same bytes from memory, direct, in 16 MiB writes: what the disk takes."""
         if self.buffer is None:
             self.buffer = mmap.mmap(-1, PIECE_BYTES)
@@ -261,6 +275,21 @@ class _Contestants:
 
 def _nothing() -> None:
     pass
+
+
+def _stamp(future: Any, after: Callable[[], None] = _nothing) -> Callable[[], float]:
+    """Waits for a future; the time when it was done."""
+    times: list[float] = []
+    future.add_done_callback(lambda _: times.append(time.monotonic()))
+
+    def wait() -> float:
+        future.result()
+        after()
+        while not times:
+            time.sleep(0.001)
+        return times[0]
+
+    return wait
 
 
 def _alone_in_a_group() -> None:
@@ -343,14 +372,10 @@ def summary(rows: dict[str, Any], restores: dict[str, Any], training: dict[str, 
     def ratio(name: str, other: str, key: str) -> float | None:
         return rows[name][key]["median"] / rows[other][key]["median"] if name in rows and other in rows else None
 
-    raw = ratio("raw", "ours", "durable_s")
-    if raw is not None:
-        # The raw turn has the window in it, ours has hidden behind it.
-        raw = rows["raw"]["stall_s"]["median"] / rows["ours"]["durable_s"]["median"]
     found = {
         "stall_vs_sync": ratio("ours", "dcp", "stall_s"),
         "stall_vs_async": ratio("ours", "async_thread", "stall_s"),
-        "durable_vs_raw": raw,
+        "durable_vs_raw": ratio("raw", "ours", "durable_s"),
         "step_inflation": (ratio("ours", "nothing", "step_s") or 0.0) - 1,
         "restore_vs_dcp": restores["dcp"]["median"] / restores["ours"]["median"],
         "hash_share": _hash_s(num_bytes) / rows["ours"]["durable_s"]["median"],

@@ -97,6 +97,7 @@ class CheckpointEngine:
         self._segment_bytes, self._fault = segment_bytes, fault
         self._layout: FileLayout | None = None
         self._fingerprint = 0
+        self._weights_hash, self._versions = "", facts_of.versions()
         self._saver: Saver | None = None
         self._committer: Committer | None = None
         self._mirror: Mirror | None = None
@@ -228,7 +229,7 @@ class CheckpointEngine:
         attempt = Attempt(name, step, folder, self._layout, sources, {**facts, "chunk_bytes": self._segment_bytes})
         if self._peers.rank == 0:
             contents = {"step": step, "world_size": self._peers.world_size, "extra": extra, "metadata": self.metadata}
-            contents |= {"model": facts_of.weights_hash(state.model_tensors(self._model)), "versions": facts_of.versions()}
+            contents |= {"model": self._weights_hash, "versions": self._versions}
             text = json.dumps(contents, indent=1, allow_nan=False).encode()
             attempt.texts = [*self._layout.extra_files, (files.STATE_FILE, text)]
         if torch.cuda.is_initialized():
@@ -286,7 +287,7 @@ class CheckpointEngine:
         self._layout = plan_files(
             tensors, rank=peers.rank, chunk_bytes=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
         )
-        self._fingerprint = found
+        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(state.model_tensors(self._model))
         if self._saver is not None:
             self._saver.close(5.0)
         hosts = peers.gather(socket.gethostname())
