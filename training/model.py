@@ -38,10 +38,12 @@ class Tokens:
     target_ids: Tensor
     position_ids: Tensor
     document_lengths: Tensor
+    not_finite: Tensor | None = None
+    """(T,) bool, set by the loss where a row's loss is not a finite number."""
 
 
 class Trunk:
-    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm -> chunked loss."""
+    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm and loss by chunks."""
 
     def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
         self._model, self._options, self._policy, self._store = model, options, policy, store
@@ -55,7 +57,17 @@ class Trunk:
         for layer in base.layers:
             x = layer(x, context)
         with attention.busy():
-            return chunked_cross_entropy(base.norm(x), self._model.lm_head.weight, tokens.target_ids, scale=scale, options=self._options)
+            # The last layer's output is nobody's but the loss's: its gradient takes its place.
+            return chunked_cross_entropy(
+                x,
+                base.norm,
+                self._model.lm_head.weight,
+                tokens.target_ids,
+                scale=scale,
+                options=self._options,
+                overwrite=True,
+                not_finite=tokens.not_finite,
+            )
 
     def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
         """What the layers of one micro-batch share."""
