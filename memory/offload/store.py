@@ -90,7 +90,6 @@ class Waiting:
     written: Mark
     landing: Tensor | None = None
     arrived: Mark | None = None
-    """Of the last copy back, also after done()."""
 
 
 class ArenaStore:
@@ -101,7 +100,6 @@ class ArenaStore:
         self.device = device
         self._transfers = Transfers(device, in_flight_bytes)
         self._waiting: dict[Parcel, Waiting] = {}
-        self._last_read: Mark | None = None
         self._to_host = self._to_device = 0
         self._lock = threading.RLock()
 
@@ -110,9 +108,8 @@ class ArenaStore:
             source = flat_bytes(rows)
             parcel = Parcel(rows.shape, rows.dtype, source.numel())
             extents = self.arena.take(parcel.num_bytes)
-            # These blocks may have been another parcel's, whose copy to the device is still reading them.
-            after = [] if self._last_read is None else [self._last_read]
-            written = self._transfers.send(source, self.arena.views(extents, parcel.num_bytes), after)
+            # The blocks of a dropped parcel may still be read, but compute waits for that copy, and this one for compute.
+            written = self._transfers.send(source, self.arena.views(extents, parcel.num_bytes))
             self._waiting[parcel] = Waiting(extents, written)
             self._to_host += parcel.num_bytes
             return parcel
@@ -146,8 +143,6 @@ class ArenaStore:
             self.done(parcel)
             waiting = self._waiting.pop(parcel)
             self.arena.give(waiting.extents, parcel.num_bytes)
-            if waiting.arrived is not None:
-                self._last_read = waiting.arrived
 
     def reset(self) -> None:
         with self._lock:
@@ -160,11 +155,8 @@ class ArenaStore:
 
     def close(self) -> None:
         with self._lock:
-            reads = [waiting.arrived for waiting in self._waiting.values()] + [self._last_read]
             self.reset()
-            for mark in reads:
-                if mark is not None:
-                    mark.synchronize()
+            self.device.to_device([], []).synchronize()
             self.arena.close()
 
     @property

@@ -38,9 +38,9 @@ class Transfers:
         self.in_flight_bytes = in_flight_bytes
         self._leaving: deque[Leaving] = deque()
 
-    def send(self, source: Tensor, targets: Sequence[Tensor], after: Sequence[Mark] = ()) -> Mark:
+    def send(self, source: Tensor, targets: Sequence[Tensor]) -> Mark:
         """Start copying `source` (flat uint8, as compute leaves it now) into the targets one after the other."""
-        mark = self.device.to_host(list(pairs_of(source, targets)), [self.device.mark(), *after])
+        mark = self.device.to_host(list(pairs_of(source, targets)), [self.device.mark()])
         self._leaving.append(Leaving(source, mark, source.numel()))
         self._let_go()
         return mark
