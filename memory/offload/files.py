@@ -6,9 +6,11 @@ import errno
 import logging
 import mmap
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from ...errors import ConfigError, EfflaunchError
@@ -35,47 +37,12 @@ class OffloadFile:
         total = -(-capacity_bytes // BLOCK_BYTES) * BLOCK_BYTES
         self.directory = directory
         self.extents = Extents([total], BLOCK_BYTES)
-        self.is_direct = False
-        path = directory / f"efflaunch-offload-{os.getpid()}-{id(self):x}"
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._fd, self.is_direct = _open_nameless(directory, total)
         except OSError as error:
-            raise unusable(directory, error) from error
-        try:
-            direct = _open_direct(path)
-        except OSError as error:
-            self.close()
-            raise unusable(directory, error) from error
-        finally:
-            path.unlink()
-        self._allocate(total)
-        if direct is not None:
-            self._use_if_it_works(direct)
+            raise full(directory, total) if error.errno in FULL else unusable(directory, error) from error
         if not self.is_direct:
             log.info("%s=%s: the filesystem takes no direct writes, so they pass through the system's cache", KEY, directory)
-
-    def _allocate(self, total: int) -> None:
-        try:
-            if total:
-                os.posix_fallocate(self._fd, 0, total)
-        except OSError as error:
-            self.close()
-            raise full(self.directory, total) if error.errno in FULL else unusable(self.directory, error) from error
-
-    def _use_if_it_works(self, direct: int) -> None:
-        """Some filesystems open a file for direct writes and then refuse them."""
-        try:
-            if self.extents.capacity_bytes:
-                os.preadv(direct, [_aligned(DIRECT_BYTES)], 0)
-                os.pwrite(direct, _aligned(DIRECT_BYTES), 0)
-        except OSError as error:
-            os.close(direct)
-            if error.errno != errno.EINVAL:
-                self.close()
-                raise unusable(self.directory, error) from error
-            return
-        os.close(self._fd)
-        self._fd, self.is_direct = direct, True
 
     def write(self, data: memoryview, offset: int) -> None:
         """All of it; OSError if the disk does not take it."""
@@ -95,6 +62,27 @@ class OffloadFile:
         os.close(self._fd)
 
 
+def _open_nameless(directory: Path, num_bytes: int) -> tuple[int, bool]:
+    """A new file with its room taken and its name gone, and whether it takes direct writes. OSError."""
+    path = directory / f"efflaunch-offload-{os.getpid()}-{secrets.token_hex(4)}"
+    with ExitStack() as opened:
+        plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        opened.callback(os.close, plain)
+        try:
+            direct = _open_direct(path)
+        finally:
+            path.unlink()
+        if direct is not None:
+            opened.callback(os.close, direct)
+        # Asked first, or the disk would be filled to its last block before the system says so.
+        stat = os.statvfs(directory)
+        if stat.f_bavail * stat.f_frsize < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(plain, 0, max(num_bytes, DIRECT_BYTES))
+        is_direct = direct is not None and _takes_direct_writes(direct)
+        return os.dup(direct if direct is not None and is_direct else plain), is_direct
+
+
 def _open_direct(path: Path) -> int | None:
     try:
         return os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
@@ -104,8 +92,17 @@ def _open_direct(path: Path) -> int | None:
         return None
 
 
-def _aligned(num_bytes: int) -> memoryview:
-    return memoryview(mmap.mmap(-1, num_bytes))
+def _takes_direct_writes(fd: int) -> bool:
+    """Some filesystems open a file for direct writes and then refuse them."""
+    page = memoryview(mmap.mmap(-1, DIRECT_BYTES))
+    try:
+        os.pwrite(fd, page, 0)
+        os.preadv(fd, [page], 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def unusable(directory: Path, error: OSError) -> ConfigError:

@@ -9,8 +9,6 @@ from efflaunch.memory.offload.store import HostStore, Parcel
 
 from .fake import FakeDevice
 
-SIZES = (24, 24, 24, 24, 64, 200)
-
 
 @dataclass
 class Program:
@@ -21,6 +19,7 @@ class Program:
     parcels: dict[Parcel, int] = field(default_factory=dict)
     seen: list[tuple[int, bytes]] = field(default_factory=list)
     """(the number it should be, what compute read)."""
+    sizes: tuple[int, ...] = (24, 24, 24, 24, 64, 200)
     counter: int = 0
 
     def put(self, num_bytes: int) -> None:
@@ -61,7 +60,7 @@ class Program:
         verb = random.choice(verbs)
         if verb == "put":
             if len(self.parcels) < most_parcels:
-                self.put(random.choice(SIZES))
+                self.put(random.choice(self.sizes))
             return
         parcel = random.choice(list(self.parcels))
         {"prefetch": self.store.prefetch, "use": self.use, "drop": self.drop}[verb](parcel)
@@ -70,7 +69,7 @@ class Program:
         """Forward puts chunk by chunk; backward gets them last first, one ahead, and drops each after its use."""
         before = set(self.parcels)
         for _ in range(num_layers * num_chunks):
-            self.put(24)
+            self.put(self.sizes[0])
         backward = [parcel for parcel in reversed(self.parcels) if parcel not in before]
         for parcel, ahead in zip(backward, [*backward[1:], None], strict=True):
             self.store.prefetch(parcel)
@@ -82,4 +81,4 @@ class Program:
     def wrong(self) -> list[tuple[int, bytes]]:
         """What compute read that was not what had been put."""
         self.device.finish()
-        return [(value, read) for value, read in self.seen if set(read) != {value}]
+        return [(value, read) for value, read in self.seen if set(read) - {value}]
