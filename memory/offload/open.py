@@ -12,13 +12,11 @@ from .cuda import CudaDevice, CudaPinner
 from .device import Device, PlainDevice
 from .files import OffloadFile, WriteMeter, warn_slow
 from .nvme import FileStore
-from .staging import Staging
+from .staging import STAGING_BYTES, Staging
 from .store import ArenaStore, HostStore
 
 IN_FLIGHT_BYTES = 1 << 30
 PIECE_BYTES = 16 << 20
-STAGING_BYTES = 512 << 20
-"""Host memory of each rank that moves activations to files."""
 
 
 def open_store(

@@ -11,6 +11,9 @@ from .arena import HostArena
 from .device import Mark
 from .extents import Extent
 
+STAGING_BYTES = 512 << 20
+"""Host memory of each rank that moves activations to files."""
+
 
 class Staging:
     """Slots of one size, cut from an arena. Any thread gives, one thread takes."""

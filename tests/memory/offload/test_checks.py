@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, free_memory
+from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_room, free_memory
 from efflaunch.memory.offload.device import Past
 from efflaunch.memory.offload.link import measure_directory, measure_host_link, rate_of
 
@@ -81,6 +81,19 @@ def test_offload_directories(tmp_path: Path) -> None:
         check_offload_dir(str(tmp_path), 1 << 48, 4)
     assert "free; expected 1024.0 TiB for what is moved there" in str(caught.value)
     assert f"memory.offload_dir={tmp_path}" in str(caught.value) and "on a larger disk" in str(caught.value)
+
+
+def test_files_need_disk_and_a_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_room(1 << 20, 2, None)
+    check_room(1 << 20, 2, str(tmp_path))
+    with pytest.raises(ConfigError, match="of host memory free on this node"):
+        check_room(1 << 48, 2, None)
+    with pytest.raises(ConfigError, match="on a larger disk"):
+        check_room(1 << 48, 2, str(tmp_path))
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=(1 << 30) - 1))
+    with pytest.raises(ConfigError, match="expected 1.0 GiB for what 2 ranks move there, 512.0 MiB each"):
+        check_room(1 << 20, 2, str(tmp_path))
 
 
 def test_directories_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
