@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from efflaunch.errors import ConfigError
+from efflaunch.memory.offload import checks
 from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_room, free_memory
 from efflaunch.memory.offload.device import Past
 from efflaunch.memory.offload.link import measure_directory, measure_host_link, rate_of
@@ -18,7 +19,7 @@ GIB = 1 << 30
 
 def test_enough_memory_for_all_ranks() -> None:
     check_host_memory(2 * GIB, 4, FreeMemory(8 * GIB, "available on the machine"))
-    check_host_memory(0, 8)
+    check_host_memory(0, 8)  # of the real machine
     with pytest.raises(ConfigError) as caught:
         check_host_memory(2 * GIB, 4, FreeMemory(8 * GIB - 1, "available on the machine"))
     assert str(caught.value) == (
@@ -84,16 +85,15 @@ def test_offload_directories(tmp_path: Path) -> None:
 
 
 def test_files_need_disk_and_a_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_room(1 << 20, 2, None)
+    monkeypatch.setattr(checks, "free_memory", lambda: FreeMemory(GIB, "available on the machine"))
+    check_room(GIB // 2, 2, None)
     check_room(1 << 20, 2, str(tmp_path))
     with pytest.raises(ConfigError, match="of host memory free on this node"):
-        check_room(1 << 48, 2, None)
+        check_room(GIB // 2 + 1, 2, None)
     with pytest.raises(ConfigError, match="on a larger disk"):
         check_room(1 << 48, 2, str(tmp_path))
-    real = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=(1 << 30) - 1))
-    with pytest.raises(ConfigError, match="expected 1.0 GiB for what 2 ranks move there, 512.0 MiB each"):
-        check_room(1 << 20, 2, str(tmp_path))
+    with pytest.raises(ConfigError, match="expected 1.5 GiB for what 3 ranks move there, 512.0 MiB each"):
+        check_room(1 << 20, 3, str(tmp_path))
 
 
 def test_directories_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
