@@ -149,6 +149,11 @@ ROWS = {
         for scheme, plan in (("hybrid 2x2, boundaries in shards", plan_of(4, batch((0, 4, 2, ALL)))), ("adaptive", plan_of(4, *ADAPTIVE)))
     },
     **{
+        f"{policy}, {store}": ({"policy": policy, "family": "llama_deep", "store": store}, plan_of(4, *ADAPTIVE))
+        for policy in ("memo_0.3", "shares_streamed", "upipe_stored")
+        for store in ("arena", "files")
+    },
+    **{
         f"{policy}, barrier-free, HSDP": ({"policy": policy, **BARRIER_FREE_DEEP}, plan_of(4, *ADAPTIVE))
         for policy in ("segments_3_host", "shares_streamed")
     },
