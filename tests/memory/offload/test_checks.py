@@ -13,6 +13,7 @@ from efflaunch.memory.offload import checks
 from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_room, free_memory
 from efflaunch.memory.offload.device import Past
 from efflaunch.memory.offload.link import measure_directory, measure_host_link, rate_of
+from efflaunch.memory.offload.staging import staging_bytes_for
 
 GIB = 1 << 30
 
@@ -93,7 +94,11 @@ def test_files_need_disk_and_a_little_memory(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ConfigError, match="on a larger disk"):
         check_room(1 << 48, 2, str(tmp_path))
     with pytest.raises(ConfigError, match="expected 1.5 GiB for what 3 ranks move there, 512.0 MiB each"):
-        check_room(1 << 20, 3, str(tmp_path))
+        check_room(1 << 30, 3, str(tmp_path))
+
+
+def test_staging_memory_is_no_more_than_what_moves() -> None:
+    assert [staging_bytes_for(num_bytes) >> 20 for num_bytes in (1, 40 << 20, 1 << 30)] == [32, 48, 512]
 
 
 def test_directories_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
