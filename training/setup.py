@@ -23,10 +23,10 @@ from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
-from .model import build_config, build_model
-from .optim import build_optimizer
+from .model import build_config
+from .optimizers.build import build_trained
+from .optimizers.updater import Updater
 from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
-from .weights import load_weights
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
@@ -65,7 +65,8 @@ class Session:
     spec: ModelSpec
     source: DataSource
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    updater: Updater
+    """Owns the optimizer, and the weights that checkpoints hold."""
     engine: CheckpointEngine
     kernel: BlockKernel
     reduce_each: bool
@@ -99,25 +100,12 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
     )
     topology = build_topology(replicate=layout.replicate, device=device.type)
-    compute = getattr(torch, config.train.dtype.value)
-    model = build_model(
-        build_config(hf_config_dict(config.model)),
-        ledger.setting.policy,
-        topology.mesh,
-        device=device,
-        compute_dtype=compute,
-        seed=config.train.seed,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        z_loss=config.train.z_loss,
-    )
-    if config.model.path is not None:
-        load_weights(model, config.model.path)
-    optimizer = build_optimizer(model, config.optim)
+    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
-        model=model,
-        optimizer=optimizer,
+        model=updater.weights,
+        optimizer=updater.optimizer,
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
     )
@@ -128,7 +116,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         spec=spec,
         source=source,
         model=model,
-        optimizer=optimizer,
+        updater=updater,
         engine=engine,
         kernel=block_kernel(device),
         reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
