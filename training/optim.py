@@ -17,17 +17,18 @@ def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, weights: nn.Module | None = None) -> torch.optim.Optimizer:
     """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`.
 
     Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype (or
     `state_dtype`), device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
+    `weights`: the parameters of the same names that are updated instead of the model's own.
     """
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
-    owners = _owners(model)
+    owners, updated = _owners(model), dict((weights or model).named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[is_decayed(owners[parameter], parameter)].append((name, parameter))
+            groups[is_decayed(owners[parameter], parameter)].append((name, updated[name]))
     named_groups = [
         {"params": named, "name": "decay" if decay else "no_decay", "weight_decay": config.weight_decay if decay else 0.0}
         for decay, named in groups.items()

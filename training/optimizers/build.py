@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ...memory.policy import MemoryPolicy
+from ...memory.saved import HostStore
 from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
 from ..model import build_config, build_empty, initialise, master_dtype
 from ..optim import build_optimizer
@@ -32,8 +33,13 @@ class Settings(Protocol):
     def optim(self) -> OptimConfig: ...
 
 
-def build_trained(config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, device: torch.device) -> tuple[PreTrainedModel, Updater]:
-    """The sharded model with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh."""
+def build_trained(
+    config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, device: torch.device, store: HostStore | None = None
+) -> tuple[PreTrainedModel, Updater]:
+    """The sharded model with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
+
+    `store` takes what `policy` moves to the host.
+    """
     compute, on_host = getattr(torch, config.train.dtype.value), config.optim.states is States.HOST
     model = build_empty(
         build_config(hf_config_dict(config.model)),
@@ -43,6 +49,7 @@ def build_trained(config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, devi
         compute_dtype=compute,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         z_loss=config.train.z_loss,
+        store=store,
         host_weights=on_host,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
@@ -57,7 +64,7 @@ def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, dev
 
     Call once the weights are filled: the model gets them.
     """
-    optimizer = build_optimizer(weights, config)
+    optimizer = build_optimizer(model, config, weights)
     if config.states is States.HOST:
         updater = HostUpdater(model, weights, optimizer, config, device)
         updater.weights_changed()
