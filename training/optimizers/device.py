@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -166,18 +167,18 @@ class BackwardUpdater:
         if not self._measuring:
             if self._clip.scale < 1.0:
                 torch._foreach_mul_(gradients, self._clip.scale)
-            self._update(finite)
+            self._update(bucket, finite)
         for parameter in bucket.parameters:
             parameter.grad = None
 
-    def _update(self, finite: torch.Tensor) -> None:
-        """Of the parameters that have a gradient now: this bucket's."""
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.step()
-            del self.optimizer.found_inf
-        elif bool(finite):  # other optimizers cannot skip on the device
-            self.optimizer.step()
+    def _update(self, bucket: Bucket, finite: torch.Tensor) -> None:
+        with only(self.optimizer, bucket.parameters):
+            if isinstance(self.optimizer, torch.optim.AdamW):
+                self.optimizer.found_inf = (~finite).float()
+                self.optimizer.step()
+                del self.optimizer.found_inf
+            elif bool(finite):  # other optimizers cannot skip on the device
+                self.optimizer.step()
 
     def _outcome(self, *, partly: bool) -> Gradients:
         check_all_arrived(self._buckets)
@@ -199,6 +200,20 @@ def first_bad(finite: Sequence[tuple[Bucket, torch.Tensor]], buckets: Sequence[B
     if dist.is_initialized():
         dist.all_reduce(place, dist.ReduceOp.MIN)
     return order[min(int(place), len(order) - 1)].label if order else buckets[0].label
+
+
+@contextmanager
+def only(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """`optimizer.step` updates no others inside, though others may have gradients: sums that are not complete yet."""
+    chosen = set(parameters)
+    everything = [group["params"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter in chosen]
+    try:
+        yield
+    finally:
+        for group, whole in zip(optimizer.param_groups, everything, strict=True):
+            group["params"] = whole
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..config import OptimConfig, Update
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
-from .device import ClipByKnown, first_bad, set_rate
+from .device import ClipByKnown, first_bad, only, set_rate
 from .norm import NormMeter, clip_scale, local
 from .transfer import Copied, Link, Staging, cut
 from .updater import Gradients
@@ -212,7 +212,8 @@ class HostUpdater:
             if self._scale < 1.0:
                 gradient.mul_(self._scale)
             master.grad = like(master, gradient)
-        self.optimizer.step()
+        with only(self.optimizer, masters):
+            self.optimizer.step()
         for master in masters:
             master.grad = None
         self._push(index)
