@@ -35,7 +35,7 @@ def head_groups(num_heads: int, num_kv_heads: int, *, num_groups: int, ulysses: 
         divisors = [n for n in range(1, run + 1) if run % n == 0 and ((run // n) % share == 0 or share % (run // n) == 0)]
         raise ConfigError(
             "memory.head_groups",
-            found=f"{num_groups} groups of {run} query heads on each of {ulysses} Ulysses ranks ({share} query heads read one key/value head)",
+            found=f"{num_groups} groups of {run} query heads on each of {ulysses} Ulysses ranks, {share} to a key/value head",
             expected=f"one of {', '.join(map(str, divisors))}",
             hint=f"memory.head_groups={max(n for n in divisors if n <= num_groups)}",
         )

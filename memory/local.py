@@ -86,7 +86,7 @@ def after_backward(
     d_total = through_mlp.add_(d_total)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(), o.detach().requires_grad_()]
-        total = adapter.residual(*leaves, graph=True)
+        total = adapter.residual(leaves[0], leaves[1], graph=True)
     dx, do = sums.grad(total, leaves, d_total)
     return dx, do
 

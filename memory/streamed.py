@@ -14,7 +14,6 @@ final only at the end, and their projections are differentiated in one more pass
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +24,6 @@ from .run import Gathered, Inputs, LayerRun
 
 KEY_BLOCK_CHUNKS = 4
 """Keys whose gradients one block of backward makes before they are added up, in chunks."""
-
-if TYPE_CHECKING:
-    from .run import Rows
 
 
 def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor]]:

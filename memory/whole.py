@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import Place
-from .heads import ALL_HEADS, Heads, head_groups
+from .heads import Heads, head_groups
 from .local import GradientSums
 from .run import QKV, Gathered, Inputs, LayerRun
 
@@ -98,7 +98,8 @@ def _project(run: LayerRun, inputs: Inputs, group: int, walked: _Walked, *, save
             run.save("query", index, [_rows_of(made, 0, q, rows, run)], group, share=True)
             run.save("key_value", index, [_rows_of(made, 1, k, rows, run), _rows_of(made, 2, v, rows, run)], group, share=True)
         run.release()
-    return run.attention.exchange_in(*made.whole, walked.spec)
+    q, k, v = made.whole
+    return run.attention.exchange_in(q, k, v, walked.spec)
 
 
 def _rows_of(made: Gathered, which: int, part: Tensor, rows: slice, run: LayerRun) -> Tensor:
