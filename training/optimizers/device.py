@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import ClipMode, OptimConfig
+from ..optim import clip_gradients, set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, watch
 from .norm import NormMeter, clip_scale, local
 from .updater import Gradients
@@ -26,7 +27,7 @@ class StepUpdater:
         self._before_update: Callable[[], None] = _nothing
 
     def start(self, rate: float, before_update: Callable[[], None]) -> None:
-        set_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate)
         self._before_update = before_update
 
     def last(self) -> None:
@@ -37,10 +38,7 @@ class StepUpdater:
 
     def finish(self) -> Gradients:
         """Clips, too. A norm that is not finite leaves gradients as they are."""
-        from ..optim import clip_gradients
-
-        norm = clip_gradients(self.weights, self._config.grad_clip)
-        return Gradients(norm)
+        return Gradients(clip_gradients(self.weights, self._config.grad_clip))
 
     def apply(self) -> None:
         self._before_update()
@@ -116,7 +114,7 @@ class BackwardUpdater:
         return self._clip.measures_first
 
     def start(self, rate: float, before_update: Callable[[], None]) -> None:
-        set_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate)
         self._before_update, self._measuring = before_update, self.measures_first
         self._clear()
 
@@ -214,13 +212,6 @@ def only(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -
     finally:
         for group, whole in zip(optimizer.param_groups, everything, strict=True):
             group["params"] = whole
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next update, for every group."""
-    from ..optim import set_learning_rate
-
-    set_learning_rate(optimizer, rate)
 
 
 def _nothing() -> None:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OptimConfig, Update
+from ..optim import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
-from .device import ClipByKnown, first_bad, only, set_rate
+from .device import ClipByKnown, first_bad, only
 from .norm import NormMeter, clip_scale, local
 from .transfer import Copied, Link, Staging, cut
 from .updater import Gradients
@@ -78,7 +79,7 @@ class HostUpdater:
         return self._in_backward and self._clip.measures_first
 
     def start(self, rate: float, before_update: Callable[[], None]) -> None:
-        set_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate)
         self._before_update, self._measuring = before_update, self.measures_first
         self._clear()
         self._scale = self._clip.scale
