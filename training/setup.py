@@ -16,6 +16,7 @@ from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import build_ledger
+from ..memory.residency import residency_of
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
@@ -97,7 +98,13 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     ledger = build_ledger(
-        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
+        spec=spec,
+        parallel=config.parallel,
+        memory=config.memory,
+        train=config.train,
+        data=config.data,
+        cluster=config.cluster,
+        residency=residency_of(config.optim),
     )
     topology = build_topology(replicate=layout.replicate, device=device.type)
     model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device)
