@@ -3,7 +3,7 @@
 The update is computed in float32 from the dequantised moments and stored back: torchao's `_AdamBase`, whose subclasses say
 what a state tensor is. Blocks of 256 numbers share a scale (Dettmers et al., 8-bit Optimizers via Block-wise Quantization,
 ICLR 2022); local tensors below 4,096 numbers or not of whole blocks keep float32. Checkpoints hold the moments in float32, so
-a run may go on with any other `optim.state_dtype`, on any number of ranks.
+a run may go on with any other `optim.state_dtype`, on any number of ranks; 8-bit moments are then rounded once more.
 """
 
 from __future__ import annotations
