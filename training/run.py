@@ -30,7 +30,7 @@ from .optimizers.check import describe, inexact
 from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
-from .setup import RunSettings, Session, build_session, join_ranks
+from .setup import RunSettings, Session, build_session, closing_store, join_ranks
 from .spec import num_parameters
 from .step import Work, backward_step, count_targets, read_step
 
@@ -123,7 +123,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.session.updater):
+        with self.metrics, closing(self.session.updater), closing_store(self.session):
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,12 @@ from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import build_ledger
+from ..memory.offload.checks import check_host_memory, check_offload_dir
+from ..memory.offload.open import open_store
+from ..memory.offload.store import HostStore
 from ..memory.residency import residency_of
+from ..memory.setting import Setting
+from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
@@ -26,6 +32,7 @@ from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainCo
 from .data.source import DataSource, open_data
 from .model import build_config
 from .optimizers.build import build_trained
+from .optimizers.room import check_room
 from .optimizers.updater import Updater
 from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
 
@@ -70,6 +77,8 @@ class Session:
     """Owns the optimizer, and the weights that checkpoints hold."""
     engine: CheckpointEngine
     kernel: BlockKernel
+    store: HostStore | None
+    """Where activations wait that the memory policy moves off the device."""
     reduce_each: bool
     """Gradients are reduced after every micro-batch, not once per step."""
 
@@ -107,7 +116,9 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         residency=residency_of(config.optim),
     )
     topology = build_topology(replicate=layout.replicate, device=device.type)
-    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device)
+    check_room(ledger.setting)
+    store = host_store(ledger.setting, device)
+    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
@@ -126,8 +137,33 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         updater=updater,
         engine=engine,
         kernel=block_kernel(device),
+        store=store,
         reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
     )
+
+
+@contextmanager
+def closing_store(session: Session) -> Iterator[None]:
+    """Gives host memory, or files, back at the end."""
+    try:
+        yield
+    finally:
+        if session.store is not None:
+            session.store.close()
+
+
+def host_store(setting: Setting, device: torch.device) -> HostStore | None:
+    """Room for all that the policy moves, taken before the first step; ConfigError on every rank of a node that has too little."""
+    if not setting.policy.uses_host:
+        return None
+    capacity, directory = arena_bytes(setting), setting.policy.offload_dir
+    if directory is None:
+        check_host_memory(capacity, setting.layout.ranks_per_node)
+    else:
+        check_offload_dir(directory, capacity, setting.layout.ranks_per_node)
+    # Nobody takes memory before everybody has looked.
+    dist.barrier()
+    return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)
 
 
 def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:

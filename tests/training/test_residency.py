@@ -67,7 +67,7 @@ def test_what_is_not_exact_is_said_loudly() -> None:
     assert len(inexact(loose)) == 2 and describe(loose).count("NOT EXACT") == 2
     for fields in MODES.values():
         assert not inexact(config(**fields)) and "NOT EXACT" not in describe(config(**fields))
-    assert describe(config()) == "AdamW, states in the device, updated after backward"
+    assert describe(config()) == "AdamW, states in device memory, updated after backward"
 
 
 def _bucket_names() -> list[tuple[str, list[str]]]:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ...memory.policy import MemoryPolicy
-from ...memory.saved import HostStore
+from ...memory.offload.store import HostStore
 from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
 from ..model import build_config, build_empty, initialise, master_dtype
 from ..optim import build_optimizer
