@@ -9,6 +9,7 @@ from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
 from .policy import explicit_policy
+from .residency import Residency
 from .setting import ALL, Phase, Setting, Term
 from .terms import device_terms
 from .terms_host import file_bytes, host_terms
@@ -86,6 +87,7 @@ def build_ledger(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
+    residency: Residency = Residency(),  # noqa: B008 (frozen)
 ) -> Ledger:
     """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists."""
     from ..training.spec import layer_parameters, num_parameters
@@ -102,6 +104,7 @@ def build_ledger(
         layout=layout,
         layer_parameters=layer_parameters(spec),
         parameters=num_parameters(spec),
+        residency=residency,
     )
     return _ledger(setting, resolve_grad_reduce(setting))
 

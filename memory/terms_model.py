@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from .setting import BACKWARD, COMPUTE, Phase, Setting, Term, reduces_once, term
 from .terms_activations import kept_bytes
+from .terms_optimizer import gradients_left, weight_bytes
 
 
 def weights(s: Setting) -> Term:
-    return term("weights", f"float{8 * s.master} master, 1/{s.layout.shard} of each", s.master * s.parameters / s.layout.shard)
+    each = weight_bytes(s)
+    return term("weights", f"{'bfloat' if each == 2 else 'float'}{8 * each}, 1/{s.layout.shard} of each", each * s.parameters / s.layout.shard)
 
 
 def gradients(s: Setting) -> Term:
@@ -19,7 +21,8 @@ def gradients(s: Setting) -> Term:
     early = 0 if s.layout.num_micro_batches == 1 or reduces_once(s) else total
     growing = 0 if reduces_once(s) else max(early, total - kept_bytes(s))
     held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, growing)
-    return Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", held | {Phase.REDUCE: total, Phase.OPTIMIZER: total})
+    whole = held | {Phase.REDUCE: total, Phase.OPTIMIZER: total}
+    return gradients_left(s, Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", whole))
 
 
 def whole_gradients(s: Setting) -> Term:
