@@ -29,7 +29,7 @@ def measures(s: Setting) -> Measures:
     bandwidth = s.cluster.host_link_bandwidth
     timing = estimate_time(s)
     return Measures(
-        rows=_rows(s),
+        read_rows=lambda: _rows(s),
         forward_s=forward,
         backward_s=backward,
         to_host_s=layers * leaving_bytes(s) / bandwidth,

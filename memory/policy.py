@@ -6,7 +6,7 @@ memory/solve.py of one that leaves things to it; memory/layer.py executes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from .config import MemoryConfig, Place, Walk
 
@@ -64,7 +64,14 @@ class MemoryPolicy:
     @property
     def splits(self) -> dict[str, Split]:
         """By class, in the order they are made."""
-        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Split)}
+        return {
+            "layer_input": self.layer_input,
+            "query": self.query,
+            "key_value": self.key_value,
+            "attention_output": self.attention_output,
+            "residual": self.residual,
+            "mlp": self.mlp,
+        }
 
     @property
     def uses_host(self) -> bool:

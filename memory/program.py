@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _MOVED_S = 1e-6
-"""Of a second of link time, in the objective: of plans that take the same time, the one that moves less."""
+"""Weight of a second of link time: of shares that take the same time, those that move less; when that is asked for, the other way round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,22 @@ class Answer:
     prices: dict[str, float]
 
 
-def solve_program(program: Program) -> Answer | None:
-    """The optimum; None where no shares satisfy all rows."""
+def solve_program(program: Program, within_s: float | None = None) -> Answer | None:
+    """The fastest shares; None where none satisfy all rows. `within_s`: of those that take no longer, the shares that move least."""
     if not program.forward_s.slope:
         inside = all(row.num_bytes.constant <= row.limit for row in program.rows)
         return Answer((), program.time_s(()), {}) if inside else None
     from scipy.optimize import linprog
 
     size = len(program.forward_s.slope)
-    cost, rows, limits = _matrices(program, size)
-    found = linprog(cost, A_ub=rows, b_ub=limits, bounds=[(0.0, 1.0)] * size + [(0.0, None)] * 3, method="highs-ds")
+    rows, limits = _matrices(program, size)
+    seconds, moved = _objectives(program)
+    if within_s is not None:
+        rows.append(seconds)
+        limits.append(within_s - program.fixed_s - program.forward_s.constant - program.backward_s.constant)
+        seconds, moved = moved, seconds
+    cost = [a + _MOVED_S * b for a, b in zip(seconds, moved, strict=True)]
+    found = linprog(cost, A_ub=rows, b_ub=limits, bounds=_bounds(size), method="highs-ds")
     if found.status == 2:
         return None
     assert found.status == 0, f"the solver stopped: {found.message}"
@@ -104,11 +110,19 @@ def solve_program(program: Program) -> Answer | None:
     return Answer(x, program.time_s(x), prices)
 
 
-def _matrices(program: Program, size: int) -> tuple[list[float], list[list[float]], list[float]]:
-    """Objective, left sides and right sides over (x, stall_forward, stall_backward, exposed)."""
+def _bounds(size: int) -> list[tuple[float | None, float | None]]:
+    return [(0.0, 1.0)] * size + [(0.0, None)] * 3
+
+
+def _objectives(program: Program) -> tuple[list[float], list[float]]:
+    """Seconds of the step, and of the link, per unit of each variable."""
+    compute, link = program.forward_s + program.backward_s, program.to_host_s + program.from_host_s
+    return [*compute.slope, 1.0, 1.0, 1.0], [*link.slope, 0.0, 0.0, 0.0]
+
+
+def _matrices(program: Program, size: int) -> tuple[list[list[float]], list[float]]:
+    """Left and right sides over (x, stall_forward, stall_backward, exposed); those of program.rows first."""
     compute = program.forward_s + program.backward_s
-    moved = program.to_host_s + program.from_host_s
-    cost = [a + _MOVED_S * b for a, b in zip(compute.slope, moved.slope, strict=True)] + [1.0] * 3
     rows, limits = [], []
     for row in program.rows:
         # In shares of the limit: bytes are too large for a solver's tolerances.
@@ -123,7 +137,7 @@ def _matrices(program: Program, size: int) -> tuple[list[float], list[list[float
     for together in program.exclusive:
         rows.append([1.0 if index in together else 0.0 for index in range(size)] + [0.0] * 3)
         limits.append(1.0)
-    return cost, rows, limits
+    return rows, limits
 
 
 def _scale(row: Row) -> float:
@@ -138,12 +152,11 @@ def least_growth(program: Program, memory: str) -> tuple[float, tuple[float, ...
     from scipy.optimize import linprog
 
     size = len(program.forward_s.slope)
-    _, rows, limits = _matrices(program, size)
+    rows, limits = _matrices(program, size)
     for names in ((memory,), ("device", "host")):
         growth = [[-float(row.name.startswith(names))] for row in program.rows] + [[0.0]] * (len(rows) - len(program.rows))
         together = [row + extra for row, extra in zip(rows, growth, strict=True)]
-        bounds = [(0.0, 1.0)] * size + [(0.0, None)] * 3 + [(None, None)]
-        found = linprog([0.0] * (size + 3) + [1.0], A_ub=together, b_ub=limits, bounds=bounds, method="highs-ds")
+        found = linprog([0.0] * (size + 3) + [1.0], A_ub=together, b_ub=limits, bounds=[*_bounds(size), (None, None)], method="highs-ds")
         if found.status == 0:
             return float(found.x[-1]), tuple(min(1.0, max(0.0, float(share))) for share in found.x[:size])
     raise AssertionError("limits that grow without end hold anything")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..training.spec import ModelSpec
 
 GIB = 1 << 30
+_WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Phase(Enum):
@@ -75,7 +76,7 @@ class Setting:
     @property
     def width(self) -> int:
         """Bytes of one number in computation."""
-        return {"bfloat16": 2, "float32": 4, "float64": 8}[self.train.dtype.value]
+        return _WIDTHS[self.train.dtype.value]
 
     @property
     def master(self) -> int:

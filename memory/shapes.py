@@ -9,14 +9,15 @@ tangents where a solution turns out to be too large, which is Kelley's cutting-p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 from .config import MemoryConfig, Place, Walk
 from .policy import KEPT, MOVED, REMADE, MemoryPolicy, Split
 from .program import Affine, Program, Row, step_s
 
-CHUNKS = (65536, 32768, 16384, 8192, 4096, 2048, 1024)
-"""Sizes tried where memory.chunk_tokens is null, beside all rows at once."""
+CHUNKS = (16384, 32768, 65536, None, 8192, 4096, 2048, 1024)
+"""Sizes tried where memory.chunk_tokens is null (None: all rows at once), in order of preference: 16K rows fill any device."""
 SEGMENTS = (1, 2, 3, 4, 6, 8)
 _STEP = 1 / 16
 """Shares differ by this much between the two looks of a difference."""
@@ -39,8 +40,7 @@ class Shape:
     @property
     def effort(self) -> tuple[int, ...]:
         """Simpler shapes have less: what is preferred among equals."""
-        pieces = 0 if self.chunk_tokens is None else 1 + (1 << 30) // self.chunk_tokens
-        return (self.segment_layers, self.head_groups, int(self.attention is Walk.CHUNKS), pieces, int(not self.graph), int(not self.stored))
+        return (self.segment_layers, self.head_groups, int(self.attention is Walk.CHUNKS), _preference(self.chunk_tokens), int(not self.stored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +52,22 @@ class Share:
     rest: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Measures:
     """What the ledger and the timing say of one policy."""
 
-    rows: dict[str, tuple[float, float]]
-    """By name: bytes, and how many there may be."""
+    read_rows: Callable[[], dict[str, tuple[float, float]]]
     forward_s: float
     backward_s: float
     to_host_s: float
     from_host_s: float
     fixed_s: float
     hidden_s: float = 0.0
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[float, float]]:
+        """By name: bytes, and how many there may be. Asked for last: a bound of the time needs none."""
+        return self.read_rows()
 
     def step_s(self, link: float = 1.0) -> float:
         """The step; `link`: times as fast a link to the host."""
@@ -72,6 +76,10 @@ class Measures:
 
 
 Measure = Callable[[MemoryPolicy], Measures]
+
+
+def _preference(chunk: int | None) -> int:
+    return CHUNKS.index(chunk) if chunk in CHUNKS else len(CHUNKS)
 
 
 def shapes(memory: MemoryConfig, *, tokens: int, layers: int, local_kv_heads: int, ring: bool) -> Iterator[Shape]:
@@ -93,7 +101,7 @@ def _may_keep_graph(memory: MemoryConfig) -> bool:
 
 def _pieces(memory: MemoryConfig, tokens: int, local_kv_heads: int, ring: bool) -> Iterator[tuple[int | None, Walk, int]]:
     """(chunk, walk, head groups)"""
-    chunks: list[int | None] = [memory.chunk_tokens] if memory.chunk_tokens else [None, *(c for c in CHUNKS if c < tokens)]
+    chunks: list[int | None] = [memory.chunk_tokens] if memory.chunk_tokens else [c for c in CHUNKS if c is None or c < tokens]
     for chunk in chunks:
         if memory.attention is not Walk.CHUNKS:
             for groups in [memory.head_groups] if memory.head_groups else [g for g in (1, 2, 4, 8) if local_kv_heads % g == 0]:

@@ -4,8 +4,10 @@
 the shares inside those that can be the best (memory/program.py), and takes the ledger's word, not the program's, on whether the
 result fits.
 
-Note: what is proven. A shape is passed over only where it could not be faster with all memory in the world than what was found, or
-where its program has no solution. So the result is the best of all shapes, within PREFERENCE, for the estimates of memory/timing.py.
+Note: what is proven. A shape is passed over only where it could not be faster by PREFERENCE with all memory in the world than what
+was found, or where its program has no solution. So no policy of any shape is faster by more than `gap`, by the estimates of
+memory/timing.py. What PREFERENCE leaves is used to move less: a host memory full of activations for a thousandth of the time
+would be a bad bargain.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from ..parallel.config import GradReduce
 from .measure import measure_of
 from .policy import MemoryPolicy
 from .program import Affine, Answer, Program, least_growth, solve_program
+from .report import SolveReport
 from .setting import Setting, reduces_once
 from .shapes import Measure, Measures, Shape, Share, linearise, policy_of, rounded, shapes, shares
 
-PREFERENCE = 0.002
-"""Of shapes whose times differ by less than this share, the simpler one is taken."""
+PREFERENCE = 0.01
+"""Policies whose times differ by less than this share are equal: the simpler shape, and the one that moves less, is taken."""
+CRUMB = 0.05
+"""Shares of tokens smaller than this are left out where that costs next to nothing."""
 _ROUNDS = 12
 """Of cuts and smaller limits until a rounded solution fits the ledger."""
 
@@ -94,10 +99,20 @@ class Found:
 
     candidate: Candidate
     policy: MemoryPolicy
-    answer: Answer
+    prices: dict[str, float]
+    """Seconds one more byte would save, by row, in this shape."""
     time_s: float
     """Of the policy with rounded shares."""
+    least_s: float
+    """Of the fastest shares found, whatever they move."""
+    bound_s: float
+    """No policy of any shape takes less."""
     num_solved: int
+
+    @property
+    def gap(self) -> float:
+        """The share of the step by which some other policy could be faster."""
+        return max(0.0, 1.0 - self.bound_s / self.time_s)
 
 
 class Search:
@@ -108,63 +123,90 @@ class Search:
         self.tokens = tokens
 
     def best(self, room: Room = AS_IT_IS) -> Found | None:
-        """The fastest policy that fits, by the ledger; None where there is none."""
+        """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits."""
         broken: set[int] = set()
+        if not self.may_fit(room):
+            return None
         while True:
-            answers = self._answers(room, broken)
+            answers, bound = self._answers(room, broken)
             if not answers:
                 return None
             least = min(answer.time_s for _, answer in answers)
-            equal = [pair for pair in answers if pair[1].time_s <= least * (1.0 + PREFERENCE)]
-            candidate, answer = min(equal, key=lambda pair: (pair[0].effort, pair[1].time_s))
-            settled = self._settle(candidate, answer, room)
+            bound = min(bound, least)
+            within = max(least, bound * (1.0 + PREFERENCE))
+            candidate, answer = min(
+                (pair for pair in answers if pair[1].time_s <= within), key=lambda pair: (pair[0].effort, pair[1].time_s)
+            )
+            settled = self._settle(candidate, within, room)
             if settled is not None:
-                return Found(candidate, *settled, len(answers))
+                policy, time_s = settled
+                return Found(candidate, policy, answer.prices, time_s, least, bound, len(answers))
             broken.add(id(candidate))
 
-    def _answers(self, room: Room, broken: set[int]) -> list[tuple[Candidate, Answer]]:
+    def may_fit(self, room: Room = AS_IT_IS) -> bool:
+        """False only where no shape fits the device with nothing kept: a look at the smallest pieces, for larger ones need more."""
+        return any(_holds(entry, room) for entry in self._smallest())
+
+    def _smallest(self) -> list[Candidate]:
+        """Of shapes that differ in their chunks: the one with the smallest, and the one without."""
+        sizes = [entry.shape.chunk_tokens for entry in self.candidates if entry.shape.chunk_tokens is not None]
+        return [entry for entry in self.candidates if entry.shape.chunk_tokens in (None, min(sizes, default=None))]
+
+    def _answers(self, room: Room, broken: set[int]) -> tuple[list[tuple[Candidate, Answer]], float]:
+        """Optima of the shapes that can matter, and what the others take at least."""
         found: list[tuple[Candidate, Answer]] = []
         least = float("inf")
         for candidate in self.candidates:
-            if candidate.bound_s > least * (1.0 + PREFERENCE):
-                break
-            beaten = any(answer.time_s <= candidate.bound_s and other.effort <= candidate.effort for other, answer in found)
-            if beaten or id(candidate) in broken:
-                continue
-            answer = solve_program(room.of(candidate.program))
+            if candidate.bound_s * (1.0 + PREFERENCE) >= least:
+                return found, candidate.bound_s
+            answer = None if id(candidate) in broken else solve_program(room.of(candidate.program))
             if answer is not None:
                 found.append((candidate, answer))
                 least = min(least, answer.time_s)
-        return found
+        return found, float("inf")
 
-    def _settle(self, candidate: Candidate, answer: Answer, room: Room) -> tuple[MemoryPolicy, Answer, float] | None:
-        """Rounded shares that the ledger says fit."""
-        solved: Answer | None = answer
+    def _settle(self, candidate: Candidate, within_s: float, room: Room) -> tuple[MemoryPolicy, float] | None:
+        """Rounded shares that the ledger says fit, of those within the time the ones that move least."""
         for attempt in range(_ROUNDS):
-            if solved is None:
+            program = room.of(candidate.program)
+            answer = solve_program(program, within_s) or solve_program(program)
+            if answer is None:
                 return None
-            policy = candidate.policy(rounded(candidate.variables, solved.x, self.tokens))
-            measured = candidate.measure(policy)
-            over = overflow(measured, room)
+            x = rounded(candidate.variables, answer.x, self.tokens)
+            over = overflow(candidate.measure(candidate.policy(x)), room)
             if over <= 0:
-                return policy, solved, measured.step_s(room.link)
+                return self._swept(candidate, x, within_s, room)
             if attempt < _ROUNDS // 2 and candidate.variables:
-                candidate.cut(solved.x)
+                candidate.cut(answer.x)
             else:
                 candidate.tighten(over)
-            solved = solve_program(room.of(candidate.program))
         return None
+
+    def _swept(self, candidate: Candidate, x: tuple[float, ...], within_s: float, room: Room) -> tuple[MemoryPolicy, float]:
+        """Without shares so small that they only make the policy harder to read."""
+        for index, share in enumerate(x):
+            whole = 0.0 if share < CRUMB else 1.0 if share > 1.0 - CRUMB else share
+            other = (*x[:index], whole, *x[index + 1 :])
+            measured = candidate.measure(candidate.policy(other))
+            if overflow(measured, room) <= 0 and measured.step_s(room.link) <= within_s * (1.0 + PREFERENCE / 4):
+                x = other
+        policy = candidate.policy(x)
+        return policy, candidate.measure(policy).step_s(room.link)
 
     def least(self, memory: str) -> tuple[Candidate, MemoryPolicy]:
         """The policy that needs least of the device (or, `host`, of the host), as far as the other memory allows."""
-        smallest = max(entry.effort[3] for entry in self.candidates)
-        grown = []
-        for entry in self.candidates:
-            if entry.effort[3] == smallest:
-                growth, x = least_growth(entry.program, memory)
-                grown.append((growth, entry.effort, entry, x))
-        _, _, candidate, x = min(grown, key=lambda item: item[:2])
+        grown = [(*least_growth(entry.program, memory), entry) for entry in self._smallest()]
+        _, x, candidate = min(grown, key=lambda item: (item[0], item[2].effort))
         return candidate, candidate.policy(rounded(candidate.variables, x, self.tokens))
+
+
+def _holds(entry: Candidate, room: Room) -> bool:
+    """Whether the device has room where nothing is kept but what must be, there or on the host."""
+    ends = [[float(keep and variable.rest) for variable in entry.variables] for keep in (False, True)]
+    looks = [entry.measure(entry.policy(x)).rows for x in ends]
+    return not any(
+        all(rows[name][0] > rows[name][1] + room.device_bytes for rows in looks) for name in looks[0] if name.startswith("device")
+    )
 
 
 def overflow(measured: Measures, room: Room = AS_IT_IS) -> float:
@@ -208,3 +250,32 @@ def _reductions(setting: Setting) -> list[GradReduce]:
     once = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
     several = reduces_once(once) and not setting.parallel.barrier_free
     return [GradReduce.STEP, GradReduce.MICRO_BATCH] if several else [GradReduce.STEP]
+
+
+def solved_setting(setting: Setting, candidate: Candidate, policy: MemoryPolicy) -> Setting:
+    """The setting with what was left open decided."""
+    return replace(setting, policy=policy, parallel=replace(setting.parallel, grad_reduce=candidate.reduce))
+
+
+def solve_memory(setting: Setting) -> tuple[Setting, SolveReport]:
+    """The setting with the policy that fits in the least time, and how that was found.
+
+    Fields of `setting.memory` that are given are held fixed; `setting.policy` is not looked at. Where nothing fits it is the
+    policy that needs least of what is missing, and the report says so.
+    """
+    from .prices import report_of
+
+    search = search_of(setting)
+    found = search.best()
+    if found is not None:
+        solved = solved_setting(setting, found.candidate, found.policy)
+    else:
+        solved = solved_setting(setting, *search.least(_missing(search)))
+    return solved, report_of(solved, search, found)
+
+
+def _missing(search: Search) -> str:
+    """The memory that is too small even for the policy that needs least of the device."""
+    candidate, policy = search.least("device")
+    rows = candidate.measure(policy).rows
+    return "device" if any(used > limit for name, (used, limit) in rows.items() if name.startswith("device")) else "host"

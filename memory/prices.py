@@ -1,0 +1,109 @@
+"""What the solver's answer rests on: what is full, what more of it would save, and what no policy can change. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..units import format_bytes
+from .ledger import device_account, host_account
+from .measure import measures
+from .policy import KEPT, REMADE, MemoryPolicy
+from .report import Price, SolveReport, describe_policy
+from .setting import GIB, Setting, Term
+from .solve import PREFERENCE, Found, Room, Search
+
+MIB = 1 << 20
+_FULL = 0.98
+"""A memory that is fuller than this is called full."""
+_WORTH = 0.001
+"""Of the step: what saves less is not mentioned."""
+
+
+def report_of(solved: Setting, search: Search, found: Found | None) -> SolveReport:
+    """Everything about an answer of the search; `found` None: nothing fits."""
+    names = ("layer_input", "attention_output", "query", "key_value", "residual", "mlp")
+    keep = measures(replace(solved, policy=MemoryPolicy(graph=True, **dict.fromkeys(names, KEPT)))).step_s(link=float("inf"))
+    again = measures(replace(solved, policy=MemoryPolicy(layer_input=KEPT, attention_output=REMADE))).step_s(link=float("inf"))
+    fixed = fixed_terms(solved)
+    return SolveReport(
+        policy=describe_policy(solved.policy, solved),
+        feasible=found is not None,
+        gap=found.gap if found is not None else 0.0,
+        num_shapes=len(search.candidates),
+        num_solved=found.num_solved if found is not None else 0,
+        binding=_binding(solved),
+        prices=_prices(solved, search, found) if found is not None else (),
+        step_s=measures(solved).step_s(),
+        keep_s=keep,
+        recompute_s=again,
+        fixed_bytes=sum(size for _, size in fixed),
+        fixed_terms=fixed[:5],
+        least_device_bytes=least_device_bytes(solved) if found is None else None,
+    )
+
+
+def _binding(solved: Setting) -> tuple[str, ...]:
+    """Full memories, each at its fullest phase."""
+    fullest: dict[str, tuple[float, str]] = {}
+    for name, (used, limit) in measures(solved).rows.items():
+        memory, _, phase = name.partition(", ")
+        fullest[memory] = max(fullest.get(memory, (0.0, "")), (used / max(limit, 1.0), phase))
+    title = {"device": "GPU memory" if solved.on_gpu else "memory of a rank", "host": "host memory"}
+    return tuple(
+        f"{title.get(memory, 'memory.host_budget')}{f' in {phase}' if phase else ''}, {100 * share:.0f} %"
+        for memory, (share, phase) in fullest.items()
+        if share >= _FULL
+    )
+
+
+def _prices(solved: Setting, search: Search, found: Found) -> tuple[Price, ...]:
+    """What more memory and a faster link would save; nothing is asked where the bound says it could not count."""
+    if found.least_s <= search.candidates[0].bound_s * (1.0 + PREFERENCE):
+        return ()
+    place, ranks = "GPU" if solved.on_gpu else "rank", solved.layout.ranks_per_node
+    device, host = _amount(solved.cluster.device_memory_bytes), _amount(solved.cluster.host_memory_bytes / ranks)
+    rooms = (
+        (f"{format_bytes(device)} more memory on each {place}", Room(device_bytes=device), device, "device"),
+        (f"{format_bytes(host)} more host memory for each {place}", Room(host_bytes=host * ranks), host * ranks, "host"),
+        ("a link to the host twice as fast", Room(link=2.0), 0.0, ""),
+    )
+    made = []
+    for change, room, num_bytes, memory in rooms:
+        again = search.best(room)
+        saved = found.least_s - again.least_s if again is not None else 0.0
+        slope = sum(price for name, price in found.prices.items() if name.startswith(memory)) * num_bytes if num_bytes else None
+        made.append(Price(change=change, saved_s=saved, saved_share=saved / found.least_s, slope_s=slope))
+    return tuple(price for price in made if price.saved_share >= _WORTH)
+
+
+def _amount(capacity_bytes: float) -> float:
+    """A tenth, in whole GiB where that is one or more."""
+    tenth = capacity_bytes / 10
+    return float(round(tenth / GIB) * GIB) if tenth >= GIB else tenth
+
+
+def fixed_terms(s: Setting) -> tuple[tuple[str, int], ...]:
+    """Terms of the device that are the same whatever the policy, at its fullest phase for them; the largest first."""
+    other = MemoryPolicy(layer_input=REMADE, chunk_tokens=1, attention_output=REMADE)
+    names = ("layer_input", "attention_output", "query", "key_value", "residual", "mlp")
+    kept = MemoryPolicy(graph=True, **dict.fromkeys(names, KEPT))
+    first, second = ({term.name: term for term in device_account(replace(s, policy=policy)).terms} for policy in (other, kept))
+    fixed = [term for name, term in first.items() if _same(term, second.get(name))]
+    phases = {phase for term in fixed for phase in term.by_phase}
+    peak = max(sorted(phases, key=lambda phase: phase.value), key=lambda phase: sum(term.by_phase.get(phase, 0) for term in fixed))
+    return tuple(sorted(((term.name, term.by_phase.get(peak, 0)) for term in fixed), key=lambda item: (-item[1], item[0])))
+
+
+def _same(term: Term, other: Term | None) -> bool:
+    return other is not None and term.by_phase == other.by_phase
+
+
+def least_device_bytes(least: Setting) -> int | None:
+    """The least cluster.device_memory_bytes, in whole MiB, that the policy which needs least fits; None where the host is too small."""
+    for _ in range(16):
+        device = device_account(least)
+        if device.fits:
+            return device.capacity_bytes if host_account(least, device).fits else None
+        # What is reserved is a share of the device, so it grows with it.
+        least = replace(least, cluster=replace(least.cluster, device_memory_bytes=-(-device.peak_bytes // MIB) * MIB))
+    return None
