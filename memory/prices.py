@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..units import format_bytes
@@ -15,8 +16,6 @@ from .solve import PREFERENCE, Found, Room, Search
 MIB = 1 << 20
 _FULL = 0.98
 """A memory that is fuller than this is called full."""
-_WORTH = 0.001
-"""Of the step: what saves less is not mentioned."""
 
 
 def report_of(solved: Setting, search: Search, found: Found | None) -> SolveReport:
@@ -61,25 +60,30 @@ def _prices(solved: Setting, search: Search, found: Found) -> tuple[Price, ...]:
     if found.least_s <= search.candidates[0].bound_s * (1.0 + PREFERENCE):
         return ()
     place, ranks = "GPU" if solved.on_gpu else "rank", solved.layout.ranks_per_node
-    device, host = _amount(solved.cluster.device_memory_bytes), _amount(solved.cluster.host_memory_bytes / ranks)
-    rooms = (
-        (f"{format_bytes(device)} more memory on each {place}", Room(device_bytes=device), device, "device"),
-        (f"{format_bytes(host)} more host memory for each {place}", Room(host_bytes=host * ranks), host * ranks, "host"),
-        ("a link to the host twice as fast", Room(link=2.0), 0.0, ""),
-    )
-    made = []
-    for change, room, num_bytes, memory in rooms:
-        again = search.best(room)
+    device = [("device", size, f"{format_bytes(size)} more memory on each {place}") for size in _amounts(solved.cluster.device_memory_bytes)]
+    host = [
+        ("host", size * ranks, f"{format_bytes(size)} more host memory for each {place}")
+        for size in _amounts(solved.cluster.host_memory_bytes / ranks)
+    ]
+    made = [_first_that_counts(search, found, changes) for changes in (device, host, [("link", 0.0, "a link to the host twice as fast")])]
+    return tuple(price for price in made if price is not None)
+
+
+def _first_that_counts(search: Search, found: Found, changes: Sequence[tuple[str, float, str]]) -> Price | None:
+    """The smallest of the changes that saves something, by solving again with it."""
+    for memory, num_bytes, words in changes:
+        rooms = {"device": Room(device_bytes=num_bytes), "host": Room(host_bytes=num_bytes), "link": Room(link=2.0)}
+        again = search.best(rooms[memory])
         saved = found.least_s - again.least_s if again is not None else 0.0
-        slope = sum(price for name, price in found.prices.items() if name.startswith(memory)) * num_bytes if num_bytes else None
-        made.append(Price(change=change, saved_s=saved, saved_share=saved / found.least_s, slope_s=slope))
-    return tuple(price for price in made if price.saved_share >= _WORTH)
+        if saved >= PREFERENCE * found.least_s:
+            slope = sum(price for name, price in found.prices.items() if name.startswith(memory)) * num_bytes
+            return Price(change=words, saved_s=saved, saved_share=saved / found.least_s, slope_s=slope)
+    return None
 
 
-def _amount(capacity_bytes: float) -> float:
-    """A tenth, in whole GiB where that is one or more."""
-    tenth = capacity_bytes / 10
-    return float(round(tenth / GIB) * GIB) if tenth >= GIB else tenth
+def _amounts(capacity_bytes: float) -> list[float]:
+    """A tenth and a half, in whole GiB where that is one or more."""
+    return [float(round(part / GIB) * GIB) if part >= GIB else part for part in (capacity_bytes / 10, capacity_bytes / 2)]
 
 
 def fixed_terms(s: Setting) -> tuple[tuple[str, int], ...]:

@@ -27,8 +27,8 @@ class Price:
     saved_s: float
     saved_share: float
     """Of the step."""
-    slope_s: float | None = None
-    """What the first byte saves, times the bytes of the change, by the program's duals; None where that is no question of bytes."""
+    slope_s: float
+    """What the first byte saves, times the bytes of the change, by the program's duals: no shape changed, it could not save more."""
 
     def __str__(self) -> str:
         return f"{self.change} would save {percent(self.saved_share)} of the step"

@@ -16,8 +16,8 @@ from .config import MemoryConfig, Place, Walk
 from .policy import KEPT, MOVED, REMADE, MemoryPolicy, Split
 from .program import Affine, Program, Row, step_s
 
-CHUNKS = (16384, 32768, 65536, None, 8192, 4096, 2048, 1024)
-"""Sizes tried where memory.chunk_tokens is null (None: all rows at once), in order of preference: 16K rows fill any device."""
+CHUNKS = (16384, 4096, 1024)
+"""Sizes tried where memory.chunk_tokens is null and a rank has more tokens: 16K rows fill any device, and larger chunks save nothing."""
 SEGMENTS = (1, 2, 3, 4, 6, 8)
 _STEP = 1 / 16
 """Shares differ by this much between the two looks of a difference."""
@@ -40,7 +40,7 @@ class Shape:
     @property
     def effort(self) -> tuple[int, ...]:
         """Simpler shapes have less: what is preferred among equals."""
-        return (self.segment_layers, self.head_groups, int(self.attention is Walk.CHUNKS), _preference(self.chunk_tokens), int(not self.stored))
+        return (self.segment_layers, self.head_groups, int(self.attention is Walk.CHUNKS), -(self.chunk_tokens or 1 << 40), int(not self.stored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,6 @@ class Measures:
 Measure = Callable[[MemoryPolicy], Measures]
 
 
-def _preference(chunk: int | None) -> int:
-    return CHUNKS.index(chunk) if chunk in CHUNKS else len(CHUNKS)
-
-
 def shapes(memory: MemoryConfig, *, tokens: int, layers: int, local_kv_heads: int, ring: bool) -> Iterator[Shape]:
     """Every shape that the given fields of `memory` allow for so many tokens a rank, layers and key/value heads of a rank."""
     if _may_keep_graph(memory):
@@ -101,7 +97,9 @@ def _may_keep_graph(memory: MemoryConfig) -> bool:
 
 def _pieces(memory: MemoryConfig, tokens: int, local_kv_heads: int, ring: bool) -> Iterator[tuple[int | None, Walk, int]]:
     """(chunk, walk, head groups)"""
-    chunks: list[int | None] = [memory.chunk_tokens] if memory.chunk_tokens else [c for c in CHUNKS if c is None or c < tokens]
+    chunks: list[int | None] = [memory.chunk_tokens] if memory.chunk_tokens else [c for c in CHUNKS if c < tokens]
+    if memory.chunk_tokens is None and tokens <= CHUNKS[0]:
+        chunks.insert(0, None)
     for chunk in chunks:
         if memory.attention is not Walk.CHUNKS:
             for groups in [memory.head_groups] if memory.head_groups else [g for g in (1, 2, 4, 8) if local_kv_heads % g == 0]:

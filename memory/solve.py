@@ -77,6 +77,11 @@ class Candidate:
         return (*self.shape.effort, int(self.reduce is not GradReduce.STEP))
 
     @property
+    def family(self) -> tuple[object, ...]:
+        """Shapes that differ only in the size of their chunks."""
+        return (replace(self.shape, chunk_tokens=None), self.reduce)
+
+    @property
     def program(self) -> Program:
         """Of the shares, from differences; later with cuts."""
         if self._program is None:
@@ -124,9 +129,8 @@ class Search:
 
     def best(self, room: Room = AS_IT_IS) -> Found | None:
         """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits."""
-        broken: set[int] = set()
-        if not self.may_fit(room):
-            return None
+        alive = self._alive(room)
+        broken = {id(entry) for entry in self.candidates if entry.family not in alive}
         while True:
             answers, bound = self._answers(room, broken)
             if not answers:
@@ -144,13 +148,19 @@ class Search:
             broken.add(id(candidate))
 
     def may_fit(self, room: Room = AS_IT_IS) -> bool:
-        """False only where no shape fits the device with nothing kept: a look at the smallest pieces, for larger ones need more."""
-        return any(_holds(entry, room) for entry in self._smallest())
+        """False only where no shape fits the device with nothing kept."""
+        return bool(self._alive(room))
+
+    def _alive(self, room: Room) -> set[tuple[object, ...]]:
+        """Families of shapes whose smallest pieces fit the device with nothing kept: larger ones need more."""
+        return {entry.family for entry in self._smallest() if _holds(entry, room)}
 
     def _smallest(self) -> list[Candidate]:
-        """Of shapes that differ in their chunks: the one with the smallest, and the one without."""
-        sizes = [entry.shape.chunk_tokens for entry in self.candidates if entry.shape.chunk_tokens is not None]
-        return [entry for entry in self.candidates if entry.shape.chunk_tokens in (None, min(sizes, default=None))]
+        """Of each family the member with the smallest chunks."""
+        smallest: dict[tuple[object, ...], Candidate] = {}
+        for entry in sorted(self.candidates, key=lambda entry: entry.effort):
+            smallest[entry.family] = entry
+        return list(smallest.values())
 
     def _answers(self, room: Room, broken: set[int]) -> tuple[list[tuple[Candidate, Answer]], float]:
         """Optima of the shapes that can matter, and what the others take at least."""
