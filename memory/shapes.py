@@ -78,13 +78,13 @@ class Measures:
 Measure = Callable[[MemoryPolicy], Measures]
 
 
-def shapes(memory: MemoryConfig, *, tokens: int, layers: int, local_kv_heads: int, ring: bool) -> Iterator[Shape]:
-    """Every shape that the given fields of `memory` allow for so many tokens a rank, layers and key/value heads of a rank."""
+def shapes(memory: MemoryConfig, *, tokens: int, layers: int, head_groups: Sequence[int], ring: bool) -> Iterator[Shape]:
+    """Every shape that the given fields of `memory` allow for so many tokens a rank and layers; `head_groups`: numbers that divide the heads."""
     if _may_keep_graph(memory):
         yield Shape(graph=True, stored=True)
     stored = {None: (True, False), Place.RECOMPUTE: (False,)}.get(memory.attention_output, (True,))
     for segment in [memory.segment_layers] if memory.segment_layers else [k for k in SEGMENTS if k <= max(1, layers // 2)]:
-        for chunk, walk, groups in _pieces(memory, tokens, local_kv_heads, ring):
+        for chunk, walk, groups in _pieces(memory, tokens, head_groups, ring):
             for kept in stored:
                 yield Shape(stored=kept, segment_layers=segment, chunk_tokens=chunk, attention=walk, head_groups=groups)
 
@@ -95,14 +95,14 @@ def _may_keep_graph(memory: MemoryConfig) -> bool:
     return all(place in (None, Place.KEEP) for place in places) and all(value in (None, 1, Walk.WHOLE) for value in whole)
 
 
-def _pieces(memory: MemoryConfig, tokens: int, local_kv_heads: int, ring: bool) -> Iterator[tuple[int | None, Walk, int]]:
+def _pieces(memory: MemoryConfig, tokens: int, head_groups: Sequence[int], ring: bool) -> Iterator[tuple[int | None, Walk, int]]:
     """(chunk, walk, head groups)"""
     chunks: list[int | None] = [memory.chunk_tokens] if memory.chunk_tokens else [c for c in CHUNKS if c < tokens]
     if memory.chunk_tokens is None and tokens <= CHUNKS[0]:
         chunks.insert(0, None)
     for chunk in chunks:
         if memory.attention is not Walk.CHUNKS:
-            for groups in [memory.head_groups] if memory.head_groups else [g for g in (1, 2, 4, 8) if local_kv_heads % g == 0]:
+            for groups in [memory.head_groups] if memory.head_groups else head_groups:
                 yield chunk, Walk.WHOLE, groups
         # Around a ring attention by chunks works as whole.
         by_chunks = memory.attention is Walk.CHUNKS or (memory.attention is None and not ring)

@@ -12,10 +12,13 @@ would be a bad bargain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..parallel.config import GradReduce
+from ..errors import ConfigError
+from ..parallel.config import GradReduce, SequenceMode
+from .heads import head_groups
 from .measure import measure_of
 from .policy import MemoryPolicy
 from .program import Affine, Answer, Program, least_growth, solve_program
@@ -234,7 +237,7 @@ def search_of(setting: Setting) -> Search:
             s.memory,
             tokens=s.tokens,
             layers=s.spec.num_layers,
-            local_kv_heads=max(1, s.spec.num_kv_heads // s.layout.ulysses),
+            head_groups=_head_groups(s),
             ring=s.layout.ring > 1,
         ):
             candidates.append(_candidate(s, shape, measure))
@@ -251,6 +254,21 @@ def _candidate(s: Setting, shape: Shape, measure: Measure) -> Candidate:
     ideal = measure(policy([1.0 if entry.keep or alone.count(entry.classes) == 1 else 0.0 for entry in variables]))
     bound = ideal.step_s(link=float("inf"))
     return Candidate(shape, s.parallel.grad_reduce, variables, policy, measure, bound)
+
+
+def _head_groups(s: Setting) -> list[int]:
+    """Numbers of groups that the heads of a rank fall into, whatever Ulysses degree a step is planned with."""
+    adaptive = s.parallel.sequence is SequenceMode.ADAPTIVE
+    ulysses = math.gcd(s.spec.num_heads, 1 << (s.layout.world_size.bit_length() - 1)) if adaptive else s.layout.ulysses
+    return [groups for groups in (1, 2, 4, 8) if _divides(s, groups, ulysses)]
+
+
+def _divides(s: Setting, groups: int, ulysses: int) -> bool:
+    try:
+        head_groups(s.spec.num_heads, s.spec.num_kv_heads, num_groups=groups, ulysses=ulysses)
+    except ConfigError:
+        return False
+    return True
 
 
 def _reductions(setting: Setting) -> list[GradReduce]:
