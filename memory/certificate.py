@@ -90,7 +90,7 @@ def _comparable(ledger: Ledger) -> int:
 def _assumptions(ledger: Ledger) -> tuple[str, ...]:
     s = ledger.setting
     found = [
-        f"no sequence has more than {format_tokens(s.data.max_seq_len)} tokens, no rank more than {format_tokens(s.tokens)} in a micro-batch",
+        f"sequences have up to {format_tokens(s.data.max_seq_len)} tokens, and a rank up to {format_tokens(s.tokens)} in a micro-batch",
         "one rank a GPU, and nothing else on it" if s.on_gpu else "the ranks share the memory of the machine with nothing large",
     ]
     found += [f"{term.name}: {term.note}" for term in ledger.device.terms if term.name in UNSEEN]

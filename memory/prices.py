@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..units import format_bytes
+from .config import Walk
 from .ledger import device_account, host_account
 from .measure import measures
-from .policy import KEPT, REMADE, MemoryPolicy
+from .policy import KEPT, MOVED, REMADE, MemoryPolicy
 from .report import Price, SolveReport, describe_policy
+from .search import PREFERENCE, Found, Room, Search
 from .setting import GIB, Setting, Term
-from .solve import PREFERENCE, Found, Room, Search
 
 MIB = 1 << 20
 _FULL = 0.98
@@ -57,10 +58,12 @@ def _binding(solved: Setting) -> tuple[str, ...]:
 
 def _prices(solved: Setting, search: Search, found: Found) -> tuple[Price, ...]:
     """What more memory and a faster link would save; nothing is asked where the bound says it could not count."""
-    if found.least_s <= search.candidates[0].bound_s * (1.0 + PREFERENCE):
+    if found.least_s <= search.in_order[0].bound_s * (1.0 + PREFERENCE):
         return ()
     place, ranks = "GPU" if solved.on_gpu else "rank", solved.layout.ranks_per_node
-    device = [("device", size, f"{format_bytes(size)} more memory on each {place}") for size in _amounts(solved.cluster.device_memory_bytes)]
+    device = [
+        ("device", size, f"{format_bytes(size)} more memory on each {place}") for size in _amounts(solved.cluster.device_memory_bytes)
+    ]
     host = [
         ("host", size * ranks, f"{format_bytes(size)} more host memory for each {place}")
         for size in _amounts(solved.cluster.host_memory_bytes / ranks)
@@ -88,11 +91,14 @@ def _amounts(capacity_bytes: float) -> list[float]:
 
 def fixed_terms(s: Setting) -> tuple[tuple[str, int], ...]:
     """Terms of the device that are the same whatever the policy, at its fullest phase for them; the largest first."""
-    other = MemoryPolicy(layer_input=REMADE, chunk_tokens=1, attention_output=REMADE)
     names = ("layer_input", "attention_output", "query", "key_value", "residual", "mlp")
-    kept = MemoryPolicy(graph=True, **dict.fromkeys(names, KEPT))
-    first, second = ({term.name: term for term in device_account(replace(s, policy=policy)).terms} for policy in (other, kept))
-    fixed = [term for name, term in first.items() if _same(term, second.get(name))]
+    others = (
+        MemoryPolicy(graph=True, **dict.fromkeys(names, KEPT)),
+        MemoryPolicy(layer_input=MOVED, chunk_tokens=1, head_groups=2, segment_layers=2),
+        MemoryPolicy(layer_input=MOVED, attention_output=MOVED, chunk_tokens=1, attention=Walk.CHUNKS),
+    )
+    first, *rest = ({term.name: term for term in device_account(replace(s, policy=policy)).terms} for policy in others)
+    fixed = [term for name, term in first.items() if all(_same(term, seen.get(name)) for seen in rest)]
     phases = {phase for term in fixed for phase in term.by_phase}
     peak = max(sorted(phases, key=lambda phase: phase.value), key=lambda phase: sum(term.by_phase.get(phase, 0) for term in fixed))
     return tuple(sorted(((term.name, term.by_phase.get(peak, 0)) for term in fixed), key=lambda item: (-item[1], item[0])))

@@ -111,7 +111,11 @@ def _joined(names: list[str]) -> str:
 
 def _where(split: Split, place: str, host: str) -> str:
     """`kept on the GPU`, `to the host`, `recomputed`, or the shares of each."""
-    parts = [(split.keep, f"kept on the {place}"), (split.host, f"to the {host}" if host == "host" else f"to {host}"), (split.recompute, "recomputed")]
+    parts = [
+        (split.keep, f"kept on the {place}"),
+        (split.host, f"to the {host}" if host == "host" else f"to {host}"),
+        (split.recompute, "recomputed"),
+    ]
     parts = [(share, words) for share, words in parts if share > 5e-4]
     if len(parts) == 1:
         return parts[0][1]
@@ -131,7 +135,7 @@ def _pieces(policy: MemoryPolicy, s: Setting) -> str:
 
 
 def _ordinal(number: int) -> str:
-    return f"{number}{ {2: 'nd', 3: 'rd'}.get(number, 'th')}"
+    return f"{number}{ {2: 'nd', 3: 'rd'}.get(number, 'th') }"
 
 
 def describe_report(report: SolveReport) -> list[str]:

@@ -18,7 +18,7 @@ from .program import Affine, Program, Row, step_s
 
 CHUNKS = (16384, 4096, 1024)
 """Sizes tried where memory.chunk_tokens is null and a rank has more tokens: 16K rows fill any device, and larger chunks save nothing."""
-SEGMENTS = (1, 2, 3, 4, 6, 8)
+SEGMENTS = (1, 2, 3, 4, 6)
 _STEP = 1 / 16
 """Shares differ by this much between the two looks of a difference."""
 _FREE = ("query", "key_value", "residual", "mlp")
@@ -40,7 +40,13 @@ class Shape:
     @property
     def effort(self) -> tuple[int, ...]:
         """Simpler shapes have less: what is preferred among equals."""
-        return (self.segment_layers, self.head_groups, int(self.attention is Walk.CHUNKS), -(self.chunk_tokens or 1 << 40), int(not self.stored))
+        return (
+            self.segment_layers,
+            self.head_groups,
+            int(self.attention is Walk.CHUNKS),
+            -(self.chunk_tokens or 1 << 40),
+            int(not self.stored),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ Measure = Callable[[MemoryPolicy], Measures]
 
 
 def shapes(memory: MemoryConfig, *, tokens: int, layers: int, head_groups: Sequence[int], ring: bool) -> Iterator[Shape]:
-    """Every shape that the given fields of `memory` allow for so many tokens a rank and layers; `head_groups`: numbers that divide the heads."""
+    """Every shape that the given fields of `memory` allow for so many tokens a rank; `head_groups`: numbers that divide the heads."""
     if _may_keep_graph(memory):
         yield Shape(graph=True, stored=True)
     stored = {None: (True, False), Place.RECOMPUTE: (False,)}.get(memory.attention_output, (True,))
@@ -157,7 +163,9 @@ def _given(memory: MemoryConfig, shape: Shape) -> dict[str, Split]:
     return {"layer_input": places[memory.layer_input], "attention_output": attention} | dict.fromkeys(_FREE, activations)
 
 
-def linearise(measure: Measure, policy_at: Callable[[Sequence[float]], MemoryPolicy], variables: Sequence[Share], near: Sequence[float]) -> Program:
+def linearise(
+    measure: Measure, policy_at: Callable[[Sequence[float]], MemoryPolicy], variables: Sequence[Share], near: Sequence[float]
+) -> Program:
     """The program whose functions touch those of `measure` next to the shares `near`, where every share has room to grow."""
     x = tuple(share * (1.0 - _STEP) for share in near)
     here = measure(policy_at(x))
@@ -190,6 +198,12 @@ def _exclusive(variables: Sequence[Share]) -> tuple[tuple[int, ...], ...]:
 
 
 def rounded(variables: Sequence[Share], x: Sequence[float], tokens: int) -> tuple[float, ...]:
-    """Shares a person can read, in tenths of a percent (or whole tokens where there are fewer): never more than `x`."""
+    """Shares a person can read, in tenths of a percent (or whole tokens where there are fewer): what is kept never more than `x`."""
     grid = min(1000, max(1, tokens))
-    return tuple(min(1.0, int(share * grid + 1e-6) / grid) for share in x)
+    short = [min(1.0, int(share * grid + 1e-6) / grid) for share in x]
+    for together in _exclusive(variables):
+        keep, host = sorted(together, key=lambda index: not variables[index].keep)
+        if x[keep] + x[host] > 1.0 - 1e-4:
+            # All of it waits somewhere: rounding leaves no tokens over to be made again.
+            short[host] = 1.0 - short[keep]
+    return tuple(short)
