@@ -171,7 +171,7 @@ def _solver(report: SolveReport | None) -> dict[str, Any] | None:
         "recompute_s": report.recompute_s,
         "fixed_bytes": report.fixed_bytes,
         "fixed_terms": dict(report.fixed_terms),
-        "least_device_bytes": report.least_device_bytes,
+        "least_budget": report.least_budget,
     }
 
 

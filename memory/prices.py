@@ -38,7 +38,7 @@ def report_of(solved: Setting, search: Search, found: Found | None) -> SolveRepo
         recompute_s=again,
         fixed_bytes=sum(size for _, size in fixed),
         fixed_terms=fixed[:5],
-        least_device_bytes=least_device_bytes(solved) if found is None else None,
+        least_budget=least_budget(solved) if found is None else None,
     )
 
 
@@ -108,12 +108,16 @@ def _same(term: Term, other: Term | None) -> bool:
     return other is not None and term.by_phase == other.by_phase
 
 
-def least_device_bytes(least: Setting) -> int | None:
-    """The least cluster.device_memory_bytes, in whole MiB, that the policy which needs least fits; None where the host is too small."""
+def least_budget(least: Setting) -> str | None:
+    """The override with the least memory, in whole MiB, that the policy which needs least fits; None where one memory is not enough."""
+    device = device_account(least)
+    if device.fits:
+        host = host_account(least, device)
+        return None if host.fits else f"cluster.host_memory_bytes={-(-host.peak_bytes // MIB)}MiB"
     for _ in range(16):
-        device = device_account(least)
-        if device.fits:
-            return device.capacity_bytes if host_account(least, device).fits else None
         # What is reserved is a share of the device, so it grows with it.
         least = replace(least, cluster=replace(least.cluster, device_memory_bytes=-(-device.peak_bytes // MIB) * MIB))
+        device = device_account(least)
+        if device.fits:
+            return f"cluster.device_memory_bytes={device.capacity_bytes // MIB}MiB" if host_account(least, device).fits else None
     return None

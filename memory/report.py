@@ -58,8 +58,8 @@ class SolveReport:
     """On the device at its fullest phase whatever the policy."""
     fixed_terms: tuple[tuple[str, int], ...]
     """The largest of them, in bytes."""
-    least_device_bytes: int | None
-    """Where nothing fits: the least cluster.device_memory_bytes that works with all else as it is; None where none does."""
+    least_budget: str | None
+    """Where nothing fits: the one override that gives the device, or the host, the least that works; None where one is not enough."""
 
     @property
     def proof(self) -> str:
@@ -150,11 +150,16 @@ def describe_report(report: SolveReport) -> list[str]:
     if report.feasible and not report.prices:
         lines.append("more memory of any kind would save nothing that counts")
     if not report.feasible:
-        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in report.fixed_terms)
-        lines.append(f"{format_bytes(report.fixed_bytes)} of each device are there whatever the policy: {named}")
-        if report.least_device_bytes is not None:
-            lines.append(f"the least that works: cluster.device_memory_bytes={report.least_device_bytes}")
+        lines.append(fixed_line(report))
+        if report.least_budget is not None:
+            lines.append(f"the least that works: {report.least_budget}")
     return lines
+
+
+def fixed_line(report: SolveReport) -> str:
+    """What no policy can do anything about."""
+    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in report.fixed_terms)
+    return f"{format_bytes(report.fixed_bytes)} of each device are there whatever the policy: {named}"
 
 
 def _relative(seconds: float, other: float) -> str:
