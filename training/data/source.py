@@ -30,6 +30,11 @@ class DataSource:
         """Tokens of each sequence of the step; nothing is read."""
         return tuple(self.table.lengths_of(self._rows(step)).tolist())
 
+    def parts(self, step: int, index: int) -> tuple[int, ...]:
+        """Tokens of each document inside the step's sequence `index`: one, or two where it is a pair of answers."""
+        sequence = self._sequence(step, index)
+        return self.corpora[sequence.corpus].parts(sequence.document) or (len(sequence),)
+
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and target ids (both int64, (stop - start,)) of positions of the step's sequence `index`.
 
