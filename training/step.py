@@ -128,4 +128,5 @@ def to_tokens(work: Work, device: torch.device, not_finite: Tensor | None = None
             [work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices]
         )
     arrays = work.shard.token_ids, work.shard.target_ids, work.shard.position_ids, lengths.astype(np.int64)
-    return Tokens(*(torch.from_numpy(array).to(device) for array in arrays), not_finite=not_finite)
+    token_ids, target_ids, position_ids, document_lengths = (torch.from_numpy(array).to(device) for array in arrays)
+    return Tokens(token_ids, target_ids, position_ids, document_lengths, not_finite)
