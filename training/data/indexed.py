@@ -25,6 +25,7 @@ import numpy as np
 
 from ...errors import DataError
 
+
 class Kind(Enum):
     """What the documents of a corpus are."""
 
@@ -165,7 +166,9 @@ class IndexedCorpus:
         return np.asarray(np.diff(index.items)[::2])
 
     def _open_scalars(self) -> np.ndarray:
-        return open_companion(self.prefix + ".scalars.bin", np.dtype("<f8"), 2 * self.num_documents, "reward and advantage of each document")
+        return open_companion(
+            self.prefix + ".scalars.bin", np.dtype("<f8"), 2 * self.num_documents, "reward and advantage of each document"
+        )
 
     def _open_mask(self) -> np.ndarray | None:
         path = self.prefix + ".mask.bin"
