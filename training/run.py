@@ -21,10 +21,11 @@ from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.service import PlanRequest, PlanService
+from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
+from .objectives.build import RunObjective, means
 from .optim import clip_gradients, set_learning_rate
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
@@ -71,6 +72,8 @@ class _Gathered:
     stop: bool
     busy_s: list[list[float]]
     """Of each micro-batch."""
+    objective: list[float]
+    """Sums of its numbers over all ranks."""
 
 
 class _Run:
@@ -93,6 +96,8 @@ class _Run:
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.objective = RunObjective(config, self.session, run_dir)
+        self.resumed = restored is not None
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -119,6 +124,9 @@ class _Run:
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
         with self.metrics:
+            if not self._ready(stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps
@@ -133,6 +141,12 @@ class _Run:
             self._write_end()
         return EXIT_DONE
 
+    def _ready(self, stop: Stop) -> bool:
+        def plan(lengths: tuple[int, ...]) -> StepPlan:
+            return static_plan(lengths, self.planner.request)
+
+        return self.objective.ready(plan, resumed=self.resumed, stop=stop, report=self.metrics.write)
+
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
         started, step, session = time.monotonic(), self.done, self.session
@@ -140,6 +154,7 @@ class _Run:
         works = read_step(session.source, step, plan, self.rank)
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
+        objective = self.objective.step(step, num_targets=targets, num_sequences=len(plan.lengths))
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
         shares = backward_step(
             session.model,
@@ -152,8 +167,9 @@ class _Run:
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
             watch=watch,
+            objective=objective,
         )
-        told = self._gather(shares.sum(), works, clocks, stop)
+        told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
         backward_s = time.monotonic() - begun
         self._check_finite(told.loss, shares, works, watch)
         norm = clip_gradients(session.model, self.config.optim.grad_clip)
@@ -163,19 +179,21 @@ class _Run:
         session.engine.wait_for_snapshot()
         session.optimizer.step()
         session.optimizer.zero_grad()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started, backward_s)
+        numbers = {"target_tokens": targets, "grad_norm": norm, "lr": rate, **means(objective, told.objective)}
+        self._finish_step(told, plan, numbers, started, backward_s)
         return told.stop
 
-    def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
+    def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
+        row += stats.tolist() + [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, *rest = torch.stack(table).T.tolist()
+        sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank, sums)
 
     def _peak(self) -> int:
         if self.session.device.type == "cuda":

@@ -48,7 +48,7 @@ def _objective(objective, told, num_targets):
         old, reference = (np.append(told[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
         return told["advantages"][sequence], old, reference
 
-    return Rollout(num_targets, CPU, options=RolloutOptions(told["low"], told["high"], told["weight"]), data=data)
+    return Rollout(num_targets, CPU, options=RolloutOptions(told["low"], told["high"], told["weight"]), data=data, kl=True)
 
 
 def run_objective(objective, case, weights, told, plan):

@@ -147,15 +147,16 @@ class IndexedCorpus:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start ... stop - 1` of a document, int64."""
-        return np.asarray(self._tokens[self._span(document, start, stop)]).astype(np.int64)
+        return np.asarray(self._tokens[self.span(document, start, stop)]).astype(np.int64)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """For the same tokens: bool, True where the token is a training target; None where everything is."""
         if self._mask is None:
             return None
-        return np.asarray(np.asarray(self._mask[self._span(document, start, stop)]) != 0)
+        return np.asarray(np.asarray(self._mask[self.span(document, start, stop)]) != 0)
 
-    def _span(self, document: int, start: int, stop: int) -> slice:
+    def span(self, document: int, start: int, stop: int) -> slice:
+        """The same tokens counted over the whole corpus."""
         assert 0 <= start <= stop <= int(self.lengths[document]), (self.prefix, document, start, stop)
         begin = int(self._starts[document])
         return slice(begin + start, begin + stop)

@@ -134,10 +134,10 @@ class RolloutData(Protocol):
 class Rollout:
     """GRPO: the mean over the completion tokens of the step."""
 
-    names: tuple[str, ...] = TOKEN_STATS
-
-    def __init__(self, num_targets: int, device: torch.device, *, options: RolloutOptions, data: RolloutData) -> None:
-        self.count, self.stats = num_targets, torch.zeros(len(TOKEN_STATS), dtype=torch.float64, device=device)
+    def __init__(self, num_targets: int, device: torch.device, *, options: RolloutOptions, data: RolloutData, kl: bool) -> None:
+        """`kl`: the data has a reference."""
+        self.names: tuple[str, ...] = TOKEN_STATS if kl else TOKEN_STATS[:-1]
+        self.count, self.stats = num_targets, torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self._options, self._data = options, data
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
@@ -145,7 +145,7 @@ class Rollout:
 
         def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
             found = rollout_terms(log_probs.double(), known.pick(rows), self._options)
-            self.stats += found.stats.sum(0)
+            self.stats += found.stats.sum(0)[: len(self.stats)]
             return (found.terms / self.count).to(log_probs.dtype), (found.slopes / self.count).to(log_probs.dtype)
 
         return lambda head: chunked_loss(head, terms)
