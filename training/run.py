@@ -96,8 +96,7 @@ class _Run:
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
-        self.objective = RunObjective(config, self.session, run_dir)
-        self.resumed = restored is not None
+        self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -145,7 +144,7 @@ class _Run:
         def plan(lengths: tuple[int, ...]) -> StepPlan:
             return static_plan(lengths, self.planner.request)
 
-        return self.objective.ready(plan, resumed=self.resumed, stop=stop, report=self.metrics.write)
+        return self.objective.ready(plan, stop=stop, report=self.metrics.write)
 
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""

@@ -18,12 +18,11 @@ import torch
 import torch.distributed as dist
 
 from ..durable import sync, write_atomic
-from ..errors import DataError
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.runtime import sequence_attention
 from .data.indexed import Kind
-from .data.scores import run_scores, score_shape
+from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource
 from .loss import chunked_log_probs
 from .setup import Session
@@ -44,6 +43,7 @@ def fill_scores(
     session: Session,
     run_dir: Path,
     missing: list[int],
+    weights: str,
     plan: Callable[[tuple[int, ...]], StepPlan],
     *,
     stop: Stop,
@@ -51,10 +51,11 @@ def fill_scores(
 ) -> bool:
     """Score the corpora `missing` (by index) into RUN_DIR/scores; False where it was told to stop before the end.
 
+    `weights`: a name of the weights the model has now; an unfinished attempt with others, or other documents, is begun anew.
     `plan`: from the lengths of some sequences to who computes which. `report` is told how far it is. Collective over all ranks.
     """
     rows = np.flatnonzero(np.isin(session.source.table.corpus, missing))
-    store = _Store(session.source, run_dir, missing) if dist.get_rank() == 0 else None
+    store = _Store(session.source, run_dir, missing, weights) if dist.get_rank() == 0 else None
     first = torch.tensor(store.rows_done if store is not None else 0, device=session.device)
     dist.broadcast(first, 0)
     done, total = int(first), int(session.source.table.lengths_of(rows).sum())
@@ -115,10 +116,15 @@ def _pieces(source: DataSource, step: int, work: Work, values: np.ndarray) -> It
 
 
 class _Store:
-    """The files while they grow, on rank 0. DataError for an unfinished attempt on other documents."""
+    """The files while they grow, on rank 0."""
 
-    def __init__(self, source: DataSource, run_dir: Path, missing: list[int]) -> None:
-        self._state, self._identity = run_dir / "scores" / STATE, _identity(source, missing)
+    def __init__(self, source: DataSource, run_dir: Path, missing: list[int], weights: str) -> None:
+        self._run_dir, self._state, self._identity = run_dir, run_dir / "scores" / STATE, _identity(source, missing, weights)
+        self._origins = {
+            run_scores(run_dir, index, corpus).name: {"corpus": corpus_digest(corpus), "weights": weights}
+            for index, corpus in enumerate(source.corpora)
+            if index in missing
+        }
         self._state.parent.mkdir(parents=True, exist_ok=True)
         self._paths = {index: run_scores(run_dir, index, source.corpora[index]) for index in missing}
         self.rows_done, self._committed = self._resumed(), time.monotonic()
@@ -130,14 +136,7 @@ class _Store:
         told = json.loads(self._state.read_text(encoding="utf-8"))
         if not all(_part(path).exists() for path in self._paths.values()):
             return 0
-        if told["identity"] != self._identity:
-            raise DataError(
-                f"unfinished log-probabilities in {self._state.parent}",
-                found="other documents than this run trains on",
-                expected="the same corpora and lengths as when they were begun",
-                hint=f"undo the change, or remove {self._state.parent}",
-            )
-        return int(told["rows_done"])
+        return int(told["rows_done"]) if told["identity"] == self._identity else 0
 
     def _open(self, path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
         array = np.memmap(_part(path), dtype=dtype, mode="r+" if self.rows_done else "w+", shape=(count,))
@@ -168,20 +167,21 @@ class _Store:
 
     def finish(self) -> None:
         self.commit()
-        # First: a state without its parts would be taken for an unfinished attempt on other corpora.
+        # First: what is neither unfinished nor of known origin is done again.
         self._state.unlink()
         for path in self._paths.values():
             _part(path).replace(path)
         sync(self._state.parent)
+        write_origins(self._run_dir, self._origins)
 
 
 def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _identity(source: DataSource, missing: list[int]) -> str:
-    """Changes with the corpora scored and the documents trained on."""
-    digest = hashlib.sha256(repr([(index, source.corpora[index].num_tokens) for index in missing]).encode())
+def _identity(source: DataSource, missing: list[int], weights: str) -> str:
+    """Changes with the weights, the corpora scored and the documents trained on."""
+    digest = hashlib.sha256(repr([weights, *((index, corpus_digest(source.corpora[index])) for index in missing)]).encode())
     for column in (source.table.corpus, source.table.document):
         digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()

@@ -8,17 +8,21 @@ missing the run computes with its initial weights, before its first step (traini
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...durable import write_atomic
 from ...errors import DataError
 from ..config import Objective, TrainConfig
 from .indexed import IndexedCorpus, Kind, open_companion
 from .source import DataSource
 
+ORIGINS = "origins.json"
 MEANING = {
     Kind.PAIRS: "log-probabilities of both answers of each document",
     Kind.COMPLETIONS: "the log-probability of each token",
@@ -37,6 +41,25 @@ def run_scores(run_dir: Path, index: int, corpus: IndexedCorpus) -> Path:
     return run_dir / "scores" / f"{index}-{Path(corpus.prefix).name}.ref.bin"
 
 
+def corpus_digest(corpus: IndexedCorpus) -> str:
+    """Changes with the corpus: of what it was prepared from, where that is known, and its documents' lengths."""
+    digest = hashlib.sha256(repr((corpus.metadata or {}).get("fingerprint")).encode())
+    digest.update(np.ascontiguousarray(corpus.lengths).data)
+    return digest.hexdigest()
+
+
+def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
+    """Say of which corpus and which weights the files in RUN_DIR/scores are: {file name: {"corpus", "weights"}}."""
+    path = run_dir / "scores" / ORIGINS
+    write_atomic(path, json.dumps({**_read_origins(run_dir), **origins}, indent=1))
+
+
+def _read_origins(run_dir: Path) -> dict[str, dict[str, str]]:
+    path = run_dir / "scores" / ORIGINS
+    found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
     old: np.ndarray | None
@@ -46,9 +69,12 @@ class _Columns:
 class Scores:
     """Those of every corpus of a source: from beside the corpora, else the run's own. Memory-mapped."""
 
-    def __init__(self, source: DataSource, run_dir: Path, train: TrainConfig) -> None:
-        """DataError for a file of another length. What is in neither place is in `missing`."""
-        self._source = source
+    def __init__(self, source: DataSource, run_dir: Path, train: TrainConfig, weights: str | None) -> None:
+        """`weights`: what the run's own must be of, and are not where it was begun anew; None: taken as they are.
+
+        DataError for a file of another length. What is in neither place is in `missing`.
+        """
+        self._source, self._weights = source, weights
         self._columns = [self._open(index, corpus, run_dir) for index, corpus in enumerate(source.corpora)]
         wants_old, wants_reference = wanted(train)
         self.missing = [
@@ -62,7 +88,10 @@ class Scores:
     def _open(self, index: int, corpus: IndexedCorpus, run_dir: Path) -> _Columns:
         if corpus.kind is Kind.DOCUMENTS:
             return _Columns(None, None)
-        own = _open(str(run_scores(run_dir, index, corpus)), corpus)
+        path = run_scores(run_dir, index, corpus)
+        origin = _read_origins(run_dir).get(path.name, {})
+        fits = origin.get("corpus") == corpus_digest(corpus) and self._weights in (None, origin.get("weights"))
+        own = _open(str(path), corpus) if fits else None
         old, reference = (_open(f"{corpus.prefix}.{name}.bin", corpus) for name in ("old", "ref"))
         return _Columns(own if old is None else old, own if reference is None else reference)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 from ...errors import DataError
 from ...parallel.sequence.plan import StepPlan
-from ..config import Objective, TrainConfig
+from ..config import ModelConfig, Objective, TrainConfig
 from ..data.scores import Scores
 from ..score import Stop, fill_scores
 from ..setup import Session
@@ -19,16 +21,20 @@ from .rollout import RolloutOptions
 class _Config(Protocol):
     @property
     def train(self) -> TrainConfig: ...
+    @property
+    def model(self) -> ModelConfig: ...
 
 
 class RunObjective:
     """`ready` once, then `step` for each step."""
 
-    def __init__(self, config: _Config, session: Session, run_dir: Path) -> None:
-        self._train, self._session, self._run_dir = config.train, session, run_dir
-        self._scores = Scores(session.source, run_dir, config.train)
+    def __init__(self, config: _Config, session: Session, run_dir: Path, *, resumed: bool) -> None:
+        """`resumed`: the weights are from a checkpoint."""
+        self._train, self._session, self._run_dir, self._resumed = config.train, session, run_dir, resumed
+        self._weights = _initial_weights(config)
+        self._scores = Scores(session.source, run_dir, config.train, None if resumed else self._weights)
 
-    def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, resumed: bool, stop: Stop, report: Callable[..., None]) -> bool:
+    def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, stop: Stop, report: Callable[..., None]) -> bool:
         """Score what is missing with the initial weights; False where it was told to stop meanwhile. Collective over all ranks.
 
         DataError where weights are not the initial ones any more.
@@ -36,11 +42,11 @@ class RunObjective:
         missing = self._scores.missing
         if not missing:
             return True
-        if resumed:
+        if self._resumed:
             raise _lost(self._session.source.corpora[missing[0]].prefix)
-        if not fill_scores(self._session, self._run_dir, missing, plan, stop=stop, report=report):
+        if not fill_scores(self._session, self._run_dir, missing, self._weights, plan, stop=stop, report=report):
             return False
-        self._scores = Scores(self._session.source, self._run_dir, self._train)
+        self._scores = Scores(self._session.source, self._run_dir, self._train, self._weights)
         assert not self._scores.missing
         return True
 
@@ -60,6 +66,12 @@ class RunObjective:
 def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
     """What metrics.jsonl says of the objective, from sums over all ranks."""
     return {name: total / objective.count for name, total in zip(objective.names, sums, strict=True)}
+
+
+def _initial_weights(config: _Config) -> str:
+    """Changes with what the weights of a run that begins are made from."""
+    made_from = [asdict(config.model), config.train.dtype, config.train.seed if config.model.path is None else None]
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()
 
 
 def _lost(prefix: str) -> DataError:
