@@ -218,11 +218,16 @@ def _open_array(path: str, dtype: np.dtype[Any], num_tokens: int) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def open_companion(path: str, dtype: np.dtype[Any], length: int, meaning: str) -> np.ndarray:
+def open_companion(path: str, dtype: np.dtype[Any], length: int, meaning: str, hint: str = MAKE_HINT) -> np.ndarray:
     """Numbers beside a corpus, memory-mapped; DataError where there are not exactly `length`."""
     size, expected = _size(path), length * dtype.itemsize
     if size != expected:
-        raise _damaged(path, f"{size:,} bytes", f"{expected:,} bytes: {meaning}, {length:,} numbers of {dtype.itemsize} bytes")
+        raise DataError(
+            f"corpus file {path}",
+            found=f"{size:,} bytes",
+            expected=f"{expected:,} bytes: {meaning}, {length:,} numbers of {dtype.itemsize} bytes",
+            hint=hint,
+        )
     return np.memmap(path, dtype=dtype, mode="r")
 
 

@@ -137,4 +137,5 @@ def wanted(train: TrainConfig) -> tuple[bool, bool]:
 
 def _open(path: str, corpus: IndexedCorpus) -> np.ndarray | None:
     dtype, count = score_shape(corpus)
-    return open_companion(path, dtype, count, MEANING[corpus.kind]) if Path(path).exists() else None
+    hint = f"one made for this corpus, or none: without {path} the run computes its own"
+    return open_companion(path, dtype, count, MEANING[corpus.kind], hint) if Path(path).exists() else None
