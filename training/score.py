@@ -112,6 +112,9 @@ def _pieces(source: DataSource, step: int, work: Work, values: np.ndarray) -> It
             continue
         end = int(corpus.lengths[sequence.document])
         span = corpus.span(sequence.document, min(piece.start + 1, end), min(piece.stop + 1, end))
+        if piece.start == 0:
+            # The first token of a document is nobody's target.
+            yield sequence.corpus, span.start - 1, np.zeros(1)
         yield sequence.corpus, span.start, mine[: span.stop - span.start]
 
 
