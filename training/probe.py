@@ -264,6 +264,9 @@ class _Documents:
     def lengths(self, step: int) -> tuple[int, ...]:
         return self._lengths
 
+    def parts(self, step: int, index: int) -> tuple[int, ...]:
+        return (self._lengths[index],)
+
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.random.default_rng(index).integers(0, self._vocab_size, stop - start)
         return ids, ids

@@ -22,10 +22,12 @@ from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.service import PlanRequest, PlanService
+from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
+from .objectives.build import RunObjective, means
+from .objectives.heads import StepObjective
 from .optimizers.check import describe, inexact
 from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
@@ -73,6 +75,8 @@ class _Gathered:
     stop: bool
     busy_s: list[list[float]]
     """Of each micro-batch."""
+    objective: list[float]
+    """Sums of its numbers over all ranks."""
 
 
 class _Run:
@@ -98,6 +102,7 @@ class _Run:
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -124,6 +129,9 @@ class _Run:
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
         with self.metrics, closing(self.session.updater), closing_store(self.session):
+            if not self._ready(stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps
@@ -138,6 +146,12 @@ class _Run:
             self._write_end()
         return EXIT_DONE
 
+    def _ready(self, stop: Stop) -> bool:
+        def plan(lengths: tuple[int, ...]) -> StepPlan:
+            return static_plan(lengths, self.planner.request)
+
+        return self.objective.ready(plan, stop=stop, report=self.metrics.write)
+
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
         started, step, session, updater = time.monotonic(), self.done, self.session, self.session.updater
@@ -149,18 +163,26 @@ class _Run:
         rate = learning_rate(self.config.optim, step, self.config.train.steps)
         updater.start(rate, session.engine.wait_for_snapshot)
         if updater.measures_first:
-            shares = self._backward(works, targets, watch)
+            shares = self._backward(works, self._objective(plan, targets), watch)
             self._check_finite(updater.finish_measuring(), shares, works, watch)
-        shares = self._backward(works, targets, watch, clocks)
-        told = self._gather(shares.sum(), works, clocks, stop)
+        objective = self._objective(plan, targets)
+        shares = self._backward(works, objective, watch, clocks)
+        told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
         backward_s = time.monotonic() - begun
         found = updater.finish()
         self._check_finite(found, shares, works, watch, loss=told.loss)
         updater.apply()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": found.norm, "lr": rate}, started, backward_s)
+        numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
+        self._finish_step(told, plan, numbers, started, backward_s)
         return told.stop
 
-    def _backward(self, works: list[Work], targets: int, watch: RowWatch, clocks: list[BusyClock] | None = None) -> torch.Tensor:
+    def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
+        """Anew for each pass over the step: it counts."""
+        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths))
+
+    def _backward(
+        self, works: list[Work], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
+    ) -> torch.Tensor:
         """One pass over the step: this rank's losses; gradients go where the updater takes them."""
         session = self.session
         return backward_step(
@@ -168,25 +190,27 @@ class _Run:
             session.topology,
             session.kernel,
             works,
-            num_targets=targets,
+            num_targets=objective.count,
             reduce_each=session.reduce_each,
             device=session.device,
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
             watch=watch,
+            objective=objective,
             on_last=session.updater.last,
         )
 
-    def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
+    def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
+        row += stats.tolist() + [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, *rest = torch.stack(table).T.tolist()
+        sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank, sums)
 
     def _peak(self) -> int:
         if self.session.device.type == "cuda":
