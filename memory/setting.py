@@ -15,7 +15,7 @@ from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout
 from .config import MemoryConfig, Walk
 from .policy import MemoryPolicy
-from .residency import Residency
+from .residency import ON_DEVICE, Residency
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..parallel.config import ClusterConfig
@@ -72,7 +72,7 @@ class Setting:
     layout: Layout
     layer_parameters: int
     parameters: int
-    residency: Residency = Residency()
+    residency: Residency = ON_DEVICE
 
     @property
     def width(self) -> int:

@@ -30,11 +30,10 @@ from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
-from .model import build_config
 from .optimizers.build import build_trained
 from .optimizers.room import check_room
 from .optimizers.updater import Updater
-from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
+from .spec import ModelSpec, layer_parameters, model_spec
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
