@@ -66,10 +66,11 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
     Collective: every rank of the mesh must call it. A norm that is not finite is returned and nothing is scaled.
     """
     meter, parameters = NormMeter(), [parameter for parameter in model.parameters() if parameter.grad is not None]
-    for parameter in parameters:
-        meter.add(parameter, local(parameter.grad))
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        meter.add(parameter, gradient)
     norm = meter.total(parameters)
     if (scale := clip_scale(norm, max_norm)) < 1.0:
-        for parameter in parameters:
-            local(parameter.grad).mul_(scale)
+        for gradient in gradients:
+            gradient.mul_(scale)
     return norm

@@ -178,9 +178,9 @@ class BackwardUpdater:
     def _update(self, bucket: Bucket, finite: torch.Tensor) -> None:
         with only(self.optimizer, bucket.parameters):
             if isinstance(self.optimizer, torch.optim.AdamW):
-                self.optimizer.found_inf = (~finite).float()
+                self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
                 self.optimizer.step()
-                del self.optimizer.found_inf
+                del self.optimizer.found_inf  # type: ignore[attr-defined]
             elif bool(finite):  # other optimizers cannot skip on the device
                 self.optimizer.step()
 
