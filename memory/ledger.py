@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
-from .policy import explicit_policy
+from .policy import MemoryPolicy, explicit_policy
 from .residency import ON_DEVICE, Residency
 from .setting import ALL, Phase, Setting, Term
 from .terms import device_terms
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..parallel.config import ClusterConfig
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
+    from .report import SolveReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,8 @@ class Ledger:
     file_bytes: int
     """What one node writes under memory.offload_dir and reads back; no capacity is known for it."""
     timing: Timing
+    report: SolveReport | None = None
+    """How the policy was found, with memory.solve."""
 
     @property
     def layout(self) -> Layout:
@@ -97,7 +100,7 @@ def build_ledger(
         spec=spec,
         parallel=parallel,
         memory=memory,
-        policy=explicit_policy(memory),
+        policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
         train=train,
         data=data,
         cluster=cluster,
@@ -106,6 +109,10 @@ def build_ledger(
         parameters=num_parameters(spec),
         residency=residency,
     )
+    if memory.solve:
+        from .solve import solve_memory
+
+        return _ledger(setting, *solve_memory(setting))
     return _ledger(setting, resolve_grad_reduce(setting))
 
 
@@ -135,7 +142,7 @@ def budget_account(s: Setting, host: Account) -> Account | None:
     return Account(name="host budget", terms=limited, capacity_bytes=s.memory.host_budget)
 
 
-def _ledger(asked: Setting, setting: Setting) -> Ledger:
+def _ledger(asked: Setting, setting: Setting, report: SolveReport | None = None) -> Ledger:
     device = device_account(setting)
     host = host_account(setting, device)
     return Ledger(
@@ -146,4 +153,5 @@ def _ledger(asked: Setting, setting: Setting) -> Ledger:
         budget=budget_account(setting, host),
         file_bytes=file_bytes(setting),
         timing=estimate_time(setting),
+        report=report,
     )

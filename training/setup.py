@@ -17,7 +17,7 @@ from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import build_ledger
-from ..memory.offload.checks import check_host_memory, check_offload_dir
+from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
 from ..memory.residency import residency_of
@@ -156,10 +156,7 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     if not setting.policy.uses_host:
         return None
     capacity, directory = arena_bytes(setting), setting.policy.offload_dir
-    if directory is None:
-        check_host_memory(capacity, setting.layout.ranks_per_node)
-    else:
-        check_offload_dir(directory, capacity, setting.layout.ranks_per_node)
+    check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)

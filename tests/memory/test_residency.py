@@ -77,7 +77,5 @@ def test_a_host_that_is_too_small_is_refused_before_anything_is_taken() -> None:
     needed = 8 * host_optimizer_bytes(s)
     check_room(s, FreeMemory(needed, "test"))
     check_room(setting(Residency()), FreeMemory(0, "test"))
-    with pytest.raises(
-        ConfigError, match=r"(?s)optim\.states=host.*of host memory free.*for the optimizer of 8 ranks.*optim\.update=backward"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)optim\.states=host.*of host memory free.*optimizer of 8 ranks.*optim\.update=backward"):
         check_room(s, FreeMemory(needed - 1, "test"))
