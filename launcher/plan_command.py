@@ -10,7 +10,9 @@ from ..memory.advice import Suggestion, suggest
 from ..memory.certificate import RECORD, certify
 from ..memory.ledger import Account, Ledger, build_ledger
 from ..memory.report import SolveReport, describe_policy
+from ..memory.residency import residency_of
 from ..memory.timing import Timing
+from ..training.optimizers.check import inexact
 from ..training.spec import model_spec
 from ..units import format_tokens
 from .config import Config
@@ -38,6 +40,7 @@ def plan(config: Config) -> Ledger:
         train=config.train,
         data=config.data,
         cluster=config.cluster,
+        residency=residency_of(config.optim),
     )
 
 
@@ -70,7 +73,7 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
         )
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
-    return found
+    return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:

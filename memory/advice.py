@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import PlanError, UserError
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
@@ -11,6 +12,7 @@ from ..units import format_bytes, format_tokens
 from .config import MemoryConfig, Place
 from .ledger import Account, Ledger, build_ledger, make_setting
 from .report import fixed_line
+from .residency import MOMENT_BYTES
 from .setting import Setting
 from .solve import may_fit
 
@@ -70,7 +72,8 @@ def _first_that_fits(changes: Iterator[_Change]) -> Suggestion | None:
 
 def _prove(change: _Change) -> Suggestion | None:
     s = change.setting
-    parts = {"spec": s.spec, "parallel": s.parallel, "memory": s.memory, "train": s.train, "data": s.data, "cluster": s.cluster}
+    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency")
+    parts: dict[str, Any] = {name: getattr(s, name) for name in names}
     try:
         if s.memory.solve and not may_fit(make_setting(**parts)):
             return None
@@ -83,7 +86,7 @@ def _prove(change: _Change) -> Suggestion | None:
 def _stacked(setting: Setting) -> list[Suggestion]:
     """All that saves memory without other machines at once; then more nodes or shorter sequences on top of it."""
     base = _Change((), "", setting)
-    for move in (_auto, _recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more):
+    for move in (_auto, _recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more, _states_on_host):
         base = _on_top(base, next(move(base.setting), None))
     if base.overrides and (proven := _prove(base)) is not None:
         return [proven]
@@ -112,6 +115,18 @@ def _auto(s: Setting) -> Iterator[_Change]:
         yield _Change(overrides, "the solver may choose what was given", replace(s, memory=memory))
     else:
         yield _Change(("memory=auto", *overrides), "what is kept, moved and recomputed is solved to the budget", replace(s, memory=memory))
+
+
+def _states_on_host(s: Setting) -> Iterator[_Change]:
+    if not s.residency.on_host:
+        reason = "float32 weights and moments on the host and updated there; the time of that is not in the estimate"
+        yield _Change(("optim.states=host",), reason, replace(s, residency=replace(s.residency, on_host=True)))
+
+
+def _few_bits(s: Setting) -> Iterator[_Change]:
+    if s.residency.moment_bytes is None and s.width < 8:
+        changed = replace(s.residency, moment_bytes=MOMENT_BYTES["8bit"])
+        yield _Change(("optim.state_dtype=8bit",), "moments in 8 bits: NOT EXACT", replace(s, residency=changed))
 
 
 def _whole_host(s: Setting) -> Iterator[_Change]:
@@ -212,9 +227,11 @@ _SINGLE: tuple[_Move, ...] = (
     _reduce_each,
     _small_loss_chunks,
     _shard_more,
+    _states_on_host,
     _spread,
     _more_nodes,
     _shorter,
+    _few_bits,
 )
 
 

@@ -9,6 +9,7 @@ from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
 from .policy import MemoryPolicy, explicit_policy
+from .residency import Residency
 from .setting import ALL, Phase, Setting, Term
 from .terms import device_terms
 from .terms_host import file_bytes, host_terms
@@ -89,12 +90,13 @@ def build_ledger(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
+    residency: Residency = Residency(),  # noqa: B008 (frozen)
 ) -> Ledger:
     """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists.
 
     With memory.solve the policy is solved (memory/solve.py). Where none fits, the ledger is that of the one that needs least.
     """
-    setting = make_setting(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster)
+    setting = make_setting(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency)
     if memory.solve:
         from .solve import solve_memory
 
@@ -110,6 +112,7 @@ def make_setting(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
+    residency: Residency = Residency(),  # noqa: B008 (frozen)
 ) -> Setting:
     """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
     from ..training.spec import layer_parameters, num_parameters
@@ -126,6 +129,7 @@ def make_setting(
         layout=layout,
         layer_parameters=layer_parameters(spec),
         parameters=num_parameters(spec),
+        residency=residency,
     )
 
 
