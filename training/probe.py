@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from ..memory.ledger import build_ledger
 from ..parallel.config import GradReduce
 from ..parallel.layout import solve_layout
 from ..parallel.profile import (
@@ -41,6 +40,7 @@ from ..parallel.sequence.cost import CostModel, cost_model
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology, build_topology
+from .certified import agreed_ledger
 from .collectives import probe_collectives
 from .model import build_config, build_model
 from .optim import build_optimizer, clip_gradients
@@ -113,9 +113,7 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-        ledger = build_ledger(
-            spec=self.spec, parallel=parallel, memory=config.memory, train=config.train, data=data, cluster=config.cluster
-        )
+        ledger = agreed_ledger(config, self.spec)
         self.kernel = block_kernel(device)
         self.model = build_model(
             build_config(hf_config_dict(config.model)),

@@ -24,6 +24,7 @@ from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService
 from .finite import RowWatch, non_finite
+from .certified import Watch
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
 from .optimizers.check import describe, inexact
@@ -70,6 +71,8 @@ class _Gathered:
     loss: float
     tokens: list[int]
     peak_bytes: list[int]
+    certified_bytes: list[int]
+    """What the certificate can be compared with."""
     stop: bool
     busy_s: list[list[float]]
     """Of each micro-batch."""
@@ -98,7 +101,9 @@ class _Run:
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self._write_start(restored)
+        self.certified.begin()
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
         layout = self.session.layout
@@ -179,14 +184,15 @@ class _Run:
 
     def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
-        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
+        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak())]
+        row += [float(self.certified.measured_bytes()), float(stop.requested)]
         row += [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, certified, stops, *busy = torch.stack(table).T.tolist()
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], [int(n) for n in certified], any(stops), by_rank)
 
     def _peak(self) -> int:
         if self.session.device.type == "cuda":
@@ -215,6 +221,7 @@ class _Run:
         tokens = sum(told.tokens)
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
+        self.certified.look(self.done, told.certified_bytes)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -307,6 +314,8 @@ class _Run:
             cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
+            memory=list(self.certified.certificate.policy),
+            certificate=asdict(self.certified.certificate),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
             data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),

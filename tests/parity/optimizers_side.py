@@ -83,7 +83,10 @@ class Trainer:
         self.snapshots += 1
 
     def gathered(self, module):
-        return {name: np.array(parameter.full_tensor().detach().to(master_dtype(parameter.dtype))) for name, parameter in module.named_parameters()}
+        return {
+            name: np.array(parameter.full_tensor().detach().to(master_dtype(parameter.dtype)))
+            for name, parameter in module.named_parameters()
+        }
 
     def states(self):
         named = dict(self.weights.named_parameters())

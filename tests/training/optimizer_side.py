@@ -76,4 +76,3 @@ class Run:
         for name, parameter in self.weights.named_parameters():
             found |= {f"{name}.{key}": full(plain(value)) for key, value in self.updater.optimizer.state[parameter].items()}
         return found
-
