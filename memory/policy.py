@@ -6,7 +6,9 @@ memory/solve.py of one that leaves things to it; memory/layer.py executes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .config import MemoryConfig, Place, Walk
 
@@ -78,11 +80,18 @@ class MemoryPolicy:
             "mlp": self.mlp,
         }
 
+    def with_splits(self, splits: Mapping[str, Split]) -> MemoryPolicy:
+        """The same with other shares of the classes named."""
+        changes: dict[str, Any] = dict(splits)
+        return replace(self, **changes)
+
     @property
     def uses_host(self) -> bool:
         return any(split.host > 0 for split in self.splits.values())
 
 
+KEEP_ALL = MemoryPolicy(graph=True, attention_output=KEPT, query=KEPT, key_value=KEPT, residual=KEPT, mlp=KEPT)
+"""The preset `keep`."""
 CLASSES = ("layer_input", "query", "key_value", "attention_output", "residual", "mlp")
 
 

@@ -9,7 +9,7 @@ from ..units import format_bytes
 from .config import Walk
 from .ledger import device_account, host_account
 from .measure import measures
-from .policy import KEPT, MOVED, REMADE, MemoryPolicy
+from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy
 from .report import Price, SolveReport, describe_policy
 from .search import PREFERENCE, Found, Room, Search
 from .setting import GIB, Setting, Term
@@ -21,8 +21,7 @@ _FULL = 0.98
 
 def report_of(solved: Setting, search: Search, found: Found | None) -> SolveReport:
     """Everything about an answer of the search; `found` None: nothing fits."""
-    names = ("layer_input", "attention_output", "query", "key_value", "residual", "mlp")
-    keep = measures(replace(solved, policy=MemoryPolicy(graph=True, **dict.fromkeys(names, KEPT)))).step_s(link=float("inf"))
+    keep = measures(replace(solved, policy=KEEP_ALL)).step_s(link=float("inf"))
     again = measures(replace(solved, policy=MemoryPolicy(layer_input=KEPT, attention_output=REMADE))).step_s(link=float("inf"))
     fixed = fixed_terms(solved)
     return SolveReport(
@@ -91,9 +90,8 @@ def _amounts(capacity_bytes: float) -> list[float]:
 
 def fixed_terms(s: Setting) -> tuple[tuple[str, int], ...]:
     """Terms of the device that are the same whatever the policy, at its fullest phase for them; the largest first."""
-    names = ("layer_input", "attention_output", "query", "key_value", "residual", "mlp")
     others = (
-        MemoryPolicy(graph=True, **dict.fromkeys(names, KEPT)),
+        KEEP_ALL,
         MemoryPolicy(layer_input=MOVED, chunk_tokens=1, head_groups=2, segment_layers=2),
         MemoryPolicy(layer_input=MOVED, attention_output=MOVED, chunk_tokens=1, attention=Walk.CHUNKS),
     )

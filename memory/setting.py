@@ -7,7 +7,7 @@ gradients (more with every layer done) are largest together (terms.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -76,7 +76,7 @@ class Setting:
     layout: Layout
     layer_parameters: int
     parameters: int
-    residency: Residency = Residency()
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def width(self) -> int:

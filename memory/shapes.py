@@ -9,11 +9,11 @@ tangents where a solution turns out to be too large, which is Kelley's cutting-p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .config import MemoryConfig, Place, Walk
-from .policy import KEPT, MOVED, REMADE, MemoryPolicy, Split
+from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy, Split
 from .program import Affine, Program, Row, step_s
 
 CHUNKS = (16384, 4096, 1024)
@@ -135,7 +135,7 @@ def shares(memory: MemoryConfig, shape: Shape) -> list[Share]:
 def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x: Sequence[float]) -> MemoryPolicy:
     """The policy with these shares; what the configuration gives is as given."""
     if shape.graph:
-        return MemoryPolicy(graph=True, **dict.fromkeys(("layer_input", "attention_output", *_FREE), KEPT), offload_dir=memory.offload_dir)
+        return replace(KEEP_ALL, offload_dir=memory.offload_dir)
     splits = _given(memory, shape)
     for variable, share in zip(variables, x, strict=True):
         for name in variable.classes:
@@ -144,14 +144,14 @@ def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x:
                 splits[name] = Split(keep=share, host=1.0 - share)
             else:
                 splits[name] = Split(keep=share, host=was.host) if variable.keep else Split(keep=was.keep, host=min(share, 1.0 - was.keep))
-    return MemoryPolicy(
-        **splits,
+    policy = MemoryPolicy(
         segment_layers=shape.segment_layers,
         chunk_tokens=shape.chunk_tokens,
         attention=shape.attention,
         head_groups=shape.head_groups,
         offload_dir=memory.offload_dir,
     )
+    return policy.with_splits(splits)
 
 
 def _given(memory: MemoryConfig, shape: Shape) -> dict[str, Split]:

@@ -11,9 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..errors import ConfigError
 from ..parallel.config import GradReduce, SequenceMode
-from .heads import head_groups
+from .heads import num_head_groups
 from .measure import measure_of
 from .policy import MemoryPolicy
 from .prices import report_of
@@ -53,15 +52,9 @@ def _head_groups(s: Setting) -> list[int]:
     """Numbers of groups that the heads of a rank fall into, whatever Ulysses degree a step is planned with."""
     adaptive = s.parallel.sequence is SequenceMode.ADAPTIVE
     ulysses = math.gcd(s.spec.num_heads, 1 << (s.layout.world_size.bit_length() - 1)) if adaptive else s.layout.ulysses
-    return [groups for groups in (1, 2, 4, 8) if _divides(s, groups, ulysses)]
-
-
-def _divides(s: Setting, groups: int, ulysses: int) -> bool:
-    try:
-        head_groups(s.spec.num_heads, s.spec.num_kv_heads, num_groups=groups, ulysses=ulysses)
-    except ConfigError:
-        return False
-    return True
+    return [
+        groups for groups in (1, 2, 4, 8) if num_head_groups(s.spec.num_heads, s.spec.num_kv_heads, most=groups, ulysses=ulysses) == groups
+    ]
 
 
 def _reductions(setting: Setting) -> list[GradReduce]:

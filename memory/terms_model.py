@@ -13,9 +13,8 @@ from .terms_optimizer import gradients_left, weight_bytes
 
 def weights(s: Setting) -> Term:
     each = weight_bytes(s)
-    return term(
-        "weights", f"{'bfloat' if each == 2 else 'float'}{8 * each}, 1/{s.layout.shard} of each", each * s.parameters / s.layout.shard
-    )
+    kind = f"{'bfloat' if each == 2 else 'float'}{8 * each}"
+    return term("weights", f"{kind}, 1/{s.layout.shard} of each", each * s.parameters / s.layout.shard)
 
 
 def gradients(s: Setting, layer: int) -> Term:

@@ -65,11 +65,12 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
 
     Collective: every rank of the mesh must call it. A norm that is not finite is returned and nothing is scaled.
     """
-    meter, parameters = NormMeter(), [parameter for parameter in model.parameters() if parameter.grad is not None]
-    for parameter in parameters:
-        meter.add(parameter, local(parameter.grad))
+    with_gradient = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    meter, parameters = NormMeter(), [parameter for parameter, _ in with_gradient]
+    for parameter, gradient in with_gradient:
+        meter.add(parameter, local(gradient))
     norm = meter.total(parameters)
     if (scale := clip_scale(norm, max_norm)) < 1.0:
-        for parameter in parameters:
-            local(parameter.grad).mul_(scale)
+        for _, gradient in with_gradient:
+            local(gradient).mul_(scale)
     return norm

@@ -17,7 +17,7 @@ from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import Ledger
-from ..memory.offload.checks import check_room
+from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
 from ..memory.setting import Setting
@@ -30,11 +30,10 @@ from ..parallel.topology import Topology, build_topology
 from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
-from .model import build_config
 from .optimizers.build import build_trained
 from .optimizers.room import check_room as check_optimizer_room
 from .optimizers.updater import Updater
-from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
+from .spec import ModelSpec, layer_parameters, model_spec
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
@@ -151,7 +150,7 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     if not setting.policy.uses_host:
         return None
     capacity, directory = arena_bytes(setting), setting.policy.offload_dir
-    check_room(capacity, setting.layout.ranks_per_node, directory)
+    check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)

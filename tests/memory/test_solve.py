@@ -14,6 +14,7 @@ from efflaunch.memory.config import MemoryConfig, Place, Walk
 from efflaunch.memory.ledger import Ledger
 from efflaunch.memory.measure import measures
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.memory.report import SolveReport
 from efflaunch.memory.search import AS_IT_IS, PREFERENCE, Room, overflow
 from efflaunch.memory.solve import search_of, solve_memory
 from efflaunch.training.config import Dtype

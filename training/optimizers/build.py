@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from ...memory.policy import MemoryPolicy
 from ...memory.offload.store import HostStore
+from ...memory.policy import MemoryPolicy
 from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
 from ..model import build_config, build_empty, initialise, master_dtype
 from ..optim import build_optimizer

@@ -172,9 +172,9 @@ class BackwardUpdater:
     def _update(self, bucket: Bucket, finite: torch.Tensor) -> None:
         with only(self.optimizer, bucket.parameters):
             if isinstance(self.optimizer, torch.optim.AdamW):
-                self.optimizer.found_inf = (~finite).float()
+                self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
                 self.optimizer.step()
-                del self.optimizer.found_inf
+                del self.optimizer.found_inf  # type: ignore[attr-defined]
             elif bool(finite):  # other optimizers cannot skip on the device
                 self.optimizer.step()
 
@@ -186,7 +186,8 @@ class BackwardUpdater:
 
 
 def first_bad(finite: Sequence[tuple[Bucket, torch.Tensor]], buckets: Sequence[Bucket], norm: float) -> str | None:
-    """Which module was the first of any rank, in the order of backward, that had a gradient that is not finite. Collective if `norm` is not.
+    """Which module was the first of any rank, in the order of backward, that had a gradient that is not finite.
+    Collective if `norm` is not.
 
     A norm can overflow though every module's is finite: then the first module of backward is named.
     """
