@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -67,18 +66,12 @@ class Watch:
         self.certificate: Certificate = certify(ledger)
         self._device, self._report = device, report
         self._told = self._broken = False
-        self._start_bytes = 0
 
-    def begin(self) -> None:
-        """Before the first step: what is there already is not of the step."""
-        if self._device.type != "cuda":
-            self._start_bytes = psutil.Process().memory_info().rss
-
-    def measured_bytes(self) -> int:
-        """Of this rank, so far: what the certificate can be compared with."""
+    def peak_bytes(self) -> int:
+        """The most this rank has taken so far: of the allocator on a GPU, of the process elsewhere."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._start_bytes)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def look(self, step: int, measured_bytes: Sequence[int]) -> None:
         """`measured_bytes`: of every rank, after a step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -23,8 +22,8 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService
-from .finite import RowWatch, non_finite
 from .certified import Watch
+from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
 from .optimizers.check import describe, inexact
@@ -71,8 +70,6 @@ class _Gathered:
     loss: float
     tokens: list[int]
     peak_bytes: list[int]
-    certified_bytes: list[int]
-    """What the certificate can be compared with."""
     stop: bool
     busy_s: list[list[float]]
     """Of each micro-batch."""
@@ -103,7 +100,6 @@ class _Run:
             self.measured.drift.load(extra.get("drift", {}))
         self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self._write_start(restored)
-        self.certified.begin()
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
         layout = self.session.layout
@@ -184,20 +180,14 @@ class _Run:
 
     def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
-        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak())]
-        row += [float(self.certified.measured_bytes()), float(stop.requested)]
+        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self.certified.peak_bytes()), float(stop.requested)]
         row += [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, certified, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], [int(n) for n in certified], any(stops), by_rank)
-
-    def _peak(self) -> int:
-        if self.session.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.session.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
 
     def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
@@ -221,7 +211,7 @@ class _Run:
         tokens = sum(told.tokens)
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
-        self.certified.look(self.done, told.certified_bytes)
+        self.certified.look(self.done, told.peak_bytes)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
