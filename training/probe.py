@@ -22,8 +22,11 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
+<<<<<<< HEAD
 from ..memory.ledger import build_ledger
 from ..memory.residency import residency_of
+=======
+>>>>>>> refs/heads/solver
 from ..parallel.config import GradReduce
 from ..parallel.layout import solve_layout
 from ..parallel.profile import (
@@ -42,6 +45,7 @@ from ..parallel.sequence.cost import CostModel, cost_model
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology, build_topology
+from .certified import agreed_ledger
 from .collectives import probe_collectives
 from .optimizers.build import build_trained
 from .optimizers.room import check_room
@@ -114,6 +118,7 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
+<<<<<<< HEAD
         ledger = build_ledger(
             spec=self.spec,
             parallel=parallel,
@@ -123,6 +128,9 @@ class Prober:
             cluster=config.cluster,
             residency=residency_of(config.optim),
         )
+=======
+        ledger = agreed_ledger(config, self.spec)
+>>>>>>> refs/heads/solver
         self.kernel = block_kernel(device)
         check_room(ledger.setting)
         store = host_store(ledger.setting, device)
