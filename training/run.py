@@ -21,12 +21,8 @@ from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-<<<<<<< HEAD
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
-=======
-from ..parallel.sequence.service import PlanRequest, PlanService
 from .certified import Watch
->>>>>>> refs/heads/solver
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
@@ -106,11 +102,8 @@ class _Run:
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
-<<<<<<< HEAD
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
-=======
         self.certified = Watch(self.session.ledger, device, self.metrics.write)
->>>>>>> refs/heads/solver
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -210,13 +203,8 @@ class _Run:
 
     def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
-<<<<<<< HEAD
-        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += stats.tolist() + [clock.seconds() for clock in clocks]
-=======
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self.certified.peak_bytes()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
->>>>>>> refs/heads/solver
+        row += stats.tolist() + [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
