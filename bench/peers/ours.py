@@ -1,0 +1,65 @@
+"""Our executor under one policy, on one process without a process group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from ...launcher.schema import load
+from ...memory.config import MemoryConfig, Walk, check_memory
+from ...memory.policy import MOVED, MemoryPolicy, explicit_policy
+from ...parallel.sequence.clock import BusyClock
+from ...parallel.sequence.kernels import block_kernel
+from ...parallel.sequence.layout import group_layout
+from ...parallel.sequence.plan import Group
+from ...parallel.sequence.runtime import SequenceAttention, sequence_attention
+from ...parallel.topology import Topology
+from ...training.loss import IGNORE
+from ...training.model import Tokens, install
+from .host import HostMemory
+from .shape import Task
+from .stock import Contestant, stock_model, token_ids
+
+CONF = Path(__file__).parent.parent.parent / "conf" / "memory"
+
+
+def preset(name: str, chunk_tokens: int) -> MemoryPolicy:
+    """The policy of conf/memory/NAME.yaml, its chunks (where it has any) of `chunk_tokens`."""
+    memory = load(MemoryConfig, yaml.safe_load((CONF / f"{name}.yaml").read_text()), "memory")
+    check_memory(memory)
+    policy = explicit_policy(memory)
+    return policy if policy.chunk_tokens is None else replace(policy, chunk_tokens=chunk_tokens)
+
+
+def auto_policies(chunk_tokens: int) -> tuple[MemoryPolicy, MemoryPolicy]:
+    """What is solved for a full device, and for one that has room."""
+    return MemoryPolicy(layer_input=MOVED, attention=Walk.CHUNKS, chunk_tokens=chunk_tokens), MemoryPolicy(graph=True)
+
+
+class Ours(Contestant):
+    def __init__(self, task: Task, policy: MemoryPolicy) -> None:
+        self.model, self.host = stock_model(task), HostMemory()
+        install(self.model, policy, loss_chunk_tokens=task.chunks.loss)
+        self._tokens = one_document(task)
+        self._attention = alone(task.num_tokens, torch.device("cpu"))
+
+    def step(self) -> float:
+        loss = self.model(self._tokens, self._attention, 1.0 / (len(self._tokens.token_ids) - 1))
+        loss.backward()
+        return float(loss.detach())
+
+
+def one_document(task: Task) -> Tokens:
+    ids = token_ids(task)[0]
+    targets = torch.cat([ids[1:], torch.tensor([IGNORE])])
+    return Tokens(ids, targets, torch.arange(len(ids)), torch.full_like(ids, len(ids)))
+
+
+def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
+    """The attention of one document on one rank: no communicators."""
+    topology = Topology(0, 1, device.type, None)  # type: ignore[arg-type]
+    layout = group_layout((num_tokens,), ulysses=1, ring=1)
+    return sequence_attention(topology, block_kernel(device), Group(0, 1, 1, (0,)), layout, BusyClock(device))
