@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .peers.alst import Alst
-from .peers.host import DeviceTracer
 from .peers.ours import Ours, auto_policies, preset
 from .peers.shape import Chunks, Shape, Task
 from .peers.stock import Contestant, Stock
 from .peers.streambp import ReleasedStreamBP
+from .tracer import StorageTracer
 
 Build = Callable[[Task], Contestant]
 BASE = "hf_checkpointing"
@@ -70,11 +70,17 @@ class Peak:
 
 
 def peak(contestant: Contestant) -> Peak:
-    """Of a second step whose gradients go into buffers that are there already, so that lengths differ in activations alone."""
+    """Of a second step. Gradients go into buffers that are there already; embedding and head are frozen.
+
+    So lengths differ in activations alone: the gradients of embedding and head, which do not depend on the length, would be the
+    peak of models as small as these, and hide the slope that decides at real lengths.
+    """
+    for ends in (contestant.model.get_input_embeddings(), contestant.model.get_output_embeddings()):
+        ends.requires_grad_(False)
     contestant.step()
     for gradient in contestant.gradients().values():
         gradient.zero_()
-    with _no_collector(), DeviceTracer(contestant.tensors(), contestant.is_host) as tracer:
+    with _no_collector(), StorageTracer(contestant.tensors(), host=contestant.is_host) as tracer:
         contestant.step()
     return Peak(tracer.peak_bytes, contestant.host_peak_bytes(), tracer.peak_by_maker()[:6])
 

@@ -39,10 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m efflaunch.bench.memory", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
     parser.add_argument("--only", nargs="*", help="these contestants (hf_checkpointing is always timed)")
-    parser.add_argument("--shapes", nargs="*", default=["4x8", "4x16", "8x8", "8x16", "4x32"], metavar="HEADSxDIM")
+    parser.add_argument("--shapes", nargs="*", default=["4x8", "4x16", "8x8", "8x6"], metavar="HEADSxDIM")
     parser.add_argument("--layers", type=int, nargs=2, default=[3, 6], help="bytes are measured with both")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[500, 750, 1000], help="none: no bytes are measured")
-    parser.add_argument("--chunk", type=int, default=125, help="tokens of a chunk, ours and StreamBP's, for bytes")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2000, 2500, 3000], help="none: no bytes are measured")
+    parser.add_argument("--chunk", type=int, default=100, help="tokens of a chunk, ours and StreamBP's, for bytes")
     parser.add_argument("--rounds", type=int, default=7, help="0: no time is measured")
     parser.add_argument("--time-shape", default="8x32", metavar="HEADSxDIM")
     parser.add_argument("--time-layers", type=int, default=4)
@@ -104,7 +104,7 @@ def _bytes_of(name: str, build: Any, options: argparse.Namespace) -> dict[str, A
 
 def _chunks(options: argparse.Namespace) -> Chunks:
     # Small chunks of the loss: its fixed bytes must not hide the slope of the layers, which is the larger one at any real length.
-    return Chunks(layer=options.chunk, loss=25, streambp_layer=options.chunk, streambp_loss=25)
+    return Chunks(layer=options.chunk, loss=10, streambp_layer=options.chunk, streambp_loss=10)
 
 
 def _slope(build: Any, task: Task, lengths: list[int]) -> dict[str, Any]:

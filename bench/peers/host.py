@@ -1,23 +1,21 @@
 """Memory that stands for the host's on a machine without a GPU, where device and host are the same memory.
 
-What a scheme moves to the host is told to a `HostMemory`; a `DeviceTracer` then counts device bytes alone, and the host's apart.
+What a peer moves to the host lies in buffers of a `HostMemory`, which the tracer leaves out of the device's bytes (as it does
+with our own store's arena) and which counts them itself.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..tracer import StorageTracer
-
 
 class HostMemory:
-    """Which storages stand for host memory, and how many bytes of them are live now and were at most."""
+    """Buffers that stand for host memory, and how many bytes of them are live now and were at most."""
 
     def __init__(self) -> None:
         self.live_bytes = self.peak_bytes = 0
@@ -27,37 +25,19 @@ class HostMemory:
         """A dense host buffer of the tensor's shape; no tracer sees it being made."""
         with _disable_current_modes():
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
-        self.adopt(buffer)
-        return buffer
-
-    def adopt(self, tensor: Tensor) -> None:
-        """From now on the tensor's storage is host memory."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
+        storage = buffer.untyped_storage()
+        self._sizes[storage.data_ptr()] = storage.nbytes()
         self.live_bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._gone, key).atexit = False
+        weakref.finalize(storage, self._gone, storage.data_ptr()).atexit = False
+        return buffer
 
-    def holds(self, storage: torch.UntypedStorage) -> bool:
-        return storage._cdata in self._sizes
+    def owns(self, address: int) -> bool:
+        """Whether a storage at this address is one of the buffers."""
+        return address in self._sizes
 
-    def _gone(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key)
-
-
-class DeviceTracer(StorageTracer):
-    """A StorageTracer that does not count storages that are the host's."""
-
-    def __init__(self, external: Iterable[Tensor], is_host: Callable[[torch.UntypedStorage], bool]) -> None:
-        self._is_host = is_host
-        super().__init__(external)
-
-    def _see(self, tensor: Tensor, made_by: str) -> None:
-        if not self._is_host(tensor.untyped_storage()):
-            super()._see(tensor, made_by)
+    def _gone(self, address: int) -> None:
+        self.live_bytes -= self._sizes.pop(address)
 
 
 class SaveOnHost(saved_tensors_hooks):

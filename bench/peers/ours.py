@@ -10,6 +10,10 @@ import yaml
 
 from ...launcher.schema import load
 from ...memory.config import MemoryConfig, Walk, check_memory
+from ...memory.offload.arena import HostArena
+from ...memory.offload.device import PlainDevice
+from ...memory.offload.open import IN_FLIGHT_BYTES
+from ...memory.offload.store import ArenaStore, HostStore
 from ...memory.policy import MOVED, MemoryPolicy, explicit_policy
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.kernels import block_kernel
@@ -40,9 +44,12 @@ def auto_policies(chunk_tokens: int) -> tuple[MemoryPolicy, MemoryPolicy]:
 
 
 class Ours(Contestant):
+    """What the policy moves goes through the real store, in an arena of plain memory."""
+
     def __init__(self, task: Task, policy: MemoryPolicy) -> None:
         self.model, self.host = stock_model(task), HostMemory()
-        install(self.model, policy, loss_chunk_tokens=task.chunks.loss)
+        self._store = _store(task) if policy.uses_host else None
+        install(self.model, policy, loss_chunk_tokens=task.chunks.loss, store=self._store)
         self._tokens = one_document(task)
         self._attention = alone(task.num_tokens, torch.device("cpu"))
 
@@ -50,6 +57,19 @@ class Ours(Contestant):
         loss = self.model(self._tokens, self._attention, 1.0 / (len(self._tokens.token_ids) - 1))
         loss.backward()
         return float(loss.detach())
+
+    def is_host(self, address: int) -> bool:
+        return self._store is not None and self._store.owns(address)
+
+    def host_peak_bytes(self) -> int:
+        return 0 if self._store is None else self._store.stats.high_water_bytes
+
+
+def _store(task: Task) -> HostStore:
+    """An arena for everything a layer makes, of blocks so small that ends of blocks do not show in its high water."""
+    wide = 4 if task.dtype == "float32" else 2
+    everything = task.num_tokens * task.num_layers * task.shape.hidden_size * 16 * wide
+    return ArenaStore(HostArena(everything, block_bytes=64), PlainDevice(), IN_FLIGHT_BYTES)
 
 
 def one_document(task: Task) -> Tokens:

@@ -33,10 +33,12 @@ class Contestant:
         """Weights and their gradients, live throughout."""
         for p in self.model.parameters():
             yield p
-            yield p.grad
+            if p.grad is not None:
+                yield p.grad
 
-    def is_host(self, storage: torch.UntypedStorage) -> bool:
-        return self.host.holds(storage)
+    def is_host(self, address: int) -> bool:
+        """Whether a storage at this address stands for host memory."""
+        return self.host.owns(address)
 
     def host_peak_bytes(self) -> int:
         return self.host.peak_bytes
