@@ -15,14 +15,8 @@ from ...memory.offload.device import PlainDevice
 from ...memory.offload.open import IN_FLIGHT_BYTES
 from ...memory.offload.store import ArenaStore, HostStore
 from ...memory.policy import MOVED, MemoryPolicy, explicit_policy
-from ...parallel.sequence.clock import BusyClock
-from ...parallel.sequence.kernels import block_kernel
-from ...parallel.sequence.layout import group_layout
-from ...parallel.sequence.plan import Group
-from ...parallel.sequence.runtime import SequenceAttention, sequence_attention
-from ...parallel.topology import Topology
-from ...training.loss import IGNORE
-from ...training.model import Tokens, install
+from ...training.model import install
+from .document import alone, one_document
 from .host import HostMemory
 from .shape import Task
 from .stock import Contestant, stock_model, token_ids
@@ -50,7 +44,7 @@ class Ours(Contestant):
         self.model, self.host = stock_model(task), HostMemory()
         self._store = _store(task) if policy.uses_host else None
         install(self.model, policy, loss_chunk_tokens=task.chunks.loss, store=self._store)
-        self._tokens = one_document(task)
+        self._tokens = one_document(token_ids(task)[0])
         self._attention = alone(task.num_tokens, torch.device("cpu"))
 
     def step(self) -> float:
@@ -70,16 +64,3 @@ def _store(task: Task) -> HostStore:
     wide = 4 if task.dtype == "float32" else 2
     everything = task.num_tokens * task.num_layers * task.shape.hidden_size * 16 * wide
     return ArenaStore(HostArena(everything, block_bytes=64), PlainDevice(), IN_FLIGHT_BYTES)
-
-
-def one_document(task: Task) -> Tokens:
-    ids = token_ids(task)[0]
-    targets = torch.cat([ids[1:], torch.tensor([IGNORE])])
-    return Tokens(ids, targets, torch.arange(len(ids)), torch.full_like(ids, len(ids)))
-
-
-def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
-    """The attention of one document on one rank: no communicators."""
-    topology = Topology(0, 1, device.type, None)  # type: ignore[arg-type]
-    layout = group_layout((num_tokens,), ulysses=1, ring=1)
-    return sequence_attention(topology, block_kernel(device), Group(0, 1, 1, (0,)), layout, BusyClock(device))
