@@ -119,6 +119,7 @@ def start_line(event: Event) -> str:
     where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
     lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
+    lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
     if event.get("data_changed"):
         lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
     return "\n".join(lines)

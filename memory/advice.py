@@ -64,7 +64,9 @@ def _first_that_fits(changes: Iterator[_Change]) -> Suggestion | None:
 def _prove(change: _Change) -> Suggestion | None:
     s = change.setting
     try:
-        ledger = build_ledger(spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=s.cluster)
+        ledger = build_ledger(
+            spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=s.cluster, residency=s.residency
+        )
     except UserError:  # a layout that does not exist is no suggestion
         return None
     return Suggestion(overrides=change.overrides, reason=change.reason, ledger=ledger) if ledger.fits else None

@@ -1,119 +1,186 @@
-"""The layer that runs: what its forward and backward hold at one time, and the loss after the last. Pure.
+"""The layer that runs, and the loss after the last: rows of all tokens, and one piece of them at a time. Pure.
 
-The formulas follow memory/layer.py, training/loss.py and parallel/sequence/{ulysses,ring}.py.
+The formulas follow memory/{local,whole,streamed,graph}.py, training/loss.py and parallel/sequence/{ulysses,ring}.py, moment by
+moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
+X keys and values between the exchanges, F feed-forward, E log-sum-exp.
 """
 
 from __future__ import annotations
 
-from .setting import Phase, Setting, Term, term
-from .terms_activations import (
-    attention_saved_per_token,
-    before_attention_saved_per_token,
-    norm_bytes,
-    saved_per_token,
-)
+from dataclasses import dataclass
+
+from .setting import Phase, Setting, Term
+from .terms_activations import graph_row, norm_bytes
 
 
-def live_layer(s: Setting) -> Term:
-    """Token-local work of the layer that runs: projections, norms, feed-forward, and their gradients."""
-    if s.by_chunks:
-        return live_layer_streaming(s, s.chunk_tokens or s.tokens)
-    if s.chunk_tokens is not None:
-        return live_layer_by_chunks(s, s.chunk_tokens)
-    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
-    saved = saved_per_token(s)
-    forward = saved if s.policy.graph else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
-    by_phase = {
-        Phase.FORWARD: forward,
-        Phase.LOSS: saved if s.policy.graph else 0,
-        # Gate, its activation and up, and their three gradients: 6 inner; dy, y and dx beside them.
-        Phase.BACKWARD_MLP: saved + 2 * inner + 3 * hidden,
-        Phase.BACKWARD_ATTENTION: before_attention_saved_per_token(s) + attention_saved_per_token(s) + 2 * hidden,
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of each of the rank's rows, and of each row of the one piece that is worked on."""
+
+    whole: float
+    piece: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Of one row, by the legend; `norm`: what a norm's graph holds."""
+
+    H: int
+    Q: int
+    K: int
+    X: int
+    F: int
+    E: int
+    norm: int
+    wide: float
+    """Bytes of a number in accumulations, over one in computation."""
+
+    @classmethod
+    def of(cls, s: Setting) -> Widths:
+        spec, width = s.spec, s.width
+        keys = 2 * width * spec.kv_size
+        return cls(
+            H=width * spec.hidden_size, Q=width * spec.query_size, K=keys, X=keys * s.kv_copies, F=width * spec.intermediate_size,
+            E=s.master * spec.num_heads, norm=norm_bytes(s) * spec.hidden_size, wide=s.master / s.width,
+        )  # fmt: skip
+
+
+def layer_rows(s: Setting) -> tuple[Term, Term]:
+    """What the live layer holds of all rows, and of one piece."""
+    moments = graph_moments(s) if s.policy.graph else streamed_moments(s) if s.by_chunks else whole_moments(s)
+    largest = {
+        phase: max(found, key=lambda moment: moment.whole * s.tokens + moment.piece * s.piece_tokens) for phase, found in moments.items()
     }
-    note = "saved for and made by one layer's forward and backward"
-    return Term("live layer", note, {phase: per_token * s.tokens for phase, per_token in by_phase.items()})
+    whole = {phase: int(moment.whole * s.tokens) for phase, moment in largest.items()}
+    piece = {phase: int(moment.piece * s.piece_tokens) for phase, moment in largest.items()}
+    note = "everything between its ends" if not s.in_pieces else f"{s.piece_tokens} tokens of everything between its ends"
+    return (
+        Term("live layer, all rows", f"what attention reads and makes, heads over {s.layout.ulysses}, ring of {s.layout.ring}", whole),
+        Term("live layer, a piece", note, piece),
+    )
 
 
-def live_layer_by_chunks(s: Setting, chunk: int) -> Term:
-    """Rows that attention needs are there for all tokens, what is between them for one chunk (memory/layer.py)."""
-    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
-    queries, keys = s.width * s.spec.query_size, 2 * s.width * s.spec.kv_size
-    groups = s.policy.head_groups
-    # With one Ulysses rank the projections are what attention reads; otherwise their exchanged copies are counted with it.
-    attention = attention_saved_per_token(s) + ((queries + keys) // groups if s.layout.ulysses == 1 else 0)
-    after = saved_per_token(s) - before_attention_saved_per_token(s) - attention_saved_per_token(s) + 2 * inner + 3 * hidden
-    before = before_attention_saved_per_token(s) + hidden
-    per_token_and_chunk = {
-        Phase.FORWARD: (attention + hidden, max(3 * inner + 4 * hidden, before)),
-        # dx of the second half and do for all rows, and dy from the layer above.
-        Phase.BACKWARD_MLP: (attention + queries + 2 * hidden, after),
-        # Attention's own gradients are counted with K/V; after it only q, k, v gradients and both dx are left beside a chunk.
-        Phase.BACKWARD_ATTENTION: (max(attention + queries + 2 * hidden, queries + keys + 3 * hidden), 0),
+def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
+    """memory/whole.py: attention over all rows at once."""
+    w, cut = Widths.of(s), s.in_pieces
+    own = 0 if _kept(s, "layer_input") else w.H
+    sides = s.layout.ulysses > 1
+    read = w.Q + w.X
+    forward = _forward_moments(s, w)
+    # What attention read and made, and its output on the other side of the exchange.
+    held = read + w.Q + w.E + w.Q * sides
+    return {
+        Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
+        Phase.BACKWARD_MLP: [
+            *(Moment(w.H + m.whole, m.piece) for m in forward[:-1]),
+            Moment(held + w.H + w.Q * cut, after_backward_row(s, w)),
+        ],
+        Phase.BACKWARD_ATTENTION: _attention_backward(s, w, held),
+        Phase.BACKWARD_PROJECTIONS: [Moment(w.H + w.Q + w.K, before_backward_row(s, w))],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+        Phase.LOSS: [Moment(w.H)],
     }
-    by_phase = {phase: whole * s.tokens + part * chunk for phase, (whole, part) in per_token_and_chunk.items()}
-    return Term("live layer", f"what attention reads and makes; the rest of one layer {chunk} tokens at a time", by_phase)
 
 
-def live_layer_streaming(s: Setting, chunk: int) -> Term:
-    """Attention by chunks of queries: whole are only keys, values and their gradients, the layer's gradient, and log-sum-exp.
+def _forward_moments(s: Setting, w: Widths) -> list[Moment]:
+    """Projections, the exchange, attention, the exchange back, and the second half."""
+    cut, sides, read = s.in_pieces, s.layout.ulysses > 1, w.Q + w.X
+    ring = 3 * w.X + w.wide * w.Q if s.layout.ring > 1 else 0
+    moments = [
+        Moment((w.Q + w.K) * cut, before_row(w)),
+        Moment(read + w.Q + w.E + ring),
+        Moment(w.Q + w.E + w.H * cut, after_row(w)),
+    ]
+    if sides:
+        moments[1:1] = [Moment(w.Q + w.K + 3 * read)]
+        moments[-1:-1] = [Moment(3 * w.Q + w.E)]
+    return moments
 
-    Backward: the incoming gradient, overwritten by the outgoing one; K and V of all rows and their float32 gradients are
-    counted with K/V. A layer input that waits on the host comes back by chunks.
-    """
-    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
-    lse = s.spec.num_heads * s.master
-    own_input = 0 if s.policy.layer_input.keep >= 1.0 else hidden
-    attention = s.width * (2 * s.spec.query_size + 2 * s.spec.kv_size)
-    forward = max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
-    after = saved_per_token(s) - before_attention_saved_per_token(s) + 2 * inner + 3 * hidden
-    before = before_attention_saved_per_token(s) + hidden
-    per_token_and_chunk = {
-        Phase.FORWARD: (hidden + own_input, forward),
-        Phase.SEGMENT: (hidden + own_input, forward) if s.segment_layers > 1 else (0, 0),
-        Phase.BACKWARD_MLP: (hidden + lse, before + after),
-        Phase.BACKWARD_ATTENTION: (hidden + lse, before + attention_saved_per_token(s) + attention),
-        Phase.BACKWARD_PROJECTIONS: (hidden + lse, before + hidden),
+
+def _attention_backward(s: Setting, w: Widths, held: float) -> list[Moment]:
+    read, sides = w.Q + w.X, s.layout.ulysses > 1
+    wide = w.wide if s.layout.ring > 1 else 1.0
+    ring = (3 * w.X + 2 * w.wide * w.X + read) if s.layout.ring > 1 else 0
+    kernel = Moment(w.H + w.Q * (1 + sides) + held + wide * read + ring)
+    if not sides:
+        return [kernel]
+    return [kernel, Moment(w.H + 2 * w.Q + (wide + 2) * read + w.Q + w.K)]
+
+
+def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
+    """memory/streamed.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
+    w, sides = Widths.of(s), s.layout.ulysses > 1
+    own = 0 if _kept(s, "layer_input") else w.H
+    totals = w.wide * w.X
+    attention = 2 * w.Q + w.E + w.wide * 2 * w.Q + w.Q
+    keys = [Moment(w.K + 3 * w.X * sides, before_row(w))]
+    forward = [*keys, Moment(w.X + w.H, w.Q + w.K + attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(w))]
+    return {
+        Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
+        Phase.BACKWARD_MLP: [
+            *(Moment(w.H + m.whole, m.piece) for m in keys),
+            Moment(w.H + w.X + totals, 2 * w.Q + w.E + after_backward_row(s, w)),
+        ],
+        Phase.BACKWARD_ATTENTION: [Moment(w.H + w.X + totals, 3 * w.Q + w.E + w.H + w.wide * w.Q + w.Q + 4 * w.X)],
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + w.X + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
+            *([Moment(w.H + totals + 3 * w.X)] if sides else []),
+        ],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+        Phase.LOSS: [Moment(w.H)],
     }
-    by_phase = {phase: whole * s.tokens + part * chunk for phase, (whole, part) in per_token_and_chunk.items()}
-    return Term("live layer", f"its gradient and log-sum-exp; the rest of one layer {chunk} tokens at a time", by_phase)
 
 
-def keys_and_values_streaming(s: Setting) -> Term:
-    """Keys and values of all rows between the exchanges, and in backward their float32 gradients."""
-    kv, own = 2 * s.kv_copies * s.spec.kv_size, 2 * s.spec.kv_size * (s.layout.ulysses > 1)
-    forward = s.width * (kv + own)
-    backward = forward + s.master * kv
-    held = {Phase.FORWARD: forward, Phase.BACKWARD_MLP: backward}
-    held |= {Phase.BACKWARD_ATTENTION: backward, Phase.BACKWARD_PROJECTIONS: backward}
-    return Term("K/V and their gradients", f"all rows, heads over {s.layout.ulysses}", {p: n * s.tokens for p, n in held.items()})
+def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
+    """memory/graph.py: both halves' graphs, each freed before the next is used."""
+    w, saved = Widths.of(s), graph_row(s)
+    sides = s.layout.ulysses > 1
+    read = w.Q + w.X
+    before = norm_bytes(s) * s.spec.hidden_size + w.Q + w.K + norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+    held = before + read * sides + w.Q * (1 + sides) + w.E
+    return {
+        Phase.FORWARD: [Moment(saved + 2 * w.H)],
+        Phase.LOSS: [Moment(w.H)],
+        Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read)],
+        Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+    }
 
 
-def keys_and_values(s: Setting) -> Term:
-    """What attention itself makes: visiting keys and values of a ring, merged outputs, and the gradients of q, k, v."""
-    if s.by_chunks:
-        return keys_and_values_streaming(s)
-    groups = 1 if s.policy.graph else s.policy.head_groups
-    kv, queries = 2 * s.kv_copies * s.spec.kv_size // groups, s.spec.query_size // groups
-    ring = s.layout.ring > 1
-    travelling = 2 * s.width * kv * ring
-    forward = travelling + s.master * queries
-    # Gradients in float32, the kernel's own results beside them, and do on both sides of the exchange.
-    backward = (s.master + s.width) * (queries + kv) + 2 * s.width * queries + travelling + 2 * s.master * kv * ring
-    workspace = (2 * s.width + s.master) * queries if s.on_gpu else 0
-    by_phase = {Phase.FORWARD: forward, Phase.BACKWARD_ATTENTION: backward + workspace}
-    note = f"ring of {s.layout.ring}, heads over {s.layout.ulysses}" + (f", each KV head on {s.kv_copies} ranks" if s.kv_copies > 1 else "")
-    return Term("K/V and attention gradients", note, {phase: per_token * s.tokens for phase, per_token in by_phase.items()})
+def before_row(w: Widths) -> float:
+    """First norm, projections and rotation, no graph: queries as projected, turned, and the parts of the turn."""
+    return w.H + max(4 * w.Q, 2 * w.Q + 2.5 * w.K)
+
+
+def after_row(w: Widths) -> float:
+    """Second half, no graph: gate, up, activation and product beside the sum."""
+    return max(4 * w.F + w.H, 3 * w.F + 3 * w.H)
+
+
+def after_backward_row(s: Setting, w: Widths) -> float:
+    """Second half's backward: gate, up, the products' gradient, and three more while they are taken apart; sum and output beside."""
+    return 6 * w.F + 2 * w.H
+
+
+def before_backward_row(s: Setting, w: Widths) -> float:
+    """Projections' backward: the norm's graph, the turn's parts, and their gradients."""
+    return w.norm + w.Q + w.K / 2 + 3 * w.Q
+
+
+def _kept(s: Setting, name: str) -> bool:
+    """Whether all of a class stays on the device, so that the live layer's is counted there."""
+    return s.policy.splits[name].keep >= 1.0
 
 
 def loss_chunk(s: Setting) -> Term:
-    """Logits of one chunk: in compute precision, in float32, and one float32 temporary."""
-    per_logit = s.master + (s.width if s.width < s.master else 0) + s.master
-    chunk = min(s.train.loss_chunk_tokens, s.tokens)
-    return term("loss chunk", f"logits of {chunk} tokens x {s.spec.vocab_size}", per_logit * s.spec.vocab_size * chunk, (Phase.LOSS,))
-
-
-def last_hidden(s: Setting) -> Term:
-    """Around the last norm: the last layer's output, what its norm saves, and the gradient of the hidden vectors."""
-    per_token = (norm_bytes(s) + 2 * s.width) * s.spec.hidden_size
-    held = {Phase.LOSS: per_token, Phase.BACKWARD_MLP: s.width * s.spec.hidden_size}
-    return Term("last hidden vectors", "output of the last layer, its norm and its gradient", {p: n * s.tokens for p, n in held.items()})
+    """Logits of one chunk in compute precision and in float32; of the chunk before too; or beside them a part of the head's gradient."""
+    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
+    logits = s.master * words * chunk
+    narrow = s.width * words * chunk * (s.width < s.master)
+    part = s.width * words * s.spec.hidden_size
+    most = max(2 * logits + narrow, logits + narrow + part)
+    rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
+    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})

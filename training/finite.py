@@ -55,10 +55,21 @@ class _Source(Protocol):
     def describe(self, step: int, index: int, start: int = 0, stop: int | None = None) -> str: ...
 
 
-def non_finite(value: float, shares: Tensor, works: Sequence[_Work], watch: RowWatch, source: _Source, step: int) -> NonFiniteLossError:
+def non_finite(
+    value: float,
+    shares: Tensor,
+    works: Sequence[_Work],
+    watch: RowWatch,
+    source: _Source,
+    step: int,
+    *,
+    layer: str | None = None,
+    partly_applied: bool = False,
+) -> NonFiniteLossError:
     """The error for a step whose loss or gradient norm is `value`: ranks, documents and their tokens. Collective over all ranks.
 
-    `shares`: this rank's loss of each micro-batch. Where none is to blame alone, the gradients are.
+    `shares`: this rank's loss of each micro-batch. Where none is to blame alone, the gradients are. `layer`: the first in backward
+    whose gradients are not finite; `partly_applied`: those before it have been updated.
     """
     mine = [
         found
@@ -73,10 +84,14 @@ def non_finite(value: float, shares: Tensor, works: Sequence[_Work], watch: RowW
     more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""
     named = "; ".join(documents[:NUM_NAMED]) + more
     ranks = ranks or "none: every loss is finite, the gradients are not"
+    where = "" if layer is None else f"; first in the gradients of {layer}"
+    kept = "nothing of this step was applied and the last checkpoint is intact"
+    if partly_applied:
+        kept = f"{layer} was not updated, but modules before it in backward were (optim.update=backward); the last checkpoint is intact"
     return NonFiniteLossError(
         f"step {step + 1}",
-        found=f"a loss or gradient norm of {value} (ranks {ranks}; {named or 'no single document'})",
-        expected="finite numbers; nothing of this step was applied and the last checkpoint is intact",
+        found=f"a loss or gradient norm of {value} (ranks {ranks}; {named or 'no single document'}{where})",
+        expected=f"finite numbers; {kept}",
         hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
     )
 

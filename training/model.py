@@ -114,22 +114,53 @@ def build_model(
 
     `store` takes what `policy` moves to the host.
     """
-    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    model = build_on_meta(config, master)
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
-    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype)
-    model.to_empty(device=device)
+    model = build_empty(
+        config, policy, mesh, device=device, compute_dtype=compute_dtype, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store
+    )
     initialise(model, seed)
     return model
 
 
-def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name)."""
+def build_empty(
+    config: PretrainedConfig,
+    policy: MemoryPolicy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    loss_chunk_tokens: int,
+    z_loss: float = 0.0,
+    store: HostStore | None = None,
+    host_weights: bool = False,
+) -> PreTrainedModel:
+    """The same with unset weights: float32 ones (`master_dtype`), or in compute precision where the float32 ones live on the host."""
+    model = build_on_meta(config, master_dtype(compute_dtype))
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
+    if host_weights:
+        # Parameters only: buffers keep the precision Hugging Face made them in.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(compute_dtype)
+    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype, reduce_dtype=master_dtype(compute_dtype))
+    model.to_empty(device=device)
+    return model
+
+
+def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Of the weights that are updated, their gradients and the optimizer's states."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None) -> None:
+    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name).
+
+    Fills the model's parameters, or those of the same names in `weights`.
+    """
     done: set[int] = set()
+    into = None if weights is None else dict(weights.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if not module._parameters and not module._buffers:
             continue
-        shadow, copies = _shadow(module, done)
+        shadow, copies = _shadow(module, done, name, into)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
             model._init_weights(shadow)
@@ -137,16 +168,19 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
             write_shard(target, full.data)
 
 
-def _shadow(module: nn.Module, done: set[int]) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
+def _shadow(
+    module: nn.Module, done: set[int], prefix: str, into: dict[str, nn.Parameter] | None
+) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
     """`module` with whole, empty parameters in place of shards; tied parameters only at their first owner."""
     copies, parameters = [], {}
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) in done:
             continue
         done.add(id(parameter))
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=local.device))
-        copies.append((parameter, parameters[name]))
+        target = parameter if into is None else into[f"{prefix}.{name}" if prefix else name]
+        local = target.to_local() if isinstance(target, DTensor) else target
+        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=parameter.device))
+        copies.append((target, parameters[name]))
     shadow = copy.copy(module)
     shadow.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}
     return shadow, copies

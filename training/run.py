@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ from ..parallel.sequence.service import PlanRequest, PlanService
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
-from .optim import clip_gradients, set_learning_rate
+from .optimizers.check import describe, inexact
+from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
 from .setup import RunSettings, Session, build_session, closing_store, join_ranks
@@ -84,6 +86,9 @@ class _Run:
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
         self.saved = self.done if restored is not None else -1
+        if restored is not None:
+            self.session.updater.weights_changed()
+            self.session.updater.resume(restored.extra.get("updater", {}))
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
@@ -118,7 +123,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing_store(self.session):
+        with self.metrics, closing(self.session.updater), closing_store(self.session):
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps
@@ -135,13 +140,30 @@ class _Run:
 
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
-        started, step, session = time.monotonic(), self.done, self.session
+        started, step, session, updater = time.monotonic(), self.done, self.session, self.session.updater
         plan = self.planner.plan(step)
         works = read_step(session.source, step, plan, self.rank)
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
-        shares = backward_step(
+        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        updater.start(rate, session.engine.wait_for_snapshot)
+        if updater.measures_first:
+            shares = self._backward(works, targets, watch)
+            self._check_finite(updater.finish_measuring(), shares, works, watch)
+        shares = self._backward(works, targets, watch, clocks)
+        told = self._gather(shares.sum(), works, clocks, stop)
+        backward_s = time.monotonic() - begun
+        found = updater.finish()
+        self._check_finite(found, shares, works, watch, loss=told.loss)
+        updater.apply()
+        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": found.norm, "lr": rate}, started, backward_s)
+        return told.stop
+
+    def _backward(self, works: list[Work], targets: int, watch: RowWatch, clocks: list[BusyClock] | None = None) -> torch.Tensor:
+        """One pass over the step: this rank's losses; gradients go where the updater takes them."""
+        session = self.session
+        return backward_step(
             session.model,
             session.topology,
             session.kernel,
@@ -152,19 +174,8 @@ class _Run:
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
             watch=watch,
+            on_last=session.updater.last,
         )
-        told = self._gather(shares.sum(), works, clocks, stop)
-        backward_s = time.monotonic() - begun
-        self._check_finite(told.loss, shares, works, watch)
-        norm = clip_gradients(session.model, self.config.optim.grad_clip)
-        self._check_finite(norm, shares, works, watch)
-        rate = learning_rate(self.config.optim, step, self.config.train.steps)
-        set_learning_rate(session.optimizer, rate)
-        session.engine.wait_for_snapshot()
-        session.optimizer.step()
-        session.optimizer.zero_grad()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started, backward_s)
-        return told.stop
 
     def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
@@ -182,10 +193,20 @@ class _Run:
             return torch.cuda.max_memory_allocated(self.session.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _check_finite(self, value: float, shares: torch.Tensor, works: list[Work], watch: RowWatch) -> None:
+    def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
-        if not math.isfinite(value):
-            raise non_finite(value, shares, works, watch, self.session.source, self.done)
+        for value in (loss, found.norm):
+            if not math.isfinite(value):
+                raise non_finite(
+                    value,
+                    shares,
+                    works,
+                    watch,
+                    self.session.source,
+                    self.done,
+                    layer=found.first_bad,
+                    partly_applied=found.partly_applied,
+                )
 
     def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1
@@ -245,6 +266,7 @@ class _Run:
             "costs": self.costs.dump(),
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
+            "updater": self.session.updater.carry(),
         }
         self.session.engine.save(self.done, extra)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
@@ -279,6 +301,8 @@ class _Run:
             parameters=num_parameters(self.session.spec),
             plan=str(self.session.layout),
             sequence=self.config.parallel.sequence.value,
+            optimizer=describe(self.config.optim),
+            optimizer_inexact=list(inexact(self.config.optim)),
             costs=self.costs.origin,
             cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},

@@ -17,9 +17,10 @@ from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import build_ledger
-from ..memory.offload.checks import check_host_memory, check_offload_dir
+from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
+from ..memory.residency import residency_of
 from ..memory.setting import Setting
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
@@ -29,10 +30,10 @@ from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
-from .model import build_config, build_model
-from .optim import build_optimizer
-from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
-from .weights import load_weights
+from .optimizers.build import build_trained
+from .optimizers.room import check_room
+from .optimizers.updater import Updater
+from .spec import ModelSpec, layer_parameters, model_spec
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
@@ -71,7 +72,8 @@ class Session:
     spec: ModelSpec
     source: DataSource
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    updater: Updater
+    """Owns the optimizer, and the weights that checkpoints hold."""
     engine: CheckpointEngine
     kernel: BlockKernel
     store: HostStore | None
@@ -104,30 +106,23 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     ledger = build_ledger(
-        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
+        spec=spec,
+        parallel=config.parallel,
+        memory=config.memory,
+        train=config.train,
+        data=config.data,
+        cluster=config.cluster,
+        residency=residency_of(config.optim),
     )
     topology = build_topology(replicate=layout.replicate, device=device.type)
-    compute = getattr(torch, config.train.dtype.value)
+    check_room(ledger.setting)
     store = host_store(ledger.setting, device)
-    model = build_model(
-        build_config(hf_config_dict(config.model)),
-        ledger.setting.policy,
-        topology.mesh,
-        device=device,
-        compute_dtype=compute,
-        seed=config.train.seed,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        z_loss=config.train.z_loss,
-        store=store,
-    )
-    if config.model.path is not None:
-        load_weights(model, config.model.path)
-    optimizer = build_optimizer(model, config.optim)
+    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
-        model=model,
-        optimizer=optimizer,
+        model=updater.weights,
+        optimizer=updater.optimizer,
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
     )
@@ -138,7 +133,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         spec=spec,
         source=source,
         model=model,
-        optimizer=optimizer,
+        updater=updater,
         engine=engine,
         kernel=block_kernel(device),
         store=store,
@@ -161,10 +156,7 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     if not setting.policy.uses_host:
         return None
     capacity, directory = arena_bytes(setting), setting.policy.offload_dir
-    if directory is None:
-        check_host_memory(capacity, setting.layout.ranks_per_node)
-    else:
-        check_offload_dir(directory, capacity, setting.layout.ranks_per_node)
+    check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,7 @@ def backward_step(
     barrier_free: bool = False,
     clocks: Sequence[BusyClock] | None = None,
     watch: RowWatch | None = None,
+    on_last: Callable[[], None] | None = None,
 ) -> Tensor:
     """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
 
@@ -71,7 +72,7 @@ def backward_step(
 
     `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
     different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
-    `watch`: learns which rows' losses are not finite.
+    `watch`: learns which rows' losses are not finite. `on_last` is called before the pass that completes the gradients.
 
     Note: without barriers, all weights are gathered first and stay; a rank passes over micro-batches in which it has no group.
     Reductions cannot ride on a rank's last micro-batch: its partners may have more to do first, and need it. They ride on one
@@ -87,12 +88,16 @@ def backward_step(
             continue
         last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
+        if last and on_last is not None:
+            on_last()
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
         tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
         shares[index] = _micro_batch(model, attention, tokens, num_targets)
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
+        if on_last is not None:
+            on_last()
         _micro_batch(model, sequence_attention(topology, kernel, None, None, BusyClock(device)), to_tokens(EMPTY, device), num_targets)
     return shares
 
