@@ -1,6 +1,6 @@
 """Planning problems as CSV files in minimalloc's format: one block a line, `id,lower,upper,size` and more columns if any.
 
-A block lives in [lower, upper). Several may begin and end at one time, so a time here is a moment at which something changes, not one event.
+A block lives in [lower, upper). Several may begin and end at one time, so a time here is a moment of change, not one event.
 """
 
 from __future__ import annotations
