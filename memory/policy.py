@@ -25,11 +25,16 @@ class Split:
     def rows(self, num_tokens: int) -> tuple[int, int]:
         """(a, b): rows [0, a) are kept, [a, b) moved, [b, num_tokens) recomputed."""
         kept = round(self.keep * num_tokens)
-        return kept, max(kept, min(num_tokens, round((self.keep + self.host) * num_tokens)))
+        return kept, num_tokens if self.complete else max(kept, round((self.keep + self.host) * num_tokens))
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is recomputed."""
+        return self.keep + self.host > 1.0 - 1e-6
 
     @property
     def recompute(self) -> float:
-        return max(0.0, 1.0 - self.keep - self.host)
+        return 0.0 if self.complete else 1.0 - self.keep - self.host
 
 
 KEPT, MOVED, REMADE = Split(keep=1.0), Split(host=1.0), Split()

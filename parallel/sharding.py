@@ -7,7 +7,8 @@ each wrapped module gets factor 1 and plain sum reductions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -44,6 +45,17 @@ def keep_weights(model: nn.Module, *, keep: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(False)
     model.set_reshard_after_backward(not keep)
+
+
+@contextmanager
+def gathered_weights(module: nn.Module) -> Iterator[None]:
+    """One wrapped module's weights are whole inside, and sharded again afterwards unless they stay whole in any case. Collective."""
+    assert isinstance(module, FSDPModule)
+    group = module._get_fsdp_state()._fsdp_param_group
+    module.unshard()
+    yield
+    if group is not None and group.reshard_after_backward:
+        module.reshard()
 
 
 def gather_weights(model: nn.Module) -> None:

@@ -19,9 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..memory.layer import AttentionRuntime, LayerExecutor
+from ..memory.layer import LayerExecutor
 from ..memory.policy import MemoryPolicy
-from ..parallel.sharding import shard_model
+from ..memory.run import AttentionRuntime
+from ..memory.saved import HostStore
+from ..memory.tape import LayerContext, Tables, Tape
+from ..parallel.sharding import gathered_weights, shard_model
 from .families import layer_adapter
 from .families.rope import rotary_tables
 from .loss import LossOptions, chunked_cross_entropy
@@ -35,23 +38,42 @@ class Tokens:
     target_ids: Tensor
     position_ids: Tensor
     document_lengths: Tensor
+    not_finite: Tensor | None = None
+    """(T,) bool, set by the loss where a row's loss is not a finite number."""
 
 
 class Trunk:
-    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm -> chunked loss."""
+    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm and loss by chunks."""
 
-    def __init__(self, model: PreTrainedModel, options: LossOptions) -> None:
-        self._model, self._options = model, options
+    def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
+        self._model, self._options, self._policy, self._store = model, options, policy, store
 
     def __call__(self, tokens: Tokens, attention: AttentionRuntime, scale: float) -> Tensor:
         """scale x sum of this rank's token losses, a scalar."""
         base = self._model.model
         x = base.embed_tokens(tokens.token_ids)
         tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
+        context = self._context(tables, attention)
         for layer in base.layers:
-            x = layer(x, tables, attention)
+            x = layer(x, context)
         with attention.busy():
-            return chunked_cross_entropy(base.norm(x), self._model.lm_head.weight, tokens.target_ids, scale=scale, options=self._options)
+            # The last layer's output is nobody's but the loss's: its gradient takes its place.
+            return chunked_cross_entropy(
+                x,
+                base.norm,
+                self._model.lm_head.weight,
+                tokens.target_ids,
+                scale=scale,
+                options=self._options,
+                overwrite=True,
+                not_finite=tokens.not_finite,
+            )
+
+    def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
+        """What the layers of one micro-batch share."""
+        layers = self._model.model.layers
+        tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
+        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]))
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
@@ -66,12 +88,14 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def install(model: PreTrainedModel, policy: MemoryPolicy, *, loss_chunk_tokens: int, z_loss: float = 0.0) -> None:
+def install(
+    model: PreTrainedModel, policy: MemoryPolicy, *, loss_chunk_tokens: int, z_loss: float = 0.0, store: HostStore | None = None
+) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are."""
-    for layer in model.model.layers:
-        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy)
+    for index, layer in enumerate(model.model.layers):
+        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index)
     options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
-    model.forward = Trunk(model, options)  # type: ignore[method-assign]
+    model.forward = Trunk(model, options, policy, store)  # type: ignore[method-assign]
 
 
 def build_model(
@@ -84,11 +108,15 @@ def build_model(
     seed: int,
     loss_chunk_tokens: int,
     z_loss: float = 0.0,
+    store: HostStore | None = None,
 ) -> PreTrainedModel:
-    """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh."""
+    """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
+
+    `store` takes what `policy` moves to the host.
+    """
     master = torch.float64 if compute_dtype == torch.float64 else torch.float32
     model = build_on_meta(config, master)
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss)
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
     shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype)
     model.to_empty(device=device)
     initialise(model, seed)

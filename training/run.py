@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.engine import Restored, SaveReport
-from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, NonFiniteLossError
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService
+from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
 from .optim import clip_gradients, set_learning_rate
@@ -139,7 +140,7 @@ class _Run:
         works = read_step(session.source, step, plan, self.rank)
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
-        clocks, begun = [BusyClock(session.device) for _ in works], time.monotonic()
+        clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
         shares = backward_step(
             session.model,
             session.topology,
@@ -150,12 +151,13 @@ class _Run:
             device=session.device,
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
+            watch=watch,
         )
         told = self._gather(shares.sum(), works, clocks, stop)
         backward_s = time.monotonic() - begun
-        self._check_finite(told.loss, shares, plan, step)
+        self._check_finite(told.loss, shares, works, watch)
         norm = clip_gradients(session.model, self.config.optim.grad_clip)
-        self._check_finite(norm, shares, plan, step)
+        self._check_finite(norm, shares, works, watch)
         rate = learning_rate(self.config.optim, step, self.config.train.steps)
         set_learning_rate(session.optimizer, rate)
         session.engine.wait_for_snapshot()
@@ -180,27 +182,10 @@ class _Run:
             return torch.cuda.max_memory_allocated(self.session.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _check_finite(self, value: float, shares: torch.Tensor, plan: StepPlan, step: int) -> None:
-        """NonFiniteLossError on every rank, naming the ranks and documents it came from."""
-        if math.isfinite(value):
-            return
-        bad = [index for index, share in enumerate(shares.tolist()) if not math.isfinite(share)]
-        everyone: list[list[int] | None] = [None] * self.session.topology.world_size
-        dist.all_gather_object(everyone, bad)
-        culprits = [(rank, index) for rank, indices in enumerate(everyone) for index in indices or ()]
-        documents = dict.fromkeys(
-            self.session.source.describe(step, sequence)
-            for rank, index in culprits
-            if (group := plan.micro_batches[index].group_of(rank)) is not None
-            for sequence in group.sequences
-        )
-        ranks = ", ".join(map(str, sorted({rank for rank, _ in culprits}))) or "none: every loss is finite, the gradients are not"
-        raise NonFiniteLossError(
-            f"step {step + 1}",
-            found=f"a loss or gradient norm of {value} (ranks {ranks}; {'; '.join(list(documents)[:8]) or 'no single document'})",
-            expected="finite numbers; nothing of this step was applied and the last checkpoint is intact",
-            hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
-        )
+    def _check_finite(self, value: float, shares: torch.Tensor, works: list[Work], watch: RowWatch) -> None:
+        """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
+        if not math.isfinite(value):
+            raise non_finite(value, shares, works, watch, self.session.source, self.done)
 
     def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1

@@ -20,6 +20,7 @@ from ..parallel.sharding import gather_weights, keep_weights, prepare_backward
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
+from .finite import RowWatch
 from .loss import IGNORE
 from .model import Tokens
 
@@ -62,6 +63,7 @@ def backward_step(
     device: torch.device,
     barrier_free: bool = False,
     clocks: Sequence[BusyClock] | None = None,
+    watch: RowWatch | None = None,
 ) -> Tensor:
     """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
 
@@ -69,6 +71,7 @@ def backward_step(
 
     `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
     different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
+    `watch`: learns which rows' losses are not finite.
 
     Note: without barriers, all weights are gathered first and stay; a rank passes over micro-batches in which it has no group.
     Reductions cannot ride on a rank's last micro-batch: its partners may have more to do first, and need it. They ride on one
@@ -85,21 +88,22 @@ def backward_step(
         last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
-        shares[index] = _micro_batch(model, attention, work, num_targets, device)
+        tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
+        shares[index] = _micro_batch(model, attention, tokens, num_targets)
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
-        _micro_batch(model, sequence_attention(topology, kernel, None, None, BusyClock(device)), EMPTY, num_targets, device)
+        _micro_batch(model, sequence_attention(topology, kernel, None, None, BusyClock(device)), to_tokens(EMPTY, device), num_targets)
     return shares
 
 
-def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, work: Work, num_targets: int, device: torch.device) -> Tensor:
-    loss: Tensor = model(to_tokens(work, device), attention, 1.0 / num_targets)
+def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, tokens: Tokens, num_targets: int) -> Tensor:
+    loss: Tensor = model(tokens, attention, 1.0 / num_targets)
     loss.backward()
     return loss.detach()
 
 
-def to_tokens(work: Work, device: torch.device) -> Tokens:
+def to_tokens(work: Work, device: torch.device, not_finite: Tensor | None = None) -> Tokens:
     """The shard on the device; a row's document length comes from the group's layout."""
     lengths = np.zeros(0, dtype=np.int64)
     if work.layout is not None:
@@ -107,4 +111,5 @@ def to_tokens(work: Work, device: torch.device) -> Tokens:
             [work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices]
         )
     arrays = work.shard.token_ids, work.shard.target_ids, work.shard.position_ids, lengths.astype(np.int64)
-    return Tokens(*(torch.from_numpy(array).to(device) for array in arrays))
+    token_ids, target_ids, position_ids, document_lengths = (torch.from_numpy(array).to(device) for array in arrays)
+    return Tokens(token_ids, target_ids, position_ids, document_lengths, not_finite)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
-from efflaunch.tests.parity.ranks_side import run_plans
+from efflaunch.tests.parity.ranks_side import POLICIES, run_plans
 from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_loss, reference_model
 from efflaunch.tests.ranks import RankPool
 
@@ -64,6 +64,17 @@ ADAPTIVE = (
     batch((2, 2, 2, (4,))),
 )
 """Every degree and scheme, in three micro-batches; two ranks are idle in the last."""
+SCHEMES = [
+    name for name in POLICIES if name not in ("keep", "recompute", "keep_attention", "chunks_5", "chunks_16", "chunks_16_keep_attention")
+]
+MEMORY_PLANS = {
+    "one rank, packed": static(1, 1, 1),
+    "one document": plan_of(1, batch((0, 1, 1, (0,))), lengths=(61,)),
+    "ulysses 2": static(2, 2, 2),
+    "ring 2": static(2, 2, 1),
+    "mixed groups, accumulation": plan_of(4, *ADAPTIVE),
+}
+"""Each with every memory policy; the documents' boundaries lie inside chunks."""
 ROWS = {
     "one rank": ({}, static(1, 1, 1)),
     "two ranks, data parallel": ({}, static(2, 1, 1)),
@@ -125,6 +136,21 @@ ROWS = {
     ),
     "barrier-free, tied embeddings, gemma2": ({"barrier_free": True, "family": "gemma2"}, plan_of(4, *ADAPTIVE)),
     "barrier-free, one rank": ({"barrier_free": True}, static(1, 1, 1)),
+    **{
+        f"{policy}, {scheme}": ({"policy": policy, "family": family}, plan)
+        for index, policy in enumerate(SCHEMES)
+        for scheme, plan in MEMORY_PLANS.items()
+        for family in [("llama", "gemma2", "qwen3", "llama_mha_tied", "mistral", "gemma3")[(index + len(scheme)) % 6]]
+    },
+    **{
+        f"{policy}, five layers, {scheme}": ({"policy": policy, "family": "llama_deep", "steps": 3}, plan)
+        for policy in ("segments_2", "segments_3_host", "shares_streamed", "upipe_stored")
+        for scheme, plan in (("hybrid 2x2, boundaries in shards", plan_of(4, batch((0, 4, 2, ALL)))), ("adaptive", plan_of(4, *ADAPTIVE)))
+    },
+    **{
+        f"{policy}, barrier-free, HSDP": ({"policy": policy, "family": "llama_deep", "barrier_free": True, "replicate": 2}, plan_of(4, *ADAPTIVE))
+        for policy in ("segments_3_host", "shares_streamed")
+    },
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
 }  # fmt: skip
 

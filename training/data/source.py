@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,9 +57,11 @@ class DataSource:
         """
         return sum(self._num_targets(self.table[row]) for row in self._rows(step).tolist())
 
-    def describe(self, step: int, index: int) -> str:
-        """`corpus PREFIX document 17 tokens 0-8192`, for messages."""
-        return self._describe(self._sequence(step, index))
+    def describe(self, step: int, index: int, start: int = 0, stop: int | None = None) -> str:
+        """`corpus PREFIX document 17 tokens 0-8192`, for messages: positions `start ... stop - 1` of the sequence (None: all)."""
+        sequence = self._sequence(step, index)
+        stop = len(sequence) if stop is None else stop
+        return self._describe(replace(sequence, start=sequence.start + start, stop=sequence.start + stop))
 
     def fingerprint(self) -> str:
         """Identity of the stream of sequences: equal where (seed, step) means the same documents."""
