@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from ..checkpoint.engine import Restored, SaveReport
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ..memory.arena.replay import Arena
+from ..memory.arena.step import open_arena, step_allocator
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
@@ -30,7 +33,7 @@ from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
 from .setup import RunSettings, Session, build_session, join_ranks
 from .spec import num_parameters
-from .step import Work, backward_step, count_targets, read_step
+from .step import Work, backward_step, count_targets, read_step, step_shape
 
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
 """What the agent imports once, before it forks the ranks."""
@@ -45,11 +48,12 @@ class Stop(Protocol):
 
 def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
+    arena = open_arena(config.memory.arena, config.cluster.device.value)
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
     try:
-        return _Run(config, run_dir, device, service).loop(stop)
+        return _Run(config, run_dir, device, service, arena).loop(stop)
     finally:
         if service is not None:
             service.close()
@@ -74,7 +78,9 @@ class _Gathered:
 
 
 class _Run:
-    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None) -> None:
+    def __init__(
+        self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None, arena: Arena | None = None
+    ) -> None:
         self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
         self.session: Session = build_session(config, run_dir, device, self._on_save)
         restored = self.session.engine.restore()
@@ -87,6 +93,7 @@ class _Run:
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         extra = restored.extra if restored is not None else {}
         self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
@@ -118,7 +125,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics:
+        with self.metrics, closing(self.allocator):
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps
@@ -135,9 +142,17 @@ class _Run:
 
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
-        started, step, session = time.monotonic(), self.done, self.session
-        plan = self.planner.plan(step)
-        works = read_step(session.source, step, plan, self.rank)
+        started = time.monotonic()
+        plan = self.planner.plan(self.done)
+        works = read_step(self.session.source, self.done, plan, self.rank)
+        with self.allocator.step(step_shape(works)):
+            told, numbers, backward_s = self._update(plan, works, stop)
+        self._finish_step(told, plan, numbers, started, backward_s)
+        return told.stop
+
+    def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[_Gathered, dict[str, Any], float]:
+        """Gradients, clipping and the optimizer's step; everything the step allocates is gone when it returns."""
+        step, session = self.done, self.session
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
@@ -163,8 +178,7 @@ class _Run:
         session.engine.wait_for_snapshot()
         session.optimizer.step()
         session.optimizer.zero_grad()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started, backward_s)
-        return told.stop
+        return told, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, backward_s
 
     def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
@@ -178,6 +192,9 @@ class _Run:
         return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
 
     def _peak(self) -> int:
+        planned = None if self.arena is None else self.arena.device_peak_bytes()
+        if planned is not None:
+            return planned
         if self.session.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.session.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -214,6 +231,7 @@ class _Run:
             micro_batches=len(plan.micro_batches),
             plan=str(plan),
             **planned,
+            **({} if (outcome := self.allocator.outcome()) is None else {"arena": outcome}),
             ranks=[
                 {"rank": rank, "tokens": held, "peak_bytes": peak}
                 for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))

@@ -39,8 +39,7 @@ class Recipe:
 
 
 def cpu_recipe() -> Recipe:
-    root = Path(torch.__file__).parent
-    return Recipe("cpu.cpp", (*_common(), f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"))
+    return Recipe("cpu.cpp", _common())
 
 
 def cuda_recipe(include: Path, runtime: Path) -> Recipe:
@@ -49,8 +48,11 @@ def cuda_recipe(include: Path, runtime: Path) -> Recipe:
 
 
 def _common() -> tuple[str, ...]:
+    """Flags of any library that uses c10, torch's core."""
+    root = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    return "-std=c++20", "-O2", "-fPIC", "-shared", "-pthread", abi
+    flags = "-std=c++20", "-O2", "-fPIC", "-shared", "-pthread", abi
+    return *flags, f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"
 
 
 def default_cache() -> Path:

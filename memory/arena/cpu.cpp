@@ -65,8 +65,9 @@ int arena_reserve(int64_t bytes) {
   std::free(old);
   return 0;
 }
-void arena_begin_record() { guard().begin_record(this_thread()); }
-void arena_begin_replay(int64_t count, const int64_t* sizes, const int64_t* offsets) {
+// The owner of a step is the thread that begins it; the first argument is CUDA's.
+void arena_begin_record(uint64_t) { guard().begin_record(this_thread()); }
+void arena_begin_replay(uint64_t, int64_t count, const int64_t* sizes, const int64_t* offsets) {
   guard().begin_replay(this_thread(), count, sizes, offsets);
 }
 void arena_end() { guard().end(); }

@@ -12,6 +12,7 @@ every machine, unless the wall clock stops it first.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ OUTSIDE = -1
 class Budget:
     """How long to look. `work`: neighbours looked at, in all; `wall_s`: the end whatever the work."""
 
-    work: int = 3_000_000_000
+    work: int = 500_000_000
     wall_s: float = 20.0
 
 
@@ -72,14 +73,26 @@ class ArenaPlan:
         return f"arena of {format_bytes(self.height)} for {self.num_planned} allocations, {proven} ({self.method}){rest}"
 
 
-def plan_arena(trace: Trace, *, alignment: int = 1, budget: Budget | None = None, seed: int = 0, compile_loops: bool = True) -> ArenaPlan:
-    """The lowest placement found within the budget. What outlives the trace is placed too: take `trace.within()` to leave it out."""
+def plan_arena(
+    trace: Trace,
+    *,
+    alignment: int = 1,
+    budget: Budget | None = None,
+    seed: int = 0,
+    compile_loops: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> ArenaPlan:
+    """The lowest placement found within the budget. What outlives the trace is placed too: take `trace.within()` to leave it out.
+
+    `cancelled` is asked now and then, from this thread; once it says so, what was found so far is the plan.
+    """
     from .place import PLAIN, compiled
 
     if alignment < 1:
         raise ValueError(f"an alignment of {alignment} bytes")
     kernels = (compiled() if compile_loops else None) or PLAIN
     search = _Search(trace, alignment, budget or Budget(), kernels)
+    search.cancelled = cancelled
     if len(trace):
         search.run(seed)
     return ArenaPlan(
@@ -145,6 +158,7 @@ class _Search:
         self.lower = int(self.live.max(initial=0))
         self.events = _events(self.births, self.deaths)
         self.kernels, self.budget, self.started = kernels, budget, time.monotonic()
+        self.cancelled: Callable[[], bool] = lambda: False
         self.best, self.best_offsets, self.method, self.work = -1, np.zeros(0, dtype=np.int64), "nothing to place", 0
         self.best_order: np.ndarray | None = None
         self.best_fit = 0
@@ -170,7 +184,7 @@ class _Search:
         return self.best == self.lower or self.work >= self.budget.work or self._late()
 
     def _late(self) -> bool:
-        return time.monotonic() - self.started > self.budget.wall_s
+        return time.monotonic() - self.started > self.budget.wall_s or self.cancelled()
 
     def _sweep(self, fit: int, *, backward: bool) -> None:
         import numpy as np

@@ -16,7 +16,6 @@ from .trace import Trace, trace_of
 
 CPU_ALIGNMENT = 64
 """Bytes: that of torch's own CPU allocator."""
-CUDA_ALIGNMENT = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,14 @@ class Arena:
         for name in ("arena_bytes", "arena_num_live", "arena_num_events"):
             getattr(library, name).restype = ctypes.c_int64
 
+    def _owner(self) -> int:
+        """On CUDA the stream whose requests are the step's; on CPU it is the calling thread, which needs no name."""
+        return 0
+
+    def device_peak_bytes(self) -> int | None:
+        """On CUDA the most bytes ever in use, arena included: torch's own statistics end with its allocator. None on CPU."""
+        return None
+
     @property
     def reserved_bytes(self) -> int:
         return int(self._library.arena_bytes())
@@ -59,7 +66,7 @@ class Arena:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Requests of this thread inside are written down; `trace` then has them."""
-        self._library.arena_begin_record()
+        self._library.arena_begin_record(ctypes.c_uint64(self._owner()))
         try:
             yield
         finally:
@@ -89,7 +96,7 @@ class Arena:
         """Requests of this thread inside are served at the plan's addresses, checked one by one; `counts` then has the outcome."""
         assert plan.alignment % self.alignment == 0, "the plan's addresses are less aligned than this device's"
         sizes, offsets = np.array(plan.sizes, dtype=np.int64), np.array(plan.offsets, dtype=np.int64)
-        self._library.arena_begin_replay(ctypes.c_int64(len(sizes)), _pointer(sizes), _pointer(offsets))
+        self._library.arena_begin_replay(ctypes.c_uint64(self._owner()), ctypes.c_int64(len(sizes)), _pointer(sizes), _pointer(offsets))
         try:
             yield
         finally:

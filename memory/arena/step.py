@@ -8,6 +8,7 @@ what the guard sends to the default allocator is counted; a plan that serves too
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...units import format_bytes
+from ..config import Arena as ArenaKind
 from .place import compiled
 from .plan import ArenaPlan, Budget, plan_arena, spread
-from .replay import Arena, Counts
+from .replay import Arena, Counts, open_cpu_arena
 from .trace import Trace
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class StepArena:
         self._arena, self._report, self._budget = arena, report, budget
         self._shapes: dict[Hashable, _Shape] = {}
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="arena plan")
+        self._closing = threading.Event()
         self._steps = 0
         self._outcome: dict[str, Any] | None = None
 
@@ -83,7 +86,7 @@ class StepArena:
         self._collect()
         self._steps += 1
         state.seen += 1
-        if state.plan is not None and self._arena.reserve(state.plan.height):
+        if state.plan is not None and self._has_room(state, state.plan):
             with self._arena.replaying(state.plan):
                 yield
             self._replayed(state, state.plan)
@@ -106,7 +109,8 @@ class StepArena:
         self._collect()
 
     def close(self) -> None:
-        self._planner.shutdown(wait=False, cancel_futures=True)
+        self._closing.set()
+        self._planner.shutdown(cancel_futures=True)
 
     def _wants(self, state: _Shape) -> bool:
         """Whether this step is recorded; the first of all warms up, and so does the first of a shape once another has a plan."""
@@ -118,7 +122,7 @@ class StepArena:
     def _recorded(self, state: _Shape) -> None:
         trace = self._arena.trace()
         state.recordings += 1
-        state.pending = self._planner.submit(_plan, trace, self._arena.alignment, self._budget)
+        state.pending = self._planner.submit(_plan, trace, self._arena.alignment, self._budget, self._closing.is_set)
         self._outcome = {"mode": "recorded", "allocations": len(trace), "max_live_bytes": trace.max_live(self._arena.alignment)}
         self._report("arena", state="recorded", step=self._steps, allocations=len(trace))
 
@@ -131,6 +135,15 @@ class StepArena:
                 log.info("%s", plan.describe())
                 numbers = {"height_bytes": plan.height, "max_live_bytes": plan.max_live}
                 self._report("arena", state="planned", step=self._steps, plan=plan.describe(), **numbers)
+
+    def _has_room(self, state: _Shape, plan: ArenaPlan) -> bool:
+        """Whether the arena is there; a plan for which the device has no room is given up, and that is said."""
+        try:
+            return self._arena.reserve(plan.height)
+        except MemoryError:
+            state.plan, state.recordings = None, MAX_RECORDINGS
+            self._report("arena", state="dropped", step=self._steps, reason=f"no room for {format_bytes(plan.height)} at once")
+            return False
 
     def _replayed(self, state: _Shape, plan: ArenaPlan) -> None:
         counts = self._arena.counts()
@@ -155,6 +168,25 @@ def replay_numbers(plan: ArenaPlan, counts: Counts) -> dict[str, int]:
     }
 
 
-def _plan(trace: Trace, alignment: int, budget: Budget | None) -> ArenaPlan:
+def _plan(trace: Trace, alignment: int, budget: Budget | None, cancelled: Callable[[], bool]) -> ArenaPlan:
     chosen = budget or (COMPILED_BUDGET if compiled() is not None else PLAIN_BUDGET)
-    return spread(plan_arena(trace.within(), alignment=alignment, budget=chosen), trace)
+    return spread(plan_arena(trace.within(), alignment=alignment, budget=chosen, cancelled=cancelled), trace)
+
+
+def open_arena(kind: ArenaKind, device: str) -> Arena | None:
+    """None for the default allocator. Before anything lives on the device: what is there keeps the allocator it came from.
+
+    ConfigError where the arena cannot be built.
+    """
+    if kind is ArenaKind.DEFAULT:
+        return None
+    if device == "cpu":
+        return open_cpu_arena()
+    from .cuda import open_cuda_arena
+
+    return open_cuda_arena()
+
+
+def step_allocator(arena: Arena | None, report: Report) -> StepAllocator:
+    """What runs steps: with `arena` they are planned, without they are left alone."""
+    return DefaultAllocator() if arena is None else StepArena(arena, report)
