@@ -10,7 +10,7 @@ from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..units import format_tokens
 from .config import MemoryConfig, Place
 from .ledger import Ledger, build_ledger
-from .terms import Setting
+from .setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

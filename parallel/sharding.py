@@ -49,8 +49,10 @@ def keep_weights(model: nn.Module, *, keep: bool) -> None:
 
 @contextmanager
 def gathered_weights(module: nn.Module) -> Iterator[None]:
-    """One wrapped module's weights are whole inside, and sharded again afterwards unless they stay whole in any case. Collective."""
-    assert isinstance(module, FSDPModule)
+    """One module's weights are whole inside, and sharded again afterwards unless they stay whole in any case. Collective if sharded."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
     group = module._get_fsdp_state()._fsdp_param_group
     module.unshard()
     yield

@@ -45,7 +45,7 @@ from .collectives import probe_collectives
 from .model import build_config, build_model
 from .optim import build_optimizer, clip_gradients
 from .planning import this_hardware
-from .setup import RunSettings, join_ranks
+from .setup import RunSettings, host_store, join_ranks
 from .spec import hf_config_dict, model_spec
 from .step import EMPTY, Work, backward_step, read_step
 
@@ -125,6 +125,7 @@ class Prober:
             compute_dtype=getattr(torch, config.train.dtype.value),
             seed=config.train.seed,
             loss_chunk_tokens=config.train.loss_chunk_tokens,
+            store=host_store(ledger.setting, device),
         )
         self.optimizer = build_optimizer(self.model, config.optim)
         self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP

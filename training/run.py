@@ -31,7 +31,7 @@ from .metrics import Metrics
 from .optim import clip_gradients, set_learning_rate
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
-from .setup import RunSettings, Session, build_session, join_ranks
+from .setup import RunSettings, Session, build_session, closing_store, join_ranks
 from .spec import num_parameters
 from .step import Work, backward_step, count_targets, read_step, step_shape
 
@@ -125,7 +125,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.allocator):
+        with self.metrics, closing_store(self.session), closing(self.allocator):
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps

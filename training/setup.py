@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,11 @@ from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import build_ledger
+from ..memory.offload.checks import check_host_memory, check_offload_dir
+from ..memory.offload.open import open_store
+from ..memory.offload.store import HostStore
+from ..memory.setting import Setting
+from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
@@ -68,6 +74,8 @@ class Session:
     optimizer: torch.optim.AdamW
     engine: CheckpointEngine
     kernel: BlockKernel
+    store: HostStore | None
+    """Where activations wait that the memory policy moves off the device."""
     reduce_each: bool
     """Gradients are reduced after every micro-batch, not once per step."""
 
@@ -100,6 +108,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
     )
     topology = build_topology(replicate=layout.replicate, device=device.type)
     compute = getattr(torch, config.train.dtype.value)
+    store = host_store(ledger.setting, device)
     model = build_model(
         build_config(hf_config_dict(config.model)),
         ledger.setting.policy,
@@ -109,6 +118,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         seed=config.train.seed,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         z_loss=config.train.z_loss,
+        store=store,
     )
     if config.model.path is not None:
         load_weights(model, config.model.path)
@@ -131,8 +141,33 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         optimizer=optimizer,
         engine=engine,
         kernel=block_kernel(device),
+        store=store,
         reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
     )
+
+
+@contextmanager
+def closing_store(session: Session) -> Iterator[None]:
+    """Gives host memory, or files, back at the end."""
+    try:
+        yield
+    finally:
+        if session.store is not None:
+            session.store.close()
+
+
+def host_store(setting: Setting, device: torch.device) -> HostStore | None:
+    """Room for all that the policy moves, taken before the first step; ConfigError on every rank of a node that has too little."""
+    if not setting.policy.uses_host:
+        return None
+    capacity, directory = arena_bytes(setting), setting.policy.offload_dir
+    if directory is None:
+        check_host_memory(capacity, setting.layout.ranks_per_node)
+    else:
+        check_offload_dir(directory, capacity, setting.layout.ranks_per_node)
+    # Nobody takes memory before everybody has looked.
+    dist.barrier()
+    return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)
 
 
 def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:

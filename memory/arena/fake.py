@@ -1,4 +1,4 @@
-"""A step of a real model without its memory: under FakeTensorMode tensors have sizes and no storage, so any length is traced on a laptop."""
+"""A step of a real model without its memory: fake tensors have sizes and no storage, so any length is traced on a laptop."""
 
 from __future__ import annotations
 

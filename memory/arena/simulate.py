@@ -66,10 +66,8 @@ class _Pool:
 
     def take(self, size: int) -> int:
         place = bisect_left(self.free, (size, -1))
-        if place < len(self.free):
-            address = self.free.pop(place)[1]
-        else:
-            address = self._grow(size) if self.expandable else self._segment(size)
+        new = self._grow if self.expandable else self._segment
+        address = self.free.pop(place)[1] if place < len(self.free) else new(size)
         block = self.blocks[address]
         block.free = False
         if block.size - size >= BLOCK if self.small or self.expandable else block.size - size > SMALL:
@@ -89,10 +87,8 @@ class _Pool:
         insort(self.free, (block.size, address))
 
     def _segment(self, size: int) -> int:
-        if self.small:
-            whole = SMALL_SEGMENT
-        else:
-            whole = LARGE_SEGMENT if size < OWN_SEGMENT else round_up(size, ROUND)
+        large = LARGE_SEGMENT if size < OWN_SEGMENT else round_up(size, ROUND)
+        whole = SMALL_SEGMENT if self.small else large
         address = self.segments * STRIDE
         self.segments += 1
         self.reserved += whole

@@ -1,0 +1,141 @@
+"""What a ledger is made of: the setting it depends on, moments of a step, and terms. Pure; bytes everywhere.
+
+Note: phases. Peaks of different terms do not fall together, so each term says how much it holds in each phase. A phase's sum
+is what must fit. Backward phases are those of the last layer, when everything that forward left is still there; what grows
+while layers go (gradients) is counted as far as it outgrows what goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
+from ..parallel.layout import Layout
+from .config import MemoryConfig, Walk
+from .policy import MemoryPolicy
+
+if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
+    from ..parallel.config import ClusterConfig
+    from ..training.config import DataConfig, TrainConfig
+    from ..training.spec import ModelSpec
+
+GIB = 1 << 30
+
+
+class Phase(Enum):
+    """A moment of the step at which some term is at its largest."""
+
+    FORWARD = "forward"
+    """The last layer's."""
+    LOSS = "loss"
+    SEGMENT = "segment again"
+    """Layers of the last segment run forward again for their inputs; only with segments of several layers."""
+    BACKWARD_MLP = "backward mlp"
+    """The last layer from its output back to attention's."""
+    BACKWARD_ATTENTION = "backward attention"
+    BACKWARD_PROJECTIONS = "backward projections"
+    """From queries, keys and values back to the layer's input."""
+    REDUCE = "reduce"
+    """The end of backward: embedding and head."""
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Something that takes memory: bytes in each phase it exists in."""
+
+    name: str
+    note: str
+    by_phase: dict[Phase, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """The most it ever takes."""
+        return max(self.by_phase.values(), default=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """All a ledger depends on."""
+
+    spec: ModelSpec
+    parallel: ParallelConfig
+    memory: MemoryConfig
+    """As configured; `policy` is what it comes to."""
+    policy: MemoryPolicy
+    train: TrainConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    layout: Layout
+    layer_parameters: int
+    parameters: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number in computation."""
+        return {"bfloat16": 2, "float32": 4, "float64": 8}[self.train.dtype.value]
+
+    @property
+    def master(self) -> int:
+        """Bytes of one master weight, gradient or optimizer number; also of accumulations."""
+        return max(4, self.width)
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens_per_rank
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Rows a layer's token-local work has at one time, where that is fewer than all."""
+        chunk = self.policy.chunk_tokens
+        return chunk if chunk is not None and chunk < self.tokens and not self.policy.graph else None
+
+    @property
+    def segment_layers(self) -> int:
+        """Layers that share one stored input."""
+        return 1 if self.policy.graph else min(self.policy.segment_layers, self.spec.num_layers)
+
+    @property
+    def stored_inputs(self) -> int:
+        """Layer inputs there are when backward starts in the last segment: one a segment, and the live segment's own."""
+        return -(-self.spec.num_layers // self.segment_layers) + self.segment_layers - 1
+
+    @property
+    def by_chunks(self) -> bool:
+        """Whether attention walks over chunks of queries; with a ring it works on all rows (memory/layer.py)."""
+        return not self.policy.graph and self.policy.attention is Walk.CHUNKS and self.layout.ring == 1
+
+    @property
+    def root_parameters(self) -> int:
+        """Embedding, head and last norm: what is not in a decoder layer."""
+        return self.parameters - self.spec.num_layers * self.layer_parameters
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.cluster.device.value == "cuda"
+
+    @property
+    def kv_copies(self) -> int:
+        """Key/value numbers per token between the Ulysses exchanges, over those before it: above 1 where heads are replicated."""
+        return max(1, -(-self.layout.ulysses // self.spec.num_kv_heads))
+
+
+BACKWARD = (Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
+KEEPING = (Phase.FORWARD, Phase.LOSS, *BACKWARD)
+"""While activations wait for their backward."""
+ALL = tuple(Phase)
+COMPUTE = (*KEEPING, Phase.REDUCE)
+
+
+def term(name: str, note: str, num_bytes: float, phases: tuple[Phase, ...] = ALL) -> Term:
+    """The same number of bytes in each of `phases`."""
+    return Term(name, note, {phase: int(num_bytes) for phase in phases})
+
+
+def reduces_once(s: Setting) -> bool:
+    """Whether gradients of several micro-batches pile up whole before they are reduced."""
+    # An adaptive plan may have more micro-batches than the static one of longest sequences.
+    several = s.layout.num_micro_batches > 1 or s.parallel.sequence is SequenceMode.ADAPTIVE or s.parallel.barrier_free
+    return s.parallel.grad_reduce is GradReduce.STEP and several
