@@ -38,7 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     options, origin = _parser().parse_args(arguments), machine()
     rows = [measure(name, make, options.seconds) for name, make in own_traces(options.layers).items()]
     files = [measure(path.name, lambda path=path: _instance(path), options.seconds, alignment=1) for path in options.instances]
-    result = {"benchmark": "arena", **origin, "layers": options.layers, "targets": TARGETS, **summary(rows), "rows": rows, "instances": files}
+    result = {
+        "benchmark": "arena",
+        **origin,
+        "layers": options.layers,
+        "targets": TARGETS,
+        **summary(rows),
+        "rows": rows,
+        "instances": files,
+    }
     write_json(options.json, result)
     print(f"worst_ratio {result['worst_ratio']:.5f} of {len(rows)} traces, {len(files)} files  -> {options.json}")
     return 0

@@ -79,10 +79,12 @@ class StepArena:
         self._closing = threading.Event()
         self._steps = 0
         self._outcome: dict[str, Any] | None = None
+        self._modes = dict.fromkeys(("default", "recorded", "replayed"), 0)
 
     @contextmanager
     def step(self, shape: Hashable) -> Iterator[None]:
         state = self._shapes.setdefault(shape, _Shape())
+        self._outcome = None
         self._collect()
         self._steps += 1
         state.seen += 1
@@ -97,6 +99,9 @@ class StepArena:
         else:
             yield
             self._outcome = {"mode": "default"}
+        assert self._outcome is not None
+        self._modes[self._outcome["mode"]] += 1
+        self._outcome["steps"] = dict(self._modes)
 
     def outcome(self) -> dict[str, Any] | None:
         return self._outcome
