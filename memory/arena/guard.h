@@ -63,14 +63,16 @@ class Guard {
       return nullptr;
     }
     const int64_t entry = find(size);
-    if (entry < 0) {
+    const bool in_line = entry == next_;
+    if (entry >= 0) {
+      used_[entry] = 1;
+      next_ = std::max(next_, entry + 1);
+    }
+    if (entry < 0 || !is_free(entry)) {
       ++counts_.fallback;
       counts_.fallback_bytes += size;
       return nullptr;
     }
-    used_[entry] = 1;
-    const bool in_line = entry == next_;
-    next_ = std::max(next_, entry + 1);
     if (offsets_[entry] < 0) {
       ++counts_.outside;
       return nullptr;
@@ -172,25 +174,24 @@ class Guard {
 
   int64_t rounded(int64_t size) const { return (size + alignment_ - 1) / alignment_ * alignment_; }
 
-  bool fits(int64_t entry, int64_t size) const {
-    if (used_[entry] || sizes_[entry] != size) return false;
+  // Whether nothing lives at the entry's address, so that it may be given out.
+  bool is_free(int64_t entry) const {
     if (offsets_[entry] < 0) return true;
-    return is_free(offsets_[entry], offsets_[entry] + rounded(size));
-  }
-
-  bool is_free(int64_t low, int64_t high) const {
+    const int64_t low = offsets_[entry], high = low + rounded(sizes_[entry]);
     if (base_ == nullptr || high > bytes_) return false;
     auto after = live_.lower_bound(high);
     // Live blocks never overlap each other, so only the last one that starts below `high` can reach in.
     return after == live_.begin() || std::prev(after)->second <= low;
   }
 
+  // The entry the request stands for, -1 if none. The next in line if it has the size, free or not: where a block merely lives
+  // on longer than planned, the order still holds, and taking another entry would lose it. Else one of the size nearby that is free.
   int64_t find(int64_t size) const {
     const int64_t count = static_cast<int64_t>(sizes_.size());
-    if (next_ < count && fits(next_, size)) return next_;
+    if (next_ < count && sizes_[next_] == size) return next_;
     const int64_t last = std::min(count, next_ + kWindow);
     for (int64_t entry = std::max<int64_t>(0, next_ - kWindow); entry < last; ++entry)
-      if (fits(entry, size)) return entry;
+      if (!used_[entry] && sizes_[entry] == size && is_free(entry)) return entry;
     return -1;
   }
 
