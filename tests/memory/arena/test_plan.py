@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.errors import DataError
-from efflaunch.memory.arena import plan as plan_module
+from efflaunch.memory.arena import search as search_module
 from efflaunch.memory.arena.instances import read_instance, write_instance
 from efflaunch.memory.arena.place import compiled
 from efflaunch.memory.arena.plan import OUTSIDE, ArenaPlan, Budget, check_plan, plan_arena, spread
@@ -91,7 +91,7 @@ def test_a_gap_that_greedy_orders_leave_is_closed() -> None:
 
 
 def test_many_pairs_are_planned_without_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "MAX_PAIRS", 10)
+    monkeypatch.setattr(search_module, "MAX_PAIRS", 10)
     trace = blocks([(1 + index % 7, index % 13, 5 + index % 9) for index in range(60)])
     plan = plan_arena(trace, budget=SMALL)
     assert "in order of" in plan.method and not overlaps(plan, trace)
