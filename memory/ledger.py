@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
-from .policy import explicit_policy
-from .terms import ALL, GIB, Phase, Setting, Term, device_terms, term
+from .policy import MemoryPolicy, explicit_policy
+from .residency import ON_DEVICE, Residency
+from .setting import ALL, Phase, Setting, Term
+from .terms import device_terms
+from .terms_host import file_bytes, host_terms
 from .timing import Timing, estimate_time
 
 if TYPE_CHECKING:
     from ..parallel.config import ClusterConfig
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
+    from .report import SolveReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +60,26 @@ class Ledger:
     setting: Setting
     device: Account
     host: Account
+    budget: Account | None
+    """memory.host_budget, where it is given."""
+    file_bytes: int
+    """What one node writes under memory.offload_dir and reads back; no capacity is known for it."""
     timing: Timing
+    report: SolveReport | None = None
+    """How the policy was found, with memory.solve."""
 
     @property
     def layout(self) -> Layout:
         return self.setting.layout
 
     @property
+    def accounts(self) -> tuple[Account, ...]:
+        """All that have a capacity."""
+        return (self.device, self.host, *((self.budget,) if self.budget is not None else ()))
+
+    @property
     def fits(self) -> bool:
-        return self.device.fits and self.host.fits
+        return all(account.fits for account in self.accounts)
 
 
 def build_ledger(
@@ -75,24 +90,47 @@ def build_ledger(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
+    residency: Residency = ON_DEVICE,
 ) -> Ledger:
-    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists."""
+    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists.
+
+    With memory.solve the policy is solved (memory/solve.py). Where none fits, the ledger is that of the one that needs least.
+    """
+    setting = make_setting(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency)
+    if memory.solve:
+        from .solve import solve_memory
+
+        return _ledger(setting, *solve_memory(setting))
+    return _ledger(setting, resolve_grad_reduce(setting))
+
+
+def make_setting(
+    *,
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    cluster: ClusterConfig,
+    residency: Residency = Residency(),  # noqa: B008 (frozen)
+) -> Setting:
+    """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
     from ..training.spec import layer_parameters, num_parameters
 
     layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    setting = Setting(
+    return Setting(
         spec=spec,
         parallel=parallel,
         memory=memory,
-        policy=explicit_policy(memory),
+        policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
         train=train,
         data=data,
         cluster=cluster,
         layout=layout,
         layer_parameters=layer_parameters(spec),
         parameters=num_parameters(spec),
+        residency=residency,
     )
-    return _ledger(setting, resolve_grad_reduce(setting))
 
 
 def resolve_grad_reduce(setting: Setting) -> Setting:
@@ -110,23 +148,27 @@ def device_account(s: Setting) -> Account:
 
 
 def host_account(s: Setting, device: Account) -> Account:
-    """One node. On a machine without GPUs the ranks' own memory is the node's."""
-    ranks = s.layout.ranks_per_node
-    terms = [
-        _processes(s, ranks, device),
-        term("data staging", f"ids and targets of four micro-batches, {ranks} ranks", ranks * 4 * 24 * s.tokens),
-        term("checkpoint staging", f"64 MiB of buffers a rank while files are written, {ranks} ranks (assumed)", ranks * (64 << 20)),
-        term("system", "operating system and page cache it cannot do without (assumed)", 4 * GIB if s.on_gpu else GIB),
-    ]
-    return Account(name="host", terms=tuple(terms), capacity_bytes=s.cluster.host_memory_bytes)
+    return Account(name="host", terms=host_terms(s, device.peak_bytes), capacity_bytes=s.cluster.host_memory_bytes)
 
 
-def _processes(s: Setting, ranks: int, device: Account) -> Term:
-    if not s.on_gpu:
-        return term("ranks", f"{ranks} ranks at their peak", ranks * device.peak_bytes)
-    return term("processes", f"{ranks} ranks with torch and CUDA, 4 GiB each (assumed)", ranks * 4 * GIB)
+def budget_account(s: Setting, host: Account) -> Account | None:
+    """What memory.host_budget limits: activations and optimizer states of one node."""
+    if s.memory.host_budget is None:
+        return None
+    limited = tuple(entry for entry in host.terms if entry.name in ("activations on the host", "optimizer states on the host"))
+    return Account(name="host budget", terms=limited, capacity_bytes=s.memory.host_budget)
 
 
-def _ledger(asked: Setting, setting: Setting) -> Ledger:
+def _ledger(asked: Setting, setting: Setting, report: SolveReport | None = None) -> Ledger:
     device = device_account(setting)
-    return Ledger(asked=asked, setting=setting, device=device, host=host_account(setting, device), timing=estimate_time(setting))
+    host = host_account(setting, device)
+    return Ledger(
+        asked=asked,
+        setting=setting,
+        device=device,
+        host=host,
+        budget=budget_account(setting, host),
+        file_bytes=file_bytes(setting),
+        timing=estimate_time(setting),
+        report=report,
+    )

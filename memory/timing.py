@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..parallel.config import GradReduce
-from .terms import Setting
+from .link import host_stall_s, leaving_bytes, returning_bytes
+from .setting import Setting
+from .terms_activations import class_bytes
+from .work import (
+    attention_passes,
+    causal_pairs,
+    class_recompute_flops,
+    forward_attention_flops,
+    inner_share,
+    layer_backward_s,
+    layer_forward_s,
+    layer_recompute_s,
+    linear_flops,
+    matrix_parameters,
+    sequence_flops,
+)
+
+__all__ = [
+    "Timing",
+    "attention_passes",
+    "causal_pairs",
+    "class_bytes",
+    "class_recompute_flops",
+    "collective_s",
+    "estimate_time",
+    "exchange_s",
+    "forward_attention_flops",
+    "gather_s",
+    "layer_backward_s",
+    "layer_forward_s",
+    "layer_recompute_s",
+    "linear_flops",
+    "reduce_s",
+    "ring_s",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +56,10 @@ class Timing:
     """Exchanges of sequence parallelism that stand in compute's way."""
     sharding_s: float
     """Gathers and reductions that compute does not hide."""
+    host_s: float
+    """Copies to and from the host that compute does not hide."""
+    host_bytes: float
+    """What one rank sends to the host and fetches back in a step."""
     tokens: int
     assumptions: tuple[str, ...]
 
@@ -32,41 +69,18 @@ class Timing:
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.sequence_s + self.sharding_s
+        return self.compute_s + self.sequence_s + self.sharding_s + self.host_s
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.step_s
 
 
-def causal_pairs(num_tokens: int, window: int | None) -> float:
-    """Query-key pairs of one sequence, the diagonal counted half as kernels' FLOP counts do: n^2 / 2 without a window."""
-    if window is None or window >= num_tokens:
-        return num_tokens * num_tokens / 2
-    return window * (num_tokens - window / 2)
-
-
-def forward_attention_flops(windows: Iterable[int | None], query_size: int, num_tokens: int) -> float:
-    """Scores and weighted values of all layers: 4 FLOPs a pair and query number."""
-    return sum(4 * query_size * causal_pairs(num_tokens, window) for window in windows)
-
-
-def attention_passes(s: Setting) -> float:
-    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are made again), 1 more if its output is not kept."""
-    kept = s.policy.graph or s.policy.attention_output.recompute == 0
-    return 3.5 if kept else 4.5
-
-
-def linear_passes(s: Setting) -> int:
-    """FLOPs per weight and token: 2 forward, 4 backward, 2 more if recomputed."""
-    return 6 if s.policy.graph else 8
-
-
 def estimate_time(s: Setting) -> Timing:
     """A step of as many longest sequences as fit in the global batch."""
     length, layout = s.data.max_seq_len, s.layout
     sequences = max(1, s.data.global_batch_tokens // length)
-    attention, linear = _sequence_flops(s, length)
+    attention, linear = sequence_flops(s, length)
     rate = s.cluster.peak_flops * s.cluster.efficiency
     # The busiest group sets the pace: sequences do not always divide over the groups.
     in_turn = layout.sequences_per_group * layout.num_micro_batches
@@ -78,30 +92,15 @@ def estimate_time(s: Setting) -> Timing:
     return Timing(
         attention_flops=sequences * attention,
         linear_flops=sequences * linear,
-        model_flops=sequences * (3.5 * forward + 6 * _matrix_parameters(s) * length),
+        model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(s) * length),
         compute_s=compute,
         sequence_s=exchange,
         sharding_s=sharding,
+        host_s=layout.num_micro_batches * host_stall_s(s),
+        host_bytes=layout.num_micro_batches * s.spec.num_layers * (leaving_bytes(s) + returning_bytes(s)),
         tokens=sequences * length,
         assumptions=_assumptions(s, sequences),
     )
-
-
-def _matrix_parameters(s: Setting) -> int:
-    """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
-    return s.spec.num_layers * s.layer_parameters + s.spec.vocab_size * s.spec.hidden_size
-
-
-def linear_flops(s: Setting) -> float:
-    """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
-    head = s.spec.vocab_size * s.spec.hidden_size
-    return linear_passes(s) * s.spec.num_layers * s.layer_parameters + 6 * head
-
-
-def _sequence_flops(s: Setting, length: int) -> tuple[float, float]:
-    """Attention and linear FLOPs of one sequence."""
-    attention = attention_passes(s) * forward_attention_flops(s.spec.windows, s.spec.query_size, length)
-    return attention, linear_flops(s) * length
 
 
 def exchange_s(s: Setting) -> float:
@@ -110,11 +109,17 @@ def exchange_s(s: Setting) -> float:
     if ulysses == 1:
         return 0.0
     into, out = s.spec.query_size + 2 * s.kv_copies * s.spec.kv_size, s.spec.query_size
-    again = 0 if s.policy.graph else into + out
-    sent = s.spec.num_layers * s.width * (2 * (into + out) + again) / s.layout.sp_degree
+    sent = s.spec.num_layers * s.width * (2 * (into + out) + _exchanged_again(s, into, out)) / s.layout.sp_degree
     near = min(ulysses, s.layout.ranks_per_node)
     within, across = sent * (near - 1) / ulysses, sent * (ulysses - near) / ulysses
     return within / s.cluster.intra_node_bandwidth + across / s.cluster.inter_node_bandwidth
+
+
+def _exchanged_again(s: Setting, into: int, out: int) -> float:
+    """Numbers a token exchanges once more: q, k, v for attention's backward and o for what follows it, and all of it in segments."""
+    if s.policy.graph:
+        return 0.0
+    return into + out + inner_share(s) * (out + into * s.policy.attention_output.recompute)
 
 
 def ring_s(s: Setting) -> float:
@@ -153,10 +158,13 @@ def collective_s(s: Setting, num_bytes: float) -> float:
 
 def _assumptions(s: Setting, sequences: int) -> tuple[str, ...]:
     cluster, length = s.cluster, s.data.max_seq_len
+    moved = f"files under {s.policy.offload_dir} keep up with" if s.policy.offload_dir else "copies to and from the host run at"
+    host = f"{moved} {cluster.host_link_bandwidth / 1e9:g} GB/s a rank each way, beside one layer's compute"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
         f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
         f"{cluster.intra_node_bandwidth / 1e9:g} GB/s inside a node, {cluster.inter_node_bandwidth / 1e9:g} GB/s between, per rank",
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
+        *((host,) if s.policy.uses_host else ()),
         "reading data, saving checkpoints and the optimizer step take no time",
     )

@@ -7,7 +7,8 @@ each wrapped module gets factor 1 and plain sum reductions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,15 +16,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def shard_model(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+def shard_model(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype | None = None,
+) -> None:
     """Shard each layer, then what is left of the model (embedding, last norm, head) as one group.
 
-    Master weights keep their dtype; they are gathered in `compute_dtype`, gradients are reduced in the master dtype.
+    Weights keep their dtype; they are gathered in `compute_dtype`, gradients are reduced in `reduce_dtype` (None: the weights').
     """
-    master = next(model.parameters()).dtype
+    stored = next(model.parameters()).dtype
+    reduced = reduce_dtype or stored
     precision = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == master else compute_dtype,
-        reduce_dtype=None if compute_dtype == master else master,
+        param_dtype=None if compute_dtype == stored else compute_dtype,
+        reduce_dtype=None if compute_dtype == reduced else reduced,
         cast_forward_inputs=False,
     )
     for module in (*layers, model):
@@ -44,6 +53,19 @@ def keep_weights(model: nn.Module, *, keep: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(False)
     model.set_reshard_after_backward(not keep)
+
+
+@contextmanager
+def gathered_weights(module: nn.Module) -> Iterator[None]:
+    """One module's weights are whole inside, and sharded again afterwards unless they stay whole in any case. Collective if sharded."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    group = module._get_fsdp_state()._fsdp_param_group
+    module.unshard()
+    yield
+    if group is not None and group.reshard_after_backward:
+        module.reshard()
 
 
 def gather_weights(model: nn.Module) -> None:

@@ -233,6 +233,9 @@ def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
     named = [int(n) for n in re.findall(r"document (\d+) tokens", found[0])]
     held = [int(n) for index in range(len(source.lengths(0))) for n in re.findall(r"document (\d+)", source.describe(0, index))]
     assert set(named) <= set(held)
+    # Kernels spread it over the tokens of a block; the spoiled one is among those named.
+    spans = [tuple(map(int, found)) for found in re.findall(r"document (\d+) tokens (\d+)-(\d+)", found[0])]
+    assert all(96 in source.corpora[0].tokens(*span) for span in spans)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,21 +15,28 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.engine import Restored, SaveReport
-from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, NonFiniteLossError
+from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ..memory.arena.replay import Arena
+from ..memory.arena.step import open_arena, step_allocator
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.service import PlanRequest, PlanService
+from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from .certified import Watch
+from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
-from .optim import clip_gradients, set_learning_rate
+from .objectives.build import RunObjective, means
+from .objectives.heads import StepObjective
+from .optimizers.check import describe, inexact
+from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
-from .setup import RunSettings, Session, build_session, join_ranks
+from .setup import RunSettings, Session, build_session, closing_store, join_ranks
 from .spec import num_parameters
-from .step import Work, backward_step, count_targets, read_step
+from .step import Work, backward_step, count_targets, read_step, step_shape
 
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
 """What the agent imports once, before it forks the ranks."""
@@ -44,12 +51,13 @@ class Stop(Protocol):
 
 def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
+    arena = open_arena(config.memory.arena, config.cluster.device.value)
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
     run: _Run | None = None
     try:
-        run = _Run(config, run_dir, device, service)
+        run = _Run(config, run_dir, device, service, arena)
         return run.loop(stop)
     finally:
         if service is not None:
@@ -74,10 +82,14 @@ class _Gathered:
     stop: bool
     busy_s: list[list[float]]
     """Of each micro-batch."""
+    objective: list[float]
+    """Sums of its numbers over all ranks."""
 
 
 class _Run:
-    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None) -> None:
+    def __init__(
+        self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None, arena: Arena | None = None
+    ) -> None:
         self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
         self.session: Session = build_session(config, run_dir, device, self._on_save)
         restored = self.session.engine.restore()
@@ -87,15 +99,21 @@ class _Run:
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
         self.saved = self.asked = self.done if restored is not None else -1
+        if restored is not None:
+            self.session.updater.weights_changed()
+            self.session.updater.resume(restored.extra.get("updater", {}))
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         extra = restored.extra if restored is not None else {}
         self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
+        self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -121,7 +139,10 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics:
+        with self.metrics, closing(self.session.updater), closing_store(self.session), closing(self.allocator):
+            if not self._ready(stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 last = self.done == self.config.train.steps
@@ -135,75 +156,98 @@ class _Run:
             self._write_end()
         return EXIT_DONE
 
+    def _ready(self, stop: Stop) -> bool:
+        def plan(lengths: tuple[int, ...]) -> StepPlan:
+            return static_plan(lengths, self.planner.request)
+
+        return self.objective.ready(plan, stop=stop, report=self.metrics.write)
+
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
-        started, step, session = time.monotonic(), self.done, self.session
-        plan = self.planner.plan(step)
-        works = read_step(session.source, step, plan, self.rank)
+        started = time.monotonic()
+        plan = self.planner.plan(self.done)
+        works = read_step(self.session.source, self.done, plan, self.rank)
+        with self.allocator.step(step_shape(works)):
+            told, numbers, backward_s = self._update(plan, works, stop)
+        self._finish_step(told, plan, numbers, started, backward_s)
+        return told.stop
+
+    def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[_Gathered, dict[str, Any], float]:
+        """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
+        step, session, updater = self.done, self.session, self.session.updater
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
-        clocks, begun = [BusyClock(session.device) for _ in works], time.monotonic()
-        shares = backward_step(
+        clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
+        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        updater.start(rate, session.engine.wait_for_snapshot)
+        if updater.measures_first:
+            shares = self._backward(works, self._objective(plan, targets), watch)
+            self._check_finite(updater.finish_measuring(), shares, works, watch)
+        objective = self._objective(plan, targets)
+        shares = self._backward(works, objective, watch, clocks)
+        told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
+        backward_s = time.monotonic() - begun
+        found = updater.finish()
+        self._check_finite(found, shares, works, watch, loss=told.loss)
+        updater.apply()
+        numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
+        return told, numbers, backward_s
+
+    def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
+        """Anew for each pass over the step: it counts."""
+        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths))
+
+    def _backward(
+        self, works: list[Work], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
+    ) -> torch.Tensor:
+        """One pass over the step: this rank's losses; gradients go where the updater takes them."""
+        session = self.session
+        return backward_step(
             session.model,
             session.topology,
             session.kernel,
             works,
-            num_targets=targets,
+            num_targets=objective.count,
             reduce_each=session.reduce_each,
             device=session.device,
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
+            watch=watch,
+            objective=objective,
+            on_last=session.updater.last,
         )
-        told = self._gather(shares.sum(), works, clocks, stop)
-        backward_s = time.monotonic() - begun
-        self._check_finite(told.loss, shares, plan, step)
-        norm = clip_gradients(session.model, self.config.optim.grad_clip)
-        self._check_finite(norm, shares, plan, step)
-        rate = learning_rate(self.config.optim, step, self.config.train.steps)
-        set_learning_rate(session.optimizer, rate)
-        session.engine.wait_for_snapshot()
-        session.optimizer.step()
-        session.optimizer.zero_grad()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, started, backward_s)
-        return told.stop
 
-    def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
+    def _peak(self) -> int:
+        """The most this rank has taken so far: with a planned arena of the plan, else what the certificate is held against."""
+        planned = None if self.arena is None else self.arena.device_peak_bytes()
+        return self.certified.peak_bytes() if planned is None else planned
+
+    def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
+        row += stats.tolist() + [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, *rest = torch.stack(table).T.tolist()
+        sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank, sums)
 
-    def _peak(self) -> int:
-        if self.session.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.session.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _check_finite(self, value: float, shares: torch.Tensor, plan: StepPlan, step: int) -> None:
-        """NonFiniteLossError on every rank, naming the ranks and documents it came from."""
-        if math.isfinite(value):
-            return
-        bad = [index for index, share in enumerate(shares.tolist()) if not math.isfinite(share)]
-        everyone: list[list[int] | None] = [None] * self.session.topology.world_size
-        dist.all_gather_object(everyone, bad)
-        culprits = [(rank, index) for rank, indices in enumerate(everyone) for index in indices or ()]
-        documents = dict.fromkeys(
-            self.session.source.describe(step, sequence)
-            for rank, index in culprits
-            if (group := plan.micro_batches[index].group_of(rank)) is not None
-            for sequence in group.sequences
-        )
-        ranks = ", ".join(map(str, sorted({rank for rank, _ in culprits}))) or "none: every loss is finite, the gradients are not"
-        raise NonFiniteLossError(
-            f"step {step + 1}",
-            found=f"a loss or gradient norm of {value} (ranks {ranks}; {'; '.join(list(documents)[:8]) or 'no single document'})",
-            expected="finite numbers; nothing of this step was applied and the last checkpoint is intact",
-            hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
-        )
+    def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
+        """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
+        for value in (loss, found.norm):
+            if not math.isfinite(value):
+                raise non_finite(
+                    value,
+                    shares,
+                    works,
+                    watch,
+                    self.session.source,
+                    self.done,
+                    layer=found.first_bad,
+                    partly_applied=found.partly_applied,
+                )
 
     def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1
@@ -212,6 +256,7 @@ class _Run:
         tokens = sum(told.tokens)
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
+        self.certified.look(self.done, told.peak_bytes)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -232,6 +277,7 @@ class _Run:
             micro_batches=len(plan.micro_batches),
             plan=str(plan),
             **planned,
+            **({} if (outcome := self.allocator.outcome()) is None else {"arena": outcome}),
             ranks=[
                 {"rank": rank, "tokens": held, "peak_bytes": peak}
                 for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
@@ -264,6 +310,7 @@ class _Run:
             "costs": self.costs.dump(),
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
+            "updater": self.session.updater.carry(),
         }
         self.session.engine.save(self.done, extra, final=final)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
@@ -300,10 +347,14 @@ class _Run:
             parameters=num_parameters(self.session.spec),
             plan=str(self.session.layout),
             sequence=self.config.parallel.sequence.value,
+            optimizer=describe(self.config.optim),
+            optimizer_inexact=list(inexact(self.config.optim)),
             costs=self.costs.origin,
             cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
+            memory=list(self.certified.certificate.policy),
+            certificate=asdict(self.certified.certificate),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
             data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),

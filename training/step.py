@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,10 @@ from ..parallel.sharding import gather_weights, keep_weights, prepare_backward
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
+from .finite import RowWatch
 from .loss import IGNORE
 from .model import Tokens
+from .objectives.heads import HeadLoss, LanguageModelling, StepObjective
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,25 @@ def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[
     return [Work(*build_shard(source, step, plan, index, rank), batch.group_of(rank)) for index, batch in enumerate(plan.micro_batches)]
 
 
+def step_shape(works: Sequence[Work]) -> Hashable:
+    """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
+
+    Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
+    """
+    return tuple(
+        None
+        if work.group is None or work.layout is None
+        else (
+            work.shard.num_tokens,
+            int(np.count_nonzero(work.shard.target_ids != IGNORE)),
+            (work.group.degree, work.group.ulysses),
+            work.shard.slices,
+            work.layout.lengths,
+        )
+        for work in works
+    )
+
+
 def count_targets(works: Sequence[Work], device: torch.device) -> int:
     """Target tokens of the whole step over all ranks: the one divisor of its loss. Collective."""
     local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in works)
@@ -62,19 +83,24 @@ def backward_step(
     device: torch.device,
     barrier_free: bool = False,
     clocks: Sequence[BusyClock] | None = None,
+    watch: RowWatch | None = None,
+    objective: StepObjective | None = None,
+    on_last: Callable[[], None] | None = None,
 ) -> Tensor:
     """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
 
-    The sum over micro-batches and ranks is the loss.
+    The sum over micro-batches and ranks is the loss. `objective`: of this step; None: language modelling over `num_targets`.
 
     `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
     different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
+    `watch`: learns which rows' losses are not finite. `on_last` is called before the pass that completes the gradients.
 
     Note: without barriers, all weights are gathered first and stay; a rank passes over micro-batches in which it has no group.
     Reductions cannot ride on a rank's last micro-batch: its partners may have more to do first, and need it. They ride on one
     more pass, of no tokens, that all ranks make at the end.
     """
     clocks = clocks or [BusyClock(device) for _ in works]
+    objective = objective or LanguageModelling(num_targets, device)
     shares = torch.zeros(len(works), dtype=torch.float64, device=device)
     if barrier_free:
         keep_weights(model, keep=True)
@@ -84,22 +110,41 @@ def backward_step(
             continue
         last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
+        if last and on_last is not None:
+            on_last()
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
-        shares[index] = _micro_batch(model, attention, work, num_targets, device)
+        tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
+        shares[index] = _micro_batch(model, attention, tokens, _head_loss(objective, work, topology))
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
-        _micro_batch(model, sequence_attention(topology, kernel, None, None, BusyClock(device)), EMPTY, num_targets, device)
+        if on_last is not None:
+            on_last()
+        nothing = sequence_attention(topology, kernel, None, None, BusyClock(device))
+        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology))
     return shares
 
 
-def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, work: Work, num_targets: int, device: torch.device) -> Tensor:
-    loss: Tensor = model(to_tokens(work, device), attention, 1.0 / num_targets)
+def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, tokens: Tokens, head_loss: HeadLoss) -> Tensor:
+    loss: Tensor = model(tokens, attention, head_loss)
     loss.backward()
     return loss.detach()
 
 
-def to_tokens(work: Work, device: torch.device) -> Tokens:
+def _head_loss(objective: StepObjective, work: Work, topology: Topology) -> HeadLoss:
+    """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
+    group = work.group
+    communicator = None if group is None else topology.group(group.first_rank, group.degree)
+
+    def group_sum(value: Tensor) -> Tensor:
+        if communicator is not None:
+            dist.all_reduce(value, group=communicator)
+        return value
+
+    return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.rank, group_sum=group_sum)
+
+
+def to_tokens(work: Work, device: torch.device, not_finite: Tensor | None = None) -> Tokens:
     """The shard on the device; a row's document length comes from the group's layout."""
     lengths = np.zeros(0, dtype=np.int64)
     if work.layout is not None:
@@ -107,4 +152,5 @@ def to_tokens(work: Work, device: torch.device) -> Tokens:
             [work.layout.lengths[piece.sequence] for piece in work.shard.slices], [len(piece) for piece in work.shard.slices]
         )
     arrays = work.shard.token_ids, work.shard.target_ids, work.shard.position_ids, lengths.astype(np.int64)
-    return Tokens(*(torch.from_numpy(array).to(device) for array in arrays))
+    token_ids, target_ids, position_ids, document_lengths = (torch.from_numpy(array).to(device) for array in arrays)
+    return Tokens(token_ids, target_ids, position_ids, document_lengths, not_finite)

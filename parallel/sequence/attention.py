@@ -110,6 +110,28 @@ def attention_backward(
     return dq, dk, dv
 
 
+def attention_backward_into(
+    do: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    o: Tensor,
+    lse: Tensor,
+    blocks: Blocks,
+    spec: AttentionSpec,
+    kernel: BlockKernel,
+    totals: tuple[Tensor, Tensor],
+) -> Tensor:
+    """dq in the accumulation dtype; dk and dv of the blocks are added to `totals`, which have a row per key of qkv."""
+    q, k, v = qkv
+    dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
+    for block in blocks:
+        rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+        part, dk, dv = kernel.backward(do[rows], q[rows], k[keys], v[keys], o[rows], lse[rows], block, spec)
+        dq[rows] += part
+        totals[0][keys] += dk
+        totals[1][keys] += dv
+    return dq
+
+
 def _whole(block: Block, q: Tensor, k: Tensor) -> bool:
     """Whether one block covers every row, so that its results are the results."""
     return (block.q_start, block.q_stop, block.k_start, block.k_stop) == (0, q.shape[0], 0, k.shape[0])

@@ -72,6 +72,34 @@ def _pair(q: Slice, q_row: int, k: Slice, k_row: int, window: int | None) -> Ite
         yield from block(stop, q.stop, start, stop, False)
 
 
+def split_keys(blocks: Blocks, most: int, window: int | None) -> Blocks:
+    """The same pairs in blocks of at most `most` keys each, so that one block's key gradients are small. Causal squares stay whole
+    up to `most` rows; larger ones become smaller squares and the rectangles below them."""
+    out: list[Block] = []
+    for block in blocks:
+        out.extend(_split(block, most, window))
+    return tuple(out)
+
+
+def _split(block: Block, most: int, window: int | None) -> Iterator[Block]:
+    for start in range(block.k_start, block.k_stop, most):
+        stop, row = min(start + most, block.k_stop), start - block.k_start
+        if not block.causal:
+            yield _part(block, block.q_start, block.q_stop, start, stop, False, window)
+            continue
+        first = block.q_start + row
+        last = first + stop - start
+        yield _part(block, first, last, start, stop, True, window)
+        if last < block.q_stop:
+            yield _part(block, last, block.q_stop, start, stop, False, window)
+
+
+def _part(block: Block, q_start: int, q_stop: int, k_start: int, k_stop: int, causal: bool, window: int | None) -> Block:
+    offset = block.offset + (q_start - block.q_start) - (k_start - block.k_start)
+    windowed = window is not None and offset + (q_stop - q_start) - 1 >= window
+    return Block(q_start, q_stop, k_start, k_stop, offset, causal, windowed)
+
+
 def disjoint_queries(blocks: Blocks) -> bool:
     """True where no query row is in two blocks, so results need no merging."""
     ranges = sorted((block.q_start, block.q_stop) for block in blocks)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # plans are shared, runtimes are not
     import numpy as np
 
     from ...memory.config import MemoryConfig
-    from ...memory.terms import Setting
+    from ...memory.setting import Setting
     from ...training.config import DataConfig, TrainConfig
     from ...training.spec import ModelSpec
     from ..config import ClusterConfig

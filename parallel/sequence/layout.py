@@ -8,7 +8,7 @@ over its Ulysses ranks. Nothing is padded: pieces differ by one token where leng
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,17 @@ def split_slices(slices: Slices, parts: int) -> tuple[Slices, ...]:
     """`slices` cut in order into `parts` runs whose sizes differ by at most one token."""
     total = sum(len(piece) for piece in slices)
     cuts = [total * k // parts for k in range(parts + 1)]
-    starts = [0, *accumulate(len(piece) for piece in slices)]
-    out = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
-        run = []
-        for piece, offset in zip(slices, starts, strict=False):
-            a, b = max(low, offset), min(high, offset + len(piece))
-            if a < b:
-                run.append(Slice(piece.sequence, piece.start + a - offset, piece.start + b - offset))
-        out.append(tuple(run))
+    return tuple(cut_slices(slices, low, high) for low, high in pairwise(cuts))
+
+
+def cut_slices(slices: Slices, start: int, stop: int) -> Slices:
+    """The part of `slices` in rows [start, stop), rows counted over all of them in order."""
+    out, row = [], 0
+    for piece in slices:
+        a, b = max(start, row), min(stop, row + len(piece))
+        if a < b:
+            out.append(Slice(piece.sequence, piece.start + a - row, piece.start + b - row))
+        row += len(piece)
     return tuple(out)
 
 

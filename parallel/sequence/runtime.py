@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..topology import Topology
-from .attention import AttentionSpec, BlockKernel, attention_backward, attention_forward
-from .blocks import Blocks, attention_blocks
+from .attention import AttentionSpec, BlockKernel, attention_backward, attention_backward_into, attention_forward
+from .blocks import Blocks, attention_blocks, split_keys
 from .clock import BusyClock
-from .layout import GroupLayout
+from .layout import GroupLayout, cut_slices
 from .plan import Group
 from .ring import Ring, ring_backward, ring_forward
 from .ulysses import UlyssesExchange
 
 QKV = tuple[Tensor, Tensor, Tensor]
+Rows = tuple[tuple[int, int], ...]
+"""Rows [start, stop) of each Ulysses rank of a ring member, as it holds them outside attention."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class SequenceAttention:
     clock: BusyClock
     """How long the group is busy."""
     _blocks: dict[int | None, tuple[Blocks, ...]]
+    _chunk_blocks: dict[tuple[int | None, Rows, int], Blocks]
 
     @property
     def member(self) -> int:
@@ -57,9 +61,9 @@ class SequenceAttention:
         exchange = self._exchange(spec)
         return do if exchange is None else exchange.gather_output(do)
 
-    def exchange_in_backward(self, gradients: QKV, spec: AttentionSpec, dtype: object) -> QKV:
+    def exchange_in_backward(self, gradients: QKV, spec: AttentionSpec, dtype: torch.dtype) -> QKV:
         """Gradients leave in the dtype of the activations: what they are added to has no more digits."""
-        dq, dk, dv = (t.to(dtype) for t in gradients)  # type: ignore[call-overload]
+        dq, dk, dv = (t.to(dtype) for t in gradients)
         exchange = self._exchange(spec)
         return (dq, dk, dv) if exchange is None else exchange.scatter_gradients(dq, dk, dv)
 
@@ -76,13 +80,77 @@ class SequenceAttention:
             return attention_backward(do, *qkv, o, lse, blocks[0], spec, self.kernel)
         return ring_backward(do, (*qkv, o, lse), self._ring(self.group), blocks, self._ring_tokens(), spec, self.kernel)
 
-    def _exchange(self, spec: AttentionSpec) -> UlyssesExchange | None:
+    @property
+    def ring(self) -> int:
+        """Ranks across which keys travel; chunks of queries are for 1."""
+        return 1 if self.group is None else self.group.ring
+
+    @property
+    def member_tokens(self) -> tuple[int, ...]:
+        """Tokens of every Ulysses rank of this ring member outside attention; this rank's at `ulysses_index`."""
+        if self.group is None or self.layout is None:
+            return (0,)
+        return tuple(self.layout.num_tokens(self._first_member + i) for i in range(self.group.ulysses))
+
+    @property
+    def ulysses_index(self) -> int:
+        return self.member - self._first_member
+
+    @property
+    def _first_member(self) -> int:
+        """The first Ulysses rank of this rank's ring member."""
+        return 0 if self.group is None else self.member // self.group.ulysses * self.group.ulysses
+
+    def exchange_keys(self, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """exchange_in of keys and values alone."""
+        exchange = self._exchange(spec)
+        return (k, v) if exchange is None else exchange.gather_keys(k, v)
+
+    def exchange_keys_backward(self, dk: Tensor, dv: Tensor, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        dk, dv = dk.to(dtype), dv.to(dtype)
+        exchange = self._exchange(spec)
+        return (dk, dv) if exchange is None else exchange.scatter_keys(dk, dv)
+
+    def gather_rows(self, t: Tensor, rows: Rows, spec: AttentionSpec) -> Tensor:
+        """Of each member its `rows`: (rows of mine, all query heads, D) -> (rows of all members, local heads, D)."""
+        exchange = self._exchange(spec, rows)
+        return t if exchange is None else exchange.gather_output(t)
+
+    def scatter_rows(self, t: Tensor, rows: Rows, spec: AttentionSpec) -> Tensor:
+        """The way back of gather_rows."""
+        exchange = self._exchange(spec, rows)
+        return t if exchange is None else exchange.scatter_tokens(t)
+
+    def rows_forward(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """o and lse of gathered query rows against all gathered keys; no ring."""
+        return attention_forward(q, k, v, self._blocks_of_rows(rows, spec.window), spec, self.kernel)
+
+    def rows_backward(
+        self, do: Tensor, qkv: QKV, o: Tensor, lse: Tensor, rows: Rows, spec: AttentionSpec, totals: tuple[Tensor, Tensor], key_block: int
+    ) -> Tensor:
+        """dq of gathered query rows; their part of dk and dv is added to `totals`, made for at most `key_block` keys at a time."""
+        blocks = self._blocks_of_rows(rows, spec.window, key_block)
+        return attention_backward_into(do, qkv, o, lse, blocks, spec, self.kernel, totals)
+
+    def _exchange(self, spec: AttentionSpec, rows: Rows | None = None) -> UlyssesExchange | None:
         if self.group is None or self.layout is None or self.group.ulysses == 1:
             return None
-        ulysses, first = self.group.ulysses, self.member // self.group.ulysses * self.group.ulysses
-        tokens = [self.layout.num_tokens(first + i) for i in range(ulysses)]
-        communicator = self.topology.group(self.group.first_rank + first, ulysses)
-        return UlyssesExchange(communicator, tokens, self.member - first, spec)
+        tokens = self.member_tokens if rows is None else [stop - start for start, stop in rows]
+        communicator = self.topology.group(self.group.first_rank + self._first_member, self.group.ulysses)
+        return UlyssesExchange(communicator, tokens, self.ulysses_index, spec)
+
+    def _blocks_of_rows(self, rows: Rows, window: int | None, key_block: int = 0) -> Blocks:
+        """Of each member's `rows` against all keys; with `key_block`, cut so that no block has more keys."""
+        key = window, rows, key_block
+        if key not in self._chunk_blocks:
+            if self.layout is None:
+                self._chunk_blocks[key] = ()
+            else:
+                members = self.layout.member_slices[self._first_member : self._first_member + len(rows)]
+                queries = tuple(p for member, (a, b) in zip(members, rows, strict=True) for p in cut_slices(member, a, b))
+                blocks = attention_blocks(queries, self.layout.ring_slices[self._first_member // len(rows)], window)
+                self._chunk_blocks[key] = split_keys(blocks, key_block, window) if key_block else blocks
+        return self._chunk_blocks[key]
 
     def _ring(self, group: Group) -> Ring:
         index, inner = divmod(self.member, group.ulysses)
@@ -108,4 +176,4 @@ def sequence_attention(
     topology: Topology, kernel: BlockKernel, group: Group | None, layout: GroupLayout | None, clock: BusyClock
 ) -> SequenceAttention:
     """The attention of `group` (None: no work) with its layout, timed by `clock`."""
-    return SequenceAttention(topology, kernel, group, layout, clock, {})
+    return SequenceAttention(topology, kernel, group, layout, clock, {}, {})

@@ -66,6 +66,14 @@ class UlyssesExchange:
         heads, kv_heads = self._split.local
         return tuple(self._all_to_all_heads(torch.cat(parts, 2)).split([heads, kv_heads, kv_heads], 1))  # type: ignore[return-value]
 
+    def gather_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """gather_tokens of keys and values alone: (T_mine, K, D) x 2 -> (T_all, local key/value heads, D) x 2."""
+        if self._split.degree == 1:
+            return k, v
+        parts = [self._replicate(t).unflatten(1, (self._split.degree, -1)) for t in (k, v)]
+        k, v = self._all_to_all_heads(torch.cat(parts, 2)).chunk(2, 1)
+        return k, v
+
     def scatter_tokens(self, o: Tensor) -> Tensor:
         """(T_all, local heads, D) -> (T_mine, all heads, D). One all-to-all."""
         return o if self._split.degree == 1 else self._all_to_all_tokens(o).flatten(1, 2)
@@ -81,6 +89,13 @@ class UlyssesExchange:
         heads, kv_heads = self._split.local
         back = self._all_to_all_tokens(torch.cat((dq, dk, dv), 1)).split([heads, kv_heads, kv_heads], 2)
         return back[0].flatten(1, 2), self._sum_replicas(back[1]), self._sum_replicas(back[2])
+
+    def scatter_keys(self, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """The backward of gather_keys."""
+        if self._split.degree == 1:
+            return dk, dv
+        back = self._all_to_all_tokens(torch.cat((dk, dv), 1)).chunk(2, 2)
+        return self._sum_replicas(back[0]), self._sum_replicas(back[1])
 
     def _replicate(self, t: Tensor) -> Tensor:
         if self._split.identity:

@@ -121,7 +121,9 @@ def test_pieces_that_are_all_prompt_are_left_out(tmp_path: Path) -> None:
 
 def test_describe(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", [[1, 2, 3]])
-    assert open_data(_config(prefix), 0, 100).describe(0, 0) == f"corpus {prefix} document 0 tokens 0-3"
+    source = open_data(_config(prefix), 0, 100)
+    assert source.describe(0, 0) == f"corpus {prefix} document 0 tokens 0-3"
+    assert source.describe(0, 0, 1, 2) == f"corpus {prefix} document 0 tokens 1-2"
 
 
 def test_the_fingerprint_tells_other_streams_apart(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from efflaunch.memory.policy import KEPT, MemoryPolicy
+from efflaunch.memory.config import Walk
+from efflaunch.memory.offload.open import open_store
+from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
 from efflaunch.training.model import build_model, write_shard
@@ -22,8 +26,16 @@ class ListSource:
     def lengths(self, step):
         return tuple(len(tokens) for tokens in self.documents)
 
+    def parts(self, step, index):
+        return (len(self.documents[index]),)
+
     def tokens(self, step, index, start, stop):
         return self.documents[index][start:stop], self.targets[index][start:stop]
+
+
+def _shares(split, **others):
+    """The same shares of every class between attention and the layer's ends."""
+    return MemoryPolicy(query=split, key_value=split, residual=split, mlp=split, **others)
 
 
 POLICIES = {
@@ -33,7 +45,62 @@ POLICIES = {
     "chunks_5": MemoryPolicy(chunk_tokens=5),
     "chunks_16": MemoryPolicy(chunk_tokens=16),
     "chunks_16_keep_attention": MemoryPolicy(attention_output=KEPT, chunk_tokens=16),
+    "alst": MemoryPolicy(layer_input=MOVED, chunk_tokens=7),
+    "streambp": MemoryPolicy(attention=Walk.CHUNKS, chunk_tokens=7),
+    "streambp_11_host": MemoryPolicy(layer_input=MOVED, attention_output=MOVED, attention=Walk.CHUNKS, chunk_tokens=11),
+    "memo_0": MemoryPolicy(layer_input=MOVED, attention_output=MOVED),
+    "memo_0.3": _shares(Split(host=0.3), layer_input=MOVED, attention_output=MOVED),
+    "memo_1": _shares(MOVED, layer_input=MOVED, attention_output=MOVED),
+    "upipe": MemoryPolicy(layer_input=MOVED, head_groups=2, chunk_tokens=13),
+    "upipe_stored": _shares(Split(keep=0.2, host=0.5), attention_output=Split(keep=0.4, host=0.6), head_groups=2, segment_layers=2),
+    "everything kept by class": _shares(KEPT, attention_output=KEPT),
+    "shares_streamed": _shares(
+        Split(keep=0.2, host=0.3),
+        layer_input=Split(keep=0.5, host=0.5),
+        attention_output=Split(keep=0.7, host=0.3),
+        attention=Walk.CHUNKS,
+        chunk_tokens=9,
+        segment_layers=2,
+    ),
+    "segments_2": MemoryPolicy(segment_layers=2),
+    "segments_3_host": MemoryPolicy(segment_layers=3, layer_input=MOVED, attention_output=MOVED, attention=Walk.CHUNKS, chunk_tokens=16),
 }
+
+
+class StrictStore:
+    """A host store that copies as late as it may and spoils what is no longer to be used."""
+
+    def __init__(self):
+        self.parcels = {}
+
+    def put(self, rows):
+        key = object()
+        self.parcels[key] = [rows, rows.clone(), None]
+        return key
+
+    def prefetch(self, key):
+        assert key in self.parcels
+
+    def get(self, key):
+        rows, copy, back = self.parcels[key]
+        assert back is None, "read twice without being done with it"
+        assert torch.equal(rows, copy), "what was given away was written into"
+        self.parcels[key][2] = copy.clone()
+        return self.parcels[key][2]
+
+    def done(self, key):
+        self.parcels[key][2].fill_(float("nan"))
+        self.parcels[key][2] = None
+
+    def drop(self, key):
+        del self.parcels[key]
+
+
+def _store(kind):
+    if kind == "strict":
+        return StrictStore()
+    folder, room = tempfile.gettempdir() if kind == "files" else None, 64 << 20
+    return open_store(device=torch.device("cpu"), capacity_bytes=room, offload_dir=folder, staging_bytes=8 << 20, piece_bytes=1 << 20)
 
 
 def run_plans(case, weights, documents, targets, plans, steps=0):
@@ -54,6 +121,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         seed=0,
         loss_chunk_tokens=case.get("loss_chunk", 7),
         z_loss=case.get("z_loss", 0.0),
+        store=_store(case.get("store", "strict")),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))

@@ -17,6 +17,7 @@ BASE = {
 }
 FAMILIES = {
     "llama": {"model_type": "llama"},
+    "llama_deep": {"model_type": "llama", "num_hidden_layers": 5},
     "llama_4kv": {"model_type": "llama", "num_key_value_heads": 4},
     "llama_mha_tied": {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 11},

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
-from efflaunch.tests.parity.ranks_side import run_plans
+from efflaunch.tests.parity.ranks_side import POLICIES, run_plans
 from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_loss, reference_model
 from efflaunch.tests.ranks import RankPool
 
@@ -64,6 +64,18 @@ ADAPTIVE = (
     batch((2, 2, 2, (4,))),
 )
 """Every degree and scheme, in three micro-batches; two ranks are idle in the last."""
+SCHEMES = [
+    name for name in POLICIES if name not in ("keep", "recompute", "keep_attention", "chunks_5", "chunks_16", "chunks_16_keep_attention")
+]
+BARRIER_FREE_DEEP = {"family": "llama_deep", "barrier_free": True, "replicate": 2}
+MEMORY_PLANS = {
+    "one rank, packed": static(1, 1, 1),
+    "one document": plan_of(1, batch((0, 1, 1, (0,))), lengths=(61,)),
+    "ulysses 2": static(2, 2, 2),
+    "ring 2": static(2, 2, 1),
+    "mixed groups, accumulation": plan_of(4, *ADAPTIVE),
+}
+"""Each with every memory policy; the documents' boundaries lie inside chunks."""
 ROWS = {
     "one rank": ({}, static(1, 1, 1)),
     "two ranks, data parallel": ({}, static(2, 1, 1)),
@@ -125,6 +137,26 @@ ROWS = {
     ),
     "barrier-free, tied embeddings, gemma2": ({"barrier_free": True, "family": "gemma2"}, plan_of(4, *ADAPTIVE)),
     "barrier-free, one rank": ({"barrier_free": True}, static(1, 1, 1)),
+    **{
+        f"{policy}, {scheme}": ({"policy": policy, "family": family}, plan)
+        for index, policy in enumerate(SCHEMES)
+        for scheme, plan in MEMORY_PLANS.items()
+        for family in [("llama", "gemma2", "qwen3", "llama_mha_tied", "mistral", "gemma3")[(index + len(scheme)) % 6]]
+    },
+    **{
+        f"{policy}, five layers, {scheme}": ({"policy": policy, "family": "llama_deep", "steps": 3}, plan)
+        for policy in ("segments_2", "segments_3_host", "shares_streamed", "upipe_stored")
+        for scheme, plan in (("hybrid 2x2, boundaries in shards", plan_of(4, batch((0, 4, 2, ALL)))), ("adaptive", plan_of(4, *ADAPTIVE)))
+    },
+    **{
+        f"{policy}, {store}": ({"policy": policy, "family": "llama_deep", "store": store}, plan_of(4, *ADAPTIVE))
+        for policy in ("memo_0.3", "shares_streamed", "upipe_stored")
+        for store in ("arena", "files")
+    },
+    **{
+        f"{policy}, barrier-free, HSDP": ({"policy": policy, **BARRIER_FREE_DEEP}, plan_of(4, *ADAPTIVE))
+        for policy in ("segments_3_host", "shares_streamed")
+    },
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
 }  # fmt: skip
 
@@ -179,7 +211,7 @@ def test_gradients_equal_plain_hugging_face(pool, row):
     check_parity(pool, case, [plan])
 
 
-@pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16"])
+@pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16", "streambp", "shares_streamed", "upipe_stored"])
 def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool, policy):
     """bfloat16 compute, float32 master weights and reduction: the error against float64 is that of Hugging Face in bfloat16.
 
@@ -233,7 +265,10 @@ def random_plans(draw, world=4):
 
 @seed(20)
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
-@given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute"]))
+@given(
+    plans=st.lists(random_plans(), min_size=5, max_size=5),
+    policy=st.sampled_from(["keep", "recompute", "shares_streamed", "upipe_stored", "segments_3_host"]),
+)
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
     check_parity(pool, {"policy": policy}, plans)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
+from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
 
 Rope = tuple[Tensor, Tensor]
@@ -33,17 +35,50 @@ class LayerAdapter(ABC):
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
 
-    @abstractmethod
-    def before_attention(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated. Token-local."""
+    def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
+        """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated; of the heads asked for, those of no head left out.
 
-    @abstractmethod
+        `graph`: only gradients of the results are wanted, and their values may be anything.
+        """
+        h = self.input_norm(x)
+        cos, sin = (table.unsqueeze(1) for table in rope)
+        out = []
+        if heads.queries != ():
+            q = self.query(h, heads.queries, graph)
+            out.append(q * cos + rotate_half(q) * sin)
+        if heads.keys != ():
+            k, v = self.key_value(h, heads.keys, graph)
+            out += [k * cos + rotate_half(k) * sin, v]
+        return tuple(out)
+
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
+        x = self.residual(x, o)
+        return self.mlp_out(x, *self.mlp_in(x))
 
-    def after_attention_graph(self, x: Tensor, o: Tensor) -> Tensor:
-        """As after_attention, where only the gradients of what it returns are wanted and its values may be anything."""
-        return self.after_attention(x, o)
+    @abstractmethod
+    def input_norm(self, x: Tensor) -> Tensor:
+        """The norm before the projections, (T, M) -> (T, M)."""
+
+    @abstractmethod
+    def query(self, h: Tensor, heads: HeadIndex, graph: bool) -> Tensor:
+        """Normed input (T, M) -> queries (T, H, D) before rotation."""
+
+    @abstractmethod
+    def key_value(self, h: Tensor, heads: HeadIndex, graph: bool) -> tuple[Tensor, Tensor]:
+        """Normed input (T, M) -> keys before rotation and values, each (T, K, D)."""
+
+    @abstractmethod
+    def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
+        """Layer input (T, M) plus attention's projected output (T, H, D) -> (T, M)."""
+
+    @abstractmethod
+    def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
+        """(T, M) -> gate and up (T, I) each."""
+
+    @abstractmethod
+    def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
+        """(T, M) and what mlp_in made of it -> the layer's output (T, M)."""
 
     def _spec(self) -> AttentionSpec:
         config = self.attention.config

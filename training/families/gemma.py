@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...parallel.sequence.attention import AttentionSpec
-from .llama import LlamaLayer
+from .llama import HeadNormLayer, LlamaLayer, linear
 
 
 class Gemma2Layer(LlamaLayer):
@@ -24,17 +24,20 @@ class Gemma2Layer(LlamaLayer):
                 hint="model.extra.use_bidirectional_attention=false",
             )
 
-    def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
-        layer = self.layer
-        x = x + layer.post_attention_layernorm(self.attention.o_proj(o.flatten(1)))
-        return x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
+    def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
+        # The norm's gradient needs the projected values, so there is no graph without them.
+        return x + self.layer.post_attention_layernorm(self.attention.o_proj(o.flatten(1)))  # type: ignore[no-any-return,operator]
 
-    def after_attention_graph(self, x: Tensor, o: Tensor) -> Tensor:
-        # The layer ends in a norm, whose gradient needs the MLP's values.
-        return self.after_attention(x, o)
+    def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
+        mlp, h = self.layer.mlp, self.layer.pre_feedforward_layernorm(x)  # type: ignore[operator]
+        return linear(mlp.gate_proj, h, graph), linear(mlp.up_proj, h, graph)  # type: ignore[arg-type,union-attr]
+
+    def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
+        mlp = self.layer.mlp
+        return x + self.layer.post_feedforward_layernorm(mlp.down_proj(mlp.act_fn(gate) * up))  # type: ignore[no-any-return,union-attr,operator]
 
 
-class Gemma3Layer(Gemma2Layer):
+class Gemma3Layer(Gemma2Layer, HeadNormLayer):
     """Adds per-head norms of q and k, and a rotary table per kind of layer."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -44,7 +47,3 @@ class Gemma3Layer(Gemma2Layer):
     def _spec(self) -> AttentionSpec:
         # Hugging Face's Gemma 3 never applies a softcap to scores, whatever its config holds.
         return replace(super()._spec(), softcap=None)
-
-    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super()._project(h)
-        return self.attention.q_norm(q), self.attention.k_norm(k), v

@@ -1,0 +1,190 @@
+"""One configuration twice: what the ledger says its step takes, and what a traced step of it takes.
+
+Shared by `python -m efflaunch.bench.predicted` and tests/memory. The tracer counts every storage of one warm step on rank 0:
+weights, states, gradients, gathered copies, activations, buffers, and rows that wait on the host, which on a CPU is the same
+memory. What it cannot see (the process, communicators, kernels' scratch) is left out of the prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..memory.config import MemoryConfig, Place, Walk
+from ..memory.ledger import Ledger, build_ledger
+from ..memory.setting import Phase
+from ..memory.terms import UNSEEN
+from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig, Scheme
+from ..training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
+from ..training.spec import hf_config_dict, model_spec
+
+GIB = 1 << 30
+MODEL: dict[str, Any] = {
+    "name": "small",
+    "family": Family.LLAMA,
+    "num_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "vocab_size": 2048,
+    "max_positions": 65536,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step of `micro_batches` documents, each of `tokens` tokens a rank over `ranks` ranks."""
+
+    name: str
+    tokens: int = 1024
+    ranks: int = 1
+    micro_batches: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+    """Changes to MODEL."""
+    memory: MemoryConfig
+    dtype: str = "float32"
+    scheme: str = "auto"
+    grad_reduce: str = "micro_batch"
+    loss_chunk: int = 256
+
+    @property
+    def length(self) -> int:
+        return self.tokens * self.ranks
+
+
+def memory_config(**fields: Any) -> MemoryConfig:
+    """`recompute` with changes; places and walks by their names."""
+    given: dict[str, Any] = {"layer_input": "keep", "attention_output": "recompute", "activations": "recompute", **fields}
+    for key in ("layer_input", "attention_output", "activations"):
+        given[key] = Place(given[key])
+    if given.get("attention") is not None:
+        given["attention"] = Walk(given["attention"])
+    return MemoryConfig(name="case", **given)
+
+
+def case_ledger(case: Case) -> Ledger:
+    """The ledger of a CPU machine with room for all of it."""
+    cluster = ClusterConfig(
+        name="bench", device=Device.CPU, num_nodes=1, ranks_per_node=case.ranks, device_memory_bytes=64 * GIB, host_memory_bytes=512 * GIB,
+        peak_flops=1e11, efficiency=0.5, intra_node_bandwidth=1e9, inter_node_bandwidth=1e9, host_link_bandwidth=1e9,
+    )  # fmt: skip
+    ledger = build_ledger(
+        spec=model_spec(ModelConfig(**{**MODEL, **case.model})),
+        parallel=ParallelConfig(
+            name="bench", tokens_per_rank=case.tokens, scheme=Scheme(case.scheme), grad_reduce=GradReduce(case.grad_reduce)
+        ),
+        memory=case.memory,
+        train=TrainConfig(steps=1, dtype=Dtype(case.dtype), loss_chunk_tokens=case.loss_chunk),
+        data=DataConfig(name="bench", max_seq_len=case.length, global_batch_tokens=case.length * case.micro_batches),
+        cluster=cluster,
+    )
+    assert ledger.layout.num_micro_batches == case.micro_batches and ledger.layout.sp_degree == case.ranks, case
+    return ledger
+
+
+def predicted_by_phase(ledger: Ledger) -> dict[Phase, int]:
+    """Bytes of each phase that a tracer sees."""
+    seen = [entry for entry in ledger.device.terms if entry.name not in UNSEEN]
+    return {phase: sum(entry.by_phase.get(phase, 0) for entry in seen) for phase in Phase}
+
+
+def build_case(case: Case) -> Any:
+    """On a rank: (step, tensors): a function that runs one step, and one that lists weights and states. Collective."""
+    import numpy as np
+    import torch
+
+    from ..parallel.sequence.attention import CpuKernel
+    from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
+    from ..parallel.topology import build_topology
+    from ..training.config import OptimConfig
+    from ..training.model import build_config, build_model
+    from ..training.optim import build_optimizer
+    from ..training.step import backward_step, read_step
+
+    torch.set_num_threads(1)
+    ledger = case_ledger(case)
+    topology, device = build_topology(replicate=1, device="cpu"), torch.device("cpu")
+    model = build_model(
+        build_config(hf_config_dict(ModelConfig(**{**MODEL, **case.model}))), ledger.setting.policy, topology.mesh,
+        device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk, store=UncountedStore(),
+    )  # fmt: skip
+    optimizer = build_optimizer(model, OptimConfig(name="adamw", lr=1e-4))
+    count, group = case.micro_batches, ledger.layout
+    batches = tuple(MicroBatch((Group(0, case.ranks, group.ulysses, (index,)),)) for index in range(count))
+    plan = StepPlan(case.ranks, (case.length,) * count, batches)
+    ids = np.random.default_rng(0).integers(0, ledger.setting.spec.vocab_size, case.length)
+
+    def step() -> None:
+        works = read_step(_Source(plan.lengths, ids), 0, plan, topology.rank)  # type: ignore[arg-type]
+        each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
+        backward_step(model, topology, CpuKernel(), works, num_targets=case.length * count, reduce_each=each, device=device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def tensors() -> list[Any]:
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        return [*model.parameters(), *states]
+
+    return step, tensors
+
+
+class UncountedStore:
+    """Host memory that no tracer sees; what comes back is seen from `prefetch` to `done`, as on a GPU."""
+
+    def __init__(self) -> None:
+        self._parcels: dict[object, Any] = {}
+        self._back: dict[object, Any] = {}
+
+    def put(self, rows: Any) -> object:
+        import torch
+
+        key = object()
+        with torch._C._DisableTorchDispatch():
+            self._parcels[key] = rows.detach().clone()
+        return key
+
+    def prefetch(self, parcel: object) -> None:
+        if parcel not in self._back:
+            rows = self._parcels[parcel]
+            self._back[parcel] = rows.new_empty(rows.shape).copy_(rows)
+
+    def get(self, parcel: object) -> Any:
+        self.prefetch(parcel)
+        return self._back[parcel]
+
+    def done(self, parcel: object) -> None:
+        self._back.pop(parcel, None)
+
+    def drop(self, parcel: object) -> None:
+        self.done(parcel)
+        del self._parcels[parcel]
+
+    def reset(self) -> None:
+        self._parcels.clear()
+        self._back.clear()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Documents of one step that are all the same."""
+
+    all_lengths: tuple[int, ...]
+    ids: Any
+
+    def lengths(self, step: int) -> tuple[int, ...]:
+        return self.all_lengths
+
+    def tokens(self, step: int, index: int, start: int, stop: int) -> Any:
+        return self.ids[start:stop], self.ids[start:stop]
+
+
+def traced_peak(case: Case) -> int:
+    """On a rank: peak live bytes of the second step. Collective."""
+    from .tracer import StorageTracer
+
+    step, tensors = build_case(case)
+    step()
+    with StorageTracer(tensors()) as tracer:
+        step()
+    return tracer.peak_bytes

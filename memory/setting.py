@@ -1,0 +1,154 @@
+"""What a ledger is made of: the setting it depends on, moments of a step, and terms. Pure; bytes everywhere.
+
+Note: phases. Peaks of different terms do not fall together, so each term says how much it holds in each phase. A phase's sum
+is what must fit. Backward phases are those of one layer: where what forward left (less with every layer done) and the
+gradients (more with every layer done) are largest together (terms.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
+from ..parallel.layout import Layout
+from .config import MemoryConfig, Walk
+from .policy import MemoryPolicy
+from .residency import Residency
+
+if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
+    from ..parallel.config import ClusterConfig
+    from ..training.config import DataConfig, TrainConfig
+    from ..training.spec import ModelSpec
+
+GIB = 1 << 30
+_WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Phase(Enum):
+    """A moment of the step at which some term is at its largest."""
+
+    FORWARD = "forward"
+    """The last layer's."""
+    LOSS = "loss"
+    SEGMENT = "segment again"
+    """Layers of a segment run forward again for their inputs; only with segments of several layers."""
+    BACKWARD_MLP = "backward mlp"
+    """A layer from its output back to attention's."""
+    BACKWARD_ATTENTION = "backward attention"
+    BACKWARD_PROJECTIONS = "backward projections"
+    """From queries, keys and values back to the layer's input."""
+    LAYER_REDUCE = "layer reduction"
+    """A layer's gradients are done and go over the ranks."""
+    REDUCE = "reduce"
+    """The end of backward: embedding and head."""
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Something that takes memory: bytes in each phase it exists in."""
+
+    name: str
+    note: str
+    by_phase: dict[Phase, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """The most it ever takes."""
+        return max(self.by_phase.values(), default=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """All a ledger depends on."""
+
+    spec: ModelSpec
+    parallel: ParallelConfig
+    memory: MemoryConfig
+    """As configured; `policy` is what it comes to."""
+    policy: MemoryPolicy
+    train: TrainConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    layout: Layout
+    layer_parameters: int
+    parameters: int
+    residency: Residency = field(default_factory=Residency)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number in computation."""
+        return _WIDTHS[self.train.dtype.value]
+
+    @property
+    def master(self) -> int:
+        """Bytes of one master weight, gradient or optimizer number; also of accumulations."""
+        return max(4, self.width)
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens_per_rank
+
+    @property
+    def piece_tokens(self) -> int:
+        """Most rows that token-local work has at one time: cut by chunks and where a class changes its place (memory/ranges.py)."""
+        if self.policy.graph:
+            return self.tokens
+        cuts = sorted({0, self.tokens, *(row for split in self.policy.splits.values() for row in split.rows(self.tokens))})
+        largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
+        return min(largest, self.policy.chunk_tokens or largest)
+
+    @property
+    def in_pieces(self) -> bool:
+        return self.piece_tokens < self.tokens
+
+    @property
+    def segment_layers(self) -> int:
+        """Layers that share one stored input."""
+        return 1 if self.policy.graph else min(self.policy.segment_layers, self.spec.num_layers)
+
+    @property
+    def stored_inputs(self) -> int:
+        """Layer inputs there are when backward starts in the last segment: one a segment, and the live segment's own."""
+        return -(-self.spec.num_layers // self.segment_layers) + self.segment_layers - 1
+
+    @property
+    def by_chunks(self) -> bool:
+        """Whether attention walks over chunks of queries; with a ring it works on all rows (memory/layer.py)."""
+        return not self.policy.graph and self.policy.attention is Walk.CHUNKS and self.layout.ring == 1
+
+    @property
+    def root_parameters(self) -> int:
+        """Embedding, head and last norm: what is not in a decoder layer."""
+        return self.parameters - self.spec.num_layers * self.layer_parameters
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.cluster.device.value == "cuda"
+
+    @property
+    def kv_copies(self) -> int:
+        """Key/value numbers per token between the Ulysses exchanges, over those before it: above 1 where heads are replicated."""
+        return max(1, -(-self.layout.ulysses // self.spec.num_kv_heads))
+
+
+BACKWARD = (Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS, Phase.LAYER_REDUCE)
+KEEPING = (Phase.FORWARD, Phase.LOSS, *BACKWARD)
+"""While activations wait for their backward."""
+ALL = tuple(Phase)
+COMPUTE = (*KEEPING, Phase.REDUCE)
+
+
+def term(name: str, note: str, num_bytes: float, phases: tuple[Phase, ...] = ALL) -> Term:
+    """The same number of bytes in each of `phases`."""
+    return Term(name, note, {phase: int(num_bytes) for phase in phases})
+
+
+def reduces_once(s: Setting) -> bool:
+    """Whether gradients of several micro-batches pile up whole before they are reduced."""
+    # An adaptive plan may have more micro-batches than the static one of longest sequences.
+    several = s.layout.num_micro_batches > 1 or s.parallel.sequence is SequenceMode.ADAPTIVE or s.parallel.barrier_free
+    return s.parallel.grad_reduce is GradReduce.STEP and several

@@ -1,0 +1,70 @@
+"""What one node must hold besides its devices: processes, staging, activations and optimizer states that wait there. Pure."""
+
+from __future__ import annotations
+
+from .ranges import group_ranges
+from .setting import GIB, KEEPING, Setting, Term, term
+from .terms_activations import class_layers, moved_by_class
+from .terms_optimizer import host_optimizer_bytes
+
+
+def host_terms(s: Setting, device_peak_bytes: int) -> tuple[Term, ...]:
+    """Of one node; terms of no bytes left out. On a machine without GPUs the ranks' own memory is the node's."""
+    ranks = s.layout.ranks_per_node
+    made = (
+        _processes(s, ranks, device_peak_bytes),
+        moved_activations(s),
+        term("optimizer states on the host", f"{ranks} ranks", ranks * host_optimizer_bytes(s)),
+        term("data staging", f"ids and targets of four micro-batches, {ranks} ranks", ranks * 4 * 24 * s.tokens),
+        snapshot(s),
+        term("system", "operating system and page cache it cannot do without (assumed)", 4 * GIB if s.on_gpu else GIB),
+    )
+    return tuple(entry for entry in made if entry.num_bytes)
+
+
+def moved_activations(s: Setting) -> Term:
+    """Rows that wait in host memory for their layer's backward, in whole blocks of the arena."""
+    ranks = s.layout.ranks_per_node
+    names = ", ".join(name.replace("_", " ") for name, num_bytes in moved_by_class(s).items() if num_bytes)
+    held = 0 if s.policy.offload_dir else ranks * arena_bytes(s)
+    return term("activations on the host", f"{names} of {ranks} ranks", held, KEEPING)
+
+
+def moved_bytes(s: Setting) -> int:
+    """Activations of one rank that wait on its host or in files, as they are used."""
+    return sum(moved_by_class(s).values())
+
+
+def file_bytes(s: Setting) -> int:
+    """Of one node, under memory.offload_dir."""
+    return s.layout.ranks_per_node * moved_bytes(s) if s.policy.offload_dir else 0
+
+
+ARENA_BLOCK_BYTES = 64 << 10
+"""What the arena hands out at least (memory/offload/arena.py)."""
+_TENSORS = {"key_value": 2, "mlp": 2, "attention_output": 2}
+"""Of one piece of a class, where it is not one: keys and values, gate and up, output and log-sum-exp."""
+
+
+def arena_bytes(s: Setting) -> int:
+    """What the arena of one rank is opened with: the rows that wait there, each tensor of each piece in whole blocks."""
+    moved = moved_by_class(s)
+    if not any(moved.values()):
+        return 0
+    pieces = len(group_ranges((s.tokens,), s.policy))
+    layers = class_layers(s)
+    groups = {"query": s.policy.head_groups, "key_value": s.policy.head_groups, "attention_output": s.policy.head_groups}
+    parcels = sum(layers[name] * _TENSORS.get(name, 1) * groups.get(name, 1) for name, num_bytes in moved.items() if num_bytes)
+    return sum(moved.values()) + pieces * parcels * ARENA_BLOCK_BYTES
+
+
+def snapshot(s: Setting) -> Term:
+    """What a checkpoint holds in host memory while it is written."""
+    ranks = s.layout.ranks_per_node
+    return term("checkpoint staging", f"64 MiB of buffers a rank while files are written, {ranks} ranks (assumed)", ranks * (64 << 20))
+
+
+def _processes(s: Setting, ranks: int, device_peak_bytes: int) -> Term:
+    if not s.on_gpu:
+        return term("ranks", f"{ranks} ranks at their peak", ranks * device_peak_bytes)
+    return term("processes", f"{ranks} ranks with torch and CUDA, 4 GiB each (assumed)", ranks * 4 * GIB)

@@ -1,0 +1,121 @@
+"""Floating-point work of a step and what recomputation adds to it, counted causally, by class of activation. Pure.
+
+Per token and layer (width d, query size q, key/value size k, feed-forward f): a forward pass takes 2 FLOPs a weight and
+4 q a query-key pair; a class that is neither kept nor moved costs the products that make it once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .setting import Setting
+
+
+def causal_pairs(num_tokens: int, window: int | None) -> float:
+    """Query-key pairs of one sequence, the diagonal counted half as kernels' FLOP counts do: n^2 / 2 without a window."""
+    if window is None or window >= num_tokens:
+        return num_tokens * num_tokens / 2
+    return window * (num_tokens - window / 2)
+
+
+def forward_attention_flops(windows: Iterable[int | None], query_size: int, num_tokens: int) -> float:
+    """Scores and weighted values of all layers: 4 FLOPs a pair and query number."""
+    return sum(4 * query_size * causal_pairs(num_tokens, window) for window in windows)
+
+
+def class_recompute_flops(s: Setting) -> dict[str, float]:
+    """FLOPs of making one token of a class again in one layer (the layers' mean, for attention of a longest sequence).
+
+    `layer_input`: a whole layer run forward, which inner layers of a segment cost.
+    """
+    spec, length = s.spec, s.data.max_seq_len
+    attention = forward_attention_flops(spec.windows, spec.query_size, length) / (spec.num_layers * length)
+    return {
+        "layer_input": 2.0 * s.layer_parameters + attention,
+        "query": 2.0 * spec.hidden_size * spec.query_size,
+        "key_value": 4.0 * spec.hidden_size * spec.kv_size,
+        "attention_output": attention,
+        "residual": 2.0 * spec.hidden_size * spec.query_size,
+        "mlp": 4.0 * spec.hidden_size * spec.intermediate_size,
+    }
+
+
+def remade_flops(s: Setting) -> float:
+    """Linear FLOPs that one token of one layer costs again in backward, segments left out."""
+    if s.policy.graph:
+        return 0.0
+    costs = class_recompute_flops(s)
+    shares = {name: split.recompute for name, split in s.policy.splits.items() if name not in ("layer_input", "attention_output")}
+    return sum(costs[name] * share for name, share in shares.items()) + closing_norm_flops(s)
+
+
+def closing_norm_flops(s: Setting) -> float:
+    """A layer that ends in norms needs the products before them for their gradients; others leave the last product out."""
+    return 2.0 * s.spec.hidden_size * s.spec.intermediate_size * (s.spec.norms_per_layer > 2)
+
+
+def segment_flops(s: Setting) -> float:
+    """Linear FLOPs of one token of an inner layer that runs forward again for the next layer's input.
+
+    With the attention output stored neither attention nor its projections run.
+    """
+    costs = class_recompute_flops(s)
+    names = ("residual", "mlp") if s.policy.attention_output.recompute == 0 else ("query", "key_value", "residual", "mlp")
+    splits = s.policy.splits
+    return sum(costs[name] * splits[name].recompute for name in names) + 2.0 * s.spec.hidden_size * s.spec.intermediate_size
+
+
+def inner_share(s: Setting) -> float:
+    """The share of layers that run forward again because their output was not stored: (k - 1) / k where k divides the layers."""
+    return 1.0 - -(-s.spec.num_layers // s.segment_layers) / s.spec.num_layers
+
+
+def attention_passes(s: Setting) -> float:
+    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are made again), more if its output is not stored."""
+    if s.policy.graph:
+        return 3.5
+    return 3.5 + s.policy.attention_output.recompute * (1.0 + inner_share(s))
+
+
+def linear_flops(s: Setting) -> float:
+    """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
+    head = s.spec.vocab_size * s.spec.hidden_size
+    layer = 6 * s.layer_parameters + remade_flops(s) + inner_share(s) * segment_flops(s)
+    return s.spec.num_layers * layer + 6 * head
+
+
+def sequence_flops(s: Setting, length: int) -> tuple[float, float]:
+    """Attention and linear FLOPs of one sequence, recomputation in."""
+    attention = attention_passes(s) * forward_attention_flops(s.spec.windows, s.spec.query_size, length)
+    return attention, linear_flops(s) * length
+
+
+def matrix_parameters(s: Setting) -> int:
+    """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
+    return s.spec.num_layers * s.layer_parameters + s.spec.vocab_size * s.spec.hidden_size
+
+
+def batch_tokens(s: Setting) -> float:
+    """Tokens of one rank in a micro-batch of longest sequences."""
+    return s.layout.sequences_per_group * s.data.max_seq_len / s.layout.sp_degree
+
+
+def layer_forward_s(s: Setting) -> float:
+    """Seconds of one layer's forward on one rank: a micro-batch of longest sequences, the layers' mean."""
+    return batch_tokens(s) * class_recompute_flops(s)["layer_input"] / _rate(s)
+
+
+def layer_backward_s(s: Setting) -> float:
+    """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
+    attention = class_recompute_flops(s)["attention_output"]
+    return batch_tokens(s) * (2.5 * attention + 4.0 * s.layer_parameters) / _rate(s)
+
+
+def layer_recompute_s(s: Setting) -> float:
+    """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
+    attention = (attention_passes(s) - 3.5) * class_recompute_flops(s)["attention_output"]
+    return batch_tokens(s) * (attention + remade_flops(s) + inner_share(s) * segment_flops(s)) / _rate(s)
+
+
+def _rate(s: Setting) -> float:
+    return s.cluster.peak_flops * s.cluster.efficiency

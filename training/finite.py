@@ -1,0 +1,115 @@
+"""Where a loss that is not a finite number came from: rows are marked as they are computed, and read only once something is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import NonFiniteLossError
+from .data.shard import PackedShard
+
+NUM_NAMED = 8
+"""Documents a message names at most."""
+
+
+class RowWatch:
+    """One flag per row of each micro-batch, on the device: nothing is synchronised before `spans` asks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flags: dict[int, Tensor] = {}
+
+    def flags(self, micro_batch: int, num_rows: int) -> Tensor:
+        """(num_rows,) bool, all False, for the loss to set."""
+        self._flags[micro_batch] = torch.zeros(num_rows, dtype=torch.bool, device=self._device)
+        return self._flags[micro_batch]
+
+    def spans(self, micro_batch: int, shard: PackedShard) -> list[tuple[int, int, int]]:
+        """(part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
+        if micro_batch not in self._flags:
+            return []
+        flags, out, row = self._flags[micro_batch].cpu(), [], 0
+        for piece in shard.slices:
+            marked = flags[row : row + len(piece)].nonzero().squeeze(1)
+            row += len(piece)
+            if len(marked):
+                out.append((piece.sequence, piece.start + int(marked[0]), piece.start + int(marked[-1]) + 1))
+        return out
+
+
+class _Work(Protocol):
+    """training.step.Work, as far as it is read here."""
+
+    @property
+    def shard(self) -> PackedShard: ...
+    @property
+    def group(self) -> Any: ...
+
+
+class _Source(Protocol):
+    def describe(self, step: int, index: int, start: int = 0, stop: int | None = None) -> str: ...
+
+
+def non_finite(
+    value: float,
+    shares: Tensor,
+    works: Sequence[_Work],
+    watch: RowWatch,
+    source: _Source,
+    step: int,
+    *,
+    layer: str | None = None,
+    partly_applied: bool = False,
+) -> NonFiniteLossError:
+    """The error for a step whose loss or gradient norm is `value`: ranks, documents and their tokens. Collective over all ranks.
+
+    `shares`: this rank's loss of each micro-batch. Where none is to blame alone, the gradients are. `layer`: the first in backward
+    whose gradients are not finite; `partly_applied`: those before it have been updated.
+    """
+    mine = [
+        found
+        for index, share in enumerate(shares.tolist())
+        if not math.isfinite(share)
+        for found in _tokens_of(works[index], watch.spans(index, works[index].shard))
+    ]
+    everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    ranks = ", ".join(str(rank) for rank, found in enumerate(everyone) if found)
+    documents = [source.describe(step, *span) for span in _merged([span for found in everyone for span in found or ()])]
+    more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""
+    named = "; ".join(documents[:NUM_NAMED]) + more
+    ranks = ranks or "none: every loss is finite, the gradients are not"
+    where = "" if layer is None else f"; first in the gradients of {layer}"
+    kept = "nothing of this step was applied and the last checkpoint is intact"
+    if partly_applied:
+        kept = f"{layer} was not updated, but modules before it in backward were (optim.update=backward); the last checkpoint is intact"
+    return NonFiniteLossError(
+        f"step {step + 1}",
+        found=f"a loss or gradient norm of {value} (ranks {ranks}; {named or 'no single document'}{where})",
+        expected=f"finite numbers; {kept}",
+        hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
+    )
+
+
+def _tokens_of(work: _Work, spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int | None]]:
+    """(sequence of the step, first, last + 1); all of the group's sequences where no single row is to blame (a sum overflowed)."""
+    if work.group is None:
+        return []
+    if not spans:
+        return [(sequence, 0, None) for sequence in work.group.sequences]
+    parts = work.shard.parts
+    return [(parts[part].sequence, parts[part].offset + first, parts[part].offset + stop) for part, first, stop in spans]
+
+
+def _merged(spans: list[tuple[int, int, int | None]]) -> list[tuple[int, int, int | None]]:
+    """One span per sequence, over all ranks that hold a part of it."""
+    out: dict[int, tuple[int, int, int | None]] = {}
+    for sequence, first, stop in spans:
+        _, low, high = out.get(sequence, (sequence, first, stop))
+        out[sequence] = sequence, min(low, first), None if stop is None or high is None else max(high, stop)
+    return list(out.values())
