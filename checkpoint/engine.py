@@ -28,14 +28,13 @@ from . import files, state
 from .archive import FileLayout, fingerprint, local, plan_files
 from .attempt import Attempt
 from .commit import Committer, Outcome, Retention
-from .config import CheckpointConfig, Interval, OnSaveError, WhileFlushing
-from .interval import solve_interval
+from .config import CheckpointConfig, OnSaveError, WhileFlushing
 from .mirror import Mirror
+from .pacing import Pacing
 from .peers import Peers
 from .restore import Restored, Restorer
 from .saver import Saver
 from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
-from .throttle import Pace, Throttle
 from .tier import Tier
 
 log = logging.getLogger(__name__)
@@ -107,12 +106,7 @@ class CheckpointEngine:
         """Not yet raised, where a failed save stops training."""
         self._maybe_pending = False
         """Whether any rank may still wait for an outcome: known to all alike."""
-        self._throttle = Throttle(config.max_slowdown)
-        self._costs = (0.0, 0.0)
-        """Stall and time to durable of the newest save on this rank."""
-        self._next_due: int | None = None
-        self._interval = 0
-        self._last_update: float | None = None
+        self._pacing = Pacing(config)
         self._num_attempts = self._num_waits = 0
         self._open()
 
@@ -127,8 +121,9 @@ class CheckpointEngine:
         tensors = self._tensors()
         found = fingerprint(tensors)
         replan = self._layout is None or found != self._fingerprint
-        changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._costs, self._throttle.step_s)
-        self._set_interval(step, *times)
+        changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._pacing.measured)
+        if (plan := self._pacing.saving(step, *times)) is not None:
+            self._log(logging.INFO, "%s", plan)
         if busy and not final and not self._admit(step):
             return
         if changed:
@@ -139,18 +134,13 @@ class CheckpointEngine:
         self._latest, self._maybe_pending = attempt, True
         self._saver.start(attempt)
         self._committer.add(attempt)
-        if self._throttle.pace is Pace.EAGER:
+        if self._pacing.is_eager:
             attempt.enqueued.wait()
         attempt.stall_s += time.monotonic() - started
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` updates; the same answer on every rank."""
-        every = self.config.every_steps
-        if self.config.interval is Interval.FIXED or every is None:
-            return every is not None and step % every == 0
-        if self._next_due is None:
-            self._next_due = step - 1 + every
-        return step >= self._next_due
+        return self._pacing.due(step)
 
     def wait_for_snapshot(self) -> None:
         """Returns when parameters and optimizer states may change; before every update. On CUDA the stream waits, not the host."""
@@ -164,7 +154,7 @@ class CheckpointEngine:
             if attempt.copy_event is not None:
                 torch.cuda.current_stream().wait_event(attempt.copy_event)
             attempt.stall_s += time.monotonic() - started
-        self._note_step(attempt)
+        self._pacing.note_step(attempt, self._saver)
         if self.config.on_error is OnSaveError.STOP and self._maybe_pending:
             # All raise at the same update, or none.
             self._agree()
@@ -248,32 +238,6 @@ class CheckpointEngine:
             for attempt in self._pending:
                 self._saver.cancel(attempt)
         return True
-
-    def _note_step(self, attempt: Attempt | None) -> None:
-        """The step that ends here, with or without a copy behind it."""
-        now, before = time.monotonic(), self._last_update
-        self._last_update = now
-        if before is None:
-            return
-        stall_s, copy_s = (0.0, None) if attempt is None else (attempt.stall_s, attempt.snapshot_s)
-        if self._throttle.add(now - before - stall_s, copy_s):
-            log.warning("checkpoints: %s", self._throttle.reason)
-        if attempt is not None and self._saver is not None:
-            # Of the next snapshot; this one's own pauses are part of its time.
-            copying_s = attempt.snapshot_s - self._saver.delay_s * len(attempt.layout.chunks)
-            self._saver.delay_s = self._throttle.delay_s(copying_s, len(attempt.layout.chunks))
-
-    def _set_interval(self, step: int, stall_s: float, durable_s: float, step_s: float) -> None:
-        if self.config.interval is not Interval.AUTO or self.config.every_steps is None:
-            return
-        steps = self.config.every_steps
-        if durable_s and step_s:
-            failure_s = self.config.mean_time_to_failure_s
-            plan = solve_interval(stall_s=stall_s, durable_s=durable_s, step_s=step_s, mean_time_to_failure_s=failure_s)
-            if plan.steps != self._interval:
-                self._log(logging.INFO, "%s", plan)
-            self._interval = steps = plan.steps
-        self._next_due = step + steps
 
     def _warm_up(self) -> None:
         tensors = self._tensors()
@@ -359,7 +323,7 @@ class CheckpointEngine:
             snapshot_s=attempt.snapshot_s,
             mode=flushed.mode if flushed is not None else "",
         )
-        self._costs = (report.stall_s, report.save_s)
+        self._pacing.costs = (report.stall_s, report.save_s)
         if outcome.error is not None:
             self._failure = outcome
             self._log(logging.ERROR, "checkpoint of step %d failed: %s", attempt.step, outcome.error)
