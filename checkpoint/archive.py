@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 from torch.serialization import skip_data
 
-from .sizes import BLOCK_BYTES
+from .sizes import BLOCK_BYTES, segment_bytes
 
 METADATA_FILE, INDEX_FILE = ".metadata", "index.json"
 _ALIGN = 64
@@ -100,7 +100,7 @@ def local(value: Tensor) -> Tensor:
     return (value.to_local() if isinstance(value, DTensor) else value).detach()
 
 
-def plan_files(tensors: dict[str, Tensor], *, rank: int, chunk_bytes: int, gather: Gather, scatter: Scatter) -> FileLayout:
+def plan_files(tensors: dict[str, Tensor], *, rank: int, largest_chunk: int, gather: Gather, scatter: Scatter) -> FileLayout:
     """The layout of this rank's file; collective (one gather and one scatter of plans). ValueError where pieces overlap."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(tensors, StorageMeta(), rank == 0)
@@ -114,10 +114,12 @@ def plan_files(tensors: dict[str, Tensor], *, rank: int, chunk_bytes: int, gathe
         extra = ((METADATA_FILE, _metadata(metadata, placed)), (INDEX_FILE, _index(metadata, placed)))
     plan, total = scatter(answers)
     pieces = place(plan, rank)
+    num_bytes = pieces[-1].end if pieces else 0
+    chunk_bytes = segment_bytes(num_bytes, largest_chunk)
     chunks = cut(pieces, chunk_bytes)
     return FileLayout(
         file_name(rank),
-        pieces[-1].end if pieces else 0,
+        num_bytes,
         tuple(pieces),
         tuple(map(tuple, chunks)),
         chunk_bytes,

@@ -40,6 +40,7 @@ from .tier import Tier
 log = logging.getLogger(__name__)
 SEEN_S = 10.0
 """Network file systems show a new directory to other nodes some seconds late."""
+CLOSE_S = 5.0
 _WARM_UP_CALL = 2
 """At the second update the optimizer has its states: memory for snapshots is made ready before the first save needs it."""
 __all__ = ["CheckpointEngine", "Restored", "SaveReport"]
@@ -175,12 +176,11 @@ class CheckpointEngine:
         self._agree()
 
     def close(self) -> None:
-        """Ends threads and the flusher; saves that are not reported yet go on by themselves."""
-        timeout_s = 5.0
+        """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet go on by themselves."""
         if self._committer is not None:
-            self._committer.close(timeout_s)
+            self._committer.close(CLOSE_S)
         if self._saver is not None:
-            self._saver.close(timeout_s)
+            self._saver.close(CLOSE_S)
         if self._mirror is not None:
             self._mirror.close()
         self._saver = self._committer = self._mirror = None
@@ -216,7 +216,7 @@ class CheckpointEngine:
         ]
         facts = {"step": step, "attempt": name, "rank": self._peers.rank, "world_size": self._peers.world_size}
         folder = files.temporary_path(self.directory, step, name)
-        attempt = Attempt(name, step, folder, self._layout, sources, {**facts, "chunk_bytes": self._segment_bytes})
+        attempt = Attempt(name, step, folder, self._layout, sources, {**facts, "chunk_bytes": self._layout.chunk_bytes})
         if self._peers.rank == 0:
             contents = {"step": step, "world_size": self._peers.world_size, "extra": extra, "metadata": self.metadata}
             contents |= {"model": self._weights_hash, "versions": self._versions}
@@ -249,15 +249,16 @@ class CheckpointEngine:
             self._deliver(block=True)
         peers = self._peers
         self._layout = plan_files(
-            tensors, rank=peers.rank, chunk_bytes=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
+            tensors, rank=peers.rank, largest_chunk=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
         )
         self._fingerprint, self._weights_hash = found, facts_of.weights_hash(state.model_tensors(self._model))
         if self._saver is not None:
-            self._saver.close(5.0)
+            self._saver.close(CLOSE_S)
+        segment = self._layout.chunk_bytes
         hosts = peers.gather(socket.gethostname())
         free = facts_of.free_memory() // hosts.count(socket.gethostname())
-        size = snapshot_pool_bytes(self._layout.num_bytes, self.config.pool_bytes, free_bytes=free, segment=self._segment_bytes)
-        self._saver = Saver(size, self._segment_bytes, _device(tensors), self._fault)
+        size = snapshot_pool_bytes(self._layout.num_bytes, self.config.pool_bytes, free_bytes=free, segment=segment)
+        self._saver = Saver(size, segment, _device(tensors), self._fault)
         if self._committer is None:
             peers.open_store()
             if self.config.mirror is not None:

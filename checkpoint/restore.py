@@ -112,7 +112,7 @@ class Restorer:
             return None, failure
         reader, contents = opened[0]
         model = state.model_tensors(self._model)
-        self._check_model(path, state.differences(model, reader.tensors))
+        self._check_model(path, self._differences(model, reader.tensors))
         state.allocate_optimizer(self._model, self._optimizer, reader.tensors)
         rng = _rng_targets(reader.tensors, self.peers.rank)
         tensors = model | state.optimizer_tensors(self._model, self._optimizer) | rng
@@ -120,6 +120,17 @@ class Restorer:
         if failure is not None:
             return None, failure
         return self._finish(path, contents, rng), None
+
+    def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
+        """The same on every rank: of the first that finds any. Weights may live on some ranks only (stages of a pipeline)."""
+        missing = any(key.startswith(state.MODEL) and key not in model for key in saved)
+        elsewhere: set[str] = set()
+        if any(self.peers.largest([float(missing)])):
+            elsewhere = {key for keys in self.peers.gather(list(model)) for key in keys}
+        lines = state.differences(model, {key: entry for key, entry in saved.items() if key in model or key not in elsewhere})
+        if not any(self.peers.largest([float(bool(lines))])):
+            return []
+        return next(found for found in self.peers.gather(lines) if found)
 
     def _open(self, path: Path) -> Reader:
         reader = Reader(path)

@@ -70,6 +70,8 @@ class Saver:
         self.pool.close()
 
     def _run(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_device(self.device)
         # Before it is needed.
         self._new_flusher()
         while (attempt := self._queue.get()) is not None:

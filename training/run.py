@@ -55,15 +55,15 @@ def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
-    run: _Run | None = None
     try:
         run = _Run(config, run_dir, device, service, arena)
-        return run.loop(stop)
+        code = run.loop(stop)
+        # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
+        run.session.engine.close()
+        return code
     finally:
         if service is not None:
             service.close()
-        if run is not None:
-            run.session.engine.close()
         dist.destroy_process_group()
 
 
@@ -335,8 +335,8 @@ class _Run:
             return
         self.saved = report.step
         path = f"{report.path.parent.name}/{report.path.name}"
-        times = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s}
-        self.metrics.write("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **times)
+        facts = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s, "mode": report.mode}
+        self.metrics.write("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
 
     def _write_start(self, restored: Restored | None) -> None:
         self.metrics.write(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from efflaunch.bench.chaos import State
 from efflaunch.checkpoint import files
-from efflaunch.checkpoint.config import Interval, OnSaveError, WhileFlushing
+from efflaunch.checkpoint.config import CheckpointConfig, Interval, OnSaveError, WhileFlushing
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.verify import damage
 from efflaunch.errors import CheckpointError
@@ -280,5 +280,43 @@ def _die_after_snapshot(folder: Path) -> None:
     _steps(engine, state, 1, 1)
     attempt: Any = engine._latest
     assert attempt.copied.wait(30)
-    time.sleep(0.2)
+    if dist.is_initialized():
+        # The first death ends the other rank too.
+        dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stage(torch.nn.Module):
+    """Each rank holds a layer of its own, as stages of a pipeline do."""
+
+    def __init__(self, layers: list[int], value: float) -> None:
+        super().__init__()
+        for layer in layers:
+            self.register_parameter(f"layer{layer}", torch.nn.Parameter(torch.full((5, 3), value + layer)))
+
+
+def _stage_engine(folder: Path, layers: list[int], value: float) -> tuple[Stage, CheckpointEngine]:
+    stage = Stage(layers, value)
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+    return stage, CheckpointEngine(CheckpointConfig(name="test"), folder, model=stage, optimizer=optimizer, metadata={})
+
+
+def _save_stages(folder: Path) -> None:
+    _, engine = _stage_engine(folder, [2 * dist.get_rank(), 2 * dist.get_rank() + 1], 10.0)
+    engine.save(1, {})
+    engine.wait()
+    engine.close()
+
+
+def _restore_stages(folder: Path, layers: list[list[int]]) -> list[float]:
+    stage, engine = _stage_engine(folder, layers[dist.get_rank()], 0.0)
+    assert engine.restore() is not None
+    return [float(value[0, 0]) for value in stage.parameters()]
+
+
+def test_weights_that_live_on_some_ranks_only_are_found_by_name_on_another_split(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(_save_stages, tmp_path, ranks=2)
+    assert pool.run(_restore_stages, tmp_path, [[0, 1, 2], [3]], ranks=2) == [[10, 11, 12], [13]]
+    assert pool.run(_restore_stages, tmp_path, [[0, 1, 2, 3]], ranks=1) == [[10, 11, 12, 13]]
+    with pytest.raises(CheckpointError, match="layer3: 5x3 float32 in the checkpoint, not in the model"):
+        pool.run(_restore_stages, tmp_path, [[0, 1], [2]], ranks=2)
