@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
-from .progress import Progress, drift_line, plans_text, score_line, start_line, step_line
+from .progress import Progress, certificate_line, drift_line, plans_text, score_line, start_line, step_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -61,6 +61,8 @@ class PlainDisplay:
             return step_line(self.progress)
         if event["event"] == "score":
             return score_line(event)
+        if event["event"] == "certificate":
+            return certificate_line(event)
         if event["event"] == "checkpoint":
             return f"saved {event['path']} in {format_seconds(event['save_s'])}"
         return _bad_news(event)
@@ -151,6 +153,8 @@ class LiveDisplay:
         plans = plans_text(self.progress)
         if plans:
             table.add_row("planner", plans)
+        if self.progress.memory:
+            table.add_row("memory", _shortened("; ".join(self.progress.memory)))
         return table
 
     def _ranks(self) -> RenderableType:
@@ -184,6 +188,8 @@ def _bad_news(event: Event) -> str | None:
     """What a person should hear of, whatever the display."""
     if event["event"] == "checkpoint_failed":
         return f"checkpoint of step {event['step']} failed: {event['error']}"
+    if event["event"] == "certificate":
+        return None if event["ok"] else certificate_line(event)
     if event["event"] == "planner_failed":
         return f"{event['error']}: greedy plans from step {event['step']} on"
     return drift_line(event) if event["event"] == "drift" else None

@@ -85,6 +85,7 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .fit import check_machine
 
     check_machine(config)
+    check_memory_plan(config)
     check_data(config)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
@@ -98,6 +99,15 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     code = local.run(config, run_dir, revision=revision, lock=lock, entry=entry)
     report_end(run_dir, code)
     return code
+
+
+def check_memory_plan(config: Config) -> None:
+    """PlanError where memory is to be solved and nothing fits. A given policy that does not fit may run: the ledger is an upper bound."""
+    from ..memory.advice import check_fits
+    from .plan_command import plan
+
+    if config.memory.solve:
+        check_fits(plan(config))
 
 
 def check_data(config: Config) -> None:

@@ -138,8 +138,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     """cosine only: last learning rate as a share of the peak."""
     states: States = States.DEVICE
-    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs,
-    for the time of a CPU update."""
+    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
     update: Update = Update.STEP
     """backward frees each layer's gradient as soon as it is applied, and overlaps a host update with the backward of the next layer."""
     clip_mode: ClipMode = ClipMode.GLOBAL

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from .certified import Watch
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
@@ -103,6 +103,7 @@ class _Run:
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
+        self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -202,7 +203,7 @@ class _Run:
 
     def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
-        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
+        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self.certified.peak_bytes()), float(stop.requested)]
         row += stats.tolist() + [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
@@ -211,11 +212,6 @@ class _Run:
         sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
         return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank, sums)
-
-    def _peak(self) -> int:
-        if self.session.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.session.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
@@ -239,6 +235,7 @@ class _Run:
         tokens = sum(told.tokens)
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
+        self.certified.look(self.done, told.peak_bytes)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -331,6 +328,8 @@ class _Run:
             cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
+            memory=list(self.certified.certificate.policy),
+            certificate=asdict(self.certified.certificate),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
             data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),
