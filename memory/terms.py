@@ -47,7 +47,7 @@ def reserve(s: Setting) -> Term:
 def device_terms(s: Setting) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
-        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, in_flight, loss_chunk,
+        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
         masked_scores, batch, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(s), *worst_layers(s), *(make(s) for make in fixed)]
@@ -56,7 +56,7 @@ def device_terms(s: Setting) -> tuple[Term, ...]:
 
 def worst_layers(s: Setting) -> list[Term]:
     """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
-    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations)
+    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations, in_flight)
     layers = [[make(s, layer) for make in makers] for layer in candidates(s)]
     worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
     return [
