@@ -119,9 +119,7 @@ CASES: tuple[Case, ...] = (
     _case("memo, half", {**MEMO, "host_fraction": 0.5}, tokens=2048),
     _case("memo, 0.3 by 256", {**MEMO, "host_fraction": 0.3, "chunk_tokens": 256}, tokens=2048),
     _case("upipe, 2 groups", {**ALST, "head_groups": 2}, tokens=2048),
-    _case(
-        "upipe, 4 groups, Ulysses 2", {"layer_input": "host", "head_groups": 4, "chunk_tokens": 256}, tokens=2048, ranks=2, scheme="ulysses"
-    ),
+    _case("upipe, 4 groups, Ulysses 2", {**ALST, "head_groups": 4}, tokens=2048, ranks=2, scheme="ulysses"),
     _case("recompute, Ulysses 2", ranks=2, scheme="ulysses"),
     _case("recompute, ring 2", ranks=2, scheme="ring"),
     _case("recompute by 256, Ulysses 4, 2 KV heads", {"chunk_tokens": 256}, ranks=4, scheme="ulysses"),

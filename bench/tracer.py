@@ -21,11 +21,14 @@ from torch.utils._pytree import tree_iter
 class StorageTracer(TorchDispatchMode):
     """Use as a context manager; `external` tensors (weights, optimizer states) are live from the start.
 
+    host: whether the storage at an address is host memory that stands beside the device's even where both are the CPU's
+    (HostStore.owns): it is left out of everything. Landing buffers, which parcels come back into, are the device's and count.
     events: (bytes gained or lost, what made it), in order. `live_bytes`, `peak_bytes` and `peak_event` follow from them.
     """
 
-    def __init__(self, external: Iterable[Tensor] = ()) -> None:
+    def __init__(self, external: Iterable[Tensor] = (), *, host: Callable[[int], bool] | None = None) -> None:
         super().__init__()
+        self._host = host
         self.events: list[tuple[int, str]] = []
         self.live_bytes = self.peak_bytes = self.peak_event = 0
         self.live: dict[int, tuple[int, str]] = {}
@@ -66,7 +69,7 @@ class StorageTracer(TorchDispatchMode):
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         storage = local.untyped_storage()
         key = storage._cdata
-        if key in self.live:
+        if key in self.live or (self._host is not None and self._host(storage.data_ptr())):
             return
         self.live[key] = (0, made_by)
         finalizer = weakref.finalize(storage, self._gone, key)

@@ -7,7 +7,7 @@ gradients (more with every layer done) are largest together (terms.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout
 from .config import MemoryConfig, Walk
 from .policy import MemoryPolicy
+from .residency import Residency
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..parallel.config import ClusterConfig
@@ -75,6 +76,7 @@ class Setting:
     layout: Layout
     layer_parameters: int
     parameters: int
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def width(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .ranges import group_ranges
 from .setting import GIB, KEEPING, Setting, Term, term
-from .terms_activations import moved_by_class
+from .terms_activations import class_layers, moved_by_class
 from .terms_optimizer import host_optimizer_bytes
 
 
@@ -24,9 +25,8 @@ def host_terms(s: Setting, device_peak_bytes: int) -> tuple[Term, ...]:
 def moved_activations(s: Setting) -> Term:
     """Rows that wait in host memory for their layer's backward, in whole blocks of the arena."""
     ranks = s.layout.ranks_per_node
-    classes = {name: num_bytes for name, num_bytes in moved_by_class(s).items() if num_bytes}
-    names = ", ".join(name.replace("_", " ") for name in classes)
-    held = 0 if s.policy.offload_dir else ranks * sum(arena_bytes(num_bytes) for num_bytes in classes.values())
+    names = ", ".join(name.replace("_", " ") for name, num_bytes in moved_by_class(s).items() if num_bytes)
+    held = 0 if s.policy.offload_dir else ranks * arena_bytes(s)
     return term("activations on the host", f"{names} of {ranks} ranks", held, KEEPING)
 
 
@@ -40,9 +40,22 @@ def file_bytes(s: Setting) -> int:
     return s.layout.ranks_per_node * moved_bytes(s) if s.policy.offload_dir else 0
 
 
-def arena_bytes(num_bytes: int) -> int:
-    """What the pinned arena (memory/offload) takes for so many bytes of rows."""
-    return num_bytes
+ARENA_BLOCK_BYTES = 64 << 10
+"""What the arena hands out at least (memory/offload/arena.py)."""
+_TENSORS = {"key_value": 2, "mlp": 2, "attention_output": 2}
+"""Of one piece of a class, where it is not one: keys and values, gate and up, output and log-sum-exp."""
+
+
+def arena_bytes(s: Setting) -> int:
+    """What the arena of one rank is opened with: the rows that wait there, each tensor of each piece in whole blocks."""
+    moved = moved_by_class(s)
+    if not any(moved.values()):
+        return 0
+    pieces = len(group_ranges((s.tokens,), s.policy))
+    layers = class_layers(s)
+    groups = {"query": s.policy.head_groups, "key_value": s.policy.head_groups, "attention_output": s.policy.head_groups}
+    parcels = sum(layers[name] * _TENSORS.get(name, 1) * groups.get(name, 1) for name, num_bytes in moved.items() if num_bytes)
+    return sum(moved.values()) + pieces * parcels * ARENA_BLOCK_BYTES
 
 
 def snapshot(s: Setting) -> Term:

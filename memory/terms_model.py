@@ -8,10 +8,13 @@ lives until the next one starts. `layer` is the layer whose backward the backwar
 from __future__ import annotations
 
 from .setting import BACKWARD, COMPUTE, KEEPING, Phase, Setting, Term, reduces_once, term
+from .terms_optimizer import gradients_left, weight_bytes
 
 
 def weights(s: Setting) -> Term:
-    return term("weights", f"float{8 * s.master} master, 1/{s.layout.shard} of each", s.master * s.parameters / s.layout.shard)
+    each = weight_bytes(s)
+    kind = f"{'bfloat' if each == 2 else 'float'}{8 * each}"
+    return term("weights", f"{kind}, 1/{s.layout.shard} of each", each * s.parameters / s.layout.shard)
 
 
 def gradients(s: Setting, layer: int) -> Term:
@@ -21,7 +24,8 @@ def gradients(s: Setting, layer: int) -> Term:
     done = s.master * s.layer_parameters * (s.spec.num_layers - 1 - layer) // s.layout.shard
     held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(s)))
     layers = early or s.master * s.spec.num_layers * s.layer_parameters // s.layout.shard
-    return Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", held | {Phase.REDUCE: layers, Phase.OPTIMIZER: total})
+    whole = held | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
+    return gradients_left(s, Term("gradients", f"float{8 * s.master}, 1/{s.layout.shard} of each", whole))
 
 
 def whole_gradients(s: Setting) -> Term:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from efflaunch.memory.config import Walk
+from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
@@ -22,6 +25,9 @@ class ListSource:
 
     def lengths(self, step):
         return tuple(len(tokens) for tokens in self.documents)
+
+    def parts(self, step, index):
+        return (len(self.documents[index]),)
 
     def tokens(self, step, index, start, stop):
         return self.documents[index][start:stop], self.targets[index][start:stop]
@@ -90,6 +96,13 @@ class StrictStore:
         del self.parcels[key]
 
 
+def _store(kind):
+    if kind == "strict":
+        return StrictStore()
+    folder, room = tempfile.gettempdir() if kind == "files" else None, 64 << 20
+    return open_store(device=torch.device("cpu"), capacity_bytes=room, offload_dir=folder, staging_bytes=8 << 20, piece_bytes=1 << 20)
+
+
 def run_plans(case, weights, documents, targets, plans, steps=0):
     """For each plan: (loss, gradients by name) on rank 0, None elsewhere; then `steps` AdamW steps of the first plan: weights."""
     from efflaunch.tests.parity.reference import hf_config, lift_to_float64
@@ -108,7 +121,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         seed=0,
         loss_chunk_tokens=case.get("loss_chunk", 7),
         z_loss=case.get("z_loss", 0.0),
-        store=StrictStore(),
+        store=_store(case.get("store", "strict")),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))

@@ -67,6 +67,7 @@ ADAPTIVE = (
 SCHEMES = [
     name for name in POLICIES if name not in ("keep", "recompute", "keep_attention", "chunks_5", "chunks_16", "chunks_16_keep_attention")
 ]
+BARRIER_FREE_DEEP = {"family": "llama_deep", "barrier_free": True, "replicate": 2}
 MEMORY_PLANS = {
     "one rank, packed": static(1, 1, 1),
     "one document": plan_of(1, batch((0, 1, 1, (0,))), lengths=(61,)),
@@ -148,7 +149,12 @@ ROWS = {
         for scheme, plan in (("hybrid 2x2, boundaries in shards", plan_of(4, batch((0, 4, 2, ALL)))), ("adaptive", plan_of(4, *ADAPTIVE)))
     },
     **{
-        f"{policy}, barrier-free, HSDP": ({"policy": policy, "family": "llama_deep", "barrier_free": True, "replicate": 2}, plan_of(4, *ADAPTIVE))
+        f"{policy}, {store}": ({"policy": policy, "family": "llama_deep", "store": store}, plan_of(4, *ADAPTIVE))
+        for policy in ("memo_0.3", "shares_streamed", "upipe_stored")
+        for store in ("arena", "files")
+    },
+    **{
+        f"{policy}, barrier-free, HSDP": ({"policy": policy, **BARRIER_FREE_DEEP}, plan_of(4, *ADAPTIVE))
         for policy in ("segments_3_host", "shares_streamed")
     },
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
@@ -205,7 +211,7 @@ def test_gradients_equal_plain_hugging_face(pool, row):
     check_parity(pool, case, [plan])
 
 
-@pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16"])
+@pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16", "streambp", "shares_streamed", "upipe_stored"])
 def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool, policy):
     """bfloat16 compute, float32 master weights and reduction: the error against float64 is that of Hugging Face in bfloat16.
 
@@ -259,7 +265,10 @@ def random_plans(draw, world=4):
 
 @seed(20)
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
-@given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute"]))
+@given(
+    plans=st.lists(random_plans(), min_size=5, max_size=5),
+    policy=st.sampled_from(["keep", "recompute", "shares_streamed", "upipe_stored", "segments_3_host"]),
+)
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
     check_parity(pool, {"policy": policy}, plans)
 
