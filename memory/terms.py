@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .setting import ALL, GIB, Phase, Setting, Term, term
 from .terms_activations import activations, attention_outputs, in_flight, layer_inputs
-from .terms_layer import layer_rows, loss_chunk, masked_scores
+from .terms_layer import layer_rows, loss_chunk, masked_scores, scratch
 from .terms_model import (
     batch,
     gathered_layers,
@@ -23,7 +23,7 @@ from .terms_optimizer import optimizer_states
 
 __all__ = ["ALL", "GIB", "UNSEEN", "Phase", "Setting", "Term", "device_terms", "term"]
 
-UNSEEN = ("communicators", "context", "allocator reserve")
+UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""
 
 
@@ -48,7 +48,7 @@ def device_terms(s: Setting) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
         weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
-        masked_scores, batch, communicators, context, reserve,
+        masked_scores, scratch, batch, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(s), *worst_layers(s), *(make(s) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)

@@ -99,7 +99,9 @@ def in_flight(s: Setting, layer: int) -> Term:
     late = {"query", "key_value"} if not s.by_chunks and s.policy.attention_output.complete else set()
     piece = {name for name, split in splits.items() if split.complete} - whole
     ahead = _ahead(s, layer, rows)
-    held = {Phase.FORWARD: sum(size[name] * count for name, count in rows.items()) * s.on_gpu}
+    leaving = sum(size[name] * count for name, count in rows.items())
+    largest = max((size[name] for name in rows), default=0) * s.piece_tokens
+    held = {Phase.FORWARD: min(leaving, max(IN_FLIGHT_BYTES, largest)) * s.on_gpu}
     held |= dict.fromkeys(BACKWARD, s.piece_tokens * (ahead + sum(size[name] for name in piece)))
     held[Phase.BACKWARD_MLP] -= s.piece_tokens * sum(size[name] for name in piece & late)
     held[Phase.LAYER_REDUCE] = held[Phase.SEGMENT] = s.piece_tokens * ahead
@@ -111,7 +113,7 @@ def _ahead(s: Setting, layer: int, rows: Mapping[str, int]) -> int:
     middle = ("query", "attention_output") if s.by_chunks else ()
     own = [name for name in ("layer_input", *middle, "residual", "mlp") if name in rows]
     below = [name for name in ("attention_output", "layer_input", "key_value", "query", "residual", "mlp") if name in rows]
-    here = sum(class_bytes(s)[name] for name in own[:AHEAD] if rows[name] > s.piece_tokens)
+    here = sum(class_bytes(s)[name] for name in (own * AHEAD)[:AHEAD] if rows[name] > s.piece_tokens)
     if layer == 0:
         return here
     # With one class a piece, the layer below is asked for while another piece is still to come.
@@ -120,6 +122,8 @@ def _ahead(s: Setting, layer: int, rows: Mapping[str, int]) -> int:
 
 AHEAD = 2
 """Of memory/saved.py."""
+IN_FLIGHT_BYTES = 1 << 30
+"""Of memory/offload/open.py: rows whose copy to the host may not be done hold at most so much, or one piece."""
 
 
 def graph_row(s: Setting) -> int:

@@ -128,7 +128,7 @@ def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
     output = w.Q * (cut or not _stored(s)) * (sides or groups or _stored(s))
     # Of a group of heads: log-sum-exp of all, and the gradients of the group before.
     both = w.H + w.Q + output + (w.E + part.Q + part.X) * groups
-    gradients = wide * (part.Q + part.X)
+    gradients = wide * (part.Q + part.X) + flash_workspace(s, part)
     if groups:
         kernel = Moment(both + _read(s, part) + (2 + 2 * sides) * part.Q + gradients)
     elif _stored(s):
@@ -162,7 +162,9 @@ def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
             *(Moment(w.H + m.whole, m.piece) for m in project),
             *after_backward(s, w, w.H + keys + totals, chunk + w.Q * sides),
         ],
-        Phase.BACKWARD_ATTENTION: [Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides)],
+        Phase.BACKWARD_ATTENTION: [
+            Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides + flash_workspace(s, w, 4))
+        ],
         Phase.BACKWARD_PROJECTIONS: [
             Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
             *([Moment(w.H + totals + 3 * w.X)] if sides else []),
@@ -183,7 +185,7 @@ def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
-        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read)],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read + flash_workspace(s, w))],
         Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
         Phase.LAYER_REDUCE: [Moment(w.H)],
     }
@@ -225,6 +227,15 @@ def norm_backward(s: Setting, size: int) -> int:
     return 6 * s.master * size
 
 
+def flash_workspace(s: Setting, w: Widths, key_rows: int = 1) -> float:
+    """FlashAttention-2's backward on CUDA: queries' gradient in float32, and with shared key/value heads theirs for every query head.
+
+    `key_rows`: keys of a block, in rows of the queries' piece.
+    """
+    shared = 2 * w.Q * key_rows * (s.spec.num_kv_heads < s.spec.num_heads)
+    return (w.wide * w.Q + shared) * s.on_gpu
+
+
 def head_norms(s: Setting) -> int:
     """What norms of each head's queries and keys leave in a graph."""
     return norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
@@ -232,9 +243,7 @@ def head_norms(s: Setting) -> int:
 
 def masked_scores(s: Setting) -> Term:
     """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
-    from ..training.config import Family
-
-    softcap = s.spec.family is Family.GEMMA2
+    softcap = _softcap(s)
     windows = [window for window in s.spec.windows if window is not None]
     if s.on_gpu and s.width == 2:
         return Term("masked scores", "", {})
@@ -275,11 +284,26 @@ def _stored(s: Setting) -> bool:
 
 
 def loss_chunk(s: Setting) -> Term:
-    """Logits of one chunk in compute precision and in float32; of the chunk before too; or beside them a part of the head's gradient."""
+    """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
-    logits = s.master * words * chunk
-    narrow = s.width * words * chunk * (s.width < s.master)
-    part = s.width * words * s.spec.hidden_size
-    most = max(2 * logits + narrow, logits + narrow + part)
+    narrow, wide = s.width * words * chunk, s.master * words * chunk
+    bent = 3 * wide * _softcap(s)
+    made = wide + bent + narrow * (s.width < s.master)
+    most = max(made, narrow + s.width * words * s.spec.hidden_size)
     rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
     return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})
+
+
+def scratch(s: Setting) -> Term:
+    """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
+    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
+    exponentials = s.master * words * chunk
+    beside = s.master * words * chunk * (1 + 3 * _softcap(s))
+    counted = loss_chunk(s).by_phase[Phase.LOSS]
+    return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
+
+
+def _softcap(s: Setting) -> bool:
+    from ..training.config import Family
+
+    return s.spec.family is Family.GEMMA2
