@@ -265,7 +265,10 @@ def random_plans(draw, world=4):
 
 @seed(20)
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
-@given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute", "shares_streamed", "upipe_stored", "segments_3_host"]))
+@given(
+    plans=st.lists(random_plans(), min_size=5, max_size=5),
+    policy=st.sampled_from(["keep", "recompute", "shares_streamed", "upipe_stored", "segments_3_host"]),
+)
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
     check_parity(pool, {"policy": policy}, plans)
 
