@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
-from .progress import Progress, certificate_line, drift_line, plans_text, start_line, step_line
+from .progress import Progress, certificate_line, drift_line, plans_text, score_line, start_line, step_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -59,6 +59,8 @@ class PlainDisplay:
             return start_line(event)
         if event["event"] == "step" and self._is_shown(event["step"]):
             return step_line(self.progress)
+        if event["event"] == "score":
+            return score_line(event)
         if event["event"] == "certificate":
             return certificate_line(event)
         if event["event"] == "checkpoint":
@@ -94,6 +96,8 @@ class LiveDisplay:
         for event in events:
             if event["event"] == "start":
                 self.note(start_line(event))
+            elif event["event"] == "score":
+                self.note(score_line(event))
             elif news := _bad_news(event):
                 self.note(news)
         self.progress.apply(events)

@@ -10,6 +10,8 @@ from ..units import format_bytes, format_seconds
 from .metrics_file import Event
 
 _RECENT_STEPS = 20
+SHOWN = ("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl")
+"""Numbers of an objective that a step's line shows."""
 
 
 @dataclass(slots=True)
@@ -121,6 +123,7 @@ def step_line(progress: Progress) -> str:
     parts = [f"step {event['step']}/{progress.steps}", f"loss {event['loss']:.4f}", f"{event['tokens_per_s']:,.0f} tokens/s"]
     if event.get("grad_norm") is not None:
         parts.append(f"grad {event['grad_norm']:.3f}")
+    parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
     parts += [f"lr {event['lr']:.2e}", format_seconds(event["step_s"])]
     if progress.time_left_s is not None:
         parts.append(f"{format_seconds(progress.time_left_s)} to go")
@@ -140,6 +143,12 @@ def start_line(event: Event) -> str:
     if event.get("certificate"):
         lines.append(f"certificate: {bound_text(event['certificate'])}; checked after the first step")
     return "\n".join(lines)
+
+
+def score_line(event: Event) -> str:
+    """How far the scoring before the first step is."""
+    done, total = event["done_tokens"], event["total_tokens"]
+    return f"log-probabilities under the initial weights: {done:,} of {total:,} tokens, {format_seconds(event['elapsed_s'])}"
 
 
 def bound_text(certificate: Event) -> str:

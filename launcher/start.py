@@ -117,10 +117,10 @@ def check_data(config: Config) -> None:
 
     vocab_size = model_spec(config.model).vocab_size
     if config.data.builtin is None:
-        check_corpora(config.data, vocab_size)
+        check_corpora(config.data, vocab_size, config.train.objective)
         return
     print(f"data: {config.data.builtin}, made once for this machine, in less than a minute", flush=True)
-    print(f"data: {open_data(config.data, config.train.seed, vocab_size).summary()}", flush=True)
+    print(f"data: {open_data(config.data, config.train.seed, vocab_size, config.train.objective).summary()}", flush=True)
 
 
 def report_end(run_dir: Path, code: int) -> None:

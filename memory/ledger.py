@@ -9,7 +9,7 @@ from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
 from .policy import MemoryPolicy, explicit_policy
-from .residency import Residency
+from .residency import ON_DEVICE, Residency
 from .setting import ALL, Phase, Setting, Term
 from .terms import device_terms
 from .terms_host import file_bytes, host_terms
@@ -90,7 +90,7 @@ def build_ledger(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
-    residency: Residency = Residency(),  # noqa: B008 (frozen)
+    residency: Residency = ON_DEVICE,
 ) -> Ledger:
     """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists.
 

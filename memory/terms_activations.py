@@ -87,18 +87,27 @@ def _while_kept(s: Setting, layer: int, per_layer: int) -> dict[Phase, int]:
 
 
 def in_flight(s: Setting) -> Term:
-    """Source rows of copies to the host that still run, and buffers that rows come back to, some pieces ahead of their use."""
-    rows = {name: split.rows(s.tokens) for name, split in s.policy.splits.items()} if not s.policy.graph else {}
-    moved = {name: (moved - kept) for name, (kept, moved) in rows.items()}
-    leaving = sum(count * class_bytes(s)[name] for name, count in moved.items()) * s.on_gpu
-    pieces = sorted(class_bytes(s)[name] * min(count, s.piece_tokens) for name, count in moved.items() if count)
-    ahead = sum(pieces[-PIECES_AHEAD:]) if s.in_pieces else 0
-    held = {Phase.FORWARD: leaving} | dict.fromkeys(BACKWARD, sum(pieces) + ahead)
-    held[Phase.LAYER_REDUCE] = ahead
+    """Source rows of copies to the host that still run, and buffers that rows come back to: a piece's, and a few ahead of it.
+
+    A class that is only in part on the host is made where it is not: its live rows are the live layer's.
+    """
+    splits = {} if s.policy.graph else {name: split for name, split in s.policy.splits.items() if split.host > 0}
+    size = {name: class_bytes(s)[name] for name in splits}
+    leaving = sum(size[name] * (rows[1] - rows[0]) for name, split in splits.items() if (rows := split.rows(s.tokens))) * s.on_gpu
+    whole = set() if s.by_chunks or not s.in_pieces else {"query", "key_value", "attention_output"}
+    late = {"query", "key_value"} if not s.by_chunks and s.policy.attention_output.complete else set()
+    piece = {name for name, split in splits.items() if split.complete} - whole
+    first = [name for name in ("attention_output", "layer_input", "query", "key_value", "residual", "mlp") if name in splits]
+    # With one class a piece, the layer below is asked for while another piece is still to come.
+    ahead = sum(size[name] for name in (first * 2)[: AHEAD + (len(first) == 1)])
+    held = {Phase.FORWARD: leaving}
+    held |= dict.fromkeys(BACKWARD, s.piece_tokens * (ahead + sum(size[name] for name in piece)))
+    held[Phase.BACKWARD_MLP] -= s.piece_tokens * sum(size[name] for name in piece & late)
+    held[Phase.LAYER_REDUCE] = held[Phase.SEGMENT] = s.piece_tokens * ahead
     return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", held)
 
 
-PIECES_AHEAD = 2
+AHEAD = 2
 """Of memory/saved.py."""
 
 

@@ -36,12 +36,15 @@ class Widths:
     """Bytes of a number in accumulations, over one in computation."""
 
     @classmethod
-    def of(cls, s: Setting) -> Widths:
+    def of(cls, s: Setting, groups: int = 1) -> Widths:
+        """`groups`: Q, K, X and E of one of so many groups of heads."""
         spec, width = s.spec, s.width
-        keys = 2 * width * spec.kv_size
+        heads = max(1, -(-spec.num_kv_heads // groups))
+        keys = 2 * width * heads * spec.head_dim
         return cls(
-            H=width * spec.hidden_size, Q=width * spec.query_size, K=keys, X=keys * s.kv_copies, F=width * spec.intermediate_size,
-            E=s.master * spec.num_heads, norm=norm_bytes(s) * spec.hidden_size, wide=s.master / s.width,
+            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys, X=keys * s.kv_copies,
+            F=width * spec.intermediate_size, E=s.master * spec.num_heads // groups, norm=norm_bytes(s) * spec.hidden_size,
+            wide=s.master / s.width,
         )  # fmt: skip
 
 
@@ -61,51 +64,78 @@ def layer_rows(s: Setting) -> tuple[Term, Term]:
 
 
 def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
-    """memory/whole.py: attention over all rows at once."""
-    w, cut = Widths.of(s), s.in_pieces
+    """memory/whole.py: attention over all rows at once, or over groups of heads one after the other."""
+    w, part = Widths.of(s), Widths.of(s, s.policy.head_groups)
     own = 0 if _kept(s, "layer_input") else w.H
-    sides = s.layout.ulysses > 1
-    read = w.Q + w.X
-    forward = _forward_moments(s, w)
-    # What attention read and made, and its output on the other side of the exchange.
-    held = read + w.Q + w.E + w.Q * sides
+    forward = _forward_moments(s, w, part)
+    projected = [Moment(w.H + w.Q * s.in_pieces * _stored(s) + m.whole, m.piece) for m in forward[:-1]]
     return {
         Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
         Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
-        Phase.BACKWARD_MLP: [
-            *(Moment(w.H + m.whole, m.piece) for m in forward[:-1]),
-            Moment(held + w.H + w.Q * cut, after_backward_row(s, w)),
+        Phase.BACKWARD_MLP: [*projected, Moment(_held(s, w, part) + w.H + w.Q * s.in_pieces, after_backward_row(s, w))],
+        Phase.BACKWARD_ATTENTION: _attention_backward(s, w, part),
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + part.Q + part.K + (2 * w.Q + w.E) * (s.policy.head_groups > 1), before_backward_row(s, part))
         ],
-        Phase.BACKWARD_ATTENTION: _attention_backward(s, w, held),
-        Phase.BACKWARD_PROJECTIONS: [Moment(w.H + w.Q + w.K, before_backward_row(s, w))],
         Phase.LAYER_REDUCE: [Moment(w.H)],
         Phase.LOSS: [Moment(w.H)],
     }
 
 
-def _forward_moments(s: Setting, w: Widths) -> list[Moment]:
-    """Projections, the exchange, attention, the exchange back, and the second half."""
-    cut, sides, read = s.in_pieces, s.layout.ulysses > 1, w.Q + w.X
+def _forward_moments(s: Setting, w: Widths, part: Widths) -> list[Moment]:
+    """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
+    cut, sides, groups = s.in_pieces, s.layout.ulysses > 1, s.policy.head_groups > 1
+    made = part.Q * (not _kept(s, "query")) + part.K * (not _kept(s, "key_value"))
+    read = part.Q + part.X if sides else made
     ring = 3 * w.X + w.wide * w.Q if s.layout.ring > 1 else 0
+    output = (w.Q + w.E) * (not _kept(s, "attention_output"))
+    others = output * groups
     moments = [
-        Moment((w.Q + w.K) * cut, before_row(w)),
-        Moment(read + w.Q + w.E + ring),
-        Moment(w.Q + w.E + w.H * cut, after_row(w)),
+        Moment(others + made * cut, before_row(part)),
+        Moment(others + read + (part.Q + part.E if groups else output) + ring),
+        Moment(output + w.H * cut, after_row(s, w)),
     ]
     if sides:
-        moments[1:1] = [Moment(w.Q + w.K + 3 * read)]
-        moments[-1:-1] = [Moment(3 * w.Q + w.E)]
+        moments[1:1] = [Moment(others + part.Q + part.K + 3 * (part.Q + part.X))]
+        moments[-1:-1] = [Moment(others + 3 * part.Q + part.E)]
     return moments
 
 
-def _attention_backward(s: Setting, w: Widths, held: float) -> list[Moment]:
-    read, sides = w.Q + w.X, s.layout.ulysses > 1
+def _held(s: Setting, w: Widths, part: Widths) -> float:
+    """Beside the gradients while the second half goes backward: attention's output, and what it read where that was made for it."""
+    sides, cut = s.layout.ulysses > 1, s.in_pieces
+    if _stored(s):
+        return w.Q * cut
+    if s.policy.head_groups > 1:
+        return w.Q + w.E
+    return _read(s, w) + w.Q + w.E + w.Q * sides
+
+
+def _read(s: Setting, w: Widths) -> float:
+    """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
+    if s.layout.ulysses > 1:
+        return w.Q + w.X
+    return w.Q * (s.in_pieces or _made(s, "query")) + w.K * (s.in_pieces or _made(s, "key_value"))
+
+
+def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
+    sides, cut, groups = s.layout.ulysses > 1, s.in_pieces, s.policy.head_groups > 1
     wide = w.wide if s.layout.ring > 1 else 1.0
-    ring = (3 * w.X + 2 * w.wide * w.X + read) if s.layout.ring > 1 else 0
-    kernel = Moment(w.H + w.Q * (1 + sides) + held + wide * read + ring)
+    ring = (3 * w.X + 2 * w.wide * w.X + w.Q + w.X) if s.layout.ring > 1 else 0
+    output = w.Q * (cut or not _stored(s)) * (sides or groups or _stored(s))
+    both = w.H + w.Q + output
+    gradients = wide * (part.Q + part.X)
+    if groups:
+        # Of one group: what attention reads, its output, and its gradient, each on both sides.
+        sent = (2 + 2 * sides) * part.Q
+        kernel = Moment(both + w.E + _read(s, part) + sent + gradients)
+    elif _stored(s):
+        kernel = Moment(both + _read(s, w) + 2 * w.Q * sides + gradients + ring)
+    else:
+        kernel = Moment(both + _read(s, w) + w.Q + w.E + w.Q * sides + gradients + ring)
     if not sides:
         return [kernel]
-    return [kernel, Moment(w.H + 2 * w.Q + (wide + 2) * read + w.Q + w.K)]
+    return [kernel, Moment(both + w.E * groups + (wide + 2) * (part.Q + part.X))]
 
 
 def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
@@ -113,19 +143,23 @@ def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
     w, sides = Widths.of(s), s.layout.ulysses > 1
     own = 0 if _kept(s, "layer_input") else w.H
     totals = w.wide * w.X
-    attention = 2 * w.Q + w.E + w.wide * 2 * w.Q + w.Q
-    keys = [Moment(w.K + 3 * w.X * sides, before_row(w))]
-    forward = [*keys, Moment(w.X + w.H, w.Q + w.K + attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(w))]
+    keys = w.X if sides else w.K * (s.in_pieces or _made(s, "key_value"))
+    kept = w.K * _kept(s, "key_value") * (not sides)
+    query, output = w.Q * _made(s, "query"), (w.Q + w.E) * _made(s, "attention_output")
+    project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
+    attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
+    forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(s, w))]
+    chunk = query + output
     return {
-        Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
-        Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
+        Phase.FORWARD: [Moment(own - kept + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H - kept + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
         Phase.BACKWARD_MLP: [
-            *(Moment(w.H + m.whole, m.piece) for m in keys),
-            Moment(w.H + w.X + totals, 2 * w.Q + w.E + after_backward_row(s, w)),
+            *(Moment(w.H + m.whole, m.piece) for m in project),
+            Moment(w.H + keys + totals, chunk + w.Q * sides + after_backward_row(s, w)),
         ],
-        Phase.BACKWARD_ATTENTION: [Moment(w.H + w.X + totals, 3 * w.Q + w.E + w.H + w.wide * w.Q + w.Q + 4 * w.X)],
+        Phase.BACKWARD_ATTENTION: [Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides)],
         Phase.BACKWARD_PROJECTIONS: [
-            Moment(w.H + w.X + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
+            Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
             *([Moment(w.H + totals + 3 * w.X)] if sides else []),
         ],
         Phase.LAYER_REDUCE: [Moment(w.H)],
@@ -138,7 +172,7 @@ def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
     w, saved = Widths.of(s), graph_row(s)
     sides = s.layout.ulysses > 1
     read = w.Q + w.X
-    before = norm_bytes(s) * s.spec.hidden_size + w.Q + w.K + norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+    before = w.norm + w.Q + w.K + head_norms(s)
     held = before + read * sides + w.Q * (1 + sides) + w.E
     return {
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
@@ -155,24 +189,68 @@ def before_row(w: Widths) -> float:
     return w.H + max(4 * w.Q, 2 * w.Q + 2.5 * w.K)
 
 
-def after_row(w: Widths) -> float:
-    """Second half, no graph: gate, up, activation and product beside the sum."""
-    return max(4 * w.F + w.H, 3 * w.F + 3 * w.H)
+def after_row(s: Setting, w: Widths) -> float:
+    """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
+    return _made(s, "residual") * w.H + _made(s, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
 
 
 def after_backward_row(s: Setting, w: Widths) -> float:
-    """Second half's backward: gate, up, the products' gradient, and three more while they are taken apart; sum and output beside."""
-    return 6 * w.F + 2 * w.H
+    """Second half's backward. The last product: activation, the product's gradient and two of its factors' beside the output.
+
+    Gate and up: their gradients beside the norm's backward, which is in float32.
+    """
+    total = w.H * _made(s, "residual")
+    product = total + 2 * w.F * _made(s, "mlp") + 4 * w.F + w.H
+    norm = total + 2 * w.F + 6 * max(4, w.H // s.spec.hidden_size) * s.spec.hidden_size
+    return max(product, norm)
 
 
 def before_backward_row(s: Setting, w: Widths) -> float:
     """Projections' backward: the norm's graph, the turn's parts, and their gradients."""
-    return w.norm + w.Q + w.K / 2 + 3 * w.Q
+    return w.norm + w.Q + w.K / 2 + 3 * w.Q + head_norms(s)
+
+
+def head_norms(s: Setting) -> int:
+    """What norms of each head's queries and keys leave in a graph."""
+    return norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+
+
+def masked_scores(s: Setting) -> Term:
+    """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
+    from ..training.config import Family
+
+    softcap = s.spec.family is Family.GEMMA2
+    windows = [window for window in s.spec.windows if window is not None]
+    if s.on_gpu and s.width == 2:
+        return Term("masked scores", "", {})
+    if not (softcap or windows or s.on_gpu):
+        return Term("masked scores", "", {})
+    length = min(s.data.max_seq_len, s.tokens * s.layout.sp_degree)
+    full = (softcap and len(windows) < s.spec.num_layers) or s.on_gpu
+    keys = length if full else min(length, max(windows) + MASKED_QUERY_CHUNK)
+    queries = min(MASKED_QUERY_CHUNK, length)
+    one = s.master * s.spec.num_heads // s.layout.ulysses * queries * keys
+    forward, backward = (5, 8) if softcap else (4, 5.25)
+    held = {Phase.FORWARD: int(forward * one), Phase.SEGMENT: int(forward * one), Phase.BACKWARD_ATTENTION: int(backward * one)}
+    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
+
+
+MASKED_QUERY_CHUNK = 512
+"""Of parallel/sequence/attention.py."""
 
 
 def _kept(s: Setting, name: str) -> bool:
     """Whether all of a class stays on the device, so that the live layer's is counted there."""
     return s.policy.splits[name].keep >= 1.0
+
+
+def _made(s: Setting, name: str) -> bool:
+    """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
+    return not s.policy.splits[name].complete
+
+
+def _stored(s: Setting) -> bool:
+    return s.policy.attention_output.complete
 
 
 def loss_chunk(s: Setting) -> Term:

@@ -104,7 +104,7 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
 def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_save: Callable[[SaveReport], None]) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
     spec = model_spec(config.model)
-    source = open_data(config.data, config.train.seed, spec.vocab_size)
+    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )

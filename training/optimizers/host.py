@@ -110,8 +110,12 @@ class HostUpdater:
             # The first layers' weights first: they are what the next forward pass starts with.
             for index, buffer in sorted(self._held.items()):
                 self._jobs.put(_Job(index, buffer, None, is_last=True))
-            self._drain()
+        self._drain()
         self._link.join()
+        self._clear()
+
+    def discard(self) -> None:
+        self._drain()
         self._clear()
 
     def weights_changed(self) -> None:
