@@ -14,7 +14,6 @@ from ..memory.config import MemoryConfig, Place, Walk
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.setting import Phase
 from ..memory.terms import UNSEEN
-from ..memory.terms_activations import moved_by_class
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig, Scheme
 from ..training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
 from ..training.spec import hf_config_dict, model_spec
@@ -85,11 +84,9 @@ def case_ledger(case: Case) -> Ledger:
 
 
 def predicted_by_phase(ledger: Ledger) -> dict[Phase, int]:
-    """Bytes of each phase that a tracer on a CPU sees: of the device, and what waits on the host."""
+    """Bytes of each phase that a tracer sees."""
     seen = [entry for entry in ledger.device.terms if entry.name not in UNSEEN]
-    waiting = dict.fromkeys((phase for phase in Phase if phase not in (Phase.REDUCE, Phase.OPTIMIZER)), 0)
-    moved = sum(moved_by_class(ledger.setting).values())
-    return {phase: sum(entry.by_phase.get(phase, 0) for entry in seen) + (moved if phase in waiting else 0) for phase in Phase}
+    return {phase: sum(entry.by_phase.get(phase, 0) for entry in seen) for phase in Phase}
 
 
 def build_case(case: Case) -> Any:
@@ -110,7 +107,7 @@ def build_case(case: Case) -> Any:
     topology, device = build_topology(replicate=1, device="cpu"), torch.device("cpu")
     model = build_model(
         build_config(hf_config_dict(ModelConfig(**{**MODEL, **case.model}))), ledger.setting.policy, topology.mesh,
-        device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk,
+        device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk, store=UncountedStore(),
     )  # fmt: skip
     optimizer = build_optimizer(model, OptimConfig(name="adamw", lr=1e-4))
     count, group = case.micro_batches, ledger.layout
@@ -130,6 +127,42 @@ def build_case(case: Case) -> Any:
         return [*model.parameters(), *states]
 
     return step, tensors
+
+
+class UncountedStore:
+    """Host memory that no tracer sees; what comes back is seen from `prefetch` to `done`, as on a GPU."""
+
+    def __init__(self) -> None:
+        self._parcels: dict[object, Any] = {}
+        self._back: dict[object, Any] = {}
+
+    def put(self, rows: Any) -> object:
+        import torch
+
+        key = object()
+        with torch._C._DisableTorchDispatch():
+            self._parcels[key] = rows.detach().clone()
+        return key
+
+    def prefetch(self, parcel: object) -> None:
+        if parcel not in self._back:
+            rows = self._parcels[parcel]
+            self._back[parcel] = rows.new_empty(rows.shape).copy_(rows)
+
+    def get(self, parcel: object) -> Any:
+        self.prefetch(parcel)
+        return self._back[parcel]
+
+    def done(self, parcel: object) -> None:
+        self._back.pop(parcel, None)
+
+    def drop(self, parcel: object) -> None:
+        self.done(parcel)
+        del self._parcels[parcel]
+
+    def reset(self) -> None:
+        self._parcels.clear()
+        self._back.clear()
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The states of every parameter that has some, by name; the live tensors. Hyperparameters belong to the configuration."""
+    """The states of every parameter that has some, by name; the live tensors. Hyperparameters belong to the configuration.
+
+    An optimizer whose states are of a kind of their own says by `plain_state` what they are as plain tensors.
+    """
     tensors = {}
+    plain = getattr(optimizer, "plain_state", lambda value: value)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             assert isinstance(value, Tensor), f"optimizer state {key} of {name} is not a tensor"
-            tensors[f"{OPTIMIZER}{name}.{key}"] = value
+            tensors[f"{OPTIMIZER}{name}.{key}"] = plain(value)
     return tensors
 
 

@@ -41,12 +41,14 @@ def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
     from ..memory.config import check_memory
     from ..training.metrics import check_logging
+    from ..training.optimizers.check import check_residency
     from ..training.schedule import check_optim
     from . import fit
 
     fit.check_config(config)
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)
+    check_residency(config.optim, config.train.dtype)
     check_logging(config.logging)
 
 

@@ -7,8 +7,12 @@ from typing import Any
 
 from ..errors import EXIT_DONE
 from ..memory.advice import Suggestion, suggest
+from ..memory.certificate import RECORD, certify
 from ..memory.ledger import Account, Ledger, build_ledger
+from ..memory.report import SolveReport, describe_policy
+from ..memory.residency import residency_of
 from ..memory.timing import Timing
+from ..training.optimizers.check import inexact
 from ..training.spec import model_spec
 from ..units import format_tokens
 from .config import Config
@@ -36,6 +40,7 @@ def plan(config: Config) -> Ledger:
         train=config.train,
         data=config.data,
         cluster=config.cluster,
+        residency=residency_of(config.optim),
     )
 
 
@@ -48,6 +53,9 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
         "device": _account(ledger.device),
         "host": _account(ledger.host),
         "step": _step(ledger.timing),
+        "policy": _policy(ledger),
+        "solver": _solver(ledger.report),
+        "certificate": _certificate(ledger),
         "fits": ledger.fits,
         "suggestions": [_suggestion(entry) for entry in suggestions],
         "notes": notes(config, ledger),
@@ -65,7 +73,7 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
         )
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
-    return found
+    return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
@@ -133,6 +141,52 @@ def _step(timing: Timing) -> dict[str, Any]:
         "sharding_s": timing.sharding_s,
         "tokens_per_s": timing.tokens_per_s,
         "assumptions": list(timing.assumptions),
+    }
+
+
+def _policy(ledger: Ledger) -> dict[str, Any]:
+    policy = ledger.setting.policy
+    return {
+        "words": list(describe_policy(policy, ledger.setting)),
+        "graph": policy.graph,
+        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
+        "segment_layers": policy.segment_layers,
+        "chunk_tokens": policy.chunk_tokens,
+        "attention": policy.attention.value,
+        "head_groups": policy.head_groups,
+    }
+
+
+def _solver(report: SolveReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    return {
+        "feasible": report.feasible,
+        "gap": report.gap,
+        "shapes": report.num_shapes,
+        "shapes_solved": report.num_solved,
+        "binding": list(report.binding),
+        "prices": [
+            {"change": price.change, "saved_s": price.saved_s, "saved_share": price.saved_share, "slope_s": price.slope_s}
+            for price in report.prices
+        ],
+        "keep_s": report.keep_s,
+        "recompute_s": report.recompute_s,
+        "fixed_bytes": report.fixed_bytes,
+        "fixed_terms": dict(report.fixed_terms),
+        "least_budget": report.least_budget,
+    }
+
+
+def _certificate(ledger: Ledger) -> dict[str, Any]:
+    certificate = certify(ledger)
+    return {
+        "device_bytes": certificate.device_bytes,
+        "host_bytes": certificate.host_bytes,
+        "comparable_bytes": certificate.comparable_bytes,
+        "compared": certificate.compared,
+        "assumptions": list(certificate.assumptions),
+        "record": RECORD,
     }
 
 

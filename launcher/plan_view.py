@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..memory.advice import Suggestion
+from ..memory.certificate import RECORD, bound_line, certify
 from ..memory.ledger import Account, Ledger
+from ..memory.report import describe_report
 from ..memory.terms import GIB
 from ..memory.timing import Timing
 from ..units import format_seconds, format_tokens
@@ -33,7 +35,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     for note in notes:
         console.print(f"note: {note}")
     console.print()
-    for line in _verdict(ledger, suggestions):
+    for line in (*_policy_lines(config, ledger), *_certificate_lines(ledger), *_verdict(ledger, suggestions)):
         console.print(line)
 
 
@@ -83,6 +85,22 @@ def _time_lines(timing: Timing) -> list[str]:
         f"  compute {format_seconds(timing.compute_s)}, sequence exchanges {format_seconds(timing.sequence_s)}, "
         f"weights and gradients not hidden {format_seconds(timing.sharding_s)}",
         *(f"  assumed: {text}" for text in timing.assumptions),
+    ]
+
+
+def _policy_lines(config: Config, ledger: Ledger) -> list[str]:
+    """What the memory policy is, and with memory.solve how it was found."""
+    certificate = certify(ledger)
+    lines = [f"memory policy {config.memory.name}: {'; '.join(certificate.policy)}"]
+    return lines + ([f"  {line}" for line in describe_report(ledger.report)] if ledger.report is not None else [])
+
+
+def _certificate_lines(ledger: Ledger) -> list[str]:
+    certificate = certify(ledger)
+    return [
+        f"certificate: {bound_line(certificate)}",
+        *(f"  if {text}" for text in certificate.assumptions),
+        f"  checked after the first step of a run; predicted against measured peaks: {RECORD}",
     ]
 
 

@@ -60,7 +60,8 @@ class MemoryConfig:
     attention: Walk | None = None
     """null: whole."""
     head_groups: int | None = None
-    """Attention walks over the heads in so many groups, one group's queries, keys and values at a time. null: 1."""
+    """Attention walks over the heads in so many groups (fewer where heads do not divide), one group's queries, keys and values
+    at a time. null: 1."""
     host_budget: Bytes | None = None
     """Host memory of one node that activations and optimizer states may take. null: what the ledger leaves of cluster.host_memory_bytes."""
     offload_dir: str | None = None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
-from .policy import explicit_policy
+from .policy import MemoryPolicy, explicit_policy
+from .residency import ON_DEVICE, Residency
 from .setting import ALL, Phase, Setting, Term
 from .terms import device_terms
 from .terms_host import file_bytes, host_terms
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..parallel.config import ClusterConfig
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
+    from .report import SolveReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,8 @@ class Ledger:
     file_bytes: int
     """What one node writes under memory.offload_dir and reads back; no capacity is known for it."""
     timing: Timing
+    report: SolveReport | None = None
+    """How the policy was found, with memory.solve."""
 
     @property
     def layout(self) -> Layout:
@@ -86,24 +90,47 @@ def build_ledger(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
+    residency: Residency = ON_DEVICE,
 ) -> Ledger:
-    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists."""
+    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists.
+
+    With memory.solve the policy is solved (memory/solve.py). Where none fits, the ledger is that of the one that needs least.
+    """
+    setting = make_setting(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency)
+    if memory.solve:
+        from .solve import solve_memory
+
+        return _ledger(setting, *solve_memory(setting))
+    return _ledger(setting, resolve_grad_reduce(setting))
+
+
+def make_setting(
+    *,
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    cluster: ClusterConfig,
+    residency: Residency = Residency(),  # noqa: B008 (frozen)
+) -> Setting:
+    """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
     from ..training.spec import layer_parameters, num_parameters
 
     layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    setting = Setting(
+    return Setting(
         spec=spec,
         parallel=parallel,
         memory=memory,
-        policy=explicit_policy(memory),
+        policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
         train=train,
         data=data,
         cluster=cluster,
         layout=layout,
         layer_parameters=layer_parameters(spec),
         parameters=num_parameters(spec),
+        residency=residency,
     )
-    return _ledger(setting, resolve_grad_reduce(setting))
 
 
 def resolve_grad_reduce(setting: Setting) -> Setting:
@@ -132,7 +159,7 @@ def budget_account(s: Setting, host: Account) -> Account | None:
     return Account(name="host budget", terms=limited, capacity_bytes=s.memory.host_budget)
 
 
-def _ledger(asked: Setting, setting: Setting) -> Ledger:
+def _ledger(asked: Setting, setting: Setting, report: SolveReport | None = None) -> Ledger:
     device = device_account(setting)
     host = host_account(setting, device)
     return Ledger(
@@ -143,4 +170,5 @@ def _ledger(asked: Setting, setting: Setting) -> Ledger:
         budget=budget_account(setting, host),
         file_bytes=file_bytes(setting),
         timing=estimate_time(setting),
+        report=report,
     )

@@ -6,7 +6,9 @@ memory/solve.py of one that leaves things to it; memory/layer.py executes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .config import MemoryConfig, Place, Walk
 
@@ -69,13 +71,27 @@ class MemoryPolicy:
     @property
     def splits(self) -> dict[str, Split]:
         """By class, in the order they are made."""
-        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Split)}
+        return {
+            "layer_input": self.layer_input,
+            "query": self.query,
+            "key_value": self.key_value,
+            "attention_output": self.attention_output,
+            "residual": self.residual,
+            "mlp": self.mlp,
+        }
+
+    def with_splits(self, splits: Mapping[str, Split]) -> MemoryPolicy:
+        """The same with other shares of the classes named."""
+        changes: dict[str, Any] = dict(splits)
+        return replace(self, **changes)
 
     @property
     def uses_host(self) -> bool:
         return any(split.host > 0 for split in self.splits.values())
 
 
+KEEP_ALL = MemoryPolicy(graph=True, attention_output=KEPT, query=KEPT, key_value=KEPT, residual=KEPT, mlp=KEPT)
+"""The preset `keep`."""
 CLASSES = ("layer_input", "query", "key_value", "attention_output", "residual", "mlp")
 
 

@@ -1,20 +1,22 @@
 """What a ledger is made of: the setting it depends on, moments of a step, and terms. Pure; bytes everywhere.
 
 Note: phases. Peaks of different terms do not fall together, so each term says how much it holds in each phase. A phase's sum
-is what must fit. Backward phases are those of the last layer, when everything that forward left is still there; what grows
-while layers go (gradients) is counted as far as it outgrows what goes.
+is what must fit. Backward phases are those of one layer: where what forward left (less with every layer done) and the
+gradients (more with every layer done) are largest together (terms.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout
 from .config import MemoryConfig, Walk
 from .policy import MemoryPolicy
+from .residency import Residency
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..parallel.config import ClusterConfig
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..training.spec import ModelSpec
 
 GIB = 1 << 30
+_WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Phase(Enum):
@@ -31,12 +34,14 @@ class Phase(Enum):
     """The last layer's."""
     LOSS = "loss"
     SEGMENT = "segment again"
-    """Layers of the last segment run forward again for their inputs; only with segments of several layers."""
+    """Layers of a segment run forward again for their inputs; only with segments of several layers."""
     BACKWARD_MLP = "backward mlp"
-    """The last layer from its output back to attention's."""
+    """A layer from its output back to attention's."""
     BACKWARD_ATTENTION = "backward attention"
     BACKWARD_PROJECTIONS = "backward projections"
     """From queries, keys and values back to the layer's input."""
+    LAYER_REDUCE = "layer reduction"
+    """A layer's gradients are done and go over the ranks."""
     REDUCE = "reduce"
     """The end of backward: embedding and head."""
     OPTIMIZER = "optimizer"
@@ -71,11 +76,12 @@ class Setting:
     layout: Layout
     layer_parameters: int
     parameters: int
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def width(self) -> int:
         """Bytes of one number in computation."""
-        return {"bfloat16": 2, "float32": 4, "float64": 8}[self.train.dtype.value]
+        return _WIDTHS[self.train.dtype.value]
 
     @property
     def master(self) -> int:
@@ -87,10 +93,17 @@ class Setting:
         return self.layout.tokens_per_rank
 
     @property
-    def chunk_tokens(self) -> int | None:
-        """Rows a layer's token-local work has at one time, where that is fewer than all."""
-        chunk = self.policy.chunk_tokens
-        return chunk if chunk is not None and chunk < self.tokens and not self.policy.graph else None
+    def piece_tokens(self) -> int:
+        """Most rows that token-local work has at one time: cut by chunks and where a class changes its place (memory/ranges.py)."""
+        if self.policy.graph:
+            return self.tokens
+        cuts = sorted({0, self.tokens, *(row for split in self.policy.splits.values() for row in split.rows(self.tokens))})
+        largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
+        return min(largest, self.policy.chunk_tokens or largest)
+
+    @property
+    def in_pieces(self) -> bool:
+        return self.piece_tokens < self.tokens
 
     @property
     def segment_layers(self) -> int:
@@ -122,7 +135,7 @@ class Setting:
         return max(1, -(-self.layout.ulysses // self.spec.num_kv_heads))
 
 
-BACKWARD = (Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
+BACKWARD = (Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS, Phase.LAYER_REDUCE)
 KEEPING = (Phase.FORWARD, Phase.LOSS, *BACKWARD)
 """While activations wait for their backward."""
 ALL = tuple(Phase)

@@ -5,15 +5,17 @@ tests/memory/test_ledger_measured.py and `python -m efflaunch.bench.predicted` c
 
 from __future__ import annotations
 
-from .setting import ALL, COMPUTE, GIB, Phase, Setting, Term, term
+from .setting import ALL, GIB, Phase, Setting, Term, term
 from .terms_activations import activations, attention_outputs, in_flight, layer_inputs
-from .terms_layer import keys_and_values, last_hidden, live_layer, loss_chunk
+from .terms_layer import layer_rows, loss_chunk, masked_scores
 from .terms_model import (
+    batch,
     gathered_layers,
     gathered_root,
     gradients,
     head_gradient,
     layer_gradients,
+    reduction,
     weights,
     whole_gradients,
 )
@@ -23,12 +25,6 @@ __all__ = ["ALL", "GIB", "UNSEEN", "Phase", "Setting", "Term", "device_terms", "
 
 UNSEEN = ("communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""
-
-
-def batch(s: Setting) -> Term:
-    """Token, target and position ids, and rotary tables."""
-    per_token = 3 * 8 + 2 * s.spec.head_dim * s.width
-    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", per_token * s.tokens, COMPUTE)
 
 
 def communicators(s: Setting) -> Term:
@@ -50,9 +46,27 @@ def reserve(s: Setting) -> Term:
 
 def device_terms(s: Setting) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
-    makers = (
-        weights, optimizer_states, gradients, whole_gradients, gathered_root, gathered_layers, layer_gradients, head_gradient,
-        layer_inputs, attention_outputs, activations, in_flight, live_layer, keys_and_values, loss_chunk, last_hidden, batch,
-        communicators, context, reserve,
+    fixed = (
+        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, in_flight, loss_chunk,
+        masked_scores, batch, communicators, context, reserve,
     )  # fmt: skip
-    return tuple(made for made in (make(s) for make in makers) if made.num_bytes)
+    made = [*layer_rows(s), *worst_layers(s), *(make(s) for make in fixed)]
+    return tuple(entry for entry in made if entry.num_bytes)
+
+
+def worst_layers(s: Setting) -> list[Term]:
+    """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
+    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations)
+    layers = [[make(s, layer) for make in makers] for layer in candidates(s)]
+    worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
+    return [
+        Term(entry.name, entry.note, {phase: num_bytes for phase in Phase if (num_bytes := worst[phase][index].by_phase.get(phase, 0))})
+        for index, entry in enumerate(layers[0])
+    ]
+
+
+def candidates(s: Setting) -> list[int]:
+    """Layers whose backward may hold most: what goes and what comes is linear between the ends of segments."""
+    count, k = s.spec.num_layers, s.segment_layers
+    ends = ((count - 1) // k * k - 1, k - 1, k - 2)
+    return sorted({layer for layer in (count - 1, count - 2, *ends, 1, 0) if 0 <= layer < count}, reverse=True)

@@ -6,7 +6,7 @@ all start from it. Splits are shares of a rank's tokens (memory/policy.py).
 
 from __future__ import annotations
 
-from .setting import BACKWARD, KEEPING, Phase, Setting, Term, term
+from .setting import BACKWARD, Phase, Setting, Term
 
 
 def class_bytes(s: Setting) -> dict[str, int]:
@@ -42,68 +42,91 @@ def _all_layers(s: Setting, name: str, rows: int) -> int:
     return class_layers(s)[name] * class_bytes(s)[name] * rows
 
 
-def kept_bytes(s: Setting) -> int:
-    """What forward leaves on the device for the backward of all layers."""
-    return sum(made.num_bytes for made in (layer_inputs(s), attention_outputs(s), activations(s)))
+def inputs_at(s: Setting, layer: int) -> int:
+    """Layer inputs there are when a layer's backward starts: one of each segment up to its own, and those of its segment's layers."""
+    return layer // s.segment_layers + layer % s.segment_layers + 1
 
 
-def layer_inputs(s: Setting) -> Term:
+def layer_inputs(s: Setting, layer: int) -> Term:
     """With segments the inner inputs of the live one come in backward only."""
-    rows, per_token = s.policy.layer_input.rows(s.tokens)[0], class_bytes(s)["layer_input"]
+    per_layer = s.policy.layer_input.rows(s.tokens)[0] * class_bytes(s)["layer_input"]
     first = -(-s.spec.num_layers // s.segment_layers)
     note = f"{first} of {s.spec.num_layers} layers" + f" and {s.segment_layers - 1} of the live segment" * (s.segment_layers > 1)
-    held = {phase: first * rows * per_token for phase in (Phase.FORWARD, Phase.LOSS)}
-    return Term("layer inputs", f"{note}, one hidden vector a token", held | dict.fromkeys(BACKWARD, s.stored_inputs * rows * per_token))
+    held = {phase: first * per_layer for phase in (Phase.FORWARD, Phase.LOSS)} | dict.fromkeys(BACKWARD, inputs_at(s, layer) * per_layer)
+    held[Phase.LAYER_REDUCE] -= per_layer
+    return Term("layer inputs", f"{note}, one hidden vector a token", held)
 
 
-def attention_outputs(s: Setting) -> Term:
-    kept = 0 if s.policy.graph else kept_by_class(s)["attention_output"]
-    return term("attention outputs kept", "output and log-sum-exp of every layer", kept, KEEPING)
+def attention_outputs(s: Setting, layer: int) -> Term:
+    """Output and log-sum-exp; where attention is whole, log-sum-exp is kept whole unless all of it is moved."""
+    rows = 0 if s.policy.graph else s.policy.attention_output.rows(s.tokens)[0]
+    held = _while_kept(s, layer, rows * class_bytes(s)["attention_output"])
+    return Term("attention outputs kept", "output and log-sum-exp of every layer", held)
 
 
-def activations(s: Setting) -> Term:
+def activations(s: Setting, layer: int) -> Term:
     """Kept of everything else. With a graph: all that the other layers' backward needs (the last is the live layer)."""
     if s.policy.graph:
-        num_bytes = (s.spec.num_layers - 1) * saved_per_token(s) * s.tokens
-        return term("activations kept", "all that the other layers' backward needs", num_bytes, KEEPING)
-    kept = {name: num_bytes for name, num_bytes in kept_by_class(s).items() if name not in ("layer_input", "attention_output")}
+        others = {phase: (s.spec.num_layers - 1) * graph_row(s) * s.tokens for phase in (Phase.FORWARD, Phase.LOSS)}
+        held = others | dict.fromkeys(BACKWARD, layer * graph_row(s) * s.tokens)
+        held[Phase.LOSS] += graph_row(s) * s.tokens
+        return Term("activations kept", "all that the other layers' backward needs", held)
+    kept = {name: split.rows(s.tokens)[0] * class_bytes(s)[name] for name, split in s.policy.splits.items() if name in FREE}
     names = ", ".join(name.replace("_", " and ") for name, num_bytes in kept.items() if num_bytes)
-    return term("activations kept", f"{names} of every layer", sum(kept.values()), KEEPING)
+    return Term("activations kept", f"{names} of every layer", _while_kept(s, layer, sum(kept.values())))
+
+
+FREE = ("query", "key_value", "residual", "mlp")
+"""Classes that may be recomputed in part."""
+
+
+def _while_kept(s: Setting, layer: int, per_layer: int) -> dict[Phase, int]:
+    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS), s.spec.num_layers * per_layer) | dict.fromkeys(BACKWARD, (layer + 1) * per_layer)
+    held[Phase.LAYER_REDUCE] = layer * per_layer
+    return held
 
 
 def in_flight(s: Setting) -> Term:
-    """Source rows of copies to the host that still run, and buffers that rows come back to, a chunk ahead."""
-    per_layer = {name: num_bytes / class_layers(s)[name] for name, num_bytes in moved_by_class(s).items()}
-    leaving = sum(per_layer.values()) * s.on_gpu
-    share = min(1.0, 2 * (s.chunk_tokens or s.tokens) / s.tokens)
-    held = {Phase.FORWARD: leaving} | dict.fromkeys(BACKWARD, share * sum(per_layer.values()))
-    note = "rows on their way to the host and back, about a layer's and two chunks'"
-    return Term("host copies in flight", note, {phase: int(num_bytes) for phase, num_bytes in held.items()})
+    """Source rows of copies to the host that still run, and buffers that rows come back to: a piece's, and a few ahead of it.
+
+    A class that is only in part on the host is made where it is not: its live rows are the live layer's.
+    """
+    splits = {} if s.policy.graph else {name: split for name, split in s.policy.splits.items() if split.host > 0}
+    size = {name: class_bytes(s)[name] for name in splits}
+    leaving = sum(size[name] * (rows[1] - rows[0]) for name, split in splits.items() if (rows := split.rows(s.tokens))) * s.on_gpu
+    whole = set() if s.by_chunks or not s.in_pieces else {"query", "key_value", "attention_output"}
+    late = {"query", "key_value"} if not s.by_chunks and s.policy.attention_output.complete else set()
+    piece = {name for name, split in splits.items() if split.complete} - whole
+    first = [name for name in ("attention_output", "layer_input", "query", "key_value", "residual", "mlp") if name in splits]
+    # With one class a piece, the layer below is asked for while another piece is still to come.
+    ahead = sum(size[name] for name in (first * 2)[: AHEAD + (len(first) == 1)])
+    held = {Phase.FORWARD: leaving}
+    held |= dict.fromkeys(BACKWARD, s.piece_tokens * (ahead + sum(size[name] for name in piece)))
+    held[Phase.BACKWARD_MLP] -= s.piece_tokens * sum(size[name] for name in piece & late)
+    held[Phase.LAYER_REDUCE] = held[Phase.SEGMENT] = s.piece_tokens * ahead
+    return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", held)
 
 
-def saved_per_token(s: Setting) -> int:
+AHEAD = 2
+"""Of memory/saved.py."""
+
+
+def graph_row(s: Setting) -> int:
     """Bytes a token leaves in one layer's graph between its forward and its backward, besides the layer's input."""
-    after_norms = norm_bytes(s) * s.spec.hidden_size * (s.spec.norms_per_layer - 1)
-    residual = s.spec.hidden_size * s.width if s.width == 4 else 0  # bfloat16 norms save a float32 copy instead
-    mlp = 4 * s.spec.intermediate_size * s.width
-    return before_attention_saved_per_token(s) + attention_saved_per_token(s) + after_norms + residual + mlp
-
-
-def before_attention_saved_per_token(s: Setting) -> int:
-    """First norm, projections q, k, v, and their own norms where the family has them."""
-    projected = s.spec.query_size + 2 * s.spec.kv_size
-    per_head = norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
-    return norm_bytes(s) * s.spec.hidden_size + s.width * projected + per_head
-
-
-def attention_saved_per_token(s: Setting) -> int:
-    """Output and log-sum-exp; beyond one Ulysses rank the exchanged q, k, v and the output on both sides."""
-    output, lse = s.spec.query_size * s.width, s.spec.num_heads * s.master
-    if s.layout.ulysses == 1:
-        return output + lse
-    return 2 * output + lse + s.width * (s.spec.query_size + 2 * s.kv_copies * s.spec.kv_size)
+    spec, width = s.spec, s.width
+    norms = norm_bytes(s) * spec.hidden_size * spec.norms_per_layer + norm_bytes(s) * (spec.query_size + spec.kv_size) * spec.qk_norm
+    residual = spec.hidden_size * width if width == 4 else 0  # bfloat16 norms save a float32 copy instead
+    projected = width * (spec.query_size + 2 * spec.kv_size)
+    attention = class_bytes(s)["attention_output"]
+    if s.layout.ulysses > 1:
+        attention += width * (2 * spec.query_size + 2 * s.kv_copies * spec.kv_size)
+    return norms + residual + projected + attention + 4 * spec.intermediate_size * width
 
 
 def norm_bytes(s: Setting) -> int:
     """Bytes per number that an RMS norm and the product after it save: float32 copy, normalised value and output."""
+    from ..training.config import Family
+
+    if s.spec.family in (Family.GEMMA2, Family.GEMMA3):
+        return {2: 10, 4: 8, 8: 20}[s.width]
     return {2: 8, 4: 8, 8: 20}[s.width]

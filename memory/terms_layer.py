@@ -1,119 +1,264 @@
-"""The layer that runs: what its forward and backward hold at one time, and the loss after the last. Pure.
+"""The layer that runs, and the loss after the last: rows of all tokens, and one piece of them at a time. Pure.
 
-The formulas follow memory/layer.py, training/loss.py and parallel/sequence/{ulysses,ring}.py.
+The formulas follow memory/{local,whole,streamed,graph}.py, training/loss.py and parallel/sequence/{ulysses,ring}.py, moment by
+moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
+X keys and values between the exchanges, F feed-forward, E log-sum-exp.
 """
 
 from __future__ import annotations
 
-from .setting import Phase, Setting, Term, term
-from .terms_activations import (
-    attention_saved_per_token,
-    before_attention_saved_per_token,
-    norm_bytes,
-    saved_per_token,
-)
+from dataclasses import dataclass
+
+from .setting import Phase, Setting, Term
+from .terms_activations import graph_row, norm_bytes
 
 
-def live_layer(s: Setting) -> Term:
-    """Token-local work of the layer that runs: projections, norms, feed-forward, and their gradients."""
-    if s.by_chunks:
-        return live_layer_streaming(s, s.chunk_tokens or s.tokens)
-    if s.chunk_tokens is not None:
-        return live_layer_by_chunks(s, s.chunk_tokens)
-    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
-    saved = saved_per_token(s)
-    forward = saved if s.policy.graph else max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
-    by_phase = {
-        Phase.FORWARD: forward,
-        Phase.LOSS: saved if s.policy.graph else 0,
-        # Gate, its activation and up, and their three gradients: 6 inner; dy, y and dx beside them.
-        Phase.BACKWARD_MLP: saved + 2 * inner + 3 * hidden,
-        Phase.BACKWARD_ATTENTION: before_attention_saved_per_token(s) + attention_saved_per_token(s) + 2 * hidden,
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of each of the rank's rows, and of each row of the one piece that is worked on."""
+
+    whole: float
+    piece: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Of one row, by the legend; `norm`: what a norm's graph holds."""
+
+    H: int
+    Q: int
+    K: int
+    X: int
+    F: int
+    E: int
+    norm: int
+    wide: float
+    """Bytes of a number in accumulations, over one in computation."""
+
+    @classmethod
+    def of(cls, s: Setting, groups: int = 1) -> Widths:
+        """`groups`: Q, K, X and E of one of so many groups of heads."""
+        spec, width = s.spec, s.width
+        heads = max(1, -(-spec.num_kv_heads // groups))
+        keys = 2 * width * heads * spec.head_dim
+        return cls(
+            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys, X=keys * s.kv_copies,
+            F=width * spec.intermediate_size, E=s.master * spec.num_heads // groups, norm=norm_bytes(s) * spec.hidden_size,
+            wide=s.master / s.width,
+        )  # fmt: skip
+
+
+def layer_rows(s: Setting) -> tuple[Term, Term]:
+    """What the live layer holds of all rows, and of one piece."""
+    moments = graph_moments(s) if s.policy.graph else streamed_moments(s) if s.by_chunks else whole_moments(s)
+    largest = {
+        phase: max(found, key=lambda moment: moment.whole * s.tokens + moment.piece * s.piece_tokens) for phase, found in moments.items()
     }
-    note = "saved for and made by one layer's forward and backward"
-    return Term("live layer", note, {phase: per_token * s.tokens for phase, per_token in by_phase.items()})
+    whole = {phase: int(moment.whole * s.tokens) for phase, moment in largest.items()}
+    piece = {phase: int(moment.piece * s.piece_tokens) for phase, moment in largest.items()}
+    note = "everything between its ends" if not s.in_pieces else f"{s.piece_tokens} tokens of everything between its ends"
+    return (
+        Term("live layer, all rows", f"what attention reads and makes, heads over {s.layout.ulysses}, ring of {s.layout.ring}", whole),
+        Term("live layer, a piece", note, piece),
+    )
 
 
-def live_layer_by_chunks(s: Setting, chunk: int) -> Term:
-    """Rows that attention needs are there for all tokens, what is between them for one chunk (memory/layer.py)."""
-    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
-    queries, keys = s.width * s.spec.query_size, 2 * s.width * s.spec.kv_size
-    groups = s.policy.head_groups
-    # With one Ulysses rank the projections are what attention reads; otherwise their exchanged copies are counted with it.
-    attention = attention_saved_per_token(s) + ((queries + keys) // groups if s.layout.ulysses == 1 else 0)
-    after = saved_per_token(s) - before_attention_saved_per_token(s) - attention_saved_per_token(s) + 2 * inner + 3 * hidden
-    before = before_attention_saved_per_token(s) + hidden
-    per_token_and_chunk = {
-        Phase.FORWARD: (attention + hidden, max(3 * inner + 4 * hidden, before)),
-        # dx of the second half and do for all rows, and dy from the layer above.
-        Phase.BACKWARD_MLP: (attention + queries + 2 * hidden, after),
-        # Attention's own gradients are counted with K/V; after it only q, k, v gradients and both dx are left beside a chunk.
-        Phase.BACKWARD_ATTENTION: (max(attention + queries + 2 * hidden, queries + keys + 3 * hidden), 0),
+def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
+    """memory/whole.py: attention over all rows at once, or over groups of heads one after the other."""
+    w, part = Widths.of(s), Widths.of(s, s.policy.head_groups)
+    own = 0 if _kept(s, "layer_input") else w.H
+    forward = _forward_moments(s, w, part)
+    projected = [Moment(w.H + w.Q * s.in_pieces * _stored(s) + m.whole, m.piece) for m in forward[:-1]]
+    return {
+        Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
+        Phase.BACKWARD_MLP: [*projected, Moment(_held(s, w, part) + w.H + w.Q * s.in_pieces, after_backward_row(s, w))],
+        Phase.BACKWARD_ATTENTION: _attention_backward(s, w, part),
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + part.Q + part.K + (2 * w.Q + w.E) * (s.policy.head_groups > 1), before_backward_row(s, part))
+        ],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+        Phase.LOSS: [Moment(w.H)],
     }
-    by_phase = {phase: whole * s.tokens + part * chunk for phase, (whole, part) in per_token_and_chunk.items()}
-    return Term("live layer", f"what attention reads and makes; the rest of one layer {chunk} tokens at a time", by_phase)
 
 
-def live_layer_streaming(s: Setting, chunk: int) -> Term:
-    """Attention by chunks of queries: whole are only keys, values and their gradients, the layer's gradient, and log-sum-exp.
+def _forward_moments(s: Setting, w: Widths, part: Widths) -> list[Moment]:
+    """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
+    cut, sides, groups = s.in_pieces, s.layout.ulysses > 1, s.policy.head_groups > 1
+    made = part.Q * (not _kept(s, "query")) + part.K * (not _kept(s, "key_value"))
+    read = part.Q + part.X if sides else made
+    ring = 3 * w.X + w.wide * w.Q if s.layout.ring > 1 else 0
+    output = (w.Q + w.E) * (not _kept(s, "attention_output"))
+    others = output * groups
+    moments = [
+        Moment(others + made * cut, before_row(part)),
+        Moment(others + read + (part.Q + part.E if groups else output) + ring),
+        Moment(output + w.H * cut, after_row(s, w)),
+    ]
+    if sides:
+        moments[1:1] = [Moment(others + part.Q + part.K + 3 * (part.Q + part.X))]
+        moments[-1:-1] = [Moment(others + 3 * part.Q + part.E)]
+    return moments
 
-    Backward: the incoming gradient, overwritten by the outgoing one; K and V of all rows and their float32 gradients are
-    counted with K/V. A layer input that waits on the host comes back by chunks.
+
+def _held(s: Setting, w: Widths, part: Widths) -> float:
+    """Beside the gradients while the second half goes backward: attention's output, and what it read where that was made for it."""
+    sides, cut = s.layout.ulysses > 1, s.in_pieces
+    if _stored(s):
+        return w.Q * cut
+    if s.policy.head_groups > 1:
+        return w.Q + w.E
+    return _read(s, w) + w.Q + w.E + w.Q * sides
+
+
+def _read(s: Setting, w: Widths) -> float:
+    """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
+    if s.layout.ulysses > 1:
+        return w.Q + w.X
+    return w.Q * (s.in_pieces or _made(s, "query")) + w.K * (s.in_pieces or _made(s, "key_value"))
+
+
+def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
+    sides, cut, groups = s.layout.ulysses > 1, s.in_pieces, s.policy.head_groups > 1
+    wide = w.wide if s.layout.ring > 1 else 1.0
+    ring = (3 * w.X + 2 * w.wide * w.X + w.Q + w.X) if s.layout.ring > 1 else 0
+    output = w.Q * (cut or not _stored(s)) * (sides or groups or _stored(s))
+    both = w.H + w.Q + output
+    gradients = wide * (part.Q + part.X)
+    if groups:
+        # Of one group: what attention reads, its output, and its gradient, each on both sides.
+        sent = (2 + 2 * sides) * part.Q
+        kernel = Moment(both + w.E + _read(s, part) + sent + gradients)
+    elif _stored(s):
+        kernel = Moment(both + _read(s, w) + 2 * w.Q * sides + gradients + ring)
+    else:
+        kernel = Moment(both + _read(s, w) + w.Q + w.E + w.Q * sides + gradients + ring)
+    if not sides:
+        return [kernel]
+    return [kernel, Moment(both + w.E * groups + (wide + 2) * (part.Q + part.X))]
+
+
+def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
+    """memory/streamed.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
+    w, sides = Widths.of(s), s.layout.ulysses > 1
+    own = 0 if _kept(s, "layer_input") else w.H
+    totals = w.wide * w.X
+    keys = w.X if sides else w.K * (s.in_pieces or _made(s, "key_value"))
+    kept = w.K * _kept(s, "key_value") * (not sides)
+    query, output = w.Q * _made(s, "query"), (w.Q + w.E) * _made(s, "attention_output")
+    project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
+    attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
+    forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(s, w))]
+    chunk = query + output
+    return {
+        Phase.FORWARD: [Moment(own - kept + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H - kept + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
+        Phase.BACKWARD_MLP: [
+            *(Moment(w.H + m.whole, m.piece) for m in project),
+            Moment(w.H + keys + totals, chunk + w.Q * sides + after_backward_row(s, w)),
+        ],
+        Phase.BACKWARD_ATTENTION: [Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides)],
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
+            *([Moment(w.H + totals + 3 * w.X)] if sides else []),
+        ],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+        Phase.LOSS: [Moment(w.H)],
+    }
+
+
+def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
+    """memory/graph.py: both halves' graphs, each freed before the next is used."""
+    w, saved = Widths.of(s), graph_row(s)
+    sides = s.layout.ulysses > 1
+    read = w.Q + w.X
+    before = w.norm + w.Q + w.K + head_norms(s)
+    held = before + read * sides + w.Q * (1 + sides) + w.E
+    return {
+        Phase.FORWARD: [Moment(saved + 2 * w.H)],
+        Phase.LOSS: [Moment(w.H)],
+        Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read)],
+        Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+    }
+
+
+def before_row(w: Widths) -> float:
+    """First norm, projections and rotation, no graph: queries as projected, turned, and the parts of the turn."""
+    return w.H + max(4 * w.Q, 2 * w.Q + 2.5 * w.K)
+
+
+def after_row(s: Setting, w: Widths) -> float:
+    """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
+    return _made(s, "residual") * w.H + _made(s, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+
+
+def after_backward_row(s: Setting, w: Widths) -> float:
+    """Second half's backward. The last product: activation, the product's gradient and two of its factors' beside the output.
+
+    Gate and up: their gradients beside the norm's backward, which is in float32.
     """
-    hidden, inner = s.spec.hidden_size * s.width, s.spec.intermediate_size * s.width
-    lse = s.spec.num_heads * s.master
-    own_input = 0 if s.policy.layer_input.keep >= 1.0 else hidden
-    attention = s.width * (2 * s.spec.query_size + 2 * s.spec.kv_size)
-    forward = max(3 * inner + 4 * hidden, before_attention_saved_per_token(s)) + attention_saved_per_token(s)
-    after = saved_per_token(s) - before_attention_saved_per_token(s) + 2 * inner + 3 * hidden
-    before = before_attention_saved_per_token(s) + hidden
-    per_token_and_chunk = {
-        Phase.FORWARD: (hidden + own_input, forward),
-        Phase.SEGMENT: (hidden + own_input, forward) if s.segment_layers > 1 else (0, 0),
-        Phase.BACKWARD_MLP: (hidden + lse, before + after),
-        Phase.BACKWARD_ATTENTION: (hidden + lse, before + attention_saved_per_token(s) + attention),
-        Phase.BACKWARD_PROJECTIONS: (hidden + lse, before + hidden),
-    }
-    by_phase = {phase: whole * s.tokens + part * chunk for phase, (whole, part) in per_token_and_chunk.items()}
-    return Term("live layer", f"its gradient and log-sum-exp; the rest of one layer {chunk} tokens at a time", by_phase)
+    total = w.H * _made(s, "residual")
+    product = total + 2 * w.F * _made(s, "mlp") + 4 * w.F + w.H
+    norm = total + 2 * w.F + 6 * max(4, w.H // s.spec.hidden_size) * s.spec.hidden_size
+    return max(product, norm)
 
 
-def keys_and_values_streaming(s: Setting) -> Term:
-    """Keys and values of all rows between the exchanges, and in backward their float32 gradients."""
-    kv, own = 2 * s.kv_copies * s.spec.kv_size, 2 * s.spec.kv_size * (s.layout.ulysses > 1)
-    forward = s.width * (kv + own)
-    backward = forward + s.master * kv
-    held = {Phase.FORWARD: forward, Phase.BACKWARD_MLP: backward}
-    held |= {Phase.BACKWARD_ATTENTION: backward, Phase.BACKWARD_PROJECTIONS: backward}
-    return Term("K/V and their gradients", f"all rows, heads over {s.layout.ulysses}", {p: n * s.tokens for p, n in held.items()})
+def before_backward_row(s: Setting, w: Widths) -> float:
+    """Projections' backward: the norm's graph, the turn's parts, and their gradients."""
+    return w.norm + w.Q + w.K / 2 + 3 * w.Q + head_norms(s)
 
 
-def keys_and_values(s: Setting) -> Term:
-    """What attention itself makes: visiting keys and values of a ring, merged outputs, and the gradients of q, k, v."""
-    if s.by_chunks:
-        return keys_and_values_streaming(s)
-    groups = 1 if s.policy.graph else s.policy.head_groups
-    kv, queries = 2 * s.kv_copies * s.spec.kv_size // groups, s.spec.query_size // groups
-    ring = s.layout.ring > 1
-    travelling = 2 * s.width * kv * ring
-    forward = travelling + s.master * queries
-    # Gradients in float32, the kernel's own results beside them, and do on both sides of the exchange.
-    backward = (s.master + s.width) * (queries + kv) + 2 * s.width * queries + travelling + 2 * s.master * kv * ring
-    workspace = (2 * s.width + s.master) * queries if s.on_gpu else 0
-    by_phase = {Phase.FORWARD: forward, Phase.BACKWARD_ATTENTION: backward + workspace}
-    note = f"ring of {s.layout.ring}, heads over {s.layout.ulysses}" + (f", each KV head on {s.kv_copies} ranks" if s.kv_copies > 1 else "")
-    return Term("K/V and attention gradients", note, {phase: per_token * s.tokens for phase, per_token in by_phase.items()})
+def head_norms(s: Setting) -> int:
+    """What norms of each head's queries and keys leave in a graph."""
+    return norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+
+
+def masked_scores(s: Setting) -> Term:
+    """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
+    from ..training.config import Family
+
+    softcap = s.spec.family is Family.GEMMA2
+    windows = [window for window in s.spec.windows if window is not None]
+    if s.on_gpu and s.width == 2:
+        return Term("masked scores", "", {})
+    if not (softcap or windows or s.on_gpu):
+        return Term("masked scores", "", {})
+    length = min(s.data.max_seq_len, s.tokens * s.layout.sp_degree)
+    full = (softcap and len(windows) < s.spec.num_layers) or s.on_gpu
+    keys = length if full else min(length, max(windows) + MASKED_QUERY_CHUNK)
+    queries = min(MASKED_QUERY_CHUNK, length)
+    one = s.master * s.spec.num_heads // s.layout.ulysses * queries * keys
+    forward, backward = (5, 8) if softcap else (4, 5.25)
+    held = {Phase.FORWARD: int(forward * one), Phase.SEGMENT: int(forward * one), Phase.BACKWARD_ATTENTION: int(backward * one)}
+    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
+
+
+MASKED_QUERY_CHUNK = 512
+"""Of parallel/sequence/attention.py."""
+
+
+def _kept(s: Setting, name: str) -> bool:
+    """Whether all of a class stays on the device, so that the live layer's is counted there."""
+    return s.policy.splits[name].keep >= 1.0
+
+
+def _made(s: Setting, name: str) -> bool:
+    """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
+    return not s.policy.splits[name].complete
+
+
+def _stored(s: Setting) -> bool:
+    return s.policy.attention_output.complete
 
 
 def loss_chunk(s: Setting) -> Term:
-    """Logits of one chunk: in compute precision, in float32, and one float32 temporary."""
-    per_logit = s.master + (s.width if s.width < s.master else 0) + s.master
-    chunk = min(s.train.loss_chunk_tokens, s.tokens)
-    return term("loss chunk", f"logits of {chunk} tokens x {s.spec.vocab_size}", per_logit * s.spec.vocab_size * chunk, (Phase.LOSS,))
-
-
-def last_hidden(s: Setting) -> Term:
-    """Around the last norm: the last layer's output, what its norm saves, and the gradient of the hidden vectors."""
-    per_token = (norm_bytes(s) + 2 * s.width) * s.spec.hidden_size
-    held = {Phase.LOSS: per_token, Phase.BACKWARD_MLP: s.width * s.spec.hidden_size}
-    return Term("last hidden vectors", "output of the last layer, its norm and its gradient", {p: n * s.tokens for p, n in held.items()})
+    """Logits of one chunk in compute precision and in float32; of the chunk before too; or beside them a part of the head's gradient."""
+    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
+    logits = s.master * words * chunk
+    narrow = s.width * words * chunk * (s.width < s.master)
+    part = s.width * words * s.spec.hidden_size
+    most = max(2 * logits + narrow, logits + narrow + part)
+    rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
+    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})

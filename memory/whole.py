@@ -77,7 +77,7 @@ def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
 
 def _groups(run: LayerRun) -> list[_Walked]:
     spec = run.spec
-    heads = head_groups(spec.num_heads, spec.num_kv_heads, num_groups=run.policy.head_groups, ulysses=len(run.attention.member_tokens))
+    heads = head_groups(spec.num_heads, spec.num_kv_heads, most=run.policy.head_groups, ulysses=len(run.attention.member_tokens))
     return [_Walked(part, _part_of(spec, part), None, None, None) for part in heads]
 
 

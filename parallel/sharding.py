@@ -16,15 +16,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def shard_model(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+def shard_model(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype | None = None,
+) -> None:
     """Shard each layer, then what is left of the model (embedding, last norm, head) as one group.
 
-    Master weights keep their dtype; they are gathered in `compute_dtype`, gradients are reduced in the master dtype.
+    Weights keep their dtype; they are gathered in `compute_dtype`, gradients are reduced in `reduce_dtype` (None: the weights').
     """
-    master = next(model.parameters()).dtype
+    stored = next(model.parameters()).dtype
+    reduced = reduce_dtype or stored
     precision = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == master else compute_dtype,
-        reduce_dtype=None if compute_dtype == master else master,
+        param_dtype=None if compute_dtype == stored else compute_dtype,
+        reduce_dtype=None if compute_dtype == reduced else reduced,
         cast_forward_inputs=False,
     )
     for module in (*layers, model):

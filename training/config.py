@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ..errors import ConfigError
 from ..units import Tokens
 
 
@@ -77,6 +78,45 @@ class DataConfig:
     """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
 
 
+class States(Enum):
+    """Where the optimizer's numbers live."""
+
+    DEVICE = "device"
+    """Float32 weights and both moments on the device, 1/shard of each a rank."""
+    HOST = "host"
+    """Float32 weights and both moments in host memory, updated there; the device has the weights in compute precision only."""
+
+
+class Update(Enum):
+    """When the optimizer updates."""
+
+    STEP = "step"
+    """After the whole backward pass: all gradients of a step exist, and a step with a bad number is not applied at all."""
+    BACKWARD = "backward"
+    """Each layer as soon as its gradients are reduced, which are then freed: exact, but what is applied cannot be taken back."""
+
+
+class ClipMode(Enum):
+    """Which norm gradients are clipped by; anything but `global` is for update=backward."""
+
+    GLOBAL = "global"
+    """That of this step's whole gradient: exact, needs all of it before the first update."""
+    TWO_PASS = "two_pass"
+    """The same norm from a backward pass of its own, which keeps no gradients: exact, twice the time."""
+    PREVIOUS_NORM = "previous_norm"
+    """That of the step before: not exact, a sudden large gradient is clipped a step too late."""
+
+
+class StateDtype(Enum):
+    """Precision of both moments; anything but float32 is inexact and needs torchao (the extra `lowbit`)."""
+
+    FLOAT32 = "float32"
+    """As the master weights (float64 in a float64 run)."""
+    BFLOAT16 = "bfloat16"
+    INT8 = "8bit"
+    """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW on float32 master weights, and its schedule."""
@@ -97,6 +137,14 @@ class OptimConfig:
     """wsd only: steps of the final decay."""
     min_lr_ratio: float = 0.0
     """cosine only: last learning rate as a share of the peak."""
+    states: States = States.DEVICE
+    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
+    update: Update = Update.STEP
+    """backward frees each layer's gradient as soon as it is applied, and overlaps a host update with the backward of the next layer."""
+    clip_mode: ClipMode = ClipMode.GLOBAL
+    """Which norm grad_clip means. previous_norm is not exact."""
+    state_dtype: StateDtype = StateDtype.FLOAT32
+    """Of the moments. bfloat16 and 8bit are not exact."""
 
 
 class Dtype(Enum):
@@ -107,9 +155,17 @@ class Dtype(Enum):
     FLOAT64 = "float64"
 
 
+class Objective(Enum):
+    """What is trained for (docs/objectives.md). A loss mask in the corpus makes language modelling fine-tuning."""
+
+    LANGUAGE_MODELLING = "language_modelling"
+    DPO = "dpo"
+    GRPO = "grpo"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Length, seed and numerics of the run."""
+    """Objective, length, seed and numerics of the run."""
 
     steps: int
     seed: int = 0
@@ -118,6 +174,36 @@ class TrainConfig:
     """Weight of mean(logsumexp(logits)^2), added to the loss per target token."""
     loss_chunk_tokens: Tokens = 2048
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
+    objective: Objective = Objective.LANGUAGE_MODELLING
+    """dpo needs corpora of pairs, grpo of completions with rewards (efflaunch data prepare)."""
+    dpo_beta: float = 0.1
+    """dpo only: how strongly the reference holds; the margin of log-probabilities is multiplied with it."""
+    grpo_clip_low: float = 0.2
+    """grpo only: how far below one the ratio to the old probability still counts."""
+    grpo_clip_high: float = 0.2
+    """grpo only: how far above one."""
+    grpo_kl_weight: float = 0.0
+    """grpo only: weight of the divergence from the reference, per token."""
+
+
+def check_train(config: TrainConfig) -> None:
+    """ConfigError where the settings of the objective make no sense."""
+    if config.objective is not Objective.LANGUAGE_MODELLING and config.z_loss:
+        raise ConfigError(
+            "train.z_loss",
+            found=f"{config.z_loss} with train.objective={config.objective.value}",
+            expected="it with language modelling only",
+            hint="train.z_loss=0",
+        )
+    for key, value, valid, expected in (
+        ("dpo_beta", config.dpo_beta, config.dpo_beta > 0, "more than 0"),
+        ("grpo_clip_low", config.grpo_clip_low, 0 < config.grpo_clip_low <= 1, "more than 0, at most 1"),
+        ("grpo_clip_high", config.grpo_clip_high, config.grpo_clip_high > 0, "more than 0"),
+        ("grpo_kl_weight", config.grpo_kl_weight, config.grpo_kl_weight >= 0, "0 or more"),
+    ):
+        if not valid:
+            default = TrainConfig.__dataclass_fields__[key].default
+            raise ConfigError(f"train.{key}", found=str(value), expected=expected, hint=f"train.{key}={default}")
 
 
 class WandbMode(Enum):

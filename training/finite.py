@@ -30,7 +30,7 @@ class RowWatch:
         return self._flags[micro_batch]
 
     def spans(self, micro_batch: int, shard: PackedShard) -> list[tuple[int, int, int]]:
-        """(sequence in the group's order, first, last + 1) of the marked tokens of each slice that has any."""
+        """(part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
         if micro_batch not in self._flags:
             return []
         flags, out, row = self._flags[micro_batch].cpu(), [], 0
@@ -55,10 +55,21 @@ class _Source(Protocol):
     def describe(self, step: int, index: int, start: int = 0, stop: int | None = None) -> str: ...
 
 
-def non_finite(value: float, shares: Tensor, works: Sequence[_Work], watch: RowWatch, source: _Source, step: int) -> NonFiniteLossError:
+def non_finite(
+    value: float,
+    shares: Tensor,
+    works: Sequence[_Work],
+    watch: RowWatch,
+    source: _Source,
+    step: int,
+    *,
+    layer: str | None = None,
+    partly_applied: bool = False,
+) -> NonFiniteLossError:
     """The error for a step whose loss or gradient norm is `value`: ranks, documents and their tokens. Collective over all ranks.
 
-    `shares`: this rank's loss of each micro-batch. Where none is to blame alone, the gradients are.
+    `shares`: this rank's loss of each micro-batch. Where none is to blame alone, the gradients are. `layer`: the first in backward
+    whose gradients are not finite; `partly_applied`: those before it have been updated.
     """
     mine = [
         found
@@ -73,10 +84,14 @@ def non_finite(value: float, shares: Tensor, works: Sequence[_Work], watch: RowW
     more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""
     named = "; ".join(documents[:NUM_NAMED]) + more
     ranks = ranks or "none: every loss is finite, the gradients are not"
+    where = "" if layer is None else f"; first in the gradients of {layer}"
+    kept = "nothing of this step was applied and the last checkpoint is intact"
+    if partly_applied:
+        kept = f"{layer} was not updated, but modules before it in backward were (optim.update=backward); the last checkpoint is intact"
     return NonFiniteLossError(
         f"step {step + 1}",
-        found=f"a loss or gradient norm of {value} (ranks {ranks}; {named or 'no single document'})",
-        expected="finite numbers; nothing of this step was applied and the last checkpoint is intact",
+        found=f"a loss or gradient norm of {value} (ranks {ranks}; {named or 'no single document'}{where})",
+        expected=f"finite numbers; {kept}",
         hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
     )
 
@@ -87,7 +102,8 @@ def _tokens_of(work: _Work, spans: list[tuple[int, int, int]]) -> list[tuple[int
         return []
     if not spans:
         return [(sequence, 0, None) for sequence in work.group.sequences]
-    return [(work.group.sequences[sequence], first, stop) for sequence, first, stop in spans]
+    parts = work.shard.parts
+    return [(parts[part].sequence, parts[part].offset + first, parts[part].offset + stop) for part, first, stop in spans]
 
 
 def _merged(spans: list[tuple[int, int, int | None]]) -> list[tuple[int, int, int | None]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..memory.tape import LayerContext, Tables, Tape
 from ..parallel.sharding import gathered_weights, shard_model
 from .families import layer_adapter
 from .families.rope import rotary_tables
-from .loss import LossOptions, chunked_cross_entropy
+from .loss import Head, LossOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Tokens:
 
 
 class Trunk:
-    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm and loss by chunks."""
+    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> objective, by chunks from the norm on."""
 
     def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
         self._model, self._options, self._policy, self._store = model, options, policy, store
 
-    def __call__(self, tokens: Tokens, attention: AttentionRuntime, scale: float) -> Tensor:
-        """scale x sum of this rank's token losses, a scalar."""
+    def __call__(self, tokens: Tokens, attention: AttentionRuntime, objective: Callable[[Head], Tensor]) -> Tensor:
+        """What `objective` makes of the last layer's output."""
         base = self._model.model
         x = base.embed_tokens(tokens.token_ids)
         tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
@@ -58,16 +58,8 @@ class Trunk:
             x = layer(x, context)
         with attention.busy():
             # The last layer's output is nobody's but the loss's: its gradient takes its place.
-            return chunked_cross_entropy(
-                x,
-                base.norm,
-                self._model.lm_head.weight,
-                tokens.target_ids,
-                scale=scale,
-                options=self._options,
-                overwrite=True,
-                not_finite=tokens.not_finite,
-            )
+            weight = self._model.lm_head.weight
+            return objective(Head(x, base.norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
 
     def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
         """What the layers of one micro-batch share."""
@@ -114,22 +106,53 @@ def build_model(
 
     `store` takes what `policy` moves to the host.
     """
-    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    model = build_on_meta(config, master)
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
-    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype)
-    model.to_empty(device=device)
+    model = build_empty(
+        config, policy, mesh, device=device, compute_dtype=compute_dtype, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store
+    )
     initialise(model, seed)
     return model
 
 
-def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name)."""
+def build_empty(
+    config: PretrainedConfig,
+    policy: MemoryPolicy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    loss_chunk_tokens: int,
+    z_loss: float = 0.0,
+    store: HostStore | None = None,
+    host_weights: bool = False,
+) -> PreTrainedModel:
+    """The same with unset weights: float32 ones (`master_dtype`), or in compute precision where the float32 ones live on the host."""
+    model = build_on_meta(config, master_dtype(compute_dtype))
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
+    if host_weights:
+        # Parameters only: buffers keep the precision Hugging Face made them in.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(compute_dtype)
+    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype, reduce_dtype=master_dtype(compute_dtype))
+    model.to_empty(device=device)
+    return model
+
+
+def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Of the weights that are updated, their gradients and the optimizer's states."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None) -> None:
+    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name).
+
+    Fills the model's parameters, or those of the same names in `weights`.
+    """
     done: set[int] = set()
+    into = None if weights is None else dict(weights.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if not module._parameters and not module._buffers:
             continue
-        shadow, copies = _shadow(module, done)
+        shadow, copies = _shadow(module, done, name, into)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
             model._init_weights(shadow)
@@ -137,16 +160,19 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
             write_shard(target, full.data)
 
 
-def _shadow(module: nn.Module, done: set[int]) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
+def _shadow(
+    module: nn.Module, done: set[int], prefix: str, into: dict[str, nn.Parameter] | None
+) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
     """`module` with whole, empty parameters in place of shards; tied parameters only at their first owner."""
     copies, parameters = [], {}
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) in done:
             continue
         done.add(id(parameter))
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=local.device))
-        copies.append((parameter, parameters[name]))
+        target = parameter if into is None else into[f"{prefix}.{name}" if prefix else name]
+        local = target.to_local() if isinstance(target, DTensor) else target
+        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=parameter.device))
+        copies.append((target, parameters[name]))
     shadow = copy.copy(module)
     shadow.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}
     return shadow, copies

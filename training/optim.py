@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from .config import OptimConfig
+from .config import OptimConfig, StateDtype
+from .optimizers.norm import NormMeter, clip_scale, local
 
 
 def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
@@ -22,28 +17,28 @@ def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, weights: nn.Module | None = None) -> torch.optim.Optimizer:
     """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`.
 
-    Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype,
-    device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
+    Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype (or
+    `state_dtype`), device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
+    `weights`: the parameters of the same names that are updated instead of the model's own.
     """
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
-    owners = _owners(model)
+    owners, updated = _owners(model), dict((weights or model).named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[is_decayed(owners[parameter], parameter)].append((name, parameter))
-    return torch.optim.AdamW(
-        [
-            {"params": named, "name": "decay" if decay else "no_decay", "weight_decay": config.weight_decay if decay else 0.0}
-            for decay, named in groups.items()
-            if named
-        ],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+            groups[is_decayed(owners[parameter], parameter)].append((name, updated[name]))
+    named_groups = [
+        {"params": named, "name": "decay" if decay else "no_decay", "weight_decay": config.weight_decay if decay else 0.0}
+        for decay, named in groups.items()
+        if named
+    ]
+    if config.state_dtype is not StateDtype.FLOAT32:
+        from .optimizers.lowbit import build_lowbit
+
+        return build_lowbit(named_groups, config)
+    return torch.optim.AdamW(named_groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
@@ -58,48 +53,24 @@ def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The rate of the next update, for every group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
     """Scales every gradient so that the global L2 norm is at most `max_norm` (None: measures only); returns the norm before.
 
-    Counts each element of the full gradient once: squares are summed over the mesh axes a gradient is sharded on,
-    never over those it is replicated on. Collective: every rank of the mesh must call it. A norm that is not finite
-    is returned and nothing is scaled. The scale is max_norm / (norm + 1e-6), as in torch.
+    Collective: every rank of the mesh must call it. A norm that is not finite is returned and nothing is scaled.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = math.sqrt(_sum_of_squares(gradients))
-    if max_norm is not None and math.isfinite(norm) and (scale := max_norm / (norm + 1e-6)) < 1.0:
-        for gradient in gradients:
-            _local(gradient).mul_(scale)
+    with_gradient = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    meter, parameters = NormMeter(), [parameter for parameter, _ in with_gradient]
+    for parameter, gradient in with_gradient:
+        meter.add(parameter, local(gradient))
+    norm = meter.total(parameters)
+    if (scale := clip_scale(norm, max_norm)) < 1.0:
+        for _, gradient in with_gradient:
+            local(gradient).mul_(scale)
     return norm
-
-
-def _sum_of_squares(gradients: list[Tensor]) -> float:
-    alike: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        alike[_sharding(gradient)].append(_local(gradient))
-    total = 0.0
-    for (mesh, axes), parts in alike.items():
-        # float64 for the sum over tensors only: products inside a tensor stay in its own precision, as in torch.
-        norms = torch.stack([torch.linalg.vector_norm(part).double() for part in parts])
-        squares = norms.square().sum()
-        for axis in axes:
-            assert mesh is not None
-            dist.all_reduce(squares, group=mesh.get_group(axis))
-        total += squares.item()
-    return total
-
-
-def _sharding(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
-    """The mesh and those of its axes that hold different elements; (None, ()) for a plain tensor."""
-    if not isinstance(gradient, DTensor):
-        return None, ()
-    assert not any(placement.is_partial() for placement in gradient.placements), "gradients are reduced before they are clipped"
-    return gradient.device_mesh, tuple(axis for axis, placement in enumerate(gradient.placements) if placement.is_shard())
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -24,11 +23,15 @@ from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.service import PlanRequest, PlanService
+from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from .certified import Watch
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
-from .optim import clip_gradients, set_learning_rate
+from .objectives.build import RunObjective, means
+from .objectives.heads import StepObjective
+from .optimizers.check import describe, inexact
+from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
 from .setup import RunSettings, Session, build_session, closing_store, join_ranks
@@ -75,6 +78,8 @@ class _Gathered:
     stop: bool
     busy_s: list[list[float]]
     """Of each micro-batch."""
+    objective: list[float]
+    """Sums of its numbers over all ranks."""
 
 
 class _Run:
@@ -90,6 +95,9 @@ class _Run:
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
         self.saved = self.done if restored is not None else -1
+        if restored is not None:
+            self.session.updater.weights_changed()
+            self.session.updater.resume(restored.extra.get("updater", {}))
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
@@ -100,6 +108,8 @@ class _Run:
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
+        self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -125,7 +135,10 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing_store(self.session), closing(self.allocator):
+        with self.metrics, closing(self.allocator), closing(self.session.updater), closing_store(self.session):
+            if not self._ready(stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps
@@ -140,6 +153,12 @@ class _Run:
             self._write_end()
         return EXIT_DONE
 
+    def _ready(self, stop: Stop) -> bool:
+        def plan(lengths: tuple[int, ...]) -> StepPlan:
+            return static_plan(lengths, self.planner.request)
+
+        return self.objective.ready(plan, stop=stop, report=self.metrics.write)
+
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
         started = time.monotonic()
@@ -151,58 +170,81 @@ class _Run:
         return told.stop
 
     def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[_Gathered, dict[str, Any], float]:
-        """Gradients, clipping and the optimizer's step; everything the step allocates is gone when it returns."""
-        step, session = self.done, self.session
+        """Gradients, clipping and the optimizer's step; what the step allocates is gone when it returns."""
+        step, session, updater = self.done, self.session, self.session.updater
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
-        shares = backward_step(
+        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        updater.start(rate, session.engine.wait_for_snapshot)
+        if updater.measures_first:
+            shares = self._backward(works, self._objective(plan, targets), watch)
+            self._check_finite(updater.finish_measuring(), shares, works, watch)
+        objective = self._objective(plan, targets)
+        shares = self._backward(works, objective, watch, clocks)
+        told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
+        backward_s = time.monotonic() - begun
+        found = updater.finish()
+        self._check_finite(found, shares, works, watch, loss=told.loss)
+        updater.apply()
+        numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
+        return told, numbers, backward_s
+
+    def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
+        """Anew for each pass over the step: it counts."""
+        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths))
+
+    def _backward(
+        self, works: list[Work], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
+    ) -> torch.Tensor:
+        """One pass over the step: this rank's losses; gradients go where the updater takes them."""
+        session = self.session
+        return backward_step(
             session.model,
             session.topology,
             session.kernel,
             works,
-            num_targets=targets,
+            num_targets=objective.count,
             reduce_each=session.reduce_each,
             device=session.device,
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
             watch=watch,
+            objective=objective,
+            on_last=session.updater.last,
         )
-        told = self._gather(shares.sum(), works, clocks, stop)
-        backward_s = time.monotonic() - begun
-        self._check_finite(told.loss, shares, works, watch)
-        norm = clip_gradients(session.model, self.config.optim.grad_clip)
-        self._check_finite(norm, shares, works, watch)
-        rate = learning_rate(self.config.optim, step, self.config.train.steps)
-        set_learning_rate(session.optimizer, rate)
-        session.engine.wait_for_snapshot()
-        session.optimizer.step()
-        session.optimizer.zero_grad()
-        return told, {"target_tokens": targets, "grad_norm": norm, "lr": rate}, backward_s
 
-    def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
+    def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
+        row += stats.tolist() + [clock.seconds() for clock in clocks]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, *rest = torch.stack(table).T.tolist()
+        sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
+        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank, sums)
 
     def _peak(self) -> int:
+        """torch's statistics end where the arena takes its allocator's place."""
         planned = None if self.arena is None else self.arena.device_peak_bytes()
-        if planned is not None:
-            return planned
-        if self.session.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.session.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return self.certified.peak_bytes() if planned is None else planned
 
-    def _check_finite(self, value: float, shares: torch.Tensor, works: list[Work], watch: RowWatch) -> None:
+    def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
-        if not math.isfinite(value):
-            raise non_finite(value, shares, works, watch, self.session.source, self.done)
+        for value in (loss, found.norm):
+            if not math.isfinite(value):
+                raise non_finite(
+                    value,
+                    shares,
+                    works,
+                    watch,
+                    self.session.source,
+                    self.done,
+                    layer=found.first_bad,
+                    partly_applied=found.partly_applied,
+                )
 
     def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1
@@ -211,6 +253,7 @@ class _Run:
         tokens = sum(told.tokens)
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
+        self.certified.look(self.done, told.peak_bytes)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -263,6 +306,7 @@ class _Run:
             "costs": self.costs.dump(),
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
+            "updater": self.session.updater.carry(),
         }
         self.session.engine.save(self.done, extra)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
@@ -297,10 +341,14 @@ class _Run:
             parameters=num_parameters(self.session.spec),
             plan=str(self.session.layout),
             sequence=self.config.parallel.sequence.value,
+            optimizer=describe(self.config.optim),
+            optimizer_inexact=list(inexact(self.config.optim)),
             costs=self.costs.origin,
             cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
+            memory=list(self.certified.certificate.policy),
+            certificate=asdict(self.certified.certificate),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
             data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),

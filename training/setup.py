@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
-from ..memory.ledger import build_ledger
-from ..memory.offload.checks import check_host_memory, check_offload_dir
+from ..memory.ledger import Ledger
+from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
 from ..memory.setting import Setting
@@ -27,12 +27,13 @@ from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
+from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
-from .model import build_config, build_model
-from .optim import build_optimizer
-from .spec import ModelSpec, hf_config_dict, layer_parameters, model_spec
-from .weights import load_weights
+from .optimizers.build import build_trained
+from .optimizers.room import check_room as check_optimizer_room
+from .optimizers.updater import Updater
+from .spec import ModelSpec, layer_parameters, model_spec
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
@@ -68,10 +69,12 @@ class Session:
     topology: Topology
     device: torch.device
     layout: Layout
+    ledger: Ledger
     spec: ModelSpec
     source: DataSource
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    updater: Updater
+    """Owns the optimizer, and the weights that checkpoints hold."""
     engine: CheckpointEngine
     kernel: BlockKernel
     store: HostStore | None
@@ -99,35 +102,20 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
 def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_save: Callable[[SaveReport], None]) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
     spec = model_spec(config.model)
-    source = open_data(config.data, config.train.seed, spec.vocab_size)
+    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = build_ledger(
-        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
-    )
+    ledger = agreed_ledger(config, spec)
     topology = build_topology(replicate=layout.replicate, device=device.type)
-    compute = getattr(torch, config.train.dtype.value)
+    check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
-    model = build_model(
-        build_config(hf_config_dict(config.model)),
-        ledger.setting.policy,
-        topology.mesh,
-        device=device,
-        compute_dtype=compute,
-        seed=config.train.seed,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        z_loss=config.train.z_loss,
-        store=store,
-    )
-    if config.model.path is not None:
-        load_weights(model, config.model.path)
-    optimizer = build_optimizer(model, config.optim)
+    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
-        model=model,
-        optimizer=optimizer,
+        model=updater.weights,
+        optimizer=updater.optimizer,
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
     )
@@ -135,10 +123,11 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         topology=topology,
         device=device,
         layout=layout,
+        ledger=ledger,
         spec=spec,
         source=source,
         model=model,
-        optimizer=optimizer,
+        updater=updater,
         engine=engine,
         kernel=block_kernel(device),
         store=store,
@@ -161,10 +150,7 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     if not setting.policy.uses_host:
         return None
     capacity, directory = arena_bytes(setting), setting.policy.offload_dir
-    if directory is None:
-        check_host_memory(capacity, setting.layout.ranks_per_node)
-    else:
-        check_offload_dir(directory, capacity, setting.layout.ranks_per_node)
+    check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)

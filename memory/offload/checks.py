@@ -9,6 +9,7 @@ from pathlib import Path
 from ...errors import ConfigError
 from ...units import format_bytes
 from .files import KEY, full, unusable
+from .staging import staging_bytes_for
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -19,6 +20,15 @@ class FreeMemory:
 
     num_bytes: int
     limited_by: str
+
+
+def check_room(bytes_per_rank: int, ranks_on_node: int, offload_dir: str | None) -> None:
+    """ConfigError if the ranks of this node together cannot move so much. Call it before any of them opens its store."""
+    if offload_dir is None:
+        check_host_memory(bytes_per_rank, ranks_on_node)
+    else:
+        check_offload_dir(offload_dir, bytes_per_rank, ranks_on_node)
+        check_host_memory(staging_bytes_for(bytes_per_rank), ranks_on_node)
 
 
 def check_host_memory(bytes_per_rank: int, ranks_on_node: int, free: FreeMemory | None = None) -> None:

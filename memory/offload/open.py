@@ -12,13 +12,10 @@ from .cuda import CudaDevice, CudaPinner
 from .device import Device, PlainDevice
 from .files import OffloadFile, WriteMeter, warn_slow
 from .nvme import FileStore
-from .staging import Staging
+from .staging import PIECE_BYTES, STAGING_BYTES, Staging, staging_bytes_for
 from .store import ArenaStore, HostStore
 
 IN_FLIGHT_BYTES = 1 << 30
-PIECE_BYTES = 16 << 20
-STAGING_BYTES = 512 << 20
-"""Host memory of each rank that moves activations to files."""
 
 
 def open_store(
@@ -37,7 +34,7 @@ def open_store(
     Host memory is pinned where `device` is a GPU, plain where it is the CPU. ConfigError where it cannot be had; checks.py says
     so for all ranks of a node before any of them starts.
     in_flight_bytes: device memory that waits for its copy to the host at most, or one parcel if that is more.
-    With files: `staging_bytes` of host memory in pieces of `piece_bytes` (a power of two), of which parcels are made up;
+    With files: at most `staging_bytes` of host memory in pieces of `piece_bytes` (a power of two), of which parcels are made up;
     on_slow(measured, expected) is called once if writes are slower than expected_write_bytes_per_s (default: it is logged).
     """
     pinner = CudaPinner(device) if device.type == "cuda" else None
@@ -46,8 +43,8 @@ def open_store(
     directory = Path(offload_dir)
     file = OffloadFile(directory, capacity_bytes)
     meter = WriteMeter(expected_write_bytes_per_s, on_slow or warn_slow(directory))
-    staging = Staging(HostArena(max(staging_bytes, 2 * piece_bytes), block_bytes=piece_bytes, pinner=pinner))
-    return FileStore(file, staging, device_for(device), in_flight_bytes=in_flight_bytes, meter=meter)
+    slots = HostArena(staging_bytes_for(capacity_bytes, staging_bytes, piece_bytes), block_bytes=piece_bytes, pinner=pinner)
+    return FileStore(file, Staging(slots), device_for(device), in_flight_bytes=in_flight_bytes, meter=meter)
 
 
 def device_for(device: torch.device) -> Device:

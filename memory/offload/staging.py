@@ -11,6 +11,15 @@ from .arena import HostArena
 from .device import Mark
 from .extents import Extent
 
+PIECE_BYTES = 16 << 20
+STAGING_BYTES = 512 << 20
+
+
+def staging_bytes_for(capacity_bytes: int, most_bytes: int = STAGING_BYTES, piece_bytes: int = PIECE_BYTES) -> int:
+    """Host memory of a rank that moves `capacity_bytes` to files: no more than it moves, two pieces at least."""
+    pieces = min(-(-capacity_bytes // piece_bytes), most_bytes // piece_bytes)
+    return max(2, pieces) * piece_bytes
+
 
 class Staging:
     """Slots of one size, cut from an arena. Any thread gives, one thread takes."""

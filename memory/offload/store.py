@@ -156,6 +156,8 @@ class ArenaStore:
     def close(self) -> None:
         with self._lock:
             self.reset()
+            # Streams work in order: nothing reads or writes the arena behind these two.
+            self.device.to_host([], []).synchronize()
             self.device.to_device([], []).synchronize()
             self.arena.close()
 

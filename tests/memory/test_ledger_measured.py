@@ -109,6 +109,9 @@ def traced_peak(wanted: dict[str, Any], model: dict[str, Any]) -> int:
         def lengths(self, step: int) -> tuple[int, ...]:
             return plan.lengths
 
+        def parts(self, step: int, index: int) -> tuple[int, ...]:
+            return (plan.lengths[index],)
+
         def tokens(self, step: int, index: int, start: int, stop: int) -> Any:
             return ids[start:stop], ids[start:stop]
 

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, free_memory
+from efflaunch.memory.offload import checks
+from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_room, free_memory
 from efflaunch.memory.offload.device import Past
 from efflaunch.memory.offload.link import measure_directory, measure_host_link, rate_of
+from efflaunch.memory.offload.staging import staging_bytes_for
 
 GIB = 1 << 30
 
 
 def test_enough_memory_for_all_ranks() -> None:
     check_host_memory(2 * GIB, 4, FreeMemory(8 * GIB, "available on the machine"))
-    check_host_memory(0, 8)
+    check_host_memory(0, 8)  # of the real machine
     with pytest.raises(ConfigError) as caught:
         check_host_memory(2 * GIB, 4, FreeMemory(8 * GIB - 1, "available on the machine"))
     assert str(caught.value) == (
@@ -81,6 +83,22 @@ def test_offload_directories(tmp_path: Path) -> None:
         check_offload_dir(str(tmp_path), 1 << 48, 4)
     assert "free; expected 1024.0 TiB for what is moved there" in str(caught.value)
     assert f"memory.offload_dir={tmp_path}" in str(caught.value) and "on a larger disk" in str(caught.value)
+
+
+def test_files_need_disk_and_a_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "free_memory", lambda: FreeMemory(GIB, "available on the machine"))
+    check_room(GIB // 2, 2, None)
+    check_room(1 << 20, 2, str(tmp_path))
+    with pytest.raises(ConfigError, match="of host memory free on this node"):
+        check_room(GIB // 2 + 1, 2, None)
+    with pytest.raises(ConfigError, match="on a larger disk"):
+        check_room(1 << 48, 2, str(tmp_path))
+    with pytest.raises(ConfigError, match="expected 1.5 GiB for what 3 ranks move there, 512.0 MiB each"):
+        check_room(1 << 30, 3, str(tmp_path))
+
+
+def test_staging_memory_is_no_more_than_what_moves() -> None:
+    assert [staging_bytes_for(num_bytes) >> 20 for num_bytes in (1, 40 << 20, 1 << 30)] == [32, 48, 512]
 
 
 def test_directories_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,27 @@ def test_any_program_on_any_schedule(tmp_path: Path, seed: int, compute: float, 
     run.store.close()
 
 
+@pytest.mark.parametrize("fault", ["hold", "hold_landings", "out_after"])
+def test_the_fake_device_shows_each_order_that_is_not_kept(tmp_path: Path, fault: str) -> None:
+    assert any(_goes_wrong(tmp_path, eagerness, frozenset([fault])) for eagerness in SCHEDULES)
+
+
+def _goes_wrong(directory: Path, eagerness: dict[str, float], faults: frozenset[str]) -> bool:
+    device = FakeDevice(eagerness=eagerness, faults=faults)
+    run = Program(device, file_store(directory, device), sizes=(3000,))
+    for _ in range(2):
+        run.training_step(num_layers=2, num_chunks=4)
+    is_wrong = run.wrong() != []
+    run.store.close()
+    return is_wrong
+
+
+def test_the_fake_device_shows_slots_used_before_their_copy_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give = Staging.give
+    monkeypatch.setattr(Staging, "give", lambda staging, slot, mark=None: give(staging, slot))
+    assert any(_goes_wrong(tmp_path, eagerness, frozenset()) for eagerness in SCHEDULES)
+
+
 def test_pieces() -> None:
     extents: Sequence[Extent] = [Extent(0, 64 * KIB), Extent(192 * KIB, 128 * KIB)]
     pieces = pieces_of(extents, 100_000, 48 * KIB)

@@ -1,0 +1,136 @@
+"""`python -m efflaunch.bench.predicted --json FILE`: the ledger's peak against exact live bytes of real steps.
+
+Every memory preset, chunk sizes, segments, head groups, ranks, schemes, families, precisions and ways to reduce gradients; gloo
+ranks on CPU, a traced warm step each (traced.py). Deterministic: no time is measured.
+
+Headline keys: `worst_over` and `worst_under`, the largest shares by which a prediction is above or below what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ..training.config import Family
+from .ranks import on_fresh_ranks
+from .record import machine, write_json
+from .traced import Case, case_ledger, memory_config, predicted_by_phase, traced_peak
+
+TARGETS = {"over": 0.03, "under": 0.01}
+ALST = {"layer_input": "host", "chunk_tokens": 256}
+STREAMBP = {"attention": "chunks", "chunk_tokens": 256}
+MEMO = {"layer_input": "host", "attention_output": "host", "activations": "host"}
+KEEP = {"attention_output": "keep", "activations": "keep"}
+GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, origin = _parser().parse_args(arguments), machine()
+    chosen = [case for case in CASES if options.only in case.name]
+    rows: list[dict[str, Any]] = []
+    for ranks in sorted({case.ranks for case in chosen}):
+        rows += on_fresh_ranks(_rank_main, ranks, [case for case in chosen if case.ranks == ranks])["rows"]
+    result = {"benchmark": "predicted", **origin, "targets": TARGETS, **summary(rows), "rows": rows}
+    write_json(options.json, result)
+    print(f"{len(rows)} configurations: at most {result['worst_over']:.2%} above, {result['worst_under']:.2%} below  -> {options.json}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m efflaunch.bench.predicted", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    return parser
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Headline figures: signed errors are predicted over measured, less 1."""
+    errors = [row["predicted_bytes"] / row["measured_bytes"] - 1.0 for row in rows]
+    return {
+        "worst_over": max(0.0, *errors),
+        "worst_under": max(0.0, *(-error for error in errors)),
+        "mean_error": sum(map(abs, errors)) / len(errors),
+    }
+
+
+def _rank_main(rank: int, ranks: int, store: Path, cases: list[Case], results: Any) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    rows = [_measured(case) for case in cases]
+    if rank == 0:
+        results.put({"rows": rows})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measured(case: Case) -> dict[str, Any]:
+    """On a rank. Collective."""
+    ledger = case_ledger(case)
+    predicted = predicted_by_phase(ledger)
+    phase = max(predicted, key=lambda phase: predicted[phase])
+    return {
+        "name": case.name,
+        "ranks": case.ranks,
+        "layout": f"Ulysses {ledger.layout.ulysses} x ring {ledger.layout.ring}",
+        "tokens": case.tokens,
+        "dtype": case.dtype,
+        "phase": phase.value,
+        "predicted_bytes": predicted[phase],
+        "measured_bytes": traced_peak(case),
+    }
+
+
+def _case(name: str, memory: dict[str, Any] | None = None, **fields: Any) -> Case:
+    model = {"vocab_size": 1024, **fields.pop("model", {})}
+    return Case(name=name, memory=memory_config(**(memory or {})), model=model, **fields)
+
+
+CASES: tuple[Case, ...] = (
+    _case("recompute"),
+    _case("recompute, 4096 tokens", tokens=4096),
+    _case("recompute, few tokens", tokens=64),
+    _case("recompute, large vocabulary", tokens=512, model={"vocab_size": 16384}),
+    _case("recompute, bfloat16", dtype="bfloat16"),
+    _case("recompute, float64", dtype="float64", tokens=512),
+    _case("recompute, two micro-batches", micro_batches=2),
+    _case("recompute, attention kept", {"attention_output": "keep"}),
+    _case("recompute by 256", {"chunk_tokens": 256}, tokens=2048),
+    _case("recompute by 300, attention kept", {"chunk_tokens": 300, "attention_output": "keep"}, tokens=2048),
+    _case("recompute by 256, bfloat16", {"chunk_tokens": 256}, tokens=2048, dtype="bfloat16"),
+    _case("recompute, segments of 2", {"segment_layers": 2}),
+    _case("recompute, segments of 3 of 8 layers", {"segment_layers": 3, "chunk_tokens": 256}, model={"num_layers": 8}),
+    _case("keep", KEEP),
+    _case("keep, bfloat16", KEEP, dtype="bfloat16"),
+    _case("keep, Ulysses 2", KEEP, ranks=2, scheme="ulysses"),
+    _case("alst", ALST, tokens=2048),
+    _case("alst, Ulysses 2", ALST, tokens=2048, ranks=2, scheme="ulysses"),
+    _case("alst, bfloat16, segments of 2", {**ALST, "segment_layers": 2}, tokens=2048, dtype="bfloat16"),
+    _case("streambp", STREAMBP, tokens=2048),
+    _case("streambp, 8192 tokens", STREAMBP, tokens=8192, model={"num_layers": 2}),
+    _case("streambp, bfloat16", STREAMBP, tokens=2048, dtype="bfloat16"),
+    _case("streambp, Ulysses 2", STREAMBP, tokens=2048, ranks=2, scheme="ulysses"),
+    _case("streambp, inputs on the host", {**STREAMBP, "layer_input": "host"}, tokens=2048),
+    _case("streambp, attention stored, segments of 2", {**STREAMBP, "attention_output": "keep", "segment_layers": 2}, tokens=2048),
+    _case("memo, all on the host", MEMO),
+    _case("memo, half", {**MEMO, "host_fraction": 0.5}, tokens=2048),
+    _case("memo, 0.3 by 256", {**MEMO, "host_fraction": 0.3, "chunk_tokens": 256}, tokens=2048),
+    _case("upipe, 2 groups", {**ALST, "head_groups": 2}, tokens=2048),
+    _case("upipe, 4 groups, Ulysses 2", {**ALST, "head_groups": 4}, tokens=2048, ranks=2, scheme="ulysses"),
+    _case("recompute, Ulysses 2", ranks=2, scheme="ulysses"),
+    _case("recompute, ring 2", ranks=2, scheme="ring"),
+    _case("recompute by 256, Ulysses 4, 2 KV heads", {"chunk_tokens": 256}, ranks=4, scheme="ulysses"),
+    _case("recompute, whole gradients", micro_batches=2, grad_reduce="step", ranks=2, scheme="ulysses", tokens=512),
+    _case("qwen3", model={"family": Family.QWEN3, "head_dim": 64}),
+    _case("qwen2 by 256", {"chunk_tokens": 256}, model={"family": Family.QWEN2}, tokens=2048),
+    _case("mistral, window 512", {"chunk_tokens": 256}, model={"family": Family.MISTRAL, "sliding_window": 512}, tokens=2048),
+    _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
+    _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),
+)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""What the solver's answer rests on: what is full, what more of it would save, and what no policy can change. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..units import format_bytes
+from .config import Walk
+from .ledger import device_account, host_account
+from .measure import measures
+from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy
+from .report import Price, SolveReport, describe_policy
+from .search import PREFERENCE, Found, Room, Search
+from .setting import GIB, Setting, Term
+
+MIB = 1 << 20
+_FULL = 0.98
+"""A memory that is fuller than this is called full."""
+
+
+def report_of(solved: Setting, search: Search, found: Found | None) -> SolveReport:
+    """Everything about an answer of the search; `found` None: nothing fits."""
+    keep = measures(replace(solved, policy=KEEP_ALL)).step_s(link=float("inf"))
+    again = measures(replace(solved, policy=MemoryPolicy(layer_input=KEPT, attention_output=REMADE))).step_s(link=float("inf"))
+    fixed = fixed_terms(solved)
+    return SolveReport(
+        policy=describe_policy(solved.policy, solved),
+        feasible=found is not None,
+        gap=found.gap if found is not None else 0.0,
+        num_shapes=len(search.candidates),
+        num_solved=found.num_solved if found is not None else 0,
+        binding=_binding(solved),
+        prices=_prices(solved, search, found) if found is not None else (),
+        step_s=measures(solved).step_s(),
+        keep_s=keep,
+        recompute_s=again,
+        fixed_bytes=sum(size for _, size in fixed),
+        fixed_terms=fixed[:5],
+        least_budget=least_budget(solved) if found is None else None,
+    )
+
+
+def _binding(solved: Setting) -> tuple[str, ...]:
+    """Full memories, each at its fullest phase."""
+    fullest: dict[str, tuple[float, str]] = {}
+    for name, (used, limit) in measures(solved).rows.items():
+        memory, _, phase = name.partition(", ")
+        fullest[memory] = max(fullest.get(memory, (0.0, "")), (used / max(limit, 1.0), phase))
+    title = {"device": "GPU memory" if solved.on_gpu else "memory of a rank", "host": "host memory"}
+    return tuple(
+        f"{title.get(memory, 'memory.host_budget')}{f' in {phase}' if phase else ''}, {100 * share:.0f} %"
+        for memory, (share, phase) in fullest.items()
+        if share >= _FULL
+    )
+
+
+def _prices(solved: Setting, search: Search, found: Found) -> tuple[Price, ...]:
+    """What more memory and a faster link would save; nothing is asked where the bound says it could not count."""
+    if found.least_s <= search.in_order[0].bound_s * (1.0 + PREFERENCE):
+        return ()
+    place, ranks = "GPU" if solved.on_gpu else "rank", solved.layout.ranks_per_node
+    device = [
+        ("device", size, f"{format_bytes(size)} more memory on each {place}") for size in _amounts(solved.cluster.device_memory_bytes)
+    ]
+    host = [
+        ("host", size * ranks, f"{format_bytes(size)} more host memory for each {place}")
+        for size in _amounts(solved.cluster.host_memory_bytes / ranks)
+    ]
+    made = [_first_that_counts(search, found, changes) for changes in (device, host, [("link", 0.0, "a link to the host twice as fast")])]
+    return tuple(price for price in made if price is not None)
+
+
+def _first_that_counts(search: Search, found: Found, changes: Sequence[tuple[str, float, str]]) -> Price | None:
+    """The smallest of the changes that saves something, by solving again with it."""
+    for memory, num_bytes, words in changes:
+        rooms = {"device": Room(device_bytes=num_bytes), "host": Room(host_bytes=num_bytes), "link": Room(link=2.0)}
+        again = search.best(rooms[memory])
+        saved = found.least_s - again.least_s if again is not None else 0.0
+        if saved >= PREFERENCE * found.least_s:
+            slope = sum(price for name, price in found.prices.items() if name.startswith(memory)) * num_bytes
+            return Price(change=words, saved_s=saved, saved_share=saved / found.least_s, slope_s=slope)
+    return None
+
+
+def _amounts(capacity_bytes: float) -> list[float]:
+    """A tenth and a half, in whole GiB where that is one or more."""
+    return [float(round(part / GIB) * GIB) if part >= GIB else part for part in (capacity_bytes / 10, capacity_bytes / 2)]
+
+
+def fixed_terms(s: Setting) -> tuple[tuple[str, int], ...]:
+    """Terms of the device that are the same whatever the policy, at its fullest phase for them; the largest first."""
+    others = (
+        KEEP_ALL,
+        MemoryPolicy(layer_input=MOVED, chunk_tokens=1, head_groups=2, segment_layers=2),
+        MemoryPolicy(layer_input=MOVED, attention_output=MOVED, chunk_tokens=1, attention=Walk.CHUNKS),
+    )
+    first, *rest = ({term.name: term for term in device_account(replace(s, policy=policy)).terms} for policy in others)
+    fixed = [term for name, term in first.items() if all(_same(term, seen.get(name)) for seen in rest)]
+    phases = {phase for term in fixed for phase in term.by_phase}
+    peak = max(sorted(phases, key=lambda phase: phase.value), key=lambda phase: sum(term.by_phase.get(phase, 0) for term in fixed))
+    return tuple(sorted(((term.name, term.by_phase.get(peak, 0)) for term in fixed), key=lambda item: (-item[1], item[0])))
+
+
+def _same(term: Term, other: Term | None) -> bool:
+    return other is not None and term.by_phase == other.by_phase
+
+
+def least_budget(least: Setting) -> str | None:
+    """The override with the least memory, in whole MiB, that the policy which needs least fits; None where one memory is not enough."""
+    device = device_account(least)
+    if device.fits:
+        host = host_account(least, device)
+        return None if host.fits else f"cluster.host_memory_bytes={-(-host.peak_bytes // MIB)}MiB"
+    for _ in range(16):
+        # What is reserved is a share of the device, so it grows with it.
+        least = replace(least, cluster=replace(least.cluster, device_memory_bytes=-(-device.peak_bytes // MIB) * MIB))
+        device = device_account(least)
+        if device.fits:
+            return f"cluster.device_memory_bytes={device.capacity_bytes // MIB}MiB" if host_account(least, device).fits else None
+    return None

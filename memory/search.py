@@ -1,0 +1,250 @@
+"""The search over shapes of the layer executor: a linear program in each that can matter, and the ledger's word on the result. Pure.
+
+Note: what is proven. A shape is passed over only where it could not be faster by PREFERENCE with all memory in the world than what
+was found, or where its program has no solution. So no policy of any shape is faster by more than `Found.gap`, by the estimates of
+memory/timing.py. What PREFERENCE leaves is used to move less: a host memory full of activations for a thousandth of the time
+would be a bad bargain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from ..parallel.config import GradReduce
+from .policy import MemoryPolicy
+from .program import Affine, Answer, Program, least_growth, solve_program
+from .shapes import Measure, Measures, Shape, Share, linearise, rounded
+
+PREFERENCE = 0.01
+"""Policies whose times differ by less than this share are equal: the simpler shape, and the one that moves less, is taken."""
+CRUMB = 0.05
+"""Shares of tokens smaller than this are left out where that costs next to nothing."""
+_ROUNDS = 12
+"""Of cuts and smaller limits until a rounded solution fits the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is changed for a question like: what would more memory save?"""
+
+    device_bytes: float = 0.0
+    host_bytes: float = 0.0
+    link: float = 1.0
+    """Factor on the host link's bandwidth."""
+
+    def extra(self, name: str) -> float:
+        """Bytes more of the memory a row speaks of."""
+        return self.device_bytes if name.startswith("device") else self.host_bytes
+
+    def of(self, program: Program) -> Program:
+        """The program with this room."""
+        if self == AS_IT_IS:
+            return program
+        rows = tuple(replace(row, limit=row.limit + self.extra(row.name)) for row in program.rows)
+        return replace(
+            program, rows=rows, to_host_s=_faster(program.to_host_s, self.link), from_host_s=_faster(program.from_host_s, self.link)
+        )
+
+
+def _faster(link_s: Affine, factor: float) -> Affine:
+    return Affine(link_s.constant / factor, tuple(a / factor for a in link_s.slope))
+
+
+AS_IT_IS = Room()
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One shape of one instance, with what has been found out about it."""
+
+    shape: Shape
+    reduce: GradReduce
+    variables: list[Share]
+    policy: Callable[[Sequence[float]], MemoryPolicy]
+    measure: Measure
+    _bound_s: float | None = field(default=None, repr=False)
+    _program: Program | None = field(default=None, repr=False)
+
+    @property
+    def bound_s(self) -> float:
+        """The step if nothing had to be moved or made again for want of memory."""
+        if self._bound_s is None:
+            alone = [entry.classes for entry in self.variables]
+            ideal = [float(entry.keep or alone.count(entry.classes) == 1) for entry in self.variables]
+            self._bound_s = self.measure(self.policy(ideal)).step_s(link=math.inf)
+        return self._bound_s
+
+    @property
+    def effort(self) -> tuple[int, ...]:
+        return (*self.shape.effort, int(self.reduce is not GradReduce.STEP))
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """Shapes that differ only in the size of their chunks."""
+        return (replace(self.shape, chunk_tokens=None), self.reduce)
+
+    @property
+    def program(self) -> Program:
+        """Of the shares, from differences; later with cuts."""
+        if self._program is None:
+            self._program = linearise(self.measure, self.policy, self.variables, [0.0] * len(self.variables))
+        return self._program
+
+    def cut(self, x: Sequence[float]) -> None:
+        """Add the tangents at `x`, where the ledger is not the straight line that was thought."""
+        near = linearise(self.measure, self.policy, self.variables, x)
+        self._program = replace(self.program, rows=self.program.rows + near.rows)
+
+    def tighten(self, by: float) -> None:
+        """Leave so many bytes of each memory free."""
+        self._program = replace(self.program, rows=tuple(replace(row, limit=row.limit - by) for row in self.program.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best policy for a room."""
+
+    candidate: Candidate
+    policy: MemoryPolicy
+    prices: dict[str, float]
+    """Seconds one more byte would save, by row, in this shape."""
+    time_s: float
+    """Of the policy with rounded shares."""
+    least_s: float
+    """Of the fastest shares found, whatever they move."""
+    bound_s: float
+    """No policy of any shape takes less."""
+    num_solved: int
+
+    @property
+    def gap(self) -> float:
+        """The share of the step by which some other policy could be faster."""
+        return max(0.0, 1.0 - self.bound_s / self.time_s)
+
+
+class Search:
+    """All shapes of one instance; asked once for each room."""
+
+    def __init__(self, candidates: Sequence[Candidate], tokens: int, ranks: int) -> None:
+        """`tokens` of a rank; `ranks` share a node."""
+        self.candidates, self.tokens, self.ranks = candidates, tokens, ranks
+        self.smallest: dict[tuple[object, ...], Candidate] = {}
+        """Of each family of shapes the member with the smallest chunks: the others need more."""
+        for entry in sorted(candidates, key=lambda entry: entry.effort):
+            self.smallest[entry.family] = entry
+        self._holds: dict[tuple[object, ...], bool] = {}
+
+    @cached_property
+    def in_order(self) -> list[Candidate]:
+        """Those first that could be the fastest."""
+        return sorted(self.candidates, key=lambda entry: (entry.bound_s, entry.effort))
+
+    def best(self, room: Room = AS_IT_IS) -> Found | None:
+        """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits."""
+        broken: set[int] = set()
+        if not self.may_fit(room):
+            return None
+        for again in range(_ROUNDS + len(self.candidates)):
+            answers, bound = self._answers(room, broken)
+            if not answers:
+                return None
+            least = min(answer.time_s for _, answer in answers)
+            bound = min(bound, least)
+            within = max(least, bound * (1.0 + PREFERENCE))
+            candidate, answer = min(
+                (pair for pair in answers if pair[1].time_s <= within), key=lambda pair: (pair[0].effort, pair[1].time_s)
+            )
+            known = len(candidate.program.rows)
+            settled = self._settle(candidate, within, room)
+            if settled is None:
+                broken.add(id(candidate))
+            elif settled[1] <= within * (1.0 + PREFERENCE / 2) or len(candidate.program.rows) == known or again >= _ROUNDS:
+                policy, time_s = settled
+                return Found(candidate, policy, answer.prices, time_s, least, bound, len(answers))
+            # Else the shape needs more than its first tangents said, and another may be better.
+        return None
+
+    def may_fit(self, room: Room = AS_IT_IS) -> bool:
+        """False only where no shape fits the device with nothing kept. A look at the shapes that need least; no program is solved."""
+        frugal = [entry for entry in self.smallest.values() if not entry.shape.stored] or list(self.smallest.values())
+        last = max(entry.effort[-1] for entry in frugal)
+        return any(self._has_room(entry, room) for entry in reversed(frugal) if entry.effort[-1] == last)
+
+    def _has_room(self, entry: Candidate, room: Room) -> bool:
+        key = (entry.family, room)
+        if key not in self._holds:
+            self._holds[key] = _holds(self.smallest[entry.family], room, self.ranks)
+        return self._holds[key]
+
+    def _answers(self, room: Room, broken: set[int]) -> tuple[list[tuple[Candidate, Answer]], float]:
+        """Optima of the shapes that can matter, and what the others take at least."""
+        found: list[tuple[Candidate, Answer]] = []
+        least = float("inf")
+        for candidate in self.in_order:
+            if candidate.bound_s * (1.0 + PREFERENCE) >= least:
+                return found, candidate.bound_s
+            if id(candidate) in broken or not self._has_room(candidate, room):
+                continue
+            answer = solve_program(room.of(candidate.program))
+            if answer is not None:
+                found.append((candidate, answer))
+                least = min(least, answer.time_s)
+        return found, float("inf")
+
+    def _settle(self, candidate: Candidate, within_s: float, room: Room) -> tuple[MemoryPolicy, float] | None:
+        """Rounded shares that the ledger says fit, of those within the time the ones that move least."""
+        for attempt in range(_ROUNDS):
+            program = room.of(candidate.program)
+            answer = solve_program(program, within_s) or solve_program(program)
+            if answer is None:
+                return None
+            x = rounded(candidate.variables, answer.x, self.tokens)
+            over = overflow(candidate.measure(candidate.policy(x)), room)
+            if over <= 0:
+                return self._swept(candidate, x, within_s, room)
+            if attempt < _ROUNDS // 2 and candidate.variables:
+                candidate.cut(answer.x)
+            else:
+                candidate.tighten(over)
+        return None
+
+    def _swept(self, candidate: Candidate, x: tuple[float, ...], within_s: float, room: Room) -> tuple[MemoryPolicy, float]:
+        """Without shares so small that they only make the policy harder to read."""
+        most = max(within_s, candidate.measure(candidate.policy(x)).step_s(room.link)) * (1.0 + PREFERENCE / 4)
+        for index, share in enumerate(x):
+            whole = 0.0 if share < CRUMB else 1.0 if share > 1.0 - CRUMB else share
+            other = (*x[:index], whole, *x[index + 1 :])
+            measured = candidate.measure(candidate.policy(other))
+            if overflow(measured, room) <= 0 and measured.step_s(room.link) <= most:
+                x = other
+        policy = candidate.policy(x)
+        return policy, candidate.measure(policy).step_s(room.link)
+
+    def least(self, memory: str) -> tuple[Candidate, MemoryPolicy]:
+        """The policy that needs least of the device (or, `host`, of the host), as far as the other memory allows."""
+        grown = [(*least_growth(entry.program, memory), entry) for entry in self.smallest.values()]
+        _, x, candidate = min(grown, key=lambda item: (item[0], item[2].effort))
+        return candidate, candidate.policy(rounded(candidate.variables, x, self.tokens))
+
+
+def _holds(entry: Candidate, room: Room, ranks: int) -> bool:
+    """Whether there is room where nothing waits but what must: on the device, and on the device and its share of the host together."""
+    ends = [[float(keep and variable.rest) for variable in entry.variables] for keep in (False, True)]
+    looks = [_spare(entry.measure(entry.policy(x)), room, ranks) for x in ends]
+    return not any(all(look[phase] < 0 for look in looks) for phase in looks[0])
+
+
+def _spare(measured: Measures, room: Room, ranks: int) -> dict[str, float]:
+    """Bytes left on a device in each phase, and on it together with a rank's part of the host: where things wait changes only the first."""
+    left = {name: limit + room.extra(name) - used for name, (used, limit) in measured.rows.items()}
+    device = {name: spare for name, spare in left.items() if name.startswith("device, ")}
+    both = {f"both{name[6:]}": spare + left[f"host{name[6:]}"] / ranks for name, spare in device.items() if f"host{name[6:]}" in left}
+    return device | both
+
+
+def overflow(measured: Measures, room: Room = AS_IT_IS) -> float:
+    """Bytes by which the fullest memory is too small; 0 or less where all fit."""
+    return max(used - limit - room.extra(name) for name, (used, limit) in measured.rows.items())

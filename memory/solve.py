@@ -1,0 +1,98 @@
+"""memory=auto: the policy that fits the memories there are in the least time. Pure.
+
+`solve_memory` looks at every shape of the executor that the given fields allow (memory/shapes.py), solves the linear program of
+the shares inside those that can be the best (memory/program.py, memory/search.py), and takes the ledger's word, not the program's,
+on whether the result fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..parallel.config import GradReduce, SequenceMode
+from .heads import num_head_groups
+from .measure import measure_of
+from .policy import MemoryPolicy
+from .prices import report_of
+from .report import SolveReport
+from .search import Candidate, Search
+from .setting import Setting, reduces_once
+from .shapes import Measure, Shape, policy_of, shapes, shares
+
+
+def search_of(setting: Setting) -> Search:
+    """Every shape for the configuration behind `setting` (its policy is not looked at)."""
+    candidates: list[Candidate] = []
+    for reduce in _reductions(setting):
+        s = replace(setting, parallel=replace(setting.parallel, grad_reduce=reduce))
+        measure = measure_of(s)
+        for shape in shapes(
+            s.memory,
+            tokens=s.tokens,
+            layers=s.spec.num_layers,
+            head_groups=_head_groups(s),
+            ring=s.layout.ring > 1,
+        ):
+            candidates.append(_candidate(s, shape, measure))
+    return Search(candidates, setting.tokens, setting.layout.ranks_per_node)
+
+
+def _candidate(s: Setting, shape: Shape, measure: Measure) -> Candidate:
+    variables = shares(s.memory, shape)
+
+    def policy(x: Sequence[float]) -> MemoryPolicy:
+        return policy_of(s.memory, shape, variables, x)
+
+    return Candidate(shape, s.parallel.grad_reduce, variables, policy, measure)
+
+
+def _head_groups(s: Setting) -> list[int]:
+    """Numbers of groups that the heads of a rank fall into, whatever Ulysses degree a step is planned with."""
+    adaptive = s.parallel.sequence is SequenceMode.ADAPTIVE
+    ulysses = math.gcd(s.spec.num_heads, 1 << (s.layout.world_size.bit_length() - 1)) if adaptive else s.layout.ulysses
+    return [
+        groups for groups in (1, 2, 4, 8) if num_head_groups(s.spec.num_heads, s.spec.num_kv_heads, most=groups, ulysses=ulysses) == groups
+    ]
+
+
+def _reductions(setting: Setting) -> list[GradReduce]:
+    asked = setting.parallel.grad_reduce
+    if asked is not GradReduce.AUTO:
+        return [asked]
+    once = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
+    several = reduces_once(once) and not setting.parallel.barrier_free
+    return [GradReduce.STEP, GradReduce.MICRO_BATCH] if several else [GradReduce.STEP]
+
+
+def solved_setting(setting: Setting, candidate: Candidate, policy: MemoryPolicy) -> Setting:
+    """The setting with what was left open decided."""
+    return replace(setting, policy=policy, parallel=replace(setting.parallel, grad_reduce=candidate.reduce))
+
+
+def solve_memory(setting: Setting) -> tuple[Setting, SolveReport]:
+    """The setting with the policy that fits in the least time, and how that was found.
+
+    Fields of `setting.memory` that are given are held fixed; `setting.policy` is not looked at. Where nothing fits it is the
+    policy that needs least of what is missing, and the report says so.
+    """
+    search = search_of(setting)
+    found = search.best()
+    if found is not None:
+        solved = solved_setting(setting, found.candidate, found.policy)
+    else:
+        solved = solved_setting(setting, *search.least(_missing(search)))
+    return solved, report_of(solved, search, found)
+
+
+def _missing(search: Search) -> str:
+    """The memory that is too small even for the policy that needs least of the device."""
+    candidate, policy = search.least("device")
+    rows = candidate.measure(policy).rows
+    return "device" if any(used > limit for name, (used, limit) in rows.items() if name.startswith("device")) else "host"
+
+
+def may_fit(setting: Setting) -> bool:
+    """False only where no policy can make it fit; no program is solved, so True promises nothing."""
+    return search_of(setting).may_fit()

@@ -1,0 +1,123 @@
+"""What a forward leaves: bytes on the device and with the host store equal the policy's formula, and go when backward is done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efflaunch.memory.config import Place, Walk
+from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.memory.saved import Saved
+from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sequence.clock import BusyClock
+from efflaunch.parallel.sequence.layout import group_layout
+from efflaunch.parallel.sequence.plan import Group
+from efflaunch.parallel.sequence.runtime import sequence_attention
+from efflaunch.tests.parity.ranks_side import StrictStore
+from efflaunch.tests.parity.reference import BASE, reference_model
+from efflaunch.training.model import Tokens, install
+
+LENGTHS = (23, 40, 1)
+TOTAL = sum(LENGTHS)
+SOME = Split(keep=0.25, host=0.4)
+POLICIES = {
+    "recompute": MemoryPolicy(),
+    "everything moved": MemoryPolicy(
+        layer_input=MOVED, attention_output=MOVED, query=MOVED, key_value=MOVED, residual=MOVED, mlp=MOVED, chunk_tokens=9
+    ),
+    "shares": MemoryPolicy(attention_output=KEPT, query=SOME, key_value=SOME, residual=SOME, mlp=SOME, layer_input=Split(0.5, 0.5)),
+    "shares, streamed": MemoryPolicy(
+        attention_output=Split(0.3, 0.7), mlp=SOME, key_value=MOVED, attention=Walk.CHUNKS, chunk_tokens=11, segment_layers=2
+    ),
+    "head groups": MemoryPolicy(attention_output=MOVED, query=SOME, key_value=SOME, head_groups=2, chunk_tokens=16),
+}
+
+
+class Alone:
+    rank = 0
+    world_size = 1
+
+
+def micro_batch():
+    layout = group_layout(LENGTHS, ulysses=1, ring=1)
+    attention = sequence_attention(Alone(), CpuKernel(), Group(0, 1, 1, (0, 1, 2)), layout, BusyClock(torch.device("cpu")))
+    ids = torch.arange(TOTAL) % BASE["vocab_size"]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    lengths = torch.cat([torch.full((n,), n) for n in LENGTHS])
+    return Tokens(ids, ids.clone(), positions, lengths), attention
+
+
+def run(policy, monkeypatch):
+    """(what each layer saved, the store) just before backward, and a function that runs it."""
+    made: list[Saved] = []
+    original = Saved.__init__
+
+    def remember(self, store):
+        original(self, store)
+        made.append(self)
+
+    monkeypatch.setattr(Saved, "__init__", remember)
+    model, store = reference_model("llama_deep", torch.float32), StrictStore()
+    install(model, policy, loss_chunk_tokens=16, store=store)
+    loss = model(*micro_batch(), 1.0)
+    return made, store, loss
+
+
+def formula(policy, num_layers=5):
+    """Bytes kept and moved by policy.py's widths, float32."""
+    hidden, heads = BASE["hidden_size"], BASE["num_attention_heads"]
+    queries, keys, inner = hidden, 2 * hidden * BASE["num_key_value_heads"] // heads, 2 * BASE["intermediate_size"]
+    widths = {"layer_input": hidden, "query": queries, "key_value": keys, "attention_output": queries, "residual": hidden, "mlp": inner}
+    kept = moved = 0
+    for name, split in policy.splits.items():
+        a, b = split.rows(TOTAL)
+        layers = -(-num_layers // policy.segment_layers) if name == "layer_input" else num_layers
+        kept, moved = kept + 4 * layers * widths[name] * a, moved + 4 * layers * widths[name] * (b - a)
+    # One log-sum-exp a head beside the output.
+    a, b = policy.attention_output.rows(TOTAL)
+    if policy.attention is Walk.WHOLE and policy.attention_output.complete:
+        a, b = (TOTAL, TOTAL) if policy.attention_output.keep == 1.0 else (0, TOTAL)
+    return kept + 4 * num_layers * heads * a, moved + 4 * num_layers * heads * (b - a)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_bytes_equal_the_formula(name, monkeypatch):
+    policy = POLICIES[name]
+    saved, store, loss = run(policy, monkeypatch)
+    assert len(saved) == 5
+    kept, moved = formula(policy)
+    tensors = [t for layer in saved for piece in layer._kept.values() for t in piece]
+    assert sum(t.nbytes for t in tensors) == kept
+    assert sum(rows.nbytes for rows, _, _ in store.parcels.values()) == moved
+    # Nothing kept holds more memory alive than it needs.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    whole_inputs = policy.layer_input.keep == 1.0 or all(split.keep in (0.0, 1.0) for split in policy.splits.values())
+    assert sum(storages.values()) == kept or whole_inputs
+    loss.backward()
+    assert not store.parcels and not any(layer._kept or layer._moved or layer._open for layer in saved)
+
+
+def test_a_forward_without_gradients_leaves_nothing(monkeypatch):
+    with torch.no_grad():
+        saved, store, _ = run(POLICIES["everything moved"], monkeypatch)
+    assert not store.parcels and not any(layer._kept or layer._moved for layer in saved)
+
+
+def test_pieces_come_back_ahead_of_their_use():
+    """Two are on their way while one is used, in the order a backward reads them; the next layer's first ones follow."""
+    asked, then = [], []
+
+    class Store(StrictStore):
+        def prefetch(self, key):
+            asked.append(self.parcels[key][0][0].item())
+
+    saved = Saved(Store())
+    for index in range(5):
+        saved.put(("mlp", index, 0), [torch.tensor([float(index)])], Place.HOST)
+    order = [("mlp", index, 0) for index in reversed(range(5))]
+    saved.read_in([("query", 0, 0), *order], lambda: then.append(len(asked)))
+    assert asked == [4, 3] and not then
+    for index in reversed(range(5)):
+        assert saved.get(("mlp", index, 0))[0].item() == index
+        saved.release()
+    assert list(dict.fromkeys(asked)) == [4, 3, 2, 1, 0] and then

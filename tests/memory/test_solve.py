@@ -1,0 +1,202 @@
+"""memory=auto: its answers fit the ledger, are at least as fast as every policy tried, hold what is given, and say what is missing."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efflaunch.memory.config import MemoryConfig, Place, Walk
+from efflaunch.memory.ledger import Ledger
+from efflaunch.memory.measure import measures
+from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.memory.report import SolveReport
+from efflaunch.memory.search import AS_IT_IS, PREFERENCE, Room, overflow
+from efflaunch.memory.solve import search_of, solve_memory
+from efflaunch.training.config import Dtype
+
+from .settings import GIB, SMALL, cluster, make_ledger
+
+K = 1 << 10
+M = 1 << 20
+
+
+def auto(**given: Any) -> MemoryConfig:
+    return MemoryConfig(name="auto", solve=True, **given)
+
+
+def small(device: float, host: float = 64.0, memory: MemoryConfig | None = None, **changes: Any) -> Ledger:
+    """Four layers on two GPUs that have almost nothing; sizes in GiB without what the ledger assumes of a GPU."""
+    machines = cluster(ranks_per_node=2, device_memory_bytes=int(device * GIB), host_memory_bytes=int((host + 12.6) * GIB), **changes)
+    return make_ledger(
+        SMALL, length=4 * K, tokens_per_rank=64 * K, batch=128 * K, memory=memory or auto(), machines=machines, loss_chunk=256
+    )
+
+
+def test_everything_is_kept_where_it_fits():
+    ledger = small(80)
+    assert ledger.fits and ledger.setting.policy.graph and ledger.report is not None
+    assert ledger.report.gap == 0.0 and not ledger.report.prices and ledger.report.step_s == ledger.report.keep_s
+
+
+@pytest.mark.parametrize("device", [2.7, 3.2, 4.0])
+@pytest.mark.parametrize("host", [0.2, 64.0])
+def test_answers_fit_and_beat_a_grid_of_policies(device, host):
+    """Every class wholly kept, moved or recomputed, in every shape: none that fits is faster than the answer by more than it says."""
+    ledger = small(device, host)
+    s, report = ledger.setting, ledger.report
+    assert report is not None
+    fastest = min(
+        (measured.step_s() for policy in grid() if overflow(measured := measures(replace(s, policy=policy))) <= 0), default=float("inf")
+    )
+    if not report.feasible:
+        assert fastest == float("inf") and not ledger.fits
+        return
+    assert ledger.fits and ledger.timing.step_s == pytest.approx(report.step_s)
+    assert fastest >= report.step_s * (1 - report.gap) - 1e-12 and report.gap <= 1.5 * PREFERENCE
+
+
+def grid():
+    whole = (KEPT, MOVED, Split())
+    for layer_input, attention, mlp, query, residual in itertools.product(whole[:2], whole, whole, whole[::2], whole[::2]):
+        for segment, (chunk, walk) in itertools.product((1, 2), ((None, Walk.WHOLE), (4096, Walk.WHOLE), (4096, Walk.CHUNKS))):
+            yield MemoryPolicy(
+                layer_input=layer_input,
+                attention_output=attention,
+                query=query,
+                key_value=query,
+                residual=residual,
+                mlp=mlp,
+                segment_layers=segment,
+                chunk_tokens=chunk,
+                attention=walk,
+            )
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.floats(2.7, 5.0), st.floats(0.0, 3.0), st.floats(0.0, 8.0), st.floats(0.0, 2.0))
+def test_more_memory_is_never_slower(device, more, host, more_host):
+    before, after = small(device, host).report, small(device + more, host + more_host).report
+    assert before is not None and after is not None
+    if before.feasible:
+        assert after.feasible and after.step_s <= before.step_s * (1 + 2 * PREFERENCE)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"layer_input": Place.HOST},
+        {"attention_output": Place.RECOMPUTE},
+        {"attention_output": Place.HOST, "activations": Place.RECOMPUTE},
+        {"activations": Place.HOST, "host_fraction": 0.25},
+        {"segment_layers": 2},
+        {"chunk_tokens": 5000},
+        {"chunk_tokens": 2048, "attention": Walk.CHUNKS},
+        {"head_groups": 2},
+    ],
+)
+def test_what_is_given_is_held(given):
+    policy = small(4, memory=auto(**given)).setting.policy
+    shares = {Place.HOST: MOVED, Place.RECOMPUTE: Split(), Place.KEEP: KEPT}
+    for key, value in given.items():
+        if key == "host_fraction":
+            assert policy.mlp == Split(host=value)
+        elif key == "activations":
+            assert policy.query == policy.key_value == policy.residual == policy.mlp
+        elif isinstance(value, Place):
+            assert getattr(policy, key) == shares[value]
+        else:
+            assert getattr(policy, key) == value
+    assert not policy.graph
+
+
+def test_with_activations_on_the_host_one_share_is_solved_as_memo_does():
+    """Given where things go, the one question left is how much: all that a fast link and a large host take, else what fits."""
+    given = auto(activations=Place.HOST, layer_input=Place.HOST, attention_output=Place.HOST)
+    roomy = small(4, memory=given, host_link_bandwidth=1e12)
+    tight = small(4, host=1.0, memory=given, host_link_bandwidth=1e12)
+    for ledger in (roomy, tight):
+        policy = ledger.setting.policy
+        assert ledger.fits and policy.query == policy.key_value == policy.residual == policy.mlp and policy.mlp.keep == 0.0
+    assert 0.0 < tight.setting.policy.mlp.host < roomy.setting.policy.mlp.host
+
+
+def test_the_same_question_has_the_same_answer():
+    assert small(5).setting == small(5).setting and small(5).report == small(5).report
+
+
+def least(report: SolveReport, key: str) -> int:
+    """MiB of the budget that is said to be the least."""
+    assert report.least_budget is not None
+    name, _, size = report.least_budget.partition("=")
+    assert name == key and size.endswith("MiB")
+    return int(size[:-3])
+
+
+def test_what_is_missing_is_named_and_the_least_that_works_does():
+    ledger = small(1.0)
+    report = ledger.report
+    assert report is not None and not report.feasible and not ledger.fits
+    size = least(report, "cluster.device_memory_bytes")
+    assert report.fixed_bytes < size << 20 and "context" in {name for name, _ in report.fixed_terms}
+    assert small(size / 1024).fits and not small((size - 2) / 1024).fits
+
+
+def test_a_larger_device_does_not_help_a_host_that_is_too_small():
+    ledger = small(80.0, host=-4.0)
+    report = ledger.report
+    assert report is not None and not report.feasible
+    size = least(report, "cluster.host_memory_bytes")
+    assert small(80.0, host=size / 1024 - 12.6 + 1 / 1024).fits and not small(80.0, host=size / 1024 - 12.6 - 2 / 1024).fits
+
+
+def test_prices_are_kept_by_the_machine_they_speak_of():
+    ledger = small(3.0, host=0.2)
+    report = ledger.report
+    assert report is not None and report.feasible and report.prices
+    for price in report.prices:
+        assert price.saved_share >= PREFERENCE
+        if "link" in price.change:
+            again = small(3.0, host=0.2, host_link_bandwidth=100e9).report
+        elif "host" in price.change:
+            again = small(3.0, host=0.2 + 2 * float(price.change.split()[0])).report
+        else:
+            again = None  # what is reserved is a share of the device, so a larger one is not the same room
+        assert again is None or report.step_s - again.step_s == pytest.approx(price.saved_s, abs=2 * PREFERENCE * report.step_s)
+
+
+def test_a_room_is_the_machine_with_so_much_more():
+    setting = small(4.0, host=0.5).asked
+    search = search_of(setting)
+    found = search.best(Room(host_bytes=float(GIB)))
+    again = search_of(replace(setting, cluster=replace(setting.cluster, host_memory_bytes=setting.cluster.host_memory_bytes + GIB))).best()
+    assert found is not None and again is not None and found.policy == again.policy
+    assert search.best(AS_IT_IS) is not None
+
+
+def test_budget_of_the_host_is_kept():
+    ledger = small(4.0, memory=auto(host_budget=GIB // 2))
+    assert ledger.fits and ledger.budget is not None and ledger.budget.peak_bytes <= GIB // 2
+    free = small(4.0)
+    assert free.timing.step_s <= ledger.timing.step_s * (1 + PREFERENCE)
+
+
+def test_whole_gradients_only_where_they_leave_room():
+    """Several micro-batches: the solver decides when gradients are reduced, too."""
+    roomy = make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=M, memory=auto(), machines=cluster(device_memory_bytes=140 * GIB))
+    tight = make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=M, memory=auto(), machines=cluster(device_memory_bytes=40 * GIB))
+    assert (roomy.setting.parallel.grad_reduce.value, tight.setting.parallel.grad_reduce.value) == ("step", "micro_batch")
+    assert roomy.fits and tight.fits
+
+
+def test_ranks_without_a_gpu():
+    """What waits on the host waits in the same memory: moving it gains nothing, and the answer is one the machine can run."""
+    machines = cluster(device=type(cluster().device)("cpu"), ranks_per_node=2, device_memory_bytes=GIB, host_memory_bytes=3 * GIB)
+    ledger = make_ledger(SMALL, length=16 * K, tokens_per_rank=8 * K, memory=auto(), machines=machines, dtype=Dtype.FLOAT32)
+    assert ledger.fits
+    solved, report = solve_memory(ledger.asked)
+    assert solved == ledger.setting and report == ledger.report

@@ -1,0 +1,111 @@
+"""What the ranks of an optimizer row do: three steps of the training loop's own order, on documents in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.topology import build_topology
+from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
+from efflaunch.training.config import ClipMode, OptimConfig, StateDtype, States, Update
+from efflaunch.training.model import build_empty, master_dtype, write_shard
+from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.masters import host_weights
+from efflaunch.training.step import backward_step, count_targets, read_step
+
+RATES = (3e-3, 2e-3, 4e-3)
+
+
+def optim_config(**fields):
+    kinds = {"states": States, "update": Update, "clip_mode": ClipMode, "state_dtype": StateDtype}
+    return OptimConfig(
+        **{"name": "test", "lr": RATES[0], "weight_decay": 0.3, "grad_clip": None}
+        | {key: kinds[key](value) if key in kinds else value for key, value in fields.items()}
+    )
+
+
+class Trainer:
+    """A model, its updater and one step's documents; `step` is training.run's order of calls."""
+
+    def __init__(self, case, weights, documents, targets, plan, optim):
+        from efflaunch.tests.parity.reference import hf_config, lift_to_float64
+
+        torch.set_num_threads(1)
+        if case["dtype"] == "float64":
+            lift_to_float64()
+        dtype, device = getattr(torch, case["dtype"]), torch.device("cpu")
+        self.case, self.plan, self.config = case, plan, optim_config(**optim)
+        self.topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
+        on_host = self.config.states is States.HOST
+        self.model = build_empty(
+            hf_config(case["family"]),
+            POLICIES[case.get("policy", "recompute")],
+            self.topology.mesh,
+            device=device,
+            compute_dtype=dtype,
+            loss_chunk_tokens=7,
+            host_weights=on_host,
+        )
+        self.weights = host_weights(self.model, master_dtype(dtype)) if on_host else self.model
+        for name, parameter in self.weights.named_parameters():
+            write_shard(parameter, torch.from_numpy(weights[name]))
+        self.model.model.rotary_emb.__init__(self.model.config)  # to_empty left its tables unset
+        self.updater = build_updater(self.model, self.weights, self.config, device)
+        self.source, self.snapshots = ListSource(documents, targets), 0
+
+    def backward(self):
+        works = read_step(self.source, 0, self.plan, self.topology.rank)
+        device = torch.device("cpu")
+        loss = backward_step(
+            self.model, self.topology, CpuKernel(), works,
+            num_targets=count_targets(works, device), reduce_each=self.case.get("reduce_each", False), device=device,
+            barrier_free=self.case.get("barrier_free", False), on_last=self.updater.last,
+        ).sum()  # fmt: skip
+        dist.all_reduce(loss)
+        return float(loss)
+
+    def step(self, rate):
+        """(loss, what is known of the gradients)."""
+        self.updater.start(rate, self._snapshot)
+        if self.updater.measures_first:
+            self.backward()
+            self.updater.finish_measuring()
+        loss = self.backward()
+        found = self.updater.finish()
+        self.updater.apply()
+        assert all(parameter.grad is None for parameter in self.model.parameters())
+        assert all(parameter.grad is None for parameter in self.weights.parameters())
+        return loss, found
+
+    def _snapshot(self):
+        self.snapshots += 1
+
+    def gathered(self, module):
+        whole = {name: parameter.full_tensor().detach() for name, parameter in module.named_parameters()}
+        return {name: np.array(value.to(master_dtype(value.dtype))) for name, value in whole.items()}
+
+    def states(self):
+        named = dict(self.weights.named_parameters())
+        return {
+            f"{name}.{key}": np.array((value.full_tensor() if hasattr(value, "full_tensor") else value).detach())
+            for name, parameter in named.items()
+            for key, value in self.updater.optimizer.state[parameter].items()
+        }
+
+
+def run_updates(case, weights, documents, targets, plan, optim):
+    """(losses, norms, weights, model's weights, states) after three steps, on rank 0."""
+    trainer = Trainer(case, weights, documents, targets, plan, optim)
+    steps = [trainer.step(rate) for rate in RATES]
+    trainer.updater.close()
+    assert trainer.snapshots == len(RATES)
+    result = (
+        [loss for loss, _ in steps],
+        [found.norm for _, found in steps],
+        trainer.gathered(trainer.weights),
+        trainer.gathered(trainer.model),
+        trainer.states(),
+    )
+    return result if dist.get_rank() == 0 else None

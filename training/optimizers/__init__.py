@@ -1,0 +1,1 @@
+"""Where the optimizer lives and when it updates (docs/optimizer.md)."""

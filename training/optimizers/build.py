@@ -1,0 +1,72 @@
+"""A model and what updates it, by configuration."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from ...memory.offload.store import HostStore
+from ...memory.policy import MemoryPolicy
+from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
+from ..model import build_config, build_empty, initialise, master_dtype
+from ..optim import build_optimizer
+from ..spec import hf_config_dict
+from ..weights import load_weights
+from .device import BackwardUpdater, StepUpdater
+from .host import HostUpdater
+from .masters import host_weights
+from .updater import Updater
+
+
+class Settings(Protocol):
+    """What is read of the whole configuration."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+
+
+def build_trained(
+    config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, device: torch.device, store: HostStore | None = None, *, load: bool = True
+) -> tuple[PreTrainedModel, Updater]:
+    """The sharded model with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
+
+    `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
+    """
+    compute, on_host = getattr(torch, config.train.dtype.value), config.optim.states is States.HOST
+    model = build_empty(
+        build_config(hf_config_dict(config.model)),
+        policy,
+        mesh,
+        device=device,
+        compute_dtype=compute,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        z_loss=config.train.z_loss,
+        store=store,
+        host_weights=on_host,
+    )
+    weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
+    initialise(model, config.train.seed, weights)
+    if load and config.model.path is not None:
+        load_weights(weights, config.model.path)
+    return model, build_updater(model, weights, config.optim, device)
+
+
+def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, device: torch.device) -> Updater:
+    """The updater of a sharded `model`. `weights`: the model itself, or its host weights where states live on the host.
+
+    Call once the weights are filled: the model gets them.
+    """
+    optimizer = build_optimizer(model, config, weights)
+    if config.states is States.HOST:
+        updater = HostUpdater(model, weights, optimizer, config, device)
+        updater.weights_changed()
+        return updater
+    return (BackwardUpdater if config.update is Update.BACKWARD else StepUpdater)(model, optimizer, config)

@@ -1,0 +1,64 @@
+"""Which combinations of residency, update, clipping and precision mean something, in words and in bytes. Pure, no torch."""
+
+from __future__ import annotations
+
+from ...errors import ConfigError
+from ..config import ClipMode, Dtype, OptimConfig, StateDtype, States, Update
+
+
+def check_residency(optim: OptimConfig, dtype: Dtype) -> None:
+    """ConfigError for combinations of optim.update, grad_clip, clip_mode and state_dtype that cannot be meant."""
+    backward = optim.update is Update.BACKWARD
+    if backward and optim.grad_clip is not None and optim.clip_mode is ClipMode.GLOBAL:
+        raise ConfigError(
+            "optim.update",
+            found=f"backward with optim.grad_clip={optim.grad_clip:g} and optim.clip_mode=global",
+            expected="a norm that is known before the first layer is updated: the global one is known after the last gradient",
+            hint="optim.clip_mode=two_pass (exact, twice the time), optim.clip_mode=previous_norm (not exact), or optim.grad_clip=null",
+        )
+    if optim.clip_mode is not ClipMode.GLOBAL:
+        _check_mode(optim)
+    if optim.state_dtype is not StateDtype.FLOAT32 and dtype is Dtype.FLOAT64:
+        raise ConfigError(
+            "optim.state_dtype",
+            found=f"{optim.state_dtype.value} with train.dtype=float64",
+            expected="float32, which means the run's own precision: there is nothing to save in a float64 run",
+            hint="optim.state_dtype=float32, or train.dtype=bfloat16",
+        )
+
+
+def _check_mode(optim: OptimConfig) -> None:
+    mode = optim.clip_mode.value
+    if optim.update is Update.STEP:
+        raise ConfigError(
+            "optim.clip_mode",
+            found=f"{mode} with optim.update=step",
+            expected="global: all gradients are there, so their own norm is known",
+            hint="optim.clip_mode=global, or optim.update=backward",
+        )
+    if optim.grad_clip is None:
+        raise ConfigError(
+            "optim.clip_mode",
+            found=f"{mode} with optim.grad_clip=null",
+            expected="global: nothing is clipped",
+            hint="optim.clip_mode=global, or optim.grad_clip=1.0",
+        )
+
+
+def inexact(optim: OptimConfig) -> tuple[str, ...]:
+    """What makes this optimizer differ from plain AdamW on the same gradients, in words; empty where nothing does."""
+    found = []
+    if optim.clip_mode is ClipMode.PREVIOUS_NORM:
+        found.append("gradients are clipped by the norm of the step before (optim.clip_mode=previous_norm), not by their own")
+    if optim.state_dtype is not StateDtype.FLOAT32:
+        found.append(f"moments are rounded to {optim.state_dtype.value} after every update (optim.state_dtype)")
+    return tuple(found)
+
+
+def describe(optim: OptimConfig) -> str:
+    """One line: where the states live, when they change, what is not exact."""
+    place = "host memory, weights on the device in compute precision" if optim.states is States.HOST else "device memory"
+    when = "each layer in backward" if optim.update is Update.BACKWARD else "after backward"
+    extra = {ClipMode.GLOBAL: "", ClipMode.TWO_PASS: ", one more backward pass for the norm"}.get(optim.clip_mode, "")
+    rest = "".join(f"; NOT EXACT: {line}" for line in inexact(optim))
+    return f"AdamW, states in {place}, updated {when}{extra}{rest}"

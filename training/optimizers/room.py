@@ -1,0 +1,34 @@
+"""Is there the host memory that an optimizer on the host takes? Asked before any rank takes it."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from ...errors import ConfigError
+from ...memory.offload.checks import FreeMemory, free_memory
+from ...memory.setting import Setting
+from ...memory.terms_host import arena_bytes
+from ...memory.terms_optimizer import host_optimizer_bytes
+from ...units import format_bytes
+
+
+def check_room(setting: Setting, free: FreeMemory | None = None) -> None:
+    """ConfigError where states on the host, and the activations that go there too, are more than is free on this node.
+
+    Returns once every rank has looked. Collective where there are states on the host.
+    """
+    if not setting.residency.on_host:
+        return
+    free = free or free_memory()
+    ranks, states = setting.layout.ranks_per_node, host_optimizer_bytes(setting)
+    moved = arena_bytes(setting) if setting.policy.uses_host and setting.policy.offload_dir is None else 0
+    if ranks * (states + moved) > free.num_bytes:
+        beside = f" beside {format_bytes(ranks * moved)} of activations" if moved else ""
+        raise ConfigError(
+            "optim.states=host",
+            found=f"{format_bytes(free.num_bytes)} of host memory free on this node ({free.limited_by})",
+            expected=f"{format_bytes(ranks * states)} for the optimizer of {ranks} rank{'s' * (ranks != 1)}{beside}",
+            hint="optim.update=backward (no gradients wait there), optim.state_dtype=8bit (not exact), more nodes, or optim.states=device",
+        )
+    if dist.is_initialized():
+        dist.barrier()
