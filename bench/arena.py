@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ class OneRank:
         from ..parallel.sequence.layout import group_layout
         from ..parallel.sequence.plan import Group
         from ..parallel.sequence.runtime import sequence_attention
+        from ..training.loss import cross_entropy
         from ..training.model import Tokens
 
         if clear:
@@ -177,7 +179,8 @@ class OneRank:
         attention: Any = sequence_attention(self, self._kernel, group, layout, BusyClock(self._device))  # type: ignore[arg-type]
         positions = torch.cat([torch.arange(length) for length in documents])
         lengths = torch.cat([torch.full((length,), length) for length in documents])
-        loss = self.model(Tokens(positions % self._vocabulary, positions % self._vocabulary, positions, lengths), attention, 1.0)
+        ids = positions % self._vocabulary
+        loss = self.model(Tokens(ids, ids, positions, lengths), attention, lambda head: cross_entropy(head, 1.0))
         loss.backward()
         return 0.0 if isinstance(loss, FakeTensor) else float(loss.detach())
 

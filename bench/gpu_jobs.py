@@ -20,7 +20,7 @@ from ..memory.config import Walk
 from ..memory.offload.checks import check_host_memory
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
-from ..memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from ..memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from ..parallel.sequence.attention import AttentionSpec
 from ..training.model import install
 from .peers.document import alone, one_document

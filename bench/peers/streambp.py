@@ -121,6 +121,6 @@ def _released_module() -> Any:
         spec.loader.exec_module(module)
     finally:
         if gone:
-            delattr(transformers.utils, "LossKwargs")  # noqa: B043
+            delattr(transformers.utils, "LossKwargs")
     sys.modules[name] = module
     return module
