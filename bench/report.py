@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import report_memory
+
 HEADER = """# Benchmarks
 
 Written by `python -m efflaunch.bench.report DIR docs/benchmarks.md` from the JSON files of the programs in `bench/`.
@@ -157,6 +159,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,
+    "memory": report_memory.memory,
+    "gpu_memory": report_memory.gpu_memory,
 }
 
 
