@@ -167,6 +167,8 @@ def _run_apart(job: Job, left_s: float) -> dict[str, Any]:
 
 
 def _run_here(job: Job) -> int:
+    if job["kind"] not in ("attention", "executor", "step"):
+        raise ValueError(f"no such job: {job['kind']}")
     from .gpu_jobs import run_job
 
     print(json.dumps(run_job(job)))

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="*", default=["4x8", "4x16", "8x8", "8x6"], metavar="HEADSxDIM")
     parser.add_argument("--layers", type=int, nargs=2, default=[4, 8], help="bytes are measured with both")
     parser.add_argument("--lengths", type=int, nargs="*", default=[2000, 2500, 3000], help="none: no bytes are measured")
-    parser.add_argument("--chunk", type=int, default=100, help="tokens of a chunk, ours and StreamBP's, for bytes")
+    parser.add_argument("--chunk", type=int, default=250, help="tokens of a chunk, ours and StreamBP's, for bytes")
     parser.add_argument("--rounds", type=int, default=7, help="0: no time is measured")
     parser.add_argument("--time-shape", default="8x32", metavar="HEADSxDIM")
     parser.add_argument("--time-layers", type=int, default=4)
