@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, origin = _parser().parse_args(arguments), machine()
     own = list(own_traces(options.layers).items())[: options.own]
     rows = [measure(name, make, options.seconds) for name, make in own]
-    files = [measure(path.name, lambda path=path: _instance(path), options.seconds, alignment=1) for path in options.instances]
+    files = [measure(path.name, partial(_instance, path), options.seconds, alignment=1) for path in options.instances]
     result = {
         "benchmark": "arena",
         **origin,
@@ -124,7 +125,7 @@ def own_traces(layers: int) -> dict[str, Callable[[], Trace]]:
         "Gemma 2 9B, softcap and window, 16K": (GEMMA2_9B, recompute, ((16 * K,),)),
         "Llama 8B, two micro-batches of 64K and 40000": (LLAMA_8B, recompute, ((64 * K,), (30000, 10000))),
     }
-    return {name: lambda setting=setting: _trace(*setting, layers) for name, setting in settings.items()}
+    return {name: partial(_trace, *setting, layers) for name, setting in settings.items()}
 
 
 def _trace(fields: dict[str, Any], policy: Any, micro_batches: tuple[tuple[int, ...], ...], layers: int) -> Trace:
