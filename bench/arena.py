@@ -125,7 +125,7 @@ def own_traces(layers: int) -> dict[str, Callable[[], Trace]]:
         "Gemma 2 9B, softcap and window, 16K": (GEMMA2_9B, recompute, ((16 * K,),)),
         "Llama 8B, two micro-batches of 64K and 40000": (LLAMA_8B, recompute, ((64 * K,), (30000, 10000))),
     }
-    return {name: partial(_trace, *setting, layers) for name, setting in settings.items()}
+    return {name: partial(_trace, fields, policy, batches, layers) for name, (fields, policy, batches) in settings.items()}
 
 
 def _trace(fields: dict[str, Any], policy: Any, micro_batches: tuple[tuple[int, ...], ...], layers: int) -> Trace:
