@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from efflaunch.checkpoint.facts import free_memory
 from efflaunch.checkpoint.ring import Ring, StaleTicketError, Ticket
 from efflaunch.checkpoint.sizes import MIN_SEGMENTS, snapshot_pool_bytes
 
@@ -53,3 +55,13 @@ def test_pool_sizes(state: int, wanted: int | None, free: int | None) -> None:
         assert size >= state
     if wanted is None and free is not None:
         assert size <= max(MIN_SEGMENTS * segment, free // 2 + segment)
+
+
+def test_free_memory_is_that_of_the_container_where_it_has_less(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:       16 kB\nMemAvailable:    8 kB\n")
+    assert free_memory(tmp_path / "meminfo", tmp_path) == 8192
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_memory(tmp_path / "meminfo", tmp_path) == 8192
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory(tmp_path / "meminfo", tmp_path) == 4000
