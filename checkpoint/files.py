@@ -294,15 +294,21 @@ def _finished(temporary: Path, wait_s: float) -> bool:
     """Whether every rank has voted; waits while a rank's flusher still works on it."""
     deadline = time.monotonic() + wait_s
     while True:
-        busy = any(_is_locked(path) for path in temporary.glob("__*.distcp"))
+        busy = {_rank_of(path): _is_locked(path) for path in temporary.glob("__*_0.distcp")}
+        # Locks were looked at first: who holds none has given its vote by now, or never will.
+        given_up = any(not held and not (temporary / manifest_name(rank)).exists() for rank, held in busy.items())
         try:
             _votes_on_disk(temporary, None)
             return True
         except (OSError, ValueError, KeyError, TypeError):
             # A vote is missing. It may come while somebody still writes.
-            if not busy or time.monotonic() > deadline:
+            if given_up or not any(busy.values()) or time.monotonic() > deadline:
                 return False
         time.sleep(0.05)
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.removeprefix("__").partition("_")[0])
 
 
 def _is_locked(path: Path) -> bool:
@@ -315,6 +321,9 @@ def _is_locked(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:
+        # A file system without locks.
+        return False
     finally:
         os.close(descriptor)
 

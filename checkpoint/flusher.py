@@ -10,6 +10,7 @@ Messages in: `pool` (with its descriptor), `begin`, `chunk`, `end`, `cancel`. Ou
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -52,7 +53,7 @@ class Attempt:
         for name, size in self.names:
             self.files.append(DiskFile(self.folder / name, size))
         # Held until the manifest is there: who finds the lock free and no manifest knows that none will come.
-        fcntl.flock(self.files[0].descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(self.files[0].descriptor)
         self.faults.at("opened")
 
     def write(self, file: int, offset: int, data: memoryview, padded: memoryview) -> None:
@@ -92,6 +93,15 @@ class Attempt:
     def close(self) -> None:
         for file in self.files:
             file.close()
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # A file system without locks: a start that comes while this writes does not wait for it, and the attempt is lost.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def _check_room(folder: Path, needs_bytes: int) -> None:
