@@ -39,9 +39,12 @@ DAMAGES = ("flip", "zero", "truncate", "missing", "swap", "stale", "append")
 def main(arguments: list[str] | None = None) -> int:
     options, origin = _parser().parse_args(arguments), machine()
     logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="efflaunch-chaos-", dir=options.folder) as folder:
-        kills = kill_trials(Path(folder) / "kills", options.kills, options.seed)
-        damaged = fault_trials(Path(folder) / "faults", options.faults, options.seed)
+    try:
+        with tempfile.TemporaryDirectory(prefix="efflaunch-chaos-", dir=options.folder) as folder:
+            kills = kill_trials(Path(folder) / "kills", options.kills, options.seed)
+            damaged = fault_trials(Path(folder) / "faults", options.faults, options.seed)
+    finally:
+        logging.disable(logging.NOTSET)
     problems = kills.problems + damaged.problems
     result = {"benchmark": "chaos", **origin, "seed": options.seed, "kills": kills.done, "faults": damaged.done}
     result |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}

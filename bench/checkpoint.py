@@ -38,15 +38,12 @@ CONTESTANTS = ("ours", "torch_save", "dcp", "async_thread", "async_process", "as
 def main(arguments: list[str] | None = None) -> int:
     options, origin = _parser().parse_args(arguments), machine()
     logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    import torch
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="efflaunch-bench-", dir=options.folder) as folder:
-        state = _State(options.gigabytes, options.device)
-        rows = measure(state, Path(folder), options)
-        restores = restore_times(state, Path(folder) / "restore", options.rounds)
-        training = training_steps(Path(folder) / "training", options.training_steps) if options.training_steps else {}
+    try:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="efflaunch-bench-", dir=options.folder) as folder:
+            warnings.simplefilter("ignore")
+            state, rows, restores, training = _measure_all(options, Path(folder))
+    finally:
+        logging.disable(logging.NOTSET)
     result = {"benchmark": "checkpoint", **origin, "num_bytes": state.num_bytes, "device": options.device, "rounds": options.rounds}
     result |= {"window_s": options.window, **summary(rows, restores, training, state.num_bytes)}
     result |= {"contestants": rows, "restore": restores, "training": training}
@@ -54,6 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
     keys = ("stall_vs_sync", "stall_vs_async", "durable_vs_raw", "step_inflation", "restore_vs_dcp")
     print("  ".join(f"{key} {result[key]:.4f}" for key in keys), f" -> {options.json}")
     return 0
+
+
+def _measure_all(options: argparse.Namespace, folder: Path) -> tuple[_State, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    import torch
+
+    torch.set_num_threads(1)
+    state = _State(options.gigabytes, options.device)
+    rows = measure(state, folder, options)
+    restores = restore_times(state, folder / "restore", options.rounds)
+    return state, rows, restores, training_steps(folder / "training", options.training_steps) if options.training_steps else {}
 
 
 def _parser() -> argparse.ArgumentParser:

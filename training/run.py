@@ -342,6 +342,7 @@ class _Run:
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
             "updater": self.session.updater.carry(),
+            "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
         self.session.engine.save(self.done, extra, final=final)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
