@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import tempfile
@@ -10,6 +11,8 @@ import threading
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 class Pool:
@@ -38,6 +41,10 @@ class Pool:
             torch.cuda.set_device(self.device)
             code = torch.cuda.cudart().cudaHostRegister(self.address, self.num_bytes, 0)
             self._pinned = int(code) == 0
+            if not self._pinned:
+                log.warning(
+                    "%d bytes for snapshots cannot be page-locked (CUDA error %d): copies to the host are slower", self.num_bytes, code
+                )
 
     def close(self) -> None:
         """The flusher keeps its own mapping for as long as it needs it."""

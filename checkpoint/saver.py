@@ -67,7 +67,9 @@ class Saver:
         self._thread.join(timeout_s)
         if self.flusher is not None:
             self.flusher.close(timeout_s)
-        self.pool.close()
+        if not self._thread.is_alive():
+            # Otherwise it still copies into it; then the pool goes with the process.
+            self.pool.close()
 
     def _run(self) -> None:
         if self._stream is not None:
