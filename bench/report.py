@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import report_memory
+
 HEADER = """# Benchmarks
 
 Written by `python -m efflaunch.bench.report DIR docs/benchmarks.md` from the JSON files of the programs in `bench/`.
@@ -141,6 +143,7 @@ def _planner(result: dict[str, Any]) -> list[str]:
     return [*lines, "", "Aims: " + ", ".join(f"{name} {value:g}" for name, value in targets.items()) + "."]
 
 
+<<<<<<< HEAD
 def _predicted(result: dict[str, Any]) -> list[str]:
     rows, targets = result["rows"], result["targets"]
     lines = [
@@ -159,6 +162,30 @@ def _predicted(result: dict[str, Any]) -> list[str]:
         predicted, measured = row["predicted_bytes"], row["measured_bytes"]
         figures = f"{predicted / MIB:.2f} | {measured / MIB:.2f} | {predicted / measured - 1.0:+.2%}"
         lines.append(f"| {row['name']} | {row['ranks']} | {row['tokens']} | {row['dtype']} | {row['phase']} | {figures} |")
+=======
+def _arena(result: dict[str, Any]) -> list[str]:
+    headline = ""
+    if "worst_ratio" in result:
+        headline = (
+            f"**worst_ratio {result['worst_ratio']:.4f}** over {len(result['rows'])} of our own traces "
+            f"(aim: {result['targets']['worst_ratio']:g} or less), the slowest plan in {result['slowest_plan_s']:.1f} s."
+        )
+    lines = [
+        "## Arena plans",
+        "",
+        f"Height of the planned arena over the most bytes live at one time (1 is optimal). Traces of full-size models of {result['layers']}"
+        " layers from fake tensors, blocks rounded to 512 bytes; what torch's caching allocator would reserve is simulated, not measured.",
+        "",
+        headline,
+        "",
+        "| step | allocations | max live GiB | height / max live | planned in s | caching (simulated) | expandable (simulated) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in [*result["rows"], *result["instances"]]:
+        simulated = " | ".join(f"{row['simulated_ratio'][kind]:.3f}" if row in result["rows"] else "" for kind in ("caching", "expandable"))
+        figures = f"{row['allocations']} | {row['max_live_bytes'] / (1 << 30):.2f} | {row['ratio']:.4f} | {row['plan_s']:.1f}"
+        lines.append(f"| {row['name']} | {figures} | {simulated} |")
+>>>>>>> main
     return lines
 
 
@@ -178,7 +205,13 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,
+<<<<<<< HEAD
     "predicted": _predicted,
+=======
+    "arena": _arena,
+    "memory": report_memory.memory,
+    "gpu_memory": report_memory.gpu_memory,
+>>>>>>> main
 }
 
 
