@@ -143,7 +143,6 @@ def _planner(result: dict[str, Any]) -> list[str]:
     return [*lines, "", "Aims: " + ", ".join(f"{name} {value:g}" for name, value in targets.items()) + "."]
 
 
-<<<<<<< HEAD
 def _predicted(result: dict[str, Any]) -> list[str]:
     rows, targets = result["rows"], result["targets"]
     lines = [
@@ -162,7 +161,9 @@ def _predicted(result: dict[str, Any]) -> list[str]:
         predicted, measured = row["predicted_bytes"], row["measured_bytes"]
         figures = f"{predicted / MIB:.2f} | {measured / MIB:.2f} | {predicted / measured - 1.0:+.2%}"
         lines.append(f"| {row['name']} | {row['ranks']} | {row['tokens']} | {row['dtype']} | {row['phase']} | {figures} |")
-=======
+    return lines
+
+
 def _arena(result: dict[str, Any]) -> list[str]:
     headline = ""
     if "worst_ratio" in result:
@@ -185,7 +186,6 @@ def _arena(result: dict[str, Any]) -> list[str]:
         simulated = " | ".join(f"{row['simulated_ratio'][kind]:.3f}" if row in result["rows"] else "" for kind in ("caching", "expandable"))
         figures = f"{row['allocations']} | {row['max_live_bytes'] / (1 << 30):.2f} | {row['ratio']:.4f} | {row['plan_s']:.1f}"
         lines.append(f"| {row['name']} | {figures} | {simulated} |")
->>>>>>> main
     return lines
 
 
@@ -205,13 +205,10 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,
-<<<<<<< HEAD
     "predicted": _predicted,
-=======
     "arena": _arena,
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,
->>>>>>> main
 }
 
 
