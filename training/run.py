@@ -145,7 +145,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.session.updater), closing_store(self.session), closing(self.allocator), self._memory_errors_named():
+        with self.metrics, closing(self.allocator), closing(self.session.updater), closing_store(self.session), self._memory_errors_named():
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
