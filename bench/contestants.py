@@ -81,6 +81,9 @@ class _Documents:
     def lengths(self, step: int) -> tuple[int, ...]:
         return tuple(len(document) for document in self._documents)
 
+    def parts(self, step: int, index: int) -> tuple[int, ...]:
+        return (len(self._documents[index]),)
+
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return self._documents[index][start:stop], _targets(self._documents[index])[start:stop]
 

@@ -20,7 +20,11 @@ from ..memory.config import MemoryConfig, Place, Walk
 from ..memory.offload.checks import check_host_memory
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
+<<<<<<< HEAD
 from ..memory.policy import KEPT, MOVED, MemoryPolicy, Split, explicit_policy
+=======
+from ..memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
+>>>>>>> main
 from ..parallel.sequence.attention import AttentionSpec
 from ..training.model import install
 from .peers.document import alone, one_document
@@ -96,7 +100,11 @@ def policies(chunk: int) -> dict[str, MemoryPolicy]:
     streamed = replace(whole, attention=Walk.CHUNKS)
     half = Split(host=0.5)
     return {
+<<<<<<< HEAD
         "keep": explicit_policy(MemoryConfig(name="keep", layer_input=Place.KEEP, attention_output=Place.KEEP, activations=Place.KEEP)),
+=======
+        "keep": KEEP_ALL,
+>>>>>>> main
         "recompute": MemoryPolicy(),
         "streambp": streamed,
         "auto": replace(streamed, layer_input=MOVED),

@@ -21,7 +21,6 @@ from .traced import Case, case_ledger, memory_config, predicted_by_phase, traced
 TARGETS = {"over": 0.03, "under": 0.01}
 ALST = {"layer_input": "host", "chunk_tokens": 256}
 STREAMBP = {"attention": "chunks", "chunk_tokens": 256}
-UPIPE = {"layer_input": "host", "chunk_tokens": 256}
 MEMO = {"layer_input": "host", "attention_output": "host", "activations": "host"}
 KEEP = {"attention_output": "keep", "activations": "keep"}
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
@@ -119,8 +118,8 @@ CASES: tuple[Case, ...] = (
     _case("memo, all on the host", MEMO),
     _case("memo, half", {**MEMO, "host_fraction": 0.5}, tokens=2048),
     _case("memo, 0.3 by 256", {**MEMO, "host_fraction": 0.3, "chunk_tokens": 256}, tokens=2048),
-    _case("upipe, 2 groups", {**UPIPE, "head_groups": 2}, tokens=2048),
-    _case("upipe, 4 groups, Ulysses 2", {**UPIPE, "head_groups": 4}, tokens=2048, ranks=2, scheme="ulysses"),
+    _case("upipe, 2 groups", {**ALST, "head_groups": 2}, tokens=2048),
+    _case("upipe, 4 groups, Ulysses 2", {**ALST, "head_groups": 4}, tokens=2048, ranks=2, scheme="ulysses"),
     _case("recompute, Ulysses 2", ranks=2, scheme="ulysses"),
     _case("recompute, ring 2", ranks=2, scheme="ring"),
     _case("recompute by 256, Ulysses 4, 2 KV heads", {"chunk_tokens": 256}, ranks=4, scheme="ulysses"),

@@ -13,11 +13,16 @@ from ..units import format_bytes
 
 _EPILOG = """\
 inputs: text files (one document each; directories are searched), .jsonl, .parquet, and directories of datasets' save_to_disk
-records: a text field, or prompt and completion (the completion is learnt), or chat messages (the assistant's turns are learnt)
+records: a text field, or prompt and completion (the completion is learnt), or chat messages (the assistant's turns are learnt),
+  or prompt, chosen and rejected (for train.objective=dpo), or prompt and completions with rewards (for train.objective=grpo)
 output: PREFIX.bin and PREFIX.idx (Megatron's indexed format), PREFIX.mask.bin where there is a loss mask, PREFIX.json
 
 Stopped or killed, the same command goes on where it was. Train on it with: data.prefixes=[PREFIX]
 """
+
+
+OBJECTIVES = {"pairs": "dpo", "completions": "grpo"}
+"""What corpora of a kind are for, where it is not language modelling."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,15 +151,17 @@ def _tokenizer(options: argparse.Namespace) -> int:
 def summary_text(prefix: str, metadata: dict[str, Any]) -> str:
     """The corpus in a few lines for a person."""
     lengths = metadata["lengths"]
+    kind, objective = metadata.get("kind", "documents"), OBJECTIVES.get(metadata.get("kind", "documents"))
     lines = [
-        f"{prefix}.bin + .idx{' + .mask.bin' if metadata['loss_mask'] else ''}",
-        f"  {metadata['documents']:,} documents, {metadata['tokens']:,} tokens from {metadata['inputs']['files']:,} inputs"
+        f"{prefix}.bin + .idx{' + .mask.bin' if metadata['loss_mask'] else ''}{' + .scalars.bin' if kind == 'completions' else ''}",
+        f"  {metadata['documents']:,} {kind}, {metadata['tokens']:,} tokens from {metadata['inputs']['files']:,} inputs"
         f" ({format_bytes(metadata['inputs']['bytes'])})",
-        "  tokens per document: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()),
+        f"  tokens per {kind[:-1]}: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()),
     ]
     if metadata["loss_mask"]:
         lines.append(f"  {metadata['loss_tokens']:,} tokens are learnt, the rest is context")
     for reason, entry in metadata["skipped"].items():
         lines.append(f"  skipped {entry['count']:,}: {reason} (first: {entry['first']})")
-    lines.append(f"Train on it: data.prefixes=[{prefix}] data.tokenizer={metadata['tokenizer']['path']}")
+    wanted = f" train.objective={objective}" if objective else ""
+    lines.append(f"Train on it: data.prefixes=[{prefix}] data.tokenizer={metadata['tokenizer']['path']}{wanted}")
     return "\n".join(lines)

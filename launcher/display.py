@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
-from .progress import Progress, drift_line, plans_text, start_line, step_line
+from .progress import Progress, certificate_line, drift_line, plans_text, score_line, start_line, step_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -59,6 +59,10 @@ class PlainDisplay:
             return start_line(event)
         if event["event"] == "step" and self._is_shown(event["step"]):
             return step_line(self.progress)
+        if event["event"] == "score":
+            return score_line(event)
+        if event["event"] == "certificate":
+            return certificate_line(event)
         if event["event"] == "checkpoint":
             return f"saved {event['path']} in {format_seconds(event['save_s'])}"
         return _bad_news(event)
@@ -92,6 +96,8 @@ class LiveDisplay:
         for event in events:
             if event["event"] == "start":
                 self.note(start_line(event))
+            elif event["event"] == "score":
+                self.note(score_line(event))
             elif news := _bad_news(event):
                 self.note(news)
         self.progress.apply(events)
@@ -147,6 +153,8 @@ class LiveDisplay:
         plans = plans_text(self.progress)
         if plans:
             table.add_row("planner", plans)
+        if self.progress.memory:
+            table.add_row("memory", _shortened("; ".join(self.progress.memory)))
         return table
 
     def _ranks(self) -> RenderableType:
@@ -180,6 +188,8 @@ def _bad_news(event: Event) -> str | None:
     """What a person should hear of, whatever the display."""
     if event["event"] == "checkpoint_failed":
         return f"checkpoint of step {event['step']} failed: {event['error']}"
+    if event["event"] == "certificate":
+        return None if event["ok"] else certificate_line(event)
     if event["event"] == "planner_failed":
         return f"{event['error']}: greedy plans from step {event['step']} on"
     return drift_line(event) if event["event"] == "drift" else None

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import socket
 
+from ..memory.config import Arena
+from ..parallel.config import Device
 from .config import Backend, Config
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where a user sets torch's CUDA allocator, today and before."""
 
 
 def rank_environment(config: Config) -> dict[str, str]:
-    """Variables to set in an agent, which its ranks inherit. What the user has set for the network stays."""
+    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays."""
     values = {
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
@@ -18,6 +23,9 @@ def rank_environment(config: Config) -> dict[str, str]:
     }
     if config.launcher.backend is Backend.LOCAL and "GLOO_SOCKET_IFNAME" not in os.environ:
         values |= _loopback()
+    if config.cluster.device is Device.CUDA and config.memory.arena is Arena.DEFAULT and not any(name in os.environ for name in ALLOCATOR):
+        # Segments that grow: blocks of one length leave no holes that those of the next do not fit.
+        values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values
 
 

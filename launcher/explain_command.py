@@ -97,7 +97,7 @@ def step_lengths(config: Config, step: int) -> tuple[int, ...]:
     """Lengths of a step's sequences, counted from 1: a function of the configuration and the corpus."""
     from ..training.data.source import open_data
 
-    return open_data(config.data, config.train.seed, model_spec(config.model).vocab_size).lengths(step - 1)
+    return open_data(config.data, config.train.seed, model_spec(config.model).vocab_size, config.train.objective).lengths(step - 1)
 
 
 def _replanned(plan: StepPlan, event: Event | None) -> tuple[str, ...]:

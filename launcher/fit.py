@@ -11,6 +11,7 @@ from ..errors import ConfigError, UserError
 from ..memory.terms import GIB
 from ..parallel.config import Device
 from ..parallel.layout import solve_layout
+from ..training.config import check_train
 from ..training.spec import model_spec
 from ..units import format_bytes, format_tokens
 from .config import Config
@@ -47,6 +48,7 @@ class Machine:
 
 def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
+    check_train(config.train)
     spec = model_spec(config.model)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(

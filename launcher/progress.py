@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..memory.certificate import check_line
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
 
 _RECENT_STEPS = 20
+SHOWN = ("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl")
+"""Numbers of an objective that a step's line shows."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,12 @@ class Progress:
     planner_error: str | None = None
     drift: dict[str, float] = field(default_factory=dict)
     """Measured over modelled time of the group degrees for which it is far from one."""
+    memory: list[str] = field(default_factory=list)
+    """The memory policy of the run, in clauses."""
+    bound: str = ""
+    """What it takes at most, by its certificate."""
+    certificate: Event | None = None
+    """The newest check of a measured step against it."""
 
     def apply(self, events: Iterable[Event]) -> Progress:
         """Take in new events, in order; returns itself."""
@@ -42,6 +51,7 @@ class Progress:
             "checkpoint_failed": self._not_saved,
             "planner_failed": self._planner_failed,
             "drift": self._drifted,
+            "certificate": self._checked,
         }
         for event in events:
             handler = handlers.get(event["event"])
@@ -53,6 +63,8 @@ class Progress:
         self.steps, self.world_size = event["steps"], event["world_size"]
         self.parameters, self.resumed_from = event["parameters"], event.get("resumed_from")
         self.sequence, self.planner_error = event.get("sequence", "static"), None
+        self.memory, self.certificate = event.get("memory", []), None
+        self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
         kept = self.resumed_from or 0
         for values in (self.losses, self.durations):
             for step in [step for step in values if step > kept]:
@@ -77,6 +89,9 @@ class Progress:
 
     def _drifted(self, event: Event) -> None:
         self.drift.update(event["measured_over_predicted"])
+
+    def _checked(self, event: Event) -> None:
+        self.certificate = event
 
     @property
     def step(self) -> int:
@@ -108,6 +123,7 @@ def step_line(progress: Progress) -> str:
     parts = [f"step {event['step']}/{progress.steps}", f"loss {event['loss']:.4f}", f"{event['tokens_per_s']:,.0f} tokens/s"]
     if event.get("grad_norm") is not None:
         parts.append(f"grad {event['grad_norm']:.3f}")
+    parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
     parts += [f"lr {event['lr']:.2e}", format_seconds(event["step_s"])]
     if progress.time_left_s is not None:
         parts.append(f"{format_seconds(progress.time_left_s)} to go")
@@ -122,7 +138,36 @@ def start_line(event: Event) -> str:
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
     if event.get("data_changed"):
         lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
+    if event.get("memory"):
+        lines.append(f"memory: {'; '.join(event['memory'])}")
+    if event.get("certificate"):
+        lines.append(f"certificate: {bound_text(event['certificate'])}; checked after the first step")
     return "\n".join(lines)
+
+
+def score_line(event: Event) -> str:
+    """How far the scoring before the first step is."""
+    done, total = event["done_tokens"], event["total_tokens"]
+    return f"log-probabilities under the initial weights: {done:,} of {total:,} tokens, {format_seconds(event['elapsed_s'])}"
+
+
+def bound_text(certificate: Event) -> str:
+    """What a rank and a node take at most, and where that is more than there is."""
+    place, size, room = certificate["place"], certificate["device_bytes"], certificate["device_capacity_bytes"]
+    short = (
+        ""
+        if certificate["fits"]
+        else ": MORE THAN THERE IS, so this run may end in an out-of-memory error (efflaunch plan says what would fit)"
+    )
+    return (
+        f"at most {format_bytes(size)} of {format_bytes(room)} on each {place} ({certificate['device_phase']}), "
+        f"{format_bytes(certificate['host_bytes'])} of {format_bytes(certificate['host_capacity_bytes'])} on each node{short}"
+    )
+
+
+def certificate_line(event: Event) -> str:
+    """Whether a measured step kept to the certificate."""
+    return check_line(event["predicted_bytes"], event["measured_bytes"], event["compared"])
 
 
 def summary_lines(progress: Progress) -> list[tuple[str, str]]:
@@ -139,6 +184,11 @@ def summary_lines(progress: Progress) -> list[tuple[str, str]]:
     plans = plans_text(progress)
     if plans:
         rows.append(("plans", plans))
+    if progress.memory:
+        rows.append(("memory", "; ".join(progress.memory)))
+    if progress.bound:
+        checked = f"; {certificate_line(progress.certificate)}" if progress.certificate else ""
+        rows.append(("certificate", f"{progress.bound}{checked}"))
     if progress.peak_bytes:
         shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
         rows.append(("peak memory", shares))

@@ -85,6 +85,7 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .fit import check_machine
 
     check_machine(config)
+    check_memory_plan(config)
     check_data(config)
     assert config.run.id is not None, "made before launching"
     run_dir = run_dir or Path(config.run.root) / config.run.id
@@ -100,6 +101,15 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     return code
 
 
+def check_memory_plan(config: Config) -> None:
+    """PlanError where memory is to be solved and nothing fits. A given policy that does not fit may run: the ledger is an upper bound."""
+    from ..memory.advice import check_fits
+    from .plan_command import plan
+
+    if config.memory.solve:
+        check_fits(plan(config))
+
+
 def check_data(config: Config) -> None:
     """DataError where the corpora cannot be trained on. A built-in corpus is made here, where one can say so."""
     from ..training.data.source import check_corpora, open_data
@@ -107,10 +117,10 @@ def check_data(config: Config) -> None:
 
     vocab_size = model_spec(config.model).vocab_size
     if config.data.builtin is None:
-        check_corpora(config.data, vocab_size)
+        check_corpora(config.data, vocab_size, config.train.objective)
         return
     print(f"data: {config.data.builtin}, made once for this machine, in less than a minute", flush=True)
-    print(f"data: {open_data(config.data, config.train.seed, vocab_size).summary()}", flush=True)
+    print(f"data: {open_data(config.data, config.train.seed, vocab_size, config.train.objective).summary()}", flush=True)
 
 
 def report_end(run_dir: Path, code: int) -> None:

@@ -1,16 +1,20 @@
-"""What would make a configuration fit: sets of overrides, each proven by the same ledger. Pure."""
+"""What would make a configuration fit: sets of overrides, each proven by the same ledger, and by the solver where it decides. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import UserError
+from ..errors import PlanError, UserError
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
-from ..units import format_tokens
+from ..units import format_bytes, format_tokens
 from .config import MemoryConfig, Place
-from .ledger import Ledger, build_ledger
+from .ledger import Account, Ledger, build_ledger, make_setting
+from .report import fixed_line
+from .residency import MOMENT_BYTES
 from .setting import Setting
+from .solve import may_fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +35,11 @@ class _Change:
     reason: str
     setting: Setting
 
+
+OPEN = ("layer_input", "attention_output", "activations", "host_fraction", "segment_layers", "chunk_tokens", "attention", "head_groups")
+"""Fields of MemoryConfig that the solver decides where they are null."""
+_BESIDE = ("segment_layers", "chunk_tokens", "attention", "head_groups")
+"""Of those, the ones an experiment sets beside its memory preset."""
 
 _Move = Callable[[Setting], Iterator[_Change]]
 
@@ -63,10 +72,12 @@ def _first_that_fits(changes: Iterator[_Change]) -> Suggestion | None:
 
 def _prove(change: _Change) -> Suggestion | None:
     s = change.setting
+    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency")
+    parts: dict[str, Any] = {name: getattr(s, name) for name in names}
     try:
-        ledger = build_ledger(
-            spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=s.cluster, residency=s.residency
-        )
+        if s.memory.solve and not may_fit(make_setting(**parts)):
+            return None
+        ledger = build_ledger(**parts)
     except UserError:  # a layout that does not exist is no suggestion
         return None
     return Suggestion(overrides=change.overrides, reason=change.reason, ledger=ledger) if ledger.fits else None
@@ -75,7 +86,7 @@ def _prove(change: _Change) -> Suggestion | None:
 def _stacked(setting: Setting) -> list[Suggestion]:
     """All that saves memory without other machines at once; then more nodes or shorter sequences on top of it."""
     base = _Change((), "", setting)
-    for move in (_recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more):
+    for move in (_auto, _recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more, _states_on_host):
         base = _on_top(base, next(move(base.setting), None))
     if base.overrides and (proven := _prove(base)) is not None:
         return [proven]
@@ -93,14 +104,47 @@ def _on_top(base: _Change, change: _Change | None) -> _Change:
     return _Change(base.overrides + change.overrides, "; ".join(filter(None, (base.reason, change.reason))), change.setting)
 
 
+def _auto(s: Setting) -> Iterator[_Change]:
+    """Let the solver decide, first what is open, then also what was given."""
+    given = [key for key in OPEN if getattr(s.memory, key) is not None]
+    if s.memory.solve and not given:
+        return
+    overrides = tuple(f"memory.{key}=null" for key in (given if s.memory.solve else [key for key in given if key in _BESIDE]))
+    memory = MemoryConfig(name="auto", solve=True, host_budget=s.memory.host_budget, offload_dir=s.memory.offload_dir, arena=s.memory.arena)
+    if s.memory.solve:
+        yield _Change(overrides, "the solver may choose what was given", replace(s, memory=memory))
+    else:
+        yield _Change(("memory=auto", *overrides), "what is kept, moved and recomputed is solved to the budget", replace(s, memory=memory))
+
+
+def _states_on_host(s: Setting) -> Iterator[_Change]:
+    if not s.residency.on_host:
+        reason = "float32 weights and moments on the host and updated there; the time of that is not in the estimate"
+        yield _Change(("optim.states=host",), reason, replace(s, residency=replace(s.residency, on_host=True)))
+
+
+def _few_bits(s: Setting) -> Iterator[_Change]:
+    if s.residency.moment_bytes is None and s.width < 8:
+        changed = replace(s.residency, moment_bytes=MOMENT_BYTES["8bit"])
+        yield _Change(("optim.state_dtype=8bit",), "moments in 8 bits: NOT EXACT", replace(s, residency=changed))
+
+
+def _whole_host(s: Setting) -> Iterator[_Change]:
+    if s.memory.host_budget is not None and s.memory.offload_dir is None:
+        memory = replace(s.memory, host_budget=None)
+        yield _Change(("memory.host_budget=null",), "all the host memory there is", replace(s, memory=memory))
+
+
 def _recompute(s: Setting) -> Iterator[_Change]:
+    if s.memory.solve:
+        return
     if Place.KEEP in (s.memory.activations, s.memory.attention_output):
         policy = MemoryConfig(name="recompute", layer_input=Place.KEEP, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE)
         yield _Change(("memory=recompute",), "layers run again in backward", replace(s, memory=policy))
 
 
 def _chunks(s: Setting) -> Iterator[_Change]:
-    if s.memory.activations is Place.KEEP:
+    if s.memory.activations is Place.KEEP or s.memory.solve:
         return
     for chunk in (16384, 4096, 1024):
         if chunk < min(s.tokens, s.memory.chunk_tokens or s.tokens):
@@ -175,9 +219,46 @@ def _shorter(s: Setting) -> Iterator[_Change]:
         yield _Change(overrides, "shorter sequences", replace(s, data=data, parallel=parallel))
 
 
-_SINGLE: tuple[_Move, ...] = (_recompute, _chunks, _reduce_each, _small_loss_chunks, _shard_more, _spread, _more_nodes, _shorter)
+_SINGLE: tuple[_Move, ...] = (
+    _auto,
+    _recompute,
+    _chunks,
+    _whole_host,
+    _reduce_each,
+    _small_loss_chunks,
+    _shard_more,
+    _states_on_host,
+    _spread,
+    _more_nodes,
+    _shorter,
+    _few_bits,
+)
 
 
 def format_exact(num_tokens: int) -> str:
     """As a person types it: 128K where exact, plain digits otherwise."""
     return format_tokens(num_tokens).replace(",", "")
+
+
+def check_fits(ledger: Ledger) -> None:
+    """PlanError where the solver found no policy that fits: what is there whatever the policy, the least that works, what to type."""
+    report = ledger.report
+    if report is None or report.feasible:
+        return
+    short = [account for account in ledger.accounts if not account.fits]
+    missing = " and ".join(
+        f"{format_bytes(account.peak_bytes - account.capacity_bytes)} too little on each {_place(account)}" for account in short
+    )
+    options = [" ".join(entry.overrides) for entry in suggest(ledger, most=2)]
+    if report.least_budget is not None:
+        options.append(report.least_budget)
+    raise PlanError(
+        "memory.solve",
+        found=f"no policy that fits: {missing} for the one that needs least; {fixed_line(report)}",
+        expected="room for what no policy changes and for the smallest pieces of the rest",
+        hint=", or ".join(options) or "more nodes, a smaller model or shorter sequences; efflaunch plan shows what takes the room",
+    )
+
+
+def _place(account: Account) -> str:
+    return {"host": "node"}.get(account.name, account.name)

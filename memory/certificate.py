@@ -1,9 +1,9 @@
 """The fit certificate: what a step takes at most, under which assumptions, and whether a measured step kept to it. Pure.
 
 Note: what can be compared. On a GPU the allocator counts exactly the tensors the ledger counts, so its peak is held against the
-bound without the terms no tensor shows (context, communicators, what the allocator loses). On a CPU there is no such count: of a
-process one sees resident memory, which has libraries, kernels' scratch and freed blocks in it. What is compared there is how much
-resident memory grew over the step against what the ledger adds in a step, and that is said.
+bound without the terms no tensor shows (context, communicators, what the allocator loses). On a CPU nobody counts tensors: of a
+process one sees resident memory, with libraries, kernels' scratch and freed blocks in it. It is held against the whole bound, of
+which libraries are an assumed part; that is a coarser check, and it is named as what it is.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from .report import SolveReport, describe_policy
 from .terms import UNSEEN
 
 RECORD = 'docs/benchmarks.md, "Predicted and measured memory"'
-_STANDING = ("weights", *UNSEEN)
-"""What is there before the first step; optimizer states and gradients come with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +72,7 @@ def certify(ledger: Ledger) -> Certificate:
         host_bytes=ledger.host.peak_bytes,
         host_capacity_bytes=ledger.host.capacity_bytes,
         comparable_bytes=_comparable(ledger),
-        compared="peak of the allocator" if s.on_gpu else "growth of resident memory over a step",
+        compared="held by the allocator" if s.on_gpu else "resident, libraries in",
         fits=ledger.fits,
         proof=report.proof if report is not None and report.feasible else None,
         assumptions=_assumptions(ledger),
@@ -82,7 +80,7 @@ def certify(ledger: Ledger) -> Certificate:
 
 
 def _comparable(ledger: Ledger) -> int:
-    unseen = UNSEEN if ledger.setting.on_gpu else _STANDING
+    unseen = UNSEEN if ledger.setting.on_gpu else ()
     phases = {phase for term in ledger.device.terms for phase in term.by_phase}
     return max(sum(term.by_phase.get(phase, 0) for term in ledger.device.terms if term.name not in unseen) for phase in phases)
 
@@ -110,10 +108,10 @@ def check_line(predicted_bytes: int, measured_bytes: Sequence[int], compared: st
     """The outcome for a person; one that broke the bound says which rank, by how much and what to do."""
     most = max(measured_bytes)
     if most <= predicted_bytes:
-        return f"the memory certificate holds: {compared} {format_bytes(most)}, at most {format_bytes(predicted_bytes)} predicted"
+        return f"the memory certificate holds: {format_bytes(most)} {compared}, at most {format_bytes(predicted_bytes)} predicted"
     rank = list(measured_bytes).index(most)
     return (
-        f"the memory certificate does not hold: {compared} {format_bytes(most)} on rank {rank}, "
+        f"the memory certificate does not hold: {format_bytes(most)} {compared} on rank {rank}, "
         f"{format_bytes(most - predicted_bytes)} more than predicted; the run goes on, but leave room: memory=auto with a smaller "
         "cluster.device_memory_bytes"
     )

@@ -9,7 +9,7 @@ from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
 from .policy import MemoryPolicy, explicit_policy
-from .residency import Residency
+from .residency import ON_DEVICE, Residency
 from .setting import ALL, Phase, Setting, Term
 from .terms import device_terms
 from .terms_host import file_bytes, host_terms
@@ -90,13 +90,35 @@ def build_ledger(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
-    residency: Residency = Residency(),  # noqa: B008 (frozen)
+    residency: Residency = ON_DEVICE,
 ) -> Ledger:
-    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists."""
+    """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists.
+
+    With memory.solve the policy is solved (memory/solve.py). Where none fits, the ledger is that of the one that needs least.
+    """
+    setting = make_setting(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency)
+    if memory.solve:
+        from .solve import solve_memory
+
+        return _ledger(setting, *solve_memory(setting))
+    return _ledger(setting, resolve_grad_reduce(setting))
+
+
+def make_setting(
+    *,
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    cluster: ClusterConfig,
+    residency: Residency = Residency(),  # noqa: B008 (frozen)
+) -> Setting:
+    """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
     from ..training.spec import layer_parameters, num_parameters
 
     layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    setting = Setting(
+    return Setting(
         spec=spec,
         parallel=parallel,
         memory=memory,
@@ -109,11 +131,6 @@ def build_ledger(
         parameters=num_parameters(spec),
         residency=residency,
     )
-    if memory.solve:
-        from .solve import solve_memory
-
-        return _ledger(setting, *solve_memory(setting))
-    return _ledger(setting, resolve_grad_reduce(setting))
 
 
 def resolve_grad_reduce(setting: Setting) -> Setting:

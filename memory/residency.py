@@ -34,6 +34,10 @@ class Residency:
         return 2 * (self.moment_bytes or master) + master * self.on_host
 
 
+ON_DEVICE = Residency()
+"""What there is unless something else is asked for."""
+
+
 def residency_of(optim: OptimConfig) -> Residency:
     """What a configuration asks for."""
     return Residency(

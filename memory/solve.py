@@ -91,3 +91,8 @@ def _missing(search: Search) -> str:
     candidate, policy = search.least("device")
     rows = candidate.measure(policy).rows
     return "device" if any(used > limit for name, (used, limit) in rows.items() if name.startswith("device")) else "host"
+
+
+def may_fit(setting: Setting) -> bool:
+    """False only where no policy can make it fit; no program is solved, so True promises nothing."""
+    return search_of(setting).may_fit()

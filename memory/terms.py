@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .setting import ALL, GIB, Phase, Setting, Term, term
 from .terms_activations import activations, attention_outputs, in_flight, layer_inputs
-from .terms_layer import layer_rows, loss_chunk
+from .terms_layer import layer_rows, loss_chunk, masked_scores, scratch
 from .terms_model import (
     batch,
     gathered_layers,
@@ -23,7 +23,7 @@ from .terms_optimizer import optimizer_states
 
 __all__ = ["ALL", "GIB", "UNSEEN", "Phase", "Setting", "Term", "device_terms", "term"]
 
-UNSEEN = ("communicators", "context", "allocator reserve")
+UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""
 
 
@@ -45,17 +45,24 @@ def reserve(s: Setting) -> Term:
 
 
 def device_terms(s: Setting) -> tuple[Term, ...]:
-    """Every term of one rank, those of no bytes left out. Backward phases are those of the layer where they are largest."""
-    fixed = (weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, in_flight, loss_chunk, batch)
-    made = [make(s) for make in fixed] + [*layer_rows(s), *max((by_layer(s, layer) for layer in candidates(s)), key=_backward_bytes)]
-    made += [communicators(s), context(s), reserve(s)]
+    """Every term of one rank, those of no bytes left out."""
+    fixed = (
+        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
+        masked_scores, scratch, batch, communicators, context, reserve,
+    )  # fmt: skip
+    made = [*layer_rows(s), *worst_layers(s), *(make(s) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)
 
 
-def by_layer(s: Setting, layer: int) -> list[Term]:
-    """Terms that differ from layer to layer in backward."""
-    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations)
-    return [make(s, layer) for make in makers]
+def worst_layers(s: Setting) -> list[Term]:
+    """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
+    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations, in_flight)
+    layers = [[make(s, layer) for make in makers] for layer in candidates(s)]
+    worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
+    return [
+        Term(entry.name, entry.note, {phase: num_bytes for phase in Phase if (num_bytes := worst[phase][index].by_phase.get(phase, 0))})
+        for index, entry in enumerate(layers[0])
+    ]
 
 
 def candidates(s: Setting) -> list[int]:
@@ -63,8 +70,3 @@ def candidates(s: Setting) -> list[int]:
     count, k = s.spec.num_layers, s.segment_layers
     ends = ((count - 1) // k * k - 1, k - 1, k - 2)
     return sorted({layer for layer in (count - 1, count - 2, *ends, 1, 0) if 0 <= layer < count}, reverse=True)
-
-
-def _backward_bytes(terms: list[Term]) -> int:
-    """These are alike in the phases of a layer's backward but for what is gathered."""
-    return max(sum(entry.by_phase.get(phase, 0) for entry in terms) for phase in (Phase.SEGMENT, Phase.BACKWARD_MLP))

@@ -15,10 +15,11 @@ from .terms_activations import graph_row, norm_bytes
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Bytes of each of the rank's rows, and of each row of the one piece that is worked on."""
+    """Bytes of each of the rank's rows, of each row of the one piece that is worked on, and whatever the rows."""
 
     whole: float
     piece: float = 0.0
+    fixed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,16 @@ class Widths:
     """Bytes of a number in accumulations, over one in computation."""
 
     @classmethod
-    def of(cls, s: Setting) -> Widths:
-        spec, width = s.spec, s.width
-        keys = 2 * width * spec.kv_size
+    def of(cls, s: Setting, groups: int = 1) -> Widths:
+        """`groups`: Q, K, X and E of one of so many groups of heads (memory/heads.py)."""
+        spec, width, ulysses = s.spec, s.width, s.layout.ulysses
+        share = spec.num_heads // spec.num_kv_heads
+        heads = ulysses * max(1, -(-spec.num_heads // (ulysses * groups * share))) if groups > 1 else spec.num_kv_heads * s.kv_copies
+        keys = 2 * width * spec.head_dim
         return cls(
-            H=width * spec.hidden_size, Q=width * spec.query_size, K=keys, X=keys * s.kv_copies, F=width * spec.intermediate_size,
-            E=s.master * spec.num_heads, norm=norm_bytes(s) * spec.hidden_size, wide=s.master / s.width,
+            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys * min(heads, spec.num_kv_heads), X=keys * heads,
+            F=width * spec.intermediate_size, E=s.master * spec.num_heads // groups, norm=norm_bytes(s) * spec.hidden_size,
+            wide=s.master / s.width,
         )  # fmt: skip
 
 
@@ -49,10 +54,11 @@ def layer_rows(s: Setting) -> tuple[Term, Term]:
     """What the live layer holds of all rows, and of one piece."""
     moments = graph_moments(s) if s.policy.graph else streamed_moments(s) if s.by_chunks else whole_moments(s)
     largest = {
-        phase: max(found, key=lambda moment: moment.whole * s.tokens + moment.piece * s.piece_tokens) for phase, found in moments.items()
+        phase: max(found, key=lambda moment: moment.whole * s.tokens + moment.piece * s.piece_tokens + moment.fixed)
+        for phase, found in moments.items()
     }
     whole = {phase: int(moment.whole * s.tokens) for phase, moment in largest.items()}
-    piece = {phase: int(moment.piece * s.piece_tokens) for phase, moment in largest.items()}
+    piece = {phase: int(moment.piece * s.piece_tokens + moment.fixed) for phase, moment in largest.items()}
     note = "everything between its ends" if not s.in_pieces else f"{s.piece_tokens} tokens of everything between its ends"
     return (
         Term("live layer, all rows", f"what attention reads and makes, heads over {s.layout.ulysses}, ring of {s.layout.ring}", whole),
@@ -61,51 +67,80 @@ def layer_rows(s: Setting) -> tuple[Term, Term]:
 
 
 def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
-    """memory/whole.py: attention over all rows at once."""
-    w, cut = Widths.of(s), s.in_pieces
+    """memory/whole.py: attention over all rows at once, or over groups of heads one after the other."""
+    w, part = Widths.of(s), Widths.of(s, s.policy.head_groups)
     own = 0 if _kept(s, "layer_input") else w.H
-    sides = s.layout.ulysses > 1
-    read = w.Q + w.X
-    forward = _forward_moments(s, w)
-    # What attention read and made, and its output on the other side of the exchange.
-    held = read + w.Q + w.E + w.Q * sides
+    forward = _forward_moments(s, w, part)
+    projected = [Moment(w.H + w.Q * s.in_pieces * _stored(s) + m.whole, m.piece) for m in forward[:-1]]
     return {
         Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
         Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
-        Phase.BACKWARD_MLP: [
-            *(Moment(w.H + m.whole, m.piece) for m in forward[:-1]),
-            Moment(held + w.H + w.Q * cut, after_backward_row(s, w)),
+        Phase.BACKWARD_MLP: after_backward(s, w, _held(s, w, part) + w.H + w.Q * s.in_pieces),
+        Phase.BACKWARD_ATTENTION: [*projected, *_attention_backward(s, w, part)],
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + part.Q + part.K + (2 * w.Q + w.E) * (s.policy.head_groups > 1), before_backward_row(s, part))
         ],
-        Phase.BACKWARD_ATTENTION: _attention_backward(s, w, held),
-        Phase.BACKWARD_PROJECTIONS: [Moment(w.H + w.Q + w.K, before_backward_row(s, w))],
         Phase.LAYER_REDUCE: [Moment(w.H)],
         Phase.LOSS: [Moment(w.H)],
     }
 
 
-def _forward_moments(s: Setting, w: Widths) -> list[Moment]:
-    """Projections, the exchange, attention, the exchange back, and the second half."""
-    cut, sides, read = s.in_pieces, s.layout.ulysses > 1, w.Q + w.X
+def _forward_moments(s: Setting, w: Widths, part: Widths) -> list[Moment]:
+    """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
+    cut, sides, groups = s.in_pieces, s.layout.ulysses > 1, s.policy.head_groups > 1
+    made = part.Q * (not _kept(s, "query")) + part.K * (not _kept(s, "key_value"))
+    read = part.Q + part.X if sides else made
     ring = 3 * w.X + w.wide * w.Q if s.layout.ring > 1 else 0
+    output = (w.Q + w.E) * (not _kept(s, "attention_output"))
+    others = output * groups
     moments = [
-        Moment((w.Q + w.K) * cut, before_row(w)),
-        Moment(read + w.Q + w.E + ring),
-        Moment(w.Q + w.E + w.H * cut, after_row(w)),
+        Moment(others + made * cut, before_row(part)),
+        Moment(others + read + (part.Q + part.E if groups else output) + ring),
+        Moment(output + w.H * cut, after_row(s, w)),
     ]
     if sides:
-        moments[1:1] = [Moment(w.Q + w.K + 3 * read)]
-        moments[-1:-1] = [Moment(3 * w.Q + w.E)]
+        moments[1:1] = [Moment(others + part.Q + part.K + 3 * (part.Q + part.X))]
+        moments[-1:-1] = [Moment(others + 3 * part.Q + part.E)]
     return moments
 
 
-def _attention_backward(s: Setting, w: Widths, held: float) -> list[Moment]:
-    read, sides = w.Q + w.X, s.layout.ulysses > 1
+def _held(s: Setting, w: Widths, part: Widths) -> float:
+    """Beside the gradients while the second half goes backward: attention's output, and what it read where that was made for it."""
+    sides, cut = s.layout.ulysses > 1, s.in_pieces
+    if _stored(s):
+        return w.Q * cut
+    if s.policy.head_groups > 1:
+        return w.Q + w.E
+    return _read(s, w) + w.Q + w.E + w.Q * sides
+
+
+def _read(s: Setting, w: Widths) -> float:
+    """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
+    if s.layout.ulysses > 1:
+        return w.Q + w.X
+    return w.Q * (s.in_pieces or _made(s, "query")) + w.K * (s.in_pieces or _made(s, "key_value"))
+
+
+def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
+    sides, cut, groups = s.layout.ulysses > 1, s.in_pieces, s.policy.head_groups > 1
     wide = w.wide if s.layout.ring > 1 else 1.0
-    ring = (3 * w.X + 2 * w.wide * w.X + read) if s.layout.ring > 1 else 0
-    kernel = Moment(w.H + w.Q * (1 + sides) + held + wide * read + ring)
+    ring = (3 * w.X + 2 * w.wide * w.X + w.Q + w.X) if s.layout.ring > 1 else 0
+    output = w.Q * (cut or not _stored(s)) * (sides or groups or _stored(s))
+    # Of a group of heads: log-sum-exp of all, and the gradients of the group before.
+    both = w.H + w.Q + output + (w.E + part.Q + part.X) * groups
+    gradients = wide * (part.Q + part.X) + flash_workspace(s, part)
+    if groups:
+        kernel = Moment(both + _read(s, part) + (2 + 2 * sides) * part.Q + gradients)
+    elif _stored(s):
+        kernel = Moment(both + _read(s, w) + 2 * w.Q * sides + gradients + ring)
+    else:
+        kernel = Moment(both + _read(s, w) + w.Q + w.E + w.Q * sides + gradients + ring)
+    made = part.Q + part.K
+    again = [Moment(both + made * cut, before_row(part))] * (groups or _stored(s))
     if not sides:
-        return [kernel]
-    return [kernel, Moment(w.H + 2 * w.Q + (wide + 2) * read + w.Q + w.K)]
+        return [kernel, *again]
+    again += [Moment(both + made + 3 * (part.Q + part.X))] * (groups or _stored(s))
+    return [kernel, *again, Moment(both + (wide + 2) * (part.Q + part.X))]
 
 
 def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
@@ -113,19 +148,25 @@ def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
     w, sides = Widths.of(s), s.layout.ulysses > 1
     own = 0 if _kept(s, "layer_input") else w.H
     totals = w.wide * w.X
-    attention = 2 * w.Q + w.E + w.wide * 2 * w.Q + w.Q
-    keys = [Moment(w.K + 3 * w.X * sides, before_row(w))]
-    forward = [*keys, Moment(w.X + w.H, w.Q + w.K + attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(w))]
+    keys = w.X if sides else w.K * (s.in_pieces or _made(s, "key_value"))
+    kept = w.K * _kept(s, "key_value") * (not sides)
+    query, output = w.Q * _made(s, "query"), (w.Q + w.E) * _made(s, "attention_output")
+    project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
+    attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
+    forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(s, w))]
+    chunk = query + output
     return {
-        Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
-        Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
+        Phase.FORWARD: [Moment(own - kept + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H - kept + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
         Phase.BACKWARD_MLP: [
-            *(Moment(w.H + m.whole, m.piece) for m in keys),
-            Moment(w.H + w.X + totals, 2 * w.Q + w.E + after_backward_row(s, w)),
+            *(Moment(w.H + m.whole, m.piece) for m in project),
+            *after_backward(s, w, w.H + keys + totals, chunk + w.Q * sides),
         ],
-        Phase.BACKWARD_ATTENTION: [Moment(w.H + w.X + totals, 3 * w.Q + w.E + w.H + w.wide * w.Q + w.Q + 4 * w.X)],
+        Phase.BACKWARD_ATTENTION: [
+            Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides + flash_workspace(s, w, 4))
+        ],
         Phase.BACKWARD_PROJECTIONS: [
-            Moment(w.H + w.X + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
+            Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
             *([Moment(w.H + totals + 3 * w.X)] if sides else []),
         ],
         Phase.LAYER_REDUCE: [Moment(w.H)],
@@ -138,13 +179,13 @@ def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
     w, saved = Widths.of(s), graph_row(s)
     sides = s.layout.ulysses > 1
     read = w.Q + w.X
-    before = norm_bytes(s) * s.spec.hidden_size + w.Q + w.K + norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+    before = w.norm + w.Q + w.K + head_norms(s)
     held = before + read * sides + w.Q * (1 + sides) + w.E
     return {
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
-        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read)],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read + flash_workspace(s, w))],
         Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
         Phase.LAYER_REDUCE: [Moment(w.H)],
     }
@@ -155,19 +196,77 @@ def before_row(w: Widths) -> float:
     return w.H + max(4 * w.Q, 2 * w.Q + 2.5 * w.K)
 
 
-def after_row(w: Widths) -> float:
-    """Second half, no graph: gate, up, activation and product beside the sum."""
-    return max(4 * w.F + w.H, 3 * w.F + 3 * w.H)
+def after_row(s: Setting, w: Widths) -> float:
+    """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
+    return _made(s, "residual") * w.H + _made(s, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
 
 
-def after_backward_row(s: Setting, w: Widths) -> float:
-    """Second half's backward: gate, up, the products' gradient, and three more while they are taken apart; sum and output beside."""
-    return 6 * w.F + 2 * w.H
+def after_backward(s: Setting, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
+    """Second half's backward, beside `whole` and `piece`: through the last product, then through gate and up and their norm.
+
+    The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
+    up's gradients and their weights' beside its own work.
+    """
+    total = piece + w.H * _made(s, "residual")
+    weight = s.width * s.spec.hidden_size * s.spec.intermediate_size
+    return [
+        Moment(whole, total + 2 * w.F * _made(s, "mlp") + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F + norm_backward(s, s.spec.hidden_size), weight * (1 if s.in_pieces else 2)),
+    ]
 
 
 def before_backward_row(s: Setting, w: Widths) -> float:
-    """Projections' backward: the norm's graph, the turn's parts, and their gradients."""
-    return w.norm + w.Q + w.K / 2 + 3 * w.Q
+    """Projections' backward: the norm's graph, the turn's parts, and their gradients; or beside the norms of each head."""
+    turn = 4 * w.Q + w.K / 2
+    heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(s, w.Q // s.width)) * s.spec.qk_norm
+    return w.norm + max(turn, heads)
+
+
+def norm_backward(s: Setting, size: int) -> int:
+    """What the backward of an RMS norm of `size` numbers works with, in float32 at least."""
+    return 6 * s.master * size
+
+
+def flash_workspace(s: Setting, w: Widths, key_rows: int = 1) -> float:
+    """FlashAttention-2's backward on CUDA: queries' gradient in float32, and with shared key/value heads theirs for every query head.
+
+    `key_rows`: keys of a block, in rows of the queries' piece.
+    """
+    shared = 2 * w.Q * key_rows * (s.spec.num_kv_heads < s.spec.num_heads)
+    return (w.wide * w.Q + shared) * s.on_gpu
+
+
+def head_norms(s: Setting) -> int:
+    """What norms of each head's queries and keys leave in a graph."""
+    return norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+
+
+def masked_scores(s: Setting) -> Term:
+    """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
+    softcap = _softcap(s)
+    windows = [window for window in s.spec.windows if window is not None]
+    if s.on_gpu and s.width == 2:
+        return Term("masked scores", "", {})
+    if not (softcap or windows or s.on_gpu):
+        return Term("masked scores", "", {})
+    length = min(s.data.max_seq_len, s.tokens * s.layout.sp_degree)
+    rows = min(length, s.piece_tokens * s.layout.sp_degree) if s.by_chunks else length
+    queries = min(MASKED_QUERY_CHUNK, rows)
+    several, everything = rows > MASKED_QUERY_CHUNK, s.on_gpu or len(windows) < s.spec.num_layers
+    keys = length if everything else min(length, max(windows) + queries * several)
+    one = s.master * s.spec.num_heads // s.layout.ulysses * queries * keys
+    # A chunk's scores are made while those of the chunk before are still there.
+    before = several * (max(0, keys - queries) / keys if everything else 1.0)
+    mask = 8 * queries * keys
+    forward = max(5 + 3 * before, 6) if softcap else max(2 + 2 * before, 3)
+    backward = max(5 + 4 * before, 7) if softcap else max(2 + 3 * before, 5)
+    held = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if s.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
+    held[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
+    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
+
+
+MASKED_QUERY_CHUNK = 512
+"""Of parallel/sequence/attention.py."""
 
 
 def _kept(s: Setting, name: str) -> bool:
@@ -175,12 +274,36 @@ def _kept(s: Setting, name: str) -> bool:
     return s.policy.splits[name].keep >= 1.0
 
 
+def _made(s: Setting, name: str) -> bool:
+    """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
+    return not s.policy.splits[name].complete
+
+
+def _stored(s: Setting) -> bool:
+    return s.policy.attention_output.complete
+
+
 def loss_chunk(s: Setting) -> Term:
-    """Logits of one chunk in compute precision and in float32; of the chunk before too; or beside them a part of the head's gradient."""
+    """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
-    logits = s.master * words * chunk
-    narrow = s.width * words * chunk * (s.width < s.master)
-    part = s.width * words * s.spec.hidden_size
-    most = max(2 * logits + narrow, logits + narrow + part)
+    narrow, wide = s.width * words * chunk, s.master * words * chunk
+    bent = 3 * wide * _softcap(s)
+    made = wide + bent + narrow * (s.width < s.master)
+    most = max(made, narrow + s.width * words * s.spec.hidden_size)
     rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
     return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})
+
+
+def scratch(s: Setting) -> Term:
+    """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
+    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
+    exponentials = s.master * words * chunk
+    beside = s.master * words * chunk * (1 + 3 * _softcap(s))
+    counted = loss_chunk(s).by_phase[Phase.LOSS]
+    return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
+
+
+def _softcap(s: Setting) -> bool:
+    from ..training.config import Family
+
+    return s.spec.family is Family.GEMMA2

@@ -1,4 +1,4 @@
-"""docs/runs.md as it stands: what it says happens, happens."""
+"""docs/runs.md and docs/memory.md as they stand: what they say happens, happens."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def test_runs_page(tmp_path: Path) -> None:
     for exported in ("exported", "exported-float32"):
         assert (tmp_path / "work" / exported / "model.safetensors").is_file()
     assert "train.steps: 6 -> 8" in printed
+
+
+def test_memory_page(tmp_path: Path) -> None:
+    printed = run_page("memory.md", tmp_path)
+    assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ..errors import ConfigError
 from ..units import Tokens
 
 
@@ -137,8 +138,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     """cosine only: last learning rate as a share of the peak."""
     states: States = States.DEVICE
-    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs,
-    for the time of a CPU update."""
+    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
     update: Update = Update.STEP
     """backward frees each layer's gradient as soon as it is applied, and overlaps a host update with the backward of the next layer."""
     clip_mode: ClipMode = ClipMode.GLOBAL
@@ -155,9 +155,17 @@ class Dtype(Enum):
     FLOAT64 = "float64"
 
 
+class Objective(Enum):
+    """What is trained for (docs/objectives.md). A loss mask in the corpus makes language modelling fine-tuning."""
+
+    LANGUAGE_MODELLING = "language_modelling"
+    DPO = "dpo"
+    GRPO = "grpo"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Length, seed and numerics of the run."""
+    """Objective, length, seed and numerics of the run."""
 
     steps: int
     seed: int = 0
@@ -166,6 +174,36 @@ class TrainConfig:
     """Weight of mean(logsumexp(logits)^2), added to the loss per target token."""
     loss_chunk_tokens: Tokens = 2048
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
+    objective: Objective = Objective.LANGUAGE_MODELLING
+    """dpo needs corpora of pairs, grpo of completions with rewards (efflaunch data prepare)."""
+    dpo_beta: float = 0.1
+    """dpo only: how strongly the reference holds; the margin of log-probabilities is multiplied with it."""
+    grpo_clip_low: float = 0.2
+    """grpo only: how far below one the ratio to the old probability still counts."""
+    grpo_clip_high: float = 0.2
+    """grpo only: how far above one."""
+    grpo_kl_weight: float = 0.0
+    """grpo only: weight of the divergence from the reference, per token."""
+
+
+def check_train(config: TrainConfig) -> None:
+    """ConfigError where the settings of the objective make no sense."""
+    if config.objective is not Objective.LANGUAGE_MODELLING and config.z_loss:
+        raise ConfigError(
+            "train.z_loss",
+            found=f"{config.z_loss} with train.objective={config.objective.value}",
+            expected="it with language modelling only",
+            hint="train.z_loss=0",
+        )
+    for key, value, valid, expected in (
+        ("dpo_beta", config.dpo_beta, config.dpo_beta > 0, "more than 0"),
+        ("grpo_clip_low", config.grpo_clip_low, 0 < config.grpo_clip_low <= 1, "more than 0, at most 1"),
+        ("grpo_clip_high", config.grpo_clip_high, config.grpo_clip_high > 0, "more than 0"),
+        ("grpo_kl_weight", config.grpo_kl_weight, config.grpo_kl_weight >= 0, "0 or more"),
+    ):
+        if not valid:
+            default = TrainConfig.__dataclass_fields__[key].default
+            raise ConfigError(f"train.{key}", found=str(value), expected=expected, hint=f"train.{key}={default}")
 
 
 class WandbMode(Enum):

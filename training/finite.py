@@ -30,7 +30,7 @@ class RowWatch:
         return self._flags[micro_batch]
 
     def spans(self, micro_batch: int, shard: PackedShard) -> list[tuple[int, int, int]]:
-        """(sequence in the group's order, first, last + 1) of the marked tokens of each slice that has any."""
+        """(part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
         if micro_batch not in self._flags:
             return []
         flags, out, row = self._flags[micro_batch].cpu(), [], 0
@@ -102,7 +102,8 @@ def _tokens_of(work: _Work, spans: list[tuple[int, int, int]]) -> list[tuple[int
         return []
     if not spans:
         return [(sequence, 0, None) for sequence in work.group.sequences]
-    return [(work.group.sequences[sequence], first, stop) for sequence, first, stop in spans]
+    parts = work.shard.parts
+    return [(parts[part].sequence, parts[part].offset + first, parts[part].offset + stop) for part, first, stop in spans]
 
 
 def _merged(spans: list[tuple[int, int, int | None]]) -> list[tuple[int, int, int | None]]:

@@ -1,15 +1,18 @@
-"""The end of the model: final norm, head and cross-entropy, by chunks of tokens, never the logits of more than one chunk.
+"""The end of the model: final norm, head and loss, by chunks of tokens, never the logits of more than one chunk.
 
 Gradients are made chunk by chunk inside forward, while the chunk's logits exist (StreamBP, 2506.03077, sec. 3.1); backward only
 hands them over. Gradients of the norm and of the head are summed over chunks in float32 (float64 for float64) and returned
 once, so FSDP2 sees an ordinary module. Tokens without a target cost nothing.
+
+Note: losses are functions of log-probabilities. Every objective here is a sum of terms over rows, whose derivative by a row's
+log-probability is a number (its slope), or such a sum times one number that is known only at the end (StreamBP, sec. 3.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,42 @@ class LossOptions:
     z_loss: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a loss is made of: x (T, M) before the final norm, a module that treats each row alone; head weight (V, M);
+    targets (T,) with -100 where there is no loss."""
+
+    x: Tensor
+    norm: nn.Module
+    weight: Tensor
+    targets: Tensor
+    options: LossOptions
+    overwrite: bool = False
+    """x's gradient is written over x: nothing may read x afterwards."""
+    not_finite: Tensor | None = None
+    """(T,) bool: set where a row's term is not a finite number; nothing waits for it."""
+
+    def chunks(self) -> tuple[Tensor, ...]:
+        """Row numbers of those with a target, `options.chunk_tokens` at a time."""
+        return (self.targets != IGNORE).nonzero().squeeze(1).split(self.options.chunk_tokens)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What losses and logits are computed in: float32 (float64 for float64)."""
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+
+class Terms(Protocol):
+    """An objective row by row."""
+
+    def __call__(self, rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Terms (C,) of the given rows, and their slopes (C,): derivatives by log_probs (C,), the targets' log-probabilities."""
+
+
+Finish = Callable[[], tuple[Tensor, Tensor]]
+"""After the last chunk: the loss, and the number (a tensor of no dimensions) that all gradients are still to be multiplied with."""
+
+
 def chunked_cross_entropy(
     x: Tensor,
     norm: nn.Module,
@@ -39,61 +78,96 @@ def chunked_cross_entropy(
     overwrite: bool = False,
     not_finite: Tensor | None = None,
 ) -> Tensor:
-    """scale x sum of token losses, a scalar in float32 (float64 for float64).
+    """scale x sum of token losses, a scalar in float32 (float64 for float64); arguments as in `Head`.
 
-    x (T, M): what goes into `norm`, a module that treats each row alone; head weight (V, M), targets (T,) with -100 where there
-    is no loss. With scale = 1 / target tokens of the step, the sum over micro-batches and ranks is the mean loss.
-
-    Of length T there is x and its gradient, which is written over x itself with `overwrite` (nothing may read x afterwards).
-    Peak beside them: about 10 x V x chunk_tokens bytes in bfloat16, and the head's gradient in float32.
-
-    `not_finite` (T,), bool: set where a row's loss is not a finite number; nothing waits for it.
+    With scale = 1 / target tokens of the step, the sum over micro-batches and ranks is the mean loss.
     """
-    job = _Job(norm, targets, scale, options, overwrite, not_finite)
-    return _ChunkedCrossEntropy.apply(x, weight, job, *norm.parameters())  # type: ignore[no-any-return]
+    return cross_entropy(Head(x, norm, weight, targets, options, overwrite, not_finite), scale)
+
+
+def cross_entropy(head: Head, scale: float) -> Tensor:
+    """scale x sum over rows of -log p(target) + z_loss x logsumexp^2."""
+
+    def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        return log_probs * -scale, torch.full_like(log_probs, -scale)
+
+    return chunked_loss(head, terms, z_weight=scale * head.options.z_loss)
+
+
+def chunked_loss(head: Head, terms: Terms, *, finish: Finish | None = None, z_weight: float = 0.0) -> Tensor:
+    """Sum of the terms of all rows (or what `finish` says), a scalar, with gradients for x, the norm and the head.
+
+    Of length T there is x and its gradient, in x's own place with `overwrite`. Peak beside them: about 10 x V x chunk_tokens
+    bytes in bfloat16, and the head's gradient in float32. `z_weight`: of logsumexp^2 per row, added to the sum.
+    """
+    job = _Job(head, terms, finish, z_weight)
+    return _ChunkedLoss.apply(head.x, head.weight, job, *head.norm.parameters())  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def chunked_log_probs(head: Head) -> Tensor:
+    """Log-probability of each row's target, (T,) in float32 (float64 for float64); 0 where there is none. No gradient.
+
+    Costs one pass over the head: 2 x V x M operations per row with a target.
+    """
+    out = head.x.new_zeros(len(head.x), dtype=head.wide)
+    for rows in head.chunks():
+        logits = F.linear(head.norm(head.x[rows]), head.weight).to(head.wide)
+        out[rows] = _Chunk(logits, head.targets[rows], head.options.softcap).log_probs
+    return out
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    norm: nn.Module
-    targets: Tensor
-    scale: float
-    options: LossOptions
-    overwrite: bool
-    not_finite: Tensor | None
+    head: Head
+    terms: Terms
+    finish: Finish | None
+    z_weight: float
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, job: _Job, *parameters: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        head = job.head
         wants_x, wants_weight, _, *wants = ctx.needs_input_grad
         trained = [p for p, wanted in zip(parameters, wants, strict=True) if wanted]
-        sums = HeadGradients(x, weight if wants_weight else None, trained, wants_x=wants_x, overwrite=job.overwrite)
-        total = x.new_zeros((), dtype=wide)
-        rows = (job.targets != IGNORE).nonzero().squeeze(1)
-        for picked in rows.split(job.options.chunk_tokens):
-            leaf, h = sums.normed(picked, job.norm)
-            losses, d_logits = _chunk(F.linear(h, weight).to(wide), job.targets[picked], job.options)
-            total += losses.sum()
-            if job.not_finite is not None:
-                job.not_finite[picked] = ~losses.isfinite()
-            sums.add(picked, leaf, h, d_logits.mul_(job.scale).to(h.dtype), weight)
-        sums.close(job.targets == IGNORE)
-        ctx.sums, ctx.wants = sums, wants
-        return total * job.scale
+        sums = _Gradients(x, weight if wants_weight else None, trained, wants_x=wants_x, overwrite=head.overwrite)
+        total = x.new_zeros((), dtype=head.wide)
+        for rows in head.chunks():
+            total += _add_chunk(job, rows, weight, sums)
+        sums.close(head.targets == IGNORE)
+        ctx.sums, ctx.wants, ctx.factor = sums, wants, None
+        if job.finish is not None:
+            total, ctx.factor = job.finish()
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # Not kept while the layers go backward: it holds the head's gradient in float32.
         sums, ctx.sums = ctx.sums, None
-        d_x, d_weight, d_norm = sums.take(upstream)
+        d_x, d_weight, d_norm = sums.take(upstream if ctx.factor is None else upstream * ctx.factor)
         parts = iter(d_norm)
         return d_x, d_weight, None, *(next(parts) if wanted else None for wanted in ctx.wants)
 
 
-class HeadGradients:
+def _add_chunk(job: _Job, rows: Tensor, weight: Tensor, sums: _Gradients) -> Tensor:
+    """Sum of the rows' terms; their gradients into `sums`. No logits are left when it returns."""
+    head = job.head
+    leaf, h = sums.normed(rows, head.norm)
+    chunk = _Chunk(F.linear(h.detach(), weight).to(head.wide), head.targets[rows], head.options.softcap)
+    losses, slopes = job.terms(rows, chunk.log_probs)
+    if job.z_weight:
+        losses = losses + job.z_weight * chunk.normaliser.square()
+    if head.not_finite is not None:
+        head.not_finite[rows] = ~losses.isfinite()
+    d_logits = chunk.gradient(slopes, job.z_weight).to(h.dtype)
+    del chunk
+    sums.add(rows, leaf, h, d_logits, weight)
+    return losses.sum()
+
+
+class _Gradients:
     """Gradients of x, the head and the norm's parameters as chunks of rows add to them.
 
     x's gradient has x's dtype and, with `overwrite`, x's storage; a chunk is read before it is written. The others are sums in
@@ -110,23 +184,23 @@ class HeadGradients:
         self._weight_dtype = None if weight is None else weight.dtype
         self._d_norm = [torch.zeros_like(p, dtype=wide) for p in self._trained]
 
-    def normed(self, picked: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """Rows `picked` of x, and the norm of them with its graph from there."""
-        leaf = self._x.index_select(0, picked)
+    def normed(self, rows: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The given rows of x, and the norm of them with its graph from there."""
+        leaf = self._x.index_select(0, rows)
         wanted = self._d_x is not None or bool(self._trained)
         with torch.set_grad_enabled(wanted):
             leaf.requires_grad_(wanted)
             return leaf, norm(leaf)
 
-    def add(self, picked: Tensor, leaf: Tensor, h: Tensor, d_logits: Tensor, weight: Tensor) -> None:
-        """What rows `picked` add, given the gradient (C, V) of their logits h @ weight^T in h's dtype."""
+    def add(self, rows: Tensor, leaf: Tensor, h: Tensor, d_logits: Tensor, weight: Tensor) -> None:
+        """What the given rows add, given the gradient (C, V) of their logits h @ weight^T in h's dtype."""
         if self._d_weight is not None:
             self._d_weight += d_logits.T @ h.detach()
         if not leaf.requires_grad:
             return
         d_leaf, *d_norm = torch.autograd.grad(h, [leaf, *self._trained], d_logits @ weight)
         if self._d_x is not None:
-            self._d_x[picked] = d_leaf
+            self._d_x[rows] = d_leaf
         for total, part in zip(self._d_norm, d_norm, strict=True):
             total += part
 
@@ -136,24 +210,28 @@ class HeadGradients:
             self._d_x.masked_fill_(unused.unsqueeze(1), 0.0)
         del self._x
 
-    def take(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-        """(gradient of x, of the head, of the norm's parameters), times `upstream`, in the dtypes of what they belong to."""
-        d_weight = None if self._d_weight is None else self._d_weight.mul_(upstream).to(self._weight_dtype)
-        d_norm = [total.mul_(upstream).to(p.dtype) for total, p in zip(self._d_norm, self._trained, strict=True)]
-        return None if self._d_x is None else self._d_x.mul_(upstream), d_weight, d_norm
+    def take(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+        """(gradient of x, of the head, of the norm's parameters), times `factor`, in the dtypes of what they belong to."""
+        d_weight = None if self._d_weight is None else self._d_weight.mul_(factor).to(self._weight_dtype)
+        d_norm = [total.mul_(factor).to(p.dtype) for total, p in zip(self._d_norm, self._trained, strict=True)]
+        return None if self._d_x is None else self._d_x.mul_(factor), d_weight, d_norm
 
 
-def _chunk(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """The loss of each row (C,), and its gradient with respect to the raw logits (C, V), written over them."""
-    slope = None
-    if options.softcap is not None:
-        bent = (logits / options.softcap).tanh_()
-        logits, slope = bent * options.softcap, 1 - bent * bent
-    normaliser = logits.logsumexp(-1)
-    losses = normaliser - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    gradient = logits.sub_(normaliser.unsqueeze(1)).exp_()
-    if options.z_loss:
-        losses = losses + options.z_loss * normaliser * normaliser
-        gradient *= (1 + 2 * options.z_loss * normaliser).unsqueeze(1)
-    gradient.scatter_add_(1, targets.unsqueeze(1), gradient.new_full((len(targets), 1), -1.0))
-    return losses, gradient if slope is None else gradient.mul_(slope)
+class _Chunk:
+    """Log-probabilities of one chunk's targets from its raw logits (C, V), which become the gradient in place."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, softcap: float | None) -> None:
+        self._bend: Tensor | None = None
+        if softcap is not None:
+            bent = (logits / softcap).tanh_()
+            logits, self._bend = bent * softcap, 1 - bent * bent
+        self._logits, self._targets = logits, targets.unsqueeze(1)
+        self.normaliser = logits.logsumexp(-1)
+        self.log_probs = logits.gather(1, self._targets).squeeze(1) - self.normaliser
+
+    def gradient(self, slopes: Tensor, z_weight: float) -> Tensor:
+        """Of sum(slopes x log_probs + z_weight x normaliser^2) by the raw logits, (C, V). Once."""
+        gradient = self._logits.sub_(self.normaliser.unsqueeze(1)).exp_()
+        gradient *= (2 * z_weight * self.normaliser - slopes).unsqueeze(1)
+        gradient.scatter_add_(1, self._targets, slopes.to(gradient.dtype).unsqueeze(1))
+        return gradient if self._bend is None else gradient.mul_(self._bend)

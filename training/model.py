@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ..memory.layer import LayerExecutor
 from ..memory.policy import MemoryPolicy
+from ..memory.position import Position
 from ..memory.run import AttentionRuntime
 from ..memory.saved import HostStore
 from ..memory.tape import LayerContext, Tables, Tape
 from ..parallel.sharding import gathered_weights, shard_model
 from .families import layer_adapter
 from .families.rope import rotary_tables
-from .loss import LossOptions, chunked_cross_entropy
+from .loss import Head, LossOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +44,40 @@ class Tokens:
 
 
 class Trunk:
-    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> norm and loss by chunks."""
+    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> objective, by chunks from the norm on."""
 
     def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
         self._model, self._options, self._policy, self._store = model, options, policy, store
+        self.position = Position()
+        """Where this rank is, for reports."""
 
-    def __call__(self, tokens: Tokens, attention: AttentionRuntime, scale: float) -> Tensor:
-        """scale x sum of this rank's token losses, a scalar."""
+    def __call__(self, tokens: Tokens, attention: AttentionRuntime, objective: Callable[[Head], Tensor]) -> Tensor:
+        """What `objective` makes of the last layer's output."""
         base = self._model.model
+        self.position.at("embedding")
         x = base.embed_tokens(tokens.token_ids)
         tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
         context = self._context(tables, attention)
         for layer in base.layers:
             x = layer(x, context)
+        self.position.at("loss")
         with attention.busy():
             # The last layer's output is nobody's but the loss's: its gradient takes its place.
-            return chunked_cross_entropy(
-                x,
-                base.norm,
-                self._model.lm_head.weight,
-                tokens.target_ids,
-                scale=scale,
-                options=self._options,
-                overwrite=True,
-                not_finite=tokens.not_finite,
-            )
+            weight = self._model.lm_head.weight
+            return objective(Head(x, base.norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
 
     def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
         """What the layers of one micro-batch share."""
         layers = self._model.model.layers
         tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
-        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]))
+        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]), self.position)
+
+
+def position_of(model: PreTrainedModel) -> Position:
+    """Where the rank is that runs `model`, once `install` put our forward there."""
+    trunk = model.forward
+    assert isinstance(trunk, Trunk)
+    return trunk.position
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:

@@ -12,7 +12,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from ..memory.ledger import build_ledger
 from ..parallel.config import GradReduce
 from ..parallel.layout import solve_layout
 from ..parallel.profile import (
@@ -41,12 +40,13 @@ from ..parallel.sequence.cost import CostModel, cost_model
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology, build_topology
+from .certified import agreed_ledger
 from .collectives import probe_collectives
-from .model import build_config, build_model
-from .optim import build_optimizer, clip_gradients
+from .optimizers.build import build_trained
+from .optimizers.room import check_room
 from .planning import this_hardware
 from .setup import RunSettings, host_store, join_ranks
-from .spec import hf_config_dict, model_spec
+from .spec import model_spec
 from .step import EMPTY, Work, backward_step, read_step
 
 log = logging.getLogger(__name__)
@@ -113,21 +113,11 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-        ledger = build_ledger(
-            spec=self.spec, parallel=parallel, memory=config.memory, train=config.train, data=data, cluster=config.cluster
-        )
+        ledger = agreed_ledger(config, self.spec)
         self.kernel = block_kernel(device)
-        self.model = build_model(
-            build_config(hf_config_dict(config.model)),
-            ledger.setting.policy,
-            self.topology.mesh,
-            device=device,
-            compute_dtype=getattr(torch, config.train.dtype.value),
-            seed=config.train.seed,
-            loss_chunk_tokens=config.train.loss_chunk_tokens,
-            store=host_store(ledger.setting, device),
-        )
-        self.optimizer = build_optimizer(self.model, config.optim)
+        check_room(ledger.setting)
+        store = host_store(ledger.setting, device)
+        self.model, self.updater = build_trained(config, ledger.setting.policy, self.topology.mesh, device, store, load=False)
         self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
         self.cost: CostModel = cost_model(self.spec, parallel, config.memory, config.train, data, config.cluster)
 
@@ -204,7 +194,20 @@ class Prober:
         dist.barrier()
         self._synchronize()
         begun = time.perf_counter()
-        shares = backward_step(
+        shares = self._backward(works, clocks, num_targets)
+        self._synchronize()
+        wall_s = self._agreed(time.perf_counter() - begun)
+        self.updater.discard()
+        mine = torch.tensor([float(shares.sum()), *(clock.seconds() for clock in clocks)], dtype=torch.float64)
+        table = [torch.zeros_like(mine) for _ in range(self.topology.world_size)]
+        dist.all_gather(table, mine)
+        losses, *_ = rows = torch.stack(table).T.tolist()
+        return Run(wall_s, [list(times) for times in zip(*rows[1:], strict=True)], sum(losses))
+
+    def _backward(self, works: Sequence[Work], clocks: Sequence[BusyClock] | None, num_targets: int | None = None) -> torch.Tensor:
+        # A rate of zero: where layers are updated in backward, that takes its time and changes no weight.
+        self.updater.start(0.0, lambda: None)
+        return backward_step(
             self.model,
             self.topology,
             self.kernel,
@@ -213,33 +216,20 @@ class Prober:
             reduce_each=self.reduce_each,
             device=self.device,
             clocks=clocks,
+            on_last=self.updater.last,
         )
-        self._synchronize()
-        wall_s = self._agreed(time.perf_counter() - begun)
-        self.optimizer.zero_grad()
-        mine = torch.tensor([float(shares.sum()), *(clock.seconds() for clock in clocks)], dtype=torch.float64)
-        table = [torch.zeros_like(mine) for _ in range(self.topology.world_size)]
-        dist.all_gather(table, mine)
-        losses, *_ = rows = torch.stack(table).T.tolist()
-        return Run(wall_s, [list(times) for times in zip(*rows[1:], strict=True)], sum(losses))
 
     def _optimizer_s(self) -> float:
-        """Clipping and the update, on gradients of zero."""
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-        def update() -> None:
-            clip_gradients(self.model, self.config.optim.grad_clip)
-            self.optimizer.step()
-
-        return self._timed(update)
-
-    def _timed(self, work: Callable[[], None]) -> float:
+        """From the end of backward to the new weights, on gradients of zero."""
         seconds = []
         for _ in range(REPEATS + 1):
+            self._backward([EMPTY], None)
+            self._synchronize()
             dist.barrier()
             begun = time.perf_counter()
-            work()
+            if not self.updater.measures_first:
+                self.updater.finish()
+            self.updater.apply()
             self._synchronize()
             seconds.append(self._agreed(time.perf_counter() - begun))
         return statistics.median(seconds[1:])
@@ -263,6 +253,9 @@ class _Documents:
 
     def lengths(self, step: int) -> tuple[int, ...]:
         return self._lengths
+
+    def parts(self, step: int, index: int) -> tuple[int, ...]:
+        return (self._lengths[index],)
 
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.random.default_rng(index).integers(0, self._vocab_size, stop - start)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,22 +16,32 @@ import torch.distributed as dist
 
 from ..checkpoint.engine import Restored, SaveReport
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ..memory.arena.replay import Arena
+from ..memory.arena.step import open_arena, step_allocator
+from ..memory.offload.checks import free_memory
+from ..memory.oom import OutOfMemory, host_report
+from ..memory.position import Position
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.service import PlanRequest, PlanService
+from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from .certified import Watch
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
+from .model import position_of
+from .objectives.build import RunObjective, means
+from .objectives.heads import StepObjective
+from .oom import LOW_HOST_BYTES, memory_errors_named
 from .optimizers.check import describe, inexact
 from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
 from .setup import RunSettings, Session, build_session, closing_store, join_ranks
 from .spec import num_parameters
-from .step import Work, backward_step, count_targets, read_step
+from .step import Work, backward_step, count_targets, read_step, step_shape
 
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
 """What the agent imports once, before it forks the ranks."""
@@ -47,11 +56,12 @@ class Stop(Protocol):
 
 def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
+    arena = open_arena(config.memory.arena, config.cluster.device.value)
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
     try:
-        return _Run(config, run_dir, device, service).loop(stop)
+        return _Run(config, run_dir, device, service, arena).loop(stop)
     finally:
         if service is not None:
             service.close()
@@ -71,12 +81,18 @@ class _Gathered:
     tokens: list[int]
     peak_bytes: list[int]
     stop: bool
+    host_free_bytes: list[int]
+    """On each rank's node."""
     busy_s: list[list[float]]
     """Of each micro-batch."""
+    objective: list[float]
+    """Sums of its numbers over all ranks."""
 
 
 class _Run:
-    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None) -> None:
+    def __init__(
+        self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None, arena: Arena | None = None
+    ) -> None:
         self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
         self.session: Session = build_session(config, run_dir, device, self._on_save)
         restored = self.session.engine.restore()
@@ -92,12 +108,18 @@ class _Run:
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         extra = restored.extra if restored is not None else {}
         self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
+        self.certified = Watch(self.session.ledger, device, self.metrics.write)
+        self.position: Position = position_of(self.session.model)
+        self.low_on_host: int | None = None
+        """The first rank whose node has next to nothing left."""
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -123,7 +145,10 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.session.updater), closing_store(self.session):
+        with self.metrics, closing(self.allocator), closing(self.session.updater), closing_store(self.session), self._memory_errors_named():
+            if not self._ready(stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 every = self.config.checkpoint.every_steps
@@ -132,35 +157,66 @@ class _Run:
                     self._save()
                 if stopping or last:
                     self._check_saved()
+                if self.low_on_host is not None and not last:
+                    self._save()
+                    raise self._host_error()
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
             self._write_end()
         return EXIT_DONE
 
+    def _memory_errors_named(self) -> AbstractContextManager[None]:
+        return memory_errors_named(
+            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=f"efflaunch resume {self.run_dir}"
+        )
+
+    def _ready(self, stop: Stop) -> bool:
+        def plan(lengths: tuple[int, ...]) -> StepPlan:
+            return static_plan(lengths, self.planner.request)
+
+        return self.objective.ready(plan, stop=stop, report=self.metrics.write)
+
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
-        started, step, session, updater = time.monotonic(), self.done, self.session, self.session.updater
-        plan = self.planner.plan(step)
-        works = read_step(session.source, step, plan, self.rank)
+        started = time.monotonic()
+        self.position.at("reading data")
+        plan = self.planner.plan(self.done)
+        works = read_step(self.session.source, self.done, plan, self.rank)
+        with self.allocator.step(step_shape(works)):
+            told, numbers, backward_s = self._update(plan, works, stop)
+        self._finish_step(told, plan, numbers, started, backward_s)
+        return told.stop
+
+    def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[_Gathered, dict[str, Any], float]:
+        """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
+        step, session, updater = self.done, self.session, self.session.updater
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
         rate = learning_rate(self.config.optim, step, self.config.train.steps)
         updater.start(rate, session.engine.wait_for_snapshot)
         if updater.measures_first:
-            shares = self._backward(works, targets, watch)
+            shares = self._backward(works, self._objective(plan, targets), watch)
             self._check_finite(updater.finish_measuring(), shares, works, watch)
-        shares = self._backward(works, targets, watch, clocks)
-        told = self._gather(shares.sum(), works, clocks, stop)
+        objective = self._objective(plan, targets)
+        shares = self._backward(works, objective, watch, clocks)
+        told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
         backward_s = time.monotonic() - begun
+        self.position.at("optimizer")
         found = updater.finish()
         self._check_finite(found, shares, works, watch, loss=told.loss)
         updater.apply()
-        self._finish_step(told, plan, {"target_tokens": targets, "grad_norm": found.norm, "lr": rate}, started, backward_s)
-        return told.stop
+        numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
+        return told, numbers, backward_s
 
-    def _backward(self, works: list[Work], targets: int, watch: RowWatch, clocks: list[BusyClock] | None = None) -> torch.Tensor:
+    def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
+        """Anew for each pass over the step: it counts."""
+        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths))
+
+    def _backward(
+        self, works: list[Work], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
+    ) -> torch.Tensor:
         """One pass over the step: this rank's losses; gradients go where the updater takes them."""
         session = self.session
         return backward_step(
@@ -168,30 +224,40 @@ class _Run:
             session.topology,
             session.kernel,
             works,
-            num_targets=targets,
+            num_targets=objective.count,
             reduce_each=session.reduce_each,
             device=session.device,
             barrier_free=self.config.parallel.barrier_free,
             clocks=clocks,
             watch=watch,
+            objective=objective,
             on_last=session.updater.last,
         )
 
-    def _gather(self, share: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
+    def _peak(self) -> int:
+        """The most this rank has taken so far: with a planned arena of the plan, else what the certificate is held against."""
+        planned = None if self.arena is None else self.arena.device_peak_bytes()
+        return self.certified.peak_bytes() if planned is None else planned
+
+    def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
+        row += [float(free_memory().num_bytes), *stats.tolist(), *(clock.seconds() for clock in clocks)]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *busy = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, free, *rest = torch.stack(table).T.tolist()
+        sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank)
-
-    def _peak(self) -> int:
-        if self.session.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.session.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _Gathered(
+            loss=sum(losses),
+            tokens=[int(n) for n in tokens],
+            peak_bytes=[int(n) for n in peaks],
+            stop=any(stops),
+            host_free_bytes=[int(n) for n in free],
+            busy_s=by_rank,
+            objective=sums,
+        )
 
     def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
@@ -215,6 +281,9 @@ class _Run:
         tokens = sum(told.tokens)
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
+        self.certified.look(self.done, told.peak_bytes)
+        least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
+        self.low_on_host = next((rank for rank, size in enumerate(told.host_free_bytes) if size < least), None)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -235,6 +304,7 @@ class _Run:
             micro_batches=len(plan.micro_batches),
             plan=str(plan),
             **planned,
+            **({} if (outcome := self.allocator.outcome()) is None else {"arena": outcome}),
             ranks=[
                 {"rank": rank, "tokens": held, "peak_bytes": peak}
                 for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
@@ -273,6 +343,11 @@ class _Run:
         if refitted is not None:
             save_profile(self.run_dir / DEFAULT_FILE, refitted)
 
+    def _host_error(self) -> OutOfMemory:
+        assert self.low_on_host is not None
+        free, resume = free_memory(), f"efflaunch resume {self.run_dir}"
+        return host_report(self.session.ledger, free.num_bytes, free.limited_by, rank=self.low_on_host, step=self.done, resume=resume)
+
     def _check_saved(self) -> None:
         """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says."""
         if self.saved != self.done:
@@ -307,6 +382,8 @@ class _Run:
             cost_model=asdict(self.costs.model),
             excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
             data=self.session.source.summary(),
+            memory=list(self.certified.certificate.policy),
+            certificate=asdict(self.certified.certificate),
             resumed_from=self.done if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
             data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..memory.config import MemoryConfig
-from ..memory.ledger import build_ledger
+from ..memory.ledger import Ledger
 from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
-from ..memory.residency import residency_of
+from ..memory.position import Position
 from ..memory.setting import Setting
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
@@ -28,10 +28,12 @@ from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
+from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
+from .oom import memory_errors_named
 from .optimizers.build import build_trained
-from .optimizers.room import check_room
+from .optimizers.room import check_room as check_optimizer_room
 from .optimizers.updater import Updater
 from .spec import ModelSpec, layer_parameters, model_spec
 
@@ -69,6 +71,7 @@ class Session:
     topology: Topology
     device: torch.device
     layout: Layout
+    ledger: Ledger
     spec: ModelSpec
     source: DataSource
     model: PreTrainedModel
@@ -101,23 +104,16 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
 def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_save: Callable[[SaveReport], None]) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
     spec = model_spec(config.model)
-    source = open_data(config.data, config.train.seed, spec.vocab_size)
+    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = build_ledger(
-        spec=spec,
-        parallel=config.parallel,
-        memory=config.memory,
-        train=config.train,
-        data=config.data,
-        cluster=config.cluster,
-        residency=residency_of(config.optim),
-    )
+    ledger = agreed_ledger(config, spec)
     topology = build_topology(replicate=layout.replicate, device=device.type)
-    check_room(ledger.setting)
+    check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
-    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
+    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
+        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
@@ -130,6 +126,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         topology=topology,
         device=device,
         layout=layout,
+        ledger=ledger,
         spec=spec,
         source=source,
         model=model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from .data.source import DataSource
 from .finite import RowWatch
 from .loss import IGNORE
 from .model import Tokens
+from .objectives.heads import HeadLoss, LanguageModelling, StepObjective
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,25 @@ EMPTY = Work(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
 def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[Work]:
     """This rank's work of each micro-batch; reads only the tokens it holds."""
     return [Work(*build_shard(source, step, plan, index, rank), batch.group_of(rank)) for index, batch in enumerate(plan.micro_batches)]
+
+
+def step_shape(works: Sequence[Work]) -> Hashable:
+    """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
+
+    Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
+    """
+    return tuple(
+        None
+        if work.group is None or work.layout is None
+        else (
+            work.shard.num_tokens,
+            int(np.count_nonzero(work.shard.target_ids != IGNORE)),
+            (work.group.degree, work.group.ulysses),
+            work.shard.slices,
+            work.layout.lengths,
+        )
+        for work in works
+    )
 
 
 def count_targets(works: Sequence[Work], device: torch.device) -> int:
@@ -64,11 +84,12 @@ def backward_step(
     barrier_free: bool = False,
     clocks: Sequence[BusyClock] | None = None,
     watch: RowWatch | None = None,
+    objective: StepObjective | None = None,
     on_last: Callable[[], None] | None = None,
 ) -> Tensor:
     """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
 
-    The sum over micro-batches and ranks is the loss.
+    The sum over micro-batches and ranks is the loss. `objective`: of this step; None: language modelling over `num_targets`.
 
     `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
     different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
@@ -79,6 +100,7 @@ def backward_step(
     more pass, of no tokens, that all ranks make at the end.
     """
     clocks = clocks or [BusyClock(device) for _ in works]
+    objective = objective or LanguageModelling(num_targets, device)
     shares = torch.zeros(len(works), dtype=torch.float64, device=device)
     if barrier_free:
         keep_weights(model, keep=True)
@@ -92,20 +114,34 @@ def backward_step(
             on_last()
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
         tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
-        shares[index] = _micro_batch(model, attention, tokens, num_targets)
+        shares[index] = _micro_batch(model, attention, tokens, _head_loss(objective, work, topology))
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
         if on_last is not None:
             on_last()
-        _micro_batch(model, sequence_attention(topology, kernel, None, None, BusyClock(device)), to_tokens(EMPTY, device), num_targets)
+        nothing = sequence_attention(topology, kernel, None, None, BusyClock(device))
+        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology))
     return shares
 
 
-def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, tokens: Tokens, num_targets: int) -> Tensor:
-    loss: Tensor = model(tokens, attention, 1.0 / num_targets)
+def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, tokens: Tokens, head_loss: HeadLoss) -> Tensor:
+    loss: Tensor = model(tokens, attention, head_loss)
     loss.backward()
     return loss.detach()
+
+
+def _head_loss(objective: StepObjective, work: Work, topology: Topology) -> HeadLoss:
+    """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
+    group = work.group
+    communicator = None if group is None else topology.group(group.first_rank, group.degree)
+
+    def group_sum(value: Tensor) -> Tensor:
+        if communicator is not None:
+            dist.all_reduce(value, group=communicator)
+        return value
+
+    return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.rank, group_sum=group_sum)
 
 
 def to_tokens(work: Work, device: torch.device, not_finite: Tensor | None = None) -> Tokens:

@@ -51,20 +51,23 @@ def _decode(tokenizer: str, ids: np.ndarray) -> str:
 
 def _learnt(tokenizer: str, row: Any, **options: Any) -> tuple[str, str]:
     """The whole document, and the part of it that is learnt, as text."""
-    ((ids, mask),) = _encode(tokenizer, row, **options).documents
+    (document,) = _encode(tokenizer, row, **options).documents
+    ids, mask = document.ids, document.mask
     assert mask is not None and mask.shape == ids.shape
     return _decode(tokenizer, ids), _decode(tokenizer, ids[mask])
 
 
 def test_text_ends_with_the_end_token_unless_told_otherwise(tokenizer: str) -> None:
     for options, end in (({}, "<|endoftext|>"), ({"append_eos": True}, "<|endoftext|>"), ({"append_eos": False}, "")):
-        ((ids, mask),) = _encode(tokenizer, {"text": "two plus two"}, **options).documents
+        (document,) = _encode(tokenizer, {"text": "two plus two"}, **options).documents
+        ids, mask = document.ids, document.mask
         assert mask is None
         assert _decode(tokenizer, ids) == "two plus two" + end
 
 
 def test_the_text_field_has_any_name(tokenizer: str) -> None:
-    ((ids, _),) = _encode(tokenizer, {"body": "two plus"}, text_field="body").documents
+    (document,) = _encode(tokenizer, {"body": "two plus"}, text_field="body").documents
+    ids = document.ids
     assert _decode(tokenizer, ids) == "two plus<|endoftext|>"
 
 
@@ -122,7 +125,8 @@ def test_truncation_saved_with_a_tokenizer_is_not_applied(tokenizer: str, tmp_pa
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     text = "two plus two is four and three"
-    ((ids, _),) = _encode(str(tmp_path / "tokenizer.json"), {"text": text}, append_eos=False).documents
+    (document,) = _encode(str(tmp_path / "tokenizer.json"), {"text": text}, append_eos=False).documents
+    ids = document.ids
     assert _decode(tokenizer, ids) == text
 
 
@@ -136,13 +140,15 @@ def test_an_end_token_the_tokenizer_adds_itself_is_not_doubled(tokenizer: str, t
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text(Path(tokenizer, "tokenizer_config.json").read_text())
-    ((ids, _),) = _encode(str(tmp_path), {"text": "two plus"}).documents
+    (document,) = _encode(str(tmp_path), {"text": "two plus"}).documents
+    ids = document.ids
     assert _decode(tokenizer, ids) == "two plus<|endoftext|>"
     assert _learnt(str(tmp_path), {"prompt": "two", "completion": " plus"}) == ("two plus<|endoftext|>", " plus<|endoftext|>")
 
 
 def test_whole_surrogate_pairs_are_characters(tokenizer: str) -> None:
-    ((ids, _),) = _encode(tokenizer, rb'{"text": "a \ud83d\ude00"}', kind=Format.JSONL).documents
+    (document,) = _encode(tokenizer, rb'{"text": "a \ud83d\ude00"}', kind=Format.JSONL).documents
+    ids = document.ids
     assert _decode(tokenizer, ids) == "a \U0001f600<|endoftext|>"
 
 
@@ -150,7 +156,8 @@ def test_a_byte_order_mark_is_no_text(tokenizer: str, tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(b"\xef\xbb\xbftwo plus")
     batch = RawBatch(Format.TEXT, [(str(path), str(path))], Cursor(), 0)
-    ((ids, _),) = Encoder(EncodeOptions(tokenizer)).encode(batch).documents
+    (document,) = Encoder(EncodeOptions(tokenizer)).encode(batch).documents
+    ids = document.ids
     assert _decode(tokenizer, ids) == "two plus<|endoftext|>"
 
 
@@ -216,7 +223,8 @@ def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str
     with pytest.raises(ConfigError, match=r"r0, tokenizer .* found no chat template, and a chat to render; expected one") as error:
         _encode(bare, {"messages": TALK}, skip_bad=True)
     assert error.value.hint == "--chat-template FILE.jinja"
-    ((ids, _),) = _encode(bare, {"text": "two plus"}, eos_token="<|endoftext|>").documents
+    (document,) = _encode(bare, {"text": "two plus"}, eos_token="<|endoftext|>").documents
+    ids = document.ids
     assert _decode(tokenizer, ids) == "two plus<|endoftext|>"
 
 

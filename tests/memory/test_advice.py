@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from efflaunch.errors import PlanError
 from efflaunch.launcher.compose import compose
-from efflaunch.memory.advice import largest_length, suggest
+from efflaunch.memory.advice import check_fits, largest_length, suggest
+from efflaunch.memory.config import MemoryConfig
 from efflaunch.memory.ledger import Ledger, build_ledger
 from efflaunch.parallel.config import GradReduce
 from efflaunch.training.spec import model_spec
@@ -14,6 +18,7 @@ from .settings import GIB, cluster, make_ledger, policy
 
 M = 1 << 20
 K = 1 << 10
+AUTO = MemoryConfig(name="auto", solve=True)
 TOO_LARGE: dict[str, Ledger] = {
     "1M on eight": make_ledger(length=M, tokens_per_rank=128 * K),
     "4M on eight": make_ledger(length=4 * M, tokens_per_rank=512 * K),
@@ -23,7 +28,14 @@ TOO_LARGE: dict[str, Ledger] = {
     ),
     "replicas": make_ledger(length=8 * K, tokens_per_rank=8 * K, replicate=8, machines=cluster(num_nodes=1)),
     "loss": make_ledger(length=8 * K, tokens_per_rank=8 * K, loss_chunk=8 * K, machines=cluster(device_memory_bytes=31 * GIB)),
-    "few ranks used": make_ledger(length=128 * K, tokens_per_rank=128 * K, sp_degree=1),
+    "few ranks used": make_ledger(length=128 * K, tokens_per_rank=128 * K, sp_degree=1, machines=cluster(device_memory_bytes=40 * GIB)),
+    "solved": make_ledger(length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=22 * GIB)),
+    "solved with given chunks": make_ledger(
+        length=M, tokens_per_rank=128 * K, memory=replace(AUTO, chunk_tokens=64 * K), machines=cluster(device_memory_bytes=36 * GIB)
+    ),
+    "host budget": make_ledger(
+        length=M, tokens_per_rank=128 * K, memory=replace(AUTO, host_budget=GIB), machines=cluster(device_memory_bytes=30 * GIB)
+    ),
 }
 
 
@@ -41,13 +53,15 @@ def test_suggestions_fit(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "first"),
     [
-        ("keep", ("memory=recompute",)),
+        ("keep", ("memory=auto",)),
         ("whole gradients", ("parallel.grad_reduce=micro_batch",)),
         ("replicas", ("parallel.replicate=1", "parallel.shard=null")),
-        ("loss", ("train.loss_chunk_tokens=1024",)),
-        ("few ranks used", ("memory.chunk_tokens=16K",)),
-        ("1M on eight", ("memory.chunk_tokens=16K",)),
-        ("4M on eight", ("cluster.num_nodes=8", "parallel.sp_degree=64", "parallel.tokens_per_rank=64K")),
+        ("loss", ("memory=auto",)),
+        ("few ranks used", ("memory=auto",)),
+        ("1M on eight", ("memory=auto",)),
+        ("4M on eight", ("memory=auto",)),
+        ("solved with given chunks", ("memory.chunk_tokens=null",)),
+        ("host budget", ("memory.host_budget=null",)),
     ],
 )
 def test_the_least_intrusive_comes_first(name: str, first: tuple[str, ...]) -> None:
@@ -64,7 +78,23 @@ def test_changes_are_stacked_where_one_is_not_enough() -> None:
         machines=cluster(ranks_per_node=8, device_memory_bytes=34 * GIB),
     )
     (found,) = suggest(ledger, most=1)
-    assert found.ledger.fits and found.overrides[:2] == ("memory=recompute", "parallel.grad_reduce=micro_batch")
+    assert found.ledger.fits and found.overrides[:2] == ("memory=auto", "parallel.grad_reduce=micro_batch")
+
+
+def test_simpler_changes_are_named_too() -> None:
+    assert ("train.loss_chunk_tokens=1024",) in [entry.overrides for entry in suggest(TOO_LARGE["loss"])]
+    assert ("memory=recompute",) in [entry.overrides for entry in suggest(TOO_LARGE["keep"])]
+
+
+def test_a_budget_below_what_no_policy_changes_is_refused() -> None:
+    """The error names what is there whatever the policy, the least that works, and changes that do."""
+    with pytest.raises(PlanError) as caught:
+        check_fits(TOO_LARGE["solved"])
+    text = str(caught.value)
+    for part in ("optimizer states", "whatever the policy", "cluster.num_nodes=4", "cluster.device_memory_bytes="):
+        assert part in text
+    check_fits(make_ledger(length=M, tokens_per_rank=128 * K, memory=AUTO))
+    check_fits(TOO_LARGE["keep"])  # not solved: the ledger's word is an upper bound, and its user's risk
 
 
 def test_what_fits_needs_no_advice() -> None:
@@ -91,4 +121,4 @@ def test_chunks_are_suggested_where_a_layer_is_too_large():
         data=config.data,
         cluster=config.cluster,
     )
-    assert not ledger.fits and suggest(ledger)[0].overrides == ("memory.chunk_tokens=16K",)
+    assert not ledger.fits and ("memory.chunk_tokens=16K",) in [entry.overrides for entry in suggest(ledger)]

@@ -83,10 +83,8 @@ class Trainer:
         self.snapshots += 1
 
     def gathered(self, module):
-        return {
-            name: np.array(parameter.full_tensor().detach().to(master_dtype(parameter.dtype)))
-            for name, parameter in module.named_parameters()
-        }
+        whole = {name: parameter.full_tensor().detach() for name, parameter in module.named_parameters()}
+        return {name: np.array(value.to(master_dtype(value.dtype))) for name, value in whole.items()}
 
     def states(self):
         named = dict(self.weights.named_parameters())

@@ -26,6 +26,9 @@ class ListSource:
     def lengths(self, step):
         return tuple(len(tokens) for tokens in self.documents)
 
+    def parts(self, step, index):
+        return (len(self.documents[index]),)
+
     def tokens(self, step, index, start, stop):
         return self.documents[index][start:stop], self.targets[index][start:stop]
 

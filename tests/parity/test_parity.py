@@ -211,7 +211,7 @@ def test_gradients_equal_plain_hugging_face(pool, row):
     check_parity(pool, case, [plan])
 
 
-@pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16"])
+@pytest.mark.parametrize("policy", ["keep", "recompute", "chunks_16", "streambp", "shares_streamed", "upipe_stored"])
 def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool, policy):
     """bfloat16 compute, float32 master weights and reduction: the error against float64 is that of Hugging Face in bfloat16.
 
@@ -265,7 +265,10 @@ def random_plans(draw, world=4):
 
 @seed(20)
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
-@given(plans=st.lists(random_plans(), min_size=5, max_size=5), policy=st.sampled_from(["keep", "recompute"]))
+@given(
+    plans=st.lists(random_plans(), min_size=5, max_size=5),
+    policy=st.sampled_from(["keep", "recompute", "shares_streamed", "upipe_stored", "segments_3_host"]),
+)
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):
     check_parity(pool, {"policy": policy}, plans)
 

@@ -2,6 +2,7 @@
 
 Note: what is learnt
     Text: every token. Prompt and completion: the completion, tokenised by itself so that the border is exact.
+    Pairs and completions (answers.py): the answers, each after its prompt.
     Chat: the assistant's turns. Where the chat template has {% generation %} tags they say which tokens those are;
     otherwise the conversation is rendered turn by turn, and what an assistant turn adds after the generation
     prompt (its end-of-turn token included) is learnt. That needs each rendering to be a prefix of the next:
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
+from .answers import Document, answer_documents, has_answers
+from .indexed import Kind
 from .inputs import Format, RawBatch
 from .tokenizer import load_tokenizer
 
@@ -42,9 +45,11 @@ class EncodeOptions:
 
 @dataclass(slots=True)
 class Encoded:
-    """Documents of one batch in order, as (ids int32, mask bool or None), and (reason, where) of what was left out."""
+    """Documents of one batch in order, all of one kind, and (reason, where) of what was left out."""
 
-    documents: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+    first: str = ""
+    """Where the first document is from."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -74,7 +79,7 @@ class Encoder:
     def encode(self, batch: RawBatch) -> Encoded:
         """Tokenise a batch. DataError for the first record that cannot be used, unless told to skip."""
         out = Encoded()
-        slots: list[tuple[str, np.ndarray, np.ndarray | None] | int] = []
+        slots: list[list[Document] | int] = []
         texts: list[str] = []
         for where, raw in batch.records:
             try:
@@ -82,26 +87,29 @@ class Encoder:
                 if isinstance(content, str):
                     slots.append(len(texts))
                     texts.append(content)
+                elif has_answers(content):
+                    slots.append(answer_documents(self, where, content))
                 else:
-                    slots.append((where, *self._masked(where, content)))
+                    slots.append([Document(*self._masked(where, content))])
             except DataError as error:
-                slots.append(-1)
+                slots.append([])
                 self._refuse(error, where, out)
         plain = self._texts(texts)
         for (where, _), slot in zip(batch.records, slots, strict=True):
-            if isinstance(slot, tuple):
-                self._keep(*slot, out)
-            elif slot >= 0:
-                self._keep(where, plain[slot], None, out)
+            for document in slot if isinstance(slot, list) else [Document(plain[slot], None)]:
+                self._keep(where, document, out)
         return out
 
-    def _keep(self, where: str, ids: np.ndarray, mask: np.ndarray | None, out: Encoded) -> None:
-        if len(ids) < 2:
+    def _keep(self, where: str, document: Document, out: Encoded) -> None:
+        if len(document.ids) < 2:
             out.skipped.append(("fewer than 2 tokens", where))
-        elif mask is not None and not mask[1:].any():
+        elif document.mask is not None and not document.mask[1:].any():
             self._refuse(_bad(where, "no token to learn", "a completion or an assistant turn that is not empty"), where, out)
+        elif out.documents and out.documents[0].kind is not document.kind:
+            self._refuse(other_kind(where, document.kind, out.documents[0].kind), where, out)
         else:
-            out.documents.append((ids, mask))
+            out.first = out.first or where
+            out.documents.append(document)
 
     def _refuse(self, error: DataError, where: str, out: Encoded) -> None:
         if not self.options.skip_bad:
@@ -113,12 +121,12 @@ class Encoder:
         if kind is Format.TEXT:
             return _read_text(raw)
         row = _parse_line(where, raw) if kind is Format.JSONL else raw
-        if row.get("messages") is not None or (row.get("prompt") is not None and row.get("completion") is not None):
+        if row.get("messages") is not None or has_answers(row) or (row.get("prompt") is not None and row.get("completion") is not None):
             return dict(row)
         text = row.get(self.options.text_field)
         if isinstance(text, str):
             return text
-        expected = f"a string in '{self.options.text_field}', or 'messages', or 'prompt' and 'completion'"
+        expected = f"a string in '{self.options.text_field}', or 'messages', or 'prompt' and 'completion', a pair or 'completions'"
         found = (
             f"{type(text).__name__} in '{self.options.text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
         )
@@ -131,13 +139,20 @@ class Encoder:
         if not isinstance(prompt, str) or not isinstance(completion, str):
             found = f"{type(prompt).__name__} and {type(completion).__name__} in 'prompt' and 'completion'"
             raise _bad(where, found, "two strings (conversations go into 'messages')")
-        first = self._backend.encode(prompt, add_special_tokens=True).ids
-        if first and first[-1] == self.tokenizer.eos_token_id:
-            first = first[:-1]  # added by the tokenizer, as if the prompt were all
-        second = self._backend.encode(completion, add_special_tokens=False).ids
-        end = self._end() if second else []
-        ids = np.array([*first, *second, *end], dtype=np.int32)
+        first = self.prompt_ids(prompt)
+        ids = np.array([*first, *self.answer_ids(completion)], dtype=np.int32)
         return ids, np.arange(len(ids)) >= len(first)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What comes before an answer."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        # An end token is added by some tokenizers, as if the prompt were all.
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def answer_ids(self, text: str) -> list[int]:
+        """An answer, tokenised by itself, and the end token; nothing for an empty one."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [*ids, *self._end()] if ids else []
 
     def _texts(self, texts: list[str]) -> list[np.ndarray]:
         out = []
@@ -255,6 +270,11 @@ def _check_messages(where: str, messages: Any) -> None:
         raise _bad(where, "'messages' that are no conversation", "a list of objects with 'role' and 'content'")
     if messages[0]["role"] == "assistant":
         raise _bad(where, "a conversation that starts with the assistant", "a system or user turn first")
+
+
+def other_kind(where: str, found: Kind, expected: Kind) -> DataError:
+    """The error for a record that does not belong to the corpus the others make."""
+    return _bad(where, f"{found.value} after {expected.value}", "records of one kind in one corpus", "one --out for each kind of record")
 
 
 def _bad(where: str, found: str, expected: str, hint: str = "mend it, or leave such records out with --skip-bad") -> DataError:

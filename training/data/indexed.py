@@ -6,7 +6,10 @@ with the number of items at the end (int64); then, in multimodal corpora only, o
 A document is one or more items; items lie end to end in the .bin file.
 
 Beside it there may be PREFIX.mask.bin, one uint8 per token in the same order (1: the token is a training target),
-and PREFIX.json, what `efflaunch data prepare` wrote about it.
+and PREFIX.json, what `efflaunch data prepare` wrote about it. Its "kind" says what the documents are:
+    documents     text, prompt and completion, chats (also where there is no PREFIX.json)
+    pairs         two items a document: the prompt with the chosen answer, the prompt with the rejected one
+    completions   a prompt with one of its completions; PREFIX.scalars.bin holds (reward, advantage) per document, float64
 """
 
 from __future__ import annotations
@@ -15,11 +18,21 @@ import json
 import os
 import struct
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from ...errors import DataError
+
+
+class Kind(Enum):
+    """What the documents of a corpus are."""
+
+    DOCUMENTS = "documents"
+    PAIRS = "pairs"
+    COMPLETIONS = "completions"
+
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -43,6 +56,10 @@ class Index:
 
     dtype: np.dtype[Any]
     starts: np.ndarray
+    items: np.ndarray
+    """Where each item starts, and the end, counted the same way."""
+    first_items: np.ndarray
+    """The item each document starts at, and the end."""
 
 
 def read_index(path: str) -> Index:
@@ -63,10 +80,10 @@ def read_index(path: str) -> Index:
     if size not in (expected, expected + num_items):
         raise _damaged(path, f"{size:,} bytes", f"{expected:,} bytes for {num_items:,} items and {num_boundaries - 1:,} documents")
     dtype = stored_dtype(DTYPE_NAMES[code])
-    return Index(dtype, _document_starts(path, num_items, num_boundaries, dtype.itemsize))
+    return _checked_index(path, num_items, num_boundaries, dtype)
 
 
-def _document_starts(path: str, num_items: int, num_boundaries: int, itemsize: int) -> np.ndarray:
+def _checked_index(path: str, num_items: int, num_boundaries: int, dtype: np.dtype[Any]) -> Index:
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     at = HEADER.size
     lengths = raw[at : at + 4 * num_items].view("<i4")
@@ -76,12 +93,12 @@ def _document_starts(path: str, num_items: int, num_boundaries: int, itemsize: i
         raise _damaged(path, "a negative item length", "lengths of zero or more")
     offsets = np.zeros(num_items + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    if not np.array_equal(pointers, offsets[:-1] * itemsize):
+    if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
         raise _damaged(path, "items that do not lie end to end", "each item to start where the one before it stops")
     ordered = bool(np.all(boundaries[1:] >= boundaries[:-1]))
     if num_boundaries < 1 or boundaries[0] != 0 or boundaries[-1] != num_items or not ordered:
         raise _damaged(path, "a document list that does not cover the items in order", f"one from 0 to {num_items:,}")
-    return np.asarray(offsets[boundaries])
+    return Index(dtype, np.asarray(offsets[boundaries]), offsets, boundaries)
 
 
 class IndexedCorpus:
@@ -100,6 +117,9 @@ class IndexedCorpus:
         self.metadata = read_metadata(self.prefix)
         """Content of PREFIX.json, or None where the corpus was made by something else."""
         self._mask = self._open_mask()
+        self.kind = Kind((self.metadata or {}).get("kind", Kind.DOCUMENTS.value))
+        self._first_parts = self._open_pairs(index) if self.kind is Kind.PAIRS else None
+        self._scalars = self._open_scalars() if self.kind is Kind.COMPLETIONS else None
 
     @property
     def num_documents(self) -> int:
@@ -113,20 +133,43 @@ class IndexedCorpus:
     def has_mask(self) -> bool:
         return self._mask is not None
 
+    def parts(self, document: int) -> tuple[int, ...]:
+        """Of a pair: tokens of the chosen and of the rejected half, each with its prompt; else nothing."""
+        if self._first_parts is None:
+            return ()
+        first = int(self._first_parts[document])
+        return first, int(self.lengths[document]) - first
+
+    def advantage(self, document: int) -> float:
+        """Of a completion: how much better than its group it was rewarded."""
+        assert self._scalars is not None, f"{self.prefix} holds {self.kind.value}"
+        return float(self._scalars[2 * document + 1])
+
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start ... stop - 1` of a document, int64."""
-        return np.asarray(self._tokens[self._span(document, start, stop)]).astype(np.int64)
+        return np.asarray(self._tokens[self.span(document, start, stop)]).astype(np.int64)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """For the same tokens: bool, True where the token is a training target; None where everything is."""
         if self._mask is None:
             return None
-        return np.asarray(np.asarray(self._mask[self._span(document, start, stop)]) != 0)
+        return np.asarray(np.asarray(self._mask[self.span(document, start, stop)]) != 0)
 
-    def _span(self, document: int, start: int, stop: int) -> slice:
+    def span(self, document: int, start: int, stop: int) -> slice:
+        """The same tokens counted over the whole corpus."""
         assert 0 <= start <= stop <= int(self.lengths[document]), (self.prefix, document, start, stop)
         begin = int(self._starts[document])
         return slice(begin + start, begin + stop)
+
+    def _open_pairs(self, index: Index) -> np.ndarray:
+        if not np.array_equal(index.first_items, np.arange(0, 2 * self.num_documents + 1, 2)):
+            raise _damaged(self.prefix + ".idx", "documents that are not two items each", f"the pairs that {self.prefix}.json speaks of")
+        return np.asarray(np.diff(index.items)[::2])
+
+    def _open_scalars(self) -> np.ndarray:
+        return open_companion(
+            self.prefix + ".scalars.bin", np.dtype("<f8"), 2 * self.num_documents, "reward and advantage of each document"
+        )
 
     def _open_mask(self) -> np.ndarray | None:
         path = self.prefix + ".mask.bin"
@@ -172,6 +215,19 @@ def _open_array(path: str, dtype: np.dtype[Any], num_tokens: int) -> np.ndarray:
     if size != expected:
         kind = "cut short" if size < expected else "too long"
         raise _damaged(path, f"{size:,} bytes ({kind})", f"{expected:,} bytes: {num_tokens:,} tokens of {dtype.itemsize} as the .idx says")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def open_companion(path: str, dtype: np.dtype[Any], length: int, meaning: str, hint: str = MAKE_HINT) -> np.ndarray:
+    """Numbers beside a corpus, memory-mapped; DataError where there are not exactly `length`."""
+    size, expected = _size(path), length * dtype.itemsize
+    if size != expected:
+        raise DataError(
+            f"corpus file {path}",
+            found=f"{size:,} bytes",
+            expected=f"{expected:,} bytes: {meaning}, {length:,} numbers of {dtype.itemsize} bytes",
+            hint=hint,
+        )
     return np.memmap(path, dtype=dtype, mode="r")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import DataError
 
-RECORD_FIELDS = ("messages", "tools", "prompt", "completion")
+RECORD_FIELDS = ("messages", "tools", "prompt", "completion", "chosen", "rejected", "completions")
 """Columns that mean something besides the text field."""
 _BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 512

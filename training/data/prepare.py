@@ -20,7 +20,7 @@ import numpy as np
 
 from ...durable import write_atomic
 from ...errors import DataError, UserError
-from .encode import Encoded, EncodeOptions, Encoder
+from .encode import Encoded, EncodeOptions, Encoder, other_kind
 from .indexed import dtype_for, read_metadata
 from .inputs import Cursor, Format, Input, find_inputs, read_batches
 from .tokenizer import read_vocabulary
@@ -139,8 +139,10 @@ class _Attempt:
         started = committed = time.monotonic()
         batches = read_batches(self.inputs, request.encode.text_field, state.cursor)
         for batch, encoded in encode_all(batches, request.encode, _num_workers(request, total - resumed)):
-            for ids, mask in encoded.documents:
-                writer.add(ids, mask)
+            for document in encoded.documents:
+                if writer.documents and document.kind is not writer.kind:
+                    raise other_kind(encoded.first, document.kind, writer.kind)
+                writer.add_document(document)
             state.skip(encoded)
             state.cursor, state.done_bytes = batch.after, batch.done_bytes
             if time.monotonic() - committed >= request.commit_every_s:
@@ -227,9 +229,10 @@ def _resumed(request: Request, state_path: Path, identity: dict[str, str]) -> _S
 def _metadata(attempt: _Attempt, encoder: Encoder) -> dict[str, Any]:
     request, inputs, writer, state = attempt.request, attempt.inputs, attempt.writer, attempt.state
     vocabulary = read_vocabulary(request.encode.tokenizer)
-    lengths = document_lengths(request.out, writer.documents)
+    lengths = document_lengths(request.out, writer.documents, writer.items)
     quantiles = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest").astype(int).tolist()
     return {
+        "kind": writer.kind.value,
         "documents": writer.documents,
         "tokens": writer.tokens,
         "loss_mask": state.writer.has_mask,

@@ -143,6 +143,32 @@ class Sampler:
         return self._epochs[epoch]
 
 
+class InOrder:
+    """Some rows of a table once, in order, cut into steps of at most `batch_tokens`; a longer sequence is a step of its own."""
+
+    seed = 0
+
+    def __init__(self, table: SequenceTable, rows: np.ndarray, batch_tokens: int) -> None:
+        self.batch_tokens, self._rows = batch_tokens, rows
+        lengths = table.lengths_of(rows)
+        self.epoch_tokens = int(lengths.sum())
+        cuts, held = [0], 0
+        for index, length in enumerate(lengths.tolist()):
+            if held and held + length > batch_tokens:
+                cuts.append(index)
+                held = 0
+            held += length
+        self._cuts = [*cuts, len(rows)] if len(rows) else [0]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._cuts) - 1
+
+    def step(self, step: int) -> np.ndarray:
+        """Indices (int64) into the table of the sequences of a step, counted from 0."""
+        return self._rows[self._cuts[step] : self._cuts[step + 1]]
+
+
 def shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `size` indices: sorted by a hash of (seed, epoch, index).
 

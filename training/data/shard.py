@@ -1,4 +1,9 @@
-"""What one rank feeds to the model in one micro-batch: its slices of the group's sequences, packed end to end."""
+"""What one rank feeds to the model in one micro-batch: its slices of the group's documents, packed end to end.
+
+Note: parts. A sequence of a plan is what lies in one group of one micro-batch. Mostly that is one document; a pair of answers is
+two, each with positions from 0 and attention to itself alone. Plans count the tokens of the sequence; the group's layout is of
+documents, so nothing below it knows of pairs.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,16 @@ from .source import DataSource
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One document of the group: `length` tokens from `offset` on of sequence `sequence` of the step, its `number`-th document."""
+
+    sequence: int
+    number: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class PackedShard:
     """T resident tokens of one rank, all int64 (T,); T is 0 for a rank without work."""
 
@@ -19,9 +34,11 @@ class PackedShard:
     target_ids: np.ndarray
     """Shifted once over the whole document; -100 where there is no loss."""
     position_ids: np.ndarray
-    """From 0 in each sequence."""
+    """From 0 in each document."""
     slices: Slices
-    """Where the tokens lie: `slices[i].sequence` counts in the group's own order."""
+    """Where the tokens lie: `slices[i].sequence` counts in `parts`."""
+    parts: tuple[Part, ...] = ()
+    """The group's documents in its own order."""
 
     @property
     def num_tokens(self) -> int:
@@ -34,14 +51,28 @@ def build_shard(source: DataSource, step: int, plan: StepPlan, micro_batch: int,
     group = plan.micro_batches[micro_batch].group_of(rank)
     if group is None:
         return _packed([], [], []), None
-    layout = group_layout(tuple(plan.lengths[i] for i in group.sequences), ulysses=group.ulysses, ring=group.ring)
+    parts = tuple(part for sequence in group.sequences for part in _parts(source, step, sequence))
+    layout = group_layout(tuple(part.length for part in parts), ulysses=group.ulysses, ring=group.ring)
     slices = layout.member_slices[rank - group.first_rank]
-    read = [source.tokens(step, group.sequences[piece.sequence], piece.start, piece.stop) for piece in slices]
+    read = []
+    for piece in slices:
+        part = parts[piece.sequence]
+        read.append(source.tokens(step, part.sequence, part.offset + piece.start, part.offset + piece.stop))
     positions = [np.arange(piece.start, piece.stop, dtype=np.int64) for piece in slices]
-    return _packed([ids for ids, _ in read], [targets for _, targets in read], positions, slices), layout
+    return _packed([ids for ids, _ in read], [targets for _, targets in read], positions, slices, parts), layout
 
 
-def _packed(ids: list[np.ndarray], targets: list[np.ndarray], positions: list[np.ndarray], slices: Slices = ()) -> PackedShard:
+def _parts(source: DataSource, step: int, sequence: int) -> list[Part]:
+    out, offset = [], 0
+    for number, length in enumerate(source.parts(step, sequence)):
+        out.append(Part(sequence, number, offset, length))
+        offset += length
+    return out
+
+
+def _packed(
+    ids: list[np.ndarray], targets: list[np.ndarray], positions: list[np.ndarray], slices: Slices = (), parts: tuple[Part, ...] = ()
+) -> PackedShard:
     empty = np.zeros(0, dtype=np.int64)
-    token_ids, target_ids, position_ids = (np.concatenate([empty, *parts]) for parts in (ids, targets, positions))
-    return PackedShard(token_ids, target_ids, position_ids, slices)
+    token_ids, target_ids, position_ids = (np.concatenate([empty, *arrays]) for arrays in (ids, targets, positions))
+    return PackedShard(token_ids, target_ids, position_ids, slices, parts)

@@ -8,27 +8,45 @@ from dataclasses import replace
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ..config import DataConfig, LongDocuments
-from .indexed import IndexedCorpus
-from .sampler import Sampler, Sequence, SequenceTable
+from ..config import DataConfig, LongDocuments, Objective
+from .indexed import IndexedCorpus, Kind
+from .sampler import InOrder, Sampler, Sequence, SequenceTable
 from .tokenizer import read_vocabulary
 
 IGNORE = -100
 """Target of a position that has no loss."""
 
 
+KINDS = {Objective.LANGUAGE_MODELLING: Kind.DOCUMENTS, Objective.DPO: Kind.PAIRS, Objective.GRPO: Kind.COMPLETIONS}
+"""What each objective is about."""
+
+
 class DataSource:
     """Sequences of every step, from one or more indexed corpora. Steps count from 0."""
 
     def __init__(
-        self, corpora: list[IndexedCorpus], table: SequenceTable, sampler: Sampler, vocab_size: int, tokenizer: str | None = None
+        self, corpora: list[IndexedCorpus], table: SequenceTable, sampler: Sampler | InOrder, vocab_size: int, tokenizer: str | None = None
     ) -> None:
         self.corpora, self.table, self.sampler, self.vocab_size, self.tokenizer = corpora, table, sampler, vocab_size, tokenizer
         self._steps: dict[int, np.ndarray] = {}
 
+    def in_order(self, rows: np.ndarray) -> DataSource:
+        """The given rows of the table once, in order, as steps of about the same size."""
+        sampler = InOrder(self.table, rows, self.sampler.batch_tokens)
+        return DataSource(self.corpora, self.table, sampler, self.vocab_size, self.tokenizer)
+
+    def sequence(self, step: int, index: int) -> Sequence:
+        """What the step's sequence `index` is."""
+        return self.table[int(self._rows(step)[index])]
+
     def lengths(self, step: int) -> tuple[int, ...]:
         """Tokens of each sequence of the step; nothing is read."""
         return tuple(self.table.lengths_of(self._rows(step)).tolist())
+
+    def parts(self, step: int, index: int) -> tuple[int, ...]:
+        """Tokens of each document inside the step's sequence `index`: one, or two where it is a pair of answers."""
+        sequence = self.sequence(step, index)
+        return self.corpora[sequence.corpus].parts(sequence.document) or (len(sequence),)
 
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and target ids (both int64, (stop - start,)) of positions of the step's sequence `index`.
@@ -36,7 +54,7 @@ class DataSource:
         target[t] is token t + 1 of the document, -100 at its end and where the loss mask says so.
         DataError for an id outside the model's vocabulary.
         """
-        sequence = self._sequence(step, index)
+        sequence = self.sequence(step, index)
         assert 0 <= start <= stop <= len(sequence), (step, index, start, stop)
         corpus = self.corpora[sequence.corpus]
         begin, end = sequence.start + start, sequence.start + stop
@@ -59,7 +77,7 @@ class DataSource:
 
     def describe(self, step: int, index: int, start: int = 0, stop: int | None = None) -> str:
         """`corpus PREFIX document 17 tokens 0-8192`, for messages: positions `start ... stop - 1` of the sequence (None: all)."""
-        sequence = self._sequence(step, index)
+        sequence = self.sequence(step, index)
         stop = len(sequence) if stop is None else stop
         return self._describe(replace(sequence, start=sequence.start + start, stop=sequence.start + stop))
 
@@ -85,9 +103,6 @@ class DataSource:
             self._steps = {key: rows for key, rows in self._steps.items() if abs(key - step) < 8}
             self._steps[step] = self.sampler.step(step)
         return self._steps[step]
-
-    def _sequence(self, step: int, index: int) -> Sequence:
-        return self.table[int(self._rows(step)[index])]
 
     def _describe(self, sequence: Sequence) -> str:
         corpus = self.corpora[sequence.corpus].prefix
@@ -127,22 +142,29 @@ def no_loss_token(corpus: IndexedCorpus, document: int) -> DataError:
     )
 
 
-def open_data(config: DataConfig, seed: int, model_vocab_size: int) -> DataSource:
-    """The data of a run, checked: corpora whole, tokenizer inside the model's vocabulary, something to train on."""
+def open_data(config: DataConfig, seed: int, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> DataSource:
+    """The data of a run, checked: corpora whole and of the objective's kind, tokenizer inside the model's vocabulary,
+    something to train on."""
     prefixes, tokenizer = _located(config)
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     check_vocabularies(corpora, tokenizer, model_vocab_size)
+    check_kinds(corpora, objective)
     split = config.long_documents is LongDocuments.SPLIT
+    if split and objective is not Objective.LANGUAGE_MODELLING:
+        _check_lengths(corpora, config.max_seq_len)
     table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=config.max_seq_len, split=split)
     table = _without_untaught_pieces(corpora, table)
     return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
 
 
-def check_corpora(config: DataConfig, model_vocab_size: int) -> None:
-    """DataError where corpora or tokenizer cannot be used. Opens the prefixes only: a built-in corpus is made by the run."""
+def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> None:
+    """DataError where corpora or tokenizer cannot be used, or are not for the objective. Opens the prefixes only: built-in ones are
+    made by the run."""
     if config.builtin is None:
         prefixes, tokenizer = _located(config)
-        check_vocabularies([IndexedCorpus(prefix) for prefix in prefixes], tokenizer, model_vocab_size)
+        corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+        check_vocabularies(corpora, tokenizer, model_vocab_size)
+        check_kinds(corpora, objective)
 
 
 def _located(config: DataConfig) -> tuple[list[str], str | None]:
@@ -159,6 +181,32 @@ def _located(config: DataConfig) -> tuple[list[str], str | None]:
 
     made = builtin_corpus(config.builtin, vocab_size=config.vocab_size, cache_dir=config.cache_dir)
     return [made.prefix], config.tokenizer or made.tokenizer
+
+
+def check_kinds(corpora: list[IndexedCorpus], objective: Objective) -> None:
+    """DataError for a corpus whose documents are not what the objective is about."""
+    for corpus in corpora:
+        if corpus.kind is not KINDS[objective]:
+            fitting = next(name for name, kind in KINDS.items() if kind is corpus.kind)
+            raise DataError(
+                f"corpus {corpus.prefix}",
+                found=f"{corpus.kind.value}",
+                expected=f"{KINDS[objective].value}, for train.objective={objective.value}",
+                hint=f"train.objective={fitting.value}, or other data.prefixes",
+            )
+
+
+def _check_lengths(corpora: list[IndexedCorpus], max_seq_len: int) -> None:
+    # Half of a pair, or a completion without its prompt, would be another thing to learn.
+    for corpus in corpora:
+        longest = int(corpus.lengths.argmax())
+        if corpus.lengths[longest] > max_seq_len:
+            raise DataError(
+                f"corpus {corpus.prefix} document {longest}",
+                found=f"{corpus.lengths[longest]:,} tokens",
+                expected=f"at most data.max_seq_len={max_seq_len}: {corpus.kind.value} are not split (a pair counts both its halves)",
+                hint=f"data.max_seq_len={corpus.lengths[longest]}, or data.long_documents=drop",
+            )
 
 
 def check_vocabularies(corpora: list[IndexedCorpus], tokenizer: str | None, model_vocab_size: int) -> None:

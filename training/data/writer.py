@@ -13,9 +13,10 @@ import numpy as np
 
 from ...durable import sync, write_atomic
 from ...errors import DataError
-from .indexed import DTYPE_NAMES, HEADER, MAGIC, stored_dtype
+from .answers import Document
+from .indexed import DTYPE_NAMES, HEADER, MAGIC, Kind, stored_dtype
 
-FINAL_SUFFIXES = (".bin", ".mask.bin", ".json", ".idx")
+FINAL_SUFFIXES = (".bin", ".mask.bin", ".scalars.bin", ".json", ".idx")
 """In the order they appear: a reader starts from the .idx, so that one comes last."""
 _LENGTHS = ".lengths.part"
 _CHUNK = 1 << 20
@@ -29,6 +30,7 @@ class WriterState:
     tokens: int = 0
     loss_tokens: int = 0
     has_mask: bool = False
+    kind: str = Kind.DOCUMENTS.value
 
 
 class IndexedWriter:
@@ -41,15 +43,37 @@ class IndexedWriter:
         self._max = int(np.iinfo(self.dtype).max)
         state = resume or WriterState()
         self.documents, self.tokens, self.loss_tokens = state.documents, state.tokens, state.loss_tokens
+        self.kind = Kind(state.kind)
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_part(_part(prefix, ".bin"), state.tokens * self.dtype.itemsize)
-        self._lengths = _open_part(prefix + _LENGTHS, 4 * state.documents)
+        self._lengths = _open_part(prefix + _LENGTHS, 4 * state.documents * self.items)
+        self._scalars: BinaryIO | None = None
+        if self.kind is Kind.COMPLETIONS:
+            self._scalars = _open_part(_part(prefix, ".scalars.bin"), 16 * state.documents)
+        else:
+            Path(_part(prefix, ".scalars.bin")).unlink(missing_ok=True)
         self._mask: BinaryIO | None = _open_part(_part(prefix, ".mask.bin"), state.tokens) if state.has_mask else None
         if not state.has_mask:
             Path(_part(prefix, ".mask.bin")).unlink(missing_ok=True)
 
-    def add(self, token_ids: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """One document, and which of its tokens are training targets (None: all)."""
+    @property
+    def items(self) -> int:
+        """Items of each document."""
+        return 2 if self.kind is Kind.PAIRS else 1
+
+    def add_document(self, document: Document) -> None:
+        """One document of any kind; all of a corpus are of the kind of the first."""
+        if self.documents == 0 and document.kind is not self.kind:
+            self.kind = document.kind
+            if self.kind is Kind.COMPLETIONS:
+                self._scalars = _open_part(_part(self.prefix, ".scalars.bin"), 0)
+        assert document.kind is self.kind, (document.kind, self.kind)
+        if self._scalars is not None:
+            self._scalars.write(np.array(document.scalars, dtype="<f8").tobytes())
+        self.add(document.ids, document.mask, document.first)
+
+    def add(self, token_ids: np.ndarray, mask: np.ndarray | None = None, first: int = 0) -> None:
+        """One document, and which of its tokens are training targets (None: all); `first`: tokens of a pair's first half."""
         if len(token_ids) >= 1 << 31:
             raise DataError(
                 f"{self.prefix}: document {self.documents}",
@@ -65,7 +89,8 @@ class IndexedWriter:
             assert len(ones) == len(token_ids), (len(ones), len(token_ids))
             self._mask.write(ones.tobytes())
         self._bin.write(token_ids.astype(self.dtype).tobytes())
-        self._lengths.write(np.array([len(token_ids)], dtype="<i4").tobytes())
+        items = [first, len(token_ids) - first] if self.kind is Kind.PAIRS else [len(token_ids)]
+        self._lengths.write(np.array(items, dtype="<i4").tobytes())
         self.documents += 1
         self.tokens += len(token_ids)
         self.loss_tokens += len(token_ids) if mask is None else int(np.count_nonzero(mask))
@@ -79,17 +104,17 @@ class IndexedWriter:
 
     def commit(self) -> WriterState:
         """Everything added so far is on disk when this returns."""
-        for stream in (self._bin, self._lengths, self._mask):
+        for stream in (self._bin, self._lengths, self._mask, self._scalars):
             if stream is not None:
                 stream.flush()
                 os.fsync(stream.fileno())
-        return WriterState(self.documents, self.tokens, self.loss_tokens, self._mask is not None)
+        return WriterState(self.documents, self.tokens, self.loss_tokens, self._mask is not None, self.kind.value)
 
     def seal(self, metadata: dict[str, Any] | None = None) -> None:
         """Write the index and `metadata` (as PREFIX.json), still under temporary names."""
         self.commit()
         with open(_part(self.prefix, ".idx"), "wb") as stream:
-            stream.write(HEADER.pack(MAGIC, 1, self._code, self.documents, self.documents + 1))
+            stream.write(HEADER.pack(MAGIC, 1, self._code, self.documents * self.items, self.documents + 1))
             self._write_index(stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -97,15 +122,16 @@ class IndexedWriter:
             write_atomic(Path(_part(self.prefix, ".json")), (json.dumps(metadata, indent=1) + "\n").encode())
 
     def _write_index(self, stream: BinaryIO) -> None:
-        lengths = document_lengths(self.prefix, self.documents)
+        lengths = _item_lengths(self.prefix, self.documents * self.items)
         stream.write(lengths.tobytes())
         at = 0
-        for first in range(0, self.documents, _CHUNK):
+        for first in range(0, len(lengths), _CHUNK):
             ends = at + np.cumsum(lengths[first : first + _CHUNK], dtype=np.int64) * self.dtype.itemsize
             stream.write(np.concatenate(([at], ends[:-1])).astype("<i8").tobytes())
             at = int(ends[-1])
         for first in range(0, self.documents + 1, _CHUNK):
-            stream.write(np.arange(first, min(first + _CHUNK, self.documents + 1), dtype="<i8").tobytes())
+            boundaries = np.arange(first, min(first + _CHUNK, self.documents + 1), dtype="<i8") * self.items
+            stream.write(boundaries.astype("<i8").tobytes())
 
     def finish(self, metadata: dict[str, Any] | None = None) -> None:
         """Seal and publish: afterwards the corpus is there, whole, under its names."""
@@ -115,7 +141,7 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Let go of the parts, and of the lock that keeps a second writer away."""
-        for stream in (self._bin, self._lengths, self._mask):
+        for stream in (self._bin, self._lengths, self._mask, self._scalars):
             if stream is not None:
                 stream.close()
 
@@ -136,11 +162,16 @@ def discard(prefix: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def document_lengths(prefix: str, num_documents: int) -> np.ndarray:
-    """Lengths (int32) of the documents in an unfinished corpus whose parts are flushed."""
-    if num_documents == 0:
+def document_lengths(prefix: str, num_documents: int, items: int = 1) -> np.ndarray:
+    """Tokens of the documents of `items` items each in an unfinished corpus whose parts are flushed."""
+    lengths = _item_lengths(prefix, num_documents * items)
+    return lengths if items == 1 else lengths.reshape(-1, items).sum(1, dtype=np.int64)
+
+
+def _item_lengths(prefix: str, num_items: int) -> np.ndarray:
+    if num_items == 0:
         return np.zeros(0, dtype="<i4")
-    return np.memmap(prefix + _LENGTHS, dtype="<i4", mode="r", shape=(num_documents,))
+    return np.memmap(prefix + _LENGTHS, dtype="<i4", mode="r", shape=(num_items,))
 
 
 def _part(prefix: str, suffix: str) -> str:

@@ -34,11 +34,11 @@ class Settings(Protocol):
 
 
 def build_trained(
-    config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, device: torch.device, store: HostStore | None = None
+    config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, device: torch.device, store: HostStore | None = None, *, load: bool = True
 ) -> tuple[PreTrainedModel, Updater]:
     """The sharded model with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
-    `store` takes what `policy` moves to the host.
+    `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
     """
     compute, on_host = getattr(torch, config.train.dtype.value), config.optim.states is States.HOST
     model = build_empty(
@@ -54,7 +54,7 @@ def build_trained(
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights)
-    if config.model.path is not None:
+    if load and config.model.path is not None:
         load_weights(weights, config.model.path)
     return model, build_updater(model, weights, config.optim, device)
 

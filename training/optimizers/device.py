@@ -45,6 +45,9 @@ class StepUpdater:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
     def weights_changed(self) -> None:
         """Nothing: they are the model's own."""
 
@@ -139,6 +142,9 @@ class BackwardUpdater:
         """Nothing is left to do."""
         self._clear()
 
+    def discard(self) -> None:
+        self._clear()
+
     def weights_changed(self) -> None:
         """Nothing: they are the model's own."""
 
@@ -186,8 +192,7 @@ class BackwardUpdater:
 
 
 def first_bad(finite: Sequence[tuple[Bucket, torch.Tensor]], buckets: Sequence[Bucket], norm: float) -> str | None:
-    """Which module was the first of any rank, in the order of backward, that had a gradient that is not finite.
-    Collective if `norm` is not.
+    """Which module was the first of any rank, in backward's order, with a gradient that is not finite. Collective if `norm` is not.
 
     A norm can overflow though every module's is finite: then the first module of backward is named.
     """

@@ -57,6 +57,10 @@ class Updater(Protocol):
         """What was not updated in backward is; gradients are gone, the model's weights are the new ones."""
         ...
 
+    def discard(self) -> None:
+        """Instead of `finish` and `apply`: gradients are gone, and what was not updated in backward stays as it is."""
+        ...
+
     def weights_changed(self) -> None:
         """`weights` were written from outside (initialised, loaded, restored): the model gets them."""
         ...

@@ -1,0 +1,22 @@
+"""Where a rank is in its step: what an out-of-memory report names. A few attribute writes a layer; no tensors, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Position:
+    """Kept up to date by the trunk (training/model.py), the layer executor (memory/layer.py) and the loop (training/run.py)."""
+
+    phase: str = "start"
+    """`forward`, `loss`, `backward`, `optimizer`; anything else is shown as it is."""
+    layer: int | None = None
+    """The decoder layer that runs, from 0."""
+
+    def at(self, phase: str, layer: int | None = None) -> None:
+        """From now on."""
+        self.phase, self.layer = phase, layer
+
+    def __str__(self) -> str:
+        return self.phase if self.layer is None else f"{self.phase} of layer {self.layer}"

@@ -1,0 +1,77 @@
+"""What the ranks of an objective's parity row do."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.topology import build_topology
+from efflaunch.tests.parity.ranks_side import POLICIES
+from efflaunch.training.model import build_model, write_shard
+from efflaunch.training.objectives.heads import Preference, Rollout
+from efflaunch.training.objectives.rollout import RolloutOptions
+from efflaunch.training.step import backward_step, count_targets, read_step
+
+CPU = torch.device("cpu")
+
+
+class UnitSource:
+    """Sequences of one or two documents, each (tokens, mask)."""
+
+    def __init__(self, units):
+        self.units = units
+
+    def lengths(self, step):
+        return tuple(sum(self.parts(step, index)) for index in range(len(self.units)))
+
+    def parts(self, step, index):
+        return tuple(len(tokens) for tokens, _ in self.units[index])
+
+    def tokens(self, step, index, start, stop):
+        ids = np.concatenate([tokens for tokens, _ in self.units[index]])
+        targets = np.concatenate([np.append(np.where(mask[1:], tokens[1:], -100), -100) for tokens, mask in self.units[index]])
+        return ids[start:stop], targets[start:stop]
+
+
+def _units(objective, told):
+    return told["documents"] if objective == "dpo" else [(document,) for document in told["documents"]]
+
+
+def _objective(objective, told, num_targets):
+    if objective == "dpo":
+        reference = told["reference"]
+        return Preference(len(reference), CPU, beta=told["beta"], reference=lambda sequence: reference[sequence])
+
+    def data(sequence, start, stop):
+        old, reference = (np.append(told[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
+        return told["advantages"][sequence], old, reference
+
+    return Rollout(num_targets, CPU, options=RolloutOptions(told["low"], told["high"], told["weight"]), data=data, kl=True)
+
+
+def run_objective(objective, case, weights, told, plan):
+    """(loss, means, gradients by name) on rank 0."""
+    from efflaunch.tests.parity.reference import hf_config, lift_to_float64
+
+    torch.set_num_threads(1)
+    lift_to_float64()
+    topology = build_topology(replicate=1, device="cpu")
+    model = build_model(
+        hf_config(case["family"]), POLICIES[case.get("policy", "keep")], topology.mesh,
+        device=CPU, compute_dtype=torch.float64, seed=0, loss_chunk_tokens=case["loss_chunk"],
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        write_shard(parameter, torch.from_numpy(weights[name]))
+    works = read_step(UnitSource(_units(objective, told)), 0, plan, topology.rank)
+    count = count_targets(works, CPU)
+    step = _objective(objective, told, count)
+    loss = backward_step(
+        model, topology, CpuKernel(), works,
+        num_targets=count, reduce_each=False, device=CPU, barrier_free=case.get("barrier_free", False), objective=step,
+    ).sum()  # fmt: skip
+    sums = torch.cat([loss.reshape(1), step.stats])
+    dist.all_reduce(sums)
+    gradients = {name: np.array(parameter.grad.full_tensor()) for name, parameter in model.named_parameters()}
+    return (float(sums[0]), sums[1:].numpy() / step.count, gradients) if dist.get_rank() == 0 else None

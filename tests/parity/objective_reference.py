@@ -1,0 +1,44 @@
+"""DPO and GRPO by plain torch on a plain Hugging Face model: whole logits, autograd, one document at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+def log_probs(model, tokens):
+    """Log-probability of each token after the first under the model, (len - 1,)."""
+    ids = torch.as_tensor(tokens).unsqueeze(0)
+    logits = model(input_ids=ids, position_ids=torch.arange(ids.shape[1]).unsqueeze(0), use_cache=False).logits[0]
+    return logits[:-1].log_softmax(-1).gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1)
+
+
+def answer(model, tokens, mask):
+    """Summed log-probability of the tokens whose mask is set."""
+    return log_probs(model, tokens)[torch.as_tensor(mask[1:])].sum()
+
+
+def dpo(model, pairs, reference, beta):
+    """Mean over pairs; `pairs`: ((tokens, mask) chosen, (tokens, mask) rejected), `reference` (P, 2). Also (margins, rewards)."""
+    losses, rewards = [], []
+    for (chosen, rejected), known in zip(pairs, reference, strict=True):
+        good, bad = (beta * (answer(model, *half) - value) for half, value in zip((chosen, rejected), known, strict=True))
+        losses.append(-F.logsigmoid(good - bad))
+        rewards.append((float(good.detach()), float(bad.detach())))
+    return torch.stack(losses).mean(), np.array(rewards)
+
+
+def grpo(model, completions, advantages, old, reference, *, low, high, weight):
+    """Mean over completion tokens; `completions`: (tokens, mask), `old` and `reference`: per token. Also sums of (ratio, clipped, kl)."""
+    total, count, stats = 0.0, 0, np.zeros(3)
+    for (tokens, mask), advantage, before, known in zip(completions, advantages, old, reference, strict=True):
+        keep = torch.as_tensor(mask[1:])
+        now, before, known = (t[keep] for t in (log_probs(model, tokens), torch.as_tensor(before[1:]), torch.as_tensor(known[1:])))
+        ratio = (now - before).exp()
+        gain, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+        kl = (known - now).exp() - (known - now) - 1
+        total = total + (-torch.minimum(gain, clipped) + weight * kl).sum()
+        stats += [ratio.detach().sum(), (clipped < gain).sum(), kl.detach().sum()]
+        count += int(keep.sum())
+    return total / count, stats / count

@@ -1,0 +1,148 @@
+"""DPO and GRPO on real gloo ranks against plain torch on a plain Hugging Face model: loss, every gradient and the reported means.
+
+Float64, 1e-10 relative to the largest entry of each tensor, as in test_parity.py; one rank, Ulysses, ring, mixed groups, ranks
+without work, accumulation, several pairs in one group, chunk sizes that do not divide.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
+from efflaunch.tests.parity import objective_reference
+from efflaunch.tests.parity.objective_ranks import run_objective
+from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_model
+from efflaunch.tests.ranks import RankPool
+
+BETA, CLIP = 0.7, {"low": 0.15, "high": 0.3, "weight": 0.2}
+PAIRS = ((7, 12, 19), (5, 21, 3), (11, 4, 17), (2, 30, 26))
+"""(prompt, chosen, rejected) tokens."""
+COMPLETIONS = ((7, 12), (7, 19), (5, 33), (11, 2), (3, 24))
+"""(prompt, completion) tokens."""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(timeout_s=240) as pool:
+        yield pool
+
+
+def document(generator, prompt, completion):
+    tokens = generator.integers(0, BASE["vocab_size"], prompt + completion)
+    return tokens, np.arange(prompt + completion) >= prompt
+
+
+@lru_cache(maxsize=8)
+def pairs():
+    generator, out = np.random.default_rng(3), []
+    for prompt, chosen, rejected in PAIRS:
+        first, second = document(generator, prompt, chosen), document(generator, prompt, rejected)
+        second[0][:prompt] = first[0][:prompt]
+        out.append((first, second))
+    # Near what the model gives, so that margins are of either sign and no sigmoid is flat.
+    return out, -np.log(BASE["vocab_size"]) * np.array([[c, r] for _, c, r in PAIRS]) + generator.normal(0, 2, (len(PAIRS), 2)) - 5
+
+
+@lru_cache(maxsize=8)
+def completions():
+    generator = np.random.default_rng(4)
+    docs = [document(generator, *sizes) for sizes in COMPLETIONS]
+    return docs, generator.normal(0, 1, len(docs))
+
+
+def near(model, docs, spread, seed):
+    """Log-probabilities around the model's own: ratios on both sides of the clip."""
+    generator = np.random.default_rng(seed)
+    with torch.no_grad():
+        return [
+            np.append(0.0, objective_reference.log_probs(model, tokens).numpy() + generator.normal(0, spread, len(tokens) - 1))
+            for tokens, _ in docs
+        ]
+
+
+@lru_cache(maxsize=8)
+def truth(family, objective):
+    """Weights, what the ranks are told, loss, means, gradients."""
+    lift_to_float64()
+    model = reference_model(family, torch.float64)
+    weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+    if objective == "dpo":
+        halves, reference = pairs()
+        loss, rewards = objective_reference.dpo(model, halves, reference, BETA)
+        margins = rewards[:, 0] - rewards[:, 1]
+        assert 0 < (margins > 0).sum() < len(margins), "both outcomes"
+        means = [margins.mean(), (margins > 0).mean(), *rewards.mean(0)]
+        told = {"documents": halves, "reference": reference, "beta": BETA}
+    else:
+        docs, advantages = completions()
+        old, reference = near(model, docs, 0.3, 1), near(model, docs, 0.5, 2)
+        loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **CLIP)
+        assert 0.1 < means[1] < 0.9, "some tokens are clipped"
+        told = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
+    loss.backward()
+    gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+    return weights, told, loss.item(), np.array(means), gradients
+
+
+LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}
+ALL = {"dpo": (0, 1, 2, 3), "grpo": (0, 1, 2, 3, 4)}
+
+
+def batch(*groups):
+    return MicroBatch(tuple(Group(*group) for group in groups))
+
+
+def whole(objective, degree, ulysses):
+    """Everything in one group."""
+    return [degree, batch((0, degree, ulysses, ALL[objective]))]
+
+
+def singles(objective, degree, ulysses):
+    """One sequence a micro-batch."""
+    return [degree, *(batch((0, degree, ulysses, (index,))) for index in ALL[objective])]
+
+
+ROWS = {
+    "one rank": (whole, 1, 1, {}),
+    "one rank, chunk of 1": (whole, 1, 1, {"loss_chunk": 1}),
+    "one rank, one sequence a micro-batch": (singles, 1, 1, {}),
+    "ulysses 2": (whole, 2, 2, {}),
+    "ulysses 2, one sequence a micro-batch": (singles, 2, 2, {"loss_chunk": 5}),
+    "ring 2": (whole, 2, 1, {}),
+    "ring 2, one sequence a micro-batch, recompute": (singles, 2, 1, {"policy": "recompute", "loss_chunk": 1000}),
+    "ulysses 2, streambp": (whole, 2, 2, {"policy": "streambp"}),
+    "hybrid 2x2, gemma2": (whole, 4, 2, {"family": "gemma2"}),
+    "hybrid 2x2, tied, one sequence a micro-batch": (singles, 4, 2, {"family": "llama_mha_tied"}),
+}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_objectives_equal_plain_torch(pool, row, objective):
+    made, degree, ulysses, case = ROWS[row]
+    world, *batches = made(objective, degree, ulysses)
+    check(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case)
+
+
+@pytest.mark.parametrize("barrier_free", [False, True])
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
+    rest = ALL[objective][2:]
+    batches = batch((0, 2, 1, (1,)), (2, 1, 1, (0,))), batch((0, 4, 2, rest[:1])), batch((2, 2, 2, rest[1:]))
+    check(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
+
+
+def check(pool, objective, plan, case):
+    check_plan(plan)
+    case = {"family": "llama", "loss_chunk": 7, **case}
+    weights, told, loss, means, gradients = truth(case["family"], objective)
+    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, told, plan, ranks=plan.world_size)[0]
+    assert abs(got_loss - loss) <= 1e-10 * abs(loss)
+    np.testing.assert_allclose(got_means, means, rtol=1e-10, atol=1e-12)
+    for name, want in gradients.items():
+        error = np.abs(got[name] - want).max() / np.abs(want).max()
+        assert error <= 1e-10, f"gradient of {name} is off by {error:.1e}"

@@ -1,0 +1,144 @@
+"""The objectives' formulas against autograd and hand-made cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from efflaunch.bench.tracer import StorageTracer
+from efflaunch.parallel.sequence.layout import Slice
+from efflaunch.tests.training.test_loss import Norm
+from efflaunch.training.data.shard import PackedShard, Part
+from efflaunch.training.loss import Head, LossOptions, chunked_log_probs
+from efflaunch.training.objectives.heads import Preference
+from efflaunch.training.objectives.preference import preference_losses, sum_by
+from efflaunch.training.objectives.rollout import RolloutOptions, RolloutRows, rollout_terms
+
+CPU = torch.device("cpu")
+
+
+def test_preference_slopes_are_the_derivatives():
+    torch.manual_seed(0)
+    sums, reference = torch.randn(6, 2).double().requires_grad_(), torch.randn(6, 2).double()
+    found = preference_losses(sums, reference, 0.3)
+    rewards = 0.3 * (sums - reference)
+    want = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+    torch.testing.assert_close(found.losses, want, rtol=1e-14, atol=0)
+    (slopes,) = torch.autograd.grad(want.sum(), sums)
+    torch.testing.assert_close(found.slopes, slopes, rtol=1e-13, atol=0)
+    assert found.stats[:, 1].sum() == (rewards[:, 0] > rewards[:, 1]).sum()
+
+
+def test_equal_answers_cost_ln_2():
+    found = preference_losses(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), 0.1)
+    assert float(found.losses) == pytest.approx(math.log(2)) and found.slopes.tolist() == [[-0.05, 0.05]]
+
+
+def test_huge_margins_stay_finite():
+    found = preference_losses(torch.tensor([[0.0, 1e6], [1e6, 0.0]]).double(), torch.zeros(2, 2).double(), 1.0)
+    assert found.losses.tolist() == [1e6, 0.0] and found.slopes.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_rollout_slopes_are_the_derivatives(weight):
+    torch.manual_seed(1)
+    log_probs, old = -torch.rand(200).double().requires_grad_(), -torch.rand(200).double()
+    rows = RolloutRows(torch.randn(200).double(), old, -torch.rand(200).double())
+    found = rollout_terms(log_probs.detach(), rows, RolloutOptions(0.2, 0.3, weight))
+    ratio = (log_probs - old).exp()
+    surrogate = torch.minimum(ratio * rows.advantage, ratio.clamp(0.8, 1.3) * rows.advantage)
+    kl = (rows.reference - log_probs).exp() - (rows.reference - log_probs) - 1
+    want = -surrogate + weight * kl
+    (slopes,) = torch.autograd.grad(want.sum(), log_probs)
+    torch.testing.assert_close(found.terms, want, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(found.slopes, slopes, rtol=1e-12, atol=1e-13)
+    outside = ((ratio > 1.3) & (rows.advantage > 0)) | ((ratio < 0.8) & (rows.advantage < 0))
+    assert found.stats[:, 1].tolist() == outside.double().tolist() and 0 < outside.sum() < 200
+    assert (found.stats[:, 2] >= 0).all()
+
+
+def test_the_first_update_on_own_samples_is_the_policy_gradient():
+    log_probs, advantage = torch.tensor([-1.0, -2.0]).double(), torch.tensor([0.5, -0.5]).double()
+    found = rollout_terms(log_probs, RolloutRows(advantage, log_probs, None), RolloutOptions(0.2, 0.2, 0.0))
+    assert found.slopes.tolist() == [-0.5, 0.5] and found.stats.tolist() == [[1.0, 0.0, 0.0]] * 2
+
+
+def test_sums_by_index():
+    assert sum_by(torch.tensor([2, 0, 2]), torch.tensor([1.0, 2.0, 4.0]), 4).tolist() == [2.0, 0.0, 5.0, 0.0]
+    assert sum_by(torch.zeros(0, dtype=torch.long), torch.zeros(0), 2).tolist() == [0.0, 0.0]
+
+
+def pair_head(rows, weight, norm, chunk):
+    targets = torch.ones(rows, dtype=torch.long)
+    x = (torch.arange(rows * 32).reshape(rows, 32) % 7 - 3).bfloat16().requires_grad_() * 1.0
+    return Head(x, norm, weight, targets, LossOptions(chunk), overwrite=True)
+
+
+def pair_shard(rows, pairs):
+    import numpy as np
+
+    each = rows // (2 * pairs)
+    parts = tuple(Part(pair, number, number * each, each) for pair in range(pairs) for number in range(2))
+    empty = np.zeros(rows, dtype=np.int64)
+    return PackedShard(empty, empty, empty, tuple(Slice(index, 0, each) for index in range(2 * pairs)), parts)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_preference_needs_bytes_per_row_only(pairs):
+    """Beside x: one log-probability, row number and side per row; no second head gradient, no logits of more than one chunk."""
+    import numpy as np
+
+    torch.manual_seed(0)
+    weight, norm, chunk, peaks = torch.randn(500, 32).bfloat16().requires_grad_(), Norm(32, torch.bfloat16), 64, []
+    for rows in (1024, 2048):
+        for _ in range(2):
+            objective = Preference(pairs, CPU, beta=0.1, reference=lambda index: np.zeros(2))
+            loss_of = objective.head_loss(pair_shard(rows, pairs), leads=True, group_sum=lambda value: value)
+            head = pair_head(rows, weight, norm, chunk)
+            with StorageTracer([head.x, head.targets, weight, *norm.parameters()]) as tracer:
+                before = tracer.live_bytes
+                loss = loss_of(head)
+                peak = tracer.peak_bytes - before
+                del loss
+        peaks.append(peak)
+    slope = (peaks[1] - peaks[0]) / 1024
+    row_numbers, mask, sides, log_probs = 16, 2, 8, 4
+    assert slope <= row_numbers + mask + sides + log_probs
+    head_gradient = 4 * 500 * 32 + 2 * 500 * 32
+    assert peaks[0] - 1024 * slope <= head_gradient + chunk * (10 * 500 + 24 * 32 + 64) + 4096
+
+
+def test_log_probabilities_are_those_of_whole_logits():
+    torch.manual_seed(0)
+    x, weight, norm = torch.randn(31, 12).double(), torch.randn(53, 12).double(), Norm(12)
+    targets = torch.randint(0, 53, (31,))
+    targets[::3] = -100
+    found = chunked_log_probs(Head(x, norm, weight, targets, LossOptions(7, softcap=3.0)))
+    logits = 3 * (F.linear(norm(x), weight) / 3).tanh()
+    want = torch.where(targets == -100, 0.0, logits.log_softmax(-1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1))
+    torch.testing.assert_close(found, want.detach(), rtol=1e-12, atol=1e-12)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_preference_in_bfloat16_is_near_the_truth(pairs):
+    """Rows of large and small slopes: gradients are made unscaled where there is one pair, and multiplied at the end."""
+    import numpy as np
+
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(64, 32).bfloat16(), (torch.randn(50, 32) / 6).bfloat16(), torch.randint(0, 50, (64,))
+    norm, results = Norm(32), []
+    norm.weight.data, norm.bias.data = norm.weight.data.bfloat16().double(), norm.bias.data.bfloat16().double()
+    for dtype in (torch.float64, torch.bfloat16):
+        leaf, w, n = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), Norm(32, dtype)
+        n.load_state_dict({name: value.to(dtype) for name, value in norm.state_dict().items()})
+        objective = Preference(pairs, CPU, beta=0.05, reference=lambda index: np.array([-70.0, -75.0 + 40 * index]))
+        loss_of = objective.head_loss(pair_shard(64, pairs), leads=True, group_sum=lambda value: value)
+        loss = loss_of(Head(leaf, n, w, targets, LossOptions(7)))
+        loss.backward()
+        results.append([t.double() for t in (loss.detach(), leaf.grad, w.grad, n.weight.grad, n.bias.grad)])
+    for exact, got in zip(*results, strict=True):
+        assert (got - exact).norm() <= 0.02 * exact.norm()

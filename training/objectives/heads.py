@@ -1,0 +1,161 @@
+"""Objectives as what a micro-batch does with its last layer's output. One object per step; ranks meet in `group_sum` alone.
+
+Note: pairs. The two answers of a pair lie in one group of one micro-batch (their unit of planning), as two documents, so a sum
+over the group's ranks completes the margin of each. With one pair in the group, its rows are gone through once: gradients are
+made with slopes of +1 and -1 and multiplied with the one number at the end (StreamBP, 2506.03077, sec. 3.3). With several, their
+numbers differ and the head's gradient would need an accumulator of V x M each: instead the head runs once more, without
+gradients, for the log-probabilities first (2 x V x M operations per answer token, of about 8 x V x M the head takes anyway).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.shard import PackedShard
+from ..loss import Head, chunked_log_probs, chunked_loss, cross_entropy
+from .preference import STATS as PAIR_STATS
+from .preference import preference_losses, sum_by
+from .rollout import STATS as TOKEN_STATS
+from .rollout import RolloutOptions, RolloutRows, rollout_terms
+
+HeadLoss = Callable[[Head], Tensor]
+GroupSum = Callable[[Tensor], Tensor]
+"""The sum of a small tensor over the ranks of the group, on each of them. Collective inside the group."""
+
+
+class StepObjective(Protocol):
+    """What one step trains for."""
+
+    names: tuple[str, ...]
+    stats: Tensor
+    """(len(names),) float64: this rank's sums over the step so far; divided by `count` over all ranks they are means."""
+    count: int
+
+    def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
+        """The loss of one micro-batch's shard; over its ranks, micro-batches and groups it adds up to the mean over the step.
+
+        `leads`: this rank speaks for its group, where a loss belongs to all its ranks together.
+        """
+
+
+class LanguageModelling:
+    """Cross-entropy of the next token, the mean over all target tokens of the step."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, num_targets: int, device: torch.device) -> None:
+        self.count, self.stats = num_targets, torch.zeros(0, dtype=torch.float64, device=device)
+
+    def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
+        return lambda head: cross_entropy(head, 1.0 / self.count)
+
+
+class PairReference(Protocol):
+    def __call__(self, sequence: int) -> np.ndarray:
+        """(2,) float64: log-probabilities of the chosen and of the rejected answer under the reference, of a sequence of the step."""
+
+
+class Preference:
+    """DPO: the mean over the pairs of the step (Note: pairs)."""
+
+    names: tuple[str, ...] = PAIR_STATS
+
+    def __init__(self, num_pairs: int, device: torch.device, *, beta: float, reference: PairReference) -> None:
+        self.count, self.stats = num_pairs, torch.zeros(len(PAIR_STATS), dtype=torch.float64, device=device)
+        self._beta, self._reference = beta, reference
+
+    def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
+        units = dict.fromkeys(part.sequence for part in shard.parts)
+        if not units:
+            return lambda head: cross_entropy(head, 0.0)
+        order = {sequence: index for index, sequence in enumerate(units)}
+        sides = np.repeat(
+            [2 * order[shard.parts[piece.sequence].sequence] + shard.parts[piece.sequence].number for piece in shard.slices],
+            [len(piece) for piece in shard.slices],
+        ).astype(np.int64)
+        reference = np.stack([self._reference(sequence) for sequence in units])
+        pairs = _Pairs(self, torch.from_numpy(sides), torch.from_numpy(reference), leads, group_sum)
+        return pairs.once if len(units) == 1 else pairs.twice
+
+    def judge(self, sums: Tensor, reference: Tensor, *, leads: bool) -> tuple[Tensor, Tensor]:
+        """(loss, slopes (P, 2)) of the pairs' complete sums (P, 2), divided by the pairs of the step; counted where it leads."""
+        found = preference_losses(sums, reference, self._beta)
+        if leads:
+            self.stats += found.stats.sum(0)
+        return found.losses.sum() * (leads / self.count), found.slopes / self.count
+
+
+class _Pairs:
+    """The pairs of one micro-batch on one rank; `sides` (T,): 2 x pair + (0 chosen, 1 rejected), `reference` (P, 2)."""
+
+    def __init__(self, objective: Preference, sides: Tensor, reference: Tensor, leads: bool, group_sum: GroupSum) -> None:
+        self._objective, self._leads, self._group_sum = objective, leads, group_sum
+        self._sides, self._reference = sides.to(objective.stats.device), reference.to(objective.stats.device)
+
+    def once(self, head: Head) -> Tensor:
+        """One pair: slopes +1 and -1 in one pass, then the number all gradients have in common."""
+        sums = torch.zeros(2, dtype=torch.float64, device=head.x.device)
+
+        def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+            sides = self._sides[rows]
+            sums.add_(sum_by(sides, log_probs, 2))
+            return log_probs, (1 - 2 * sides).to(log_probs.dtype)
+
+        def finish() -> tuple[Tensor, Tensor]:
+            loss, slopes = self._objective.judge(self._group_sum(sums).unsqueeze(0), self._reference, leads=self._leads)
+            return loss, slopes[0, 0].to(head.wide)
+
+        return chunked_loss(head, terms, finish=finish)
+
+    def twice(self, head: Head) -> Tensor:
+        """Several pairs: log-probabilities first, then each row with its pair's number."""
+        log_probs, size = chunked_log_probs(head), self._reference.numel()
+        sums = torch.zeros(size, dtype=torch.float64, device=head.x.device)
+        for rows in head.chunks():
+            sums += sum_by(self._sides[rows], log_probs[rows], size)
+        loss, slopes = self._objective.judge(self._group_sum(sums).view(-1, 2), self._reference, leads=self._leads)
+        by_side = slopes.flatten().to(head.wide)
+        return chunked_loss(
+            head, lambda rows, log_probs: (log_probs, by_side[self._sides[rows]]), finish=lambda: (loss, torch.ones_like(loss))
+        )
+
+
+class RolloutData(Protocol):
+    def __call__(self, sequence: int, start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray | None]:
+        """Of a sequence of the step: its advantage, and for the targets of positions `start ... stop - 1` log p_old and log p_ref
+        (None: no reference), float64."""
+
+
+class Rollout:
+    """GRPO: the mean over the completion tokens of the step."""
+
+    def __init__(self, num_targets: int, device: torch.device, *, options: RolloutOptions, data: RolloutData, kl: bool) -> None:
+        """`kl`: the data has a reference."""
+        self.names: tuple[str, ...] = TOKEN_STATS if kl else TOKEN_STATS[:-1]
+        self.count, self.stats = num_targets, torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self._options, self._data = options, data
+
+    def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
+        known = self._rows(shard)
+
+        def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+            found = rollout_terms(log_probs.double(), known.pick(rows), self._options)
+            self.stats += found.stats.sum(0)[: len(self.stats)]
+            return (found.terms / self.count).to(log_probs.dtype), (found.slopes / self.count).to(log_probs.dtype)
+
+        return lambda head: chunked_loss(head, terms)
+
+    def _rows(self, shard: PackedShard) -> RolloutRows:
+        found = [(len(piece), *self._data(shard.parts[piece.sequence].sequence, piece.start, piece.stop)) for piece in shard.slices]
+        empty, device = np.zeros(0), self.stats.device
+        advantage = np.concatenate([empty, *(np.full(length, value) for length, value, _, _ in found)])
+        old = np.concatenate([empty, *(values for _, _, values, _ in found)])
+        reference = [values for _, _, _, values in found if values is not None]
+        assert not reference or len(reference) == len(found), "a reference for some sequences only"
+        columns = (torch.from_numpy(advantage).to(device), torch.from_numpy(old).to(device))
+        return RolloutRows(*columns, torch.from_numpy(np.concatenate(reference)).to(device) if reference else None)
