@@ -16,18 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..memory.config import MemoryConfig, Place, Walk
+from ..memory.config import Walk
 from ..memory.offload.checks import check_host_memory
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
-<<<<<<< HEAD
-from ..memory.policy import KEPT, MOVED, MemoryPolicy, Split, explicit_policy
-=======
 from ..memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
->>>>>>> main
 from ..parallel.sequence.attention import AttentionSpec
 from ..training.model import install
-from .peers.document import alone, one_document
+from .peers.document import alone, mean_loss
 from .peers.shape import Shape
 from .tracer import StorageTracer
 
@@ -89,7 +85,7 @@ def executor(job: dict[str, Any]) -> dict[str, Any]:
         model = _model(job, torch.bfloat16)
         with _store(policy, model, num_tokens, device) as store:
             install(model, policy, loss_chunk_tokens=job["loss_chunk"], store=store)
-            model(one_document(ids), alone(num_tokens, device), 1.0 / (num_tokens - 1)).backward()
+            mean_loss(model, ids, alone(num_tokens, device)).backward()
         ours[name] = _worst({key: p.grad for key, p in model.named_parameters()}, exact)
     return {"errors": ours, "hugging_face_bfloat16": theirs, "worst_ratio": max(ours.values()) / theirs}
 
@@ -100,11 +96,7 @@ def policies(chunk: int) -> dict[str, MemoryPolicy]:
     streamed = replace(whole, attention=Walk.CHUNKS)
     half = Split(host=0.5)
     return {
-<<<<<<< HEAD
-        "keep": explicit_policy(MemoryConfig(name="keep", layer_input=Place.KEEP, attention_output=Place.KEEP, activations=Place.KEEP)),
-=======
         "keep": KEEP_ALL,
->>>>>>> main
         "recompute": MemoryPolicy(),
         "streambp": streamed,
         "auto": replace(streamed, layer_input=MOVED),
@@ -189,7 +181,7 @@ def _model_in_bfloat16(job: dict[str, Any]) -> Any:
 
 
 def _one_step(model: Any, ids: Tensor, runtime: Any) -> float:
-    loss = model(one_document(ids), runtime, 1.0 / (len(ids) - 1))
+    loss = mean_loss(model, ids, runtime)
     loss.backward()
     return float(loss.detach())
 
