@@ -72,5 +72,7 @@ def test_a_rank_killed_while_saving_loses_nothing_that_was_committed(tmp_path: P
             newest = infos[-1].step if infos else 0
             assert newest >= committed + trial % 3 + 1
             committed = newest
-        assert pool.run(_restored_step, tmp_path, ranks=2) == [committed, committed]
+        first, second = pool.run(_restored_step, tmp_path, ranks=2)
+        # The last attempt may have been finished by its writers; then this start has committed it.
+        assert first == second and first in (committed, committed + 1)
     assert committed > 0 and not list(tmp_path.glob("*.tmp*"))
