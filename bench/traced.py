@@ -48,6 +48,8 @@ class Case:
     scheme: str = "auto"
     grad_reduce: str = "micro_batch"
     loss_chunk: int = 256
+    documents: int = 1
+    """In each sequence, of equal length: attention goes block by block."""
 
     @property
     def length(self) -> int:
@@ -119,7 +121,7 @@ def build_case(case: Case) -> Any:
     ids = np.random.default_rng(0).integers(0, ledger.setting.spec.vocab_size, case.length)
 
     def step() -> None:
-        works = read_step(_Source(plan.lengths, ids), 0, plan, topology.rank)  # type: ignore[arg-type]
+        works = read_step(_Source(plan.lengths, ids, case.documents), 0, plan, topology.rank)  # type: ignore[arg-type]
         each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
         backward_step(model, topology, CpuKernel(), works, num_targets=case.length * count, reduce_each=each, device=device)
         optimizer.step()
@@ -138,12 +140,14 @@ class _Source:
 
     all_lengths: tuple[int, ...]
     ids: Any
+    documents: int
 
     def lengths(self, step: int) -> tuple[int, ...]:
         return self.all_lengths
 
     def parts(self, step: int, index: int) -> tuple[int, ...]:
-        return (self.all_lengths[index],)
+        length, count = self.all_lengths[index], self.documents
+        return tuple(length * (i + 1) // count - length * i // count for i in range(count))
 
     def tokens(self, step: int, index: int, start: int, stop: int) -> Any:
         return self.ids[start:stop], self.ids[start:stop]
