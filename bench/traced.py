@@ -7,13 +7,13 @@ buffers they come back into do. What it cannot see (the process, communicators, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..memory.config import MemoryConfig, Place, Walk
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.setting import Phase
-from ..memory.terms import UNSEEN
+from ..memory.terms import UNSEEN, device_terms
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig, Scheme
 from ..training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
@@ -86,9 +86,10 @@ def case_ledger(case: Case) -> Ledger:
     return ledger
 
 
-def predicted_by_phase(ledger: Ledger) -> dict[Phase, int]:
+def predicted_by_phase(case: Case) -> dict[Phase, int]:
     """Bytes of each phase that a tracer sees."""
-    seen = [entry for entry in ledger.device.terms if entry.name not in UNSEEN]
+    packed = min(1.0, 2 / case.documents) if case.documents > 1 else 0.0
+    seen = [entry for entry in device_terms(replace(case_ledger(case).setting, packed=packed)) if entry.name not in UNSEEN]
     return {phase: sum(entry.by_phase.get(phase, 0) for entry in seen) for phase in Phase}
 
 

@@ -77,6 +77,8 @@ class Setting:
     layer_parameters: int
     parameters: int
     residency: Residency = field(default_factory=Residency)
+    packed: float = 1.0
+    """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
 
     @property
     def width(self) -> int:
