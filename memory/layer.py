@@ -85,7 +85,10 @@ def _record(tape: Tape, executor: LayerExecutor, context: LayerContext, run: Lay
 
     def again() -> Tensor:
         with context.gathered(executor.index), torch.no_grad():
-            return _forward(run, run.input_rows, save=False)
+            y = _forward(run, run.input_rows, save=False)
+        # What came from the host for it would stay until this layer's own backward.
+        run.saved.release()
+        return y
 
     tape.record(executor.index, again=again, save_input=run.save_input, order=run.read_order)
 
