@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -107,7 +109,7 @@ def test_a_segment_made_again_leaves_nothing_on_the_device(chunk, walk, attentio
     policy = MemoryPolicy(
         layer_input=MOVED, attention_output=attention, mlp=MOVED, residual=MOVED, segment_layers=3, chunk_tokens=chunk, attention=walk
     )
-    saved, _, loss = run(policy, monkeypatch)
+    _saved, _, loss = run(policy, monkeypatch)
     original, opened = Tape.restore_input, []
 
     def restore(self, layer):
@@ -117,6 +119,28 @@ def test_a_segment_made_again_leaves_nothing_on_the_device(chunk, walk, attentio
     monkeypatch.setattr(Tape, "restore_input", restore)
     loss.backward()
     assert opened == [[]] * 5
+
+
+def test_weights_for_a_segment_are_not_gathered_on_the_groups_time(monkeypatch):
+    """All ranks meet there: what a group waits for others is not what its work takes (parallel/sequence/clock.py)."""
+    inside, gathered = [0], []
+
+    @contextmanager
+    def running(self):
+        inside[0] += 1
+        yield
+        inside[0] -= 1
+
+    @contextmanager
+    def gather(module):
+        gathered.append(inside[0])
+        yield
+
+    monkeypatch.setattr(BusyClock, "running", running)
+    monkeypatch.setattr("efflaunch.training.model.gathered_weights", gather)
+    _, _, loss = run(MemoryPolicy(segment_layers=3), monkeypatch)
+    loss.backward()
+    assert gathered == [0, 0, 0] and inside == [0]
 
 
 def test_a_forward_without_gradients_leaves_nothing(monkeypatch):
