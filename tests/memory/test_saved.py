@@ -33,7 +33,8 @@ POLICIES = {
     "shares, streamed": MemoryPolicy(
         attention_output=Split(0.3, 0.7), mlp=SOME, key_value=MOVED, attention=Walk.CHUNKS, chunk_tokens=11, segment_layers=2
     ),
-    "head groups": MemoryPolicy(attention_output=MOVED, query=SOME, key_value=SOME, head_groups=2, chunk_tokens=16),
+    "attention in both places": MemoryPolicy(attention_output=Split(0.8, 0.2), chunk_tokens=16),
+    "head groups": MemoryPolicy(attention_output=Split(0.3, 0.7), query=SOME, key_value=SOME, head_groups=2, chunk_tokens=16),
 }
 
 
@@ -79,8 +80,6 @@ def formula(policy, num_layers=5):
         kept, moved = kept + 4 * layers * widths[name] * a, moved + 4 * layers * widths[name] * (b - a)
     # One log-sum-exp a head beside the output.
     a, b = policy.attention_output.rows(TOTAL)
-    if policy.attention is Walk.WHOLE and policy.attention_output.complete:
-        a, b = (TOTAL, TOTAL) if policy.attention_output.keep == 1.0 else (0, TOTAL)
     return kept + 4 * num_layers * heads * a, moved + 4 * num_layers * heads * (b - a)
 
 
