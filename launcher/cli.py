@@ -22,6 +22,7 @@ SUMMARY = {
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "go on with a run directory, with changes if wanted",
     "status": "where a run stands",
+    "checkpoints": "what a run has saved, where, and whether every byte is whole",
     "explain": "one step of a run: who held which sequences, why, and how far from the best",
     "simulate": "modelled step times of several planners, on clusters of any size",
     "export": "write a checkpoint as a Hugging Face model directory",
@@ -69,6 +70,7 @@ def _commands() -> dict[str, Command]:
         "profile": _profile,
         "resume": _resume,
         "status": _status,
+        "checkpoints": _checkpoints,
         "explain": _explain,
         "simulate": _simulate,
         "export": _export,
@@ -172,6 +174,20 @@ def _status(words: list[str]) -> int:
     from . import status_command
 
     return status_command.main(options.run_dir, as_json=options.json)
+
+
+def _checkpoints(words: list[str]) -> int:
+    parser = _Parser("checkpoints", "Checkpoints of a run: state, age, size, place. Exit code 0: all is well; 93: one is damaged.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
+    parser.add_argument("--pin", type=int, metavar="STEP", help="never let retention remove this one")
+    parser.add_argument("--unpin", type=int, metavar="STEP", help="let it again")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(words)
+    from . import checkpoints_command
+
+    request = checkpoints_command.Request(verify=options.verify, pin=options.pin, unpin=options.unpin, as_json=options.json)
+    return checkpoints_command.main(options.run_dir, request)
 
 
 def _explain(words: list[str]) -> int:

@@ -24,7 +24,8 @@ def test_groups() -> None:
 
 
 def test_commands() -> None:
-    assert list(SUMMARY) == ["train", "plan", "profile", "resume", "status", "explain", "simulate", "export", "data", "completion"]
+    words = ["train", "plan", "profile", "resume", "status", "checkpoints", "explain", "simulate", "export", "data", "completion"]
+    assert list(SUMMARY) == words
 
 
 def test_exit_codes() -> None:
