@@ -114,7 +114,7 @@ def _check_ranges(memory: MemoryConfig) -> None:
             "memory.layer_input",
             found="recompute",
             expected="keep or host: something has to be left to start from",
-            hint="memory.segment_layers=2 keeps every second one only",
+            hint="memory.layer_input=keep, or memory.layer_input=keep memory.segment_layers=2 for every second one only",
         )
 
 

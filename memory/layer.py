@@ -35,10 +35,11 @@ class LayerExecutor:
         self._layer, self.adapter, self.policy, self.index = layer, adapter, policy, index
 
     def __call__(self, x: Tensor, context: LayerContext) -> Tensor:
-        if context.tape is None or not torch.is_grad_enabled():
+        parameters = [p for p in self._layer.parameters() if p.requires_grad]
+        # Without a backward (frozen layers below all that is trained) nothing may be left: nobody would clear it away.
+        if context.tape is None or not torch.is_grad_enabled() or not (parameters or x.requires_grad):
             run = self.run(x.shape[0], context, Saved(None))
             return _forward(run, lambda index: x[run.rows(index)], save=False)
-        parameters = [p for p in self._layer.parameters() if p.requires_grad]
         return _Layer.apply(x, self, context, *parameters)  # type: ignore[no-any-return]
 
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:

@@ -36,8 +36,8 @@ class Tape:
         self._orders: dict[int, Callable[[], Sequence[Key]]] = {}
 
     def keeps_input(self, layer: int) -> bool:
-        """Whether the layer's input is stored in forward."""
-        return layer % self.policy.segment_layers == 0
+        """Whether the layer's input is stored in forward: also where the layer below, without a backward, left nothing."""
+        return layer % self.policy.segment_layers == 0 or layer - 1 not in self._again
 
     def record(self, layer: int, *, again: MakeAgain, save_input: Callable[[Tensor], None], order: Callable[[], Sequence[Key]]) -> None:
         """How to make the layer's output again from what it saved, how to store its input, and what its backward reads first."""
@@ -47,7 +47,7 @@ class Tape:
         """Make the inputs of the segment that ends in `layer` where they are not stored."""
         base = layer - layer % self.policy.segment_layers
         for below in range(base, layer):
-            if ("layer_input", 0, 0) not in self.saved[below + 1]:
+            if below in self._again and ("layer_input", 0, 0) not in self.saved[below + 1]:
                 self._save[below + 1](self._again[below]())
 
     def prefetch_below(self, layer: int) -> None:

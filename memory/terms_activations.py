@@ -60,7 +60,7 @@ def layer_inputs(s: Setting, layer: int) -> Term:
 
 
 def attention_outputs(s: Setting, layer: int) -> Term:
-    """Output and log-sum-exp; where attention is whole, log-sum-exp is kept whole unless all of it is moved."""
+    """Output and log-sum-exp."""
     rows = 0 if s.policy.graph else s.policy.attention_output.rows(s.tokens)[0]
     held = _while_kept(s, layer, rows * class_bytes(s)["attention_output"])
     return Term("attention outputs kept", "output and log-sum-exp of every layer", held)

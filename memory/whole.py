@@ -38,7 +38,7 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
         part, lse = run.attention.core_forward(qkv, walked.spec)
         del qkv
         if save and run.attention_stored:
-            run.saved.put(("log_sum_exp", 0, index), [lse], Place.KEEP if run.policy.attention_output.keep == 1.0 else Place.HOST)
+            _save_lse(run, lse, index)
         o = _with_group(o, run.attention.exchange_out(part, walked.spec), walked.heads, run.spec.num_heads)
         del part
     assert o is not None
@@ -48,6 +48,20 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
             run.save("attention_output", index, [rows], share=True)
         yield index, rows
         run.release()
+
+
+def _save_lse(run: LayerRun, lse: Tensor, group: int) -> None:
+    """Log-sum-exp (T, H of the group) waits where attention's output does: its first rows kept, the others moved."""
+    kept, moved = run.policy.attention_output.rows(lse.shape[0])
+    if kept or not moved:
+        run.saved.put(("log_sum_exp", 0, group), [lse[:kept]], Place.KEEP)
+    if kept < moved:
+        run.saved.put(("log_sum_exp", 1, group), [lse[kept:]], Place.HOST)
+
+
+def _stored_lse(run: LayerRun, group: int) -> Tensor:
+    parts = [run.get("log_sum_exp", part, group)[0] for part in (0, 1) if run.has("log_sum_exp", part, group)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
@@ -160,7 +174,7 @@ def _attention_backward(run: LayerRun, index: int, walked: _Walked, o: Tensor, d
     part = slice(None) if heads.queries is None else _index(heads.queries)
     with torch.no_grad():
         qkv = walked.qkv or _project(run, run.input_rows, index, walked)
-        lse = walked.lse if walked.lse is not None else run.get("log_sum_exp", 0, index)[0]
+        lse = walked.lse if walked.lse is not None else _stored_lse(run, index)
         mine = walked.o if walked.o is not None else attention.exchange_out_backward(o[:, part].contiguous(), spec)
         dtype = qkv[0].dtype
         wide = attention.core_backward(attention.exchange_out_backward(do[:, part].contiguous(), spec), qkv, mine, lse, spec)

@@ -49,8 +49,12 @@ def numbers_of(ledger: Ledger, device: torch.device, requested: int, resident_be
         weights = sum(term.num_bytes for term in ledger.device.terms if term.name == "weights")
         active = weights + max(0, psutil.Process().memory_info().rss - resident_before)
         return Numbers(requested=requested, active=active, reserved=active, total=ledger.device.capacity_bytes)
-    active, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
     planned = sum(term.num_bytes for term in ledger.device.terms if term.name in ("context", "communicators"))
+    if torch.cuda.get_allocator_backend() == "pluggable":
+        # memory.arena=planned: there are no statistics, and asking for them is an error of its own.
+        held = max(0, total - free - planned)
+        return Numbers(requested=requested, active=held, reserved=held, total=total)
+    active, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     others = max(0, total - free - reserved - planned)
     return Numbers(requested=requested, active=active, reserved=reserved, total=total, others=others)

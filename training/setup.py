@@ -156,7 +156,9 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
-    return open_store(device=device, capacity_bytes=capacity, offload_dir=directory)
+    # The estimate, and with it the solver, takes files to be as fast as the link: a disk that is not is to be named.
+    expected = None if directory is None else setting.cluster.host_link_bandwidth
+    return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
 
 
 def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:

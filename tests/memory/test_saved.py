@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efflaunch.memory.config import Place, Walk
-from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.memory.saved import Saved
 from efflaunch.memory.tape import Tape
 from efflaunch.parallel.sequence.attention import CpuKernel
@@ -33,7 +33,8 @@ POLICIES = {
     "shares, streamed": MemoryPolicy(
         attention_output=Split(0.3, 0.7), mlp=SOME, key_value=MOVED, attention=Walk.CHUNKS, chunk_tokens=11, segment_layers=2
     ),
-    "head groups": MemoryPolicy(attention_output=MOVED, query=SOME, key_value=SOME, head_groups=2, chunk_tokens=16),
+    "attention in both places": MemoryPolicy(attention_output=Split(0.8, 0.2), chunk_tokens=16),
+    "head groups": MemoryPolicy(attention_output=Split(0.3, 0.7), query=SOME, key_value=SOME, head_groups=2, chunk_tokens=16),
 }
 
 
@@ -79,8 +80,6 @@ def formula(policy, num_layers=5):
         kept, moved = kept + 4 * layers * widths[name] * a, moved + 4 * layers * widths[name] * (b - a)
     # One log-sum-exp a head beside the output.
     a, b = policy.attention_output.rows(TOTAL)
-    if policy.attention is Walk.WHOLE and policy.attention_output.complete:
-        a, b = (TOTAL, TOTAL) if policy.attention_output.keep == 1.0 else (0, TOTAL)
     return kept + 4 * num_layers * heads * a, moved + 4 * num_layers * heads * (b - a)
 
 
@@ -141,6 +140,25 @@ def test_weights_for_a_segment_are_not_gathered_on_the_groups_time(monkeypatch):
     _, _, loss = run(MemoryPolicy(segment_layers=3), monkeypatch)
     loss.backward()
     assert gathered == [0, 0, 0] and inside == [0]
+
+
+@pytest.mark.parametrize("frozen", [("embed_tokens", "layers.0."), ("model.",)], ids=["first layer", "all but the head"])
+@pytest.mark.parametrize("name", ["everything moved", "shares, streamed"])
+def test_frozen_layers_below_all_that_is_trained_leave_nothing(name, frozen, monkeypatch):
+    def step(policy):
+        model, store = reference_model("llama_deep", torch.float32), StrictStore()
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in key for part in frozen))
+        install(model, policy, loss_chunk_tokens=16, store=store)
+        model(*micro_batch(), lambda head: cross_entropy(head, 1.0)).backward()
+        assert not store.parcels
+        return {key: parameter.grad for key, parameter in model.named_parameters()}
+
+    ours, plain = step(POLICIES[name]), step(KEEP_ALL)
+    for key, gradient in plain.items():
+        assert (ours[key] is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_a_forward_without_gradients_leaves_nothing(monkeypatch):
