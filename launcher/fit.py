@@ -70,11 +70,22 @@ def check_machine(config: Config, machine: Machine | None = None) -> None:
     """MachineError where this machine (looked at now, or `machine`) cannot run its node's part of the configuration."""
     here = machine if machine is not None else this_machine(config.cluster.device)
     if config.cluster.device is Device.CUDA:
-        _check_gpus(config, here)
+        _check_gpus(config, here, is_node=False)
+    elif config.cluster.num_nodes > 1:
+        nodes = f"{config.cluster.num_nodes} nodes"
+        hint = "launcher=slurm on a SLURM cluster, or cluster.num_nodes=1"
+        raise MachineError("cluster.num_nodes", found="this machine, which is one node", expected=nodes, hint=hint)
+    check_node(config, here)
+
+
+def check_node(config: Config, machine: Machine) -> None:
+    """MachineError where `machine` cannot be one of the configuration's nodes."""
+    if config.cluster.device is Device.CUDA:
+        _check_gpus(config, machine, is_node=True)
     else:
-        _check_cores(config, here)
-        _check_memory(config, here)
-    _check_profile(config, here)
+        _check_cores(config, machine)
+        _check_memory(config, machine)
+    _check_profile(config, machine)
 
 
 def _check_profile(config: Config, machine: Machine) -> None:
@@ -130,11 +141,11 @@ def available_memory() -> int:
     return available
 
 
-def _check_gpus(config: Config, machine: Machine) -> None:
+def _check_gpus(config: Config, machine: Machine, *, is_node: bool) -> None:
     cluster = config.cluster
     needed, gib = cluster.ranks_per_node, round(cluster.device_memory_bytes / GIB)
     large_enough = [gpu for gpu in machine.gpus if gpu.memory_bytes >= _NOMINAL * cluster.device_memory_bytes]
-    if len(large_enough) >= needed and cluster.num_nodes == 1:
+    if len(large_enough) >= needed and (is_node or cluster.num_nodes == 1):
         return
     places = f" on {cluster.num_nodes} nodes" if cluster.num_nodes > 1 else ""
     raise MachineError(
@@ -157,6 +168,7 @@ def _instead(config: Config) -> str:
     same = f"+experiment={config.experiment} "
     return (
         f"efflaunch plan {same}to see what it needs,\n"
+        f"       efflaunch {same}launcher=slurm on a SLURM cluster that has it,\n"
         f"       efflaunch +experiment=quickstart, or the same experiment in miniature on this machine:\n"
         f"       efflaunch {same}{here}"
     )
