@@ -141,6 +141,31 @@ def _planner(result: dict[str, Any]) -> list[str]:
     return [*lines, "", "Aims: " + ", ".join(f"{name} {value:g}" for name, value in targets.items()) + "."]
 
 
+def _arena(result: dict[str, Any]) -> list[str]:
+    headline = ""
+    if "worst_ratio" in result:
+        headline = (
+            f"**worst_ratio {result['worst_ratio']:.4f}** over {len(result['rows'])} of our own traces "
+            f"(aim: {result['targets']['worst_ratio']:g} or less), the slowest plan in {result['slowest_plan_s']:.1f} s."
+        )
+    lines = [
+        "## Arena plans",
+        "",
+        f"Height of the planned arena over the most bytes live at one time (1 is optimal). Traces of full-size models of {result['layers']}"
+        " layers from fake tensors, blocks rounded to 512 bytes; what torch's caching allocator would reserve is simulated, not measured.",
+        "",
+        headline,
+        "",
+        "| step | allocations | max live GiB | height / max live | planned in s | caching (simulated) | expandable (simulated) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in [*result["rows"], *result["instances"]]:
+        simulated = " | ".join(f"{row['simulated_ratio'][kind]:.3f}" if row in result["rows"] else "" for kind in ("caching", "expandable"))
+        figures = f"{row['allocations']} | {row['max_live_bytes'] / (1 << 30):.2f} | {row['ratio']:.4f} | {row['plan_s']:.1f}"
+        lines.append(f"| {row['name']} | {figures} | {simulated} |")
+    return lines
+
+
 PEERS = ("static", "greedy", "flexsp")
 
 
@@ -157,6 +182,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,
+    "arena": _arena,
 }
 
 

@@ -151,7 +151,7 @@ def _tokenizer(options: argparse.Namespace) -> int:
 def summary_text(prefix: str, metadata: dict[str, Any]) -> str:
     """The corpus in a few lines for a person."""
     lengths = metadata["lengths"]
-    kind, objective = metadata.get("kind", "documents"), OBJECTIVES.get(metadata.get("kind"))
+    kind, objective = metadata.get("kind", "documents"), OBJECTIVES.get(metadata.get("kind", "documents"))
     lines = [
         f"{prefix}.bin + .idx{' + .mask.bin' if metadata['loss_mask'] else ''}{' + .scalars.bin' if kind == 'completions' else ''}",
         f"  {metadata['documents']:,} {kind}, {metadata['tokens']:,} tokens from {metadata['inputs']['files']:,} inputs"

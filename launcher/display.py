@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
-<<<<<<< HEAD
-from .progress import Progress, drift_line, plans_text, score_line, start_line, step_line
-=======
-from .progress import Progress, certificate_line, drift_line, plans_text, start_line, step_line
->>>>>>> refs/heads/solver
+from .progress import Progress, certificate_line, drift_line, plans_text, score_line, start_line, step_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -63,13 +59,10 @@ class PlainDisplay:
             return start_line(event)
         if event["event"] == "step" and self._is_shown(event["step"]):
             return step_line(self.progress)
-<<<<<<< HEAD
         if event["event"] == "score":
             return score_line(event)
-=======
         if event["event"] == "certificate":
             return certificate_line(event)
->>>>>>> refs/heads/solver
         if event["event"] == "checkpoint":
             return f"saved {event['path']} in {format_seconds(event['save_s'])}"
         return _bad_news(event)

@@ -7,7 +7,12 @@ import socket
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..memory.config import Arena
+from ..parallel.config import Device
 from .config import Backend, Config
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where a user sets torch's CUDA allocator, today and before."""
 
 
 def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
@@ -15,6 +20,8 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
 
     `interface`: where the other nodes are, for gloo. NCCL chooses for itself.
     """
+def rank_environment(config: Config) -> dict[str, str]:
+    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays."""
     values = {
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
@@ -25,6 +32,9 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
         values |= _loopback()
     if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
         values["GLOO_SOCKET_IFNAME"] = interface
+    if config.cluster.device is Device.CUDA and config.memory.arena is Arena.DEFAULT and not any(name in os.environ for name in ALLOCATOR):
+        # Segments that grow: blocks of one length leave no holes that those of the next do not fit.
+        values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values
 
 

@@ -145,12 +145,12 @@ def start_line(event: Event) -> str:
     return "\n".join(lines)
 
 
-<<<<<<< HEAD
 def score_line(event: Event) -> str:
     """How far the scoring before the first step is."""
     done, total = event["done_tokens"], event["total_tokens"]
     return f"log-probabilities under the initial weights: {done:,} of {total:,} tokens, {format_seconds(event['elapsed_s'])}"
-=======
+
+
 def bound_text(certificate: Event) -> str:
     """What a rank and a node take at most, and where that is more than there is."""
     place, size, room = certificate["place"], certificate["device_bytes"], certificate["device_capacity_bytes"]
@@ -168,7 +168,6 @@ def bound_text(certificate: Event) -> str:
 def certificate_line(event: Event) -> str:
     """Whether a measured step kept to the certificate."""
     return check_line(event["predicted_bytes"], event["measured_bytes"], event["compared"])
->>>>>>> refs/heads/solver
 
 
 def summary_lines(progress: Progress) -> list[tuple[str, str]]:

@@ -31,8 +31,9 @@ def agreed_ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
     told: list[Ledger | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            told[0] = _ledger(config, spec)
-            check_fits(told[0])
+            ledger = _ledger(config, spec)
+            check_fits(ledger)
+            told[0] = ledger
         except UserError as error:  # the others wait for it
             told[0] = error
     dist.broadcast_object_list(told, 0, device=torch.device("cpu"))

@@ -22,11 +22,6 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-<<<<<<< HEAD
-from ..memory.ledger import build_ledger
-from ..memory.residency import residency_of
-=======
->>>>>>> refs/heads/solver
 from ..parallel.config import GradReduce
 from ..parallel.layout import solve_layout
 from ..parallel.profile import (
@@ -118,19 +113,7 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-<<<<<<< HEAD
-        ledger = build_ledger(
-            spec=self.spec,
-            parallel=parallel,
-            memory=config.memory,
-            train=config.train,
-            data=data,
-            cluster=config.cluster,
-            residency=residency_of(config.optim),
-        )
-=======
         ledger = agreed_ledger(config, self.spec)
->>>>>>> refs/heads/solver
         self.kernel = block_kernel(device)
         check_room(ledger.setting)
         store = host_store(ledger.setting, device)

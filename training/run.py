@@ -16,17 +16,15 @@ import torch.distributed as dist
 
 from ..checkpoint.engine import Restored, SaveReport
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ..memory.arena.replay import Arena
+from ..memory.arena.step import open_arena, step_allocator
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
-<<<<<<< HEAD
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
-=======
-from ..parallel.sequence.service import PlanRequest, PlanService
 from .certified import Watch
->>>>>>> refs/heads/solver
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
@@ -38,7 +36,7 @@ from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
 from .setup import RunSettings, Session, build_session, closing_store, join_ranks
 from .spec import num_parameters
-from .step import Work, backward_step, count_targets, read_step
+from .step import Work, backward_step, count_targets, read_step, step_shape
 
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
 """What the agent imports once, before it forks the ranks."""
@@ -53,11 +51,12 @@ class Stop(Protocol):
 
 def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
+    arena = open_arena(config.memory.arena, config.cluster.device.value)
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
     try:
-        return _Run(config, run_dir, device, service).loop(stop)
+        return _Run(config, run_dir, device, service, arena).loop(stop)
     finally:
         if service is not None:
             service.close()
@@ -84,7 +83,9 @@ class _Gathered:
 
 
 class _Run:
-    def __init__(self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None) -> None:
+    def __init__(
+        self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None, arena: Arena | None = None
+    ) -> None:
         self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
         self.session: Session = build_session(config, run_dir, device, self._on_save)
         restored = self.session.engine.restore()
@@ -100,17 +101,15 @@ class _Run:
         self.save_error = ""
         self.step_s: list[float] = []
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         extra = restored.extra if restored is not None else {}
         self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
-<<<<<<< HEAD
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
-=======
         self.certified = Watch(self.session.ledger, device, self.metrics.write)
->>>>>>> refs/heads/solver
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -136,7 +135,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.session.updater), closing_store(self.session):
+        with self.metrics, closing(self.session.updater), closing_store(self.session), closing(self.allocator):
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
@@ -162,9 +161,17 @@ class _Run:
 
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
-        started, step, session, updater = time.monotonic(), self.done, self.session, self.session.updater
-        plan = self.planner.plan(step)
-        works = read_step(session.source, step, plan, self.rank)
+        started = time.monotonic()
+        plan = self.planner.plan(self.done)
+        works = read_step(self.session.source, self.done, plan, self.rank)
+        with self.allocator.step(step_shape(works)):
+            told, numbers, backward_s = self._update(plan, works, stop)
+        self._finish_step(told, plan, numbers, started, backward_s)
+        return told.stop
+
+    def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[_Gathered, dict[str, Any], float]:
+        """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
+        step, session, updater = self.done, self.session, self.session.updater
         targets = count_targets(works, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
@@ -181,8 +188,7 @@ class _Run:
         self._check_finite(found, shares, works, watch, loss=told.loss)
         updater.apply()
         numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
-        self._finish_step(told, plan, numbers, started, backward_s)
-        return told.stop
+        return told, numbers, backward_s
 
     def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
         """Anew for each pass over the step: it counts."""
@@ -208,15 +214,15 @@ class _Run:
             on_last=session.updater.last,
         )
 
+    def _peak(self) -> int:
+        """The most this rank has taken so far: with a planned arena of the plan, else what the certificate is held against."""
+        planned = None if self.arena is None else self.arena.device_peak_bytes()
+        return self.certified.peak_bytes() if planned is None else planned
+
     def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
-<<<<<<< HEAD
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
         row += stats.tolist() + [clock.seconds() for clock in clocks]
-=======
-        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self.certified.peak_bytes()), float(stop.requested)]
-        row += [clock.seconds() for clock in clocks]
->>>>>>> refs/heads/solver
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
@@ -268,6 +274,7 @@ class _Run:
             micro_batches=len(plan.micro_batches),
             plan=str(plan),
             **planned,
+            **({} if (outcome := self.allocator.outcome()) is None else {"arena": outcome}),
             ranks=[
                 {"rank": rank, "tokens": held, "peak_bytes": peak}
                 for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))

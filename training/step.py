@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,25 @@ EMPTY = Work(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
 def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[Work]:
     """This rank's work of each micro-batch; reads only the tokens it holds."""
     return [Work(*build_shard(source, step, plan, index, rank), batch.group_of(rank)) for index, batch in enumerate(plan.micro_batches)]
+
+
+def step_shape(works: Sequence[Work]) -> Hashable:
+    """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
+
+    Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
+    """
+    return tuple(
+        None
+        if work.group is None or work.layout is None
+        else (
+            work.shard.num_tokens,
+            int(np.count_nonzero(work.shard.target_ids != IGNORE)),
+            (work.group.degree, work.group.ulysses),
+            work.shard.slices,
+            work.layout.lengths,
+        )
+        for work in works
+    )
 
 
 def count_targets(works: Sequence[Work], device: torch.device) -> int:

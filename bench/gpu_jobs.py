@@ -1,0 +1,203 @@
+"""What one process of bench/gpu_memory.py does: check attention, check the executor, or time one training step.
+
+Every function returns plain data. On the CPU the same code runs with exact live bytes in place of the CUDA allocator's figures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..memory.config import Walk
+from ..memory.offload.checks import check_host_memory
+from ..memory.offload.open import open_store
+from ..memory.offload.store import HostStore
+from ..memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from ..parallel.sequence.attention import AttentionSpec
+from ..training.model import install
+from .peers.document import alone, one_document
+from .peers.shape import Shape
+from .tracer import StorageTracer
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """The result of one job, by its kind."""
+    kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"attention": attention, "executor": executor, "step": step}
+    torch.manual_seed(0)
+    return kinds[job["kind"]](job) | device_facts(torch.device(job["device"]))
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"device_name": "cpu", "device_bytes": None, "kernel": "CpuKernel"}
+    from ..parallel.sequence.kernels import block_kernel
+
+    properties = torch.cuda.get_device_properties(device)
+    return {"device_name": properties.name, "device_bytes": properties.total_memory, "kernel": type(block_kernel(device)).__name__}
+
+
+def attention(job: dict[str, Any]) -> dict[str, Any]:
+    """Errors of bfloat16 attention against SDPA in float32: our blocks' and, beside them, those of SDPA itself in bfloat16."""
+    device, shape, num_tokens = torch.device(job["device"]), Shape(*job["shape"]), job["tokens"]
+    spec = AttentionSpec(shape.num_heads, shape.num_heads // 4, shape.head_dim, shape.head_dim**-0.5)
+    sizes = [(num_tokens, heads, shape.head_dim) for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads, spec.num_heads)]
+    q, k, v, do = (torch.randn(size, device=device) for size in sizes)
+    exact = _sdpa((q, k, v), do, spec)
+    half = tuple(t.bfloat16() for t in (q, k, v))
+    theirs = _sdpa((half[0], half[1], half[2]), do.bfloat16(), spec)
+    runtime = alone(num_tokens, device)
+    o, lse = runtime.core_forward((half[0], half[1], half[2]), spec)
+    ours = (o, *runtime.core_backward(do.bfloat16(), (half[0], half[1], half[2]), o, lse, spec))
+    names = ("o", "dq", "dk", "dv")
+    errors = {name: {"ours": _error(a, e), "sdpa": _error(b, e)} for name, a, b, e in zip(names, ours, theirs, exact, strict=True)}
+    return {"errors": errors, "worst_ratio": max(row["ours"] / row["sdpa"] for row in errors.values())}
+
+
+def _sdpa(qkv: QKV, do: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in qkv]
+    heads_first = [t.transpose(0, 1).unsqueeze(0) for t in leaves]
+    o = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=spec.scale, enable_gqa=True).squeeze(0).transpose(0, 1)
+    return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.float() - exact).norm() / exact.norm())
+
+
+def executor(job: dict[str, Any]) -> dict[str, Any]:
+    """Worst relative error of a parameter's bfloat16 gradient against Hugging Face in float32: ours by policy, and its own."""
+    device, num_tokens = torch.device(job["device"]), job["tokens"]
+    ids = torch.randint(0, Shape(*job["shape"]).vocab_size, (num_tokens,), device=device)
+    exact = _plain_gradients(job, ids, torch.float32)
+    theirs = _worst(_plain_gradients(job, ids, torch.bfloat16), exact)
+    ours = {}
+    for name, policy in policies(job["chunk"]).items():
+        model = _model(job, torch.bfloat16)
+        with _store(policy, model, num_tokens, device) as store:
+            install(model, policy, loss_chunk_tokens=job["loss_chunk"], store=store)
+            model(one_document(ids), alone(num_tokens, device), 1.0 / (num_tokens - 1)).backward()
+        ours[name] = _worst({key: p.grad for key, p in model.named_parameters()}, exact)
+    return {"errors": ours, "hugging_face_bfloat16": theirs, "worst_ratio": max(ours.values()) / theirs}
+
+
+def policies(chunk: int) -> dict[str, MemoryPolicy]:
+    """One policy for each way through the executor."""
+    whole = MemoryPolicy(chunk_tokens=chunk)
+    streamed = replace(whole, attention=Walk.CHUNKS)
+    half = Split(host=0.5)
+    return {
+        "keep": MemoryPolicy(graph=True, **dict.fromkeys(MemoryPolicy().splits, KEPT)),
+        "recompute": MemoryPolicy(),
+        "streambp": streamed,
+        "auto": replace(streamed, layer_input=MOVED),
+        "memo": MemoryPolicy(layer_input=MOVED, attention_output=MOVED, query=half, key_value=half, residual=half, mlp=half),
+        "upipe": replace(whole, layer_input=MOVED, head_groups=2),
+        "segments": replace(streamed, layer_input=MOVED, segment_layers=2),
+    }
+
+
+def _plain_gradients(job: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = _model(job, dtype)
+    row = ids.unsqueeze(0)
+    model(input_ids=row, labels=row, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _worst(found: dict[str, Any], exact: dict[str, Tensor]) -> float:
+    return max(_error(found[name], gradient) for name, gradient in exact.items())
+
+
+def _model(job: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Random weights, the same for every dtype but for rounding, made on the device itself."""
+    fields = Shape(*job["shape"]).fields(job["layers"])
+    torch.manual_seed(1)
+    with torch.device(job["device"]):
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).to(dtype).train()
+
+
+@contextmanager
+def _store(policy: MemoryPolicy, model: Any, num_tokens: int, device: torch.device) -> Iterator[HostStore | None]:
+    if not policy.uses_host:
+        yield None
+        return
+    capacity = host_bytes(policy, model.config, num_tokens)
+    check_host_memory(capacity, 1)
+    store = open_store(device=device, capacity_bytes=capacity)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def host_bytes(policy: MemoryPolicy, config: Any, num_tokens: int) -> int:
+    """Enough for what the policy moves: 2 bytes a number, and the ends of blocks."""
+    layers, width = config.num_hidden_layers, config.hidden_size
+    kv = width // config.num_attention_heads * config.num_key_value_heads
+    widths = {"layer_input": width, "residual": width, "query": width, "attention_output": width + 2 * config.num_attention_heads}
+    widths |= {"key_value": 2 * kv, "mlp": 2 * config.intermediate_size}
+    inputs = -(-layers // policy.segment_layers) + policy.segment_layers - 1
+    numbers = sum(split.host * widths[name] * (inputs if name == "layer_input" else layers) for name, split in policy.splits.items())
+    chunks = -(-num_tokens // (policy.chunk_tokens or num_tokens)) + 6
+    return int(2 * numbers * num_tokens) + layers * chunks * 12 * (64 << 10)
+
+
+def step(job: dict[str, Any]) -> dict[str, Any]:
+    """One forward and backward of a sequence, after a short one that warms up: seconds, peaks, what went over the link.
+
+    job: policy (a name of `policies`), keep_inputs (layer inputs stay on the device), segment_layers.
+    """
+    device, num_tokens = torch.device(job["device"]), job["tokens"]
+    policy = replace(policies(job["chunk"])[job["policy"]], segment_layers=job["segment_layers"])
+    policy = replace(policy, layer_input=KEPT) if job["keep_inputs"] else policy
+    model = _model_in_bfloat16(job)
+    with _store(policy, model, num_tokens, device) as store:
+        install(model, policy, loss_chunk_tokens=job["loss_chunk"], store=store)
+        ids = torch.randint(0, model.config.vocab_size, (num_tokens,), device=device)
+        short = ids[: min(num_tokens, 2 * job["chunk"])]
+        _one_step(model, short, alone(len(short), device))
+        found = _measured(model, ids, device, store)
+        stats = None if store is None else store.stats
+    moved = {} if stats is None else {"waits": stats.waits, "wait_s": stats.wait_s, "host_bytes": stats.high_water_bytes}
+    return found | moved | {"parameter_bytes": sum(p.nbytes for p in model.parameters())}
+
+
+def _model_in_bfloat16(job: dict[str, Any]) -> Any:
+    """Made in bfloat16 from the start: float32 weights of 32 layers would not leave room."""
+    fields = Shape(*job["shape"]).fields(job["layers"])
+    with torch.device(job["device"]):
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
+
+
+def _one_step(model: Any, ids: Tensor, runtime: Any) -> float:
+    loss = model(one_document(ids), runtime, 1.0 / (len(ids) - 1))
+    loss.backward()
+    return float(loss.detach())
+
+
+def _measured(model: Any, ids: Tensor, device: torch.device, store: HostStore | None) -> dict[str, Any]:
+    runtime = alone(len(ids), device)
+    if device.type != "cuda":
+        tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        with StorageTracer(tensors, host=None if store is None else store.owns) as tracer:
+            started = time.perf_counter()
+            loss = _one_step(model, ids, runtime)
+        return {"seconds": time.perf_counter() - started, "loss": loss, "peak_bytes": tracer.peak_bytes, "reserved_bytes": None}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    loss = _one_step(model, ids, runtime)
+    torch.cuda.synchronize()
+    peaks = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return {"seconds": time.perf_counter() - started, "loss": loss, **peaks}

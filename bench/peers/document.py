@@ -1,0 +1,28 @@
+"""One document on one rank: its rows and its attention, without process groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...parallel.sequence.clock import BusyClock
+from ...parallel.sequence.kernels import block_kernel
+from ...parallel.sequence.layout import group_layout
+from ...parallel.sequence.plan import Group
+from ...parallel.sequence.runtime import SequenceAttention, sequence_attention
+from ...parallel.topology import Topology
+from ...training.loss import IGNORE
+from ...training.model import Tokens
+
+
+def one_document(ids: Tensor) -> Tokens:
+    """The rows of a document of `ids` (T,)."""
+    targets = torch.cat([ids[1:], ids.new_tensor([IGNORE])])
+    return Tokens(ids, targets, torch.arange(len(ids), device=ids.device), torch.full_like(ids, len(ids)))
+
+
+def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
+    """The attention of one document on one rank."""
+    topology = Topology(0, 1, device.type, None)  # type: ignore[arg-type]
+    layout = group_layout((num_tokens,), ulysses=1, ring=1)
+    return sequence_attention(topology, block_kernel(device), Group(0, 1, 1, (0,)), layout, BusyClock(device))
