@@ -22,6 +22,8 @@ SUMMARY = {
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "go on with a run directory, with changes if wanted",
     "status": "where a run stands",
+    "logs": "what its ranks printed, the one that failed first last and in full",
+    "cancel": "have a run save and stop",
     "explain": "one step of a run: who held which sequences, why, and how far from the best",
     "simulate": "modelled step times of several planners, on clusters of any size",
     "export": "write a checkpoint as a Hugging Face model directory",
@@ -69,6 +71,8 @@ def _commands() -> dict[str, Command]:
         "profile": _profile,
         "resume": _resume,
         "status": _status,
+        "logs": _logs,
+        "cancel": _cancel,
         "explain": _explain,
         "simulate": _simulate,
         "export": _export,
@@ -87,6 +91,7 @@ def _unknown_command(word: str) -> ConfigError:
 
 def _train(words: list[str]) -> int:
     parser = _config_parser("train", "Train. Every argument is GROUP=OPTION, +experiment=NAME or key=value.")
+    _add_dry_run(parser)
     if _asks_for_help(words):
         from .help import train_help
 
@@ -95,7 +100,7 @@ def _train(words: list[str]) -> int:
     options = parser.parse_intermixed_args(words)
     from . import start
 
-    return start.train(options.overrides, options.config_dir, print_config=options.print_config)
+    return start.train(options.overrides, options.config_dir, print_config=options.print_config, dry_run=options.dry_run)
 
 
 def _plan(words: list[str]) -> int:
@@ -158,10 +163,17 @@ def _resume(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the stored configuration")
     parser.add_argument("--config-dir", metavar="DIR", help="your own configuration files")
+    _add_dry_run(parser)
     options = parser.parse_intermixed_args(words)
     from . import start
 
-    return start.resume(options.run_dir, options.overrides, options.config_dir)
+    return start.resume(options.run_dir, options.overrides, options.config_dir, dry_run=options.dry_run)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print exactly what would be submitted (with launcher=slurm: the script), and stop"
+    )
 
 
 def _status(words: list[str]) -> int:
@@ -172,6 +184,27 @@ def _status(words: list[str]) -> int:
     from . import status_command
 
     return status_command.main(options.run_dir, as_json=options.json)
+
+
+def _logs(words: list[str]) -> int:
+    parser = _Parser("logs", "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--lines", type=int, default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
+    options = parser.parse_args(words)
+    from . import logs_command
+
+    return logs_command.main(options.run_dir, num_lines=options.lines, every_rank=options.all)
+
+
+def _cancel(words: list[str]) -> int:
+    parser = _Parser("cancel", "Have a run finish its step, save and stop; a waiting job is taken from the queue. resume goes on.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--now", action="store_true", help="end it without waiting for a save")
+    options = parser.parse_args(words)
+    from . import logs_command
+
+    return logs_command.cancel(options.run_dir, now=options.now)
 
 
 def _explain(words: list[str]) -> int:

@@ -16,12 +16,10 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
-    """Variables to set in an agent, which its ranks inherit. What the user has set for the network stays.
+    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays.
 
     `interface`: where the other nodes are, for gloo. NCCL chooses for itself.
     """
-def rank_environment(config: Config) -> dict[str, str]:
-    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays."""
     values = {
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",

@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ def lock_run(run_dir: Path) -> int:
             hint=f"efflaunch status {run_dir}; or stop it first" + (f": kill {state.pid}" if state else ""),
         ) from error
     return file
+
+
+@contextmanager
+def holding(run_dir: Path) -> Iterator[int]:
+    """lock_run for the time inside."""
+    lock = lock_run(run_dir)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def is_locked(run_dir: Path) -> bool:

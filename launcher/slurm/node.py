@@ -69,7 +69,7 @@ class _Visit:
 
     def __init__(self, run_dir: Path, meeting: Meeting, place: SlurmPlace) -> None:
         self.run_dir, self.meeting, self.place = run_dir, meeting, place
-        self.timeout_s = read_run(run_dir).config.launcher.start_timeout_s if place.node == 0 else meeting.timeout_s
+        self.timeout_s = meeting.timeout_s
         self.address = address_towards(meeting.address)
         self.interface = interface_of(self.address)
         self.lock = _lock(run_dir) if place.node == 0 else None

@@ -73,7 +73,8 @@ def sbatch_options(job: BatchJob) -> Iterator[str]:
     yield "--open-mode=append"
     yield f"--signal=USR2@{signal_lead_s(config)}"
     yield f"--chdir={_word(str(job.work_dir))}"
-    yield f"--output={_word(str(job.run_dir / JOB_DIR))}/%j.out"
+    # SLURM reads % as the start of a placeholder.
+    yield f"--output={_word(str(job.run_dir / JOB_DIR).replace('%', '%%') + '/%j.out')}"
     yield from site.sbatch
 
 

@@ -24,7 +24,20 @@ def test_groups() -> None:
 
 
 def test_commands() -> None:
-    assert list(SUMMARY) == ["train", "plan", "profile", "resume", "status", "explain", "simulate", "export", "data", "completion"]
+    assert list(SUMMARY) == [
+        "train",
+        "plan",
+        "profile",
+        "resume",
+        "status",
+        "logs",
+        "cancel",
+        "explain",
+        "simulate",
+        "export",
+        "data",
+        "completion",
+    ]
 
 
 def test_exit_codes() -> None:
