@@ -52,7 +52,7 @@ JobRequeue=1
 MpiDefault=none
 KillWait=20
 SlurmctldTimeout=60
-SlurmdTimeout=10
+SlurmdTimeout=6
 MessageTimeout=30
 MailProg=/bin/true
 {nodes}
@@ -111,6 +111,8 @@ class SlurmCluster:
 
     directory: Path
     num_nodes: int = 3
+    private: dict[int, Path] = field(default_factory=dict)
+    """Node -> directory of which that node has an empty one of its own."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,7 +172,9 @@ class SlurmCluster:
         (directory / "munge.key").write_bytes(secrets.token_bytes(1024))
         (directory / "munge.key").chmod(0o600)
         places = [f"--{what}-file={directory}/munged.{what}" for what in ("pid", "log", "seed")]
-        self.spawn("munged", "munged", "--foreground", "--force", f"--key-file={directory}/munge.key", f"--socket={directory}/munge.sock", *places)
+        self.spawn(
+            "munged", "munged", "--foreground", "--force", f"--key-file={directory}/munge.key", f"--socket={directory}/munge.sock", *places
+        )
         wait_until((directory / "munge.sock").exists, "munged")
 
     def spawn(self, name: str, *command: str) -> int:
@@ -186,6 +190,8 @@ class SlurmCluster:
         """Start a node, for the first time or after a crash."""
         name = f"node{node}"
         shell = NODE_SHELL.format(name=name, directory=self.directory, address=self.address(node))
+        if node in self.private:
+            shell = f"mount -t tmpfs tmpfs {self.private[node]}\n{shell}"
         spaces = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         daemon = ("slurmd", "-D", "-N", name, "-f", f"{self.directory}/slurm.conf")
         pid = self.spawn(name, "unshare", *spaces, "sh", "-c", shell, "sh", *daemon)

@@ -188,6 +188,7 @@ class NodeAgent(Agent):
         worker.preload(self.entry)
         number = self.visit.meeting.attempt
         attempt_dir(self.run_dir, number).mkdir(parents=True, exist_ok=True)
+        self._write(state=state.RUNNING)
         code, failure = self._run_ranks(number)
         self._report(number, code)
         if failure is not None:
