@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, origin = _parser().parse_args(arguments), machine()
     own = list(own_traces(options.layers).items())[: options.own]
     rows = [measure(name, make, options.seconds) for name, make in own]
-    files = [measure(path.name, lambda path=path: _instance(path), options.seconds, alignment=1) for path in options.instances]
+    files = [measure(path.name, partial(_instance, path), options.seconds, alignment=1) for path in options.instances]
     result = {
         "benchmark": "arena",
         **origin,
@@ -124,7 +125,7 @@ def own_traces(layers: int) -> dict[str, Callable[[], Trace]]:
         "Gemma 2 9B, softcap and window, 16K": (GEMMA2_9B, recompute, ((16 * K,),)),
         "Llama 8B, two micro-batches of 64K and 40000": (LLAMA_8B, recompute, ((64 * K,), (30000, 10000))),
     }
-    return {name: lambda setting=setting: _trace(*setting, layers) for name, setting in settings.items()}
+    return {name: partial(_trace, fields, policy, batches, layers) for name, (fields, policy, batches) in settings.items()}
 
 
 def _trace(fields: dict[str, Any], policy: Any, micro_batches: tuple[tuple[int, ...], ...], layers: int) -> Trace:
@@ -168,6 +169,7 @@ class OneRank:
         from ..parallel.sequence.layout import group_layout
         from ..parallel.sequence.plan import Group
         from ..parallel.sequence.runtime import sequence_attention
+        from ..training.loss import cross_entropy
         from ..training.model import Tokens
 
         if clear:
@@ -177,7 +179,8 @@ class OneRank:
         attention: Any = sequence_attention(self, self._kernel, group, layout, BusyClock(self._device))  # type: ignore[arg-type]
         positions = torch.cat([torch.arange(length) for length in documents])
         lengths = torch.cat([torch.full((length,), length) for length in documents])
-        loss = self.model(Tokens(positions % self._vocabulary, positions % self._vocabulary, positions, lengths), attention, 1.0)
+        ids = positions % self._vocabulary
+        loss = self.model(Tokens(ids, ids, positions, lengths), attention, lambda head: cross_entropy(head, 1.0))
         loss.backward()
         return 0.0 if isinstance(loss, FakeTensor) else float(loss.detach())
 

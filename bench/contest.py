@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from ..memory.policy import MemoryPolicy
 from .peers.alst import Alst
-from .peers.ours import Ours, auto_policies, preset
+from .peers.ours import Ours, preset, with_chunks
 from .peers.shape import Chunks, Shape, Task
 from .peers.stock import Contestant, Stock
 from .peers.streambp import ReleasedStreamBP
@@ -36,18 +38,26 @@ CHECK = Task(Shape(4, 16), 3, 130, Chunks(layer=32, loss=20, streambp_layer=40, 
 """Chunks that do not divide the length."""
 
 
-def contestants() -> dict[str, Build]:
-    """By name. `auto` is solved for a full device, `auto_with_room` for one that has room."""
-    ours: dict[str, Build] = {name: _ours(name) for name in PRESETS}
-    return {**PEERS, **ours, "auto": _auto(room=False), "auto_with_room": _auto(room=True), **EXTRA_PEERS}
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A contestant. Layer counts it is measured with are multiples of `segment_layers`."""
+
+    build: Build
+    policy: MemoryPolicy | None = None
+    """Ours only."""
+
+    @property
+    def segment_layers(self) -> int:
+        return 1 if self.policy is None else self.policy.segment_layers
 
 
-def _ours(name: str) -> Build:
-    return lambda task: Ours(task, preset(name, task.chunks.layer))
-
-
-def _auto(*, room: bool) -> Build:
-    return lambda task: Ours(task, auto_policies(task.chunks.layer)[room])
+def contestants(chunk_tokens: int, auto: Mapping[str, MemoryPolicy]) -> dict[str, Entry]:
+    """By name. `auto`: more of our policies by name, such as `auto_policies`."""
+    solved = {name: preset(name) for name in PRESETS} | dict(auto)
+    ours = {name: with_chunks(policy, chunk_tokens) for name, policy in solved.items()}
+    entered = {name: Entry(build) for name, build in PEERS.items()}
+    entered |= {name: Entry(partial(Ours, policy=policy), policy) for name, policy in ours.items()}
+    return entered | {name: Entry(build) for name, build in EXTRA_PEERS.items()}
 
 
 def gradient_error(build: Build, task: Task = CHECK) -> float:
@@ -118,8 +128,8 @@ def ratios(seconds: Mapping[str, Iterable[float]], base: str = BASE) -> dict[str
     return {name: statistics.median(a / b for a, b in zip(times, seconds[base], strict=True)) for name, times in seconds.items()}
 
 
-def describe(policy: Any) -> dict[str, Any]:
-    """A policy as plain data: shares per class as `keep/host`."""
-    shares = {name: f"{split.keep:.3g}/{split.host:.3g}" for name, split in policy.splits.items()}
+def describe(policy: MemoryPolicy) -> dict[str, Any]:
+    """A policy as plain data: shares kept and moved per class."""
+    shares = {name: [split.keep, split.host] for name, split in policy.splits.items()}
     rest = {key: getattr(policy, key) for key in ("graph", "segment_layers", "chunk_tokens", "head_groups")}
     return {**shares, **rest, "attention": policy.attention.value}

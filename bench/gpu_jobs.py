@@ -20,7 +20,7 @@ from ..memory.config import Walk
 from ..memory.offload.checks import check_host_memory
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
-from ..memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from ..memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from ..parallel.sequence.attention import AttentionSpec
 from ..training.model import install
 from .peers.document import alone, one_document
@@ -65,8 +65,8 @@ def attention(job: dict[str, Any]) -> dict[str, Any]:
 
 def _sdpa(qkv: QKV, do: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in qkv]
-    heads_first = [t.transpose(0, 1).unsqueeze(0) for t in leaves]
-    o = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=spec.scale, enable_gqa=True).squeeze(0).transpose(0, 1)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in leaves)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True).squeeze(0).transpose(0, 1)
     return o.detach(), *torch.autograd.grad(o, leaves, do)
 
 
@@ -96,7 +96,7 @@ def policies(chunk: int) -> dict[str, MemoryPolicy]:
     streamed = replace(whole, attention=Walk.CHUNKS)
     half = Split(host=0.5)
     return {
-        "keep": MemoryPolicy(graph=True, **dict.fromkeys(MemoryPolicy().splits, KEPT)),
+        "keep": KEEP_ALL,
         "recompute": MemoryPolicy(),
         "streambp": streamed,
         "auto": replace(streamed, layer_input=MOVED),

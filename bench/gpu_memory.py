@@ -2,7 +2,8 @@
 
 Needs torch 2.11 or newer and transformers, and nothing else of the project's dependencies. Each job runs in a process of its
 own, so that one that fails or takes too long costs no other; after each the file is written, and a job that is in the file is
-not run again: start it again to go on. `--seconds` is the time it may take; a job that is expected to take longer than what is left is not begun.
+not run again: start it again to go on. `--seconds` is the time it may take; a job that is expected to take longer than what is
+left is not begun.
 
 Jobs, in order: attention blocks and the executor in bfloat16 against SDPA and Hugging Face in float32; then for each length one
 layer of Llama-3-8B's shape, and as many layers as time and memories allow; at the first length also with layer inputs kept on
@@ -166,6 +167,8 @@ def _run_apart(job: Job, left_s: float) -> dict[str, Any]:
 
 
 def _run_here(job: Job) -> int:
+    if job["kind"] not in ("attention", "executor", "step"):
+        raise ValueError(f"no such job: {job['kind']}")
     from .gpu_jobs import run_job
 
     print(json.dumps(run_job(job)))

@@ -14,13 +14,14 @@ Every contestant first makes the gradients of plain Hugging Face (`gradient_erro
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .peers.shape import Chunks, Shape, Task
 from .record import machine, write_json
-from .slopes import at_llama_8b, fit_line, max_tokens
+from .slopes import LONGEST, at_llama_8b, fit_line, max_tokens
 
 TARGETS = {"auto_kib": 32.0, "alst_over_auto": 3.0, "streambp_over_released": 1.0, "time_streambp": 1.0, "time_auto": 1.0}
 
@@ -28,9 +29,11 @@ TARGETS = {"auto_kib": 32.0, "alst_over_auto": 3.0, "streambp_over_released": 1.
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     result: dict[str, Any] = {"benchmark": "memory", **machine(), "targets": TARGETS, "settings": _settings(options)}
-    for part in (measured_bytes(options) if options.lengths else {}, measured_time(options) if options.rounds else {}):
-        result |= part
-        write_json(options.json, result | {"summary": summary(result)})
+    auto = _auto(options)
+    for wanted, measure in ((options.lengths, measured_bytes), (options.rounds, measured_time)):
+        if wanted:
+            result |= measure(options, auto)
+            write_json(options.json, result | {"summary": summary(result)})
     print("\n".join(f"{key} {value:.4g}" for key, value in summary(result).items()) + f"\n-> {options.json}")
     return 0
 
@@ -40,9 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
     parser.add_argument("--only", nargs="*", help="these contestants (hf_checkpointing is always timed)")
     parser.add_argument("--shapes", nargs="*", default=["4x8", "4x16", "8x8", "8x6"], metavar="HEADSxDIM")
-    parser.add_argument("--layers", type=int, nargs=2, default=[3, 6], help="bytes are measured with both")
+    parser.add_argument("--layers", type=int, nargs=2, default=[4, 8], help="bytes are measured with both")
     parser.add_argument("--lengths", type=int, nargs="*", default=[2000, 2500, 3000], help="none: no bytes are measured")
-    parser.add_argument("--chunk", type=int, default=100, help="tokens of a chunk, ours and StreamBP's, for bytes")
+    parser.add_argument("--chunk", type=int, default=250, help="tokens of a chunk, ours and StreamBP's, for bytes")
     parser.add_argument("--rounds", type=int, default=7, help="0: no time is measured")
     parser.add_argument("--time-shape", default="8x32", metavar="HEADSxDIM")
     parser.add_argument("--time-layers", type=int, default=4)
@@ -60,46 +63,42 @@ def _shape(text: str) -> Shape:
     return Shape(int(heads), int(dim))
 
 
-def measured_bytes(options: argparse.Namespace) -> dict[str, Any]:
+def measured_bytes(options: argparse.Namespace, auto: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about bytes; prints a line per contestant."""
-    from .contest import contestants
+    from .contest import contestants, describe
 
     details = {}
-    for name, build in contestants().items():
+    for name, entry in contestants(options.chunk, auto).items():
         if not options.only or name in options.only:
-            details[name] = _bytes_of(name, build, options)
-            print(f"{name:28s} {details[name]['device']['kib']:9.2f} KiB/token  host {details[name]['host']['kib']:8.2f}", flush=True)
+            row = details[name] = _bytes_of(name, entry, options)
+            row["policy"] = None if entry.policy is None else describe(entry.policy)
+            print(f"{name:28s} {row['device']['kib']:9.2f} KiB/token  host {row['host']['kib']:8.2f}", flush=True)
     return {
         "bytes_per_token": {name: row["device"]["total"] for name, row in details.items()},
         "host_bytes_per_token": {name: row["host"]["total"] for name, row in details.items()},
         "max_tokens_derived": {name: max_tokens(row["device"]["total"], row["host"]["total"]) for name, row in details.items()},
+        "auto_tokens": LONGEST,
         "forward_mask": _forward_mask(options),
         "details": details,
     }
 
 
-def _bytes_of(name: str, build: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _bytes_of(name: str, entry: Any, options: argparse.Namespace) -> dict[str, Any]:
     from .contest import CHECK, GRADIENT_TOLERANCE, gradient_error
 
-    error = gradient_error(build)
+    error = gradient_error(entry.build)
     if not error < GRADIENT_TOLERANCE:
         raise RuntimeError(f"{name} does not compute plain Hugging Face's gradients: off by {error:.2e}")
-    rows = [
-        _slope(build, Task(_shape(shape), layers, 0, _chunks(options)), options.lengths)
-        for layers in options.layers
-        for shape in options.shapes
-    ]
+    k = entry.segment_layers
+    counts = options.layers if all(layers % k == 0 for layers in options.layers) else [2 * k, 4 * k]
+    tasks = [Task(_shape(shape), layers, 0, _chunks(options)) for layers in counts for shape in options.shapes]
+    rows = [_slope(entry.build, task, options.lengths) for task in tasks]
     device, host = (
-        at_llama_8b({layers: {_shape(r["shape"]): r[key] for r in rows if r["layers"] == layers} for layers in options.layers})
+        at_llama_8b({layers: {_shape(r["shape"]): r[key] for r in rows if r["layers"] == layers} for layers in counts})
         for key in ("device_slope", "host_slope")
     )
-    return {
-        "gradient_error": error,
-        "notes": build(CHECK).notes(),
-        "device": device.row(),
-        "host": host.row(),
-        "measured": rows,
-    }
+    notes = entry.build(CHECK).notes()
+    return {"gradient_error": error, "notes": notes, "device": device.row(), "host": host.row(), "measured": rows}
 
 
 def _chunks(options: argparse.Namespace) -> Chunks:
@@ -139,22 +138,35 @@ def _forward_mask(options: argparse.Namespace) -> dict[str, Any] | None:
     return {"bytes_per_token_squared": (c - 2 * b + a) / (2 * (second - first) ** 2), "lengths": options.lengths, "device_bytes": [a, b, c]}
 
 
-def measured_time(options: argparse.Namespace) -> dict[str, Any]:
+def measured_time(options: argparse.Namespace, auto: Mapping[str, Any]) -> dict[str, Any]:
     """Interleaved rounds of all contestants."""
-    import torch
-
     from .contest import BASE, contestants, ratios, timed_rounds
 
-    torch.set_num_threads(1)
-    chunk = options.time_chunk
-    chunks = Chunks(layer=chunk, loss=min(chunk, 512), streambp_layer=chunk, streambp_loss=min(chunk, 512))
-    task = Task(_shape(options.time_shape), options.time_layers, options.time_tokens, chunks, dtype="float32")
-    entered = {name: build(task) for name, build in contestants().items() if not options.only or name in (BASE, *options.only)}
+    task, chunk = _time_task(options), options.time_chunk
+    wanted = {*(options.only or contestants(chunk, auto)), BASE}
+    entered = {name: entry.build(task) for name, entry in contestants(chunk, auto).items() if name in wanted}
     taken = timed_rounds(entered, options.rounds)
     wall, processor = ratios(taken["seconds"]), ratios(taken["processor_s"])
     for name, ratio in wall.items():
         print(f"{name:28s} {ratio:6.3f} x {BASE}  ({processor[name]:.3f} in processor time)", flush=True)
     return {"time_ratio": wall, "processor_ratio": processor, **taken, "time_task": asdict(task)}
+
+
+def _time_task(options: argparse.Namespace) -> Task:
+    chunk = options.time_chunk
+    chunks = Chunks(layer=chunk, loss=min(chunk, 512), streambp_layer=chunk, streambp_loss=min(chunk, 512))
+    return Task(_shape(options.time_shape), options.time_layers, options.time_tokens, chunks, dtype="float32")
+
+
+def _auto(options: argparse.Namespace) -> dict[str, Any]:
+    """Policies of memory=auto, where any is wanted."""
+    import torch
+
+    from .peers.ours import auto_policies
+
+    torch.set_num_threads(1)
+    wanted = not options.only or any(name.startswith("auto") for name in options.only)
+    return auto_policies(_time_task(options)) if wanted else {}
 
 
 def summary(result: dict[str, Any]) -> dict[str, float]:

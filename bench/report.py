@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import report_memory
+
 HEADER = """# Benchmarks
 
 Written by `python -m efflaunch.bench.report DIR docs/benchmarks.md` from the JSON files of the programs in `bench/`.
@@ -183,6 +185,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "adaptive": _adaptive,
     "planner": _planner,
     "arena": _arena,
+    "memory": report_memory.memory,
+    "gpu_memory": report_memory.gpu_memory,
 }
 
 

@@ -74,6 +74,8 @@ def _owned(shape: Shape) -> tuple[int, int, int, int]:
     return shape.hidden_size, shape.num_heads, shape.head_dim, 1
 
 
+LONGEST = 3 << 22
+"""About the longest sequence of Llama-8B for which eight 80 GB GPUs and their host have a plan: what `auto` is solved for."""
 GIB = 1 << 30
 DEVICE_GIB = 80.0
 FIXED_DEVICE_GIB = 24.5

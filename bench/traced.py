@@ -1,8 +1,8 @@
 """One configuration twice: what the ledger says its step takes, and what a traced step of it takes.
 
 Shared by `python -m efflaunch.bench.predicted` and tests/memory. The tracer counts every storage of one warm step on rank 0:
-weights, states, gradients, gathered copies, activations, buffers, and rows that wait on the host, which on a CPU is the same
-memory. What it cannot see (the process, communicators, kernels' scratch) is left out of the prediction.
+weights, states, gradients, gathered copies, activations and buffers, as on a GPU: rows that wait on the host do not count, the
+buffers they come back into do. What it cannot see (the process, communicators, kernels' scratch) is left out of the prediction.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ..memory.config import MemoryConfig, Place, Walk
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.setting import Phase
 from ..memory.terms import UNSEEN
+from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig, Scheme
 from ..training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
 from ..training.spec import hf_config_dict, model_spec
@@ -90,10 +91,11 @@ def predicted_by_phase(ledger: Ledger) -> dict[Phase, int]:
 
 
 def build_case(case: Case) -> Any:
-    """On a rank: (step, tensors): a function that runs one step, and one that lists weights and states. Collective."""
+    """On a rank: (step, tensors, store): runs one step; lists weights and states; where the policy moves activations. Collective."""
     import numpy as np
     import torch
 
+    from ..memory.offload.open import open_store
     from ..parallel.sequence.attention import CpuKernel
     from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
     from ..parallel.topology import build_topology
@@ -105,9 +107,10 @@ def build_case(case: Case) -> Any:
     torch.set_num_threads(1)
     ledger = case_ledger(case)
     topology, device = build_topology(replicate=1, device="cpu"), torch.device("cpu")
+    store = open_store(device=device, capacity_bytes=arena_bytes(ledger.setting)) if ledger.setting.policy.uses_host else None
     model = build_model(
         build_config(hf_config_dict(ModelConfig(**{**MODEL, **case.model}))), ledger.setting.policy, topology.mesh,
-        device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk, store=UncountedStore(),
+        device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk, store=store,
     )  # fmt: skip
     optimizer = build_optimizer(model, OptimConfig(name="adamw", lr=1e-4))
     count, group = case.micro_batches, ledger.layout
@@ -126,43 +129,7 @@ def build_case(case: Case) -> Any:
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
         return [*model.parameters(), *states]
 
-    return step, tensors
-
-
-class UncountedStore:
-    """Host memory that no tracer sees; what comes back is seen from `prefetch` to `done`, as on a GPU."""
-
-    def __init__(self) -> None:
-        self._parcels: dict[object, Any] = {}
-        self._back: dict[object, Any] = {}
-
-    def put(self, rows: Any) -> object:
-        import torch
-
-        key = object()
-        with torch._C._DisableTorchDispatch():
-            self._parcels[key] = rows.detach().clone()
-        return key
-
-    def prefetch(self, parcel: object) -> None:
-        if parcel not in self._back:
-            rows = self._parcels[parcel]
-            self._back[parcel] = rows.new_empty(rows.shape).copy_(rows)
-
-    def get(self, parcel: object) -> Any:
-        self.prefetch(parcel)
-        return self._back[parcel]
-
-    def done(self, parcel: object) -> None:
-        self._back.pop(parcel, None)
-
-    def drop(self, parcel: object) -> None:
-        self.done(parcel)
-        del self._parcels[parcel]
-
-    def reset(self) -> None:
-        self._parcels.clear()
-        self._back.clear()
+    return step, tensors, store
 
 
 @dataclass(frozen=True)
@@ -175,6 +142,9 @@ class _Source:
     def lengths(self, step: int) -> tuple[int, ...]:
         return self.all_lengths
 
+    def parts(self, step: int, index: int) -> tuple[int, ...]:
+        return (self.all_lengths[index],)
+
     def tokens(self, step: int, index: int, start: int, stop: int) -> Any:
         return self.ids[start:stop], self.ids[start:stop]
 
@@ -183,8 +153,10 @@ def traced_peak(case: Case) -> int:
     """On a rank: peak live bytes of the second step. Collective."""
     from .tracer import StorageTracer
 
-    step, tensors = build_case(case)
+    step, tensors, store = build_case(case)
     step()
-    with StorageTracer(tensors()) as tracer:
+    with StorageTracer(tensors(), host=None if store is None else store.owns) as tracer:
         step()
+    if store is not None:
+        store.close()
     return tracer.peak_bytes

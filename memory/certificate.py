@@ -72,7 +72,7 @@ def certify(ledger: Ledger) -> Certificate:
         host_bytes=ledger.host.peak_bytes,
         host_capacity_bytes=ledger.host.capacity_bytes,
         comparable_bytes=_comparable(ledger),
-        compared="most the allocator held" if s.on_gpu else "most resident memory, libraries in,",
+        compared="held by the allocator" if s.on_gpu else "resident, libraries in",
         fits=ledger.fits,
         proof=report.proof if report is not None and report.feasible else None,
         assumptions=_assumptions(ledger),
@@ -108,10 +108,10 @@ def check_line(predicted_bytes: int, measured_bytes: Sequence[int], compared: st
     """The outcome for a person; one that broke the bound says which rank, by how much and what to do."""
     most = max(measured_bytes)
     if most <= predicted_bytes:
-        return f"the memory certificate holds: {compared} {format_bytes(most)}, at most {format_bytes(predicted_bytes)} predicted"
+        return f"the memory certificate holds: {format_bytes(most)} {compared}, at most {format_bytes(predicted_bytes)} predicted"
     rank = list(measured_bytes).index(most)
     return (
-        f"the memory certificate does not hold: {compared} {format_bytes(most)} on rank {rank}, "
+        f"the memory certificate does not hold: {format_bytes(most)} {compared} on rank {rank}, "
         f"{format_bytes(most - predicted_bytes)} more than predicted; the run goes on, but leave room: memory=auto with a smaller "
         "cluster.device_memory_bytes"
     )

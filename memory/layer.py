@@ -52,6 +52,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, executor: LayerExecutor, context: LayerContext, *parameters: Tensor) -> Tensor:
         tape = context.tape
         assert tape is not None
+        context.position.at("forward", executor.index)
         ctx.executor, ctx.context, ctx.parameters, ctx.halves, ctx.run = executor, context, parameters, None, None
         with context.attention.busy():
             if executor.policy.graph:
@@ -68,6 +69,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.context.position.at("backward", ctx.executor.index)
         sums = GradientSums(ctx.parameters)
         with ctx.context.attention.busy():
             if ctx.halves is not None:

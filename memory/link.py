@@ -8,23 +8,44 @@ from __future__ import annotations
 
 from .setting import Setting
 from .terms_activations import class_bytes
-from .work import batch_tokens, layer_backward_s, layer_forward_s, layer_recompute_s
+from .work import batch_tokens, inner_share, layer_backward_s, layer_forward_s, layer_recompute_s, projections
 
 
 def leaving_bytes(s: Setting) -> float:
     """Bytes one rank sends to the host in one layer's forward, the layers' mean."""
-    return _forward_bytes(s) - _inner_bytes(s)
+    return _forward_bytes(s) - inner_bytes(s)
 
 
 def returning_bytes(s: Setting) -> float:
-    """Bytes that come back in one layer's backward. Layer inputs come once for each of the walks that start from them."""
-    return _forward_bytes(s) + (input_reads(s) - 1) * batch_tokens(s) * _host_bytes(s)["layer_input"]
+    """Bytes that come back in one layer's backward, each class as often as it is read."""
+    reads = {
+        "layer_input": input_reads(s),
+        "query": projections(s) if s.in_pieces else 1,
+        "key_value": projections(s) if s.in_pieces else 1,
+    }
+    once = sum(reads.get(name, 1) * num_bytes for name, num_bytes in _host_bytes(s).items())
+    again = inner_share(s) * sum(_host_bytes(s)[name] for name in ("residual", "mlp"))
+    if s.policy.attention_output.complete:
+        again += inner_share(s) * _host_bytes(s)["attention_output"]
+    return batch_tokens(s) * (once + again + _inner_reads(s))
+
+
+def _inner_reads(s: Setting) -> float:
+    """Per token: the inputs from which a segment's layers run again, for their projections and for their second half."""
+    if s.segment_layers == 1:
+        return 0.0
+    walks = 1 + (s.policy.attention_output.recompute > 0) * s.in_pieces
+    return inner_share(s) * walks * _host_bytes(s)["layer_input"]
 
 
 def input_reads(s: Setting) -> int:
-    """How often backward reads a layer's input: by chunks once for all keys and values, and once with its chunk."""
-    again = s.by_chunks and s.policy.key_value.recompute > 0
-    return 2 if again else 1
+    """How often backward fetches a layer's input: one piece alone stays; several come once for each walk over them."""
+    remade = s.policy.query.recompute > 0 or s.policy.key_value.recompute > 0
+    if not s.in_pieces:
+        return 1
+    if s.by_chunks:
+        return 1 + (s.policy.key_value.recompute > 0) + (s.layout.ulysses > 1)
+    return 1 + s.policy.head_groups * (1 + remade * projections(s))
 
 
 def _forward_bytes(s: Setting) -> float:
@@ -32,10 +53,9 @@ def _forward_bytes(s: Setting) -> float:
     return batch_tokens(s) * sum(_host_bytes(s).values())
 
 
-def _inner_bytes(s: Setting) -> float:
+def inner_bytes(s: Setting) -> float:
     """Inputs of a segment's inner layers leave in backward, when they are made again."""
-    inner = 1.0 - -(-s.spec.num_layers // s.segment_layers) / s.spec.num_layers
-    return inner * batch_tokens(s) * _host_bytes(s)["layer_input"]
+    return inner_share(s) * batch_tokens(s) * _host_bytes(s)["layer_input"]
 
 
 def _host_bytes(s: Setting) -> dict[str, float]:
@@ -51,7 +71,7 @@ def forward_stall_s(s: Setting) -> float:
 
 def backward_stall_s(s: Setting) -> float:
     """Of one layer of one micro-batch; both directions run side by side."""
-    moved = max(returning_bytes(s), _inner_bytes(s))
+    moved = max(returning_bytes(s), inner_bytes(s))
     return max(0.0, moved / s.cluster.host_link_bandwidth - layer_backward_s(s) - layer_recompute_s(s))
 
 

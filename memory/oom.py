@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..errors import PlanError
 from ..units import format_bytes
@@ -19,9 +20,12 @@ from .report import percent
 from .setting import BACKWARD, Phase
 from .terms import UNSEEN
 
+if TYPE_CHECKING:
+    from ..parallel.config import ClusterConfig
+
 MIB = 1 << 20
 _MARGIN = 0.02
-"""Of the device, left free beyond what is known to be missing."""
+"""Of what a device turned out to hold, left free."""
 _SIZE = re.compile(r"tried to allocate ([0-9.]+)\s*(bytes|B|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
 _UNITS = {"BYTES": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -37,7 +41,7 @@ class Numbers:
     requested: int
     """That could not be had."""
     active: int
-    """In tensors. On a CPU: resident memory of the process."""
+    """In tensors. On a CPU: by how much resident memory has grown since the run had built its model, and the weights."""
     reserved: int
     """By the allocator in all; on a CPU the same as active."""
     total: int
@@ -56,20 +60,22 @@ def oom_report(ledger: Ledger, numbers: Numbers, position: Position, *, rank: in
     """The error for a person. `resume`: the command that goes on with the run, to which overrides are added."""
     place = ledger.device.name
     planned = _planned_bytes(ledger, position)
-    name, size = _largest_unplanned(ledger, numbers, planned)
-    unplanned = f"; largest that was not planned: {name}, {format_bytes(size)}" if size > 0 else ""
+    size = usable_bytes(ledger, numbers, planned)
+    smaller = replace(ledger.asked.cluster, device_memory_bytes=size)
+    name, more = _largest_unplanned(ledger, numbers, planned)
+    unplanned = f"; largest that was not planned: {name}, {format_bytes(more)}" if more > 0 else ""
     asked = f"{format_bytes(numbers.requested)} more were asked for, with " if numbers.requested else ""
     return OutOfMemory(
         f"out of memory on rank {rank}, step {step}, {position}",
         found=f"{asked}{_held(ledger, numbers)} on a {place} of {format_bytes(numbers.total)}{unplanned}",
         expected=f"at most {format_bytes(planned)} there, by the ledger: {_largest_terms(ledger, position)}",
-        hint=_cure(ledger, numbers, planned, resume),
+        hint=_cure(ledger, smaller, f"cluster.device_memory_bytes={size // MIB}MiB", resume),
     )
 
 
 def _held(ledger: Ledger, numbers: Numbers) -> str:
     if not ledger.setting.on_gpu:
-        return f"{format_bytes(numbers.active)} resident"
+        return f"about {format_bytes(numbers.active)} in tensors"
     between = numbers.reserved - numbers.active
     return (
         f"{format_bytes(numbers.active)} in tensors and {format_bytes(numbers.reserved)} reserved ({format_bytes(between)} between blocks)"
@@ -81,19 +87,14 @@ def _phases(position: Position) -> tuple[Phase, ...]:
     return known.get(position.phase, tuple(Phase))
 
 
-def _unseen(ledger: Ledger) -> tuple[str, ...]:
-    """Terms that the numbers do not show: on a CPU resident memory has all of them in it."""
-    return UNSEEN if ledger.setting.on_gpu else ()
-
-
 def _planned_bytes(ledger: Ledger, position: Position) -> int:
     """Of what the allocator sees, at most, in the phase of the position."""
-    seen = [term for term in ledger.device.terms if term.name not in _unseen(ledger)]
+    seen = [term for term in ledger.device.terms if term.name not in UNSEEN]
     return max(sum(term.by_phase.get(phase, 0) for term in seen) for phase in _phases(position))
 
 
 def _largest_terms(ledger: Ledger, position: Position) -> str:
-    terms = [term for term in ledger.device.terms if term.name not in _unseen(ledger)]
+    terms = [term for term in ledger.device.terms if term.name not in UNSEEN]
     phase = max(_phases(position), key=lambda phase: sum(term.by_phase.get(phase, 0) for term in terms))
     largest = sorted(terms, key=lambda term: -term.by_phase.get(phase, 0))[:4]
     return ", ".join(f"{term.name} {format_bytes(term.by_phase[phase])}" for term in largest if term.by_phase.get(phase, 0))
@@ -115,28 +116,28 @@ def _largest_unplanned(ledger: Ledger, numbers: Numbers, planned: int) -> tuple[
 def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
     """The cluster.device_memory_bytes for which the ledger would have foreseen this end, less a margin; whole MiB."""
     capacity = ledger.device.capacity_bytes
-    unseen = sum(term.num_bytes for term in ledger.device.terms if term.name in _unseen(ledger))
+    unseen = sum(term.num_bytes for term in ledger.device.terms if term.name in UNSEEN)
     over = max(0, numbers.active + numbers.requested - planned)
     room = min(capacity, numbers.active + numbers.requested + unseen)
     # A device for which the present plan fits would not change anything.
     least = min(room, capacity - over, ledger.device.peak_bytes - max(MIB, numbers.requested))
-    return max(MIB, int(least - _MARGIN * capacity) // MIB * MIB)
+    return max(MIB, int(least * (1.0 - _MARGIN)) // MIB * MIB)
 
 
-def _cure(ledger: Ledger, numbers: Numbers, planned: int, resume: str) -> str:
-    """The first override set that the solver certifies for the smaller device, as a command, and what it costs."""
-    s, size = ledger.asked, usable_bytes(ledger, numbers, planned)
-    smaller = replace(s.cluster, device_memory_bytes=size)
-    again = build_ledger(
-        spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=smaller, residency=s.residency
-    )
-    limit = f"cluster.device_memory_bytes={size // MIB}MiB"
-    if again.fits:
-        return _command(resume, (limit,), again, ledger)
-    for entry in suggest(again, most=1):
-        overrides = (*entry.overrides, limit) if entry.ledger.setting.memory.solve else entry.overrides
-        return _command(resume, overrides, entry.ledger, ledger)
-    return f"nothing this planner knows fits {format_bytes(size)}: a smaller model, shorter sequences or a larger device"
+def _cure(ledger: Ledger, cluster: ClusterConfig, limit: str, resume: str) -> str:
+    """The first override set that the solver certifies on the smaller machine, as a command, and what it costs."""
+    s = ledger.asked
+    names = ("spec", "parallel", "memory", "train", "data", "residency")
+    try:
+        again = build_ledger(**{name: getattr(s, name) for name in names}, cluster=cluster)
+        if again.fits and s.memory.solve:
+            return _command(resume, (limit,), again, ledger)
+        for entry in suggest(again, most=1):
+            overrides = (*entry.overrides, limit) if entry.ledger.setting.memory.solve else entry.overrides
+            return _command(resume, overrides, entry.ledger, ledger)
+    except (MemoryError, ImportError):  # of the process itself: a solver that cannot be loaded any more
+        return f"{resume} memory=auto {limit}\n  (not certified: no memory was left to solve for it; efflaunch plan tells)"
+    return f"nothing this planner knows fits with {limit}: a smaller model, shorter sequences, or a larger machine"
 
 
 def _command(resume: str, overrides: tuple[str, ...], cure: Ledger, ledger: Ledger) -> str:
@@ -146,28 +147,15 @@ def _command(resume: str, overrides: tuple[str, ...], cure: Ledger, ledger: Ledg
 
 
 def host_report(ledger: Ledger, free_bytes: int, limited_by: str, *, rank: int, step: int, resume: str) -> OutOfMemory:
-    """The error where the host is about to run out; the step is finished and saved."""
+    """The error where the host is about to run out; the step is finished and saved. The cure has a quarter less on the host."""
     largest = sorted(ledger.host.terms, key=lambda term: -term.num_bytes)[:4]
     named = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in largest)
+    cluster = ledger.asked.cluster
+    size = int(0.75 * min(cluster.host_memory_bytes, ledger.host.peak_bytes)) // MIB * MIB
+    limit = f"cluster.host_memory_bytes={size // MIB}MiB"
     return OutOfMemory(
         f"host memory, on the node of rank {rank} after step {step}",
         found=f"{format_bytes(free_bytes)} left ({limited_by}), before the kernel kills a rank",
         expected=f"room beside {format_bytes(ledger.host.peak_bytes)} of the plan: {named}",
-        hint=_host_cure(ledger, resume),
+        hint=_cure(ledger, replace(cluster, host_memory_bytes=size), limit, resume),
     )
-
-
-def _host_cure(ledger: Ledger, resume: str) -> str:
-    """Solved again with a quarter less on the host."""
-    s = ledger.asked
-    smaller = replace(s.cluster, host_memory_bytes=int(0.75 * min(s.cluster.host_memory_bytes, ledger.host.peak_bytes)) // MIB * MIB)
-    again = build_ledger(
-        spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=smaller, residency=s.residency
-    )
-    limit = f"cluster.host_memory_bytes={smaller.host_memory_bytes // MIB}MiB"
-    if again.fits:
-        return _command(resume, (limit,), again, ledger)
-    for entry in suggest(again, most=1):
-        overrides = (*entry.overrides, limit) if entry.ledger.setting.memory.solve else entry.overrides
-        return _command(resume, overrides, entry.ledger, ledger)
-    return "end what else runs on the node, or more host memory (under Slurm: more --mem)"

@@ -65,7 +65,7 @@ class SolveReport:
     def proof(self) -> str:
         """One sentence."""
         looked = f"{self.num_shapes} shapes, {self.num_solved} solved, the others cannot be faster"
-        return f"no policy is faster by more than {percent(self.gap)} ({looked})"
+        return f"no policy is faster{'' if self.gap < 0.0005 else f' by more than {percent(self.gap)}'} ({looked})"
 
 
 def percent(share: float) -> str:

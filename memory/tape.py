@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .policy import MemoryPolicy
+from .position import Position
 from .saved import HostStore, Key, Saved
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class LayerContext:
         attention: AttentionRuntime,
         tape: Tape | None,
         gathered: Callable[[int], AbstractContextManager[None]],
+        position: Position | None = None,
     ) -> None:
         self.tables, self.attention, self.tape, self.gathered = tables, attention, tape, gathered
         """Rotary tables by kind of layer; the tape is None where no backward follows; `gathered(layer)` holds a layer's whole weights."""
+        self.position = position or Position()
+        """Where this rank is, for reports."""

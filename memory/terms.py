@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .setting import ALL, GIB, Phase, Setting, Term, term
 from .terms_activations import activations, attention_outputs, in_flight, layer_inputs
-from .terms_layer import layer_rows, loss_chunk, masked_scores
+from .terms_layer import layer_rows, loss_chunk, masked_scores, scratch
 from .terms_model import (
     batch,
     gathered_layers,
@@ -23,7 +23,7 @@ from .terms_optimizer import optimizer_states
 
 __all__ = ["ALL", "GIB", "UNSEEN", "Phase", "Setting", "Term", "device_terms", "term"]
 
-UNSEEN = ("communicators", "context", "allocator reserve")
+UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""
 
 
@@ -47,8 +47,8 @@ def reserve(s: Setting) -> Term:
 def device_terms(s: Setting) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
-        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, in_flight, loss_chunk,
-        masked_scores, batch, communicators, context, reserve,
+        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
+        masked_scores, scratch, batch, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(s), *worst_layers(s), *(make(s) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)
@@ -56,7 +56,7 @@ def device_terms(s: Setting) -> tuple[Term, ...]:
 
 def worst_layers(s: Setting) -> list[Term]:
     """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
-    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations)
+    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations, in_flight)
     layers = [[make(s, layer) for make in makers] for layer in candidates(s)]
     worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
     return [

@@ -6,6 +6,8 @@ all start from it. Splits are shares of a rank's tokens (memory/policy.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .setting import BACKWARD, Phase, Setting, Term
 
 
@@ -86,29 +88,42 @@ def _while_kept(s: Setting, layer: int, per_layer: int) -> dict[Phase, int]:
     return held
 
 
-def in_flight(s: Setting) -> Term:
+def in_flight(s: Setting, layer: int) -> Term:
     """Source rows of copies to the host that still run, and buffers that rows come back to: a piece's, and a few ahead of it.
 
     A class that is only in part on the host is made where it is not: its live rows are the live layer's.
     """
     splits = {} if s.policy.graph else {name: split for name, split in s.policy.splits.items() if split.host > 0}
-    size = {name: class_bytes(s)[name] for name in splits}
-    leaving = sum(size[name] * (rows[1] - rows[0]) for name, split in splits.items() if (rows := split.rows(s.tokens))) * s.on_gpu
+    size, rows = class_bytes(s), {name: split.rows(s.tokens)[1] - split.rows(s.tokens)[0] for name, split in splits.items()}
     whole = set() if s.by_chunks or not s.in_pieces else {"query", "key_value", "attention_output"}
     late = {"query", "key_value"} if not s.by_chunks and s.policy.attention_output.complete else set()
     piece = {name for name, split in splits.items() if split.complete} - whole
-    first = [name for name in ("attention_output", "layer_input", "query", "key_value", "residual", "mlp") if name in splits]
-    # With one class a piece, the layer below is asked for while another piece is still to come.
-    ahead = sum(size[name] for name in (first * 2)[: AHEAD + (len(first) == 1)])
-    held = {Phase.FORWARD: leaving}
+    ahead = _ahead(s, layer, rows)
+    leaving = sum(size[name] * count for name, count in rows.items())
+    largest = max((size[name] for name in rows), default=0) * s.piece_tokens
+    held = {Phase.FORWARD: min(leaving, max(IN_FLIGHT_BYTES, largest)) * s.on_gpu}
     held |= dict.fromkeys(BACKWARD, s.piece_tokens * (ahead + sum(size[name] for name in piece)))
     held[Phase.BACKWARD_MLP] -= s.piece_tokens * sum(size[name] for name in piece & late)
     held[Phase.LAYER_REDUCE] = held[Phase.SEGMENT] = s.piece_tokens * ahead
     return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", held)
 
 
+def _ahead(s: Setting, layer: int, rows: Mapping[str, int]) -> int:
+    """Bytes a row of what is asked for before its use (memory/saved.py): of this layer's next piece or of the layer below."""
+    middle = ("query", "attention_output") if s.by_chunks else ()
+    own = [name for name in ("layer_input", *middle, "residual", "mlp") if name in rows]
+    below = [name for name in ("attention_output", "layer_input", "key_value", "query", "residual", "mlp") if name in rows]
+    here = sum(class_bytes(s)[name] for name in (own * AHEAD)[:AHEAD] if rows[name] > s.piece_tokens)
+    if layer == 0:
+        return here
+    # With one class a piece, the layer below is asked for while another piece is still to come.
+    return max(here, sum(class_bytes(s)[name] for name in (below * AHEAD)[: AHEAD + (len(below) == 1 and s.in_pieces)]))
+
+
 AHEAD = 2
 """Of memory/saved.py."""
+IN_FLIGHT_BYTES = 1 << 30
+"""Of memory/offload/open.py: rows whose copy to the host may not be done hold at most so much, or one piece."""
 
 
 def graph_row(s: Setting) -> int:

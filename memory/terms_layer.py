@@ -15,10 +15,11 @@ from .terms_activations import graph_row, norm_bytes
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Bytes of each of the rank's rows, and of each row of the one piece that is worked on."""
+    """Bytes of each of the rank's rows, of each row of the one piece that is worked on, and whatever the rows."""
 
     whole: float
     piece: float = 0.0
+    fixed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,13 @@ class Widths:
 
     @classmethod
     def of(cls, s: Setting, groups: int = 1) -> Widths:
-        """`groups`: Q, K, X and E of one of so many groups of heads."""
-        spec, width = s.spec, s.width
-        heads = max(1, -(-spec.num_kv_heads // groups))
-        keys = 2 * width * heads * spec.head_dim
+        """`groups`: Q, K, X and E of one of so many groups of heads (memory/heads.py)."""
+        spec, width, ulysses = s.spec, s.width, s.layout.ulysses
+        share = spec.num_heads // spec.num_kv_heads
+        heads = ulysses * max(1, -(-spec.num_heads // (ulysses * groups * share))) if groups > 1 else spec.num_kv_heads * s.kv_copies
+        keys = 2 * width * spec.head_dim
         return cls(
-            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys, X=keys * s.kv_copies,
+            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys * min(heads, spec.num_kv_heads), X=keys * heads,
             F=width * spec.intermediate_size, E=s.master * spec.num_heads // groups, norm=norm_bytes(s) * spec.hidden_size,
             wide=s.master / s.width,
         )  # fmt: skip
@@ -52,10 +54,11 @@ def layer_rows(s: Setting) -> tuple[Term, Term]:
     """What the live layer holds of all rows, and of one piece."""
     moments = graph_moments(s) if s.policy.graph else streamed_moments(s) if s.by_chunks else whole_moments(s)
     largest = {
-        phase: max(found, key=lambda moment: moment.whole * s.tokens + moment.piece * s.piece_tokens) for phase, found in moments.items()
+        phase: max(found, key=lambda moment: moment.whole * s.tokens + moment.piece * s.piece_tokens + moment.fixed)
+        for phase, found in moments.items()
     }
     whole = {phase: int(moment.whole * s.tokens) for phase, moment in largest.items()}
-    piece = {phase: int(moment.piece * s.piece_tokens) for phase, moment in largest.items()}
+    piece = {phase: int(moment.piece * s.piece_tokens + moment.fixed) for phase, moment in largest.items()}
     note = "everything between its ends" if not s.in_pieces else f"{s.piece_tokens} tokens of everything between its ends"
     return (
         Term("live layer, all rows", f"what attention reads and makes, heads over {s.layout.ulysses}, ring of {s.layout.ring}", whole),
@@ -72,8 +75,8 @@ def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
     return {
         Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
         Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
-        Phase.BACKWARD_MLP: [*projected, Moment(_held(s, w, part) + w.H + w.Q * s.in_pieces, after_backward_row(s, w))],
-        Phase.BACKWARD_ATTENTION: _attention_backward(s, w, part),
+        Phase.BACKWARD_MLP: after_backward(s, w, _held(s, w, part) + w.H + w.Q * s.in_pieces),
+        Phase.BACKWARD_ATTENTION: [*projected, *_attention_backward(s, w, part)],
         Phase.BACKWARD_PROJECTIONS: [
             Moment(w.H + part.Q + part.K + (2 * w.Q + w.E) * (s.policy.head_groups > 1), before_backward_row(s, part))
         ],
@@ -123,19 +126,21 @@ def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
     wide = w.wide if s.layout.ring > 1 else 1.0
     ring = (3 * w.X + 2 * w.wide * w.X + w.Q + w.X) if s.layout.ring > 1 else 0
     output = w.Q * (cut or not _stored(s)) * (sides or groups or _stored(s))
-    both = w.H + w.Q + output
-    gradients = wide * (part.Q + part.X)
+    # Of a group of heads: log-sum-exp of all, and the gradients of the group before.
+    both = w.H + w.Q + output + (w.E + part.Q + part.X) * groups
+    gradients = wide * (part.Q + part.X) + flash_workspace(s, part)
     if groups:
-        # Of one group: what attention reads, its output, and its gradient, each on both sides.
-        sent = (2 + 2 * sides) * part.Q
-        kernel = Moment(both + w.E + _read(s, part) + sent + gradients)
+        kernel = Moment(both + _read(s, part) + (2 + 2 * sides) * part.Q + gradients)
     elif _stored(s):
         kernel = Moment(both + _read(s, w) + 2 * w.Q * sides + gradients + ring)
     else:
         kernel = Moment(both + _read(s, w) + w.Q + w.E + w.Q * sides + gradients + ring)
+    made = part.Q + part.K
+    again = [Moment(both + made * cut, before_row(part))] * (groups or _stored(s))
     if not sides:
-        return [kernel]
-    return [kernel, Moment(both + w.E * groups + (wide + 2) * (part.Q + part.X))]
+        return [kernel, *again]
+    again += [Moment(both + made + 3 * (part.Q + part.X))] * (groups or _stored(s))
+    return [kernel, *again, Moment(both + (wide + 2) * (part.Q + part.X))]
 
 
 def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
@@ -155,9 +160,11 @@ def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
         Phase.SEGMENT: [Moment(own + w.H - kept + m.whole, m.piece) for m in forward] if s.segment_layers > 1 else [Moment(0)],
         Phase.BACKWARD_MLP: [
             *(Moment(w.H + m.whole, m.piece) for m in project),
-            Moment(w.H + keys + totals, chunk + w.Q * sides + after_backward_row(s, w)),
+            *after_backward(s, w, w.H + keys + totals, chunk + w.Q * sides),
         ],
-        Phase.BACKWARD_ATTENTION: [Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides)],
+        Phase.BACKWARD_ATTENTION: [
+            Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides + flash_workspace(s, w, 4))
+        ],
         Phase.BACKWARD_PROJECTIONS: [
             Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(s, w)),
             *([Moment(w.H + totals + 3 * w.X)] if sides else []),
@@ -178,7 +185,7 @@ def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
-        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read)],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read + flash_workspace(s, w))],
         Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
         Phase.LAYER_REDUCE: [Moment(w.H)],
     }
@@ -194,20 +201,39 @@ def after_row(s: Setting, w: Widths) -> float:
     return _made(s, "residual") * w.H + _made(s, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
 
 
-def after_backward_row(s: Setting, w: Widths) -> float:
-    """Second half's backward. The last product: activation, the product's gradient and two of its factors' beside the output.
+def after_backward(s: Setting, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
+    """Second half's backward, beside `whole` and `piece`: through the last product, then through gate and up and their norm.
 
-    Gate and up: their gradients beside the norm's backward, which is in float32.
+    The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
+    up's gradients and their weights' beside its own work.
     """
-    total = w.H * _made(s, "residual")
-    product = total + 2 * w.F * _made(s, "mlp") + 4 * w.F + w.H
-    norm = total + 2 * w.F + 6 * max(4, w.H // s.spec.hidden_size) * s.spec.hidden_size
-    return max(product, norm)
+    total = piece + w.H * _made(s, "residual")
+    weight = s.width * s.spec.hidden_size * s.spec.intermediate_size
+    return [
+        Moment(whole, total + 2 * w.F * _made(s, "mlp") + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F + norm_backward(s, s.spec.hidden_size), weight * (1 if s.in_pieces else 2)),
+    ]
 
 
 def before_backward_row(s: Setting, w: Widths) -> float:
-    """Projections' backward: the norm's graph, the turn's parts, and their gradients."""
-    return w.norm + w.Q + w.K / 2 + 3 * w.Q + head_norms(s)
+    """Projections' backward: the norm's graph, the turn's parts, and their gradients; or beside the norms of each head."""
+    turn = 4 * w.Q + w.K / 2
+    heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(s, w.Q // s.width)) * s.spec.qk_norm
+    return w.norm + max(turn, heads)
+
+
+def norm_backward(s: Setting, size: int) -> int:
+    """What the backward of an RMS norm of `size` numbers works with, in float32 at least."""
+    return 6 * s.master * size
+
+
+def flash_workspace(s: Setting, w: Widths, key_rows: int = 1) -> float:
+    """FlashAttention-2's backward on CUDA: queries' gradient in float32, and with shared key/value heads theirs for every query head.
+
+    `key_rows`: keys of a block, in rows of the queries' piece.
+    """
+    shared = 2 * w.Q * key_rows * (s.spec.num_kv_heads < s.spec.num_heads)
+    return (w.wide * w.Q + shared) * s.on_gpu
 
 
 def head_norms(s: Setting) -> int:
@@ -217,21 +243,25 @@ def head_norms(s: Setting) -> int:
 
 def masked_scores(s: Setting) -> Term:
     """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
-    from ..training.config import Family
-
-    softcap = s.spec.family is Family.GEMMA2
+    softcap = _softcap(s)
     windows = [window for window in s.spec.windows if window is not None]
     if s.on_gpu and s.width == 2:
         return Term("masked scores", "", {})
     if not (softcap or windows or s.on_gpu):
         return Term("masked scores", "", {})
     length = min(s.data.max_seq_len, s.tokens * s.layout.sp_degree)
-    full = (softcap and len(windows) < s.spec.num_layers) or s.on_gpu
-    keys = length if full else min(length, max(windows) + MASKED_QUERY_CHUNK)
-    queries = min(MASKED_QUERY_CHUNK, length)
+    rows = min(length, s.piece_tokens * s.layout.sp_degree) if s.by_chunks else length
+    queries = min(MASKED_QUERY_CHUNK, rows)
+    several, everything = rows > MASKED_QUERY_CHUNK, s.on_gpu or len(windows) < s.spec.num_layers
+    keys = length if everything else min(length, max(windows) + queries * several)
     one = s.master * s.spec.num_heads // s.layout.ulysses * queries * keys
-    forward, backward = (5, 8) if softcap else (4, 5.25)
-    held = {Phase.FORWARD: int(forward * one), Phase.SEGMENT: int(forward * one), Phase.BACKWARD_ATTENTION: int(backward * one)}
+    # A chunk's scores are made while those of the chunk before are still there.
+    before = several * (max(0, keys - queries) / keys if everything else 1.0)
+    mask = 8 * queries * keys
+    forward = max(5 + 3 * before, 6) if softcap else max(2 + 2 * before, 3)
+    backward = max(5 + 4 * before, 7) if softcap else max(2 + 3 * before, 5)
+    held = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if s.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
+    held[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
     return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
 
 
@@ -254,11 +284,26 @@ def _stored(s: Setting) -> bool:
 
 
 def loss_chunk(s: Setting) -> Term:
-    """Logits of one chunk in compute precision and in float32; of the chunk before too; or beside them a part of the head's gradient."""
+    """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
-    logits = s.master * words * chunk
-    narrow = s.width * words * chunk * (s.width < s.master)
-    part = s.width * words * s.spec.hidden_size
-    most = max(2 * logits + narrow, logits + narrow + part)
+    narrow, wide = s.width * words * chunk, s.master * words * chunk
+    bent = 3 * wide * _softcap(s)
+    made = wide + bent + narrow * (s.width < s.master)
+    most = max(made, narrow + s.width * words * s.spec.hidden_size)
     rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
     return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})
+
+
+def scratch(s: Setting) -> Term:
+    """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
+    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
+    exponentials = s.master * words * chunk
+    beside = s.master * words * chunk * (1 + 3 * _softcap(s))
+    counted = loss_chunk(s).by_phase[Phase.LOSS]
+    return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
+
+
+def _softcap(s: Setting) -> bool:
+    from ..training.config import Family
+
+    return s.spec.family is Family.GEMMA2

@@ -65,11 +65,13 @@ def inputs_made_again(s: Setting, layer: int) -> bool:
 def reduction(s: Setting, layer: int) -> Term:
     """Input of the last reduction, which lives on until the next; with one shard its output goes through a copy."""
     one, only = s.master * s.layer_parameters, s.layout.shard == 1
-    below = one * (layer < s.spec.num_layers - 1) * (not reduces_once(s))
-    own = s.width * s.layer_parameters
-    held = dict.fromkeys(BACKWARD, below)
-    held[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // s.layout.shard)
     root = s.master * s.root_parameters
+    # Of the micro-batch before, as long as this one has reduced nothing.
+    earlier = root * (s.layout.num_micro_batches > 1) * (not reduces_once(s))
+    own = s.width * s.layer_parameters
+    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS), earlier)
+    held |= dict.fromkeys(BACKWARD, one * (not reduces_once(s)) if layer < s.spec.num_layers - 1 else earlier)
+    held[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // s.layout.shard)
     copied = root * (1 + only) + root // s.layout.shard
     held[Phase.REDUCE] = max(root + s.width * s.root_parameters * (not reduces_once(s)), copied)
     return Term("reduction", "one layer's gradients on their way; last those of embedding and head", held)

@@ -19,6 +19,7 @@ from .work import (
     layer_recompute_s,
     linear_flops,
     matrix_parameters,
+    projections,
     sequence_flops,
 )
 
@@ -119,7 +120,7 @@ def _exchanged_again(s: Setting, into: int, out: int) -> float:
     """Numbers a token exchanges once more: q, k, v for attention's backward and o for what follows it, and all of it in segments."""
     if s.policy.graph:
         return 0.0
-    return into + out + inner_share(s) * (out + into * s.policy.attention_output.recompute)
+    return into * projections(s) + out + inner_share(s) * (into + out) * s.policy.attention_output.recompute
 
 
 def ring_s(s: Setting) -> float:

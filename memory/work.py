@@ -46,12 +46,21 @@ def remade_flops(s: Setting) -> float:
         return 0.0
     costs = class_recompute_flops(s)
     shares = {name: split.recompute for name, split in s.policy.splits.items() if name not in ("layer_input", "attention_output")}
-    return sum(costs[name] * share for name, share in shares.items()) + closing_norm_flops(s)
+    for name in ("query", "key_value"):
+        shares[name] *= projections(s)
+    return sum(costs[name] * share for name, share in shares.items()) + norm_flops(s)
 
 
-def closing_norm_flops(s: Setting) -> float:
-    """A layer that ends in norms needs the products before them for their gradients; others leave the last product out."""
-    return 2.0 * s.spec.hidden_size * s.spec.intermediate_size * (s.spec.norms_per_layer > 2)
+def projections(s: Setting) -> int:
+    """How often backward makes queries, keys and values that are not stored: groups of heads do for attention's forward and backward."""
+    return 2 if s.policy.head_groups > 1 and s.policy.attention_output.recompute > 0 and not s.by_chunks else 1
+
+
+def norm_flops(s: Setting) -> float:
+    """A norm after a product needs the product for its gradient, whatever is stored: per-head norms, and those that end Gemma's halves."""
+    heads = 2.0 * s.spec.hidden_size * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
+    ends = 2.0 * s.spec.hidden_size * (s.spec.intermediate_size + s.spec.query_size) * (s.spec.norms_per_layer > 2)
+    return heads + ends
 
 
 def segment_flops(s: Setting) -> float:

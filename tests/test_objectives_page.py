@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,18 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_objectives_page(tmp_path: Path) -> None:
-    printed = run_page("objectives.md", tmp_path)
+    printed = run_page("objectives.md", tmp_path, timeout_s=900)
     runs, corpora = tmp_path / "work" / "runs", tmp_path / "work" / "corpus"
     assert "train.objective=dpo" in printed and "train.objective=grpo" in printed
     pairs, rollouts = (IndexedCorpus(str(corpora / name)) for name in ("pairs", "rollouts"))
 
     steps = events(runs / "dpo", "step")
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(steps[0]["dpo_margin"]) < 1e-4
+    assert [step["step"] for step in steps] == list(range(1, 9)) and len(events(runs / "dpo", "start")) == 2
     assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["dpo_margin"] > 0.05 and steps[-1]["dpo_accuracy"] > 0.9
     for step in steps:
         assert step["dpo_margin"] == pytest.approx(step["dpo_chosen_reward"] - step["dpo_rejected_reward"])
-    assert events(runs / "dpo", "score")[-1]["done_tokens"] == pairs.num_tokens
+    assert [event["done_tokens"] for event in events(runs / "dpo", "score")] == [pairs.num_tokens], "once, not again on resume"
     scores = np.fromfile(runs / "dpo" / "scores" / "0-pairs.ref.bin")
     assert len(scores) == 2 * pairs.num_documents and (scores < 0).all()
 
@@ -45,3 +49,10 @@ def test_objectives_page(tmp_path: Path) -> None:
         assert ((scores[span] < 0) == mask).all(), "answers' tokens have one, prompts none"
 
     assert events(runs / "again", "score") == [] and events(runs / "again", "step")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+    # The weights have moved on: what the first ones said cannot be had again.
+    shutil.rmtree(runs / "dpo" / "scores")
+    (corpora / "pairs.ref.bin").unlink()
+    command = [sys.executable, "-m", "efflaunch", "resume", "runs/dpo", "train.steps=9"]
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 93 and "found no log-probabilities under the weights this run began with" in done.stdout + done.stderr

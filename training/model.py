@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ..memory.layer import LayerExecutor
 from ..memory.policy import MemoryPolicy
+from ..memory.position import Position
 from ..memory.run import AttentionRuntime
 from ..memory.saved import HostStore
 from ..memory.tape import LayerContext, Tables, Tape
@@ -47,15 +48,19 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
         self._model, self._options, self._policy, self._store = model, options, policy, store
+        self.position = Position()
+        """Where this rank is, for reports."""
 
     def __call__(self, tokens: Tokens, attention: AttentionRuntime, objective: Callable[[Head], Tensor]) -> Tensor:
         """What `objective` makes of the last layer's output."""
         base = self._model.model
+        self.position.at("embedding")
         x = base.embed_tokens(tokens.token_ids)
         tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
         context = self._context(tables, attention)
         for layer in base.layers:
             x = layer(x, context)
+        self.position.at("loss")
         with attention.busy():
             # The last layer's output is nobody's but the loss's: its gradient takes its place.
             weight = self._model.lm_head.weight
@@ -65,7 +70,14 @@ class Trunk:
         """What the layers of one micro-batch share."""
         layers = self._model.model.layers
         tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
-        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]))
+        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]), self.position)
+
+
+def position_of(model: PreTrainedModel) -> Position:
+    """Where the rank is that runs `model`, once `install` put our forward there."""
+    trunk = model.forward
+    assert isinstance(trunk, Trunk)
+    return trunk.position
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,9 @@ from ..checkpoint.engine import Restored, SaveReport
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
 from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
+from ..memory.offload.checks import free_memory
+from ..memory.oom import OutOfMemory, host_report
+from ..memory.position import Position
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
 from ..parallel.sequence.clock import BusyClock
@@ -28,8 +31,10 @@ from .certified import Watch
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
+from .model import position_of
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
+from .oom import LOW_HOST_BYTES, memory_errors_named
 from .optimizers.check import describe, inexact
 from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
@@ -76,6 +81,8 @@ class _Gathered:
     tokens: list[int]
     peak_bytes: list[int]
     stop: bool
+    host_free_bytes: list[int]
+    """On each rank's node."""
     busy_s: list[list[float]]
     """Of each micro-batch."""
     objective: list[float]
@@ -110,6 +117,9 @@ class _Run:
             self.measured.drift.load(extra.get("drift", {}))
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self.certified = Watch(self.session.ledger, device, self.metrics.write)
+        self.position: Position = position_of(self.session.model)
+        self.low_on_host: int | None = None
+        """The first rank whose node has next to nothing left."""
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -135,7 +145,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> int:
         """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.session.updater), closing_store(self.session), closing(self.allocator):
+        with self.metrics, closing(self.allocator), closing(self.session.updater), closing_store(self.session), self._memory_errors_named():
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
@@ -147,11 +157,19 @@ class _Run:
                     self._save()
                 if stopping or last:
                     self._check_saved()
+                if self.low_on_host is not None and not last:
+                    self._save()
+                    raise self._host_error()
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
             self._write_end()
         return EXIT_DONE
+
+    def _memory_errors_named(self) -> AbstractContextManager[None]:
+        return memory_errors_named(
+            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=f"efflaunch resume {self.run_dir}"
+        )
 
     def _ready(self, stop: Stop) -> bool:
         def plan(lengths: tuple[int, ...]) -> StepPlan:
@@ -162,6 +180,7 @@ class _Run:
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
         started = time.monotonic()
+        self.position.at("reading data")
         plan = self.planner.plan(self.done)
         works = read_step(self.session.source, self.done, plan, self.rank)
         with self.allocator.step(step_shape(works)):
@@ -184,6 +203,7 @@ class _Run:
         shares = self._backward(works, objective, watch, clocks)
         told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
         backward_s = time.monotonic() - begun
+        self.position.at("optimizer")
         found = updater.finish()
         self._check_finite(found, shares, works, watch, loss=told.loss)
         updater.apply()
@@ -222,14 +242,22 @@ class _Run:
     def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
         """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
         row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += stats.tolist() + [clock.seconds() for clock in clocks]
+        row += [float(free_memory().num_bytes), *stats.tolist(), *(clock.seconds() for clock in clocks)]
         mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
         table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
         dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, *rest = torch.stack(table).T.tolist()
+        losses, tokens, peaks, stops, free, *rest = torch.stack(table).T.tolist()
         sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
         by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(sum(losses), [int(n) for n in tokens], [int(n) for n in peaks], any(stops), by_rank, sums)
+        return _Gathered(
+            loss=sum(losses),
+            tokens=[int(n) for n in tokens],
+            peak_bytes=[int(n) for n in peaks],
+            stop=any(stops),
+            host_free_bytes=[int(n) for n in free],
+            busy_s=by_rank,
+            objective=sums,
+        )
 
     def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
@@ -254,6 +282,8 @@ class _Run:
         self.total_tokens += tokens
         self.peak_bytes = told.peak_bytes
         self.certified.look(self.done, told.peak_bytes)
+        least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
+        self.low_on_host = next((rank for rank, size in enumerate(told.host_free_bytes) if size < least), None)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -312,6 +342,11 @@ class _Run:
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
         if refitted is not None:
             save_profile(self.run_dir / DEFAULT_FILE, refitted)
+
+    def _host_error(self) -> OutOfMemory:
+        assert self.low_on_host is not None
+        free, resume = free_memory(), f"efflaunch resume {self.run_dir}"
+        return host_report(self.session.ledger, free.num_bytes, free.limited_by, rank=self.low_on_host, step=self.done, resume=resume)
 
     def _check_saved(self) -> None:
         """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says."""

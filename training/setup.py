@@ -20,6 +20,7 @@ from ..memory.ledger import Ledger
 from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
+from ..memory.position import Position
 from ..memory.setting import Setting
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
@@ -30,6 +31,7 @@ from ..parallel.topology import Topology, build_topology
 from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
 from .data.source import DataSource, open_data
+from .oom import memory_errors_named
 from .optimizers.build import build_trained
 from .optimizers.room import check_room as check_optimizer_room
 from .optimizers.updater import Updater
@@ -110,7 +112,8 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
-    model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
+    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
+        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",

@@ -4,37 +4,86 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from ...launcher.schema import load
-from ...memory.config import MemoryConfig, Walk, check_memory
+from ...memory.config import MemoryConfig, check_memory
+from ...memory.ledger import build_ledger
 from ...memory.offload.arena import HostArena
 from ...memory.offload.device import PlainDevice
 from ...memory.offload.open import IN_FLIGHT_BYTES
 from ...memory.offload.store import ArenaStore, HostStore
-from ...memory.policy import MOVED, MemoryPolicy, explicit_policy
+from ...memory.policy import MemoryPolicy, explicit_policy
+from ...parallel.config import ClusterConfig, ParallelConfig
+from ...training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
 from ...training.model import install
+from ...training.spec import model_spec
+from ..slopes import LONGEST
 from .document import alone, one_document
 from .host import HostMemory
 from .shape import Task
 from .stock import Contestant, stock_model, token_ids
 
-CONF = Path(__file__).parent.parent.parent / "conf" / "memory"
+CONF = Path(__file__).parent.parent.parent / "conf"
+GIB = 1 << 30
 
 
-def preset(name: str, chunk_tokens: int) -> MemoryPolicy:
-    """The policy of conf/memory/NAME.yaml, its chunks (where it has any) of `chunk_tokens`."""
-    memory = load(MemoryConfig, yaml.safe_load((CONF / f"{name}.yaml").read_text()), "memory")
+def preset(name: str) -> MemoryPolicy:
+    """The policy of conf/memory/NAME.yaml."""
+    memory = _load(MemoryConfig, f"memory/{name}")
     check_memory(memory)
-    policy = explicit_policy(memory)
+    return explicit_policy(memory)
+
+
+def with_chunks(policy: MemoryPolicy, chunk_tokens: int) -> MemoryPolicy:
+    """The same, its chunks (where it has any) of `chunk_tokens`."""
     return policy if policy.chunk_tokens is None else replace(policy, chunk_tokens=chunk_tokens)
 
 
-def auto_policies(chunk_tokens: int) -> tuple[MemoryPolicy, MemoryPolicy]:
-    """What is solved for a full device, and for one that has room."""
-    return MemoryPolicy(layer_input=MOVED, attention=Walk.CHUNKS, chunk_tokens=chunk_tokens), MemoryPolicy(graph=True)
+def auto_policies(task: Task) -> dict[str, MemoryPolicy]:
+    """What memory=auto is solved to.
+
+    auto: for Llama-3-8B and LONGEST tokens on eight 80 GB GPUs, where everything is full; auto_with_room: for `task` itself on this
+    kind of machine with memory to spare.
+    """
+    full = _load(ClusterConfig, "cluster/h100_80g_8")
+    roomy = replace(_load(ClusterConfig, "cluster/local_cpu"), ranks_per_node=1, device_memory_bytes=64 * GIB, host_memory_bytes=256 * GIB)
+    small = ModelConfig(
+        name="bench",
+        family=Family.LLAMA,
+        num_layers=task.num_layers,
+        hidden_size=task.shape.hidden_size,
+        intermediate_size=task.shape.hidden_size * 7 // 2,
+        num_heads=task.shape.num_heads,
+        num_kv_heads=task.shape.num_heads // 4,
+        vocab_size=task.shape.vocab_size,
+        max_positions=131072,
+    )
+    return {
+        "auto": _solved(_load(ModelConfig, "model/llama3_8b"), full, LONGEST),
+        "auto_with_room": _solved(small, roomy, task.num_tokens, dtype=Dtype.FLOAT32),
+    }
+
+
+def _solved(model: ModelConfig, cluster: ClusterConfig, num_tokens: int, dtype: Dtype = Dtype.BFLOAT16) -> MemoryPolicy:
+    ledger = build_ledger(
+        spec=model_spec(model),
+        parallel=ParallelConfig(name="bench", tokens_per_rank=num_tokens // cluster.ranks_per_node),
+        memory=_load(MemoryConfig, "memory/auto"),
+        train=TrainConfig(steps=1, dtype=dtype),
+        data=DataConfig(name="bench", max_seq_len=num_tokens, global_batch_tokens=num_tokens),
+        cluster=cluster,
+    )
+    if not ledger.fits:
+        raise RuntimeError(f"{num_tokens} tokens of {model.name} do not fit {cluster.name}")
+    return ledger.setting.policy
+
+
+def _load(kind: type, file: str) -> Any:
+    return load(kind, yaml.safe_load((CONF / f"{file}.yaml").read_text()), file)
 
 
 class Ours(Contestant):

@@ -116,11 +116,11 @@ def _released_module() -> Any:
     module = importlib.util.module_from_spec(spec)
     gone = not hasattr(transformers.utils, "LossKwargs")
     if gone:
-        transformers.utils.LossKwargs = transformers.utils.TransformersKwargs
+        setattr(transformers.utils, "LossKwargs", transformers.utils.TransformersKwargs)  # type: ignore[attr-defined]  # noqa: B010
     try:
         spec.loader.exec_module(module)
     finally:
         if gone:
-            del transformers.utils.LossKwargs
+            delattr(transformers.utils, "LossKwargs")
     sys.modules[name] = module
     return module

@@ -53,8 +53,8 @@ class Trace:
     def within(self) -> Trace:
         """Without what outlives the trace; event indices stay."""
         kept = [index for index in range(len(self)) if not self.outlives(index)]
-        picked = (tuple(column[index] for index in kept) for column in (self.sizes, self.births, self.deaths))
-        return Trace(*picked, self.num_events)
+        sizes, births, deaths = (tuple(column[index] for index in kept) for column in (self.sizes, self.births, self.deaths))
+        return Trace(sizes, births, deaths, self.num_events)
 
     def digest(self) -> str:
         """Of every size, birth and death: two traces are the same, or they are not."""
@@ -66,7 +66,8 @@ def trace_of(events: Iterable[tuple[int, int]]) -> Trace:
 
     Releases of keys that were never allocated belong to what was there before, and take no time.
     """
-    sizes, births, deaths, live, time = [], [], [], dict[int, int](), 0
+    sizes, births, deaths = list[int](), list[int](), list[int]()
+    live, time = dict[int, int](), 0
     for key, num_bytes in events:
         if num_bytes:
             assert key not in live, "a key stands for one allocation at a time"

@@ -136,7 +136,7 @@ def test_revisions(run_dir: Path) -> None:
     assert store_config(run_dir, config) == (1, [])
     other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=recompute"])
     revision, changes = store_config(run_dir, other)
-    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: keep -> recompute" in changes
+    assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: auto -> recompute" in changes
     assert read_run(run_dir).config == other and (run_dir / "revisions" / "1.yaml").is_file()
     assert config_diff(other, other) == []
 

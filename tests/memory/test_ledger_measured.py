@@ -1,26 +1,26 @@
-"""The ledger against exact live bytes of the real step: never too low, and at most a fifth too high.
+"""The ledger against exact live bytes of real steps: at most 3 % above, never more than 1 % below.
 
-The tracer counts every storage of one warm step on rank 0: weights, states, gradients, gathered copies, activations, buffers.
-Terms it cannot see (process, communicators) are left out of the prediction.
+Some of the configurations of `python -m efflaunch.bench.predicted`; the tracer counts every storage of one warm step on rank 0.
+Terms it cannot see (process, communicators, kernels' scratch) are left out of the prediction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from efflaunch.memory.policy import explicit_policy
-from efflaunch.parallel.config import Device, GradReduce, Scheme
-from efflaunch.tests.memory.settings import SMALL, cluster, make_ledger, policy
+from efflaunch.bench.predicted import CASES, TARGETS
+from efflaunch.bench.traced import Case, case_ledger, predicted_by_phase, traced_peak
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.config import Dtype, Family, ModelConfig
-from efflaunch.training.spec import hf_config_dict
 
-UNSEEN = {"context", "communicators", "allocator reserve"}
-CHUNK = 256
+CHOSEN = (
+    "recompute", "recompute, few tokens", "recompute, large vocabulary", "recompute, bfloat16", "recompute by 300, attention kept",
+    "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "streambp, Ulysses 2",
+    "memo, half", "memo, all on the host", "upipe, 4 groups, Ulysses 2", "recompute, ring 2", "recompute by 256, Ulysses 4, 2 KV heads",
+    "recompute, two micro-batches", "recompute, whole gradients", "qwen3", "gemma2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,101 +29,66 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
-def case(name: str, **changes: Any) -> Any:
-    base = {
-        "ranks": 1, "tokens": 1024, "micro_batches": 1, "chunk": None, "dtype": "float32", "activations": "recompute",
-        "attention": "recompute", "scheme": "auto", "model": {}, "grad_reduce": "micro_batch",
-    }  # fmt: skip
-    return pytest.param({**base, **changes}, id=name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in CHOSEN], ids=lambda case: case.name)
+def test_prediction_holds(case: Case, pool: RankPool) -> None:
+    measured = pool.run(traced_peak, case, ranks=case.ranks)[0]
+    predicted = max(predicted_by_phase(case_ledger(case)).values())
+    error = predicted / measured - 1.0
+    assert -TARGETS["under"] <= error <= TARGETS["over"], f"predicted {predicted}, measured {measured}: {error:+.2%}"
 
 
-CASES = [
-    case("recompute"),
-    case("attention kept", attention="keep"),
-    case("keep", activations="keep", attention="keep"),
-    case("bfloat16", dtype="bfloat16"),
-    case("bfloat16 keep", dtype="bfloat16", activations="keep", attention="keep"),
-    case("qwen3", model={"family": Family.QWEN3, "head_dim": 64}),
-    case("large vocabulary", model={"vocab_size": 32768}, tokens=512),
-    case("few tokens", tokens=64),
-    case("chunks", tokens=4096, chunk=512),
-    case("chunks, attention kept, two ranks", tokens=2048, ranks=2, chunk=256, attention="keep", scheme="ulysses"),
-    case("ulysses 2", ranks=2, scheme="ulysses"),
-    case("ring 2", ranks=2, scheme="ring"),
-    case("ulysses 4 with 2 KV heads", ranks=4, tokens=512, scheme="ulysses"),
-    case("two micro-batches", micro_batches=2),
-    case("whole gradients", micro_batches=2, grad_reduce="step", ranks=2, scheme="ulysses", tokens=512),
-]
+def test_all_chosen_configurations_are_there() -> None:
+    names = [case.name for case in CASES]
+    assert set(CHOSEN) <= set(names) and len(names) == len(set(names)) >= 30
 
 
-@pytest.mark.parametrize("wanted", CASES)
-def test_prediction_holds(wanted: dict[str, Any], pool: RankPool) -> None:
-    model = {**SMALL, **wanted["model"]}
-    measured = pool.run(traced_peak, wanted, model, ranks=wanted["ranks"])[0]
-    length = wanted["tokens"] * wanted["ranks"]
-    ledger = make_ledger(
-        model,
-        length=length,
-        tokens_per_rank=wanted["tokens"],
-        batch=length * wanted["micro_batches"],
-        memory=replace(policy(wanted["activations"], wanted["attention"]), chunk_tokens=wanted["chunk"]),
-        machines=cluster(device=Device.CPU, ranks_per_node=wanted["ranks"]),
-        dtype=Dtype(wanted["dtype"]),
-        loss_chunk=CHUNK,
-        scheme=Scheme(wanted["scheme"]),
-        grad_reduce=GradReduce(wanted["grad_reduce"]),
-    )
-    assert ledger.layout.num_micro_batches == wanted["micro_batches"] and ledger.layout.sp_degree == wanted["ranks"]
-    seen = [entry for entry in ledger.device.terms if entry.name not in UNSEEN]
-    predicted = max(sum(entry.by_phase.get(phase, 0) for entry in seen) for phase in ledger.device.peak_phase.__class__)
-    assert 1.0 <= predicted / measured <= 1.2, f"predicted {predicted}, measured {measured}: {predicted / measured:.3f}"
+COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
+           "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2")  # fmt: skip
 
 
-def traced_peak(wanted: dict[str, Any], model: dict[str, Any]) -> int:
-    """On a rank: peak live bytes of the second step."""
-    import numpy as np
-    import torch
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)
+def test_linear_work_is_what_the_step_multiplies(case: Case, pool: RankPool) -> None:
+    setting = case_ledger(case).setting
+    from efflaunch.memory.timing import linear_flops
 
-    from efflaunch.bench.tracer import StorageTracer
-    from efflaunch.parallel.sequence.attention import CpuKernel
-    from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
-    from efflaunch.parallel.topology import build_topology
-    from efflaunch.training.model import build_config, build_model
-    from efflaunch.training.step import backward_step, read_step
+    (counted,) = pool.run(product_flops, case, ranks=1)
+    # Norms and biases are weights, but no products; they are in the estimate.
+    assert linear_flops(setting) * case.tokens == pytest.approx(counted, rel=0.01)
 
-    torch.set_num_threads(1)
-    topology, device, ranks = build_topology(replicate=1, device="cpu"), torch.device("cpu"), wanted["ranks"]
-    keep = explicit_policy(replace(policy(wanted["activations"], wanted["attention"]), chunk_tokens=wanted["chunk"]))
-    net = build_model(
-        build_config(hf_config_dict(ModelConfig(**model))), keep, topology.mesh,
-        device=device, compute_dtype=getattr(torch, wanted["dtype"]), seed=0, loss_chunk_tokens=CHUNK,
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    length = wanted["tokens"] * ranks
-    ulysses = 1 if wanted["scheme"] == "ring" else ranks
-    count = wanted["micro_batches"]
-    plan = StepPlan(ranks, (length,) * count, tuple(MicroBatch((Group(0, ranks, ulysses, (index,)),)) for index in range(count)))
-    ids = np.random.default_rng(0).integers(0, model["vocab_size"], length)
 
-    class Source:
-        def lengths(self, step: int) -> tuple[int, ...]:
-            return plan.lengths
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith(("alst", "memo", "upipe, 2", "streambp, inputs"))
+                                  and case.ranks == 1], ids=lambda case: case.name)  # fmt: skip
+def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool) -> None:
+    from efflaunch.memory.link import inner_bytes, leaving_bytes, returning_bytes
 
-        def parts(self, step: int, index: int) -> tuple[int, ...]:
-            return (plan.lengths[index],)
+    s = case_ledger(case).setting
+    ((to_host, from_host),) = pool.run(host_traffic, case, ranks=1)
+    layers = s.spec.num_layers
+    assert to_host == pytest.approx(layers * (leaving_bytes(s) + inner_bytes(s)), rel=1e-9)
+    assert from_host == pytest.approx(layers * returning_bytes(s), rel=1e-9)
 
-        def tokens(self, step: int, index: int, start: int, stop: int) -> Any:
-            return ids[start:stop], ids[start:stop]
 
-    def step() -> None:
-        works = read_step(Source(), 0, plan, topology.rank)  # type: ignore[arg-type]
-        each = wanted["grad_reduce"] == "micro_batch"
-        backward_step(net, topology, CpuKernel(), works, num_targets=length * count, reduce_each=each, device=device)
-        optimizer.step()
-        optimizer.zero_grad()
+def product_flops(case: Case) -> int:
+    """On a rank: FLOPs of all matrix products of a step."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    step()
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    with StorageTracer([*net.parameters(), *states]) as tracer:
+    from efflaunch.bench.traced import build_case
+
+    step, _, store = build_case(case)
+    with FlopCounterMode(display=False) as counter:
         step()
-    return tracer.peak_bytes
+    if store is not None:
+        store.close()
+    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.addmm", "aten.bmm"))
+
+
+def host_traffic(case: Case) -> tuple[int, int]:
+    """On a rank: bytes to the host and back in one step."""
+    from efflaunch.bench.traced import build_case
+
+    step, _, store = build_case(case)
+    step()
+    found = store.stats.bytes_to_host, store.stats.bytes_to_device
+    store.close()
+    return found

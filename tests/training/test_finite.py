@@ -54,3 +54,18 @@ def test_tokens_of_all_ranks_are_named_once_per_sequence():
         assert overflow[0] == "a loss or gradient norm of nan (ranks 0; sequence 3 tokens 0-None; sequence 4 tokens 0-None)"
         gradients = pool.run(_report, (1.0, 1.0), ([], []), ranks=2)
         assert gradients[0].endswith("(ranks none: every loss is finite, the gradients are not; no single document)")
+
+
+def _half_applied():
+    error = non_finite(
+        float("nan"), torch.zeros(0), [], RowWatch(torch.device("cpu")), Source(), 6, layer="model.layers.3", partly_applied=True
+    )
+    return str(error)
+
+
+def test_a_layer_that_was_not_updated_is_named_and_that_others_were():
+    with RankPool() as pool:
+        text = pool.run(_half_applied, ranks=1)[0]
+    assert "step 7: found a loss or gradient norm of nan" in text and "first in the gradients of model.layers.3" in text
+    assert "model.layers.3 was not updated, but modules before it in backward were (optim.update=backward)" in text
+    assert "the last checkpoint is intact" in text

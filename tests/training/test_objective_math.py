@@ -121,3 +121,24 @@ def test_log_probabilities_are_those_of_whole_logits():
     want = torch.where(targets == -100, 0.0, logits.log_softmax(-1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1))
     torch.testing.assert_close(found, want.detach(), rtol=1e-12, atol=1e-12)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_preference_in_bfloat16_is_near_the_truth(pairs):
+    """Rows of large and small slopes: gradients are made unscaled where there is one pair, and multiplied at the end."""
+    import numpy as np
+
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(64, 32).bfloat16(), (torch.randn(50, 32) / 6).bfloat16(), torch.randint(0, 50, (64,))
+    norm, results = Norm(32), []
+    norm.weight.data, norm.bias.data = norm.weight.data.bfloat16().double(), norm.bias.data.bfloat16().double()
+    for dtype in (torch.float64, torch.bfloat16):
+        leaf, w, n = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), Norm(32, dtype)
+        n.load_state_dict({name: value.to(dtype) for name, value in norm.state_dict().items()})
+        objective = Preference(pairs, CPU, beta=0.05, reference=lambda index: np.array([-70.0, -75.0 + 40 * index]))
+        loss_of = objective.head_loss(pair_shard(64, pairs), leads=True, group_sum=lambda value: value)
+        loss = loss_of(Head(leaf, n, w, targets, LossOptions(7)))
+        loss.backward()
+        results.append([t.double() for t in (loss.detach(), leaf.grad, w.grad, n.weight.grad, n.bias.grad)])
+    for exact, got in zip(*results, strict=True):
+        assert (got - exact).norm() <= 0.02 * exact.norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,26 @@ def test_a_failure_in_the_worker_is_raised_where_training_waits(monkeypatch: pyt
     with pytest.raises(RuntimeError, match="no such update"):
         run.step(0)
     run.updater.close()
+
+
+def _an_update_that_waits_for_the_next_layer() -> bool:
+    run = Run(config(**MODES["host, backward"]))
+    went_on, waited, update = threading.Event(), [], run.updater.optimizer.step
+    run.model.layers[0].gate.register_post_accumulate_grad_hook(lambda parameter: went_on.set())
+
+    def step() -> None:
+        waited.append(went_on.wait(60))
+        update()
+
+    run.updater.optimizer.step = step  # type: ignore[method-assign, assignment]
+    run.step(0)
+    run.updater.close()
+    return len(waited) == 3 and all(waited)
+
+
+def test_backward_goes_on_while_a_layer_is_updated(pool: RankPool) -> None:
+    """The last layer's update waits for the first layer's gradient, which backward brings only if it does not wait for the update."""
+    assert pool.run(_an_update_that_waits_for_the_next_layer, ranks=2) == [True, True]
 
 
 def _buffer_bytes(fields: dict[str, Any]) -> tuple[int, int]:

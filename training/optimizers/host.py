@@ -118,6 +118,7 @@ class HostUpdater:
         self._drain()
         self._clear()
 
+    @torch.no_grad()
     def weights_changed(self) -> None:
         for index in range(len(self._live)):
             self._push(index)
@@ -226,11 +227,11 @@ class HostUpdater:
     def _push(self, index: int) -> None:
         """Start a bucket's weights on their way to the device, in its precision."""
         self._retire(leave=1)
-        targets = [local(parameter.detach()) for parameter in self._live[index].parameters]
+        targets = [local(parameter) for parameter in self._live[index].parameters]
         buffer = self._up.take(sum(target.numel() for target in targets))
         parts = cut(buffer, [target.shape for target in targets])
         for part, master in zip(parts, self._masters[index], strict=True):
-            part.copy_(local(master.detach()))
+            part.copy_(local(master))
         self._pending.append((buffer, self._link.to_device(list(zip(targets, parts, strict=True)))))
 
     def _retire(self, leave: int = 0) -> None:
@@ -241,7 +242,7 @@ class HostUpdater:
             self._up.give_back(buffer)
 
     def _cut(self, index: int, total: Tensor) -> list[Tensor]:
-        return cut(total, [local(master.detach()).shape for master in self._masters[index]])
+        return cut(total, [local(master).shape for master in self._masters[index]])
 
     # In the training thread.
 

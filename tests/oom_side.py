@@ -1,0 +1,75 @@
+"""The real training function on ranks of which one has little memory; `python oom_side.py ARGUMENTS` is the efflaunch command with it.
+
+OOM_RANK: that rank. OOM_KIND: `tensors`, an allocator that gives out OOM_BYTES in all, or `process`, which may grow by OOM_BYTES
+(a limit of the kernel). Both from the second step on, as training.run is loaded then.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+MIB = 1 << 20
+
+
+def train(config: Any, run_dir: Any, stop: Any) -> int:
+    """training.run.train under the limit."""
+    from efflaunch.training import run
+
+    if int(os.environ["RANK"]) == int(os.environ["OOM_RANK"]):
+        run._Run._step = limited(run._Run._step)  # type: ignore[method-assign]
+    return run.train(config, run_dir, stop)
+
+
+def limited(step: Any) -> Any:
+    """`_step` that has the limit from the second step on."""
+
+    def with_limit(self: Any, stop: Any) -> bool:
+        if self.done == 0:
+            return bool(step(self, stop))
+        size = int(os.environ["OOM_BYTES"])
+        if os.environ["OOM_KIND"] == "process" and self.done == 1:
+            resource.setrlimit(resource.RLIMIT_AS, (address_space() + size, resource.RLIM_INFINITY))
+        with limited_allocator(size) if os.environ["OOM_KIND"] == "tensors" else nullcontext():
+            return bool(step(self, stop))
+
+    return with_limit
+
+
+def address_space() -> int:
+    """Bytes this process has mapped."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def limited_allocator(size: int) -> Any:
+    """A device of `size` bytes for what is allocated inside."""
+    import torch
+
+    from efflaunch.bench.tracer import StorageTracer
+
+    class Limited(StorageTracer):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            before = self.live_bytes
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if self.live_bytes > size and self.live_bytes > before:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {(self.live_bytes - before) / MIB:.2f} MiB.")
+            return out
+
+    return Limited()
+
+
+def main() -> int:
+    """Exit as efflaunch would."""
+    from efflaunch.launcher import cli, start
+
+    real = start.launch
+    start.launch = lambda config, run_dir=None: real(config, run_dir, entry="efflaunch.tests.oom_side:train")  # type: ignore[assignment]
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Settings of objectives that make no sense."""
+
+from __future__ import annotations
+
+import pytest
+
+from efflaunch.errors import ConfigError
+from efflaunch.training.config import Objective, TrainConfig, check_train
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dpo_beta": 0.0}, r"train.dpo_beta: found 0.0; expected more than 0.*\n.*train.dpo_beta=0.1"),
+        ({"grpo_clip_low": 1.5}, r"train.grpo_clip_low: found 1.5; expected more than 0, at most 1.*\n.*train.grpo_clip_low=0.2"),
+        ({"grpo_clip_high": -1.0}, r"train.grpo_clip_high: found -1.0"),
+        ({"grpo_kl_weight": -1.0}, r"train.grpo_kl_weight: found -1.0; expected 0 or more.*\n.*train.grpo_kl_weight=0.0"),
+        ({"z_loss": 0.1, "objective": Objective.DPO}, r"train.z_loss: found 0.1 with train.objective=dpo.*\n.*train.z_loss=0"),
+    ],
+)
+def test_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_train(TrainConfig(steps=1, **changes))  # type: ignore[arg-type]
+
+
+def test_accepted() -> None:
+    check_train(TrainConfig(steps=1, z_loss=0.1))
+    check_train(TrainConfig(steps=1, objective=Objective.GRPO, grpo_clip_low=1.0))
