@@ -99,7 +99,9 @@ def check_batch(config: Config) -> None:
     for index, line in enumerate(site.sbatch):
         if not line.startswith("-") or "\n" in line:
             key = f"cluster.slurm.sbatch[{index}]"
-            raise ConfigError(key, found=repr(line), expected="what follows #SBATCH", hint="cluster.slurm.sbatch=[--reservation=NAME]")
+            raise ConfigError(
+                key, found=repr(line), expected="what follows #SBATCH", hint="""'cluster.slurm.sbatch=["--reservation=NAME"]'"""
+            )
     if site.time_s is not None and site.time_s <= signal_lead_s(config):
         raise ConfigError(
             "cluster.slurm.time_s",
