@@ -20,6 +20,8 @@ from .plan_command import plan
 MAX_RANKS_PER_CORE = 4
 # Data sheets say 80 GB, drivers show 79.6 GiB.
 _NOMINAL = 0.97
+_IN_USE = 0.9
+"""A GPU with less of its memory free has somebody else's process on it."""
 
 
 class MachineError(ConfigError):
@@ -34,6 +36,8 @@ class MachineError(ConfigError):
 class Gpu:
     name: str
     memory_bytes: int
+    free_bytes: int | None = None
+    """Not in use by any process; None where nothing says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +119,19 @@ def find_gpus() -> list[Gpu]:
     except pynvml.NVMLError:
         return []
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    return [Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)) for handle in handles]
+    memories = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
+    names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    return [Gpu(name, int(memory.total), int(memory.free)) for name, memory in zip(names, memories, strict=True)]
 
 
 def _gpus_by_smi() -> list[Gpu]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # no driver, no tool or a tool without a driver: no GPU to use
         return []
-    rows = [line.rpartition(",") for line in found.splitlines() if line.strip()]
-    return [Gpu(name.strip(), int(float(memory)) << 20) for name, _, memory in rows]
+    rows = [line.rsplit(",", 2) for line in found.splitlines() if line.strip()]
+    return [Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20) for name, total, free in rows]
 
 
 def available_memory() -> int:
@@ -154,6 +160,17 @@ def _check_gpus(config: Config, machine: Machine, *, is_node: bool) -> None:
         expected=f"{needed * cluster.num_nodes} GPU{'s' * (needed * cluster.num_nodes > 1)} with {gib} GB{places}",
         hint=_instead(config),
     )
+
+
+def check_free(config: Config, machine: Machine) -> None:
+    """MachineError where a node that a scheduler gave us has somebody else's processes on its GPUs."""
+    free = [gpu for gpu in machine.gpus if gpu.free_bytes is None or gpu.free_bytes >= _IN_USE * gpu.memory_bytes]
+    if config.cluster.device is Device.CPU or len(free) >= config.cluster.ranks_per_node:
+        return
+    least = min(gpu.free_bytes for gpu in machine.gpus if gpu.free_bytes is not None)
+    found = f"{len(free)} free; one of the others has {format_bytes(least)} left: another process is on it"
+    expected = f"{config.cluster.ranks_per_node} with nothing on them"
+    raise MachineError("GPUs", found=found, expected=expected, hint="nvidia-smi names it")
 
 
 def _gpus_in_words(machine: Machine) -> str:

@@ -60,3 +60,10 @@ def stop_file(run_dir: Path, job: int, restart: int) -> Path:
 def stop_asked(run_dir: Path, place: SlurmPlace) -> bool:
     """Whether this life of the job is to end before it starts anything."""
     return cancel_file(run_dir, place.job).exists() or stop_file(run_dir, place.job, place.restart).exists()
+
+
+def forget_stops(run_dir: Path) -> None:
+    """Remove what earlier jobs were told: a scheduler that starts anew counts from 1 again."""
+    for pattern in ("cancelled-*", "stop-*", "seen-*"):
+        for path in (run_dir / JOB_DIR).glob(pattern):
+            path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ settle RUN_DIR: what became of the attempt, and what follows; the exit code is a
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -24,12 +25,12 @@ from ..env import SlurmPlace, slurm_place
 from ..files import tail_lines
 from ..metrics_file import newest_step
 from ..restarts import Outcome, RankReport, first_failure
-from ..rundir import attempt_dir, make_run_dir, read_run, store_config
+from ..rundir import attempt_dir, lock_in_time, make_run_dir, read_run, store_config
 from ..signals import STOP_SIGNALS
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .address import head_address, head_port
 from .decide import Decision, Limits, Verdict, decide
-from .files import Meeting, cancel_file, stop_file, write_submission
+from .files import Meeting, cancel_file, forget_stops, stop_file, write_submission
 from .script import JOB_DIR
 
 _LOG_TAIL_LINES = 30
@@ -78,6 +79,8 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
     run_dir = (Path(config.run.root) / config.run.id).resolve()
     known = read_state(run_dir)
     if known is None or known.job != str(place.job):
+        if known is not None:
+            os.close(lock_in_time(run_dir))
         stdout, sys.stdout = sys.stdout, sys.stderr  # only the directory is for the script to read
         try:
             check_data(config)
@@ -92,6 +95,7 @@ def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     """Make or revise the run directory for a job that is about to be submitted; (revision, what changed)."""
     make_run_dir(run_dir)
     (run_dir / JOB_DIR).mkdir(exist_ok=True)
+    forget_stops(run_dir)
     revision, changes = store_config(run_dir, config)
     known = read_state(run_dir)
     attempts = known.attempts if known else ()
@@ -104,6 +108,8 @@ def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
 
 def start(run_dir: Path, place: SlurmPlace) -> Meeting:
     """Begin the next attempt. EfflaunchError, with state.json saying so, where it must not begin."""
+    # Before anything is written: another efflaunch may be running there.
+    os.close(lock_in_time(run_dir))
     config = read_run(run_dir).config
     known = read_state(run_dir)
     assert known is not None, "whoever submits a job writes state.json first"

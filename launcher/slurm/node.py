@@ -25,7 +25,7 @@ from ..env import SlurmPlace, rank_environment, slurm_place
 from ..files import write_json
 from ..metrics_file import newest_step
 from ..restarts import RankReport
-from ..rundir import attempt_dir, lock_run, read_run
+from ..rundir import attempt_dir, lock_in_time, read_run
 from ..signals import StopFlag, on_stop_signals
 from ..state import Failure
 from .address import address_towards, interface_of
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
     from ..elastic import RankAgent
-
-_LOCK_PATIENCE_S = 60.0
-"""Longest the ranks of the attempt before may take to be gone."""
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +69,7 @@ class _Visit:
         self.timeout_s = meeting.timeout_s
         self.address = address_towards(meeting.address)
         self.interface = interface_of(self.address)
-        self.lock = _lock(run_dir) if place.node == 0 else None
+        self.lock = lock_in_time(run_dir) if place.node == 0 else None
         self.store = self._open()
 
     def _open(self) -> TCPStore:
@@ -148,18 +145,6 @@ class _Visit:
         except DistError:
             return None
         return json.loads(self.store.get(f"visit/{key}"))
-
-
-def _lock(run_dir: Path) -> int:
-    """The run's lock; the last processes of an attempt before may still be ending."""
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            return lock_run(run_dir)
-        except EfflaunchError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
 
 
 def _refusal(text: str, hosts: list[str]) -> Failure:

@@ -71,7 +71,7 @@ def look(run_dir: Path, *, node: int, host: str, address: str, interface: str | 
 
 def _machine(run_dir: Path) -> tuple[str, str]:
     """What the node has, in words, and why that is not enough."""
-    from ..fit import check_node, this_machine
+    from ..fit import check_free, check_node, this_machine
 
     try:
         config = read_run(run_dir).config
@@ -80,6 +80,7 @@ def _machine(run_dir: Path) -> tuple[str, str]:
         gpus = f"{len(here.gpus)} GPUs of {' and '.join(map(format_bytes, sizes))}, " if here.gpus else ""
         words = f"{gpus}{here.num_cores} cores, {format_bytes(here.memory_bytes)} free"
         check_node(config, here)
+        check_free(config, here)
     except UserError as error:
         return "", str(error).splitlines()[0]
     return words, ""

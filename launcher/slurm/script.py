@@ -60,9 +60,17 @@ def sbatch_options(job: BatchJob) -> Iterator[str]:
         yield f"--gres={_word(site.gres)}"
     elif config.cluster.device is Device.CUDA:
         yield f"--gpus-per-node={config.cluster.ranks_per_node}"
-    asked = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint, "mem": site.mem}
-    asked |= {"cpus-per-task": site.cpus_per_node, "time": None if site.time_s is None else format_time(site.time_s)}
-    asked |= {"exclude": ",".join(slurm.exclude) or None, "dependency": slurm.after}
+    asked: dict[str, object] = {
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "mem": site.mem,
+        "cpus-per-task": site.cpus_per_node,
+        "time": None if site.time_s is None else format_time(site.time_s),
+        "exclude": ",".join(slurm.exclude) or None,
+        "dependency": slurm.after,
+    }
     for option, value in asked.items():
         if value is not None:
             yield f"--{option}={_word(str(value))}"

@@ -146,7 +146,7 @@ def test_a_failing_rank_and_a_mistake(cluster: SlurmCluster, place: Path) -> Non
 
 
 def test_a_node_loses_power(cluster: SlurmCluster, place: Path) -> None:
-    job = submit(cluster, place, "power", "train.steps=150", step_s=0.1)
+    job = submit(cluster, place, "power", "train.steps=60", step_s=0.1)
     job.wait_for_step(6)
     cluster.crash(1)
     try:
@@ -155,7 +155,7 @@ def test_a_node_loses_power(cluster: SlurmCluster, place: Path) -> None:
         cluster.boot(1)
     first, *_, last = job.state().attempts
     assert first.failure is not None and "without a word" in first.failure.message and first.restarted and last.exit_code == 0
-    assert max(job.losses()) == 150
+    assert max(job.losses()) == 60
     assert " NodeList=node[0,2] " in cluster.run("scontrol", "show", "job", "-o", str(job.number))
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the node to be back")
 
