@@ -18,6 +18,7 @@ Command = Callable[[list[str]], int]
 
 SUMMARY = {
     "train": "train, or go on with the run of the same run.id (the default command)",
+    "sweep": "one run for every combination of key=a,b values",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "go on with a run directory, with changes if wanted",
@@ -67,6 +68,7 @@ def _dispatch(words: list[str]) -> int:
 def _commands() -> dict[str, Command]:
     return {
         "train": _train,
+        "sweep": _sweep,
         "plan": _plan,
         "profile": _profile,
         "resume": _resume,
@@ -101,6 +103,17 @@ def _train(words: list[str]) -> int:
     from . import start
 
     return start.train(options.overrides, options.config_dir, print_config=options.print_config, dry_run=options.dry_run)
+
+
+def _sweep(words: list[str]) -> int:
+    parser = _Parser("sweep", "One run for every combination of values, optim.lr=1e-3,1e-4 train.seed=0,1. Takes the arguments of train.")
+    parser.add_argument("overrides", nargs="+", metavar="key=a,b", help="with launcher=slurm every run is a job, else they run in turn")
+    parser.add_argument("--config-dir", metavar="DIR", help="your own configuration files")
+    _add_dry_run(parser)
+    options = parser.parse_intermixed_args(words)
+    from . import sweep_command
+
+    return sweep_command.main(options.overrides, options.config_dir, dry_run=options.dry_run)
 
 
 def _plan(words: list[str]) -> int:

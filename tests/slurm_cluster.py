@@ -151,7 +151,7 @@ class SlurmCluster:
             self.port = probe.getsockname()[1]
         self._write_files(head)
         self._start_munge()
-        self.spawn("slurmctld", "slurmctld", "-D", "-i", "-f", f"{self.directory}/slurm.conf")
+        self._start_controller()
         for node in range(self.num_nodes):
             self.boot(node)
         wait_until(lambda: self.states() == ["idle"] * self.num_nodes, "nodes to become idle")
@@ -176,6 +176,15 @@ class SlurmCluster:
             "munged", "munged", "--foreground", "--force", f"--key-file={directory}/munge.key", f"--socket={directory}/munge.sock", *places
         )
         wait_until((directory / "munge.sock").exists, "munged")
+
+    def _start_controller(self) -> None:
+        self.spawn("slurmctld", "slurmctld", "-D", "-i", "-f", f"{self.directory}/slurm.conf")
+
+    def restart_controller(self) -> None:
+        """Stop the scheduler and start it again; what it knew is on disk, and jobs run on."""
+        self._stop("slurmctld", signal.SIGTERM)
+        self._start_controller()
+        wait_until(lambda: bool(self.states()), "the scheduler to answer")
 
     def spawn(self, name: str, *command: str) -> int:
         """Start a daemon in a session of its own; its process id."""

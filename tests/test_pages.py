@@ -1,4 +1,4 @@
-"""docs/runs.md and docs/memory.md as they stand: what they say happens, happens."""
+"""docs/runs.md, docs/memory.md and docs/slurm.md as they stand: what they say happens, happens."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def test_runs_page(tmp_path: Path) -> None:
 def test_memory_page(tmp_path: Path) -> None:
     printed = run_page("memory.md", tmp_path)
     assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed
+
+
+def test_slurm_page(tmp_path: Path) -> None:
+    printed = run_page("slurm.md", tmp_path)
+    assert "#SBATCH --nodes=" in printed and "run_dir=/shared/runs/big\n" in printed

@@ -161,9 +161,12 @@ def test_a_node_loses_power(cluster: SlurmCluster, place: Path) -> None:
 
 
 def test_status_cancel_and_one_job_a_run(cluster: SlurmCluster, place: Path) -> None:
+    """With a restart of the scheduler in between, which the running job must not notice."""
     job = submit(cluster, place, "long", "train.steps=5000", step_s=0.05)
     waiting = submit(cluster, place, "waiting", "train.steps=5", f"launcher.slurm.after=afterok:{job.number}")
     job.wait_for_step(3)
+    cluster.restart_controller()
+    job.wait_for_step(newest_step(job.run_dir) + 3)
     assert re.search(r"state       running, job \d+ RUNNING on node\[", efflaunch(cluster, place, "status", "runs/long"))
     assert "queued, job" in efflaunch(cluster, place, "status", "runs/waiting")
     second = efflaunch(cluster, place, *FAKE, "run.id=long", "train.steps=5000", expect=93)
@@ -212,6 +215,17 @@ def test_a_run_directory_that_is_not_shared(cluster: SlurmCluster, place: Path) 
     assert lines[0].startswith("FAIL  node2  run directory: No such file or directory") and lines[1].startswith("ok    node0")
     assert job.state().exit_code == 93 and job.state().failure is not None
     assert job.state().failure.message.endswith("launcher.slurm.exclude=[node2]")
+
+
+def test_a_sweep_and_what_comes_after_it(cluster: SlurmCluster, place: Path) -> None:
+    efflaunch(cluster, place, "sweep", *FAKE, "cluster.ranks_per_node=1", "run.id=sweep", "train.steps=5", "train.seed=0,1")
+    points = [Job(cluster, place / "runs" / f"sweep-seed-{seed}") for seed in range(2)]
+    last = submit(cluster, place, "after", "train.steps=5", f"launcher.slurm.after='afterok:{points[0].number}:{points[1].number}'")
+    assert last.end() == "COMPLETED", last.output()
+    assert [point.end() for point in points] == ["COMPLETED", "COMPLETED"]
+    assert all(max(job.losses()) == 5 for job in (*points, last))
+    starts = [min(event["time"] for event in MetricsFollower(job.run_dir).read()) for job in (*points, last)]
+    assert starts[2] > max(starts[:2])
 
 
 def test_scancel_by_hand_ends_it_for_good(cluster: SlurmCluster, place: Path) -> None:

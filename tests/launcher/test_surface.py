@@ -26,6 +26,7 @@ def test_groups() -> None:
 def test_commands() -> None:
     assert list(SUMMARY) == [
         "train",
+        "sweep",
         "plan",
         "profile",
         "resume",
