@@ -23,7 +23,7 @@ from ..memory.offload.store import HostStore
 from ..memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from ..parallel.sequence.attention import AttentionSpec
 from ..training.model import install
-from .peers.document import alone, one_document
+from .peers.document import alone, mean_loss
 from .peers.shape import Shape
 from .tracer import StorageTracer
 
@@ -85,7 +85,7 @@ def executor(job: dict[str, Any]) -> dict[str, Any]:
         model = _model(job, torch.bfloat16)
         with _store(policy, model, num_tokens, device) as store:
             install(model, policy, loss_chunk_tokens=job["loss_chunk"], store=store)
-            model(one_document(ids), alone(num_tokens, device), 1.0 / (num_tokens - 1)).backward()
+            mean_loss(model, ids, alone(num_tokens, device)).backward()
         ours[name] = _worst({key: p.grad for key, p in model.named_parameters()}, exact)
     return {"errors": ours, "hugging_face_bfloat16": theirs, "worst_ratio": max(ours.values()) / theirs}
 
@@ -181,7 +181,7 @@ def _model_in_bfloat16(job: dict[str, Any]) -> Any:
 
 
 def _one_step(model: Any, ids: Tensor, runtime: Any) -> float:
-    loss = model(one_document(ids), runtime, 1.0 / (len(ids) - 1))
+    loss = mean_loss(model, ids, runtime)
     loss.backward()
     return float(loss.detach())
 

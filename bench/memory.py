@@ -21,7 +21,7 @@ from typing import Any
 
 from .peers.shape import Chunks, Shape, Task
 from .record import machine, write_json
-from .slopes import LONGEST, at_llama_8b, fit_line, max_tokens
+from .slopes import LONGEST, at_llama_8b, fit_line, max_tokens, max_tokens_by_segments
 
 TARGETS = {"auto_kib": 32.0, "alst_over_auto": 3.0, "streambp_over_released": 1.0, "time_streambp": 1.0, "time_auto": 1.0}
 
@@ -77,6 +77,7 @@ def measured_bytes(options: argparse.Namespace, auto: Mapping[str, Any]) -> dict
         "bytes_per_token": {name: row["device"]["total"] for name, row in details.items()},
         "host_bytes_per_token": {name: row["host"]["total"] for name, row in details.items()},
         "max_tokens_derived": {name: max_tokens(row["device"]["total"], row["host"]["total"]) for name, row in details.items()},
+        "max_tokens_derived_auto": max_tokens_by_segments(details["auto"]["device"]["total"]) if "auto" in details else None,
         "auto_tokens": LONGEST,
         "forward_mask": _forward_mask(options),
         "details": details,

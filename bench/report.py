@@ -143,6 +143,27 @@ def _planner(result: dict[str, Any]) -> list[str]:
     return [*lines, "", "Aims: " + ", ".join(f"{name} {value:g}" for name, value in targets.items()) + "."]
 
 
+def _predicted(result: dict[str, Any]) -> list[str]:
+    rows, targets = result["rows"], result["targets"]
+    lines = [
+        "## Predicted and measured memory",
+        "",
+        f"Peak of one rank in {len(rows)} configurations: the ledger's, and exact live bytes of a real step (gloo ranks on a CPU; what",
+        "waits on the host does not count, what comes back does). Terms no count of tensors can show are left out of both.",
+        "",
+        f"**worst_over {result['worst_over']:.2%}** (aim {targets['over']:.0%} or less), **worst_under {result['worst_under']:.2%}** "
+        f"(aim {targets['under']:.0%} or less), mean error {result['mean_error']:.2%}.",
+        "",
+        "| configuration | ranks | tokens a rank | precision | peak in | predicted MiB | measured MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        predicted, measured = row["predicted_bytes"], row["measured_bytes"]
+        figures = f"{predicted / MIB:.2f} | {measured / MIB:.2f} | {predicted / measured - 1.0:+.2%}"
+        lines.append(f"| {row['name']} | {row['ranks']} | {row['tokens']} | {row['dtype']} | {row['phase']} | {figures} |")
+    return lines
+
+
 def _arena(result: dict[str, Any]) -> list[str]:
     headline = ""
     if "worst_ratio" in result:
@@ -184,6 +205,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,
+    "predicted": _predicted,
     "arena": _arena,
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,

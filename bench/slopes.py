@@ -89,11 +89,26 @@ PARAMETERS = 8_030_261_248
 
 def max_tokens(device_bytes: float, host_bytes: float) -> dict[str, dict[str, Any]]:
     """Derived, not measured: the longest sequence per budget from bytes per token on device and host, and what binds."""
-    out = {}
-    for name, (host_gib, states) in HOSTS.items():
-        bounds = {"device": (DEVICE_GIB - FIXED_DEVICE_GIB) * GIB / device_bytes}
-        if host_bytes > 0:
-            bounds["host"] = max(0.0, ((host_gib - HOST_MISC_GIB) * GIB - states * PARAMETERS) / host_bytes)
-        binding = min(bounds, key=lambda key: bounds[key])
-        out[name] = {"tokens": int(bounds[binding]), "binds": binding}
-    return out
+    return {name: _bound(device_bytes, host_bytes, *host) for name, host in HOSTS.items()}
+
+
+def max_tokens_by_segments(device_bytes: float) -> dict[str, dict[str, Any]]:
+    """The same for a scheme whose layer inputs are on the host, with as many layers to a stored input as is best for each budget.
+
+    Host bytes are 2 x hidden for each of the L / k segments and the live one's other inputs; more layers to a segment take time.
+    """
+    found = {}
+    for name, host in HOSTS.items():
+        stored = {k: -(-LLAMA_8B_LAYERS // k) + k - 1 for k in range(1, 9)}
+        bounds = {k: _bound(device_bytes, 2 * LLAMA_8B.hidden_size * inputs, *host) for k, inputs in stored.items()}
+        best = max(bounds, key=lambda k: (bounds[k]["tokens"], -k))
+        found[name] = bounds[best] | {"segment_layers": best}
+    return found
+
+
+def _bound(device_bytes: float, host_bytes: float, host_gib: float, states: float) -> dict[str, Any]:
+    bounds = {"device": (DEVICE_GIB - FIXED_DEVICE_GIB) * GIB / device_bytes}
+    if host_bytes > 0:
+        bounds["host"] = max(0.0, ((host_gib - HOST_MISC_GIB) * GIB - states * PARAMETERS) / host_bytes)
+    binding = min(bounds, key=lambda key: bounds[key])
+    return {"tokens": int(bounds[binding]), "binds": binding}

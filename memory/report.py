@@ -128,7 +128,7 @@ def _pieces(policy: MemoryPolicy, s: Setting) -> str:
     else:
         pieces = f"chunks of {format_tokens(policy.chunk_tokens)} tokens"
         if policy.attention is Walk.CHUNKS:
-            pieces += ", attention by chunks" if s.by_chunks else ", attention whole for it goes around a ring"
+            pieces += ", attention by chunks" if s.layout.ring == 1 else ", attention whole for it goes around a ring"
     if policy.head_groups > 1:
         pieces += f", attention in {policy.head_groups} groups of heads"
     return pieces

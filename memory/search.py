@@ -169,9 +169,13 @@ class Search:
 
     def may_fit(self, room: Room = AS_IT_IS) -> bool:
         """False only where no shape fits the device with nothing kept. A look at the shapes that need least; no program is solved."""
-        frugal = [entry for entry in self.smallest.values() if not entry.shape.stored] or list(self.smallest.values())
-        last = max(entry.effort[-1] for entry in frugal)
-        return any(self._has_room(entry, room) for entry in reversed(frugal) if entry.effort[-1] == last)
+        return any(self._has_room(entry, room) for entry in self._frugal())
+
+    def _frugal(self) -> list[Candidate]:
+        """Shapes that need least of every memory: the smallest pieces, attention run again, gradients gone after each micro-batch."""
+        smallest = [entry for entry in self.smallest.values() if not entry.shape.stored] or list(self.smallest.values())
+        last = max(entry.effort[-1] for entry in smallest)
+        return [entry for entry in smallest if entry.effort[-1] == last]
 
     def _has_room(self, entry: Candidate, room: Room) -> bool:
         key = (entry.family, room)
@@ -223,9 +227,22 @@ class Search:
         policy = candidate.policy(x)
         return policy, candidate.measure(policy).step_s(room.link)
 
-    def least(self, memory: str) -> tuple[Candidate, MemoryPolicy]:
-        """The policy that needs least of the device (or, `host`, of the host), as far as the other memory allows."""
-        grown = [(*least_growth(entry.program, memory), entry) for entry in self.smallest.values()]
+    def least(self) -> tuple[Candidate, MemoryPolicy]:
+        """The policy that needs least of the device as far as the host allows; where the device is large enough, least of the host."""
+        candidate, policy = self._least("device")
+        rows = candidate.measure(policy).rows
+        fits = all(used <= limit for name, (used, limit) in rows.items() if name.startswith("device"))
+        return self._least("host") if fits else (candidate, policy)
+
+    def last_resort(self) -> Found | None:
+        """The policy that needs least, if the ledger lets it pass where the search found nothing."""
+        candidate, policy = self.least()
+        measured = candidate.measure(policy)
+        time_s = measured.step_s()
+        return Found(candidate, policy, {}, time_s, time_s, self.in_order[0].bound_s, 0) if overflow(measured) <= 0 else None
+
+    def _least(self, memory: str) -> tuple[Candidate, MemoryPolicy]:
+        grown = [(*least_growth(entry.program, memory), entry) for entry in self._frugal()]
         _, x, candidate = min(grown, key=lambda item: (item[0], item[2].effort))
         return candidate, candidate.policy(rounded(candidate.variables, x, self.tokens))
 

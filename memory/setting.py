@@ -97,7 +97,8 @@ class Setting:
         """Most rows that token-local work has at one time: cut by chunks and where a class changes its place (memory/ranges.py)."""
         if self.policy.graph:
             return self.tokens
-        cuts = sorted({0, self.tokens, *(row for split in self.policy.splits.values() for row in split.rows(self.tokens))})
+        inside = [split for split in self.policy.splits.values() if 0.0 < split.keep < 1.0 or 0.0 < split.keep + split.host < 1.0]
+        cuts = sorted({0, self.tokens, *(row for split in inside for row in split.rows(self.tokens))})
         largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
         return min(largest, self.policy.chunk_tokens or largest)
 

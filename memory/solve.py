@@ -78,19 +78,10 @@ def solve_memory(setting: Setting) -> tuple[Setting, SolveReport]:
     policy that needs least of what is missing, and the report says so.
     """
     search = search_of(setting)
-    found = search.best()
-    if found is not None:
-        solved = solved_setting(setting, found.candidate, found.policy)
-    else:
-        solved = solved_setting(setting, *search.least(_missing(search)))
+    found = search.best() or search.last_resort()
+    decided = (found.candidate, found.policy) if found is not None else search.least()
+    solved = solved_setting(setting, *decided)
     return solved, report_of(solved, search, found)
-
-
-def _missing(search: Search) -> str:
-    """The memory that is too small even for the policy that needs least of the device."""
-    candidate, policy = search.least("device")
-    rows = candidate.measure(policy).rows
-    return "device" if any(used > limit for name, (used, limit) in rows.items() if name.startswith("device")) else "host"
 
 
 def may_fit(setting: Setting) -> bool:

@@ -217,7 +217,7 @@ def after_backward(s: Setting, w: Widths, whole: float, piece: float = 0.0) -> l
 
 def before_backward_row(s: Setting, w: Widths) -> float:
     """Projections' backward: the norm's graph, the turn's parts, and their gradients; or beside the norms of each head."""
-    turn = 4 * w.Q + w.K / 2
+    turn = 5 * w.Q + w.K / 2 + w.H
     heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(s, w.Q // s.width)) * s.spec.qk_norm
     return w.norm + max(turn, heads)
 

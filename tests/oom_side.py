@@ -1,7 +1,7 @@
 """The real training function on ranks of which one has little memory; `python oom_side.py ARGUMENTS` is the efflaunch command with it.
 
-OOM_RANK: that rank. OOM_KIND: `tensors`, an allocator that gives out OOM_BYTES in all, or `process`, which may grow by OOM_BYTES
-(a limit of the kernel). Both from the second step on, as training.run is loaded then.
+OOM_RANK: that rank. OOM_KIND: `tensors`, an allocator that gives out OOM_BYTES in all; `process`, which may grow by OOM_BYTES
+(a limit of the kernel); or `host`, whose memory counts as low below OOM_BYTES. The first two from the second step on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def train(config: Any, run_dir: Any, stop: Any) -> int:
     """training.run.train under the limit."""
     from efflaunch.training import run
 
-    if int(os.environ["RANK"]) == int(os.environ["OOM_RANK"]):
+    if os.environ["OOM_KIND"] == "host":
+        run.LOW_HOST_BYTES = int(os.environ["OOM_BYTES"])  # type: ignore[misc]
+    elif int(os.environ["RANK"]) == int(os.environ["OOM_RANK"]):
         run._Run._step = limited(run._Run._step)  # type: ignore[method-assign]
     return run.train(config, run_dir, stop)
 

@@ -47,4 +47,11 @@ def test_the_rank_the_place_and_a_cure_that_works(tmp_path, kind, size):
         return
     again = efflaunch(tmp_path, ["-m", "efflaunch"], *shlex.split(command))
     assert again.returncode == EXIT_DONE, again.stdout + again.stderr
-    assert "the memory certificate" in again.stdout and "recomputed" in again.stdout
+    assert "the memory certificate" in again.stdout and "every activation is kept" not in again.stdout
+
+
+def test_a_host_that_runs_low_saves_and_says_so(tmp_path):
+    done = efflaunch(tmp_path, [str(SIDE)], "train", *BASE, OOM_RANK="0", OOM_KIND="host", OOM_BYTES=str(1 << 60))
+    assert done.returncode == EXIT_USER, done.stdout + done.stderr
+    assert "host memory, on the node of rank 0 after step 1" in done.stderr and "before the kernel kills a rank" in done.stderr
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step-00000001").is_dir()

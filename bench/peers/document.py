@@ -1,6 +1,8 @@
-"""One document on one rank: its rows and its attention, without process groups."""
+"""One document on one rank: its rows, its attention and its mean loss, without process groups."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ...parallel.sequence.layout import group_layout
 from ...parallel.sequence.plan import Group
 from ...parallel.sequence.runtime import SequenceAttention, sequence_attention
 from ...parallel.topology import Topology
-from ...training.loss import IGNORE
+from ...training.loss import IGNORE, cross_entropy
 from ...training.model import Tokens
 
 
@@ -26,3 +28,10 @@ def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
     topology = Topology(0, 1, device.type, None)  # type: ignore[arg-type]
     layout = group_layout((num_tokens,), ulysses=1, ring=1)
     return sequence_attention(topology, block_kernel(device), Group(0, 1, 1, (0,)), layout, BusyClock(device))
+
+
+def mean_loss(model: Any, ids: Tensor, runtime: SequenceAttention) -> Tensor:
+    """Of a model with our forward on a document of `ids`, whose last token has no target."""
+    scale = 1.0 / (len(ids) - 1)
+    loss: Tensor = model(one_document(ids), runtime, lambda head: cross_entropy(head, scale))
+    return loss

@@ -22,7 +22,7 @@ from ...training.config import DataConfig, Dtype, Family, ModelConfig, TrainConf
 from ...training.model import install
 from ...training.spec import model_spec
 from ..slopes import LONGEST
-from .document import alone, one_document
+from .document import alone, mean_loss
 from .host import HostMemory
 from .shape import Task
 from .stock import Contestant, stock_model, token_ids
@@ -93,11 +93,11 @@ class Ours(Contestant):
         self.model, self.host = stock_model(task), HostMemory()
         self._store = _store(task) if policy.uses_host else None
         install(self.model, policy, loss_chunk_tokens=task.chunks.loss, store=self._store)
-        self._tokens = one_document(token_ids(task)[0])
+        self._ids = token_ids(task)[0]
         self._attention = alone(task.num_tokens, torch.device("cpu"))
 
     def step(self) -> float:
-        loss = self.model(self._tokens, self._attention, 1.0 / (len(self._tokens.token_ids) - 1))
+        loss = mean_loss(self.model, self._ids, self._attention)
         loss.backward()
         return float(loss.detach())
 

@@ -110,17 +110,18 @@ def _released_module() -> Any:
         return sys.modules[name]
     import transformers.utils
 
+    utils: Any = transformers.utils
     file = metadata.distribution("streambp").locate_file("streambp/stream_model.py")
     spec = importlib.util.spec_from_file_location(name, str(file))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    gone = not hasattr(transformers.utils, "LossKwargs")
+    gone = not hasattr(utils, "LossKwargs")
     if gone:
-        setattr(transformers.utils, "LossKwargs", transformers.utils.TransformersKwargs)  # type: ignore[attr-defined]  # noqa: B010
+        utils.LossKwargs = utils.TransformersKwargs
     try:
         spec.loader.exec_module(module)
     finally:
         if gone:
-            delattr(transformers.utils, "LossKwargs")
+            del utils.LossKwargs
     sys.modules[name] = module
     return module

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ...compiled import compile_functions
 
 FIRST, BEST = 0, 1
 FEW = 48
@@ -212,19 +213,9 @@ FUNCTIONS = (gap_at, sort_few, put_block, put_all, next_random, search, count_pa
 @lru_cache(maxsize=1)
 def compiled() -> Kernels | None:
     """Through numba, which lets other threads run meanwhile; None where it is not installed."""
-    try:
-        import numba
-    except ImportError:
+    namespace = compile_functions(FUNCTIONS, globals(), nogil=True)
+    if namespace is None:
         return None
-    # The functions find each other by name: copies that look in their own namespace find the compiled ones.
-    namespace: dict[str, Any] = dict(globals())
-    for function in FUNCTIONS:
-        copy = FunctionType(function.__code__, namespace, function.__name__)
-        try:
-            namespace[function.__name__] = numba.njit(cache=True, nogil=True)(copy)
-        except RuntimeError:
-            # No folder to keep machine code in: it is made again in every process.
-            namespace[function.__name__] = numba.njit(nogil=True)(copy)
     kernels = Kernels(*(namespace[name] for name in Kernels._fields))
     _warm_up(kernels)
     return kernels

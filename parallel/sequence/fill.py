@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
 from typing import Any
+
+from ...compiled import compile_functions
 
 LENGTHS, TIMES, FIRST, DEGREES, CAPACITY, RATES, OFFSETS = range(7)
 KEYS, IDS, COUNT, GROUP_DEGREE, GROUP_TOKENS, GROUP_LOAD = range(6)
@@ -251,17 +252,5 @@ Kernel = Callable[[Any, int, float, int, Any, Any, Any, Any], tuple[int, int, fl
 @lru_cache(maxsize=1)
 def compiled() -> tuple[Kernel, Kernel] | None:
     """(fill, fill_greedy) through numba, or None where it is not installed. Machine code is kept beside this file's byte code."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    # The functions find each other by name: copies that look in their own namespace find the compiled ones.
-    namespace: dict[str, Any] = dict(globals())
-    for function in FUNCTIONS:
-        copy = FunctionType(function.__code__, namespace, function.__name__)
-        try:
-            namespace[function.__name__] = numba.njit(cache=True)(copy)
-        except RuntimeError:
-            # No folder to keep machine code in: it is made again in every process.
-            namespace[function.__name__] = numba.njit(copy)
-    return namespace["fill"], namespace["fill_greedy"]
+    namespace = compile_functions(FUNCTIONS, globals())
+    return None if namespace is None else (namespace["fill"], namespace["fill_greedy"])

@@ -17,7 +17,7 @@ import torch
 from efflaunch.bench import gpu_memory, memory, report
 from efflaunch.bench.contest import EXTRA_PEERS, GRADIENT_TOLERANCE, PEERS, PRESETS, contestants, gradient_error, peak, ratios
 from efflaunch.bench.peers.shape import LLAMA_8B, Chunks, Shape, Task
-from efflaunch.bench.slopes import at_llama_8b, fit_line, max_tokens
+from efflaunch.bench.slopes import at_llama_8b, fit_line, max_tokens, max_tokens_by_segments
 from efflaunch.memory.config import Walk
 from efflaunch.memory.policy import MOVED, MemoryPolicy
 
@@ -109,6 +109,12 @@ def test_longest_sequences_say_what_binds() -> None:
     small_host, large_host = max_tokens(28 * 1024, 256 * 1024).values()
     assert small_host == {"tokens": 120 * (1 << 30) // (256 * 1024), "binds": "host"}
     assert large_host["binds"] == "device" and large_host["tokens"] == pytest.approx(55.5 * (1 << 30) / (28 * 1024), abs=1)
+
+
+def test_segments_trade_host_memory_for_length() -> None:
+    small_host, large_host = max_tokens_by_segments(28 * 1024).values()
+    assert small_host["segment_layers"] > 1 and small_host["tokens"] > max_tokens(28 * 1024, 256 * 1024)["128 GiB, LoRA"]["tokens"]
+    assert large_host == {"tokens": int(55.5 * (1 << 30) / (28 * 1024)), "binds": "device", "segment_layers": 1}
 
 
 def test_the_shape_keeps_llama_8bs_ratios() -> None:

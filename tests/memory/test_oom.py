@@ -1,0 +1,93 @@
+"""Out-of-memory reports from an allocator's numbers: what is named, and that the cure really fits the smaller device."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from efflaunch.errors import EXIT_USER
+from efflaunch.memory.config import MemoryConfig
+from efflaunch.memory.ledger import Ledger
+from efflaunch.memory.oom import Numbers, host_report, oom_report, requested_bytes, usable_bytes
+from efflaunch.memory.position import Position
+
+from .settings import GIB, cluster, make_ledger, policy
+
+K = 1 << 10
+MIB = 1 << 20
+RESUME = "efflaunch resume runs/x"
+AUTO = MemoryConfig(name="auto", solve=True)
+SOLVED = make_ledger(length=1 << 20, tokens_per_rank=128 * K, memory=AUTO)
+GIVEN = make_ledger(length=64 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep"))
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which ...", 5 * GIB // 2),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.", 20 * MIB),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes. Error code 12", 4 * MIB),
+        ("Unable to allocate an array", 0),
+    ],
+)
+def test_what_was_asked_for(message, size):
+    assert requested_bytes(message) == size
+
+
+def numbers(**changes: int) -> Numbers:
+    fields = {"requested": 2 * GIB, "active": 70 * GIB, "reserved": 76 * GIB, "total": 80 * GIB, **changes}
+    return Numbers(**fields)
+
+
+def at(phase: str, layer: int | None = None) -> Position:
+    position = Position()
+    position.at(phase, layer)
+    return position
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"active": 60 * GIB, "reserved": 78 * GIB}, "lost between the allocator's blocks"),
+        ({"active": 78 * GIB, "reserved": 78 * GIB}, "tensors beyond the ledger's"),
+        ({"active": 60 * GIB, "reserved": 61 * GIB, "others": 12 * GIB}, "held by others on the device"),
+        ({"active": 40 * GIB, "reserved": 41 * GIB, "total": 44 * GIB}, "less room than cluster.device_memory_bytes"),
+    ],
+)
+def test_the_largest_unplanned_thing_is_named(changes, name):
+    error = oom_report(SOLVED, numbers(**changes), at("backward", 31), rank=3, step=7, resume=RESUME)
+    text = str(error)
+    assert error.exit_code == EXIT_USER and "out of memory on rank 3, step 7, backward of layer 31" in text
+    assert f"largest that was not planned: {name}" in text and "by the ledger:" in text and "reserved" in text
+
+
+@pytest.mark.parametrize(("ledger", "changes"), [(SOLVED, {}), (GIVEN, {"active": GIVEN.device.peak_bytes - 4 * GIB})])
+def test_the_cure_fits_a_device_that_is_smaller_by_what_is_missing(ledger: Ledger, changes: dict[str, int]):
+    text = str(oom_report(ledger, numbers(**changes), at("backward", 0), rank=0, step=1, resume=RESUME))
+    found = re.search(rf"Try: {RESUME} (.*)\n  \(certified: at most ([0-9.]+) GiB; (.*), by the estimate\)", text)
+    assert found is not None, text
+    (size,) = re.findall(r"cluster\.device_memory_bytes=(\d+)MiB", found[1])
+    assert float(found[2]) * 1024 <= int(size) + 52 and int(size) << 20 < ledger.device.peak_bytes
+    assert ("memory=auto" in found[1]) == (not ledger.asked.memory.solve)
+
+
+def test_a_device_that_holds_less_than_it_says_is_taken_at_its_word():
+    """It failed with 40 GiB in tensors and 2 asked for: that, and what no tensor shows, is what it has."""
+    small = numbers(active=40 * GIB, reserved=41 * GIB, total=44 * GIB)
+    size = usable_bytes(SOLVED, small, planned=75 * GIB)
+    assert 40 * GIB < size < 48 * GIB and size % MIB == 0
+
+
+def test_nothing_is_promised_where_nothing_fits():
+    ledger = make_ledger(length=8 * K, tokens_per_rank=1 * K, memory=AUTO, machines=cluster(device_memory_bytes=40 * GIB))
+    text = str(
+        oom_report(ledger, numbers(active=GIB, reserved=GIB, requested=0, total=2 * GIB), at("start"), rank=0, step=0, resume=RESUME)
+    )
+    assert "certified" not in text or "cluster.num_nodes" in text or "optim.states=host" in text
+
+
+def test_a_host_that_runs_out_is_named_before_the_kernel_kills():
+    text = str(host_report(SOLVED, 100 * MIB, "available on the machine", rank=2, step=5, resume=RESUME))
+    assert "host memory, on the node of rank 2 after step 5" in text and "100.0 MiB left (available on the machine)" in text
+    assert "cluster.host_memory_bytes=" in text and "certified" in text
