@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TIMEOUT_S = 120.0
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare", "ip")
+TIMEOUT_S = 240.0
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare", "nsenter", "ip", "ss")
 
 CONF = """\
 ClusterName=efflaunch
@@ -213,6 +213,12 @@ class SlurmCluster:
     def crash(self, node: int) -> None:
         """A power cut: everything on the node is gone at once."""
         self._stop(f"node{node}", signal.SIGKILL)
+
+    def listening(self, node: int) -> list[str]:
+        """Addresses on which Python processes of a node wait for connections."""
+        space = f"--net=/proc/{self.processes[f'node{node}'].pid}/ns/net"
+        lines = self.run("nsenter", space, "ss", "-H", "-l", "-t", "-n", "-p").splitlines()
+        return [line.split()[3].rpartition(":")[0] for line in lines if '"python' in line or '"pt_' in line]
 
     def states(self) -> list[str]:
         """What SLURM says of each node; nothing while it does not answer."""

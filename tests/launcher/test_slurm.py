@@ -13,7 +13,7 @@ import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.backends.slurm import reconcile, template_text
+from efflaunch.launcher.backends.slurm import grace_note, reconcile, template_text
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.restarts import Outcome
 from efflaunch.launcher.slurm import address, control
@@ -212,6 +212,12 @@ def test_slurm_knows_better_whether_anything_lives(known: str, job: str, state: 
     assert told.state == state and told.detail.startswith(f"job 7 {job}") and told.job == "7"
     forgotten = reconcile(mine, 7, None)
     assert forgotten.state == ("died" if known in ACTIVE else known)
+
+
+def test_a_grace_that_is_too_short_is_said_beforehand() -> None:
+    events = [{"event": "step", "step_s": 100.0}, {"event": "step", "step_s": 60.0}, {"event": "checkpoint", "save_s": 30.0}]
+    assert grace_note(events, 130.0) == "" and grace_note([], 1.0) == ""
+    assert "up to 1 min 40 s for a step and 30 s for a save, launcher.grace_s=120" in grace_note(events, 120.0)
 
 
 def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

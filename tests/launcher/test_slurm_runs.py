@@ -21,7 +21,7 @@ from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
 ROOT = HERE.parent.parent
 FAKE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "launcher=slurm", "cluster.num_nodes=2")
 SECRET = "wandb-key-0123456789abcdef"
@@ -165,6 +165,10 @@ def test_status_cancel_and_one_job_a_run(cluster: SlurmCluster, place: Path) -> 
     job = submit(cluster, place, "long", "train.steps=5000", step_s=0.05)
     waiting = submit(cluster, place, "waiting", "train.steps=5", f"launcher.slurm.after=afterok:{job.number}")
     job.wait_for_step(3)
+    for node in range(2):
+        # Nothing but the job's own network, where others could reach it.
+        found = cluster.listening(node)
+        assert found and set(found) <= {cluster.address(node), "127.0.0.1"}
     cluster.restart_controller()
     job.wait_for_step(newest_step(job.run_dir) + 3)
     assert re.search(r"state       running, job \d+ RUNNING on node\[", efflaunch(cluster, place, "status", "runs/long"))
