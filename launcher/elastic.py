@@ -119,10 +119,11 @@ class RankAgent(LocalElasticAgent):
         # Elastic would wait 30 s for the rest; and a rank that ends by itself, even with 0, will never answer.
         self._on_poll()
         if any(process.exitcode is not None for process in self.processes.values()):
-            self._end_the_rest()
+            self.end_the_rest()
         return super()._monitor_workers(worker_group)
 
-    def _end_the_rest(self) -> None:
+    def end_the_rest(self) -> None:
+        """Kill the ranks that do not end by themselves in the time it takes to notice a lost peer."""
         deadline = time.monotonic() + _PEERS_GRACE_S
         while self._alive() and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -119,8 +119,7 @@ def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
 def make_run_dir(run_dir: Path) -> None:
     """Create it, for its owner alone; ConfigError where it cannot be written."""
     try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        run_dir.mkdir(exist_ok=True, mode=0o700)
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         (run_dir / "logs").mkdir(exist_ok=True)
         probe = run_dir / f".probe-{os.getpid()}"
         probe.touch()

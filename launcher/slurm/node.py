@@ -24,7 +24,7 @@ from ..agent import Agent
 from ..env import SlurmPlace, rank_environment, slurm_place
 from ..files import write_json
 from ..metrics_file import newest_step
-from ..restarts import RankReport
+from ..restarts import RankReport, first_failure
 from ..rundir import attempt_dir, lock_in_time, read_run
 from ..signals import StopFlag, on_stop_signals
 from ..state import Failure
@@ -71,6 +71,7 @@ class _Visit:
         self.interface = interface_of(self.address)
         self.lock = lock_in_time(run_dir) if place.node == 0 else None
         self.store = self._open()
+        self.has_failed = False
 
     def _open(self) -> TCPStore:
         from torch.distributed import DistError
@@ -129,6 +130,23 @@ class _Visit:
         self._set("verdict", verdict)
         return verdict
 
+    def tell_failed(self) -> None:
+        """Have the agents of all other nodes end their ranks."""
+        if not self.has_failed:
+            self.has_failed = True
+            try:
+                self._set("failed", self.place.node)
+            except _dist_error():
+                # The head is gone, and the others see that by themselves.
+                pass
+
+    def failed_elsewhere(self) -> bool:
+        """Whether another agent told so, or is gone with the store."""
+        try:
+            return bool(self.store.check(["visit/failed"]))
+        except _dist_error():
+            return True
+
     def _set(self, key: str, value: Any) -> None:
         self.store.set(f"visit/{key}", json.dumps(value))
 
@@ -147,6 +165,12 @@ class _Visit:
         return json.loads(self.store.get(f"visit/{key}"))
 
 
+def _dist_error() -> type[Exception]:
+    from torch.distributed import DistError
+
+    return DistError
+
+
 def _refusal(text: str, hosts: list[str]) -> Failure:
     hint = f"\n  Try: mend them, or leave them out: launcher.slurm.exclude=[{','.join(hosts)}]" if hosts else ""
     return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=JOB_DIR, is_user_error=True)
@@ -162,7 +186,7 @@ class NodeAgent(Agent):
     """One attempt of the ranks of one node. The head (node 0) alone writes state.json."""
 
     def __init__(self, visit: _Visit, entry: str, early: StopFlag) -> None:
-        self.visit, self.place = visit, visit.place
+        self.visit, self.place, self.ended_for_others = visit, visit.place, False
         super().__init__(visit.run_dir, entry)
         # Handed to the ranks as soon as they run: the nodes may have been told at different moments.
         self.stopping = self.stopping or early.requested
@@ -192,6 +216,22 @@ class NodeAgent(Agent):
     def _ranks_here(self) -> range:
         size = self.config.cluster.ranks_per_node
         return range(self.place.node * size, (self.place.node + 1) * size)
+
+    def _note_stop(self) -> None:
+        """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
+        super()._note_stop()
+        assert self.ranks is not None, "asked by its monitor"
+        if any(process.exitcode for process in self.ranks.processes.values()):
+            self.visit.tell_failed()
+        elif self.visit.failed_elsewhere():
+            self.ended_for_others = True
+            self.ranks.end_the_rest()
+
+    def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
+        code, failure = super()._failed(reports, number)
+        if self.ended_for_others and first_failure(reports) is None:
+            failure = replace(failure, message="ended: ranks of another node had failed")
+        return code, failure
 
     def _reports(self, ranks: RankAgent, number: int) -> Iterator[RankReport]:
         self.reports = list(super()._reports(ranks, number))

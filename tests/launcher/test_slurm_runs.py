@@ -128,8 +128,11 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
 
 
 def test_a_failing_rank_and_a_mistake(cluster: SlurmCluster, place: Path) -> None:
-    """Two jobs side by side: one fails once and is started again on its nodes, the other cannot succeed and is not."""
-    failing = submit(cluster, place, "failing", "train.steps=12", mishaps="raise:3:7")
+    """Two jobs side by side: one fails once and is started again on its nodes, the other cannot succeed and is not.
+
+    Where the first fails, the ranks of its other node wait for ever, as they would in a GPU's collective.
+    """
+    failing = submit(cluster, place, "failing", "train.steps=12", mishaps="raise:3:7,hang:0:7,hang:1:7")
     mistaken = submit(cluster, place, "mistaken", "train.steps=12", mishaps="user:2:3")
     assert failing.end() == "COMPLETED", failing.output()
     first, second = failing.state().attempts
