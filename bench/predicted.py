@@ -70,7 +70,7 @@ def _rank_main(rank: int, ranks: int, store: Path, cases: list[Case], results: A
 def _measured(case: Case) -> dict[str, Any]:
     """On a rank. Collective."""
     ledger = case_ledger(case)
-    predicted = predicted_by_phase(ledger)
+    predicted = predicted_by_phase(case)
     phase = max(predicted, key=lambda phase: predicted[phase])
     return {
         "name": case.name,
@@ -124,6 +124,13 @@ CASES: tuple[Case, ...] = (
     _case("recompute, ring 2", ranks=2, scheme="ring"),
     _case("recompute by 256, Ulysses 4, 2 KV heads", {"chunk_tokens": 256}, ranks=4, scheme="ulysses"),
     _case("recompute, whole gradients", micro_batches=2, grad_reduce="step", ranks=2, scheme="ulysses", tokens=512),
+    _case("recompute by 256, three documents", {"chunk_tokens": 256}, tokens=2048, documents=3),
+    _case("recompute, attention kept, three documents", {"attention_output": "keep", "chunk_tokens": 300}, tokens=2048, documents=3),
+    _case("streambp, three documents", STREAMBP, tokens=2048, documents=3),
+    _case("alst, two documents, Ulysses 2", ALST, tokens=2048, ranks=2, scheme="ulysses", documents=2),
+    _case("alst, two documents, ring 2", ALST, tokens=2048, ranks=2, scheme="ring", documents=2),
+    _case("memo, half, two documents, Ulysses 2", {**MEMO, "host_fraction": 0.5}, ranks=2, scheme="ulysses", documents=2),
+    _case("inputs on the host, two documents, segments of 2", {"layer_input": "host", "segment_layers": 2}, documents=2),
     _case("qwen3", model={"family": Family.QWEN3, "head_dim": 64}),
     _case("qwen2 by 256", {"chunk_tokens": 256}, model={"family": Family.QWEN2}, tokens=2048),
     _case("mistral, window 512", {"chunk_tokens": 256}, model={"family": Family.MISTRAL, "sliding_window": 512}, tokens=2048),

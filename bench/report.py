@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_memory
+from . import report_checkpoint, report_memory
 
 HEADER = """# Benchmarks
 
@@ -201,6 +201,8 @@ def _median(rows: list[dict[str, Any]], key: str) -> float:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "checkpoint": report_checkpoint.checkpoint,
+    "chaos": report_checkpoint.chaos,
     "startup": _startup,
     "step": _step,
     "adaptive": _adaptive,

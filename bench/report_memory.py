@@ -100,6 +100,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"- StreamBP as released holds {mask['bytes_per_token_squared']:.1f} bytes x tokens^2 more in forward, its dense mask; its "
             "slope above is without it."
         )
+    lines.append("- no GPU was used; `python -m efflaunch.bench.gpu_memory --json FILE` measures the executor on one (not yet run)")
     if details:
         worst = max(row["gradient_error"] for row in details.values())
         lines.append(f"- gradients against plain Hugging Face, float32: off by {worst:.1e} at most")

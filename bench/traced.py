@@ -7,13 +7,13 @@ buffers they come back into do. What it cannot see (the process, communicators, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..memory.config import MemoryConfig, Place, Walk
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.setting import Phase
-from ..memory.terms import UNSEEN
+from ..memory.terms import UNSEEN, device_terms
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig, Scheme
 from ..training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
@@ -48,6 +48,8 @@ class Case:
     scheme: str = "auto"
     grad_reduce: str = "micro_batch"
     loss_chunk: int = 256
+    documents: int = 1
+    """In each sequence, of equal length: attention goes block by block."""
 
     @property
     def length(self) -> int:
@@ -84,9 +86,10 @@ def case_ledger(case: Case) -> Ledger:
     return ledger
 
 
-def predicted_by_phase(ledger: Ledger) -> dict[Phase, int]:
+def predicted_by_phase(case: Case) -> dict[Phase, int]:
     """Bytes of each phase that a tracer sees."""
-    seen = [entry for entry in ledger.device.terms if entry.name not in UNSEEN]
+    packed = min(1.0, 2 / case.documents) if case.documents > 1 else 0.0
+    seen = [entry for entry in device_terms(replace(case_ledger(case).setting, packed=packed)) if entry.name not in UNSEEN]
     return {phase: sum(entry.by_phase.get(phase, 0) for entry in seen) for phase in Phase}
 
 
@@ -119,7 +122,7 @@ def build_case(case: Case) -> Any:
     ids = np.random.default_rng(0).integers(0, ledger.setting.spec.vocab_size, case.length)
 
     def step() -> None:
-        works = read_step(_Source(plan.lengths, ids), 0, plan, topology.rank)  # type: ignore[arg-type]
+        works = read_step(_Source(plan.lengths, ids, case.documents), 0, plan, topology.rank)  # type: ignore[arg-type]
         each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
         backward_step(model, topology, CpuKernel(), works, num_targets=case.length * count, reduce_each=each, device=device)
         optimizer.step()
@@ -138,12 +141,14 @@ class _Source:
 
     all_lengths: tuple[int, ...]
     ids: Any
+    documents: int
 
     def lengths(self, step: int) -> tuple[int, ...]:
         return self.all_lengths
 
     def parts(self, step: int, index: int) -> tuple[int, ...]:
-        return (self.all_lengths[index],)
+        length, count = self.all_lengths[index], self.documents
+        return tuple(length * (i + 1) // count - length * i // count for i in range(count))
 
     def tokens(self, step: int, index: int, start: int, stop: int) -> Any:
         return self.ids[start:stop], self.ids[start:stop]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ..units import Bytes, Seconds
+
 
 class OnSaveError(Enum):
     """What a failed save does to training; the previous checkpoint is intact either way."""
@@ -13,13 +15,47 @@ class OnSaveError(Enum):
     STOP = "stop"
 
 
+class WhileFlushing(Enum):
+    """What a save does that comes while the one before is not yet durable."""
+
+    WAIT = "wait"
+    """It is taken as memory gets free: wait_for_snapshot() may wait for storage. Every save is kept."""
+    SKIP = "skip"
+    """It is not made; the log says so."""
+    SUPERSEDE = "supersede"
+    """The older one is given up, unless it is being committed already."""
+
+
+class Interval(Enum):
+    """How the step of the next save is found."""
+
+    FIXED = "fixed"
+    AUTO = "auto"
+    """From the measured stall, flush time and step time, and mean_time_to_failure_s; every_steps is the first guess."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When full training state is written, and how much of it is kept."""
+    """When full training state is written, how, where, and how much of it is kept."""
 
     name: str
     every_steps: int | None = 100
     """None: only at the end and when told to stop."""
+    interval: Interval = Interval.FIXED
+    mean_time_to_failure_s: Seconds = 86400.0
+    """Of the whole job; what `interval=auto` weighs the cost of a save against."""
     keep_last: int = 2
     """Whole checkpoints kept; disk space for one more is needed while the next is written."""
+    keep_every: int | None = None
+    """Steps that are multiples of it are kept for good, as pinned ones are."""
     on_error: OnSaveError = OnSaveError.CONTINUE
+    while_flushing: WhileFlushing = WhileFlushing.WAIT
+    pool_bytes: Bytes | None = None
+    """Host memory of a rank for snapshots. None: the rank's whole state, or half of what is free where that is less."""
+    max_slowdown: float = 0.02
+    """Copying behind the step is spread out, then done at once instead, where it makes steps slower by more than this share."""
+    commit_timeout_s: Seconds = 600.0
+    """Longest silence of storage or of another rank before an attempt is given up."""
+    mirror: str | None = None
+    """A second place for committed checkpoints: a directory, or an fsspec address as s3://bucket/run."""
+    mirror_keep_last: int = 2

@@ -1,68 +1,78 @@
-"""Saves and restores the full training state; synchronous. Every rank calls every method, in the same order."""
+"""Saves and restores the full training state: save() returns at once. Every rank calls every method, in the same order.
+
+Note: lazy snapshots. Parameters and optimizer states change in the update only, so their copies may run while the next
+forward and backward do; wait_for_snapshot() stands before the update. What a forward may change (buffers, generators) and all
+Python state is copied inside save(). What a save is called at each stage: `returned` (save() is back), `snapshotted` (host
+memory holds it: training may change the state), `durable` (committed on disk: it counts), `mirrored` (committed there too).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import queue
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..units import format_bytes
-from . import files, state, storage
-from .config import CheckpointConfig, OnSaveError
+from ..units import format_seconds
+from . import facts as facts_of
+from . import files, state
+from .archive import FileLayout, fingerprint, local, plan_files
+from .attempt import Attempt
+from .commit import Committer, Outcome, Retention
+from .config import CheckpointConfig, OnSaveError, WhileFlushing
+from .mirror import Mirror
+from .pacing import Pacing
+from .peers import Peers
+from .restore import Restored, Restorer
+from .saver import Saver
+from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
+from .tier import Tier
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 SEEN_S = 10.0
 """Network file systems show a new directory to other nodes some seconds late."""
+CLOSE_S = 5.0
+_WARM_UP_CALL = 2
+"""At the second update the optimizer has its states: memory for snapshots is made ready before the first save needs it."""
+__all__ = ["CheckpointEngine", "Restored", "SaveReport"]
 
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """How one save went; given to `on_save` on every rank."""
+    """How one save went; given to `on_save` on every rank, at the first call of the engine after it is known."""
 
     step: int
     path: Path
     save_s: float
+    """From save() until durable."""
     num_bytes: int
-    """On disk; known to rank 0 only, 0 elsewhere."""
+    """On disk, of all ranks; 0 where it failed."""
     error: str | None
     """None: the checkpoint is committed and on disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What restore found, apart from the tensors it loaded."""
-
-    step: int
-    path: Path
-    extra: dict[str, Any]
-    """As given to save, by rank 0."""
-    metadata: dict[str, Any]
-    """As given to the engine that saved."""
-    same_layout: bool
-    """False: saved by another number of ranks; random generators were re-seeded from (seed, step, rank)."""
-    skipped: tuple[str, ...]
-    """Newer checkpoints that are damaged, one line each."""
+    stall_s: float = 0.0
+    """What training waited for it, in save() and wait_for_snapshot()."""
+    snapshot_s: float = 0.0
+    """From save() until host memory held it."""
+    mode: str = ""
+    """How this rank wrote: `direct`, or `buffered` where the file system refuses direct writes."""
 
 
 class CheckpointEngine:
     """Writes `directory/step-N` in torch.distributed.checkpoint's format, for any sharding, readable by any world size.
 
-    Memory: saving copies one tensor at a time from the device; restoring loads in place into the model and the
-    optimizer (whose states are allocated if absent). Ranks meet through the default process group; without one this
-    is a world of one. All ranks must see `directory`: CheckpointError at construction otherwise, or where it cannot
-    be written.
+    Memory: a pool of host memory (see sizes.snapshot_pool_bytes), from the second update on; restoring loads in place into
+    the model and the optimizer (whose states are allocated if absent). Ranks meet over groups of the engine's own; without
+    a process group this is a world of one. All ranks must see `directory`: CheckpointError at construction otherwise, or
+    where it cannot be written.
     """
 
     def __init__(
@@ -74,208 +84,306 @@ class CheckpointEngine:
         optimizer: torch.optim.Optimizer,
         metadata: dict[str, Any],
         on_save: Callable[[SaveReport], None] | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+        fault: str = "",
     ) -> None:
-        """`metadata` is JSON: describes the run (hf_config, config_hash, layout, seed, tokenizer). `on_save` hears of every save."""
-        self.config, self.directory, self.metadata = config, Path(directory), metadata
+        """`metadata` is JSON: describes the run (hf_config, config_hash, layout, seed, tokenizer). `on_save` hears of every save.
+
+        `segment_bytes` (a multiple of 4096) and `fault` (faults.Faults) are for tests.
+        """
+        self.config, self.directory, self.metadata = config, Path(directory).absolute(), metadata
         self._model, self._optimizer, self._on_save = model, optimizer, on_save
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._peers = Peers(config.commit_timeout_s)
+        self._segment_bytes, self._fault = segment_bytes, fault
+        self._layout: FileLayout | None = None
+        self._fingerprint = 0
+        self._weights_hash, self._versions = "", facts_of.versions()
+        self._saver: Saver | None = None
+        self._committer: Committer | None = None
+        self._mirror: Mirror | None = None
+        self._pending: list[Attempt] = []
+        self._latest: Attempt | None = None
+        self._failure: Outcome | None = None
+        """Not yet raised, where a failed save stops training."""
+        self._maybe_pending = False
+        """Whether any rank may still wait for an outcome: known to all alike."""
+        self._pacing = Pacing(config)
+        self._num_attempts = self._num_waits = 0
         self._open()
 
-    def save(self, step: int, extra: dict[str, Any]) -> None:
-        """Writes the state after `step` updates and returns when it is durable; rank 0's `extra` (JSON) is kept.
+    def save(self, step: int, extra: dict[str, Any], *, final: bool = False) -> None:
+        """Starts writing the state after `step` updates and returns; rank 0's `extra` (JSON) is kept.
 
-        When it fails on any rank, all ranks agree, nothing half-written stays, older checkpoints are untouched, and
-        `config.on_error` decides: `on_save` and the log hear of it, or every rank raises CheckpointError.
+        A later call of any method reports how it went. A save that fails on any rank leaves nothing half-written, older
+        checkpoints are untouched, and `config.on_error` decides: `on_save` and the log hear of it, or every rank raises
+        CheckpointError. `final`: never skipped, whatever `config.while_flushing` says.
         """
         started = time.monotonic()
-        try:
-            num_bytes, error = self._write(step, extra), None
-        except _SaveError as failure:
-            num_bytes, error = 0, str(failure)
-            self._discard(step)
-        report = SaveReport(step, files.step_path(self.directory, step), time.monotonic() - started, num_bytes, error)
-        if self._on_save is not None:
-            self._on_save(report)
-        if error is not None:
-            self._failed(step, error)
+        tensors = self._tensors()
+        found = fingerprint(tensors)
+        replan = self._layout is None or found != self._fingerprint
+        changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._pacing.measured)
+        if (plan := self._pacing.saving(step, *times)) is not None:
+            self._log(logging.INFO, "%s", plan)
+        if busy and not final and not self._admit(step):
+            return
+        if changed:
+            self._plan(tensors, found)
+        assert self._saver is not None and self._committer is not None
+        attempt = self._attempt(step, tensors, extra)
+        self._pending.append(attempt)
+        self._latest, self._maybe_pending = attempt, True
+        self._saver.start(attempt)
+        self._committer.add(attempt)
+        if self._pacing.is_eager:
+            attempt.enqueued.wait()
+        attempt.stall_s += time.monotonic() - started
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` updates; the same answer on every rank."""
+        return self._pacing.due(step)
 
     def wait_for_snapshot(self) -> None:
-        """Returns when parameters and optimizer states may change: at once, since save has copied everything already."""
+        """Returns when parameters and optimizer states may change; before every update. On CUDA the stream waits, not the host."""
+        self._num_waits += 1
+        if self._num_waits == _WARM_UP_CALL and self._layout is None and self.config.every_steps is not None:
+            self._warm_up()
+        attempt, self._latest = self._latest, None
+        if attempt is not None:
+            started = time.monotonic()
+            attempt.enqueued.wait()
+            if attempt.copy_event is not None:
+                torch.cuda.current_stream().wait_event(attempt.copy_event)
+            attempt.stall_s += time.monotonic() - started
+        self._pacing.note_step(attempt, self._saver)
+        if self.config.on_error is OnSaveError.STOP and self._maybe_pending:
+            # All raise at the same update, or none.
+            self._agree()
+        else:
+            self._deliver()
+
+    def wait(self, *, mirrored: bool = False) -> None:
+        """Returns when every save so far is durable or has failed, and is reported. Collective.
+
+        `mirrored`: and is in the second place too, or that took longer than config.commit_timeout_s (the log says so).
+        """
+        while self._pending:
+            self._deliver(block=True)
+        if self._committer is not None:
+            self._committer.wait_idle()
+        if mirrored and self._mirror is not None and not self._mirror.wait(self.config.commit_timeout_s):
+            self._log(logging.ERROR, "the newest checkpoint is not at %s yet", self.config.mirror)
+        self._agree()
+
+    def close(self) -> None:
+        """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet go on by themselves."""
+        if self._committer is not None:
+            self._committer.close(CLOSE_S)
+        if self._saver is not None:
+            self._saver.close(CLOSE_S)
+        if self._mirror is not None:
+            self._mirror.close()
+        self._saver = self._committer = self._mirror = None
+        self._peers.close()
+
+    @property
+    def flusher_pid(self) -> int | None:
+        """The process that writes this rank's files; None before the first save."""
+        flusher = self._saver.flusher if self._saver is not None else None
+        return flusher.pid if flusher is not None else None
 
     def restore(self) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.
 
-        Damaged newer ones are passed over, logged and named in the result. CheckpointError where every one is damaged,
-        where the contents cannot be read, or where the weights differ from the model's.
+        Every byte is checked against its hash while it is read. Damaged newer ones are passed over, logged and named in the
+        result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
-        path, skipped = self._agreed_choice()
-        for line in skipped:
-            self._log(logging.WARNING, "checkpoint skipped: %s", line)
-        if path is None:
-            if skipped:
-                raise self._nothing_whole(skipped)
-            return None
-        return self._load(path, skipped)
+        tier = _open_tier(self.config.mirror) if self.config.mirror is not None else None
+        return Restorer(self.directory, self._peers, self._model, self._optimizer, self.metadata, tier).restore()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Live tensors; generators as they are now."""
+        tensors = state.model_tensors(self._model) | state.optimizer_tensors(self._model, self._optimizer)
+        return tensors | state.rng_tensors(self._peers.rank)
+
+    def _attempt(self, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Attempt:
+        assert self._layout is not None
+        self._num_attempts += 1
+        name = f"{self._peers.session}-{self._num_attempts}"
+        at_once = state.changing_in_forward(self._model)
+        sources = [
+            local(tensors[piece.key]).clone() if piece.key in at_once else local(tensors[piece.key]) for piece in self._layout.pieces
+        ]
+        facts = {"step": step, "attempt": name, "rank": self._peers.rank, "world_size": self._peers.world_size}
+        folder = files.temporary_path(self.directory, step, name)
+        attempt = Attempt(name, step, folder, self._layout, sources, {**facts, "chunk_bytes": self._layout.chunk_bytes})
+        if self._peers.rank == 0:
+            contents = {"step": step, "world_size": self._peers.world_size, "extra": extra, "metadata": self.metadata}
+            contents |= {"model": self._weights_hash, "versions": self._versions}
+            text = json.dumps(contents, indent=1, allow_nan=False).encode()
+            attempt.texts = [*self._layout.extra_files, (files.STATE_FILE, text)]
+        if torch.cuda.is_initialized():
+            attempt.after = torch.cuda.Event()
+            attempt.after.record()
+        return attempt
+
+    def _admit(self, step: int) -> bool:
+        """Whether to save while another save is on its way (every rank comes to the same answer)."""
+        if self.config.while_flushing is WhileFlushing.SKIP:
+            self._log(
+                logging.INFO, "no checkpoint of step %d: the one before is still being written (checkpoint.while_flushing=skip)", step
+            )
+            return False
+        if self.config.while_flushing is WhileFlushing.SUPERSEDE and self._saver is not None:
+            for attempt in self._pending:
+                self._saver.cancel(attempt)
+        return True
+
+    def _warm_up(self) -> None:
+        tensors = self._tensors()
+        self._plan(tensors, fingerprint(tensors))
+
+    def _plan(self, tensors: dict[str, Tensor], found: int) -> None:
+        """Layout, pool and threads for a state of this shape; collective."""
+        while self._pending:
+            self._deliver(block=True)
+        peers = self._peers
+        self._layout = plan_files(
+            tensors, rank=peers.rank, largest_chunk=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
+        )
+        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(state.model_tensors(self._model))
+        if self._saver is not None:
+            self._saver.close(CLOSE_S)
+        segment = self._layout.chunk_bytes
+        hosts = peers.gather(socket.gethostname())
+        free = facts_of.free_memory() // hosts.count(socket.gethostname())
+        size = snapshot_pool_bytes(self._layout.num_bytes, self.config.pool_bytes, free_bytes=free, segment=segment)
+        self._saver = Saver(size, segment, _device(tensors), self._fault)
+        if self._committer is None:
+            peers.open_store()
+            if self.config.mirror is not None:
+                self._mirror = Mirror(peers, _open_tier(self.config.mirror), self.config.mirror_keep_last, self.config.commit_timeout_s)
+            retention = Retention(self.config.keep_last, self.config.keep_every)
+            self._committer = Committer(
+                peers,
+                self.config.commit_timeout_s,
+                retention,
+                heard=self._last_heard,
+                hung=self._end_flusher,
+                committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
+                in_use=self._mirror.in_use if self._mirror is not None else set,
+                fault=self._fault,
+            )
+
+    def _last_heard(self) -> float:
+        flusher = self._saver.flusher if self._saver is not None else None
+        return flusher.last_heard if flusher is not None else 0.0
+
+    def _end_flusher(self) -> None:
+        if self._saver is not None and self._saver.flusher is not None:
+            self._saver.flusher.kill()
+
+    def _agree(self, *flags: float) -> list[float]:
+        """Meets all ranks: the largest of each flag; raises on all where a failed save stops training."""
+        self._deliver()
+        mine = [float(self._failure is not None), float(bool(self._pending)), *flags]
+        failed, pending, *largest = self._peers.largest(mine)
+        self._maybe_pending = pending > 0
+        if failed and self.config.on_error is OnSaveError.STOP:
+            while self._failure is None and self._pending:
+                self._deliver(block=True)
+            outcome, self._failure = self._failure, None
+            raise _stopped(outcome, self.directory)
+        self._failure = None
+        return largest
+
+    def _deliver(self, *, block: bool = False) -> None:
+        """Report what has been settled since the last call."""
+        while self._pending and self._committer is not None:
+            try:
+                outcome = self._committer.outcomes.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            self._pending.remove(outcome.attempt)
+            self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        attempt = outcome.attempt
+        if outcome.superseded:
+            self._log(logging.INFO, "no checkpoint of step %d: superseded by a newer save", attempt.step)
+            return
+        flushed = attempt.flushed
+        report = SaveReport(
+            step=attempt.step,
+            path=files.step_path(self.directory, attempt.step),
+            save_s=outcome.durable_s,
+            num_bytes=outcome.num_bytes,
+            error=outcome.error,
+            stall_s=attempt.stall_s,
+            snapshot_s=attempt.snapshot_s,
+            mode=flushed.mode if flushed is not None else "",
+        )
+        self._pacing.costs = (report.stall_s, report.save_s)
+        if outcome.error is not None:
+            self._failure = outcome
+            self._log(logging.ERROR, "checkpoint of step %d failed: %s", attempt.step, outcome.error)
+        else:
+            text = "checkpoint of step %d: durable after %s (%s), training waited %s"
+            self._log(logging.INFO, text, attempt.step, format_seconds(report.save_s), report.mode, format_seconds(report.stall_s))
+        if self._on_save is not None:
+            self._on_save(report)
 
     def _open(self) -> None:
-        failure = self._agreed(lambda: files.check_writable(self.directory) if self._rank == 0 else None)
+        first = self._peers.rank == 0
+        failure = self._agreed(lambda: files.check_writable(self.directory) if first else None)
         failure = failure or self._agreed(lambda: _wait_until_seen(self.directory))
-        failure = failure or self._agreed(lambda: files.remove_leftovers(self.directory) if self._rank == 0 else None)
+        failure = failure or self._agreed(self._settle_leftovers if first else lambda: None)
         if failure is not None:
             raise CheckpointError(
                 str(self.directory), found=failure, expected="a directory all ranks can write", hint="run.root=DIRECTORY on shared storage"
             )
+        if self.config.mirror is not None:
+            # An address nobody can open is a mistake of now, not of the first save.
+            _open_tier(self.config.mirror)
 
-    def _write(self, step: int, extra: dict[str, Any]) -> int:
-        temporary = files.temporary_path(self.directory, step)
-        shared = state.model_tensors(self._model) | state.optimizer_tensors(self._model, self._optimizer)
-        self._all_well(lambda: self._prepare(temporary, state.plain_bytes(shared)) if self._rank == 0 else None)
-        self._all_well(lambda: storage.write_tensors(shared | state.rng_tensors(self._rank), temporary))
-        contents = {"step": step, "world_size": self._world_size, "extra": extra, "metadata": self.metadata}
-        contents |= {"model": _fingerprint(state.model_tensors(self._model)), "versions": _versions()}
-        written: list[int] = []
-
-        def commit() -> None:
-            if self._rank == 0:
-                written.append(files.commit(self.directory, step, state=contents, world_size=self._world_size))
-
-        self._all_well(commit)
-        self._prune()
-        return written[0] if written else 0
-
-    def _prune(self) -> None:
-        failure = self._agreed(lambda: files.prune(self.directory, self.config.keep_last) if self._rank == 0 else None)
-        if failure is not None:
-            self._log(logging.ERROR, "older checkpoints stay in %s: %s", self.directory, failure)
-
-    def _discard(self, step: int) -> None:
-        temporary = files.temporary_path(self.directory, step)
-        failure = self._agreed(lambda: files.remove(temporary) if self._rank == 0 else None)
-        if failure is not None:
-            self._log(logging.ERROR, "%s stays behind: %s", temporary, failure)
-
-    def _prepare(self, temporary: Path, num_bytes: int) -> None:
-        free = files.free_bytes(self.directory)
-        if free < num_bytes:
-            raise OSError(f"No space left on device: needs {format_bytes(num_bytes)}, {format_bytes(free)} free")
-        files.remove(temporary)
-        temporary.mkdir()
-
-    def _failed(self, step: int, error: str) -> None:
-        self._log(logging.ERROR, "checkpoint of step %d failed: %s", step, error)
-        if self.config.on_error is OnSaveError.STOP:
-            raise CheckpointError(
-                f"checkpoint of step {step}",
-                found=error,
-                expected=f"to be written below {self.directory}; earlier checkpoints are intact",
-                hint="make room there and resume, or train on without with checkpoint.on_error=continue",
-            )
-
-    def _agreed_choice(self) -> tuple[Path | None, tuple[str, ...]]:
-        box: list[Any] = [self._read(self.directory, self._choose) if self._rank == 0 else self._read(self.directory, lambda: None)]
-        if self._world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def _choose(self) -> tuple[Path | None, tuple[str, ...]]:
-        skipped: list[str] = []
-        for info in reversed(files.scan(self.directory)):
-            if info.is_whole:
-                return info.path, tuple(skipped)
-            skipped.append(f"{info.path}: {info.problem}")
-        return None, tuple(skipped)
-
-    def _load(self, path: Path, skipped: tuple[str, ...]) -> Restored:
-        contents, saved = self._read(path, lambda: (files.read_state(path), storage.read_index(path)))
-        model = state.model_tensors(self._model)
-        self._check_model(path, state.differences(model, saved))
-        state.allocate_optimizer(self._model, self._optimizer, saved)
-        rng = {
-            key: torch.empty(entry.size, dtype=torch.uint8) for key, entry in saved.items() if key.startswith(f"{state.RNG}{self._rank}.")
-        }
-        tensors = model | state.optimizer_tensors(self._model, self._optimizer) | rng
-        self._read(path, lambda: storage.read_tensors(tensors, path))
-        step, world_size = contents["step"], contents["world_size"]
-        if same_layout := world_size == self._world_size:
-            state.set_rng(rng, self._rank)
-        else:
-            state.seed_rng(int(self.metadata.get("seed", 0)), step, self._rank)
-        return Restored(step, path, contents["extra"], contents["metadata"], same_layout, skipped)
-
-    def _read(self, path: Path, action: Callable[[], T]) -> T:
-        results: list[T] = []
-        failure = self._agreed(lambda: results.append(action()))
-        if failure is not None:
-            raise CheckpointError(
-                str(path),
-                found=f"contents that cannot be read ({failure})",
-                expected="the files as they were written",
-                hint=f"mv {path} elsewhere to go on from the checkpoint before it",
-            )
-        return results[0]
-
-    def _check_model(self, path: Path, differing: list[str]) -> None:
-        if differing:
-            more = f"\n    and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise CheckpointError(
-                str(path),
-                found="another model's weights:\n    " + "\n    ".join(differing[:5]) + more + "\n  ",
-                expected="the weights of the configured model",
-                hint="run.id=ANOTHER_NAME for a new run, or the model this run was started with",
-            )
-
-    def _nothing_whole(self, skipped: tuple[str, ...]) -> CheckpointError:
-        return CheckpointError(
-            str(self.directory),
-            found="only damaged checkpoints:\n    " + "\n    ".join(skipped) + "\n  ",
-            expected="at least one whole checkpoint",
-            hint=f"bring the files back, or rm -r {self.directory} to start again from step 0",
-        )
-
-    def _all_well(self, action: Callable[[], object]) -> None:
-        failure = self._agreed(action)
-        if failure is not None:
-            raise _SaveError(failure)
+    def _settle_leftovers(self) -> None:
+        for step in files.settle_leftovers(self.directory, self.config.commit_timeout_s):
+            log.warning("checkpoint of step %d: every rank had written it when training stopped; committed now", step)
 
     def _agreed(self, action: Callable[[], object]) -> str | None:
-        """Runs `action` on this rank, then meets all ranks: the first failure of any of them, on every one."""
-        mine: str | None = None
-        try:
-            action()
-        except storage.FAILURES as error:
-            mine = storage.describe(error)
-            log.debug("checkpoint failure on rank %d", self._rank, exc_info=True)
-        if self._world_size == 1:
-            return mine
-        theirs: list[str | None] = [None] * self._world_size
-        dist.all_gather_object(theirs, mine)
-        return next((text if "(rank " in text else f"{text} (rank {rank})" for rank, text in enumerate(theirs) if text is not None), None)
+        return self._peers.agreed(action)
 
     def _log(self, level: int, text: str, *args: object) -> None:
-        if self._rank == 0:
+        if self._peers.rank == 0:
             log.log(level, text, *args)
 
 
-class _SaveError(Exception):
-    """The save failed somewhere; all ranks have the same text."""
+def _stopped(outcome: Outcome | None, directory: Path) -> CheckpointError:
+    assert outcome is not None, "a failure on one rank is a failure on all"
+    return CheckpointError(
+        f"checkpoint of step {outcome.attempt.step}",
+        found=str(outcome.error),
+        expected=f"to be written below {directory}; earlier checkpoints are intact",
+        hint="make room there and resume, or train on without with checkpoint.on_error=continue",
+    )
 
 
-def _fingerprint(model: dict[str, Tensor]) -> str:
-    """A hash of the weights' names, shapes and dtypes."""
-    shapes = [[key, list(value.shape), str(value.dtype)] for key, value in model.items()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "efflaunch": _own_version()}
-
-
-def _own_version() -> str:
+def _open_tier(address: str) -> Tier:
     try:
-        return version("efflaunch")
-    except PackageNotFoundError:
-        return "not installed"
+        return Tier(address)
+    except (ImportError, ValueError, OSError) as error:
+        raise CheckpointError(
+            "checkpoint.mirror",
+            found=f"{address} ({error})",
+            expected="a directory or an fsspec address",
+            hint="checkpoint.mirror=DIRECTORY",
+        ) from error
+
+
+def _device(tensors: dict[str, Tensor]) -> torch.device:
+    """Where copies come from: the first device that is not the host."""
+    return next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
 
 
 def _wait_until_seen(directory: Path) -> None:

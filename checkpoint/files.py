@@ -1,41 +1,46 @@
 """Checkpoint directories on disk: which are whole, how one becomes visible, which are removed. Pure files, no torch.
 
     RUN_DIR/checkpoints/step-00000100/
-        .metadata, __0_0.distcp ...   torch.distributed.checkpoint's own format
-        state.json                    step, sampler, schedule, config hash, layout, model config
-        COMMIT                        sizes of all the others
+        __R_0.distcp, .metadata   torch.distributed.checkpoint's own format, a file per rank
+        index.json                .metadata as JSON
+        state.json                step, sampler, schedule, config hash, layout, model config
+        rank-R.json               what rank R wrote, with a hash of every chunk
+        COMMIT                    sizes of all the others, hashes of the manifests, and its own
+        PINNED, DAMAGED           never removed by retention; found damaged while reading, and how
 
-Note: commit. A directory is written as `step-N.tmp`; its files and itself are fsynced, COMMIT is written last and
-fsynced, then the directory is renamed to `step-N` and the parent fsynced. So a directory without `.tmp` was whole
-when it appeared, and whatever has been cut off since shows in the sizes.
+Note: commit. Each rank's flusher writes into `step-N.tmp-ATTEMPT` and fsyncs its files, then its manifest, then the directory.
+That manifest is its vote. Once every rank has voted, COMMIT is written and fsynced, the directory is fsynced and renamed to
+`step-N`, and the parent is fsynced. So a directory without `.tmp` was whole when it appeared; what was cut off since shows in
+the sizes, and what was changed since in the hashes. Where all trainers die after the last vote, the next start commits.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..durable import sync
+from ..durable import sync, write_atomic
+from .manifest import Manifest, digest, manifest_name
 
-COMMIT_FILE = "COMMIT"
-STATE_FILE = "state.json"
+COMMIT_FILE, STATE_FILE, PINNED_FILE, DAMAGED_FILE = "COMMIT", "state.json", "PINNED", "DAMAGED"
 FOLDER = "checkpoints"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"^step-(\d{8,})$")
-_LEFTOVER = re.compile(r"^step-(\d{8,})\.(tmp|old|trash)$")
+_LEFTOVER = re.compile(r"^step-(\d{8,})\.(tmp(?:-[\w.-]+)?|old|trash)$")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """One committed directory, as far as its names and sizes tell."""
+    """One committed directory, as far as its names, sizes and manifests tell."""
 
     path: Path
     step: int
@@ -45,7 +50,8 @@ class CheckpointInfo:
     """When it was committed, seconds since 1970."""
     world_size: int
     problem: str | None
-    """Why it cannot be restored; None: COMMIT is readable and every file has its size."""
+    """Why it cannot be restored; None: COMMIT and manifests are what was written and every file has its size."""
+    is_pinned: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -66,18 +72,37 @@ def scan(directory: Path) -> list[CheckpointInfo]:
 
 
 def _inspect(path: Path, step: int) -> CheckpointInfo:
+    pinned = (path / PINNED_FILE).exists()
     try:
-        commit = json.loads((path / COMMIT_FILE).read_text())
-        files: dict[str, int] = {str(name): int(size) for name, size in commit["files"].items()}
-        info = CheckpointInfo(path, step, sum(files.values()), float(commit["time"]), int(commit["world_size"]), None)
-        problem = _wrong_format(commit) or _wrong_sizes(path, files)
+        record = read_commit(path)
+        files: dict[str, int] = {str(name): int(size) for name, size in record["files"].items()}
+        problem = _wrong_sizes(path, files) or _wrong_manifests(path, record) or _marked(path)
+        if int(record["step"]) != step:
+            problem = f"{COMMIT_FILE} is of step {record['step']}"
+        return CheckpointInfo(path, step, sum(files.values()), float(record["time"]), int(record["world_size"]), problem, pinned)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return CheckpointInfo(path, step, 0, 0.0, 0, f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})")
-    return info if problem is None else CheckpointInfo(path, step, info.num_bytes, info.time, info.world_size, problem)
+        found = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
+        return CheckpointInfo(path, step, 0, 0.0, 0, found, pinned)
 
 
-def _wrong_format(commit: dict[str, Any]) -> str | None:
-    return None if commit["format"] == FORMAT else f"written in format {commit['format']}, this version reads {FORMAT}"
+def read_commit(path: Path) -> dict[str, Any]:
+    """The record of a committed directory; ValueError, KeyError or OSError where it is not what was written."""
+    return parse_commit((path / COMMIT_FILE).read_bytes())
+
+
+def parse_commit(data: bytes) -> dict[str, Any]:
+    """As read_commit, from the bytes of the record."""
+    record: dict[str, Any] = json.loads(data)
+    if record["format"] != FORMAT:
+        raise ValueError(f"written in format {record['format']}, this version reads {FORMAT}")
+    claimed = record.pop("hash")
+    if claimed != _hash_of(record):
+        raise ValueError("its own hash does not match")
+    return record
+
+
+def _hash_of(record: dict[str, Any]) -> str:
+    return digest(json.dumps(record, sort_keys=True).encode())
 
 
 def _wrong_sizes(path: Path, files: dict[str, int]) -> str | None:
@@ -91,18 +116,44 @@ def _wrong_sizes(path: Path, files: dict[str, int]) -> str | None:
     return None
 
 
+def _wrong_manifests(path: Path, record: dict[str, Any]) -> str | None:
+    for name, expected in record["manifests"].items():
+        if digest((path / name).read_bytes()) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def _marked(path: Path) -> str | None:
+    mark = path / DAMAGED_FILE
+    return f"marked as damaged: {mark.read_text().strip()}" if mark.exists() else None
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """`{"extra": ..., "metadata": ...}` as given to save and to the engine."""
-    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+    """`{"extra": ..., "metadata": ...}` as given to save and to the engine; ValueError where it is not what was written."""
+    data = (path / STATE_FILE).read_bytes()
+    manifest = read_manifest(path, read_commit(path), 0)
+    chunks = [digest(data[i : i + manifest.chunk_bytes]) for i in range(0, len(data), manifest.chunk_bytes)]
+    if tuple(chunks) != manifest.file(STATE_FILE).chunks:
+        raise ValueError(f"{STATE_FILE} is not what was written")
+    state: dict[str, Any] = json.loads(data)
     return state
+
+
+def read_manifest(path: Path, record: dict[str, Any], rank: int) -> Manifest:
+    """A rank's manifest, checked against the commit record; ValueError, KeyError or OSError otherwise."""
+    name = manifest_name(rank)
+    data = (path / name).read_bytes()
+    if digest(data) != record["manifests"][name]:
+        raise ValueError(f"{name} is not what was written")
+    return Manifest.from_bytes(data)
 
 
 def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def temporary_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}.tmp"
+def temporary_path(directory: Path, step: int, attempt: str) -> Path:
+    return directory / f"step-{step:08d}.tmp-{attempt}"
 
 
 def check_writable(directory: Path) -> None:
@@ -123,20 +174,54 @@ def free_bytes(directory: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-def commit(directory: Path, step: int, *, state: dict[str, Any], world_size: int) -> int:
-    """Turns the written `step-N.tmp` into `step-N` (see Note: commit); its bytes. OSError leaves the old state in place."""
-    temporary, final = temporary_path(directory, step), step_path(directory, step)
-    _write_json(temporary / STATE_FILE, state)
-    for path in temporary.iterdir():
-        sync(path)
-    files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    record = {"format": FORMAT, "step": step, "time": time.time(), "world_size": world_size, "files": files}
-    _write_json(temporary / COMMIT_FILE, record)
+def commit(temporary: Path, *, votes: dict[int, str] | None = None, at: Callable[[str], None] = lambda point: None) -> int:
+    """Turns a directory in which every rank has voted into `step-N` (see Note: commit); its bytes.
+
+    `votes`: the hash of each rank's manifest as the rank gave it; None: as they are on disk (adoption). OSError or
+    ValueError leaves the old state in place. `at` is told the named points (see faults).
+    """
+    manifests = _votes_on_disk(temporary, votes)
+    first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
+    files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.name != COMMIT_FILE}
+    record = {"format": FORMAT, "step": first.step, "attempt": first.attempt, "time": time.time(), "world_size": first.world_size}
+    record |= {"files": files, "manifests": manifests}
+    at("before_commit")
+    write_atomic(temporary / COMMIT_FILE, json.dumps({**record, "hash": _hash_of(record)}, indent=1))
+    at("after_commit")
+    publish(temporary, first.step, at)
+    return sum(files.values())
+
+
+def publish(temporary: Path, step: int, at: Callable[[str], None] = lambda point: None) -> None:
+    """The rename that makes a finished directory count."""
+    final = step_path(temporary.parent, step)
     sync(temporary)
     with _moved_away(final):
+        at("before_rename")
         temporary.rename(final)
-        sync(directory)
-    return sum(files.values())
+        sync(temporary.parent)
+        at("after_rename")
+
+
+def _votes_on_disk(temporary: Path, votes: dict[int, str] | None) -> dict[str, str]:
+    """Name to hash of every rank's manifest; ValueError where one is missing, of another attempt, or names files that are not there."""
+    first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
+    found: dict[str, str] = {}
+    for rank in range(first.world_size):
+        path = temporary / manifest_name(rank)
+        if not path.exists():
+            raise ValueError(f"{path.name} was written by another rank and is not seen by this one")
+        data = path.read_bytes()
+        manifest = Manifest.from_bytes(data)
+        if (manifest.attempt, manifest.step, manifest.rank) != (first.attempt, first.step, rank):
+            raise ValueError(f"{path.name} is of another attempt")
+        found[path.name] = digest(data)
+        if votes is not None and votes[rank] != found[path.name]:
+            raise ValueError(f"{path.name} is not what rank {rank} voted for")
+        problem = _wrong_sizes(temporary, {record.name: record.num_bytes for record in manifest.files})
+        if problem is not None:
+            raise ValueError(problem)
+    return found
 
 
 @contextmanager
@@ -156,42 +241,116 @@ def _moved_away(final: Path) -> Iterator[None]:
     shutil.rmtree(old)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
+def mark_damaged(path: Path, text: str) -> None:
+    """From now on it counts for nothing; OSError where that cannot be written down."""
+    write_atomic(path / DAMAGED_FILE, text + "\n")
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, at: Callable[[str], None] = lambda point: None) -> None:
     """Removes a checkpoint: renamed first, so that a half-removed one is never taken for whole."""
     if not path.exists():
         return
-    trash = path if _LEFTOVER.match(path.name) else path.with_name(path.name + ".trash")
-    if trash != path:
+    trash = path
+    if not path.name.endswith(".trash"):
+        trash = path.with_name(path.name.partition(".")[0] + ".trash")
         shutil.rmtree(trash, ignore_errors=True)
         path.rename(trash)
-    shutil.rmtree(trash)
+    at("in_prune")
+    _remove_tree(trash)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Removes what an interrupted save or removal left behind; recovers a checkpoint that stood aside."""
+def _remove_tree(path: Path) -> None:
+    """Another process may be removing the same: what is gone already is no error."""
+
+    def judge(function: object, name: str, info: tuple[type[BaseException], BaseException, object]) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            raise info[1]
+
+    shutil.rmtree(path, onerror=judge)
+
+
+def settle_leftovers(directory: Path, wait_s: float) -> list[int]:
+    """What interrupted saves and removals left behind: finished attempts are committed, the rest is removed.
+
+    Returns the steps committed. Waits up to `wait_s` for flushers that outlived their trainers. OSError as it comes.
+    """
+    adopted = []
     for entry in sorted(directory.iterdir()):
         match = _LEFTOVER.match(entry.name)
         if match is None:
             continue
         final = step_path(directory, int(match[1]))
-        if match[2] == "old" and not final.exists():
+        if match[2].startswith("tmp") and _finished(entry, wait_s):
+            commit(entry)
+            adopted.append(int(match[1]))
+        elif match[2] == "old" and not final.exists():
             entry.rename(final)
         else:
-            shutil.rmtree(entry)
+            _remove_tree(entry)
+    return adopted
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Keeps the newest `keep_last` whole checkpoints (never fewer than one) and removes every other one, damaged ones too."""
+def _finished(temporary: Path, wait_s: float) -> bool:
+    """Whether every rank has voted; waits while a rank's flusher still works on it."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        busy = {_rank_of(path): _is_locked(path) for path in temporary.glob("__*_0.distcp")}
+        # Locks were looked at first: who holds none has given its vote by now, or never will.
+        given_up = any(not held and not (temporary / manifest_name(rank)).exists() for rank, held in busy.items())
+        try:
+            _votes_on_disk(temporary, None)
+            return True
+        except (OSError, ValueError, KeyError, TypeError):
+            # A vote is missing. It may come while somebody still writes.
+            if given_up or not any(busy.values()) or time.monotonic() > deadline:
+                return False
+        time.sleep(0.05)
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.removeprefix("__").partition("_")[0])
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        # A file system without locks.
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def prune(
+    directory: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    at: Callable[[str], None] = lambda point: None,
+    *,
+    in_use: Collection[Path] = (),
+) -> list[int]:
+    """Removes what retention lets go (see retained), damaged ones too, but none `in_use`; the steps removed."""
+    at("before_prune")
     infos = scan(directory)
-    kept = {info.path for info in [info for info in infos if info.is_whole][-max(1, keep_last) :]}
-    if kept:
-        for info in infos:
-            if info.path not in kept:
-                remove(info.path)
+    kept = retained(infos, keep_last, keep_every)
+    removed = [info for info in infos if info.path not in kept and info.path not in in_use] if kept else []
+    for info in removed:
+        remove(info.path, at)
+    return [info.step for info in removed]
+
+
+def retained(infos: list[CheckpointInfo], keep_last: int, keep_every: int | None = None) -> set[Path]:
+    """The newest `keep_last` whole ones (never fewer than one), whole multiples of `keep_every` steps, and pinned ones."""
+    whole = [info for info in infos if info.is_whole]
+    newest = whole[-max(1, keep_last) :]
+    kept = {info.path for info in newest}
+    kept |= {info.path for info in whole if keep_every is not None and info.step % keep_every == 0}
+    kept |= {info.path for info in infos if info.is_pinned}
+    return kept if newest else set()

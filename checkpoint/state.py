@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
+
+from .reader import SavedTensor
 
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
 
@@ -35,6 +36,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {MODEL + name: value.detach() for name, value in tensors.items()}
 
 
+def changing_in_forward(model: nn.Module) -> set[str]:
+    """Keys of what a forward may change (statistics, router biases): saved as it is at the call, not later."""
+    return {MODEL + name for name, _ in model.named_buffers()}
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The states of every parameter that has some, by name; the live tensors. Hyperparameters belong to the configuration.
 
@@ -49,7 +55,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, TensorStorageMetadata]) -> None:
+def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, SavedTensor]) -> None:
     """Empties the optimizer and gives it the states that `saved` names, unset: sharded like their parameter where alike."""
     optimizer.state.clear()
     trainable = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -58,7 +64,7 @@ def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved
         if parameter not in trainable:
             continue
         for key, entry in _starting_with(saved, prefix):
-            dtype = entry.properties.dtype
+            dtype = entry.dtype
             if entry.size == parameter.shape and parameter.ndim:
                 value: Tensor = torch.empty_like(parameter, dtype=dtype)
             else:
@@ -66,22 +72,22 @@ def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved
             optimizer.state[parameter][key] = value.detach()
 
 
-def _starting_with(saved: dict[str, TensorStorageMetadata], prefix: str) -> Iterable[tuple[str, TensorStorageMetadata]]:
+def _starting_with(saved: dict[str, SavedTensor], prefix: str) -> Iterable[tuple[str, SavedTensor]]:
     return [(key[len(prefix) :], entry) for key, entry in saved.items() if key.startswith(prefix) and "." not in key[len(prefix) :]]
 
 
-def differences(model: dict[str, Tensor], saved: dict[str, TensorStorageMetadata]) -> list[str]:
+def differences(model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
     """One line per weight that a checkpoint holds otherwise than the model, in the model's order."""
     lines = []
     for key, value in model.items():
         name, ours = key[len(MODEL) :], _shape(value.shape, value.dtype)
         if key not in saved:
             lines.append(f"{name}: not in the checkpoint, {ours} in the model")
-        elif (theirs := _shape(saved[key].size, saved[key].properties.dtype)) != ours:
+        elif (theirs := _shape(saved[key].size, saved[key].dtype)) != ours:
             lines.append(f"{name}: {theirs} in the checkpoint, {ours} in the model")
     for key, entry in saved.items():
         if key.startswith(MODEL) and key not in model:
-            lines.append(f"{key[len(MODEL) :]}: {_shape(entry.size, entry.properties.dtype)} in the checkpoint, not in the model")
+            lines.append(f"{key[len(MODEL) :]}: {_shape(entry.size, entry.dtype)} in the checkpoint, not in the model")
     return lines
 
 
@@ -128,8 +134,3 @@ def _to_bytes(value: object) -> Tensor:
 
 def _from_bytes(value: Tensor) -> Any:
     return json.loads(bytes(value.numpy()))
-
-
-def plain_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes of the whole tensors, counted once over all ranks."""
-    return sum(value.numel() * value.element_size() for value in tensors.values())

@@ -25,6 +25,7 @@ SUMMARY = {
     "status": "where a run stands",
     "logs": "what its ranks printed, the one that failed first last and in full",
     "cancel": "have a run save and stop",
+    "checkpoints": "what a run has saved, where, and whether every byte is whole",
     "explain": "one step of a run: who held which sequences, why, and how far from the best",
     "simulate": "modelled step times of several planners, on clusters of any size",
     "export": "write a checkpoint as a Hugging Face model directory",
@@ -75,6 +76,7 @@ def _commands() -> dict[str, Command]:
         "status": _status,
         "logs": _logs,
         "cancel": _cancel,
+        "checkpoints": _checkpoints,
         "explain": _explain,
         "simulate": _simulate,
         "export": _export,
@@ -218,6 +220,20 @@ def _cancel(words: list[str]) -> int:
     from . import logs_command
 
     return logs_command.cancel(options.run_dir, now=options.now)
+
+
+def _checkpoints(words: list[str]) -> int:
+    parser = _Parser("checkpoints", "Checkpoints of a run: state, age, size, place. Exit code 0: all is well; 93: one is damaged.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
+    parser.add_argument("--pin", type=int, metavar="STEP", help="never let retention remove this one")
+    parser.add_argument("--unpin", type=int, metavar="STEP", help="let it again")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(words)
+    from . import checkpoints_command
+
+    request = checkpoints_command.Request(verify=options.verify, pin=options.pin, unpin=options.unpin, as_json=options.json)
+    return checkpoints_command.main(options.run_dir, request)
 
 
 def _explain(words: list[str]) -> int:

@@ -45,7 +45,7 @@ _FISH = """\
 complete -c efflaunch -a '(efflaunch completion words (commandline -cp)"." 2>/dev/null)'
 """
 _FIRST_WORDS = (
-    *("train", "plan", "profile", "resume", "status", "explain", "simulate", "export", "data", "completion"),
+    *("train", "plan", "profile", "resume", "status", "checkpoints", "explain", "simulate", "export", "data", "completion"),
     *("--help", "--version"),
 )
 _OPTIONS = {
@@ -54,6 +54,7 @@ _OPTIONS = {
     "profile": ("--config-dir", "--print-config", "--out", "--seconds", "--json", "--help"),
     "resume": ("--config-dir", "--help"),
     "status": ("--json", "--help"),
+    "checkpoints": ("--verify", "--pin", "--unpin", "--json", "--help"),
     "explain": ("--step", "--certify", "--out", "--json", "--help"),
     "simulate": (
         *("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--steps"),

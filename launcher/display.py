@@ -64,7 +64,8 @@ class PlainDisplay:
         if event["event"] == "certificate":
             return certificate_line(event)
         if event["event"] == "checkpoint":
-            return f"saved {event['path']} in {format_seconds(event['save_s'])}"
+            waited = f", training waited {format_seconds(event['stall_s'])}" if "stall_s" in event else ""
+            return f"saved {event['path']} in {format_seconds(event['save_s'])}{waited}"
         return _bad_news(event)
 
     def _is_shown(self, step: int) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..memory.certificate import check_line
-from ..units import format_bytes, format_seconds
+from ..units import format_bytes, format_precise, format_seconds
 from .metrics_file import Event
 
 _RECENT_STEPS = 20
@@ -30,6 +31,10 @@ class Progress:
     """Most memory of each rank, over all steps."""
     checkpoint: Event | None = None
     checkpoint_error: str | None = None
+    stalls: list[float] = field(default_factory=list)
+    """What training waited for each checkpoint, seconds."""
+    durable: list[float] = field(default_factory=list)
+    """From each save until it was committed on disk."""
     sequence: str = "static"
     """parallel.sequence of the run."""
     planner_error: str | None = None
@@ -80,6 +85,9 @@ class Progress:
 
     def _saved(self, event: Event) -> None:
         self.checkpoint, self.checkpoint_error = event, None
+        if "stall_s" in event:
+            self.stalls.append(event["stall_s"])
+            self.durable.append(event["save_s"])
 
     def _not_saved(self, event: Event) -> None:
         self.checkpoint_error = event["error"]
@@ -184,6 +192,8 @@ def summary_lines(progress: Progress) -> list[tuple[str, str]]:
     plans = plans_text(progress)
     if plans:
         rows.append(("plans", plans))
+    if progress.stalls:
+        rows.append(("checkpoints", checkpoints_text(progress)))
     if progress.memory:
         rows.append(("memory", "; ".join(progress.memory)))
     if progress.bound:
@@ -193,6 +203,13 @@ def summary_lines(progress: Progress) -> list[tuple[str, str]]:
         shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
         rows.append(("peak memory", shares))
     return rows
+
+
+def checkpoints_text(progress: Progress) -> str:
+    """How long training waited for checkpoints, and when they counted."""
+    stall, durable = statistics.median(progress.stalls), statistics.median(progress.durable)
+    waited = f"training waited {format_precise(stall)} for each (median, {format_precise(max(progress.stalls))} at most)"
+    return f"{len(progress.stalls)} durable after {format_precise(durable)}; {waited}"
 
 
 def plans_text(progress: Progress) -> str:

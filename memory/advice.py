@@ -14,7 +14,7 @@ from .ledger import Account, Ledger, build_ledger, make_setting
 from .report import fixed_line
 from .residency import MOMENT_BYTES
 from .setting import Setting
-from .solve import may_fit
+from .solve import can_fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def _prove(change: _Change) -> Suggestion | None:
     names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency")
     parts: dict[str, Any] = {name: getattr(s, name) for name in names}
     try:
-        if s.memory.solve and not may_fit(make_setting(**parts)):
+        if s.memory.solve and not can_fit(make_setting(**parts)):
             return None
         ledger = build_ledger(**parts)
     except UserError:  # a layout that does not exist is no suggestion

@@ -71,6 +71,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.context.position.at("backward", ctx.executor.index)
         sums = GradientSums(ctx.parameters)
+        if ctx.halves is None:
+            ctx.context.tape.restore_input(ctx.executor.index)
         with ctx.context.attention.busy():
             if ctx.halves is not None:
                 halves, ctx.halves = ctx.halves, None
@@ -84,8 +86,12 @@ def _record(tape: Tape, executor: LayerExecutor, context: LayerContext, run: Lay
     """Tell the tape how this layer's output is made again, for a segment whose inner inputs are not kept."""
 
     def again() -> Tensor:
-        with context.gathered(executor.index), torch.no_grad():
-            return _forward(run, run.input_rows, save=False)
+        # Ranks of all groups meet where weights are gathered: that is not this group's time.
+        with context.gathered(executor.index), context.attention.busy(), torch.no_grad():
+            y = _forward(run, run.input_rows, save=False)
+        # What came from the host for it would stay until this layer's own backward.
+        run.saved.release()
+        return y
 
     tape.record(executor.index, again=again, save_input=run.save_input, order=run.read_order)
 
@@ -111,7 +117,6 @@ def _stored_rows(run: LayerRun) -> Iterator[tuple[int, Tensor]]:
 
 
 def _backward(run: LayerRun, layer: int, tape: Tape, dy: Tensor, sums: GradientSums) -> Tensor:
-    tape.restore_input(layer)
     run.saved.read_in(run.read_order(), lambda: tape.prefetch_below(layer))
     # Chunks of dx take the place of dy's, so it must be nobody else's.
     dy = dy if dy.is_contiguous() and dy._base is None else dy.clone(memory_format=torch.contiguous_format)

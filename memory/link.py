@@ -32,20 +32,20 @@ def returning_bytes(s: Setting) -> float:
 
 def _inner_reads(s: Setting) -> float:
     """Per token: the inputs from which a segment's layers run again, for their projections and for their second half."""
-    if s.segment_layers == 1:
+    if not s.in_pieces:  # it stays for the layer's own backward
         return 0.0
-    walks = 1 + (s.policy.attention_output.recompute > 0) * s.in_pieces
+    walks = 1 + (s.policy.attention_output.recompute > 0)
     return inner_share(s) * walks * _host_bytes(s)["layer_input"]
 
 
-def input_reads(s: Setting) -> int:
-    """How often backward fetches a layer's input: one piece alone stays; several come once for each walk over them."""
-    remade = s.policy.query.recompute > 0 or s.policy.key_value.recompute > 0
+def input_reads(s: Setting) -> float:
+    """How often backward fetches a layer's input: one piece alone stays; several come once for each walk that needs them."""
     if not s.in_pieces:
-        return 1
+        return 1.0
     if s.by_chunks:
-        return 1 + (s.policy.key_value.recompute > 0) + (s.layout.ulysses > 1)
-    return 1 + s.policy.head_groups * (1 + remade * projections(s))
+        return 1.0 + s.policy.key_value.recompute + (s.layout.ulysses > 1)
+    remade = max(s.policy.query.recompute, s.policy.key_value.recompute)
+    return 1.0 + s.policy.head_groups * (1.0 + remade * projections(s))
 
 
 def _forward_bytes(s: Setting) -> float:

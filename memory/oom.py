@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from ..errors import PlanError
 from ..units import format_bytes
 from .advice import suggest
+from .certificate import OUTSIDE
 from .ledger import Ledger, build_ledger
 from .position import Position
 from .report import percent
 from .setting import BACKWARD, Phase
-from .terms import UNSEEN
 
 if TYPE_CHECKING:
     from ..parallel.config import ClusterConfig
@@ -89,12 +89,12 @@ def _phases(position: Position) -> tuple[Phase, ...]:
 
 def _planned_bytes(ledger: Ledger, position: Position) -> int:
     """Of what the allocator sees, at most, in the phase of the position."""
-    seen = [term for term in ledger.device.terms if term.name not in UNSEEN]
+    seen = [term for term in ledger.device.terms if term.name not in OUTSIDE]
     return max(sum(term.by_phase.get(phase, 0) for term in seen) for phase in _phases(position))
 
 
 def _largest_terms(ledger: Ledger, position: Position) -> str:
-    terms = [term for term in ledger.device.terms if term.name not in UNSEEN]
+    terms = [term for term in ledger.device.terms if term.name not in OUTSIDE]
     phase = max(_phases(position), key=lambda phase: sum(term.by_phase.get(phase, 0) for term in terms))
     largest = sorted(terms, key=lambda term: -term.by_phase.get(phase, 0))[:4]
     return ", ".join(f"{term.name} {format_bytes(term.by_phase[phase])}" for term in largest if term.by_phase.get(phase, 0))
@@ -116,7 +116,7 @@ def _largest_unplanned(ledger: Ledger, numbers: Numbers, planned: int) -> tuple[
 def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
     """The cluster.device_memory_bytes for which the ledger would have foreseen this end, less a margin; whole MiB."""
     capacity = ledger.device.capacity_bytes
-    unseen = sum(term.num_bytes for term in ledger.device.terms if term.name in UNSEEN)
+    unseen = sum(term.num_bytes for term in ledger.device.terms if term.name in OUTSIDE)
     over = max(0, numbers.active + numbers.requested - planned)
     room = min(capacity, numbers.active + numbers.requested + unseen)
     # A device for which the present plan fits would not change anything.

@@ -36,7 +36,10 @@ def _cuts(num_tokens: int, num_chunks: int, policy: MemoryPolicy) -> list[int]:
 
 
 def place_of(split: Split, rows: Range, num_tokens: int) -> Place:
-    """Where the rows of one piece are."""
+    """Where the rows of one piece are. What is complete is stored and what is not is not, on a rank that has none of them too:
+    whether attention runs again, and with it the group's exchanges, must not differ between ranks."""
+    if rows[0] == rows[1]:
+        return Place.KEEP if split.complete else Place.RECOMPUTE
     kept, moved = split.rows(num_tokens)
     if rows[1] <= kept:
         return Place.KEEP

@@ -22,6 +22,8 @@ PREFERENCE = 0.01
 """Policies whose times differ by less than this share are equal: the simpler shape, and the one that moves less, is taken."""
 CRUMB = 0.05
 """Shares of tokens smaller than this are left out where that costs next to nothing."""
+_NEAREST = 4
+"""Shapes that are solved for where none fits: those that come nearest with nothing kept."""
 _ROUNDS = 12
 """Of cuts and smaller limits until a rounded solution fits the ledger."""
 
@@ -242,15 +244,25 @@ class Search:
         return Found(candidate, policy, {}, time_s, time_s, self.in_order[0].bound_s, 0) if overflow(measured) <= 0 else None
 
     def _least(self, memory: str) -> tuple[Candidate, MemoryPolicy]:
-        grown = [(*least_growth(entry.program, memory), entry) for entry in self._frugal()]
+        nearest = sorted(self._frugal(), key=lambda entry: (_nearest(entry), entry.effort))[:_NEAREST]
+        grown = [(*least_growth(entry.program, memory), entry) for entry in nearest]
         _, x, candidate = min(grown, key=lambda item: (item[0], item[2].effort))
         return candidate, candidate.policy(rounded(candidate.variables, x, self.tokens))
 
 
+def _nearest(entry: Candidate) -> float:
+    """Bytes by which it does not fit with nothing kept but what must be, there or on the host."""
+    return min(overflow(entry.measure(entry.policy(x))) for x in _ends(entry))
+
+
+def _ends(entry: Candidate) -> list[list[float]]:
+    """Shares with nothing kept: what must wait somewhere all on the host, or all on the device."""
+    return [[float(keep and variable.rest) for variable in entry.variables] for keep in (False, True)]
+
+
 def _holds(entry: Candidate, room: Room, ranks: int) -> bool:
     """Whether there is room where nothing waits but what must: on the device, and on the device and its share of the host together."""
-    ends = [[float(keep and variable.rest) for variable in entry.variables] for keep in (False, True)]
-    looks = [_spare(entry.measure(entry.policy(x)), room, ranks) for x in ends]
+    looks = [_spare(entry.measure(entry.policy(x)), room, ranks) for x in _ends(entry)]
     return not any(all(look[phase] < 0 for look in looks) for phase in looks[0])
 
 
@@ -259,7 +271,8 @@ def _spare(measured: Measures, room: Room, ranks: int) -> dict[str, float]:
     left = {name: limit + room.extra(name) - used for name, (used, limit) in measured.rows.items()}
     device = {name: spare for name, spare in left.items() if name.startswith("device, ")}
     both = {f"both{name[6:]}": spare + left[f"host{name[6:]}"] / ranks for name, spare in device.items() if f"host{name[6:]}" in left}
-    return device | both
+    budget = {f"budget{name[6:]}": spare + left["host budget"] / ranks for name, spare in device.items() if "host budget" in left}
+    return device | both | budget
 
 
 def overflow(measured: Measures, room: Room = AS_IT_IS) -> float:

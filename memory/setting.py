@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,8 @@ class Setting:
     layer_parameters: int
     parameters: int
     residency: Residency = field(default_factory=Residency)
+    packed: float = 1.0
+    """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
 
     @property
     def width(self) -> int:
@@ -95,12 +98,7 @@ class Setting:
     @property
     def piece_tokens(self) -> int:
         """Most rows that token-local work has at one time: cut by chunks and where a class changes its place (memory/ranges.py)."""
-        if self.policy.graph:
-            return self.tokens
-        inside = [split for split in self.policy.splits.values() if 0.0 < split.keep < 1.0 or 0.0 < split.keep + split.host < 1.0]
-        cuts = sorted({0, self.tokens, *(row for split in inside for row in split.rows(self.tokens))})
-        largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
-        return min(largest, self.policy.chunk_tokens or largest)
+        return self.tokens if self.policy.graph else _largest_piece(self.policy, self.tokens)
 
     @property
     def in_pieces(self) -> bool:
@@ -134,6 +132,14 @@ class Setting:
     def kv_copies(self) -> int:
         """Key/value numbers per token between the Ulysses exchanges, over those before it: above 1 where heads are replicated."""
         return max(1, -(-self.layout.ulysses // self.spec.num_kv_heads))
+
+
+@lru_cache(maxsize=64)  # asked for by every term of every policy the solver looks at
+def _largest_piece(policy: MemoryPolicy, tokens: int) -> int:
+    inside = [split for split in policy.splits.values() if 0.0 < split.keep < 1.0 or 0.0 < split.keep + split.host < 1.0]
+    cuts = sorted({0, tokens, *(row for split in inside for row in split.rows(tokens))})
+    largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
+    return min(largest, policy.chunk_tokens or largest)
 
 
 BACKWARD = (Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS, Phase.LAYER_REDUCE)

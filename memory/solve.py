@@ -84,6 +84,6 @@ def solve_memory(setting: Setting) -> tuple[Setting, SolveReport]:
     return solved, report_of(solved, search, found)
 
 
-def may_fit(setting: Setting) -> bool:
-    """False only where no policy can make it fit; no program is solved, so True promises nothing."""
-    return search_of(setting).may_fit()
+def can_fit(setting: Setting) -> bool:
+    """Whether some policy fits; nothing is said about the nearest one where none does, which takes longer."""
+    return search_of(setting).best() is not None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .setting import ALL, GIB, Phase, Setting, Term, term
 from .terms_activations import activations, attention_outputs, in_flight, layer_inputs
-from .terms_layer import layer_rows, loss_chunk, masked_scores, scratch
+from .terms_kernels import loss_chunk, masked_scores, scratch
+from .terms_layer import layer_rows
 from .terms_model import (
     batch,
     gathered_layers,

@@ -99,6 +99,9 @@ def in_flight(s: Setting, layer: int) -> Term:
     late = {"query", "key_value"} if not s.by_chunks and s.policy.attention_output.complete else set()
     piece = {name for name, split in splits.items() if split.complete} - whole
     ahead = _ahead(s, layer, rows)
+    if not s.in_pieces and "layer_input" in rows:
+        # One piece alone stays to the end of its layer: so do inputs that layers of a segment were run again from.
+        ahead += layer % s.segment_layers * size["layer_input"]
     leaving = sum(size[name] * count for name, count in rows.items())
     largest = max((size[name] for name in rows), default=0) * s.piece_tokens
     held = {Phase.FORWARD: min(leaving, max(IN_FLIGHT_BYTES, largest)) * s.on_gpu}

@@ -1,6 +1,6 @@
-"""The layer that runs, and the loss after the last: rows of all tokens, and one piece of them at a time. Pure.
+"""The layer that runs: rows of all tokens, and one piece of them at a time. Pure.
 
-The formulas follow memory/{local,whole,streamed,graph}.py, training/loss.py and parallel/sequence/{ulysses,ring}.py, moment by
+The formulas follow memory/{local,whole,streamed,graph}.py and parallel/sequence/{ulysses,ring}.py, moment by
 moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
 X keys and values between the exchanges, F feed-forward, E log-sum-exp.
 """
@@ -91,11 +91,12 @@ def _forward_moments(s: Setting, w: Widths, part: Widths) -> list[Moment]:
     made = part.Q * (not _kept(s, "query")) + part.K * (not _kept(s, "key_value"))
     read = part.Q + part.X if sides else made
     ring = 3 * w.X + w.wide * w.Q if s.layout.ring > 1 else 0
+    documents = s.packed * (part.Q + part.E) + w.wide * part.Q * _windows(s)
     output = (w.Q + w.E) * (not _kept(s, "attention_output"))
     others = output * groups
     moments = [
         Moment(others + made * cut, before_row(part)),
-        Moment(others + read + (part.Q + part.E if groups else output) + ring),
+        Moment(others + read + (part.Q + part.E if groups else output) + ring + documents),
         Moment(output + w.H * cut, after_row(s, w)),
     ]
     if sides:
@@ -123,12 +124,13 @@ def _read(s: Setting, w: Widths) -> float:
 
 def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
     sides, cut, groups = s.layout.ulysses > 1, s.in_pieces, s.policy.head_groups > 1
-    wide = w.wide if s.layout.ring > 1 else 1.0
+    wide = w.wide if s.layout.ring > 1 or _windows(s) else 1.0
     ring = (3 * w.X + 2 * w.wide * w.X + w.Q + w.X) if s.layout.ring > 1 else 0
     output = w.Q * (cut or not _stored(s)) * (sides or groups or _stored(s))
     # Of a group of heads: log-sum-exp of all, and the gradients of the group before.
     both = w.H + w.Q + output + (w.E + part.Q + part.X) * groups
-    gradients = wide * (part.Q + part.X) + flash_workspace(s, part)
+    # Of documents in one pack, those of the last two are made beside those of all.
+    gradients = (wide + s.packed) * (part.Q + part.X) + flash_workspace(s, part)
     if groups:
         kernel = Moment(both + _read(s, part) + (2 + 2 * sides) * part.Q + gradients)
     elif _stored(s):
@@ -185,7 +187,7 @@ def graph_moments(s: Setting) -> dict[Phase, list[Moment]]:
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
-        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + read + flash_workspace(s, w))],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + (1 + s.packed) * read + flash_workspace(s, w))],
         Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
         Phase.LAYER_REDUCE: [Moment(w.H)],
     }
@@ -241,32 +243,8 @@ def head_norms(s: Setting) -> int:
     return norm_bytes(s) * (s.spec.query_size + s.spec.kv_size) * s.spec.qk_norm
 
 
-def masked_scores(s: Setting) -> Term:
-    """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
-    softcap = _softcap(s)
-    windows = [window for window in s.spec.windows if window is not None]
-    if s.on_gpu and s.width == 2:
-        return Term("masked scores", "", {})
-    if not (softcap or windows or s.on_gpu):
-        return Term("masked scores", "", {})
-    length = min(s.data.max_seq_len, s.tokens * s.layout.sp_degree)
-    rows = min(length, s.piece_tokens * s.layout.sp_degree) if s.by_chunks else length
-    queries = min(MASKED_QUERY_CHUNK, rows)
-    several, everything = rows > MASKED_QUERY_CHUNK, s.on_gpu or len(windows) < s.spec.num_layers
-    keys = length if everything else min(length, max(windows) + queries * several)
-    one = s.master * s.spec.num_heads // s.layout.ulysses * queries * keys
-    # A chunk's scores are made while those of the chunk before are still there.
-    before = several * (max(0, keys - queries) / keys if everything else 1.0)
-    mask = 8 * queries * keys
-    forward = max(5 + 3 * before, 6) if softcap else max(2 + 2 * before, 3)
-    backward = max(5 + 4 * before, 7) if softcap else max(2 + 3 * before, 5)
-    held = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if s.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
-    held[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
-    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
-
-
-MASKED_QUERY_CHUNK = 512
-"""Of parallel/sequence/attention.py."""
+def _windows(s: Setting) -> bool:
+    return any(window is not None for window in s.spec.windows)
 
 
 def _kept(s: Setting, name: str) -> bool:
@@ -281,29 +259,3 @@ def _made(s: Setting, name: str) -> bool:
 
 def _stored(s: Setting) -> bool:
     return s.policy.attention_output.complete
-
-
-def loss_chunk(s: Setting) -> Term:
-    """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
-    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
-    narrow, wide = s.width * words * chunk, s.master * words * chunk
-    bent = 3 * wide * _softcap(s)
-    made = wide + bent + narrow * (s.width < s.master)
-    most = max(made, narrow + s.width * words * s.spec.hidden_size)
-    rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
-    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})
-
-
-def scratch(s: Setting) -> Term:
-    """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
-    chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
-    exponentials = s.master * words * chunk
-    beside = s.master * words * chunk * (1 + 3 * _softcap(s))
-    counted = loss_chunk(s).by_phase[Phase.LOSS]
-    return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
-
-
-def _softcap(s: Setting) -> bool:
-    from ..training.config import Family
-
-    return s.spec.family is Family.GEMMA2

@@ -47,6 +47,7 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
         if save:
             run.save("attention_output", index, [rows], share=True)
         yield index, rows
+        run.release()
 
 
 def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:

@@ -1,4 +1,4 @@
-"""docs/runs.md, docs/memory.md and docs/slurm.md as they stand: what they say happens, happens."""
+"""Pages of docs/ as they stand: what they say happens, happens."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def test_memory_page(tmp_path: Path) -> None:
 def test_slurm_page(tmp_path: Path) -> None:
     printed = run_page("slurm.md", tmp_path)
     assert "#SBATCH --nodes=" in printed and "run_dir=/shared/runs/big\n" in printed
+
+
+def test_checkpoints_page(tmp_path: Path) -> None:
+    printed = run_page("checkpoints.md", tmp_path)
+    assert "training waited" in printed and "verified" in printed and "pinned" in printed and "damaged" not in printed
+    assert "tensors, for example" in printed
+    work = tmp_path / "work"
+    names = {path.name for path in (work / "runs" / "demo" / "checkpoints").iterdir()}
+    assert names == {"step-00000010", "step-00000012"}
+    assert (work / "exported" / "model.safetensors").is_file() and (work / "elsewhere" / "step-00000012" / "COMMIT").is_file()

@@ -109,20 +109,33 @@ def test_stopped_and_started_again_is_bit_equal(place, reference):
     assert losses(place) == losses(reference)
 
 
+def command(pid: int) -> str:
+    return " ".join(psutil.Process(pid).cmdline())
+
+
 def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
     process = train(place)
     wait_for_step(place, process, 8)
     pids = descendants(process.pid)
-    ranks = [
-        pid
-        for pid in pids
-        if "forkserver" not in " ".join(psutil.Process(pid).cmdline()) or psutil.Process(pid).memory_info().rss > 1 << 28
-    ]
+    others = [pid for pid in pids if "checkpoint.flusher" not in command(pid)]
+    ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
     os.kill(ranks[-1], signal.SIGKILL)
     finish(process, place)
     assert losses(place) == losses(reference)
     assert "signal 9" in (place / "output").read_text()
     assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
+    process = train(place)
+    wait_for_step(place, process, 8)
+    flushers = [pid for pid in descendants(process.pid) if "checkpoint.flusher" in command(pid)]
+    assert len(flushers) == 2
+    os.kill(flushers[0], signal.SIGKILL)
+    finish(process, place)
+    assert losses(place) == losses(reference)
+    assert [event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "checkpoint"][-1]["step"] == STEPS
+    assert not [pid for pid in flushers if is_alive(pid)]
 
 
 def test_everything_killed_then_resumed_is_bit_equal(place, reference):

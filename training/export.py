@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face directory: config.json, safetensors, tokenizer. One process, no process group.
 
-Memory: one output shard (`max_shard_bytes`) and the largest single piece a rank saved. The directory appears whole, by a
+Every byte is checked against its hash. Memory: one output shard (`max_shard_bytes`) and a read buffer (reader.BATCH_BYTES, or the
+largest single piece). The directory appears whole, by a
 rename, or not at all.
 """
 
@@ -22,7 +23,8 @@ from .config import Dtype
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from ..checkpoint.reader import Reader, SavedTensor
 
 MAX_SHARD_BYTES = 4 << 30
 _TOKENIZER_FILES = (
@@ -112,16 +114,18 @@ def _write_weights(
     source: Path, out_dir: Path, dtype: Dtype, max_shard_bytes: int, on_progress: Callable[[int, int], None] | None
 ) -> tuple[int, int, int]:
     """Number of parameters, bytes and files."""
+    from ..checkpoint.reader import Reader
     from ..checkpoint.state import MODEL
-    from ..checkpoint.storage import FAILURES, describe, read_index
+    from ..checkpoint.storage import FAILURES, describe
 
     try:
-        index = {key[len(MODEL) :]: entry for key, entry in read_index(source).items() if key.startswith(MODEL)}
+        reader = Reader(source)
+        index = {key[len(MODEL) :]: entry for key, entry in reader.tensors.items() if key.startswith(MODEL)}
         sizes = {name: entry.size.numel() * _out_dtype(entry, dtype).itemsize for name, entry in index.items()}
         shards = plan_shards(sizes, max_shard_bytes)
         done, total = 0, sum(sizes.values())
         for file_name, names in shards.items():
-            _write_shard(source, out_dir / file_name, {name: index[name] for name in names}, dtype)
+            _write_shard(reader, out_dir / file_name, {name: index[name] for name in names}, dtype)
             done += sum(sizes[name] for name in names)
             if on_progress is not None:
                 on_progress(done, total)
@@ -150,16 +154,15 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[s
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _write_shard(source: Path, path: Path, index: dict[str, TensorStorageMetadata], dtype: Dtype) -> None:
+def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtype: Dtype) -> None:
     import torch
     from safetensors.torch import save_file
 
     from ..checkpoint.state import MODEL
-    from ..checkpoint.storage import read_tensors
 
-    # Allocated in the output's precision: the reader casts piece by piece.
+    # Allocated in the output's precision: the reader casts batch by batch.
     tensors = {name: torch.empty(entry.size, dtype=_out_dtype(entry, dtype)) for name, entry in index.items()}
-    read_tensors({MODEL + name: tensor for name, tensor in tensors.items()}, source, alone=True)
+    reader.read({MODEL + name: tensor for name, tensor in tensors.items()})
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -167,10 +170,10 @@ def _write_shard(source: Path, path: Path, index: dict[str, TensorStorageMetadat
     path.chmod(mode)
 
 
-def _out_dtype(entry: TensorStorageMetadata, dtype: Dtype) -> torch.dtype:
+def _out_dtype(entry: SavedTensor, dtype: Dtype) -> torch.dtype:
     import torch
 
-    saved = entry.properties.dtype
+    saved = entry.dtype
     chosen: torch.dtype = getattr(torch, dtype.value)
     return chosen if saved.is_floating_point else saved
 

@@ -61,7 +61,11 @@ def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
     # First of all: it starts while the model is built.
     service = _plan_service(config)
     try:
-        return _Run(config, run_dir, device, service, arena).loop(stop)
+        run = _Run(config, run_dir, device, service, arena)
+        code = run.loop(stop)
+        # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
+        run.session.engine.close()
+        return code
     finally:
         if service is not None:
             service.close()
@@ -101,7 +105,7 @@ class _Run:
         self.last_loss: float | None = restored.extra.get("last_loss") if restored is not None else None
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
-        self.saved = self.done if restored is not None else -1
+        self.saved = self.asked = self.done if restored is not None else -1
         if restored is not None:
             self.session.updater.weights_changed()
             self.session.updater.resume(restored.extra.get("updater", {}))
@@ -151,14 +155,14 @@ class _Run:
                 return EXIT_PREEMPTED
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
-                every = self.config.checkpoint.every_steps
                 last = self.done == self.config.train.steps
-                if stopping or last or (every and self.done % every == 0):
-                    self._save()
+                if stopping or last or self.session.engine.due(self.done):
+                    self._save(final=stopping or last)
                 if stopping or last:
-                    self._check_saved()
+                    self._check_saved(mirrored=last)
                 if self.low_on_host is not None and not last:
-                    self._save()
+                    self._save(final=True)
+                    self.session.engine.wait()
                     raise self._host_error()
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
@@ -322,10 +326,11 @@ class _Run:
         totals, barrier_free = asdict(self.planner.totals), self.config.parallel.barrier_free
         return plan_report(plan, times, self.costs.overhead_s, barrier_free=barrier_free) | {"static_s": static_s, "plan_totals": totals}
 
-    def _save(self) -> None:
-        """Write the state after the updates done so far; nothing where it is on disk already."""
-        if self.saved == self.done:
+    def _save(self, *, final: bool) -> None:
+        """Start writing the state after the updates done so far; nothing where that was done already."""
+        if self.asked == self.done:
             return
+        self.asked = self.done
         extra = {
             "train": {"seed": self.config.train.seed, "step": self.done},
             "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
@@ -337,8 +342,9 @@ class _Run:
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
             "updater": self.session.updater.carry(),
+            "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
-        self.session.engine.save(self.done, extra)
+        self.session.engine.save(self.done, extra, final=final)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
         if refitted is not None:
             save_profile(self.run_dir / DEFAULT_FILE, refitted)
@@ -348,8 +354,9 @@ class _Run:
         free, resume = free_memory(), f"efflaunch resume {self.run_dir}"
         return host_report(self.session.ledger, free.num_bytes, free.limited_by, rank=self.low_on_host, step=self.done, resume=resume)
 
-    def _check_saved(self) -> None:
-        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says."""
+    def _check_saved(self, *, mirrored: bool) -> None:
+        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
+        self.session.engine.wait(mirrored=mirrored)
         if self.saved != self.done:
             raise CheckpointError(
                 f"checkpoint of step {self.done}, the last of this run",
@@ -365,7 +372,8 @@ class _Run:
             return
         self.saved = report.step
         path = f"{report.path.parent.name}/{report.path.name}"
-        self.metrics.write("checkpoint", step=report.step, path=path, save_s=report.save_s, num_bytes=report.num_bytes)
+        facts = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s, "mode": report.mode}
+        self.metrics.write("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
 
     def _write_start(self, restored: Restored | None) -> None:
         self.metrics.write(

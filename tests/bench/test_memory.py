@@ -58,23 +58,30 @@ def test_gradients_are_those_of_plain_hugging_face(name: str) -> None:
     assert gradient_error(contestants(32, AUTO)[name].build) < GRADIENT_TOLERANCE
 
 
-def test_orderings_of_bytes() -> None:
-    found = {name: slope(name) for name in ("keep", "recompute", "streambp", "auto", "hf_checkpointing", "plain")}
+@pytest.fixture(scope="module")
+def found() -> dict[str, float]:
+    torch.set_num_threads(1)
+    return {name: slope(name) for name in ("keep", "recompute", "streambp", "auto", "hf_checkpointing", "plain")}
+
+
+def test_orderings_of_bytes(found: dict[str, float]) -> None:
     assert found["auto"] < found["streambp"] < found["recompute"] < found["keep"]
     assert found["recompute"] < found["hf_checkpointing"] < found["plain"]
 
 
-def test_ours_hold_less_than_the_peers_they_are_measured_against() -> None:
-    assert slope("streambp") <= slope("streambp_released")
-    assert 3 * slope("auto") <= slope("deepspeed_alst")
-    assert slope("alst") < slope("deepspeed_alst")
+def test_streambp_holds_no_more_than_the_released_one(found: dict[str, float]) -> None:
+    assert found["streambp"] <= slope("streambp_released")
+
+
+def test_auto_holds_a_third_of_alst(found: dict[str, float]) -> None:
+    assert 3 * found["auto"] <= slope("deepspeed_alst")
 
 
 def test_layer_inputs_on_the_host_are_counted_there_alone() -> None:
     row = 2 * TASK.shape.hidden_size
-    assert slopes("alst", layers=3)[1] == 3 * row
+    device, host = slopes("alst", layers=3)
+    assert host == 3 * row and slopes("alst", layers=5) == (device, 5 * row)
     assert slopes("auto")[1] == (2 + 1) * row, "two segments of two layers, and the live one's second input"
-    assert slope("alst", layers=3) == slope("alst", layers=5)
     assert slope("streambp", layers=5) - slope("streambp", layers=3) == 2 * row
 
 
@@ -136,6 +143,7 @@ def test_ratios_are_medians_within_rounds() -> None:
 
 def test_the_program_writes_its_keys_and_the_report_shows_them(tmp_path: Path) -> None:
     arguments = ["--json", str(tmp_path / "memory.json"), "--only", "plain", "streambp", "--lengths", "40", "80", "--chunk", "20"]
+    arguments += ["--layers", "1", "2"]
     arguments += ["--rounds", "1", "--time-tokens", "40", "--time-chunk", "10", "--time-shape", "4x8", "--time-layers", "1"]
     assert memory.main(arguments) == 0
     found = json.loads((tmp_path / "memory.json").read_text())

@@ -10,13 +10,26 @@ from pathlib import Path
 import pytest
 
 from efflaunch.checkpoint import files
+from efflaunch.checkpoint.manifest import FileRecord, Manifest, digest, manifest_name
+from efflaunch.checkpoint.verify import damage
+
+
+def _written(folder: Path, step: int, content: bytes = b"data", *, ranks: int = 2, attempt: str = "run-1") -> Path:
+    """A directory in which `ranks` ranks have voted."""
+    temporary = files.temporary_path(folder, step, attempt)
+    temporary.mkdir(parents=True)
+    for rank in range(ranks):
+        written = {f"__{rank}_0.distcp": content} | ({"state.json": json.dumps({"step": step}).encode()} if rank == 0 else {})
+        records = tuple(FileRecord(name, len(data), (digest(data),)) for name, data in written.items())
+        for name, data in written.items():
+            (temporary / name).write_bytes(data)
+        manifest = Manifest(step, attempt, rank, 2, 1 << 20, records)
+        (temporary / manifest_name(rank)).write_bytes(manifest.to_bytes())
+    return temporary
 
 
 def _commit(folder: Path, step: int, content: bytes = b"data") -> Path:
-    temporary = files.temporary_path(folder, step)
-    temporary.mkdir(parents=True)
-    (temporary / "__0_0.distcp").write_bytes(content)
-    files.commit(folder, step, state={"step": step}, world_size=2)
+    files.commit(_written(folder, step, content))
     return files.step_path(folder, step)
 
 
@@ -24,7 +37,8 @@ def test_a_committed_directory_is_listed_with_its_sizes(tmp_path: Path) -> None:
     path = _commit(tmp_path / "checkpoints", 100)
     (info,) = files.list_checkpoints(tmp_path)
     assert (info.path, info.step, info.world_size, info.problem) == (path, 100, 2, None)
-    assert info.num_bytes == 4 + (path / "state.json").stat().st_size and info.time > 1e9
+    assert info.num_bytes == sum(file.stat().st_size for file in path.iterdir() if file.name != "COMMIT") and info.time > 1e9
+    assert damage(path) == []
     assert files.read_state(path) == {"step": 100}
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step-00000100"]
 
@@ -32,7 +46,7 @@ def test_a_committed_directory_is_listed_with_its_sizes(tmp_path: Path) -> None:
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert files.list_checkpoints(tmp_path) == []
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-00000001.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.tmp-1").mkdir()
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
     assert files.list_checkpoints(tmp_path) == []
 
@@ -46,7 +60,9 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
         ("COMMIT", b'{"format": 1, "st', "COMMIT cannot be read"),
         ("COMMIT", b"[]", "COMMIT cannot be read"),
         ("COMMIT", b"", "COMMIT cannot be read"),
-        ("COMMIT", b'{"format": 2, "files": {}, "time": 0, "world_size": 1}', "written in format 2, this version reads 1"),
+        ("COMMIT", b'{"format": 1, "files": {}, "time": 0, "world_size": 1}', "written in format 1, this version reads 2"),
+        ("COMMIT", b'{"format": 2, "files": {}, "time": 0, "world_size": 1, "hash": "0"}', "its own hash does not match"),
+        ("rank-1.json", None, "rank-1.json is missing"),
     ],
 )
 def test_damage_is_told(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
@@ -83,7 +99,7 @@ def test_a_failed_commit_brings_the_old_one_back(tmp_path: Path, monkeypatch: py
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.name.endswith(".tmp"):
+        if ".tmp" in self.name:
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -96,10 +112,63 @@ def test_a_failed_commit_brings_the_old_one_back(tmp_path: Path, monkeypatch: py
 def test_a_checkpoint_that_stood_aside_when_the_process_died_comes_back(tmp_path: Path) -> None:
     path = _commit(tmp_path, 1)
     path.rename(tmp_path / "step-00000001.old")
-    (tmp_path / "step-00000001.tmp").mkdir()
-    files.remove_leftovers(tmp_path)
+    (tmp_path / "step-00000001.tmp-1").mkdir()
+    assert files.settle_leftovers(tmp_path, 0) == []
     assert [info.step for info in files.scan(tmp_path) if info.is_whole] == [1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_every_rank_had_voted_for_is_committed_at_the_next_start(tmp_path: Path) -> None:
+    _written(tmp_path, 1)
+    _written(tmp_path, 2, ranks=1)
+    stale = _written(tmp_path, 3)
+    other = _written(tmp_path, 3, attempt="run-2")
+    (other / "rank-1.json").rename(stale / "rank-1.json")
+    assert files.settle_leftovers(tmp_path, 0) == [1]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"] and damage(tmp_path / "step-00000001") == []
+
+
+def test_a_flusher_that_still_writes_is_waited_for(tmp_path: Path) -> None:
+    temporary = _written(tmp_path, 1)
+    vote = (temporary / "rank-1.json").read_bytes()
+    (temporary / "rank-1.json").unlink()
+    code = (
+        "import fcntl, os, sys, time; d = os.open(sys.argv[1] + '/__1_0.distcp', os.O_WRONLY); fcntl.flock(d, fcntl.LOCK_EX)\n"
+        "print(flush=True); time.sleep(0.5); open(sys.argv[1] + '/part', 'w').write(sys.argv[2])\n"
+        "os.rename(sys.argv[1] + '/part', sys.argv[1] + '/rank-1.json')"
+    )
+    command = [sys.executable, "-c", code, str(temporary), vote.decode()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as flusher:
+        assert flusher.stdout is not None
+        flusher.stdout.readline()
+        assert files.settle_leftovers(tmp_path, 30) == [1]
+    assert damage(tmp_path / "step-00000001") == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_vote_for_something_else_is_no_vote(tmp_path: Path, number: int) -> None:
+    temporary = _written(tmp_path, 1)
+    votes = {rank: digest((temporary / manifest_name(rank)).read_bytes()) for rank in range(2)}
+    with pytest.raises(ValueError, match=f"rank-{number}.json is not what rank {number} voted for"):
+        files.commit(temporary, votes=votes | {number: "0"})
+    files.commit(temporary, votes=votes)
+
+
+def test_pinned_ones_and_multiples_stay(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        _commit(tmp_path, step)
+    (tmp_path / "step-00000001" / "PINNED").touch()
+    assert files.prune(tmp_path, 2, 3) == [2, 4, 5]
+    assert [info.step for info in files.scan(tmp_path)] == [1, 3, 6, 7]
+
+
+def test_swapped_files_of_ranks_are_found(tmp_path: Path) -> None:
+    path = _commit(tmp_path, 1)
+    temporary = _written(tmp_path, 2, b"dato")
+    (temporary / "__1_0.distcp").rename(path / "__1_0.distcp")
+    (info,) = files.scan(tmp_path)
+    assert info.is_whole
+    assert damage(path) == ["__1_0.distcp: bytes 0 to 4 are not what was written"]
 
 
 def test_writability_is_proven_by_writing(tmp_path: Path) -> None:

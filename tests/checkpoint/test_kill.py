@@ -45,16 +45,18 @@ def _restored_step(folder: Path) -> int:
     return restored.step
 
 
-def _save_until_killed(folder: Path, victim: int, after_s: float) -> None:
-    """Restores, then saves step after step; rank `victim` dies after `after_s` seconds of saving."""
+def _save_until_killed(folder: Path, victim: int, num_saves: int, after_s: float) -> None:
+    """Restores, then saves step after step; rank `victim` dies `after_s` seconds after its `num_saves`-th save is durable."""
     step = _restored_step(folder)
     model, engine = _engine(folder)
-    if dist.get_rank() == victim:
-        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    last = step + num_saves
     while True:
+        if step == last and dist.get_rank() == victim:
+            threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
         step += 1
         _fill(model, step)
         engine.save(step, {"step": step})
+        engine.wait()
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -64,11 +66,11 @@ def test_a_rank_killed_while_saving_loses_nothing_that_was_committed(tmp_path: P
     with RankPool() as pool:
         for trial in range(6):
             with pytest.raises(RankDiedError, match=f"rank {trial % 2} died"):
-                pool.run(_save_until_killed, tmp_path, trial % 2, chance.uniform(0.05, 0.3), ranks=2)
+                pool.run(_save_until_killed, tmp_path, trial % 2, trial % 3 + 1, chance.uniform(0, 0.2), ranks=2)
             infos = files.scan(tmp_path)
             assert all(info.is_whole for info in infos)
             newest = infos[-1].step if infos else 0
-            assert newest >= committed
+            assert newest >= committed + trial % 3 + 1
             committed = newest
         assert pool.run(_restored_step, tmp_path, ranks=2) == [committed, committed]
-    assert committed > 0 and not list(tmp_path.glob("*.tmp"))
+    assert committed > 0 and not list(tmp_path.glob("*.tmp*"))

@@ -17,7 +17,7 @@ from efflaunch.launcher.completion import SHELLS, complete, script
 from efflaunch.launcher.schema import config_keys
 from efflaunch.tests.launcher.runs import environment
 
-COMMANDS = ["train", "plan", "resume", "status", "explain", "simulate", "export", "completion"]
+COMMANDS = ["train", "plan", "resume", "status", "checkpoints", "explain", "simulate", "export", "completion"]
 
 
 def efflaunch(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

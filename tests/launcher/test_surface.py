@@ -33,6 +33,7 @@ def test_commands() -> None:
         "status",
         "logs",
         "cancel",
+        "checkpoints",
         "explain",
         "simulate",
         "export",

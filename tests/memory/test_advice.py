@@ -34,7 +34,10 @@ TOO_LARGE: dict[str, Ledger] = {
         length=M, tokens_per_rank=128 * K, memory=replace(AUTO, chunk_tokens=64 * K), machines=cluster(device_memory_bytes=36 * GIB)
     ),
     "host budget": make_ledger(
-        length=M, tokens_per_rank=128 * K, memory=replace(AUTO, host_budget=GIB), machines=cluster(device_memory_bytes=30 * GIB)
+        length=M,
+        tokens_per_rank=128 * K,
+        memory=replace(AUTO, host_budget=GIB, chunk_tokens=16 * K),
+        machines=cluster(device_memory_bytes=34 * GIB),
     ),
 }
 
@@ -61,7 +64,6 @@ def test_suggestions_fit(name: str) -> None:
         ("1M on eight", ("memory=auto",)),
         ("4M on eight", ("memory=auto",)),
         ("solved with given chunks", ("memory.chunk_tokens=null",)),
-        ("host budget", ("memory.host_budget=null",)),
     ],
 )
 def test_the_least_intrusive_comes_first(name: str, first: tuple[str, ...]) -> None:
@@ -83,6 +85,7 @@ def test_changes_are_stacked_where_one_is_not_enough() -> None:
 
 def test_simpler_changes_are_named_too() -> None:
     assert ("train.loss_chunk_tokens=1024",) in [entry.overrides for entry in suggest(TOO_LARGE["loss"])]
+    assert ("memory.host_budget=null",) in [entry.overrides for entry in suggest(TOO_LARGE["host budget"])]
     assert ("memory=recompute",) in [entry.overrides for entry in suggest(TOO_LARGE["keep"])]
 
 
@@ -91,7 +94,7 @@ def test_a_budget_below_what_no_policy_changes_is_refused() -> None:
     with pytest.raises(PlanError) as caught:
         check_fits(TOO_LARGE["solved"])
     text = str(caught.value)
-    for part in ("optimizer states", "whatever the policy", "cluster.num_nodes=4", "cluster.device_memory_bytes="):
+    for part in ("optimizer states", "whatever the policy", "cluster.num_nodes=", "cluster.device_memory_bytes="):
         assert part in text
     check_fits(make_ledger(length=M, tokens_per_rank=128 * K, memory=AUTO))
     check_fits(TOO_LARGE["keep"])  # not solved: the ledger's word is an upper bound, and its user's risk

@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from efflaunch.launcher.progress import Progress, certificate_line, start_line, summary_lines
-from efflaunch.memory.certificate import Check, bound_line, certify, check_line
+from efflaunch.memory.certificate import OUTSIDE, Check, bound_line, certify, check_line
 from efflaunch.memory.config import MemoryConfig, Walk
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.memory.report import describe_policy, describe_report
-from efflaunch.memory.terms import UNSEEN
 
 from .settings import GIB, cluster, make_ledger, policy
 
@@ -24,9 +23,9 @@ def test_the_bound_is_the_ledgers_peak_and_what_tensors_show_is_compared():
     certificate = certify(LEDGER)
     assert (certificate.device_bytes, certificate.device_capacity_bytes) == (LEDGER.device.peak_bytes, 80 * GIB)
     assert certificate.fits and certificate.proof is not None and certificate.proof.startswith("no policy is faster")
-    unseen = sum(term.num_bytes for term in LEDGER.device.terms if term.name in UNSEEN)
+    unseen = sum(term.num_bytes for term in LEDGER.device.terms if term.name in OUTSIDE)
     assert certificate.comparable_bytes == LEDGER.device.peak_bytes - unseen and certificate.compared == "held by the allocator"
-    for name in UNSEEN:
+    for name in OUTSIDE:
         assert any(text.startswith(name) for text in certificate.assumptions)
 
 

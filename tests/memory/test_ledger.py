@@ -71,8 +71,9 @@ def test_key_value_heads_are_copied_where_ranks_outnumber_them(ulysses: int, cop
         length=32 * K, tokens_per_rank=32 * K // ulysses, machines=cluster(num_nodes=4), scheme=Scheme.ULYSSES, sp_degree=ulysses
     )
     assert ledger.setting.kv_copies == copies
-    # Query-sized: the layer's gradient; output and its gradient on both sides; queries and their gradient; four of the kernel's own.
-    per_token = 11 * 2 * 4096 + 4 * 32 + 2 * 2 * copies * 2 * 1024
+    # Query-sized: the layer's gradient; output and its gradient on both sides; queries, their gradient and that of two documents;
+    # four of the kernel's own. Keys and values, and twice their gradients.
+    per_token = 12 * 2 * 4096 + 4 * 32 + 3 * 2 * copies * 2 * 1024
     assert in_gib(ledger, "live layer, all rows", Phase.BACKWARD_ATTENTION) == per_token * (32 * K // ulysses) / GIB
 
 

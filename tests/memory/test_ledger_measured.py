@@ -19,7 +19,7 @@ CHOSEN = (
     "recompute", "recompute, few tokens", "recompute, large vocabulary", "recompute, bfloat16", "recompute by 300, attention kept",
     "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "streambp, Ulysses 2",
     "memo, half", "memo, all on the host", "upipe, 4 groups, Ulysses 2", "recompute, ring 2", "recompute by 256, Ulysses 4, 2 KV heads",
-    "recompute, two micro-batches", "recompute, whole gradients", "qwen3", "gemma2",
+    "alst, two documents, Ulysses 2", "recompute, two micro-batches", "recompute, whole gradients", "qwen3", "gemma2",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def pool() -> Iterator[RankPool]:
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in CHOSEN], ids=lambda case: case.name)
 def test_prediction_holds(case: Case, pool: RankPool) -> None:
     measured = pool.run(traced_peak, case, ranks=case.ranks)[0]
-    predicted = max(predicted_by_phase(case_ledger(case)).values())
+    predicted = max(predicted_by_phase(case).values())
     error = predicted / measured - 1.0
     assert -TARGETS["under"] <= error <= TARGETS["over"], f"predicted {predicted}, measured {measured}: {error:+.2%}"
 
@@ -64,23 +64,32 @@ def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool)
     s = case_ledger(case).setting
     ((to_host, from_host),) = pool.run(host_traffic, case, ranks=1)
     layers = s.spec.num_layers
-    assert to_host == pytest.approx(layers * (leaving_bytes(s) + inner_bytes(s)), rel=1e-9)
-    assert from_host == pytest.approx(layers * returning_bytes(s), rel=1e-9)
+    # Shares of tokens are rounded to rows.
+    assert to_host == pytest.approx(layers * (leaving_bytes(s) + inner_bytes(s)), rel=1e-3)
+    assert from_host == pytest.approx(layers * returning_bytes(s), rel=1e-3)
 
 
 def product_flops(case: Case) -> int:
     """On a rank: FLOPs of all matrix products of a step."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     from efflaunch.bench.traced import build_case
 
+    class Products(TorchDispatchMode):
+        flops = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if str(func) in ("aten.mm.default", "aten.addmm.default"):
+                self.flops += 2 * out.numel() * args[-1].shape[0]
+            return out
+
     step, _, store = build_case(case)
-    with FlopCounterMode(display=False) as counter:
+    with Products() as counter:
         step()
     if store is not None:
         store.close()
-    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
-    return sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    return counter.flops
 
 
 def host_traffic(case: Case) -> tuple[int, int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from efflaunch.memory.config import Place, Walk
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.memory.saved import Saved
+from efflaunch.memory.tape import Tape
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -15,6 +18,7 @@ from efflaunch.parallel.sequence.plan import Group
 from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
+from efflaunch.training.loss import cross_entropy
 from efflaunch.training.model import Tokens, install
 
 LENGTHS = (23, 40, 1)
@@ -59,7 +63,7 @@ def run(policy, monkeypatch):
     monkeypatch.setattr(Saved, "__init__", remember)
     model, store = reference_model("llama_deep", torch.float32), StrictStore()
     install(model, policy, loss_chunk_tokens=16, store=store)
-    loss = model(*micro_batch(), 1.0)
+    loss = model(*micro_batch(), lambda head: cross_entropy(head, 1.0))
     return made, store, loss
 
 
@@ -95,6 +99,48 @@ def test_bytes_equal_the_formula(name, monkeypatch):
     assert sum(storages.values()) == kept or whole_inputs
     loss.backward()
     assert not store.parcels and not any(layer._kept or layer._moved or layer._open for layer in saved)
+
+
+@pytest.mark.parametrize("chunk", [None, 9], ids=["one piece", "pieces"])
+@pytest.mark.parametrize("walk", list(Walk))
+@pytest.mark.parametrize("attention", [MemoryPolicy().attention_output, MOVED], ids=["again", "stored"])
+def test_a_segment_made_again_leaves_nothing_on_the_device(chunk, walk, attention, monkeypatch):
+    """What was read from the host for it goes before the backward of the layers above begins."""
+    policy = MemoryPolicy(
+        layer_input=MOVED, attention_output=attention, mlp=MOVED, residual=MOVED, segment_layers=3, chunk_tokens=chunk, attention=walk
+    )
+    _saved, _, loss = run(policy, monkeypatch)
+    original, opened = Tape.restore_input, []
+
+    def restore(self, layer):
+        original(self, layer)
+        opened.append([key for below in self.saved for key in below._open])
+
+    monkeypatch.setattr(Tape, "restore_input", restore)
+    loss.backward()
+    assert opened == [[]] * 5
+
+
+def test_weights_for_a_segment_are_not_gathered_on_the_groups_time(monkeypatch):
+    """All ranks meet there: what a group waits for others is not what its work takes (parallel/sequence/clock.py)."""
+    inside, gathered = [0], []
+
+    @contextmanager
+    def running(self):
+        inside[0] += 1
+        yield
+        inside[0] -= 1
+
+    @contextmanager
+    def gather(module):
+        gathered.append(inside[0])
+        yield
+
+    monkeypatch.setattr(BusyClock, "running", running)
+    monkeypatch.setattr("efflaunch.training.model.gathered_weights", gather)
+    _, _, loss = run(MemoryPolicy(segment_layers=3), monkeypatch)
+    loss.backward()
+    assert gathered == [0, 0, 0] and inside == [0]
 
 
 def test_a_forward_without_gradients_leaves_nothing(monkeypatch):

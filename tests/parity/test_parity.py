@@ -93,6 +93,13 @@ ROWS = {
     "boundaries inside shards": ({}, plan_of(4, batch((0, 4, 2, ALL)))),
     "documents shorter than the group": ({}, plan_of(4, batch((0, 4, 1, (0, 1, 2))), lengths=(2, 1, 3))),
     "a document shorter than the ulysses group": ({}, plan_of(4, batch((0, 4, 4, (0,))), lengths=(3,))),
+    **{
+        f"a document shorter than the {scheme} group, {policy}": (
+            {"policy": policy, "family": "llama_deep"}, plan_of(4, batch((0, 4, ulysses, (0,))), lengths=(3,)),
+        )
+        for scheme, ulysses in (("ulysses", 4), ("ring", 1))
+        for policy in ("streambp", "segments_2", "upipe_stored", "shares_streamed")
+    },
     "a rank without work": ({}, plan_of(4, batch((0, 2, 2, ALL[:3]), (2, 1, 1, ALL[3:])))),
     "a micro-batch on one rank": ({"policy": "recompute"}, plan_of(4, batch((1, 1, 1, (0,))), batch((0, 4, 2, ALL[1:])))),
     "three ranks": ({}, plan_of(3, batch((0, 2, 2, (0, 2)), (2, 1, 1, (1,))), batch((0, 2, 1, (3, 4))))),

@@ -69,6 +69,7 @@ def _train_and_save(run_dir: Path, fields: dict[str, Any], steps: tuple[int, ...
         optimizer.step()
         optimizer.zero_grad()
         engine.save(step, {})
+        engine.wait()
     with torch.no_grad():
         return model(_ids(), use_cache=False).logits.clone()
 

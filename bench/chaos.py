@@ -1,0 +1,382 @@
+"""`python -m efflaunch.bench.chaos --kills N --faults N --json FILE`: checkpoints under kills and damage, with real processes.
+
+A kill: two gloo ranks change their whole state at every step and save it without waiting; a rank, all ranks, a flusher, or a
+process at a named point (faults.py) gets SIGKILL; the next life restores, and must find the newest step that was reported
+durable or a newer one, with every number that step's. A fault: a committed checkpoint is damaged on disk (flipped bit, zeroed
+page, cut off, file missing, swapped, stale); a restore must name the damage and fall back to the one before, unchanged.
+
+Headline keys: `lost` (a durable step was not found again), `torn` (restored numbers of another step), `silent` (damaged bytes
+that were taken for good), each with the number of trials done in `kills` and `faults`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.faults import COMMIT_POINTS, FLUSHER_POINTS
+from .record import machine, write_json
+
+RANKS = 2
+SEGMENT_BYTES = 16384
+_LIFE_S = 60.0
+"""Longest time from the start of a life to its first durable save."""
+KILLS = ("rank 0", "rank 1", "all ranks", "flusher", "point")
+DAMAGES = ("flip", "zero", "truncate", "missing", "swap", "stale", "append")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, origin = _parser().parse_args(arguments), machine()
+    logging.disable(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory(prefix="efflaunch-chaos-", dir=options.folder) as folder:
+            kills = kill_trials(Path(folder) / "kills", options.kills, options.seed)
+            damaged = fault_trials(Path(folder) / "faults", options.faults, options.seed)
+    finally:
+        logging.disable(logging.NOTSET)
+    problems = kills.problems + damaged.problems
+    result = {"benchmark": "chaos", **origin, "seed": options.seed, "kills": kills.done, "faults": damaged.done}
+    result |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
+    result |= {"by_kind": {**kills.by_kind, **damaged.by_kind}, "problems": problems[:50]}
+    write_json(options.json, result)
+    words = "  ".join(f"{key} {result[key]}" for key in ("kills", "faults", "lost", "torn", "silent", "failed"))
+    print(f"{words}  -> {options.json}")
+    return 0 if not problems else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="efflaunch.bench.chaos", description="Checkpoints under kills and damage.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="where the checkpoints go; the system's temporary folder if not given")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of a series of trials."""
+
+    done: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: str) -> None:
+        self.done += 1
+        self.by_kind[kind] = self.by_kind.get(kind, 0) + 1
+
+
+def kill_trials(folder: Path, number: int, seed: int) -> Tally:
+    """One run of many lives in `folder`; each life ends with a kill, the next one checks."""
+    chance, tally = random.Random(seed), Tally()
+    folder.mkdir(parents=True)
+    durable = 0
+    for trial in range(number + 1):
+        kind = chance.choice(KILLS)
+        life = _Life(folder, trial, kind, chance)
+        found = life.run(last=trial == number)
+        for text in found["problems"]:
+            tally.problems.append({"kind": text.partition(":")[0], "trial": trial, "text": text})
+        if found["restored"] < durable:
+            tally.problems.append({"kind": "lost", "trial": trial, "text": f"step {durable} was durable, {found['restored']} found"})
+        durable = max(found["restored"], found["durable"])
+        if trial < number:
+            tally.add(f"kill {kind}" if kind != "point" else f"kill at {life.point}")
+    return tally
+
+
+class _Life:
+    """Ranks from their start to their death."""
+
+    def __init__(self, folder: Path, number: int, kind: str, chance: random.Random) -> None:
+        self.folder, self.kind = folder, kind
+        self.notes = folder.parent / f"{folder.name}-notes-{number}"
+        self.notes.mkdir()
+        self.point = chance.choice((*FLUSHER_POINTS, *COMMIT_POINTS))
+        self.victim = 0 if self.point in COMMIT_POINTS[2:] else chance.randrange(RANKS)
+        self.fault = f"{self.point}=kill@{chance.randint(2, 6)}" if kind == "point" else ""
+        self.saves = chance.randint(1, 4)
+        self.delay_s = chance.uniform(0, 0.3)
+
+    def run(self, *, last: bool) -> dict[str, Any]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"])
+        ranks = [
+            context.Process(target=live, args=(rank, self.folder, self.notes, self.fault if rank == self.victim else "", last), daemon=True)
+            for rank in range(RANKS)
+        ]
+        for rank in ranks:
+            rank.start()
+        try:
+            self._end(ranks, last)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+        found = self._read()
+        shutil.rmtree(self.notes)
+        return found
+
+    def _end(self, ranks: list[Any], last: bool) -> None:
+        deadline = time.monotonic() + _LIFE_S
+        first = None
+        while all(rank.is_alive() for rank in ranks):
+            steps = self._read()["steps"]
+            first = steps if first is None else first
+            if not last and self.kind != "point" and len(steps) >= self.saves:
+                time.sleep(self.delay_s)
+                self._kill(ranks)
+                if self.kind != "flusher":
+                    return
+                # A dead flusher is survived: the same ranks go on and save again.
+                self._wait_for_more(ranks, len(steps), deadline)
+                return
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
+
+    def _kill(self, ranks: list[Any]) -> None:
+        if self.kind == "flusher":
+            pids = [int(path.read_text()) for path in self.notes.glob("flusher-*")]
+            os.kill(pids[self.victim % len(pids)], signal.SIGKILL)
+            return
+        chosen = ranks if self.kind == "all ranks" else [ranks[int(self.kind.removeprefix("rank "))]]
+        for rank in chosen:
+            rank.kill()
+
+    def _wait_for_more(self, ranks: list[Any], number: int, deadline: float) -> None:
+        while len(self._read()["steps"]) < number + 2 and all(rank.is_alive() for rank in ranks):
+            if time.monotonic() > deadline:
+                _note(self.notes / "problem-end", "failed: no save after the death of a flusher")
+                return
+            time.sleep(0.01)
+
+    def _read(self) -> dict[str, Any]:
+        """What the ranks wrote down."""
+        restored = self.notes / "restored"
+        log = self.notes / "durable"
+        steps = [int(line) for line in log.read_text().split()] if log.exists() else []
+        found = int(restored.read_text() or 0) if restored.exists() else -1
+        problems = [path.read_text() for path in self.notes.glob("problem-*")]
+        if found < 0:
+            problems.append("failed: no restore")
+        return {"restored": found, "durable": max(steps, default=0), "steps": steps, "problems": problems}
+
+
+def live(rank: int, folder: Path, notes: Path, fault: str, last: bool) -> None:
+    """A rank's life: restore, check, then change and save the state until killed (`last`: only check)."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{notes}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    try:
+        _live(rank, folder, notes, fault, last)
+    except Exception as error:  # written down for the trial
+        if not _peer_died(error):
+            _note(notes / f"problem-{rank}", f"failed: {type(error).__name__}: {error}")
+    os._exit(0)
+
+
+def _note(path: Path, text: str) -> None:
+    """There whole or not at all, for a reader in another process."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
+
+
+def _peer_died(error: Exception) -> bool:
+    return any(word in str(error) for word in ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo"))
+
+
+def _live(rank: int, folder: Path, notes: Path, fault: str, last: bool) -> None:
+    state = State()
+    engine = state.engine(folder, notes, fault)
+    restored = engine.restore()
+    step = restored.step if restored is not None else 0
+    if restored is not None and (wrong := state.wrong(step)):
+        _note(notes / f"problem-{rank}", f"torn: {wrong}")
+    if rank == 0:
+        _note(notes / "restored", str(step))
+    chance = random.Random(step)
+    while not last:
+        step += 1
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {"step": step})
+        if engine.flusher_pid is not None:
+            _note(notes / f"flusher-{rank}", str(engine.flusher_pid))
+        time.sleep(chance.uniform(0, 0.02))
+
+
+class State:
+    """A model and an optimizer whose every number follows from the step. Sharded where there is a process group."""
+
+    SHAPES = ((257, 33), (64, 3, 5), (7,), (1,), (3, 2))
+
+    def __init__(self) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch import nn
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        self.reports: list[Any] = []
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if dist.is_initialized() else None
+        self.model = nn.Module()
+        for number, shape in enumerate(self.SHAPES):
+            value = torch.zeros(shape)
+            self.model.register_parameter(f"w{number}", nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]) if mesh else value))
+        self.model.register_buffer("count", torch.zeros(2))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter).detach()}
+
+    def tensors(self) -> list[Any]:
+        states = [self.optimizer.state[parameter][key] for parameter in self.model.parameters() for key in ("step", "exp_avg")]
+        return [*self.model.parameters(), *self.model.buffers(), *states]
+
+    def set(self, step: int) -> None:
+        import torch
+
+        with torch.no_grad():
+            for number, tensor in enumerate(self.tensors()):
+                part, expected = _numbers(tensor, number, step)
+                part.copy_(expected)
+
+    def wrong(self, step: int) -> str:
+        """The first tensor whose numbers are not those of `step`; empty: none."""
+        import torch
+
+        for number, tensor in enumerate(self.tensors()):
+            part, expected = _numbers(tensor, number, step)
+            if not torch.equal(part, expected):
+                return f"tensor {number} of step {step} has {part.flatten()[:2].tolist()} instead of {expected.flatten()[:2].tolist()}"
+        return ""
+
+    def engine(self, folder: Path, notes: Path | None = None, fault: str = "", **changes: Any) -> Any:
+        from ..checkpoint.config import CheckpointConfig
+        from ..checkpoint.engine import CheckpointEngine, SaveReport
+
+        def saved(report: SaveReport) -> None:
+            self.reports.append(report)
+            if notes is not None and report.error is None:
+                with (notes / "durable").open("a") as file:
+                    file.write(f"{report.step}\n")
+
+        config = CheckpointConfig(**{"name": "chaos", "commit_timeout_s": 20.0, **changes})
+        return CheckpointEngine(
+            config,
+            folder,
+            model=self.model,
+            optimizer=self.optimizer,
+            metadata={},
+            on_save=saved,
+            segment_bytes=SEGMENT_BYTES,
+            fault=fault,
+        )
+
+
+def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
+    """This rank's memory of a tensor, and what it holds after `step`: other numbers at every place, tensor and step."""
+    import torch
+
+    from ..checkpoint.reader import local_part
+
+    part, offsets = local_part(tensor)
+    whole = (torch.arange(tensor.numel(), dtype=torch.float32) % 997 + 1000 * (step % 4096) + number / 8).reshape(tensor.shape)
+    slices = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
+    return part, whole[slices]
+
+
+def fault_trials(folder: Path, number: int, seed: int) -> Tally:
+    """Each trial damages the newest of two checkpoints and restores."""
+    chance, tally = random.Random(seed), Tally()
+    whole = folder / "whole"
+    state = State()
+    engine = state.engine(whole)
+    for step in (1, 2):
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    engine.close()
+    for trial in range(number):
+        kind = chance.choice(DAMAGES)
+        place = folder / "trial"
+        shutil.copytree(whole, place)
+        name = damage(place / "step-00000002", kind, chance)
+        text = _judge(state, place, name)
+        if text is not None:
+            tally.problems.append({"kind": text.partition(":")[0], "trial": trial, "text": f"{kind} {name}: {text}"})
+        tally.add(f"fault {kind}")
+        shutil.rmtree(place)
+    return tally
+
+
+def _judge(state: State, place: Path, name: str) -> str | None:
+    """What is wrong with how a restore takes the damage; None: nothing."""
+    state.set(9)
+    restored = state.engine(place).restore()
+    if restored is None or (wrong := state.wrong(restored.step)):
+        return f"torn: {wrong}" if restored is not None else "lost: nothing was restored"
+    if restored.step == 2:
+        return "silent: the damaged checkpoint was restored"
+    if not restored.skipped or "step-00000002" not in restored.skipped[0]:
+        return "silent: nothing names the damage"
+    return None if name in restored.skipped[0] or "COMMIT" in restored.skipped[0] else f"silent: {name} is not named"
+
+
+def damage(path: Path, kind: str, chance: random.Random) -> str:
+    """Damages one file of a checkpoint; its name."""
+    victims = sorted(file for file in path.iterdir() if file.stat().st_size)
+    victim = chance.choice(victims)
+    data = bytearray(victim.read_bytes())
+    if kind == "flip":
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == "zero":
+        start = chance.randrange(len(data)) // 512 * 512
+        before = bytes(data)
+        data[start : start + 4096] = bytes(len(data[start : start + 4096]))
+        if bytes(data) == before:
+            data[start] ^= 1
+    elif kind == "truncate":
+        del data[chance.randrange(len(data)) :]
+    elif kind == "append":
+        data += b"\0"
+    elif kind == "missing":
+        victim.unlink()
+        return victim.name
+    else:
+        return _exchange(path, victim, kind, chance)
+    victim.write_bytes(data)
+    return victim.name
+
+
+def _exchange(path: Path, victim: Path, kind: str, chance: random.Random) -> str:
+    """Another file's content (`swap`), or that of the step before (`stale`)."""
+    source = path.parent / "step-00000001" / victim.name
+    if kind == "swap":
+        source = chance.choice([file for file in sorted(path.iterdir()) if file != victim and file.stat().st_size])
+    data = source.read_bytes()
+    if data == victim.read_bytes():
+        # .metadata and index.json are the same at every step: nothing to find.
+        data += b"\0"
+    victim.write_bytes(data)
+    return victim.name
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,71 @@
+"""One save under way, as its threads see it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .archive import FileLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What this rank's flusher says of an attempt."""
+
+    error: str | None
+    manifest_hash: str = ""
+    manifest_bytes: int = 0
+    mode: str = ""
+    """`direct` or `buffered`."""
+    write_s: float = 0.0
+
+
+class Attempt:
+    """From save() to the report. Events only ever go from unset to set."""
+
+    def __init__(self, name: str, step: int, folder: Path, layout: FileLayout, sources: list[Tensor], facts: dict[str, Any]) -> None:
+        self.name, self.step, self.folder, self.layout = name, step, folder, layout
+        self.sources: list[Tensor] = sources
+        self.facts = facts
+        """Of the manifest."""
+        self.texts: list[tuple[str, bytes]] = []
+        """Files beside the tensors: `.metadata`, `index.json`, `state.json`."""
+        self.started = time.monotonic()
+        self.after: Any = None
+        """CUDA event: when the sources hold what is to be saved."""
+        self.copy_event: Any = None
+        self.enqueued = threading.Event()
+        """Every copy is done, or ordered on the copy stream."""
+        self.copied = threading.Event()
+        self.settled = threading.Event()
+        """`flushed` is there."""
+        self.flushed: Flushed | None = None
+        self.cancelled = False
+        self.stall_s = 0.0
+        self.snapshot_s = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """That this rank writes, without its manifest."""
+        return self.layout.num_bytes + sum(len(text) for _, text in self.texts)
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        return [(self.layout.name, self.layout.num_bytes), *((name, len(text)) for name, text in self.texts)]
+
+    def settle(self, flushed: Flushed) -> None:
+        """The first word counts; everybody who waits for this rank's part goes on."""
+        with self._lock:
+            if self.flushed is None:
+                self.flushed = flushed
+        if flushed.error is not None:
+            # Nothing will be copied any more.
+            self.enqueued.set()
+            self.copied.set()
+        self.settled.set()

@@ -1,0 +1,69 @@
+"""The snapshot pool: anonymous shared memory of one trainer and its flusher. It vanishes with the last of the two."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import tempfile
+import threading
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Pool:
+    """`num_bytes` of shared memory. Pages are touched in the background (first touch is slow), then pinned on CUDA."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.num_bytes, self.device = num_bytes, device
+        self.descriptor = _anonymous_file()
+        os.ftruncate(self.descriptor, num_bytes)
+        self._map = mmap.mmap(self.descriptor, num_bytes)
+        self.view: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.view.data_ptr()
+        self._pinned = False
+        self._ready = threading.Thread(target=self._prepare, daemon=True)
+        self._ready.start()
+
+    def wait_ready(self) -> None:
+        """Until every page is there, and pinned on CUDA."""
+        self._ready.join()
+
+    def _prepare(self) -> None:
+        page = mmap.PAGESIZE
+        for start in range(0, self.num_bytes, 64 << 20):
+            self.view[start : start + (64 << 20) : page].zero_()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            code = torch.cuda.cudart().cudaHostRegister(self.address, self.num_bytes, 0)
+            self._pinned = int(code) == 0
+            if not self._pinned:
+                log.warning(
+                    "%d bytes for snapshots cannot be page-locked (CUDA error %d): copies to the host are slower", self.num_bytes, code
+                )
+
+    def close(self) -> None:
+        """The flusher keeps its own mapping for as long as it needs it."""
+        self._ready.join()
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+        os.close(self.descriptor)
+        del self.view
+        # The mapping goes when its last view does.
+
+
+def _anonymous_file() -> int:
+    """Memory that no path names, so that nothing stays behind whoever is killed."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("efflaunch-snapshot")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def copy_memory(target: int, source: int | bytes, num_bytes: int) -> None:
+    """memcpy to an address on this thread alone; other Python threads run meanwhile (torch's copy would start a team)."""
+    ctypes.memmove(target, source, num_bytes)

@@ -1,0 +1,185 @@
+"""From the newest checkpoint that proves whole into a model and an optimizer. Collective."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from . import files, state
+from .archive import METADATA_FILE
+from .mirror import fetch
+from .peers import Peers
+from .reader import Reader, SavedTensor
+from .tier import Tier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What restore found, apart from the tensors it loaded."""
+
+    step: int
+    path: Path
+    extra: dict[str, Any]
+    """As given to save, by rank 0."""
+    metadata: dict[str, Any]
+    """As given to the engine that saved."""
+    same_layout: bool
+    """False: saved by another number of ranks; random generators were re-seeded from (seed, step, rank)."""
+    skipped: tuple[str, ...]
+    """Newer checkpoints that are damaged, one line each."""
+
+
+class Restorer:
+    """One restore. Candidates are tried newest first; the first that every rank reads without damage is the one."""
+
+    def __init__(
+        self,
+        directory: Path,
+        peers: Peers,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metadata: dict[str, Any],
+        tier: Tier | None = None,
+    ) -> None:
+        """`tier`: a second place, asked for what is not whole here."""
+        self._tier = tier
+        self.directory, self.peers, self.metadata = directory, peers, metadata
+        self._model, self._optimizer = model, optimizer
+        self._skipped: list[str] = []
+
+    def restore(self) -> Restored | None:
+        """None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
+        for step, here, there in self._candidates():
+            restored = self._from_here(here) if here is not None else None
+            if restored is None and there:
+                restored = self._from_there(step)
+            if restored is not None:
+                return restored
+        if self._skipped:
+            raise self._nothing_whole()
+        return None
+
+    def _from_here(self, info: files.CheckpointInfo) -> Restored | None:
+        if info.problem is not None:
+            self._skip(f"{info.path}: {info.problem}")
+            return None
+        restored, failure = self._try(info.path)
+        if restored is None:
+            self._skip(f"{info.path}: {failure}")
+            self._mark(info.path, str(failure))
+        return restored
+
+    def _from_there(self, step: int) -> Restored | None:
+        """Fetched into the directory first, then as any other."""
+        assert self._tier is not None
+        failure = fetch(self._tier, step, self.directory, self.peers)
+        path = files.step_path(self.directory, step)
+        if failure is None:
+            if self.peers.rank == 0:
+                log.warning("checkpoint of step %d fetched from %s", step, self._tier.address)
+            restored, failure = self._try(path)
+            if restored is not None:
+                return restored
+        self._skip(f"step {step} at {self._tier.address}: {failure}")
+        return None
+
+    def _candidates(self) -> list[tuple[int, files.CheckpointInfo | None, bool]]:
+        """(step, what is here, whether it is there too), newest first; what rank 0 sees, on every rank."""
+        found: list[list[tuple[int, files.CheckpointInfo | None, bool]]] = []
+        failure = self.peers.agreed(lambda: found.append(self._look()) if self.peers.rank == 0 else None)
+        if failure is not None:
+            where = str(self.directory) if self._tier is None else f"{self.directory}, {self._tier.address}"
+            raise CheckpointError(where, found=f"what cannot be read ({failure})", expected="checkpoints", hint="ls -l there")
+        return self.peers.share(found[0] if found else None)
+
+    def _look(self) -> list[tuple[int, files.CheckpointInfo | None, bool]]:
+        here = {info.step: info for info in files.scan(self.directory)}
+        there = set(self._tier.steps()) if self._tier is not None else set()
+        return [(step, here.get(step), step in there) for step in sorted(here.keys() | there, reverse=True)]
+
+    def _try(self, path: Path) -> tuple[Restored | None, str | None]:
+        opened: list[tuple[Reader, dict[str, Any]]] = []
+        failure = self.peers.agreed(lambda: opened.append((self._open(path), files.read_state(path))))
+        if failure is not None:
+            return None, failure
+        reader, contents = opened[0]
+        model = state.model_tensors(self._model)
+        self._check_model(path, self._differences(model, reader.tensors))
+        state.allocate_optimizer(self._model, self._optimizer, reader.tensors)
+        rng = _rng_targets(reader.tensors, self.peers.rank)
+        tensors = model | state.optimizer_tensors(self._model, self._optimizer) | rng
+        failure = self.peers.agreed(lambda: reader.read(tensors))
+        if failure is not None:
+            return None, failure
+        return self._finish(path, contents, rng), None
+
+    def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
+        """The same on every rank: of the first that finds any. Weights may live on some ranks only (stages of a pipeline)."""
+        missing = any(key.startswith(state.MODEL) and key not in model for key in saved)
+        elsewhere: set[str] = set()
+        if any(self.peers.largest([float(missing)])):
+            elsewhere = {key for keys in self.peers.gather(list(model)) for key in keys}
+        lines = state.differences(model, {key: entry for key, entry in saved.items() if key in model or key not in elsewhere})
+        if not any(self.peers.largest([float(bool(lines))])):
+            return []
+        return next(found for found in self.peers.gather(lines) if found)
+
+    def _open(self, path: Path) -> Reader:
+        reader = Reader(path)
+        if self.peers.rank == 0:
+            # We go by its JSON twin; whoever reads with plain torch must hear of damage too.
+            reader.check(METADATA_FILE)
+        return reader
+
+    def _finish(self, path: Path, contents: dict[str, Any], rng: dict[str, Tensor]) -> Restored:
+        step, world_size = contents["step"], contents["world_size"]
+        if same_layout := world_size == self.peers.world_size:
+            state.set_rng(rng, self.peers.rank)
+        else:
+            state.seed_rng(int(self.metadata.get("seed", 0)), step, self.peers.rank)
+        return Restored(step, path, contents["extra"], contents["metadata"], same_layout, tuple(self._skipped))
+
+    def _skip(self, line: str) -> None:
+        self._skipped.append(line)
+        if self.peers.rank == 0:
+            log.warning("checkpoint skipped: %s", line)
+
+    def _mark(self, path: Path, failure: str) -> None:
+        """Retention must not count it: older ones would be removed for its sake."""
+        if self.peers.rank != 0:
+            return
+        try:
+            files.mark_damaged(path, failure)
+        except OSError as error:
+            log.warning("%s cannot be marked as damaged: %s", path, error)
+
+    def _check_model(self, path: Path, differing: list[str]) -> None:
+        if differing:
+            more = f"\n    and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise CheckpointError(
+                str(path),
+                found="another model's weights:\n    " + "\n    ".join(differing[:5]) + more + "\n  ",
+                expected="the weights of the configured model",
+                hint="run.id=ANOTHER_NAME for a new run, or the model this run was started with",
+            )
+
+    def _nothing_whole(self) -> CheckpointError:
+        return CheckpointError(
+            str(self.directory),
+            found="only damaged checkpoints:\n    " + "\n    ".join(self._skipped) + "\n  ",
+            expected="at least one whole checkpoint",
+            hint=f"bring the files back (and remove DAMAGED there), or rm -r {self.directory} to start again from step 0",
+        )
+
+
+def _rng_targets(saved: dict[str, SavedTensor], rank: int) -> dict[str, Tensor]:
+    prefix = f"{state.RNG}{rank}."
+    return {key: torch.empty(entry.size, dtype=torch.uint8) for key, entry in saved.items() if key.startswith(prefix)}

@@ -1,0 +1,127 @@
+"""A second place for checkpoints: a directory or an object store behind fsspec. Each has its own commit record.
+
+An object store has no rename: a checkpoint counts there once COMMIT is, which is put last. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..durable import sync
+from . import files
+from .manifest import Manifest, chunk_spans, digest
+
+
+class Tier:
+    """`address`: a directory, or an fsspec address as `s3://bucket/run`. Errors of the store come as OSError, as they do."""
+
+    def __init__(self, address: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.address = address
+        self._fs: Any
+        self._fs, self._root = url_to_fs(address)
+        self._is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints committed here, oldest first; an empty list where there are none."""
+        if not self._fs.exists(self._root):
+            return []
+        self._fs.invalidate_cache()
+        names = [str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=False)]
+        steps = [int(name.removeprefix("step-")) for name in names if name.startswith("step-") and name.removeprefix("step-").isdigit()]
+        return [step for step in sorted(steps) if self._fs.exists(self._path(step, files.COMMIT_FILE))]
+
+    def put(self, folder: Path, step: int, names: list[str]) -> int:
+        """Copies files of a committed checkpoint here; their bytes. OSError where one did not arrive whole."""
+        self._fs.makedirs(self._path(step), exist_ok=True)
+        total = 0
+        for name in names:
+            target = self._path(step, name)
+            self._fs.put_file(str(folder / name), target)
+            size = (folder / name).stat().st_size
+            if self._fs.size(target) != size:
+                raise OSError(f"{target} has {self._fs.size(target)} bytes instead of {size}")
+            self._sync(target)
+            total += size
+        return total
+
+    def commit(self, folder: Path, step: int) -> None:
+        """After the files of every rank: from here on the checkpoint counts here."""
+        self._fs.pipe_file(self._path(step, files.COMMIT_FILE), (folder / files.COMMIT_FILE).read_bytes())
+        self._sync(self._path(step, files.COMMIT_FILE))
+        self._sync(self._path(step))
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Its COMMIT; ValueError, KeyError or OSError where it is not what was written."""
+        return files.parse_commit(self._fs.cat_file(self._path(step, files.COMMIT_FILE)))
+
+    def manifest(self, step: int, record: dict[str, Any], rank: int) -> Manifest:
+        name = f"rank-{rank}.json"
+        data = self._fs.cat_file(self._path(step, name))
+        if digest(data) != record["manifests"][name]:
+            raise ValueError(f"{name} is not what was written")
+        return Manifest.from_bytes(data)
+
+    def fetch(self, step: int, folder: Path, name: str, manifest: Manifest | None) -> None:
+        """One file into `folder`, fsynced; ValueError where its bytes are not those that were written."""
+        target = folder / name
+        with self._fs.open(self._path(step, name), "rb") as source, target.open("wb") as out:
+            if manifest is None:
+                out.write(source.read())
+            else:
+                record = manifest.file(name)
+                for (offset, length), expected in zip(chunk_spans(record.num_bytes, manifest.chunk_bytes), record.chunks, strict=True):
+                    data = source.read(length)
+                    if digest(data) != expected:
+                        raise ValueError(f"{self._path(step, name)}: bytes {offset} to {offset + length} are not what was written")
+                    out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def damage(self, step: int) -> list[str]:
+        """Reads a whole checkpoint; what is wrong with it."""
+        problems = []
+        try:
+            record = self.record(step)
+            for rank in range(int(record["world_size"])):
+                manifest = self.manifest(step, record, rank)
+                problems += [text for file in manifest.files if (text := self._file_damage(step, file.name, manifest))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        return problems
+
+    def _file_damage(self, step: int, name: str, manifest: Manifest) -> str | None:
+        record = manifest.file(name)
+        with self._fs.open(self._path(step, name), "rb") as source:
+            for (offset, length), expected in zip(chunk_spans(record.num_bytes, manifest.chunk_bytes), record.chunks, strict=True):
+                if digest(source.read(length)) != expected:
+                    return f"{name}: bytes {offset} to {offset + length} are not what was written"
+        return None
+
+    def remove(self, step: int) -> None:
+        """COMMIT first, so that a half-removed one is never taken for whole."""
+        self._fs.rm_file(self._path(step, files.COMMIT_FILE))
+        self._fs.rm(self._path(step), recursive=True)
+
+    def prune(self, keep_last: int) -> None:
+        """Keeps the newest `keep_last` committed ones (never fewer than one)."""
+        for step in self.steps()[: -max(1, keep_last)]:
+            self.remove(step)
+
+    def _path(self, step: int, name: str = "") -> str:
+        return f"{self._root}/step-{step:08d}" + (f"/{name}" if name else "")
+
+    def _sync(self, path: str) -> None:
+        if self._is_local:
+            sync(Path(path))
+
+
+def own_files(folder: Path, rank: int) -> list[str]:
+    """What a rank puts there: its files and its manifest."""
+    name = f"rank-{rank}.json"
+    content = json.loads((folder / name).read_bytes())
+    return [*(str(file["name"]) for file in content["files"]), name]

@@ -1,0 +1,30 @@
+"""The checkpoint benchmark measures what it says and its page shows it; small, and no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from efflaunch.bench import chaos, checkpoint
+from efflaunch.bench.report import page
+
+KEYS = ("stall_vs_sync", "durable_vs_raw", "step_inflation", "restore_vs_dcp", "hash_share")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_contestant_saves_and_the_page_shows_it(tmp_path: Path) -> None:
+    words = ["--gigabytes", "0.02", "--rounds", "1", "--window", "0.3", "--training-steps", "0", "--folder", str(tmp_path)]
+    checkpoint.main([*words, "--contestants", "torch_save,dcp,async_thread,raw", "--json", str(tmp_path / "a.json")])
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert all(isinstance(result[key], float) for key in KEYS) and result["num_bytes"] > 1.6e7
+    assert set(result["contestants"]) == {"ours", "torch_save", "dcp", "async_thread", "raw", "nothing"}
+    assert "| ours |" in page([result]) and "at least 0.7" in page([result])
+
+
+def test_damage_trials_count_and_show(tmp_path: Path) -> None:
+    assert chaos.main(["--kills", "0", "--faults", "4", "--folder", str(tmp_path), "--json", str(tmp_path / "c.json")]) == 0
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert (result["faults"], result["lost"], result["torn"], result["silent"]) == (4, 0, 0, 0)
+    assert "4 damaged checkpoints" in page([result])

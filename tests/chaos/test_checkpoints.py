@@ -1,0 +1,157 @@
+"""Kills, damage and failing storage against checkpoints, with real processes; `efflaunch.bench.chaos` is the long version."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from efflaunch.bench.chaos import DAMAGES, State, fault_trials, kill_trials
+from efflaunch.checkpoint import files
+from efflaunch.checkpoint.verify import damage
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+/* SHIM_MODE: short (every write to a file takes part of it), eio (the N-th fails), fsync (the N-th fails), eintr. N: SHIM_AT. */
+static int calls, syncs;
+static int mode(const char *name) { const char *m = getenv("SHIM_MODE"); return m && !strcmp(m, name); }
+static int at(void) { const char *n = getenv("SHIM_AT"); return n ? atoi(n) : 1; }
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
+    ssize_t (*real)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pwrite64");
+    calls++;
+    if (mode("eio") && calls == at()) { errno = EIO; return -1; }
+    if (mode("eintr") && calls % 2) { errno = EINTR; return -1; }
+    if (mode("short") && size > 8192) size = 8192;
+    return real(fd, data, size, offset);
+}
+ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return pwrite64(fd, data, size, offset); }
+int fsync(int fd) {
+    int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
+    syncs++;
+    if (mode("fsync") && syncs == at()) { errno = EIO; return -1; }
+    return real(fd);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that makes storage fail under the flusher."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.c").write_text(SHIM)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(folder / "shim.so"), str(folder / "shim.c"), "-ldl"], check=True)
+    return folder / "shim.so"
+
+
+@pytest.mark.timeout(600)
+def test_killed_processes_lose_nothing_durable_and_tear_nothing(tmp_path: Path) -> None:
+    tally = kill_trials(tmp_path / "run", 5, seed=4)
+    assert tally.problems == [] and tally.done == 5
+
+
+def test_damage_on_disk_is_named_and_never_restored(tmp_path: Path) -> None:
+    tally = fault_trials(tmp_path, 40, seed=2)
+    assert tally.problems == [] and tally.done == 40
+    assert {kind.removeprefix("fault ") for kind in tally.by_kind} == set(DAMAGES)
+
+
+@pytest.mark.parametrize(
+    ("mode", "at", "failures"), [("short", 1, 0), ("eintr", 1, 0), ("eio", 3, 1), ("fsync", 1, 1), ("fsync", 5, 1)], ids=str
+)
+def test_storage_that_fails_or_writes_less_than_asked(
+    tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch, mode: str, at: int, failures: int
+) -> None:
+    # Only the flusher is started with it.
+    monkeypatch.setenv("LD_PRELOAD", str(shim))
+    monkeypatch.setenv("SHIM_MODE", mode)
+    monkeypatch.setenv("SHIM_AT", str(at))
+    state = State()
+    engine = state.engine(tmp_path, keep_last=9)
+    for step in range(1, 4):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    engine.close()
+    errors = [report.error for report in state.reports if report.error is not None]
+    assert len(errors) == failures and all("Input/output error" in error for error in errors), errors
+    infos = files.scan(tmp_path)
+    assert len(infos) == 3 - failures and all(damage(info.path) == [] for info in infos)
+    restored = state.engine(tmp_path).restore()
+    assert restored is not None and state.wrong(restored.step) == ""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_turns_read_only_and_back(disk: Path) -> None:
+    state = State()
+    engine = state.engine(disk / "checkpoints")
+    for step in range(1, 4):
+        subprocess.run(["mount", "-o", f"remount,{'ro' if step == 2 else 'rw'}", str(disk)], check=True)
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    first, second, third = (report.error for report in state.reports)
+    assert first is None and third is None and second is not None and "Read-only file system" in second
+    engine.close()
+    restored = state.engine(disk / "checkpoints").restore()
+    assert restored is not None and restored.step == 3 and state.wrong(3) == ""
+
+
+def test_a_disk_that_is_nearly_full_keeps_what_it_has(disk: Path) -> None:
+    with (disk / "other").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 7 << 20)
+    state = State()
+    engine = state.engine(disk / "checkpoints", keep_last=99)
+    for step in range(1, 12):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    errors = [report.error for report in state.reports]
+    num_good = errors.index(next(filter(None, errors)))
+    assert num_good >= 1 and all("No space left on device" in (error or "") for error in errors[num_good:])
+    (disk / "other").unlink()
+    state.set(12)
+    engine.save(12, {})
+    engine.wait()
+    engine.close()
+    assert [info.step for info in files.scan(disk / "checkpoints")] == [*range(1, num_good + 1), 12]
+    assert all(damage(info.path) == [] for info in files.scan(disk / "checkpoints"))
+
+
+def test_a_save_while_older_ones_are_being_removed(tmp_path: Path) -> None:
+    state = State()
+    engine = state.engine(tmp_path, fault="in_prune=sleep:1", keep_last=1)
+    for step in range(1, 6):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+    engine.wait()
+    assert [report.error for report in state.reports] == [None] * 5
+    assert [info.step for info in files.scan(tmp_path)] == [5]
+    engine.close()
+    restored = state.engine(tmp_path).restore()
+    assert restored is not None and state.wrong(5) == ""

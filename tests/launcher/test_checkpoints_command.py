@@ -1,0 +1,79 @@
+"""`efflaunch checkpoints`: what it lists, and what its exit code says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efflaunch.bench.chaos import State
+from efflaunch.checkpoint import files
+from efflaunch.launcher.cli import main
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.rundir import make_run_dir, store_config
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with two checkpoints, mirrored."""
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "there"
+    config = compose(["+experiment=quickstart", "run.id=run", f"checkpoint.mirror={there}"])
+    path = tmp_path / "runs" / "run"
+    make_run_dir(path)
+    store_config(path, config)
+    state = State()
+    engine = state.engine(path / "checkpoints", mirror=str(there))
+    for step in (1, 2):
+        state.set(step)
+        engine.save(step, {})
+        engine.wait(mirrored=True)
+    engine.close()
+    return path
+
+
+def _rows(capsys: pytest.CaptureFixture[str], *words: str, expect: int = 0) -> list[dict[str, object]]:
+    assert main(["checkpoints", *words, "--json"]) == expect
+    rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_both_places_are_listed_and_verified(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _rows(capsys, str(run_dir))
+    assert [(row["step"], row["state"]) for row in rows] == [(1, "committed"), (2, "committed")] * 2
+    assert {row["where"] for row in rows} == {"here", str(run_dir.parent.parent / "there")}
+    assert all(row["state"] == "verified" for row in _rows(capsys, str(run_dir), "--verify"))
+    assert main(["checkpoints", str(run_dir)]) == 0
+    assert "--verify reads every byte" in capsys.readouterr().out
+
+
+def test_damage_that_only_hashes_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = run_dir / "checkpoints" / "step-00000002" / "__0_0.distcp"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    _rows(capsys, str(run_dir))
+    rows = _rows(capsys, str(run_dir), "--verify", expect=93)
+    assert [row["state"] for row in rows] == ["verified", "damaged", "verified", "verified"]
+    assert "__0_0.distcp" in str(rows[1]["problems"])
+    (victim.parent / "COMMIT").unlink()
+    _rows(capsys, str(run_dir), expect=93)
+
+
+def test_pinned_ones_say_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(run_dir), "--pin", "1"]) == 0
+    assert "pinned" in capsys.readouterr().out
+    assert files.scan(run_dir / "checkpoints")[0].is_pinned
+    assert main(["checkpoints", str(run_dir), "--unpin", "1"]) == 0
+    assert not files.scan(run_dir / "checkpoints")[0].is_pinned
+    assert main(["checkpoints", str(run_dir), "--pin", "7"]) == 93
+    assert "one of the steps there are: 1, 2" in capsys.readouterr().err
+
+
+def test_listing_imports_nothing_heavy(run_dir: Path) -> None:
+    code = "import sys; from efflaunch.launcher.cli import main; main(sys.argv[1:]); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    words = ["checkpoints", str(run_dir), "--verify"]
+    assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0
