@@ -103,6 +103,7 @@ class _Visit:
         told = self._get("clock")
         self._set(f"clock-{self.place.node}", time.time() - told)
         code: int | None = self._get("verdict")
+        self._set(f"heard-{self.place.node}", True)
         return code
 
     def _judge(self, early: StopFlag) -> int | None:
@@ -128,6 +129,11 @@ class _Visit:
             verdict = EXIT_PREEMPTED
             _record(run_dir, EXIT_PREEMPTED, None)
         self._set("verdict", verdict)
+        if verdict is not None:
+            # The store ends with the head.
+            for facts in told[1:]:
+                if facts is not None:
+                    self._get_or_none(f"heard-{facts.node}")
         return verdict
 
     def tell_failed(self) -> None:
