@@ -9,7 +9,6 @@ SIGQUIT kills them at once. If the agent's parent dies, the kernel kills the age
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -38,6 +37,8 @@ from .signals import (
 from .state import Attempt, Failure, RunState, read_state, write_state
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
     from .elastic import RankAgent
 
 _LOG_TAIL_LINES = 30
@@ -117,9 +118,8 @@ class Agent:
             worker.main,
             (str(self.run_dir), self.entry, number, os.getpid()),
             num_ranks=self.config.cluster.ranks_per_node,
-            run_id=f"{self.run_dir.name}-{number}",
+            rendezvous=self._rendezvous(f"{self.run_dir.name}-{number}"),
             start_method=start_method(self.config),
-            timeout_s=self.config.launcher.start_timeout_s,
             on_start=self._hand_over,
             on_poll=self._note_stop,
         )
@@ -131,16 +131,23 @@ class Agent:
             return (max(codes) if codes else EXIT_DONE), None
         return self._failed(list(self._reports(ranks, number)), number)
 
+    def _rendezvous(self, run_id: str) -> StaticTCPRendezvous:
+        from .elastic import LoopbackRendezvous
+
+        return LoopbackRendezvous(run_id, int(self.config.launcher.start_timeout_s))
+
+    def _ranks_here(self) -> range:
+        return range(self.config.cluster.ranks_per_node)
+
     def _reports(self, ranks: RankAgent, number: int) -> Iterator[RankReport]:
         logs = attempt_dir(self.run_dir, number)
-        for rank in range(self.config.cluster.ranks_per_node):
+        for rank in self._ranks_here():
             process = ranks.processes.get(rank)
-            path = worker.error_file(logs, rank)
             yield RankReport(
                 rank=rank,
                 exit_code=process.exitcode if process is not None else None,
                 stopped_by_agent=bool(self.out_of_time) or rank in ranks.killed,
-                record=json.loads(path.read_text()) if path.is_file() else None,
+                record=worker.read_error(logs, rank),
             )
 
     def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
@@ -149,8 +156,7 @@ class Agent:
             in_time = f"did not save within launcher.grace_s={self.config.launcher.grace_s:g} s and were killed"
             message = f"the ranks {in_time if self.out_of_time == signal.SIGALRM else 'were killed at once, as asked'}"
             return EXIT_RETRY, Failure(rank=reports[0].rank, message=message, traceback="", log=str(attempt_dir(Path(), number)))
-        log = attempt_dir(Path(), number) / f"rank-{first.rank}.log"
-        failure = describe_failure(first, str(log), tail_lines(self.run_dir / log, _LOG_TAIL_LINES))
+        failure = read_failure(self.run_dir, number, first)
         return (EXIT_USER if failure.is_user_error else EXIT_RETRY), failure
 
     # The handlers run in the middle of anything, so they set flags and send signals, and write no file.
@@ -184,6 +190,12 @@ class Agent:
 
     def _write(self, **changes: Any) -> None:
         self.state = write_state(self.run_dir, replace(self.state, **changes))
+
+
+def read_failure(run_dir: Path, number: int, report: RankReport) -> Failure:
+    """describe_failure, with what the rank's log has."""
+    log = attempt_dir(Path(), number) / f"rank-{report.rank}.log"
+    return describe_failure(report, str(log), tail_lines(run_dir / log, _LOG_TAIL_LINES))
 
 
 def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failure:

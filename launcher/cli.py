@@ -18,10 +18,13 @@ Command = Callable[[list[str]], int]
 
 SUMMARY = {
     "train": "train, or go on with the run of the same run.id (the default command)",
+    "sweep": "one run for every combination of key=a,b values",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "go on with a run directory, with changes if wanted",
     "status": "where a run stands",
+    "logs": "what its ranks printed, the one that failed first last and in full",
+    "cancel": "have a run save and stop",
     "checkpoints": "what a run has saved, where, and whether every byte is whole",
     "explain": "one step of a run: who held which sequences, why, and how far from the best",
     "simulate": "modelled step times of several planners, on clusters of any size",
@@ -66,10 +69,13 @@ def _dispatch(words: list[str]) -> int:
 def _commands() -> dict[str, Command]:
     return {
         "train": _train,
+        "sweep": _sweep,
         "plan": _plan,
         "profile": _profile,
         "resume": _resume,
         "status": _status,
+        "logs": _logs,
+        "cancel": _cancel,
         "checkpoints": _checkpoints,
         "explain": _explain,
         "simulate": _simulate,
@@ -89,6 +95,7 @@ def _unknown_command(word: str) -> ConfigError:
 
 def _train(words: list[str]) -> int:
     parser = _config_parser("train", "Train. Every argument is GROUP=OPTION, +experiment=NAME or key=value.")
+    _add_dry_run(parser)
     if _asks_for_help(words):
         from .help import train_help
 
@@ -97,7 +104,18 @@ def _train(words: list[str]) -> int:
     options = parser.parse_intermixed_args(words)
     from . import start
 
-    return start.train(options.overrides, options.config_dir, print_config=options.print_config)
+    return start.train(options.overrides, options.config_dir, print_config=options.print_config, dry_run=options.dry_run)
+
+
+def _sweep(words: list[str]) -> int:
+    parser = _Parser("sweep", "One run for every combination of values, optim.lr=1e-3,1e-4 train.seed=0,1. Takes the arguments of train.")
+    parser.add_argument("overrides", nargs="+", metavar="key=a,b", help="with launcher=slurm every run is a job, else they run in turn")
+    parser.add_argument("--config-dir", metavar="DIR", help="your own configuration files")
+    _add_dry_run(parser)
+    options = parser.parse_intermixed_args(words)
+    from . import sweep_command
+
+    return sweep_command.main(options.overrides, options.config_dir, dry_run=options.dry_run)
 
 
 def _plan(words: list[str]) -> int:
@@ -160,10 +178,17 @@ def _resume(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the stored configuration")
     parser.add_argument("--config-dir", metavar="DIR", help="your own configuration files")
+    _add_dry_run(parser)
     options = parser.parse_intermixed_args(words)
     from . import start
 
-    return start.resume(options.run_dir, options.overrides, options.config_dir)
+    return start.resume(options.run_dir, options.overrides, options.config_dir, dry_run=options.dry_run)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print exactly what would be submitted (with launcher=slurm: the script), and stop"
+    )
 
 
 def _status(words: list[str]) -> int:
@@ -174,6 +199,27 @@ def _status(words: list[str]) -> int:
     from . import status_command
 
     return status_command.main(options.run_dir, as_json=options.json)
+
+
+def _logs(words: list[str]) -> int:
+    parser = _Parser("logs", "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--lines", type=int, default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
+    options = parser.parse_args(words)
+    from . import logs_command
+
+    return logs_command.main(options.run_dir, num_lines=options.lines, every_rank=options.all)
+
+
+def _cancel(words: list[str]) -> int:
+    parser = _Parser("cancel", "Have a run finish its step, save and stop; a waiting job is taken from the queue. resume goes on.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--now", action="store_true", help="end it without waiting for a save")
+    options = parser.parse_args(words)
+    from . import logs_command
+
+    return logs_command.cancel(options.run_dir, now=options.now)
 
 
 def _checkpoints(words: list[str]) -> int:

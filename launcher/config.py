@@ -16,6 +16,27 @@ class Backend(Enum):
     """What starts the agents."""
 
     LOCAL = "local"
+    """This machine, in the foreground."""
+    SLURM = "slurm"
+    """A batch job of cluster.num_nodes nodes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmConfig:
+    """How a run lives in SLURM; what the site asks of a job stands in cluster.slurm."""
+
+    requeue: bool = True
+    """A job that was preempted, or lost a node, goes back into the queue and goes on."""
+    max_preemptions: int = 100
+    """Times one submission may be requeued after a preemption; failures count by launcher.max_restarts."""
+    interface: str | None = None
+    """Network interface the nodes meet on, as `ib0`; None: the one their host name resolves to."""
+    after: str | None = None
+    """Dependency, as `afterok:1234` or `singleton`."""
+    exclude: list[str] = field(default_factory=list)
+    """Nodes not to use."""
+    python: str | None = None
+    """Python of the nodes; None: the one that submits, by its path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +53,7 @@ class LauncherConfig:
     """OMP_NUM_THREADS of each rank."""
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

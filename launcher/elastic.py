@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -55,6 +56,35 @@ class LoopbackRendezvous(StaticTCPRendezvous):
         return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self.master_port))
 
 
+class NodesRendezvous(StaticTCPRendezvous):
+    """The ranks of several nodes meet in a store that their agents have open already, under a prefix of the attempt."""
+
+    def __init__(self, store: TCPStore, run_id: str, node: int, num_nodes: int, timeout_s: int) -> None:
+        super().__init__(store.host, store.port, node, num_nodes, run_id, timeout_s)
+        self._store = store
+
+
+def open_store(address: str, port: int, *, node: int, num_nodes: int, timeout_s: float) -> TCPStore:
+    """The store all agents of a job share: node 0 serves it at exactly this address, the others connect.
+
+    Raises torch's DistError where nobody answers in time, OSError where the address is taken.
+    """
+    if node:
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    return TCPStore(
+        address,
+        port,
+        world_size=num_nodes,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
 class OwnLogs(LogsSpecs):
     """Ranks open their own logs and error files, so elastic redirects nothing."""
 
@@ -89,10 +119,11 @@ class RankAgent(LocalElasticAgent):
         # Elastic would wait 30 s for the rest; and a rank that ends by itself, even with 0, will never answer.
         self._on_poll()
         if any(process.exitcode is not None for process in self.processes.values()):
-            self._end_the_rest()
+            self.end_the_rest()
         return super()._monitor_workers(worker_group)
 
-    def _end_the_rest(self) -> None:
+    def end_the_rest(self) -> None:
+        """Kill the ranks that do not end by themselves in the time it takes to notice a lost peer."""
         deadline = time.monotonic() + _PEERS_GRACE_S
         while self._alive() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -122,9 +153,8 @@ def make_agent(
     arguments: tuple[Any, ...],
     *,
     num_ranks: int,
-    run_id: str,
+    rendezvous: StaticTCPRendezvous,
     start_method: str,
-    timeout_s: float,
     on_start: Callable[[], None],
     on_poll: Callable[[], None],
 ) -> RankAgent:
@@ -134,10 +164,10 @@ def make_agent(
         local_world_size=num_ranks,
         entrypoint=entry,
         args=arguments,
-        rdzv_handler=LoopbackRendezvous(run_id, int(timeout_s)),
+        rdzv_handler=rendezvous,
         max_restarts=0,
         monitor_interval=0.1,
-        master_addr=LOOPBACK,
-        local_addr=LOOPBACK,
+        master_addr=rendezvous.master_addr,
+        local_addr=rendezvous.master_addr,
     )
     return RankAgent(spec, start_method, on_start, on_poll)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 
+from ..errors import ConfigError
 from ..memory.config import Arena
 from ..parallel.config import Device
 from .config import Backend, Config
@@ -13,8 +15,11 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where a user sets torch's CUDA allocator, today and before."""
 
 
-def rank_environment(config: Config) -> dict[str, str]:
-    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays."""
+def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
+    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays.
+
+    `interface`: where the other nodes are, for gloo. NCCL chooses for itself.
+    """
     values = {
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
@@ -23,6 +28,8 @@ def rank_environment(config: Config) -> dict[str, str]:
     }
     if config.launcher.backend is Backend.LOCAL and "GLOO_SOCKET_IFNAME" not in os.environ:
         values |= _loopback()
+    if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+        values["GLOO_SOCKET_IFNAME"] = interface
     if config.cluster.device is Device.CUDA and config.memory.arena is Arena.DEFAULT and not any(name in os.environ for name in ALLOCATOR):
         # Segments that grow: blocks of one length leave no holes that those of the next do not fit.
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -34,3 +41,29 @@ def _loopback() -> dict[str, str]:
         if name in ("lo", "lo0"):
             return {"GLOO_SOCKET_IFNAME": name}
     return {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmPlace:
+    """This process inside a SLURM job."""
+
+    job: int
+    restart: int
+    """Times SLURM has requeued the job."""
+    node: int
+    """Among the nodes of the job step, from 0."""
+    num_nodes: int
+    """Of the job."""
+    name: str
+
+
+def slurm_place() -> SlurmPlace:
+    """Read from what srun sets; ConfigError outside of a job step."""
+    wanted = ("SLURM_JOB_ID", "SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURMD_NODENAME")
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if missing:
+        hint = "efflaunch ... launcher=slurm submits a job; it runs this on its nodes"
+        raise ConfigError("environment", found=f"no {', '.join(missing)}", expected="a task started by srun", hint=hint)
+    job, node, num_nodes, name = (os.environ[key] for key in wanted)
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return SlurmPlace(job=int(job), restart=restart, node=int(node), num_nodes=int(num_nodes), name=name)

@@ -20,6 +20,8 @@ from .plan_command import plan
 MAX_RANKS_PER_CORE = 4
 # Data sheets say 80 GB, drivers show 79.6 GiB.
 _NOMINAL = 0.97
+_IN_USE = 0.9
+"""A GPU with less of its memory free has somebody else's process on it."""
 
 
 class MachineError(ConfigError):
@@ -34,6 +36,8 @@ class MachineError(ConfigError):
 class Gpu:
     name: str
     memory_bytes: int
+    free_bytes: int | None = None
+    """Not in use by any process; None where nothing says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,22 @@ def check_machine(config: Config, machine: Machine | None = None) -> None:
     """MachineError where this machine (looked at now, or `machine`) cannot run its node's part of the configuration."""
     here = machine if machine is not None else this_machine(config.cluster.device)
     if config.cluster.device is Device.CUDA:
-        _check_gpus(config, here)
+        _check_gpus(config, here, is_node=False)
+    elif config.cluster.num_nodes > 1:
+        nodes = f"{config.cluster.num_nodes} nodes"
+        hint = "launcher=slurm on a SLURM cluster, or cluster.num_nodes=1"
+        raise MachineError("cluster.num_nodes", found="this machine, which is one node", expected=nodes, hint=hint)
+    check_node(config, here)
+
+
+def check_node(config: Config, machine: Machine) -> None:
+    """MachineError where `machine` cannot be one of the configuration's nodes."""
+    if config.cluster.device is Device.CUDA:
+        _check_gpus(config, machine, is_node=True)
     else:
-        _check_cores(config, here)
-        _check_memory(config, here)
-    _check_profile(config, here)
+        _check_cores(config, machine)
+        _check_memory(config, machine)
+    _check_profile(config, machine)
 
 
 def _check_profile(config: Config, machine: Machine) -> None:
@@ -104,17 +119,19 @@ def find_gpus() -> list[Gpu]:
     except pynvml.NVMLError:
         return []
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    return [Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)) for handle in handles]
+    memories = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
+    names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    return [Gpu(name, int(memory.total), int(memory.free)) for name, memory in zip(names, memories, strict=True)]
 
 
 def _gpus_by_smi() -> list[Gpu]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # no driver, no tool or a tool without a driver: no GPU to use
         return []
-    rows = [line.rpartition(",") for line in found.splitlines() if line.strip()]
-    return [Gpu(name.strip(), int(float(memory)) << 20) for name, _, memory in rows]
+    rows = [line.rsplit(",", 2) for line in found.splitlines() if line.strip()]
+    return [Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20) for name, total, free in rows]
 
 
 def available_memory() -> int:
@@ -130,11 +147,11 @@ def available_memory() -> int:
     return available
 
 
-def _check_gpus(config: Config, machine: Machine) -> None:
+def _check_gpus(config: Config, machine: Machine, *, is_node: bool) -> None:
     cluster = config.cluster
     needed, gib = cluster.ranks_per_node, round(cluster.device_memory_bytes / GIB)
     large_enough = [gpu for gpu in machine.gpus if gpu.memory_bytes >= _NOMINAL * cluster.device_memory_bytes]
-    if len(large_enough) >= needed and cluster.num_nodes == 1:
+    if len(large_enough) >= needed and (is_node or cluster.num_nodes == 1):
         return
     places = f" on {cluster.num_nodes} nodes" if cluster.num_nodes > 1 else ""
     raise MachineError(
@@ -143,6 +160,17 @@ def _check_gpus(config: Config, machine: Machine) -> None:
         expected=f"{needed * cluster.num_nodes} GPU{'s' * (needed * cluster.num_nodes > 1)} with {gib} GB{places}",
         hint=_instead(config),
     )
+
+
+def check_free(config: Config, machine: Machine) -> None:
+    """MachineError where a node that a scheduler gave us has somebody else's processes on its GPUs."""
+    free = [gpu for gpu in machine.gpus if gpu.free_bytes is None or gpu.free_bytes >= _IN_USE * gpu.memory_bytes]
+    if config.cluster.device is Device.CPU or len(free) >= config.cluster.ranks_per_node:
+        return
+    least = min(gpu.free_bytes for gpu in machine.gpus if gpu.free_bytes is not None)
+    found = f"{len(free)} free; one of the others has {format_bytes(least)} left: another process is on it"
+    expected = f"{config.cluster.ranks_per_node} with nothing on them"
+    raise MachineError("GPUs", found=found, expected=expected, hint="nvidia-smi names it")
 
 
 def _gpus_in_words(machine: Machine) -> str:
@@ -157,6 +185,7 @@ def _instead(config: Config) -> str:
     same = f"+experiment={config.experiment} "
     return (
         f"efflaunch plan {same}to see what it needs,\n"
+        f"       efflaunch {same}launcher=slurm on a SLURM cluster that has it,\n"
         f"       efflaunch +experiment=quickstart, or the same experiment in miniature on this machine:\n"
         f"       efflaunch {same}{here}"
     )

@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,9 @@ def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Create it; ConfigError where it cannot be written."""
+    """Create it, for its owner alone; ConfigError where it cannot be written."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         (run_dir / "logs").mkdir(exist_ok=True)
         probe = run_dir / f".probe-{os.getpid()}"
         probe.touch()
@@ -151,6 +152,28 @@ def lock_run(run_dir: Path) -> int:
             hint=f"efflaunch status {run_dir}; or stop it first" + (f": kill {state.pid}" if state else ""),
         ) from error
     return file
+
+
+def lock_in_time(run_dir: Path, patience_s: float = 60.0) -> int:
+    """lock_run, for which the last processes of an earlier attempt may take a while to be gone."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return lock_run(run_dir)
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+@contextmanager
+def holding(run_dir: Path) -> Iterator[int]:
+    """lock_run for the time inside."""
+    lock = lock_run(run_dir)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def is_locked(run_dir: Path) -> bool:

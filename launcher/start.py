@@ -12,12 +12,12 @@ from .config import Config
 from .metrics_file import MetricsFollower
 from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
-from .rundir import RUN_FILE, lock_run, make_run_dir, make_run_id, read_run, store_config
+from .rundir import make_run_id, read_run
 from .schema import dump_config, load_config
 from .state import read_state
 
 
-def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False) -> int:
+def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False, dry_run: bool = False) -> int:
     """Train what the command line asks for; a known run.id goes on. Returns the job's exit code."""
     from .compose import compose
 
@@ -26,15 +26,15 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
         return show_config(config)
     if config.run.id is None:
         config = replace(config, run=replace(config.run, id=make_run_id(config.experiment)))
-    return launch(config)
+    return show_launch(config) if dry_run else launch(config)
 
 
-def resume(run_dir: Path, overrides: list[str], config_dir: str | None) -> int:
+def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
     """Go on in `run_dir`, with `overrides` on top of its stored configuration."""
     config = read_run(run_dir).config
     if overrides:
         config = changed(config, parse_overrides(overrides, config_dir), config_dir)
-    return launch(config, run_dir)
+    return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
 
 
 def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
@@ -77,28 +77,33 @@ def show_config(config: Config) -> int:
 
 
 def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = None) -> int:
-    """Run `config` in its run directory, one process at a time; returns the job's exit code.
+    """Hand `config` to its backend; returns the job's exit code, or 0 for what was handed to a scheduler.
 
     Everything that can be refused is refused before anything is written. `entry` replaces the training function.
     """
-    from .backends import local
-    from .fit import check_machine
+    from .backends import Launch, launcher_of
 
-    check_machine(config)
+    launcher = launcher_of(config.launcher.backend)
+    launcher.check(config)
     check_memory_plan(config)
     check_data(config)
+    return launcher.submit(Launch(config=config, run_dir=run_dir or place_of(config), entry=entry))
+
+
+def show_launch(config: Config, run_dir: Path | None = None) -> int:
+    """Print what `launch` would hand over, and touch nothing."""
+    from .backends import Launch, launcher_of
+
+    launcher = launcher_of(config.launcher.backend)
+    launcher.check(config)
+    print(launcher.describe(Launch(config=config, run_dir=run_dir or place_of(config))), end="")
+    return EXIT_DONE
+
+
+def place_of(config: Config) -> Path:
+    """The run directory."""
     assert config.run.id is not None, "made before launching"
-    run_dir = run_dir or Path(config.run.root) / config.run.id
-    make_run_dir(run_dir)
-    lock = lock_run(run_dir)
-    goes_on = (run_dir / RUN_FILE).is_file()
-    revision, changes = store_config(run_dir, config)
-    print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
-    if changes:
-        print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
-    code = local.run(config, run_dir, revision=revision, lock=lock, entry=entry)
-    report_end(run_dir, code)
-    return code
+    return Path(config.run.root) / config.run.id
 
 
 def check_memory_plan(config: Config) -> None:

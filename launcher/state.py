@@ -14,9 +14,11 @@ from .files import write_json
 
 STATE_FILE = "state.json"
 
+QUEUED = "queued"
+"""Handed to a scheduler, which has not started it, or not started it again."""
 STARTING, RUNNING, STOPPING = "starting", "running", "stopping"
 PREEMPTED, DONE, FAILED = "preempted", "done", "failed"
-ACTIVE = (STARTING, RUNNING, STOPPING)
+ACTIVE = (QUEUED, STARTING, RUNNING, STOPPING)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunState:
-    """`pid` is the efflaunch process to signal, on `host`."""
+    """`pid` is the efflaunch process to signal, on `host`; where a scheduler runs it, the one that wrote this."""
 
     state: str
     host: str
@@ -63,6 +65,12 @@ class RunState:
     ended: float | None = None
     exit_code: int | None = None
     attempts: tuple[Attempt, ...] = field(default=())
+    job: str | None = None
+    """Of the scheduler that last started it."""
+    attempts_before: int = 0
+    """Attempts of earlier launches; restarts are counted from here."""
+    step_before: int = 0
+    """Newest step when it was launched; progress is counted from here."""
 
     @property
     def failure(self) -> Failure | None:
@@ -83,6 +91,13 @@ def new_state(*, world_size: int, revision: int, attempts: tuple[Attempt, ...]) 
         updated=now,
         attempts=attempts,
     )
+
+
+def end_attempt(state: RunState, *, exit_code: int, failure: Failure | None, last_step: int) -> RunState:
+    """`state` with its last attempt ended now."""
+    *earlier, last = state.attempts
+    ended = replace(last, ended=time.time(), exit_code=exit_code, failure=failure, last_step=last_step)
+    return replace(state, attempts=(*earlier, ended))
 
 
 def write_state(run_dir: Path, state: RunState) -> RunState:

@@ -9,13 +9,12 @@ from typing import Any
 
 from ..errors import EXIT_DONE, ConfigError
 from ..units import format_seconds
+from .backends import launcher_of
+from .config import Backend
 from .metrics_file import MetricsFollower, checkpoint_steps
 from .progress import Progress, summary_lines
-from .rundir import is_locked, read_run
+from .rundir import read_run
 from .state import ACTIVE, RunState, read_state
-
-DIED = "died"
-"""Says running, but nobody is there: killed, or the machine went down. `efflaunch resume` goes on."""
 
 
 def main(run_dir: Path, *, as_json: bool) -> int:
@@ -38,7 +37,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "experiment": stored.config.experiment,
         "revision": stored.revision,
-        **_process_facts(run_dir, state),
+        **_process_facts(run_dir, state, stored.config.launcher.backend),
         "step": progress.step,
         "steps": stored.config.train.steps,
         "loss": progress.losses.get(progress.step),
@@ -52,15 +51,17 @@ def status(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _process_facts(run_dir: Path, state: RunState | None) -> dict[str, Any]:
+def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> dict[str, Any]:
     if state is None:
-        return {"state": "not started", "pid": None, "host": None, "attempts": 0, "exit_code": None, "updated": None, "last_error": None}
-    is_dead = state.state in ACTIVE and not is_locked(run_dir)
-    failure = state.failure
+        told = dict.fromkeys(("pid", "host", "job", "detail", "exit_code", "updated", "last_error"))
+        return {"state": "not started", "attempts": 0, **told}
+    standing, failure = launcher_of(backend).status(run_dir, state), state.failure
     return {
-        "state": DIED if is_dead else state.state,
-        "pid": state.pid if state.state in ACTIVE and not is_dead else None,
+        "state": standing.state,
+        "pid": standing.pid,
         "host": state.host,
+        "job": standing.job,
+        "detail": standing.detail,
         "attempts": len(state.attempts),
         "exit_code": state.exit_code,
         "updated": state.updated,
@@ -89,10 +90,8 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
 
 def _state_line(facts: dict[str, Any]) -> str:
     parts = [facts["state"]]
-    if facts["state"] == DIED:
-        parts.append("ended without a word, killed or the machine went down")
-    if facts["pid"]:
-        parts.append(f"process {facts['pid']} on {facts['host']}")
+    if facts["detail"]:
+        parts.append(facts["detail"])
     if facts["exit_code"] is not None:
         parts.append(f"exit code {facts['exit_code']}")
     if facts["attempts"] > 1:

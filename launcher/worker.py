@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_atomic
 from ..errors import EXIT_RETRY, EXIT_USER, UserError
 from .config import Config
 from .rundir import attempt_dir, read_run
@@ -83,10 +84,17 @@ def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:
         "traceback": "".join(traceback.format_exception(error)),
     }
     print(record["message"] if exit_code == EXIT_USER else record["traceback"], file=sys.stderr, flush=True)
-    error_file(logs, rank).write_text(json.dumps(record))
+    write_atomic(error_file(logs, rank), json.dumps(record))
     return exit_code
 
 
 def error_file(logs: Path, rank: int) -> Path:
     """Where a rank of the attempt writes why it failed."""
     return logs / f"rank-{rank}.error.json"
+
+
+def read_error(logs: Path, rank: int) -> dict[str, Any] | None:
+    """What the rank wrote about its failure; None where it could not."""
+    path = error_file(logs, rank)
+    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return record

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from ..errors import ConfigError
 from ..units import Bytes, Seconds, Tokens
+from .site import SlurmSite
 
 
 class Device(Enum):
@@ -40,6 +41,7 @@ class ClusterConfig:
     """Bytes/s of one rank to another node, one direction."""
     host_link_bandwidth: float
     """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
+    slurm: SlurmSite = field(default_factory=SlurmSite)
 
 
 class SequenceMode(Enum):

@@ -111,7 +111,7 @@ def test_configuration_files_build_nothing() -> None:
 def test_every_package_is_packaged() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = {path.parent for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
-    folders |= {path.parent for path in (ROOT / "conf").rglob("*.yaml")}
+    folders |= {path.parent for path in (ROOT / "conf").rglob("*.yaml")} | {ROOT / "slurm"}
     found = {".".join(["efflaunch", *folder.relative_to(ROOT).parts]) for folder in folders}
     listed = project["tool"]["setuptools"]["packages"]
     assert {package for package in found if not package.startswith("efflaunch.tests")} | {"efflaunch"} == set(listed)

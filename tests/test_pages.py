@@ -25,6 +25,11 @@ def test_memory_page(tmp_path: Path) -> None:
     assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed
 
 
+def test_slurm_page(tmp_path: Path) -> None:
+    printed = run_page("slurm.md", tmp_path)
+    assert "#SBATCH --nodes=" in printed and "run_dir=/shared/runs/big\n" in printed
+
+
 def test_checkpoints_page(tmp_path: Path) -> None:
     printed = run_page("checkpoints.md", tmp_path)
     assert "training waited" in printed and "verified" in printed and "pinned" in printed and "damaged" not in printed

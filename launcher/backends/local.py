@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,19 +16,72 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...errors import EXIT_RETRY
+from ...errors import EXIT_RETRY, ConfigError
 from .. import state
 from ..config import Config
 from ..display import Display, make_display
 from ..files import tail_lines
 from ..metrics_file import MetricsFollower
+from ..rundir import RUN_FILE, is_locked, lock_run, make_run_dir, store_config
 from ..signals import STOP_SIGNALS, on_stop_signals, stop_signals_held
 from ..state import RunState, new_state, read_state, write_state
+from . import Launch, Standing, announce
 
 AGENT_LOG = "logs/agent.log"
 _POLL_S = 0.1
 _SECOND_STOP_S = 0.5
 """One Ctrl-C reaches a process group once, but a terminal and a scheduler may both pass it on."""
+
+
+class LocalLauncher:
+    """See backends.Launcher."""
+
+    def check(self, config: Config) -> None:
+        from ..fit import check_machine
+
+        check_machine(config)
+
+    def describe(self, launch: Launch) -> str:
+        ranks = launch.config.cluster.ranks_per_node
+        command = shlex.join(_agent_command(launch.run_dir, launch.entry))
+        return f"# in the foreground: an agent with {ranks} ranks on this machine, and run.yaml as --print-config shows it\n{command}\n"
+
+    def submit(self, launch: Launch) -> int:
+        from ..start import report_end
+
+        run_dir = launch.run_dir
+        make_run_dir(run_dir)
+        lock = lock_run(run_dir)
+        goes_on = (run_dir / RUN_FILE).is_file()
+        revision, changes = store_config(run_dir, launch.config)
+        announce(run_dir, goes_on, revision, changes)
+        code = run(launch.config, run_dir, revision=revision, lock=lock, entry=launch.entry)
+        report_end(run_dir, code)
+        return code
+
+    def status(self, run_dir: Path, known: RunState) -> Standing:
+        if known.state not in state.ACTIVE:
+            return Standing(state=known.state)
+        if not is_locked(run_dir):
+            return Standing(state="died", detail="ended without a word, killed or the machine went down")
+        return Standing(state=known.state, detail=f"process {known.pid} on {known.host}", pid=known.pid)
+
+    def cancel(self, run_dir: Path, known: RunState, *, now: bool) -> str:
+        if self.status(run_dir, known).pid is None:
+            hint = f"efflaunch status {run_dir}"
+            raise ConfigError(str(run_dir), found=f"nothing running, state {known.state}", expected="a run to stop", hint=hint)
+        if known.host != socket.gethostname():
+            hint = f"on {known.host}: efflaunch cancel {run_dir}"
+            raise ConfigError(str(run_dir), found=f"a run on {known.host}", expected="one of this machine", hint=hint)
+        os.kill(known.pid, signal.SIGTERM)
+        if not now:
+            return f"process {known.pid} is told to finish its step, save and stop"
+        time.sleep(2 * _SECOND_STOP_S)
+        os.kill(known.pid, signal.SIGINT)
+        return f"the ranks of process {known.pid} are killed; the last checkpoint stands"
+
+    def logs(self, run_dir: Path) -> list[Path]:
+        return [path for path in (run_dir / AGENT_LOG,) if path.is_file()]
 
 
 def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str | None = None) -> int:
@@ -93,18 +148,22 @@ def _started(run_dir: Path, lock: int, entry: str | None) -> Iterator[tuple[subp
 
 
 def _start_agent(run_dir: Path, lock: int, entry: str | None) -> subprocess.Popen[bytes]:
-    module = f"{__package__.rpartition('.')[0]}.agent"
-    command = [sys.executable, "-m", module, str(run_dir), "--parent", str(os.getpid())]
+    command = [*_agent_command(run_dir, entry), "--parent", str(os.getpid())]
     with (run_dir / AGENT_LOG).open("ab") as log:
         # A process group of its own: Ctrl-C at the terminal reaches only this process, which passes it on once.
         return subprocess.Popen(
-            [*command, *(["--entry", entry] if entry else [])],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             pass_fds=(lock,),
             process_group=0,
         )
+
+
+def _agent_command(run_dir: Path, entry: str | None) -> list[str]:
+    module = f"{__package__.rpartition('.')[0]}.agent"
+    return [sys.executable, "-m", module, str(run_dir), *(["--entry", entry] if entry else [])]
 
 
 class _Relay:

@@ -18,7 +18,9 @@ from efflaunch.launcher.fit import (
     MachineError,
     available_memory,
     check_config,
+    check_free,
     check_machine,
+    check_node,
     find_gpus,
     local_overrides,
     this_machine,
@@ -62,6 +64,21 @@ def test_one_node_of_several() -> None:
     message = f"needs {total} GPUs with 80 GB on {config.cluster.num_nodes} nodes, found 8 with 80 GB on this machine, which is one node."
     with pytest.raises(MachineError, match=re.escape(message)):
         check_machine(config, gpus(8, 79.6))
+
+
+def test_a_node_of_several() -> None:
+    config = compose(["+experiment=llama70b_512k"])
+    check_node(config, gpus(8, 79.6))
+    check_free(config, gpus(8, 79.6))
+    busy = Machine((*gpus(7, 79.6).gpus, Gpu("H100", int(79.6 * GIB), 12 * GIB)), 64, 1000 * GIB)
+    with pytest.raises(MachineError, match=r"GPUs: needs 8 with nothing on them, found 7 free; one of the others has 12\.0 GiB left"):
+        check_free(config, busy)
+
+
+def test_several_nodes_without_a_scheduler() -> None:
+    config = compose(["+experiment=quickstart", "cluster.num_nodes=2"])
+    with pytest.raises(MachineError, match=r"needs 2 nodes, found this machine, which is one node\.\n  Try: launcher=slurm on a SLURM"):
+        check_machine(config)
 
 
 def test_enough_gpus() -> None:
@@ -127,11 +144,11 @@ def test_the_quickstart_runs_on_this_machine() -> None:
 
 def test_gpus_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 80000'\necho 'NVIDIA H100 80GB HBM3, 81559, 80000'\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-    assert find_gpus() == [Gpu("NVIDIA H100 80GB HBM3", 81559 << 20)] * 2
+    assert find_gpus() == [Gpu("NVIDIA H100 80GB HBM3", 81559 << 20, 80000 << 20)] * 2
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert find_gpus() == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -122,5 +123,12 @@ def test_missing_key(plain: dict[str, Any]) -> None:
 
 def test_every_key_is_listed(plain: dict[str, Any]) -> None:
     listed = set(config_keys())
-    groups = {key: value for key, value in plain.items() if isinstance(value, dict)}
-    assert listed == {f"{group}.{key}" for group, values in groups.items() for key in values} | {"experiment"}
+    assert listed == set(_leaves(plain, listed))
+
+
+def _leaves(data: dict[str, Any], known: set[str], path: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        if isinstance(value, dict) and f"{path}{key}" not in known:
+            yield from _leaves(value, known, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"

@@ -24,8 +24,22 @@ def test_groups() -> None:
 
 
 def test_commands() -> None:
-    words = ["train", "plan", "profile", "resume", "status", "checkpoints", "explain", "simulate", "export", "data", "completion"]
-    assert list(SUMMARY) == words
+    assert list(SUMMARY) == [
+        "train",
+        "sweep",
+        "plan",
+        "profile",
+        "resume",
+        "status",
+        "logs",
+        "cancel",
+        "checkpoints",
+        "explain",
+        "simulate",
+        "export",
+        "data",
+        "completion",
+    ]
 
 
 def test_exit_codes() -> None:

@@ -1,0 +1,88 @@
+"""Where the nodes of a job meet: an address other nodes can reach, and a port that is free."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from ...errors import ConfigError, EfflaunchError
+
+_FIRST_PORT, _NUM_PORTS, _NUM_TRIES = 20000, 10000, 64
+"""Below the range from which kernels hand out ports."""
+
+
+def head_address(host: str, interface: str | None) -> str:
+    """The IPv4 address of this node that others are told; ConfigError where it is none they could reach.
+
+    There is no fallback: a node that took its own loopback for the head would wait for the others for ever.
+    """
+    if interface is not None:
+        return _address_of(interface)
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise _unreachable(host, f"no address ({error.strerror})") from error
+    addresses = [str(entry[4][0]) for entry in found]
+    usable = [address for address in addresses if not _is_useless(address)]
+    if not usable:
+        raise _unreachable(host, f"only {', '.join(sorted(set(addresses)))}")
+    return usable[0]
+
+
+def _is_useless(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return parsed.is_loopback or parsed.is_unspecified
+
+
+def _unreachable(host: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"address of node {host}",
+        found=found,
+        expected="an IPv4 address that the other nodes can reach",
+        hint=f"launcher.slurm.interface={next(iter(_interfaces()), 'eth0')}",
+    )
+
+
+def _interfaces() -> dict[str, str]:
+    """Interfaces other nodes may be behind, with their IPv4 addresses."""
+    import psutil
+
+    pairs = (
+        (name, entry.address) for name, entries in psutil.net_if_addrs().items() for entry in entries if entry.family == socket.AF_INET
+    )
+    return {name: address for name, address in pairs if not _is_useless(address)}
+
+
+def _address_of(interface: str) -> str:
+    known = _interfaces()
+    if interface not in known:
+        hint = f"launcher.slurm.interface={next(iter(known), 'null')}"
+        expected = f"one of {', '.join(known) or 'none: this node has only loopback'}"
+        raise ConfigError("launcher.slurm.interface", found=f"{interface!r}", expected=expected, hint=hint)
+    return known[interface]
+
+
+def head_port(job_id: int, address: str) -> int:
+    """A free port of `address`, tried from one that follows from the job's number: jobs that share a node start apart."""
+    for offset in range(_NUM_TRIES):
+        port = _FIRST_PORT + (job_id + offset * 151) % _NUM_PORTS
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError:
+                continue
+            return port
+    raise EfflaunchError(f"none of {_NUM_TRIES} ports of {address} is free")
+
+
+def address_towards(head: str) -> str:
+    """This node's address on the way to `head`. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((head, 9))
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address."""
+    return next((name for name, own in _interfaces().items() if own == address), None)

@@ -1,0 +1,127 @@
+"""SLURM's own commands, and what they print. No accounting database is needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import ConfigError, EfflaunchError
+
+_TIMEOUT_S = 60
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "CONFIGURING")
+RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFacts:
+    """A job as SLURM sees it now."""
+
+    job: int
+    state: str
+    """SLURM's word: PENDING, RUNNING, COMPLETED, TIMEOUT, ..."""
+    reason: str
+    nodes: str
+    restarts: int
+    start: str
+    time_limit: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Waiting or running."""
+        return self.state in WAITING or self.state in RUNNING
+
+
+def has_slurm() -> bool:
+    """Whether this machine has SLURM's commands."""
+    return shutil.which("sbatch") is not None
+
+
+def check_slurm() -> None:
+    """ConfigError where this machine cannot submit."""
+    if not has_slurm():
+        raise ConfigError(
+            "launcher=slurm",
+            found="no sbatch on PATH",
+            expected="a machine that SLURM takes jobs from",
+            hint="log in to one, or load SLURM's module; --dry-run prints the script anywhere",
+        )
+
+
+def submit(script: Path) -> int:
+    """The job's number; ConfigError with sbatch's own words where it refuses."""
+    done = _run("sbatch", "--parsable", str(script))
+    number = done.stdout.strip().partition(";")[0]
+    if done.returncode or not number.isdigit():
+        said = " ".join((done.stderr or done.stdout).replace("sbatch: ", "").split()) or f"exit code {done.returncode}"
+        hint = "cluster.slurm.partition=..., cluster.slurm.account=..., or whatever it asks for; --dry-run prints the script"
+        raise ConfigError("sbatch", found=said, expected="the job to be accepted", hint=hint)
+    return int(number)
+
+
+def find_job(job: int) -> JobFacts | None:
+    """What SLURM knows of the job; None where it has forgotten it. EfflaunchError where SLURM does not answer."""
+    done = _run("scontrol", "show", "job", "-o", str(job))
+    if done.returncode == 0:
+        return parse_job(done.stdout)
+    if "Invalid job id" in done.stderr:
+        return _remembered(job)
+    raise EfflaunchError(f"SLURM does not answer: {' '.join(done.stderr.split())}")
+
+
+def parse_job(line: str) -> JobFacts:
+    """One line of `scontrol show job -o`."""
+
+    def value(name: str) -> str:
+        found = re.search(rf"(?:^|\s){name}=(\S*)", line)
+        return found[1] if found else ""
+
+    return JobFacts(
+        job=int(value("JobId")),
+        state=value("JobState"),
+        reason="" if value("Reason") == "None" else value("Reason"),
+        nodes="" if value("NodeList") == "(null)" else value("NodeList"),
+        restarts=int(value("Restarts") or 0),
+        start=value("StartTime"),
+        time_limit=value("TimeLimit"),
+    )
+
+
+def _remembered(job: int) -> JobFacts | None:
+    """From the accounting database, where there is one."""
+    if shutil.which("sacct") is None:
+        return None
+    done = _run("sacct", "-X", "-n", "-P", "-j", str(job), "-o", "State,NodeList,Start,Timelimit")
+    line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    if not line or line[0].count("|") != 3:
+        return None
+    state, nodes, start, limit = line[0].split("|")
+    return JobFacts(job=job, state=state.partition(" ")[0], reason="", nodes=nodes, restarts=0, start=start, time_limit=limit)
+
+
+def signal_steps(job: int, name: str) -> None:
+    """Send a signal to every process of the job's steps, and not to its script."""
+    _must("scancel", f"--signal={name}", str(job))
+
+
+def end_job(job: int) -> None:
+    """Take the job from the queue, or end it: SIGTERM, the site's KillWait, SIGKILL."""
+    _must("scancel", str(job))
+
+
+def _must(*command: str) -> None:
+    done = _run(*command)
+    if done.returncode:
+        raise EfflaunchError(f"{command[0]}: {' '.join((done.stderr or done.stdout).split())}")
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        hint = "a machine with SLURM's commands"
+        raise ConfigError(command[0], found="no such command on PATH", expected="SLURM's commands", hint=hint) from error
+    except subprocess.TimeoutExpired as error:
+        raise EfflaunchError(f"SLURM does not answer: {' '.join(command)} took more than {_TIMEOUT_S} s") from error

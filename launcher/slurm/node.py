@@ -1,0 +1,260 @@
+"""One node of a SLURM job: `python -m efflaunch.launcher.slurm.node RUN_DIR ATTEMPT@ADDRESS:PORT`, started by srun.
+
+Meets the agents of the other nodes in a store, looks with them whether all are fit, then runs one attempt of this
+node's ranks. What became of them stands in `logs/attempt-K/node-N.json`; `job settle` reads all of these. Exits 0
+where the ranks ended together (done, or stopped and saved), else not, upon which srun ends the other nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, EfflaunchError
+from .. import state, worker
+from ..agent import Agent
+from ..env import SlurmPlace, rank_environment, slurm_place
+from ..files import write_json
+from ..metrics_file import newest_step
+from ..restarts import RankReport, first_failure
+from ..rundir import attempt_dir, lock_in_time, read_run
+from ..signals import StopFlag, on_stop_signals
+from ..state import Failure
+from .address import address_towards, interface_of
+from .files import Meeting, stop_asked
+from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table
+from .script import JOB_DIR
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    from ..elastic import RankAgent
+
+
+def main(arguments: list[str]) -> int:
+    """One attempt of this node; the return value is its exit code."""
+    parser = argparse.ArgumentParser(prog="efflaunch.launcher.slurm.node")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("meeting", type=Meeting.parse, metavar="ATTEMPT@ADDRESS:PORT")
+    parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
+    options = parser.parse_args(arguments)
+    early = StopFlag()
+    on_stop_signals(early)
+    try:
+        place = slurm_place()
+        visit = _Visit(options.run_dir, options.meeting, place)
+        verdict = visit.verdict(early)
+        if verdict is not None:
+            return verdict
+        return NodeAgent(visit, options.entry, early).run()
+    except EfflaunchError as error:
+        print(f"efflaunch: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+class _Visit:
+    """The store, and what the nodes tell each other before the ranks are started."""
+
+    def __init__(self, run_dir: Path, meeting: Meeting, place: SlurmPlace) -> None:
+        self.run_dir, self.meeting, self.place = run_dir, meeting, place
+        self.timeout_s = meeting.timeout_s
+        self.address = address_towards(meeting.address)
+        self.interface = interface_of(self.address)
+        self.lock = lock_in_time(run_dir) if place.node == 0 else None
+        self.store = self._open()
+        self.has_failed = False
+
+    def _open(self) -> TCPStore:
+        from torch.distributed import DistError
+
+        from ..elastic import open_store
+
+        where, place = self.meeting, self.place
+        try:
+            return open_store(where.address, where.port, node=place.node, num_nodes=place.num_nodes, timeout_s=self.timeout_s)
+        except (DistError, OSError) as error:
+            role = "serve" if place.node == 0 else "reach"
+            via = f"from {self.address} on {self.interface}"
+            message = f"node {place.name} cannot {role} the meeting point {where.address}:{where.port} {via}: {error}"
+            raise EfflaunchError(message) from error
+
+    def verdict(self, early: StopFlag) -> int | None:
+        """None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
+        facts = look(
+            self.run_dir,
+            node=self.place.node,
+            host=self.place.name,
+            address=self.address,
+            interface=self.interface,
+            attempt=self.meeting.attempt,
+        )
+        self._set(f"facts-{self.place.node}", asdict(facts))
+        if self.place.node == 0:
+            return self._judge(early)
+        told = self._get("clock")
+        self._set(f"clock-{self.place.node}", time.time() - told)
+        code: int | None = self._get("verdict")
+        self._set(f"heard-{self.place.node}", True)
+        return code
+
+    def _judge(self, early: StopFlag) -> int | None:
+        run_dir, nodes = self.run_dir, range(self.place.num_nodes)
+        answers = [self._get_or_none(f"facts-{node}") for node in nodes]
+        self._set("clock", time.time())
+        told = [
+            NodeFacts(**{**answer, "clock_s": (self._get_or_none(f"clock-{node}") or 0.0) if node else 0.0}) if answer else None
+            for node, answer in zip(nodes, answers, strict=True)
+        ]
+        marks = [mark(run_dir, self.meeting.attempt, node) for node in nodes]
+        rows = check_nodes(told, marks=[path.exists() for path in marks], num_nodes=read_run(run_dir).config.cluster.num_nodes)
+        for path in marks:
+            path.unlink(missing_ok=True)
+        text = table(rows)
+        print(text, flush=True)
+        verdict = None
+        if any(row.problems for row in rows):
+            verdict = EXIT_USER
+            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows)))
+        elif early.requested or stop_asked(run_dir, self.place):
+            # Nothing runs: the last checkpoint is all there is to save.
+            verdict = EXIT_PREEMPTED
+            _record(run_dir, EXIT_PREEMPTED, None)
+        self._set("verdict", verdict)
+        if verdict is not None:
+            # The store ends with the head.
+            for facts in told[1:]:
+                if facts is not None:
+                    self._get_or_none(f"heard-{facts.node}")
+        return verdict
+
+    def tell_failed(self) -> None:
+        """Have the agents of all other nodes end their ranks."""
+        if not self.has_failed:
+            self.has_failed = True
+            try:
+                self._set("failed", self.place.node)
+            except _dist_error():
+                # The head is gone, and the others see that by themselves.
+                pass
+
+    def failed_elsewhere(self) -> bool:
+        """Whether another agent told so, or is gone with the store."""
+        try:
+            return bool(self.store.check(["visit/failed"]))
+        except _dist_error():
+            return True
+
+    def _set(self, key: str, value: Any) -> None:
+        self.store.set(f"visit/{key}", json.dumps(value))
+
+    def _get(self, key: str) -> Any:
+        # Twice: the head itself waits so long for a node that is not there.
+        self.store.wait([f"visit/{key}"], timedelta(seconds=2 * self.timeout_s))
+        return json.loads(self.store.get(f"visit/{key}"))
+
+    def _get_or_none(self, key: str) -> Any:
+        from torch.distributed import DistError
+
+        try:
+            self.store.wait([f"visit/{key}"], timedelta(seconds=self.timeout_s))
+        except DistError:
+            return None
+        return json.loads(self.store.get(f"visit/{key}"))
+
+
+def _dist_error() -> type[Exception]:
+    from torch.distributed import DistError
+
+    return DistError
+
+
+def _refusal(text: str, hosts: list[str]) -> Failure:
+    hint = f"\n  Try: mend them, or leave them out: launcher.slurm.exclude=[{','.join(hosts)}]" if hosts else ""
+    return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=JOB_DIR, is_user_error=True)
+
+
+def _record(run_dir: Path, exit_code: int, failure: Failure | None) -> None:
+    known = state.read_state(run_dir)
+    assert known is not None, "written by job start"
+    state.write_state(run_dir, state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir)))
+
+
+class NodeAgent(Agent):
+    """One attempt of the ranks of one node. The head (node 0) alone writes state.json."""
+
+    def __init__(self, visit: _Visit, entry: str, early: StopFlag) -> None:
+        self.visit, self.place, self.ended_for_others = visit, visit.place, False
+        super().__init__(visit.run_dir, entry)
+        # Handed to the ranks as soon as they run: the nodes may have been told at different moments.
+        self.stopping = self.stopping or early.requested
+
+    def run(self) -> int:
+        """0 where this node's ranks ended by themselves and well, else not; node-N.json says more."""
+        os.environ.update(rank_environment(self.config, self.visit.interface))
+        worker.preload(self.entry)
+        number = self.visit.meeting.attempt
+        attempt_dir(self.run_dir, number).mkdir(parents=True, exist_ok=True)
+        self._write(state=state.RUNNING)
+        code, failure = self._run_ranks(number)
+        self._report(number, code)
+        if failure is not None:
+            print(f"efflaunch: {failure.message} (log: {self.run_dir / failure.log})", file=sys.stderr, flush=True)
+        elif self.place.node == 0:
+            self.state = state.end_attempt(self.state, exit_code=code, failure=None, last_step=newest_step(self.run_dir))
+            self._write()
+        return EXIT_DONE if failure is None else code
+
+    def _rendezvous(self, run_id: str) -> StaticTCPRendezvous:
+        from ..elastic import NodesRendezvous
+
+        timeout_s = int(self.config.launcher.start_timeout_s)
+        return NodesRendezvous(self.visit.store, run_id, self.place.node, self.place.num_nodes, timeout_s)
+
+    def _ranks_here(self) -> range:
+        size = self.config.cluster.ranks_per_node
+        return range(self.place.node * size, (self.place.node + 1) * size)
+
+    def _note_stop(self) -> None:
+        """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
+        super()._note_stop()
+        assert self.ranks is not None, "asked by its monitor"
+        if any(process.exitcode for process in self.ranks.processes.values()):
+            self.visit.tell_failed()
+        elif self.visit.failed_elsewhere():
+            self.ended_for_others = True
+            self.ranks.end_the_rest()
+
+    def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
+        code, failure = super()._failed(reports, number)
+        if self.ended_for_others and first_failure(reports) is None:
+            failure = replace(failure, message="ended: ranks of another node had failed")
+        return code, failure
+
+    def _reports(self, ranks: RankAgent, number: int) -> Iterator[RankReport]:
+        self.reports = list(super()._reports(ranks, number))
+        yield from self.reports
+
+    def _report(self, number: int, code: int) -> None:
+        reports = [asdict(replace(report, record=None)) for report in getattr(self, "reports", [])]
+        out_of_time = int(self.out_of_time)
+        value = {"host": self.place.name, "exit_code": code, "ranks": reports, "out_of_time": out_of_time}
+        write_json(attempt_dir(self.run_dir, number) / f"node-{self.place.node}.json", value)
+
+    def _write(self, **changes: Any) -> None:
+        if self.place.node == 0:
+            super()._write(**changes)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    # srun ends the other nodes for anything but 0.
+    sys.exit({EXIT_PREEMPTED: EXIT_DONE, EXIT_USER: EXIT_USER, EXIT_DONE: EXIT_DONE}.get(code, EXIT_RETRY))

@@ -1,0 +1,147 @@
+"""Before ranks are started: whether all nodes of a job are fit for it, as a table, failures first.
+
+Every node tells the head the same facts over the store that the ranks will use, so the network is tried as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import UserError
+from ...units import format_bytes
+from ..rundir import RUN_FILE, read_run
+from .script import JOB_DIR
+
+MAX_CLOCK_SKEW_S = 30.0
+"""Errors are put in order by the clocks of their nodes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeFacts:
+    """What one node says of itself."""
+
+    node: int
+    host: str
+    address: str
+    interface: str
+    package: str
+    """Hash of efflaunch's own source files."""
+    run: str
+    """Hash of run.yaml as this node sees it; empty where it cannot."""
+    machine: str
+    """Devices and memory in words."""
+    problem: str = ""
+    """Why it cannot do its part, by its own account."""
+    clock_s: float = 0.0
+    """Its clock less the head's, measured when the head said so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    host: str
+    problems: tuple[str, ...]
+    details: str
+
+
+def look(run_dir: Path, *, node: int, host: str, address: str, interface: str | None, attempt: int) -> NodeFacts:
+    """This node's facts. Leaves a mark in the run directory that the head looks for."""
+    run, machine, problem = "", "", ""
+    try:
+        run = hashlib.sha256((run_dir / RUN_FILE).read_bytes()).hexdigest()
+        mark(run_dir, attempt, node).touch()
+        machine, problem = _machine(run_dir)
+    except OSError as error:
+        problem = f"run directory: {error.strerror}: {error.filename}"
+    return NodeFacts(
+        node=node,
+        host=host,
+        address=address,
+        interface=interface or "?",
+        package=package_hash(),
+        run=run,
+        machine=machine,
+        problem=problem,
+    )
+
+
+def _machine(run_dir: Path) -> tuple[str, str]:
+    """What the node has, in words, and why that is not enough."""
+    from ..fit import check_free, check_node, this_machine
+
+    try:
+        config = read_run(run_dir).config
+        here = this_machine(config.cluster.device)
+        sizes = sorted({gpu.memory_bytes for gpu in here.gpus})
+        gpus = f"{len(here.gpus)} GPUs of {' and '.join(map(format_bytes, sizes))}, " if here.gpus else ""
+        words = f"{gpus}{here.num_cores} cores, {format_bytes(here.memory_bytes)} free"
+        check_node(config, here)
+        check_free(config, here)
+    except UserError as error:
+        return "", str(error).splitlines()[0]
+    return words, ""
+
+
+def mark(run_dir: Path, attempt: int, node: int) -> Path:
+    """The file by which the head sees that a node writes into the same directory."""
+    return run_dir / JOB_DIR / f"seen-{attempt}-{node}"
+
+
+def package_hash() -> str:
+    """Of every source file of efflaunch, with its path."""
+    root = Path(__file__).resolve().parent.parent.parent
+    folders = ("checkpoint", "launcher", "memory", "parallel", "training")
+    total = hashlib.sha256()
+    for path in [*sorted(root.glob("*.py")), *sorted(path for folder in folders for path in (root / folder).rglob("*.py"))]:
+        total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def check_nodes(facts: Sequence[NodeFacts | None], *, marks: Sequence[bool], num_nodes: int) -> list[Row]:
+    """A row per node, those with problems first. `facts[0]` is the head's; None: the node said nothing in time."""
+    head = facts[0]
+    assert head is not None, "the head asks"
+    rows = [
+        _row(node, told, head, marked)
+        if told is not None
+        else Row(host=f"node {node} of the job", problems=("did not answer",), details="")
+        for node, (told, marked) in enumerate(zip(facts, marks, strict=True))
+    ]
+    if len(facts) != num_nodes:
+        problem = f"the job has {len(facts)} nodes, cluster.num_nodes={num_nodes}"
+        rows[0] = Row(host=rows[0].host, problems=(problem, *rows[0].problems), details=rows[0].details)
+    return sorted(rows, key=lambda row: not row.problems)
+
+
+def _row(node: int, told: NodeFacts, head: NodeFacts, marked: bool) -> Row:
+    problems = [told.problem] if told.problem else []
+    if told.run and told.run != head.run:
+        problems.append("sees another run.yaml: the run directory is not shared")
+    elif not marked and not told.problem:
+        problems.append("what it wrote is not seen by the head: the run directory is not shared")
+    if told.package != head.package:
+        problems.append("has another version of efflaunch's files")
+    if told.node != node:
+        problems.append(f"answered as node {told.node}")
+    if abs(told.clock_s) > MAX_CLOCK_SKEW_S:
+        problems.append(f"its clock is {told.clock_s:+.0f} s off the head's")
+    details = f"{told.address} on {told.interface}, {told.machine or 'machine not looked at'}, clock {told.clock_s:+.1f} s"
+    return Row(host=told.host, problems=tuple(problems), details=details)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Lines for people."""
+    width = max(len(row.host) for row in rows)
+    return "\n".join(
+        f"{'ok' if not row.problems else 'FAIL':<5} {row.host:<{width}}  {'; '.join((*row.problems, row.details)).strip('; ')}"
+        for row in rows
+    )
+
+
+def bad_hosts(rows: Sequence[Row]) -> list[str]:
+    """Names of nodes that answered and are not fit."""
+    return [row.host for row in rows if row.problems and row.details]

@@ -1,0 +1,1 @@
+"""Batch scripts a person can read, copy and submit by hand."""

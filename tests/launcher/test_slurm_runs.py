@@ -1,0 +1,264 @@
+"""launcher=slurm on a real SLURM of three nodes (tests/slurm_cluster.py): real sbatch, real gloo ranks on several nodes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.progress import Progress
+from efflaunch.launcher.slurm.files import submitted_job
+from efflaunch.launcher.state import RunState, read_state
+from efflaunch.tests.launcher.runs import HERE, environment
+from efflaunch.tests.slurm_cluster import TIMEOUT_S, SlurmCluster, wait_until, why_not
+from efflaunch.tests.test_real_runs import BASE as REAL
+from efflaunch.tests.test_real_runs import make_corpus
+
+REASON = why_not()
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+ROOT = HERE.parent.parent
+FAKE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "launcher=slurm", "cluster.num_nodes=2")
+SECRET = "wandb-key-0123456789abcdef"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("slurm")
+    (directory / "private").mkdir()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster(place: Path) -> Iterator[SlurmCluster]:
+    with SlurmCluster(place / "cluster", private={2: place / "private"}) as running:
+        yield running
+
+
+@dataclass
+class Job:
+    """One run handed to SLURM."""
+
+    cluster: SlurmCluster
+    run_dir: Path
+
+    @property
+    def number(self) -> int:
+        number = submitted_job(self.run_dir)
+        assert number is not None
+        return number
+
+    def end(self) -> str:
+        """SLURM's word for how it ended."""
+        return self.cluster.wait_for(self.number, *ENDED)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the run got so far; fails where the job ends before."""
+
+        def reached() -> bool:
+            state = self.cluster.job_state(self.number)
+            assert state not in ENDED or newest_step(self.run_dir) >= step, self.output()
+            return newest_step(self.run_dir) >= step
+
+        wait_until(reached, f"step {step}")
+
+    def state(self) -> RunState:
+        state = read_state(self.run_dir)
+        assert state is not None
+        return state
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.run_dir / "slurm").glob("*.out")))
+
+    def losses(self) -> dict[int, float]:
+        return losses(self.run_dir)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return Progress().apply(MetricsFollower(run_dir).read()).losses
+
+
+def efflaunch(cluster: SlurmCluster, place: Path, *words: str, fake: bool = True, expect: int = 0, **variables: str) -> str:
+    """What an efflaunch command prints; with the fake training function unless told otherwise."""
+    command = [sys.executable, str(HERE / "drive.py")] if fake else [sys.executable, "-m", "efflaunch"]
+    variables = {**environment(), **cluster.environment, "PYTHONPATH": environment()["PYTHONPATH"], **variables}
+    done = subprocess.run([*command, *words], cwd=place, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def submit(cluster: SlurmCluster, place: Path, name: str, *words: str, mishaps: str = "", step_s: float = 0.02) -> Job:
+    """A run of the fake training function on two nodes with two ranks each."""
+    efflaunch(cluster, place, *FAKE, f"run.id={name}", *words, FAKE_TRAINING=mishaps, FAKE_STEP_S=str(step_s))
+    return Job(cluster, place / "runs" / name)
+
+
+def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, place: Path) -> None:
+    make_corpus(place)
+    words = [word for word in REAL if not word.startswith(("run.id", "cluster.ranks_per_node", "cluster="))]
+    local = [sys.executable, "-m", "efflaunch", *words, "cluster=local_cpu", "cluster.ranks_per_node=2", "train.steps=30", "run.id=local"]
+    with (place / "local.out").open("wb") as out:
+        reference = subprocess.Popen(local, cwd=place, env=environment(), stdout=out, stderr=out)
+    spread = ["cluster=local_cpu", "cluster.ranks_per_node=1", "cluster.num_nodes=2", "launcher=slurm", "train.steps=30", "run.id=real"]
+    try:
+        text = efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
+        job = Job(cluster, place / "runs" / "real")
+        assert f"job {job.number} of SLURM submitted" in text
+        job.wait_for_step(3)
+        cluster.run("scancel", "--signal=USR2", str(job.number))
+        wait_until(lambda: len(job.state().attempts) > 1, "the second attempt")
+        assert job.end() == "COMPLETED", job.output()
+        assert reference.wait(TIMEOUT_S) == 0, (place / "local.out").read_text()
+    finally:
+        reference.kill()
+        reference.wait()
+    first, second = job.state().attempts
+    assert (first.exit_code, first.restarted, second.exit_code) == (75, True, 0) and 3 <= first.last_step < 30
+    assert "preempted and saved; requeued, 1 of 100" in job.output() and job.state().state == "done"
+    assert job.losses() == losses(place / "runs" / "local") and max(job.losses()) == 30
+    told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert len(told) > 5 and not [path for path in told if SECRET.encode() in path.read_bytes()]
+    assert "state       done, job" in efflaunch(cluster, place, "status", "runs/real")
+
+
+def test_a_failing_rank_and_a_mistake(cluster: SlurmCluster, place: Path) -> None:
+    """Two jobs side by side: one fails once and is started again on its nodes, the other cannot succeed and is not.
+
+    Where the first fails, the ranks of its other node wait for ever, as they would in a GPU's collective.
+    """
+    failing = submit(cluster, place, "failing", "train.steps=12", mishaps="raise:3:7,hang:0:7,hang:1:7")
+    mistaken = submit(cluster, place, "mistaken", "train.steps=12", mishaps="user:2:3")
+    assert failing.end() == "COMPLETED", failing.output()
+    first, second = failing.state().attempts
+    assert first.failure is not None and first.failure.rank == 3 and first.failure.message == "rank 3: RuntimeError: the wheels came off"
+    assert first.decision == "restart 1 of 2 since the last progress" and second.exit_code == 0
+    assert failing.losses() == {step: 10.0 / step for step in range(1, 13)}
+
+    assert mistaken.end() == "FAILED"
+    assert "ExitCode=93:0" in cluster.run("scontrol", "show", "job", "-o", str(mistaken.number))
+    assert len(mistaken.state().attempts) == 1 and mistaken.state().exit_code == 93
+    text = efflaunch(cluster, place, "logs", "runs/mistaken")
+    assert text.rstrip().endswith("first failure: document 17: found nothing; expected tokens.\n  Try: another corpus")
+    assert "rank-0.log" in text and "rank-2.log, in full" in text
+
+
+def test_a_node_loses_power(cluster: SlurmCluster, place: Path) -> None:
+    job = submit(cluster, place, "power", "train.steps=60", step_s=0.1)
+    job.wait_for_step(6)
+    cluster.crash(1)
+    try:
+        assert job.end() == "COMPLETED", job.output()
+    finally:
+        cluster.boot(1)
+    first, *_, last = job.state().attempts
+    assert first.failure is not None and "without a word" in first.failure.message and first.restarted and last.exit_code == 0
+    assert max(job.losses()) == 60
+    assert " NodeList=node[0,2] " in cluster.run("scontrol", "show", "job", "-o", str(job.number))
+    wait_until(lambda: cluster.states() == ["idle"] * 3, "the node to be back")
+
+
+def test_status_cancel_and_one_job_a_run(cluster: SlurmCluster, place: Path) -> None:
+    """With a restart of the scheduler in between, which the running job must not notice."""
+    job = submit(cluster, place, "long", "train.steps=5000", step_s=0.05)
+    waiting = submit(cluster, place, "waiting", "train.steps=5", f"launcher.slurm.after=afterok:{job.number}")
+    job.wait_for_step(3)
+    for node in range(2):
+        # Nothing but the job's own network, where others could reach it.
+        found = cluster.listening(node)
+        assert found and set(found) <= {cluster.address(node), "127.0.0.1"}
+    cluster.restart_controller()
+    job.wait_for_step(newest_step(job.run_dir) + 3)
+    assert re.search(r"state       running, job \d+ RUNNING on node\[", efflaunch(cluster, place, "status", "runs/long"))
+    assert "queued, job" in efflaunch(cluster, place, "status", "runs/waiting")
+    second = efflaunch(cluster, place, *FAKE, "run.id=long", "train.steps=5000", expect=93)
+    assert f"found job {job.number}, RUNNING" in second and "efflaunch cancel" in second
+    assert "taken from the queue" in efflaunch(cluster, place, "cancel", "runs/waiting")
+    assert waiting.end() == "CANCELLED" and "state       cancelled" in efflaunch(cluster, place, "status", "runs/waiting")
+    assert "is told to finish its step, save and stop" in efflaunch(cluster, place, "cancel", "runs/long")
+    assert job.end() == "FAILED", job.output()
+    assert job.state().state == "preempted" and job.state().exit_code == 75
+    stopped_at = max(job.losses())
+    assert (job.run_dir / "checkpoints" / f"step-{stopped_at:08d}" / "COMMIT").is_file()
+    assert "found no job of it in SLURM" in efflaunch(cluster, place, "cancel", "runs/long", expect=93)
+
+
+def test_a_script_submitted_by_hand(cluster: SlurmCluster, place: Path) -> None:
+    """slurm/efflaunch.sbatch as it stands, but for its marked head: the Python of this test, and the fake training function."""
+    text = (ROOT / "slurm" / "efflaunch.sbatch").read_text()
+    text = text.replace("python=python\n", f"python={sys.executable}\n").replace(
+        "agent_options=()", "agent_options=(--entry fake_training:train)"
+    )
+    (place / "mine.sbatch").write_text(text)
+    words = ["+experiment=quickstart", "cluster.ranks_per_node=2", "train.steps=6", f"run.root={place}/byhand"]
+    variables = {**environment(), **cluster.environment, "PYTHONPATH": environment()["PYTHONPATH"]}
+
+    def sbatch(*more: str) -> Job:
+        command = ["sbatch", "--parsable", *more[:-1], "mine.sbatch", *words, *filter(None, more[-1:])]
+        done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+        return Job(cluster, place / "byhand" / f"job-{int(done.stdout)}")
+
+    good, wrong = sbatch(""), sbatch("--nodes=1", "cluster.num_nodes=2")
+    number = int(good.run_dir.name.partition("-")[2])
+    assert cluster.wait_for(number, *ENDED) == "COMPLETED", (place / f"efflaunch-{number}.out").read_text()
+    assert good.state().state == "done" and max(good.losses()) == 6 and good.number == number
+    assert cluster.wait_for(number + 1, *ENDED) == "FAILED"
+    assert "FAIL  node0  the job has 1 nodes, cluster.num_nodes=2" in (place / f"efflaunch-{number + 1}.out").read_text()
+    assert wrong.state().exit_code == 93
+
+
+def test_a_run_directory_that_is_not_shared(cluster: SlurmCluster, place: Path) -> None:
+    words = ("run.id=apart", f"run.root={place}/private", "train.steps=5", "launcher.slurm.exclude=[node1]")
+    efflaunch(cluster, place, *FAKE, *words)
+    job = Job(cluster, place / "private" / "apart")
+    assert job.end() == "FAILED", job.output()
+    lines = job.output().splitlines()
+    assert lines[0].startswith("FAIL  node2  run directory: No such file or directory") and lines[1].startswith("ok    node0")
+    assert job.state().exit_code == 93 and job.state().failure is not None
+    assert job.state().failure.message.endswith("launcher.slurm.exclude=[node2]")
+
+
+def test_a_sweep_and_what_comes_after_it(cluster: SlurmCluster, place: Path) -> None:
+    efflaunch(cluster, place, "sweep", *FAKE, "cluster.ranks_per_node=1", "run.id=sweep", "train.steps=5", "train.seed=0,1")
+    points = [Job(cluster, place / "runs" / f"sweep-seed-{seed}") for seed in range(2)]
+    last = submit(cluster, place, "after", "train.steps=5", f"launcher.slurm.after='afterok:{points[0].number}:{points[1].number}'")
+    assert last.end() == "COMPLETED", last.output()
+    assert [point.end() for point in points] == ["COMPLETED", "COMPLETED"]
+    assert all(max(job.losses()) == 5 for job in (*points, last))
+    starts = [min(event["time"] for event in MetricsFollower(job.run_dir).read()) for job in (*points, last)]
+    assert starts[2] > max(starts[:2])
+
+
+def test_scancel_by_hand_ends_it_for_good(cluster: SlurmCluster, place: Path) -> None:
+    job = submit(cluster, place, "scancelled", "train.steps=5000", step_s=0.05)
+    job.wait_for_step(3)
+    cluster.run("scancel", str(job.number))
+    assert job.end() == "CANCELLED"
+    wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
+    assert re.search(r"state       (cancelled|preempted|failed), job", efflaunch(cluster, place, "status", "runs/scancelled"))
+
+
+def test_sbatch_refuses(cluster: SlurmCluster, place: Path) -> None:
+    text = efflaunch(cluster, place, *FAKE, "run.id=refused", "train.steps=5", "cluster.slurm.partition=nonesuch", expect=93)
+    assert "sbatch: found error: " in text and "nvalid partition" in text
+    assert "state       failed" in efflaunch(cluster, place, "status", "runs/refused")
+
+
+def test_nothing_is_left_running(cluster: SlurmCluster) -> None:
+    """After all jobs: no agent and no rank of theirs, whatever became of them. The last test of this module."""
+    wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if "launcher.slurm" in command and str(cluster.directory.parent) in command:
+            found.append(command)
+    assert not found
