@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..checkpoint.sizes import snapshot_pool_bytes
 from .ranges import group_ranges
 from .setting import GIB, KEEPING, Setting, Term, term
 from .terms_activations import class_layers, moved_by_class
@@ -16,10 +17,10 @@ def host_terms(s: Setting, device_peak_bytes: int) -> tuple[Term, ...]:
         moved_activations(s),
         term("optimizer states on the host", f"{ranks} ranks", ranks * host_optimizer_bytes(s)),
         term("data staging", f"ids and targets of four micro-batches, {ranks} ranks", ranks * 4 * 24 * s.tokens),
-        snapshot(s),
         term("system", "operating system and page cache it cannot do without (assumed)", 4 * GIB if s.on_gpu else GIB),
     )
-    return tuple(entry for entry in made if entry.num_bytes)
+    left = s.cluster.host_memory_bytes - sum(entry.num_bytes for entry in made)
+    return tuple(entry for entry in (*made, snapshot(s, max(0, left) // ranks)) if entry.num_bytes)
 
 
 def moved_activations(s: Setting) -> Term:
@@ -40,6 +41,8 @@ def file_bytes(s: Setting) -> int:
     return s.layout.ranks_per_node * moved_bytes(s) if s.policy.offload_dir else 0
 
 
+MOMENTS = 2
+"""AdamW's, of each weight."""
 ARENA_BLOCK_BYTES = 64 << 10
 """What the arena hands out at least (memory/offload/arena.py)."""
 _TENSORS = {"key_value": 2, "mlp": 2, "attention_output": 2}
@@ -58,10 +61,13 @@ def arena_bytes(s: Setting) -> int:
     return sum(moved.values()) + pieces * parcels * ARENA_BLOCK_BYTES
 
 
-def snapshot(s: Setting) -> Term:
-    """What a checkpoint holds in host memory while it is written."""
+def snapshot(s: Setting, free_bytes: int) -> Term:
+    """A rank's weights and moments while a checkpoint is written, or half of what is free for it where that is less."""
     ranks = s.layout.ranks_per_node
-    return term("checkpoint staging", f"64 MiB of buffers a rank while files are written, {ranks} ranks (assumed)", ranks * (64 << 20))
+    state = s.parameters * s.master * (1 + MOMENTS) // s.layout.shard
+    pool = snapshot_pool_bytes(state, free_bytes=free_bytes)
+    note = "weights and moments" if pool >= state else "half of what is free"
+    return term("checkpoint snapshots", f"{note}, while files are written; {ranks} ranks", ranks * pool)
 
 
 def _processes(s: Setting, ranks: int, device_peak_bytes: int) -> Term:
