@@ -92,7 +92,8 @@ class MemoryPolicy:
 
 KEEP_ALL = MemoryPolicy(graph=True, attention_output=KEPT, query=KEPT, key_value=KEPT, residual=KEPT, mlp=KEPT)
 """The preset `keep`."""
-CLASSES = ("layer_input", "query", "key_value", "attention_output", "residual", "mlp")
+AHEAD = 2
+"""Pieces that are on their way back from the host while one is used."""
 
 
 def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:

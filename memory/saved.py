@@ -13,10 +13,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .config import Place
+from .policy import AHEAD
 
 Key = tuple[str, int, int]
-AHEAD = 2
-"""Pieces that are on their way back while one is used."""
 
 
 class HostStore(Protocol):

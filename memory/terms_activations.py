@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .policy import AHEAD
 from .setting import BACKWARD, Phase, Setting, Term
 
 
@@ -123,8 +124,6 @@ def _ahead(s: Setting, layer: int, rows: Mapping[str, int]) -> int:
     return max(here, sum(class_bytes(s)[name] for name in (below * AHEAD)[: AHEAD + (len(below) == 1 and s.in_pieces)]))
 
 
-AHEAD = 2
-"""Of memory/saved.py."""
 IN_FLIGHT_BYTES = 1 << 30
 """Of memory/offload/open.py: rows whose copy to the host may not be done hold at most so much, or one piece."""
 
