@@ -242,8 +242,8 @@ def _check_memory(config: Config, machine: Machine) -> None:
 
 
 def _memory_needed(config: Config) -> int:
-    ledger = plan(config)
-    return sum(entry.num_bytes for entry in ledger.host.terms if entry.name in ("ranks", "data staging"))
+    counted = ("ranks", "data staging", "activations on the host", "optimizer states on the host")
+    return sum(entry.num_bytes for entry in plan(config).host.terms if entry.name in counted)
 
 
 def _with_ranks_needed(config: Config, ranks: int) -> int | None:

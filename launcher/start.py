@@ -107,12 +107,17 @@ def place_of(config: Config) -> Path:
 
 
 def check_memory_plan(config: Config) -> None:
-    """PlanError where memory is to be solved and nothing fits. A given policy that does not fit may run: the ledger is an upper bound."""
-    from ..memory.advice import check_fits
+    """PlanError where memory is to be solved and nothing fits, or a given policy is over a given host budget.
+
+    A given policy that does not fit otherwise may run: the ledger is an upper bound.
+    """
+    from ..memory.advice import check_budget, check_fits
     from .plan_command import plan
 
-    if config.memory.solve:
-        check_fits(plan(config))
+    if config.memory.solve or config.memory.host_budget is not None:
+        ledger = plan(config)
+        check_fits(ledger)
+        check_budget(ledger)
 
 
 def check_data(config: Config) -> None:

@@ -41,6 +41,8 @@ OPEN = ("layer_input", "attention_output", "activations", "host_fraction", "segm
 _BESIDE = ("segment_layers", "chunk_tokens", "attention", "head_groups")
 """Of those, the ones an experiment sets beside its memory preset."""
 
+_MIB = 1 << 20
+
 _Move = Callable[[Setting], Iterator[_Change]]
 
 
@@ -257,6 +259,22 @@ def check_fits(ledger: Ledger) -> None:
         found=f"no policy that fits: {missing} for the one that needs least; {fixed_line(report)}",
         expected="room for what no policy changes and for the smallest pieces of the rest",
         hint=", or ".join(options) or "more nodes, a smaller model or shorter sequences; efflaunch plan shows what takes the room",
+    )
+
+
+def check_budget(ledger: Ledger) -> None:
+    """PlanError where a given policy moves more to the host than memory.host_budget allows. (A solved one is `check_fits`'s.)"""
+    budget = ledger.budget
+    if budget is None or budget.fits or ledger.setting.memory.solve:
+        return
+    least = -(-budget.peak_bytes // _MIB)
+    options = [" ".join(entry.overrides) for entry in suggest(ledger, most=2)]
+    raise PlanError(
+        "memory.host_budget",
+        found=format_bytes(budget.capacity_bytes),
+        expected=f"at least {format_bytes(budget.peak_bytes)} for what memory={ledger.setting.memory.name} and optim.states put there "
+        f"({', '.join(f'{entry.name} {format_bytes(entry.num_bytes)}' for entry in budget.terms)})",
+        hint=", or ".join([f"memory.host_budget={least}MiB", *options]),
     )
 
 

@@ -132,6 +132,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
     check_model(config)
     family = model_family(config)
     fields = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **hf_config_dict(config)}
+    _check_dropout(fields)
     heads, bias = fields["num_attention_heads"], bool(fields.get("attention_bias"))
     return ModelSpec(
         family=family,
@@ -162,6 +163,18 @@ def check_model(config: ModelConfig) -> None:
         _check_heads(config)
         _check_window(config)
     _check_rope(config)
+
+
+def _check_dropout(fields: Mapping[str, Any]) -> None:
+    # Refused here for a message before anything starts; the layer adapters rely on it.
+    dropout = float(fields.get("attention_dropout") or 0.0)
+    if dropout > 0:
+        raise ConfigError(
+            "model.extra.attention_dropout",
+            found=f"{dropout:g}",
+            expected="0: block-wise attention has no dropout",
+            hint="model.extra.attention_dropout=0.0",
+        )
 
 
 def _check_path(config: ModelConfig) -> None:

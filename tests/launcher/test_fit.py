@@ -133,6 +133,18 @@ def test_too_many_ranks_for_the_memory() -> None:
     check_machine(compose(["+experiment=quickstart", *caught.value.hint.split()]), Machine((), 8, int(3.1 * each)))
 
 
+@pytest.mark.parametrize("words", [["memory=memo", "memory.host_fraction=1.0"], ["optim.states=host"]])
+def test_what_waits_on_the_host_is_this_machines_memory_too(words: list[str]) -> None:
+    """Ranks without a GPU share one memory with what they move out of their own."""
+    config = compose(["+experiment=quickstart", *words])
+    terms = {entry.name: entry.num_bytes for entry in plan(config).host.terms}
+    waiting = sum(size for name, size in terms.items() if name.endswith("on the host"))
+    assert waiting > 0
+    check_machine(config, Machine((), 8, terms["ranks"] + terms["data staging"] + waiting))
+    with pytest.raises(MachineError, match="of memory for 4 ranks"):
+        check_machine(config, Machine((), 8, terms["ranks"] + terms["data staging"] + waiting // 2))
+
+
 def test_nothing_fits_in_no_memory() -> None:
     with pytest.raises(MachineError, match=r"a smaller model, data.max_seq_len or parallel.tokens_per_rank"):
         check_machine(compose(["+experiment=quickstart"]), Machine((), 8, 1 << 20))
@@ -172,6 +184,9 @@ BAD = [
         ["parallel.sequence=static", "cluster.ranks_per_node=16", "parallel.sp_degree=16", "parallel.scheme=ulysses"],
         "parallel.sp_degree: found 16 Ulysses ranks for 8 attention heads",
     ),
+    (["model.extra.attention_dropout=0.1"], "model.extra.attention_dropout: found 0.1; expected 0"),
+    (["train.loss_chunk_tokens=0"], "train.loss_chunk_tokens: found 0; expected 1 or more"),
+    (["train.steps=0"], "train.steps: found 0; expected 1 or more"),
     (["parallel.scheme=hybrid"], "parallel.ulysses_degree: found nothing with parallel.scheme=hybrid"),
 ]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from efflaunch.errors import PlanError
 from efflaunch.launcher.compose import compose
-from efflaunch.memory.advice import check_fits, largest_length, suggest
-from efflaunch.memory.config import MemoryConfig
+from efflaunch.memory.advice import check_budget, check_fits, largest_length, suggest
+from efflaunch.memory.config import MemoryConfig, Place
 from efflaunch.memory.ledger import Ledger, build_ledger
 from efflaunch.parallel.config import GradReduce
 from efflaunch.training.spec import model_spec
@@ -98,6 +99,18 @@ def test_a_budget_below_what_no_policy_changes_is_refused() -> None:
         assert part in text
     check_fits(make_ledger(length=M, tokens_per_rank=128 * K, memory=AUTO))
     check_fits(TOO_LARGE["keep"])  # not solved: the ledger's word is an upper bound, and its user's risk
+
+
+def test_a_given_policy_that_breaks_a_given_host_budget_is_refused() -> None:
+    """Unlike the ledger's bounds, the budget is a number somebody typed; what is to be typed instead fits."""
+    memo = MemoryConfig(name="memo", layer_input=Place.HOST, attention_output=Place.HOST, activations=Place.HOST)
+    ledger = make_ledger(length=64 * K, tokens_per_rank=8 * K, memory=replace(memo, host_budget=1 << 20))
+    with pytest.raises(PlanError, match=r"memory.host_budget: found 1.0 MiB") as caught:
+        check_budget(ledger)
+    least = re.search(r"memory.host_budget=(\d+)MiB", caught.value.hint)
+    assert least is not None and "memory=auto" in caught.value.hint
+    check_budget(make_ledger(length=64 * K, tokens_per_rank=8 * K, memory=replace(memo, host_budget=int(least[1]) << 20)))
+    check_budget(make_ledger(length=64 * K, tokens_per_rank=8 * K, memory=memo))
 
 
 def test_what_fits_needs_no_advice() -> None:

@@ -1,4 +1,4 @@
-"""Settings of objectives that make no sense."""
+"""Settings of training that make no sense."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from efflaunch.training.config import Objective, TrainConfig, check_train
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"steps": 0}, r"train.steps: found 0; expected 1 or more.*\n.*train.steps=100"),
+        ({"loss_chunk_tokens": 0}, r"train.loss_chunk_tokens: found 0; expected 1 or more.*\n.*train.loss_chunk_tokens=2048"),
         ({"dpo_beta": 0.0}, r"train.dpo_beta: found 0.0; expected more than 0.*\n.*train.dpo_beta=0.1"),
         ({"grpo_clip_low": 1.5}, r"train.grpo_clip_low: found 1.5; expected more than 0, at most 1.*\n.*train.grpo_clip_low=0.2"),
         ({"grpo_clip_high": -1.0}, r"train.grpo_clip_high: found -1.0"),
@@ -20,7 +22,7 @@ from efflaunch.training.config import Objective, TrainConfig, check_train
 )
 def test_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_train(TrainConfig(steps=1, **changes))  # type: ignore[arg-type]
+        check_train(TrainConfig(**{"steps": 1, **changes}))  # type: ignore[arg-type]
 
 
 def test_accepted() -> None:
