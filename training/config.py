@@ -188,9 +188,9 @@ class TrainConfig:
 
 def check_train(config: TrainConfig) -> None:
     """ConfigError where a length is none, or the settings of the objective make no sense."""
-    for key, value, hint in (("steps", config.steps, 100), ("loss_chunk_tokens", config.loss_chunk_tokens, 2048)):
-        if value < 1:
-            raise ConfigError(f"train.{key}", found=str(value), expected="1 or more", hint=f"train.{key}={hint}")
+    for key, count, hint in (("steps", config.steps, 100), ("loss_chunk_tokens", config.loss_chunk_tokens, 2048)):
+        if count < 1:
+            raise ConfigError(f"train.{key}", found=str(count), expected="1 or more", hint=f"train.{key}={hint}")
     if config.objective is not Objective.LANGUAGE_MODELLING and config.z_loss:
         raise ConfigError(
             "train.z_loss",
