@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Test files run side by side: most of them wait for ranks of their own.
+WORKERS ?= 2
 
 .PHONY: run test setup lint types clean
 
@@ -11,7 +13,7 @@ run: $(STAMP)
 	$(BIN)/efflaunch +experiment=quickstart
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
