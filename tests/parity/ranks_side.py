@@ -68,10 +68,10 @@ POLICIES = {
 
 
 class StrictStore:
-    """A host store that copies as late as it may and spoils what is no longer to be used."""
+    """A host store that copies as late as it may, spoils what is no longer to be used, and has everything asked for ahead of its use."""
 
     def __init__(self):
-        self.parcels = {}
+        self.parcels, self.asked = {}, set()
 
     def put(self, rows):
         key = object()
@@ -80,10 +80,13 @@ class StrictStore:
 
     def prefetch(self, key):
         assert key in self.parcels
+        self.asked.add(key)
 
     def get(self, key):
         rows, copy, back = self.parcels[key]
         assert back is None, "read twice without being done with it"
+        assert key in self.asked, "read without having been asked for"
+        self.asked.discard(key)
         assert torch.equal(rows, copy), "what was given away was written into"
         self.parcels[key][2] = copy.clone()
         return self.parcels[key][2]
@@ -94,6 +97,10 @@ class StrictStore:
 
     def drop(self, key):
         del self.parcels[key]
+
+    def reset(self):
+        self.parcels.clear()
+        self.asked.clear()
 
 
 def _store(kind):
