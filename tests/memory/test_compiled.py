@@ -17,17 +17,17 @@ from efflaunch.memory.compiled import Graphs
 from efflaunch.memory.compiled_graph import check_compiler
 from efflaunch.memory.config import Arena, MemoryConfig, Place, Walk, check_memory
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MemoryPolicy, Split, explicit_policy
+from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sequence.clock import BusyClock
+from efflaunch.parallel.sequence.layout import group_layout
+from efflaunch.parallel.sequence.plan import Group
+from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.tests.memory.test_saved import SOME, Alone
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
 from efflaunch.training.families.llama import LlamaLayer
 from efflaunch.training.loss import cross_entropy
 from efflaunch.training.model import Tokens, install
-from efflaunch.parallel.sequence.attention import CpuKernel
-from efflaunch.parallel.sequence.clock import BusyClock
-from efflaunch.parallel.sequence.layout import group_layout
-from efflaunch.parallel.sequence.plan import Group
-from efflaunch.parallel.sequence.runtime import sequence_attention
 
 LENGTHS = (23, 40, 1)
 POLICIES = {

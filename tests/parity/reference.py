@@ -21,6 +21,7 @@ FAMILIES = {
     "llama_4kv": {"model_type": "llama", "num_key_value_heads": 4},
     "llama_mha_tied": {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 11},
+    "mistral_wide": {"model_type": "mistral", "sliding_window": 500},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "gemma2": {
