@@ -173,7 +173,7 @@ class _Forward:
 
 
 class _Backward(_Forward):
-    """A step's gradients as a function of (weights, [inputs, constants, upstream]): those of the inputs, then of the weights in `reached`."""
+    """A step's gradients as a function of (weights, [inputs, constants, upstream]): of the inputs, then of the weights in `reached`."""
 
     graph = True
 

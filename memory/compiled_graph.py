@@ -98,8 +98,11 @@ def trace(name: str, function: Function, weights: Sequence[Tensor], rows: Sequen
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         return function(tensors[:count], tensors[count:])
 
-    with torch.no_grad():
-        module = make_fx(flat, tracing_mode="symbolic")(*weights, *examples)
+    try:
+        with torch.no_grad():
+            module = make_fx(flat, tracing_mode="symbolic")(*weights, *examples)
+    except Exception as error:  # nothing is computed here: whatever it is, the step is such that no graph can be made of it
+        raise refusal(name, str(error).partition("\n")[0]) from error
     _check_length(name, module, count)
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     module.graph.eliminate_dead_code()
