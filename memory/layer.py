@@ -44,8 +44,10 @@ class LayerExecutor:
         parameters = [p for p in self._layer.parameters() if p.requires_grad]
         # Without a backward (frozen layers below all that is trained) nothing may be left: nobody would clear it away.
         if context.tape is None or not torch.is_grad_enabled() or not (parameters or x.requires_grad):
+            context.position.at("forward", self.index)
             run = self.run(x.shape[0], context, Saved(None))
-            return _forward(run, lambda index: x[run.rows(index)], save=False)
+            with context.attention.busy(), torch.no_grad():
+                return _forward(run, lambda index: x[run.rows(index)], save=False)
         return _Layer.apply(x, self, context, *parameters)  # type: ignore[no-any-return]
 
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:

@@ -182,6 +182,7 @@ ROWS = {
             ("upipe_8", "llama_deep", "one rank, packed"), ("upipe_8", "llama_mha_tied", "mixed groups, accumulation"),
         )
     },
+    "upipe_3, heads that ranks share unevenly": ({"policy": "upipe_3", "family": "llama_uneven"}, static(4, 4, 4)),
     **{
         f"{policy}, {what}": ({"policy": policy, "family": "llama_deep", **case}, plan_of(4, *ADAPTIVE))
         for what, case in FROZEN.items()
