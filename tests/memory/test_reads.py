@@ -60,7 +60,7 @@ class Watched:
             read_in(saved, order, then)
 
         def getting(saved: Saved, key: Key) -> Any:
-            if key in saved._moved and key not in saved._open:
+            if key in saved._moved and key not in saved._read:
                 self.said[saved][1].append(key)
             return get(saved, key)
 
