@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -75,7 +76,7 @@ class Saved:
 
     def release(self) -> None:
         """What was read from the host so far is used by nothing that is still to be computed. What is read again at once stays."""
-        soon = list(self._order)[:AHEAD]
+        soon = list(islice(self._order, AHEAD))
         for key in [key for key in self._open if key not in soon]:
             del self._open[key]
             for parcel in self._moved[key]:
@@ -103,7 +104,7 @@ class Saved:
         self._then = None
 
     def _look_ahead(self) -> None:
-        self.prefetch(list(self._order)[:AHEAD])
+        self.prefetch(list(islice(self._order, AHEAD)))
         if len(self._order) < AHEAD and self._then is not None:
             then, self._then = self._then, None
             then()
