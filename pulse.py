@@ -77,6 +77,10 @@ class Pulse:
         self._step, self._expected_s, self._is_long = done, expected_s, is_long
         self.at("planning")
 
+    def expect(self, step_s: float) -> None:
+        """What this step is expected to take, once its plan says; said with the next beat."""
+        self._expected_s = step_s
+
     @contextmanager
     def long(self, phase: str) -> Iterator[None]:
         """A phase whose length has nothing to do with a step's."""

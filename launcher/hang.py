@@ -6,6 +6,7 @@ whichever agent is last: all find the same) and `pulse-N.json` for node N while 
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -20,12 +21,13 @@ from .files import read_json, write_json
 from .procfs import kernel_view, native_stacks, process_state
 from .rundir import attempt_dir
 from .state import Failure
-from .watch import Frame, Limits, RankFacts, Silences, blame, describe_hang, parse_stacks, training_frames
+from .watch import Frame, Limits, RankFacts, Silences, blame, describe_hang, parse_stacks, short_file, training_frames
 
 _ANSWER_S = 5.0
 """How long a rank may take to write its Python stacks."""
 _TELL_S = 10.0
 """Between two words on who is silent."""
+_MAIN = ("launcher/worker.py", "main")
 HANG_FILE = "hang.json"
 
 
@@ -161,7 +163,7 @@ def read_hang(run_dir: Path, number: int) -> Failure | None:
 
 
 def read_pulses(run_dir: Path, number: int) -> list[dict[str, Any]]:
-    """What looks stuck in an attempt, a row for each rank of the nodes that said so last: rank, host, silent_s (by now), allowed_s, doing."""
+    """What looks stuck in an attempt, by rank: rank, host, silent_s (by now), allowed_s, doing. Of the nodes that last said so."""
     rows = []
     for path in sorted(attempt_dir(run_dir, number).glob("pulse-*.json")):
         told = read_json(path)
@@ -197,7 +199,11 @@ def _why_none(fact: RankFacts, asked: bool) -> str:
 def _page(fact: RankFacts, pid: int, python: str, why_none: str, kernel: str, native: str) -> str:
     """stacks-R.txt."""
     head = f"rank {fact.rank}, process {pid} on {fact.host}\nsilent for {fact.silent_s:.1f} s: {fact.phase}\n"
-    sections = ("Python stacks (faulthandler)", python or why_none), ("the kernel's view", kernel), ("Python and native stacks (py-spy)", native)
+    sections = (
+        ("Python stacks (faulthandler)", python or why_none),
+        ("the kernel's view", kernel),
+        ("Python and native stacks (py-spy)", native),
+    )
     return head + "".join(f"\n== {name} ==\n{text.rstrip()}\n" for name, text in sections)
 
 
@@ -205,7 +211,9 @@ def _text(fact: RankFacts) -> str:
     """Like a traceback, innermost last."""
     if not fact.frames:
         return ""
-    lines = [f'  File "{frame.file}", line {frame.line}, in {frame.function}' for frame in reversed(fact.frames)]
+    # What lies outside of the rank's main function is how its process was started.
+    inside = list(itertools.takewhile(lambda frame: (short_file(frame.file), frame.function) != _MAIN, fact.frames))
+    lines = [f'  File "{frame.file}", line {frame.line}, in {frame.function}' for frame in reversed(inside)]
     return "\n".join([f"Where rank {fact.rank} was (most recent call last):", *lines])
 
 

@@ -16,9 +16,22 @@ from .watch import Frame
 _PR_SET_PTRACER = 0x59616D61
 _SPY_S = 60.0
 """For all ranks of a node together: the first look at large libraries takes its time."""
-_STATUS = ("Name", "State", "Threads", "VmRSS", "SigPnd", "ShdPnd", "SigBlk", "SigCgt", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+_STATUS = (
+    "Name",
+    "State",
+    "Threads",
+    "VmRSS",
+    "SigPnd",
+    "ShdPnd",
+    "SigBlk",
+    "SigCgt",
+    "voluntary_ctxt_switches",
+    "nonvoluntary_ctxt_switches",
+)
 _SPIED = re.compile(r"^    (.+) \((.+):(\d+)\)$")
-NOT_INSTALLED = "py-spy is not installed: no native frames, and no stacks of a process that cannot write them (pip install 'efflaunch[watch]')"
+NOT_INSTALLED = (
+    "py-spy is not installed: no native frames, and no stacks of a process that cannot write them (pip install 'efflaunch[watch]')"
+)
 
 
 def process_state(pid: int) -> str:
@@ -83,7 +96,9 @@ def find_spy() -> str | None:
 def _start(spy: str, pid: int) -> subprocess.Popen[str]:
     how = "--nonblocking" if process_state(pid).startswith(("T", "t")) else "--native"
     command = [spy, "dump", how, "--full-filenames", "--pid", str(pid)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
 
 
 def _finish(process: subprocess.Popen[str]) -> str:

@@ -147,7 +147,9 @@ def training_frames(threads: Mapping[int, tuple[Frame, ...]], main: int) -> tupl
     """The stack that tells where training is: the main thread's, or that of autograd's own thread where main waits for a backward."""
     frames = threads.get(main, ())
     if frames and frames[0].function == "_engine_run_backward":
-        others = [stack for thread, stack in threads.items() if thread != main and any("torch/autograd/function.py" in f.file for f in stack)]
+        others = [
+            stack for thread, stack in threads.items() if thread != main and any("torch/autograd/function.py" in f.file for f in stack)
+        ]
         return others[0] if others else frames
     return frames
 
@@ -166,7 +168,13 @@ def blame(facts: Sequence[RankFacts]) -> Blame:
     A process that cannot run; a rank that has not entered the collective the others wait in; one that is elsewhere than most; one
     that has come less far.
     """
-    for pick, why in ((_stopped, "is stopped and cannot run"), (_silent, "gave no stacks"), (_outside, ""), (_elsewhere, ""), (_behind, "")):
+    for pick, why in (
+        (_stopped, "is stopped and cannot run"),
+        (_silent, "gave no stacks"),
+        (_outside, ""),
+        (_elsewhere, ""),
+        (_behind, ""),
+    ):
         found = pick(facts)
         if found and len(found) < len(facts):
             return Blame(ranks=tuple(fact.rank for fact in found), reason=_sentence(found, facts, why))
@@ -227,7 +235,9 @@ def _where(fact: RankFacts) -> str:
 def describe_hang(facts: Sequence[RankFacts], blamed: Blame, *, allowance_s: float, missing: Sequence[int], stacks: str) -> str:
     """What a person is told; `missing`: nodes whose agents gave no answer."""
     silent = max((fact.silent_s for fact in facts), default=0.0)
-    parts = [f"no progress for {format_seconds(silent)}, more than the {format_seconds(allowance_s)} allowed (launcher.hang_*): {blamed.reason}"]
+    parts = [
+        f"no progress for {format_seconds(silent)}, more than the {format_seconds(allowance_s)} allowed (launcher.hang_*): {blamed.reason}"
+    ]
     if missing:
         parts.append(f"no word from the agents of nodes {', '.join(map(str, missing))} of the run")
     parts.append(f"stacks of all ranks: {stacks}")

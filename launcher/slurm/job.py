@@ -23,6 +23,7 @@ from ..agent import read_failure
 from ..config import Config
 from ..env import SlurmPlace, slurm_place
 from ..files import tail_lines
+from ..hang import read_hang
 from ..metrics_file import newest_step
 from ..restarts import Outcome, RankReport, first_failure
 from ..rundir import attempt_dir, lock_in_time, make_run_dir, read_run, store_config
@@ -166,6 +167,9 @@ def _gather(run_dir: Path, config: Config, number: int, place: SlurmPlace) -> tu
     logs = attempt_dir(run_dir, number)
     answers = {node: _node_report(logs / f"node-{node}.json") for node in range(place.num_nodes)}
     lost = [node for node, answer in answers.items() if answer is None]
+    hang = read_hang(run_dir, number)
+    if hang is not None:
+        return EXIT_RETRY, hang, bool(lost)
     reports = list(_rank_reports(logs, answers, config.cluster.ranks_per_node))
     first = first_failure(reports)
     if first is not None and (first.record is not None or first.exit_code is not None):
