@@ -1,7 +1,7 @@
 """Where a rank is, readable without its help: a block of shared memory for each rank of a node, and a file for its stacks.
 
-A rank writes a beat whenever it enters another phase, layer or step: one copy of some bytes into memory, about a microsecond, with no
-file, lock or message. Its node's agent reads beats and times their silence itself, so a rank that is blocked, stopped or
+A rank writes a beat whenever it enters another phase, layer or step: one copy of some bytes into memory, one or two microseconds,
+with no file, lock or message. Its node's agent reads beats and times their silence itself, so a rank that is blocked, stopped or
 spinning is seen as well. The memory has no name and goes with the agent; ranks open it through the agent's own descriptors.
 
 Note: stacks. Each rank opens its stack file at its start and has faulthandler write all its Python threads there whenever

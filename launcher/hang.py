@@ -87,7 +87,7 @@ class HangWatch:
         logs = attempt_dir(Path(), self._number)
         message = describe_hang(facts, blamed, allowance_s=allowance_s, missing=missing, stacks=str(logs / "stacks-*.txt"))
         stack = next((_text(fact) for fact in facts if fact.rank == first), "")
-        failure = Failure(rank=first, message=message, traceback=stack, log=str(logs / _stacks_name(first)))
+        failure = Failure(rank=first if blamed.ranks else -1, message=message, traceback=stack, log=str(logs / _stacks_name(first)))
         write_json(self._run_dir / logs / HANG_FILE, asdict(failure))
         return failure
 

@@ -46,11 +46,13 @@ def process_state(pid: int) -> str:
 def kernel_view(pid: int) -> str:
     """Status, where each thread sleeps in the kernel, and (for root) the main thread's kernel stack."""
     root = Path(f"/proc/{pid}")
+    if not root.is_dir():
+        return "none: no /proc here, or the process is gone"
     lines = [line for line in _read(root / "status").splitlines() if line.partition(":")[0] in _STATUS]
     threads = sorted((root / "task").iterdir(), key=lambda path: int(path.name)) if (root / "task").is_dir() else []
     lines += [f"thread {task.name} ({_read(task / 'comm').strip()}): wchan {_read(task / 'wchan').strip() or '?'}" for task in threads]
     stack = _read(root / "stack")
-    return "\n".join([*lines, "kernel stack of the main thread:", stack]) if lines else "none: no /proc here, or the process is gone"
+    return "\n".join([*lines, "kernel stack of the main thread:", stack])
 
 
 def _read(path: Path) -> str:
