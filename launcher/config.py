@@ -63,6 +63,8 @@ class RunConfig:
     root: str = "runs"
     id: str | None = None
     """None: made from the experiment's name, the time and a random suffix."""
+    private: bool = True
+    """The run directory is for its owner alone (0700, files 0600); false: the umask decides, as for a group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
