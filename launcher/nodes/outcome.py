@@ -1,22 +1,59 @@
-"""What became of an attempt on several nodes, from what their agents and ranks left in its directory."""
+"""What became of an attempt on several nodes, from what their agents and ranks left in its directory, and state.json with it."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import EXIT_RETRY, EXIT_USER
-from .. import worker
+from .. import state, worker
 from ..agent import read_failure
 from ..config import Config
 from ..files import tail_lines
+from ..metrics_file import newest_step
 from ..restarts import RankReport, first_failure
-from ..rundir import attempt_dir
-from ..state import Attempt, Failure
+from ..rundir import attempt_dir, store_config
+from ..state import Attempt, Failure, RunState, read_state, write_state
+from .decide import Decision, Verdict
 
 _LOG_TAIL_LINES = 30
+_STATES = {Verdict.DONE: state.DONE, Verdict.STOP: state.PREEMPTED, Verdict.REQUEUE: state.QUEUED, Verdict.AGAIN: state.STARTING}
+
+
+def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
+    """Make `config` the run's, and state.json that of one about to be started; (revision, what changed)."""
+    revision, changes = store_config(run_dir, config)
+    known = read_state(run_dir)
+    attempts = known.attempts if known else ()
+    world_size = config.cluster.num_nodes * config.cluster.ranks_per_node
+    fresh = state.new_state(world_size=world_size, revision=revision, attempts=attempts)
+    step = newest_step(run_dir)
+    write_state(run_dir, replace(fresh, state=state.QUEUED, attempts_before=len(attempts), step_before=step))
+    return revision, changes
+
+
+def is_open(known: RunState) -> bool:
+    """Whether an attempt of this launch was begun and never ended."""
+    return len(known.attempts) > known.attempts_before and known.attempts[-1].ended is None
+
+
+def decided(known: RunState, decision: Decision) -> RunState:
+    """`known` with what follows its last attempt."""
+    *earlier, last = known.attempts
+    goes_on = decision.verdict in (Verdict.AGAIN, Verdict.REQUEUE)
+    return replace(known, attempts=(*earlier, replace(last, decision=decision.reason, restarted=goes_on)))
+
+
+def conclude(run_dir: Path, known: RunState, decision: Decision) -> None:
+    """Write state.json for what follows."""
+    known = replace(decided(known, decision), state=_STATES.get(decision.verdict, state.FAILED))
+    if decision.verdict not in (Verdict.AGAIN, Verdict.REQUEUE):
+        known = replace(known, exit_code=int(decision.verdict), ended=time.time())
+    write_state(run_dir, known)
 
 
 def gather(run_dir: Path, config: Config, number: int, *, num_nodes: int, output: Path) -> tuple[int, Failure, bool]:

@@ -23,16 +23,15 @@ from ..metrics_file import newest_step
 from ..nodes.address import head_address, head_port
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
-from ..nodes.outcome import gather, tell
+from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
 from ..restarts import Outcome
-from ..rundir import lock_in_time, make_run_dir, read_run, store_config
+from ..rundir import lock_in_time, make_run_dir, read_run
 from ..signals import STOP_SIGNALS
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .files import cancel_file, forget_stops, stop_file, write_submission
 from .script import JOB_DIR
 
 _LOG_TAIL_LINES = 30
-_STATES = {Verdict.DONE: state.DONE, Verdict.STOP: state.PREEMPTED, Verdict.REQUEUE: state.QUEUED, Verdict.AGAIN: state.STARTING}
 
 
 def main(arguments: list[str]) -> int:
@@ -94,14 +93,7 @@ def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     make_run_dir(run_dir)
     (run_dir / JOB_DIR).mkdir(exist_ok=True)
     forget_stops(run_dir)
-    revision, changes = store_config(run_dir, config)
-    known = read_state(run_dir)
-    attempts = known.attempts if known else ()
-    world_size = config.cluster.num_nodes * config.cluster.ranks_per_node
-    fresh = state.new_state(world_size=world_size, revision=revision, attempts=attempts)
-    step = newest_step(run_dir)
-    write_state(run_dir, replace(fresh, state=state.QUEUED, attempts_before=len(attempts), step_before=step))
-    return revision, changes
+    return store_queued(run_dir, config)
 
 
 def start(run_dir: Path, place: SlurmPlace) -> Meeting:
@@ -112,7 +104,7 @@ def start(run_dir: Path, place: SlurmPlace) -> Meeting:
     known = read_state(run_dir)
     assert known is not None, "whoever submits a job writes state.json first"
     known = replace(known, job=str(place.job), host=place.name)
-    if _is_open(known):
+    if is_open(known):
         known = _close_lost(run_dir, config, known, place)
     interface = config.launcher.slurm.interface
     try:
@@ -121,15 +113,11 @@ def start(run_dir: Path, place: SlurmPlace) -> Meeting:
         failure = Failure(rank=-1, message=str(error), traceback="", log=JOB_DIR, is_user_error=True)
         known = replace(known, attempts=(*known.attempts, Attempt(number=len(known.attempts) + 1, started=time.time())))
         known = state.end_attempt(known, exit_code=EXIT_USER, failure=failure, last_step=newest_step(run_dir))
-        _conclude(run_dir, known, Decision(verdict=Verdict.USER, reason="would fail again in the same way"))
+        conclude(run_dir, known, Decision(verdict=Verdict.USER, reason="would fail again in the same way"))
         raise
     attempt = Attempt(number=len(known.attempts) + 1, started=time.time())
     write_state(run_dir, replace(known, state=state.STARTING, exit_code=None, ended=None, attempts=(*known.attempts, attempt)))
     return Meeting(attempt.number, address, head_port(place.job, address), int(config.launcher.start_timeout_s))
-
-
-def _is_open(known: RunState) -> bool:
-    return len(known.attempts) > known.attempts_before and known.attempts[-1].ended is None
 
 
 def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlace) -> RunState:
@@ -139,9 +127,9 @@ def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlac
     known = state.end_attempt(known, exit_code=EXIT_RETRY, failure=failure, last_step=newest_step(run_dir))
     decision = _decision(run_dir, config, known, place, lost_node=True)
     if decision.verdict is not Verdict.REQUEUE:
-        _conclude(run_dir, known, decision)
+        conclude(run_dir, known, decision)
         raise EfflaunchError(f"{message}; {decision.reason}")
-    return _decided(known, decision)
+    return decided(known, decision)
 
 
 def settle(run_dir: Path, place: SlurmPlace) -> Verdict:
@@ -156,7 +144,7 @@ def settle(run_dir: Path, place: SlurmPlace) -> Verdict:
         )
         known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
     decision = _decision(run_dir, config, known, place, lost_node=lost_node)
-    _conclude(run_dir, known, decision)
+    conclude(run_dir, known, decision)
     tell(run_dir, known.attempts[-1], decision.reason)
     return decision.verdict
 
@@ -172,20 +160,6 @@ def _decision(run_dir: Path, config: Config, known: RunState, place: SlurmPlace,
     mine = known.attempts[known.attempts_before :]
     outcomes = [Outcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
     return decide(outcomes, limits, cancelled=cancel_file(run_dir, place.job).exists(), lost_node=lost_node)
-
-
-def _decided(known: RunState, decision: Decision) -> RunState:
-    *earlier, last = known.attempts
-    goes_on = decision.verdict in (Verdict.AGAIN, Verdict.REQUEUE)
-    return replace(known, attempts=(*earlier, replace(last, decision=decision.reason, restarted=goes_on)))
-
-
-def _conclude(run_dir: Path, known: RunState, decision: Decision) -> None:
-    """Write state.json for what follows."""
-    known = replace(_decided(known, decision), state=_STATES.get(decision.verdict, state.FAILED))
-    if decision.verdict not in (Verdict.AGAIN, Verdict.REQUEUE):
-        known = replace(known, exit_code=int(decision.verdict), ended=time.time())
-    write_state(run_dir, known)
 
 
 if __name__ == "__main__":
