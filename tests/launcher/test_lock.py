@@ -64,7 +64,9 @@ def test_second_is_told_who_and_since_when(tmp_path: Path) -> None:
 def test_a_holder_on_another_node_that_locks_do_not_reach(tmp_path: Path) -> None:
     write(tmp_path, THERE, heard_s_ago=15)
     assert is_locked(tmp_path)
-    with pytest.raises(ConfigError, match=r"process 4711 on n7, there since .* \(2 h \d+ min\), heard of \d+ s ago, running in it") as caught:
+    with pytest.raises(
+        ConfigError, match=r"process 4711 on n7, there since .* \(2 h \d+ min\), heard of \d+ s ago, running in it"
+    ) as caught:
         lock_run(tmp_path)
     assert f"efflaunch cancel {tmp_path} on n7" in str(caught.value) and "if n7 is down: in " in str(caught.value)
     assert json.loads((tmp_path / ".lock").read_text())["key"] == "theirs"
