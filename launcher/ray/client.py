@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,13 +35,12 @@ class JobFacts:
 
 
 def check_installed() -> None:
-    """ConfigError where this Python has no Ray with its job client."""
-    try:
-        for module in ("ray", "ray.job_submission", "requests"):
-            importlib.import_module(module)
-    except ImportError as error:
+    """ConfigError where this Python has no Ray with its job client. Imports none of it: Ray reads variables as it is imported."""
+    # ray[default] brings the last two, ray alone does not.
+    missing = [name for name in ("ray", "requests", "aiohttp") if importlib.util.find_spec(name) is None]
+    if missing:
         hint = 'pip install "efflaunch[ray]"; --dry-run needs no Ray'
-        raise ConfigError("launcher=ray", found=f"no Ray in this Python ({error})", expected="ray[default]", hint=hint) from error
+        raise ConfigError("launcher=ray", found=f"no {', '.join(missing)} in this Python", expected="ray[default]", hint=hint)
 
 
 class JobServer:

@@ -114,7 +114,7 @@ def reserve(
     from ray.util import placement_group, remove_placement_group
 
     left_out = [offer.id for offer in node_offers() if any(offer.is_called(name) for name in exclude)]
-    selector = [{"ray.io/node-id": f"!in({','.join(left_out)})"}] * num_nodes if left_out else []
+    selector = [{"ray.io/node-id": f"!in({','.join(left_out)})"}] * num_nodes if left_out else None
     group = placement_group([dict(bundle)] * num_nodes, strategy="STRICT_SPREAD", bundle_label_selector=selector)
     start, told = time.monotonic(), False
     while not group.wait(_LOOK_S):
