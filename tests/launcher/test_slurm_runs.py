@@ -1,4 +1,4 @@
-"""launcher=slurm on a real SLURM of three nodes (tests/slurm_cluster.py): real sbatch, real gloo ranks on several nodes."""
+"""launcher=slurm on a real SLURM of three nodes (bench/clusters/slurm.py): real sbatch, real gloo ranks on several nodes."""
 
 from __future__ import annotations
 
