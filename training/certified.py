@@ -15,36 +15,43 @@ from ..memory.advice import check_fits
 from ..memory.certificate import Certificate, Check, certify
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.residency import residency_of
+from ..parallel.measured import find_rates
+from .planning import this_hardware
 
 if TYPE_CHECKING:
     from .setup import RunSettings
     from .spec import ModelSpec
 
 
-def agreed_ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
-    """The ledger of the run, the same on every rank: where the policy is solved, rank 0 solves it. Collective where it is.
+def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device) -> Ledger:
+    """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
 
-    PlanError on every rank where nothing fits.
+    PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
     """
-    if not config.memory.solve:
-        return _ledger(config, spec)
-    told: list[Ledger | UserError | None] = [None]
+    told: list[Ledger | UserError | str | None] = [None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            ledger = _ledger(config, spec)
+            ledger = _ledger(config, spec, device)
             check_fits(ledger)
             told[0] = ledger
-        except UserError as error:  # the others wait for it
+        except UserError as error:
             told[0] = error
+        except Exception as error:  # the others wait in the broadcast
+            told[0], failure = f"{type(error).__name__}: {error}", error
     dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
     answer = told[0]
     if isinstance(answer, UserError):
         raise answer
+    if failure is not None:
+        raise failure
+    if isinstance(answer, str):
+        raise RuntimeError(f"rank 0 could not make the ledger of this run ({answer}); its log says where")
     assert answer is not None
     return answer
 
 
-def _ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
+def _ledger(config: RunSettings, spec: ModelSpec, device: torch.device) -> Ledger:
     return build_ledger(
         spec=spec,
         parallel=config.parallel,
@@ -53,6 +60,7 @@ def _ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
         data=config.data,
         cluster=config.cluster,
         residency=residency_of(config.optim),
+        measured=find_rates(config.parallel.profile, config.cluster, this_hardware(device), config.memory.offload_dir),
     )
 
 
