@@ -286,9 +286,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _unreadable(path, type(error).__name__) from error
     kind = data.get("efflaunch_profile") if isinstance(data, dict) else None
-    if isinstance(kind, int) and kind > FORMAT:
+    if type(kind) is int and kind > FORMAT:
         raise _unreadable(path, f"format {kind}, of a newer efflaunch than this one, which knows up to {FORMAT}")
-    if kind not in READABLE or not isinstance(data.get("entries"), list):
+    if type(kind) is not int or kind not in READABLE or not isinstance(data.get("entries"), list):
         raise _unreadable(path, "another kind of file")
     return list(data["entries"])
 
