@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,24 +16,26 @@ from ..memory.advice import check_fits
 from ..memory.certificate import Certificate, Check, certify
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.residency import residency_of
-from ..parallel.measured import find_rates
 from .planning import this_hardware
+from .settled import settled_rates
 
 if TYPE_CHECKING:
+    from ..parallel.rates import Measured
     from .setup import RunSettings
     from .spec import ModelSpec
 
 
-def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device) -> Ledger:
+def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, run_dir: Path | None = None) -> Ledger:
     """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
 
+    `run_dir` keeps the measured rates it goes by, for later attempts.
     PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
     """
     told: list[Ledger | UserError | str | None] = [None]
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            ledger = _ledger(config, spec, device)
+            ledger = _ledger(config, spec, settled_rates(config, this_hardware(device), run_dir))
             check_fits(ledger)
             told[0] = ledger
         except UserError as error:
@@ -51,7 +54,7 @@ def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device) ->
     return answer
 
 
-def _ledger(config: RunSettings, spec: ModelSpec, device: torch.device) -> Ledger:
+def _ledger(config: RunSettings, spec: ModelSpec, measured: Measured | None) -> Ledger:
     return build_ledger(
         spec=spec,
         parallel=config.parallel,
@@ -60,7 +63,7 @@ def _ledger(config: RunSettings, spec: ModelSpec, device: torch.device) -> Ledge
         data=config.data,
         cluster=config.cluster,
         residency=residency_of(config.optim),
-        measured=find_rates(config.parallel.profile, config.cluster, this_hardware(device), config.memory.offload_dir),
+        measured=measured,
     )
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -346,7 +346,8 @@ class _Run:
         self.session.engine.save(self.done, extra, final=final)
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
         if refitted is not None:
-            save_profile(self.run_dir / DEFAULT_FILE, refitted)
+            known = self.session.ledger.setting.measured
+            save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
 
     def _check_saved(self, *, mirrored: bool) -> None:
         """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""

@@ -109,7 +109,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = agreed_ledger(config, spec, device)
+    ledger = agreed_ledger(config, spec, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)

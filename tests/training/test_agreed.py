@@ -11,8 +11,11 @@ import torch.distributed as dist
 from efflaunch.errors import PlanError
 from efflaunch.launcher.compose import compose
 from efflaunch.memory.offload.checks import FreeMemory
+from efflaunch.parallel.profile import Profile, ProfileKey, save_profile
+from efflaunch.parallel.rates import Copies, MachineRates
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training import certified, oom
+from efflaunch.training.settled import settled_rates
 from efflaunch.training.spec import model_spec
 
 QUICK = ["+experiment=quickstart", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=8K"]
@@ -72,3 +75,29 @@ def test_the_full_nodes_own_words_are_told_everywhere(pool):
     texts = pool.run(_host_error, [*QUICK, "memory=recompute"], ranks=2)
     assert texts[0] == texts[1]
     assert "host memory, on node1, the node of rank 1, after step 3: found 5.0 MiB left (limit of node 1)" in texts[0]
+
+
+def test_a_run_goes_on_with_the_rates_it_began_with(tmp_path, monkeypatch):
+    """As with its cost model: until parallel.profile names a file, or the machine is another one."""
+    monkeypatch.chdir(tmp_path)
+    begun, config = tmp_path / "run", compose(QUICK)
+    begun.mkdir()
+    assert settled_rates(config, "a processor", begun) is None
+    save_profile(tmp_path / "profile.yaml", _profile(1e9))
+    assert settled_rates(config, "a processor", begun) is None, "settled without"
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    first = settled_rates(config, "a processor", fresh)
+    assert first is not None and first.rates.host_update == 1e9 and settled_rates(config, "a processor", None) == first
+    save_profile(tmp_path / "profile.yaml", _profile(2e9))
+    assert settled_rates(config, "a processor", fresh) == first
+    named = settled_rates(compose([*QUICK, "parallel.profile=profile.yaml"]), "a processor", fresh)
+    assert named is not None and named.rates.host_update == 2e9
+    assert settled_rates(config, "another processor", fresh) is None
+
+
+def _profile(rate: float) -> Profile:
+    copies = (Copies(out=rate, back=rate, both_out=rate, both_back=rate),) * 2
+    rates = MachineRates(device="cpu", ranks_per_node=2, link=copies, device_update=rate, host_update=rate)
+    key = ProfileKey(hardware="a processor", ranks="1 node x 2 ranks", model="m", versions="v")
+    return Profile(key=key, degrees=(), overhead_s=0.0, gather_s=0.0, empty_s=0.0, step_s=0.0, rates=rates)
