@@ -122,6 +122,7 @@ class Prober:
         store = host_store(ledger.setting, device)
         self.model, self.updater = build_trained(config, ledger.setting.policy, self.topology.mesh, device, store, load=False)
         self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
+        self.setting = ledger.setting
         self.cost: CostModel = cost_model_of(ledger.setting)
 
     def profile(self, seconds: float) -> Profile:

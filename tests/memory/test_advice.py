@@ -90,7 +90,7 @@ SHORT_OF_HOST = make_ledger(
     length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=30 * GIB, host_memory_bytes=60 * GIB)
 )
 ALST = MemoryConfig(name="alst", layer_input=Place.HOST, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE, chunk_tokens=4 * K)
-GIVEN_HOST = make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(host_memory_bytes=60 * GIB), memory=ALST)
+GIVEN_HOST = make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(host_memory_bytes=140 * GIB), memory=ALST)
 
 
 def moved(ledger: Ledger) -> dict[str, list[Change]]:
@@ -139,7 +139,7 @@ WORDS: dict[str, list[str]] = {
     "1M, small host": ["+experiment=llama8b_1M", "memory=alst", "cluster.host_memory_bytes=60GiB"],
     "keep": ["+experiment=llama8b_128k_sft", "memory=keep", "cluster.device_memory_bytes=40GiB"],
     "quickstart": ["+experiment=quickstart", "cluster.device_memory_bytes=600MiB"],
-    "70B": ["+experiment=llama70b_512k", "cluster.num_nodes=1"],
+    "70B": ["+experiment=llama70b_512k", "cluster.device_memory_bytes=30GiB"],
 }
 
 
