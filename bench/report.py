@@ -168,7 +168,7 @@ def _update(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Predicted and measured updates",
         "",
-        f"AdamW over {result['parameters'] / 1e6:.1f} million float32 weights, sharded over {result['ranks']} gloo ranks of one thread each:",
+        f"AdamW over {result['parameters'] / 1e6:.1f} million float32 weights, sharded over {result['ranks']} gloo ranks, one thread each:",
         "the estimate by rates measured just before, and what an update adds to an empty backward pass.",
         f"Medians of {result['rounds']} rounds; ratios are taken within a round, for the machine's speed changes between them.",
         "",
