@@ -185,7 +185,7 @@ def rebuilt(s: Setting, **changes: Any) -> Ledger:
         (2.8, -0.2, {}, {"GPU", "host"}),
         (2.8, 64.0, {"host_link_bandwidth": 4e9}, {"GPU", "link"}),
         (3.0, 0.2, {"host_link_bandwidth": 4e9}, {"GPU"}),
-        (2.8, 64.0, {"host_budget": GIB // 8}, {"GPU", "memory.host_budget"}),
+        (2.8, 64.0, {"host_budget": 300 << 20}, {"GPU", "memory.host_budget"}),
         (3.4, 0.4, {}, {"GPU"}),
     ],
 )
