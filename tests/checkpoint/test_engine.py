@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efflaunch.checkpoint import engine as engine_module
 from efflaunch.checkpoint import files
+from efflaunch.checkpoint import parts as parts_module
 from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError
 from efflaunch.checkpoint.engine import CheckpointEngine, Restored, SaveReport
 from efflaunch.errors import CheckpointError
@@ -411,7 +411,7 @@ def test_a_read_only_mount_is_refused_at_the_start(tmp_path: Path) -> None:
 
 
 def _own_disk_per_node(folder: Path) -> None:
-    engine_module.SEEN_S = 0.2  # type: ignore[attr-defined]
+    parts_module.SEEN_S = 0.2  # type: ignore[attr-defined]
     Run(folder if dist.get_rank() == 0 else folder / "elsewhere")
 
 

@@ -1,0 +1,176 @@
+"""A flusher's way to the keepers of its rank's image: one connection and one thread for each. No torch.
+
+Training never waits for it: what is not there when the next save begins is given up.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .stream import Address, Message, Stream, connect
+
+
+def _nothing() -> None:
+    pass
+
+
+class Copying:
+    """One attempt's image on its way to every one of its keepers; `said(error)` is called once, at its end."""
+
+    def __init__(self, attempt: str, senders: list[Sender], said: Callable[[str | None], None]) -> None:
+        self.attempt, self.senders = attempt, senders
+        self._left, self._said = len(senders), said
+        self._over = False
+        self._lock = threading.Lock()
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+    def begin(self, message: Message) -> None:
+        for sender in self.senders:
+            sender.put(_Item(self, message))
+
+    def chunk(self, file: str, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        """`done` once for each keeper, when the bytes are no longer needed."""
+        for sender in self.senders:
+            sender.put(_Item(self, {"do": "chunk", "file": file, "offset": offset}, data, done))
+
+    def end(self, manifest: bytes) -> None:
+        for sender in self.senders:
+            sender.put(_Item(self, {"do": "end"}, memoryview(manifest)))
+
+    def arrived(self) -> None:
+        """At one keeper."""
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0 and not self._over
+            self._over = self._over or last
+        if last:
+            self._said(None)
+
+    def give_up(self, why: str) -> None:
+        """No effect on one that is over. Whoever sends it stops."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+        for sender in self.senders:
+            sender.interrupt(self)
+        self._said(why)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    copying: Copying
+    message: Message
+    data: memoryview | None = None
+    done: Callable[[], None] = _nothing
+
+
+class Sender:
+    """To one keeper, in order."""
+
+    def __init__(self, address: Address, node: str, timeout_s: float) -> None:
+        """`timeout_s`: longest silence of the other end."""
+        self.address, self._node, self._timeout_s = address, node, timeout_s
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._stream: Stream | None = None
+        self._current: Copying | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def put(self, item: _Item) -> None:
+        self._queue.put(item)
+
+    def interrupt(self, copying: Copying) -> None:
+        """Whatever it is sending of that."""
+        with self._lock:
+            if self._current is copying and self._stream is not None:
+                self._stream.interrupt()
+
+    def close(self, *, wait: bool) -> None:
+        """After what was put; `wait`: until then."""
+        self._queue.put(None)
+        if wait:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            with self._lock:
+                self._current = item.copying
+            try:
+                if not item.copying.is_over:
+                    self._do(item)
+            except OSError as error:
+                self._hang_up()
+                item.copying.give_up(f"the keeper at {self.address.node} ({self.address.host}:{self.address.port}): {error}")
+            finally:
+                item.done()
+                with self._lock:
+                    self._current = None
+        self._hang_up()
+
+    def _do(self, item: _Item) -> None:
+        do = item.message["do"]
+        if do == "begin" and self._stream is None:
+            stream = connect(self.address, self._node, self._timeout_s)
+            with self._lock:
+                self._stream = stream
+        if self._stream is None:
+            raise OSError("the connection was lost")
+        if do == "begin":
+            self._stream.ask(item.message)
+        elif do == "chunk":
+            assert item.data is not None
+            self._stream.send(item.message, item.data)
+        else:
+            assert item.data is not None
+            self._stream.ask(item.message, item.data)
+            item.copying.arrived()
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+
+class Senders:
+    """Of one flusher: those of the newest attempt's keepers stay connected."""
+
+    def __init__(self, said: Callable[[str, str | None], None]) -> None:
+        """`said(attempt, error)`: how it went; error None: every keeper has all of it."""
+        self._said = said
+        self._senders: dict[Address, Sender] = {}
+        self.current: Copying | None = None
+
+    def begin(self, message: dict[str, Any]) -> Copying | None:
+        """From a flusher's `begin`; None where no replica is asked for. The one before is given up where it is not there yet."""
+        if self.current is not None:
+            self.current.give_up("not there when the next save began")
+        wanted: dict[str, Any] | None = message.get("replica")
+        self.current = None
+        if wanted is None:
+            return None
+        attempt, facts = str(message["attempt"]), message["facts"]
+        addresses = [Address.from_json(fields) for fields in wanted["keepers"]]
+        for gone in self._senders.keys() - set(addresses):
+            self._senders.pop(gone).close(wait=False)
+        for address in addresses:
+            if address not in self._senders:
+                self._senders[address] = Sender(address, str(wanted["node"]), float(wanted["timeout_s"]))
+        self.current = Copying(attempt, [self._senders[a] for a in addresses], lambda error: self._said(attempt, error))
+        begin = {"do": "begin", "attempt": attempt, "agreed": wanted["agreed"], "files": message["files"]}
+        self.current.begin({**begin, "step": facts["step"], "rank": facts["rank"], "world_size": facts["world_size"]})
+        return self.current
+
+    def close(self) -> None:
+        """When all that was put is there, or lost."""
+        for sender in self._senders.values():
+            sender.close(wait=True)
