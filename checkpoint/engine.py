@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 CLOSE_S = 5.0
 _WARM_UP_CALL = 2
 """At the second update the optimizer has its states: memory for snapshots is made ready before the first save needs it."""
-__all__ = ["CheckpointEngine", "Restored", "SaveReport"]
+__all__ = ["CheckpointEngine", "ReplicaReport", "Restored", "SaveReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +210,12 @@ class CheckpointEngine:
         """The process that writes this rank's files; None before the first save."""
         flusher = self._saver.flusher if self._saver is not None else None
         return flusher.pid if flusher is not None else None
+
+    @property
+    def keeper_pid(self) -> int | None:
+        """The process that keeps images of ranks in memory; None without replicas."""
+        keeper = self._replicas.keeper if self._replicas is not None else None
+        return keeper.pid if keeper is not None else None
 
     def restore(self) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.

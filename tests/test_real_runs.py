@@ -138,6 +138,37 @@ def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
     assert not [pid for pid in flushers if is_alive(pid)]
 
 
+def test_killed_ranks_go_on_from_memory_and_are_bit_equal(place, reference):
+    """With replicas, though storage takes its time: what was saved in memory alone is used, and then put on disk."""
+    process = train(place, "checkpoint.replica=peer")
+    wait_for_step(place, process, 8)
+    pids = descendants(process.pid)
+    assert len([pid for pid in pids if "replica.keeper" in command(pid)]) == 2
+    others = [pid for pid in pids if "efflaunch.checkpoint" not in command(pid)]
+    ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
+    os.kill(ranks[-1], signal.SIGKILL)
+    finish(process, place)
+    assert losses(place) == losses(reference)
+    starts = [event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "start"]
+    assert len(starts) == 2 and starts[1]["restored_from"].startswith("the memory of")
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
+    process = train(place, "checkpoint.replica=peer")
+    wait_for_step(place, process, 8)
+    pids = descendants(process.pid)
+    agents = [pid for pid in pids if "launcher.agent" in command(pid) and psutil.Process(pid).ppid() == process.pid]
+    os.kill(agents[0], signal.SIGKILL)
+    process.wait(200)
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "processes outlived the agent"
+        time.sleep(0.1)
+    run(place, "resume", "runs/run")
+    assert losses(place) == losses(reference)
+
+
 def test_everything_killed_then_resumed_is_bit_equal(place, reference):
     process = train(place)
     wait_for_step(place, process, 12)

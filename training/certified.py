@@ -52,7 +52,7 @@ def _ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
         train=config.train,
         data=config.data,
         cluster=config.cluster,
-        residency=residency_of(config.optim),
+        residency=residency_of(config.optim, config.checkpoint),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.engine import Restored, SaveReport
+from ..checkpoint.engine import ReplicaReport, Restored, SaveReport
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
 from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
@@ -39,7 +38,7 @@ from .optimizers.check import describe, inexact
 from .optimizers.updater import Gradients
 from .planning import Costs, StepPlanner, Totals, settle_costs
 from .schedule import learning_rate
-from .setup import RunSettings, Session, build_session, closing_store, join_ranks
+from .setup import RunSettings, Session, build_session, closing_store, join_ranks, plain_config
 from .spec import num_parameters
 from .step import Work, backward_step, count_targets, read_step, step_shape
 
@@ -98,20 +97,21 @@ class _Run:
         self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None, arena: Arena | None = None
     ) -> None:
         self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
-        self.session: Session = build_session(config, run_dir, device, self._on_save)
+        self.session: Session = build_session(config, run_dir, device, self._on_save, self._on_replica)
         restored = self.session.engine.restore()
         self.done = restored.step if restored is not None else 0
         self.first_loss: float | None = restored.extra.get("first_loss") if restored is not None else None
         self.last_loss: float | None = restored.extra.get("last_loss") if restored is not None else None
         self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
         self.peak_bytes: list[int] = []
-        self.saved = self.asked = self.done if restored is not None else -1
+        self.saved = self.asked = self.done if restored is not None and restored.is_durable else -1
+        self.only_in_memory = restored is not None and not restored.is_durable
         if restored is not None:
             self.session.updater.weights_changed()
             self.session.updater.resume(restored.extra.get("updater", {}))
         self.save_error = ""
         self.step_s: list[float] = []
-        self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         extra = restored.extra if restored is not None else {}
         self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
@@ -153,6 +153,7 @@ class _Run:
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
+            self._secure()
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 last = self.done == self.config.train.steps
@@ -341,6 +342,7 @@ class _Run:
             "costs": self.costs.dump(),
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
+            "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
             "updater": self.session.updater.carry(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
@@ -348,6 +350,13 @@ class _Run:
         refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
         if refitted is not None:
             save_profile(self.run_dir / DEFAULT_FILE, refitted)
+
+    def _secure(self) -> None:
+        """What was restored from memory goes to disk first of all."""
+        if self.only_in_memory:
+            self._save(final=True)
+            if self.done == self.config.train.steps:
+                self._check_saved(mirrored=True)
 
     def _host_error(self) -> OutOfMemory:
         assert self.low_on_host is not None
@@ -375,6 +384,9 @@ class _Run:
         facts = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s, "mode": report.mode}
         self.metrics.write("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
 
+    def _on_replica(self, report: ReplicaReport) -> None:
+        self.metrics.write("replica", step=report.step, error=report.error, replica_s=report.replica_s)
+
     def _write_start(self, restored: Restored | None) -> None:
         self.metrics.write(
             "start",
@@ -393,6 +405,7 @@ class _Run:
             memory=list(self.certified.certificate.policy),
             certificate=asdict(self.certified.certificate),
             resumed_from=self.done if restored is not None else None,
+            restored_from=restored.origin if restored is not None else None,
             skipped_checkpoints=list(restored.skipped) if restored is not None else [],
             data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),
         )
@@ -409,9 +422,3 @@ class _Run:
             drift=self.measured.summary(),
             late_plans=self.planner.totals.late,
         )
-
-
-def _plain(config: RunSettings) -> dict[str, Any]:
-    """The configuration as JSON, for sinks that show it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
-    return plain
