@@ -4,8 +4,8 @@ It shares the snapshot pool with its trainer and outlives it: when the trainer i
 been handed over are still written, and the next start commits them (files.adopt). It imports no torch, ignores stop
 signals, and ends when the socket does and nothing is left to write.
 
-Messages in: `pool` (with its descriptor), `begin`, `chunk`, `end`, `cancel`. Out: `free` (a segment may be reused),
-`done` (an attempt is durable here, or why not), `replicated` (every keeper has its image, or why not).
+Messages in: `pool` (with its descriptor), `begin`, `chunk`, `end`, `cancel`, `press` (the pool is full). Out: `free` (a segment
+may be reused), `done` (an attempt is durable here, or why not), `replicated` (every keeper has its image, or why not).
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class Flusher:
                 view = memoryview(mmap.mmap(descriptor, message["num_bytes"]))
                 self.pools[0] = (view, int(message["segment_bytes"]))
                 os.close(descriptor)
+                continue
+            if message is not None and message["do"] == "press":
+                self.senders.press()
                 continue
             if message is not None and message["do"] == "cancel":
                 self.cancelled.add(message["attempt"])

@@ -165,7 +165,13 @@ class Saver:
         if not self.ring.num_free:
             # What is in the pool must go out, or nothing comes free.
             self._hand_over(flusher, pending, wait=True)
-        ticket = self.ring.acquire(lambda: attempt.cancelled or attempt.settled.is_set() or not flusher.is_alive)
+
+        def given_up() -> bool:
+            if attempt.replica is not None and flusher.is_alive:
+                flusher.send({"do": "press"})
+            return attempt.cancelled or attempt.settled.is_set() or not flusher.is_alive
+
+        ticket = self.ring.acquire(given_up)
         if ticket is None:
             if attempt.cancelled:
                 raise CancelledError

@@ -1,17 +1,20 @@
 """A flusher's way to the keepers of its rank's image: one connection and one thread for each. No torch.
 
-Training never waits for it: what is not there when the next save begins is given up.
+Training does not wait for it: what is not there when the next save begins is given up, and so is what a keeper does not take
+for STUCK_S while the snapshot needs the memory.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from .stream import Address, Message, Stream, connect
+
+STUCK_S = 1.0
 
 
 def _nothing() -> None:
@@ -25,6 +28,7 @@ class Copying:
         self.attempt, self.senders = attempt, senders
         self._left, self._said = len(senders), said
         self._over = False
+        self._items: list[_Item] = []
         self._lock = threading.Lock()
 
     @property
@@ -33,16 +37,26 @@ class Copying:
 
     def begin(self, message: Message) -> None:
         for sender in self.senders:
-            sender.put(_Item(self, message))
+            self._put(sender, _Item(self, message))
 
     def chunk(self, file: str, offset: int, data: memoryview, done: Callable[[], None]) -> None:
         """`done` once for each keeper, when the bytes are no longer needed."""
         for sender in self.senders:
-            sender.put(_Item(self, {"do": "chunk", "file": file, "offset": offset}, data, done))
+            self._put(sender, _Item(self, {"do": "chunk", "file": file, "offset": offset}, data, done))
 
     def end(self, manifest: bytes) -> None:
         for sender in self.senders:
-            sender.put(_Item(self, {"do": "end"}, memoryview(manifest)))
+            self._put(sender, _Item(self, {"do": "end"}, memoryview(manifest)))
+
+    def _put(self, sender: Sender, item: _Item) -> None:
+        with self._lock:
+            over = self._over
+            if not over:
+                self._items.append(item)
+        if over:
+            item.release()
+        else:
+            sender.put(item)
 
     def arrived(self) -> None:
         """At one keeper."""
@@ -50,6 +64,8 @@ class Copying:
             self._left -= 1
             last = self._left == 0 and not self._over
             self._over = self._over or last
+            if last:
+                self._items.clear()
         if last:
             self._said(None)
 
@@ -59,17 +75,29 @@ class Copying:
             if self._over:
                 return
             self._over = True
+            items, self._items = self._items, []
+        for item in items:
+            if item.take():
+                # What waits behind something that hangs is not needed any more.
+                item.release()
         for sender in self.senders:
             sender.interrupt(self)
         self._said(why)
 
 
-@dataclass(frozen=True, slots=True)
 class _Item:
-    copying: Copying
-    message: Message
-    data: memoryview | None = None
-    done: Callable[[], None] = _nothing
+    """Taken once: by its sender, or by who gives it up."""
+
+    def __init__(self, copying: Copying, message: Message, data: memoryview | None = None, done: Callable[[], None] = _nothing) -> None:
+        self.copying, self.message, self.data = copying, message, data
+        self.release = done
+        self._taken = False
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        with self._lock:
+            first, self._taken = not self._taken, True
+            return first
 
 
 class Sender:
@@ -80,7 +108,8 @@ class Sender:
         self.address, self._node, self._timeout_s = address, node, timeout_s
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._stream: Stream | None = None
-        self._current: Copying | None = None
+        self._current: tuple[Copying, float] | None = None
+        """What it sends, and since when."""
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -91,8 +120,13 @@ class Sender:
     def interrupt(self, copying: Copying) -> None:
         """Whatever it is sending of that."""
         with self._lock:
-            if self._current is copying and self._stream is not None:
+            if self._current is not None and self._current[0] is copying and self._stream is not None:
                 self._stream.interrupt()
+
+    def stuck_s(self) -> float:
+        """How long it has been at one message."""
+        current = self._current
+        return 0.0 if current is None else time.monotonic() - current[1]
 
     def close(self, *, wait: bool) -> None:
         """After what was put; `wait`: until then."""
@@ -102,8 +136,10 @@ class Sender:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
+            if not item.take():
+                continue
             with self._lock:
-                self._current = item.copying
+                self._current = (item.copying, time.monotonic())
             try:
                 if not item.copying.is_over:
                     self._do(item)
@@ -111,7 +147,7 @@ class Sender:
                 self._hang_up()
                 item.copying.give_up(f"the keeper at {self.address.node} ({self.address.host}:{self.address.port}): {error}")
             finally:
-                item.done()
+                item.release()
                 with self._lock:
                     self._current = None
         self._hang_up()
@@ -169,6 +205,15 @@ class Senders:
         begin = {"do": "begin", "attempt": attempt, "agreed": wanted["agreed"], "files": message["files"]}
         self.current.begin({**begin, "step": facts["step"], "rank": facts["rank"], "world_size": facts["world_size"]})
         return self.current
+
+    def press(self) -> None:
+        """The snapshot waits for memory: who keeps it waiting?"""
+        current = self.current
+        if current is None or current.is_over:
+            return
+        for sender in current.senders:
+            if sender.stuck_s() > STUCK_S:
+                current.give_up(f"the keeper at {sender.address.node} takes nothing, and the snapshot needs the memory")
 
     def close(self) -> None:
         """When all that was put is there, or lost."""
