@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -70,7 +71,7 @@ class Flusher:
 
     def run(self) -> None:
         """Until the trainer's end is closed and all that was handed over is written."""
-        writer = threading.Thread(target=self._write_all)
+        writer = threading.Thread(target=self._write_all_or_end)
         writer.start()
         while True:
             message, descriptor = receive(self.sock)
@@ -89,6 +90,14 @@ class Flusher:
             if message is None:
                 break
         writer.join()
+
+    def _write_all_or_end(self) -> None:
+        try:
+            self._write_all()
+        except BaseException:
+            # A mistake of ours: the trainer hears of a dead process, not of nothing.
+            traceback.print_exc()
+            os._exit(1)
 
     def _write_all(self) -> None:
         while (message := self.work.get()) is not None:
@@ -140,7 +149,9 @@ class Flusher:
         attempt = self._of(name)
         if attempt is None:
             return
-        wait(attempt.parts)
+        for part in attempt.parts:
+            # A mistake of ours ends this process: nobody may take such an attempt for good.
+            part.result()
         self._check_wanted(name)
         if attempt.error is None:
             if self.copying is not None:

@@ -42,7 +42,7 @@ class Keeper:
         self.num_callers = 0
         self._lock = threading.Lock()
         self.here = _listen_here(path)
-        self.there = socket.create_server((host, 0))
+        self.there = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port = int(self.there.getsockname()[1])
         self._bell, self._rope = os.pipe()
 

@@ -110,6 +110,8 @@ class Sender:
         self._stream: Stream | None = None
         self._current: tuple[Copying, float] | None = None
         """What it sends, and since when."""
+        self._interrupted = False
+        """The connection is of no use any more, whether or not somebody has noticed."""
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -122,6 +124,7 @@ class Sender:
         with self._lock:
             if self._current is not None and self._current[0] is copying and self._stream is not None:
                 self._stream.interrupt()
+                self._interrupted = True
 
     def stuck_s(self) -> float:
         """How long it has been at one message."""
@@ -154,6 +157,8 @@ class Sender:
 
     def _do(self, item: _Item) -> None:
         do = item.message["do"]
+        if do == "begin" and self._interrupted:
+            self._hang_up()
         if do == "begin" and self._stream is None:
             stream = connect(self.address, self._node, self._timeout_s)
             with self._lock:
@@ -172,7 +177,7 @@ class Sender:
 
     def _hang_up(self) -> None:
         with self._lock:
-            stream, self._stream = self._stream, None
+            stream, self._stream, self._interrupted = self._stream, None, False
         if stream is not None:
             stream.close()
 

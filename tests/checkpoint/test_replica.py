@@ -277,13 +277,16 @@ def test_a_keeper_that_hangs_costs_replicas_and_nothing_else(pool: RankPool, tmp
         assert heard[0] == (1, None) and {step for step, error in heard[1:] if error is not None} == {2, 3}
 
 
-def test_a_save_that_fails_leaves_no_replica_and_the_one_before_stays(tmp_path: Path) -> None:
-    state, engine = _engine(tmp_path, fault="chunk=EIO@9", keep_last=9)
-    for step in range(1, 4):
+@pytest.mark.parametrize("fault", ["opened=EIO@2", "chunk=EIO@40"])
+def test_a_save_that_fails_leaves_no_replica_and_the_one_before_stays(tmp_path: Path, fault: str) -> None:
+    state, engine = _engine(tmp_path, fault=fault, keep_last=99)
+    replicated = 0
+    for step in range(1, 9):
         _step(state, engine, step)
-    failed = [report.step for report in state.reports if report.error is not None]
-    assert failed and failed[0] in (2, 3)
-    assert engine.replicated == (3 if failed == [2] else 2)
+        if state.reports[-1].error is None:
+            replicated = step
+        assert engine.replicated == replicated, step
+    assert [report.error is not None for report in state.reports].count(True) == 1 and state.reports[0].error is None
     engine.close()
 
 
