@@ -173,6 +173,8 @@ class _Life:
         self.point = point or chance.choice((*FLUSHER_POINTS, *COMMIT_POINTS))
         self.victim = 0 if self.point in RANK_0_POINTS else chance.randrange(RANKS)
         self.fault = f"{self.point}=kill@{chance.randint(2, 6)}" if self.kind == "point" else ""
+        self.flusher = 0
+        """The victim's first."""
         self.saves = chance.randint(1, 4)
         self.delay_s = chance.uniform(0, 0.15)
 
@@ -198,21 +200,31 @@ class _Life:
 
     def _end(self, ranks: list[Any], last: bool) -> None:
         deadline = time.monotonic() + _LIFE_S
-        first = None
         while all(rank.is_alive() for rank in ranks):
             steps = self._read()["steps"]
-            first = steps if first is None else first
             if not last and self.kind != "point" and len(steps) >= self.saves:
                 time.sleep(self.delay_s)
                 self._kill(ranks)
-                if self.kind not in ("flusher", "keeper"):
-                    return
-                # Both are survived: the same ranks go on and save again.
+                if self.kind in ("flusher", "keeper"):
+                    # Both are survived: the same ranks go on and save again.
+                    self._wait_for_more(ranks, len(steps), deadline)
+                return
+            if self.kind == "point" and self._flusher_died():
                 self._wait_for_more(ranks, len(steps), deadline)
                 return
             if time.monotonic() > deadline:
+                _note(self.notes / "problem-end", f"failed: {self.kind} {self.fault}: nothing happened in {_LIFE_S:.0f} s")
                 return
-            time.sleep(0.01)
+            time.sleep(0.005)
+
+    def _flusher_died(self) -> bool:
+        """That of the victim, by the fault it was given."""
+        path = self.notes / f"flusher-{self.victim}"
+        if path.exists():
+            pid = int(path.read_text())
+            self.flusher = self.flusher or pid
+            return pid != self.flusher or not Path(f"/proc/{pid}").exists()
+        return False
 
     def _kill(self, ranks: list[Any]) -> None:
         if self.kind in ("flusher", "keeper"):
@@ -228,7 +240,7 @@ class _Life:
             if time.monotonic() > deadline:
                 _note(self.notes / "problem-end", f"failed: no save after the death of a {self.kind}")
                 return
-            time.sleep(0.01)
+            time.sleep(0.005)
 
     def _read(self) -> dict[str, Any]:
         """What the ranks wrote down."""
