@@ -21,11 +21,16 @@ ANSWER_S = 10.0
 _MODULE = f"{__package__}.keeper"
 
 
-def meeting_folder(directory: Path, node: str) -> Path:
-    """Of the keepers of one run on one node; only its user may enter. OSError where that cannot be had."""
+def meeting_path(directory: Path, node: str) -> Path:
+    """Where the keepers of one run on one node are met, if there are any."""
     base = Path(tempfile.gettempdir()) / f"efflaunch-{os.getuid()}"
-    folder = base / f"{digest(str(directory).encode())}-{digest(node.encode())[:6]}"
-    for path in (base, folder):
+    return base / f"{digest(str(directory.absolute()).encode())}-{digest(node.encode())[:6]}"
+
+
+def meeting_folder(directory: Path, node: str) -> Path:
+    """As meeting_path, made; only its user may enter. OSError where that cannot be had."""
+    folder = meeting_path(directory, node)
+    for path in (folder.parent, folder):
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
