@@ -79,12 +79,13 @@ class Replicas:
             self._turn_off(failure)
             return
         assert self.keeper is not None
-        told = peers.gather((self.node, self.keeper.address.to_json(), seen[0]))
-        self.nodes = [node for node, _, _ in told]
-        self._addresses = [Address.from_json(fields) for _, fields, _ in told]
-        held = {(image.attempt, image.rank, image.address): image for _, _, (images, _) in told for image in images}
-        self._held_bytes = max((num_bytes for node, _, (_, num_bytes) in told if node == self.node), default=0)
-        self.found, self.passed_over = solve_set(list(held.values()))
+        told = peers.gather((self.node, self.keeper.address.to_json()))
+        self.nodes = [node for node, _ in told]
+        self._addresses = [Address.from_json(fields) for _, fields in told]
+        images, self._held_bytes = seen[0]
+        # One rank of each node tells what its keepers hold.
+        held = [image for found in peers.gather(images if self._is_first() else []) for image in found]
+        self.found, self.passed_over = solve_set(held)
         if self.found is not None:
             self._agreed = self.found.attempt
 
@@ -120,10 +121,14 @@ class Replicas:
 
     def _unclaimed(self) -> list[Path]:
         """Keepers of ranks that this life has elsewhere, or not at all; one rank of the node sees to them."""
-        here = [rank for rank, node in enumerate(self.nodes) if node == self.node]
-        if self.peers.rank != here[0]:
+        if not self._is_first():
             return []
-        return [path for path in self._folder.glob("keeper-*") if path.name not in {f"keeper-{rank}" for rank in here}]
+        here = {f"keeper-{rank}" for rank, node in enumerate(self.nodes) if node == self.node}
+        return [path for path in self._folder.glob("keeper-*") if path.name not in here]
+
+    def _is_first(self) -> bool:
+        """Of the ranks of this node."""
+        return self.nodes.index(self.node) == self.peers.rank
 
     def check_room(self, state_bytes: int) -> None:
         """Turns replicas off on all ranks where a node has too little memory for them. Collective; before the first image."""

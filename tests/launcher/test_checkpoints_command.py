@@ -93,5 +93,6 @@ def test_what_is_in_memory_alone_is_listed_and_is_no_checkpoint(run_dir: Path, c
     # Damage on disk is not made good by memory.
     assert any(row["state"] == "replicated" for row in _rows(capsys, str(run_dir), expect=93))
     assert main(["checkpoints", str(run_dir)]) == 93
+    assert "replicated" in capsys.readouterr().out
     engine.close()
     assert not [row for row in _rows(capsys, str(run_dir), expect=93) if row["state"] == "replicated"]
