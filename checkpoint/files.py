@@ -182,6 +182,9 @@ def commit(temporary: Path, *, votes: dict[int, str] | None = None, at: Callable
     """
     manifests = _votes_on_disk(temporary, votes)
     first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
+    for half in temporary.glob("*.part"):
+        # Of a commit that was cut off; it is no part of the checkpoint.
+        half.unlink()
     files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.name != COMMIT_FILE}
     record = {"format": FORMAT, "step": first.step, "attempt": first.attempt, "time": time.time(), "world_size": first.world_size}
     record |= {"files": files, "manifests": manifests}

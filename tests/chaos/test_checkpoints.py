@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import select
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,51 +16,13 @@ from efflaunch.bench.chaos import DAMAGES, State, fault_trials, kill_trials
 from efflaunch.checkpoint import files
 from efflaunch.checkpoint.faults import COMMIT_POINTS, FLUSHER_POINTS
 from efflaunch.checkpoint.verify import damage
+from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.ranks import RankPool
-
-SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/types.h>
-#include <unistd.h>
-/* SHIM_MODE: short (every write to a file takes part of it), eio (the N-th fails), fsync (the N-th fails), eintr,
-   slow (every write and fsync takes its time). N: SHIM_AT. */
-static int calls, syncs;
-static int mode(const char *name) { const char *m = getenv("SHIM_MODE"); return m && !strcmp(m, name); }
-static int at(void) { const char *n = getenv("SHIM_AT"); return n ? atoi(n) : 1; }
-ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
-    ssize_t (*real)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pwrite64");
-    calls++;
-    if (mode("eio") && calls == at()) { errno = EIO; return -1; }
-    if (mode("eintr") && calls % 2) { errno = EINTR; return -1; }
-    if (mode("slow")) usleep(100000);
-    if (mode("short") && size > 8192) size = 8192;
-    return real(fd, data, size, offset);
-}
-ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return pwrite64(fd, data, size, offset); }
-int fsync(int fd) {
-    int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
-    syncs++;
-    if (mode("slow")) usleep(100000);
-    if (mode("fsync") && syncs == at()) { errno = EIO; return -1; }
-    return real(fd);
-}
-"""
 
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that makes storage fail under the flusher."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "shim.c").write_text(SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(folder / "shim.so"), str(folder / "shim.c"), "-ldl"], check=True)
-    return folder / "shim.so"
+    return build_shim(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.timeout(600)
