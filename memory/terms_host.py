@@ -18,8 +18,8 @@ def host_terms(s: Setting, device_peak_bytes: int) -> tuple[Term, ...]:
         term("optimizer states on the host", f"{ranks} ranks", ranks * host_optimizer_bytes(s)),
         term("data staging", f"ids and targets of four micro-batches, {ranks} ranks", ranks * 4 * 24 * s.tokens),
         term("system", "operating system and page cache it cannot do without (assumed)", 4 * GIB if s.on_gpu else GIB),
+        replicas(s),
     )
-    made = (*made, replicas(s))
     left = s.cluster.host_memory_bytes - sum(entry.num_bytes for entry in made)
     return tuple(entry for entry in (*made, snapshot(s, max(0, left) // ranks)) if entry.num_bytes)
 

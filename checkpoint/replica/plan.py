@@ -65,7 +65,7 @@ def solve_set(held: Sequence[Held]) -> tuple[ReplicaSet | None, list[str]]:
     by_attempt: dict[tuple[int, str], list[Held]] = defaultdict(list)
     for image in held:
         by_attempt[image.step, image.attempt].append(image)
-    missing = []
+    missing: list[str] = []
     for (step, attempt), images in sorted(by_attempt.items(), reverse=True):
         complete: dict[int, list[Held]] = defaultdict(list)
         for image in images:
