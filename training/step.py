@@ -112,12 +112,14 @@ def backward_step(
         prepare_backward(model, reduce=last or reduce_each, last=last)
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
         tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
-        shares[index] = _micro_batch(model, attention, tokens, _head_loss(objective, work, topology), on_last if last else None)
+        share = _head_loss(objective, work, topology, clocks[index])
+        shares[index] = _micro_batch(model, attention, tokens, share, on_last if last else None)
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
-        nothing = sequence_attention(topology, kernel, None, None, BusyClock(device))
-        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology), on_last)
+        clock = BusyClock(device)
+        nothing = sequence_attention(topology, kernel, None, None, clock)
+        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology, clock), on_last)
     return shares
 
 
@@ -135,14 +137,15 @@ def _micro_batch(
     return loss.detach()
 
 
-def _head_loss(objective: StepObjective, work: Work, topology: Topology) -> HeadLoss:
+def _head_loss(objective: StepObjective, work: Work, topology: Topology, clock: BusyClock) -> HeadLoss:
     """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
     group = work.group
     communicator = None if group is None else topology.group(group.first_rank, group.degree)
 
     def group_sum(value: Tensor) -> Tensor:
         if communicator is not None:
-            dist.all_reduce(value, group=communicator)
+            with clock.waiting():
+                dist.all_reduce(value, group=communicator)
         return value
 
     return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.rank, group_sum=group_sum)
