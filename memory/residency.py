@@ -33,6 +33,10 @@ class Residency:
     """Host memory of a rank for snapshots (checkpoint.pool_bytes); None: found by itself."""
     replicas: bool = False
     """Snapshots are kept in the memory of hosts too (checkpoint.replica)."""
+    clipped: bool = True
+    """Gradients are scaled where their norm is too large."""
+    two_passes: bool = False
+    """Forward and backward run once more, before, for the norm alone."""
 
     def state_bytes(self, master: int) -> float:
         """Of one parameter: both moments, and the master weight where it is not the model's own."""
@@ -53,4 +57,6 @@ def residency_of(optim: OptimConfig, checkpoint: CheckpointConfig | None = None)
         on_host=optim.states.value == "host",
         in_backward=optim.update.value == "backward",
         moment_bytes=MOMENT_BYTES[optim.state_dtype.value],
+        clipped=optim.grad_clip is not None,
+        two_passes=optim.update.value == "backward" and optim.grad_clip is not None and optim.clip_mode.value == "two_pass",
     )
