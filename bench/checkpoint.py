@@ -33,7 +33,18 @@ from typing import Any
 from .record import machine, write_json
 
 PIECE_BYTES = 16 << 20
-CONTESTANTS = ("ours", "ours_unhashed", "torch_save", "dcp", "async_thread", "async_process", "async_staged", "raw", "nothing")
+CONTESTANTS = (
+    "ours",
+    "ours_unhashed",
+    "ours_replicated",
+    "torch_save",
+    "dcp",
+    "async_thread",
+    "async_process",
+    "async_staged",
+    "raw",
+    "nothing",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,16 +184,16 @@ class _Contestants:
     """Everybody's way to save the same tensors; `check` compares our newest checkpoint with what was to be saved."""
 
     def __init__(self, state: _State, folder: Path) -> None:
-        from ..checkpoint.config import CheckpointConfig
+        from ..checkpoint.config import CheckpointConfig, Replica
         from ..checkpoint.engine import CheckpointEngine
 
         self.state, self.folder, self.scratch = state, folder, folder / "theirs"
         self.step = 0
-        config = CheckpointConfig(name="bench", keep_last=1)
         self.reports: list[Any] = []
+        kinds = {"ours": ("", Replica.NONE), "ours_unhashed": ("chunk=unhashed", Replica.NONE), "ours_replicated": ("", Replica.PEER)}
         self.engines = {
             name: CheckpointEngine(
-                config,
+                CheckpointConfig(name="bench", keep_last=1, replica=replica),
                 folder / name,
                 model=state.model,
                 optimizer=state.optimizer,
@@ -190,7 +201,7 @@ class _Contestants:
                 on_save=self.reports.append,
                 fault=fault,
             )
-            for name, fault in (("ours", ""), ("ours_unhashed", "chunk=unhashed"))
+            for name, (fault, replica) in kinds.items()
         }
         self.buffer: mmap.mmap | None = None
 
@@ -198,6 +209,7 @@ class _Contestants:
         return {
             "ours": lambda: self._ours("ours"),
             "ours_unhashed": lambda: self._ours("ours_unhashed"),
+            "ours_replicated": lambda: self._ours("ours_replicated"),
             "torch_save": self._torch_save,
             "dcp": self._dcp,
             "async_thread": lambda: self._async("thread"),
@@ -233,7 +245,7 @@ class _Contestants:
         engine.save(self.step, {})
 
         def until_durable() -> float:
-            engine.wait()
+            engine.wait(replicated=True)
             report = self.reports[-1]
             assert report.error is None, report.error
             return begun + float(report.save_s)

@@ -94,7 +94,7 @@ class KeeperProcess:
     @property
     def is_alive(self) -> bool:
         # It says nothing unasked: what can be read is the end.
-        return not select.select([self._line.sock], [], [], 0)[0]
+        return self._line.sock.fileno() >= 0 and not select.select([self._line.sock], [], [], 0)[0]
 
     def keep(self, attempt: str) -> None:
         """Only images of that one; OSError where it is gone."""
