@@ -132,7 +132,7 @@ class Replicas:
 
     def check_room(self, state_bytes: int) -> None:
         """Turns replicas off on all ranks where a node has too little memory for them. Collective; before the first image."""
-        if self.off is not None:
+        if self.off is not None or self._thread is not None:
             return
         sizes = self.peers.gather(state_bytes)
         needed = held_bytes(self.node, self.nodes, sizes) - self._held_bytes
