@@ -36,5 +36,5 @@ def test_checkpoints_page(tmp_path: Path) -> None:
     assert "tensors, for example" in printed
     work = tmp_path / "work"
     names = {path.name for path in (work / "runs" / "demo" / "checkpoints").iterdir()}
-    assert names == {"step-00000010", "step-00000012"}
-    assert (work / "exported" / "model.safetensors").is_file() and (work / "elsewhere" / "step-00000012" / "COMMIT").is_file()
+    assert names == {"step-00000012", "step-00000014"}
+    assert (work / "exported" / "model.safetensors").is_file() and (work / "elsewhere" / "step-00000014" / "COMMIT").is_file()
