@@ -8,17 +8,16 @@ from pathlib import Path
 
 from ...durable import write_atomic
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
-from ...units import format_seconds
 from .. import state
 from ..config import Config
-from ..metrics_file import Event, MetricsFollower
+from ..metrics_file import MetricsFollower
 from ..rundir import RUN_FILE, holding, make_run_dir
 from ..slurm import control
 from ..slurm.files import cancel_file, submitted_job, write_submission
 from ..slurm.job import queue
 from ..slurm.script import JOB_DIR, BatchJob, check_batch, render_sbatch
 from ..state import RunState, read_state
-from . import Launch, Standing, announce
+from . import Launch, Standing, announce, grace_note
 
 SCRIPT = "job.sbatch"
 _ENDS = {"CANCELLED": "cancelled", "COMPLETED": state.DONE}
@@ -94,16 +93,6 @@ def batch_job(launch: Launch) -> BatchJob:
     """The submission as render_sbatch wants it, with this process's directory and Python."""
     python = launch.config.launcher.slurm.python or sys.executable
     return BatchJob(config=launch.config, run_dir=launch.run_dir.resolve(), work_dir=Path.cwd(), python=python, entry=launch.entry)
-
-
-def grace_note(events: list[Event], grace_s: float) -> str:
-    """What to say where the run's own steps and saves have taken longer than there will be time; else nothing. Pure."""
-    step_s = max((float(event["step_s"]) for event in events if event["event"] == "step" and "step_s" in event), default=0.0)
-    save_s = max((float(event["save_s"]) for event in events if event["event"] == "checkpoint"), default=0.0)
-    if step_s + save_s <= grace_s:
-        return ""
-    taken = f"{format_seconds(step_s)} for a step and {format_seconds(save_s)} for a save"
-    return f"a stop may not end in time: this run has taken up to {taken}, launcher.grace_s={grace_s:g}"
 
 
 def template_text() -> str:

@@ -13,7 +13,8 @@ import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.backends.slurm import grace_note, reconcile, template_text
+from efflaunch.launcher.backends import grace_note
+from efflaunch.launcher.backends.slurm import reconcile, template_text
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.nodes import address
 from efflaunch.launcher.nodes.decide import Limits, Verdict, decide
