@@ -22,7 +22,7 @@ from ..config import Config
 from ..display import Display, make_display
 from ..files import tail_lines
 from ..hang import read_pulses
-from ..lock import Owner, Pulse, holding, is_locked
+from ..lock import Owner, Presence, holding, is_locked
 from ..metrics_file import MetricsFollower
 from ..rundir import RUN_FILE, make_run_dir, store_config
 from ..signals import STOP_SIGNALS, on_stop_signals, stop_signals_held
@@ -99,10 +99,10 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str |
     display = make_display(config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps)
     try:
         with _started(run_dir, lock, entry) as (agent, relay):
-            watcher, pulse = Watcher(run_dir, display, follower, len(initial.attempts)), Pulse(lock)
+            watcher, presence = Watcher(run_dir, display, follower, len(initial.attempts)), Presence(lock)
             while agent.poll() is None:
                 watcher.look(stopping=relay.first is not None)
-                _yield_to(pulse.beat(), agent, display)
+                _yield_to(presence.show(), agent, display)
                 time.sleep(_POLL_S)
             watcher.look(stopping=relay.first is not None)
     finally:
