@@ -9,7 +9,7 @@ from ..checkpoint.config import CheckpointConfig
 from ..memory.config import MemoryConfig
 from ..parallel.config import ClusterConfig, ParallelConfig
 from ..training.config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
-from ..units import Seconds
+from ..units import Nodes, Seconds
 
 
 class Backend(Enum):
@@ -53,6 +53,8 @@ class LauncherConfig:
     """OMP_NUM_THREADS of each rank."""
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
+    nodes: Nodes | None = None
+    """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned anew for as many; None: cluster.num_nodes."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 

@@ -14,6 +14,7 @@ from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
 from .rundir import make_run_id, read_run
 from .schema import dump_config, load_config
+from .sizes import settle_nodes
 from .state import read_state
 
 
@@ -52,8 +53,9 @@ def changed(config: Config, overrides: list[Override], config_dir: str | None) -
         if item.is_group:
             data[item.key] = compose_group(item.key, item.value, config_dir)
         else:
-            _set(data, item.key, yaml.safe_load(item.value))
-    result = load_config(data)
+            # YAML reads 2:4 as minutes and seconds.
+            _set(data, item.key, item.value if item.key == "launcher.nodes" else yaml.safe_load(item.value))
+    result = settle_nodes(load_config(data), [item.key for item in overrides])
     check_config(result)
     return result
 

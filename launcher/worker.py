@@ -20,7 +20,7 @@ from typing import Any
 from ..durable import write_atomic
 from ..errors import EXIT_RETRY, EXIT_USER, UserError
 from .config import Config
-from .rundir import attempt_dir, read_run
+from .rundir import attempt_dir, read_attempt
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 
 TRAIN = f"{__package__.rpartition('.')[0]}.training.run:train"
@@ -42,7 +42,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int) -> int:
     logs, rank = attempt_dir(Path(run_dir), attempt), int(os.environ["RANK"])
     _print_to(logs / f"rank-{rank}.log")
     try:
-        return load_entry(entry)(read_run(Path(run_dir)).config, Path(run_dir), stop)
+        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:
