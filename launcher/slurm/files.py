@@ -1,36 +1,14 @@
-"""What the parts of a job tell each other: words on a command line and small files below RUN_DIR/slurm."""
+"""What the parts of a job tell each other: small files below RUN_DIR/slurm."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..env import SlurmPlace
 from ..files import write_json
 from .script import JOB_DIR
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where the agents of an attempt meet, `3@10.0.0.7:21234`, and how long they wait there, `+300`."""
-
-    attempt: int
-    address: str
-    port: int
-    timeout_s: int
-
-    def __str__(self) -> str:
-        return f"{self.attempt}@{self.address}:{self.port}+{self.timeout_s}"
-
-    @classmethod
-    def parse(cls, text: str) -> Meeting:
-        """ValueError for anything `str` did not make."""
-        attempt, _, rest = text.partition("@")
-        rest, _, timeout_s = rest.partition("+")
-        address, _, port = rest.rpartition(":")
-        return cls(int(attempt), address, int(port), int(timeout_s))
 
 
 def write_submission(run_dir: Path, job: int) -> None:

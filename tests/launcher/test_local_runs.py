@@ -16,7 +16,7 @@ from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.rundir import is_locked, read_run
 from efflaunch.tests.launcher.runs import Run, descendants, is_alive, train, wait_until
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 def losses(run: Run) -> dict[int, float]:

@@ -15,11 +15,12 @@ from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
 from efflaunch.launcher.backends.slurm import grace_note, reconcile, template_text
 from efflaunch.launcher.compose import compose
+from efflaunch.launcher.nodes import address
+from efflaunch.launcher.nodes.decide import Limits, Verdict, decide
+from efflaunch.launcher.nodes.meeting import Meeting
+from efflaunch.launcher.nodes.preflight import NodeFacts, bad_hosts, check_nodes, table
 from efflaunch.launcher.restarts import Outcome
-from efflaunch.launcher.slurm import address, control
-from efflaunch.launcher.slurm.decide import Limits, Verdict, decide
-from efflaunch.launcher.slurm.files import Meeting
-from efflaunch.launcher.slurm.preflight import NodeFacts, bad_hosts, check_nodes, table
+from efflaunch.launcher.slurm import control
 from efflaunch.launcher.slurm.script import BatchJob, check_batch, format_time, render_sbatch
 from efflaunch.launcher.state import ACTIVE, new_state
 

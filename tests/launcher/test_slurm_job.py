@@ -10,9 +10,9 @@ import pytest
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.env import SlurmPlace, slurm_place
+from efflaunch.launcher.nodes.decide import Verdict
 from efflaunch.launcher.rundir import attempt_dir, lock_run
 from efflaunch.launcher.slurm import job
-from efflaunch.launcher.slurm.decide import Verdict
 from efflaunch.launcher.slurm.files import cancel_file, stop_asked, stop_file
 from efflaunch.launcher.state import RunState, end_attempt, read_state, write_state
 

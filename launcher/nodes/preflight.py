@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import UserError
 from ...units import format_bytes
 from ..rundir import RUN_FILE, read_run
-from .script import JOB_DIR
+from .place import Place
 
 MAX_CLOCK_SKEW_S = 30.0
 """Errors are put in order by the clocks of their nodes."""
@@ -48,18 +48,18 @@ class Row:
     details: str
 
 
-def look(run_dir: Path, *, node: int, host: str, address: str, interface: str | None, attempt: int) -> NodeFacts:
+def look(run_dir: Path, *, place: Place, address: str, interface: str | None, attempt: int) -> NodeFacts:
     """This node's facts. Leaves a mark in the run directory that the head looks for."""
     run, machine, problem = "", "", ""
     try:
         run = hashlib.sha256((run_dir / RUN_FILE).read_bytes()).hexdigest()
-        mark(run_dir, attempt, node).touch()
+        mark(run_dir, place.folder, attempt, place.node).touch()
         machine, problem = _machine(run_dir)
     except OSError as error:
         problem = f"run directory: {error.strerror}: {error.filename}"
     return NodeFacts(
-        node=node,
-        host=host,
+        node=place.node,
+        host=place.name,
         address=address,
         interface=interface or "?",
         package=package_hash(),
@@ -86,9 +86,9 @@ def _machine(run_dir: Path) -> tuple[str, str]:
     return words, ""
 
 
-def mark(run_dir: Path, attempt: int, node: int) -> Path:
+def mark(run_dir: Path, folder: str, attempt: int, node: int) -> Path:
     """The file by which the head sees that a node writes into the same directory."""
-    return run_dir / JOB_DIR / f"seen-{attempt}-{node}"
+    return run_dir / folder / f"seen-{attempt}-{node}"
 
 
 def package_hash() -> str:

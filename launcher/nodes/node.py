@@ -1,37 +1,35 @@
-"""One node of a SLURM job: `python -m efflaunch.launcher.slurm.node RUN_DIR ATTEMPT@ADDRESS:PORT`, started by srun.
+"""The agent of one node among several.
 
 Meets the agents of the other nodes in a store, looks with them whether all are fit, then runs one attempt of this
-node's ranks. What became of them stands in `logs/attempt-K/node-N.json`; `job settle` reads all of these. Exits 0
-where the ranks ended together (done, or stopped and saved), else not, upon which srun ends the other nodes.
+node's ranks. What became of them stands in `logs/attempt-K/node-N.json`; nodes.outcome reads all of these.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, EfflaunchError
+from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, EfflaunchError
 from .. import state, worker
 from ..agent import Agent
-from ..env import SlurmPlace, rank_environment, slurm_place
+from ..env import rank_environment
 from ..files import write_json
 from ..metrics_file import newest_step
 from ..restarts import RankReport, first_failure
 from ..rundir import attempt_dir, lock_in_time, read_run
-from ..signals import StopFlag, on_stop_signals
+from ..signals import StopFlag
 from ..state import Failure
 from .address import address_towards, interface_of
-from .files import Meeting, stop_asked
+from .meeting import Meeting
+from .place import Place
 from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table
-from .script import JOB_DIR
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -40,31 +38,27 @@ if TYPE_CHECKING:
     from ..elastic import RankAgent
 
 
-def main(arguments: list[str]) -> int:
-    """One attempt of this node; the return value is its exit code."""
-    parser = argparse.ArgumentParser(prog="efflaunch.launcher.slurm.node")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("meeting", type=Meeting.parse, metavar="ATTEMPT@ADDRESS:PORT")
-    parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
-    options = parser.parse_args(arguments)
-    early = StopFlag()
-    on_stop_signals(early)
+def take_part(run_dir: Path, meeting: Meeting, place: Place, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
+    """One attempt of this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
+
+    `early` takes stop signals from the start of the process on; `stop_asked`: whether one came, or a person spoke,
+    before any agent could hear it.
+    """
     try:
-        place = slurm_place()
-        visit = _Visit(options.run_dir, options.meeting, place)
-        verdict = visit.verdict(early)
+        visit = Visit(run_dir, meeting, place)
+        verdict = visit.verdict(lambda: early.requested or stop_asked())
         if verdict is not None:
             return verdict
-        return NodeAgent(visit, options.entry, early).run()
+        return NodeAgent(visit, entry, early).run()
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
-class _Visit:
+class Visit:
     """The store, and what the nodes tell each other before the ranks are started."""
 
-    def __init__(self, run_dir: Path, meeting: Meeting, place: SlurmPlace) -> None:
+    def __init__(self, run_dir: Path, meeting: Meeting, place: Place) -> None:
         self.run_dir, self.meeting, self.place = run_dir, meeting, place
         self.timeout_s = meeting.timeout_s
         self.address = address_towards(meeting.address)
@@ -87,26 +81,25 @@ class _Visit:
             message = f"node {place.name} cannot {role} the meeting point {where.address}:{where.port} {via}: {error}"
             raise EfflaunchError(message) from error
 
-    def verdict(self, early: StopFlag) -> int | None:
+    def verdict(self, stop_asked: Callable[[], bool]) -> int | None:
         """None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
         facts = look(
             self.run_dir,
-            node=self.place.node,
-            host=self.place.name,
+            place=self.place,
             address=self.address,
             interface=self.interface,
             attempt=self.meeting.attempt,
         )
         self._set(f"facts-{self.place.node}", asdict(facts))
         if self.place.node == 0:
-            return self._judge(early)
+            return self._judge(stop_asked)
         told = self._get("clock")
         self._set(f"clock-{self.place.node}", time.time() - told)
         code: int | None = self._get("verdict")
         self._set(f"heard-{self.place.node}", True)
         return code
 
-    def _judge(self, early: StopFlag) -> int | None:
+    def _judge(self, stop_asked: Callable[[], bool]) -> int | None:
         run_dir, nodes = self.run_dir, range(self.place.num_nodes)
         answers = [self._get_or_none(f"facts-{node}") for node in nodes]
         self._set("clock", time.time())
@@ -114,7 +107,7 @@ class _Visit:
             NodeFacts(**{**answer, "clock_s": (self._get_or_none(f"clock-{node}") or 0.0) if node else 0.0}) if answer else None
             for node, answer in zip(nodes, answers, strict=True)
         ]
-        marks = [mark(run_dir, self.meeting.attempt, node) for node in nodes]
+        marks = [mark(run_dir, self.place.folder, self.meeting.attempt, node) for node in nodes]
         rows = check_nodes(told, marks=[path.exists() for path in marks], num_nodes=read_run(run_dir).config.cluster.num_nodes)
         for path in marks:
             path.unlink(missing_ok=True)
@@ -123,8 +116,8 @@ class _Visit:
         verdict = None
         if any(row.problems for row in rows):
             verdict = EXIT_USER
-            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows)))
-        elif early.requested or stop_asked(run_dir, self.place):
+            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows), self.place))
+        elif stop_asked():
             # Nothing runs: the last checkpoint is all there is to save.
             verdict = EXIT_PREEMPTED
             _record(run_dir, EXIT_PREEMPTED, None)
@@ -177,21 +170,21 @@ def _dist_error() -> type[Exception]:
     return DistError
 
 
-def _refusal(text: str, hosts: list[str]) -> Failure:
-    hint = f"\n  Try: mend them, or leave them out: launcher.slurm.exclude=[{','.join(hosts)}]" if hosts else ""
-    return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=JOB_DIR, is_user_error=True)
+def _refusal(text: str, hosts: list[str], place: Place) -> Failure:
+    hint = f"\n  Try: mend them, or leave them out: {place.exclude_key}=[{','.join(hosts)}]" if hosts else ""
+    return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=place.folder, is_user_error=True)
 
 
 def _record(run_dir: Path, exit_code: int, failure: Failure | None) -> None:
     known = state.read_state(run_dir)
-    assert known is not None, "written by job start"
+    assert known is not None, "written before agents are started"
     state.write_state(run_dir, state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir)))
 
 
 class NodeAgent(Agent):
     """One attempt of the ranks of one node. The head (node 0) alone writes state.json."""
 
-    def __init__(self, visit: _Visit, entry: str, early: StopFlag) -> None:
+    def __init__(self, visit: Visit, entry: str, early: StopFlag) -> None:
         self.visit, self.place, self.ended_for_others = visit, visit.place, False
         super().__init__(visit.run_dir, entry)
         # Handed to the ranks as soon as they run: the nodes may have been told at different moments.
@@ -252,9 +245,3 @@ class NodeAgent(Agent):
     def _write(self, **changes: Any) -> None:
         if self.place.node == 0:
             super()._write(**changes)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    # srun ends the other nodes for anything but 0.
-    sys.exit({EXIT_PREEMPTED: EXIT_DONE, EXIT_USER: EXIT_USER, EXIT_DONE: EXIT_DONE}.get(code, EXIT_RETRY))
