@@ -18,7 +18,7 @@ class Backend(Enum):
     LOCAL = "local"
     """This machine, in the foreground."""
     SLURM = "slurm"
-    """A batch job of cluster.num_nodes nodes."""
+    """A batch job of launcher.nodes nodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,12 @@ class SlurmConfig:
     """Dependency, as `afterok:1234` or `singleton`."""
     exclude: list[str] = field(default_factory=list)
     """Nodes not to use."""
+    max_excluded: int = 2
+    """Nodes one submission may leave out by itself: those that fail the preflight, or on which it failed twice; 0: none."""
+    array: bool = False
+    """`efflaunch sweep`: one job array, a point per index, instead of a job per point."""
+    array_limit: int | None = None
+    """Points of an array that run at the same time; None: as many as there is room for."""
     python: str | None = None
     """Python of the nodes; None: the one that submits, by its path."""
 

@@ -176,7 +176,8 @@ def check_room(config: Config) -> None:
     if config.cluster.num_nodes == node_range(config).most:
         from .start import check_memory_plan
 
-        return check_memory_plan(config)
+        check_memory_plan(config)
+        return
     ledger = plan(config)
     short = [account for account in ledger.accounts if not account.fits]
     if short:

@@ -92,6 +92,31 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     return launcher.submit(Launch(config=config, run_dir=run_dir or place_of(config), entry=entry))
 
 
+def launch_array(configs: list[Config], folder: Path, *, entry: str | None = None) -> int:
+    """Hand all of `configs` to SLURM as one job array; `folder` is the array's own. Returns 0."""
+    from .backends import Launch
+    from .backends.slurm import SlurmLauncher
+
+    launcher = SlurmLauncher()
+    for config in configs:
+        launcher.check(config)
+        check_memory_plan(config)
+        check_data(config)
+    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+
+
+def show_array(configs: list[Config], folder: Path) -> int:
+    """Print what `launch_array` would hand over, and touch nothing."""
+    from .backends import Launch
+    from .backends.slurm import SlurmLauncher
+
+    launcher = SlurmLauncher()
+    for config in configs:
+        launcher.check(config)
+    print(launcher.describe_array([Launch(config=config, run_dir=place_of(config)) for config in configs], folder), end="")
+    return EXIT_DONE
+
+
 def show_launch(config: Config, run_dir: Path | None = None) -> int:
     """Print what `launch` would hand over, and touch nothing."""
     from .backends import Launch, launcher_of

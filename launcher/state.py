@@ -32,6 +32,8 @@ class Failure:
     log: str
     """Path inside the run directory."""
     is_user_error: bool = False
+    exit_code: int | None = None
+    """Of that rank's process, where it left no word of its own; negative: killed by that signal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +56,12 @@ class Attempt:
     """Ranks of this attempt; None: the run's."""
     hosts: tuple[str, ...] = ()
     """Its nodes by name, in the order of their ranks, where a scheduler gave them."""
-    blamed: tuple[str, ...] = ()
-    """Nodes it failed on, as far as that can be told."""
+    lost: tuple[str, ...] = ()
+    """Those that were gone at its end."""
+    blamed: dict[str, str] = field(default_factory=dict)
+    """Those it failed on, as far as that can be told, each with the reason."""
+    place: str = ""
+    """The allocation they are of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,5 +133,5 @@ def read_state(run_dir: Path) -> RunState | None:
 
 def _attempt(data: dict[str, Any]) -> Attempt:
     failure = data["failure"]
-    names = {key: tuple(data[key]) for key in ("hosts", "blamed") if key in data}
+    names = {key: tuple(data[key]) for key in ("hosts", "lost") if key in data}
     return Attempt(**{**data, **names, "failure": Failure(**failure) if failure else None})

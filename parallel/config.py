@@ -41,6 +41,8 @@ class ClusterConfig:
     """Bytes/s of one rank to another node, one direction."""
     host_link_bandwidth: float
     """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
+    storage_bandwidth: float | None = None
+    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once; None: not known before the first one."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
 

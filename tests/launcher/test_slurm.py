@@ -13,7 +13,7 @@ import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.backends.slurm import grace_note, reconcile, template_text
+from efflaunch.launcher.backends.slurm import reconcile, template_text
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.nodes import address
 from efflaunch.launcher.nodes.decide import Limits, Verdict, decide
@@ -209,16 +209,10 @@ def test_what_scontrol_prints() -> None:
 )
 def test_slurm_knows_better_whether_anything_lives(known: str, job: str, state: str) -> None:
     mine = replace(new_state(world_size=2, revision=1, attempts=()), state=known)
-    told = reconcile(mine, 7, control.parse_job(LINE.replace("RUNNING", job)))
+    told = reconcile(mine, "7", control.parse_job(LINE.replace("RUNNING", job)))
     assert told.state == state and told.detail.startswith(f"job 7 {job}") and told.job == "7"
-    forgotten = reconcile(mine, 7, None)
+    forgotten = reconcile(mine, "7", None)
     assert forgotten.state == ("died" if known in ACTIVE else known)
-
-
-def test_a_grace_that_is_too_short_is_said_beforehand() -> None:
-    events = [{"event": "step", "step_s": 100.0}, {"event": "step", "step_s": 60.0}, {"event": "checkpoint", "save_s": 30.0}]
-    assert grace_note(events, 130.0) == "" and grace_note([], 1.0) == ""
-    assert "up to 1 min 40 s for a step and 30 s for a save, launcher.grace_s=120" in grace_note(events, 120.0)
 
 
 def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +223,7 @@ def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"sbatch: found error: You are out of hours; expected the job to be accepted"):
         control.submit(tmp_path / "job.sbatch")
     script.write_text('#!/bin/sh\necho "123;west"\n')
-    assert control.submit(tmp_path / "job.sbatch") == 123
+    assert control.submit(tmp_path / "job.sbatch") == "123"
 
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,4 +232,4 @@ def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(EfflaunchError, match="SLURM does not answer: slurm_load_jobs error: Unable to contact slurm controller"):
-        control.find_job(5)
+        control.find_job("5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from efflaunch.launcher.slurm import job
 from efflaunch.launcher.slurm.files import cancel_file, stop_asked, stop_file
 from efflaunch.launcher.state import RunState, end_attempt, read_state, write_state
 
-PLACE = SlurmPlace(job=17, restart=0, node=0, num_nodes=2, name="n0")
+PLACE = SlurmPlace(job=17, restart=0, node=0, num_nodes=2, name="n0", step_nodes=2, hosts="n[0-1]")
+NEXT = replace(PLACE, restart=1)
 Ranks = dict[int, int]
 
 
@@ -45,8 +47,8 @@ def leave(run_dir: Path, node: int, ranks: Ranks, errors: dict[int, tuple[str, i
         (logs / f"rank-{rank}.error.json").write_text(json.dumps(record))
 
 
-def begin(run_dir: Path) -> None:
-    meeting = job.start(run_dir, PLACE)
+def begin(run_dir: Path, place: SlurmPlace = PLACE) -> None:
+    meeting = job.start(run_dir, place)
     assert meeting.attempt == len(state(run_dir).attempts) and meeting.address == "127.0.0.1" and 20000 <= meeting.port < 30000
     assert state(run_dir).job == "17" and state(run_dir).host == "n0" and state(run_dir).state == "starting"
 
@@ -81,8 +83,8 @@ def test_a_node_that_says_nothing(run_dir: Path) -> None:
     leave(run_dir, 0, {0: 1, 1: 1}, {0: ("Connection closed by peer", 1)})
     assert job.settle(run_dir, PLACE) is Verdict.REQUEUE
     assert state(run_dir).state == "queued" and state(run_dir).exit_code is None
-    begin(run_dir)
-    assert job.settle(run_dir, PLACE) is Verdict.FAIL
+    begin(run_dir, NEXT)
+    assert job.settle(run_dir, NEXT) is Verdict.FAIL
     failure = state(run_dir).failure
     assert failure is not None and failure.message.startswith("node 0 of the job, node 1 of the job ended without a word")
     assert failure.traceback == "slurmstepd: node failure"
@@ -104,7 +106,7 @@ def test_stopped_and_saved(run_dir: Path, cancelled: bool, verdict: Verdict) -> 
     begin(run_dir)
     write_state(run_dir, end_attempt(state(run_dir), exit_code=75, failure=None, last_step=4))
     if cancelled:
-        cancel_file(run_dir, 17).touch()
+        cancel_file(run_dir, "17").touch()
     assert job.settle(run_dir, PLACE) is verdict
     assert state(run_dir).state == ("preempted" if cancelled else "queued")
 
@@ -140,9 +142,9 @@ def test_another_efflaunch_in_the_directory(run_dir: Path, monkeypatch: pytest.M
 
 def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:
     assert not stop_asked(run_dir, PLACE)
-    stop_file(run_dir, 17, 1).touch()
+    stop_file(run_dir, "17", 1).touch()
     assert not stop_asked(run_dir, PLACE)
-    stop_file(run_dir, 17, 0).touch()
+    stop_file(run_dir, "17", 0).touch()
     assert stop_asked(run_dir, PLACE)
     job.queue(run_dir, job.read_run(run_dir).config)
     assert not stop_asked(run_dir, PLACE)
@@ -151,9 +153,13 @@ def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:
 def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in (("SLURM_JOB_ID", "17"), ("SLURM_NODEID", "0"), ("SLURM_JOB_NUM_NODES", "2"), ("SLURMD_NODENAME", "n0")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[0-1]")
     assert slurm_place() == PLACE
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert slurm_place().restart == 3
+    assert slurm_place().restart == 3 and slurm_place().word == "17" and slurm_place().life == "17.3"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_place().word == "15_2"
     monkeypatch.delenv("SLURM_NODEID")
     assert job.main(["start", "nowhere"]) == 93
     assert "found no SLURM_NODEID; expected a task started by srun" in capsys.readouterr().err
