@@ -23,11 +23,12 @@ from ..errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
 from ..parallel.config import Device
 from . import state, worker
 from .config import Config
-from .env import rank_environment
+from .env import rank_environment, secrets
 from .files import tail_lines
 from .metrics_file import newest_step
 from .restarts import Action, Outcome, RankReport, first_failure, next_action
-from .rundir import attempt_dir, read_run
+from .rundir import attempt_dir, keep_private, read_run
+from .secret import redact
 from .signals import (
     describe_exit,
     die_with_parent,
@@ -61,6 +62,7 @@ class Agent:
     def __init__(self, run_dir: Path, entry: str) -> None:
         self.run_dir, self.entry = run_dir, entry
         self.config: Config = read_run(run_dir).config
+        keep_private(self.config.run.private)
         self.ranks: RankAgent | None = None
         self.stopping = False
         self.out_of_time = 0
@@ -195,7 +197,8 @@ class Agent:
 def read_failure(run_dir: Path, number: int, report: RankReport) -> Failure:
     """describe_failure, with what the rank's log has."""
     log = attempt_dir(Path(), number) / f"rank-{report.rank}.log"
-    return describe_failure(report, str(log), tail_lines(run_dir / log, _LOG_TAIL_LINES))
+    lines = [redact(line, secrets()) for line in tail_lines(run_dir / log, _LOG_TAIL_LINES)]
+    return describe_failure(report, str(log), lines)
 
 
 def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failure:

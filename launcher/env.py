@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..memory.config import Arena
 from ..parallel.config import Device
 from .config import Backend, Config
+from .secret import secrets_of
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where a user sets torch's CUDA allocator, today and before."""
@@ -36,11 +39,71 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
     return values
 
 
+def secrets() -> dict[str, str]:
+    """Variables of this process that hold a secret: to be found in no file, no argument and no message."""
+    return secrets_of(os.environ)
+
+
 def _loopback() -> dict[str, str]:
     for _, name in socket.if_nameindex():
         if name in ("lo", "lo0"):
             return {"GLOO_SOCKET_IFNAME": name}
     return {}
+
+
+RAY_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Where Ray's own commands look for a job server."""
+_RAY_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/"}
+"""Without the second, a head still sends word that reports are off."""
+_RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+def ray_server() -> str | None:
+    """The job server a person set for Ray's own commands."""
+    return os.environ.get(RAY_SERVER) or None
+
+
+def chosen_variables(names: list[str]) -> dict[str, str]:
+    """Those of this process's variables; ConfigError where one is not set."""
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError("launcher.ray.env", found=f"no {', '.join(missing)} here", expected="variables of this shell", hint="export them")
+    return {name: os.environ[name] for name in names}
+
+
+def ray_mode() -> str | None:
+    """What the user says about tokens."""
+    return os.environ.get("RAY_AUTH_MODE")
+
+
+def home_variables() -> dict[str, str]:
+    """Where the user's own files are."""
+    return {name: os.environ[name] for name in ("HOME",) if name in os.environ}
+
+
+def ray_quiet_variables() -> dict[str, str]:
+    """With these a Ray that is started calls nobody."""
+    return dict(_RAY_QUIET)
+
+
+def agent_variables() -> dict[str, str]:
+    """What a process that Ray started hands on: all but Ray's own secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _RAY_SECRETS}
+
+
+@contextmanager
+def variables_set(values: dict[str, str]) -> Iterator[None]:
+    """Have these in this process's environment for the time inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

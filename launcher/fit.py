@@ -89,7 +89,20 @@ def check_node(config: Config, machine: Machine) -> None:
     else:
         _check_cores(config, machine)
         _check_memory(config, machine)
+    _check_offload_dir(config)
     _check_profile(config, machine)
+
+
+def _check_offload_dir(config: Config) -> None:
+    """ConfigError where the files of moved activations cannot be written here, or not all of them."""
+    if config.memory.offload_dir is None:
+        return
+    from ..memory.offload.checks import check_offload_dir
+    from ..memory.terms_host import arena_bytes
+
+    setting = plan(config).setting
+    if setting.policy.uses_host and setting.policy.offload_dir is not None:
+        check_offload_dir(setting.policy.offload_dir, arena_bytes(setting), config.cluster.ranks_per_node)
 
 
 def _check_profile(config: Config, machine: Machine) -> None:

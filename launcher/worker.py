@@ -20,7 +20,9 @@ from typing import Any
 from ..durable import write_atomic
 from ..errors import EXIT_RETRY, EXIT_USER, UserError
 from .config import Config
+from .env import secrets
 from .rundir import attempt_dir, read_attempt
+from .secret import redact
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 
 TRAIN = f"{__package__.rpartition('.')[0]}.training.run:train"
@@ -75,13 +77,15 @@ def _print_to(log: Path) -> None:
 
 
 def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:
+    # An address with a token in it is in the error of whoever could not reach it.
+    hidden = secrets()
     record: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,
         "exit_code": exit_code,
         "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
+        "message": redact(str(error), hidden),
+        "traceback": redact("".join(traceback.format_exception(error)), hidden),
     }
     print(record["message"] if exit_code == EXIT_USER else record["traceback"], file=sys.stderr, flush=True)
     write_atomic(error_file(logs, rank), json.dumps(record))

@@ -12,8 +12,6 @@ from ...durable import write_atomic
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from .. import state
 from ..config import Config
-from ..grace import measured, planned
-from ..metrics_file import MetricsFollower
 from ..rundir import RUN_FILE, holding, make_run_dir
 from ..sizes import usable
 from ..slurm import control
@@ -22,7 +20,7 @@ from ..slurm.files import cancel_file, submitted_job, write_submission
 from ..slurm.job import queue
 from ..slurm.script import JOB_DIR, BatchJob, check_batch, render_sbatch
 from ..state import RunState, read_state
-from . import Launch, Standing, announce
+from . import Launch, Standing, announce, grace_note
 
 SCRIPT = "job.sbatch"
 _ENDS = {"CANCELLED": "cancelled", "COMPLETED": state.DONE}
@@ -58,7 +56,7 @@ class SlurmLauncher:
         run_dir = launch.run_dir.resolve()
         goes_on = (run_dir / RUN_FILE).is_file()
         _check_idle(run_dir)
-        make_run_dir(run_dir)
+        make_run_dir(run_dir, private=launch.config.run.private)
         held.enter_context(holding(run_dir))
         # Again, now that nobody else can submit: two may have looked at once.
         _check_idle(run_dir)
@@ -127,13 +125,6 @@ def batch_job(launch: Launch) -> BatchJob:
         entry=launch.entry,
         nodes=usable(launch.config),
     )
-
-
-def grace_note(launch: Launch) -> str:
-    """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
-    config = launch.config
-    forecast = measured(MetricsFollower(launch.run_dir).read(), config.launcher.grace_s) or planned(config)
-    return "" if forecast is None or forecast.fits else str(forecast)
 
 
 def _hand_over(script: Path, text: str, run_dirs: Sequence[Path]) -> str:

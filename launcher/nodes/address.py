@@ -86,5 +86,7 @@ def address_towards(head: str) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has this address."""
-    return next((name for name, own in _interfaces().items() if own == address), None)
+    """The network interface that has this address, loopback included."""
+    import psutil
+
+    return next((name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)), None)

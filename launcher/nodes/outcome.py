@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..agent import read_failure
 from ..config import Config
 from ..files import tail_lines
 from ..metrics_file import newest_step
-from ..restarts import RankReport, first_failure
+from ..restarts import RankReport, first_failure, lost_a_peer
 from ..rundir import attempt_dir, store_config
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .decide import Decision, Verdict
@@ -56,30 +57,42 @@ def conclude(run_dir: Path, known: RunState, decision: Decision) -> None:
     write_state(run_dir, known)
 
 
-def gather(run_dir: Path, config: Config, number: int, *, num_nodes: int, output: Path) -> tuple[int, Failure, bool]:
+def gather(
+    run_dir: Path, config: Config, number: int, *, num_nodes: int, output: Path, gone: Mapping[int, str] | None = None
+) -> tuple[int, Failure, bool]:
     """(exit code, first failure, whether a node said nothing) from what every node and rank left.
 
-    `output`: inside the run directory, what the job itself printed.
+    `output`: inside the run directory, what the job itself printed. `gone`: nodes the scheduler knows to be lost, and why.
     """
     logs = attempt_dir(run_dir, number)
     answers = {node: _node_report(logs / f"node-{node}.json") for node in range(num_nodes)}
     lost = [node for node, answer in answers.items() if answer is None]
     reports = list(_rank_reports(logs, answers, config.cluster.ranks_per_node))
     first = first_failure(reports)
-    if first is not None and (first.record is not None or first.exit_code is not None):
+    is_cause = first is not None and (first.record is not None or first.exit_code is not None)
+    if first is not None and gone and (first.record is None or lost_a_peer(first.record)):
+        # Ranks elsewhere only saw that it went.
+        is_cause = False
+    if first is not None and is_cause:
         failure = read_failure(run_dir, number, first)
         return (EXIT_USER if failure.is_user_error else EXIT_RETRY), failure, bool(lost)
-    if any(answer and answer["out_of_time"] for answer in answers.values()):
-        message = f"the ranks did not save within launcher.grace_s={config.launcher.grace_s:g} s and were killed"
+    if not gone and any(answer and answer["out_of_time"] for answer in answers.values()):
+        at_once = any(answer and answer["out_of_time"] == signal.SIGQUIT for answer in answers.values())
+        in_time = f"did not save within launcher.grace_s={config.launcher.grace_s:g} s and were killed"
+        message = f"the ranks {'were killed at once, as asked' if at_once else in_time}"
         return EXIT_RETRY, Failure(rank=-1, message=message, traceback="", log=str(attempt_dir(Path(), number))), bool(lost)
+    return EXIT_RETRY, _lost_failure(run_dir, lost, output, gone or {}), bool(lost or gone)
+
+
+def _lost_failure(run_dir: Path, lost: list[int], output: Path, gone: Mapping[int, str]) -> Failure:
     names = ", ".join(f"node {node} of the job" for node in lost) or "an agent"
-    failure = Failure(
+    why = "; ".join(gone.values()) or "lost, killed, or never there"
+    return Failure(
         rank=-1,
-        message=f"{names} ended without a word: lost, killed, or never there",
+        message=f"{names} ended without a word: {why}",
         traceback="\n".join(tail_lines(run_dir / output, _LOG_TAIL_LINES)),
         log=str(output),
     )
-    return EXIT_RETRY, failure, bool(lost)
 
 
 def _node_report(path: Path) -> dict[str, object] | None:
@@ -98,12 +111,19 @@ def _rank_reports(logs: Path, answers: dict[int, dict[str, object] | None], rank
                 yield RankReport(rank=rank, exit_code=None, stopped_by_agent=True, record=record)
 
 
-def tell(run_dir: Path, attempt: Attempt, reason: str) -> None:
-    """The job's own output says what happened, the error last and in full."""
+def describe_end(run_dir: Path, attempt: Attempt, reason: str) -> list[str]:
+    """What happened, the error last and in full."""
     if attempt.failure is None:
-        print(f"attempt {attempt.number}: {reason}, after step {attempt.last_step}", flush=True)
-        return
-    print(f"attempt {attempt.number} failed after step {attempt.last_step}: {reason}", flush=True)
+        return [f"attempt {attempt.number}: {reason}, after step {attempt.last_step}"]
+    lines = [f"attempt {attempt.number} failed after step {attempt.last_step}: {reason}"]
     if attempt.failure.traceback:
-        print(f"{attempt.failure.traceback}\n(log: {run_dir / attempt.failure.log})", flush=True)
-    print(f"efflaunch: {attempt.failure.message}", file=sys.stderr, flush=True)
+        lines.append(f"{attempt.failure.traceback}\n(log: {run_dir / attempt.failure.log})")
+    return [*lines, f"efflaunch: {attempt.failure.message}"]
+
+
+def tell(run_dir: Path, attempt: Attempt, reason: str) -> None:
+    """The job's own output says so."""
+    *lines, last = describe_end(run_dir, attempt, reason)
+    if lines:
+        print(*lines, sep="\n", flush=True)
+    print(last, file=sys.stdout if attempt.failure is None else sys.stderr, flush=True)

@@ -9,7 +9,6 @@ NODES are those the job has at that moment: one that went down is no longer amon
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
 from ..restarts import Outcome
-from ..rundir import attempt_dir, lock_in_time, make_run_dir, read_run, write_attempt
+from ..rundir import attempt_dir, keep_private, lock_in_time, make_run_dir, read_run, release, write_attempt
 from ..signals import STOP_SIGNALS
 from ..sizes import Sizing, node_range, size_for
 from ..state import Attempt, Failure, RunState, read_state, write_state
@@ -85,7 +84,7 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
     known = read_state(run_dir)
     if known is None or known.job != place.word:
         if known is not None:
-            os.close(lock_in_time(run_dir))
+            release(lock_in_time(run_dir))
         stdout, sys.stdout = sys.stdout, sys.stderr  # only the directory is for the script to read
         try:
             check_data(config)
@@ -98,7 +97,7 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
 
 def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     """Make or revise the run directory for a job that is about to be submitted; (revision, what changed)."""
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=config.run.private)
     (run_dir / JOB_DIR).mkdir(exist_ok=True)
     forget_stops(run_dir)
     return store_queued(run_dir, config)
@@ -111,8 +110,9 @@ def start(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Meeting:
     would do.
     """
     # Before anything is written: another efflaunch may be running there.
-    os.close(lock_in_time(run_dir))
+    release(lock_in_time(run_dir))
     config = read_run(run_dir).config
+    keep_private(config.run.private)
     known = read_state(run_dir)
     assert known is not None, "whoever submits a job writes state.json first"
     known = replace(known, job=place.word, host=place.name)
@@ -203,6 +203,7 @@ def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlac
 def settle(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Verdict:
     """Close the attempt that the agents have just run, and say what follows. `nodes`: those the job still has."""
     config = read_run(run_dir).config
+    keep_private(config.run.private)
     known = read_state(run_dir)
     assert known is not None and known.attempts, "written by start"
     lost_node = False
