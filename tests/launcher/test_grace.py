@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_what_is_said() -> None:
 def test_news_come_once_and_again_when_it_gets_worse() -> None:
     watch = GraceWatch(10.0)
     assert watch.add([START, step(1.0), step(1.0)]).news() is None
-    assert "11" in str(watch.add([save(10.0)]).news()) and watch.add([step(1.0)]).news() is None
+    assert "up to 1.00 s for a step and 10 s for a save" in str(watch.add([save(10.0)]).news()) and watch.add([step(1.0)]).news() is None
     assert watch.add([save(11.0)]).news() is None and watch.add([save(20.0)]).news() is not None
     assert watch.add([save(1.0)]).news() is None
 
@@ -59,7 +60,5 @@ def test_before_the_first_checkpoint_by_the_plan(tmp_path: Path) -> None:
     assert found.step_s == ledger.timing.step_s and not found.fits
     launch = Launch(config=config, run_dir=tmp_path)
     assert grace_note(launch) == str(found) and "planned: " in str(found)
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"event": "step", "step": 1, "step_s": 1.0}\n{"event": "checkpoint", "step": 1, "save_s": 2.0}\n'
-    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (START, step(1.0), save(2.0))))
     assert grace_note(launch) == ""

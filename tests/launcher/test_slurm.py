@@ -20,7 +20,9 @@ from efflaunch.launcher.nodes.decide import Limits, Verdict, decide
 from efflaunch.launcher.nodes.meeting import Meeting
 from efflaunch.launcher.nodes.preflight import NodeFacts, bad_hosts, check_nodes, table
 from efflaunch.launcher.restarts import Outcome
+from efflaunch.launcher.sizes import NodeRange
 from efflaunch.launcher.slurm import control
+from efflaunch.launcher.slurm.array import render_array
 from efflaunch.launcher.slurm.script import BatchJob, check_batch, format_time, render_sbatch
 from efflaunch.launcher.state import ACTIVE, new_state
 
@@ -46,6 +48,52 @@ def test_the_script(name: str, overrides: tuple[str, ...]) -> None:
         file.write_text(text)
     assert text == file.read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def batch(name: str, *overrides: str) -> BatchJob:
+    config = compose(["+experiment=llama8b_1M", "launcher=slurm", "cluster=h100_80g", *overrides])
+    return BatchJob(config=config, run_dir=Path("/shared/my runs") / name, work_dir=Path("/shared/work"), python="/shared/venv/bin/python")
+
+
+def check_golden(name: str, text: str) -> None:
+    file = GOLDEN / f"{name}.sbatch"
+    if os.environ.get("EFFLAUNCH_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def test_the_script_of_a_range_of_nodes() -> None:
+    job = replace(batch("it", "launcher.nodes=2:6", "cluster.slurm.partition=long"), nodes=NodeRange(2, 4))
+    check_golden("elastic", render_sbatch(job, template_text()))
+
+
+def test_the_script_of_an_array() -> None:
+    words = ("launcher.slurm.array_limit=2", "cluster.slurm.partition=long", "cluster.slurm.prologue=['module load cuda']")
+    jobs = [batch(f"try-lr-{rate}", *words, f"optim.lr={rate}") for rate in ("1e-3", "1e-4", "1e-5")]
+    check_golden("array", render_array(jobs, Path("/shared/my runs/try-array"), template_text()))
+
+
+def test_points_that_make_no_array() -> None:
+    one, other = batch("a"), batch("b", "cluster.slurm.time_s=1h")
+    with pytest.raises(ConfigError, match=r"launcher\.slurm\.array: found --time not given for a and 0-01:00:00 for b"):
+        render_array([one, other], Path("/runs/x-array"), template_text())
+    other = batch("b", "cluster.num_nodes=4")
+    with pytest.raises(ConfigError, match=r"found --nodes 2 for a and 4 for b; expected points that differ in what they train"):
+        render_array([one, other], Path("/runs/x-array"), template_text())
+    with pytest.raises(ConfigError, match=r"launcher\.slurm\.array_limit: found 0; expected 1 or more"):
+        render_array([batch("a", "launcher.slurm.array_limit=0")], Path("/runs/x-array"), template_text())
+
+
+def test_a_sweep_as_an_array_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "+experiment=quickstart", "launcher=slurm", "run.id=try", "train.seed=0,1", "--dry-run"]
+    assert cli.main([*words, "launcher.slurm.array=true"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-1\n" in script and f"  {tmp_path}/runs/try-seed-0\n  {tmp_path}/runs/try-seed-1\n)" in script
+    assert "#SBATCH --job-name=efflaunch-try-array\n" in script and not list(tmp_path.iterdir())
+    assert cli.main([*words, "launcher.slurm.array=true,false"]) == 93
+    assert "expected it for all or none" in capsys.readouterr().err
 
 
 def test_the_template_is_sound_and_asks_for_what_the_script_does() -> None:
