@@ -22,7 +22,11 @@ from .. import state, worker
 from ..agent import Agent
 from ..env import rank_environment
 from ..files import write_json
+<<<<<<< HEAD
 from ..grace import GraceWatch
+=======
+from ..hang import Others
+>>>>>>> main
 from ..lock import Pulse, release
 from ..metrics_file import MetricsFollower, newest_step
 from ..restarts import RankReport, first_failure
@@ -230,6 +234,11 @@ class NodeAgent(Agent):
 
         timeout_s = int(self.config.launcher.start_timeout_s)
         return NodesRendezvous(self.visit.store, run_id, self.place.node, self.place.num_nodes, timeout_s)
+
+    def _others(self) -> Others:
+        from ..hang_others import StoreOthers
+
+        return StoreOthers(self.visit.store, self.place.node, self.place.num_nodes)
 
     def _ranks_here(self) -> range:
         size = self.config.cluster.ranks_per_node
