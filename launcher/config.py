@@ -101,17 +101,14 @@ class LauncherConfig:
     """OMP_NUM_THREADS of each rank."""
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
-<<<<<<< HEAD
     nodes: Nodes | None = None
     """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned anew for as many; None: cluster.num_nodes."""
-=======
     hang_factor: float | None = 5.0
     """Ranks that say nothing for so many times as a step is expected to take hang: stacks are written, all start again; null: never."""
     hang_min_s: Seconds = 300.0
     """Silence that is never taken for a hang, however short steps are."""
     hang_long_s: Seconds = 1800.0
     """The same for phases that do not depend on a step's time: start, the first step, saves, scoring."""
->>>>>>> main
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -10,13 +10,9 @@ from typing import Any
 from ..errors import EXIT_DONE, ConfigError
 from ..units import format_seconds
 from .backends import launcher_of
-<<<<<<< HEAD
 from .config import Backend, Config
 from .grace import measured
-=======
-from .config import Backend
 from .hang import read_pulses
->>>>>>> main
 from .metrics_file import MetricsFollower, checkpoint_steps
 from .progress import Progress, summary_lines
 from .rundir import read_run
@@ -84,7 +80,6 @@ def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> d
     }
 
 
-<<<<<<< HEAD
 def _node_facts(state: RunState | None, config: Config) -> dict[str, Any]:
     """Where the newest attempt runs or ran, and what was asked for."""
     last = state.attempts[-1] if state is not None and state.attempts else None
@@ -100,13 +95,13 @@ def _node_facts(state: RunState | None, config: Config) -> dict[str, Any]:
 def _nodes_line(facts: dict[str, Any]) -> str:
     asked = "" if facts["nodes_asked"] == str(facts["num_nodes"]) else f" of {facts['nodes_asked']}"
     return f"{facts['num_nodes']}{asked}, {facts['world_size']} ranks: {', '.join(facts['hosts'])}"
-=======
+
+
 def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
     """How long each rank has said nothing, and what it said last; none while all goes on."""
     if state is None or state.state not in ACTIVE or not state.attempts or state.attempts[-1].ended is not None:
         return []
     return read_pulses(run_dir, state.attempts[-1].number)
->>>>>>> main
 
 
 def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
@@ -118,15 +113,12 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     if facts["state"] in ACTIVE and facts["tokens_per_s"] is not None:
         left = facts["time_left_s"]
         rows.append(("speed", f"{facts['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {format_seconds(left)} to go")))
-<<<<<<< HEAD
     if facts["hosts"]:
         rows.append(("nodes", _nodes_line(facts)))
     rows += [("left out", f"{host}: {why}") for host, why in facts["excluded"].items()]
     if facts["stop_warning"] and facts["state"] in ACTIVE:
         rows.append(("stopping", facts["stop_warning"]))
-=======
     rows += _silent_rows(facts["silent"])
->>>>>>> main
     rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
     if facts["checkpoint_error"]:
         rows.append(("save failed", facts["checkpoint_error"]))

@@ -22,12 +22,8 @@ from ..errors import EXIT_RETRY, EXIT_USER, UserError
 from ..pulse import Pulse, join
 from .config import Config
 from .env import secrets
-<<<<<<< HEAD
-from .rundir import attempt_dir, read_attempt
-=======
 from .procfs import permit_tracing
-from .rundir import attempt_dir, read_run
->>>>>>> main
+from .rundir import attempt_dir, read_attempt
 from .secret import redact
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 
@@ -55,11 +51,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     logs, rank = attempt_dir(Path(run_dir), attempt), int(os.environ["RANK"])
     _print_to(logs / f"rank-{rank}.log")
     try:
-<<<<<<< HEAD
-        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop)
-=======
-        return load_entry(entry)(read_run(Path(run_dir)).config, Path(run_dir), stop, pulse)
->>>>>>> main
+        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:

@@ -41,11 +41,6 @@ class ClusterConfig:
     inter_node_bandwidth: float
     """Bytes/s of one rank to another node, one direction."""
     host_link_bandwidth: float
-<<<<<<< HEAD
-    """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
-    storage_bandwidth: float | None = None
-    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once; None: not known before the first one."""
-=======
     """Bytes/s between one GPU and host memory, each way, all GPUs of the node copying at once; a profile's measured rates go before it."""
     device_memory_bandwidth: float | None = None
     """Bytes/s that the optimizer's update reads and writes on one GPU. null: host_memory_bandwidth's share without GPUs; with them the
@@ -56,7 +51,8 @@ class ClusterConfig:
     """Bytes/s that the disk under memory.offload_dir takes, all ranks of a node together. null: as fast as host_link_bandwidth."""
     disk_read_bandwidth: float | None = None
     """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
->>>>>>> main
+    storage_bandwidth: float | None = None
+    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
 

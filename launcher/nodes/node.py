@@ -22,11 +22,8 @@ from .. import state, worker
 from ..agent import Agent
 from ..env import rank_environment
 from ..files import write_json
-<<<<<<< HEAD
 from ..grace import GraceWatch
-=======
 from ..hang import Others
->>>>>>> main
 from ..lock import Pulse, release
 from ..metrics_file import MetricsFollower, newest_step
 from ..restarts import RankReport, first_failure
