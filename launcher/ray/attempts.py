@@ -95,6 +95,7 @@ class Driver:
         known = self._known()
         attempt = Attempt(number=len(known.attempts) + 1, started=time.time())
         interface, timeout_s = launcher.ray.interface, launcher.start_timeout_s
+        group.check_shared(self.run_dir, timeout_s)
         meeting = group.meet(attempt.number, self.job, interface=interface, timeout_s=timeout_s)
         starting = replace(known, state=state.STARTING, exit_code=None, ended=None, attempts=(*known.attempts, attempt))
         write_state(self.run_dir, starting)

@@ -18,6 +18,7 @@ from ..env import home_variables, ray_mode, ray_quiet_variables, variables_set
 from .client import check_installed
 from .request import demand
 
+LOOPBACK = "127.0.0.1"
 _NO_CLOUD = "provider:\n  type: local\n"
 """Without a word on who provides its machines, a head asks the metadata servers of the clouds."""
 
@@ -59,7 +60,8 @@ def started(config: Config) -> Iterator[dict[str, str]]:
         with variables_set(values):
             import ray
 
-            ray.init(address="local", **_size(config), _temp_dir=str(home / "t"), include_dashboard=False, log_to_driver=False)
+            private = {"_temp_dir": str(home / "t"), "_node_ip_address": LOOPBACK, "include_dashboard": False}
+            ray.init(address="local", **_size(config), **private, log_to_driver=False)
             try:
                 yield own
             finally:

@@ -82,9 +82,9 @@ def job_request(config: Config, caller: Caller, address: str) -> JobRequest:
 
 def job_variables(config: Config) -> dict[str, str]:
     """What the job's own processes are told about how to behave."""
-    # `ray job stop` then leaves the time to save, where it would leave 3 s; and no actor waits in Ray's own queue of warnings.
+    # `ray job stop` then leaves the time to save, where it would leave 3 s.
     patience_s = math.ceil(config.launcher.grace_s) + STOP_MARGIN_S
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(patience_s), "RAY_DEDUP_LOGS": "0"}
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(patience_s)}
 
 
 def _word(text: str) -> str:
