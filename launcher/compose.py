@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .config import Config
 from .groups import check_config_dir, conf_dir, options
 from .overrides import Override, parse_overrides
-from .schema import load_config, missing_key
+from .schema import dump_config, load_config, missing_key
 
 _MISSING = "???"
 
@@ -44,7 +44,10 @@ def check_config(config: Config) -> None:
     from ..training.optimizers.check import check_residency
     from ..training.schedule import check_optim
     from . import fit
+    from .env import secrets
+    from .secret import check_secrets
 
+    check_secrets(dump_config(config), secrets())
     fit.check_config(config)
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)

@@ -95,6 +95,12 @@ class LauncherConfig:
     """OMP_NUM_THREADS of each rank."""
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
+    hang_factor: float | None = 5.0
+    """Ranks that say nothing for so many times as a step is expected to take hang: stacks are written, all start again; null: never."""
+    hang_min_s: Seconds = 300.0
+    """Silence that is never taken for a hang, however short steps are."""
+    hang_long_s: Seconds = 1800.0
+    """The same for phases that do not depend on a step's time: start, the first step, saves, scoring."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -106,6 +112,8 @@ class RunConfig:
     root: str = "runs"
     id: str | None = None
     """None: made from the experiment's name, the time and a random suffix."""
+    private: bool = True
+    """The run directory is for its owner alone (0700, files 0600); false: the umask decides, as for a group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

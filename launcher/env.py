@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..memory.config import Arena
 from ..parallel.config import Device
 from .config import Backend, Config
+from .secret import secrets_of
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where a user sets torch's CUDA allocator, today and before."""
@@ -36,6 +37,11 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
         # Segments that grow: blocks of one length leave no holes that those of the next do not fit.
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values
+
+
+def secrets() -> dict[str, str]:
+    """Variables of this process that hold a secret: to be found in no file, no argument and no message."""
+    return secrets_of(os.environ)
 
 
 def _loopback() -> dict[str, str]:

@@ -16,6 +16,10 @@ from ..memory.timing import Timing
 from ..units import format_seconds, format_tokens
 from .config import Config
 
+NARROW = 0.01
+"""Of a device's memory: less to spare than this is worth saying."""
+MIB = 1 << 20
+
 
 def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion], notes: Iterable[str]) -> None:
     """Layout, one table per memory, time, verdict."""
@@ -104,10 +108,17 @@ def _certificate_lines(ledger: Ledger) -> list[str]:
     ]
 
 
+def _spare(device: Account) -> str:
+    """A fit, and by how much; a narrow one is called so."""
+    spare = device.capacity_bytes - device.peak_bytes
+    if spare < NARROW * device.capacity_bytes:
+        return f"[bold yellow]fits[/bold yellow], only just: {spare / MIB:,.0f} MiB to spare on each {device.name}"
+    return f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {device.name}"
+
+
 def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
     if ledger.fits:
-        spare = ledger.device.capacity_bytes - ledger.device.peak_bytes
-        return [f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {ledger.device.name}"]
+        return [_spare(ledger.device)]
     lines = []
     for account in (ledger.device, ledger.host):
         if not account.fits:

@@ -48,9 +48,10 @@ def _probe(config: Config, run_dir: Path, seconds: float) -> int:
     from .rundir import lock_run, make_run_dir, store_config
     from .start import print_failure
 
-    run, logging = RunConfig(root=str(run_dir.parent), id=run_dir.name), replace(config.logging, display=Display.QUIET)
+    run = RunConfig(root=str(run_dir.parent), id=run_dir.name, private=False)  # inside a private folder already
+    logging = replace(config.logging, display=Display.QUIET)
     quiet = replace(config, run=run, logging=logging, launcher=replace(config.launcher, max_restarts=0))
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=run.private)
     (run_dir / "probe.json").write_text(json.dumps({"seconds": seconds}))
     lock = lock_run(run_dir)
     revision, _ = store_config(run_dir, quiet)

@@ -14,7 +14,7 @@ from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
 from .rundir import make_run_id, read_run
 from .schema import dump_config, load_config
-from .state import read_state
+from .state import ACTIVE, read_state
 
 
 def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False, dry_run: bool = False) -> int:
@@ -83,11 +83,12 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     """
     from .backends import Launch, launcher_of
 
-    launcher = launcher_of(config.launcher.backend)
+    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
     launcher.check(config)
+    check_elsewhere(config, run_dir)
     check_memory_plan(config)
     check_data(config)
-    return launcher.submit(Launch(config=config, run_dir=run_dir or place_of(config), entry=entry))
+    return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
 
 def show_launch(config: Config, run_dir: Path | None = None) -> int:
@@ -104,6 +105,24 @@ def place_of(config: Config) -> Path:
     """The run directory."""
     assert config.run.id is not None, "made before launching"
     return Path(config.run.root) / config.run.id
+
+
+def check_elsewhere(config: Config, run_dir: Path) -> None:
+    """ConfigError where the run waits or runs under another backend, which has its own ways to refuse a second start."""
+    from .backends import launcher_of
+
+    known = read_state(run_dir)
+    backend = read_run(run_dir).config.launcher.backend if known is not None else config.launcher.backend
+    if known is None or backend is config.launcher.backend or known.state not in ACTIVE:
+        return
+    standing = launcher_of(backend).status(run_dir, known)
+    if standing.state in ACTIVE:
+        raise ConfigError(
+            str(run_dir),
+            found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
+            expected="one start of a run at a time",
+            hint=f"efflaunch cancel {run_dir}, where that launcher is; or another run.id",
+        )
 
 
 def check_memory_plan(config: Config) -> None:

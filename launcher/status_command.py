@@ -11,10 +11,13 @@ from ..errors import EXIT_DONE, ConfigError
 from ..units import format_seconds
 from .backends import launcher_of
 from .config import Backend
+from .hang import read_pulses
 from .metrics_file import MetricsFollower, checkpoint_steps
 from .progress import Progress, summary_lines
 from .rundir import read_run
 from .state import ACTIVE, RunState, read_state
+
+_SILENT_ROWS = 8
 
 
 def main(run_dir: Path, *, as_json: bool) -> int:
@@ -48,6 +51,8 @@ def status(run_dir: Path) -> dict[str, Any]:
         "peak_bytes": [progress.peak_bytes[rank] for rank in sorted(progress.peak_bytes)],
         "checkpoints": checkpoint_steps(run_dir),
         "checkpoint_error": progress.checkpoint_error,
+        "stragglers": progress.stragglers,
+        "silent": _silent(run_dir, state),
     }
 
 
@@ -69,6 +74,13 @@ def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> d
     }
 
 
+def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
+    """How long each rank has said nothing, and what it said last; none while all goes on."""
+    if state is None or state.state not in ACTIVE or not state.attempts or state.attempts[-1].ended is not None:
+        return []
+    return read_pulses(run_dir, state.attempts[-1].number)
+
+
 def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     """The same for people."""
     rows = [("run", f"{facts['run_dir']} ({facts['experiment']}, revision {facts['revision']})"), ("state", _state_line(facts))]
@@ -78,6 +90,7 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     if facts["state"] in ACTIVE and facts["tokens_per_s"] is not None:
         left = facts["time_left_s"]
         rows.append(("speed", f"{facts['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {format_seconds(left)} to go")))
+    rows += _silent_rows(facts["silent"])
     rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
     if facts["checkpoint_error"]:
         rows.append(("save failed", facts["checkpoint_error"]))
@@ -86,6 +99,20 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     if facts["state"] not in ACTIVE:
         rows.append(("go on", f"efflaunch resume {run_dir}"))
     return [f"{name:<12}{value}" for name, value in rows]
+
+
+def _silent_rows(silent: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    if not silent:
+        return []
+    # The longest silence first: the ranks that wait for it fell silent later.
+    worst = sorted(silent, key=lambda row: -row["silent_s"])
+    lines = [
+        f"rank {row['rank']} on {row['host']} for {format_seconds(row['silent_s'])}, a hang from {format_seconds(row['allowed_s'])} on: "
+        f"{row['doing']}"
+        for row in worst[:_SILENT_ROWS]
+    ]
+    lines += [f"{len(worst) - _SILENT_ROWS} more ranks"] if len(worst) > _SILENT_ROWS else []
+    return [("silent" if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def _state_line(facts: dict[str, Any]) -> str:

@@ -114,14 +114,15 @@ def backward_step(
             on_last()
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
         tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
-        shares[index] = _micro_batch(model, attention, tokens, _head_loss(objective, work, topology))
+        shares[index] = _micro_batch(model, attention, tokens, _head_loss(objective, work, topology, clocks[index]))
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
         if on_last is not None:
             on_last()
-        nothing = sequence_attention(topology, kernel, None, None, BusyClock(device))
-        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology))
+        clock = BusyClock(device)
+        nothing = sequence_attention(topology, kernel, None, None, clock)
+        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology, clock))
     return shares
 
 
@@ -131,14 +132,15 @@ def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, tokens: T
     return loss.detach()
 
 
-def _head_loss(objective: StepObjective, work: Work, topology: Topology) -> HeadLoss:
+def _head_loss(objective: StepObjective, work: Work, topology: Topology, clock: BusyClock) -> HeadLoss:
     """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
     group = work.group
     communicator = None if group is None else topology.group(group.first_rank, group.degree)
 
     def group_sum(value: Tensor) -> Tensor:
         if communicator is not None:
-            dist.all_reduce(value, group=communicator)
+            with clock.waiting():
+                dist.all_reduce(value, group=communicator)
         return value
 
     return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.rank, group_sum=group_sum)

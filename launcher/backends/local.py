@@ -21,8 +21,9 @@ from .. import state
 from ..config import Config
 from ..display import Display, make_display
 from ..files import tail_lines
+from ..lock import Owner, Pulse, holding, is_locked
 from ..metrics_file import MetricsFollower
-from ..rundir import RUN_FILE, is_locked, lock_run, make_run_dir, store_config
+from ..rundir import RUN_FILE, make_run_dir, store_config
 from ..signals import STOP_SIGNALS, on_stop_signals, stop_signals_held
 from ..state import RunState, new_state, read_state, write_state
 from . import Launch, Standing, announce
@@ -50,12 +51,12 @@ class LocalLauncher:
         from ..start import report_end
 
         run_dir = launch.run_dir
-        make_run_dir(run_dir)
-        lock = lock_run(run_dir)
-        goes_on = (run_dir / RUN_FILE).is_file()
-        revision, changes = store_config(run_dir, launch.config)
-        announce(run_dir, goes_on, revision, changes)
-        code = run(launch.config, run_dir, revision=revision, lock=lock, entry=launch.entry)
+        make_run_dir(run_dir, private=launch.config.run.private)
+        with holding(run_dir) as lock:
+            goes_on = (run_dir / RUN_FILE).is_file()
+            revision, changes = store_config(run_dir, launch.config)
+            announce(run_dir, goes_on, revision, changes)
+            code = run(launch.config, run_dir, revision=revision, lock=lock, entry=launch.entry)
         report_end(run_dir, code)
         return code
 
@@ -96,14 +97,22 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str |
     display = make_display(config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps)
     try:
         with _started(run_dir, lock, entry) as (agent, relay):
-            watcher = Watcher(run_dir, display, follower, len(initial.attempts))
+            watcher, pulse = Watcher(run_dir, display, follower, len(initial.attempts)), Pulse(lock)
             while agent.poll() is None:
                 watcher.look(stopping=relay.first is not None)
+                _yield_to(pulse.beat(), agent, display)
                 time.sleep(_POLL_S)
             watcher.look(stopping=relay.first is not None)
     finally:
         display.close()
     return _settled(run_dir, agent.returncode)
+
+
+def _yield_to(other: Owner | None, agent: subprocess.Popen[bytes], display: Display) -> None:
+    """Two that both thought the directory theirs: the one that wrote itself down last has it."""
+    if other is not None:
+        display.note(f"{other.describe(time.time())}, has taken the run directory: the ranks here are killed")
+        agent.send_signal(signal.SIGQUIT)
 
 
 class Watcher:

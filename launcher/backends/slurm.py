@@ -37,7 +37,7 @@ class SlurmLauncher:
         run_dir = launch.run_dir.resolve()
         goes_on = (run_dir / RUN_FILE).is_file()
         _check_idle(run_dir)
-        make_run_dir(run_dir)
+        make_run_dir(run_dir, private=launch.config.run.private)
         with holding(run_dir):
             announce(launch.run_dir, goes_on, *queue(run_dir, launch.config))
             job = self._hand_over(launch, run_dir)

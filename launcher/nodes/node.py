@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from .. import state, worker
 from ..agent import Agent
 from ..env import rank_environment
 from ..files import write_json
+from ..hang import Others
+from ..lock import Pulse, release
 from ..metrics_file import newest_step
 from ..restarts import RankReport, first_failure
 from ..rundir import attempt_dir, lock_in_time, read_run
@@ -46,10 +49,11 @@ def take_part(run_dir: Path, meeting: Meeting, place: Place, entry: str, early: 
     """
     try:
         visit = Visit(run_dir, meeting, place)
-        verdict = visit.verdict(lambda: early.requested or stop_asked())
-        if verdict is not None:
-            return verdict
-        return NodeAgent(visit, entry, early).run()
+        try:
+            verdict = visit.verdict(lambda: early.requested or stop_asked())
+            return verdict if verdict is not None else NodeAgent(visit, entry, early).run()
+        finally:
+            visit.leave()
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -64,6 +68,7 @@ class Visit:
         self.address = address_towards(meeting.address)
         self.interface = interface_of(self.address)
         self.lock = lock_in_time(run_dir) if place.node == 0 else None
+        self.pulse = Pulse(self.lock) if self.lock is not None else None
         self.store = self._open()
         self.has_failed = False
 
@@ -128,6 +133,11 @@ class Visit:
                 if facts is not None:
                     self._get_or_none(f"heard-{facts.node}")
         return verdict
+
+    def leave(self) -> None:
+        """The run directory is free for the next attempt."""
+        if self.lock is not None:
+            release(self.lock)
 
     def tell_failed(self) -> None:
         """Have the agents of all other nodes end their ranks."""
@@ -212,6 +222,11 @@ class NodeAgent(Agent):
         timeout_s = int(self.config.launcher.start_timeout_s)
         return NodesRendezvous(self.visit.store, run_id, self.place.node, self.place.num_nodes, timeout_s)
 
+    def _others(self) -> Others:
+        from ..hang_others import StoreOthers
+
+        return StoreOthers(self.visit.store, self.place.node, self.place.num_nodes)
+
     def _ranks_here(self) -> range:
         size = self.config.cluster.ranks_per_node
         return range(self.place.node * size, (self.place.node + 1) * size)
@@ -219,12 +234,19 @@ class NodeAgent(Agent):
     def _note_stop(self) -> None:
         """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
         super()._note_stop()
+        self._note_pulse()
         assert self.ranks is not None, "asked by its monitor"
         if any(process.exitcode for process in self.ranks.processes.values()):
             self.visit.tell_failed()
         elif self.visit.failed_elsewhere():
             self.ended_for_others = True
             self.ranks.end_the_rest()
+
+    def _note_pulse(self) -> None:
+        other = self.visit.pulse.beat() if self.visit.pulse is not None else None
+        if other is not None:
+            print(f"efflaunch: {other.describe(time.time())}, has taken the run directory", file=sys.stderr, flush=True)
+            self._kill_now(signal.SIGQUIT, None)
 
     def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
         code, failure = super()._failed(reports, number)

@@ -7,7 +7,6 @@ settle RUN_DIR: what became of the attempt, and what follows; the exit code is a
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
 from ..restarts import Outcome
-from ..rundir import lock_in_time, make_run_dir, read_run
+from ..rundir import keep_private, lock_in_time, make_run_dir, read_run, release
 from ..signals import STOP_SIGNALS
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .files import cancel_file, forget_stops, stop_file, write_submission
@@ -77,7 +76,7 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
     known = read_state(run_dir)
     if known is None or known.job != str(place.job):
         if known is not None:
-            os.close(lock_in_time(run_dir))
+            release(lock_in_time(run_dir))
         stdout, sys.stdout = sys.stdout, sys.stderr  # only the directory is for the script to read
         try:
             check_data(config)
@@ -90,7 +89,7 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
 
 def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     """Make or revise the run directory for a job that is about to be submitted; (revision, what changed)."""
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=config.run.private)
     (run_dir / JOB_DIR).mkdir(exist_ok=True)
     forget_stops(run_dir)
     return store_queued(run_dir, config)
@@ -99,8 +98,9 @@ def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
 def start(run_dir: Path, place: SlurmPlace) -> Meeting:
     """Begin the next attempt. EfflaunchError, with state.json saying so, where it must not begin."""
     # Before anything is written: another efflaunch may be running there.
-    os.close(lock_in_time(run_dir))
+    release(lock_in_time(run_dir))
     config = read_run(run_dir).config
+    keep_private(config.run.private)
     known = read_state(run_dir)
     assert known is not None, "whoever submits a job writes state.json first"
     known = replace(known, job=str(place.job), host=place.name)
@@ -135,6 +135,7 @@ def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlac
 def settle(run_dir: Path, place: SlurmPlace) -> Verdict:
     """Close the attempt that the agents have just run, and say what follows."""
     config = read_run(run_dir).config
+    keep_private(config.run.private)
     known = read_state(run_dir)
     assert known is not None and known.attempts, "written by start"
     lost_node = False

@@ -154,7 +154,8 @@ def test_a_run_directory_takes_one_at_a_time(tmp_path: Path) -> None:
     run.wait_for_step(1)
     second = train(tmp_path, steps=1000)
     assert second.wait() == 93
-    assert f"found process {run.process.pid} on {socket.gethostname()} running in it" in second.errors.read_text()
+    told = second.errors.read_text()
+    assert f"found process {run.process.pid} on {socket.gethostname()}, there since " in told and "efflaunch cancel runs/run" in told
     run.send(signal.SIGTERM)
     assert run.wait() == 75
 

@@ -184,7 +184,7 @@ def test_status_running_and_died(run_dir: Path, capsys: pytest.CaptureFixture[st
     facts = json.loads(capsys.readouterr().out)
     assert (facts["state"], facts["pid"], facts["step"], facts["loss"], facts["tokens_per_s"]) == ("running", os.getpid(), 2, 8.0, 50.0)
     assert facts["last_error"]["rank"] == 1 and facts["peak_bytes"] == [1 << 30, 2 << 30]
-    with pytest.raises(Exception, match=rf"found process {os.getpid()} on .* running in it"):
+    with pytest.raises(Exception, match=rf"found process {os.getpid()} on .*, there since .* running in it"):
         lock_run(run_dir)
     os.close(lock)
     assert status_command.main(run_dir, as_json=False) == 0

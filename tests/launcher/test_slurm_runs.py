@@ -16,6 +16,7 @@ from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.slurm.files import submitted_job
 from efflaunch.launcher.state import RunState, read_state
 from efflaunch.tests.launcher.runs import HERE, environment
+from efflaunch.tests.launcher.test_security import arguments_with, open_to_others
 from efflaunch.tests.slurm_cluster import TIMEOUT_S, SlurmCluster, wait_until, why_not
 from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
@@ -111,6 +112,7 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
         job = Job(cluster, place / "runs" / "real")
         assert f"job {job.number} of SLURM submitted" in text
         job.wait_for_step(3)
+        assert not arguments_with((int(path.name) for path in Path("/proc").glob("[0-9]*")), [SECRET])
         cluster.run("scancel", "--signal=USR2", str(job.number))
         wait_until(lambda: len(job.state().attempts) > 1, "the second attempt")
         assert job.end() == "COMPLETED", job.output()
@@ -124,6 +126,7 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
     assert job.losses() == losses(place / "runs" / "local") and max(job.losses()) == 30
     told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
     assert len(told) > 5 and not [path for path in told if SECRET.encode() in path.read_bytes()]
+    assert not open_to_others(job.run_dir)
     assert "state       done, job" in efflaunch(cluster, place, "status", "runs/real")
 
 
