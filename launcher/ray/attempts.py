@@ -16,11 +16,12 @@ from pathlib import Path
 from ...errors import EXIT_PREEMPTED, EXIT_RETRY, EfflaunchError
 from .. import state
 from ..config import Config
+from ..lock import lock_in_time, release
 from ..metrics_file import newest_step
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
 from ..restarts import Outcome
-from ..rundir import lock_in_time, read_run
+from ..rundir import keep_private, read_run
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .files import NOW, SAVE, told_to_stop
 from .group import Group
@@ -41,6 +42,7 @@ class Driver:
         self.variables: dict[str, str] = {}
         """For the agents, beside what Ray's workers have."""
         self.config: Config = read_run(run_dir).config
+        keep_private(self.config.run.private)
         self.started = time.monotonic()
         self.wish: str | None = None
         """Whether a person wants it to save and end, or to end now."""
@@ -61,7 +63,7 @@ class Driver:
     def _attempt(self) -> Decision:
         self.is_draining = False
         # The ranks of the last attempt are gone once this is free.
-        os.close(lock_in_time(self.run_dir))
+        release(lock_in_time(self.run_dir))
         gone: dict[int, str] = {}
         num_nodes = self._num_nodes()
         try:

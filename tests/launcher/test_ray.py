@@ -22,7 +22,7 @@ from efflaunch.launcher.ray.attempts import Driver
 from efflaunch.launcher.ray.client import JobFacts
 from efflaunch.launcher.ray.driver import check_shared
 from efflaunch.launcher.ray.placement import NodeOffer, demand_table, fitting, no_placement
-from efflaunch.launcher.ray.request import Caller, check_ray, demand, describe_request, job_request
+from efflaunch.launcher.ray.request import Caller, check_address, check_ray, demand, describe_request, job_request
 from efflaunch.launcher.ray.upload import measure, stage
 from efflaunch.launcher.rundir import attempt_dir, make_run_dir, write_run
 from efflaunch.launcher.state import ACTIVE, Attempt, RunState, end_attempt, new_state, read_state, write_state
@@ -85,7 +85,6 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ((), r"launcher\.ray\.address: found none, and no RAY_API_SERVER_ADDRESS"),
         (("launcher.ray.address=ray://head:10001",), r"found 'ray://head:10001'; expected the address of Ray's job server"),
         (("launcher.ray.address=head",), r"found 'head'"),
-        (("launcher.ray.address=http://me:sesame@head:8265",), r"found a name, a password or a query in it"),
         (("launcher.ray.local=true", "launcher.ray.address=auto"), r"found an address as well"),
         (("launcher.ray.local=true", "cluster.num_nodes=2"), r"found cluster\.num_nodes=2; expected one node"),
         ((*AWAY, "launcher.ray.env=[WANDB_API_KEY,HF_HOME]"), r"launcher\.ray\.env: found WANDB_API_KEY; expected no secrets"),
@@ -96,6 +95,12 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_what_cannot_be_a_job(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         check_ray(config("launcher=ray", *words), None)
+    assert caught.value.exit_code == 93
+
+
+def test_a_password_in_the_address() -> None:
+    with pytest.raises(ConfigError, match="found a name, a password or a query in it") as caught:
+        check_address("http://me:sesame@head:8265")
     assert "sesame" not in str(caught.value)
 
 
