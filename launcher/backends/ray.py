@@ -226,7 +226,7 @@ def _drive(launch: Launch, run_dir: Path, job: str, say: Callable[[str], None], 
     work_dir = launch.config.launcher.ray.work_dir or str(Path.cwd())
     with _cluster(launch.config) as variables:
         driver = Driver(run_dir, job=job, entry=launch.entry, work_dir=work_dir, say=say, tick=lambda: display.show(follower.read()))
-        driver.variables = variables
+        driver.variables = {**variables, **chosen_variables(launch.config.launcher.ray.env)}
         with _stops_go_to(driver):
             return driver.run()
 

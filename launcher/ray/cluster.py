@@ -19,7 +19,7 @@ from .client import check_installed
 from .request import demand
 
 LOOPBACK = "127.0.0.1"
-_NO_CLOUD = "provider:\n  type: local\n"
+NO_CLOUD = "provider:\n  type: local\n"
 """Without a word on who provides its machines, a head asks the metadata servers of the clouds."""
 
 
@@ -50,7 +50,7 @@ def started(config: Config) -> Iterator[dict[str, str]]:
     check_installed()
     home = Path(tempfile.mkdtemp(prefix="ray-"))
     try:
-        (home / "ray_bootstrap_config.yaml").write_text(_NO_CLOUD)
+        (home / "ray_bootstrap_config.yaml").write_text(NO_CLOUD)
         values = {"HOME": str(home)}
         if not config.launcher.ray.usage_stats:
             values |= ray_quiet_variables()
