@@ -61,7 +61,8 @@ class Pulse:
     def __init__(self, memory: Memory | None = None, offset: int = 0) -> None:
         self._memory: Memory = memory if memory is not None else bytearray(_SIZE)
         self._offset, self._count, self._step, self._expected_s = offset, 0, 0, 0.0
-        self._is_long, self._phase, self._layer = True, "starting", None
+        self._is_long, self._phase = True, "starting"
+        self._layer: int | None = None
         self._thread = threading.get_ident()
 
     def at(self, phase: str, layer: int | None = None) -> None:

@@ -164,6 +164,25 @@ def _predicted(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _update(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Predicted and measured updates",
+        "",
+        f"AdamW over {result['parameters'] / 1e6:.1f} million float32 weights, sharded over {result['ranks']} gloo ranks of one thread",
+        "each: the estimate by rates measured just before, and what an update adds to an empty backward pass.",
+        f"Medians of {result['rounds']} rounds; ratios are taken within a round, for the machine's speed changes between them.",
+        "",
+        f"**worst_error {result['worst_error']:.0%}**",
+        "",
+        "| states and update | predicted ms | measured ms | predicted / measured | least and most of the rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        figures = f"{1e3 * row['predicted_s']:.1f} | {1e3 * row['measured_s']:.1f} | {row['ratio']:.2f}"
+        lines.append(f"| {row['name']} | {figures} | {row['ratios'][0]:.2f}, {row['ratios'][-1]:.2f} |")
+    return lines
+
+
 def _arena(result: dict[str, Any]) -> list[str]:
     headline = ""
     if "worst_ratio" in result:
@@ -208,6 +227,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "adaptive": _adaptive,
     "planner": _planner,
     "predicted": _predicted,
+    "update": _update,
     "arena": _arena,
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,

@@ -77,7 +77,8 @@ class HangWatch:
     def _found(self, pids: Mapping[int, int], *, asked: bool) -> Failure:
         if self._others is not None and not asked:
             self._others.ask()
-        facts, missing = self._dump(pids), []
+        facts = self._dump(pids)
+        missing: list[int] = []
         allowance_s = self._silences.allowance_s(self._limits)
         if self._others is not None:
             answers, missing = self._others.exchange([_packed(fact) for fact in facts])

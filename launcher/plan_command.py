@@ -12,16 +12,22 @@ from ..memory.ledger import Account, Ledger, build_ledger
 from ..memory.report import SolveReport, describe_policy
 from ..memory.residency import residency_of
 from ..memory.timing import Timing
+from ..parallel.config import Device
+from ..parallel.measured import find_rates
+from ..parallel.profile import processor_name
 from ..training.optimizers.check import inexact
 from ..training.spec import model_spec
 from ..units import format_tokens
 from .config import Config
 
+SUGGESTIONS = 8
+"""Shown at most."""
+
 
 def main(config: Config, as_json: bool) -> int:
     """Print the plan, as tables or as JSON (keys: docs/plan.md). Exit code 0 also where it does not fit: that is an answer."""
     ledger = plan(config)
-    suggestions = suggest(ledger)
+    suggestions = suggest(ledger, most=SUGGESTIONS)
     if as_json:
         print(json.dumps(plan_dict(config, ledger, suggestions), indent=2))
         return EXIT_DONE
@@ -41,7 +47,13 @@ def plan(config: Config) -> Ledger:
         data=config.data,
         cluster=config.cluster,
         residency=residency_of(config.optim),
+        measured=find_rates(config.parallel.profile, config.cluster, hardware_of(config), config.memory.offload_dir),
     )
+
+
+def hardware_of(config: Config) -> str:
+    """What a rank computes on, as profiles call it; empty for GPUs: which ones a cluster has is not looked up here."""
+    return processor_name() if config.cluster.device is Device.CPU else ""
 
 
 def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...]) -> dict[str, Any]:
@@ -139,6 +151,8 @@ def _step(timing: Timing) -> dict[str, Any]:
         "compute_s": timing.compute_s,
         "sequence_s": timing.sequence_s,
         "sharding_s": timing.sharding_s,
+        "host_s": timing.host_s,
+        "update_s": timing.update_s,
         "tokens_per_s": timing.tokens_per_s,
         "assumptions": list(timing.assumptions),
     }

@@ -14,7 +14,10 @@ from ..units import format_bytes, format_seconds
 from .config import Config, RunConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..parallel.profile import Fit, Profile
+    from ..parallel.rates import MachineRates
 
 ENTRY = f"{__package__.rpartition('.')[0]}.training.probe:probe"
 
@@ -77,13 +80,34 @@ def show(profile: Profile, out: Path) -> None:
         groups.add_row(str(row.degree), shape, *parts, *_fit(row.fit))
     links = Table("collective", "ranks", "latency", "bandwidth", *_FIT, title="all groups at once", title_justify="left")
     for link in profile.collectives:
-        speed = f"{format_bytes(int(link.bytes_per_s))}/s" if link.bytes_per_s else "unmeasurable"
+        speed = _speed(link.bytes_per_s) if link.bytes_per_s else "unmeasurable"
         links.add_row(link.kind, str(link.degree), f"{link.latency_s * 1e6:.0f} us", speed, *_fit(link.fit))
     console.print(groups)
     console.print(links)
+    if profile.rates is not None:
+        console.print(_rates(profile.rates))
+        console.print(
+            f"AdamW reads and writes {_speed(profile.rates.device_update)} a rank, on the host {_speed(profile.rates.host_update)}"
+        )
     fixed = f"{format_seconds(profile.beta_s)} (collectives on weights {format_seconds(profile.gather_s)})"
     console.print(f"each micro-batch takes {fixed} besides, each step {format_seconds(profile.step_s)}")
     console.print(f"wrote {out}; plan and train use it where this machine, model and software are theirs")
+
+
+def _rates(rates: MachineRates) -> Table:
+    """What each rank got while all of its node copied."""
+    from rich.table import Table
+
+    title = f"copies, all {rates.ranks_per_node} ranks of a node at once"
+    table = Table("rank", "way", "out", "back", "both at once: out", "back", title=title, title_justify="left")
+    for name, rows in (("host memory", rates.link), (f"files in {rates.directory}", rates.disk)):
+        for rank, row in enumerate(rows):
+            table.add_row(str(rank), name, *(_speed(value) for value in (row.out, row.back, row.both_out, row.both_back)))
+    return table
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{format_bytes(int(bytes_per_s))}/s"
 
 
 _FIT = ("samples", "r2", "mean error", "worst")

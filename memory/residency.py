@@ -28,6 +28,10 @@ class Residency:
     """A layer's gradients are gone once it is updated."""
     moment_bytes: float | None = None
     """Of one number; None: the master precision."""
+    clipped: bool = True
+    """Gradients are scaled where their norm is too large."""
+    two_passes: bool = False
+    """Forward and backward run once more, before, for the norm alone."""
 
     def state_bytes(self, master: int) -> float:
         """Of one parameter: both moments, and the master weight where it is not the model's own."""
@@ -44,4 +48,6 @@ def residency_of(optim: OptimConfig) -> Residency:
         on_host=optim.states.value == "host",
         in_backward=optim.update.value == "backward",
         moment_bytes=MOMENT_BYTES[optim.state_dtype.value],
+        clipped=optim.grad_clip is not None,
+        two_passes=optim.update.value == "backward" and optim.grad_clip is not None and optim.clip_mode.value == "two_pass",
     )

@@ -16,7 +16,7 @@ from functools import cached_property
 from ..parallel.config import GradReduce
 from .policy import MemoryPolicy
 from .program import Affine, Answer, Program, least_growth, solve_program
-from .shapes import Measure, Measures, Shape, Share, linearise, rounded
+from .shapes import BUDGET, Measure, Measures, Shape, Share, linearise, rounded
 
 PREFERENCE = 0.01
 """Policies whose times differ by less than this share are equal: the simpler shape, and the one that moves less, is taken."""
@@ -33,13 +33,19 @@ class Room:
     """What is changed for a question like: what would more memory save?"""
 
     device_bytes: float = 0.0
+    """Of each rank, besides what the allocator loses of them."""
     host_bytes: float = 0.0
+    """Of each node."""
+    budget_bytes: float = 0.0
+    """Of memory.host_budget."""
     link: float = 1.0
-    """Factor on the host link's bandwidth."""
+    """Factor on the bandwidth of the way to the host, or to files."""
 
     def extra(self, name: str) -> float:
         """Bytes more of the memory a row speaks of."""
-        return self.device_bytes if name.startswith("device") else self.host_bytes
+        if name.startswith("device"):
+            return self.device_bytes
+        return self.budget_bytes if name == BUDGET else self.host_bytes
 
     def of(self, program: Program) -> Program:
         """The program with this room."""
@@ -271,7 +277,7 @@ def _spare(measured: Measures, room: Room, ranks: int) -> dict[str, float]:
     left = {name: limit + room.extra(name) - used for name, (used, limit) in measured.rows.items()}
     device = {name: spare for name, spare in left.items() if name.startswith("device, ")}
     both = {f"both{name[6:]}": spare + left[f"host{name[6:]}"] / ranks for name, spare in device.items() if f"host{name[6:]}" in left}
-    budget = {f"budget{name[6:]}": spare + left["host budget"] / ranks for name, spare in device.items() if "host budget" in left}
+    budget = {f"budget{name[6:]}": spare + left[BUDGET] / ranks for name, spare in device.items() if BUDGET in left}
     return device | both | budget
 
 

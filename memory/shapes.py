@@ -19,6 +19,8 @@ from .program import Affine, Program, Row, step_s
 CHUNKS = (16384, 4096, 1024)
 """Sizes tried where memory.chunk_tokens is null and a rank has more tokens: 16K rows fill any device, and larger chunks save nothing."""
 SEGMENTS = (1, 2, 3, 4, 6)
+BUDGET = "host budget"
+"""The row of memory.host_budget."""
 _STEP = 1 / 16
 """Shares differ by this much between the two looks of a difference."""
 _FREE = ("query", "key_value", "residual", "mlp")

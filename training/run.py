@@ -7,7 +7,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,6 @@ from ..checkpoint.engine import Restored
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
 from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
-from ..memory.offload.checks import free_memory
-from ..memory.oom import OutOfMemory, host_report
 from ..memory.position import Position
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
@@ -35,7 +33,7 @@ from .metrics import Metrics
 from .model import position_of
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
-from .oom import LOW_HOST_BYTES, memory_errors_named
+from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
 from .optimizers.updater import Gradients
 from .pace import Pace
 from .planning import Costs, StepPlanner, Totals, settle_costs
@@ -117,7 +115,7 @@ class _Run:
         self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
         self.saves.begin(self.session.engine, self.metrics.write, None if restored is None else restored.step)
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
-        self.costs: Costs = settle_costs(config, self.session.spec, device, extra.get("costs"))
+        self.costs: Costs = settle_costs(config, self.session.ledger.setting, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
@@ -127,8 +125,8 @@ class _Run:
         self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self.position: Position = position_of(self.session.model)
         self.position.listener = pulse.at
-        self.low_on_host: int | None = None
-        """The first rank whose node has next to nothing left."""
+        self.low_on_host: tuple[int, int] | None = None
+        """The first rank whose node has next to nothing left, and the bytes it has."""
         self.hosts = host_names()
         self._write_start(restored)
 
@@ -170,7 +168,7 @@ class _Run:
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
                     self.session.engine.wait()
-                    raise self._host_error()
+                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=f"efflaunch resume {self.run_dir}")
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
@@ -277,7 +275,7 @@ class _Run:
         self.peak_bytes = told.peak_bytes
         self.certified.look(self.done, told.peak_bytes)
         least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
-        self.low_on_host = next((rank for rank, size in enumerate(told.host_free_bytes) if size < least), None)
+        self.low_on_host = next(((rank, size) for rank, size in enumerate(told.host_free_bytes) if size < least), None)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
@@ -314,7 +312,8 @@ class _Run:
                 return
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
-                save_profile(self.run_dir / DEFAULT_FILE, refitted)
+                known = self.session.ledger.setting.measured
+                save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
 
     def _extra(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
@@ -331,11 +330,6 @@ class _Run:
             "updater": self.session.updater.carry(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
-
-    def _host_error(self) -> OutOfMemory:
-        assert self.low_on_host is not None
-        free, resume = free_memory(), f"efflaunch resume {self.run_dir}"
-        return host_report(self.session.ledger, free.num_bytes, free.limited_by, rank=self.low_on_host, step=self.done, resume=resume)
 
     def _write_start(self, restored: Restored | None) -> None:
         fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)

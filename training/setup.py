@@ -21,6 +21,7 @@ from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
 from ..memory.position import Position
+from ..memory.rates import activation_way
 from ..memory.setting import Setting
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
@@ -108,7 +109,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = agreed_ledger(config, spec)
+    ledger = agreed_ledger(config, spec, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
@@ -156,8 +157,8 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
-    # The estimate, and with it the solver, takes files to be as fast as the link: a disk that is not is to be named.
-    expected = None if directory is None else setting.cluster.host_link_bandwidth
+    # A disk that is slower than the estimate, and with it the solver, take it to be is named.
+    expected = None if directory is None else activation_way(setting).out
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
 
 

@@ -61,7 +61,8 @@ def test_every_experiment_has_a_plan(experiment: str, capsys: pytest.CaptureFixt
         assert all(entry["bytes"] == max(entry["by_phase"].values()) for entry in account["terms"])
     layout = found["layout"]
     assert layout["replicate"] * layout["shard"] == layout["world_size"] == layout["groups_per_micro_batch"] * layout["sp_degree"]
-    assert found["step"]["time_s"] == pytest.approx(sum(found["step"][key] for key in ("compute_s", "sequence_s", "sharding_s")))
+    parts = ("compute_s", "sequence_s", "sharding_s", "host_s", "update_s")
+    assert found["step"]["time_s"] == pytest.approx(sum(found["step"][key] for key in parts)) and found["step"]["update_s"] > 0
     assert found["fits"] == (found["device"]["fits"] and found["host"]["fits"])
 
 
