@@ -15,7 +15,6 @@ import fcntl
 import mmap
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -25,13 +24,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..children import stay_deaf
 from ..durable import sync
 from .diskfile import DiskFile
 from .faults import Faults
 from .manifest import FileRecord, Manifest, digest, manifest_name
 from .wire import Message, receive, send
-
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class CancelledError(Exception):
@@ -212,8 +210,7 @@ class Flusher:
 
 def main(arguments: list[str]) -> int:
     """`SOCKET [FAULT]`: the descriptor of the socket's end, and a fault for tests."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    stay_deaf()
     sock = socket.socket(fileno=int(arguments[0]))
     Flusher(sock, Faults(arguments[1] if len(arguments) > 1 else "")).run()
     return 0

@@ -21,6 +21,7 @@ from .. import state
 from ..config import Config
 from ..display import Display, make_display
 from ..files import tail_lines
+from ..grace import GraceWatch
 from ..lock import Owner, Pulse, holding, is_locked
 from ..metrics_file import MetricsFollower
 from ..rundir import RUN_FILE, make_run_dir, store_config
@@ -97,7 +98,8 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str |
     display = make_display(config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps)
     try:
         with _started(run_dir, lock, entry) as (agent, relay):
-            watcher, pulse = Watcher(run_dir, display, follower, len(initial.attempts)), Pulse(lock)
+            watcher = Watcher(run_dir, display, follower, len(initial.attempts), config.launcher.grace_s)
+            pulse = Pulse(lock)
             while agent.poll() is None:
                 watcher.look(stopping=relay.first is not None)
                 _yield_to(pulse.beat(), agent, display)
@@ -118,7 +120,8 @@ def _yield_to(other: Owner | None, agent: subprocess.Popen[bytes], display: Disp
 class Watcher:
     """Hands what is new in metrics.jsonl and state.json to the display."""
 
-    def __init__(self, run_dir: Path, display: Display, follower: MetricsFollower, num_known_attempts: int) -> None:
+    def __init__(self, run_dir: Path, display: Display, follower: MetricsFollower, num_known_attempts: int, grace_s: float) -> None:
+        self.grace = GraceWatch(grace_s)
         self.run_dir, self.display, self.follower = run_dir, display, follower
         self.num_told = num_known_attempts
         self.told_stop = False
@@ -127,7 +130,11 @@ class Watcher:
         if stopping and not self.told_stop:
             self.told_stop = True
             self.display.note("stopping: the step is finished and saved first (Ctrl-C again: kill the ranks now)")
-        self.display.show(self.follower.read())
+        events = self.follower.read()
+        self.display.show(events)
+        note = self.grace.add(events).news()
+        if note:
+            self.display.note(note)
         current = read_state(self.run_dir)
         for attempt in current.attempts[self.num_told :] if current else ():
             if attempt.ended is None or not attempt.decision:

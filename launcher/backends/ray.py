@@ -66,7 +66,7 @@ class RayLauncher:
                 state.write_state(run_dir, replace(known, state=state.FAILED))
                 raise
         print(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}")
-        note = grace_note(MetricsFollower(run_dir).read(), launch.config.launcher.grace_s)
+        note = grace_note(launch)
         if note:
             print(f"  {note}")
         for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
