@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from ...errors import ConfigError
 from ...parallel.config import Device
 from ..config import Config, RayConfig
+from ..secret import is_secret_name
 
 FOLDER = "ray"
 """What Ray's part of a run leaves, inside the run directory."""
@@ -21,7 +22,6 @@ HERE = "auto"
 """The address that means: the cluster around this process."""
 STOP_MARGIN_S = 30
 """Beyond launcher.grace_s, for ranks that had to be killed and for the word that they were."""
-_SECRET_WORDS = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS", "AUTH"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ def check_ray(config: Config, server: str | None) -> None:
 
 
 def _mistakes(config: Config, ray: RayConfig, server: str | None) -> Iterator[ConfigError]:
-    secrets = [name for name in ray.env if set(name.upper().split("_")) & _SECRET_WORDS]
+    secrets = [name for name in ray.env if is_secret_name(name)]
     if secrets:
         yield ConfigError(
             "launcher.ray.env",

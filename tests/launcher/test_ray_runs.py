@@ -229,21 +229,24 @@ def test_a_stopped_job_saves_and_one_ended_now_does_not(cluster: RayCluster, pla
     assert re.search("state       (failed|cancelled), job efflaunch-stopped-2 STOPPED", efflaunch(cluster, place, "status", "runs/stopped"))
 
 
-def test_a_node_about_to_be_taken_away(cluster: RayCluster, place: Path) -> None:
-    """A drain notice, as an autoscaler or a spot market gives it: the run saves and goes on elsewhere."""
-    job = submit(cluster, place, "drained", "train.steps=200", step_s=0.05)
+def test_nodes_go_and_come(cluster: RayCluster, place: Path) -> None:
+    """Three nodes; a drain notice for one, as a spot market gives it: saved, on with two; it is back when a rank is killed: on with three."""
+    words = ("launcher.nodes=2:3", "cluster.ranks_per_node=1", "train.steps=420")
+    job = submit(cluster, place, "elastic", *words, mishaps="kill:1:400", step_s=0.05)
     job.wait_for_step(6)
     victim = next(node for node in (2, 1) if any(AGENT in command for _, command in cluster.on_node(node)))
     cluster.drain(victim)
-    try:
-        assert job.end() == ("SUCCEEDED", 0), job.output()
-    finally:
-        cluster.crash(victim)
-        cluster.boot(victim)
-    first, second = job.state().attempts
-    assert (first.exit_code, first.restarted, second.exit_code) == (75, True, 0)
-    assert first.decision == "preempted and saved; requeued, 1 of 100" and max(job.losses()) == 200
+    job.wait_for_attempt(2)
+    cluster.crash(victim)
+    cluster.wait_for_nodes(2)
+    cluster.boot(victim)
     cluster.wait_for_nodes(3)
+    assert job.end() == ("SUCCEEDED", 0), job.output()
+    attempts = job.state().attempts
+    assert [attempt.num_nodes for attempt in attempts] == [3, 2, 3] and [attempt.exit_code for attempt in attempts] == [75, 1, 0]
+    assert attempts[0].decision == "preempted and saved; requeued, 1 of 100" and f"node{victim}" not in attempts[1].hosts
+    assert attempts[1].last_step == 399 and "cluster.num_nodes: 3 -> 2" in job.output()
+    assert job.losses() == {step: 10.0 / step for step in range(1, 421)}
 
 
 def test_runs_that_get_no_nodes(cluster: RayCluster, place: Path) -> None:
