@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_memory
+from . import report_checkpoint, report_launch, report_memory
 
 HEADER = """# Benchmarks
 
@@ -164,6 +164,24 @@ def _predicted(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _update(result: dict[str, Any]) -> list[str]:
+    millions = result["parameters"] / 1e6
+    lines = [
+        "## Predicted and measured updates",
+        "",
+        f"AdamW over {millions:.1f} million float32 weights, {result['ranks']} gloo rank(s): the estimate by measured rates, and",
+        f"what an update adds to an empty backward pass. The fastest rates and the least seconds of {result['rounds']} rounds.",
+        "",
+        f"**worst_error {result['worst_error']:.0%}**",
+        "",
+        "| states and update | predicted ms | measured ms | predicted / measured |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(f"| {row['name']} | {1e3 * row['predicted_s']:.1f} | {1e3 * row['measured_s']:.1f} | {row['ratio']:.2f} |")
+    return lines
+
+
 def _arena(result: dict[str, Any]) -> list[str]:
     headline = ""
     if "worst_ratio" in result:
@@ -204,10 +222,12 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "checkpoint": report_checkpoint.checkpoint,
     "chaos": report_checkpoint.chaos,
     "startup": _startup,
+    "launch": report_launch.launch,
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,
     "predicted": _predicted,
+    "update": _update,
     "arena": _arena,
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,

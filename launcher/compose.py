@@ -11,7 +11,8 @@ from ..errors import ConfigError
 from .config import Config
 from .groups import check_config_dir, conf_dir, options
 from .overrides import Override, parse_overrides
-from .schema import load_config, missing_key
+from .schema import dump_config, load_config, missing_key
+from .sizes import settle_nodes
 
 _MISSING = "???"
 
@@ -24,7 +25,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     missing = list(_missing_keys(data))
     if missing:
         raise _missing_choice(missing[0], parsed)
-    config = load_config(data)
+    config = settle_nodes(load_config(data), [item.key for item in parsed])
     check_config(config)
     return config
 
@@ -44,7 +45,10 @@ def check_config(config: Config) -> None:
     from ..training.optimizers.check import check_residency
     from ..training.schedule import check_optim
     from . import fit
+    from .env import secrets
+    from .secret import check_secrets
 
+    check_secrets(dump_config(config), secrets())
     fit.check_config(config)
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)

@@ -13,8 +13,12 @@ from ..memory.ledger import Account, Ledger
 from ..memory.report import describe_report
 from ..memory.terms import GIB
 from ..memory.timing import Timing
-from ..units import format_seconds, format_tokens
+from ..units import format_precise, format_seconds, format_tokens
 from .config import Config
+
+NARROW = 0.01
+"""Of a device's memory: less to spare than this is worth saying."""
+MIB = 1 << 20
 
 
 def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion], notes: Iterable[str]) -> None:
@@ -30,6 +34,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console.print()
     console.print(_table(ledger.device, f"each {ledger.device.name}"))
     console.print(_table(ledger.host, f"each node ({ledger.layout.ranks_per_node} ranks)"))
+    console.print(_time_table(ledger.timing))
     for line in _time_lines(ledger.timing):
         console.print(line)
     for note in notes:
@@ -77,13 +82,30 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 10 or num_bytes == 0 else f"{num_bytes / GIB:.4f}"
 
 
+def _time_table(timing: Timing) -> Table:
+    table = Table(title="time of a step (an estimate)", title_justify="left", title_style="bold")
+    table.add_column("part")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    parts = {
+        "compute, recomputation in": timing.compute_s,
+        "sequence exchanges": timing.sequence_s,
+        "weights and gradients, not hidden": timing.sharding_s,
+        "copies of activations, not hidden": timing.host_s,
+        "optimizer update, not hidden": timing.update_s,
+    }
+    for name, seconds in parts.items():
+        table.add_row(name, format_precise(seconds), f"{seconds / timing.step_s:.1%}")
+    table.add_section()
+    table.add_row("[bold]sum[/bold]", f"[bold]{format_precise(timing.step_s)}[/bold]", "")
+    return table
+
+
 def _time_lines(timing: Timing) -> list[str]:
     share = timing.attention_flops / timing.flops
     return [
         f"step: {format_seconds(timing.step_s)}, {timing.tokens_per_s:,.0f} tokens/s (an estimate)",
         f"  {timing.flops:.3g} FLOPs, causal, {share:.0%} of them attention; without recomputation {timing.model_flops:.3g}",
-        f"  compute {format_seconds(timing.compute_s)}, sequence exchanges {format_seconds(timing.sequence_s)}, "
-        f"weights and gradients not hidden {format_seconds(timing.sharding_s)}",
         *(f"  assumed: {text}" for text in timing.assumptions),
     ]
 
@@ -104,10 +126,17 @@ def _certificate_lines(ledger: Ledger) -> list[str]:
     ]
 
 
+def _spare(device: Account) -> str:
+    """A fit, and by how much; a narrow one is called so."""
+    spare = device.capacity_bytes - device.peak_bytes
+    if spare < NARROW * device.capacity_bytes:
+        return f"[bold yellow]fits[/bold yellow], only just: {spare / MIB:,.0f} MiB to spare on each {device.name}"
+    return f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {device.name}"
+
+
 def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
     if ledger.fits:
-        spare = ledger.device.capacity_bytes - ledger.device.peak_bytes
-        return [f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {ledger.device.name}"]
+        return [_spare(ledger.device)]
     lines = []
     for account in (ledger.device, ledger.host):
         if not account.fits:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import EXIT_DONE
+from ..memory.rates import gb_per_s
 from ..training.config import Display
 from ..units import format_bytes, format_seconds
 from .config import Config, RunConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..parallel.profile import Fit, Profile
+    from ..parallel.rates import MachineRates
 
 ENTRY = f"{__package__.rpartition('.')[0]}.training.probe:probe"
 
@@ -45,12 +49,14 @@ def main(config: Config, out: Path, seconds: float, as_json: bool) -> int:
 
 def _probe(config: Config, run_dir: Path, seconds: float) -> int:
     from .backends import local
-    from .rundir import lock_run, make_run_dir, store_config
+    from .lock import lock_run
+    from .rundir import make_run_dir, store_config
     from .start import print_failure
 
-    run, logging = RunConfig(root=str(run_dir.parent), id=run_dir.name), replace(config.logging, display=Display.QUIET)
+    run = RunConfig(root=str(run_dir.parent), id=run_dir.name, private=False)  # inside a private folder already
+    logging = replace(config.logging, display=Display.QUIET)
     quiet = replace(config, run=run, logging=logging, launcher=replace(config.launcher, max_restarts=0))
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=run.private)
     (run_dir / "probe.json").write_text(json.dumps({"seconds": seconds}))
     lock = lock_run(run_dir)
     revision, _ = store_config(run_dir, quiet)
@@ -80,9 +86,26 @@ def show(profile: Profile, out: Path) -> None:
         links.add_row(link.kind, str(link.degree), f"{link.latency_s * 1e6:.0f} us", speed, *_fit(link.fit))
     console.print(groups)
     console.print(links)
+    if profile.rates is not None:
+        console.print(_rates(profile.rates))
+        device, host = gb_per_s(profile.rates.device_update), gb_per_s(profile.rates.host_update)
+        console.print(f"AdamW reads and writes {device} a rank, on the host {host}")
+        console.print("estimates and memory=auto take the slowest rank's rates in place of cluster.host_link_bandwidth and the like")
     fixed = f"{format_seconds(profile.beta_s)} (collectives on weights {format_seconds(profile.gather_s)})"
     console.print(f"each micro-batch takes {fixed} besides, each step {format_seconds(profile.step_s)}")
     console.print(f"wrote {out}; plan and train use it where this machine, model and software are theirs")
+
+
+def _rates(rates: MachineRates) -> Table:
+    """What each rank got while all of its node copied."""
+    from rich.table import Table
+
+    title = f"copies, all {rates.ranks_per_node} ranks of a node at once"
+    table = Table("rank", "way", "out", "back", "both at once: out", "back", title=title, title_justify="left")
+    for name, rows in (("host memory", rates.link), (f"files in {rates.directory}", rates.disk)):
+        for rank, row in enumerate(rows):
+            table.add_row(str(rank), name, *(gb_per_s(value) for value in (row.out, row.back, row.both_out, row.both_back)))
+    return table
 
 
 _FIT = ("samples", "r2", "mean error", "worst")

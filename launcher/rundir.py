@@ -1,4 +1,4 @@
-"""A run directory: its identity, its frozen configuration and the lock of whoever runs in it.
+"""A run directory: its identity, its frozen configuration, and who may read it. Whoever runs in it has its lock (lock.py).
 
 run.yaml is the configuration in plain YAML with `revision` and `efflaunch_version`; run.sha256 is its hash.
 Starting the run again with another configuration writes the next revision; the earlier ones stay in `revisions/`.
@@ -6,14 +6,13 @@ Starting the run again with another configuration writes the next revision; the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from ..durable import write_atomic
 from ..errors import ConfigError
 from .config import Config
 from .schema import dump_config, load_config
-from .state import read_state
 
-RUN_FILE, HASH_FILE, LOCK_FILE = "run.yaml", "run.sha256", ".lock"
+RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")
+_OTHERS = 0o077
+"""What a private run keeps from everybody but its owner."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +69,28 @@ def read_run(run_dir: Path) -> StoredRun:
     data = yaml.safe_load(text)
     config = load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS})
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def write_attempt(run_dir: Path, attempt: int, config: Config) -> list[str]:
+    """Keep what an attempt runs with beside its logs, where that is not run.yaml; one line per key that differs."""
+    import yaml
+
+    changes = config_diff(read_run(run_dir).config, config)
+    directory = attempt_dir(run_dir, attempt)
+    directory.mkdir(parents=True, exist_ok=True)
+    if changes:
+        text = yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=None, width=120)
+        write_atomic(directory / RUN_FILE, text)
+    return changes
+
+
+def read_attempt(run_dir: Path, attempt: int) -> Config:
+    """What an attempt runs with: its own configuration (see sizes), else run.yaml. ConfigError as read_run's."""
+    import yaml
+
+    path = attempt_dir(run_dir, attempt) / RUN_FILE
+    stored = read_run(run_dir).config
+    return load_config(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else stored
 
 
 def write_run(run_dir: Path, config: Config, revision: int) -> None:
@@ -116,10 +138,13 @@ def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     return stored.revision + 1, changes
 
 
-def make_run_dir(run_dir: Path) -> None:
-    """Create it, for its owner alone; ConfigError where it cannot be written."""
+def make_run_dir(run_dir: Path, *, private: bool = True) -> None:
+    """Create it, or make an existing one what `private` says; ConfigError where that cannot be.
+
+    Private: for its owner alone, and so is every file this process and its children make from here on.
+    """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_dirs(run_dir, private=private)
         (run_dir / "logs").mkdir(exist_ok=True)
         probe = run_dir / f".probe-{os.getpid()}"
         probe.touch()
@@ -133,59 +158,42 @@ def make_run_dir(run_dir: Path) -> None:
         ) from error
 
 
-def lock_run(run_dir: Path) -> int:
-    """An open file that holds the run's lock for as long as any process that inherited it lives.
+def keep_private(private: bool) -> None:
+    """Files this process and its children make from here on are for their owner alone, if they are to be."""
+    if private:
+        os.umask(_OTHERS)
 
-    ConfigError, naming the process, while another efflaunch runs there.
-    """
-    file = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(file)
-        state = read_state(run_dir)
-        holder = f"process {state.pid} on {state.host}" if state else "another process"
+
+def _make_dirs(run_dir: Path, *, private: bool) -> None:
+    # Directories above it are not the run's: others may have runs there.
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    was_there = run_dir.exists()
+    keep_private(private)
+    run_dir.mkdir(exist_ok=True)
+    mode = stat.S_IMODE(run_dir.stat().st_mode)
+    if private and mode & _OTHERS:
+        _close(run_dir, mode)
+    elif not private and was_there and not mode & _OTHERS:
+        _open_to_others(run_dir)
+
+
+def _close(run_dir: Path, mode: int) -> None:
+    if run_dir.stat().st_uid != os.geteuid():
         raise ConfigError(
-            str(run_dir),
-            found=f"{holder} running in it",
-            expected="one efflaunch per run directory",
-            hint=f"efflaunch status {run_dir}; or stop it first" + (f": kill {state.pid}" if state else ""),
-        ) from error
-    return file
+            "run.private",
+            found=f"{run_dir}, which belongs to another user",
+            expected="a directory of yours, for it is to be closed to others",
+            hint="run.private=false to use a shared one, or another run.id",
+        )
+    run_dir.chmod(mode & ~_OTHERS)
 
 
-def lock_in_time(run_dir: Path, patience_s: float = 60.0) -> int:
-    """lock_run, for which the last processes of an earlier attempt may take a while to be gone."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return lock_run(run_dir)
-        except ConfigError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
-@contextmanager
-def holding(run_dir: Path) -> Iterator[int]:
-    """lock_run for the time inside."""
-    lock = lock_run(run_dir)
-    try:
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def is_locked(run_dir: Path) -> bool:
-    """Whether some process of the run is alive."""
-    try:
-        file = os.open(run_dir / LOCK_FILE, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
+def _open_to_others(run_dir: Path) -> None:
+    """A private run that is no longer to be: its files get the modes they would have had."""
+    mask = os.umask(_OTHERS)
+    os.umask(mask)
+    for path in (run_dir, *run_dir.rglob("*")):
+        if not path.is_symlink() and path.stat().st_uid == os.geteuid():
+            mode = stat.S_IMODE(path.stat().st_mode)
+            # Others may do what the owner may, less what the umask takes.
+            path.chmod(mode | ((mode & 0o700) // 8 | (mode & 0o700) // 64) & ~mask)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..memory.ledger import build_ledger
-from ..parallel.config import Device, SequenceMode
-from ..parallel.profile import find_profile, processor_name, profile_key
-from ..parallel.sequence.cost import CostModel, cost_model
+from ..parallel.config import SequenceMode
+from ..parallel.layout import solve_layout
+from ..parallel.profile import find_profile, profile_key
+from ..parallel.sequence.cost import CostModel, cost_model_of
 from ..parallel.sequence.explain import Explanation, Solver, explain
 from ..parallel.sequence.plan import StepPlan
 from ..training.spec import layer_parameters, model_spec
 from .config import Config
+from .plan_command import hardware_of, plan
 
 if TYPE_CHECKING:
     from ..parallel.sequence.timeline import Bar
@@ -25,10 +26,10 @@ def step_cost(config: Config) -> CostModel:
 
     Which GPUs a cluster has is not looked up here: a profile of this model on as many of any kind is taken.
     """
-    spec, on_cpu = model_spec(config.model), config.cluster.device is Device.CPU
-    key = profile_key(spec, config.memory, config.train, config.cluster, processor_name() if on_cpu else "")
+    key = profile_key(model_spec(config.model), config.memory, config.train, config.cluster, hardware_of(config))
     profile, _ = find_profile(config.parallel.profile, key)
-    return cost_model(spec, config.parallel, config.memory, config.train, config.data, config.cluster, profile)
+    cost = cost_model_of(plan(config).setting)
+    return cost if profile is None else profile.refine(cost)
 
 
 def plan_step(config: Config, lengths: Sequence[int], cost: CostModel) -> StepPlan:
@@ -44,10 +45,8 @@ def static_step(config: Config, lengths: Sequence[int]) -> StepPlan:
     """The plan of parallel.sequence=static, as training/run.py makes it."""
     from ..parallel.sequence.solve import solve_static
 
-    spec = model_spec(config.model)
-    layout = build_ledger(
-        spec=spec, parallel=config.parallel, memory=config.memory, train=config.train, data=config.data, cluster=config.cluster
-    ).layout
+    spec, data = model_spec(config.model), config.data
+    layout = solve_layout(config.parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
     return solve_static(
         lengths,
         world_size=layout.world_size,

@@ -12,9 +12,10 @@ from .config import Config
 from .metrics_file import MetricsFollower
 from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
-from .rundir import make_run_id, read_run
+from .rundir import RUN_FILE, make_run_id, read_run
 from .schema import dump_config, load_config
-from .state import read_state
+from .sizes import settle_nodes
+from .state import ACTIVE, read_state
 
 
 def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False, dry_run: bool = False) -> int:
@@ -52,8 +53,9 @@ def changed(config: Config, overrides: list[Override], config_dir: str | None) -
         if item.is_group:
             data[item.key] = compose_group(item.key, item.value, config_dir)
         else:
-            _set(data, item.key, yaml.safe_load(item.value))
-    result = load_config(data)
+            # YAML reads 2:4 as minutes and seconds.
+            _set(data, item.key, item.value if item.key == "launcher.nodes" else yaml.safe_load(item.value))
+    result = settle_nodes(load_config(data), [item.key for item in overrides])
     check_config(result)
     return result
 
@@ -83,11 +85,38 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     """
     from .backends import Launch, launcher_of
 
-    launcher = launcher_of(config.launcher.backend)
+    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
     launcher.check(config)
+    check_elsewhere(config, run_dir)
     check_memory_plan(config)
     check_data(config)
-    return launcher.submit(Launch(config=config, run_dir=run_dir or place_of(config), entry=entry))
+    return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
+
+
+def launch_array(configs: list[Config], folder: Path, *, entry: str | None = None) -> int:
+    """Hand all of `configs` to SLURM as one job array; `folder` is the array's own. Returns 0."""
+    from .backends import Launch
+    from .backends.slurm import SlurmLauncher
+
+    launcher = SlurmLauncher()
+    for config in configs:
+        launcher.check(config)
+        check_elsewhere(config, place_of(config))
+        check_memory_plan(config)
+        check_data(config)
+    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+
+
+def show_array(configs: list[Config], folder: Path) -> int:
+    """Print what `launch_array` would hand over, and touch nothing."""
+    from .backends import Launch
+    from .backends.slurm import SlurmLauncher
+
+    launcher = SlurmLauncher()
+    for config in configs:
+        launcher.check(config)
+    print(launcher.describe_array([Launch(config=config, run_dir=place_of(config)) for config in configs], folder), end="")
+    return EXIT_DONE
 
 
 def show_launch(config: Config, run_dir: Path | None = None) -> int:
@@ -104,6 +133,26 @@ def place_of(config: Config) -> Path:
     """The run directory."""
     assert config.run.id is not None, "made before launching"
     return Path(config.run.root) / config.run.id
+
+
+def check_elsewhere(config: Config, run_dir: Path) -> None:
+    """ConfigError where the run waits or runs under another backend, which has its own ways to refuse a second start."""
+    from .backends import launcher_of
+
+    known = read_state(run_dir)
+    if known is None or known.state not in ACTIVE or not (run_dir / RUN_FILE).is_file():
+        return
+    backend = read_run(run_dir).config.launcher.backend
+    if backend is config.launcher.backend:
+        return
+    standing = launcher_of(backend).status(run_dir, known)
+    if standing.state in ACTIVE:
+        raise ConfigError(
+            str(run_dir),
+            found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
+            expected="one start of a run at a time",
+            hint=f"efflaunch cancel {run_dir}, where that launcher is; or another run.id",
+        )
 
 
 def check_memory_plan(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..parallel.config import GradReduce, ParallelConfig
+from ..parallel.config import GradReduce, ParallelConfig, check_cluster
 from ..parallel.layout import Layout, solve_layout
 from .config import MemoryConfig
 from .policy import MemoryPolicy, explicit_policy
@@ -17,6 +17,7 @@ from .timing import Timing, estimate_time
 
 if TYPE_CHECKING:
     from ..parallel.config import ClusterConfig
+    from ..parallel.rates import Measured
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
     from .report import SolveReport
@@ -91,12 +92,16 @@ def build_ledger(
     data: DataConfig,
     cluster: ClusterConfig,
     residency: Residency = ON_DEVICE,
+    measured: Measured | None = None,
 ) -> Ledger:
     """The ledger of a step whose sequences all have `data.max_seq_len` tokens; ConfigError where no layout exists.
 
+    `measured`: rates in place of the cluster's, by which times are estimated (parallel/measured.py).
     With memory.solve the policy is solved (memory/solve.py). Where none fits, the ledger is that of the one that needs least.
     """
-    setting = make_setting(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency)
+    setting = make_setting(
+        spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency, measured=measured
+    )
     if memory.solve:
         from .solve import solve_memory
 
@@ -112,11 +117,13 @@ def make_setting(
     train: TrainConfig,
     data: DataConfig,
     cluster: ClusterConfig,
-    residency: Residency = Residency(),  # noqa: B008 (frozen)
+    residency: Residency = ON_DEVICE,
+    measured: Measured | None = None,
 ) -> Setting:
     """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
     from ..training.spec import layer_parameters, num_parameters
 
+    check_cluster(cluster)
     layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
     return Setting(
         spec=spec,
@@ -130,6 +137,7 @@ def make_setting(
         layer_parameters=layer_parameters(spec),
         parameters=num_parameters(spec),
         residency=residency,
+        measured=measured,
     )
 
 

@@ -6,6 +6,7 @@ a direction stalls by what its transfer takes longer than the layer's computatio
 
 from __future__ import annotations
 
+from .rates import activation_way
 from .setting import Setting
 from .terms_activations import class_bytes
 from .work import batch_tokens, inner_share, layer_backward_s, layer_forward_s, layer_recompute_s, projections
@@ -71,15 +72,24 @@ def _host_bytes(s: Setting) -> dict[str, float]:
     return {name: moved * s.policy.splits[name].host * num_bytes for name, num_bytes in class_bytes(s).items()}
 
 
+def to_host_s(s: Setting) -> float:
+    """How long the way to the host is busy in one layer's forward."""
+    return activation_way(s).seconds(leaving_bytes(s))
+
+
+def from_host_s(s: Setting) -> float:
+    """How long it is busy in one layer's backward; inputs of a segment's inner layers leave meanwhile."""
+    return activation_way(s).seconds(inner_bytes(s), returning_bytes(s))
+
+
 def forward_stall_s(s: Setting) -> float:
     """Of one layer of one micro-batch."""
-    return max(0.0, leaving_bytes(s) / s.cluster.host_link_bandwidth - layer_forward_s(s))
+    return max(0.0, to_host_s(s) - layer_forward_s(s))
 
 
 def backward_stall_s(s: Setting) -> float:
     """Of one layer of one micro-batch; both directions run side by side."""
-    moved = max(returning_bytes(s), inner_bytes(s))
-    return max(0.0, moved / s.cluster.host_link_bandwidth - layer_backward_s(s) - layer_recompute_s(s))
+    return max(0.0, from_host_s(s) - layer_backward_s(s) - layer_recompute_s(s))
 
 
 def host_stall_s(s: Setting) -> float:

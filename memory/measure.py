@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .ledger import budget_account, device_account, host_account
-from .link import leaving_bytes, returning_bytes
+from .link import from_host_s, to_host_s
 from .policy import MemoryPolicy
-from .setting import ALL, Setting
-from .shapes import Measure, Measures
-from .timing import estimate_time, gather_s, reduce_s
+from .setting import ALL, KEEPING, Setting
+from .shapes import BUDGET, Measure, Measures
+from .terms_host import arena_bytes, moved_bytes
+from .timing import estimate_time, sharding_s
 from .work import layer_backward_s, layer_forward_s, layer_recompute_s
 
 
@@ -24,19 +25,19 @@ def measure_of(setting: Setting) -> Measure:
 
 def measures(s: Setting) -> Measures:
     """Of one setting as it is. Rows begin with `device` or `host`."""
-    layers = s.layout.num_micro_batches * s.spec.num_layers
+    layers = s.passes * s.spec.num_layers
     forward, backward = layers * layer_forward_s(s), layers * (layer_backward_s(s) + layer_recompute_s(s))
-    bandwidth = s.cluster.host_link_bandwidth
     timing = estimate_time(s)
     return Measures(
         read_rows=lambda: _rows(s),
+        read_rounding=lambda: _rounding(s),
         forward_s=forward,
         backward_s=backward,
-        to_host_s=layers * leaving_bytes(s) / bandwidth,
-        from_host_s=layers * returning_bytes(s) / bandwidth,
-        # Embedding, head and exchanges: the same whatever is kept.
-        fixed_s=timing.compute_s - forward - backward + timing.sequence_s,
-        hidden_s=s.layout.num_micro_batches * gather_s(s) + reduce_s(s) - (timing.compute_s - forward - backward),
+        to_host_s=layers * to_host_s(s),
+        from_host_s=layers * from_host_s(s),
+        # Embedding, head, exchanges and the update: the same whatever is kept.
+        fixed_s=timing.compute_s - forward - backward + timing.sequence_s + timing.update_s,
+        hidden_s=sharding_s(s) - (timing.compute_s - forward - backward),
     )
 
 
@@ -47,5 +48,12 @@ def _rows(s: Setting) -> dict[str, tuple[float, float]]:
     rows |= {f"host, {phase.value}": (float(host.phase_bytes(phase)), float(host.capacity_bytes)) for phase in ALL}
     budget = budget_account(s, host)
     if budget is not None:
-        rows["host budget"] = float(budget.peak_bytes), float(budget.capacity_bytes)
+        rows[BUDGET] = float(budget.peak_bytes), float(budget.capacity_bytes)
     return rows
+
+
+def _rounding(s: Setting) -> dict[str, float]:
+    if s.policy.offload_dir is not None:
+        return {}
+    size = float(s.layout.ranks_per_node * (arena_bytes(s) - moved_bytes(s)))
+    return dict.fromkeys([BUDGET, *(f"host, {phase.value}" for phase in KEEPING)], size)

@@ -127,12 +127,12 @@ def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
 def _cure(ledger: Ledger, cluster: ClusterConfig, limit: str, resume: str) -> str:
     """The first override set that the solver certifies on the smaller machine, as a command, and what it costs."""
     s = ledger.asked
-    names = ("spec", "parallel", "memory", "train", "data", "residency")
+    names = ("spec", "parallel", "memory", "train", "data", "residency", "measured")
     try:
         again = build_ledger(**{name: getattr(s, name) for name in names}, cluster=cluster)
         if again.fits and s.memory.solve:
             return _command(resume, (limit,), again, ledger)
-        for entry in suggest(again, most=1):
+        for entry in suggest(again, most=1, elsewhere=False):
             overrides = (*entry.overrides, limit) if entry.ledger.setting.memory.solve else entry.overrides
             return _command(resume, overrides, entry.ledger, ledger)
     except (MemoryError, ImportError):  # of the process itself: a solver that cannot be loaded any more
@@ -146,15 +146,15 @@ def _command(resume: str, overrides: tuple[str, ...], cure: Ledger, ledger: Ledg
     return f"{resume} {' '.join(overrides)}\n  (certified: at most {format_bytes(cure.device.peak_bytes)}; {pace}, by the estimate)"
 
 
-def host_report(ledger: Ledger, free_bytes: int, limited_by: str, *, rank: int, step: int, resume: str) -> OutOfMemory:
-    """The error where the host is about to run out; the step is finished and saved. The cure has a quarter less on the host."""
+def host_report(ledger: Ledger, free_bytes: int, limited_by: str, *, rank: int, node: str, step: int, resume: str) -> OutOfMemory:
+    """The error where a node, that of `rank`, is about to run out; the step is finished and saved. The cure has a quarter less there."""
     largest = sorted(ledger.host.terms, key=lambda term: -term.num_bytes)[:4]
     named = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in largest)
     cluster = ledger.asked.cluster
     size = int(0.75 * min(cluster.host_memory_bytes, ledger.host.peak_bytes)) // MIB * MIB
     limit = f"cluster.host_memory_bytes={size // MIB}MiB"
     return OutOfMemory(
-        f"host memory, on the node of rank {rank} after step {step}",
+        f"host memory, on {node}, the node of rank {rank}, after step {step}",
         found=f"{format_bytes(free_bytes)} left ({limited_by}), before the kernel kills a rank",
         expected=f"room beside {format_bytes(ledger.host.peak_bytes)} of the plan: {named}",
         hint=_cure(ledger, replace(cluster, host_memory_bytes=size), limit, resume),

@@ -25,10 +25,12 @@ class Price:
     change: str
     """`6.0 GiB more host memory for each GPU`"""
     saved_s: float
+    """The steps of both policies compared, each the one the solver would take."""
     saved_share: float
     """Of the step."""
-    slope_s: float
-    """What the first byte saves, times the bytes of the change, by the program's duals: no shape changed, it could not save more."""
+    slope_s: float | None
+    """What the first byte saves, times the bytes of the change, by the program's duals: no shape changed, it could not save more.
+    None for a faster link."""
 
     def __str__(self) -> str:
         return f"{self.change} would save {percent(self.saved_share)} of the step"
@@ -85,7 +87,7 @@ def describe_policy(policy: MemoryPolicy, s: Setting) -> tuple[str, ...]:
 
 
 def _inputs(policy: MemoryPolicy, place: str, host: str) -> str:
-    every = "layer inputs" if policy.segment_layers == 1 else f"inputs of every {_ordinal(policy.segment_layers)} layer"
+    every = "layer inputs" if policy.segment_layers == 1 else f"inputs of every {ordinal(policy.segment_layers)} layer"
     return f"{every} {_where(policy.layer_input, place, host)}"
 
 
@@ -135,7 +137,8 @@ def _pieces(policy: MemoryPolicy, s: Setting) -> str:
     return pieces
 
 
-def _ordinal(number: int) -> str:
+def ordinal(number: int) -> str:
+    """`2nd`, `3rd`, `4th`"""
     return f"{number}{ {2: 'nd', 3: 'rd'}.get(number, 'th') }"
 
 

@@ -21,6 +21,7 @@ from .residency import Residency
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..parallel.config import ClusterConfig
+    from ..parallel.rates import Measured
     from ..training.config import DataConfig, TrainConfig
     from ..training.spec import ModelSpec
 
@@ -78,6 +79,8 @@ class Setting:
     layer_parameters: int
     parameters: int
     residency: Residency = field(default_factory=Residency)
+    measured: Measured | None = None
+    """Rates that stand in place of the cluster's."""
     packed: float = 1.0
     """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
 
@@ -90,6 +93,11 @@ class Setting:
     def master(self) -> int:
         """Bytes of one master weight, gradient or optimizer number; also of accumulations."""
         return max(4, self.width)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step: those of its micro-batches, twice where the norm is measured first."""
+        return self.layout.num_micro_batches * (2 if self.residency.two_passes else 1)
 
     @property
     def tokens(self) -> int:

@@ -19,6 +19,8 @@ from .program import Affine, Program, Row, step_s
 CHUNKS = (16384, 4096, 1024)
 """Sizes tried where memory.chunk_tokens is null and a rank has more tokens: 16K rows fill any device, and larger chunks save nothing."""
 SEGMENTS = (1, 2, 3, 4, 6)
+BUDGET = "host budget"
+"""The row of memory.host_budget."""
 _STEP = 1 / 16
 """Shares differ by this much between the two looks of a difference."""
 _FREE = ("query", "key_value", "residual", "mlp")
@@ -63,6 +65,7 @@ class Measures:
     """What the ledger and the timing say of one policy."""
 
     read_rows: Callable[[], dict[str, tuple[float, float]]]
+    read_rounding: Callable[[], dict[str, float]]
     forward_s: float
     backward_s: float
     to_host_s: float
@@ -74,6 +77,15 @@ class Measures:
     def rows(self) -> dict[str, tuple[float, float]]:
         """By name: bytes, and how many there may be. Asked for last: a bound of the time needs none."""
         return self.read_rows()
+
+    @cached_property
+    def rounding(self) -> dict[str, float]:
+        """By row: bytes that are there for rows wait in whole blocks of the arena. None where nothing waits, so no tangent has them."""
+        return self.read_rounding()
+
+    def smooth(self, name: str) -> float:
+        """Bytes of a row without rounding: never more than the ledger's, and convex in the shares."""
+        return self.rows[name][0] - self.rounding.get(name, 0.0)
 
     def step_s(self, link: float = 1.0) -> float:
         """The step; `link`: times as fast a link to the host."""
@@ -177,7 +189,7 @@ def linearise(
         return Affine(read(here) - sum(a * b for a, b in zip(slope, x, strict=True)), slope)
 
     def row(name: str, limit: float) -> Row:
-        return Row(name, affine(lambda measured: measured.rows[name][0]), limit)
+        return Row(name, affine(lambda measured: measured.smooth(name)), limit)
 
     return Program(
         forward_s=affine(lambda measured: measured.forward_s),

@@ -40,9 +40,14 @@ def context(s: Setting) -> Term:
     return term("context", note, num_bytes)
 
 
+def reserve_share(s: Setting) -> float:
+    """Of a device, what its allocator loses between blocks."""
+    return 0.03 if s.on_gpu else 0.0
+
+
 def reserve(s: Setting) -> Term:
-    share = 0.03 if s.on_gpu else 0.0
-    return term("allocator reserve", "3 % of the device lost between blocks (assumed)", share * s.cluster.device_memory_bytes)
+    size = reserve_share(s) * s.cluster.device_memory_bytes
+    return term("allocator reserve", "3 % of the device lost between blocks (assumed)", size)
 
 
 def device_terms(s: Setting) -> tuple[Term, ...]:

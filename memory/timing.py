@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from ..parallel.config import GradReduce
 from .link import host_stall_s, leaving_bytes, returning_bytes
+from .rates import activation_way, gb_per_s
 from .setting import Setting
 from .terms_activations import class_bytes
+from .update import update_time
 from .work import (
     attention_passes,
     causal_pairs,
@@ -59,6 +61,8 @@ class Timing:
     """Gathers and reductions that compute does not hide."""
     host_s: float
     """Copies to and from the host that compute does not hide."""
+    update_s: float
+    """The optimizer's update, as far as backward does not hide it."""
     host_bytes: float
     """What one rank sends to the host and fetches back in a step."""
     tokens: int
@@ -70,7 +74,7 @@ class Timing:
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.sequence_s + self.sharding_s + self.host_s
+        return self.compute_s + self.sequence_s + self.sharding_s + self.host_s + self.update_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -82,23 +86,25 @@ def estimate_time(s: Setting) -> Timing:
     length, layout = s.data.max_seq_len, s.layout
     sequences = max(1, s.data.global_batch_tokens // length)
     attention, linear = sequence_flops(s, length)
+    again = s.passes // layout.num_micro_batches
     rate = s.cluster.peak_flops * s.cluster.efficiency
     # The busiest group sets the pace: sequences do not always divide over the groups.
-    in_turn = layout.sequences_per_group * layout.num_micro_batches
+    in_turn = layout.sequences_per_group * s.passes
     compute = in_turn * (attention + linear) / (layout.sp_degree * rate)
     ring = max(0.0, ring_s(s) * length - attention / (layout.sp_degree * rate))
     exchange = in_turn * (exchange_s(s) * length + ring)
-    sharding = max(0.0, layout.num_micro_batches * gather_s(s) + reduce_s(s) - compute)
+    sharding = max(0.0, sharding_s(s) - compute)
     forward = forward_attention_flops(s.spec.windows, s.spec.query_size, length)
     return Timing(
-        attention_flops=sequences * attention,
-        linear_flops=sequences * linear,
+        attention_flops=again * sequences * attention,
+        linear_flops=again * sequences * linear,
         model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(s) * length),
         compute_s=compute,
         sequence_s=exchange,
         sharding_s=sharding,
-        host_s=layout.num_micro_batches * host_stall_s(s),
-        host_bytes=layout.num_micro_batches * s.spec.num_layers * (leaving_bytes(s) + returning_bytes(s)),
+        host_s=s.passes * host_stall_s(s),
+        host_bytes=s.passes * s.spec.num_layers * (leaving_bytes(s) + returning_bytes(s)),
+        update_s=update_time(s).shown_s,
         tokens=sequences * length,
         assumptions=_assumptions(s, sequences),
     )
@@ -135,6 +141,11 @@ def ring_s(s: Setting) -> float:
     return moved / (s.cluster.inter_node_bandwidth if crosses else s.cluster.intra_node_bandwidth)
 
 
+def sharding_s(s: Setting) -> float:
+    """Gathers and reductions of a step, before what compute hides."""
+    return s.passes * gather_s(s) + s.passes // s.layout.num_micro_batches * reduce_s(s)
+
+
 def gather_s(s: Setting) -> float:
     """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
     reduce_each = s.parallel.grad_reduce is not GradReduce.STEP
@@ -159,13 +170,22 @@ def collective_s(s: Setting, num_bytes: float) -> float:
 
 def _assumptions(s: Setting, sequences: int) -> tuple[str, ...]:
     cluster, length = s.cluster, s.data.max_seq_len
-    moved = f"files under {s.policy.offload_dir} keep up with" if s.policy.offload_dir else "copies to and from the host run at"
-    host = f"{moved} {cluster.host_link_bandwidth / 1e9:g} GB/s a rank each way, beside one layer's compute"
+    twice = "forward and backward run twice, the first time for the norm to clip by (optim.clip_mode=two_pass)"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
         f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
         f"{cluster.intra_node_bandwidth / 1e9:g} GB/s inside a node, {cluster.inter_node_bandwidth / 1e9:g} GB/s between, per rank",
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
-        *((host,) if s.policy.uses_host else ()),
-        "reading data, saving checkpoints and the optimizer step take no time",
+        *((_host_line(s),) if s.policy.uses_host or s.memory.solve else ()),
+        *((twice,) if s.residency.two_passes else ()),
+        update_time(s).assumption,
+        "reading data and saving checkpoints take no time",
     )
+
+
+def _host_line(s: Setting) -> str:
+    """At which rates rows wait, and where those are from."""
+    way, place = activation_way(s), f"files under {s.policy.offload_dir}" if s.policy.offload_dir else "the host"
+    rates = gb_per_s(way.out) if way.out == way.back else f"{gb_per_s(way.out)}, back at {gb_per_s(way.back)}"
+    both = f", both ways at once {gb_per_s(way.both)} each" if way.both < 0.98 * min(way.out, way.back) else ""
+    return f"copies to {place} run at {rates} a rank{both}, beside one layer's compute ({way.source})"

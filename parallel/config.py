@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -40,7 +41,18 @@ class ClusterConfig:
     inter_node_bandwidth: float
     """Bytes/s of one rank to another node, one direction."""
     host_link_bandwidth: float
-    """Bytes/s between one GPU and host memory, all GPUs of the node copying at once."""
+    """Bytes/s between one GPU and host memory, each way, all GPUs of the node copying at once; a profile's measured rates go before it."""
+    device_memory_bandwidth: float | None = None
+    """Bytes/s that the optimizer's update reads and writes on one GPU. null: host_memory_bandwidth's share without GPUs; with them the
+    update takes no time in estimates, which then say so."""
+    host_memory_bandwidth: float | None = None
+    """Bytes/s that an update on the processors of one node reads and writes, all ranks together. null: it takes no time in estimates."""
+    disk_write_bandwidth: float | None = None
+    """Bytes/s that the disk under memory.offload_dir takes, all ranks of a node together. null: as fast as host_link_bandwidth."""
+    disk_read_bandwidth: float | None = None
+    """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
+    storage_bandwidth: float | None = None
+    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
 
@@ -114,6 +126,31 @@ class Heads(Protocol):
 
     @property
     def num_heads(self) -> int: ...
+
+
+_SPEEDS = (
+    "device_memory_bytes",
+    "host_memory_bytes",
+    "peak_flops",
+    "efficiency",
+    "intra_node_bandwidth",
+    "inter_node_bandwidth",
+    "host_link_bandwidth",
+    "device_memory_bandwidth",
+    "host_memory_bandwidth",
+    "disk_write_bandwidth",
+    "disk_read_bandwidth",
+)
+
+
+def check_cluster(cluster: ClusterConfig) -> None:
+    """ConfigError where a speed or a memory is none."""
+    for key in _SPEEDS:
+        value = getattr(cluster, key)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(
+                f"cluster.{key}", found=f"{value:g}", expected="more than 0", hint="the figure of its data sheet, as in conf/cluster/"
+            )
 
 
 def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: Heads) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .rates import MachineRates, rates_from
 
 if TYPE_CHECKING:
     from ..memory.config import MemoryConfig
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from .sequence.cost import CostModel, DegreeCost
 
 DEFAULT_FILE = "profile.yaml"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""1 knew no rates of links, disks and updates: such profiles still serve for all else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +103,8 @@ class Profile:
     collectives: tuple[FittedCollective, ...] = ()
     taken: str = ""
     """When, for people."""
+    rates: MachineRates | None = None
+    """Of the host's links, of the disk and of the update; None where they were not measured."""
 
     @property
     def beta_s(self) -> float:
@@ -280,7 +285,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _unreadable(path, type(error).__name__) from error
-    if not isinstance(data, dict) or data.get("efflaunch_profile") != FORMAT or not isinstance(data.get("entries"), list):
+    kind = data.get("efflaunch_profile") if isinstance(data, dict) else None
+    if type(kind) is int and kind > FORMAT:
+        raise _unreadable(path, f"format {kind}, of a newer efflaunch than this one, which knows up to {FORMAT}")
+    if type(kind) is not int or kind not in READABLE or not isinstance(data.get("entries"), list):
         raise _unreadable(path, "another kind of file")
     return list(data["entries"])
 
@@ -291,11 +299,19 @@ def _unreadable(path: Path, found: str) -> ConfigError:
 
 def _plain(profile: Profile) -> dict[str, Any]:
     data = asdict(profile)
-    return {**data, "degrees": list(data["degrees"]), "collectives": list(data["collectives"])}
+    rates = data["rates"] and {**data["rates"], "link": list(data["rates"]["link"]), "disk": list(data["rates"]["disk"])}
+    return {**data, "degrees": list(data["degrees"]), "collectives": list(data["collectives"]), "rates": rates}
 
 
 def _parsed(entry: dict[str, Any]) -> Profile:
     data = dict(entry)
     degrees = tuple(FittedDegree(**{**row, "fit": Fit(**row["fit"])}) for row in data.pop("degrees"))
     collectives = tuple(FittedCollective(**{**row, "fit": Fit(**row["fit"])}) for row in data.pop("collectives"))
-    return Profile(key=ProfileKey(**data.pop("key")), degrees=degrees, collectives=collectives, **data)
+    rates = data.pop("rates", None)
+    return Profile(
+        key=ProfileKey(**data.pop("key")),
+        degrees=degrees,
+        collectives=collectives,
+        rates=None if rates is None else rates_from(rates),
+        **data,
+    )

@@ -14,7 +14,7 @@ from efflaunch.errors import EXIT_DONE, EXIT_USER
 from efflaunch.launcher.state import read_state
 from efflaunch.tests.launcher.runs import environment
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 SIDE = Path(__file__).with_name("oom_side.py")
 BASE = (
     "+experiment=quickstart", "memory=keep", "cluster.ranks_per_node=2", "parallel.sequence=static", "model.num_layers=6",
@@ -26,7 +26,7 @@ BASE = (
 
 def efflaunch(directory: Path, script: list[str], *words: str, **limit: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *script, *words], cwd=directory, env=environment() | limit, capture_output=True, text=True, timeout=220
+        [sys.executable, *script, *words], cwd=directory, env=environment() | limit, capture_output=True, text=True, timeout=560
     )
 
 
@@ -53,5 +53,6 @@ def test_the_rank_the_place_and_a_cure_that_works(tmp_path, kind, size):
 def test_a_host_that_runs_low_saves_and_says_so(tmp_path):
     done = efflaunch(tmp_path, [str(SIDE)], "train", *BASE, OOM_RANK="0", OOM_KIND="host", OOM_BYTES=str(1 << 60))
     assert done.returncode == EXIT_USER, done.stdout + done.stderr
-    assert "host memory, on the node of rank 0 after step 1" in done.stderr and "before the kernel kills a rank" in done.stderr
+    assert re.search(r"host memory, on \S+, the node of rank 0, after step 1", done.stderr), done.stderr
+    assert "before the kernel kills a rank" in done.stderr
     assert (tmp_path / "runs" / "run" / "checkpoints" / "step-00000001").is_dir()

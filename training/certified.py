@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,36 +16,45 @@ from ..memory.advice import check_fits
 from ..memory.certificate import Certificate, Check, certify
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.residency import residency_of
+from .planning import this_hardware
+from .settled import settled_rates
 
 if TYPE_CHECKING:
+    from ..parallel.rates import Measured
     from .setup import RunSettings
     from .spec import ModelSpec
 
 
-def agreed_ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
-    """The ledger of the run, the same on every rank: where the policy is solved, rank 0 solves it. Collective where it is.
+def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, run_dir: Path | None = None) -> Ledger:
+    """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
 
-    PlanError on every rank where nothing fits.
+    `run_dir` keeps the measured rates it goes by, for later attempts.
+    PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
     """
-    if not config.memory.solve:
-        return _ledger(config, spec)
-    told: list[Ledger | UserError | None] = [None]
+    told: list[Ledger | UserError | str | None] = [None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            ledger = _ledger(config, spec)
+            ledger = _ledger(config, spec, settled_rates(config, this_hardware(device), run_dir))
             check_fits(ledger)
             told[0] = ledger
-        except UserError as error:  # the others wait for it
+        except UserError as error:
             told[0] = error
+        except Exception as error:  # the others wait in the broadcast
+            told[0], failure = f"{type(error).__name__}: {error}", error
     dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
     answer = told[0]
     if isinstance(answer, UserError):
         raise answer
+    if failure is not None:
+        raise failure
+    if isinstance(answer, str):
+        raise RuntimeError(f"rank 0 could not make the ledger of this run ({answer}); its log says where")
     assert answer is not None
     return answer
 
 
-def _ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
+def _ledger(config: RunSettings, spec: ModelSpec, measured: Measured | None) -> Ledger:
     return build_ledger(
         spec=spec,
         parallel=config.parallel,
@@ -52,7 +62,8 @@ def _ledger(config: RunSettings, spec: ModelSpec) -> Ledger:
         train=config.train,
         data=config.data,
         cluster=config.cluster,
-        residency=residency_of(config.optim),
+        residency=residency_of(config.optim, config.checkpoint),
+        measured=measured,
     )
 
 

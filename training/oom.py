@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ..memory.ledger import Ledger
-from ..memory.oom import Numbers, oom_report, requested_bytes
+from ..memory.offload.checks import free_memory
+from ..memory.oom import Numbers, OutOfMemory, host_report, oom_report, requested_bytes
 from ..memory.position import Position
 
 LOW_HOST_BYTES = 64 << 20
@@ -33,6 +35,17 @@ def memory_errors_named(
         # The frames hold the step's tensors; what follows needs room of its own.
         traceback.clear_frames(error.__traceback__)
         raise oom_report(ledger, numbers, position, rank=dist.get_rank(), step=step(), resume=resume) from error
+
+
+def host_error(ledger: Ledger, rank: int, free_bytes: int, *, step: int, resume: str) -> OutOfMemory:
+    """The error where the node of `rank` has only `free_bytes` left. That node says its name and what limits it. Collective."""
+    told: list[tuple[str, str] | None] = [None]
+    if dist.get_rank() == rank:
+        told[0] = socket.gethostname(), free_memory().limited_by
+    dist.broadcast_object_list(told, rank, device=torch.device("cpu"))
+    assert told[0] is not None
+    node, limited_by = told[0]
+    return host_report(ledger, free_bytes, limited_by, rank=rank, node=node, step=step, resume=resume)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

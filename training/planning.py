@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from ..parallel.config import SequenceMode
 from ..parallel.profile import ProfileKey, find_profile, processor_name, profile_key
-from ..parallel.sequence.cost import CostModel, cost_model
+from ..parallel.sequence.cost import CostModel, cost_model_of
 from ..parallel.sequence.packed import pack_plan, packed_size, unpack_plan
 from ..parallel.sequence.plan import StepPlan, check_plan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..parallel.sequence.stored import load_cost
 
 if TYPE_CHECKING:
-    from .spec import ModelSpec
+    from ..memory.setting import Setting
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,10 @@ class StepPlanner:
             _greedy(lengths, self.request.cost, "greedy")  # raises what it raised on rank 0
             raise RuntimeError("rank 0 has no plan for this step; its log says why")
         return unpack_plan(packed[1:].numpy(), self.request.cost.world_size, lengths)
+
+    def pending(self, step: int) -> list[int]:
+        """Steps from `step` on that a background process is asked to plan; they are asked for anew after a restart."""
+        return [] if self._service is None else self._service.pending(step)
 
     def _checked(self, plan: StepPlan) -> StepPlan:
         check_plan(plan)
@@ -155,9 +159,14 @@ class Costs:
         return {"fingerprint": self.fingerprint, "model": asdict(self.model), "overhead_s": self.overhead_s, "origin": self.origin}
 
 
-def settle_costs(config: Any, spec: ModelSpec, device: torch.device, stored: dict[str, Any] | None) -> Costs:
-    """The model a checkpoint has `stored`, where it was made from these settings; else measured values, or arithmetic."""
-    arithmetic = cost_model(spec, config.parallel, config.memory, config.train, config.data, config.cluster)
+def settle_costs(config: Any, setting: Setting, device: torch.device, stored: dict[str, Any] | None) -> Costs:
+    """The model a checkpoint has `stored`, where it was made from these settings; else measured values, or arithmetic.
+
+    `setting`: of the run's ledger, its policy decided.
+    """
+    spec = setting.spec
+    # Rates that were measured since do not make other settings.
+    arithmetic = cost_model_of(replace(setting, measured=None))
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))
     text = json.dumps([asdict(arithmetic), config.parallel.profile, asdict(key)])
     made_from = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -36,15 +36,18 @@ from ..parallel.profile import (
     save_profile,
 )
 from ..parallel.sequence.clock import BusyClock
-from ..parallel.sequence.cost import CostModel, cost_model
+from ..parallel.sequence.cost import CostModel, cost_model_of
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology, build_topology
+from ..pulse import Pulse
 from .certified import agreed_ledger
 from .collectives import probe_collectives
+from .model import position_of
 from .optimizers.build import build_trained
 from .optimizers.room import check_room
 from .planning import this_hardware
+from .rates import measure_rates
 from .setup import RunSettings, host_store, join_ranks
 from .spec import model_spec
 from .step import EMPTY, Work, backward_step, read_step
@@ -53,6 +56,8 @@ log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
 REQUEST_FILE = "probe.json"
 DEFAULT_SECONDS = 60.0
+RATES_SHARE = 0.15
+"""Of the time, for links, disk and updates."""
 REPEATS = 3
 EXTRA_PASSES = 3
 """Further passes at most, where a busy machine hid the cost of tokens."""
@@ -89,12 +94,14 @@ class Run:
     loss: float
 
 
-def probe(config: RunSettings, run_dir: Path, stop: object) -> int:
+def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Pulse) -> int:
     """Write the profile of this machine and model to RUN_DIR/profile.yaml. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text())
     device = join_ranks(config.cluster)
     try:
-        profile = Prober(config, device).profile(float(request["seconds"]))
+        prober = Prober(config, device)
+        position_of(prober.model).listener = pulse.at
+        profile = prober.profile(float(request["seconds"]))
         if dist.get_rank() == 0:
             save_profile(run_dir / DEFAULT_FILE, profile)
     finally:
@@ -113,16 +120,22 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-        ledger = agreed_ledger(config, self.spec)
+        ledger = agreed_ledger(config, self.spec, device)
         self.kernel = block_kernel(device)
         check_room(ledger.setting)
         store = host_store(ledger.setting, device)
         self.model, self.updater = build_trained(config, ledger.setting.policy, self.topology.mesh, device, store, load=False)
         self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
-        self.cost: CostModel = cost_model(self.spec, parallel, config.memory, config.train, data, config.cluster)
+        self.setting = ledger.setting
+        self.cost: CostModel = cost_model_of(ledger.setting)
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""
+        config = self.config
+        # First, while the device is all but empty.
+        rates = measure_rates(self.device, config.cluster.ranks_per_node, config.memory.offload_dir, RATES_SHARE * seconds)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.run([EMPTY])
         empty_s, reduce_s = self._empty()
         samples = self._samples(seconds)
@@ -135,7 +148,7 @@ class Prober:
             degrees, overhead_s = fit_degrees(samples, self.cost)
         _check_fit(degrees)
         return Profile(
-            key=profile_key(self.spec, self.config.memory, self.config.train, self.config.cluster, this_hardware(self.device)),
+            key=profile_key(self.spec, config.memory, config.train, config.cluster, this_hardware(self.device)),
             degrees=degrees,
             overhead_s=overhead_s,
             gather_s=max(0.0, statistics.median(sample.rest_s for sample in samples) - reduce_s),
@@ -144,6 +157,7 @@ class Prober:
             step_s=reduce_s + self._optimizer_s(),
             collectives=collectives,
             taken=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            rates=rates,
         )
 
     def _empty(self) -> tuple[float, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +15,14 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ..checkpoint.config import CheckpointConfig
-from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import Ledger
 from ..memory.offload.checks import check_room as check_host_room
 from ..memory.offload.open import open_store
 from ..memory.offload.store import HostStore
 from ..memory.position import Position
+from ..memory.rates import activation_way
 from ..memory.setting import Setting
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
@@ -101,14 +103,20 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
     return device
 
 
-def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_save: Callable[[SaveReport], None]) -> Session:
+def build_session(
+    config: RunSettings,
+    run_dir: Path,
+    device: torch.device,
+    on_save: Callable[[SaveReport], None],
+    on_replica: Callable[[ReplicaReport], None] | None = None,
+) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = agreed_ledger(config, spec)
+    ledger = agreed_ledger(config, spec, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
@@ -121,6 +129,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         optimizer=updater.optimizer,
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
+        on_replica=on_replica,
     )
     return Session(
         topology=topology,
@@ -156,9 +165,15 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
-    # The estimate, and with it the solver, takes files to be as fast as the link: a disk that is not is to be named.
-    expected = None if directory is None else setting.cluster.host_link_bandwidth
+    # A disk that is slower than the estimate, and with it the solver, take it to be is named.
+    expected = None if directory is None else activation_way(setting).out
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
+
+
+def plain_config(config: RunSettings) -> dict[str, Any]:
+    """The configuration as JSON, for checkpoints and for sinks that show it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
+    return plain
 
 
 def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
@@ -167,6 +182,7 @@ def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, sourc
         "hf_config": model.config.to_dict(),
         "layout": str(layout),
         "seed": config.train.seed,
+        "config": plain_config(config),
         "data": source.fingerprint(),
         "tokenizer": source.tokenizer,
     }

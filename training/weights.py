@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -42,6 +45,42 @@ def load_weights(model: nn.Module, path: str) -> None:
                     parameter.to_local().copy_(saved[part])
             else:
                 parameter.copy_(saved[:])
+
+
+EDGE_BYTES = 4096
+"""Of the data of each tensor, read at both its ends for a fingerprint."""
+
+
+def weights_fingerprint(path: str) -> str:
+    """Changes with the weights under `path` and their config.json, not with where they are or when they were written.
+
+    Of each file: name, size, header, and both ends of the data of every tensor. ConfigError as for `load_weights`.
+    """
+    folder = _folder(path)
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for name in sorted(set(_index(folder).values())):
+        digest.update(f"{name} {(folder / name).stat().st_size}".encode())
+        with (folder / name).open("rb") as file:
+            for part in _telling_parts(file):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _telling_parts(file: BinaryIO) -> Iterator[bytes]:
+    """The header of an open safetensors file (its length in 8 bytes, then JSON), and both ends of each tensor."""
+    length = file.read(8)
+    header = file.read(int.from_bytes(length, "little"))
+    yield header
+    first = 8 + len(header)
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        for place in (start, max(start, stop - EDGE_BYTES)):
+            file.seek(first + place)
+            yield file.read(min(EDGE_BYTES, stop - place))
 
 
 def _folder(path: str) -> Path:

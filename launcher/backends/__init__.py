@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ..config import Backend, Config
+from ..grace import measured, planned
+from ..metrics_file import MetricsFollower
 from ..state import RunState
 
 
@@ -65,6 +67,10 @@ def launcher_of(backend: Backend) -> Launcher:
         from . import slurm
 
         return slurm.SlurmLauncher()
+    if backend is Backend.RAY:
+        from . import ray
+
+        return ray.RayLauncher()
     from . import local
 
     return local.LocalLauncher()
@@ -75,3 +81,10 @@ def announce(run_dir: Path, goes_on: bool, revision: int, changes: list[str]) ->
     print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
     if changes:
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
+
+
+def grace_note(launch: Launch) -> str:
+    """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
+    config = launch.config
+    forecast = measured(MetricsFollower(launch.run_dir).read(), config.launcher.grace_s) or planned(config)
+    return "" if forecast is None or forecast.fits else str(forecast)

@@ -1,4 +1,7 @@
-"""Is there the memory and the disk that a policy moves activations to? Asked before anything is pinned or allocated."""
+"""Is there the memory and the disk that a policy moves activations to? Asked before anything is pinned or allocated.
+
+The launcher asks too, before it starts ranks: torch comes with the modules imported late.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...units import format_bytes
-from .files import KEY, full, unusable
-from .staging import staging_bytes_for
 
+KEY = "memory.offload_dir"
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -27,6 +29,8 @@ def check_room(bytes_per_rank: int, ranks_on_node: int, offload_dir: str | None)
     if offload_dir is None:
         check_host_memory(bytes_per_rank, ranks_on_node)
     else:
+        from .staging import staging_bytes_for
+
         check_offload_dir(offload_dir, bytes_per_rank, ranks_on_node)
         check_host_memory(staging_bytes_for(bytes_per_rank), ranks_on_node)
 
@@ -92,6 +96,10 @@ def check_offload_dir(directory: str, bytes_per_rank: int, ranks_on_node: int) -
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(0, "permission denied")
     except OSError as error:
+        from .files import unusable
+
         raise unusable(path, error) from error
     if stat.f_bavail * stat.f_frsize < bytes_per_rank * ranks_on_node:
+        from .files import full
+
         raise full(path, bytes_per_rank * ranks_on_node)

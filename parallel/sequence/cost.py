@@ -21,10 +21,12 @@ if TYPE_CHECKING:  # plans are shared, runtimes are not
     import numpy as np
 
     from ...memory.config import MemoryConfig
+    from ...memory.residency import Residency
     from ...memory.setting import Setting
     from ...training.config import DataConfig, TrainConfig
     from ...training.spec import ModelSpec
     from ..config import ClusterConfig
+    from ..rates import Measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,26 +178,51 @@ def cost_model(
     data: DataConfig,
     cluster: ClusterConfig,
     profile: Fitted | None = None,
+    *,
+    residency: Residency | None = None,
+    measured: Measured | None = None,
 ) -> CostModel:
-    """The model of one configuration: by arithmetic from data sheets, then refined by `profile`."""
-    world = cluster.num_nodes * cluster.ranks_per_node
-    ulysses, excluded = allowed_degrees(parallel, num_heads=spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
-    from ...memory.timing import gather_s, reduce_s
+    """The model of one configuration: by arithmetic from data sheets (or `measured` rates), then refined by `profile`.
 
-    setting = _setting(spec, parallel, memory, train, data, cluster)
+    `residency`: where the optimizer's numbers are; None: on the device. With memory.solve the policy depends on it.
+    """
+    from ...memory.ledger import build_ledger
+    from ...memory.residency import ON_DEVICE
+
+    ledger = build_ledger(
+        spec=spec,
+        parallel=parallel,
+        memory=memory,
+        train=train,
+        data=data,
+        cluster=cluster,
+        residency=ON_DEVICE if residency is None else residency,
+        measured=measured,
+    )
+    cost = cost_model_of(ledger.setting)
+    return cost if profile is None else profile.refine(cost)
+
+
+def cost_model_of(setting: Setting) -> CostModel:
+    """The model of a ledger's setting, by arithmetic. No one static degree need suit the longest sequence."""
+    from ...memory.timing import gather_s, reduce_s
+    from ...memory.update import update_time
+
+    parallel, cluster = setting.parallel, setting.cluster
+    world = cluster.num_nodes * cluster.ranks_per_node
+    ulysses, excluded = allowed_degrees(parallel, num_heads=setting.spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
     degrees = tuple(
         degree_cost(replace(setting, layout=replace(setting.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
     )
-    cost = CostModel(
+    return CostModel(
         world_size=world,
         tokens_per_rank=int(parallel.tokens_per_rank),
         degrees=degrees,
         excluded=excluded,
         beta_s=_exposed_s(setting),
         gather_s=gather_s(setting),
-        step_s=reduce_s(setting),
+        step_s=reduce_s(setting) + update_time(setting).shown_s,
     )
-    return cost if profile is None else profile.refine(cost)
 
 
 def allowed_degrees(
@@ -251,15 +278,6 @@ def check_lengths(lengths: Iterable[int], cost: CostModel) -> None:
             if length < 1
             else f"parallel.tokens_per_rank={format_tokens(-(-int(length) // cost.largest))}, more ranks, or a smaller data.max_seq_len",
         )
-
-
-def _setting(
-    spec: ModelSpec, parallel: ParallelConfig, memory: MemoryConfig, train: TrainConfig, data: DataConfig, cluster: ClusterConfig
-) -> Setting:
-    """The ledger's, without a requirement that one static degree suits the longest sequence."""
-    from ...memory.ledger import build_ledger
-
-    return build_ledger(spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster).setting
 
 
 def _exposed_s(s: Setting) -> float:

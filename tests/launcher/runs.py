@@ -16,7 +16,7 @@ from efflaunch.launcher.state import RunState, read_state
 
 HERE = Path(__file__).resolve().parent
 BASE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 
 class Run:

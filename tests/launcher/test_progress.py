@@ -14,9 +14,10 @@ from efflaunch.launcher import state as states
 from efflaunch.launcher import status_command
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.display import LiveDisplay, PlainDisplay
+from efflaunch.launcher.lock import lock_run
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.progress import Progress, step_line, summary_lines
-from efflaunch.launcher.rundir import config_diff, lock_run, make_run_dir, read_run, store_config
+from efflaunch.launcher.rundir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.start import changed
 from efflaunch.launcher.state import Attempt, Failure, new_state, read_state, write_state
 
@@ -184,7 +185,7 @@ def test_status_running_and_died(run_dir: Path, capsys: pytest.CaptureFixture[st
     facts = json.loads(capsys.readouterr().out)
     assert (facts["state"], facts["pid"], facts["step"], facts["loss"], facts["tokens_per_s"]) == ("running", os.getpid(), 2, 8.0, 50.0)
     assert facts["last_error"]["rank"] == 1 and facts["peak_bytes"] == [1 << 30, 2 << 30]
-    with pytest.raises(Exception, match=rf"found process {os.getpid()} on .* running in it"):
+    with pytest.raises(Exception, match=rf"found process {os.getpid()} on .*, there since .* running in it"):
         lock_run(run_dir)
     os.close(lock)
     assert status_command.main(run_dir, as_json=False) == 0

@@ -9,9 +9,11 @@ import pytest
 
 from efflaunch.errors import PlanError
 from efflaunch.launcher.compose import compose
+from efflaunch.launcher.plan_command import plan
 from efflaunch.memory.advice import check_budget, check_fits, largest_length, suggest
 from efflaunch.memory.config import MemoryConfig, Place
 from efflaunch.memory.ledger import Ledger, build_ledger
+from efflaunch.memory.moves import OTHERWISE, SETTINGS, Change
 from efflaunch.parallel.config import GradReduce
 from efflaunch.training.spec import model_spec
 
@@ -82,6 +84,76 @@ def test_changes_are_stacked_where_one_is_not_enough() -> None:
     )
     (found,) = suggest(ledger, most=1)
     assert found.ledger.fits and found.overrides[:2] == ("memory=auto", "parallel.grad_reduce=micro_batch")
+
+
+SHORT_OF_HOST = make_ledger(
+    length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=30 * GIB, host_memory_bytes=60 * GIB)
+)
+ALST = MemoryConfig(name="alst", layer_input=Place.HOST, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE, chunk_tokens=4 * K)
+GIVEN_HOST = make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(host_memory_bytes=140 * GIB), memory=ALST)
+
+
+def moved(ledger: Ledger) -> dict[str, list[Change]]:
+    """Every change there is for the configuration, by the name of its kind."""
+    found = {move.__name__.strip("_"): list(move(ledger.asked)) for move in (*SETTINGS, *OTHERWISE)}
+    return {name: changes for name, changes in found.items() if changes}
+
+
+@pytest.mark.parametrize(
+    ("ledger", "kinds"),
+    [
+        (SHORT_OF_HOST, {"states_on_host", "files", "larger_host", "larger_device", "more_nodes", "in_backward", "few_bits", "shorter"}),
+        (GIVEN_HOST, {"auto", "chunks", "segments", "states_on_host", "files", "larger_host", "more_nodes", "in_backward", "few_bits"}),
+        (TOO_LARGE["few ranks used"], {"spread"}),
+        (TOO_LARGE["host budget"], {"whole_host"}),
+    ],
+)
+def test_every_kind_of_change_is_there_and_says_what_it_is(ledger: Ledger, kinds: set[str]) -> None:
+    found = moved(ledger)
+    assert kinds <= set(found)
+    words = {
+        "few_bits": "NOT EXACT",
+        "larger_host": "more host memory",
+        "files": "DIRECTORY stands for one on a local disk",
+        "segments": "layer's input waits",
+        "in_backward": "run twice",
+        "more_nodes": "ranks",
+    }
+    for name, part in words.items():
+        assert all(part in change.reason for change in found.get(name, [])), name
+
+
+def test_a_host_that_is_too_small_gets_files_more_memory_or_segments() -> None:
+    suggested = {entry.overrides[0].split("=")[0]: entry for entry in suggest(GIVEN_HOST, most=20)}
+    assert {"memory.segment_layers", "memory.offload_dir", "cluster.host_memory_bytes", "cluster.num_nodes"} <= set(suggested)
+    assert not GIVEN_HOST.host.fits and suggested["memory.offload_dir"].ledger.file_bytes > 0
+    assert [entry.overrides for entry in suggest(GIVEN_HOST, most=20, elsewhere=False)] == [
+        entry.overrides
+        for name, entry in suggested.items()
+        if name not in ("memory.offload_dir", "cluster.host_memory_bytes", "cluster.device_memory_bytes")
+    ]
+
+
+WORDS: dict[str, list[str]] = {
+    "1M, small GPUs": ["+experiment=llama8b_1M", "cluster.device_memory_bytes=18GiB"],
+    "1M, small host": ["+experiment=llama8b_1M", "memory=alst", "cluster.host_memory_bytes=60GiB"],
+    "keep": ["+experiment=llama8b_128k_sft", "memory=keep", "cluster.device_memory_bytes=40GiB"],
+    "quickstart": ["+experiment=quickstart", "cluster.device_memory_bytes=600MiB"],
+    "70B": ["+experiment=llama70b_512k", "cluster.device_memory_bytes=30GiB"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_what_is_suggested_can_be_typed_and_then_fits(name: str) -> None:
+    """Each suggestion as overrides of the same command: composed, planned from nothing, it fits, with the figures it was shown with."""
+    words = WORDS[name]
+    found = suggest(plan(compose(words)), most=20)
+    assert found
+    for entry in found:
+        typed = plan(compose([*words, *entry.overrides]))
+        assert typed.fits, entry.overrides
+        assert (typed.device.peak_bytes, typed.host.peak_bytes) == (entry.ledger.device.peak_bytes, entry.ledger.host.peak_bytes)
+        assert typed.timing.step_s == pytest.approx(entry.ledger.timing.step_s), entry.overrides
 
 
 def test_simpler_changes_are_named_too() -> None:

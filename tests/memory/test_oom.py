@@ -88,6 +88,6 @@ def test_nothing_is_promised_where_nothing_fits():
 
 
 def test_a_host_that_runs_out_is_named_before_the_kernel_kills():
-    text = str(host_report(SOLVED, 100 * MIB, "available on the machine", rank=2, step=5, resume=RESUME))
-    assert "host memory, on the node of rank 2 after step 5" in text and "100.0 MiB left (available on the machine)" in text
+    text = str(host_report(SOLVED, 100 * MIB, "available on the machine", rank=2, node="n7", step=5, resume=RESUME))
+    assert "host memory, on n7, the node of rank 2, after step 5" in text and "100.0 MiB left (available on the machine)" in text
     assert "cluster.host_memory_bytes=" in text and "certified" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.memory.config import MemoryConfig, Place, Walk
-from efflaunch.memory.ledger import Ledger
+from efflaunch.memory.ledger import Ledger, build_ledger
 from efflaunch.memory.measure import measures
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.memory.program import solve_program
 from efflaunch.memory.report import SolveReport
 from efflaunch.memory.search import AS_IT_IS, PREFERENCE, Room, overflow
+from efflaunch.memory.setting import Setting
 from efflaunch.memory.solve import search_of, solve_memory
 from efflaunch.training.config import Dtype
 
@@ -154,19 +157,90 @@ def test_a_larger_device_does_not_help_a_host_that_is_too_small():
     assert small(80.0, host=size / 1024 - 12.6 + 1 / 1024).fits and not small(80.0, host=size / 1024 - 12.6 - 2 / 1024).fits
 
 
-def test_prices_are_kept_by_the_machine_they_speak_of():
-    ledger = small(3.0, host=0.2)
+def resized(ledger: Ledger, change: str) -> Ledger:
+    """The configuration on the machine a price speaks of, solved anew."""
+    s = ledger.asked
+    cluster, ranks = s.cluster, s.layout.ranks_per_node
+    found = re.match(r"([0-9.]+) (MiB|GiB) more (.*)", change)
+    if found is None:
+        assert change == "a link to the host twice as fast"
+        return rebuilt(s, cluster=replace(cluster, host_link_bandwidth=2 * cluster.host_link_bandwidth))
+    size = float(found[1]) * {"MiB": 1 << 20, "GiB": GIB}[found[2]]
+    if found[3] == "memory on each GPU":
+        return rebuilt(s, cluster=replace(cluster, device_memory_bytes=int(cluster.device_memory_bytes + size)))
+    if found[3] == "host memory for each GPU":
+        return rebuilt(s, cluster=replace(cluster, host_memory_bytes=int(cluster.host_memory_bytes + ranks * size)))
+    assert found[3] == "of memory.host_budget for each GPU" and s.memory.host_budget is not None
+    return rebuilt(s, memory=replace(s.memory, host_budget=int(s.memory.host_budget + ranks * size)))
+
+
+def rebuilt(s: Setting, **changes: Any) -> Ledger:
+    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
+    return build_ledger(**{**{name: getattr(s, name) for name in names}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "changes", "kinds"),
+    [
+        (2.8, -0.2, {}, {"GPU", "host"}),
+        (2.8, 64.0, {"host_link_bandwidth": 4e9}, {"GPU", "link"}),
+        (3.0, 0.2, {"host_link_bandwidth": 4e9}, {"GPU"}),
+        (2.8, 64.0, {"host_budget": 300 << 20}, {"GPU", "memory.host_budget"}),
+        (3.4, 0.4, {}, {"GPU"}),
+    ],
+)
+def test_prices_are_kept_by_the_machine_they_speak_of(device, host, changes, kinds):
+    """Of each sentence: with a machine that has so much more, the step is shorter by so much."""
+    speeds = {name: value for name, value in changes.items() if name != "host_budget"}
+    ledger = small(device, host, memory=auto(host_budget=changes.get("host_budget")), **speeds)
     report = ledger.report
     assert report is not None and report.feasible and report.prices
+    seen = {kind for kind in ("GPU", "host", "link", "memory.host_budget") for price in report.prices if kind in price.change}
+    assert kinds <= seen
     for price in report.prices:
-        assert price.saved_share >= PREFERENCE
-        if "link" in price.change:
-            again = small(3.0, host=0.2, host_link_bandwidth=100e9).report
-        elif "host" in price.change:
-            again = small(3.0, host=0.2 + 2 * float(price.change.split()[0])).report
-        else:
-            again = None  # what is reserved is a share of the device, so a larger one is not the same room
-        assert again is None or report.step_s - again.step_s == pytest.approx(price.saved_s, abs=2 * PREFERENCE * report.step_s)
+        again = resized(ledger, price.change).report
+        assert again is not None and price.saved_share >= PREFERENCE
+        assert report.step_s - again.step_s == pytest.approx(price.saved_s, abs=PREFERENCE / 2 * report.step_s)
+        assert price.saved_share == pytest.approx(price.saved_s / report.step_s)
+        assert str(price) == f"{price.change} would save {100 * price.saved_share:.1f} % of the step"
+        assert (price.slope_s is None) == ("link" in price.change)
+
+
+def test_a_slope_is_what_the_first_bytes_save():
+    """Of the duals: a little more room makes the program faster by that much, and no room makes the same shape faster than they say."""
+    setting = small(3.0, host=0.2).asked
+    search = search_of(setting)
+    found = search.best()
+    assert found is not None
+    program = found.candidate.program
+    before = solve_program(program)
+    assert before is not None and any(price > 0 for price in before.prices.values())
+    for memory in ("device", "host"):
+        slope = sum(price for name, price in before.prices.items() if name.startswith(memory))
+        for size in (float(1 << 16), float(GIB)):
+            room = Room(device_bytes=size) if memory == "device" else Room(host_bytes=size)
+            after = solve_program(room.of(program))
+            assert after is not None
+            saved = before.time_s - after.time_s
+            assert saved <= slope * size + 1e-9 * before.time_s
+            if size < GIB:
+                assert saved == pytest.approx(slope * size, rel=1e-3, abs=1e-9 * before.time_s)
+
+
+def test_what_is_full_is_said_with_its_share():
+    ledger = small(3.0, host=0.2, host_link_bandwidth=4e9)
+    report = ledger.report
+    assert report is not None and report.binding
+    rows = measures(ledger.setting).rows
+    for sentence in report.binding:
+        found = re.fullmatch(r"(GPU memory|host memory) in (.*), (\d+) %", sentence)
+        if found is not None:
+            used, limit = rows[f"{'device' if found[1] == 'GPU memory' else 'host'}, {found[2]}"]
+            assert int(found[3]) == round(100 * used / limit) >= 98
+    slow = small(2.8, host=64.0, host_link_bandwidth=1e9, memory=auto(layer_input=Place.HOST))
+    assert slow.report is not None and slow.timing.host_s > 0
+    assert any(re.fullmatch(r"the way to the host in (forward|backward), \d+ % of the computation beside it", text)
+               for text in slow.report.binding)  # fmt: skip
 
 
 def test_a_room_is_the_machine_with_so_much_more():
@@ -183,6 +257,14 @@ def test_budget_of_the_host_is_kept():
     assert ledger.fits and ledger.budget is not None and ledger.budget.peak_bytes <= GIB // 2
     free = small(4.0)
     assert free.timing.step_s <= ledger.timing.step_s * (1 + PREFERENCE)
+
+
+def test_a_budget_too_small_for_a_block_of_each_row_is_no_worse_than_none():
+    """What waits on the host waits in whole blocks: with less room than those need, all that fits on the device still is there."""
+    steps = [
+        ledger.timing.step_s for size in (0, 1 << 20, 16 << 20, 24 << 20) if (ledger := small(3.4, memory=auto(host_budget=size))).fits
+    ]
+    assert len(steps) == 4 and max(steps) <= min(steps) * (1 + 2 * PREFERENCE)
 
 
 def test_whole_gradients_only_where_they_leave_room():

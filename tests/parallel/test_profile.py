@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
 from efflaunch.errors import ConfigError
+from efflaunch.parallel.measured import find_rates
 from efflaunch.parallel.profile import (
     Fit,
     FittedCollective,
@@ -21,7 +23,9 @@ from efflaunch.parallel.profile import (
     load_profiles,
     save_profile,
 )
+from efflaunch.parallel.rates import Copies, MachineRates
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
+from efflaunch.tests.memory.settings import cluster
 
 KEY = ProfileKey(hardware="NVIDIA H200", ranks="1 node x 8 ranks", model="llama, 2 layers", versions="torch 2.13.0")
 FIT = Fit(samples=9, mean_error=0.03, r2=0.999, worst_error=0.06)
@@ -34,6 +38,12 @@ def profile(**changes):
     link = FittedCollective(kind="gather", degree=2, latency_s=1e-4, bytes_per_s=1e9, fit=FIT)
     fields = {"key": KEY, "degrees": degrees, "overhead_s": 0.01, "gather_s": 0.02, "empty_s": 0.05, "step_s": 0.1, "collectives": (link,)}
     return Profile(**{**fields, **changes})
+
+
+def rates(**changes):
+    copies = tuple(Copies(out=10e9 + rank, back=11e9, both_out=6e9, both_back=7e9) for rank in range(8))
+    fields = {"device": "cuda", "ranks_per_node": 8, "link": copies, "device_update": 2e12, "host_update": 3e10}
+    return MachineRates(**{**fields, **changes})
 
 
 def arithmetic(windowed=()):
@@ -117,7 +127,17 @@ def test_planning_elsewhere_takes_a_profile_of_any_hardware(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2]", "efflaunch_profile: 9\nentries: []", "efflaunch_profile: 1\nentries: [{key: {}}]", "a: [", "\x00"]
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "efflaunch_profile: true\nentries: []",
+        "efflaunch_profile: 9\nentries: []",
+        "efflaunch_profile: 1\nentries: [{key: {}}]",
+        "efflaunch_profile: 2\nentries: [{rates: {link: []}}]",
+        "a: [",
+        "\x00",
+    ],
 )
 def test_files_that_are_no_profile(tmp_path, text):
     (tmp_path / "profile.yaml").write_text(text)
@@ -128,3 +148,45 @@ def test_files_that_are_no_profile(tmp_path, text):
 def test_a_named_file_must_exist(tmp_path):
     with pytest.raises(ConfigError, match="no file"):
         find_profile("absent.yaml", KEY, tmp_path)
+
+
+def test_rates_are_kept_and_old_files_have_none(tmp_path):
+    path = tmp_path / "profile.yaml"
+    measured = profile(rates=rates(disk=(Copies(out=1e9, back=2e9, both_out=0.5e9, both_back=0.6e9),), directory="/local"))
+    save_profile(path, measured)
+    assert load_profiles(path) == [measured]
+    old = yaml.safe_load(path.read_text())
+    del old["entries"][0]["rates"]
+    path.write_text(yaml.safe_dump({**old, "efflaunch_profile": 1}))
+    assert load_profiles(path) == [replace(measured, rates=None)], "format 1 serves for all else"
+    assert find_rates(None, cluster(), "", None, tmp_path) is None
+    save_profile(path, profile(key=replace(KEY, model="another"), rates=rates()))
+    assert len(load_profiles(path)) == 2, "and may be added to"
+
+
+def test_a_file_of_a_newer_version_says_so(tmp_path):
+    (tmp_path / "profile.yaml").write_text("efflaunch_profile: 9\nentries: []")
+    with pytest.raises(ConfigError, match="format 9, of a newer efflaunch than this one") as caught:
+        load_profiles(tmp_path / "profile.yaml")
+    assert "efflaunch profile with the arguments of this run" in caught.value.hint
+
+
+def test_rates_are_of_the_machine_not_of_the_model(tmp_path):
+    """Found for another model, by hardware and ranks a node; a disk is one directory's."""
+    path = tmp_path / "profile.yaml"
+    disk = (Copies(out=1e9, back=2e9, both_out=1e9, both_back=1e9),)
+    plain, local = rates(device_update=1e12), rates(disk=disk, directory="/local")
+    save_profile(path, profile(key=replace(KEY, model="plain"), rates=plain, taken="2026-02-02 00:00 UTC"))
+    save_profile(path, profile(key=replace(KEY, model="with disk"), rates=local, taken="2026-01-01 00:00 UTC"))
+    save_profile(path, profile())
+
+    def found(machines=None, hardware="", offload_dir=None):
+        measured = find_rates(None, machines or cluster(), hardware, offload_dir, tmp_path)
+        return None if measured is None else measured.rates
+
+    assert found() == plain and found(offload_dir="/local") == local and found(offload_dir="/other") == plain
+    assert found(hardware="NVIDIA H200") == plain and found(hardware="NVIDIA A100") is None
+    assert found(cluster(ranks_per_node=4)) is None and found(cluster(device=type(cluster().device)("cpu"))) is None
+    measured = find_rates(None, cluster(), "", None, tmp_path)
+    assert measured is not None and "measured of 2026-02-02 00:00 UTC on NVIDIA H200" in measured.source and str(path) in measured.source
+    assert find_rates("absent.yaml", cluster(), "", None, tmp_path) is None

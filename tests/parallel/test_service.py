@@ -46,7 +46,7 @@ def begun(solver, patience_s=5.0, **more):
 
 
 def wait_until(condition, what):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)

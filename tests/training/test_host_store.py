@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from efflaunch.memory.policy import MOVED, MemoryPolicy
+from efflaunch.memory.config import MemoryConfig, Place
+from efflaunch.tests.memory.settings import cluster, make_ledger
 from efflaunch.training import setup
 
 
-@pytest.mark.parametrize(("directory", "expected"), [(None, None), ("/disk", 25e9)])
-def test_a_disk_slower_than_the_plan_thinks_will_be_named(directory, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("directory", "speeds", "expected"),
+    [(None, {}, None), ("/disk", {}, 25e9), ("/disk", {"disk_write_bandwidth": 8e9}, 1e9), ("/disk", {"disk_write_bandwidth": 8e12}, 25e9)],
+)
+def test_a_disk_slower_than_the_plan_thinks_will_be_named(directory, speeds, expected, monkeypatch):
+    """Held against the rate the estimate goes by: a rank's share of the disk, or the link's where that is less or nothing is known."""
     opened = []
     monkeypatch.setattr(setup, "open_store", lambda **settings: opened.append(settings))
     monkeypatch.setattr(setup, "check_host_room", lambda *_: None)
-    monkeypatch.setattr(setup, "arena_bytes", lambda _: 1 << 20)
     monkeypatch.setattr(setup.dist, "barrier", lambda: None)
-    setting = SimpleNamespace(
-        policy=MemoryPolicy(layer_input=MOVED, offload_dir=directory),
-        layout=SimpleNamespace(ranks_per_node=1),
-        cluster=SimpleNamespace(host_link_bandwidth=25e9),
+    memory = MemoryConfig(
+        name="m", layer_input=Place.HOST, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE, offload_dir=directory
     )
-    setup.host_store(setting, torch.device("cpu"))
+    ledger = make_ledger(length=1 << 13, tokens_per_rank=1 << 10, memory=memory, machines=cluster(host_link_bandwidth=25e9, **speeds))
+    setup.host_store(ledger.setting, torch.device("cpu"))
     assert [settings["expected_write_bytes_per_s"] for settings in opened] == [expected]
     assert opened[0]["offload_dir"] == directory

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from efflaunch.errors import PlanError
 from efflaunch.launcher.compose import compose
 from efflaunch.parallel.config import SequenceMode
+from efflaunch.parallel.rates import Copies, MachineRates, Measured
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import check_plan
 from efflaunch.parallel.sequence.service import PlanRequest, PlanService, static_plan
@@ -140,14 +141,19 @@ def test_a_cost_model_goes_through_json_unchanged():
 def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, monkeypatch):
     import torch
 
+    from efflaunch.launcher.plan_command import plan
     from efflaunch.training.planning import settle_costs
-    from efflaunch.training.spec import model_spec
+
+    def settled(stored, *words, measured=None):
+        config = compose(["+experiment=quickstart", *words])
+        return settle_costs(config, replace(plan(config).setting, measured=measured), torch.device("cpu"), stored)
 
     monkeypatch.chdir(tmp_path)
-    config = compose(["+experiment=quickstart"])
-    device = torch.device("cpu")
-    first = settle_costs(config, model_spec(config.model), device, None)
+    first = settled(None)
     stored = json.loads(json.dumps({**first.dump(), "overhead_s": 0.25}))
-    assert settle_costs(compose(["+experiment=quickstart", "train.steps=99"]), model_spec(config.model), device, stored).overhead_s == 0.25
-    other = settle_costs(compose(["+experiment=quickstart", "memory=recompute"]), model_spec(config.model), device, stored)
+    assert settled(stored, "train.steps=99").overhead_s == 0.25
+    copies = (Copies(out=1e9, back=1e9, both_out=1e9, both_back=1e9),) * 4
+    rates = MachineRates(device="cpu", ranks_per_node=4, link=copies, device_update=1e9, host_update=1e9)
+    assert settled(stored, measured=Measured(rates=rates, source="since")).overhead_s == 0.25, "a new measurement is no new setting"
+    other = settled(stored, "memory=recompute")
     assert other.overhead_s == 0.0 and other.fingerprint != first.fingerprint

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.compose import compose
+from efflaunch.parallel.measured import find_rates
 from efflaunch.parallel.profile import load_profiles
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.ranks import RankPool
@@ -72,12 +74,18 @@ def _probe_twice(arguments, folder):
 
 
 def test_real_ranks_are_profiled(pool, tmp_path):
-    pool.run(_probe_twice, TINY, str(tmp_path), ranks=2)
+    pool.run(_probe_twice, [*TINY, f"memory.offload_dir={tmp_path}"], str(tmp_path), ranks=2)
     (profile,) = load_profiles(tmp_path / "profile.yaml")
     assert [row.degree for row in profile.degrees] == [1, 2] and "2 ranks" in profile.key.ranks
     for row in profile.degrees:
         assert row.attention_s + row.linear_s + row.exchange_s > 0 and row.fit.samples >= 3
     assert {(link.kind, link.degree) for link in profile.collectives} == {(k, 2) for k in ("all-to-all", "neighbours", "gather", "reduce")}
+    rates = profile.rates
+    assert rates is not None and (rates.device, rates.ranks_per_node, len(rates.link), len(rates.disk)) == ("cpu", 2, 2, 2)
+    assert rates.directory == str(tmp_path) and rates.device_update == rates.host_update > 0
+    assert all(math.isfinite(rate) and rate > 0 for row in (*rates.link, *rates.disk) for rate in astuple(row))
+    found = find_rates(None, compose(TINY).cluster, "", None, tmp_path)
+    assert found is not None and found.rates == rates
     figures = [profile.overhead_s, profile.gather_s, profile.empty_s, profile.step_s]
     assert all(math.isfinite(value) and value >= 0 for value in figures) and profile.empty_s > 0
     assert json.dumps(figures) and np.isfinite([link.latency_s for link in profile.collectives]).all()

@@ -8,12 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
+
 from ...errors import DataError
 from ...parallel.sequence.plan import StepPlan
 from ..config import ModelConfig, Objective, TrainConfig
-from ..data.scores import Scores
+from ..data.scores import Scores, wanted
 from ..score import Stop, fill_scores
 from ..setup import Session
+from ..weights import weights_fingerprint
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
 from .rollout import RolloutOptions
 
@@ -31,8 +35,9 @@ class RunObjective:
     def __init__(self, config: _Config, session: Session, run_dir: Path, *, resumed: bool) -> None:
         """`resumed`: the weights are from a checkpoint."""
         self._train, self._session, self._run_dir, self._resumed = config.train, session, run_dir, resumed
-        self._weights = _initial_weights(config)
-        self._scores = Scores(session.source, run_dir, config.train, None if resumed else self._weights)
+        needed = not resumed and any(wanted(config.train))
+        self._weights = _agreed(initial_weights(config)) if needed else None
+        self._scores = Scores(session.source, run_dir, config.train, self._weights)
 
     def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, stop: Stop, report: Callable[..., None]) -> bool:
         """Score what is missing with the initial weights; False where it was told to stop meanwhile. Collective over all ranks.
@@ -44,6 +49,7 @@ class RunObjective:
             return True
         if self._resumed:
             raise _lost(self._session.source.corpora[missing[0]].prefix)
+        assert self._weights is not None
         if not fill_scores(self._session, self._run_dir, missing, self._weights, plan, stop=stop, report=report):
             return False
         self._scores = Scores(self._session.source, self._run_dir, self._train, self._weights)
@@ -68,10 +74,19 @@ def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
     return {name: total / objective.count for name, total in zip(objective.names, sums, strict=True)}
 
 
-def _initial_weights(config: _Config) -> str:
-    """Changes with what the weights of a run that begins are made from."""
-    made_from = [asdict(config.model), config.train.dtype, config.train.seed if config.model.path is None else None]
-    return hashlib.sha256(repr(made_from).encode()).hexdigest()
+def initial_weights(config: _Config) -> str:
+    """Changes with the weights a run begins with: with their files' content, not their place; without files with seed and shape."""
+    model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "path")}
+    path = config.model.path
+    origin = config.train.seed if path is None else weights_fingerprint(path)
+    return hashlib.sha256(repr([model, config.train.dtype, origin]).encode()).hexdigest()
+
+
+def _agreed(name: str) -> str:
+    """Rank 0's: nodes may have other copies of the files, and what is missing has to be missing for all. Collective."""
+    told = [name]
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    return told[0]
 
 
 def _lost(prefix: str) -> DataError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import astuple
 from pathlib import Path
 
 import psutil
@@ -12,7 +14,7 @@ from efflaunch.errors import ConfigError
 from efflaunch.memory.offload import checks
 from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_room, free_memory
 from efflaunch.memory.offload.device import Past
-from efflaunch.memory.offload.link import measure_directory, measure_host_link, rate_of
+from efflaunch.memory.offload.link import ROUNDS, measure_directory, measure_host_link, rate_of
 from efflaunch.memory.offload.staging import staging_bytes_for
 
 GIB = 1 << 30
@@ -124,7 +126,11 @@ def test_a_rate_is_bytes_over_time() -> None:
 
 
 def test_links_of_this_machine(tmp_path: Path) -> None:
-    link = measure_host_link(torch.device("cpu"), 0.01, copy_bytes=1 << 16)
-    assert link.bytes_per_s_to_host > 0 and link.bytes_per_s_to_device > 0
-    disk = measure_directory(str(tmp_path), 0.01, file_bytes=1 << 20, copy_bytes=1 << 16)
-    assert disk.bytes_per_s_written > 0 and disk.bytes_per_s_read > 0
+    """The ranks of a node meet before every round: each direction and both, in turns, as often as there are rounds."""
+    met: list[str] = []
+    link = measure_host_link(torch.device("cpu"), 0.01, copy_bytes=1 << 16, together=lambda: met.append("link"))
+    disk = measure_directory(str(tmp_path), 0.01, file_bytes=1 << 20, copy_bytes=1 << 16, together=lambda: met.append("disk"))
+    for found in (link, disk):
+        assert all(math.isfinite(rate) and rate > 0 for rate in astuple(found))
+    assert met.count("link") == 3 * ROUNDS and met.count("disk") == 4
+    assert not list(tmp_path.iterdir()), "the file has no name"

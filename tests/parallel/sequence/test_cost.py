@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import PlanError
+from efflaunch.memory.config import MemoryConfig
+from efflaunch.memory.ledger import build_ledger
+from efflaunch.memory.residency import Residency
 from efflaunch.memory.timing import causal_pairs
 from efflaunch.parallel.config import ClusterConfig, ParallelConfig, Scheme
-from efflaunch.parallel.sequence.cost import CostModel, DegreeCost, allowed_degrees, cost_model
+from efflaunch.parallel.rates import Copies, MachineRates, Measured
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost, allowed_degrees, cost_model, cost_model_of
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
 from efflaunch.parallel.sequence.solve import solve_best_static
 from efflaunch.tests.memory.settings import LLAMA_8B, cluster, make_ledger, policy
@@ -41,6 +45,32 @@ def test_a_static_plan_costs_what_the_ledger_says(degree: int) -> None:
     # Groups take turns in the ledger, one longest sequence after the other; exchanges stand beside compute in both.
     in_turn = 4 // (16 // degree)
     assert in_turn * cost.group_s([64 * K], degree) == pytest.approx(timing.compute_s + timing.sequence_s)
+
+
+def test_states_on_the_host_leave_room_for_activations() -> None:
+    """With memory=auto the policy, and with it the time of a token, is that of the run's own ledger."""
+    parts: dict[str, Any] = {
+        "spec": model_spec(ModelConfig(**LLAMA_8B)),
+        "parallel": ParallelConfig(name="p", tokens_per_rank=8 * K),
+        "memory": MemoryConfig(name="auto", solve=True),
+        "train": TrainConfig(steps=1),
+        "data": DataConfig(name="d", max_seq_len=64 * K, global_batch_tokens=64 * K),
+        "cluster": cluster(device_memory_bytes=34 << 30, host_link_bandwidth=1e9, host_memory_bandwidth=1e11),
+    }
+    on_host = Residency(on_host=True)
+    device, host = (cost_model(*parts.values(), residency=residency) for residency in (None, on_host))
+    assert host == cost_model_of(build_ledger(**parts, residency=on_host).setting) and device != host
+    assert host.of(8).sequence_s([64 * K])[0] < device.of(8).sequence_s([64 * K])[0]
+    assert host.step_s > device.step_s, "and the update on the host takes longer"
+
+
+def test_measured_rates_change_the_update_alone() -> None:
+    copies = (Copies(out=1e9, back=1e9, both_out=1e9, both_back=1e9),) * 8
+    rates = MachineRates(device="cuda", ranks_per_node=8, link=copies, device_update=1e12, host_update=1e10)
+    s = make_ledger(length=64 * K, tokens_per_rank=16 * K, batch=256 * K).setting
+    plain, measured = cost_model_of(s), cost_model_of(replace(s, measured=Measured(rates=rates, source="x")))
+    assert measured.step_s - plain.step_s == pytest.approx(s.parameters / 8 * 40 / 1e12)
+    assert replace(measured, step_s=plain.step_s) == plain
 
 
 def test_windows_are_counted_as_the_ledger_counts_them() -> None:

@@ -1,37 +1,39 @@
-"""One node of a SLURM job: `python -m efflaunch.launcher.slurm.node RUN_DIR ATTEMPT@ADDRESS:PORT`, started by srun.
+"""The agent of one node among several.
 
 Meets the agents of the other nodes in a store, looks with them whether all are fit, then runs one attempt of this
-node's ranks. What became of them stands in `logs/attempt-K/node-N.json`; `job settle` reads all of these. Exits 0
-where the ranks ended together (done, or stopped and saved), else not, upon which srun ends the other nodes.
+node's ranks. What became of them stands in `logs/attempt-K/node-N.json`; nodes.outcome reads all of these.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, EfflaunchError
+from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, EfflaunchError
 from .. import state, worker
 from ..agent import Agent
-from ..env import SlurmPlace, rank_environment, slurm_place
+from ..env import rank_environment
 from ..files import write_json
-from ..metrics_file import newest_step
+from ..grace import GraceWatch
+from ..hang import Others
+from ..lock import Presence, lock_in_time, release
+from ..metrics_file import MetricsFollower, newest_step
 from ..restarts import RankReport, first_failure
-from ..rundir import attempt_dir, lock_in_time, read_run
-from ..signals import StopFlag, on_stop_signals
+from ..rundir import attempt_dir, read_attempt
+from ..signals import StopFlag
 from ..state import Failure
 from .address import address_towards, interface_of
-from .files import Meeting, stop_asked
-from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table
-from .script import JOB_DIR
+from .meeting import Meeting
+from .place import Place
+from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table, unfit
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -39,37 +41,37 @@ if TYPE_CHECKING:
 
     from ..elastic import RankAgent
 
+_LOOK_S = 5.0
 
-def main(arguments: list[str]) -> int:
-    """One attempt of this node; the return value is its exit code."""
-    parser = argparse.ArgumentParser(prog="efflaunch.launcher.slurm.node")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("meeting", type=Meeting.parse, metavar="ATTEMPT@ADDRESS:PORT")
-    parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
-    options = parser.parse_args(arguments)
-    early = StopFlag()
-    on_stop_signals(early)
+
+def take_part(run_dir: Path, meeting: Meeting, place: Place, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
+    """One attempt of this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
+
+    `early` takes stop signals from the start of the process on; `stop_asked`: whether one came, or a person spoke,
+    before any agent could hear it.
+    """
     try:
-        place = slurm_place()
-        visit = _Visit(options.run_dir, options.meeting, place)
-        verdict = visit.verdict(early)
-        if verdict is not None:
-            return verdict
-        return NodeAgent(visit, options.entry, early).run()
+        visit = Visit(run_dir, meeting, place)
+        try:
+            verdict = visit.verdict(lambda: early.requested or stop_asked())
+            return verdict if verdict is not None else NodeAgent(visit, entry, early).run()
+        finally:
+            visit.leave()
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
-class _Visit:
+class Visit:
     """The store, and what the nodes tell each other before the ranks are started."""
 
-    def __init__(self, run_dir: Path, meeting: Meeting, place: SlurmPlace) -> None:
+    def __init__(self, run_dir: Path, meeting: Meeting, place: Place) -> None:
         self.run_dir, self.meeting, self.place = run_dir, meeting, place
         self.timeout_s = meeting.timeout_s
         self.address = address_towards(meeting.address)
         self.interface = interface_of(self.address)
         self.lock = lock_in_time(run_dir) if place.node == 0 else None
+        self.presence = Presence(self.lock) if self.lock is not None else None
         self.store = self._open()
         self.has_failed = False
 
@@ -87,26 +89,25 @@ class _Visit:
             message = f"node {place.name} cannot {role} the meeting point {where.address}:{where.port} {via}: {error}"
             raise EfflaunchError(message) from error
 
-    def verdict(self, early: StopFlag) -> int | None:
+    def verdict(self, stop_asked: Callable[[], bool]) -> int | None:
         """None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
         facts = look(
             self.run_dir,
-            node=self.place.node,
-            host=self.place.name,
+            place=self.place,
             address=self.address,
             interface=self.interface,
             attempt=self.meeting.attempt,
         )
         self._set(f"facts-{self.place.node}", asdict(facts))
         if self.place.node == 0:
-            return self._judge(early)
+            return self._judge(stop_asked)
         told = self._get("clock")
         self._set(f"clock-{self.place.node}", time.time() - told)
         code: int | None = self._get("verdict")
         self._set(f"heard-{self.place.node}", True)
         return code
 
-    def _judge(self, early: StopFlag) -> int | None:
+    def _judge(self, stop_asked: Callable[[], bool]) -> int | None:
         run_dir, nodes = self.run_dir, range(self.place.num_nodes)
         answers = [self._get_or_none(f"facts-{node}") for node in nodes]
         self._set("clock", time.time())
@@ -114,8 +115,10 @@ class _Visit:
             NodeFacts(**{**answer, "clock_s": (self._get_or_none(f"clock-{node}") or 0.0) if node else 0.0}) if answer else None
             for node, answer in zip(nodes, answers, strict=True)
         ]
-        marks = [mark(run_dir, self.meeting.attempt, node) for node in nodes]
-        rows = check_nodes(told, marks=[path.exists() for path in marks], num_nodes=read_run(run_dir).config.cluster.num_nodes)
+        marks = [mark(run_dir, self.place.folder, self.meeting.attempt, node) for node in nodes]
+        rows = check_nodes(
+            told, marks=[path.exists() for path in marks], num_nodes=read_attempt(run_dir, self.meeting.attempt).cluster.num_nodes
+        )
         for path in marks:
             path.unlink(missing_ok=True)
         text = table(rows)
@@ -123,8 +126,8 @@ class _Visit:
         verdict = None
         if any(row.problems for row in rows):
             verdict = EXIT_USER
-            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows)))
-        elif early.requested or stop_asked(run_dir, self.place):
+            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows), self.place), unfit(rows))
+        elif stop_asked():
             # Nothing runs: the last checkpoint is all there is to save.
             verdict = EXIT_PREEMPTED
             _record(run_dir, EXIT_PREEMPTED, None)
@@ -135,6 +138,11 @@ class _Visit:
                 if facts is not None:
                     self._get_or_none(f"heard-{facts.node}")
         return verdict
+
+    def leave(self) -> None:
+        """The run directory is free for the next attempt."""
+        if self.lock is not None:
+            release(self.lock)
 
     def tell_failed(self) -> None:
         """Have the agents of all other nodes end their ranks."""
@@ -177,23 +185,28 @@ def _dist_error() -> type[Exception]:
     return DistError
 
 
-def _refusal(text: str, hosts: list[str]) -> Failure:
-    hint = f"\n  Try: mend them, or leave them out: launcher.slurm.exclude=[{','.join(hosts)}]" if hosts else ""
-    return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=JOB_DIR, is_user_error=True)
+def _refusal(text: str, hosts: list[str], place: Place) -> Failure:
+    hint = f"\n  Try: mend them, or leave them out: {place.exclude_key}=[{','.join(hosts)}]" if hosts else ""
+    return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=place.folder, is_user_error=True)
 
 
-def _record(run_dir: Path, exit_code: int, failure: Failure | None) -> None:
+def _record(run_dir: Path, exit_code: int, failure: Failure | None, unfit_nodes: dict[int, str] | None = None) -> None:
     known = state.read_state(run_dir)
-    assert known is not None, "written by job start"
-    state.write_state(run_dir, state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir)))
+    assert known is not None, "written before agents are started"
+    hosts = dict(enumerate(known.attempts[-1].hosts))
+    blamed = {hosts[node]: why for node, why in (unfit_nodes or {}).items() if node in hosts}
+    ended = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    state.write_state(run_dir, replace(ended, attempts=(*ended.attempts[:-1], replace(ended.attempts[-1], blamed=blamed))))
 
 
 class NodeAgent(Agent):
     """One attempt of the ranks of one node. The head (node 0) alone writes state.json."""
 
-    def __init__(self, visit: _Visit, entry: str, early: StopFlag) -> None:
+    def __init__(self, visit: Visit, entry: str, early: StopFlag) -> None:
         self.visit, self.place, self.ended_for_others = visit, visit.place, False
         super().__init__(visit.run_dir, entry)
+        self.config = read_attempt(visit.run_dir, visit.meeting.attempt)
+        self.grace, self.metrics, self.looked = GraceWatch(self.config.launcher.grace_s), MetricsFollower(visit.run_dir), 0.0
         # Handed to the ranks as soon as they run: the nodes may have been told at different moments.
         self.stopping = self.stopping or early.requested
 
@@ -219,6 +232,11 @@ class NodeAgent(Agent):
         timeout_s = int(self.config.launcher.start_timeout_s)
         return NodesRendezvous(self.visit.store, run_id, self.place.node, self.place.num_nodes, timeout_s)
 
+    def _others(self) -> Others:
+        from ..hang_others import StoreOthers
+
+        return StoreOthers(self.visit.store, self.place.node, self.place.num_nodes)
+
     def _ranks_here(self) -> range:
         size = self.config.cluster.ranks_per_node
         return range(self.place.node * size, (self.place.node + 1) * size)
@@ -226,12 +244,29 @@ class NodeAgent(Agent):
     def _note_stop(self) -> None:
         """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
         super()._note_stop()
+        self._look_ahead()
+        self._show_presence()
         assert self.ranks is not None, "asked by its monitor"
         if any(process.exitcode for process in self.ranks.processes.values()):
             self.visit.tell_failed()
         elif self.visit.failed_elsewhere():
             self.ended_for_others = True
             self.ranks.end_the_rest()
+
+    def _look_ahead(self) -> None:
+        """Say in the job's output, well before it matters, that a stop will not end in launcher.grace_s."""
+        if self.place.node or time.monotonic() < self.looked + _LOOK_S:
+            return
+        self.looked = time.monotonic()
+        note = self.grace.add(self.metrics.read()).news()
+        if note:
+            print(note, flush=True)
+
+    def _show_presence(self) -> None:
+        other = self.visit.presence.show() if self.visit.presence is not None else None
+        if other is not None:
+            print(f"efflaunch: {other.describe(time.time())}, has taken the run directory", file=sys.stderr, flush=True)
+            self._kill_now(signal.SIGQUIT, None)
 
     def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
         code, failure = super()._failed(reports, number)
@@ -252,9 +287,3 @@ class NodeAgent(Agent):
     def _write(self, **changes: Any) -> None:
         if self.place.node == 0:
             super()._write(**changes)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    # srun ends the other nodes for anything but 0.
-    sys.exit({EXIT_PREEMPTED: EXIT_DONE, EXIT_USER: EXIT_USER, EXIT_DONE: EXIT_DONE}.get(code, EXIT_RETRY))

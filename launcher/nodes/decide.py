@@ -11,14 +11,14 @@ from ..restarts import Outcome
 
 
 class Verdict(IntEnum):
-    """What the batch script does next; the value is what it is told by exit code."""
+    """What the launcher does next; the value is what a batch script is told by exit code."""
 
     DONE = EXIT_DONE
     FAIL = EXIT_RETRY
     STOP = EXIT_PREEMPTED
     """Stopped and saved, and not to be started again by itself."""
     AGAIN = 76
-    """On the nodes the job has."""
+    """On the nodes there are."""
     REQUEUE = 77
     USER = EXIT_USER
 
@@ -31,6 +31,8 @@ class Limits:
     max_preemptions: int
     requeue: bool
     start_step: int
+    keys: str = "launcher.slurm"
+    """Where a user finds `requeue` and `max_preemptions`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ def decide(outcomes: Sequence[Outcome], limits: Limits, *, cancelled: bool, lost
     if used > limits.max_restarts:
         return Decision(verdict=Verdict.FAIL, reason=f"failed {used} times without getting past step {outcomes[-1].step}")
     if lost_node and not limits.requeue:
-        return Decision(verdict=Verdict.FAIL, reason="lost a node, and launcher.slurm.requeue=false")
+        return Decision(verdict=Verdict.FAIL, reason=f"lost a node, and {limits.keys}.requeue=false")
     how = "requeued" if lost_node else "restart"
     verdict = Verdict.REQUEUE if lost_node else Verdict.AGAIN
     return Decision(verdict=verdict, reason=f"{how} {used} of {limits.max_restarts} since the last progress")
@@ -72,7 +74,7 @@ def _after_preemption(outcomes: Sequence[Outcome], limits: Limits, cancelled: bo
     if cancelled or not limits.requeue:
         return Decision(verdict=Verdict.STOP, reason="stopped and saved")
     if times > limits.max_preemptions:
-        return Decision(verdict=Verdict.STOP, reason=f"preempted {times} times, launcher.slurm.max_preemptions={limits.max_preemptions}")
+        return Decision(verdict=Verdict.STOP, reason=f"preempted {times} times, {limits.keys}.max_preemptions={limits.max_preemptions}")
     if in_a_row > limits.max_restarts:
         reason = f"preempted {in_a_row} times without getting past step {outcomes[-1].step}: the time limit may be too short"
         return Decision(verdict=Verdict.STOP, reason=reason)

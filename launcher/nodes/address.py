@@ -11,21 +11,22 @@ _FIRST_PORT, _NUM_PORTS, _NUM_TRIES = 20000, 10000, 64
 """Below the range from which kernels hand out ports."""
 
 
-def head_address(host: str, interface: str | None) -> str:
+def head_address(host: str, interface: str | None, key: str = "launcher.slurm.interface") -> str:
     """The IPv4 address of this node that others are told; ConfigError where it is none they could reach.
 
-    There is no fallback: a node that took its own loopback for the head would wait for the others for ever.
+    `key` names the interface in the configuration. There is no fallback: a node that took its own loopback for the
+    head would wait for the others for ever.
     """
     if interface is not None:
-        return _address_of(interface)
+        return address_of(interface, key)
     try:
         found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
     except socket.gaierror as error:
-        raise _unreachable(host, f"no address ({error.strerror})") from error
+        raise _unreachable(host, key, f"no address ({error.strerror})") from error
     addresses = [str(entry[4][0]) for entry in found]
     usable = [address for address in addresses if not _is_useless(address)]
     if not usable:
-        raise _unreachable(host, f"only {', '.join(sorted(set(addresses)))}")
+        raise _unreachable(host, key, f"only {', '.join(sorted(set(addresses)))}")
     return usable[0]
 
 
@@ -34,12 +35,12 @@ def _is_useless(address: str) -> bool:
     return parsed.is_loopback or parsed.is_unspecified
 
 
-def _unreachable(host: str, found: str) -> ConfigError:
+def _unreachable(host: str, key: str, found: str) -> ConfigError:
     return ConfigError(
         f"address of node {host}",
         found=found,
         expected="an IPv4 address that the other nodes can reach",
-        hint=f"launcher.slurm.interface={next(iter(_interfaces()), 'eth0')}",
+        hint=f"{key}={next(iter(_interfaces()), 'eth0')}",
     )
 
 
@@ -53,12 +54,13 @@ def _interfaces() -> dict[str, str]:
     return {name: address for name, address in pairs if not _is_useless(address)}
 
 
-def _address_of(interface: str) -> str:
+def address_of(interface: str, key: str) -> str:
+    """The IPv4 address of a network interface of this node; ConfigError, with those there are, where it has none."""
     known = _interfaces()
     if interface not in known:
-        hint = f"launcher.slurm.interface={next(iter(known), 'null')}"
+        hint = f"{key}={next(iter(known), 'null')}"
         expected = f"one of {', '.join(known) or 'none: this node has only loopback'}"
-        raise ConfigError("launcher.slurm.interface", found=f"{interface!r}", expected=expected, hint=hint)
+        raise ConfigError(key, found=f"{interface!r}", expected=expected, hint=hint)
     return known[interface]
 
 
@@ -84,5 +86,7 @@ def address_towards(head: str) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has this address."""
-    return next((name for name, own in _interfaces().items() if own == address), None)
+    """The network interface that has this address, loopback included."""
+    import psutil
+
+    return next((name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)), None)

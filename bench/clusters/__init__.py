@@ -1,0 +1,1 @@
+"""Clusters of several nodes on this machine, for benchmarks and tests."""

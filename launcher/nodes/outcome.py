@@ -1,0 +1,133 @@
+"""What became of an attempt on several nodes, from what their agents and ranks left in its directory, and state.json with it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ...errors import EXIT_RETRY, EXIT_USER
+from .. import state, worker
+from ..agent import read_failure
+from ..config import Config
+from ..files import tail_lines
+from ..hang import read_hang
+from ..metrics_file import newest_step
+from ..restarts import RankReport, first_failure, lost_a_peer
+from ..rundir import attempt_dir, store_config
+from ..state import Attempt, Failure, RunState, read_state, write_state
+from .decide import Decision, Verdict
+
+_LOG_TAIL_LINES = 30
+_STATES = {Verdict.DONE: state.DONE, Verdict.STOP: state.PREEMPTED, Verdict.REQUEUE: state.QUEUED, Verdict.AGAIN: state.STARTING}
+
+
+def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
+    """Make `config` the run's, and state.json that of one about to be started; (revision, what changed)."""
+    revision, changes = store_config(run_dir, config)
+    known = read_state(run_dir)
+    attempts = known.attempts if known else ()
+    world_size = config.cluster.num_nodes * config.cluster.ranks_per_node
+    fresh = state.new_state(world_size=world_size, revision=revision, attempts=attempts)
+    step = newest_step(run_dir)
+    write_state(run_dir, replace(fresh, state=state.QUEUED, attempts_before=len(attempts), step_before=step))
+    return revision, changes
+
+
+def is_open(known: RunState) -> bool:
+    """Whether an attempt of this launch was begun and never ended."""
+    return len(known.attempts) > known.attempts_before and known.attempts[-1].ended is None
+
+
+def decided(known: RunState, decision: Decision) -> RunState:
+    """`known` with what follows its last attempt."""
+    *earlier, last = known.attempts
+    goes_on = decision.verdict in (Verdict.AGAIN, Verdict.REQUEUE)
+    return replace(known, attempts=(*earlier, replace(last, decision=decision.reason, restarted=goes_on)))
+
+
+def conclude(run_dir: Path, known: RunState, decision: Decision) -> None:
+    """Write state.json for what follows."""
+    known = replace(decided(known, decision), state=_STATES.get(decision.verdict, state.FAILED))
+    if decision.verdict not in (Verdict.AGAIN, Verdict.REQUEUE):
+        known = replace(known, exit_code=int(decision.verdict), ended=time.time())
+    write_state(run_dir, known)
+
+
+def gather(
+    run_dir: Path, config: Config, number: int, *, num_nodes: int, output: Path, gone: Mapping[int, str] | None = None
+) -> tuple[int, Failure, bool]:
+    """(exit code, first failure, whether a node said nothing) from what every node and rank left.
+
+    `output`: inside the run directory, what the job itself printed. `gone`: nodes the scheduler knows to be lost, and why.
+    """
+    logs = attempt_dir(run_dir, number)
+    answers = {node: _node_report(logs / f"node-{node}.json") for node in range(num_nodes)}
+    lost = [node for node, answer in answers.items() if answer is None]
+    hang = read_hang(run_dir, number)
+    if hang is not None:
+        return EXIT_RETRY, hang, bool(lost or gone)
+    reports = list(_rank_reports(logs, answers, config.cluster.ranks_per_node))
+    first = first_failure(reports)
+    is_cause = first is not None and (first.record is not None or first.exit_code is not None)
+    if first is not None and gone and (first.record is None or lost_a_peer(first.record)):
+        # Ranks elsewhere only saw that it went.
+        is_cause = False
+    if first is not None and is_cause:
+        failure = read_failure(run_dir, number, first)
+        return (EXIT_USER if failure.is_user_error else EXIT_RETRY), failure, bool(lost)
+    if not gone and any(answer and answer["out_of_time"] for answer in answers.values()):
+        at_once = any(answer and answer["out_of_time"] == signal.SIGQUIT for answer in answers.values())
+        in_time = f"did not save within launcher.grace_s={config.launcher.grace_s:g} s and were killed"
+        message = f"the ranks {'were killed at once, as asked' if at_once else in_time}"
+        return EXIT_RETRY, Failure(rank=-1, message=message, traceback="", log=str(attempt_dir(Path(), number))), bool(lost)
+    return EXIT_RETRY, _lost_failure(run_dir, lost, output, gone or {}), bool(lost or gone)
+
+
+def _lost_failure(run_dir: Path, lost: list[int], output: Path, gone: Mapping[int, str]) -> Failure:
+    names = ", ".join(f"node {node} of the job" for node in lost) or "an agent"
+    why = "; ".join(gone.values()) or "lost, killed, or never there"
+    return Failure(
+        rank=-1,
+        message=f"{names} ended without a word: {why}",
+        traceback="\n".join(tail_lines(run_dir / output, _LOG_TAIL_LINES)),
+        log=str(output),
+    )
+
+
+def _node_report(path: Path) -> dict[str, object] | None:
+    return dict(json.loads(path.read_text())) if path.is_file() else None
+
+
+def _rank_reports(logs: Path, answers: dict[int, dict[str, object] | None], ranks_per_node: int) -> Iterator[RankReport]:
+    for node, answer in answers.items():
+        told: list[dict[str, object]] = list(answer["ranks"]) if answer else []  # type: ignore[call-overload]
+        known = {int(str(item["rank"])): item for item in told}
+        for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
+            record = worker.read_error(logs, rank)
+            if rank in known:
+                yield RankReport(**{**known[rank], "record": record})  # type: ignore[arg-type]
+            elif record is not None:
+                yield RankReport(rank=rank, exit_code=None, stopped_by_agent=True, record=record)
+
+
+def describe_end(run_dir: Path, attempt: Attempt, reason: str) -> list[str]:
+    """What happened, the error last and in full."""
+    if attempt.failure is None:
+        return [f"attempt {attempt.number}: {reason}, after step {attempt.last_step}"]
+    lines = [f"attempt {attempt.number} failed after step {attempt.last_step}: {reason}"]
+    if attempt.failure.traceback:
+        lines.append(f"{attempt.failure.traceback}\n(log: {run_dir / attempt.failure.log})")
+    return [*lines, f"efflaunch: {attempt.failure.message}"]
+
+
+def tell(run_dir: Path, attempt: Attempt, reason: str) -> None:
+    """The job's own output says so."""
+    *lines, last = describe_end(run_dir, attempt, reason)
+    if lines:
+        print(*lines, sep="\n", flush=True)
+    print(last, file=sys.stdout if attempt.failure is None else sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Runs on a Ray cluster. Nothing here imports ray at module level."""

@@ -1,0 +1,84 @@
+"""The entry point of a job: `python -m efflaunch.launcher.ray.driver RUN_DIR --work-dir DIR`, in a directory with run.yaml.
+
+The exit code is efflaunch's: 0, 75, 93 or 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from ...errors import ConfigError, EfflaunchError
+from ..rundir import HASH_FILE, keep_private, read_run
+from ..signals import on_stop_signals
+from .attempts import Driver
+from .cluster import joined
+from .files import only_driver, output_file, read_submission
+from .request import FOLDER
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job to its end."""
+    parser = argparse.ArgumentParser(prog="efflaunch.launcher.ray.driver")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--work-dir", required=True)
+    parser.add_argument("--entry", help="training function as module:function")
+    options = parser.parse_args(arguments)
+    try:
+        check_shared(options.run_dir, Path.cwd())
+        keep_private(read_run(options.run_dir).config.run.private)
+        submission = read_submission(options.run_dir)
+        assert submission is not None, "written before the job was submitted"
+        with only_driver(options.run_dir), joined(), output_file(options.run_dir, submission.job).open("a") as file:
+            say = Both(sys.stdout, file)
+            driver = Driver(options.run_dir, job=submission.job, entry=options.entry, work_dir=options.work_dir, say=say, tick=lambda: None)
+            take_stops(driver)
+            return driver.run()
+    except EfflaunchError as error:
+        print(f"efflaunch: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def check_shared(run_dir: Path, shipped: Path) -> None:
+    """ConfigError where this machine does not see the run directory that the job was submitted with."""
+    mine, sent = run_dir / HASH_FILE, shipped / HASH_FILE
+    problem = ""
+    try:
+        if mine.read_text() != sent.read_text():
+            problem = "another run.yaml than the one that was submitted"
+        probe = run_dir / FOLDER / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        problem = f"{error.strerror}: {error.filename}"
+    if problem:
+        where = f"run directory {run_dir}, where the job's driver runs"
+        hint = "run.root=DIR on storage that this machine and every node of the cluster share"
+        raise ConfigError(where, found=problem, expected="the directory of the machine that submitted", hint=hint)
+
+
+def take_stops(driver: Driver) -> None:
+    """After ray.init, which takes SIGTERM for itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        driver.stop()
+
+    on_stop_signals(stop)
+
+
+class Both:
+    """Lines to a stream and a file."""
+
+    def __init__(self, *files: TextIO) -> None:
+        self.files = files
+
+    def __call__(self, line: str) -> None:
+        for file in self.files:
+            print(line, file=file, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""What the parts of a run on Ray tell each other: small files below RUN_DIR/ray."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ...durable import write_atomic
+from ...errors import ConfigError
+from ..files import write_json
+from ..state import read_state
+from .request import FOLDER
+
+SAVE, NOW = "save", "now"
+"""What a person may tell a run: finish the step, save and end; or end at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """The last time the run was handed over."""
+
+    job: str
+    address: str
+    """Of the job server; empty for a run in the foreground."""
+    number: int
+
+
+def write_submission(run_dir: Path, submission: Submission) -> None:
+    """Note it."""
+    write_json(run_dir / FOLDER / "job.json", asdict(submission))
+
+
+def read_submission(run_dir: Path) -> Submission | None:
+    """None where there was none."""
+    try:
+        return Submission(**json.loads((run_dir / FOLDER / "job.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def output_file(run_dir: Path, job: str) -> Path:
+    """All that the driver and the agents of a job printed."""
+    return run_dir / FOLDER / f"{job}.out"
+
+
+def _stop_file(run_dir: Path, job: str) -> Path:
+    return run_dir / FOLDER / f"stop-{job}"
+
+
+def tell_to_stop(run_dir: Path, job: str, how: str) -> None:
+    """Leave word for the driver of the job."""
+    write_atomic(_stop_file(run_dir, job), how)
+
+
+def told_to_stop(run_dir: Path, job: str) -> str | None:
+    """The word left for it, if any."""
+    try:
+        return _stop_file(run_dir, job).read_text()
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def only_driver(run_dir: Path) -> Iterator[None]:
+    """Held by the driver for as long as it lives, between attempts as well. ConfigError where there is another one."""
+    file = os.open(_driver_lock(run_dir), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        known = read_state(run_dir)
+        who = f"process {known.pid} on {known.host}" if known else "another process"
+        hint = f"efflaunch status {run_dir}; efflaunch cancel {run_dir} to stop it; or another run.id"
+        expected = "one efflaunch per run directory"
+        raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error
+    finally:
+        os.close(file)
+
+
+def has_driver(run_dir: Path) -> bool:
+    """Whether a driver lives."""
+    try:
+        with only_driver(run_dir):
+            return False
+    except ConfigError:
+        return True
+    except OSError:
+        return False
+
+
+def _driver_lock(run_dir: Path) -> Path:
+    return run_dir / FOLDER / "driver.lock"
+
+
+def clear(run_dir: Path) -> None:
+    """Make the folder, and forget what earlier jobs were told."""
+    (run_dir / FOLDER).mkdir(exist_ok=True)
+    for pattern in ("stop-*", "seen-*"):
+        for path in (run_dir / FOLDER).glob(pattern):
+            os.unlink(path)
