@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from . import state, worker
 from .config import Config
 from .env import rank_environment, secrets
 from .files import tail_lines
+from .hang import HangWatch, Others
 from .metrics_file import newest_step
 from .restarts import Action, Outcome, RankReport, first_failure, next_action
 from .rundir import attempt_dir, keep_private, read_run
@@ -64,6 +66,9 @@ class Agent:
         self.config: Config = read_run(run_dir).config
         keep_private(self.config.run.private)
         self.ranks: RankAgent | None = None
+        self.watch: HangWatch | None = None
+        self.hang: Failure | None = None
+        """What was found where the ranks of this attempt hung."""
         self.stopping = False
         self.out_of_time = 0
         """The signal that ended the ranks' time to save."""
@@ -116,27 +121,34 @@ class Agent:
         from .elastic import make_agent
 
         flush_output()
+        self.hang, self.watch = None, HangWatch(self.run_dir, number, self._ranks_here(), self.config.launcher, self._others())
         self.ranks = make_agent(
             worker.main,
-            (str(self.run_dir), self.entry, number, os.getpid()),
+            (str(self.run_dir), self.entry, number, os.getpid(), self.watch.place()),
             num_ranks=self.config.cluster.ranks_per_node,
             rendezvous=self._rendezvous(f"{self.run_dir.name}-{number}"),
             start_method=start_method(self.config),
             on_start=self._hand_over,
-            on_poll=self._note_stop,
+            on_poll=self._poll,
         )
-        result = self.ranks.run()
+        with closing(self.watch):
+            result = self.ranks.run()
         signal.setitimer(signal.ITIMER_REAL, 0)
         ranks, self.ranks = self.ranks, None
         if not result.is_failed():
             codes = [code for code in result.return_values.values() if code]
             return (max(codes) if codes else EXIT_DONE), None
-        return self._failed(list(self._reports(ranks, number)), number)
+        reports = list(self._reports(ranks, number))
+        return (EXIT_RETRY, self.hang) if self.hang is not None else self._failed(reports, number)
 
     def _rendezvous(self, run_id: str) -> StaticTCPRendezvous:
         from .elastic import LoopbackRendezvous
 
         return LoopbackRendezvous(run_id, int(self.config.launcher.start_timeout_s))
+
+    def _others(self) -> Others | None:
+        """The agents of the run's other nodes."""
+        return None
 
     def _ranks_here(self) -> range:
         return range(self.config.cluster.ranks_per_node)
@@ -181,6 +193,16 @@ class Agent:
             signal.setitimer(signal.ITIMER_REAL, self.config.launcher.grace_s)
             self.ranks.send(signal.SIGUSR2)
 
+    def _poll(self) -> None:
+        self._note_stop()
+        assert self.ranks is not None and self.watch is not None, "asked by its monitor"
+        # Once they are to stop, launcher.grace_s is what they have. One that ended by itself explains the silence of the others.
+        if self.stopping or any(process.exitcode is not None for process in self.ranks.processes.values()):
+            return
+        self.hang = self.watch.look({rank: process.pid for rank, process in self.ranks.processes.items() if process.pid is not None})
+        if self.hang is not None:
+            self.ranks.kill()
+
     def _note_stop(self) -> None:
         if self.stopping and self.state.state != state.STOPPING:
             self._write(state=state.STOPPING)
@@ -206,7 +228,7 @@ def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failu
     if report.record is None:
         hints = {-signal.SIGKILL: ", from outside or because the machine ran out of memory", 0: " in the middle of training"}
         message = f"rank {report.rank} {describe_exit(report.exit_code)}{hints.get(report.exit_code or 0, '')}"
-        return Failure(rank=report.rank, message=message, traceback="\n".join(log_tail), log=log)
+        return Failure(rank=report.rank, message=message, traceback="\n".join(log_tail), log=log, exit_code=report.exit_code)
     is_user_error = report.record["exit_code"] == EXIT_USER
     message = report.record["message"] if is_user_error else f"rank {report.rank}: {report.record['type']}: {report.record['message']}"
     return Failure(rank=report.rank, message=message, traceback=report.record["traceback"], log=log, is_user_error=is_user_error)

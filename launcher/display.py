@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Protocol
 from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
-from .progress import Progress, certificate_line, drift_line, plans_text, score_line, start_line, step_line
+from .progress import (
+    Progress,
+    certificate_line,
+    drift_line,
+    plans_text,
+    score_line,
+    start_line,
+    step_line,
+    stragglers_line,
+    stragglers_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -154,6 +164,8 @@ class LiveDisplay:
         plans = plans_text(self.progress)
         if plans:
             table.add_row("planner", plans)
+        if self.progress.stragglers:
+            table.add_row("stragglers", stragglers_text(self.progress.stragglers))
         if self.progress.memory:
             table.add_row("memory", _shortened("; ".join(self.progress.memory)))
         return table
@@ -193,6 +205,8 @@ def _bad_news(event: Event) -> str | None:
         return None if event["ok"] else certificate_line(event)
     if event["event"] == "planner_failed":
         return f"{event['error']}: greedy plans from step {event['step']} on"
+    if event["event"] == "stragglers":
+        return stragglers_line(event)
     return drift_line(event) if event["event"] == "drift" else None
 
 

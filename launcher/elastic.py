@@ -127,6 +127,10 @@ class RankAgent(LocalElasticAgent):
         deadline = time.monotonic() + _PEERS_GRACE_S
         while self._alive() and time.monotonic() < deadline:
             time.sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        """End all ranks that still run, at once."""
         self.killed |= set(self._alive())
         self.send(signal.SIGKILL)
 

@@ -15,6 +15,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What write_json wrote; None where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
 def tail_lines(path: Path, num_lines: int, max_bytes: int = 64 << 10) -> list[str]:
     """The last lines of a text file, reading at most `max_bytes`; none where there is no file."""
     try:

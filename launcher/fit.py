@@ -16,6 +16,7 @@ from ..training.spec import model_spec
 from ..units import format_bytes, format_tokens
 from .config import Config
 from .plan_command import plan
+from .watch import check_limits
 
 MAX_RANKS_PER_CORE = 4
 # Data sheets say 80 GB, drivers show 79.6 GiB.
@@ -53,6 +54,7 @@ class Machine:
 def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
+    check_limits(config.launcher.hang_factor, config.launcher.hang_min_s, config.launcher.hang_long_s)
     spec = model_spec(config.model)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
@@ -77,7 +79,7 @@ def check_machine(config: Config, machine: Machine | None = None) -> None:
         _check_gpus(config, here, is_node=False)
     elif config.cluster.num_nodes > 1:
         nodes = f"{config.cluster.num_nodes} nodes"
-        hint = "launcher=slurm on a SLURM cluster, or cluster.num_nodes=1"
+        hint = f"launcher=slurm on a SLURM cluster, or {'cluster.num_nodes' if config.launcher.nodes is None else 'launcher.nodes'}=1"
         raise MachineError("cluster.num_nodes", found="this machine, which is one node", expected=nodes, hint=hint)
     check_node(config, here)
 

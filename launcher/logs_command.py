@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import EXIT_DONE, ConfigError
 from .backends import launcher_of
 from .files import tail_lines
-from .rundir import attempt_dir, read_run
+from .rundir import attempt_dir, keep_private, read_run
 from .state import Failure, RunState, read_state
 
 
@@ -20,8 +20,9 @@ def main(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
     for path in launcher_of(stored.config.launcher.backend).logs(run_dir)[-1:]:
         _show(path, tail_lines(path, num_lines))
     for path in _rank_logs(run_dir):
-        rank = _rank_of(path)
-        if (every_rank or rank == 0) and (failure is None or rank != failure.rank):
+        is_wanted = every_rank or _rank_of(path) in (0, failure.rank if failure else 0)
+        # In full below; of a rank that hung that is its stacks, not its log.
+        if is_wanted and not (failure and path == run_dir / failure.log):
             _show(path, tail_lines(path, num_lines))
     if failure is not None:
         _show_failure(run_dir, failure)
@@ -31,6 +32,7 @@ def main(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
 def cancel(run_dir: Path, *, now: bool) -> int:
     """Ask the run's backend, and say what it did."""
     stored = read_run(run_dir)
+    keep_private(stored.config.run.private)
     print(launcher_of(stored.config.launcher.backend).cancel(run_dir, _known(run_dir), now=now))
     return EXIT_DONE
 

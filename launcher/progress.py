@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..memory.certificate import check_line
 from ..units import format_bytes, format_precise, format_seconds
 from .metrics_file import Event
 
 _RECENT_STEPS = 20
+_NAMED = 8
+"""Stragglers that are named at most."""
 SHOWN = ("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl")
 """Numbers of an objective that a step's line shows."""
 
@@ -40,6 +43,8 @@ class Progress:
     planner_error: str | None = None
     drift: dict[str, float] = field(default_factory=dict)
     """Measured over modelled time of the group degrees for which it is far from one."""
+    stragglers: list[dict[str, Any]] = field(default_factory=list)
+    """rank, host and ratio of each rank that is steadily slower than its plans predict."""
     memory: list[str] = field(default_factory=list)
     """The memory policy of the run, in clauses."""
     bound: str = ""
@@ -57,6 +62,7 @@ class Progress:
             "planner_failed": self._planner_failed,
             "drift": self._drifted,
             "certificate": self._checked,
+            "stragglers": self._named,
         }
         for event in events:
             handler = handlers.get(event["event"])
@@ -68,7 +74,7 @@ class Progress:
         self.steps, self.world_size = event["steps"], event["world_size"]
         self.parameters, self.resumed_from = event["parameters"], event.get("resumed_from")
         self.sequence, self.planner_error = event.get("sequence", "static"), None
-        self.memory, self.certificate = event.get("memory", []), None
+        self.memory, self.certificate, self.stragglers = event.get("memory", []), None, []
         self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
         kept = self.resumed_from or 0
         for values in (self.losses, self.durations):
@@ -97,6 +103,9 @@ class Progress:
 
     def _drifted(self, event: Event) -> None:
         self.drift.update(event["measured_over_predicted"])
+
+    def _named(self, event: Event) -> None:
+        self.stragglers = event["ranks"]
 
     def _checked(self, event: Event) -> None:
         self.certificate = event
@@ -141,6 +150,8 @@ def step_line(progress: Progress) -> str:
 def start_line(event: Event) -> str:
     """How the run starts, and what a person should know of what it starts from."""
     where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
+    if str(event.get("restored_from")).startswith("the memory of"):
+        where += f", from {event['restored_from']}"
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
     lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
@@ -199,6 +210,8 @@ def summary_lines(progress: Progress) -> list[tuple[str, str]]:
     if progress.bound:
         checked = f"; {certificate_line(progress.certificate)}" if progress.certificate else ""
         rows.append(("certificate", f"{progress.bound}{checked}"))
+    if progress.stragglers:
+        rows.append(("stragglers", stragglers_text(progress.stragglers)))
     if progress.peak_bytes:
         shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
         rows.append(("peak memory", shares))
@@ -226,6 +239,20 @@ def plans_text(progress: Progress) -> str:
     if progress.planner_error:
         parts.append(f"{progress.planner_error}, greedy plans since")
     return "; ".join(parts)
+
+
+def stragglers_text(ranks: list[dict[str, Any]]) -> str:
+    """`rank 3 on node-b 1.43 x`, of the time the others take for what their plans predict."""
+    named = ", ".join(f"rank {one['rank']} on {one['host']} {one['ratio']:.2f} x" for one in ranks[:_NAMED])
+    more = f", {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"{named}{more} as long as the other ranks for what their plans predict"
+
+
+def stragglers_line(event: Event) -> str:
+    """Which ranks are steadily slow now."""
+    if not event["ranks"]:
+        return f"no rank is a straggler any more, as of step {event['step']}"
+    return f"stragglers, as of step {event['step']}: {stragglers_text(event['ranks'])}"
 
 
 def drift_line(event: Event) -> str:

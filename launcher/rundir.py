@@ -76,6 +76,28 @@ def read_run(run_dir: Path) -> StoredRun:
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
 
 
+def write_attempt(run_dir: Path, attempt: int, config: Config) -> list[str]:
+    """Keep what an attempt runs with beside its logs, where that is not run.yaml; one line per key that differs."""
+    import yaml
+
+    changes = config_diff(read_run(run_dir).config, config)
+    directory = attempt_dir(run_dir, attempt)
+    directory.mkdir(parents=True, exist_ok=True)
+    if changes:
+        text = yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=None, width=120)
+        write_atomic(directory / RUN_FILE, text)
+    return changes
+
+
+def read_attempt(run_dir: Path, attempt: int) -> Config:
+    """What an attempt runs with: its own configuration (see sizes), else run.yaml. ConfigError as read_run's."""
+    import yaml
+
+    path = attempt_dir(run_dir, attempt) / RUN_FILE
+    stored = read_run(run_dir).config
+    return load_config(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else stored
+
+
 def write_run(run_dir: Path, config: Config, revision: int) -> None:
     """Write run.yaml and run.sha256 as `revision`, and a copy under revisions/."""
     import yaml

@@ -1,7 +1,7 @@
 """What each rank runs: run.yaml -> the training function -> an exit code, with its error on record.
 
-The training function is named as `module:function` and called with (config, run_dir, stop); it returns 0 when done
-and 75 when stopped and saved. Ranks never draw on the terminal: all they print goes to their own log.
+The training function is named as `module:function` and called with (config, run_dir, stop, pulse); it returns 0 when
+done and 75 when stopped and saved, and beats the pulse on its way. Ranks never draw on the terminal: all they print goes to their own log.
 """
 
 from __future__ import annotations
@@ -19,21 +19,28 @@ from typing import Any
 
 from ..durable import write_atomic
 from ..errors import EXIT_RETRY, EXIT_USER, UserError
+from ..pulse import Pulse, join
 from .config import Config
 from .env import secrets
-from .rundir import attempt_dir, read_run
+from .procfs import permit_tracing
+from .rundir import attempt_dir, read_attempt
 from .secret import redact
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 
 TRAIN = f"{__package__.rpartition('.')[0]}.training.run:train"
 """The training function of every real run; tests name another."""
 
-TrainFunction = Callable[[Config, Path, StopFlag], int]
+TrainFunction = Callable[[Config, Path, StopFlag, Pulse], int]
 
 
-def main(run_dir: str, entry: str, attempt: int, agent_pid: int) -> int:
-    """The rank's life; returns 0 or 75, or exits 93 or 1 with `rank-R.error.json` written. RANK must be set."""
+def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> int:
+    """The rank's life; returns 0 or 75, or exits 93 or 1 with `rank-R.error.json` written. RANK and LOCAL_RANK must be set.
+
+    `board`: where the agent listens for this node's pulses (pulse.Board.place).
+    """
     die_with_parent(agent_pid)
+    permit_tracing(agent_pid)
+    pulse = join(board, int(os.environ["LOCAL_RANK"]))
     stop = StopFlag()
     on_stop_signals(stop)
     for number in (signal.SIGQUIT, signal.SIGALRM):
@@ -44,7 +51,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int) -> int:
     logs, rank = attempt_dir(Path(run_dir), attempt), int(os.environ["RANK"])
     _print_to(logs / f"rank-{rank}.log")
     try:
-        return load_entry(entry)(read_run(Path(run_dir)).config, Path(run_dir), stop)
+        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -14,9 +15,14 @@ class Position:
     layer: int | None = None
     """The decoder layer that runs, from 0."""
 
+    listener: Callable[[str, int | None], None] | None = None
+    """Told of every change."""
+
     def at(self, phase: str, layer: int | None = None) -> None:
         """From now on."""
         self.phase, self.layer = phase, layer
+        if self.listener is not None:
+            self.listener(phase, layer)
 
     def __str__(self) -> str:
         return self.phase if self.layer is None else f"{self.phase} of layer {self.layer}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .config import MemoryConfig, Place, Walk
-from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy, Split
+from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy, Split, compiler
 from .program import Affine, Program, Row, step_s
 
 CHUNKS = (16384, 4096, 1024)
@@ -147,7 +147,7 @@ def shares(memory: MemoryConfig, shape: Shape) -> list[Share]:
 def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x: Sequence[float]) -> MemoryPolicy:
     """The policy with these shares; what the configuration gives is as given."""
     if shape.graph:
-        return replace(KEEP_ALL, offload_dir=memory.offload_dir)
+        return replace(KEEP_ALL, offload_dir=memory.offload_dir, compile=compiler(memory))
     splits = _given(memory, shape)
     for variable, share in zip(variables, x, strict=True):
         for name in variable.classes:
@@ -162,6 +162,7 @@ def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x:
         attention=shape.attention,
         head_groups=shape.head_groups,
         offload_dir=memory.offload_dir,
+        compile=compiler(memory),
     )
     return policy.with_splits(splits)
 

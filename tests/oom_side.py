@@ -15,7 +15,7 @@ from typing import Any
 MIB = 1 << 20
 
 
-def train(config: Any, run_dir: Any, stop: Any) -> int:
+def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
     """training.run.train under the limit."""
     from efflaunch.training import run
 
@@ -23,7 +23,7 @@ def train(config: Any, run_dir: Any, stop: Any) -> int:
         run.LOW_HOST_BYTES = int(os.environ["OOM_BYTES"])  # type: ignore[misc]
     elif int(os.environ["RANK"]) == int(os.environ["OOM_RANK"]):
         run._Run._step = limited(run._Run._step)  # type: ignore[method-assign]
-    return run.train(config, run_dir, stop)
+    return run.train(config, run_dir, stop, pulse)
 
 
 def limited(step: Any) -> Any:

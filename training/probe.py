@@ -40,8 +40,10 @@ from ..parallel.sequence.cost import CostModel, cost_model_of
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology, build_topology
+from ..pulse import Pulse
 from .certified import agreed_ledger
 from .collectives import probe_collectives
+from .model import position_of
 from .optimizers.build import build_trained
 from .optimizers.room import check_room
 from .planning import this_hardware
@@ -92,12 +94,14 @@ class Run:
     loss: float
 
 
-def probe(config: RunSettings, run_dir: Path, stop: object) -> int:
+def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Pulse) -> int:
     """Write the profile of this machine and model to RUN_DIR/profile.yaml. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text())
     device = join_ranks(config.cluster)
     try:
-        profile = Prober(config, device).profile(float(request["seconds"]))
+        prober = Prober(config, device)
+        position_of(prober.model).listener = pulse.at
+        profile = prober.profile(float(request["seconds"]))
         if dist.get_rank() == 0:
             save_profile(run_dir / DEFAULT_FILE, profile)
     finally:

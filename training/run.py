@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.engine import Restored, SaveReport
-from ..errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ..checkpoint.engine import Restored
+from ..errors import EXIT_DONE, EXIT_PREEMPTED
 from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
-from ..memory.offload.checks import free_memory
 from ..memory.position import Position
 from ..parallel.config import SequenceMode
 from ..parallel.profile import DEFAULT_FILE, save_profile
@@ -26,6 +24,7 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..pulse import Pulse
 from .certified import Watch
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
@@ -34,13 +33,16 @@ from .model import position_of
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
-from .optimizers.check import describe, inexact
 from .optimizers.updater import Gradients
+from .pace import Pace
 from .planning import Costs, StepPlanner, Totals, settle_costs
+from .reports import start_fields, step_fields, straggler_rows
+from .results import Results, gather_results, host_names
+from .saves import Saves
 from .schedule import learning_rate
-from .setup import RunSettings, Session, build_session, closing_store, join_ranks
-from .spec import num_parameters
+from .setup import RunSettings, Session, build_session, closing_store, join_ranks, plain_config
 from .step import Work, backward_step, count_targets, read_step, step_shape
+from .stragglers import Stragglers
 
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
 """What the agent imports once, before it forks the ranks."""
@@ -53,17 +55,23 @@ class Stop(Protocol):
     def requested(self) -> bool: ...
 
 
-def train(config: RunSettings, run_dir: Path, stop: Stop) -> int:
-    """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started."""
+def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Pulse | None = None) -> int:
+    """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started.
+
+    `pulse` beats on the way, for the agent.
+    """
     arena = open_arena(config.memory.arena, config.cluster.device.value)
+    pulse = pulse or Pulse()
+    pulse.at("joining the other ranks")
     device = join_ranks(config.cluster)
     # First of all: it starts while the model is built.
     service = _plan_service(config)
     try:
-        run = _Run(config, run_dir, device, service, arena)
+        run = _Run(config, run_dir, device, service, pulse, arena)
         code = run.loop(stop)
-        # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
-        run.session.engine.close()
+        with pulse.long("closing"):
+            # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
+            run.session.engine.close()
         return code
     finally:
         if service is not None:
@@ -76,53 +84,50 @@ def _plan_service(config: RunSettings) -> PlanService | None:
     return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Gathered:
-    """What every rank knows after a step's one report: per-rank rows, in rank order."""
-
-    loss: float
-    tokens: list[int]
-    peak_bytes: list[int]
-    stop: bool
-    host_free_bytes: list[int]
-    """On each rank's node."""
-    busy_s: list[list[float]]
-    """Of each micro-batch."""
-    objective: list[float]
-    """Sums of its numbers over all ranks."""
-
-
 class _Run:
     def __init__(
-        self, config: RunSettings, run_dir: Path, device: torch.device, service: PlanService | None, arena: Arena | None = None
+        self,
+        config: RunSettings,
+        run_dir: Path,
+        device: torch.device,
+        service: PlanService | None,
+        pulse: Pulse,
+        arena: Arena | None = None,
     ) -> None:
-        self.config, self.rank, self.run_dir = config, dist.get_rank(), run_dir
-        self.session: Session = build_session(config, run_dir, device, self._on_save)
+        self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
+        self.saves = Saves()
+        pulse.at("building the model")
+        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated)
+        pulse.at("looking for a checkpoint")
         restored = self.session.engine.restore()
-        self.done = restored.step if restored is not None else 0
-        self.first_loss: float | None = restored.extra.get("first_loss") if restored is not None else None
-        self.last_loss: float | None = restored.extra.get("last_loss") if restored is not None else None
-        self.total_tokens: int = restored.extra.get("total_tokens", 0) if restored is not None else 0
+        extra = restored.extra if restored is not None else {}
+        self.done = self.began = restored.step if restored is not None else 0
+        self.first_loss: float | None = extra.get("first_loss")
+        self.last_loss: float | None = extra.get("last_loss")
+        self.total_tokens: int = extra.get("total_tokens", 0)
         self.peak_bytes: list[int] = []
-        self.saved = self.asked = self.done if restored is not None else -1
         if restored is not None:
             self.session.updater.weights_changed()
-            self.session.updater.resume(restored.extra.get("updater", {}))
-        self.save_error = ""
+            self.session.updater.resume(extra.get("updater", {}))
         self.step_s: list[float] = []
-        self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
+        self.pace = Pace()
+        self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
+        self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
+        self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
-        extra = restored.extra if restored is not None else {}
         self.costs: Costs = settle_costs(config, self.session.ledger.setting, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = Measured(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
+        self.stragglers = Stragglers(self.costs.model)
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self.certified = Watch(self.session.ledger, device, self.metrics.write)
         self.position: Position = position_of(self.session.model)
+        self.position.listener = pulse.at
         self.low_on_host: tuple[int, int] | None = None
         """The first rank whose node has next to nothing left, and the bytes it has."""
+        self.hosts = host_names()
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -152,13 +157,15 @@ class _Run:
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
+            self._secure()
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 last = self.done == self.config.train.steps
                 if stopping or last or self.session.engine.due(self.done):
                     self._save(final=stopping or last)
                 if stopping or last:
-                    self._check_saved(mirrored=last)
+                    with self.pulse.long("waiting for the checkpoint"):
+                        self.saves.check(self.done, mirrored=last)
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
                     self.session.engine.wait()
@@ -183,15 +190,17 @@ class _Run:
     def _step(self, stop: Stop) -> bool:
         """One update; True where any rank was told to stop."""
         started = time.monotonic()
-        self.position.at("reading data")
+        self.pulse.begin_step(self.done, expected_s=self.pace.expected_s(), is_long=self.done == self.began)
         plan = self.planner.plan(self.done)
+        self.pulse.expect(self.pace.expected_s(plan.predicted_s))
+        self.position.at("reading data")
         works = read_step(self.session.source, self.done, plan, self.rank)
         with self.allocator.step(step_shape(works)):
             told, numbers, backward_s = self._update(plan, works, stop)
         self._finish_step(told, plan, numbers, started, backward_s)
         return told.stop
 
-    def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[_Gathered, dict[str, Any], float]:
+    def _update(self, plan: StepPlan, works: list[Work], stop: Stop) -> tuple[Results, dict[str, Any], float]:
         """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
         step, session, updater = self.done, self.session, self.session.updater
         targets = count_targets(works, session.device)
@@ -204,7 +213,9 @@ class _Run:
             self._check_finite(updater.finish_measuring(), shares, works, watch)
         objective = self._objective(plan, targets)
         shares = self._backward(works, objective, watch, clocks)
-        told = self._gather(shares.sum(), objective.stats, works, clocks, stop)
+        self.position.at("gathering results")
+        tokens = sum(work.shard.num_tokens for work in works)
+        told = gather_results(shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested)
         backward_s = time.monotonic() - begun
         self.position.at("optimizer")
         found = updater.finish()
@@ -242,26 +253,6 @@ class _Run:
         planned = None if self.arena is None else self.arena.device_peak_bytes()
         return self.certified.peak_bytes() if planned is None else planned
 
-    def _gather(self, share: torch.Tensor, stats: torch.Tensor, works: list[Work], clocks: list[BusyClock], stop: Stop) -> _Gathered:
-        """Loss, tokens, memory, stop flag and times of every rank in one collective; summed in rank order, so bit-equal everywhere."""
-        row = [float(share), float(sum(work.shard.num_tokens for work in works)), float(self._peak()), float(stop.requested)]
-        row += [float(free_memory().num_bytes), *stats.tolist(), *(clock.seconds() for clock in clocks)]
-        mine = torch.tensor(row, dtype=torch.float64, device=self.session.device)
-        table = [torch.empty_like(mine) for _ in range(self.session.topology.world_size)]
-        dist.all_gather(table, mine)
-        losses, tokens, peaks, stops, free, *rest = torch.stack(table).T.tolist()
-        sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
-        by_rank = [list(times) for times in zip(*busy, strict=True)]
-        return _Gathered(
-            loss=sum(losses),
-            tokens=[int(n) for n in tokens],
-            peak_bytes=[int(n) for n in peaks],
-            stop=any(stops),
-            host_free_bytes=[int(n) for n in free],
-            busy_s=by_rank,
-            objective=sums,
-        )
-
     def _check_finite(self, found: Gradients, shares: torch.Tensor, works: list[Work], watch: RowWatch, loss: float = 0.0) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
         for value in (loss, found.norm):
@@ -277,12 +268,11 @@ class _Run:
                     partly_applied=found.partly_applied,
                 )
 
-    def _finish_step(self, told: _Gathered, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
+    def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1
         self.last_loss = told.loss
         self.first_loss = told.loss if self.first_loss is None else self.first_loss
-        tokens = sum(told.tokens)
-        self.total_tokens += tokens
+        self.total_tokens += sum(told.tokens)
         self.peak_bytes = told.peak_bytes
         self.certified.look(self.done, told.peak_bytes)
         least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
@@ -291,29 +281,20 @@ class _Run:
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
         self.step_s.append(elapsed)
+        self.pace.add(elapsed)
+        self._name_stragglers(plan, told)
         times = StepTimes(told.busy_s, backward_s, elapsed)
         planned = self._measure(plan, times)
         if self.done % self.config.logging.every_steps and self.done != self.config.train.steps:
             return
-        self.metrics.write(
-            "step",
-            step=self.done,
-            loss=told.loss,
-            tokens=tokens,
-            sequences=len(plan.lengths),
-            **numbers,
-            step_s=elapsed,
-            tokens_per_s=tokens / elapsed,
-            micro_batches=len(plan.micro_batches),
-            plan=str(plan),
-            **planned,
-            **({} if (outcome := self.allocator.outcome()) is None else {"arena": outcome}),
-            ranks=[
-                {"rank": rank, "tokens": held, "peak_bytes": peak}
-                for rank, (held, peak) in enumerate(zip(told.tokens, told.peak_bytes, strict=True))
-            ],
-            total_tokens=self.total_tokens,
-        )
+        fields = step_fields(told, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=self.allocator.outcome())
+        self.metrics.write("step", step=self.done, **fields, **numbers, **planned)
+
+    def _name_stragglers(self, plan: StepPlan, told: Results) -> None:
+        # Rank 0 alone reports.
+        found = self.stragglers.add(plan, told.own_s) if self.rank == 0 else None
+        if found is not None:
+            self.metrics.write("stragglers", step=self.done, ranks=straggler_rows(found, self.hosts))
 
     def _measure(self, plan: StepPlan, times: StepTimes) -> dict[str, Any]:
         """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
@@ -327,10 +308,17 @@ class _Run:
 
     def _save(self, *, final: bool) -> None:
         """Start writing the state after the updates done so far; nothing where that was done already."""
-        if self.asked == self.done:
-            return
-        self.asked = self.done
-        extra = {
+        with self.pulse.long("saving"):
+            if not self.saves.ask(self.done, self._extra, final=final):
+                return
+            refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
+            if refitted is not None:
+                known = self.session.ledger.setting.measured
+                save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+
+    def _extra(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
+        return {
             "train": {"seed": self.config.train.seed, "step": self.done},
             "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
             "layout": str(self.session.layout),
@@ -340,57 +328,22 @@ class _Run:
             "costs": self.costs.dump(),
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
+            "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
             "updater": self.session.updater.carry(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
-        self.session.engine.save(self.done, extra, final=final)
-        refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
-        if refitted is not None:
-            known = self.session.ledger.setting.measured
-            save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
 
-    def _check_saved(self, *, mirrored: bool) -> None:
-        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
-        self.session.engine.wait(mirrored=mirrored)
-        if self.saved != self.done:
-            raise CheckpointError(
-                f"checkpoint of step {self.done}, the last of this run",
-                found=self.save_error,
-                expected="it on disk before the run ends; earlier checkpoints are intact",
-                hint="make room, then the same command again goes on from the newest checkpoint",
-            )
-
-    def _on_save(self, report: SaveReport) -> None:
-        if report.error is not None:
-            self.save_error = report.error
-            self.metrics.write("checkpoint_failed", step=report.step, error=report.error)
-            return
-        self.saved = report.step
-        path = f"{report.path.parent.name}/{report.path.name}"
-        facts = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s, "mode": report.mode}
-        self.metrics.write("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
+    def _secure(self) -> None:
+        """What was restored from memory goes to disk first of all."""
+        if self.only_in_memory:
+            self._save(final=True)
+            if self.done == self.config.train.steps:
+                with self.pulse.long("waiting for the checkpoint"):
+                    self.saves.check(self.done, mirrored=True)
 
     def _write_start(self, restored: Restored | None) -> None:
-        self.metrics.write(
-            "start",
-            step=self.done,
-            steps=self.config.train.steps,
-            world_size=self.session.topology.world_size,
-            parameters=num_parameters(self.session.spec),
-            plan=str(self.session.layout),
-            sequence=self.config.parallel.sequence.value,
-            optimizer=describe(self.config.optim),
-            optimizer_inexact=list(inexact(self.config.optim)),
-            costs=self.costs.origin,
-            cost_model=asdict(self.costs.model),
-            excluded_degrees={str(degree): reason for degree, reason in self.costs.model.excluded},
-            data=self.session.source.summary(),
-            memory=list(self.certified.certificate.policy),
-            certificate=asdict(self.certified.certificate),
-            resumed_from=self.done if restored is not None else None,
-            skipped_checkpoints=list(restored.skipped) if restored is not None else [],
-            data_changed=restored is not None and restored.metadata.get("data") != self.session.source.fingerprint(),
-        )
+        fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)
+        self.metrics.write("start", step=self.done, **fields)
 
     def _write_end(self) -> None:
         self.metrics.write(
@@ -404,9 +357,3 @@ class _Run:
             drift=self.measured.summary(),
             late_plans=self.planner.totals.late,
         )
-
-
-def _plain(config: RunSettings) -> dict[str, Any]:
-    """The configuration as JSON, for sinks that show it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
-    return plain

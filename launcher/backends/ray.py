@@ -65,7 +65,7 @@ class RayLauncher:
                 state.write_state(run_dir, replace(known, state=state.FAILED))
                 raise
         print(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}")
-        note = grace_note(MetricsFollower(run_dir).read(), launch.config.launcher.grace_s)
+        note = grace_note(launch)
         if note:
             print(f"  {note}")
         for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
@@ -128,7 +128,7 @@ def _request(launch: Launch) -> JobRequest:
 def _prepare(launch: Launch, run_dir: Path) -> int:
     """The run directory, made or revised for a launch; the number of the launch."""
     goes_on, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=launch.config.run.private)
     with holding(run_dir):
         files.clear(run_dir)
         announce(launch.run_dir, goes_on, *store_queued(run_dir, launch.config))

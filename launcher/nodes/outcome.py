@@ -15,6 +15,7 @@ from .. import state, worker
 from ..agent import read_failure
 from ..config import Config
 from ..files import tail_lines
+from ..hang import read_hang
 from ..metrics_file import newest_step
 from ..restarts import RankReport, first_failure, lost_a_peer
 from ..rundir import attempt_dir, store_config
@@ -67,6 +68,9 @@ def gather(
     logs = attempt_dir(run_dir, number)
     answers = {node: _node_report(logs / f"node-{node}.json") for node in range(num_nodes)}
     lost = [node for node, answer in answers.items() if answer is None]
+    hang = read_hang(run_dir, number)
+    if hang is not None:
+        return EXIT_RETRY, hang, bool(lost or gone)
     reports = list(_rank_reports(logs, answers, config.cluster.ranks_per_node))
     first = first_failure(reports)
     is_cause = first is not None and (first.record is not None or first.exit_code is not None)

@@ -6,7 +6,8 @@ log-sum-exp in float32; key/value gradients travel in float32 (Ring Attention, 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,19 @@ from .blocks import Blocks
 
 
 class Ring:
-    """Neighbour exchange among `ranks` (global ranks in ring order) over `group`, this rank at `index`."""
+    """Neighbour exchange among `ranks` (global ranks in ring order) over `group`, this rank at `index`.
 
-    def __init__(self, group: dist.ProcessGroup | None, ranks: Sequence[int], index: int) -> None:
-        self._group, self.size, self.index = group, len(ranks), index
+    `waiting`: entered around what waits for the neighbours (BusyClock.waiting).
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        ranks: Sequence[int],
+        index: int,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._group, self.size, self.index, self._waiting = group, len(ranks), index, waiting
         self._next, self._previous = ranks[(index + 1) % len(ranks)], ranks[index - 1]
         self._pending: list[dist.Work] = []
 
@@ -38,8 +48,9 @@ class Ring:
         self._pending += dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:
-        for work in self._pending:
-            work.wait()
+        with self._waiting():
+            for work in self._pending:
+                work.wait()
         self._pending = []
 
 

@@ -137,7 +137,7 @@ class SequenceAttention:
             return None
         tokens = self.member_tokens if rows is None else [stop - start for start, stop in rows]
         communicator = self.topology.group(self.group.first_rank + self._first_member, self.group.ulysses)
-        return UlyssesExchange(communicator, tokens, self.ulysses_index, spec)
+        return UlyssesExchange(communicator, tokens, self.ulysses_index, spec, self.clock.waiting)
 
     def _blocks_of_rows(self, rows: Rows, window: int | None, key_block: int = 0) -> Blocks:
         """Of each member's `rows` against all keys; with `key_block`, cut so that no block has more keys."""
@@ -155,7 +155,7 @@ class SequenceAttention:
     def _ring(self, group: Group) -> Ring:
         index, inner = divmod(self.member, group.ulysses)
         ranks = [group.first_rank + i * group.ulysses + inner for i in range(group.ring)]
-        return Ring(self.topology.group(group.first_rank, group.degree), ranks, index)
+        return Ring(self.topology.group(group.first_rank, group.degree), ranks, index, self.clock.waiting)
 
     def _ring_tokens(self) -> Sequence[int]:
         assert self.layout is not None

@@ -6,7 +6,8 @@ key/value heads its query heads read: where ranks outnumber key/value heads, hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,20 @@ def split_heads(num_heads: int, num_kv_heads: int, degree: int) -> HeadSplit:
 
 
 class UlyssesExchange:
-    """The two all-to-alls of one Ulysses group; `num_tokens[i]` is what member i holds outside attention."""
+    """The two all-to-alls of one Ulysses group; `num_tokens[i]` is what member i holds outside attention.
 
-    def __init__(self, group: dist.ProcessGroup | None, num_tokens: Sequence[int], member: int, spec: AttentionSpec) -> None:
-        self._group, self._num_tokens, self._mine = group, list(num_tokens), num_tokens[member]
+    `waiting`: entered around what waits for the other members (BusyClock.waiting).
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_tokens: Sequence[int],
+        member: int,
+        spec: AttentionSpec,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._group, self._num_tokens, self._mine, self._waiting = group, list(num_tokens), num_tokens[member], waiting
         self._split = split_heads(spec.num_heads, spec.num_kv_heads, len(num_tokens))
 
     def gather_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +130,8 @@ class UlyssesExchange:
         h, dim = send.shape[2:]
         received = send.new_empty((sum(self._num_tokens), h, dim))
         sizes = [count * h * dim for count in self._num_tokens]
-        dist.all_to_all_single(received.view(-1), send.view(-1), sizes, [self._mine * h * dim] * self._split.degree, group=self._group)
+        with self._waiting():
+            dist.all_to_all_single(received.view(-1), send.view(-1), sizes, [self._mine * h * dim] * self._split.degree, group=self._group)
         return received
 
     def _all_to_all_tokens(self, t: Tensor) -> Tensor:
@@ -128,5 +140,6 @@ class UlyssesExchange:
         h, dim = send.shape[1:]
         received = send.new_empty((self._split.degree, self._mine, h, dim))
         sizes = [count * h * dim for count in self._num_tokens]
-        dist.all_to_all_single(received.view(-1), send.view(-1), [self._mine * h * dim] * self._split.degree, sizes, group=self._group)
+        with self._waiting():
+            dist.all_to_all_single(received.view(-1), send.view(-1), [self._mine * h * dim] * self._split.degree, sizes, group=self._group)
         return received.transpose(0, 1)

@@ -21,11 +21,12 @@ import torch.distributed as dist
 from efflaunch.errors import EXIT_DONE, EXIT_PREEMPTED, DataError
 from efflaunch.launcher.config import Config
 from efflaunch.launcher.signals import StopFlag
+from efflaunch.pulse import Pulse
 
 PRELOAD = ("torch.distributed",)
 
 
-def train(config: Config, run_dir: Path, stop: StopFlag) -> int:
+def train(config: Config, run_dir: Path, stop: StopFlag, pulse: Pulse) -> int:
     """Count to config.train.steps, saving every config.checkpoint.every_steps."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     write_pid(run_dir, rank)
@@ -42,8 +43,10 @@ def train(config: Config, run_dir: Path, stop: StopFlag) -> int:
             resumed_from=first or None,
         )
     for step in range(first + 1, config.train.steps + 1):
+        pulse.begin_step(step - 1, expected_s=0.02)
         go_wrong(run_dir, rank, step)
         stopped = one_step(run_dir, rank, step, stop)
+        pulse.at("saving")
         if stopped or step % (config.checkpoint.every_steps or 10**9) == 0 or step == config.train.steps:
             go_wrong(run_dir, rank, "save")
             _save(run_dir, rank, step)
@@ -100,7 +103,14 @@ def _hang() -> None:
     time.sleep(600)
 
 
+def _block() -> None:
+    # As a lock nobody gives back.
+    time.sleep(600)
+
+
 _ACTIONS = {
+    "block": _block,
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "raise": _raise,
     "user": _raise_user_error,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),

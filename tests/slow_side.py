@@ -1,0 +1,65 @@
+"""The real training function with ranks that are not as they should be; `python slow_side.py ARGUMENTS` is the efflaunch command with it.
+
+SLOW_RANK: that rank's layers take SLOW_S seconds more each. STOP_RANK: that rank is stopped (SIGSTOP) in the middle of step STOP_STEP,
+once per run directory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
+    """training.run.train on such a rank."""
+    from efflaunch.memory import layer
+    from efflaunch.training import run
+
+    rank = os.environ["RANK"]
+    if rank == os.environ.get("SLOW_RANK"):
+        layer._forward = slowed(layer._forward, float(os.environ["SLOW_S"]))  # type: ignore[assignment]
+    if rank == os.environ.get("STOP_RANK"):
+        run.backward_step = stopped(run.backward_step, int(os.environ["STOP_STEP"]), Path(run_dir) / "was-stopped")  # type: ignore[assignment]
+    return run.train(config, run_dir, stop, pulse)
+
+
+def slowed(forward: Any, seconds: float) -> Any:
+    """The forward of a layer, and a nap."""
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return forward(*args, **kwargs)
+
+    return slow
+
+
+def stopped(backward: Any, step: int, marker: Path) -> Any:
+    """`backward_step` that stops its own process before it does anything, at its call number `step`."""
+    calls = 0
+
+    def with_stop(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return backward(*args, **kwargs)
+
+    return with_stop
+
+
+def main() -> int:
+    """Exit as efflaunch would."""
+    from efflaunch.launcher import cli, start
+
+    real = start.launch
+    start.launch = lambda config, run_dir=None: real(config, run_dir, entry="efflaunch.tests.slow_side:train")  # type: ignore[assignment]
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

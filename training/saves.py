@@ -1,0 +1,64 @@
+"""The checkpoints of a run, as the loop sees them: asked for, known to be on disk, or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
+from ..errors import CheckpointError
+
+
+class Saves:
+    """`heard` is the engine's on_save. `begin` before the first save."""
+
+    def __init__(self) -> None:
+        self._engine: CheckpointEngine | None = None
+        self._report: Callable[..., None] = _nobody
+        self._saved = self._asked = -1
+        self._error = ""
+
+    def begin(self, engine: CheckpointEngine, report: Callable[..., None], restored: int | None) -> None:
+        """`restored`: the step whose checkpoint on disk the run goes on from."""
+        self._engine, self._report = engine, report
+        self._saved = self._asked = -1 if restored is None else restored
+
+    def ask(self, step: int, extra: Callable[[], dict[str, Any]], *, final: bool) -> bool:
+        """Start writing the state after `step` updates; False where that was done already."""
+        assert self._engine is not None
+        if self._asked == step:
+            return False
+        self._asked = step
+        self._engine.save(step, extra(), final=final)
+        return True
+
+    def check(self, step: int, *, mirrored: bool) -> None:
+        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
+        assert self._engine is not None
+        self._engine.wait(mirrored=mirrored)
+        if self._saved != step:
+            raise CheckpointError(
+                f"checkpoint of step {step}, the last of this run",
+                found=self._error,
+                expected="it on disk before the run ends; earlier checkpoints are intact",
+                hint="make room, then the same command again goes on from the newest checkpoint",
+            )
+
+    def heard(self, report: SaveReport) -> None:
+        """How a save went."""
+        if report.error is not None:
+            self._error = report.error
+            self._report("checkpoint_failed", step=report.step, error=report.error)
+            return
+        self._saved = report.step
+        path = f"{report.path.parent.name}/{report.path.name}"
+        facts = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s, "mode": report.mode}
+        self._report("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
+
+    def replicated(self, report: ReplicaReport) -> None:
+        """How its replica went. It counts for nothing here: what is in memory is on no disk."""
+        self._report("replica", step=report.step, error=report.error, replica_s=report.replica_s)
+
+
+def _nobody(event: str, **fields: Any) -> None:
+    raise AssertionError(f"{event} before the run began")
