@@ -86,9 +86,14 @@ def ray_quiet_variables() -> dict[str, str]:
     return dict(_RAY_QUIET)
 
 
-def agent_variables() -> dict[str, str]:
-    """What a process that Ray started hands on: all but Ray's own secrets."""
-    return {name: value for name, value in os.environ.items() if name not in _RAY_SECRETS}
+def agent_variables(*, with_secrets: bool = False) -> dict[str, str]:
+    """What a process that Ray started hands on: all but Ray's own secrets; `with_secrets` for one that starts Ray."""
+    return {name: value for name, value in os.environ.items() if with_secrets or name not in _RAY_SECRETS}
+
+
+def cpus_of_step() -> int:
+    """Cores that a SLURM step may use."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
 
 
 @contextmanager

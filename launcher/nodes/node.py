@@ -24,10 +24,10 @@ from ..env import rank_environment
 from ..files import write_json
 from ..grace import GraceWatch
 from ..hang import Others
-from ..lock import Presence, release
+from ..lock import Presence, lock_in_time, release
 from ..metrics_file import MetricsFollower, newest_step
 from ..restarts import RankReport, first_failure
-from ..rundir import attempt_dir, lock_in_time, read_attempt
+from ..rundir import attempt_dir, read_attempt
 from ..signals import StopFlag
 from ..state import Failure
 from .address import address_towards, interface_of
