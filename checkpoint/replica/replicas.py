@@ -97,6 +97,11 @@ class Replicas:
         if self.keeper is not None:
             self.keeper.stop()
         self.keeper = None
+        try:
+            self._folder.rmdir()
+        except OSError:
+            # Never made, or not the last one there.
+            pass
         if self.peers.rank == 0:
             log.warning("checkpoints: no replicas in memory (checkpoint.replica): %s", why)
 
