@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import files
 from ..errors import EXIT_DONE, EXIT_USER, CheckpointError, ConfigError
 from ..units import format_bytes, format_seconds
-from .rundir import read_run
+from .rundir import keep_private, read_run
 
 if TYPE_CHECKING:
     from ..checkpoint.tier import Tier
@@ -31,7 +31,9 @@ class Request:
 
 def main(run_dir: Path, request: Request) -> int:
     """Print the list; exit code 0 where all is well, 93 where a checkpoint is damaged or none is whole."""
-    mirror = read_run(run_dir).config.checkpoint.mirror
+    config = read_run(run_dir).config
+    keep_private(config.run.private)
+    mirror = config.checkpoint.mirror
     for step, pinned in ((request.pin, True), (request.unpin, False)):
         if step is not None:
             _set_pinned(run_dir, step, pinned)

@@ -9,6 +9,7 @@ from ..errors import EXIT_DONE
 from ..memory.advice import Suggestion, suggest
 from ..memory.certificate import RECORD, certify
 from ..memory.ledger import Account, Ledger, build_ledger
+from ..memory.rates import activation_way, device_update_rate, host_update_rate
 from ..memory.report import SolveReport, describe_policy
 from ..memory.residency import residency_of
 from ..memory.timing import Timing
@@ -65,6 +66,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
         "device": _account(ledger.device),
         "host": _account(ledger.host),
         "step": _step(ledger.timing),
+        "rates": _rates(ledger),
         "policy": _policy(ledger),
         "solver": _solver(ledger.report),
         "certificate": _certificate(ledger),
@@ -157,6 +159,21 @@ def _step(timing: Timing) -> dict[str, Any]:
         "update_s": timing.update_s,
         "tokens_per_s": timing.tokens_per_s,
         "assumptions": list(timing.assumptions),
+    }
+
+
+def _rates(ledger: Ledger) -> dict[str, Any]:
+    """Bytes per second that the times of copies and updates rest on, of one rank."""
+    way, on_device, on_host = activation_way(ledger.setting), device_update_rate(ledger.setting), host_update_rate(ledger.setting)
+    return {
+        "out": way.out,
+        "back": way.back,
+        "both": way.both,
+        "source": way.source,
+        "device_update": on_device.bytes_per_s,
+        "device_update_source": on_device.source,
+        "host_update": on_host.bytes_per_s,
+        "host_update_source": on_host.source,
     }
 
 

@@ -20,6 +20,12 @@ def test_runs_page(tmp_path: Path) -> None:
     assert "train.steps: 6 -> 8" in printed
 
 
+def test_launching_page(tmp_path: Path) -> None:
+    printed = run_page("launching.md", tmp_path)
+    assert "step 4 of 4" in printed or "4/4" in printed or "steps       4" in printed
+    assert (tmp_path / "work" / "runs" / "first").stat().st_mode & 0o777 == 0o700
+
+
 def test_memory_page(tmp_path: Path) -> None:
     printed = run_page("memory.md", tmp_path)
     assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed

@@ -128,7 +128,7 @@ def _request(launch: Launch) -> JobRequest:
 def _prepare(launch: Launch, run_dir: Path) -> int:
     """The run directory, made or revised for a launch; the number of the launch."""
     goes_on, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=launch.config.run.private)
     with holding(run_dir):
         files.clear(run_dir)
         announce(launch.run_dir, goes_on, *store_queued(run_dir, launch.config))

@@ -20,7 +20,7 @@ from ..metrics_file import newest_step
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
 from ..restarts import Outcome
-from ..rundir import lock_in_time, read_run
+from ..rundir import lock_in_time, read_run, release
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .files import NOW, SAVE, told_to_stop
 from .group import Group
@@ -61,7 +61,7 @@ class Driver:
     def _attempt(self) -> Decision:
         self.is_draining = False
         # The ranks of the last attempt are gone once this is free.
-        os.close(lock_in_time(self.run_dir))
+        release(lock_in_time(self.run_dir))
         gone: dict[int, str] = {}
         num_nodes = self._num_nodes()
         try:
