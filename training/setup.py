@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
 from .certified import agreed_ledger
-from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
+from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig, Update
 from .data.source import DataSource, open_data
 from .oom import memory_errors_named
 from .optimizers.build import build_trained
@@ -39,6 +40,7 @@ from .optimizers.room import check_room as check_optimizer_room
 from .optimizers.updater import Updater
 from .spec import ModelSpec, layer_parameters, model_spec
 
+log = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
 
@@ -131,6 +133,8 @@ def build_session(
         on_save=on_save,
         on_replica=on_replica,
     )
+    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and dist.get_rank() == 0:
+        log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
     return Session(
         topology=topology,
         device=device,
