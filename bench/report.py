@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_memory
+from . import report_checkpoint, report_launch, report_memory
 
 HEADER = """# Benchmarks
 
@@ -222,6 +222,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "checkpoint": report_checkpoint.checkpoint,
     "chaos": report_checkpoint.chaos,
     "startup": _startup,
+    "launch": report_launch.launch,
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,

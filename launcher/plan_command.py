@@ -47,7 +47,7 @@ def plan(config: Config) -> Ledger:
         train=config.train,
         data=config.data,
         cluster=config.cluster,
-        residency=residency_of(config.optim),
+        residency=residency_of(config.optim, config.checkpoint),
         measured=find_rates(config.parallel.profile, config.cluster, hardware_of(config), config.memory.offload_dir),
     )
 
@@ -87,6 +87,8 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
         )
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
+    if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
+        found.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
 
 
