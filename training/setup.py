@@ -111,8 +111,12 @@ def build_session(
     device: torch.device,
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Session:
-    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
+    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective.
+
+    `told` hears of what goes on.
+    """
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
     layout = solve_layout(
@@ -123,7 +127,7 @@ def build_session(
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
-        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
+        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store, told=told)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
