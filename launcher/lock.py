@@ -88,8 +88,10 @@ def is_held(owner: Owner | None, age_s: float, *, machine: str, trusted: bool) -
 
 
 def release(lock: int) -> None:
-    """Give the lock back: nobody has to wait for a sign of life."""
-    os.ftruncate(lock, 0)
+    """Give the lock back: nobody has to wait for a sign of life. Another's, who has taken it over, is left alone."""
+    owner = _owner(lock)
+    if owner is not None and (owner.pid, owner.machine) == (os.getpid(), this_machine_id()):
+        os.ftruncate(lock, 0)
     os.close(lock)
 
 
