@@ -11,6 +11,8 @@ Bytes = Annotated[int, "bytes"]
 """A size; `GiB` is binary, `GB` decimal."""
 Seconds = Annotated[float, "seconds"]
 """A duration; `90`, `90s`, `15m`, `4h`, `2d`."""
+Nodes = Annotated[str, "nodes"]
+"""A number of nodes or a range of it, both ends included; `4`, `2:4`."""
 
 _NUMBER = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*$")
 _SCALES: dict[str, dict[str, float]] = {
@@ -35,6 +37,14 @@ def parse_quantity(value: object, unit: str) -> int | float:
     if amount != int(amount):
         raise ValueError(f"a whole number of {unit}, not {value!r}")
     return int(amount)
+
+
+def parse_nodes(value: object) -> str:
+    """`4` or `2:4` behind 4, "4", "2:4" or "2-4"; whether the ends are in order is not looked at. ValueError says what is accepted."""
+    match = re.fullmatch(r"\s*(\d+)(?:\s*[:-]\s*(\d+))?\s*", str(value))
+    if match is None or isinstance(value, bool):
+        raise ValueError(f"nodes as a number or like 2:4 (in a file: '2:4', with quotes), not {value!r}")
+    return match[1] if match[2] is None else f"{match[1]}:{match[2]}"
 
 
 def format_bytes(num_bytes: float) -> str:

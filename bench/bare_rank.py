@@ -36,7 +36,7 @@ def main(run_dir: Path) -> None:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)
-    tokens = torch.randint(0, config.model.vocab_size, (1, config.data.global_batch_tokens // dist.get_world_size()))
+    tokens = torch.randint(0, config.model.vocab_size or 2, (1, config.data.global_batch_tokens // dist.get_world_size()))
     _note(run_dir, rank, "start", 0)
     step = 0
     while True:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import mmap
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from ..children import stay_deaf
 from .disk_attempt import DiskAttempt
 from .faults import Faults
 from .manifest import digest
@@ -31,7 +31,6 @@ from .wire import Message, receive, send
 
 WORKERS = 3
 """While one hashes, two write: a disk takes more from two."""
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class CancelledError(Exception):
@@ -201,8 +200,7 @@ class Flusher:
 
 def main(arguments: list[str]) -> int:
     """`SOCKET [FAULT]`: the descriptor of the socket's end, and a fault for tests."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    stay_deaf()
     sock = socket.socket(fileno=int(arguments[0]))
     Flusher(sock, Faults(arguments[1] if len(arguments) > 1 else "")).run()
     return 0

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+from ..children import started_deaf
 from .attempt import Attempt, Flushed
 from .pool import Pool
 from .ring import Ring, StaleTicketError, Ticket
@@ -35,9 +36,10 @@ class FlusherProcess:
         self._sock, far = make_pair()
         command = [sys.executable, "-m", _MODULE, str(far.fileno()), fault]
         # A session of its own: a Ctrl-C at the terminal and a kill of the trainer's group are not meant for it.
-        self._process = subprocess.Popen(
-            command, pass_fds=(far.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        with started_deaf():
+            self._process = subprocess.Popen(
+                command, pass_fds=(far.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            )
         far.close()
         self.last_heard = time.monotonic()
         self.send({"do": "pool", "num_bytes": pool.num_bytes, "segment_bytes": segment_bytes}, pool.descriptor)

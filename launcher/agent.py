@@ -228,7 +228,7 @@ def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failu
     if report.record is None:
         hints = {-signal.SIGKILL: ", from outside or because the machine ran out of memory", 0: " in the middle of training"}
         message = f"rank {report.rank} {describe_exit(report.exit_code)}{hints.get(report.exit_code or 0, '')}"
-        return Failure(rank=report.rank, message=message, traceback="\n".join(log_tail), log=log)
+        return Failure(rank=report.rank, message=message, traceback="\n".join(log_tail), log=log, exit_code=report.exit_code)
     is_user_error = report.record["exit_code"] == EXIT_USER
     message = report.record["message"] if is_user_error else f"rank {report.rank}: {report.record['type']}: {report.record['message']}"
     return Failure(rank=report.rank, message=message, traceback=report.record["traceback"], log=log, is_user_error=is_user_error)

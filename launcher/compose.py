@@ -12,6 +12,7 @@ from .config import Config
 from .groups import check_config_dir, conf_dir, options
 from .overrides import Override, parse_overrides
 from .schema import dump_config, load_config, missing_key
+from .sizes import settle_nodes
 
 _MISSING = "???"
 
@@ -24,7 +25,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     missing = list(_missing_keys(data))
     if missing:
         raise _missing_choice(missing[0], parsed)
-    config = load_config(data)
+    config = settle_nodes(load_config(data), [item.key for item in parsed])
     check_config(config)
     return config
 

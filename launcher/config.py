@@ -9,7 +9,7 @@ from ..checkpoint.config import CheckpointConfig
 from ..memory.config import MemoryConfig
 from ..parallel.config import ClusterConfig, ParallelConfig
 from ..training.config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
-from ..units import Bytes, Seconds
+from ..units import Bytes, Nodes, Seconds
 
 
 class Backend(Enum):
@@ -18,9 +18,9 @@ class Backend(Enum):
     LOCAL = "local"
     """This machine, in the foreground."""
     SLURM = "slurm"
-    """A batch job of cluster.num_nodes nodes."""
+    """A batch job of launcher.nodes nodes."""
     RAY = "ray"
-    """A Ray cluster: an actor with an agent on each of cluster.num_nodes nodes."""
+    """A Ray cluster: an actor with an agent on each of launcher.nodes nodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +37,12 @@ class SlurmConfig:
     """Dependency, as `afterok:1234` or `singleton`."""
     exclude: list[str] = field(default_factory=list)
     """Nodes not to use."""
+    max_excluded: int = 2
+    """Nodes one submission may leave out by itself: those that fail the preflight, or on which it failed twice; 0: none."""
+    array: bool = False
+    """`efflaunch sweep`: one job array, a point per index, instead of a job per point."""
+    array_limit: int | None = None
+    """Points of an array that run at the same time; None: as many as there is room for."""
     python: str | None = None
     """Python of the nodes; None: the one that submits, by its path."""
 
@@ -63,6 +69,8 @@ class RayConfig:
     """What else to reserve on every node, as {accelerator_type:H100: 0.001}."""
     exclude: list[str] = field(default_factory=list)
     """Nodes not to use: host names, addresses or beginnings of Ray's node ids."""
+    max_excluded: int = 2
+    """Nodes one submission may leave out by itself: those that fail the preflight, or on which it failed twice; 0: none."""
     interface: str | None = None
     """Network interface the nodes meet on, as `ib0`; None: the one Ray uses."""
     env: list[str] = field(default_factory=list)
@@ -95,6 +103,8 @@ class LauncherConfig:
     """OMP_NUM_THREADS of each rank."""
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
+    nodes: Nodes | None = None
+    """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned anew for as many; None: cluster.num_nodes."""
     hang_factor: float | None = 5.0
     """Ranks that say nothing for so many times as a step is expected to take hang: stacks are written, all start again; null: never."""
     hang_min_s: Seconds = 300.0

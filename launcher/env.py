@@ -86,9 +86,14 @@ def ray_quiet_variables() -> dict[str, str]:
     return dict(_RAY_QUIET)
 
 
-def agent_variables() -> dict[str, str]:
-    """What a process that Ray started hands on: all but Ray's own secrets."""
-    return {name: value for name, value in os.environ.items() if name not in _RAY_SECRETS}
+def agent_variables(*, with_secrets: bool = False) -> dict[str, str]:
+    """What a process that Ray started hands on: all but Ray's own secrets; `with_secrets` for one that starts Ray."""
+    return {name: value for name, value in os.environ.items() if with_secrets or name not in _RAY_SECRETS}
+
+
+def cpus_of_step() -> int:
+    """Cores that a SLURM step may use."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
 
 
 @contextmanager
@@ -118,6 +123,23 @@ class SlurmPlace:
     num_nodes: int
     """Of the job."""
     name: str
+    step_nodes: int = 1
+    """Of the job step."""
+    array: str = ""
+    """Where the job is one of an array: the array's number and its index, 100_2."""
+    hosts: str = ""
+    """The job's nodes when it started, as SLURM writes lists of them."""
+    partition: str = ""
+
+    @property
+    def word(self) -> str:
+        """The job as SLURM's commands want it. By its plain number the last one of an array would be the whole array."""
+        return self.array or str(self.job)
+
+    @property
+    def life(self) -> str:
+        """This start of the job."""
+        return f"{self.word}.{self.restart}"
 
 
 def slurm_place() -> SlurmPlace:
@@ -129,4 +151,15 @@ def slurm_place() -> SlurmPlace:
         raise ConfigError("environment", found=f"no {', '.join(missing)}", expected="a task started by srun", hint=hint)
     job, node, num_nodes, name = (os.environ[key] for key in wanted)
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return SlurmPlace(job=int(job), restart=restart, node=int(node), num_nodes=int(num_nodes), name=name)
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return SlurmPlace(
+        job=int(job),
+        restart=restart,
+        node=int(node),
+        num_nodes=int(num_nodes),
+        name=name,
+        step_nodes=int(os.environ.get("SLURM_STEP_NUM_NODES") or num_nodes),
+        array=f"{array}_{index}" if array and index else "",
+        hosts=os.environ.get("SLURM_JOB_NODELIST", ""),
+        partition=os.environ.get("SLURM_JOB_PARTITION", ""),
+    )

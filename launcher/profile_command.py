@@ -49,7 +49,8 @@ def main(config: Config, out: Path, seconds: float, as_json: bool) -> int:
 
 def _probe(config: Config, run_dir: Path, seconds: float) -> int:
     from .backends import local
-    from .rundir import lock_run, make_run_dir, store_config
+    from .lock import lock_run
+    from .rundir import make_run_dir, store_config
     from .start import print_failure
 
     run = RunConfig(root=str(run_dir.parent), id=run_dir.name, private=False)  # inside a private folder already

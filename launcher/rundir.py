@@ -21,11 +21,6 @@ from .. import __version__
 from ..durable import write_atomic
 from ..errors import ConfigError
 from .config import Config
-from .lock import holding as holding
-from .lock import is_locked as is_locked
-from .lock import lock_in_time as lock_in_time
-from .lock import lock_run as lock_run
-from .lock import release as release
 from .schema import dump_config, load_config
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
@@ -74,6 +69,28 @@ def read_run(run_dir: Path) -> StoredRun:
     data = yaml.safe_load(text)
     config = load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS})
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def write_attempt(run_dir: Path, attempt: int, config: Config) -> list[str]:
+    """Keep what an attempt runs with beside its logs, where that is not run.yaml; one line per key that differs."""
+    import yaml
+
+    changes = config_diff(read_run(run_dir).config, config)
+    directory = attempt_dir(run_dir, attempt)
+    directory.mkdir(parents=True, exist_ok=True)
+    if changes:
+        text = yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=None, width=120)
+        write_atomic(directory / RUN_FILE, text)
+    return changes
+
+
+def read_attempt(run_dir: Path, attempt: int) -> Config:
+    """What an attempt runs with: its own configuration (see sizes), else run.yaml. ConfigError as read_run's."""
+    import yaml
+
+    path = attempt_dir(run_dir, attempt) / RUN_FILE
+    stored = read_run(run_dir).config
+    return load_config(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else stored
 
 
 def write_run(run_dir: Path, config: Config, revision: int) -> None:

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
-from ..units import parse_quantity
+from ..units import parse_nodes, parse_quantity
 from .config import Config
 
 _PLAIN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -82,9 +82,9 @@ def _list(data: Any, path: str) -> list[Any]:
     return list(data)
 
 
-def _quantity(unit: str, data: Any, path: str) -> int | float:
+def _quantity(unit: str, data: Any, path: str) -> int | float | str:
     try:
-        return parse_quantity(data, unit)
+        return parse_nodes(data) if unit == "nodes" else parse_quantity(data, unit)
     except ValueError as error:
         accepted = str(error).partition(", not ")[0]
         raise _mistyped(path, data, accepted) from error

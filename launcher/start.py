@@ -14,6 +14,7 @@ from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
 from .rundir import RUN_FILE, make_run_id, read_run
 from .schema import dump_config, load_config
+from .sizes import settle_nodes
 from .state import ACTIVE, read_state
 
 
@@ -52,8 +53,9 @@ def changed(config: Config, overrides: list[Override], config_dir: str | None) -
         if item.is_group:
             data[item.key] = compose_group(item.key, item.value, config_dir)
         else:
-            _set(data, item.key, yaml.safe_load(item.value))
-    result = load_config(data)
+            # YAML reads 2:4 as minutes and seconds.
+            _set(data, item.key, item.value if item.key == "launcher.nodes" else yaml.safe_load(item.value))
+    result = settle_nodes(load_config(data), [item.key for item in overrides])
     check_config(result)
     return result
 
@@ -89,6 +91,32 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     check_memory_plan(config)
     check_data(config)
     return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
+
+
+def launch_array(configs: list[Config], folder: Path, *, entry: str | None = None) -> int:
+    """Hand all of `configs` to SLURM as one job array; `folder` is the array's own. Returns 0."""
+    from .backends import Launch
+    from .backends.slurm import SlurmLauncher
+
+    launcher = SlurmLauncher()
+    for config in configs:
+        launcher.check(config)
+        check_elsewhere(config, place_of(config))
+        check_memory_plan(config)
+        check_data(config)
+    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+
+
+def show_array(configs: list[Config], folder: Path) -> int:
+    """Print what `launch_array` would hand over, and touch nothing."""
+    from .backends import Launch
+    from .backends.slurm import SlurmLauncher
+
+    launcher = SlurmLauncher()
+    for config in configs:
+        launcher.check(config)
+    print(launcher.describe_array([Launch(config=config, run_dir=place_of(config)) for config in configs], folder), end="")
+    return EXIT_DONE
 
 
 def show_launch(config: Config, run_dir: Path | None = None) -> int:

@@ -32,6 +32,8 @@ class Failure:
     log: str
     """Path inside the run directory."""
     is_user_error: bool = False
+    exit_code: int | None = None
+    """Of that rank's process, where it left no word of its own; negative: killed by that signal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,17 @@ class Attempt:
     decision: str = ""
     """What was done next and why."""
     restarted: bool = False
+    num_nodes: int = 1
+    world_size: int | None = None
+    """Ranks of this attempt; None: the run's."""
+    hosts: tuple[str, ...] = ()
+    """Its nodes by name, in the order of their ranks, where a scheduler gave them."""
+    lost: tuple[str, ...] = ()
+    """Those that were gone at its end."""
+    blamed: dict[str, str] = field(default_factory=dict)
+    """Those it failed on, as far as that can be told, each with the reason."""
+    place: str = ""
+    """The allocation they are of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +84,8 @@ class RunState:
     """Attempts of earlier launches; restarts are counted from here."""
     step_before: int = 0
     """Newest step when it was launched; progress is counted from here."""
+    excluded: dict[str, str] = field(default_factory=dict)
+    """Nodes this run no longer uses, each with the reason."""
 
     @property
     def failure(self) -> Failure | None:
@@ -118,4 +133,5 @@ def read_state(run_dir: Path) -> RunState | None:
 
 def _attempt(data: dict[str, Any]) -> Attempt:
     failure = data["failure"]
-    return Attempt(**{**data, "failure": Failure(**failure) if failure else None})
+    names: dict[str, Any] = {key: tuple(data[key]) for key in ("hosts", "lost") if key in data}
+    return Attempt(**{**data, **names, "failure": Failure(**failure) if failure else None})

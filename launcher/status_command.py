@@ -10,11 +10,13 @@ from typing import Any
 from ..errors import EXIT_DONE, ConfigError
 from ..units import format_seconds
 from .backends import launcher_of
-from .config import Backend
+from .config import Backend, Config
+from .grace import measured
 from .hang import read_pulses
 from .metrics_file import MetricsFollower, checkpoint_steps
 from .progress import Progress, summary_lines
 from .rundir import read_run
+from .sizes import node_range
 from .state import ACTIVE, RunState, read_state
 from .watch import silence_lines
 
@@ -34,12 +36,16 @@ def status(run_dir: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         hint = f"remove it: efflaunch resume {run_dir} writes it anew"
         raise ConfigError(str(run_dir / "state.json"), found=str(error), expected="a file efflaunch wrote", hint=hint) from error
-    progress = Progress().apply(MetricsFollower(run_dir).read())
+    events = MetricsFollower(run_dir).read()
+    progress, forecast = Progress().apply(events), measured(events, stored.config.launcher.grace_s)
     return {
         "run_dir": str(run_dir),
         "experiment": stored.config.experiment,
         "revision": stored.revision,
         **_process_facts(run_dir, state, stored.config.launcher.backend),
+        **_node_facts(state, stored.config),
+        "stop_s": None if forecast is None else forecast.needed_s,
+        "stop_warning": None if forecast is None or forecast.fits else str(forecast),
         "step": progress.step,
         "steps": stored.config.train.steps,
         "loss": progress.losses.get(progress.step),
@@ -73,6 +79,23 @@ def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> d
     }
 
 
+def _node_facts(state: RunState | None, config: Config) -> dict[str, Any]:
+    """Where the newest attempt runs or ran, and what was asked for."""
+    last = state.attempts[-1] if state is not None and state.attempts else None
+    return {
+        "nodes_asked": str(node_range(config)),
+        "num_nodes": None if last is None else last.num_nodes,
+        "hosts": [] if last is None else list(last.hosts),
+        "world_size": None if last is None or state is None else last.world_size or state.world_size,
+        "excluded": {} if state is None else state.excluded,
+    }
+
+
+def _nodes_line(facts: dict[str, Any]) -> str:
+    asked = "" if facts["nodes_asked"] == str(facts["num_nodes"]) else f" of {facts['nodes_asked']}"
+    return f"{facts['num_nodes']}{asked}, {facts['world_size']} ranks: {', '.join(facts['hosts'])}"
+
+
 def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
     """How long each rank has said nothing, and what it said last; none while all goes on."""
     if state is None or state.state not in ACTIVE or not state.attempts or state.attempts[-1].ended is not None:
@@ -89,6 +112,11 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     if facts["state"] in ACTIVE and facts["tokens_per_s"] is not None:
         left = facts["time_left_s"]
         rows.append(("speed", f"{facts['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {format_seconds(left)} to go")))
+    if facts["hosts"]:
+        rows.append(("nodes", _nodes_line(facts)))
+    rows += [("left out", f"{host}: {why}") for host, why in facts["excluded"].items()]
+    if facts["stop_warning"] and facts["state"] in ACTIVE:
+        rows.append(("stopping", facts["stop_warning"]))
     rows += [("" if index else "silent", line) for index, line in enumerate(silence_lines(facts["silent"]))]
     rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
     if facts["checkpoint_error"]:

@@ -6,8 +6,10 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from .config import Backend, Config
 from .rundir import make_run_id
 
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
@@ -22,7 +24,7 @@ class Point:
 
 
 def main(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
-    """Compose every point, then start them: on a scheduler all at once, here one after another.
+    """Compose every point, then start them: on a scheduler all at once (launcher.slurm.array: as one job), here one after another.
 
     Returns 0, or the first exit code of a run that was not 0; a run that was stopped ends the sweep.
     """
@@ -32,15 +34,27 @@ def main(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
     points = expand(overrides)
     configs = [compose(list(point.overrides), config_dir) for point in points]
     base = configs[0].run.id or make_run_id(configs[0].experiment)
+    configs = [replace(config, run=replace(config.run, id=f"{base}-{point.suffix}")) for point, config in zip(points, configs, strict=True)]
+    if _is_array(configs):
+        folder = Path(configs[0].run.root) / f"{base}-array"
+        return start.show_array(configs, folder) if dry_run else start.launch_array(configs, folder)
     worst = EXIT_DONE
-    for point, config in zip(points, configs, strict=True):
-        config = replace(config, run=replace(config.run, id=f"{base}-{point.suffix}"))
+    for config in configs:
         print(f"\n# {config.run.id}", flush=True)
         code = start.show_launch(config) if dry_run else start.launch(config)
         worst = worst or code
         if code == EXIT_PREEMPTED:
             break
     return worst
+
+
+def _is_array(configs: Sequence[Config]) -> bool:
+    """Whether the sweep is one job array. ConfigError where its points disagree."""
+    wanted = {config.launcher.backend is Backend.SLURM and config.launcher.slurm.array for config in configs}
+    if len(wanted) > 1:
+        hint = "launcher=slurm launcher.slurm.array=true, or neither"
+        raise ConfigError("launcher.slurm.array", found="true for some points of the sweep", expected="it for all or none", hint=hint)
+    return wanted == {True}
 
 
 def expand(overrides: Sequence[str]) -> list[Point]:

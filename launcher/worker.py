@@ -23,7 +23,7 @@ from ..pulse import Pulse, join
 from .config import Config
 from .env import secrets
 from .procfs import permit_tracing
-from .rundir import attempt_dir, read_run
+from .rundir import attempt_dir, read_attempt
 from .secret import redact
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 
@@ -51,7 +51,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     logs, rank = attempt_dir(Path(run_dir), attempt), int(os.environ["RANK"])
     _print_to(logs / f"rank-{rank}.log")
     try:
-        return load_entry(entry)(read_run(Path(run_dir)).config, Path(run_dir), stop, pulse)
+        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:

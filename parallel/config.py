@@ -51,6 +51,8 @@ class ClusterConfig:
     """Bytes/s that the disk under memory.offload_dir takes, all ranks of a node together. null: as fast as host_link_bandwidth."""
     disk_read_bandwidth: float | None = None
     """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
+    storage_bandwidth: float | None = None
+    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
 

@@ -36,6 +36,11 @@ def test_slurm_page(tmp_path: Path) -> None:
     assert "#SBATCH --nodes=" in printed and "run_dir=/shared/runs/big\n" in printed
 
 
+def test_ray_page(tmp_path: Path) -> None:
+    printed = run_page("ray.md", tmp_path)
+    assert "# to http://head:8265" in printed and "efflaunch.launcher.ray.driver /shared/runs/big --work-dir" in printed
+
+
 def test_checkpoints_page(tmp_path: Path) -> None:
     printed = run_page("checkpoints.md", tmp_path)
     assert "training waited" in printed and "verified" in printed and "pinned" in printed and "damaged" not in printed

@@ -31,12 +31,19 @@ class WandbSink:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: JSON for `wandb.init`; `settings` as a dictionary."""
+        from ..children import started_deaf  # the child runs this file by itself
+
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         # Read by wandb when it is imported: its crash reporter looks up an outside host even offline.
         quiet = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
-        self._child = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._words, env={**os.environ, **quiet}
-        )
+        with started_deaf():
+            self._child = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._words,
+                env={**os.environ, **quiet},
+            )
         self._send(arguments)
 
     def write(self, scalars: dict[str, float], step: int) -> None:
@@ -73,6 +80,8 @@ def main() -> None:
     # The trainer decides when it is over; a Ctrl-C on the terminal reaches the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Held since it was started; also by what wandb starts itself, unless they are released here.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     import wandb

@@ -231,12 +231,12 @@ class SlurmCluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
-    def job_state(self, job: int) -> str:
+    def job_state(self, job: int | str) -> str:
         """SLURM's word for the state of a job."""
         line = self.run("scontrol", "show", "job", "-o", str(job))
         return next(word.partition("=")[2] for word in line.split() if word.startswith("JobState="))
 
-    def wait_for(self, job: int, *states: str) -> str:
+    def wait_for(self, job: int | str, *states: str) -> str:
         """Until the job is in one of these states."""
         wait_until(lambda: self.job_state(job) in states, f"job {job} to be {' or '.join(states)}")
         return self.job_state(job)

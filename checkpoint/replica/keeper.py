@@ -14,7 +14,6 @@ import hmac
 import json
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -22,13 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...children import stay_deaf
 from .images import Image, Images, RefusedError
 from .stream import GoneError, Message, Stream
 
 IDLE_S = 3600.0
 _POLL_MS = 10_000
 _QUESTIONS = ("hello", "claim", "list", "begin", "end", "read", "manifest", "keep", "spoil", "stop")
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Keeper:
@@ -207,9 +206,8 @@ class _Connection:
 
 def main(arguments: list[str]) -> int:
     """`SETTINGS` as JSON: path, host, guardian (a descriptor), ready (a descriptor that is told the port, or why not)."""
+    stay_deaf()
     settings: dict[str, Any] = json.loads(arguments[0])
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
     token = os.urandom(16).hex()
     with os.fdopen(int(settings["ready"]), "w") as ready:
         try:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...units import format_seconds
 from ..config import Backend, Config
-from ..metrics_file import Event
+from ..grace import measured, planned
+from ..metrics_file import MetricsFollower
 from ..state import RunState
 
 
@@ -83,11 +83,8 @@ def announce(run_dir: Path, goes_on: bool, revision: int, changes: list[str]) ->
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
 
 
-def grace_note(events: list[Event], grace_s: float) -> str:
-    """What to say where the run's own steps and saves have taken longer than there will be time; else nothing. Pure."""
-    step_s = max((float(event["step_s"]) for event in events if event["event"] == "step" and "step_s" in event), default=0.0)
-    save_s = max((float(event["save_s"]) for event in events if event["event"] == "checkpoint"), default=0.0)
-    if step_s + save_s <= grace_s:
-        return ""
-    taken = f"{format_seconds(step_s)} for a step and {format_seconds(save_s)} for a save"
-    return f"a stop may not end in time: this run has taken up to {taken}, launcher.grace_s={grace_s:g}"
+def grace_note(launch: Launch) -> str:
+    """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
+    config = launch.config
+    forecast = measured(MetricsFollower(launch.run_dir).read(), config.launcher.grace_s) or planned(config)
+    return "" if forecast is None or forecast.fits else str(forecast)

@@ -21,6 +21,7 @@ from .. import state
 from ..config import Config
 from ..display import Display, make_display
 from ..files import tail_lines
+from ..grace import GraceWatch
 from ..hang import read_pulses
 from ..lock import Owner, Presence, holding, is_locked
 from ..metrics_file import MetricsFollower
@@ -99,7 +100,8 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str |
     display = make_display(config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps)
     try:
         with _started(run_dir, lock, entry) as (agent, relay):
-            watcher, presence = Watcher(run_dir, display, follower, len(initial.attempts)), Presence(lock)
+            watcher = Watcher(run_dir, display, follower, len(initial.attempts), config.launcher.grace_s)
+            presence = Presence(lock)
             while agent.poll() is None:
                 watcher.look(stopping=relay.first is not None)
                 _yield_to(presence.show(), agent, display)
@@ -120,7 +122,8 @@ def _yield_to(other: Owner | None, agent: subprocess.Popen[bytes], display: Disp
 class Watcher:
     """Hands what is new in metrics.jsonl and state.json to the display."""
 
-    def __init__(self, run_dir: Path, display: Display, follower: MetricsFollower, num_known_attempts: int) -> None:
+    def __init__(self, run_dir: Path, display: Display, follower: MetricsFollower, num_known_attempts: int, grace_s: float) -> None:
+        self.grace = GraceWatch(grace_s)
         self.run_dir, self.display, self.follower = run_dir, display, follower
         self.num_told = num_known_attempts
         self.told_stop = self.told_silence = False
@@ -130,7 +133,11 @@ class Watcher:
         if stopping and not self.told_stop:
             self.told_stop = True
             self.display.note("stopping: the step is finished and saved first (Ctrl-C again: kill the ranks now)")
-        self.display.show(self.follower.read())
+        events = self.follower.read()
+        self.display.show(events)
+        note = self.grace.add(events).news()
+        if note:
+            self.display.note(note)
         current = read_state(self.run_dir)
         for attempt in current.attempts[self.num_told :] if current else ():
             if attempt.ended is None or not attempt.decision:

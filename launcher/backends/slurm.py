@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from ...durable import write_atomic
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from .. import state
 from ..config import Config
-from ..metrics_file import MetricsFollower
-from ..rundir import RUN_FILE, holding, make_run_dir
+from ..lock import holding
+from ..rundir import RUN_FILE, make_run_dir
+from ..sizes import usable
 from ..slurm import control
+from ..slurm.array import render_array
 from ..slurm.files import cancel_file, submitted_job, write_submission
 from ..slurm.job import queue
 from ..slurm.script import JOB_DIR, BatchJob, check_batch, render_sbatch
@@ -35,30 +39,52 @@ class SlurmLauncher:
     def submit(self, launch: Launch) -> int:
         control.check_slurm()
         run_dir = launch.run_dir.resolve()
-        goes_on = (run_dir / RUN_FILE).is_file()
-        _check_idle(run_dir)
-        make_run_dir(run_dir, private=launch.config.run.private)
-        with holding(run_dir):
-            announce(launch.run_dir, goes_on, *queue(run_dir, launch.config))
-            job = self._hand_over(launch, run_dir)
+        with ExitStack() as held:
+            self._queue(launch, held)
+            text = self.describe(launch)
+            job = _hand_over(run_dir / JOB_DIR / SCRIPT, text, [run_dir])
+            write_submission(run_dir, job)
         print(f"job {job} of SLURM submitted")
-        note = grace_note(MetricsFollower(run_dir).read(), launch.config.launcher.grace_s)
+        note = grace_note(launch)
         if note:
             print(f"  {note}")
         for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
             print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
         return EXIT_DONE
 
-    def _hand_over(self, launch: Launch, run_dir: Path) -> int:
-        script = run_dir / JOB_DIR / SCRIPT
-        write_atomic(script, self.describe(launch))
-        try:
-            job = control.submit(script)
-        except EfflaunchError:
-            _note_refused(run_dir)
-            raise
-        write_submission(run_dir, job)
-        return job
+    def _queue(self, launch: Launch, held: ExitStack) -> None:
+        """Make the run directory ready for a job, and keep others out of it until `held` is closed."""
+        run_dir = launch.run_dir.resolve()
+        goes_on = (run_dir / RUN_FILE).is_file()
+        _check_idle(run_dir)
+        make_run_dir(run_dir, private=launch.config.run.private)
+        held.enter_context(holding(run_dir))
+        # Again, now that nobody else can submit: two may have looked at once.
+        _check_idle(run_dir)
+        announce(launch.run_dir, goes_on, *queue(run_dir, launch.config))
+
+    def describe_array(self, launches: Sequence[Launch], folder: Path) -> str:
+        """Exactly what submit_array would hand over. Touches nothing."""
+        return render_array([batch_job(launch) for launch in launches], folder.resolve(), template_text())
+
+    def submit_array(self, launches: Sequence[Launch], folder: Path) -> int:
+        """All of `launches` as one job array; `folder`: of the array as a whole. Each index is a run like any other from then on."""
+        control.check_slurm()
+        text = self.describe_array(launches, folder)
+        run_dirs = [launch.run_dir.resolve() for launch in launches]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with ExitStack() as held:
+            for launch in launches:
+                self._queue(launch, held)
+            job = _hand_over(folder / SCRIPT, text, run_dirs)
+            for index, run_dir in enumerate(run_dirs):
+                write_submission(run_dir, f"{job}_{index}")
+        print(f"job array {job} of SLURM submitted: {len(launches)} runs, {job}_0 to {job}_{len(launches) - 1}")
+        for note in filter(None, map(grace_note, launches[:1])):
+            print(f"  {note}")
+        print(f"  look        efflaunch status {launches[0].run_dir}, and so on")
+        print(f"  stop all    scancel {job}")
+        return EXIT_DONE
 
     def status(self, run_dir: Path, known: RunState) -> Standing:
         job = submitted_job(run_dir)
@@ -67,7 +93,7 @@ class SlurmLauncher:
         try:
             facts = control.find_job(job)
         except EfflaunchError as error:
-            return Standing(state=known.state, detail=f"job {job}, {error}", job=str(job))
+            return Standing(state=known.state, detail=f"job {job}, {error}", job=job)
         return reconcile(known, job, facts)
 
     def cancel(self, run_dir: Path, known: RunState, *, now: bool) -> str:
@@ -92,7 +118,25 @@ class SlurmLauncher:
 def batch_job(launch: Launch) -> BatchJob:
     """The submission as render_sbatch wants it, with this process's directory and Python."""
     python = launch.config.launcher.slurm.python or sys.executable
-    return BatchJob(config=launch.config, run_dir=launch.run_dir.resolve(), work_dir=Path.cwd(), python=python, entry=launch.entry)
+    return BatchJob(
+        config=launch.config,
+        run_dir=launch.run_dir.resolve(),
+        work_dir=Path.cwd(),
+        python=python,
+        entry=launch.entry,
+        nodes=usable(launch.config),
+    )
+
+
+def _hand_over(script: Path, text: str, run_dirs: Sequence[Path]) -> str:
+    """The job's number; where SLURM refuses it, every run knows."""
+    write_atomic(script, text)
+    try:
+        return control.submit(script)
+    except EfflaunchError:
+        for run_dir in run_dirs:
+            _note_refused(run_dir)
+        raise
 
 
 def template_text() -> str:
@@ -100,21 +144,21 @@ def template_text() -> str:
     return (Path(__file__).resolve().parent.parent.parent / "slurm" / "efflaunch.sbatch").read_text()
 
 
-def reconcile(known: RunState, job: int, facts: control.JobFacts | None) -> Standing:
+def reconcile(known: RunState, job: str, facts: control.JobFacts | None) -> Standing:
     """The run's state by its own file and by SLURM, which knows better whether anything lives. Pure."""
     if facts is None:
         gone = known.state in state.ACTIVE
-        return Standing(state="died" if gone else known.state, detail=f"job {job}, which SLURM has forgotten", job=str(job))
+        return Standing(state="died" if gone else known.state, detail=f"job {job}, which SLURM has forgotten", job=job)
     parts = [f"job {job} {facts.state}"]
     parts += [f"({facts.reason})"] if facts.reason and facts.state in control.WAITING else []
     parts += [f"on {facts.nodes}"] if facts.nodes and facts.state in control.RUNNING else []
     parts += [f"requeued {facts.restarts} times"] if facts.restarts else []
     detail = " ".join(parts)
     if facts.state in control.WAITING:
-        return Standing(state=state.QUEUED, detail=detail, job=str(job))
+        return Standing(state=state.QUEUED, detail=detail, job=job)
     if known.state not in state.ACTIVE or facts.is_alive:
-        return Standing(state=known.state, detail=detail, job=str(job))
-    return Standing(state=_ENDS.get(facts.state, "died"), detail=detail, job=str(job))
+        return Standing(state=known.state, detail=detail, job=job)
+    return Standing(state=_ENDS.get(facts.state, "died"), detail=detail, job=job)
 
 
 def _check_idle(run_dir: Path) -> None:

@@ -22,23 +22,26 @@ from .. import state, worker
 from ..agent import Agent
 from ..env import rank_environment
 from ..files import write_json
+from ..grace import GraceWatch
 from ..hang import Others
-from ..lock import Presence, release
-from ..metrics_file import newest_step
+from ..lock import Presence, lock_in_time, release
+from ..metrics_file import MetricsFollower, newest_step
 from ..restarts import RankReport, first_failure
-from ..rundir import attempt_dir, lock_in_time, read_run
+from ..rundir import attempt_dir, read_attempt
 from ..signals import StopFlag
 from ..state import Failure
 from .address import address_towards, interface_of
 from .meeting import Meeting
 from .place import Place
-from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table
+from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table, unfit
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
     from ..elastic import RankAgent
+
+_LOOK_S = 5.0
 
 
 def take_part(run_dir: Path, meeting: Meeting, place: Place, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
@@ -113,7 +116,9 @@ class Visit:
             for node, answer in zip(nodes, answers, strict=True)
         ]
         marks = [mark(run_dir, self.place.folder, self.meeting.attempt, node) for node in nodes]
-        rows = check_nodes(told, marks=[path.exists() for path in marks], num_nodes=read_run(run_dir).config.cluster.num_nodes)
+        rows = check_nodes(
+            told, marks=[path.exists() for path in marks], num_nodes=read_attempt(run_dir, self.meeting.attempt).cluster.num_nodes
+        )
         for path in marks:
             path.unlink(missing_ok=True)
         text = table(rows)
@@ -121,7 +126,7 @@ class Visit:
         verdict = None
         if any(row.problems for row in rows):
             verdict = EXIT_USER
-            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows), self.place))
+            _record(run_dir, EXIT_USER, _refusal(text, bad_hosts(rows), self.place), unfit(rows))
         elif stop_asked():
             # Nothing runs: the last checkpoint is all there is to save.
             verdict = EXIT_PREEMPTED
@@ -185,10 +190,13 @@ def _refusal(text: str, hosts: list[str], place: Place) -> Failure:
     return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=place.folder, is_user_error=True)
 
 
-def _record(run_dir: Path, exit_code: int, failure: Failure | None) -> None:
+def _record(run_dir: Path, exit_code: int, failure: Failure | None, unfit_nodes: dict[int, str] | None = None) -> None:
     known = state.read_state(run_dir)
     assert known is not None, "written before agents are started"
-    state.write_state(run_dir, state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir)))
+    hosts = dict(enumerate(known.attempts[-1].hosts))
+    blamed = {hosts[node]: why for node, why in (unfit_nodes or {}).items() if node in hosts}
+    ended = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    state.write_state(run_dir, replace(ended, attempts=(*ended.attempts[:-1], replace(ended.attempts[-1], blamed=blamed))))
 
 
 class NodeAgent(Agent):
@@ -197,6 +205,8 @@ class NodeAgent(Agent):
     def __init__(self, visit: Visit, entry: str, early: StopFlag) -> None:
         self.visit, self.place, self.ended_for_others = visit, visit.place, False
         super().__init__(visit.run_dir, entry)
+        self.config = read_attempt(visit.run_dir, visit.meeting.attempt)
+        self.grace, self.metrics, self.looked = GraceWatch(self.config.launcher.grace_s), MetricsFollower(visit.run_dir), 0.0
         # Handed to the ranks as soon as they run: the nodes may have been told at different moments.
         self.stopping = self.stopping or early.requested
 
@@ -234,6 +244,7 @@ class NodeAgent(Agent):
     def _note_stop(self) -> None:
         """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
         super()._note_stop()
+        self._look_ahead()
         self._show_presence()
         assert self.ranks is not None, "asked by its monitor"
         if any(process.exitcode for process in self.ranks.processes.values()):
@@ -241,6 +252,15 @@ class NodeAgent(Agent):
         elif self.visit.failed_elsewhere():
             self.ended_for_others = True
             self.ranks.end_the_rest()
+
+    def _look_ahead(self) -> None:
+        """Say in the job's output, well before it matters, that a stop will not end in launcher.grace_s."""
+        if self.place.node or time.monotonic() < self.looked + _LOOK_S:
+            return
+        self.looked = time.monotonic()
+        note = self.grace.add(self.metrics.read()).news()
+        if note:
+            print(note, flush=True)
 
     def _show_presence(self) -> None:
         other = self.visit.presence.show() if self.visit.presence is not None else None

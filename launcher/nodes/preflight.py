@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import UserError
 from ...units import format_bytes
-from ..rundir import RUN_FILE, read_run
+from ..rundir import RUN_FILE, attempt_dir, read_attempt
 from .place import Place
 
 MAX_CLOCK_SKEW_S = 30.0
@@ -46,15 +46,16 @@ class Row:
     host: str
     problems: tuple[str, ...]
     details: str
+    node: int = 0
 
 
 def look(run_dir: Path, *, place: Place, address: str, interface: str | None, attempt: int) -> NodeFacts:
     """This node's facts. Leaves a mark in the run directory that the head looks for."""
     run, machine, problem = "", "", ""
     try:
-        run = hashlib.sha256((run_dir / RUN_FILE).read_bytes()).hexdigest()
+        run = _run_hash(run_dir, attempt)
         mark(run_dir, place.folder, attempt, place.node).touch()
-        machine, problem = _machine(run_dir)
+        machine, problem = _machine(run_dir, attempt)
     except OSError as error:
         problem = f"run directory: {error.strerror}: {error.filename}"
     return NodeFacts(
@@ -69,12 +70,18 @@ def look(run_dir: Path, *, place: Place, address: str, interface: str | None, at
     )
 
 
-def _machine(run_dir: Path) -> tuple[str, str]:
+def _run_hash(run_dir: Path, attempt: int) -> str:
+    """Of run.yaml, and of what the attempt has beside it. OSError where this node cannot read them."""
+    own = attempt_dir(run_dir, attempt) / RUN_FILE
+    return hashlib.sha256((run_dir / RUN_FILE).read_bytes() + (own.read_bytes() if own.is_file() else b"")).hexdigest()
+
+
+def _machine(run_dir: Path, attempt: int) -> tuple[str, str]:
     """What the node has, in words, and why that is not enough."""
     from ..fit import check_free, check_node, this_machine
 
     try:
-        config = read_run(run_dir).config
+        config = read_attempt(run_dir, attempt)
         here = this_machine(config.cluster.device)
         sizes = sorted({gpu.memory_bytes for gpu in here.gpus})
         gpus = f"{len(here.gpus)} GPUs of {' and '.join(map(format_bytes, sizes))}, " if here.gpus else ""
@@ -108,12 +115,12 @@ def check_nodes(facts: Sequence[NodeFacts | None], *, marks: Sequence[bool], num
     rows = [
         _row(node, told, head, marked)
         if told is not None
-        else Row(host=f"node {node} of the job", problems=("did not answer",), details="")
+        else Row(host=f"node {node} of the job", problems=("did not answer",), details="", node=node)
         for node, (told, marked) in enumerate(zip(facts, marks, strict=True))
     ]
     if len(facts) != num_nodes:
         problem = f"the job has {len(facts)} nodes, cluster.num_nodes={num_nodes}"
-        rows[0] = Row(host=rows[0].host, problems=(problem, *rows[0].problems), details=rows[0].details)
+        rows[0] = replace(rows[0], problems=(problem, *rows[0].problems))
     return sorted(rows, key=lambda row: not row.problems)
 
 
@@ -130,7 +137,7 @@ def _row(node: int, told: NodeFacts, head: NodeFacts, marked: bool) -> Row:
     if abs(told.clock_s) > MAX_CLOCK_SKEW_S:
         problems.append(f"its clock is {told.clock_s:+.0f} s off the head's")
     details = f"{told.address} on {told.interface}, {told.machine or 'machine not looked at'}, clock {told.clock_s:+.1f} s"
-    return Row(host=told.host, problems=tuple(problems), details=details)
+    return Row(host=told.host, problems=tuple(problems), details=details, node=node)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -145,3 +152,8 @@ def table(rows: Sequence[Row]) -> str:
 def bad_hosts(rows: Sequence[Row]) -> list[str]:
     """Names of nodes that answered and are not fit."""
     return [row.host for row in rows if row.problems and row.details]
+
+
+def unfit(rows: Sequence[Row]) -> dict[int, str]:
+    """Node -> what is wrong with it."""
+    return {row.node: "; ".join(row.problems) for row in rows if row.problems}

@@ -50,7 +50,7 @@ def check_slurm() -> None:
         )
 
 
-def submit(script: Path) -> int:
+def submit(script: Path) -> str:
     """The job's number; ConfigError with sbatch's own words where it refuses."""
     done = _run("sbatch", "--parsable", str(script))
     number = done.stdout.strip().partition(";")[0]
@@ -58,12 +58,12 @@ def submit(script: Path) -> int:
         said = " ".join((done.stderr or done.stdout).replace("sbatch: ", "").split()) or f"exit code {done.returncode}"
         hint = "cluster.slurm.partition=..., cluster.slurm.account=..., or whatever it asks for; --dry-run prints the script"
         raise ConfigError("sbatch", found=said, expected="the job to be accepted", hint=hint)
-    return int(number)
+    return number
 
 
-def find_job(job: int) -> JobFacts | None:
+def find_job(job: str) -> JobFacts | None:
     """What SLURM knows of the job; None where it has forgotten it. EfflaunchError where SLURM does not answer."""
-    done = _run("scontrol", "show", "job", "-o", str(job))
+    done = _run("scontrol", "show", "job", "-o", job)
     if done.returncode == 0:
         return parse_job(done.stdout)
     if "Invalid job id" in done.stderr:
@@ -89,26 +89,36 @@ def parse_job(line: str) -> JobFacts:
     )
 
 
-def _remembered(job: int) -> JobFacts | None:
+def _remembered(job: str) -> JobFacts | None:
     """From the accounting database, where there is one."""
     if shutil.which("sacct") is None:
         return None
-    done = _run("sacct", "-X", "-n", "-P", "-j", str(job), "-o", "State,NodeList,Start,Timelimit")
+    done = _run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,Start,Timelimit")
     line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
     if not line or line[0].count("|") != 3:
         return None
     state, nodes, start, limit = line[0].split("|")
-    return JobFacts(job=job, state=state.partition(" ")[0], reason="", nodes=nodes, restarts=0, start=start, time_limit=limit)
+    return JobFacts(
+        job=int(job.partition("_")[0]), state=state.partition(" ")[0], reason="", nodes=nodes, restarts=0, start=start, time_limit=limit
+    )
 
 
-def signal_steps(job: int, name: str) -> None:
+def partition_nodes(partition: str) -> set[str] | None:
+    """Names of all its nodes, whatever they do now; None where SLURM's commands are not to be had, as inside a container."""
+    if not partition or shutil.which("sinfo") is None:
+        return None
+    done = _run("sinfo", "-h", "-N", "-p", partition, "-o", "%N")
+    return set(done.stdout.split()) if done.returncode == 0 and done.stdout.strip() else None
+
+
+def signal_steps(job: str, name: str) -> None:
     """Send a signal to every process of the job's steps, and not to its script."""
-    _must("scancel", f"--signal={name}", str(job))
+    _must("scancel", f"--signal={name}", job)
 
 
-def end_job(job: int) -> None:
+def end_job(job: str) -> None:
     """Take the job from the queue, or end it: SIGTERM, the site's KillWait, SIGKILL."""
-    _must("scancel", str(job))
+    _must("scancel", job)
 
 
 def _must(*command: str) -> None:

@@ -11,37 +11,42 @@ from ..files import write_json
 from .script import JOB_DIR
 
 
-def write_submission(run_dir: Path, job: int) -> None:
-    """Note the job that was submitted last."""
+def write_submission(run_dir: Path, job: str) -> None:
+    """Note the job that was submitted last, 100 or, of an array, 100_2."""
     write_json(run_dir / JOB_DIR / "job.json", {"job": job})
 
 
-def submitted_job(run_dir: Path) -> int | None:
+def submitted_job(run_dir: Path) -> str | None:
     """The job that was submitted last; None where none was."""
     try:
         data: dict[str, Any] = json.loads((run_dir / JOB_DIR / "job.json").read_text())
     except FileNotFoundError:
         return None
-    return int(data["job"])
+    return str(data["job"])
 
 
-def cancel_file(run_dir: Path, job: int) -> Path:
+def cancel_file(run_dir: Path, job: str) -> Path:
     """There where a person told the job to stop for good."""
     return run_dir / JOB_DIR / f"cancelled-{job}"
 
 
-def stop_file(run_dir: Path, job: int, restart: int) -> Path:
+def stop_file(run_dir: Path, job: str, restart: int) -> Path:
     """There where a stop signal arrived while no agent ran that could take it."""
     return run_dir / JOB_DIR / f"stop-{job}-{restart}"
 
 
 def stop_asked(run_dir: Path, place: SlurmPlace) -> bool:
     """Whether this life of the job is to end before it starts anything."""
-    return cancel_file(run_dir, place.job).exists() or stop_file(run_dir, place.job, place.restart).exists()
+    return cancel_file(run_dir, place.word).exists() or stop_file(run_dir, place.word, place.restart).exists()
+
+
+def exclude_file(run_dir: Path) -> Path:
+    """Names the nodes that the job is not to get again, for the batch script to hand to SLURM."""
+    return run_dir / JOB_DIR / "exclude"
 
 
 def forget_stops(run_dir: Path) -> None:
     """Remove what earlier jobs were told: a scheduler that starts anew counts from 1 again."""
-    for pattern in ("cancelled-*", "stop-*", "seen-*"):
+    for pattern in ("cancelled-*", "stop-*", "seen-*", "exclude"):
         for path in (run_dir / JOB_DIR).glob(pattern):
             path.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
 """What a batch script asks on its first node: `python -m efflaunch.launcher.slurm.job prepare|start|settle`.
 
 prepare OVERRIDES: make the run directory of a script submitted by hand; prints it.
-start RUN_DIR: begin an attempt; prints where its nodes meet.
-settle RUN_DIR: what became of the attempt, and what follows; the exit code is a decide.Verdict.
+start RUN_DIR NODES: begin an attempt; prints where its nodes meet, how many they are, and which. 77: other nodes are needed.
+settle RUN_DIR NODES: what became of the attempt, and what follows; the exit code is a decide.Verdict.
+
+NODES are those the job has at that moment: one that went down is no longer among them.
 """
 
 from __future__ import annotations
@@ -10,27 +12,32 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, EfflaunchError
+from ...durable import write_atomic
+from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, EfflaunchError
 from .. import state
 from ..config import Config
 from ..env import SlurmPlace, slurm_place
+from ..lock import lock_in_time, release
 from ..metrics_file import newest_step
 from ..nodes.address import head_address, head_port
+from ..nodes.blame import blame, exclusions, is_refused
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
 from ..restarts import Outcome
-from ..rundir import keep_private, lock_in_time, make_run_dir, read_run, release
+from ..rundir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
 from ..signals import STOP_SIGNALS
+from ..sizes import Sizing, node_range, size_for
 from ..state import Attempt, Failure, RunState, read_state, write_state
-from .files import cancel_file, forget_stops, stop_file, write_submission
+from .control import partition_nodes
+from .files import cancel_file, exclude_file, forget_stops, stop_file, write_submission
+from .hosts import expand_hosts, lost_hosts
 from .script import JOB_DIR
-
-_LOG_TAIL_LINES = 30
 
 
 def main(arguments: list[str]) -> int:
@@ -41,12 +48,13 @@ def main(arguments: list[str]) -> int:
         if what == "prepare":
             print(prepare(rest, place))
             return EXIT_DONE
-        run_dir = Path(rest[0])
+        run_dir, nodes = Path(rest[0]), "".join(rest[1:]).replace("(null)", "")
         _keep_stop_signals(run_dir, place)
         if what == "settle":
-            return settle(run_dir, place)
-        meeting = start(run_dir, place)
-        print(meeting)
+            return settle(run_dir, place, nodes)
+        meeting, known = start(run_dir, place, nodes), read_state(run_dir)
+        assert known is not None, "written by start"
+        print(meeting, known.attempts[-1].num_nodes, ",".join(known.attempts[-1].hosts))
         return EXIT_DONE
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
@@ -57,7 +65,7 @@ def _keep_stop_signals(run_dir: Path, place: SlurmPlace) -> None:
     """A stop signal that comes while no agent runs is left as a file for the next one."""
 
     def keep(number: int, frame: FrameType | None) -> None:
-        stop_file(run_dir, place.job, place.restart).touch()
+        stop_file(run_dir, place.word, place.restart).touch()
 
     for number in STOP_SIGNALS:
         signal.signal(number, keep)
@@ -69,12 +77,13 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
     from ..start import check_data
 
     given = {item.partition("=")[0].lstrip("+") for item in overrides}
-    mine = [f"cluster.num_nodes={place.num_nodes}", f"run.id=job-{place.job}", "launcher=slurm"]
+    mine = [f"run.id=job-{place.job}", "launcher=slurm"]
+    mine += [] if "launcher.nodes" in given else [f"cluster.num_nodes={place.num_nodes}"]
     config = compose([item for item in mine if item.partition("=")[0] not in given] + overrides)
     assert config.run.id is not None, "given above"
     run_dir = (Path(config.run.root) / config.run.id).resolve()
     known = read_state(run_dir)
-    if known is None or known.job != str(place.job):
+    if known is None or known.job != place.word:
         if known is not None:
             release(lock_in_time(run_dir))
         stdout, sys.stdout = sys.stdout, sys.stderr  # only the directory is for the script to read
@@ -83,7 +92,7 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
         finally:
             sys.stdout = stdout
         queue(run_dir, config)
-        write_submission(run_dir, place.job)
+        write_submission(run_dir, place.word)
     return run_dir
 
 
@@ -95,29 +104,89 @@ def queue(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     return store_queued(run_dir, config)
 
 
-def start(run_dir: Path, place: SlurmPlace) -> Meeting:
-    """Begin the next attempt. EfflaunchError, with state.json saying so, where it must not begin."""
+def start(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Meeting:
+    """Begin the next attempt, on those of `nodes` (a list in SLURM's own form) that state.json then names.
+
+    EfflaunchError, with state.json saying so, where it must not begin; its exit code is Verdict.REQUEUE where other nodes
+    would do.
+    """
     # Before anything is written: another efflaunch may be running there.
     release(lock_in_time(run_dir))
     config = read_run(run_dir).config
     keep_private(config.run.private)
     known = read_state(run_dir)
     assert known is not None, "whoever submits a job writes state.json first"
-    known = replace(known, job=str(place.job), host=place.name)
+    known = replace(known, job=place.word, host=place.name)
     if is_open(known):
         known = _close_lost(run_dir, config, known, place)
-    interface = config.launcher.slurm.interface
     try:
-        address = head_address(place.name, interface)
+        sizing, hosts = _sizing(config, known, place, nodes)
+        address = head_address(place.name, config.launcher.slurm.interface)
     except EfflaunchError as error:
-        failure = Failure(rank=-1, message=str(error), traceback="", log=JOB_DIR, is_user_error=True)
-        known = replace(known, attempts=(*known.attempts, Attempt(number=len(known.attempts) + 1, started=time.time())))
-        known = state.end_attempt(known, exit_code=EXIT_USER, failure=failure, last_step=newest_step(run_dir))
-        conclude(run_dir, known, Decision(verdict=Verdict.USER, reason="would fail again in the same way"))
+        _refuse(run_dir, known, place, Failure(rank=-1, message=str(error), traceback="", log=JOB_DIR, is_user_error=True))
         raise
-    attempt = Attempt(number=len(known.attempts) + 1, started=time.time())
-    write_state(run_dir, replace(known, state=state.STARTING, exit_code=None, ended=None, attempts=(*known.attempts, attempt)))
-    return Meeting(attempt.number, address, head_port(place.job, address), int(config.launcher.start_timeout_s))
+    if sizing.waits:
+        failure = Failure(rank=-1, message=f"not begun: {sizing.reason}", traceback="", log=JOB_DIR)
+        raise _NotHere(failure.message, _refuse(run_dir, known, place, failure))
+    return _begin(run_dir, known, place, sizing, hosts, address)
+
+
+class _NotHere(EfflaunchError):
+    """These nodes will not do; the exit code says what follows."""
+
+    def __init__(self, message: str, decision: Decision) -> None:
+        super().__init__(f"{message}; {decision.reason}")
+        self.exit_code = int(decision.verdict)
+
+
+def _sizing(config: Config, known: RunState, place: SlurmPlace, nodes: str) -> tuple[Sizing, list[str]]:
+    """How many nodes the attempt takes, and which. ConfigError where the job has not as many as were asked for."""
+    wanted = node_range(config)
+    if place.num_nodes not in wanted:
+        found, hint = (
+            f"a job of {place.num_nodes} nodes",
+            f"sbatch --nodes={str(wanted).replace(':', '-')}, or launcher.nodes={place.num_nodes}",
+        )
+        raise ConfigError("launcher.nodes" if config.launcher.nodes else "cluster.num_nodes", found=found, expected=str(wanted), hint=hint)
+    hosts = _usable(known, place, nodes)
+    if hosts[:1] != [place.name]:
+        # This is where the batch script lives, and where SLURM puts the first task.
+        return Sizing(num_nodes=0, config=config, reason=f"the job's first node, {place.name}, is left out"), []
+    sizing = size_for(config, len(hosts))
+    return sizing, hosts[: sizing.num_nodes]
+
+
+def _usable(known: RunState, place: SlurmPlace, nodes: str) -> list[str]:
+    """The job's nodes but those that are left out, or were lost since SLURM gave them."""
+    mine = known.attempts[known.attempts_before :]
+    lost = {host for attempt in mine if attempt.place == place.life for host in attempt.lost}
+    names = expand_hosts(nodes or place.hosts) or [place.name]
+    return [name for name in names if name not in known.excluded and name not in lost]
+
+
+def _begin(run_dir: Path, known: RunState, place: SlurmPlace, sizing: Sizing, hosts: list[str], address: str) -> Meeting:
+    config, number = sizing.config, len(known.attempts) + 1
+    changes = write_attempt(run_dir, number, config)
+    world_size = sizing.num_nodes * config.cluster.ranks_per_node
+    attempt = Attempt(
+        number=number, started=time.time(), num_nodes=sizing.num_nodes, world_size=world_size, hosts=tuple(hosts), place=place.life
+    )
+    known = replace(known, state=state.STARTING, exit_code=None, ended=None, world_size=world_size)
+    write_state(run_dir, replace(known, attempts=(*known.attempts, attempt)))
+    # What is printed is for the script to read.
+    print(f"attempt {number} on {sizing.reason}: {', '.join(hosts)}", *changes, sep="\n  ", file=sys.stderr, flush=True)
+    return Meeting(number, address, head_port(place.job, address), int(config.launcher.start_timeout_s))
+
+
+def _refuse(run_dir: Path, known: RunState, place: SlurmPlace, failure: Failure) -> Decision:
+    """Record an attempt that ended before it began, and what follows."""
+    attempt = Attempt(number=len(known.attempts) + 1, started=time.time(), place=place.life)
+    known = replace(known, attempts=(*known.attempts, attempt))
+    exit_code = EXIT_USER if failure.is_user_error else EXIT_RETRY
+    known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    decision = _decision(run_dir, read_run(run_dir).config, known, place, leaves=True)
+    conclude(run_dir, known, decision)
+    return decision
 
 
 def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlace) -> RunState:
@@ -125,32 +194,75 @@ def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlac
     message = "the job ended without a word from it: a node went down, or SLURM stopped it"
     failure = Failure(rank=-1, message=message, traceback="", log=JOB_DIR)
     known = state.end_attempt(known, exit_code=EXIT_RETRY, failure=failure, last_step=newest_step(run_dir))
-    decision = _decision(run_dir, config, known, place, lost_node=True)
+    decision = _decision(run_dir, config, known, place, leaves=True)
     if decision.verdict is not Verdict.REQUEUE:
         conclude(run_dir, known, decision)
         raise EfflaunchError(f"{message}; {decision.reason}")
     return decided(known, decision)
 
 
-def settle(run_dir: Path, place: SlurmPlace) -> Verdict:
-    """Close the attempt that the agents have just run, and say what follows."""
+def settle(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Verdict:
+    """Close the attempt that the agents have just run, and say what follows. `nodes`: those the job still has."""
     config = read_run(run_dir).config
     keep_private(config.run.private)
     known = read_state(run_dir)
     assert known is not None and known.attempts, "written by start"
     lost_node = False
     if known.attempts[-1].ended is None:
-        exit_code, failure, lost_node = gather(
-            run_dir, config, known.attempts[-1].number, num_nodes=place.num_nodes, output=Path(JOB_DIR) / f"{place.job}.out"
-        )
-        known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
-    decision = _decision(run_dir, config, known, place, lost_node=lost_node)
+        known, lost_node = _close(run_dir, config, known, place, nodes)
+    known, left_out = _leave_out(run_dir, config, known, place)
+    leaves = (lost_node or left_out) and not _enough_left(config, known, place, nodes)
+    decision = _decision(run_dir, config, known, place, leaves=leaves)
     conclude(run_dir, known, decision)
     tell(run_dir, known.attempts[-1], decision.reason)
     return decision.verdict
 
 
-def _decision(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, *, lost_node: bool) -> Decision:
+def _close(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, nodes: str) -> tuple[RunState, bool]:
+    """(state with the last attempt ended, whether a node of it is gone) from what its nodes left."""
+    attempt = known.attempts[-1]
+    output = Path(JOB_DIR) / f"{place.job}.out"
+    exit_code, failure, silent = gather(run_dir, config, attempt.number, num_nodes=attempt.num_nodes, output=output)
+    reported = [(attempt_dir(run_dir, attempt.number) / f"node-{node}.json").is_file() for node in range(attempt.num_nodes)]
+    lost = lost_hosts(attempt.hosts, expand_hosts(nodes), reported)
+    blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=config.cluster.ranks_per_node)
+    known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    ended = replace(known.attempts[-1], lost=tuple(lost), blamed=blamed)
+    return replace(known, attempts=(*known.attempts[:-1], ended)), silent
+
+
+def _leave_out(run_dir: Path, config: Config, known: RunState, place: SlurmPlace) -> tuple[RunState, bool]:
+    """(state, whether a node of the last attempt is left out from now on); the batch script reads which from a file."""
+    mine = known.attempts[known.attempts_before :]
+    new = exclusions(mine, known.excluded, config.launcher.slurm.max_excluded)
+    excluded = {**known.excluded, **new}
+    if not new or not _others(config, place, excluded):
+        return known, False
+    write_atomic(exclude_file(run_dir), ",".join(dict.fromkeys([*config.launcher.slurm.exclude, *excluded])))
+    for host, why in new.items():
+        print(f"{host} is left out from now on: {why}", flush=True)
+    last = known.attempts[-1]
+    if is_refused(last):
+        # Without these nodes it does not fail again in the same way.
+        assert last.failure is not None, "a preflight says why"
+        last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
+    return replace(known, excluded=excluded, attempts=(*known.attempts[:-1], last)), True
+
+
+def _others(config: Config, place: SlurmPlace, excluded: Mapping[str, str]) -> bool:
+    """Whether the partition has nodes enough without these; yes where SLURM cannot be asked from here."""
+    names = partition_nodes(place.partition)
+    left = None if names is None else names - set(excluded) - set(config.launcher.slurm.exclude)
+    return left is None or len(left) >= node_range(config).least
+
+
+def _enough_left(config: Config, known: RunState, place: SlurmPlace, nodes: str) -> bool:
+    """Whether the run can go on at once, on the nodes that are left of this job."""
+    return node_range(config).least < node_range(config).most and not _sizing(config, known, place, nodes)[0].waits
+
+
+def _decision(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, *, leaves: bool) -> Decision:
+    """`leaves`: not again on the nodes of this job."""
     slurm = config.launcher.slurm
     limits = Limits(
         max_restarts=config.launcher.max_restarts,
@@ -160,7 +272,7 @@ def _decision(run_dir: Path, config: Config, known: RunState, place: SlurmPlace,
     )
     mine = known.attempts[known.attempts_before :]
     outcomes = [Outcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
-    return decide(outcomes, limits, cancelled=cancel_file(run_dir, place.job).exists(), lost_node=lost_node)
+    return decide(outcomes, limits, cancelled=cancel_file(run_dir, place.word).exists(), lost_node=leaves)
 
 
 if __name__ == "__main__":

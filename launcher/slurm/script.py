@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
 from ...parallel.config import Device
 from ..config import Config
+from ..sizes import NodeRange, node_range
 
 MARK = "# --- The same in every job from here on."
 SIGNAL_MARGIN_S = 15
@@ -29,20 +30,27 @@ class BatchJob:
     work_dir: Path
     """Where the job runs: relative paths of the configuration start there."""
     python: str
+    nodes: NodeRange | None = None
+    """What of launcher.nodes can be used; None: all of it."""
     entry: str | None = None
     """Training function in place of the real one, as module:function."""
 
 
 def render_sbatch(job: BatchJob, template: str) -> str:
     """The whole script: a head for this run, then what `template` (slurm/efflaunch.sbatch) has from its mark on."""
+    return assemble(job, list(sbatch_options(job)), [f"run_dir={shlex.quote(str(job.run_dir))}"], template)
+
+
+def assemble(job: BatchJob, options: Sequence[str], target: Sequence[str], template: str) -> str:
+    """A script of these #SBATCH options; the lines of `target` set its run directory."""
     mark = template.index(MARK)
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in sbatch_options(job)), ""]
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
     prologue = job.config.cluster.slurm.prologue
     lines += [*prologue, ""] if prologue else []
     entry = ["--entry", job.entry] if job.entry else []
     lines += [
         f"python={shlex.quote(job.python)}",
-        f"run_dir={shlex.quote(str(job.run_dir))}",
+        *target,
         f"srun_options=({shlex.join(job.config.cluster.slurm.srun)})",
         f"agent_options=({shlex.join(entry)})",
         "",
@@ -54,8 +62,15 @@ def sbatch_options(job: BatchJob) -> Iterator[str]:
     """What stands behind each #SBATCH, in order."""
     config, site, slurm = job.config, job.config.cluster.slurm, job.config.launcher.slurm
     yield f"--job-name={_word(f'efflaunch-{job.run_dir.name}')}"
-    yield f"--nodes={config.cluster.num_nodes}"
-    yield "--ntasks-per-node=1"
+    wanted = job.nodes or node_range(config)
+    if wanted.least == wanted.most:
+        yield f"--nodes={wanted}"
+        yield "--ntasks-per-node=1"
+    else:
+        # With a number of tasks SLURM gives no more nodes than the least; srun says one task on each.
+        yield f"--nodes={wanted.least}-{wanted.most}"
+        # A node that goes down does not end the job: it goes on with the others, where the batch script still runs.
+        yield "--no-kill"
     if site.gres is not None:
         yield f"--gres={_word(site.gres)}"
     elif config.cluster.device is Device.CUDA:
@@ -81,9 +96,14 @@ def sbatch_options(job: BatchJob) -> Iterator[str]:
     yield "--open-mode=append"
     yield f"--signal=USR2@{signal_lead_s(config)}"
     yield f"--chdir={_word(str(job.work_dir))}"
-    # SLURM reads % as the start of a placeholder.
-    yield f"--output={_word(str(job.run_dir / JOB_DIR).replace('%', '%%') + '/%j.out')}"
+    yield output_option(job.run_dir / JOB_DIR, "%j")
     yield from site.sbatch
+
+
+def output_option(directory: Path, name: str) -> str:
+    """--output for what the script prints; `name` may hold SLURM's placeholders."""
+    # SLURM reads % as the start of one.
+    return f"--output={_word(str(directory).replace('%', '%%') + f'/{name}.out')}"
 
 
 def _word(text: str) -> str:

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    place = Place(node=job.node, num_nodes=job.num_nodes, name=job.name, folder=JOB_DIR, exclude_key="launcher.slurm.exclude")
+    place = Place(node=job.node, num_nodes=job.step_nodes, name=job.name, folder=JOB_DIR, exclude_key="launcher.slurm.exclude")
     return take_part(options.run_dir, options.meeting, place, options.entry, early, lambda: stop_asked(options.run_dir, job))
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ...children import started_deaf, stay_deaf
 from .cost import CostModel
 from .packed import pack_plan, unpack_plan
 from .plan import StepPlan
@@ -216,7 +217,7 @@ def _start_process() -> tuple[subprocess.Popen[bytes], Connection]:
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", f"{package}.parallel.sequence.service", str(theirs.fileno()), str(os.getpid())]
-    with theirs:
+    with theirs, started_deaf():
         process = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL
         )
@@ -273,8 +274,7 @@ def find_extras(plan: StepPlan, request: PlanRequest) -> Extras:
 
 def main(arguments: list[str]) -> int:
     """`python -m efflaunch.parallel.sequence.service FD PARENT_PID`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    stay_deaf()
     try:
         # The name with which the rank pickles what it sends.
         from importlib import import_module

@@ -11,6 +11,8 @@ def main() -> int:
     """Exit as efflaunch would."""
     real = start.launch
     start.launch = lambda config, run_dir=None: real(config, run_dir, entry="fake_training:train")  # type: ignore[assignment]
+    array = start.launch_array
+    start.launch_array = lambda configs, folder: array(configs, folder, entry="fake_training:train")  # type: ignore[assignment]
     start.check_data = lambda config: None
     return cli.main()
 

@@ -13,7 +13,6 @@ import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.backends import grace_note
 from efflaunch.launcher.backends.slurm import reconcile, template_text
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.nodes import address
@@ -21,7 +20,9 @@ from efflaunch.launcher.nodes.decide import Limits, Verdict, decide
 from efflaunch.launcher.nodes.meeting import Meeting
 from efflaunch.launcher.nodes.preflight import NodeFacts, bad_hosts, check_nodes, table
 from efflaunch.launcher.restarts import Outcome
+from efflaunch.launcher.sizes import NodeRange
 from efflaunch.launcher.slurm import control
+from efflaunch.launcher.slurm.array import render_array
 from efflaunch.launcher.slurm.script import BatchJob, check_batch, format_time, render_sbatch
 from efflaunch.launcher.state import ACTIVE, new_state
 
@@ -47,6 +48,52 @@ def test_the_script(name: str, overrides: tuple[str, ...]) -> None:
         file.write_text(text)
     assert text == file.read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def batch(name: str, *overrides: str) -> BatchJob:
+    config = compose(["+experiment=llama8b_1M", "launcher=slurm", "cluster=h100_80g", *overrides])
+    return BatchJob(config=config, run_dir=Path("/shared/my runs") / name, work_dir=Path("/shared/work"), python="/shared/venv/bin/python")
+
+
+def check_golden(name: str, text: str) -> None:
+    file = GOLDEN / f"{name}.sbatch"
+    if os.environ.get("EFFLAUNCH_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def test_the_script_of_a_range_of_nodes() -> None:
+    job = replace(batch("it", "launcher.nodes=2:6", "cluster.slurm.partition=long"), nodes=NodeRange(2, 4))
+    check_golden("elastic", render_sbatch(job, template_text()))
+
+
+def test_the_script_of_an_array() -> None:
+    words = ("launcher.slurm.array_limit=2", "cluster.slurm.partition=long", "cluster.slurm.prologue=['module load cuda']")
+    jobs = [batch(f"try-lr-{rate}", *words, f"optim.lr={rate}") for rate in ("1e-3", "1e-4", "1e-5")]
+    check_golden("array", render_array(jobs, Path("/shared/my runs/try-array"), template_text()))
+
+
+def test_points_that_make_no_array() -> None:
+    one, other = batch("a"), batch("b", "cluster.slurm.time_s=1h")
+    with pytest.raises(ConfigError, match=r"launcher\.slurm\.array: found --time not given for a and 0-01:00:00 for b"):
+        render_array([one, other], Path("/runs/x-array"), template_text())
+    other = batch("b", "cluster.num_nodes=4")
+    with pytest.raises(ConfigError, match=r"found --nodes 2 for a and 4 for b; expected points that differ in what they train"):
+        render_array([one, other], Path("/runs/x-array"), template_text())
+    with pytest.raises(ConfigError, match=r"launcher\.slurm\.array_limit: found 0; expected 1 or more"):
+        render_array([batch("a", "launcher.slurm.array_limit=0")], Path("/runs/x-array"), template_text())
+
+
+def test_a_sweep_as_an_array_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "+experiment=quickstart", "launcher=slurm", "run.id=try", "train.seed=0,1", "--dry-run"]
+    assert cli.main([*words, "launcher.slurm.array=true"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-1\n" in script and f"  {tmp_path}/runs/try-seed-0\n  {tmp_path}/runs/try-seed-1\n)" in script
+    assert "#SBATCH --job-name=efflaunch-try-array\n" in script and not list(tmp_path.iterdir())
+    assert cli.main([*words, "launcher.slurm.array=true,false"]) == 93
+    assert "expected it for all or none" in capsys.readouterr().err
 
 
 def test_the_template_is_sound_and_asks_for_what_the_script_does() -> None:
@@ -210,16 +257,10 @@ def test_what_scontrol_prints() -> None:
 )
 def test_slurm_knows_better_whether_anything_lives(known: str, job: str, state: str) -> None:
     mine = replace(new_state(world_size=2, revision=1, attempts=()), state=known)
-    told = reconcile(mine, 7, control.parse_job(LINE.replace("RUNNING", job)))
+    told = reconcile(mine, "7", control.parse_job(LINE.replace("RUNNING", job)))
     assert told.state == state and told.detail.startswith(f"job 7 {job}") and told.job == "7"
-    forgotten = reconcile(mine, 7, None)
+    forgotten = reconcile(mine, "7", None)
     assert forgotten.state == ("died" if known in ACTIVE else known)
-
-
-def test_a_grace_that_is_too_short_is_said_beforehand() -> None:
-    events = [{"event": "step", "step_s": 100.0}, {"event": "step", "step_s": 60.0}, {"event": "checkpoint", "save_s": 30.0}]
-    assert grace_note(events, 130.0) == "" and grace_note([], 1.0) == ""
-    assert "up to 1 min 40 s for a step and 30 s for a save, launcher.grace_s=120" in grace_note(events, 120.0)
 
 
 def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +271,7 @@ def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"sbatch: found error: You are out of hours; expected the job to be accepted"):
         control.submit(tmp_path / "job.sbatch")
     script.write_text('#!/bin/sh\necho "123;west"\n')
-    assert control.submit(tmp_path / "job.sbatch") == 123
+    assert control.submit(tmp_path / "job.sbatch") == "123"
 
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,4 +280,4 @@ def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(EfflaunchError, match="SLURM does not answer: slurm_load_jobs error: Unable to contact slurm controller"):
-        control.find_job(5)
+        control.find_job("5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import pytest
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.env import SlurmPlace, slurm_place
+from efflaunch.launcher.lock import lock_run
 from efflaunch.launcher.nodes.decide import Verdict
-from efflaunch.launcher.rundir import attempt_dir, lock_run
+from efflaunch.launcher.rundir import attempt_dir, read_attempt
 from efflaunch.launcher.slurm import job
 from efflaunch.launcher.slurm.files import cancel_file, stop_asked, stop_file
-from efflaunch.launcher.state import RunState, end_attempt, read_state, write_state
+from efflaunch.launcher.state import Failure, RunState, end_attempt, read_state, write_state
 
-PLACE = SlurmPlace(job=17, restart=0, node=0, num_nodes=2, name="n0")
+PLACE = SlurmPlace(job=17, restart=0, node=0, num_nodes=2, name="n0", step_nodes=2, hosts="n[0-1]")
+NEXT = replace(PLACE, restart=1)
 Ranks = dict[int, int]
 
 
@@ -45,8 +48,8 @@ def leave(run_dir: Path, node: int, ranks: Ranks, errors: dict[int, tuple[str, i
         (logs / f"rank-{rank}.error.json").write_text(json.dumps(record))
 
 
-def begin(run_dir: Path) -> None:
-    meeting = job.start(run_dir, PLACE)
+def begin(run_dir: Path, place: SlurmPlace = PLACE) -> None:
+    meeting = job.start(run_dir, place)
     assert meeting.attempt == len(state(run_dir).attempts) and meeting.address == "127.0.0.1" and 20000 <= meeting.port < 30000
     assert state(run_dir).job == "17" and state(run_dir).host == "n0" and state(run_dir).state == "starting"
 
@@ -81,8 +84,8 @@ def test_a_node_that_says_nothing(run_dir: Path) -> None:
     leave(run_dir, 0, {0: 1, 1: 1}, {0: ("Connection closed by peer", 1)})
     assert job.settle(run_dir, PLACE) is Verdict.REQUEUE
     assert state(run_dir).state == "queued" and state(run_dir).exit_code is None
-    begin(run_dir)
-    assert job.settle(run_dir, PLACE) is Verdict.FAIL
+    begin(run_dir, NEXT)
+    assert job.settle(run_dir, NEXT) is Verdict.FAIL
     failure = state(run_dir).failure
     assert failure is not None and failure.message.startswith("node 0 of the job, node 1 of the job ended without a word")
     assert failure.traceback == "slurmstepd: node failure"
@@ -104,7 +107,7 @@ def test_stopped_and_saved(run_dir: Path, cancelled: bool, verdict: Verdict) -> 
     begin(run_dir)
     write_state(run_dir, end_attempt(state(run_dir), exit_code=75, failure=None, last_step=4))
     if cancelled:
-        cancel_file(run_dir, 17).touch()
+        cancel_file(run_dir, "17").touch()
     assert job.settle(run_dir, PLACE) is verdict
     assert state(run_dir).state == ("preempted" if cancelled else "queued")
 
@@ -140,9 +143,9 @@ def test_another_efflaunch_in_the_directory(run_dir: Path, monkeypatch: pytest.M
 
 def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:
     assert not stop_asked(run_dir, PLACE)
-    stop_file(run_dir, 17, 1).touch()
+    stop_file(run_dir, "17", 1).touch()
     assert not stop_asked(run_dir, PLACE)
-    stop_file(run_dir, 17, 0).touch()
+    stop_file(run_dir, "17", 0).touch()
     assert stop_asked(run_dir, PLACE)
     job.queue(run_dir, job.read_run(run_dir).config)
     assert not stop_asked(run_dir, PLACE)
@@ -151,9 +154,13 @@ def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:
 def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in (("SLURM_JOB_ID", "17"), ("SLURM_NODEID", "0"), ("SLURM_JOB_NUM_NODES", "2"), ("SLURMD_NODENAME", "n0")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[0-1]")
     assert slurm_place() == PLACE
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert slurm_place().restart == 3
+    assert slurm_place().restart == 3 and slurm_place().word == "17" and slurm_place().life == "17.3"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_place().word == "15_2"
     monkeypatch.delenv("SLURM_NODEID")
     assert job.main(["start", "nowhere"]) == 93
     assert "found no SLURM_NODEID; expected a task started by srun" in capsys.readouterr().err
@@ -161,3 +168,115 @@ def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_run_directories_are_their_owners(run_dir: Path) -> None:
     assert run_dir.stat().st_mode & 0o777 == 0o700
+
+
+def ranged(tmp_path: Path, *words: str) -> Path:
+    """A run on two or three nodes."""
+    base = ["+experiment=quickstart", "launcher=slurm", "launcher.nodes=2:3", "cluster.ranks_per_node=2", "launcher.max_restarts=1"]
+    job.queue(tmp_path / "ranged", compose([*base, *words]))
+    return tmp_path / "ranged"
+
+
+THREE = replace(PLACE, num_nodes=3, hosts="n[0-2]")
+
+
+def test_a_run_that_shrinks_and_grows(run_dir: Path, tmp_path: Path) -> None:
+    """A node lost: on with the others in the same job; the next life of the job has three again."""
+    wide = ranged(tmp_path)
+    begin(wide, THREE)
+    assert (state(wide).attempts[0].num_nodes, state(wide).attempts[0].hosts, state(wide).world_size) == (3, ("n0", "n1", "n2"), 6)
+    leave(wide, 0, {0: 1, 1: 1}, {0: ("Connection closed by peer", 1)})
+    leave(wide, 2, {4: 1, 5: 1}, {4: ("Connection closed by peer", 1)})
+    assert job.settle(wide, THREE, "n[0,2]") is Verdict.AGAIN
+    assert state(wide).attempts[0].lost == ("n1",) and state(wide).attempts[0].blamed == {"n1": "ended without a word"}
+    assert str(job.start(wide, THREE, "n[0,2]")).startswith("2@") and state(wide).attempts[1].hosts == ("n0", "n2")
+    assert read_attempt(wide, 2).cluster.num_nodes == 2 and job.read_run(wide).config.cluster.num_nodes == 3
+    write_state(wide, end_attempt(state(wide), exit_code=75, failure=None, last_step=4))
+    assert job.settle(wide, THREE, "n[0,2]") is Verdict.REQUEUE
+    begin(wide, replace(THREE, restart=1))
+    assert state(wide).attempts[2].hosts == ("n0", "n1", "n2") and read_attempt(wide, 3) == job.read_run(wide).config
+
+
+def test_a_lost_node_that_slurm_still_counts(run_dir: Path, tmp_path: Path) -> None:
+    """Its agent left nothing: it is not used again in this life of the job."""
+    wide = ranged(tmp_path)
+    begin(wide, THREE)
+    leave(wide, 0, {0: 1, 1: 1}, {0: ("Connection closed by peer", 1)})
+    leave(wide, 1, {2: 1, 3: 1}, {2: ("Connection closed by peer", 1)})
+    assert job.settle(wide, THREE, "n[0-2]") is Verdict.AGAIN
+    begin(wide, THREE)
+    assert state(wide).attempts[1].hosts == ("n0", "n1")
+
+
+def test_too_few_are_left(run_dir: Path, tmp_path: Path) -> None:
+    wide = ranged(tmp_path)
+    begin(wide, THREE)
+    assert job.settle(wide, THREE, "n0") is Verdict.REQUEUE
+    with pytest.raises(EfflaunchError, match="not begun: 1 node to be had, 2 needed at least; failed 2 times") as caught:
+        job.start(wide, THREE, "n0")
+    assert caught.value.exit_code == 1 and state(wide).state == "failed"
+
+
+def test_a_job_without_the_nodes_it_needs_goes_back(run_dir: Path, tmp_path: Path) -> None:
+    wide = ranged(tmp_path)
+    with pytest.raises(EfflaunchError, match="not begun: 1 node to be had, 2 needed at least; requeued 1 of 1") as caught:
+        job.start(wide, THREE, "n0")
+    assert caught.value.exit_code == Verdict.REQUEUE and state(wide).state == "queued"
+
+
+def refuse(run_dir: Path, *unfit: str) -> None:
+    """As the head does after a preflight that these did not pass."""
+    failure = Failure(rank=-1, message="nodes that cannot do their part", traceback="", log="slurm", is_user_error=True)
+    known = end_attempt(state(run_dir), exit_code=93, failure=failure, last_step=0)
+    last = replace(known.attempts[-1], blamed=dict.fromkeys(unfit, "no GPU"))
+    write_state(run_dir, replace(known, attempts=(*known.attempts[:-1], last)))
+
+
+def test_a_node_that_is_not_fit_is_left_out(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(job, "partition_nodes", lambda partition: {"n0", "n1", "n2"})
+    begin(run_dir)
+    refuse(run_dir, "n1")
+    assert job.settle(run_dir, PLACE) is Verdict.REQUEUE
+    assert state(run_dir).excluded == {"n1": "failed the preflight: no GPU"} and (run_dir / "slurm" / "exclude").read_text() == "n1"
+    assert "n1 is left out from now on: failed the preflight: no GPU" in capsys.readouterr().out
+    begin(run_dir, replace(NEXT, hosts="n[0,2]"))
+    assert state(run_dir).attempts[-1].hosts == ("n0", "n2")
+    job.queue(run_dir, job.read_run(run_dir).config)
+    assert not state(run_dir).excluded and not (run_dir / "slurm" / "exclude").exists()
+
+
+def test_an_unfit_node_with_no_other_to_take_its_place(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "partition_nodes", lambda partition: {"n0", "n1"})
+    begin(run_dir)
+    refuse(run_dir, "n1")
+    assert job.settle(run_dir, PLACE) is Verdict.USER and state(run_dir).exit_code == 93 and not state(run_dir).excluded
+
+
+def test_leaving_out_can_be_turned_off(run_dir: Path, tmp_path: Path) -> None:
+    wide = ranged(tmp_path, "launcher.slurm.max_excluded=0")
+    begin(wide, THREE)
+    refuse(wide, "n1")
+    assert job.settle(wide, THREE, "n[0-2]") is Verdict.USER
+
+
+def test_an_unfit_node_of_a_range_is_left_out_at_once(run_dir: Path, tmp_path: Path) -> None:
+    wide = ranged(tmp_path)
+    begin(wide, THREE)
+    refuse(wide, "n1")
+    assert job.settle(wide, THREE, "n[0-2]") is Verdict.AGAIN
+    begin(wide, THREE)
+    assert state(wide).attempts[-1].hosts == ("n0", "n2")
+
+
+def test_the_first_node_is_left_out(run_dir: Path, tmp_path: Path) -> None:
+    """Where the batch script lives: the job has to go back, however many are left."""
+    wide = ranged(tmp_path)
+    begin(wide, THREE)
+    refuse(wide, "n0")
+    assert job.settle(wide, THREE, "n[0-2]") is Verdict.REQUEUE and state(wide).excluded.keys() == {"n0"}
+
+
+def test_a_job_of_another_size_than_asked_for(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.num_nodes: found a job of 3 nodes; expected 2"):
+        job.start(run_dir, THREE)
+    assert state(run_dir).exit_code == 93

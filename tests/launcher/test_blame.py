@@ -1,0 +1,87 @@
+"""Which node a failure is put down to, and when a run stops using it; lists of nodes as SLURM writes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from efflaunch.launcher.nodes.blame import blame, exclusions
+from efflaunch.launcher.slurm.hosts import expand_hosts, lost_hosts
+from efflaunch.launcher.state import Attempt, Failure
+
+HOSTS = ("n0", "n1", "n2", "n3")
+
+
+def failure(rank: int, message: str = "rank 5 was killed", code: int | None = -9, *, mistake: bool = False) -> Failure:
+    return Failure(rank=rank, message=message, traceback="", log="", is_user_error=mistake, exit_code=code)
+
+
+@pytest.mark.parametrize(
+    ("broken", "lost", "blamed"),
+    [
+        (failure(5), (), {"n2": "rank 5 was killed"}),
+        (failure(0, code=-11), (), {"n0": "rank 5 was killed"}),
+        (failure(5, code=-6), (), {}),
+        (failure(5, code=1), (), {}),
+        (failure(5, mistake=True), (), {}),
+        (failure(5, "rank 5: AcceleratorError: CUDA error: uncorrectable ECC error encountered", None), (), {"n2": ...}),
+        (failure(5, "rank 5: RuntimeError: the wheels came off", None), (), {}),
+        (failure(-1, "n1 ended without a word", None), ("n1",), {"n1": "ended without a word"}),
+        (failure(5), ("n2",), {"n2": "ended without a word"}),
+        (failure(5, mistake=True), ("n1",), {}),
+        (None, ("n3",), {"n3": "ended without a word"}),
+    ],
+)
+def test_what_looks_like_the_hardware(broken: Failure | None, lost: tuple[str, ...], blamed: dict[str, object]) -> None:
+    found = blame(broken, hosts=HOSTS, lost=lost, ranks_per_node=2)
+    assert found.keys() == blamed.keys() and all(why is ... or found[host] == why for host, why in blamed.items())
+
+
+def attempt(number: int, blamed: dict[str, str], code: int = 1) -> Attempt:
+    return Attempt(number=number, started=0.0, exit_code=code, hosts=HOSTS, blamed=blamed)
+
+
+def test_a_preflight_counts_at_once_and_a_death_the_second_time() -> None:
+    refused = attempt(1, {"n1": "no GPU"}, code=93)
+    assert exclusions([refused], {}, 2) == {"n1": "failed the preflight: no GPU"}
+    once, twice = attempt(1, {"n1": "gone"}), attempt(2, {"n1": "killed"})
+    assert exclusions([once], {}, 2) == {}
+    assert exclusions([once, twice], {}, 2) == {"n1": "2 attempts failed on it, the last one: killed"}
+    assert exclusions([once, attempt(2, {"n2": "gone"})], {}, 2) == {}
+    assert exclusions([once, twice, attempt(3, {})], {}, 2) == {}
+
+
+def test_limits_of_leaving_out() -> None:
+    refused = attempt(1, {"n1": "no GPU"}, code=93)
+    assert exclusions([refused], {}, 0) == {} and exclusions([refused], {"n7": "gone", "n8": "gone"}, 2) == {}
+    assert exclusions([refused], {"n1": "no GPU"}, 2) == {}
+    most = replace(refused, blamed=dict.fromkeys(HOSTS[:3], "another version"))
+    assert exclusions([most], {}, 9) == {}, "then it is the head, or the run"
+    assert len(exclusions([replace(refused, blamed=dict.fromkeys(HOSTS[:2], "no GPU"))], {}, 9)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[0-2]", ["n0", "n1", "n2"]),
+        ("n[08-11,3],gpu1", ["n08", "n09", "n10", "n11", "n3", "gpu1"]),
+        ("r[1-2]n[0,5]-ib", ["r1n0-ib", "r1n5-ib", "r2n0-ib", "r2n5-ib"]),
+        ("", []),
+    ],
+)
+def test_lists_of_nodes(text: str, names: list[str]) -> None:
+    assert expand_hosts(text) == names
+
+
+def test_a_list_that_is_none() -> None:
+    with pytest.raises(ValueError, match="is no list of nodes"):
+        expand_hosts("n[1-2")
+
+
+def test_which_nodes_are_gone() -> None:
+    assert lost_hosts(HOSTS, ["n0", "n2", "n3"], [False] * 4) == ["n1"], "SLURM took the node from the job, and killed the others' agents"
+    assert lost_hosts(HOSTS, HOSTS, [True, True, False, True]) == ["n2"] and lost_hosts(HOSTS, HOSTS, [True] * 4) == []
+    assert lost_hosts(HOSTS, HOSTS, [False] * 4) == [], "nothing tells which"
+    assert lost_hosts(HOSTS, [], [True, False, True, True]) == ["n1"]
