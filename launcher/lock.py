@@ -26,7 +26,7 @@ from .state import read_state
 
 LOCK_FILE = ".lock"
 SHOW_S = 5.0
-STALE_S = 60.0
+STALE_S = 30.0
 """A holder that has not been heard of for so long is dead. Attributes may be that old in an NFS client's cache."""
 _LOOKERS_S = 0.5
 """`status` takes the lock for a moment."""
