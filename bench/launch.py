@@ -2,9 +2,10 @@
 
 One life of every contestant in each round, in turn: a command is typed and its first training step awaited; a rank is
 killed (SIGKILL) and the next step awaited; where there are several nodes one of them loses power and the next step is
-awaited; a stop signal is sent and the end awaited. Bare torch elastic runs as many ranks with the same imports and a plain
-model of the same sizes, without checkpoints: what a launcher takes beyond it is its own. Clusters are of this machine
-(bench/clusters), up before the command is typed; what cannot be measured here is listed with the reason.
+awaited; a stop signal is sent (on a cluster `efflaunch cancel` is typed) and the end awaited. Bare torch elastic runs as
+many ranks with the same imports and a plain model of the same sizes, without checkpoints: what a launcher takes beyond it is
+its own. Clusters are of this machine (bench/clusters), up before the command is typed; what cannot be measured here is
+listed with the reason.
 """
 
 from __future__ import annotations

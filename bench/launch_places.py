@@ -125,8 +125,8 @@ class Bare(Foreground):
 class Handed:
     """A run handed to a cluster of bench/clusters: the end is what its state.json says."""
 
-    def __init__(self, run_dir: Path, overrides: list[str], cluster: Any) -> None:
-        self.run_dir, self.cluster, self.lost = run_dir, cluster, False
+    def __init__(self, run_dir: Path, overrides: list[str], cluster: Any, ranks: int) -> None:
+        self.run_dir, self.cluster, self.ranks = run_dir, cluster, ranks
         command = [sys.executable, "-m", "efflaunch", *overrides]
         self.process = Process(command, run_dir.parent / "output", dict(cluster.environment))
 
@@ -137,9 +137,16 @@ class Handed:
         return rank_process(self.run_dir, rank)
 
     def lose_node(self) -> bool:
-        self.cluster.crash(1)
-        self.lost = True
-        return True
+        used = {os.readlink(f"/proc/{self.pid(rank)}/ns/net") for rank in range(self.ranks)}
+        for node in range(1, self.cluster.num_nodes):
+            if os.readlink(f"/proc/{self._node_pid(node)}/ns/net") in used:
+                self.cluster.crash(node)
+                return True
+        raise RuntimeError("no rank runs on a node that could be lost")
+
+    def _node_pid(self, node: int) -> int:
+        nodes: dict[Any, subprocess.Popen[bytes]] = getattr(self.cluster, "nodes", None) or self.cluster.processes
+        return (nodes[node] if node in nodes else nodes[f"node{node}"]).pid
 
     def stop(self) -> None:
         command = [sys.executable, "-m", "efflaunch", "cancel", str(self.run_dir)]
@@ -219,16 +226,21 @@ class Contestant:
         with self._cluster(folder / "cluster") as cluster:
             spread = [*mine, f"launcher={self.kind}", f"cluster.num_nodes={ranks}", "cluster.ranks_per_node=1"]
             if self.kind == "ray":
-                spread.append(f"launcher.ray.address={cluster.server}")
-            handed = Handed(run_dir, spread, cluster)
+                spread += [f"launcher.ray.address={cluster.server}", f"launcher.ray.python={sys.executable}"]
+            handed = Handed(run_dir, spread, cluster, ranks)
             try:
                 yield handed
             finally:
                 handed.process.end()
 
     def _cluster(self, directory: Path) -> Any:
-        name = {"slurm": "SlurmCluster", "ray": "RayCluster"}[self.kind]
-        return getattr(self._module(), name)(directory)
+        module = self._module()
+        if self.kind == "slurm":
+            return module.SlurmCluster(directory)
+        directory.mkdir()
+        # Jobs of Ray do not inherit this shell.
+        path = os.environ.get("PYTHONPATH")
+        return module.RayCluster(directory, variables={"OMP_NUM_THREADS": "1", **({"PYTHONPATH": path} if path else {})})
 
 
 def _backends() -> list[str]:

@@ -26,7 +26,7 @@ from .state import read_state
 
 LOCK_FILE = ".lock"
 SHOW_S = 5.0
-STALE_S = 60.0
+STALE_S = 30.0
 """A holder that has not been heard of for so long is dead. Attributes may be that old in an NFS client's cache."""
 _LOOKERS_S = 0.5
 """`status` takes the lock for a moment."""
@@ -88,8 +88,10 @@ def is_held(owner: Owner | None, age_s: float, *, machine: str, trusted: bool) -
 
 
 def release(lock: int) -> None:
-    """Give the lock back: nobody has to wait for a sign of life."""
-    os.ftruncate(lock, 0)
+    """Give the lock back: nobody has to wait for a sign of life. Another's, who has taken it over, is left alone."""
+    owner = _owner(lock)
+    if owner is not None and (owner.pid, owner.machine) == (os.getpid(), this_machine_id()):
+        os.ftruncate(lock, 0)
     os.close(lock)
 
 

@@ -62,7 +62,7 @@ def check_secrets(data: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
                 key,
                 found=f"what looks like {found}; run.yaml and batch scripts would show it",
                 expected="no secret in the configuration",
-                hint="export it where efflaunch is started (export WANDB_API_KEY=...): ranks and jobs inherit the environment",
+                hint="export it where efflaunch (on Ray: its nodes) is started, export WANDB_API_KEY=...; ranks inherit it",
             )
 
 

@@ -122,4 +122,5 @@ def test_the_holder_shows_itself_and_notices_a_usurper(tmp_path: Path) -> None:
     usurped = Presence(mine)
     write(tmp_path, THERE)
     assert usurped.show() == THERE
-    os.close(mine)
+    release(mine)
+    assert json.loads((tmp_path / ".lock").read_text())["key"] == "theirs"
