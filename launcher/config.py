@@ -69,6 +69,8 @@ class RayConfig:
     """What else to reserve on every node, as {accelerator_type:H100: 0.001}."""
     exclude: list[str] = field(default_factory=list)
     """Nodes not to use: host names, addresses or beginnings of Ray's node ids."""
+    max_excluded: int = 2
+    """Nodes one submission may leave out by itself: those that fail the preflight, or on which it failed twice; 0: none."""
     interface: str | None = None
     """Network interface the nodes meet on, as `ib0`; None: the one Ray uses."""
     env: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from .. import state
 from ..config import Config
 from ..display import Display, make_display
 from ..env import chosen_variables, ray_server
+from ..lock import holding
 from ..metrics_file import MetricsFollower
 from ..nodes.outcome import store_queued
 from ..ray import client, files
@@ -24,7 +25,7 @@ from ..ray.cluster import joined, started
 from ..ray.files import Submission
 from ..ray.request import FOLDER, HERE, Caller, JobRequest, check_ray, demand, describe_request, job_request
 from ..ray.upload import measure, stage
-from ..rundir import RUN_FILE, holding, make_run_dir
+from ..rundir import RUN_FILE, make_run_dir
 from ..signals import STOP_SIGNALS, on_stop_signals
 from ..state import RunState, read_state
 from . import Launch, Standing, announce, grace_note
@@ -128,7 +129,7 @@ def _request(launch: Launch) -> JobRequest:
 def _prepare(launch: Launch, run_dir: Path) -> int:
     """The run directory, made or revised for a launch; the number of the launch."""
     goes_on, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
-    make_run_dir(run_dir)
+    make_run_dir(run_dir, private=launch.config.run.private)
     with holding(run_dir):
         files.clear(run_dir)
         announce(launch.run_dir, goes_on, *store_queued(run_dir, launch.config))
@@ -199,7 +200,8 @@ def _run_here(launch: Launch) -> int:
 
     client.check_installed()
     config, run_dir = launch.config, launch.run_dir.resolve()
-    (run_dir / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_run_dir(run_dir, private=config.run.private)
+    (run_dir / FOLDER).mkdir(exist_ok=True)
     with files.only_driver(run_dir):
         number = _prepare(launch, run_dir)
         job = f"foreground-{number}"
@@ -224,7 +226,7 @@ def _drive(launch: Launch, run_dir: Path, job: str, say: Callable[[str], None], 
     work_dir = launch.config.launcher.ray.work_dir or str(Path.cwd())
     with _cluster(launch.config) as variables:
         driver = Driver(run_dir, job=job, entry=launch.entry, work_dir=work_dir, say=say, tick=lambda: display.show(follower.read()))
-        driver.variables = variables
+        driver.variables = {**variables, **chosen_variables(launch.config.launcher.ray.env)}
         with _stops_go_to(driver):
             return driver.run()
 

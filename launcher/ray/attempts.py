@@ -16,19 +16,26 @@ from pathlib import Path
 from ...errors import EXIT_PREEMPTED, EXIT_RETRY, EfflaunchError
 from .. import state
 from ..config import Config
+from ..env import secrets
+from ..lock import lock_in_time, release
 from ..metrics_file import newest_step
+from ..nodes.blame import blame, exclusions, is_refused
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
 from ..restarts import Outcome
-from ..rundir import lock_in_time, read_run
+from ..rundir import keep_private, read_run, write_attempt
+from ..secret import redact
+from ..sizes import Sizing, node_range, size_for
 from ..state import Attempt, Failure, RunState, read_state, write_state
 from .files import NOW, SAVE, told_to_stop
 from .group import Group
-from .placement import draining, reserve
+from .placement import draining, fitting, no_placement, node_offers, reserve
 from .request import FOLDER, demand
 
 _LOOK_AROUND_S = 1.0
 """Between looks at what people and the cluster want."""
+_GATHER_S = 10.0
+"""How long nodes up to the MAX of launcher.nodes are waited for where MIN are there."""
 
 
 class Driver:
@@ -37,10 +44,13 @@ class Driver:
     def __init__(
         self, run_dir: Path, *, job: str, entry: str | None, work_dir: str, say: Callable[[str], None], tick: Callable[[], None]
     ) -> None:
-        self.run_dir, self.job, self.entry, self.work_dir, self.say, self.tick = run_dir, job, entry, work_dir, say, tick
+        self.run_dir, self.job, self.entry, self.work_dir, self.tick = run_dir, job, entry, work_dir, tick
+        self.say: Callable[[str], None] = lambda line: say(redact(line, secrets()))
         self.variables: dict[str, str] = {}
         """For the agents, beside what Ray's workers have."""
         self.config: Config = read_run(run_dir).config
+        keep_private(self.config.run.private)
+        self.offers = node_offers
         self.started = time.monotonic()
         self.wish: str | None = None
         """Whether a person wants it to save and end, or to end now."""
@@ -61,45 +71,68 @@ class Driver:
     def _attempt(self) -> Decision:
         self.is_draining = False
         # The ranks of the last attempt are gone once this is free.
-        os.close(lock_in_time(self.run_dir))
+        release(lock_in_time(self.run_dir))
         gone: dict[int, str] = {}
-        num_nodes = self._num_nodes()
         try:
-            group = self._form(num_nodes)
-            if group is not None:
+            sizing = self._sizing()
+            group = self._form(sizing.num_nodes) if sizing is not None else None
+            if group is not None and sizing is not None:
                 try:
-                    self._begin(group)
+                    self._begin(group, sizing)
                     self._watch(group)
                 finally:
                     group.close()
                 gone = group.lost()
         except EfflaunchError as error:
             return self._refused(error)
-        return self._settle(num_nodes, gone, is_formed=group is not None)
+        return self._settle(gone, is_formed=group is not None)
 
-    def _num_nodes(self) -> int:
-        """Of the attempt that begins."""
-        return self.config.cluster.num_nodes
+    def _sizing(self) -> Sizing | None:
+        """How many nodes the attempt takes; None where a stop came first. ConfigError where none come in time."""
+        wanted, bundle, timeout_s = node_range(self.config), demand(self.config), self.config.launcher.ray.placement_timeout_s
+        if wanted.least == wanted.most:
+            return Sizing(num_nodes=wanted.most, config=self.config, reason=f"{wanted.most} nodes")
+        start, tried = time.monotonic(), -1
+        while not self._look_around():
+            waited, offers = time.monotonic() - start, self.offers()
+            free = sum(offer.can(bundle) for offer in fitting(offers, bundle, self._exclude()))
+            # Those of the last attempt are given back in a moment, and a node that is replaced comes soon or late.
+            if free != tried and (free >= wanted.most or waited > _GATHER_S):
+                tried, sizing = free, size_for(self.config, min(free, wanted.most))
+                if not sizing.waits:
+                    return sizing
+                self.say(f"waiting for nodes, at most {timeout_s:g} s: {sizing.reason}")
+            if waited > timeout_s:
+                raise no_placement(offers, bundle, wanted.least, self._exclude(), timeout_s)
+            time.sleep(_LOOK_AROUND_S)
+        return None
+
+    def _exclude(self) -> list[str]:
+        return [*self.config.launcher.ray.exclude, *self._known().excluded]
 
     def _form(self, num_nodes: int) -> Group | None:
         """Nodes with an actor on each; None where a stop came first."""
         ray, timeout_s = self.config.launcher.ray, self.config.launcher.start_timeout_s
-        bundle = demand(self.config)
-        placement = reserve(bundle, num_nodes, ray.exclude, timeout_s=ray.placement_timeout_s, is_over=self._look_around, say=self.say)
+        bundle, patience_s = demand(self.config), ray.placement_timeout_s
+        placement = reserve(bundle, num_nodes, self._exclude(), timeout_s=patience_s, is_over=self._look_around, say=self.say)
         if placement is None:
             return None
         return Group.form(placement, bundle, timeout_s=timeout_s, say=self.say)
 
-    def _begin(self, group: Group) -> None:
-        launcher = self.config.launcher
-        known = self._known()
-        attempt = Attempt(number=len(known.attempts) + 1, started=time.time())
+    def _begin(self, group: Group, sizing: Sizing) -> None:
+        launcher, known = self.config.launcher, self._known()
+        number, names = len(known.attempts) + 1, tuple(member.name for member in group.members)
         interface, timeout_s = launcher.ray.interface, launcher.start_timeout_s
-        meeting = group.meet(attempt.number, self.job, interface=interface, timeout_s=timeout_s)
-        starting = replace(known, state=state.STARTING, exit_code=None, ended=None, attempts=(*known.attempts, attempt))
-        write_state(self.run_dir, starting)
-        names = ", ".join(member.name for member in group.members)
-        self.say(f"attempt {attempt.number} on {names}; agents meet at {meeting.address}:{meeting.port}")
+        group.check_shared(self.run_dir, timeout_s)
+        meeting = group.meet(number, self.job, interface=interface, timeout_s=timeout_s)
+        changes = write_attempt(self.run_dir, number, sizing.config)
+        world_size = sizing.num_nodes * sizing.config.cluster.ranks_per_node
+        attempt = Attempt(number=number, started=time.time(), num_nodes=sizing.num_nodes, world_size=world_size, hosts=names)
+        starting = replace(known, state=state.STARTING, exit_code=None, ended=None, world_size=world_size)
+        write_state(self.run_dir, replace(starting, attempts=(*known.attempts, attempt)))
+        self.say(f"attempt {number} on {sizing.reason}: {', '.join(names)}; agents meet at {meeting.address}:{meeting.port}")
+        for line in changes:
+            self.say(f"  {line}")
         arguments = [str(self.run_dir), *(["--entry", self.entry] if self.entry else [])]
         group.start(arguments, meeting, work_dir=self.work_dir, variables=self.variables, timeout_s=timeout_s)
 
@@ -138,7 +171,7 @@ class Driver:
         assert known is not None, "whoever starts a run writes state.json first"
         return replace(known, job=self.job, host=os.uname().nodename, pid=os.getpid())
 
-    def _settle(self, num_nodes: int, gone: dict[int, str], *, is_formed: bool) -> Decision:
+    def _settle(self, gone: dict[int, str], *, is_formed: bool) -> Decision:
         """Close the attempt, and say what follows."""
         known = self._known()
         lost_node = bool(gone)
@@ -147,14 +180,43 @@ class Driver:
             known = replace(known, attempts=(*known.attempts, Attempt(number=len(known.attempts) + 1, started=time.time())))
             known = state.end_attempt(known, exit_code=EXIT_PREEMPTED, failure=None, last_step=newest_step(self.run_dir))
         elif is_open(known):
-            output = Path(FOLDER) / f"{self.job}.out"
-            number = known.attempts[-1].number
-            exit_code, failure, lost_node = gather(self.run_dir, self.config, number, num_nodes=num_nodes, output=output, gone=gone)
-            known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(self.run_dir))
-        decision = self._decision(known, lost_node)
+            known, lost_node = self._close(known, gone)
+        known, left_out = self._leave_out(known)
+        decision = self._decision(known, lost_node or left_out)
         conclude(self.run_dir, known, decision)
         self._tell(known.attempts[-1], decision)
         return decision
+
+    def _close(self, known: RunState, gone: dict[int, str]) -> tuple[RunState, bool]:
+        """(state with the last attempt ended, whether a node of it is gone) from what its nodes left."""
+        attempt, output = known.attempts[-1], Path(FOLDER) / f"{self.job}.out"
+        exit_code, failure, silent = gather(
+            self.run_dir, self.config, attempt.number, num_nodes=attempt.num_nodes, output=output, gone=gone
+        )
+        lost = [attempt.hosts[node] for node in gone if node < len(attempt.hosts)]
+        blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=self.config.cluster.ranks_per_node)
+        known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(self.run_dir))
+        ended = replace(known.attempts[-1], lost=tuple(lost), blamed=blamed)
+        return replace(known, attempts=(*known.attempts[:-1], ended)), silent
+
+    def _leave_out(self, known: RunState) -> tuple[RunState, bool]:
+        """(state, whether a node of the last attempt is left out from now on)."""
+        mine = known.attempts[known.attempts_before :]
+        new = exclusions(mine, known.excluded, self.config.launcher.ray.max_excluded)
+        if not new:
+            return known, False
+        excluded = {**known.excluded, **new}
+        names = [*self.config.launcher.ray.exclude, *excluded]
+        if len(fitting(self.offers(), demand(self.config), names)) < node_range(self.config).least:
+            return known, False
+        for host, why in new.items():
+            self.say(f"{host} is left out from now on: {why}")
+        last = known.attempts[-1]
+        if is_refused(last):
+            # Without these nodes it does not fail again in the same way.
+            assert last.failure is not None, "a preflight says why"
+            last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
+        return replace(known, excluded=excluded, attempts=(*known.attempts[:-1], last)), True
 
     def _decision(self, known: RunState, lost_node: bool) -> Decision:
         ray = self.config.launcher.ray

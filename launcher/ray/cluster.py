@@ -18,7 +18,8 @@ from ..env import home_variables, ray_mode, ray_quiet_variables, variables_set
 from .client import check_installed
 from .request import demand
 
-_NO_CLOUD = "provider:\n  type: local\n"
+LOOPBACK = "127.0.0.1"
+NO_CLOUD = "provider:\n  type: local\n"
 """Without a word on who provides its machines, a head asks the metadata servers of the clouds."""
 
 
@@ -49,7 +50,7 @@ def started(config: Config) -> Iterator[dict[str, str]]:
     check_installed()
     home = Path(tempfile.mkdtemp(prefix="ray-"))
     try:
-        (home / "ray_bootstrap_config.yaml").write_text(_NO_CLOUD)
+        (home / "ray_bootstrap_config.yaml").write_text(NO_CLOUD)
         values = {"HOME": str(home)}
         if not config.launcher.ray.usage_stats:
             values |= ray_quiet_variables()
@@ -59,7 +60,8 @@ def started(config: Config) -> Iterator[dict[str, str]]:
         with variables_set(values):
             import ray
 
-            ray.init(address="local", **_size(config), _temp_dir=str(home / "t"), include_dashboard=False, log_to_driver=False)
+            private: dict[str, Any] = {"_temp_dir": str(home / "t"), "_node_ip_address": LOOPBACK, "include_dashboard": False}
+            ray.init(address="local", **_size(config), **private, log_to_driver=False)
             try:
                 yield own
             finally:

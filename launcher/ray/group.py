@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, EfflaunchError
 from ..nodes.meeting import Meeting
+from ..nodes.preflight import Row, table
+from ..rundir import HASH_FILE
 from .keeper import Keeper, NodeCard
 
 _LOOK_S = 0.3
@@ -59,6 +62,28 @@ class Group:
         except BaseException:
             remove_placement_group(placement)
             raise
+
+    def check_shared(self, run_dir: Path, timeout_s: float) -> None:
+        """ConfigError, with a table, where a node does not see the run directory that this process sees.
+
+        The agents look closer, but a head without it could not even say so.
+        """
+        expected = (run_dir / HASH_FILE).read_text()
+        told = _ask_all([member.actor.sees.remote(str(run_dir)) for member in self.members], timeout_s)
+        problems = [
+            problem or ("" if seen == expected else "sees another run.yaml: the run directory is not shared") for seen, problem in told
+        ]
+        rows = [
+            Row(host=member.name, problems=(why,) if why else (), details="") for member, why in zip(self.members, problems, strict=True)
+        ]
+        bad = [row.host for row in rows if row.problems]
+        if bad:
+            raise ConfigError(
+                "nodes of the run",
+                found=f"some that cannot do their part:\n{table(sorted(rows, key=lambda row: not row.problems))}\n",
+                expected="the run directory on every node",
+                hint=f"run.root=DIR on storage that all of them share, or leave them out: launcher.ray.exclude=[{','.join(bad)}]",
+            )
 
     def meet(self, attempt: int, job: str, *, interface: str | None, timeout_s: float) -> Meeting:
         """Where the agents are to meet. ConfigError for a loopback address that another node was to reach."""
@@ -199,4 +224,5 @@ def _reason(error: Exception) -> str:
     """The one line of Ray's many that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "died" in line.lower() or "cause" in line.lower() or "Error:" in line]
-    return (telling or lines or [type(error).__name__])[-1][:300]
+    # What follows are guesses at common causes.
+    return (telling or lines or [type(error).__name__])[-1].partition(". ")[0][:300]

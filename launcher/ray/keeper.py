@@ -20,6 +20,7 @@ from ... import __version__
 from ...errors import ConfigError
 from ..env import agent_variables
 from ..nodes.address import address_of, head_port
+from ..rundir import HASH_FILE
 
 _MAX_READ = 1 << 20
 
@@ -49,6 +50,15 @@ class Keeper:
 
         node_id = ray.get_runtime_context().get_node_id()
         return NodeCard(id=node_id, host=socket.gethostname(), address=ray.util.get_node_ip_address(), version=__version__)
+
+    def sees(self, run_dir: str) -> tuple[str, str]:
+        """(the hash of run.yaml as this node has it, why it cannot work there)."""
+        try:
+            seen = (Path(run_dir) / HASH_FILE).read_text()
+            with tempfile.TemporaryFile(dir=run_dir):
+                return seen, ""
+        except OSError as error:
+            return "", f"run directory: {error.strerror}: {error.filename or run_dir}"
 
     def meeting_point(self, job: str, interface: str | None) -> tuple[str, int]:
         """Address and free port of this node, for the agents to meet at; ConfigError where the interface has none."""

@@ -80,11 +80,11 @@ def no_placement(
 
 
 def node_offers() -> list[NodeOffer]:
-    """The cluster as Ray sees it now."""
+    """The cluster as Ray sees it now, but for nodes that are about to be taken away."""
     import ray
     from ray._private.state import available_resources_per_node
 
-    free = available_resources_per_node()
+    free, leaving = available_resources_per_node(), draining()
     return [
         NodeOffer(
             id=node["NodeID"],
@@ -94,7 +94,7 @@ def node_offers() -> list[NodeOffer]:
             free=free.get(node["NodeID"], {}),
         )
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in leaving
     ]
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from ...errors import ConfigError
 from ...parallel.config import Device
 from ..config import Config, RayConfig
+from ..secret import is_secret_name
 
 FOLDER = "ray"
 """What Ray's part of a run leaves, inside the run directory."""
@@ -21,7 +22,6 @@ HERE = "auto"
 """The address that means: the cluster around this process."""
 STOP_MARGIN_S = 30
 """Beyond launcher.grace_s, for ranks that had to be killed and for the word that they were."""
-_SECRET_WORDS = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS", "AUTH"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +82,9 @@ def job_request(config: Config, caller: Caller, address: str) -> JobRequest:
 
 def job_variables(config: Config) -> dict[str, str]:
     """What the job's own processes are told about how to behave."""
-    # `ray job stop` then leaves the time to save, where it would leave 3 s; and no actor waits in Ray's own queue of warnings.
+    # `ray job stop` then leaves the time to save, where it would leave 3 s.
     patience_s = math.ceil(config.launcher.grace_s) + STOP_MARGIN_S
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(patience_s), "RAY_DEDUP_LOGS": "0"}
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(patience_s)}
 
 
 def _word(text: str) -> str:
@@ -120,7 +120,7 @@ def check_ray(config: Config, server: str | None) -> None:
 
 
 def _mistakes(config: Config, ray: RayConfig, server: str | None) -> Iterator[ConfigError]:
-    secrets = [name for name in ray.env if set(name.upper().split("_")) & _SECRET_WORDS]
+    secrets = [name for name in ray.env if is_secret_name(name)]
     if secrets:
         yield ConfigError(
             "launcher.ray.env",

@@ -1,0 +1,126 @@
+"""Nodes that are namespaces of this machine: a network with its own address, a host name, mounts and processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .slurm import wait_until
+
+_PROGRAMS = ("unshare", "ip")
+# The shell is process 1 of the node and reaps what the node leaves behind. Words after it: the node's command.
+_SHELL = """\
+hostname {name}
+mount --bind {directory}/hosts /etc/hosts
+mount --bind {directory}/nsswitch.conf /etc/nsswitch.conf
+ip link set lo up
+until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
+ip addr add {address}/24 dev eth0
+ip link set eth0 up
+"$@" & wait
+while :; do wait; sleep 1; done
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """One node."""
+
+    name: str
+    directory: Path
+    """Of the cluster; has its hosts file, and the node's output."""
+    address: str
+    bridge: str
+    link: str
+    private: Path | None = None
+    """A directory of which the node has an empty one of its own."""
+
+
+def why_not() -> str | None:
+    """Why there can be no such nodes here; None where there can."""
+    if sys.platform != "linux":
+        return "nodes in namespaces need Linux"
+    if os.geteuid() != 0:
+        return "nodes in namespaces need root"
+    missing = [name for name in _PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return f"no {', '.join(missing)}: apt-get install util-linux iproute2"
+    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    if probe.returncode:
+        return f"namespaces are not allowed here: {probe.stderr.strip()}"
+    bridge = f"probe{os.getpid() % 10**6}"
+    probe = subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], capture_output=True, text=True)
+    if probe.returncode:
+        return f"no bridge can be made here: {probe.stderr.strip()}"
+    subprocess.run(["ip", "link", "del", bridge], check=True)
+    return None
+
+
+def write_names(directory: Path, addresses: Mapping[str, str]) -> None:
+    """Files by which nodes know each other."""
+    lines = "".join(f"{address} {name}\n" for name, address in addresses.items())
+    (directory / "hosts").write_text(f"127.0.0.1 localhost\n{lines}")
+    (directory / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
+
+
+def make_bridge(bridge: str, address: str) -> None:
+    """The network the nodes hang on, which this machine is a part of."""
+    _sh("ip", "link", "add", bridge, "type", "bridge")
+    _sh("ip", "addr", "add", f"{address}/24", "dev", bridge)
+    _sh("ip", "link", "set", bridge, "up")
+
+
+def remove_bridge(bridge: str) -> None:
+    """Whether or not it is there."""
+    subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+
+
+def start(space: Space, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Boot the node with `command` as all it runs."""
+    shell = _SHELL.format(name=space.name, directory=space.directory, address=space.address)
+    if space.private is not None:
+        shell = f"mount -t tmpfs tmpfs {space.private}\n{shell}"
+    spaces = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+    with (space.directory / f"{space.name}.out").open("ab") as log:
+        node = subprocess.Popen(
+            ["unshare", *spaces, "sh", "-c", shell, "sh", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=dict(environment),
+            cwd=space.directory,
+        )
+    own = os.readlink("/proc/self/ns/net")
+    wait_until(lambda: os.readlink(f"/proc/{node.pid}/ns/net") != own, f"namespaces of {space.name}")
+    _sh("ip", "link", "add", space.link, "type", "veth", "peer", "name", "eth0", "netns", str(node.pid))
+    _sh("ip", "link", "set", space.link, "master", space.bridge, "up")
+    return node
+
+
+def kill(node: subprocess.Popen[bytes]) -> None:
+    """As in a power cut: everything on the node is gone at once."""
+    node.kill()
+    node.wait()
+
+
+def processes(node: subprocess.Popen[bytes]) -> list[tuple[int, str]]:
+    """(id as seen from here, command line) of all in the node's process namespace."""
+    import psutil
+
+    found = []
+    for process in psutil.Process(node.pid).children(recursive=True):
+        try:
+            found.append((process.pid, " ".join(process.cmdline())))
+        except psutil.Error:
+            continue
+    return found
+
+
+def _sh(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
