@@ -97,6 +97,12 @@ def test_sizes_that_do_not_fit_are_passed_over() -> None:
     assert usable(config, never(2, 3, 6)) == NodeRange(4, 5) and usable(config, roomy) == NodeRange(2, 6)
 
 
+def test_one_number_is_taken_as_it_is() -> None:
+    config = make("launcher.nodes=3")
+    assert usable(config, never(3)) == NodeRange(3, 3) and size_for(config, 4, never(3)).num_nodes == 3
+    assert size_for(config, 2).waits and size_for(config, 2).reason == "2 nodes to be had, 3 needed"
+
+
 def test_a_range_in_which_nothing_works() -> None:
     with pytest.raises(ConfigError, match=r"launcher\.nodes: found 2:3, where 3 nodes would not do \(memory: too little\); 2 nodes would"):
         size_for(make("launcher.nodes=2:3"), 3, never(2, 3))
