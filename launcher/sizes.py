@@ -88,10 +88,9 @@ def size_for(config: Config, available: int, room: Room | None = None) -> Sizing
     """
     wanted, room = node_range(config), room or check_room
     if wanted.least == wanted.most:
-        short = f"{_nodes(available)} to be had, {wanted} needed"
-        return (
-            Sizing(num_nodes=wanted.most, config=config, reason=_nodes(wanted.most)) if available >= wanted.most else _wait(config, short)
-        )
+        if available < wanted.most:
+            return _wait(config, f"{_nodes(available)} to be had, {wanted} needed")
+        return Sizing(num_nodes=wanted.most, config=config, reason=_nodes(wanted.most))
     passed: list[str] = []
     for num_nodes in range(min(available, wanted.most), wanted.least - 1, -1):
         found = _tried(config, num_nodes, room, passed)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.rundir import read_attempt, read_run
 from efflaunch.tests.launcher.runs import HERE, environment
-from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, submit
+from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, losses, submit
 from efflaunch.tests.slurm_cluster import TIMEOUT_S, SlurmCluster, wait_until, why_not
 from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
@@ -39,14 +38,13 @@ def cluster(place: Path) -> Iterator[SlurmCluster]:
         yield running
 
 
-def documents(run_dir: Path) -> dict[int, dict[int, int]]:
-    """Of each step as it counts in the end: number of the sequence in the global batch -> its length."""
-    found: dict[int, dict[int, int]] = {}
-    for event in MetricsFollower(run_dir).read():
-        if event["event"] == "step":
-            rows: list[dict[str, Any]] = event["groups"]
-            found[event["step"]] = {n: size for row in rows for n, size in zip(row["sequences"], row["lengths"], strict=True)}
-    return found
+def steps_of(run_dir: Path) -> dict[int, tuple[int, int, int]]:
+    """Of each step as it counts in the end: tokens, sequences and target tokens of its global batch."""
+    events = [event for event in MetricsFollower(run_dir).read() if event["event"] == "step"]
+    for event in events:
+        held = sorted(n for row in event["groups"] for n in row["sequences"])
+        assert set(held) == set(range(event["sequences"])), "every sequence of the batch has a place"
+    return {event["step"]: (event["tokens"], event["sequences"], event["target_tokens"]) for event in events}
 
 
 def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
@@ -86,7 +84,10 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
     assert attempts[0].lost == ("node1",) and attempts[1].hosts == ("node0", "node2") and len({item.place for item in attempts}) == 2
     assert "cluster.num_nodes: 3 -> 2" in job.output() and "2 nodes of launcher.nodes=2:3, 2 to be had: node0, node2" in job.output()
     assert read_run(job.run_dir).config.cluster.num_nodes == 3 and read_attempt(job.run_dir, 2).cluster.num_nodes == 2
-    assert documents(job.run_dir) == documents(place / "runs" / "local") and len(documents(job.run_dir)) == STEPS
+    local_dir = place / "runs" / "local"
+    assert steps_of(job.run_dir) == steps_of(local_dir) and len(set(steps_of(local_dir).values())) > STEPS // 2
+    for step, loss in losses(local_dir).items():
+        assert abs(job.losses()[step] - loss) < 1e-4 * loss, step
     ours, theirs = weights(place, "elastic"), weights(place, "local")
     assert ours.keys() == theirs.keys() and len(ours) > 10
     for name, weight in theirs.items():
