@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from efflaunch.launcher.overrides import parse_overrides
 from efflaunch.launcher.plan_command import plan
 from efflaunch.launcher.rundir import make_run_dir, read_attempt, store_config, write_attempt
 from efflaunch.launcher.schema import dump_config, load_config
-from efflaunch.launcher.sizes import NodeRange, check_room, node_range, size_for, sized, usable
+from efflaunch.launcher.sizes import NodeRange, Room, check_room, node_range, size_for, sized, usable
 from efflaunch.units import parse_nodes
 
 BASE = ("+experiment=quickstart", "launcher=slurm", "cluster.ranks_per_node=2")
@@ -29,7 +30,7 @@ def roomy(config: Config) -> None:
     """Any memory plan does."""
 
 
-def never(*sizes: int):
+def never(*sizes: int) -> Room:
     """A room in which these numbers of nodes have too little memory."""
 
     def room(config: Config) -> None:
@@ -147,7 +148,7 @@ def test_memory_is_planned_anew() -> None:
         check_room(two)
 
 
-def test_what_an_attempt_keeps(tmp_path) -> None:
+def test_what_an_attempt_keeps(tmp_path: Path) -> None:
     config = make("launcher.nodes=1:3")
     make_run_dir(tmp_path)
     store_config(tmp_path, config)
