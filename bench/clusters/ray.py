@@ -121,6 +121,8 @@ class RayCluster:
             **self.environment,
             **self.variables,
             "HOME": str(self.home),
+            # A job's `python` is this one.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
             **({f"RAY_{name}": str(value) for name, value in FAST.items()}),
