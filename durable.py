@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +18,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """`path` holds either its old content or all of `data` (text as UTF-8), whatever happens. Its directory must exist."""
+def write_atomic(path: Path, data: bytes | str, at: Callable[[str], None] = lambda point: None) -> None:
+    """`path` holds either its old content or all of `data` (text as UTF-8), whatever happens. Its directory must exist.
+
+    `at` is told when it is `written`, `synced` and `renamed`, for tests that end the process there.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
             stream.flush()
+            at("written")
             os.fsync(stream.fileno())
+        at("synced")
         os.replace(part, path)
+        at("renamed")
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)

@@ -61,13 +61,11 @@ class Pulse:
     def __init__(self, memory: Memory | None = None, offset: int = 0) -> None:
         self._memory: Memory = memory if memory is not None else bytearray(_SIZE)
         self._offset, self._count, self._step, self._expected_s = offset, 0, 0, 0.0
-        self._is_long, self._phase = True, "starting"
-        self._layer: int | None = None
+        self._is_long = True
         self._thread = threading.get_ident()
 
     def at(self, phase: str, layer: int | None = None) -> None:
         """From now on. In a long phase it stays one."""
-        self._phase, self._layer = phase, layer
         self._count += 1
         count, where = self._count, -1 if layer is None else layer
         beat = (count, self._step, where, self._is_long, self._expected_s, self._thread, phase.encode()[:64], count)

@@ -1,17 +1,20 @@
 """`python -m efflaunch.bench.chaos --kills N --faults N --json FILE`: checkpoints under kills and damage, with real processes.
 
-A kill: two gloo ranks change their whole state at every step and save it without waiting; a rank, all ranks, a flusher, or a
-process at a named point (faults.py) gets SIGKILL; the next life restores, and must find the newest step that was reported
-durable or a newer one, with every number that step's. A fault: a committed checkpoint is damaged on disk (flipped bit, zeroed
-page, cut off, file missing, swapped, stale); a restore must name the damage and fall back to the one before, unchanged.
+A kill: two gloo ranks change their whole state at every step and save it without waiting; a rank, all ranks, a flusher, the
+keeper of a replica, or a process at a named point (faults.py) gets SIGKILL; the next life restores, and must find the newest
+step that was reported durable or a newer one, with every number that step's. A fault: a committed checkpoint is damaged on disk
+(flipped bit, zeroed page, cut off, file missing, swapped, stale); a restore must name the damage and fall back to the one
+before, unchanged.
 
 Headline keys: `lost` (a durable step was not found again), `torn` (restored numbers of another step), `silent` (damaged bytes
-that were taken for good), each with the number of trials done in `kills` and `faults`.
+that were taken for good), each with the number of trials done in `kills` and `faults`. FILE is written after every trial, and
+the same command with --resume goes on where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -20,39 +23,52 @@ import shutil
 import signal
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.faults import COMMIT_POINTS, FLUSHER_POINTS
+from ..checkpoint.faults import COMMIT_POINTS, FLUSHER_POINTS, RANK_0_POINTS
 from .record import machine, write_json
 
+PRELOAD = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "torch.utils.serialization",
+    "numpy.random",
+    "efflaunch.checkpoint.engine",
+)
+"""Imported once, by the process that ranks are forked from."""
 RANKS = 2
 SEGMENT_BYTES = 16384
 _LIFE_S = 60.0
 """Longest time from the start of a life to its first durable save."""
 KILLS = ("rank 0", "rank 1", "all ranks", "flusher", "point")
+REPLICA_LIVES = (20, 10)
+"""Of every so many lives, the last so many keep replicas."""
 DAMAGES = ("flip", "zero", "truncate", "missing", "swap", "stale", "append")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options, origin = _parser().parse_args(arguments), machine()
-    logging.disable(logging.ERROR)
+    options = _parser().parse_args(arguments)
+    record = Record(options.json, options.seed, {**machine(), "asked": {"kills": options.kills, "faults": options.faults}})
+    if options.resume and options.json.exists():
+        record.load()
+    logging.disable(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory(prefix="efflaunch-chaos-", dir=options.folder) as folder:
-            kills = kill_trials(Path(folder) / "kills", options.kills, options.seed)
-            damaged = fault_trials(Path(folder) / "faults", options.faults, options.seed)
+            kill_trials(Path(folder) / "kills", options.kills, options.seed, record.kills, record.write)
+            fault_trials(Path(folder) / "faults", options.faults, options.seed, record.faults, record.write)
     finally:
         logging.disable(logging.NOTSET)
-    problems = kills.problems + damaged.problems
-    result = {"benchmark": "chaos", **origin, "seed": options.seed, "kills": kills.done, "faults": damaged.done}
-    result |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
-    result |= {"by_kind": {**kills.by_kind, **damaged.by_kind}, "problems": problems[:50]}
-    write_json(options.json, result)
-    words = "  ".join(f"{key} {result[key]}" for key in ("kills", "faults", "lost", "torn", "silent", "failed"))
+    record.write()
+    words = "  ".join(f"{key} {record.result()[key]}" for key in ("kills", "faults", "lost", "torn", "silent", "failed"))
     print(f"{words}  -> {options.json}")
-    return 0 if not problems else 1
+    return 0 if not record.kills.problems + record.faults.problems else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where the checkpoints go; the system's temporary folder if not given")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="count on from what the file says was done, with the same seed")
     return parser
 
 
@@ -72,49 +89,101 @@ class Tally:
     done: int = 0
     by_kind: dict[str, int] = field(default_factory=dict)
     problems: list[dict[str, Any]] = field(default_factory=list)
+    from_memory: int = 0
+    """Lives that went on from a replica."""
 
     def add(self, kind: str) -> None:
         self.done += 1
         self.by_kind[kind] = self.by_kind.get(kind, 0) + 1
 
 
-def kill_trials(folder: Path, number: int, seed: int) -> Tally:
-    """One run of many lives in `folder`; each life ends with a kill, the next one checks."""
-    chance, tally = random.Random(seed), Tally()
+class Record:
+    """The file of results, written after every trial."""
+
+    def __init__(self, path: Path, seed: int, facts: dict[str, Any]) -> None:
+        self.path, self.seed, self.facts = path, seed, facts
+        self.kills, self.faults = Tally(), Tally()
+        self._before_s, self._started = 0.0, time.monotonic()
+
+    def load(self) -> None:
+        """Goes on from the file; ValueError where it is of another seed."""
+        known = json.loads(self.path.read_text())
+        if known["seed"] != self.seed:
+            raise ValueError(f"{self.path} is of seed {known['seed']}, not {self.seed}")
+        self._before_s = known["seconds"]
+        self.kills, self.faults = (Tally(**known["tallies"][kind]) for kind in ("kills", "faults"))
+
+    def result(self) -> dict[str, Any]:
+        problems = self.kills.problems + self.faults.problems
+        found = {"benchmark": "chaos", **self.facts, "seed": self.seed, "kills": self.kills.done, "faults": self.faults.done}
+        found |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
+        found |= {"seconds": self._before_s + time.monotonic() - self._started, "restored_from_memory": self.kills.from_memory}
+        return found | {"tallies": {"kills": asdict(self.kills), "faults": asdict(self.faults)}}
+
+    def write(self) -> None:
+        write_json(self.path, self.result())
+
+
+def _nothing() -> None:
+    pass
+
+
+def kill_trials(
+    folder: Path,
+    number: int,
+    seed: int,
+    tally: Tally | None = None,
+    after: Callable[[], None] = _nothing,
+    *,
+    points: Sequence[str] = (),
+    replica: bool | None = None,
+) -> Tally:
+    """One run of many lives in `folder`; each life ends with a kill, the next one checks. Goes on from `tally`.
+
+    `points`: kill at these, in order. `replica`: whether lives keep replicas; None: some of them.
+    """
+    tally = Tally() if tally is None else tally
     folder.mkdir(parents=True)
     durable = 0
-    for trial in range(number + 1):
-        kind = chance.choice(KILLS)
-        life = _Life(folder, trial, kind, chance)
+    for trial in range(tally.done, number + 1):
+        every, last = REPLICA_LIVES
+        replicas = trial % every >= every - last if replica is None else replica
+        life = _Life(folder, trial, random.Random(f"{seed} {trial}"), replicas, points[trial] if trial < len(points) else "")
         found = life.run(last=trial == number)
         for text in found["problems"]:
             tally.problems.append({"kind": text.partition(":")[0], "trial": trial, "text": text})
         if found["restored"] < durable:
             tally.problems.append({"kind": "lost", "trial": trial, "text": f"step {durable} was durable, {found['restored']} found"})
-        durable = max(found["restored"], found["durable"])
+        durable = max(found["restored"] if found["is_durable"] else 0, found["durable"], durable)
+        tally.from_memory += found["from_memory"]
         if trial < number:
-            tally.add(f"kill {kind}" if kind != "point" else f"kill at {life.point}")
+            tally.add(f"kill {life.kind}" if life.kind != "point" else f"kill at {life.point}")
+        after()
     return tally
 
 
 class _Life:
     """Ranks from their start to their death."""
 
-    def __init__(self, folder: Path, number: int, kind: str, chance: random.Random) -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(self, folder: Path, number: int, chance: random.Random, replica: bool, point: str = "") -> None:
+        self.folder, self.replica = folder, replica
+        self.kind = "point" if point else chance.choice((*KILLS, "keeper") if replica else KILLS)
         self.notes = folder.parent / f"{folder.name}-notes-{number}"
         self.notes.mkdir()
-        self.point = chance.choice((*FLUSHER_POINTS, *COMMIT_POINTS))
-        self.victim = 0 if self.point in COMMIT_POINTS[2:] else chance.randrange(RANKS)
-        self.fault = f"{self.point}=kill@{chance.randint(2, 6)}" if kind == "point" else ""
+        self.point = point or chance.choice((*FLUSHER_POINTS, *COMMIT_POINTS))
+        self.victim = 0 if self.point in RANK_0_POINTS else chance.randrange(RANKS)
+        self.fault = f"{self.point}=kill@{chance.randint(2, 6)}" if self.kind == "point" else ""
+        self.flusher = 0
+        """The victim's first."""
         self.saves = chance.randint(1, 4)
-        self.delay_s = chance.uniform(0, 0.3)
+        self.delay_s = chance.uniform(0, 0.15)
 
     def run(self, *, last: bool) -> dict[str, Any]:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"])
+        context.set_forkserver_preload(list(PRELOAD))
+        faults = [self.fault if rank == self.victim else "" for rank in range(RANKS)]
         ranks = [
-            context.Process(target=live, args=(rank, self.folder, self.notes, self.fault if rank == self.victim else "", last), daemon=True)
+            context.Process(target=live, args=(rank, self.folder, self.notes, faults[rank], last, self.replica), daemon=True)
             for rank in range(RANKS)
         ]
         for rank in ranks:
@@ -131,25 +200,35 @@ class _Life:
 
     def _end(self, ranks: list[Any], last: bool) -> None:
         deadline = time.monotonic() + _LIFE_S
-        first = None
         while all(rank.is_alive() for rank in ranks):
             steps = self._read()["steps"]
-            first = steps if first is None else first
             if not last and self.kind != "point" and len(steps) >= self.saves:
                 time.sleep(self.delay_s)
                 self._kill(ranks)
-                if self.kind != "flusher":
-                    return
-                # A dead flusher is survived: the same ranks go on and save again.
+                if self.kind in ("flusher", "keeper"):
+                    # Both are survived: the same ranks go on and save again.
+                    self._wait_for_more(ranks, len(steps), deadline)
+                return
+            if self.kind == "point" and self._flusher_died():
                 self._wait_for_more(ranks, len(steps), deadline)
                 return
             if time.monotonic() > deadline:
+                _note(self.notes / "problem-end", f"failed: {self.kind} {self.fault}: nothing happened in {_LIFE_S:.0f} s")
                 return
-            time.sleep(0.01)
+            time.sleep(0.005)
+
+    def _flusher_died(self) -> bool:
+        """That of the victim, by the fault it was given."""
+        path = self.notes / f"flusher-{self.victim}"
+        if path.exists():
+            pid = int(path.read_text())
+            self.flusher = self.flusher or pid
+            return pid != self.flusher or not Path(f"/proc/{pid}").exists()
+        return False
 
     def _kill(self, ranks: list[Any]) -> None:
-        if self.kind == "flusher":
-            pids = [int(path.read_text()) for path in self.notes.glob("flusher-*")]
+        if self.kind in ("flusher", "keeper"):
+            pids = [int(path.read_text()) for path in sorted(self.notes.glob(f"{self.kind}-*"))]
             os.kill(pids[self.victim % len(pids)], signal.SIGKILL)
             return
         chosen = ranks if self.kind == "all ranks" else [ranks[int(self.kind.removeprefix("rank "))]]
@@ -159,23 +238,24 @@ class _Life:
     def _wait_for_more(self, ranks: list[Any], number: int, deadline: float) -> None:
         while len(self._read()["steps"]) < number + 2 and all(rank.is_alive() for rank in ranks):
             if time.monotonic() > deadline:
-                _note(self.notes / "problem-end", "failed: no save after the death of a flusher")
+                _note(self.notes / "problem-end", f"failed: no save after the death of a {self.kind}")
                 return
-            time.sleep(0.01)
+            time.sleep(0.005)
 
     def _read(self) -> dict[str, Any]:
         """What the ranks wrote down."""
         restored = self.notes / "restored"
         log = self.notes / "durable"
         steps = [int(line) for line in log.read_text().split()] if log.exists() else []
-        found = int(restored.read_text() or 0) if restored.exists() else -1
+        found, is_durable, origin = json.loads(restored.read_text()) if restored.exists() else (-1, True, "")
         problems = [path.read_text() for path in self.notes.glob("problem-*")]
         if found < 0:
             problems.append("failed: no restore")
-        return {"restored": found, "durable": max(steps, default=0), "steps": steps, "problems": problems}
+        what = {"restored": found, "is_durable": is_durable, "from_memory": int("memory" in origin)}
+        return what | {"durable": max(steps, default=0), "steps": steps, "problems": problems}
 
 
-def live(rank: int, folder: Path, notes: Path, fault: str, last: bool) -> None:
+def live(rank: int, folder: Path, notes: Path, fault: str, last: bool, replica: bool) -> None:
     """A rank's life: restore, check, then change and save the state until killed (`last`: only check)."""
     import torch
     import torch.distributed as dist
@@ -184,7 +264,7 @@ def live(rank: int, folder: Path, notes: Path, fault: str, last: bool) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{notes}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     try:
-        _live(rank, folder, notes, fault, last)
+        _live(rank, folder, notes, fault, last, replica)
     except Exception as error:  # written down for the trial
         if not _peer_died(error):
             _note(notes / f"problem-{rank}", f"failed: {type(error).__name__}: {error}")
@@ -202,15 +282,19 @@ def _peer_died(error: Exception) -> bool:
     return any(word in str(error) for word in ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo"))
 
 
-def _live(rank: int, folder: Path, notes: Path, fault: str, last: bool) -> None:
+def _live(rank: int, folder: Path, notes: Path, fault: str, last: bool, replica: bool) -> None:
+    from ..checkpoint.config import Replica
+
     state = State()
-    engine = state.engine(folder, notes, fault)
+    engine = state.engine(folder, notes, fault, replica=Replica.PEER if replica else Replica.NONE)
+    if engine.keeper_pid is not None:
+        _note(notes / f"keeper-{rank}", str(engine.keeper_pid))
     restored = engine.restore()
     step = restored.step if restored is not None else 0
     if restored is not None and (wrong := state.wrong(step)):
         _note(notes / f"problem-{rank}", f"torn: {wrong}")
     if rank == 0:
-        _note(notes / "restored", str(step))
+        _note(notes / "restored", json.dumps([step, *((restored.is_durable, restored.origin) if restored else (True, ""))]))
     chance = random.Random(step)
     while not last:
         step += 1
@@ -267,7 +351,7 @@ class State:
                 return f"tensor {number} of step {step} has {part.flatten()[:2].tolist()} instead of {expected.flatten()[:2].tolist()}"
         return ""
 
-    def engine(self, folder: Path, notes: Path | None = None, fault: str = "", **changes: Any) -> Any:
+    def engine(self, folder: Path, notes: Path | None = None, fault: str = "", node: str = "", **changes: Any) -> Any:
         from ..checkpoint.config import CheckpointConfig
         from ..checkpoint.engine import CheckpointEngine, SaveReport
 
@@ -287,6 +371,7 @@ class State:
             on_save=saved,
             segment_bytes=SEGMENT_BYTES,
             fault=fault,
+            node=node,
         )
 
 
@@ -302,9 +387,9 @@ def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
     return part, whole[slices]
 
 
-def fault_trials(folder: Path, number: int, seed: int) -> Tally:
-    """Each trial damages the newest of two checkpoints and restores."""
-    chance, tally = random.Random(seed), Tally()
+def fault_trials(folder: Path, number: int, seed: int, tally: Tally | None = None, after: Callable[[], None] = _nothing) -> Tally:
+    """Each trial damages the newest of two checkpoints and restores. Goes on from `tally`."""
+    tally = Tally() if tally is None else tally
     whole = folder / "whole"
     state = State()
     engine = state.engine(whole)
@@ -313,7 +398,8 @@ def fault_trials(folder: Path, number: int, seed: int) -> Tally:
         engine.save(step, {})
         engine.wait()
     engine.close()
-    for trial in range(number):
+    for trial in range(tally.done, number):
+        chance = random.Random(f"{seed} {trial}")
         kind = chance.choice(DAMAGES)
         place = folder / "trial"
         shutil.copytree(whole, place)
@@ -323,6 +409,7 @@ def fault_trials(folder: Path, number: int, seed: int) -> Tally:
             tally.problems.append({"kind": text.partition(":")[0], "trial": trial, "text": f"{kind} {name}: {text}"})
         tally.add(f"fault {kind}")
         shutil.rmtree(place)
+        after()
     return tally
 
 

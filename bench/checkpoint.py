@@ -10,7 +10,8 @@ Headline keys: `stall_vs_sync` and `stall_vs_async` (what training waits for our
 threads; aims 0.005 and 0.05), `durable_vs_raw` (our rate until durable over that of raw direct writes; aim 0.7),
 `step_inflation` (a step with ours behind it against one without, minus 1; aim 0.02; `step_inflation_training`: the same inside
 real training on the CPU), `restore_vs_dcp` (our verified restore's speed over dcp.load's, caches dropped; aim 1 or more),
-`hash_share` (processor time of hashing over the time until durable; aim 0.05).
+`hash_cost` (how much later a save is durable than one whose chunks are not hashed; aim 0.05), `hash_share` (processor time of
+hashing over the time until durable).
 """
 
 from __future__ import annotations
@@ -32,7 +33,18 @@ from typing import Any
 from .record import machine, write_json
 
 PIECE_BYTES = 16 << 20
-CONTESTANTS = ("ours", "torch_save", "dcp", "async_thread", "async_process", "async_staged", "raw", "nothing")
+CONTESTANTS = (
+    "ours",
+    "ours_unhashed",
+    "ours_replicated",
+    "torch_save",
+    "dcp",
+    "async_thread",
+    "async_process",
+    "async_staged",
+    "raw",
+    "nothing",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     result |= {"window_s": options.window, **summary(rows, restores, training, state.num_bytes)}
     result |= {"contestants": rows, "restore": restores, "training": training}
     write_json(options.json, result)
-    keys = ("stall_vs_sync", "stall_vs_async", "durable_vs_raw", "step_inflation", "restore_vs_dcp")
-    print("  ".join(f"{key} {result[key]:.4f}" for key in keys), f" -> {options.json}")
+    keys = ("stall_vs_sync", "stall_vs_async", "durable_vs_raw", "step_inflation", "restore_vs_dcp", "hash_cost")
+    print("  ".join(f"{key} {result[key]:.4f}" for key in keys if result[key] is not None), f" -> {options.json}")
     return 0
 
 
@@ -172,21 +184,32 @@ class _Contestants:
     """Everybody's way to save the same tensors; `check` compares our newest checkpoint with what was to be saved."""
 
     def __init__(self, state: _State, folder: Path) -> None:
-        from ..checkpoint.config import CheckpointConfig
+        from ..checkpoint.config import CheckpointConfig, Replica
         from ..checkpoint.engine import CheckpointEngine
 
         self.state, self.folder, self.scratch = state, folder, folder / "theirs"
         self.step = 0
-        config = CheckpointConfig(name="bench", keep_last=1)
         self.reports: list[Any] = []
-        self.engine = CheckpointEngine(
-            config, folder / "ours", model=state.model, optimizer=state.optimizer, metadata={}, on_save=self.reports.append
-        )
+        kinds = {"ours": ("", Replica.NONE), "ours_unhashed": ("chunk=unhashed", Replica.NONE), "ours_replicated": ("", Replica.PEER)}
+        self.engines = {
+            name: CheckpointEngine(
+                CheckpointConfig(name="bench", keep_last=1, replica=replica),
+                folder / name,
+                model=state.model,
+                optimizer=state.optimizer,
+                metadata={},
+                on_save=self.reports.append,
+                fault=fault,
+            )
+            for name, (fault, replica) in kinds.items()
+        }
         self.buffer: mmap.mmap | None = None
 
     def start(self, name: str) -> Turn:
         return {
-            "ours": self._ours,
+            "ours": lambda: self._ours("ours"),
+            "ours_unhashed": lambda: self._ours("ours_unhashed"),
+            "ours_replicated": lambda: self._ours("ours_replicated"),
             "torch_save": self._torch_save,
             "dcp": self._dcp,
             "async_thread": lambda: self._async("thread"),
@@ -213,20 +236,21 @@ class _Contestants:
             assert torch.equal(found[key] + 1, value.cpu()), f"{key} is torn"
 
     def close(self) -> None:
-        self.engine.close()
+        for engine in self.engines.values():
+            engine.close()
 
-    def _ours(self) -> Waits:
+    def _ours(self, name: str) -> Waits:
         self.step += 1
-        begun = time.monotonic()
-        self.engine.save(self.step, {})
+        begun, engine = time.monotonic(), self.engines[name]
+        engine.save(self.step, {})
 
         def until_durable() -> float:
-            self.engine.wait()
+            engine.wait(replicated=True)
             report = self.reports[-1]
             assert report.error is None, report.error
             return begun + float(report.save_s)
 
-        return self.engine.wait_for_snapshot, until_durable
+        return engine.wait_for_snapshot, until_durable
 
     def _torch_save(self) -> Waits:
         import torch
@@ -379,7 +403,9 @@ def summary(rows: dict[str, Any], restores: dict[str, Any], training: dict[str, 
     def ratio(name: str, other: str, key: str) -> float | None:
         return rows[name][key]["median"] / rows[other][key]["median"] if name in rows and other in rows else None
 
+    hashed = ratio("ours", "ours_unhashed", "durable_s")
     found = {
+        "hash_cost": None if hashed is None else hashed - 1,
         "stall_vs_sync": ratio("ours", "dcp", "stall_s"),
         "stall_vs_async": ratio("ours", "async_thread", "stall_s"),
         "durable_vs_raw": ratio("raw", "ours", "durable_s"),

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from .tracer import StorageTracer
 
 Build = Callable[[Task], Contestant]
 BASE = "hf_checkpointing"
+COMPILED = "+compile"
 PRESETS = ("keep", "recompute", "alst", "streambp", "memo", "upipe")
 PEERS: dict[str, Build] = {
     "plain": Stock,
@@ -51,9 +52,11 @@ class Entry:
         return 1 if self.policy is None else self.policy.segment_layers
 
 
-def contestants(chunk_tokens: int, auto: Mapping[str, MemoryPolicy]) -> dict[str, Entry]:
-    """By name. `auto`: more of our policies by name, such as `auto_policies`."""
+def contestants(chunk_tokens: int, auto: Mapping[str, MemoryPolicy], *, compiled: bool = False) -> dict[str, Entry]:
+    """By name. `auto`: more of our policies by name, such as `auto_policies`. `compiled`: each of ours once more, with compiled steps."""
     solved = {name: preset(name) for name in PRESETS} | dict(auto)
+    if compiled:
+        solved |= {f"{name}{COMPILED}": replace(policy, compile="inductor") for name, policy in solved.items()}
     ours = {name: with_chunks(policy, chunk_tokens) for name, policy in solved.items()}
     entered = {name: Entry(build) for name, build in PEERS.items()}
     entered |= {name: Entry(partial(Ours, policy=policy), policy) for name, policy in ours.items()}

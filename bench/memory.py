@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-layers", type=int, default=4)
     parser.add_argument("--time-tokens", type=int, default=4096)
     parser.add_argument("--time-chunk", type=int, default=1024, help="tokens of a chunk, ours and StreamBP's")
+    parser.add_argument("--compile", action="store_true", help="our presets are timed with memory.compile=true as well: NAME+compile")
     return parser
 
 
@@ -141,11 +142,12 @@ def _forward_mask(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def measured_time(options: argparse.Namespace, auto: Mapping[str, Any]) -> dict[str, Any]:
     """Interleaved rounds of all contestants."""
-    from .contest import BASE, contestants, ratios, timed_rounds
+    from .contest import BASE, COMPILED, contestants, ratios, timed_rounds
 
     task, chunk = _time_task(options), options.time_chunk
-    wanted = {*(options.only or contestants(chunk, auto)), BASE}
-    entered = {name: entry.build(task) for name, entry in contestants(chunk, auto).items() if name in wanted}
+    entries = contestants(chunk, auto, compiled=options.compile)
+    wanted = {*(options.only or entries), BASE}
+    entered = {name: entry.build(task) for name, entry in entries.items() if name.removesuffix(COMPILED) in wanted}
     taken = timed_rounds(entered, options.rounds)
     wall, processor = ratios(taken["seconds"]), ratios(taken["processor_s"])
     for name, ratio in wall.items():

@@ -86,24 +86,29 @@ class FileLayout:
 
 def fingerprint(tensors: dict[str, Tensor]) -> int:
     """Names, shapes, dtypes and sharding: the plan is made anew when it changes. Sources are looked up at every save anyway."""
-    return hash(tuple((key, tuple(value.shape), value.dtype, _sharding(value)) for key, value in tensors.items()))
+    meshes: dict[int, tuple[int, ...]] = {}
 
+    def sharding(value: Tensor) -> object:
+        if not isinstance(value, DTensor):
+            return value.device.type
+        mesh = value.device_mesh
+        if id(mesh) not in meshes:
+            meshes[id(mesh)] = tuple(mesh.shape)
+        return (value.placements, meshes[id(mesh)], tuple(local(value).shape))
 
-def _sharding(value: Tensor) -> object:
-    if isinstance(value, DTensor):
-        return (value.placements, tuple(value.device_mesh.shape), tuple(value.to_local().shape))
-    return value.device.type
+    return hash(tuple((key, tuple(value.shape), value.dtype, sharding(value)) for key, value in tensors.items()))
 
 
 def local(value: Tensor) -> Tensor:
     """This rank's own memory of a tensor."""
-    return (value.to_local() if isinstance(value, DTensor) else value).detach()
+    # What to_local() returns; but that is an operation of autograd, which takes longer than all the rest of a save.
+    return (value._local_tensor if isinstance(value, DTensor) else value).detach()
 
 
 def plan_files(tensors: dict[str, Tensor], *, rank: int, largest_chunk: int, gather: Gather, scatter: Scatter) -> FileLayout:
     """The layout of this rank's file; collective (one gather and one scatter of plans). ValueError where pieces overlap."""
     planner = DefaultSavePlanner()
-    planner.set_up_planner(tensors, StorageMeta(), rank == 0)
+    planner.set_up_planner({key: value.detach() for key, value in tensors.items()}, StorageMeta(), rank == 0)
     plans: list[SavePlan] = gather(planner.create_local_plan())
     answers: list[Any] | None = None
     if rank == 0:

@@ -46,6 +46,13 @@ class Attempt:
         """`flushed` is there."""
         self.flushed: Flushed | None = None
         self.cancelled = False
+        self.replica: dict[str, Any] | None = None
+        """What the flusher is told of its keepers; None: no replica is made."""
+        self.replica_settled = threading.Event()
+        """`replica_error` is there."""
+        self.replica_error: str | None = None
+        self.replica_s = 0.0
+        """From save() until this rank's image was at every keeper."""
         self.stall_s = 0.0
         self.snapshot_s = 0.0
         self._lock = threading.Lock()
@@ -66,6 +73,15 @@ class Attempt:
                 self.flushed = flushed
         if flushed.error is not None:
             # Nothing will be copied any more.
+            self.settle_replica(flushed.error)
             self.enqueued.set()
             self.copied.set()
         self.settled.set()
+
+    def settle_replica(self, error: str | None) -> None:
+        """None: this rank's image is at every keeper. The first word counts."""
+        with self._lock:
+            if self.replica_settled.is_set():
+                return
+            self.replica_error, self.replica_s = error, time.monotonic() - self.started
+            self.replica_settled.set()

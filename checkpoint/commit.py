@@ -19,6 +19,7 @@ from . import files
 from .attempt import Attempt, Flushed
 from .faults import Faults
 from .peers import Peers
+from .trash import Trash
 
 log = logging.getLogger(__name__)
 _ANSWER_S = 60.0
@@ -44,6 +45,7 @@ class Retention:
 
     keep_last: int
     keep_every: int | None = None
+    delete_bytes_per_s: int | None = None
 
 
 class Committer:
@@ -71,6 +73,7 @@ class Committer:
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
         self._faults = Faults(fault)
+        self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._answered: list[str] = []
         """Results that every rank has read once it votes again."""
@@ -88,10 +91,16 @@ class Committer:
         """Until retention is done too."""
         with self._closed_one:
             self._closed_one.wait_for(lambda: not self._num_open)
+        self._trash.wait_idle()
 
     def close(self, timeout_s: float) -> None:
-        self._queue.put(None)
+        self.abandon()
         self._thread.join(timeout_s)
+
+    def abandon(self) -> None:
+        """As close, without waiting."""
+        self._queue.put(None)
+        self._trash.close()
 
     def _run(self) -> None:
         while (attempt := self._queue.get()) is not None:
@@ -178,7 +187,8 @@ class Committer:
         if self.peers.rank == 0:
             keep = self.retention
             try:
-                files.prune(final.parent, keep.keep_last, keep.keep_every, self._faults.at, in_use=self._in_use())
+                self._faults.at("before_prune")
+                files.prune(final.parent, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
             except OSError as failure:
                 log.error("older checkpoints stay in %s: %s", final.parent, failure)
 

@@ -34,6 +34,14 @@ class Interval(Enum):
     """From the measured stall, flush time and step time, and mean_time_to_failure_s; every_steps is the first guess."""
 
 
+class Replica(Enum):
+    """Whether snapshots are kept in the memory of hosts too."""
+
+    NONE = "none"
+    PEER = "peer"
+    """Of another rank's host, on another node where there is one; used first when ranks are restarted there."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """When full training state is written, how, where, and how much of it is kept."""
@@ -48,6 +56,8 @@ class CheckpointConfig:
     """Whole checkpoints kept; disk space for one more is needed while the next is written."""
     keep_every: int | None = None
     """Steps that are multiples of it are kept for good, as pinned ones are."""
+    delete_bytes_per_s: Bytes | None = None
+    """Fastest that older checkpoints are deleted, in the background. None: at once; slower is kinder to a shared file system."""
     on_error: OnSaveError = OnSaveError.CONTINUE
     while_flushing: WhileFlushing = WhileFlushing.WAIT
     pool_bytes: Bytes | None = None
@@ -59,3 +69,6 @@ class CheckpointConfig:
     mirror: str | None = None
     """A second place for committed checkpoints: a directory, or an fsspec address as s3://bucket/run."""
     mirror_keep_last: int = 2
+    replica: Replica = Replica.NONE
+    """`peer`: each snapshot also goes into memory that outlives the ranks: a restart goes on from there, even where storage was
+    not done. Takes host memory: twice the state with one node, four times it with several."""

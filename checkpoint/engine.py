@@ -13,6 +13,7 @@ import logging
 import queue
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +29,21 @@ from . import files, state
 from .archive import FileLayout, fingerprint, local, plan_files
 from .attempt import Attempt
 from .commit import Committer, Outcome, Retention
-from .config import CheckpointConfig, OnSaveError, WhileFlushing
+from .config import CheckpointConfig, OnSaveError, Replica, WhileFlushing
 from .mirror import Mirror
 from .pacing import Pacing
+from .parts import Parts, device_of, open_tier, stopped, wait_until_seen
 from .peers import Peers
+from .replica.replicas import ReplicaReport, Replicas
 from .restore import Restored, Restorer
 from .saver import Saver
 from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
-from .tier import Tier
 
 log = logging.getLogger(__name__)
-SEEN_S = 10.0
-"""Network file systems show a new directory to other nodes some seconds late."""
 CLOSE_S = 5.0
 _WARM_UP_CALL = 2
 """At the second update the optimizer has its states: memory for snapshots is made ready before the first save needs it."""
-__all__ = ["CheckpointEngine", "Restored", "SaveReport"]
+__all__ = ["CheckpointEngine", "ReplicaReport", "Restored", "SaveReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +84,18 @@ class CheckpointEngine:
         optimizer: torch.optim.Optimizer,
         metadata: dict[str, Any],
         on_save: Callable[[SaveReport], None] | None = None,
+        on_replica: Callable[[ReplicaReport], None] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         fault: str = "",
+        node: str = "",
     ) -> None:
-        """`metadata` is JSON: describes the run (hf_config, config_hash, layout, seed, tokenizer). `on_save` hears of every save.
+        """`metadata` is JSON: describes the run (hf_config, config, layout, seed, tokenizer). `on_save` hears of every save,
+        `on_replica` of every replica.
 
-        `segment_bytes` (a multiple of 4096) and `fault` (faults.Faults) are for tests.
+        `segment_bytes` (a multiple of 4096), `fault` (faults.Faults) and `node` (instead of the host's name) are for tests.
         """
         self.config, self.directory, self.metadata = config, Path(directory).absolute(), metadata
-        self._model, self._optimizer, self._on_save = model, optimizer, on_save
+        self._model, self._optimizer, self._on_save, self._on_replica = model, optimizer, on_save, on_replica
         self._peers = Peers(config.commit_timeout_s)
         self._segment_bytes, self._fault = segment_bytes, fault
         self._layout: FileLayout | None = None
@@ -109,6 +112,11 @@ class CheckpointEngine:
         """Whether any rank may still wait for an outcome: known to all alike."""
         self._pacing = Pacing(config)
         self._num_attempts = self._num_waits = 0
+        self._node = node or socket.gethostname()
+        self._replicas: Replicas | None = None
+        self._parts = Parts()
+        # An engine that is dropped without close() leaves no threads and no processes behind.
+        weakref.finalize(self, self._parts.abandon).atexit = False
         self._open()
 
     def save(self, step: int, extra: dict[str, Any], *, final: bool = False) -> None:
@@ -162,10 +170,11 @@ class CheckpointEngine:
         else:
             self._deliver()
 
-    def wait(self, *, mirrored: bool = False) -> None:
+    def wait(self, *, mirrored: bool = False, replicated: bool = False) -> None:
         """Returns when every save so far is durable or has failed, and is reported. Collective.
 
         `mirrored`: and is in the second place too, or that took longer than config.commit_timeout_s (the log says so).
+        `replicated`: and it is known which are whole in the memory of hosts.
         """
         while self._pending:
             self._deliver(block=True)
@@ -173,6 +182,8 @@ class CheckpointEngine:
             self._committer.wait_idle()
         if mirrored and self._mirror is not None and not self._mirror.wait(self.config.commit_timeout_s):
             self._log(logging.ERROR, "the newest checkpoint is not at %s yet", self.config.mirror)
+        if replicated and self._replicas is not None:
+            self._replicas.wait(self.config.commit_timeout_s)
         self._agree()
 
     def close(self) -> None:
@@ -183,8 +194,16 @@ class CheckpointEngine:
             self._saver.close(CLOSE_S)
         if self._mirror is not None:
             self._mirror.close()
-        self._saver = self._committer = self._mirror = None
+        if self._replicas is not None:
+            self._replicas.close(stop=True)
+        self._saver = self._committer = self._mirror = self._replicas = None
+        self._parts.clear()
         self._peers.close()
+
+    @property
+    def replicated(self) -> int | None:
+        """The newest step that is whole in the memory of hosts, as far as this rank knows. It is lost with them: not durable."""
+        return self._replicas.replicated if self._replicas is not None else None
 
     @property
     def flusher_pid(self) -> int | None:
@@ -192,14 +211,28 @@ class CheckpointEngine:
         flusher = self._saver.flusher if self._saver is not None else None
         return flusher.pid if flusher is not None else None
 
+    @property
+    def keeper_pid(self) -> int | None:
+        """The process that keeps images of ranks in memory; None without replicas."""
+        keeper = self._replicas.keeper if self._replicas is not None else None
+        return keeper.pid if keeper is not None else None
+
     def restore(self) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.
 
         Every byte is checked against its hash while it is read. Damaged newer ones are passed over, logged and named in the
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
-        tier = _open_tier(self.config.mirror) if self.config.mirror is not None else None
-        return Restorer(self.directory, self._peers, self._model, self._optimizer, self.metadata, tier).restore()
+        tier = open_tier(self.config.mirror) if self.config.mirror is not None else None
+        where = (self.directory, self._peers, self._model, self._optimizer, self.metadata)
+        restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s)).restore()
+        if self._replicas is not None and self._replicas.found is not None:
+            self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.found.attempt else "")
+            # What was left alone for the replica's sake.
+            failure = self._agreed(lambda: self._settle_leftovers(0.0) if self._peers.rank == 0 else None)
+            if failure is not None:
+                self._log(logging.ERROR, "leftovers of an earlier start stay in %s: %s", self.directory, failure)
+        return restored
 
     def _tensors(self) -> dict[str, Tensor]:
         """Live tensors; generators as they are now."""
@@ -258,30 +291,28 @@ class CheckpointEngine:
         hosts = peers.gather(socket.gethostname())
         free = facts_of.free_memory() // hosts.count(socket.gethostname())
         size = snapshot_pool_bytes(self._layout.num_bytes, self.config.pool_bytes, free_bytes=free, segment=segment)
-        self._saver = Saver(size, segment, _device(tensors), self._fault)
+        begin = self._replicas.begin if self._replicas is not None else lambda attempt: None
+        self._saver = self._parts.saver = Saver(size, segment, device_of(tensors), self._fault, begin)
         if self._committer is None:
             peers.open_store()
             if self.config.mirror is not None:
-                self._mirror = Mirror(peers, _open_tier(self.config.mirror), self.config.mirror_keep_last, self.config.commit_timeout_s)
-            retention = Retention(self.config.keep_last, self.config.keep_every)
-            self._committer = Committer(
+                self._mirror = self._parts.mirror = Mirror(
+                    peers, open_tier(self.config.mirror), self.config.mirror_keep_last, self.config.commit_timeout_s
+                )
+            if self._replicas is not None:
+                self._replicas.check_room(self._layout.num_bytes)
+                self._replicas.start()
+            retention = Retention(self.config.keep_last, self.config.keep_every, self.config.delete_bytes_per_s)
+            self._committer = self._parts.committer = Committer(
                 peers,
                 self.config.commit_timeout_s,
                 retention,
-                heard=self._last_heard,
-                hung=self._end_flusher,
+                heard=self._parts.last_heard,
+                hung=self._parts.end_flusher,
                 committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
                 in_use=self._mirror.in_use if self._mirror is not None else set,
                 fault=self._fault,
             )
-
-    def _last_heard(self) -> float:
-        flusher = self._saver.flusher if self._saver is not None else None
-        return flusher.last_heard if flusher is not None else 0.0
-
-    def _end_flusher(self) -> None:
-        if self._saver is not None and self._saver.flusher is not None:
-            self._saver.flusher.kill()
 
     def _agree(self, *flags: float) -> list[float]:
         """Meets all ranks: the largest of each flag; raises on all where a failed save stops training."""
@@ -293,12 +324,16 @@ class CheckpointEngine:
             while self._failure is None and self._pending:
                 self._deliver(block=True)
             outcome, self._failure = self._failure, None
-            raise _stopped(outcome, self.directory)
+            raise stopped(outcome, self.directory)
         self._failure = None
         return largest
 
     def _deliver(self, *, block: bool = False) -> None:
         """Report what has been settled since the last call."""
+        while self._replicas is not None and not self._replicas.reports.empty():
+            report = self._replicas.reports.get()
+            if self._on_replica is not None:
+                self._on_replica(report)
         while self._pending and self._committer is not None:
             try:
                 outcome = self._committer.outcomes.get(block=block)
@@ -337,18 +372,23 @@ class CheckpointEngine:
     def _open(self) -> None:
         first = self._peers.rank == 0
         failure = self._agreed(lambda: files.check_writable(self.directory) if first else None)
-        failure = failure or self._agreed(lambda: _wait_until_seen(self.directory))
-        failure = failure or self._agreed(self._settle_leftovers if first else lambda: None)
+        failure = failure or self._agreed(lambda: wait_until_seen(self.directory))
+        if failure is None and self.config.replica is Replica.PEER:
+            self._replicas = self._parts.replicas = Replicas(self._peers, self.directory, self._node, self.config.commit_timeout_s)
+        # Where memory has a whole one, nobody waits for writers that are still at work.
+        wait_s = self.config.commit_timeout_s if self._replicas is None or self._replicas.found is None else None
+        failure = failure or self._agreed(lambda: self._settle_leftovers(wait_s) if first else None)
         if failure is not None:
             raise CheckpointError(
                 str(self.directory), found=failure, expected="a directory all ranks can write", hint="run.root=DIRECTORY on shared storage"
             )
         if self.config.mirror is not None:
             # An address nobody can open is a mistake of now, not of the first save.
-            _open_tier(self.config.mirror)
+            open_tier(self.config.mirror)
 
-    def _settle_leftovers(self) -> None:
-        for step in files.settle_leftovers(self.directory, self.config.commit_timeout_s):
+    def _settle_leftovers(self, wait_s: float | None) -> None:
+        """None: without waiting, and what is still being written is left alone."""
+        for step in files.settle_leftovers(self.directory, wait_s or 0.0, leave_busy=wait_s is None):
             log.warning("checkpoint of step %d: every rank had written it when training stopped; committed now", step)
 
     def _agreed(self, action: Callable[[], object]) -> str | None:
@@ -357,38 +397,3 @@ class CheckpointEngine:
     def _log(self, level: int, text: str, *args: object) -> None:
         if self._peers.rank == 0:
             log.log(level, text, *args)
-
-
-def _stopped(outcome: Outcome | None, directory: Path) -> CheckpointError:
-    assert outcome is not None, "a failure on one rank is a failure on all"
-    return CheckpointError(
-        f"checkpoint of step {outcome.attempt.step}",
-        found=str(outcome.error),
-        expected=f"to be written below {directory}; earlier checkpoints are intact",
-        hint="make room there and resume, or train on without with checkpoint.on_error=continue",
-    )
-
-
-def _open_tier(address: str) -> Tier:
-    try:
-        return Tier(address)
-    except (ImportError, ValueError, OSError) as error:
-        raise CheckpointError(
-            "checkpoint.mirror",
-            found=f"{address} ({error})",
-            expected="a directory or an fsspec address",
-            hint="checkpoint.mirror=DIRECTORY",
-        ) from error
-
-
-def _device(tensors: dict[str, Tensor]) -> torch.device:
-    """Where copies come from: the first device that is not the host."""
-    return next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
-
-
-def _wait_until_seen(directory: Path) -> None:
-    deadline = time.monotonic() + SEEN_S
-    while not directory.is_dir():
-        if time.monotonic() > deadline:
-            raise FileNotFoundError(f"no directory {directory} on every node")
-        time.sleep(0.1)

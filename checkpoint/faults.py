@@ -2,6 +2,7 @@
 
 A fault is written `POINT=ACTION` or `POINT=ACTION@N` (the N-th time the point is passed, from 1; 1 if not given).
 Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `sleep:SECONDS`, or an errno's name as `EIO`, raised as OSError.
+`chunk=unhashed` is for measuring: nothing is hashed, and nothing that is written can be read back.
 """
 
 from __future__ import annotations
@@ -9,10 +10,38 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 
-FLUSHER_POINTS = ("begin", "opened", "chunk", "before_fsync", "after_fsync", "before_manifest", "after_manifest")
-COMMIT_POINTS = ("before_vote", "after_vote", "before_commit", "after_commit", "before_rename", "after_rename", "before_prune", "in_prune")
+FLUSHER_POINTS = (
+    "begin",
+    "opened",
+    "chunk",
+    "before_fsync",
+    "after_fsync",
+    "before_manifest",
+    "manifest_written",
+    "manifest_synced",
+    "manifest_renamed",
+    "after_manifest",
+)
+COMMIT_POINTS = (
+    "before_vote",
+    "after_vote",
+    "before_commit",
+    "commit_written",
+    "commit_synced",
+    "commit_renamed",
+    "after_commit",
+    "folder_synced",
+    "before_rename",
+    "renamed",
+    "after_rename",
+    "before_prune",
+    "in_prune",
+)
+RANK_0_POINTS = COMMIT_POINTS[2:]
+"""Only rank 0 passes these."""
 
 
 class Faults:
@@ -22,14 +51,18 @@ class Faults:
         self.point, _, rest = text.partition("=")
         self.action, _, number = rest.partition("@")
         self._left = int(number or 1)
+        self.unhashed = self.action == "unhashed"
+        self._lock = threading.Lock()
         assert not text or self.point in (*FLUSHER_POINTS, *COMMIT_POINTS), self.point
 
     def at(self, point: str) -> None:
         """Acts where `point` is the configured one and this is its time."""
-        if point != self.point:
+        if point != self.point or self.unhashed:
             return
-        self._left -= 1
-        if self._left == 0:
+        with self._lock:
+            self._left -= 1
+            acts = self._left == 0
+        if acts:
             self._act()
 
     def _act(self) -> None:

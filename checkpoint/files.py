@@ -182,11 +182,14 @@ def commit(temporary: Path, *, votes: dict[int, str] | None = None, at: Callable
     """
     manifests = _votes_on_disk(temporary, votes)
     first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
+    for half in temporary.glob("*.part"):
+        # Of a commit that was cut off; it is no part of the checkpoint.
+        half.unlink()
     files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.name != COMMIT_FILE}
     record = {"format": FORMAT, "step": first.step, "attempt": first.attempt, "time": time.time(), "world_size": first.world_size}
     record |= {"files": files, "manifests": manifests}
     at("before_commit")
-    write_atomic(temporary / COMMIT_FILE, json.dumps({**record, "hash": _hash_of(record)}, indent=1))
+    write_atomic(temporary / COMMIT_FILE, json.dumps({**record, "hash": _hash_of(record)}, indent=1), lambda point: at(f"commit_{point}"))
     at("after_commit")
     publish(temporary, first.step, at)
     return sum(files.values())
@@ -196,9 +199,11 @@ def publish(temporary: Path, step: int, at: Callable[[str], None] = lambda point
     """The rename that makes a finished directory count."""
     final = step_path(temporary.parent, step)
     sync(temporary)
+    at("folder_synced")
     with _moved_away(final):
         at("before_rename")
         temporary.rename(final)
+        at("renamed")
         sync(temporary.parent)
         at("after_rename")
 
@@ -246,20 +251,23 @@ def mark_damaged(path: Path, text: str) -> None:
     write_atomic(path / DAMAGED_FILE, text + "\n")
 
 
-def remove(path: Path, at: Callable[[str], None] = lambda point: None) -> None:
+def remove(path: Path) -> None:
     """Removes a checkpoint: renamed first, so that a half-removed one is never taken for whole."""
-    if not path.exists():
-        return
-    trash = path
-    if not path.name.endswith(".trash"):
-        trash = path.with_name(path.name.partition(".")[0] + ".trash")
-        shutil.rmtree(trash, ignore_errors=True)
-        path.rename(trash)
-    at("in_prune")
-    _remove_tree(trash)
+    if path.exists():
+        remove_tree(throw_away(path))
 
 
-def _remove_tree(path: Path) -> None:
+def throw_away(path: Path) -> Path:
+    """Renames a checkpoint so that it counts for nothing; where it is now."""
+    if path.name.endswith(".trash"):
+        return path
+    trash = path.with_name(path.name.partition(".")[0] + ".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    return trash
+
+
+def remove_tree(path: Path) -> None:
     """Another process may be removing the same: what is gone already is no error."""
 
     def judge(function: object, name: str, info: tuple[type[BaseException], BaseException, object]) -> None:
@@ -269,10 +277,11 @@ def _remove_tree(path: Path) -> None:
     shutil.rmtree(path, onerror=judge)
 
 
-def settle_leftovers(directory: Path, wait_s: float) -> list[int]:
+def settle_leftovers(directory: Path, wait_s: float, *, leave_busy: bool = False) -> list[int]:
     """What interrupted saves and removals left behind: finished attempts are committed, the rest is removed.
 
-    Returns the steps committed. Waits up to `wait_s` for flushers that outlived their trainers. OSError as it comes.
+    Returns the steps committed. Waits up to `wait_s` for flushers that outlived their trainers; `leave_busy`: what they still
+    write is left alone. OSError as it comes.
     """
     adopted = []
     for entry in sorted(directory.iterdir()):
@@ -283,10 +292,12 @@ def settle_leftovers(directory: Path, wait_s: float) -> list[int]:
         if match[2].startswith("tmp") and _finished(entry, wait_s):
             commit(entry)
             adopted.append(int(match[1]))
+        elif match[2].startswith("tmp") and leave_busy and any(map(_is_locked, entry.glob("__*_0.distcp"))):
+            continue
         elif match[2] == "old" and not final.exists():
             entry.rename(final)
         else:
-            _remove_tree(entry)
+            remove_tree(entry)
     return adopted
 
 
@@ -332,17 +343,19 @@ def prune(
     directory: Path,
     keep_last: int,
     keep_every: int | None = None,
-    at: Callable[[str], None] = lambda point: None,
     *,
     in_use: Collection[Path] = (),
+    discard: Callable[[Path], None] | None = None,
 ) -> list[int]:
-    """Removes what retention lets go (see retained), damaged ones too, but none `in_use`; the steps removed."""
-    at("before_prune")
+    """Lets go of what retention does not keep (see retained), damaged ones too, but none `in_use`; the steps let go.
+
+    `discard` removes what has been renamed already; None: at once.
+    """
     infos = scan(directory)
     kept = retained(infos, keep_last, keep_every)
     removed = [info for info in infos if info.path not in kept and info.path not in in_use] if kept else []
     for info in removed:
-        remove(info.path, at)
+        (discard or remove_tree)(throw_away(info.path))
     return [info.step for info in removed]
 
 

@@ -4,14 +4,12 @@ It shares the snapshot pool with its trainer and outlives it: when the trainer i
 been handed over are still written, and the next start commits them (files.adopt). It imports no torch, ignores stop
 signals, and ends when the socket does and nothing is left to write.
 
-Messages in: `pool` (with its descriptor), `begin`, `chunk`, `end`, `cancel`. Out: `free` (a segment may be reused),
-`done` (an attempt is durable here, or why not), `said` (a line for the log).
+Messages in: `pool` (with its descriptor), `begin`, `chunk`, `end`, `cancel`, `press` (the pool is full). Out: `free` (a segment
+may be reused), `done` (an attempt is durable here, or why not), `replicated` (every keeper has its image, or why not).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import mmap
 import os
 import queue
@@ -19,112 +17,60 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from ..children import stay_deaf
-from ..durable import sync
-from .diskfile import DiskFile
+from .disk_attempt import DiskAttempt
 from .faults import Faults
-from .manifest import FileRecord, Manifest, digest, manifest_name
+from .manifest import digest
+from .replica.send import Copying, Senders
 from .wire import Message, receive, send
+
+WORKERS = 3
+"""While one hashes, two write: a disk takes more from two."""
 
 
 class CancelledError(Exception):
     """The trainer gave the attempt up."""
 
 
-class Attempt:
-    """One rank's files of one attempt, while they are being written."""
+class _Countdown:
+    """Calls `then` when it was told `number` times that a part is done."""
 
-    def __init__(self, message: Message, faults: Faults) -> None:
-        self.folder, self.facts, self.faults = Path(message["folder"]), message["facts"], faults
-        self.names: list[tuple[str, int]] = [(str(name), int(size)) for name, size in message["files"]]
-        self.files: list[DiskFile] = []
-        self.hashes: list[list[Future[str]]] = [[] for _ in self.names]
-        self.write_s = 0.0
-        self.faults.at("begin")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _check_room(self.folder, int(message["needs_bytes"]))
-        for name, size in self.names:
-            self.files.append(DiskFile(self.folder / name, size))
-        # Held until the manifest is there: who finds the lock free and no manifest knows that none will come.
-        _lock(self.files[0].descriptor)
-        self.faults.at("opened")
+    def __init__(self, number: int, then: Callable[[], None]) -> None:
+        self._number, self._then = number, then
+        self._lock = threading.Lock()
 
-    def write(self, file: int, offset: int, data: memoryview, padded: memoryview) -> None:
-        """`padded` is `data` up to the end of its last block."""
-        self.faults.at("chunk")
-        started = time.monotonic()
-        self.files[file].write(offset, data, padded)
-        self.write_s += time.monotonic() - started
-
-    def finish(self, check: Callable[[], None]) -> tuple[str, int]:
-        """Everything durable; hash and size of the manifest. `check` may raise as long as there is none."""
-        self.faults.at("before_fsync")
-        started = time.monotonic()
-        for file in self.files:
-            file.finish()
-        self.write_s += time.monotonic() - started
-        self.faults.at("after_fsync")
-        records = (
-            FileRecord(name, size, tuple(part.result() for part in parts))
-            for (name, size), parts in zip(self.names, self.hashes, strict=True)
-        )
-        check()
-        data = Manifest(**self.facts, files=tuple(records)).to_bytes()
-        self.faults.at("before_manifest")
-        path = self.folder / manifest_name(self.facts["rank"])
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.rename(path)
-        sync(self.folder)
-        self.faults.at("after_manifest")
-        self.close()
-        return digest(data), len(data)
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A file system without locks: a start that comes while this writes does not wait for it, and the attempt is lost.
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-
-
-def _check_room(folder: Path, needs_bytes: int) -> None:
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needs_bytes:
-        raise OSError(28, f"No space left on device: needs {needs_bytes} bytes for all ranks, {free} free", str(folder))
+    def __call__(self) -> None:
+        with self._lock:
+            self._number -= 1
+            over = self._number == 0
+        if over:
+            self._then()
 
 
 class Flusher:
-    """Reads messages on one thread, writes on another, hashes on a third."""
+    """Reads messages on one thread, opens and closes attempts on another, hashes and writes on WORKERS."""
 
     def __init__(self, sock: socket.socket, faults: Faults) -> None:
         self.sock, self.faults = sock, faults
         self.work: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self.hasher = ThreadPoolExecutor(1)
+        self.workers = ThreadPoolExecutor(WORKERS)
         self.pools: dict[int, tuple[memoryview, int]] = {}
         self.cancelled: set[str] = set()
-        self.attempts: dict[str, Attempt | str] = {}
-        """By name; a text where it has failed already."""
+        self.attempt: tuple[str, DiskAttempt] | None = None
+        """The one that is open: they come one after the other."""
+        self.copying: Copying | None = None
+        self.senders = Senders(lambda attempt, error: self._send({"say": "replicated", "attempt": attempt, "error": error}))
+        self.started = 0.0
         self._sending = threading.Lock()
 
     def run(self) -> None:
         """Until the trainer's end is closed and all that was handed over is written."""
-        writer = threading.Thread(target=self._write_all)
+        writer = threading.Thread(target=self._write_all_or_end)
         writer.start()
         while True:
             message, descriptor = receive(self.sock)
@@ -134,6 +80,9 @@ class Flusher:
                 self.pools[0] = (view, int(message["segment_bytes"]))
                 os.close(descriptor)
                 continue
+            if message is not None and message["do"] == "press":
+                self.senders.press()
+                continue
             if message is not None and message["do"] == "cancel":
                 self.cancelled.add(message["attempt"])
             self.work.put(message)
@@ -141,63 +90,104 @@ class Flusher:
                 break
         writer.join()
 
+    def _write_all_or_end(self) -> None:
+        try:
+            self._write_all()
+        except BaseException:
+            # A mistake of ours: the trainer hears of a dead process, not of nothing.
+            traceback.print_exc()
+            os._exit(1)
+
     def _write_all(self) -> None:
         while (message := self.work.get()) is not None:
             name = message["attempt"]
             try:
-                self._one(name, message)
+                getattr(self, f"_{message['do']}")(name, message)
             except (OSError, CancelledError) as error:
                 self._fail(name, error)
-            if message["do"] == "chunk":
-                self._free(name, message)
+                if message["do"] != "chunk":
+                    self._let_go()
+        self._let_go()
+        self.senders.close()
 
-    def _one(self, name: str, message: Message) -> None:
-        if message["do"] == "begin":
-            self.attempts[name] = ""
-            self.attempts[name] = Attempt(message, self.faults)
-        attempt = self.attempts.get(name)
-        if not isinstance(attempt, Attempt):
-            if message["do"] in ("end", "cancel"):
-                self.attempts.pop(name, None)
+    def _begin(self, name: str, message: Message) -> None:
+        self._let_go()
+        self.started = time.monotonic()
+        self.attempt = (name, DiskAttempt(message, self.faults))
+        # Not of an attempt that failed at once.
+        self.copying = self.senders.begin(message)
+
+    def _chunk(self, name: str, message: Message) -> None:
+        attempt = self._of(name)
+        copying = self.copying if attempt is not None and self.copying is not None and self.copying.attempt == name else None
+        free = {"say": "free", "ticket": [message["segment"], message["generation"]]}
+        done = _Countdown(1 + (len(copying.senders) if copying is not None else 0), lambda: self._send(free))
+        view, segment_bytes = self.pools[0]
+        start, length = message["segment"] * segment_bytes, message["length"]
+        data, padded = view[start : start + length], view[start : start + -(-length // 4096) * 4096]
+        if attempt is None:
+            done()
             return
+        if copying is not None:
+            copying.chunk(attempt.names[message["file"]][0], message["offset"], data, done)
+        attempt.parts.append(self.workers.submit(self._part, name, attempt, message, data, padded, done))
+
+    def _part(self, name: str, attempt: DiskAttempt, message: Message, data: memoryview, padded: memoryview, done: _Countdown) -> None:
+        """One chunk, on a worker."""
+        try:
+            if attempt.error is None:
+                self._check_wanted(name)
+                attempt.hashes[message["file"]][message["offset"]] = "" if self.faults.unhashed else digest(data)
+                attempt.write(message["file"], message["offset"], data, padded)
+        except (OSError, CancelledError) as error:
+            self._fail(name, error, attempt)
+        finally:
+            done()
+
+    def _end(self, name: str, message: Message) -> None:
+        attempt = self._of(name)
+        if attempt is None:
+            return
+        for part in attempt.parts:
+            # A mistake of ours ends this process: nobody may take such an attempt for good.
+            part.result()
         self._check_wanted(name)
-        if message["do"] == "chunk":
-            self._chunk(attempt, message)
-        elif message["do"] == "end":
-            self._finish(name, attempt)
+        if attempt.error is None:
+            if self.copying is not None:
+                self.copying.end(attempt.manifest().to_bytes())
+            mode = attempt.files[0].mode
+            data = attempt.finish(self.workers, lambda: self._check_wanted(name))
+            seconds = time.monotonic() - self.started
+            self._send({"say": "done", "attempt": name, "manifest": [digest(data), len(data)], "mode": mode, "write_s": seconds})
+        self._let_go()
+
+    def _cancel(self, name: str, message: Message) -> None:
+        if self._of(name) is not None:
+            self._fail(name, CancelledError("given up"))
+            self._let_go()
+
+    def _of(self, name: str) -> DiskAttempt | None:
+        return self.attempt[1] if self.attempt is not None and self.attempt[0] == name else None
+
+    def _let_go(self) -> None:
+        """Of the open attempt, whatever became of it, once nobody writes any more."""
+        if self.attempt is not None:
+            wait(self.attempt[1].parts)
+            self.attempt[1].close()
+        self.attempt = None
 
     def _check_wanted(self, name: str) -> None:
         if name in self.cancelled:
             raise CancelledError("given up")
 
-    def _chunk(self, attempt: Attempt, message: Message) -> None:
-        view, segment_bytes = self.pools[0]
-        start, length = message["segment"] * segment_bytes, message["length"]
-        data = view[start : start + length]
-        attempt.hashes[message["file"]].append(self.hasher.submit(digest, data))
-        attempt.write(message["file"], message["offset"], data, view[start : start + -(-length // 4096) * 4096])
-
-    def _finish(self, name: str, attempt: Attempt) -> None:
-        mode = attempt.files[0].mode
-        found, size = attempt.finish(lambda: self._check_wanted(name))
-        del self.attempts[name]
-        self._send({"say": "done", "attempt": name, "manifest": [found, size], "mode": mode, "write_s": attempt.write_s})
-
-    def _fail(self, name: str, error: Exception) -> None:
-        attempt = self.attempts.get(name)
-        if isinstance(attempt, Attempt):
-            attempt.close()
-        self.attempts[name] = "failed"
+    def _fail(self, name: str, error: Exception, attempt: DiskAttempt | None = None) -> None:
+        attempt = attempt or self._of(name)
+        if attempt is not None and not attempt.fail(str(error)):
+            return
+        if self.copying is not None and self.copying.attempt == name:
+            # Before the trainer hears of it: it then changes what is still being copied.
+            self.copying.give_up(f"the save failed: {error}")
         self._send({"say": "done", "attempt": name, "error": str(error)})
-
-    def _free(self, name: str, message: Message) -> None:
-        attempt = self.attempts.get(name)
-        if isinstance(attempt, Attempt) and attempt.hashes[message["file"]]:
-            # The hash may still be reading what has been written.
-            attempt.hashes[message["file"]][-1].result()
-        else:
-            self.hasher.submit(int).result()
-        self._send({"say": "free", "ticket": [message["segment"], message["generation"]]})
 
     def _send(self, message: dict[str, Any]) -> None:
         try:

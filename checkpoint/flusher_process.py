@@ -29,6 +29,8 @@ class FlusherProcess:
     def __init__(self, pool: Pool, ring: Ring, segment_bytes: int, fault: str = "") -> None:
         self._ring = ring
         self._attempts: dict[str, Attempt] = {}
+        self._copying: dict[str, Attempt] = {}
+        """Those whose replica is on its way."""
         self._lock = threading.Lock()
         self._condemned = False
         self._sock, far = make_pair()
@@ -56,9 +58,11 @@ class FlusherProcess:
         """From here on the attempt is settled whatever happens to the process."""
         with self._lock:
             self._attempts[attempt.name] = attempt
+            if attempt.replica is not None:
+                self._copying[attempt.name] = attempt
         needs = attempt.layout.total_bytes if attempt.facts["rank"] == 0 else 0
         message: Message = {"do": "begin", "attempt": attempt.name, "folder": str(attempt.folder), "files": attempt.files}
-        self.send({**message, "facts": attempt.facts, "needs_bytes": needs})
+        self.send({**message, "facts": attempt.facts, "needs_bytes": needs, "replica": attempt.replica})
 
     def send(self, message: Message, descriptor: int | None = None) -> None:
         """FlusherDiedError where nobody listens."""
@@ -75,13 +79,24 @@ class FlusherProcess:
             self.last_heard = time.monotonic()
             if message["say"] == "free":
                 self._free(Ticket(*message["ticket"]))
+            elif message["say"] == "replicated":
+                self._replicated(message)
             else:
                 self._done(message)
         words = self.last_words()
         with self._lock:
             left, self._attempts = list(self._attempts.values()), {}
+            copying, self._copying = list(self._copying.values()), {}
         for attempt in left:
             attempt.settle(Flushed(words))
+        for attempt in copying:
+            attempt.settle_replica(words)
+
+    def _replicated(self, message: Message) -> None:
+        with self._lock:
+            attempt = self._copying.pop(message["attempt"], None)
+        if attempt is not None:
+            attempt.settle_replica(message["error"])
 
     def _free(self, ticket: Ticket) -> None:
         try:

@@ -53,10 +53,14 @@ class Mirror:
 
     def close(self) -> None:
         """What is under way is given up; the next start takes it up again."""
+        self.abandon()
+        self._thread.join(_POLL_S * 2)
+
+    def abandon(self) -> None:
+        """As close, without waiting."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(_POLL_S * 2)
 
     def _run(self) -> None:
         number = 0

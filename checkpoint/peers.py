@@ -61,6 +61,15 @@ class Peers:
             )
         self._address = (host, port)
 
+    def own_address(self) -> str:
+        """This rank's, on the way to where the ranks meet; loopback where that is on one machine."""
+        meeting = _own_address() if self.world_size > 1 else "127.0.0.1"
+        family, _, _, _, place = socket.getaddrinfo(meeting, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: the kernel says from which of our addresses it would.
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank; collective."""
         if self.world_size == 1:
@@ -152,6 +161,12 @@ class Votes:
         except RuntimeError:
             there = [key for key in keys if self._store.check([key])]
         return {key: json.loads(value) for key, value in zip(there, self._store.multi_get(there) if there else [], strict=True)}
+
+    def there(self, keys: list[str]) -> dict[str, Any]:
+        """What has been posted under the keys by now; RuntimeError where the store is gone."""
+        if self._store is None:
+            return {}
+        return {key: json.loads(self._store.get(key)) for key in keys if self._store.check([key])}
 
     def forget(self, keys: list[str]) -> None:
         """Rank 0 keeps the store small."""

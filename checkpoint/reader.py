@@ -1,19 +1,16 @@
 """Tensors out of a checkpoint, every byte checked against its hash before it is used. Nothing is unpickled.
 
-Files are read in the chunks their hashes are of, by a few threads, past the page cache where possible. A piece that lies
-in memory as it lies in the file goes there directly; others (another sharding, dtype or device) pass through a buffer of
-at most BATCH_BYTES, or of one piece where that is larger.
+Files are read in the chunks their hashes are of, by a few threads. A piece that lies in memory as it lies in the file goes
+there directly; others (another sharding, dtype or device) wait in buffers of BATCH_BYTES and one tensor more at most.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
+import logging
 import math
 import mmap
-import os
-from collections import defaultdict
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,12 +23,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from . import files
 from .archive import INDEX_FILE
-from .manifest import Manifest, digest, file_damage
+from .manifest import Manifest, digest
 from .pool import copy_memory
 from .sizes import BLOCK_BYTES
+from .source import DirectorySource, Source
 
+log = logging.getLogger(__name__)
 BATCH_BYTES = 256 << 20
 THREADS = 3
 
@@ -82,31 +80,58 @@ class _Job:
 
 
 class Reader:
-    """One committed directory. Errors: DamageError, OSError, ValueError, KeyError."""
+    """One checkpoint: a committed directory, or another source. Errors: DamageError, OSError, ValueError, KeyError."""
 
-    def __init__(self, path: Path, *, threads: int = THREADS) -> None:
-        self.path, self.threads = path, threads
-        self.commit = files.read_commit(path)
+    def __init__(self, place: Path | Source, *, threads: int = THREADS) -> None:
+        self.source: Source = DirectorySource(place) if isinstance(place, Path) else place
+        self.threads = threads
         self.bytes_read = 0
         self._manifests: dict[int, Manifest] = {}
         self.tensors = self._read_index()
 
     def read(self, targets: dict[str, Tensor]) -> None:
         """Fills each target (a DTensor: this rank's part of it) from its key, cast to its dtype. No communication."""
-        for batch in _batches([(key, value) for key, value in targets.items() if local_part(value)[0].numel()]):
-            spans: list[_Span] = []
-            later: list[tuple[Tensor, Tensor]] = []
-            for key, value in batch:
-                self._plan(key, value, spans, later)
-            self._run(spans)
-            for target, source in later:
-                target.copy_(source)
+        spans: list[_Span] = []
+        later: list[tuple[Tensor, Tensor]] = []
+        waiting = 0
+        with _Files(self) as opened:
+            for key, value in targets.items():
+                known = len(later)
+                if local_part(value)[0].numel():
+                    self._plan(key, value, spans, later)
+                waiting += sum(source.numel() * source.element_size() for _, source in later[known:])
+                if waiting > BATCH_BYTES:
+                    self._run(spans, later, opened)
+                    waiting = 0
+            self._run(spans, later, opened)
 
-    def check(self, name: str) -> None:
-        """DamageError where one of rank 0's files is not what was written."""
-        damage = file_damage(self.path, self._manifest("__0_").file(name), self._manifest("__0_").chunk_bytes)
-        if damage is not None:
-            raise DamageError(damage)
+    def small(self, name: str) -> bytes:
+        """All of one of rank 0's files; DamageError where it is not what was written."""
+        with _Files(self) as opened:
+            return opened.file(name, 0).whole()
+
+    def _run(self, spans: list[_Span], later: list[tuple[Tensor, Tensor]], opened: _Files) -> None:
+        """Reads what is planned so far, and empties the plan."""
+        jobs: dict[tuple[str, int], _Job] = {}
+        for span in spans:
+            size = self.manifest(rank_of(span.file)).chunk_bytes
+            for chunk in range(span.begin // size, -(-(span.begin + span.num_bytes) // size)):
+                jobs.setdefault((span.file, chunk), _Job(span.file, chunk)).spans.append(span)
+        for length in opened.threads.map(opened.do, [job for _, job in sorted(jobs.items())]):
+            self.bytes_read += length
+        for target, source in later:
+            target.copy_(source)
+        spans.clear()
+        later.clear()
+
+    def manifest(self, rank: int) -> Manifest:
+        """What the rank wrote."""
+        if rank not in self._manifests:
+            self._manifests[rank] = self.source.manifest(rank)
+        return self._manifests[rank]
+
+    def _read_index(self) -> dict[str, SavedTensor]:
+        return {key: _saved(entry) for key, entry in json.loads(self.small(INDEX_FILE))["tensors"].items()}
 
     def _plan(self, key: str, value: Tensor, spans: list[_Span], later: list[tuple[Tensor, Tensor]]) -> None:
         saved = self.tensors[key]
@@ -150,35 +175,6 @@ class Reader:
             source = source.narrow(dim, start - piece.offsets[dim], stop - start)
         later.append((place, source))
 
-    def _run(self, spans: list[_Span]) -> None:
-        jobs: dict[tuple[str, int], _Job] = {}
-        for span in spans:
-            size = self._manifest(span.file).chunk_bytes
-            for chunk in range(span.begin // size, -(-(span.begin + span.num_bytes) // size)):
-                jobs.setdefault((span.file, chunk), _Job(span.file, chunk)).spans.append(span)
-        if not jobs:
-            return
-        by_file: dict[str, list[_Job]] = defaultdict(list)
-        for _, job in sorted(jobs.items()):
-            by_file[job.file].append(job)
-        with ThreadPoolExecutor(self.threads) as threads:
-            for name, work in by_file.items():
-                with _OpenFile(self.path / name, self._manifest(name), self.threads) as file:
-                    for length in threads.map(file.do, work):
-                        self.bytes_read += length
-
-    def _manifest(self, file: str) -> Manifest:
-        rank = int(file.removeprefix("__").partition("_")[0])
-        if rank not in self._manifests:
-            self._manifests[rank] = files.read_manifest(self.path, self.commit, rank)
-        return self._manifests[rank]
-
-    def _read_index(self) -> dict[str, SavedTensor]:
-        manifest = self._manifest("__0_")
-        with _OpenFile(self.path / INDEX_FILE, manifest, 1) as file:
-            content = json.loads(file.whole())
-        return {key: _saved(entry) for key, entry in content["tensors"].items()}
-
 
 def _saved(entry: dict[str, Any]) -> SavedTensor:
     dtype = getattr(torch, entry["dtype"])
@@ -213,48 +209,42 @@ def _overlap(
     return box
 
 
-def _batches(targets: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    batch: list[tuple[str, Tensor]] = []
-    held = 0
-    for key, value in targets:
-        part, _ = local_part(value)
-        size = part.numel() * part.element_size()
-        if batch and held + size > BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-        batch.append((key, value))
-        held += size
-    if batch:
-        yield batch
+class _Files:
+    """The files of one read, each opened once; threads, and an aligned buffer for each."""
 
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.threads = ThreadPoolExecutor(reader.threads)
+        self._open: dict[str, _CheckedFile] = {}
+        self._buffers: SimpleQueue[mmap.mmap | None] = SimpleQueue()
+        for _ in range(reader.threads):
+            self._buffers.put(None)
+        self._lock = threading.Lock()
 
-class _OpenFile:
-    """One file read by several threads, each chunk into an aligned buffer of its own."""
-
-    def __init__(self, path: Path, manifest: Manifest, num_buffers: int) -> None:
-        self.path, self.record, self.chunk_bytes = path, manifest.file(path.name), manifest.chunk_bytes
-        self._descriptor, self._direct = _open(path, self.record.num_bytes)
-        self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(num_buffers):
-            self._buffers.put(mmap.mmap(-1, min(self.chunk_bytes, -(-max(1, self.record.num_bytes) // BLOCK_BYTES) * BLOCK_BYTES)))
-
-    def __enter__(self) -> _OpenFile:
+    def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
+        self.threads.shutdown(cancel_futures=True)
+        for file in self._open.values():
+            file.opened.close()
 
-    def whole(self) -> bytes:
-        """For small files."""
-        return b"".join(self._read(chunk, mmap.mmap(-1, self.chunk_bytes)) for chunk in range(len(self.record.chunks)))
+    def file(self, name: str, rank: int) -> _CheckedFile:
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = _CheckedFile(self._reader.source, name, self._reader.manifest(rank))
+            return self._open[name]
 
     def do(self, job: _Job) -> int:
         """Bytes read."""
+        file = self.file(job.file, rank_of(job.file))
         buffer = self._buffers.get()
         try:
-            data = self._read(job.chunk, buffer)
+            if buffer is None or len(buffer) < file.chunk_bytes:
+                buffer = mmap.mmap(-1, -(-file.chunk_bytes // BLOCK_BYTES) * BLOCK_BYTES)
+            data = file.read(job.chunk, buffer)
             base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-            start = job.chunk * self.chunk_bytes
+            start = job.chunk * file.chunk_bytes
             for span in job.spans:
                 begin = max(span.begin, start)
                 end = min(span.begin + span.num_bytes, start + len(data))
@@ -263,38 +253,45 @@ class _OpenFile:
         finally:
             self._buffers.put(buffer)
 
-    def _read(self, chunk: int, buffer: mmap.mmap) -> memoryview:
+
+def rank_of(file: str) -> int:
+    """Which rank wrote a file of tensors."""
+    return int(file.removeprefix("__").partition("_")[0])
+
+
+class _CheckedFile:
+    """Chunks of one file, each compared with its hash; of another copy where one is damaged and there are several."""
+
+    def __init__(self, source: Source, name: str, manifest: Manifest) -> None:
+        self.name, self.record, self.chunk_bytes = name, manifest.file(name), manifest.chunk_bytes
+        self.opened = source.open(name, self.record.num_bytes)
+
+    def whole(self) -> bytes:
+        """For small files."""
+        size = -(-min(self.chunk_bytes, max(1, self.record.num_bytes)) // BLOCK_BYTES) * BLOCK_BYTES
+        return b"".join(self.read(chunk, mmap.mmap(-1, size)) for chunk in range(len(self.record.chunks)))
+
+    def read(self, chunk: int, buffer: mmap.mmap) -> memoryview:
         """The chunk's bytes, as they were written; DamageError otherwise."""
+        last = self.opened.num_copies - 1
+        for copy in range(last):
+            try:
+                return self._read(chunk, buffer, copy)
+            except (OSError, DamageError) as error:
+                log.warning("%s, from another copy then", error)
+        return self._read(chunk, buffer, last)
+
+    def _read(self, chunk: int, buffer: mmap.mmap, copy: int) -> memoryview:
         offset = chunk * self.chunk_bytes
         length = min(self.chunk_bytes, self.record.num_bytes - offset)
+        # Direct reads end at a block.
+        view = memoryview(buffer)[: -(-length // BLOCK_BYTES) * BLOCK_BYTES]
         done = 0
-        view = memoryview(buffer)
         while done < length:
-            count = self._some(view[done:], offset + done)
+            count = self.opened.read_into(view[done:], offset + done, copy)
             if count == 0:
-                raise DamageError(f"{self.path.name} ends at byte {offset + done} of {self.record.num_bytes}")
+                raise DamageError(f"{self.name} ends at byte {offset + done} of {self.record.num_bytes}")
             done += count
         if digest(view[:length]) != self.record.chunks[chunk]:
-            raise DamageError(f"{self.path.name}: bytes {offset} to {offset + length} are not what was written")
+            raise DamageError(f"{self.name}: bytes {offset} to {offset + length} are not what was written")
         return view[:length]
-
-    def _some(self, view: memoryview, offset: int) -> int:
-        try:
-            return os.preadv(self._descriptor, [view], offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-        # A file system that takes the flag and refuses the read, or a short read that ended within a block.
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        return os.preadv(self._descriptor, [view], offset)
-
-
-def _open(path: Path, num_bytes: int) -> tuple[int, bool]:
-    if num_bytes >= 1 << 20 and hasattr(os, "O_DIRECT"):
-        try:
-            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-    return os.open(path, os.O_RDONLY), False

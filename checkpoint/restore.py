@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from .archive import METADATA_FILE
 from .mirror import fetch
 from .peers import Peers
 from .reader import Reader, SavedTensor
+from .replica.replicas import Replicas
+from .source import Source
 from .tier import Tier
 
 log = logging.getLogger(__name__)
+_Candidate = tuple[int, files.CheckpointInfo | None, bool]
+"""Step, what is here, and whether it is in the second place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,12 @@ class Restored:
     """False: saved by another number of ranks; random generators were re-seeded from (seed, step, rank)."""
     skipped: tuple[str, ...]
     """Newer checkpoints that are damaged, one line each."""
+    is_durable: bool = True
+    """False: it came from the memory of hosts, and no disk has it."""
+    attempt: str = ""
+    """Which save it is of."""
+    origin: str = ""
+    """Where it was read from."""
 
 
 class Restorer:
@@ -48,16 +60,30 @@ class Restorer:
         optimizer: torch.optim.Optimizer,
         metadata: dict[str, Any],
         tier: Tier | None = None,
+        replicas: Replicas | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`tier`: a second place, asked for what is not whole here."""
-        self._tier = tier
+        """`tier`: a second place, asked for what is not whole here. `replicas`: memory of hosts, asked first; where it has
+        nothing after all, rank 0 calls `settle`, which waits for writers of a life before.
+        """
+        self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
         self._model, self._optimizer = model, optimizer
         self._skipped: list[str] = []
+        self._failed_replicas: list[str] = []
 
     def restore(self) -> Restored | None:
         """None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
-        for step, here, there in self._candidates():
+        candidates = self._candidates()
+        restored = self._from_memory(candidates)
+        if restored is not None:
+            return restored
+        if self._replicas is not None and self._replicas.found is not None:
+            failure = self.peers.agreed(lambda: self._settle() if self.peers.rank == 0 else None)
+            if failure is not None:
+                self._say("leftovers of an earlier start: %s", failure)
+            candidates = self._candidates()
+        for step, here, there in candidates:
             restored = self._from_here(here) if here is not None else None
             if restored is None and there:
                 restored = self._from_there(step)
@@ -66,6 +92,33 @@ class Restorer:
         if self._skipped:
             raise self._nothing_whole()
         return None
+
+    def _from_memory(self, candidates: list[_Candidate]) -> Restored | None:
+        """What a life of the run before left in memory, unless storage has a newer one. The log says why it is not taken."""
+        if self._replicas is None or self._replicas.off is not None:
+            return None
+        for line in self._replicas.passed_over:
+            self._say("replica in memory passed over: %s", line)
+        source = self._replicas.source()
+        if source is None:
+            return None
+        step = int(source.commit["step"])
+        stored = [other for other, here, there in candidates if there or (here is not None and here.is_whole)]
+        if any(other > step for other in stored):
+            self._say("replica in memory passed over: %s is older than step %d on disk", source.name, max(stored))
+            return None
+        durable = any(here is not None and here.is_whole and _is_of(here.path, source.commit) for at, here, _ in candidates if at == step)
+        restored, failure = self._try(source)
+        if restored is None:
+            self._say("replica in memory passed over: %s: %s", source.name, failure)
+            self._failed_replicas.append(f"{source.name}: {failure}")
+            return None
+        self._say("restored from %s%s", source.name, "" if durable else ", which is not on disk yet")
+        return replace(restored, is_durable=durable)
+
+    def _say(self, text: str, *values: object) -> None:
+        if self.peers.rank == 0:
+            log.warning(text, *values)
 
     def _from_here(self, info: files.CheckpointInfo) -> Restored | None:
         if info.problem is not None:
@@ -91,35 +144,35 @@ class Restorer:
         self._skip(f"step {step} at {self._tier.address}: {failure}")
         return None
 
-    def _candidates(self) -> list[tuple[int, files.CheckpointInfo | None, bool]]:
-        """(step, what is here, whether it is there too), newest first; what rank 0 sees, on every rank."""
-        found: list[list[tuple[int, files.CheckpointInfo | None, bool]]] = []
+    def _candidates(self) -> list[_Candidate]:
+        """Newest first; what rank 0 sees, on every rank."""
+        found: list[list[_Candidate]] = []
         failure = self.peers.agreed(lambda: found.append(self._look()) if self.peers.rank == 0 else None)
         if failure is not None:
             where = str(self.directory) if self._tier is None else f"{self.directory}, {self._tier.address}"
             raise CheckpointError(where, found=f"what cannot be read ({failure})", expected="checkpoints", hint="ls -l there")
         return self.peers.share(found[0] if found else None)
 
-    def _look(self) -> list[tuple[int, files.CheckpointInfo | None, bool]]:
+    def _look(self) -> list[_Candidate]:
         here = {info.step: info for info in files.scan(self.directory)}
         there = set(self._tier.steps()) if self._tier is not None else set()
         return [(step, here.get(step), step in there) for step in sorted(here.keys() | there, reverse=True)]
 
-    def _try(self, path: Path) -> tuple[Restored | None, str | None]:
+    def _try(self, place: Path | Source) -> tuple[Restored | None, str | None]:
         opened: list[tuple[Reader, dict[str, Any]]] = []
-        failure = self.peers.agreed(lambda: opened.append((self._open(path), files.read_state(path))))
+        failure = self.peers.agreed(lambda: opened.append(self._open(place)))
         if failure is not None:
             return None, failure
         reader, contents = opened[0]
         model = state.model_tensors(self._model)
-        self._check_model(path, self._differences(model, reader.tensors))
+        self._check_model(reader.source.name, self._differences(model, reader.tensors))
         state.allocate_optimizer(self._model, self._optimizer, reader.tensors)
         rng = _rng_targets(reader.tensors, self.peers.rank)
         tensors = model | state.optimizer_tensors(self._model, self._optimizer) | rng
         failure = self.peers.agreed(lambda: reader.read(tensors))
         if failure is not None:
             return None, failure
-        return self._finish(path, contents, rng), None
+        return self._finish(reader, contents, rng), None
 
     def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
         """The same on every rank: of the first that finds any. Weights may live on some ranks only (stages of a pipeline)."""
@@ -132,20 +185,29 @@ class Restorer:
             return []
         return next(found for found in self.peers.gather(lines) if found)
 
-    def _open(self, path: Path) -> Reader:
-        reader = Reader(path)
-        if self.peers.rank == 0:
+    def _open(self, place: Path | Source) -> tuple[Reader, dict[str, Any]]:
+        reader = Reader(place)
+        if self.peers.rank == 0 and isinstance(place, Path):
             # We go by its JSON twin; whoever reads with plain torch must hear of damage too.
-            reader.check(METADATA_FILE)
-        return reader
+            reader.small(METADATA_FILE)
+        return reader, json.loads(reader.small(files.STATE_FILE))
 
-    def _finish(self, path: Path, contents: dict[str, Any], rng: dict[str, Tensor]) -> Restored:
+    def _finish(self, reader: Reader, contents: dict[str, Any], rng: dict[str, Tensor]) -> Restored:
         step, world_size = contents["step"], contents["world_size"]
         if same_layout := world_size == self.peers.world_size:
             state.set_rng(rng, self.peers.rank)
         else:
             state.seed_rng(int(self.metadata.get("seed", 0)), step, self.peers.rank)
-        return Restored(step, path, contents["extra"], contents["metadata"], same_layout, tuple(self._skipped))
+        return Restored(
+            step,
+            files.step_path(self.directory, step),
+            contents["extra"],
+            contents["metadata"],
+            same_layout,
+            (*self._failed_replicas, *self._skipped),
+            attempt=str(reader.source.commit["attempt"]),
+            origin=reader.source.name,
+        )
 
     def _skip(self, line: str) -> None:
         self._skipped.append(line)
@@ -161,11 +223,11 @@ class Restorer:
         except OSError as error:
             log.warning("%s cannot be marked as damaged: %s", path, error)
 
-    def _check_model(self, path: Path, differing: list[str]) -> None:
+    def _check_model(self, name: str, differing: list[str]) -> None:
         if differing:
             more = f"\n    and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise CheckpointError(
-                str(path),
+                name,
                 found="another model's weights:\n    " + "\n    ".join(differing[:5]) + more + "\n  ",
                 expected="the weights of the configured model",
                 hint="run.id=ANOTHER_NAME for a new run, or the model this run was started with",
@@ -183,3 +245,7 @@ class Restorer:
 def _rng_targets(saved: dict[str, SavedTensor], rank: int) -> dict[str, Tensor]:
     prefix = f"{state.RNG}{rank}."
     return {key: torch.empty(entry.size, dtype=torch.uint8) for key, entry in saved.items() if key.startswith(prefix)}
+
+
+def _is_of(path: Path, commit: dict[str, Any]) -> bool:
+    return bool(files.read_commit(path)["attempt"] == commit["attempt"])

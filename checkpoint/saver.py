@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -35,7 +36,16 @@ class _Chunk(NamedTuple):
 class Saver:
     """Pool, ring, flusher and the copy thread of one rank. Attempts are taken one after the other."""
 
-    def __init__(self, pool_bytes: int, segment_bytes: int, device: torch.device, fault: str = "") -> None:
+    def __init__(
+        self,
+        pool_bytes: int,
+        segment_bytes: int,
+        device: torch.device,
+        fault: str = "",
+        replicate: Callable[[Attempt], None] = lambda attempt: None,
+    ) -> None:
+        """`replicate` says in the attempt where its image goes besides."""
+        self._replicate, self._abandoned = replicate, False
         self.segment_bytes, self.device, self._fault = segment_bytes, device, fault
         self.ring = Ring(pool_bytes // segment_bytes)
         self.pool = Pool(pool_bytes, device)
@@ -71,6 +81,11 @@ class Saver:
             # Otherwise it still copies into it; then the pool goes with the process.
             self.pool.close()
 
+    def abandon(self) -> None:
+        """As close, without waiting: nobody is left who would."""
+        self._abandoned = True
+        self._queue.put(None)
+
     def _run(self) -> None:
         if self._stream is not None:
             torch.cuda.set_device(self.device)
@@ -90,6 +105,8 @@ class Saver:
                 log.debug("snapshot of step %d", attempt.step, exc_info=True)
                 attempt.settle(Flushed(f"{type(error).__name__}: {error}"))
             attempt.sources.clear()
+        if self._abandoned and self.flusher is not None:
+            self.flusher.close(0.0)
 
     def _new_flusher(self) -> FlusherProcess:
         if self._stream is not None:
@@ -108,6 +125,7 @@ class Saver:
         flusher = self.flusher if self.flusher is not None and self.flusher.is_alive else self._new_flusher()
         if attempt.cancelled:
             raise CancelledError
+        self._replicate(attempt)
         flusher.begin(attempt)
         self.pool.wait_ready()
         if self._stream is not None and attempt.after is not None:
@@ -147,7 +165,13 @@ class Saver:
         if not self.ring.num_free:
             # What is in the pool must go out, or nothing comes free.
             self._hand_over(flusher, pending, wait=True)
-        ticket = self.ring.acquire(lambda: attempt.cancelled or attempt.settled.is_set() or not flusher.is_alive)
+
+        def given_up() -> bool:
+            if attempt.replica is not None and flusher.is_alive:
+                flusher.send({"do": "press"})
+            return attempt.cancelled or attempt.settled.is_set() or not flusher.is_alive
+
+        ticket = self.ring.acquire(given_up)
         if ticket is None:
             if attempt.cancelled:
                 raise CancelledError

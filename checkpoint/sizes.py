@@ -31,3 +31,11 @@ def snapshot_pool_bytes(
     # The whole state and a little more never needs more segments than the state has.
     segments = min(-(-wanted // size), -(-state_bytes // size) + 1)
     return max(MIN_SEGMENTS, segments) * size
+
+
+def replica_bytes(state_bytes: int, ranks_per_node: int, *, several_nodes: bool) -> int:
+    """Host bytes of one node for images that outlive the ranks (checkpoint.replica=peer); the same on every node.
+
+    Of each image, the whole one and the one that arrives; of each rank, its own node's and the next node's (replica/plan.py).
+    """
+    return 2 * state_bytes * ranks_per_node * (2 if several_nodes else 1)

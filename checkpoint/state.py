@@ -23,17 +23,16 @@ MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters once each (tied ones under their first name) and persistent buffers; the live tensors, no copies."""
-    for module in model.modules():
+    buffers: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
         if isinstance(module, FSDPModule):
             # After a forward without backward FSDP2 leaves whole parameters in place of its shards.
             module.reshard()
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name not in aliases:
-            assert isinstance(value, Tensor), f"{name} is not a tensor"
-            tensors[name] = value
-    return {MODEL + name: value.detach() for name, value in tensors.items()}
+        for name, value in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                buffers[name] = value
+    # Neither detached nor as state_dict() has them: with many sharded ones that takes longer than the rest of a save.
+    return {MODEL + name: value for name, value in (*model.named_parameters(), *buffers.items())}
 
 
 def changing_in_forward(model: nn.Module) -> set[str]:

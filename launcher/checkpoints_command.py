@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import files
 from ..errors import EXIT_DONE, EXIT_USER, CheckpointError, ConfigError
 from ..units import format_bytes, format_seconds
-from .rundir import read_run
+from .rundir import keep_private, read_run
 
 if TYPE_CHECKING:
     from ..checkpoint.tier import Tier
@@ -31,17 +31,21 @@ class Request:
 
 def main(run_dir: Path, request: Request) -> int:
     """Print the list; exit code 0 where all is well, 93 where a checkpoint is damaged or none is whole."""
-    mirror = read_run(run_dir).config.checkpoint.mirror
+    config = read_run(run_dir).config
+    keep_private(config.run.private)
+    mirror = config.checkpoint.mirror
     for step, pinned in ((request.pin, True), (request.unpin, False)):
         if step is not None:
             _set_pinned(run_dir, step, pinned)
     rows = [_row_here(info, request.verify) for info in files.list_checkpoints(run_dir)]
     if mirror is not None:
         rows += _rows_there(mirror, request.verify)
+    replicas = _rows_in_memory(run_dir)
     if request.as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([*rows, *replicas], indent=1))
     else:
-        print("\n".join(_lines(rows, request.verify)))
+        print("\n".join(_lines([*rows, *replicas], request.verify)))
+    # What is in memory alone is no checkpoint.
     well = any(row["state"] != "damaged" for row in rows) and all(row["state"] != "damaged" for row in rows)
     return EXIT_DONE if well or not rows else EXIT_USER
 
@@ -93,6 +97,24 @@ def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
     return _row(step, tier.address, problems, verify) | size | {"pinned": False, "path": f"{tier.address}/step-{step:08d}"}
 
 
+def _rows_in_memory(run_dir: Path) -> list[dict[str, Any]]:
+    """What keepers on this host hold of the run's newest snapshots (checkpoint.replica): images of ranks. Not checkpoints."""
+    import socket
+
+    from ..checkpoint.replica.keeper_process import look, meeting_path
+
+    node = socket.gethostname()
+    folder = meeting_path(run_dir / files.FOLDER, node)
+    held = look(folder, node, "")[0] if folder.is_dir() else []
+    rows = []
+    for step, attempt, world_size in sorted({(image.step, image.attempt, image.world_size) for image in held}):
+        ranks = {image.rank for image in held if image.attempt == attempt and image.manifest}
+        state = "replicated" if len(ranks) == world_size else "partial"
+        row = _row(step, f"memory of {node} ({len(ranks)} of {world_size} ranks)", [], False)
+        rows.append({**row, "state": state, "num_bytes": 0, "time": 0.0, "world_size": world_size, "pinned": False})
+    return rows
+
+
 def _row(step: int, where: str, problems: list[str], verified: bool) -> dict[str, Any]:
     state = "damaged" if problems else ("verified" if verified else "committed")
     return {"step": step, "where": where, "state": state, "problems": problems}
@@ -105,7 +127,7 @@ def _lines(rows: list[dict[str, Any]], verify: bool) -> list[str]:
     for row in rows:
         age = f"{format_seconds(max(0.0, time.time() - row['time']))} ago" if row["time"] else "?"
         pinned = "  pinned" if row["pinned"] else ""
-        size = format_bytes(row["num_bytes"])
+        size = format_bytes(row["num_bytes"]) if row["num_bytes"] else "-"
         lines.append(f"{row['step']:>8}  {row['state']:<10}{size:>10}  {age:>14}  {row['world_size']:>5}  {row['where']}{pinned}")
         lines += [f"          {problem}" for problem in row["problems"]]
     if not verify:

@@ -21,7 +21,7 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
     """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays.
 
-    `interface`: where the other nodes are, for gloo. NCCL chooses for itself.
+    `interface`: where the other nodes are, for gloo. NCCL chooses for itself, but on one machine: there both stay on loopback.
     """
     values = {
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
@@ -29,8 +29,8 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
         # Elastic insists on handling some signal itself; every one that matters is the agent's own.
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGXCPU",
     }
-    if config.launcher.backend is Backend.LOCAL and "GLOO_SOCKET_IFNAME" not in os.environ:
-        values |= _loopback()
+    if config.launcher.backend is Backend.LOCAL:
+        values |= {name: value for name, value in _loopback().items() if name not in os.environ}
     if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
         values["GLOO_SOCKET_IFNAME"] = interface
     if config.cluster.device is Device.CUDA and config.memory.arena is Arena.DEFAULT and not any(name in os.environ for name in ALLOCATOR):
@@ -47,7 +47,7 @@ def secrets() -> dict[str, str]:
 def _loopback() -> dict[str, str]:
     for _, name in socket.if_nameindex():
         if name in ("lo", "lo0"):
-            return {"GLOO_SOCKET_IFNAME": name}
+            return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     return {}
 
 

@@ -79,7 +79,7 @@ def check_machine(config: Config, machine: Machine | None = None) -> None:
         _check_gpus(config, here, is_node=False)
     elif config.cluster.num_nodes > 1:
         nodes = f"{config.cluster.num_nodes} nodes"
-        hint = "launcher=slurm on a SLURM cluster, or cluster.num_nodes=1"
+        hint = f"launcher=slurm on a SLURM cluster, or {'cluster.num_nodes' if config.launcher.nodes is None else 'launcher.nodes'}=1"
         raise MachineError("cluster.num_nodes", found="this machine, which is one node", expected=nodes, hint=hint)
     check_node(config, here)
 

@@ -25,7 +25,7 @@ from ..units import format_seconds
 from .state import read_state
 
 LOCK_FILE = ".lock"
-BEAT_S = 5.0
+SHOW_S = 5.0
 STALE_S = 60.0
 """A holder that has not been heard of for so long is dead. Attributes may be that old in an NFS client's cache."""
 _LOOKERS_S = 0.5
@@ -129,17 +129,17 @@ def is_locked(run_dir: Path) -> bool:
         os.close(file)
 
 
-class Pulse:
+class Presence:
     """The holder's sign of life."""
 
     def __init__(self, lock: int) -> None:
         self._lock, self._mine, self._next = lock, _owner(lock), 0.0
 
-    def beat(self) -> Owner | None:
+    def show(self) -> Owner | None:
         """Call it often. Touches the lock now and then; whoever has taken it over meanwhile, else None."""
         if time.monotonic() < self._next:
             return None
-        self._next = time.monotonic() + BEAT_S
+        self._next = time.monotonic() + SHOW_S
         found = _owner(self._lock)
         if found is not None and self._mine is not None and found.key != self._mine.key:
             return found

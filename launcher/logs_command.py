@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import EXIT_DONE, ConfigError
 from .backends import launcher_of
 from .files import tail_lines
-from .rundir import attempt_dir, read_run
+from .rundir import attempt_dir, keep_private, read_run
 from .state import Failure, RunState, read_state
 
 
@@ -32,6 +32,7 @@ def main(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
 def cancel(run_dir: Path, *, now: bool) -> int:
     """Ask the run's backend, and say what it did."""
     stored = read_run(run_dir)
+    keep_private(stored.config.run.private)
     print(launcher_of(stored.config.launcher.backend).cancel(run_dir, _known(run_dir), now=now))
     return EXIT_DONE
 

@@ -9,6 +9,7 @@ from ..errors import EXIT_DONE
 from ..memory.advice import Suggestion, suggest
 from ..memory.certificate import RECORD, certify
 from ..memory.ledger import Account, Ledger, build_ledger
+from ..memory.rates import activation_way, device_update_rate, host_update_rate
 from ..memory.report import SolveReport, describe_policy
 from ..memory.residency import residency_of
 from ..memory.timing import Timing
@@ -46,7 +47,7 @@ def plan(config: Config) -> Ledger:
         train=config.train,
         data=config.data,
         cluster=config.cluster,
-        residency=residency_of(config.optim),
+        residency=residency_of(config.optim, config.checkpoint),
         measured=find_rates(config.parallel.profile, config.cluster, hardware_of(config), config.memory.offload_dir),
     )
 
@@ -65,6 +66,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
         "device": _account(ledger.device),
         "host": _account(ledger.host),
         "step": _step(ledger.timing),
+        "rates": _rates(ledger),
         "policy": _policy(ledger),
         "solver": _solver(ledger.report),
         "certificate": _certificate(ledger),
@@ -85,6 +87,8 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
         )
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
+    if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
+        found.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
 
 
@@ -155,6 +159,21 @@ def _step(timing: Timing) -> dict[str, Any]:
         "update_s": timing.update_s,
         "tokens_per_s": timing.tokens_per_s,
         "assumptions": list(timing.assumptions),
+    }
+
+
+def _rates(ledger: Ledger) -> dict[str, Any]:
+    """Bytes per second that the times of copies and updates rest on, of one rank."""
+    way, on_device, on_host = activation_way(ledger.setting), device_update_rate(ledger.setting), host_update_rate(ledger.setting)
+    return {
+        "out": way.out,
+        "back": way.back,
+        "both": way.both,
+        "source": way.source,
+        "device_update": on_device.bytes_per_s,
+        "device_update_source": on_device.source,
+        "host_update": on_host.bytes_per_s,
+        "host_update_source": on_host.source,
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import EXIT_DONE
+from ..memory.rates import gb_per_s
 from ..training.config import Display
 from ..units import format_bytes, format_seconds
 from .config import Config, RunConfig
@@ -48,7 +49,8 @@ def main(config: Config, out: Path, seconds: float, as_json: bool) -> int:
 
 def _probe(config: Config, run_dir: Path, seconds: float) -> int:
     from .backends import local
-    from .rundir import lock_run, make_run_dir, store_config
+    from .lock import lock_run
+    from .rundir import make_run_dir, store_config
     from .start import print_failure
 
     run = RunConfig(root=str(run_dir.parent), id=run_dir.name, private=False)  # inside a private folder already
@@ -80,15 +82,15 @@ def show(profile: Profile, out: Path) -> None:
         groups.add_row(str(row.degree), shape, *parts, *_fit(row.fit))
     links = Table("collective", "ranks", "latency", "bandwidth", *_FIT, title="all groups at once", title_justify="left")
     for link in profile.collectives:
-        speed = _speed(link.bytes_per_s) if link.bytes_per_s else "unmeasurable"
+        speed = f"{format_bytes(int(link.bytes_per_s))}/s" if link.bytes_per_s else "unmeasurable"
         links.add_row(link.kind, str(link.degree), f"{link.latency_s * 1e6:.0f} us", speed, *_fit(link.fit))
     console.print(groups)
     console.print(links)
     if profile.rates is not None:
         console.print(_rates(profile.rates))
-        console.print(
-            f"AdamW reads and writes {_speed(profile.rates.device_update)} a rank, on the host {_speed(profile.rates.host_update)}"
-        )
+        device, host = gb_per_s(profile.rates.device_update), gb_per_s(profile.rates.host_update)
+        console.print(f"AdamW reads and writes {device} a rank, on the host {host}")
+        console.print("estimates and memory=auto take the slowest rank's rates in place of cluster.host_link_bandwidth and the like")
     fixed = f"{format_seconds(profile.beta_s)} (collectives on weights {format_seconds(profile.gather_s)})"
     console.print(f"each micro-batch takes {fixed} besides, each step {format_seconds(profile.step_s)}")
     console.print(f"wrote {out}; plan and train use it where this machine, model and software are theirs")
@@ -102,12 +104,8 @@ def _rates(rates: MachineRates) -> Table:
     table = Table("rank", "way", "out", "back", "both at once: out", "back", title=title, title_justify="left")
     for name, rows in (("host memory", rates.link), (f"files in {rates.directory}", rates.disk)):
         for rank, row in enumerate(rows):
-            table.add_row(str(rank), name, *(_speed(value) for value in (row.out, row.back, row.both_out, row.both_back)))
+            table.add_row(str(rank), name, *(gb_per_s(value) for value in (row.out, row.back, row.both_out, row.both_back)))
     return table
-
-
-def _speed(bytes_per_s: float) -> str:
-    return f"{format_bytes(int(bytes_per_s))}/s"
 
 
 _FIT = ("samples", "r2", "mean error", "worst")

@@ -150,6 +150,8 @@ def step_line(progress: Progress) -> str:
 def start_line(event: Event) -> str:
     """How the run starts, and what a person should know of what it starts from."""
     where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
+    if str(event.get("restored_from")).startswith("the memory of"):
+        where += f", from {event['restored_from']}"
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
     lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]

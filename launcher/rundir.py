@@ -21,11 +21,6 @@ from .. import __version__
 from ..durable import write_atomic
 from ..errors import ConfigError
 from .config import Config
-from .lock import holding as holding
-from .lock import is_locked as is_locked
-from .lock import lock_in_time as lock_in_time
-from .lock import lock_run as lock_run
-from .lock import release as release
 from .schema import dump_config, load_config
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"

@@ -12,7 +12,7 @@ from .config import Config
 from .metrics_file import MetricsFollower
 from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
-from .rundir import make_run_id, read_run
+from .rundir import RUN_FILE, make_run_id, read_run
 from .schema import dump_config, load_config
 from .sizes import settle_nodes
 from .state import ACTIVE, read_state
@@ -140,8 +140,10 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
     from .backends import launcher_of
 
     known = read_state(run_dir)
-    backend = read_run(run_dir).config.launcher.backend if known is not None else config.launcher.backend
-    if known is None or backend is config.launcher.backend or known.state not in ACTIVE:
+    if known is None or known.state not in ACTIVE or not (run_dir / RUN_FILE).is_file():
+        return
+    backend = read_run(run_dir).config.launcher.backend
+    if backend is config.launcher.backend:
         return
     standing = launcher_of(backend).status(run_dir, known)
     if standing.state in ACTIVE:

@@ -133,5 +133,5 @@ def read_state(run_dir: Path) -> RunState | None:
 
 def _attempt(data: dict[str, Any]) -> Attempt:
     failure = data["failure"]
-    names = {key: tuple(data[key]) for key in ("hosts", "lost") if key in data}
+    names: dict[str, Any] = {key: tuple(data[key]) for key in ("hosts", "lost") if key in data}
     return Attempt(**{**data, **names, "failure": Failure(**failure) if failure else None})

@@ -18,8 +18,7 @@ from .progress import Progress, summary_lines
 from .rundir import read_run
 from .sizes import node_range
 from .state import ACTIVE, RunState, read_state
-
-_SILENT_ROWS = 8
+from .watch import silence_lines
 
 
 def main(run_dir: Path, *, as_json: bool) -> int:
@@ -118,7 +117,7 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     rows += [("left out", f"{host}: {why}") for host, why in facts["excluded"].items()]
     if facts["stop_warning"] and facts["state"] in ACTIVE:
         rows.append(("stopping", facts["stop_warning"]))
-    rows += _silent_rows(facts["silent"])
+    rows += [("" if index else "silent", line) for index, line in enumerate(silence_lines(facts["silent"]))]
     rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
     if facts["checkpoint_error"]:
         rows.append(("save failed", facts["checkpoint_error"]))
@@ -127,20 +126,6 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     if facts["state"] not in ACTIVE:
         rows.append(("go on", f"efflaunch resume {run_dir}"))
     return [f"{name:<12}{value}" for name, value in rows]
-
-
-def _silent_rows(silent: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    if not silent:
-        return []
-    # The longest silence first: the ranks that wait for it fell silent later.
-    worst = sorted(silent, key=lambda row: -row["silent_s"])
-    lines = [
-        f"rank {row['rank']} on {row['host']} for {format_seconds(row['silent_s'])}, a hang from {format_seconds(row['allowed_s'])} on: "
-        f"{row['doing']}"
-        for row in worst[:_SILENT_ROWS]
-    ]
-    lines += [f"{len(worst) - _SILENT_ROWS} more ranks"] if len(worst) > _SILENT_ROWS else []
-    return [("silent" if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def _state_line(facts: dict[str, Any]) -> str:

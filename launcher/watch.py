@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import ConfigError
 from ..pulse import Beat
@@ -188,8 +189,8 @@ def blame(facts: Sequence[RankFacts]) -> Blame:
     return Blame(ranks=(), reason="; ".join(_where(fact) for fact in facts[:_NAMED]))
 
 
-_NAMED = 4
-"""Ranks a sentence names at most."""
+_NAMED, _LINES = 4, 8
+"""Ranks a sentence names at most, and a list."""
 
 
 def _stopped(facts: Sequence[RankFacts]) -> list[RankFacts]:
@@ -230,6 +231,17 @@ def _named(fact: RankFacts, why: str) -> str:
 def _where(fact: RankFacts) -> str:
     place = "" if fact.own is None else f" at {fact.own}"
     return f"rank {fact.rank} on {fact.host} is{place} ({fact.phase})"
+
+
+def silence_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each rank of hang.read_pulses, the longest silence first: ranks that wait for it fell silent later."""
+    worst = sorted(rows, key=lambda row: -row["silent_s"])
+    lines = [
+        f"rank {row['rank']} on {row['host']} for {format_seconds(row['silent_s'])}, a hang from {format_seconds(row['allowed_s'])} on: "
+        f"{row['doing']}"
+        for row in worst[:_LINES]
+    ]
+    return lines + ([f"{len(worst) - _LINES} more ranks"] if len(worst) > _LINES else [])
 
 
 def describe_hang(facts: Sequence[RankFacts], blamed: Blame, *, allowance_s: float, missing: Sequence[int], stacks: str) -> str:

@@ -66,6 +66,9 @@ class MemoryConfig:
     """Host memory of one node that activations and optimizer states may take. null: what the ledger leaves of cluster.host_memory_bytes."""
     offload_dir: str | None = None
     """A directory on a local disk that takes what goes to the host; null: host memory."""
+    compile: bool = False
+    """Run norms, projections and MLP through torch.compile, one graph for all layers that are built alike. Gradients change by
+    rounding only; the first step takes longer. Off, for it has not been run on a GPU yet."""
     arena: Arena = Arena.DEFAULT
 
 
@@ -90,6 +93,13 @@ def check_memory(memory: MemoryConfig) -> None:
             hint="memory=recompute, or memory.chunk_tokens=null",
         )
     _check_walk(memory)
+    if memory.compile and memory.arena is Arena.PLANNED:
+        raise ConfigError(
+            "memory.compile",
+            found="true with memory.arena=planned",
+            expected="one of them: the arena's plan is traced from a step that runs operation by operation",
+            hint="memory.compile=false, or memory.arena=default",
+        )
     if memory.host_fraction is not None and memory.activations is not Place.HOST:
         raise ConfigError(
             "memory.host_fraction",

@@ -21,10 +21,10 @@ ALL_HEADS, QUERIES, KEYS = Heads(), Heads(keys=()), Heads(queries=())
 
 def num_head_groups(num_heads: int, num_kv_heads: int, *, most: int, ulysses: int) -> int:
     """The largest number of groups up to `most` that the heads of one of `ulysses` ranks fall into evenly: each group has as many
-    query heads, and whole runs of those that read one key/value head, or equal parts of one run."""
-    run, share = num_heads // ulysses, num_heads // num_kv_heads
-    even = (groups for groups in range(min(most, run), 0, -1) if run % groups == 0)
-    return next(groups for groups in even if groups == 1 or (run // groups) % share == 0 or share % (run // groups) == 0)
+    query heads, and as many of them read each of its key/value heads, in order."""
+    run = num_heads // ulysses
+    even = (groups for groups in range(min(most, run), 1, -1) if run % groups == 0)
+    return next((groups for groups in even if all(_is_regular(part) for part in _parts(num_heads, num_kv_heads, groups, ulysses))), 1)
 
 
 def head_groups(num_heads: int, num_kv_heads: int, *, most: int, ulysses: int) -> tuple[Heads, ...]:
@@ -36,10 +36,25 @@ def head_groups(num_heads: int, num_kv_heads: int, *, most: int, ulysses: int) -
     num_groups = num_head_groups(num_heads, num_kv_heads, most=most, ulysses=ulysses)
     if num_groups == 1:
         return (ALL_HEADS,)
+    return tuple(
+        Heads(tuple(queries), tuple(dict.fromkeys(keys))) for queries, keys in _parts(num_heads, num_kv_heads, num_groups, ulysses)
+    )
+
+
+_Part = tuple[list[int], list[int]]
+"""Query heads of a group, and the key/value head each reads."""
+
+
+def _parts(num_heads: int, num_kv_heads: int, num_groups: int, ulysses: int) -> list[_Part]:
     run, share = num_heads // ulysses, num_heads // num_kv_heads
     part = run // num_groups
-    groups = []
-    for group in range(num_groups):
-        queries = [rank * run + group * part + i for rank in range(ulysses) for i in range(part)]
-        groups.append(Heads(tuple(queries), tuple(dict.fromkeys(head // share for head in queries))))
-    return tuple(groups)
+    queries = [[rank * run + group * part + i for rank in range(ulysses) for i in range(part)] for group in range(num_groups)]
+    return [(heads, [head // share for head in heads]) for heads in queries]
+
+
+def _is_regular(part: _Part) -> bool:
+    """Attention takes the i-th query head to read key/value head i // share."""
+    _, keys = part
+    unique = list(dict.fromkeys(keys))
+    share, rest = divmod(len(keys), len(unique))
+    return rest == 0 and keys == [key for key in unique for _ in range(share)]

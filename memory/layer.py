@@ -19,33 +19,52 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..errors import ConfigError
 from . import streamed, whole
+from .compiled import CompiledSteps, Graphs
 from .graph import Halves
 from .local import GradientSums, LayerSteps
 from .policy import MemoryPolicy
+from .reads import again_reads, backward_reads
 from .run import Gathered, Inputs, LayerRun, layer_run
 from .saved import Saved
-from .tape import LayerContext, Tape
+from .tape import LayerContext, Reads, Tape
 
 
 class LayerExecutor:
     """Stands in for one decoder layer's `forward`: (x, what the micro-batch's layers share) -> layer output (T, M)."""
 
-    def __init__(self, layer: nn.Module, adapter: LayerSteps, policy: MemoryPolicy, index: int) -> None:
-        self._layer, self.adapter, self.policy, self.index = layer, adapter, policy, index
+    def __init__(self, layer: nn.Module, adapter: LayerSteps, policy: MemoryPolicy, index: int, graphs: Graphs | None = None) -> None:
+        """`graphs`: of the model, where the policy has its token-local steps compiled."""
+        self._layer, self.policy, self.index = layer, policy, index
+        self.adapter = adapter if graphs is None else CompiledSteps(adapter, layer, graphs)
 
     def __call__(self, x: Tensor, context: LayerContext) -> Tensor:
+        _check_autocast(x)
         parameters = [p for p in self._layer.parameters() if p.requires_grad]
         # Without a backward (frozen layers below all that is trained) nothing may be left: nobody would clear it away.
         if context.tape is None or not torch.is_grad_enabled() or not (parameters or x.requires_grad):
+            context.position.at("forward", self.index)
             run = self.run(x.shape[0], context, Saved(None))
-            return _forward(run, lambda index: x[run.rows(index)], save=False)
+            with context.attention.busy(), torch.no_grad():
+                return _forward(run, lambda index: x[run.rows(index)], save=False)
         return _Layer.apply(x, self, context, *parameters)  # type: ignore[no-any-return]
 
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:
         """This layer on one rank's rows of a micro-batch."""
         rope = context.tables[self.adapter.rope_key]
         return layer_run(self.adapter, self.policy, context.attention, rope, saved, num_tokens)
+
+
+def _check_autocast(x: Tensor) -> None:
+    """ConfigError under torch.autocast: it would hold in forward and not in backward, where everything is made again."""
+    if torch.is_autocast_enabled(x.device.type):
+        raise ConfigError(
+            "train.dtype",
+            found=f"torch.autocast around the model, to {torch.get_autocast_dtype(x.device.type)}",
+            expected="one precision for a layer's forward and for what backward makes again",
+            hint="train.dtype=bfloat16 without torch.autocast: weights are gathered in it",
+        )
 
 
 class _Layer(torch.autograd.Function):
@@ -88,37 +107,40 @@ def _record(tape: Tape, executor: LayerExecutor, context: LayerContext, run: Lay
 
     def again() -> Tensor:
         # Ranks of all groups meet where weights are gathered: that is not this group's time.
+        run.saved.read_in(again_reads(run), lambda: tape.prefetch_above(executor.index))
         with context.gathered(executor.index), context.attention.busy(), torch.no_grad():
             y = _forward(run, run.input_rows, save=False)
         # What came from the host for it would stay until this layer's own backward.
         run.saved.release()
         return y
 
-    tape.record(executor.index, again=again, save_input=run.save_input, order=run.read_order)
+    reads = Reads(backward=lambda: backward_reads(run), again=lambda: again_reads(run))
+    tape.record(executor.index, again=again, save_input=run.save_input, reads=reads)
 
 
 def _forward(run: LayerRun, inputs: Inputs, *, save: bool) -> Tensor:
     """The layer's output (T, M). Without `save` nothing is left, and what is stored already is not made again."""
     y = Gathered(run)
     for index, o in _attention_rows(run, inputs, save=save):
-        y.put(index, [run.after(index, inputs(index), o, save=save)])
+        y.put(index, [run.after(index, inputs, o, save=save)])
     return y.whole[0]
 
 
-def _attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor]]:
+def _attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor | None]]:
+    """(piece, attention's output of its rows), None where the sum after it is stored as well."""
     if all(run.has("attention_output", index) for index in run.indices):
         return _stored_rows(run)
     return (streamed if run.streamed else whole).attention_rows(run, inputs, save=save)
 
 
-def _stored_rows(run: LayerRun) -> Iterator[tuple[int, Tensor]]:
+def _stored_rows(run: LayerRun) -> Iterator[tuple[int, Tensor | None]]:
     for index in run.indices:
-        yield index, run.get("attention_output", index)[0]
+        yield index, None if run.has("residual", index) else run.get("attention_output", index)[0]
         run.release()
 
 
 def _backward(run: LayerRun, layer: int, tape: Tape, dy: Tensor, sums: GradientSums) -> Tensor:
-    run.saved.read_in(run.read_order(), lambda: tape.prefetch_below(layer))
+    run.saved.read_in(backward_reads(run), lambda: tape.prefetch_below(layer))
     # Chunks of dx take the place of dy's, so it must be nobody else's.
     dy = dy if dy.is_contiguous() and dy._base is None else dy.clone(memory_format=torch.contiguous_format)
     dx = (streamed if run.streamed else whole).backward(run, dy, sums)

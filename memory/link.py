@@ -25,18 +25,25 @@ def returning_bytes(s: Setting) -> float:
         "key_value": projections(s) if s.in_pieces else 1,
     }
     once = sum(reads.get(name, 1) * num_bytes for name, num_bytes in _host_bytes(s).items())
-    again = inner_share(s) * sum(_host_bytes(s)[name] for name in ("residual", "mlp"))
+    return batch_tokens(s) * (once + inner_share(s) * _again_reads(s))
+
+
+def _again_reads(s: Setting) -> float:
+    """Bytes per token that a segment's layer reads to run again for the next one's input."""
+    host, splits = _host_bytes(s), s.policy.splits
+    summed = splits["residual"].recompute
+    found = host["residual"] + host["mlp"]
     if s.policy.attention_output.complete:
-        again += inner_share(s) * _host_bytes(s)["attention_output"]
-    return batch_tokens(s) * (once + again + _inner_reads(s))
-
-
-def _inner_reads(s: Setting) -> float:
-    """Per token: the inputs from which a segment's layers run again, for their projections and for their second half."""
-    if not s.in_pieces:  # it stays for the layer's own backward
-        return 0.0
-    walks = 1 + (s.policy.attention_output.recompute > 0)
-    return inner_share(s) * walks * _host_bytes(s)["layer_input"]
+        return found + summed * (host["attention_output"] + host["layer_input"])
+    query, keys = splits["query"].recompute, splits["key_value"].recompute
+    if not s.by_chunks:
+        walks = s.policy.head_groups * max(query, keys) + summed
+    elif s.layout.ulysses > 1:
+        walks = keys + max(query, summed)
+    else:
+        walks = max(query, keys, summed)
+    # One piece alone is not let go before the layer's output is there.
+    return found + host["query"] + host["key_value"] + host["layer_input"] * (walks if s.in_pieces else min(1.0, walks))
 
 
 def input_reads(s: Setting) -> float:

@@ -7,12 +7,13 @@ after attention, and gate and up are differentiated without being computed (adap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .heads import Heads
+from .heads import ALL_HEADS, Heads
 
 Rope = tuple[Tensor, Tensor]
 
@@ -28,6 +29,47 @@ class LayerSteps(Protocol):
     def residual(self, x: Tensor, o: Tensor, graph: bool = ...) -> Tensor: ...
     def mlp_in(self, x: Tensor, graph: bool = ...) -> tuple[Tensor, Tensor]: ...
     def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = ...) -> Tensor: ...
+    def pull_back(
+        self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
+    ) -> tuple[Tensor, ...]:
+        """Gradients of `inputs` through one step, given those of its results; the weights' go to `sums`.
+
+        The step takes inputs, then constants. Nothing is computed but what some gradient needs. The result may be, or share memory
+        with, what is in `upstream`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One token-local step of a layer."""
+
+    name: str
+    """The method of LayerSteps."""
+    heads: Heads = ALL_HEADS
+
+    def run(self, steps: LayerSteps, tensors: Sequence[Tensor], *, graph: bool = False) -> tuple[Tensor, ...]:
+        """Its results. before_attention takes x, cos and sin."""
+        if self.name == "before_attention":
+            x, cos, sin = tensors
+            return steps.before_attention(x, (cos, sin), self.heads, graph=graph)
+        more = {} if self.name == "after_attention" else {"graph": graph}
+        found = getattr(steps, self.name)(*tensors, **more)
+        return found if isinstance(found, tuple) else (found,)
+
+    def __str__(self) -> str:
+        which = "" if self.heads == ALL_HEADS else f" of {self.heads}"
+        return f"{self.name}{which}"
+
+
+def pull_back(
+    steps: LayerSteps, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
+) -> tuple[Tensor, ...]:
+    """`LayerSteps.pull_back` by autograd."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        results = step.run(steps, [*leaves, *constants], graph=True)
+    return sums.grad(results, leaves, upstream)
 
 
 class GradientSums:
@@ -42,8 +84,12 @@ class GradientSums:
         found = torch.autograd.grad(outputs, [*inputs, *self.parameters], upstream, allow_unused=True)
         for index, part in enumerate(found[len(inputs) :]):
             if part is not None:
-                self._totals[index] = _add_wide(self._totals[index], part)
+                self.add(index, part)
         return found[: len(inputs)]
+
+    def add(self, index: int, part: Tensor) -> None:
+        """Part of the gradient of one of `parameters`; it may be added to in place."""
+        self._totals[index] = _add_wide(self._totals[index], part)
 
     def result(self) -> list[Tensor | None]:
         """In each parameter's dtype; None where nothing reached it."""
@@ -72,28 +118,15 @@ def after_backward(
     with torch.no_grad():
         total = adapter.residual(x, o) if residual is None else residual
         gate, up = adapter.mlp_in(total) if mlp is None else mlp
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (total, gate, up)]
-        del gate, up, mlp
-        y = adapter.mlp_out(leaves[0], leaves[1], leaves[2], graph=True)
-    d_total, *d_inner = sums.grad(y, leaves, dy)
-    del y, leaves
-    with torch.enable_grad():
-        leaf = total.detach().requires_grad_()
-        inner = adapter.mlp_in(leaf, graph=True)
-    (through_mlp,) = sums.grad(inner, [leaf], d_inner)
-    del inner, leaf, d_inner, total
+    d_total, *d_inner = adapter.pull_back(Step("mlp_out"), (total, gate, up), (), (dy,), sums)
+    del gate, up, mlp
+    (through_mlp,) = adapter.pull_back(Step("mlp_in"), (total,), (), d_inner, sums)
+    del d_inner, total
     d_total = through_mlp.add_(d_total)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(), o.detach().requires_grad_()]
-        total = adapter.residual(leaves[0], leaves[1], graph=True)
-    dx, do = sums.grad(total, leaves, d_total)
+    dx, do = adapter.pull_back(Step("residual"), (x, o), (), (d_total,), sums)
     return dx, do
 
 
 def before_backward(adapter: LayerSteps, x: Tensor, rope: Rope, heads: Heads, upstream: Sequence[Tensor], sums: GradientSums) -> Tensor:
     """Gradient of the layer input x through norm, projections and rotation of `heads`."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        projected = adapter.before_attention(leaf, rope, heads, graph=True)
-    return sums.grad(projected, [leaf], upstream)[0]
+    return adapter.pull_back(Step("before_attention", heads), (x,), rope, upstream, sums)[0]

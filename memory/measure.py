@@ -7,8 +7,9 @@ from dataclasses import replace
 from .ledger import budget_account, device_account, host_account
 from .link import from_host_s, to_host_s
 from .policy import MemoryPolicy
-from .setting import ALL, Setting
+from .setting import ALL, KEEPING, Setting
 from .shapes import BUDGET, Measure, Measures
+from .terms_host import arena_bytes, moved_bytes
 from .timing import estimate_time, sharding_s
 from .work import layer_backward_s, layer_forward_s, layer_recompute_s
 
@@ -29,6 +30,7 @@ def measures(s: Setting) -> Measures:
     timing = estimate_time(s)
     return Measures(
         read_rows=lambda: _rows(s),
+        read_rounding=lambda: _rounding(s),
         forward_s=forward,
         backward_s=backward,
         to_host_s=layers * to_host_s(s),
@@ -48,3 +50,10 @@ def _rows(s: Setting) -> dict[str, tuple[float, float]]:
     if budget is not None:
         rows[BUDGET] = float(budget.peak_bytes), float(budget.capacity_bytes)
     return rows
+
+
+def _rounding(s: Setting) -> dict[str, float]:
+    if s.policy.offload_dir is not None:
+        return {}
+    size = float(s.layout.ranks_per_node * (arena_bytes(s) - moved_bytes(s)))
+    return dict.fromkeys([BUDGET, *(f"host, {phase.value}" for phase in KEEPING)], size)

@@ -67,6 +67,8 @@ class MemoryPolicy:
     attention: Walk = Walk.WHOLE
     head_groups: int = 1
     offload_dir: str | None = None
+    compile: str | None = None
+    """What compiles the token-local steps (a backend of torch.compile); None: nothing does."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -117,4 +119,10 @@ def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:
         attention=memory.attention or Walk.WHOLE,
         head_groups=memory.head_groups or 1,
         offload_dir=memory.offload_dir,
+        compile=compiler(memory),
     )
+
+
+def compiler(memory: MemoryConfig) -> str | None:
+    """`MemoryPolicy.compile` of a configuration."""
+    return "inductor" if memory.compile else None

@@ -18,14 +18,20 @@ class Way:
     out: float
     """From the device."""
     back: float
-    together: float
-    """Both directions' sum, while it goes both ways at one time."""
+    shared: float
+    """What of the shorter of two transfers adds to the longer when both are under way: 0, each way has its own; 1, they take turns."""
     source: str
     """Where the figures are from."""
 
     def seconds(self, out_bytes: float, back_bytes: float = 0.0) -> float:
         """Of so many bytes out and so many back, started together."""
-        return max(out_bytes / self.out, back_bytes / self.back, (out_bytes + back_bytes) / self.together)
+        out, back = out_bytes / self.out, back_bytes / self.back
+        return max(out, back) + self.shared * min(out, back)
+
+    @property
+    def both(self) -> float:
+        """Of each direction, while as much goes the other way."""
+        return 1.0 / self.seconds(1.0, 1.0)
 
 
 def host_way(s: Setting) -> Way:
@@ -33,7 +39,7 @@ def host_way(s: Setting) -> Way:
     if s.measured is not None:
         return _slowest(s.measured.rates.link, s.measured.source)
     rate = s.cluster.host_link_bandwidth
-    return Way(rate, rate, 2 * rate, "cluster.host_link_bandwidth")
+    return Way(rate, rate, 0.0, "cluster.host_link_bandwidth")
 
 
 def activation_way(s: Setting) -> Way:
@@ -42,7 +48,7 @@ def activation_way(s: Setting) -> Way:
     if s.policy.offload_dir is None:
         return link
     disk = _disk_way(s, link)
-    return Way(min(link.out, disk.out), min(link.back, disk.back), min(link.together, disk.together), disk.source)
+    return Way(min(link.out, disk.out), min(link.back, disk.back), max(link.shared, disk.shared), disk.source)
 
 
 def _disk_way(s: Setting, link: Way) -> Way:
@@ -52,18 +58,20 @@ def _disk_way(s: Setting, link: Way) -> Way:
     ranks, cluster = s.layout.ranks_per_node, s.cluster
     written, read = cluster.disk_write_bandwidth, cluster.disk_read_bandwidth
     if written is None and read is None:
-        return Way(link.out, link.back, link.together, f"no figure of the disk is given, so the link's: {link.source}")
+        return Way(link.out, link.back, link.shared, f"no figure of the disk is given, so the link's: {link.source}")
     given = [name for name, rate in (("disk_write_bandwidth", written), ("disk_read_bandwidth", read)) if rate is not None]
     out = link.out if written is None else written / ranks
     back = link.back if read is None else read / ranks
-    # A disk does one thing after the other: as much each way takes the sum of both times.
-    return Way(out, back, 2 / (1 / out + 1 / back), f"{' and '.join(f'cluster.{name}' for name in given)} over {ranks} ranks")
+    # A disk does one thing after the other.
+    return Way(out, back, 1.0, f"{' and '.join(f'cluster.{name}' for name in given)} over {ranks} ranks")
 
 
 def _slowest(rows: tuple[Copies, ...], source: str) -> Way:
     """The step waits for the slowest rank."""
-    together = min(row.both_out + row.both_back for row in rows)
-    return Way(min(row.out for row in rows), min(row.back for row in rows), together, source)
+    out, back = min(row.out for row in rows), min(row.back for row in rows)
+    both = min(min(row.both_out, row.both_back) for row in rows)
+    longer, shorter = max(1 / out, 1 / back), min(1 / out, 1 / back)
+    return Way(out, back, min(1.0, max(0.0, (1 / both - longer) / shorter)), source)
 
 
 def gb_per_s(bytes_per_s: float) -> str:

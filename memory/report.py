@@ -79,10 +79,11 @@ def describe_policy(policy: MemoryPolicy, s: Setting) -> tuple[str, ...]:
     """The policy in clauses: what waits where, what runs again, in what pieces."""
     place = "GPU" if s.on_gpu else "rank"
     host = "files" if policy.offload_dir else "host"
+    compiled = ("norms, projections and MLP compiled",) if policy.compile else ()
     if policy.graph:
-        return (f"every activation is kept on the {place}; no layer runs again",)
+        return (f"every activation is kept on the {place}; no layer runs again", *compiled)
     clauses = [_inputs(policy, place, host), _attention(policy, place, host), *_others(policy, place, host)]
-    return (*clauses, _pieces(policy, s))
+    return (*clauses, _pieces(policy, s), *compiled)
 
 
 def _inputs(policy: MemoryPolicy, place: str, host: str) -> str:

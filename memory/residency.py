@@ -1,4 +1,4 @@
-"""Where the optimizer's numbers are and how long gradients live, in bytes a parameter; training/optimizers does it. Pure.
+"""Where the optimizer's numbers and their copies are and how long gradients live, in bytes a parameter; training/optimizers does it. Pure.
 
 float32 weights and moments are 12 bytes a parameter, gradients 4 more where all of a step exist at one time: 16 on the device,
 or 2 there (bfloat16 weights) and 12 on the host where layers are updated in backward.
@@ -7,9 +7,10 @@ or 2 there (bfloat16 weights) and 12 on the host where layers are updated in bac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..checkpoint.config import CheckpointConfig
     from ..training.config import OptimConfig
 
 MOMENT_BYTES = {"float32": None, "bfloat16": 2.0, "8bit": 1.0 + 4.0 / 256}
@@ -28,6 +29,10 @@ class Residency:
     """A layer's gradients are gone once it is updated."""
     moment_bytes: float | None = None
     """Of one number; None: the master precision."""
+    snapshot_bytes: int | None = None
+    """Host memory of a rank for snapshots (checkpoint.pool_bytes); None: found by itself."""
+    replicas: bool = False
+    """Snapshots are kept in the memory of hosts too (checkpoint.replica)."""
     clipped: bool = True
     """Gradients are scaled where their norm is too large."""
     two_passes: bool = False
@@ -42,9 +47,13 @@ ON_DEVICE = Residency()
 """What there is unless something else is asked for."""
 
 
-def residency_of(optim: OptimConfig) -> Residency:
+def residency_of(optim: OptimConfig, checkpoint: CheckpointConfig | None = None) -> Residency:
     """What a configuration asks for."""
+    kept: dict[str, Any] = {}
+    if checkpoint is not None:
+        kept = {"snapshot_bytes": checkpoint.pool_bytes, "replicas": checkpoint.replica.value == "peer"}
     return Residency(
+        **kept,
         on_host=optim.states.value == "host",
         in_backward=optim.update.value == "backward",
         moment_bytes=MOMENT_BYTES[optim.state_dtype.value],

@@ -15,7 +15,7 @@ from .heads import Heads
 from .local import GradientSums, LayerSteps, Rope, after_backward, before_backward
 from .policy import MemoryPolicy
 from .ranges import Range, group_ranges, place_of
-from .saved import Key, Saved
+from .saved import Saved
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Rows = tuple[Range, ...]
@@ -115,28 +115,28 @@ class LayerRun:
         """The layer input's rows of a piece, from what was saved."""
         return self.get("layer_input", index)[0]
 
+    def projected(self, index: int, inputs: Inputs, heads: Heads, group: int = 0) -> tuple[Tensor, ...]:
+        """Queries, keys and values of one piece, of those `heads` asks for: stored ones as they are, the others made."""
+        q = self.get("query", index, group) if heads.queries != () and self.has("query", index, group) else None
+        kv = self.get("key_value", index, group) if heads.keys != () and self.has("key_value", index, group) else None
+        missing = Heads(heads.queries if q is None else (), heads.keys if kv is None else ())
+        if missing == Heads((), ()):
+            return (*(q or ()), *(kv or ()))
+        made = self.adapter.before_attention(inputs(index), self.rope_rows(index), missing)
+        return (*(q or ()), *made, *(kv or ()))
+
     def save_input(self, x: Tensor) -> None:
         """Leave the layer input (T, M) where the policy has it."""
         for index in self.indices:
             self.save("layer_input", index, [x[self.rows(index)]], share=True)
 
-    def read_order(self) -> list[Key]:
-        """The keys in the order a backward reads them (those not stored, and second head groups, are passed over)."""
-        up, down = list(self.indices), list(reversed(self.indices))
-        first: list[Key] = [(kind, i, 0) for i in up for kind in ("key_value", "query", "layer_input")]
-        if self.streamed:
-            first = [("key_value" if self.has("key_value", i) else "layer_input", i, 0) for i in up]
-        elif self.attention_stored:
-            first = [("attention_output", i, 0) for i in up]
-        kinds = ["layer_input", "residual", "mlp"]
-        if self.streamed:
-            kinds[1:1] = ["query", "attention_output"]
-        return first + [(kind, i, 0) for i in down for kind in kinds]
-
-    def after(self, index: int, x: Tensor, o: Tensor, *, save: bool) -> Tensor:
-        """The second half of one piece. What was stored of it is used where there is such."""
-        stored = self.get("residual", index)[0] if self.has("residual", index) else None
-        total = self.adapter.residual(x, o) if stored is None else stored
+    def after(self, index: int, inputs: Inputs, o: Tensor | None, *, save: bool) -> Tensor:
+        """The second half of one piece. What was stored of it is used where there is such; `o` may be None where the sum is."""
+        if self.has("residual", index):
+            total = self.get("residual", index)[0]
+        else:
+            assert o is not None
+            total = self.adapter.residual(inputs(index), o)
         gate, up = self.get("mlp", index) if self.has("mlp", index) else self.adapter.mlp_in(total)
         if save:
             self.save("residual", index, [total])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -38,6 +39,8 @@ class Saved:
         self._moved: dict[Key, tuple[Any, ...]] = {}
         self._order: deque[Key] = deque()
         self._open: dict[Key, tuple[Tensor, ...]] = {}
+        self._read: set[Key] = set()
+        """Since the last `release`."""
         self._then: Callable[[], None] | None = None
 
     def put(self, key: Key, tensors: Sequence[Tensor], place: Place, *, share: bool = False) -> None:
@@ -60,22 +63,26 @@ class Saved:
         """The tensors of a piece, on the device; those from the host until `release`."""
         if key in self._kept:
             return self._kept[key]
-        if key not in self._open:
-            assert self._store is not None
+        if key not in self._read:
+            self._read.add(key)
             if key in self._order:
                 while self._order.popleft() != key:
                     pass
             self._look_ahead()
+        if key not in self._open:
+            assert self._store is not None
             self._open[key] = tuple(self._store.get(parcel) for parcel in self._moved[key])
         return self._open[key]
 
     def release(self) -> None:
-        """What was read from the host so far is used by nothing that is still to be computed."""
-        for key in self._open:
+        """What was read from the host so far is used by nothing that is still to be computed. What is read again at once stays."""
+        soon = list(islice(self._order, AHEAD))
+        for key in [key for key in self._open if key not in soon]:
+            del self._open[key]
             for parcel in self._moved[key]:
                 assert self._store is not None
                 self._store.done(parcel)
-        self._open.clear()
+        self._read.clear()
 
     def prefetch(self, keys: Sequence[Key]) -> None:
         """Start bringing back the first few of `keys`."""
@@ -86,6 +93,7 @@ class Saved:
 
     def clear(self) -> None:
         """Nothing of it is needed any more."""
+        self._order.clear()
         self.release()
         for parcels in self._moved.values():
             for parcel in parcels:
@@ -93,11 +101,10 @@ class Saved:
                 self._store.drop(parcel)
         self._kept.clear()
         self._moved.clear()
-        self._order.clear()
         self._then = None
 
     def _look_ahead(self) -> None:
-        self.prefetch(list(self._order)[:AHEAD])
+        self.prefetch(list(islice(self._order, AHEAD)))
         if len(self._order) < AHEAD and self._then is not None:
             then, self._then = self._then, None
             then()

@@ -9,7 +9,7 @@ would be a bad bargain.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -106,9 +106,14 @@ class Candidate:
         near = linearise(self.measure, self.policy, self.variables, x)
         self._program = replace(self.program, rows=self.program.rows + near.rows)
 
-    def tighten(self, by: float) -> None:
-        """Leave so many bytes of each memory free."""
-        self._program = replace(self.program, rows=tuple(replace(row, limit=row.limit - by) for row in self.program.rows))
+    def tighten(self, over: Mapping[str, float]) -> None:
+        """Leave so many bytes free of each memory that was too small, but what is there with all kept."""
+        ends = [[float(keep and variable.keep) for variable in self.variables] for keep in (True, False)]
+        rows = []
+        for row in self.program.rows:
+            least = min(row.num_bytes(x) for x in ends)
+            rows.append(replace(row, limit=max(row.limit - over.get(memory_of(row.name), 0.0), min(row.limit, least))))
+        self._program = replace(self.program, rows=tuple(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +219,8 @@ class Search:
             if answer is None:
                 return None
             x = rounded(candidate.variables, answer.x, self.tokens)
-            over = overflow(candidate.measure(candidate.policy(x)), room)
-            if over <= 0:
+            over = overflows(candidate.measure(candidate.policy(x)), room)
+            if not over:
                 return self._swept(candidate, x, within_s, room)
             if attempt < _ROUNDS // 2 and candidate.variables:
                 candidate.cut(answer.x)
@@ -279,6 +284,20 @@ def _spare(measured: Measures, room: Room, ranks: int) -> dict[str, float]:
     both = {f"both{name[6:]}": spare + left[f"host{name[6:]}"] / ranks for name, spare in device.items() if f"host{name[6:]}" in left}
     budget = {f"budget{name[6:]}": spare + left[BUDGET] / ranks for name, spare in device.items() if BUDGET in left}
     return device | both | budget
+
+
+def memory_of(row: str) -> str:
+    """`device`, `host` or the budget: rows of one memory are its phases."""
+    return row.partition(", ")[0]
+
+
+def overflows(measured: Measures, room: Room = AS_IT_IS) -> dict[str, float]:
+    """Bytes by which each memory that is too small is."""
+    found: dict[str, float] = {}
+    for name, (used, limit) in measured.rows.items():
+        if (over := used - limit - room.extra(name)) > 0:
+            found[memory_of(name)] = max(over, found.get(memory_of(name), 0.0))
+    return found
 
 
 def overflow(measured: Measures, room: Room = AS_IT_IS) -> float:

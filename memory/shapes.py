@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .config import MemoryConfig, Place, Walk
-from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy, Split
+from .policy import KEEP_ALL, KEPT, MOVED, REMADE, MemoryPolicy, Split, compiler
 from .program import Affine, Program, Row, step_s
 
 CHUNKS = (16384, 4096, 1024)
@@ -65,6 +65,7 @@ class Measures:
     """What the ledger and the timing say of one policy."""
 
     read_rows: Callable[[], dict[str, tuple[float, float]]]
+    read_rounding: Callable[[], dict[str, float]]
     forward_s: float
     backward_s: float
     to_host_s: float
@@ -76,6 +77,15 @@ class Measures:
     def rows(self) -> dict[str, tuple[float, float]]:
         """By name: bytes, and how many there may be. Asked for last: a bound of the time needs none."""
         return self.read_rows()
+
+    @cached_property
+    def rounding(self) -> dict[str, float]:
+        """By row: bytes that are there for rows wait in whole blocks of the arena. None where nothing waits, so no tangent has them."""
+        return self.read_rounding()
+
+    def smooth(self, name: str) -> float:
+        """Bytes of a row without rounding: never more than the ledger's, and convex in the shares."""
+        return self.rows[name][0] - self.rounding.get(name, 0.0)
 
     def step_s(self, link: float = 1.0) -> float:
         """The step; `link`: times as fast a link to the host."""
@@ -137,7 +147,7 @@ def shares(memory: MemoryConfig, shape: Shape) -> list[Share]:
 def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x: Sequence[float]) -> MemoryPolicy:
     """The policy with these shares; what the configuration gives is as given."""
     if shape.graph:
-        return replace(KEEP_ALL, offload_dir=memory.offload_dir)
+        return replace(KEEP_ALL, offload_dir=memory.offload_dir, compile=compiler(memory))
     splits = _given(memory, shape)
     for variable, share in zip(variables, x, strict=True):
         for name in variable.classes:
@@ -152,6 +162,7 @@ def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x:
         attention=shape.attention,
         head_groups=shape.head_groups,
         offload_dir=memory.offload_dir,
+        compile=compiler(memory),
     )
     return policy.with_splits(splits)
 
@@ -178,7 +189,7 @@ def linearise(
         return Affine(read(here) - sum(a * b for a, b in zip(slope, x, strict=True)), slope)
 
     def row(name: str, limit: float) -> Row:
-        return Row(name, affine(lambda measured: measured.rows[name][0]), limit)
+        return Row(name, affine(lambda measured: measured.smooth(name)), limit)
 
     return Program(
         forward_s=affine(lambda measured: measured.forward_s),

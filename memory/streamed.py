@@ -13,7 +13,7 @@ final only at the end, and their projections are differentiated in one more pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,18 +32,18 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
     kv = Gathered(run)
     keys = None if run.alone else _all_keys(run, inputs, save=save)
     for index, rows in enumerate(run.pieces):
-        made = run.adapter.before_attention(inputs(index), run.rope_rows(index), ALL_HEADS if keys is None else QUERIES)
+        q, *made = run.projected(index, inputs, ALL_HEADS if keys is None else QUERIES)
         if keys is None:
-            kv.put(index, made[1:])
-            _save_keys(run, kv, index, made[1:], save=save)
+            kv.put(index, made)
+            _save_keys(run, kv, index, made, save=save)
         if save:
-            run.save("query", index, [made[0]])
+            run.save("query", index, [q])
         k, v = kv.whole if keys is None else keys
-        o, lse = attention.rows_forward(attention.gather_rows(made[0], rows, spec), k, v, rows, spec)
+        o, lse = attention.rows_forward(attention.gather_rows(q, rows, spec), k, v, rows, spec)
         o = attention.scatter_rows(o, rows, spec)
         if save:
             run.save("attention_output", index, [o, lse])
-        del made, lse
+        del q, made, lse
         yield index, o
         run.release()
 
@@ -77,7 +77,7 @@ def _piece_backward(
     attention, spec, rows, mine = run.attention, run.spec, run.pieces[index], run.rows(index)
     x = run.input_rows(index)
     with torch.no_grad():
-        q = attention.gather_rows(_queries(run, index, x), rows, spec)
+        q = attention.gather_rows(run.projected(index, run.input_rows, QUERIES)[0], rows, spec)
         o, gathered_o, lse = _output(run, index, q, keys)
     dx, do = run.after_backward(index, x, o, dy[mine], sums)
     del o
@@ -99,12 +99,6 @@ def _key_block(run: LayerRun) -> int:
     return (chunk or max(1, run.num_tokens)) * KEY_BLOCK_CHUNKS
 
 
-def _queries(run: LayerRun, index: int, x: Tensor) -> Tensor:
-    if run.has("query", index):
-        return run.get("query", index)[0]
-    return run.adapter.before_attention(x, run.rope_rows(index), QUERIES)[0]
-
-
 def _output(run: LayerRun, index: int, q: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's output of a piece before and after its exchange, and the log-sum-exp: as stored, or made again."""
     attention, spec, rows = run.attention, run.spec, run.pieces[index]
@@ -119,17 +113,14 @@ def _all_keys(run: LayerRun, inputs: Inputs, *, save: bool = False) -> tuple[Ten
     """Keys and values of all rows, exchanged: stored ones as they are, the others made."""
     kv = Gathered(run)
     for index in run.indices:
-        if run.has("key_value", index):
-            made = run.get("key_value", index)
-        else:
-            made = run.adapter.before_attention(inputs(index), run.rope_rows(index), KEYS)
+        made = run.projected(index, inputs, KEYS)
         kv.put(index, made)
         _save_keys(run, kv, index, made, save=save)
         run.release()
     return run.attention.exchange_keys(kv.whole[0], kv.whole[1], run.spec)
 
 
-def _save_keys(run: LayerRun, kv: Gathered, index: int, made: tuple[Tensor, ...], *, save: bool) -> None:
+def _save_keys(run: LayerRun, kv: Gathered, index: int, made: Sequence[Tensor], *, save: bool) -> None:
     if save:
         shared = run.policy.key_value.keep == 1.0
         run.save("key_value", index, [t[run.rows(index)] for t in kv.whole] if shared else made, share=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,6 +26,14 @@ Tables = Mapping[str | None, tuple[Tensor, Tensor]]
 MakeAgain = Callable[[], Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a layer's passes read of what it saved, in order (memory/reads.py)."""
+
+    backward: Callable[[], Sequence[Key]]
+    again: Callable[[], Sequence[Key]]
+
+
 class Tape:
     """The saved pieces of all layers of one micro-batch."""
 
@@ -33,32 +42,49 @@ class Tape:
         self.saved = [Saved(store) for _ in range(num_layers)]
         self._again: dict[int, MakeAgain] = {}
         self._save: dict[int, Callable[[Tensor], None]] = {}
-        self._orders: dict[int, Callable[[], Sequence[Key]]] = {}
+        self._reads: dict[int, Reads] = {}
+        self._restoring: int | None = None
 
     def keeps_input(self, layer: int) -> bool:
         """Whether the layer's input is stored in forward: also where the layer below, without a backward, left nothing."""
         return layer % self.policy.segment_layers == 0 or layer - 1 not in self._again
 
-    def record(self, layer: int, *, again: MakeAgain, save_input: Callable[[Tensor], None], order: Callable[[], Sequence[Key]]) -> None:
-        """How to make the layer's output again from what it saved, how to store its input, and what its backward reads first."""
-        self._again[layer], self._save[layer], self._orders[layer] = again, save_input, order
+    def record(self, layer: int, *, again: MakeAgain, save_input: Callable[[Tensor], None], reads: Reads) -> None:
+        """How to make the layer's output again from what it saved, how to store its input, and what its passes read."""
+        self._again[layer], self._save[layer], self._reads[layer] = again, save_input, reads
 
     def restore_input(self, layer: int) -> None:
         """Make the inputs of the segment that ends in `layer` where they are not stored."""
+        self._restoring = layer
+        for below in self._missing(layer):
+            self._save[below + 1](self._again[below]())
+
+    def _missing(self, layer: int) -> list[int]:
+        """Layers of the segment that ends in `layer` whose output is the input of another and is not stored."""
         base = layer - layer % self.policy.segment_layers
-        for below in range(base, layer):
-            if below in self._again and ("layer_input", 0, 0) not in self.saved[below + 1]:
-                self._save[below + 1](self._again[below]())
+        inner = (below for below in range(base, layer) if below in self._again)
+        return [below for below in inner if ("layer_input", 0, 0) not in self.saved[below + 1]]
 
     def prefetch_below(self, layer: int) -> None:
-        """Start bringing back what the backward after this layer's reads first."""
-        if layer - 1 in self._orders:
-            self.saved[layer - 1].prefetch(self._orders[layer - 1]())
+        """Start bringing back what is read first once this layer's backward is done: for a segment to run again, or the next backward."""
+        missing = self._missing(layer - 1) if layer else []
+        if missing:
+            self._prefetch(missing[0], again=True)
+        elif layer - 1 in self._reads:
+            self._prefetch(layer - 1, again=False)
+
+    def prefetch_above(self, layer: int) -> None:
+        """The same once this layer has run again."""
+        self._prefetch(layer + 1, again=layer + 1 != self._restoring)
+
+    def _prefetch(self, layer: int, *, again: bool) -> None:
+        reads = self._reads[layer]
+        self.saved[layer].prefetch(reads.again() if again else reads.backward())
 
     def clear(self, layer: int) -> None:
         """The layer's backward is done."""
         self.saved[layer].clear()
-        for kept in (self._again, self._save, self._orders):
+        for kept in (self._again, self._save, self._reads):
             kept.pop(layer, None)
 
 

@@ -6,7 +6,7 @@ all start from it. Splits are shares of a rank's tokens (memory/policy.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .policy import AHEAD
 from .setting import BACKWARD, Phase, Setting, Term
@@ -100,28 +100,35 @@ def in_flight(s: Setting, layer: int) -> Term:
     late = {"query", "key_value"} if not s.by_chunks and s.policy.attention_output.complete else set()
     piece = {name for name, split in splits.items() if split.complete} - whole
     ahead = _ahead(s, layer, rows)
-    if not s.in_pieces and "layer_input" in rows:
-        # One piece alone stays to the end of its layer: so do inputs that layers of a segment were run again from.
-        ahead += layer % s.segment_layers * size["layer_input"]
     leaving = sum(size[name] * count for name, count in rows.items())
     largest = max((size[name] for name in rows), default=0) * s.piece_tokens
     held = {Phase.FORWARD: min(leaving, max(IN_FLIGHT_BYTES, largest)) * s.on_gpu}
     held |= dict.fromkeys(BACKWARD, s.piece_tokens * (ahead + sum(size[name] for name in piece)))
     held[Phase.BACKWARD_MLP] -= s.piece_tokens * sum(size[name] for name in piece & late)
-    held[Phase.LAYER_REDUCE] = held[Phase.SEGMENT] = s.piece_tokens * ahead
+    # The live layer's own rows have its input in them already.
+    held[Phase.SEGMENT] -= s.piece_tokens * sum(size[name] for name in piece & {"layer_input"})
+    held[Phase.LAYER_REDUCE] = s.piece_tokens * ahead
     return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", held)
 
 
 def _ahead(s: Setting, layer: int, rows: Mapping[str, int]) -> int:
     """Bytes a row of what is asked for before its use (memory/saved.py): of this layer's next piece or of the layer below."""
     middle = ("query", "attention_output") if s.by_chunks else ()
-    own = [name for name in ("layer_input", *middle, "residual", "mlp") if name in rows]
-    below = [name for name in ("attention_output", "layer_input", "key_value", "query", "residual", "mlp") if name in rows]
-    here = sum(class_bytes(s)[name] for name in (own * AHEAD)[:AHEAD] if rows[name] > s.piece_tokens)
+    visits = [("layer_input", *middle, "residual", "mlp"), *([] if s.by_chunks else [("query", "key_value", "layer_input")])]
+    here = max(_first(s, visit, rows, several=True) for visit in visits)
     if layer == 0:
         return here
+    below = ("attention_output", "layer_input", "key_value", "query", "residual", "mlp")
     # With one class a piece, the layer below is asked for while another piece is still to come.
-    return max(here, sum(class_bytes(s)[name] for name in (below * AHEAD)[: AHEAD + (len(below) == 1 and s.in_pieces)]))
+    alone = sum(name in rows for name in below) == 1 and s.in_pieces
+    again = _first(s, ("residual", "mlp"), rows) if s.segment_layers > 1 else 0
+    return max(here, again, _first(s, below, rows, AHEAD + alone))
+
+
+def _first(s: Setting, names: Sequence[str], rows: Mapping[str, int], count: int = AHEAD, *, several: bool = False) -> int:
+    """Bytes a row of the first `count` of the classes that come back, over and over; `several`: in more than one piece."""
+    coming = ([name for name in names if name in rows] * count)[:count]
+    return sum(class_bytes(s)[name] for name in coming if not several or rows[name] > s.piece_tokens)
 
 
 IN_FLIGHT_BYTES = 1 << 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint.sizes import snapshot_pool_bytes
+from ..checkpoint.sizes import replica_bytes, snapshot_pool_bytes
 from .ranges import group_ranges
 from .setting import GIB, KEEPING, Setting, Term, term
 from .terms_activations import class_layers, moved_by_class
@@ -18,6 +18,7 @@ def host_terms(s: Setting, device_peak_bytes: int) -> tuple[Term, ...]:
         term("optimizer states on the host", f"{ranks} ranks", ranks * host_optimizer_bytes(s)),
         term("data staging", f"ids and targets of four micro-batches, {ranks} ranks", ranks * 4 * 24 * s.tokens),
         term("system", "operating system and page cache it cannot do without (assumed)", 4 * GIB if s.on_gpu else GIB),
+        replicas(s),
     )
     left = s.cluster.host_memory_bytes - sum(entry.num_bytes for entry in made)
     return tuple(entry for entry in (*made, snapshot(s, max(0, left) // ranks)) if entry.num_bytes)
@@ -63,11 +64,23 @@ def arena_bytes(s: Setting) -> int:
 
 def snapshot(s: Setting, free_bytes: int) -> Term:
     """A rank's weights and moments while a checkpoint is written, or half of what is free for it where that is less."""
-    ranks = s.layout.ranks_per_node
-    state = s.parameters * s.master * (1 + MOMENTS) // s.layout.shard
-    pool = snapshot_pool_bytes(state, free_bytes=free_bytes)
-    note = "weights and moments" if pool >= state else "half of what is free"
+    ranks, state, asked = s.layout.ranks_per_node, state_bytes(s), s.residency.snapshot_bytes
+    pool = snapshot_pool_bytes(state, asked, free_bytes=free_bytes)
+    note = "checkpoint.pool_bytes" if asked is not None else "weights and moments" if pool >= state else "half of what is free"
     return term("checkpoint snapshots", f"{note}, while files are written; {ranks} ranks", ranks * pool)
+
+
+def state_bytes(s: Setting) -> int:
+    """One rank's weights and moments, as checkpoints hold them."""
+    return s.parameters * s.master * (1 + MOMENTS) // s.layout.shard
+
+
+def replicas(s: Setting) -> Term:
+    """Images of ranks in keepers' memory (checkpoint.replica)."""
+    ranks, nodes = s.layout.ranks_per_node, s.cluster.num_nodes
+    held = replica_bytes(state_bytes(s), ranks, several_nodes=nodes > 1) if s.residency.replicas else 0
+    which = "those of this node's ranks and of another's" if nodes > 1 else "those of this node's ranks"
+    return term("checkpoint replicas", f"{which}, two of each", held)
 
 
 def _processes(s: Setting, ranks: int, device_peak_bytes: int) -> Term:

@@ -187,5 +187,5 @@ def _host_line(s: Setting) -> str:
     """At which rates rows wait, and where those are from."""
     way, place = activation_way(s), f"files under {s.policy.offload_dir}" if s.policy.offload_dir else "the host"
     rates = gb_per_s(way.out) if way.out == way.back else f"{gb_per_s(way.out)}, back at {gb_per_s(way.back)}"
-    both = f", both ways at once {gb_per_s(way.together)} in all" if way.together < 0.98 * (way.out + way.back) else ""
+    both = f", both ways at once {gb_per_s(way.both)} each" if way.both < 0.98 * min(way.out, way.back) else ""
     return f"copies to {place} run at {rates} a rank{both}, beside one layer's compute ({way.source})"

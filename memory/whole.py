@@ -106,7 +106,7 @@ def _project(run: LayerRun, inputs: Inputs, group: int, walked: _Walked, *, save
     """Queries, keys and values of one head group, exchanged: stored ones as they are, the others made."""
     made = Gathered(run)
     for index in run.indices:
-        q, k, v = _piece(run, inputs, index, group, walked.heads)
+        q, k, v = run.projected(index, inputs, walked.heads, group)
         made.put(index, (q, k, v))
         if save:
             rows = run.rows(index)
@@ -121,16 +121,6 @@ def _rows_of(made: Gathered, which: int, part: Tensor, rows: slice, run: LayerRu
     """A piece as part of the whole where the whole stays, else by itself."""
     kind = "query" if which == 0 else "key_value"
     return made.whole[which][rows] if run.policy.splits[kind].keep == 1.0 else part
-
-
-def _piece(run: LayerRun, inputs: Inputs, index: int, group: int, heads: Heads) -> tuple[Tensor, ...]:
-    q = run.get("query", index, group) if run.has("query", index, group) else None
-    kv = run.get("key_value", index, group) if run.has("key_value", index, group) else None
-    if q is not None and kv is not None:
-        return (*q, *kv)
-    missing = Heads(heads.queries if q is None else (), heads.keys if kv is None else ())
-    made = run.adapter.before_attention(inputs(index), run.rope_rows(index), missing)
-    return (*(q or ()), *made, *(kv or ()))
 
 
 def _with_group(o: Tensor | None, part: Tensor, heads: Heads, num_heads: int) -> Tensor:

@@ -62,10 +62,28 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
         yield
         return
     group = module._get_fsdp_state()._fsdp_param_group
-    module.unshard()
-    yield
-    if group is not None and group.reshard_after_backward:
-        module.reshard()
+    try:
+        module.unshard()
+        yield
+    finally:
+        if group is not None and group.reshard_after_backward:
+            module.reshard()
+
+
+def forget_pass(model: nn.Module) -> None:
+    """After an exception inside a forward or backward pass: weights are sharded, and gradients gone that no rank has reduced yet.
+
+    The next pass starts as the first one did. Nothing is sent: every rank calls it for itself.
+    """
+    assert isinstance(model, FSDPModule)
+    model.reset_iter_state()
+    model.set_reshard_after_backward(True)
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for parameter in () if group is None else group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # made by the first gather
+                parameter.unsharded_param.grad = None
 
 
 def gather_weights(model: nn.Module) -> None:

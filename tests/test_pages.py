@@ -20,6 +20,12 @@ def test_runs_page(tmp_path: Path) -> None:
     assert "train.steps: 6 -> 8" in printed
 
 
+def test_launching_page(tmp_path: Path) -> None:
+    printed = run_page("launching.md", tmp_path)
+    assert "step 4 of 4" in printed or "4/4" in printed or "steps       4" in printed
+    assert (tmp_path / "work" / "runs" / "first").stat().st_mode & 0o777 == 0o700
+
+
 def test_memory_page(tmp_path: Path) -> None:
     printed = run_page("memory.md", tmp_path)
     assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed
@@ -41,5 +47,5 @@ def test_checkpoints_page(tmp_path: Path) -> None:
     assert "tensors, for example" in printed
     work = tmp_path / "work"
     names = {path.name for path in (work / "runs" / "demo" / "checkpoints").iterdir()}
-    assert names == {"step-00000010", "step-00000012"}
-    assert (work / "exported" / "model.safetensors").is_file() and (work / "elsewhere" / "step-00000012" / "COMMIT").is_file()
+    assert names == {"step-00000012", "step-00000014"}
+    assert (work / "exported" / "model.safetensors").is_file() and (work / "elsewhere" / "step-00000014" / "COMMIT").is_file()

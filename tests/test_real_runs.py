@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.rundir import read_run
+from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.launcher.runs import descendants, environment, is_alive
 from efflaunch.tests.parity.reference import reference_loss
 from efflaunch.training.data.source import open_data
@@ -136,6 +137,60 @@ def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
     assert losses(place) == losses(reference)
     assert [event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "checkpoint"][-1]["step"] == STEPS
     assert not [pid for pid in flushers if is_alive(pid)]
+
+
+def test_killed_ranks_go_on_from_memory_and_are_bit_equal(place, reference):
+    """With replicas, though storage takes its time: what was saved in memory alone is used, and then put on disk."""
+    process = train(place, "checkpoint.replica=peer")
+    wait_for_step(place, process, 8)
+    pids = descendants(process.pid)
+    assert len([pid for pid in pids if "replica.keeper" in command(pid)]) == 2
+    others = [pid for pid in pids if "efflaunch.checkpoint" not in command(pid)]
+    ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
+    os.kill(ranks[-1], signal.SIGKILL)
+    finish(process, place)
+    assert losses(place) == losses(reference)
+    starts = [event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "start"]
+    assert len(starts) == 2 and starts[1]["restored_from"].startswith("the memory of")
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, monkeypatch):
+    """Ranks are killed while storage, which is slow, has not got the newest checkpoint yet."""
+    monkeypatch.setenv("LD_PRELOAD", str(build_shim(place)))
+    monkeypatch.setenv("SHIM_MODE", "slow")
+    process = train(place, "checkpoint.replica=peer")
+    events = MetricsFollower(place / "runs" / "run")
+    seen: list = []
+    while not any(event["event"] == "replica" and event["error"] is None for event in seen):
+        assert process.poll() is None, (place / "output").read_text()
+        seen += events.read()
+        time.sleep(0.005)
+    for pid in descendants(process.pid):
+        if "efflaunch.checkpoint" not in command(pid) and "launcher.agent" in command(pid) and psutil.Process(pid).ppid() != process.pid:
+            os.kill(pid, signal.SIGKILL)
+    finish(process, place)
+    assert losses(place) == losses(reference)
+    seen += events.read()
+    again = [event for event in seen if event["event"] == "start"][1]
+    step = next(event["step"] for event in seen if event["event"] == "replica")
+    assert again["restored_from"].startswith("the memory of") and again["resumed_from"] >= step
+    assert again["resumed_from"] in [event["step"] for event in seen if event["event"] == "checkpoint"]
+
+
+def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
+    process = train(place, "checkpoint.replica=peer")
+    wait_for_step(place, process, 8)
+    pids = descendants(process.pid)
+    agents = [pid for pid in pids if "launcher.agent" in command(pid) and psutil.Process(pid).ppid() == process.pid]
+    os.kill(agents[0], signal.SIGKILL)
+    process.wait(200)
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "processes outlived the agent"
+        time.sleep(0.1)
+    run(place, "resume", "runs/run")
+    assert losses(place) == losses(reference)
 
 
 def test_everything_killed_then_resumed_is_bit_equal(place, reference):

@@ -62,7 +62,7 @@ def _ledger(config: RunSettings, spec: ModelSpec, measured: Measured | None) -> 
         train=config.train,
         data=config.data,
         cluster=config.cluster,
-        residency=residency_of(config.optim),
+        residency=residency_of(config.optim, config.checkpoint),
         measured=measured,
     )
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..memory.compiled import Graphs
 from ..memory.layer import LayerExecutor
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
@@ -66,6 +67,11 @@ class Trunk:
             weight = self._model.lm_head.weight
             return objective(Head(x, base.norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
 
+    def forget(self) -> None:
+        """Drop what an aborted pass left with the host store."""
+        if self._store is not None:
+            self._store.reset()
+
     def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
         """What the layers of one micro-batch share."""
         layers = self._model.model.layers
@@ -73,11 +79,16 @@ class Trunk:
         return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]), self.position)
 
 
-def position_of(model: PreTrainedModel) -> Position:
-    """Where the rank is that runs `model`, once `install` put our forward there."""
+def trunk_of(model: PreTrainedModel) -> Trunk:
+    """Our forward, once `install` put it there."""
     trunk = model.forward
     assert isinstance(trunk, Trunk)
-    return trunk.position
+    return trunk
+
+
+def position_of(model: PreTrainedModel) -> Position:
+    """Where the rank is that runs `model`."""
+    return trunk_of(model).position
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
@@ -96,8 +107,9 @@ def install(
     model: PreTrainedModel, policy: MemoryPolicy, *, loss_chunk_tokens: int, z_loss: float = 0.0, store: HostStore | None = None
 ) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are."""
+    graphs = None if policy.compile is None else Graphs(policy.compile)
     for index, layer in enumerate(model.model.layers):
-        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index)
+        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
     model.forward = Trunk(model, options, policy, store)  # type: ignore[method-assign]
 

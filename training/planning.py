@@ -88,6 +88,10 @@ class StepPlanner:
             raise RuntimeError("rank 0 has no plan for this step; its log says why")
         return unpack_plan(packed[1:].numpy(), self.request.cost.world_size, lengths)
 
+    def pending(self, step: int) -> list[int]:
+        """Steps from `step` on that a background process is asked to plan; they are asked for anew after a restart."""
+        return [] if self._service is None else self._service.pending(step)
+
     def _checked(self, plan: StepPlan) -> StepPlan:
         check_plan(plan)
         return self._priced(plan)

@@ -26,7 +26,9 @@ def measure_rates(device: torch.device, ranks_per_node: int, directory: str | No
     ConfigError where the directory cannot be used.
     """
     share = seconds / (4 if directory is not None else 3)
-    link = measure_host_link(device, share, together=dist.barrier)
+    # A process that stands for a GPU has a small share of the machine's memory.
+    copy_bytes = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 4
+    link = measure_host_link(device, share, copy_bytes=copy_bytes, together=dist.barrier)
     disk = None if directory is None else _measure_disk(directory, ranks_per_node, share, seconds)
     on_device = measure_update(device, share / 2, together=dist.barrier)
     on_host = on_device if device.type == "cpu" else measure_update(torch.device("cpu"), share / 2, together=dist.barrier)

@@ -37,6 +37,7 @@ def start_fields(
         "memory": list(certificate.policy),
         "certificate": asdict(certificate),
         "resumed_from": restored.step if restored is not None else None,
+        "restored_from": restored.origin if restored is not None else None,
         "skipped_checkpoints": list(restored.skipped) if restored is not None else [],
         "data_changed": restored is not None and restored.metadata.get("data") != session.source.fingerprint(),
     }

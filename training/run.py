@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -41,7 +40,7 @@ from .reports import start_fields, step_fields, straggler_rows
 from .results import Results, gather_results, host_names
 from .saves import Saves
 from .schedule import learning_rate
-from .setup import RunSettings, Session, build_session, closing_store, join_ranks
+from .setup import RunSettings, Session, build_session, closing_store, join_ranks, plain_config
 from .step import Work, backward_step, count_targets, read_step, step_shape
 from .stragglers import Stragglers
 
@@ -98,7 +97,7 @@ class _Run:
         self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
         self.saves = Saves()
         pulse.at("building the model")
-        self.session: Session = build_session(config, run_dir, device, self.saves.heard)
+        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated)
         pulse.at("looking for a checkpoint")
         restored = self.session.engine.restore()
         extra = restored.extra if restored is not None else {}
@@ -112,8 +111,9 @@ class _Run:
             self.session.updater.resume(extra.get("updater", {}))
         self.step_s: list[float] = []
         self.pace = Pace()
-        self.metrics = Metrics(run_dir, config.logging, _plain(config), restored is not None, rank=self.rank)
-        self.saves.begin(self.session.engine, self.metrics.write, None if restored is None else restored.step)
+        self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
+        self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
+        self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         self.costs: Costs = settle_costs(config, self.session.ledger.setting, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
@@ -157,6 +157,7 @@ class _Run:
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
+            self._secure()
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 last = self.done == self.config.train.steps
@@ -327,9 +328,18 @@ class _Run:
             "costs": self.costs.dump(),
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
+            "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
             "updater": self.session.updater.carry(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
+
+    def _secure(self) -> None:
+        """What was restored from memory goes to disk first of all."""
+        if self.only_in_memory:
+            self._save(final=True)
+            if self.done == self.config.train.steps:
+                with self.pulse.long("waiting for the checkpoint"):
+                    self.saves.check(self.done, mirrored=True)
 
     def _write_start(self, restored: Restored | None) -> None:
         fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)
@@ -347,9 +357,3 @@ class _Run:
             drift=self.measured.summary(),
             late_plans=self.planner.totals.late,
         )
-
-
-def _plain(config: RunSettings) -> dict[str, Any]:
-    """The configuration as JSON, for sinks that show it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
-    return plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
 from ..errors import CheckpointError
 
 
@@ -19,7 +19,7 @@ class Saves:
         self._error = ""
 
     def begin(self, engine: CheckpointEngine, report: Callable[..., None], restored: int | None) -> None:
-        """`restored`: the step whose checkpoint the run goes on from."""
+        """`restored`: the step whose checkpoint on disk the run goes on from."""
         self._engine, self._report = engine, report
         self._saved = self._asked = -1 if restored is None else restored
 
@@ -54,6 +54,10 @@ class Saves:
         path = f"{report.path.parent.name}/{report.path.name}"
         facts = {"save_s": report.save_s, "stall_s": report.stall_s, "snapshot_s": report.snapshot_s, "mode": report.mode}
         self._report("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
+
+    def replicated(self, report: ReplicaReport) -> None:
+        """How its replica went. It counts for nothing here: what is in memory is on no disk."""
+        self._report("replica", step=report.step, error=report.error, replica_s=report.replica_s)
 
 
 def _nobody(event: str, **fields: Any) -> None:

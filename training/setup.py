@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ..checkpoint.config import CheckpointConfig
-from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import Ledger
 from ..memory.offload.checks import check_room as check_host_room
@@ -102,7 +103,13 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
     return device
 
 
-def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_save: Callable[[SaveReport], None]) -> Session:
+def build_session(
+    config: RunSettings,
+    run_dir: Path,
+    device: torch.device,
+    on_save: Callable[[SaveReport], None],
+    on_replica: Callable[[ReplicaReport], None] | None = None,
+) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
@@ -122,6 +129,7 @@ def build_session(config: RunSettings, run_dir: Path, device: torch.device, on_s
         optimizer=updater.optimizer,
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
+        on_replica=on_replica,
     )
     return Session(
         topology=topology,
@@ -162,12 +170,19 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
 
 
+def plain_config(config: RunSettings) -> dict[str, Any]:
+    """The configuration as JSON, for checkpoints and for sinks that show it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
+    return plain
+
+
 def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "hf_config": model.config.to_dict(),
         "layout": str(layout),
         "seed": config.train.seed,
+        "config": plain_config(config),
         "data": source.fingerprint(),
         "tokenizer": source.tokenizer,
     }

@@ -16,13 +16,13 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.layout import GroupLayout
 from ..parallel.sequence.plan import Group, StepPlan
 from ..parallel.sequence.runtime import SequenceAttention, sequence_attention
-from ..parallel.sharding import gather_weights, keep_weights, prepare_backward
+from ..parallel.sharding import forget_pass, gather_weights, keep_weights, prepare_backward
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
 from .finite import RowWatch
 from .loss import IGNORE
-from .model import Tokens
+from .model import Tokens, trunk_of
 from .objectives.heads import HeadLoss, LanguageModelling, StepObjective
 
 
@@ -93,7 +93,8 @@ def backward_step(
 
     `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
     different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
-    `watch`: learns which rows' losses are not finite. `on_last` is called before the pass that completes the gradients.
+    After an exception nothing is as it was before `abandon_step`.
+    `watch`: learns which rows' losses are not finite. `on_last` is called before the backward that completes the gradients.
 
     Note: without barriers, all weights are gathered first and stay; a rank passes over micro-batches in which it has no group.
     Reductions cannot ride on a rank's last micro-batch: its partners may have more to do first, and need it. They ride on one
@@ -110,24 +111,39 @@ def backward_step(
             continue
         last = index == len(works) - 1 and not barrier_free
         prepare_backward(model, reduce=last or reduce_each, last=last)
-        if last and on_last is not None:
-            on_last()
         attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
         tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
-        shares[index] = _micro_batch(model, attention, tokens, _head_loss(objective, work, topology, clocks[index]))
+        share = _head_loss(objective, work, topology, clocks[index])
+        shares[index] = _micro_batch(model, attention, tokens, share, on_last if last else None)
     if barrier_free:
         keep_weights(model, keep=False)
         prepare_backward(model, reduce=True, last=True)
-        if on_last is not None:
-            on_last()
         clock = BusyClock(device)
         nothing = sequence_attention(topology, kernel, None, None, clock)
-        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology, clock))
+        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology, clock), on_last)
     return shares
 
 
-def _micro_batch(model: PreTrainedModel, attention: SequenceAttention, tokens: Tokens, head_loss: HeadLoss) -> Tensor:
+def abandon_step(model: PreTrainedModel) -> None:
+    """After an exception inside `backward_step`: weights are sharded again, host memory is free, gradients are gone.
+
+    Every rank that raised calls it; none waits for another. An updater's own part of the step is for `Updater.discard`.
+    """
+    forget_pass(model)
+    trunk_of(model).forget()
+    model.zero_grad()
+
+
+def _micro_batch(
+    model: PreTrainedModel,
+    attention: SequenceAttention,
+    tokens: Tokens,
+    head_loss: HeadLoss,
+    before_backward: Callable[[], None] | None = None,
+) -> Tensor:
     loss: Tensor = model(tokens, attention, head_loss)
+    if before_backward is not None:
+        before_backward()
     loss.backward()
     return loss.detach()
 

@@ -22,15 +22,17 @@ from ..config import Config
 from ..display import Display, make_display
 from ..files import tail_lines
 from ..grace import GraceWatch
-from ..lock import Owner, Pulse, holding, is_locked
+from ..hang import read_pulses
+from ..lock import Owner, Presence, holding, is_locked
 from ..metrics_file import MetricsFollower
 from ..rundir import RUN_FILE, make_run_dir, store_config
 from ..signals import STOP_SIGNALS, on_stop_signals, stop_signals_held
 from ..state import RunState, new_state, read_state, write_state
+from ..watch import silence_lines
 from . import Launch, Standing, announce
 
 AGENT_LOG = "logs/agent.log"
-_POLL_S = 0.1
+_POLL_S, _SILENCE_S = 0.1, 2.0
 _SECOND_STOP_S = 0.5
 """One Ctrl-C reaches a process group once, but a terminal and a scheduler may both pass it on."""
 
@@ -99,10 +101,10 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, entry: str |
     try:
         with _started(run_dir, lock, entry) as (agent, relay):
             watcher = Watcher(run_dir, display, follower, len(initial.attempts), config.launcher.grace_s)
-            pulse = Pulse(lock)
+            presence = Presence(lock)
             while agent.poll() is None:
                 watcher.look(stopping=relay.first is not None)
-                _yield_to(pulse.beat(), agent, display)
+                _yield_to(presence.show(), agent, display)
                 time.sleep(_POLL_S)
             watcher.look(stopping=relay.first is not None)
     finally:
@@ -124,7 +126,8 @@ class Watcher:
         self.grace = GraceWatch(grace_s)
         self.run_dir, self.display, self.follower = run_dir, display, follower
         self.num_told = num_known_attempts
-        self.told_stop = False
+        self.told_stop = self.told_silence = False
+        self.looked = 0.0
 
     def look(self, *, stopping: bool) -> None:
         if stopping and not self.told_stop:
@@ -143,6 +146,18 @@ class Watcher:
             if attempt.failure is not None and attempt.restarted:
                 self.display.note(f"attempt {attempt.number} failed after step {attempt.last_step}: {attempt.failure.message}")
                 self.display.note(f"  {attempt.decision}; log: {self.run_dir / attempt.failure.log}")
+        if current is not None and current.attempts and time.monotonic() - self.looked > _SILENCE_S:
+            self.looked = time.monotonic()
+            self._look_for_silence(current.attempts[-1])
+
+    def _look_for_silence(self, attempt: state.Attempt) -> None:
+        """Once when ranks begin to look stuck, and once when they go on."""
+        rows = read_pulses(self.run_dir, attempt.number) if attempt.ended is None else []
+        if rows and not self.told_silence:
+            self.display.note("\n".join(["ranks are silent:", *(f"  {line}" for line in silence_lines(rows))]))
+        if not rows and self.told_silence and attempt.ended is None:
+            self.display.note("the ranks go on")
+        self.told_silence = bool(rows)
 
 
 @contextmanager

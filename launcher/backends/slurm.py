@@ -12,7 +12,8 @@ from ...durable import write_atomic
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from .. import state
 from ..config import Config
-from ..rundir import RUN_FILE, holding, make_run_dir
+from ..lock import holding
+from ..rundir import RUN_FILE, make_run_dir
 from ..sizes import usable
 from ..slurm import control
 from ..slurm.array import render_array

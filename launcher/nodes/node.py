@@ -24,10 +24,10 @@ from ..env import rank_environment
 from ..files import write_json
 from ..grace import GraceWatch
 from ..hang import Others
-from ..lock import Pulse, release
+from ..lock import Presence, lock_in_time, release
 from ..metrics_file import MetricsFollower, newest_step
 from ..restarts import RankReport, first_failure
-from ..rundir import attempt_dir, lock_in_time, read_attempt
+from ..rundir import attempt_dir, read_attempt
 from ..signals import StopFlag
 from ..state import Failure
 from .address import address_towards, interface_of
@@ -71,7 +71,7 @@ class Visit:
         self.address = address_towards(meeting.address)
         self.interface = interface_of(self.address)
         self.lock = lock_in_time(run_dir) if place.node == 0 else None
-        self.pulse = Pulse(self.lock) if self.lock is not None else None
+        self.presence = Presence(self.lock) if self.lock is not None else None
         self.store = self._open()
         self.has_failed = False
 
@@ -245,7 +245,7 @@ class NodeAgent(Agent):
         """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
         super()._note_stop()
         self._look_ahead()
-        self._note_pulse()
+        self._show_presence()
         assert self.ranks is not None, "asked by its monitor"
         if any(process.exitcode for process in self.ranks.processes.values()):
             self.visit.tell_failed()
@@ -262,8 +262,8 @@ class NodeAgent(Agent):
         if note:
             print(note, flush=True)
 
-    def _note_pulse(self) -> None:
-        other = self.visit.pulse.beat() if self.visit.pulse is not None else None
+    def _show_presence(self) -> None:
+        other = self.visit.presence.show() if self.visit.presence is not None else None
         if other is not None:
             print(f"efflaunch: {other.describe(time.time())}, has taken the run directory", file=sys.stderr, flush=True)
             self._kill_now(signal.SIGQUIT, None)

@@ -60,7 +60,7 @@ def started(config: Config) -> Iterator[dict[str, str]]:
         with variables_set(values):
             import ray
 
-            private = {"_temp_dir": str(home / "t"), "_node_ip_address": LOOPBACK, "include_dashboard": False}
+            private: dict[str, Any] = {"_temp_dir": str(home / "t"), "_node_ip_address": LOOPBACK, "include_dashboard": False}
             ray.init(address="local", **_size(config), **private, log_to_driver=False)
             try:
                 yield own

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 from ...errors import ConfigError, EfflaunchError
-from ..rundir import HASH_FILE
+from ..rundir import HASH_FILE, keep_private, read_run
 from ..signals import on_stop_signals
 from .attempts import Driver
 from .cluster import joined
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         check_shared(options.run_dir, Path.cwd())
+        keep_private(read_run(options.run_dir).config.run.private)
         submission = read_submission(options.run_dir)
         assert submission is not None, "written before the job was submitted"
         with only_driver(options.run_dir), joined(), output_file(options.run_dir, submission.job).open("a") as file:

@@ -9,6 +9,7 @@ wait HEAD N: until N nodes have joined.
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def _wait(head: str, num_nodes: int) -> int:
     found = "no head"
     while time.monotonic() < deadline:
         try:
-            ray.init(address=head, log_to_driver=False, logging_level="error")
+            ray.init(address=head, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
             found = str(error).splitlines()[0]
             time.sleep(_LOOK_S)

@@ -22,6 +22,7 @@ from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, EfflaunchEr
 from .. import state
 from ..config import Config
 from ..env import SlurmPlace, slurm_place
+from ..lock import lock_in_time, release
 from ..metrics_file import newest_step
 from ..nodes.address import head_address, head_port
 from ..nodes.blame import blame, exclusions, is_refused
@@ -29,7 +30,7 @@ from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
 from ..restarts import Outcome
-from ..rundir import attempt_dir, keep_private, lock_in_time, make_run_dir, read_run, release, write_attempt
+from ..rundir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
 from ..signals import STOP_SIGNALS
 from ..sizes import Sizing, node_range, size_for
 from ..state import Attempt, Failure, RunState, read_state, write_state

@@ -143,6 +143,10 @@ class PlanService:
         with self._changed:
             return self._extras.get(step)
 
+    def pending(self, step: int) -> list[int]:
+        """Steps from `step` on whose plans were asked for and not taken yet."""
+        return list(range(step, self._asked + 1))
+
     def _ask(self, step: int) -> None:
         for wanted in range(max(step, self._asked + 1), min(step + self._ahead + 1, self._num_steps)):
             self._outbox.put(("plan", wanted, tuple(self._lengths_of(wanted))))

@@ -2,64 +2,48 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import shutil
+import select
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from efflaunch.bench.chaos import DAMAGES, State, fault_trials, kill_trials
 from efflaunch.checkpoint import files
+from efflaunch.checkpoint.faults import COMMIT_POINTS, FLUSHER_POINTS
 from efflaunch.checkpoint.verify import damage
-
-SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/types.h>
-#include <unistd.h>
-/* SHIM_MODE: short (every write to a file takes part of it), eio (the N-th fails), fsync (the N-th fails), eintr. N: SHIM_AT. */
-static int calls, syncs;
-static int mode(const char *name) { const char *m = getenv("SHIM_MODE"); return m && !strcmp(m, name); }
-static int at(void) { const char *n = getenv("SHIM_AT"); return n ? atoi(n) : 1; }
-ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
-    ssize_t (*real)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pwrite64");
-    calls++;
-    if (mode("eio") && calls == at()) { errno = EIO; return -1; }
-    if (mode("eintr") && calls % 2) { errno = EINTR; return -1; }
-    if (mode("short") && size > 8192) size = 8192;
-    return real(fd, data, size, offset);
-}
-ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return pwrite64(fd, data, size, offset); }
-int fsync(int fd) {
-    int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
-    syncs++;
-    if (mode("fsync") && syncs == at()) { errno = EIO; return -1; }
-    return real(fd);
-}
-"""
+from efflaunch.tests.chaos.shim import build_shim
+from efflaunch.tests.ranks import RankPool
 
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that makes storage fail under the flusher."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "shim.c").write_text(SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(folder / "shim.so"), str(folder / "shim.c"), "-ldl"], check=True)
-    return folder / "shim.so"
+    return build_shim(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.timeout(600)
 def test_killed_processes_lose_nothing_durable_and_tear_nothing(tmp_path: Path) -> None:
     tally = kill_trials(tmp_path / "run", 5, seed=4)
     assert tally.problems == [] and tally.done == 5
+
+
+@pytest.mark.timeout(600)
+def test_a_kill_at_every_named_point_loses_nothing_durable(tmp_path: Path) -> None:
+    """Before and after each fsync and each rename, in the flusher and in the rank that commits."""
+    points = (*FLUSHER_POINTS, *COMMIT_POINTS)
+    tally = kill_trials(tmp_path / "run", len(points), seed=7, points=points)
+    assert tally.problems == []
+    assert tally.by_kind == {f"kill at {point}": 1 for point in points}
+
+
+@pytest.mark.timeout(600)
+def test_killed_keepers_and_ranks_lose_nothing_with_replicas(tmp_path: Path) -> None:
+    tally = kill_trials(tmp_path / "run", 6, seed=5, replica=True)
+    assert tally.problems == [] and tally.from_memory >= 1
 
 
 def test_damage_on_disk_is_named_and_never_restored(tmp_path: Path) -> None:
@@ -69,7 +53,7 @@ def test_damage_on_disk_is_named_and_never_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "at", "failures"), [("short", 1, 0), ("eintr", 1, 0), ("eio", 3, 1), ("fsync", 1, 1), ("fsync", 5, 1)], ids=str
+    ("mode", "at", "failures"), [("short", 1, 0), ("eintr", 1, 0), ("slow", 1, 0), ("eio", 3, 1), ("fsync", 1, 1), ("fsync", 5, 1)], ids=str
 )
 def test_storage_that_fails_or_writes_less_than_asked(
     tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch, mode: str, at: int, failures: int
@@ -155,3 +139,87 @@ def test_a_save_while_older_ones_are_being_removed(tmp_path: Path) -> None:
     engine.close()
     restored = state.engine(tmp_path).restore()
     assert restored is not None and state.wrong(5) == ""
+
+
+@pytest.mark.parametrize(("victim", "point"), [(1, "before_vote"), (1, "after_vote"), (0, "after_vote"), (0, "before_rename")], ids=str)
+def test_a_rank_that_is_stopped_in_the_middle_of_the_votes(tmp_path: Path, victim: int, point: str) -> None:
+    """It goes on some time after the others have given up; nothing half-decided counts, and the next save works."""
+    with RankPool() as pool:
+        results = pool.run(_stopped_while_voting, tmp_path, victim, point, ranks=2)
+    for errors in results:
+        assert len(errors) == 3 and errors[0] is None and errors[2] is None, errors
+    assert [info.step for info in files.scan(tmp_path)][-1] == 3
+    assert all(damage(info.path) == [] for info in files.scan(tmp_path))
+
+
+def _stopped_while_voting(folder: Path, victim: int, point: str) -> list[str | None]:
+    state = State()
+    mine = dist.get_rank() == victim
+    # Woken after the time limit; rank 0 is given longer by the others (commit._ANSWER_S).
+    waker = subprocess.Popen(["sh", "-c", f"for i in 1 2 3 4 5 6; do sleep 1; kill -CONT {os.getpid()}; done"]) if mine else None
+    engine = state.engine(folder, keep_last=9, commit_timeout_s=2.0, fault=f"{point}=stop@2" if mine else "")
+    for step in range(1, 4):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    engine.close()
+    if waker is not None:
+        waker.kill()
+        waker.wait()
+    return [report.error for report in state.reports]
+
+
+def test_a_disk_that_cannot_be_read_falls_back_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State()
+    engine = state.engine(tmp_path)
+    for step in (1, 2):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    engine.close()
+    real = os.preadv
+
+    def fails(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if "step-00000002" in os.readlink(f"/proc/self/fd/{descriptor}") and "distcp" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(5, "Input/output error")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    restored = state.engine(tmp_path).restore()
+    assert restored is not None and restored.step == 1 and state.wrong(1) == ""
+    assert "step-00000002" in restored.skipped[0] and "Input/output error" in restored.skipped[0]
+
+
+def test_older_checkpoints_are_deleted_no_faster_than_asked_and_training_does_not_wait(tmp_path: Path) -> None:
+    state = State()
+    # A byte a second: nothing of it would be gone before the end of time.
+    engine = state.engine(tmp_path, keep_last=1, delete_bytes_per_s=1)
+    for step in range(1, 4):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        while len(state.reports) < step:
+            engine.wait_for_snapshot()
+        if step == 2:
+            trash = tmp_path / "step-00000001.trash"
+            assert trash.is_dir()
+    # Somebody waits, so there is no pause any more.
+    engine.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]
+    engine.close()
+
+
+def test_an_engine_that_is_dropped_leaves_no_flusher_behind(tmp_path: Path) -> None:
+    state = State()
+    engine = state.engine(tmp_path)
+    engine.save(1, {})
+    engine.wait()
+    pid = engine.flusher_pid
+    assert pid is not None
+    descriptor = os.pidfd_open(pid)
+    del engine
+    gc.collect()
+    assert select.select([descriptor], [], [], 60)[0]
+    os.close(descriptor)

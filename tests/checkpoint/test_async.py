@@ -172,7 +172,7 @@ def test_a_dead_flusher_is_replaced_and_named(tmp_path: Path, caplog: pytest.Log
     _check(tmp_path, 3)
 
 
-@pytest.mark.parametrize("point", ["begin", "opened", "chunk", "before_fsync", "after_fsync", "before_manifest"])
+@pytest.mark.parametrize("point", ["begin", "opened", "chunk", "before_fsync", "after_fsync", "before_manifest", "manifest_synced"])
 @pytest.mark.parametrize("action", ["kill", "EIO"])
 def test_a_flusher_that_dies_or_fails_at_any_point_costs_one_checkpoint(pool: RankPool, tmp_path: Path, point: str, action: str) -> None:
     results = pool.run(_failing_once, tmp_path, f"{point}={action}@2", ranks=2)

@@ -128,6 +128,12 @@ def test_what_every_rank_had_voted_for_is_committed_at_the_next_start(tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"] and damage(tmp_path / "step-00000001") == []
 
 
+def test_half_a_commit_of_a_killed_rank_is_no_part_of_what_is_committed_later(tmp_path: Path) -> None:
+    (_written(tmp_path, 1) / "COMMIT.part").write_text('{"half"')
+    assert files.settle_leftovers(tmp_path, 0) == [1]
+    assert [info.problem for info in files.scan(tmp_path)] == [None] and damage(tmp_path / "step-00000001") == []
+
+
 def test_a_flusher_that_still_writes_is_waited_for(tmp_path: Path) -> None:
     temporary = _written(tmp_path, 1)
     vote = (temporary / "rank-1.json").read_bytes()

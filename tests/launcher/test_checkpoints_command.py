@@ -11,6 +11,7 @@ import pytest
 
 from efflaunch.bench.chaos import State
 from efflaunch.checkpoint import files
+from efflaunch.checkpoint.config import Replica
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.rundir import make_run_dir, store_config
@@ -77,3 +78,21 @@ def test_listing_imports_nothing_heavy(run_dir: Path) -> None:
     code = "import sys; from efflaunch.launcher.cli import main; main(sys.argv[1:]); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     words = ["checkpoints", str(run_dir), "--verify"]
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0
+
+
+def test_what_is_in_memory_alone_is_listed_and_is_no_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = State()
+    engine = state.engine(run_dir / "checkpoints", replica=Replica.PEER)
+    state.set(3)
+    engine.save(3, {})
+    engine.wait(replicated=True)
+    rows = [row for row in _rows(capsys, str(run_dir)) if str(row["where"]).startswith("memory of")]
+    assert [(row["step"], row["state"]) for row in rows] == [(3, "replicated")] and "(1 of 1 ranks)" in str(rows[0]["where"])
+    for step in (2, 3):
+        (run_dir / "checkpoints" / f"step-0000000{step}" / "COMMIT").unlink()
+    # Damage on disk is not made good by memory.
+    assert any(row["state"] == "replicated" for row in _rows(capsys, str(run_dir), expect=93))
+    assert main(["checkpoints", str(run_dir)]) == 93
+    assert "replicated" in capsys.readouterr().out
+    engine.close()
+    assert not [row for row in _rows(capsys, str(run_dir), expect=93) if row["state"] == "replicated"]

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from efflaunch.launcher.fit import (
 )
 from efflaunch.launcher.plan_command import plan
 from efflaunch.parallel.config import Device
+from efflaunch.tests.launcher.runs import environment
 
 GIB = 1 << 30
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
@@ -195,3 +198,25 @@ BAD = [
 def test_compose_refuses_what_does_not_go_together(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         compose(["+experiment=quickstart", *overrides])
+
+
+def test_where_activations_are_to_be_moved_is_looked_at_before_ranks_start(tmp_path: Path) -> None:
+    words = ["+experiment=quickstart", "memory=alst"]
+    check_machine(compose([*words, f"memory.offload_dir={tmp_path}"]), NO_GPU)
+    with pytest.raises(ConfigError, match=r"memory.offload_dir=.*none: found no such file or directory.*\n.*mkdir -p"):
+        check_machine(compose([*words, f"memory.offload_dir={tmp_path}/none"]), NO_GPU)
+    with pytest.raises(ConfigError, match=r"memory.offload_dir=/proc: found 0 B free"):
+        check_machine(compose([*words, "memory.offload_dir=/proc"]), NO_GPU)
+
+
+def test_nothing_is_looked_at_where_nothing_is_moved() -> None:
+    check_machine(compose(["+experiment=quickstart", "memory=keep", "memory.offload_dir=/nonesuch"]), NO_GPU)
+
+
+def test_looking_at_the_directory_imports_no_torch() -> None:
+    code = (
+        "import sys; from efflaunch.launcher.compose import compose; from efflaunch.launcher.fit import check_machine;"
+        "check_machine(compose(['+experiment=quickstart', 'memory=alst', 'memory.offload_dir=/tmp'])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split()[-1] == "False"

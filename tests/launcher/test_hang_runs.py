@@ -97,6 +97,7 @@ def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
     text = efflaunch(tmp_path, "status", "runs/run")
     assert "silent      rank " in text and "planning, after step 6" in text
     assert run.process.poll() is None, "launcher.hang_factor=null ends nothing"
+    wait_until(lambda: "ranks are silent:\n  rank " in run.text())
     run.send(signal.SIGINT)
     wait_until(lambda: run.state().state == "stopping")
     time.sleep(0.6)

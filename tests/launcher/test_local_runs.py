@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from efflaunch.launcher.lock import is_locked
 from efflaunch.launcher.metrics_file import MetricsFollower, checkpoint_steps
 from efflaunch.launcher.progress import Progress
-from efflaunch.launcher.rundir import is_locked, read_run
+from efflaunch.launcher.rundir import read_run
 from efflaunch.tests.launcher.runs import Run, descendants, is_alive, train, wait_until
 
 pytestmark = pytest.mark.timeout(600)

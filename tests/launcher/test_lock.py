@@ -18,7 +18,7 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import lock
-from efflaunch.launcher.lock import STALE_S, Owner, Pulse, holding, is_held, is_locked, lock_run, release, this_machine_id
+from efflaunch.launcher.lock import STALE_S, Owner, Presence, holding, is_held, is_locked, lock_run, release, this_machine_id
 from efflaunch.tests.launcher.runs import environment
 
 THERE = Owner(host="n7", pid=4711, machine="another kernel", since=time.time() - 7500, key="theirs")
@@ -113,13 +113,13 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     release(lock_run(tmp_path))
 
 
-def test_the_pulse_is_felt_and_notices_a_usurper(tmp_path: Path) -> None:
+def test_the_holder_shows_itself_and_notices_a_usurper(tmp_path: Path) -> None:
     mine = lock_run(tmp_path)
     old = time.time() - 1000
     os.utime(tmp_path / ".lock", (old, old))
-    pulse = Pulse(mine)
-    assert pulse.beat() is None and (tmp_path / ".lock").stat().st_mtime > old + 900
-    usurped = Pulse(mine)
+    presence = Presence(mine)
+    assert presence.show() is None and (tmp_path / ".lock").stat().st_mtime > old + 900
+    usurped = Presence(mine)
     write(tmp_path, THERE)
-    assert usurped.beat() == THERE
+    assert usurped.show() == THERE
     os.close(mine)

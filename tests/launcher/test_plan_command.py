@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 
 from efflaunch.launcher import cli
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.config import Config
 from efflaunch.launcher.plan_command import main, plan
+from efflaunch.launcher.plan_view import _spare
+from efflaunch.memory.ledger import Account
+from efflaunch.memory.setting import Phase, Term
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -156,3 +160,19 @@ def test_commands_of_the_page(command: str, capsys: pytest.CaptureFixture[str]) 
     assert words[:2] == ["efflaunch", "plan"]
     assert cli.main(words[1:]) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spare_bytes", "words"),
+    [
+        (0, "fits, only just: 0 MiB to spare on each GPU"),
+        (20 << 20, "fits, only just: 20 MiB to spare on each GPU"),
+        (799 << 20, "fits, only just: 799 MiB to spare on each GPU"),
+        (1 << 30, "fits: 1.00 GiB to spare on each GPU"),
+    ],
+)
+def test_a_narrow_fit_is_called_one(spare_bytes: int, words: str) -> None:
+    capacity = 80 * GIB
+    entry = Term(name="weights", note="", by_phase={Phase.FORWARD: capacity - spare_bytes})
+    device = Account(name="GPU", capacity_bytes=capacity, terms=(entry,))
+    assert Text.from_markup(_spare(device)).plain == words

@@ -11,8 +11,9 @@ import pytest
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.env import SlurmPlace, slurm_place
+from efflaunch.launcher.lock import lock_run
 from efflaunch.launcher.nodes.decide import Verdict
-from efflaunch.launcher.rundir import attempt_dir, lock_run, read_attempt
+from efflaunch.launcher.rundir import attempt_dir, read_attempt
 from efflaunch.launcher.slurm import job
 from efflaunch.launcher.slurm.files import cancel_file, stop_asked, stop_file
 from efflaunch.launcher.state import Failure, RunState, end_attempt, read_state, write_state

@@ -28,6 +28,13 @@ def test_groups_cover_all_heads_evenly(share, num_kv_heads, ulysses, most):
         assert [group.keys[index // even] for index in range(len(group.queries))] == [head // share for head in group.queries]
 
 
+def test_groups_whose_ranks_share_heads_unevenly_are_not_taken():
+    """Twelve heads over four ranks, three key/value heads: single heads of every rank would be 0, 3, 6, 9, and two of them read head 0."""
+    assert head_groups(12, 3, most=3, ulysses=4) == (ALL_HEADS,)
+    assert num_head_groups(24, 3, most=6, ulysses=4) == 1
+    assert num_head_groups(40, 5, most=5, ulysses=8) == 1
+
+
 def test_the_largest_number_that_divides_is_taken():
     assert num_head_groups(32, 8, most=4, ulysses=1) == 4
     assert num_head_groups(32, 8, most=8, ulysses=8) == 4

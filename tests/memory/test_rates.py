@@ -43,25 +43,32 @@ def with_dir(s: Setting, directory: str = "/local") -> Setting:
     return replace(s, policy=replace(s.policy, offload_dir=directory), memory=replace(s.memory, offload_dir=directory))
 
 
-def test_a_way_takes_its_slower_direction_or_both_together() -> None:
-    way = Way(out=2.0, back=4.0, together=5.0, source="")
-    assert way.seconds(8) == 4.0 and way.seconds(0, 8) == 2.0
-    assert way.seconds(8, 4) == 4.0, "6 in all at 5 is 2.4, and 8 out at 2 is 4"
-    assert way.seconds(8, 16) == pytest.approx(24 / 5)
+@pytest.mark.parametrize(("shared", "seconds"), [(0.0, 4.0), (0.5, 4.5), (1.0, 5.0)])
+def test_a_way_takes_its_slower_direction_and_what_the_other_has_to_wait_for(shared: float, seconds: float) -> None:
+    way = Way(out=2.0, back=4.0, shared=shared, source="")
+    assert way.seconds(8, 4) == way.seconds(2, 16) == seconds
+    assert way.seconds(8) == 4.0 and way.seconds(0, 8) == 2.0, "one direction has it all"
+    assert way.seconds(way.both, way.both) == pytest.approx(1.0)
 
 
 def test_what_was_measured_goes_before_the_clusters_figure() -> None:
     s = short().setting
-    assert host_way(s) == Way(50e9, 50e9, 100e9, "cluster.host_link_bandwidth")
-    assert host_way(measured(s)) == Way(20e9, 25e9, 27e9, "profile.yaml"), "the slowest rank's, of each"
+    assert host_way(s) == Way(50e9, 50e9, 0.0, "cluster.host_link_bandwidth")
+    way = host_way(measured(s))
+    assert (way.out, way.back, way.source) == (20e9, 25e9, "profile.yaml"), "the slowest rank's, of each"
+    assert way.both == pytest.approx(12e9)
+    free = tuple(Copies(out=20e9, back=25e9, both_out=20e9, both_back=25e9) for _ in range(8))
+    jammed = tuple(Copies(out=20e9, back=25e9, both_out=5e9, both_back=5e9) for _ in range(8))
+    assert [host_way(measured(s, link=link)).shared for link in (free, jammed)] == [0.0, 1.0]
 
 
 def test_stalls_follow_the_way() -> None:
     """One direction in forward; in backward rows come back while inner inputs leave."""
-    link = tuple(Copies(out=1e8 + rank, back=2e8, both_out=6e7, both_back=6e7) for rank in range(8))
+    link = tuple(Copies(out=1e8 + rank, back=2e8, both_out=8e7, both_back=9e7) for rank in range(8))
     s = measured(short().setting, link=link)
     assert forward_stall_s(s) == pytest.approx(leaving_bytes(s) / 1e8 - layer_forward_s(s))
-    busy = max(inner_bytes(s) / 1e8, returning_bytes(s) / 2e8, (inner_bytes(s) + returning_bytes(s)) / 1.2e8)
+    leaves, comes = inner_bytes(s) / 1e8, returning_bytes(s) / 2e8
+    busy = max(leaves, comes) + (1 / 8e7 - 1 / 1e8) * 2e8 * min(leaves, comes)
     assert inner_bytes(s) > 0 and backward_stall_s(s) == pytest.approx(busy - layer_backward_s(s) - layer_recompute_s(s))
     assert measures(s).step_s() == pytest.approx(build_like(s).timing.step_s)
 
@@ -90,14 +97,14 @@ def test_ranks_share_a_disk_and_files_are_no_faster_than_the_link(given, out, ba
     assert (way.out, way.back, way.source) == (out, back, source)
     assert any(source in text for text in build_like(s).timing.assumptions)
     if back == 3e9:
-        assert way.together == pytest.approx(2 / (1 / 2e9 + 1 / 3e9)), "one thing after the other"
+        assert way.seconds(2e9, 3e9) == pytest.approx(2.0), "one thing after the other"
         assert forward_stall_s(s) == pytest.approx(max(0.0, leaving_bytes(s) / 2e9 - layer_forward_s(s)))
 
 
 def test_a_measured_disk_is_its_directorys() -> None:
-    disk = (Copies(out=1e9, back=2e9, both_out=0.6e9, both_back=0.6e9),)
+    disk = (Copies(out=1e9, back=2e9, both_out=0.8e9, both_back=0.8e9),)
     s = measured(short(disk_write_bandwidth=16e9, disk_read_bandwidth=16e9).setting, disk=disk, directory="/local")
-    assert activation_way(with_dir(s)) == Way(1e9, 2e9, 1.2e9, "profile.yaml")
+    assert activation_way(with_dir(s)) == Way(1e9, 2e9, pytest.approx(0.5), "profile.yaml")
     assert activation_way(with_dir(s, "/other")).out == 2e9
 
 

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+from efflaunch.checkpoint.config import CheckpointConfig, Replica
 from efflaunch.errors import ConfigError
 from efflaunch.memory.ledger import device_account, host_account
 from efflaunch.memory.offload.checks import FreeMemory
-from efflaunch.memory.residency import IN_FLIGHT, Residency
+from efflaunch.memory.residency import IN_FLIGHT, Residency, residency_of
 from efflaunch.memory.setting import Phase, Setting
+from efflaunch.memory.terms_host import host_terms
 from efflaunch.memory.terms_optimizer import host_optimizer_bytes
 from efflaunch.parallel.config import GradReduce
-from efflaunch.tests.memory.settings import LLAMA_8B, make_ledger
+from efflaunch.tests.memory.settings import LLAMA_8B, cluster, make_ledger
+from efflaunch.training.config import OptimConfig
 from efflaunch.training.optimizers.room import check_room
 
 K = 1024
@@ -79,3 +82,17 @@ def test_a_host_that_is_too_small_is_refused_before_anything_is_taken() -> None:
     check_room(setting(Residency()), FreeMemory(0, "test"))
     with pytest.raises(ConfigError, match=r"(?s)optim\.states=host.*of host memory free.*optimizer of 8 ranks.*optim\.update=backward"):
         check_room(s, FreeMemory(needed - 1, "test"))
+
+
+@pytest.mark.parametrize(("nodes", "copies"), [(1, 2), (2, 4)])
+def test_replicas_of_snapshots_and_their_pool_are_counted_on_the_host(nodes: int, copies: int) -> None:
+    ledger = make_ledger(length=8 << 10, tokens_per_rank=8 << 10, batch=nodes * 64 << 10, machines=cluster(num_nodes=nodes))
+    checkpoint = CheckpointConfig(name="c", replica=Replica.PEER, pool_bytes=1 << 30)
+    asked = residency_of(OptimConfig(name="o", lr=1.0), checkpoint)
+    terms = {entry.name: entry.num_bytes for entry in host_terms(replace(ledger.setting, residency=asked), 0)}
+    # Llama 8B: weights and two moments of 4 bytes, over all ranks; eight ranks a node.
+    state = ledger.setting.parameters * 12 // (8 * nodes)
+    assert terms["checkpoint replicas"] == copies * 8 * state
+    assert terms["checkpoint snapshots"] == 8 * (1 << 30)
+    without = {entry.name for entry in host_terms(ledger.setting, 0)}
+    assert "checkpoint replicas" not in without and "checkpoint snapshots" in without

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from efflaunch.errors import ConfigError
 from efflaunch.memory.config import Place, Walk
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.memory.position import Position
 from efflaunch.memory.saved import Saved
 from efflaunch.memory.tape import Tape
 from efflaunch.parallel.sequence.attention import CpuKernel
@@ -165,6 +167,37 @@ def test_a_forward_without_gradients_leaves_nothing(monkeypatch):
     with torch.no_grad():
         saved, store, _ = run(POLICIES["everything moved"], monkeypatch)
     assert not store.parcels and not any(layer._kept or layer._moved for layer in saved)
+
+
+def test_autocast_around_the_model_is_refused(monkeypatch):
+    """It would hold in forward and not where backward makes things again."""
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ConfigError, match=r"(?s)train.dtype: found torch.autocast.*train.dtype=bfloat16"),
+    ):
+        run(MemoryPolicy(), monkeypatch)
+
+
+@pytest.mark.parametrize("policy", [KEEP_ALL, MemoryPolicy(chunk_tokens=9)], ids=["keep", "chunks"])
+def test_frozen_layers_are_the_groups_work_as_well(policy, monkeypatch):
+    """Their time counts and reports name them, though nothing of them is left."""
+    inside, places = [], []
+    original = BusyClock.running
+
+    @contextmanager
+    def running(self):
+        inside.append(len(places))
+        with original(self):
+            yield
+
+    monkeypatch.setattr(BusyClock, "running", running)
+    model = reference_model("llama_deep", torch.float32)
+    model.model.requires_grad_(False)
+    install(model, policy, loss_chunk_tokens=16)
+    monkeypatch.setattr(Position, "at", lambda _, *place: places.append(place))
+    model(*micro_batch(), lambda head: cross_entropy(head, 1.0)).backward()
+    assert places == [("embedding",), *(("forward", layer) for layer in range(5)), ("loss",)]
+    assert inside == [2, 3, 4, 5, 6, 7]
 
 
 def test_pieces_come_back_ahead_of_their_use():

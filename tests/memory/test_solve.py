@@ -182,17 +182,17 @@ def rebuilt(s: Setting, **changes: Any) -> Ledger:
 @pytest.mark.parametrize(
     ("device", "host", "changes", "kinds"),
     [
-        (3.0, 0.2, {}, {"GPU", "host"}),
+        (2.8, -0.2, {}, {"GPU", "host"}),
         (2.8, 64.0, {"host_link_bandwidth": 4e9}, {"GPU", "link"}),
         (3.0, 0.2, {"host_link_bandwidth": 4e9}, {"GPU"}),
-        (3.0, 64.0, {"host_budget": GIB // 8}, {"GPU", "memory.host_budget"}),
+        (2.8, 64.0, {"host_budget": 300 << 20}, {"GPU", "memory.host_budget"}),
         (3.4, 0.4, {}, {"GPU"}),
     ],
 )
 def test_prices_are_kept_by_the_machine_they_speak_of(device, host, changes, kinds):
     """Of each sentence: with a machine that has so much more, the step is shorter by so much."""
-    budget = changes.pop("host_budget", None)
-    ledger = small(device, host, memory=auto(host_budget=budget), **changes)
+    speeds = {name: value for name, value in changes.items() if name != "host_budget"}
+    ledger = small(device, host, memory=auto(host_budget=changes.get("host_budget")), **speeds)
     report = ledger.report
     assert report is not None and report.feasible and report.prices
     seen = {kind for kind in ("GPU", "host", "link", "memory.host_budget") for price in report.prices if kind in price.change}
@@ -257,6 +257,14 @@ def test_budget_of_the_host_is_kept():
     assert ledger.fits and ledger.budget is not None and ledger.budget.peak_bytes <= GIB // 2
     free = small(4.0)
     assert free.timing.step_s <= ledger.timing.step_s * (1 + PREFERENCE)
+
+
+def test_a_budget_too_small_for_a_block_of_each_row_is_no_worse_than_none():
+    """What waits on the host waits in whole blocks: with less room than those need, all that fits on the device still is there."""
+    steps = [
+        ledger.timing.step_s for size in (0, 1 << 20, 16 << 20, 24 << 20) if (ledger := small(3.4, memory=auto(host_budget=size))).fits
+    ]
+    assert len(steps) == 4 and max(steps) <= min(steps) * (1 + 2 * PREFERENCE)
 
 
 def test_whole_gradients_only_where_they_leave_room():

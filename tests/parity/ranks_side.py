@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from efflaunch.errors import ConfigError
 from efflaunch.memory.config import Walk
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
@@ -63,15 +65,21 @@ POLICIES = {
         segment_layers=2,
     ),
     "segments_2": MemoryPolicy(segment_layers=2),
+    "chunks_1": MemoryPolicy(chunk_tokens=1),
+    "streambp_1": MemoryPolicy(layer_input=MOVED, attention=Walk.CHUNKS, chunk_tokens=1),
+    "streambp_1000": MemoryPolicy(mlp=MOVED, attention=Walk.CHUNKS, chunk_tokens=1000),
+    "streambp_stored": MemoryPolicy(query=MOVED, key_value=Split(0.3, 0.7), attention=Walk.CHUNKS, chunk_tokens=9, segment_layers=3),
+    "upipe_3": MemoryPolicy(head_groups=3, chunk_tokens=20),
+    "upipe_8": MemoryPolicy(layer_input=MOVED, query=Split(host=0.5), attention_output=MOVED, head_groups=8, chunk_tokens=20),
     "segments_3_host": MemoryPolicy(segment_layers=3, layer_input=MOVED, attention_output=MOVED, attention=Walk.CHUNKS, chunk_tokens=16),
 }
 
 
 class StrictStore:
-    """A host store that copies as late as it may and spoils what is no longer to be used."""
+    """A host store that copies as late as it may, spoils what is no longer to be used, and has everything asked for ahead of its use."""
 
     def __init__(self):
-        self.parcels = {}
+        self.parcels, self.asked = {}, set()
 
     def put(self, rows):
         key = object()
@@ -80,10 +88,13 @@ class StrictStore:
 
     def prefetch(self, key):
         assert key in self.parcels
+        self.asked.add(key)
 
     def get(self, key):
         rows, copy, back = self.parcels[key]
         assert back is None, "read twice without being done with it"
+        assert key in self.asked, "read without having been asked for"
+        self.asked.discard(key)
         assert torch.equal(rows, copy), "what was given away was written into"
         self.parcels[key][2] = copy.clone()
         return self.parcels[key][2]
@@ -95,12 +106,37 @@ class StrictStore:
     def drop(self, key):
         del self.parcels[key]
 
+    def reset(self):
+        self.parcels.clear()
+        self.asked.clear()
+
 
 def _store(kind):
     if kind == "strict":
         return StrictStore()
     folder, room = tempfile.gettempdir() if kind == "files" else None, 64 << 20
     return open_store(device=torch.device("cpu"), capacity_bytes=room, offload_dir=folder, staging_bytes=8 << 20, piece_bytes=1 << 20)
+
+
+def is_trained(case, name):
+    """Whether a case trains a parameter: `trained` and `frozen` hold parts of names."""
+    return any(part in name for part in case.get("trained", ("",))) and not any(part in name for part in case.get("frozen", ()))
+
+
+def compiler(kind):
+    """The backend of torch.compile of a case; inductor only where there is what it needs."""
+    if kind != "inductor":
+        return kind
+    import torch._inductor.config as inductor
+
+    from efflaunch.memory.compiled_graph import check_compiler
+
+    inductor.compile_threads = 1  # no pool of processes that would stay
+    try:
+        check_compiler(torch.device("cpu"))
+    except ConfigError:
+        return "aot_eager"
+    return "inductor"
 
 
 def run_plans(case, weights, documents, targets, plans, steps=0):
@@ -114,7 +150,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
     topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
     model = build_model(
         hf_config(case["family"]),
-        POLICIES[case.get("policy", "keep")],
+        replace(POLICIES[case.get("policy", "keep")], compile=compiler(case.get("compile"))),
         topology.mesh,
         device=torch.device("cpu"),
         compute_dtype=dtype,
@@ -125,6 +161,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
+        parameter.requires_grad_(is_trained(case, name))
     source, results = ListSource(documents, targets), []
     for plan in plans:
         loss = _gradients(model, topology, source, plan, case)
@@ -152,4 +189,5 @@ def _gradients(model, topology, source, plan, case):
 
 
 def _gathered(model, pick):
-    return {name: np.array(pick(parameter).full_tensor().detach()) for name, parameter in model.named_parameters()}
+    picked = ((name, pick(parameter)) for name, parameter in model.named_parameters())
+    return {name: np.array(value.full_tensor().detach()) for name, value in picked if value is not None}

@@ -6,12 +6,14 @@ Legend: T local tokens, M model width, H query heads, K key/value heads, D head 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
+from ...memory.local import GradientSums, Step, pull_back
 from ...parallel.sequence.attention import AttentionSpec
 
 Rope = tuple[Tensor, Tensor]
@@ -55,6 +57,12 @@ class LayerAdapter(ABC):
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
         x = self.residual(x, o)
         return self.mlp_out(x, *self.mlp_in(x))
+
+    def pull_back(
+        self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
+    ) -> tuple[Tensor, ...]:
+        """Gradients through one of these steps (memory/local.py)."""
+        return pull_back(self, step, inputs, constants, upstream, sums)
 
     @abstractmethod
     def input_norm(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from ...memory.compiled_graph import check_compiler
 from ...memory.offload.store import HostStore
 from ...memory.policy import MemoryPolicy
 from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
@@ -40,6 +41,8 @@ def build_trained(
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
     """
+    if policy.compile == "inductor":
+        check_compiler(device)
     compute, on_host = getattr(torch, config.train.dtype.value), config.optim.states is States.HOST
     model = build_empty(
         build_config(hf_config_dict(config.model)),

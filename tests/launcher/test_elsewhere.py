@@ -1,0 +1,50 @@
+"""A run that one launcher has is not started by another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from efflaunch.errors import ConfigError
+from efflaunch.launcher import state
+from efflaunch.launcher.backends import Standing
+from efflaunch.launcher.backends.slurm import SlurmLauncher
+from efflaunch.launcher.compose import compose
+from efflaunch.launcher.rundir import make_run_dir, store_config
+from efflaunch.launcher.start import check_elsewhere
+
+LOCAL = compose(["+experiment=quickstart", "run.id=run"])
+SLURM = compose(["+experiment=quickstart", "run.id=run", "launcher=slurm"])
+
+
+@pytest.fixture
+def queued(tmp_path: Path) -> Path:
+    make_run_dir(tmp_path / "run")
+    store_config(tmp_path / "run", SLURM)
+    known = state.new_state(world_size=4, revision=1, attempts=())
+    state.write_state(tmp_path / "run", replace(known, state=state.QUEUED, job="17"))
+    return tmp_path / "run"
+
+
+def stands(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(SlurmLauncher, "status", lambda self, run_dir, known: Standing(state=what, detail=f"job 17 {what}", job="17"))
+
+
+def test_a_queued_job_is_not_started_here(queued: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands(monkeypatch, state.QUEUED)
+    with pytest.raises(ConfigError, match="found the run queued under launcher=slurm: job 17 queued") as caught:
+        check_elsewhere(LOCAL, queued)
+    assert f"efflaunch cancel {queued}" in str(caught.value)
+    check_elsewhere(SLURM, queued)
+
+
+@pytest.mark.parametrize("what", ["died", state.DONE, state.PREEMPTED, "cancelled"])
+def test_one_that_is_over_is(queued: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    stands(monkeypatch, what)
+    check_elsewhere(LOCAL, queued)
+
+
+def test_a_new_run_has_no_elsewhere(tmp_path: Path) -> None:
+    check_elsewhere(LOCAL, tmp_path / "none")
