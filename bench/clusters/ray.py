@@ -75,6 +75,9 @@ class RayCluster:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / ".ray" / "auth_token")}
 
+    def _link(self, node: int) -> str:
+        return f"{self.bridge}v{node}"
+
     def address(self, node: int) -> str:
         return f"{self.net}.{10 + node}"
 
@@ -114,7 +117,7 @@ class RayCluster:
             directory=self.directory,
             address=self.address(node),
             bridge=self.bridge,
-            link=f"{self.bridge}v{node}",
+            link=self._link(node),
             private=self.private.get(node),
         )
         environment = {
@@ -147,7 +150,7 @@ class RayCluster:
 
     def crash(self, node: int) -> None:
         """A power cut: everything on the node is gone at once."""
-        spaces.kill(self.nodes.pop(node))
+        spaces.kill(self.nodes.pop(node), self._link(node))
 
     def _answers(self) -> bool:
         return self.ask("/api/version") is not None
