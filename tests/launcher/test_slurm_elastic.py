@@ -80,8 +80,11 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
         reference.kill()
         reference.wait()
     attempts = job.state().attempts
-    assert [(item.num_nodes, item.world_size, item.exit_code) for item in attempts] == [(3, 3, 1), (2, 2, 75), (3, 3, 0)], job.output()
-    assert attempts[0].lost == ("node1",) and attempts[1].hosts == ("node0", "node2") and len({item.place for item in attempts}) == 2
+    sizes = [(item.num_nodes, item.world_size, item.exit_code) for item in attempts]
+    # SLURM tells a node that is back, late, to end the step it had; by then the requeued job has one of that number.
+    assert sizes[:2] == [(3, 3, 1), (2, 2, 75)] and sizes[-1] == (3, 3, 0) and set(sizes[2:-1]) <= {(3, 3, 75)}, job.output()
+    assert attempts[0].lost == ("node1",) and attempts[1].hosts == ("node0", "node2")
+    assert attempts[0].place == attempts[1].place != attempts[2].place
     assert "cluster.num_nodes: 3 -> 2" in job.output() and "2 nodes of launcher.nodes=2:3, 2 to be had: node0, node2" in job.output()
     assert read_run(job.run_dir).config.cluster.num_nodes == 3 and read_attempt(job.run_dir, 2).cluster.num_nodes == 2
     local_dir = place / "runs" / "local"
