@@ -152,7 +152,7 @@ def make_run_dir(run_dir: Path, *, private: bool = True) -> None:
     except OSError as error:
         raise ConfigError(
             "run.root",
-            found=f"{run_dir}: {error.strerror}",
+            found=f"{error.filename or run_dir}: {error.strerror}",
             expected="a directory that can be written",
             hint="run.root=DIR with a directory of yours",
         ) from error
