@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -159,7 +160,16 @@ def kill_trials(
         if trial < number:
             tally.add(f"kill {life.kind}" if life.kind != "point" else f"kill at {life.point}")
         after()
+    _stop_keepers(folder)
     return tally
+
+
+def _stop_keepers(folder: Path) -> None:
+    """Nobody comes back to them; they would wait for the end of this process."""
+    from ..checkpoint.replica.keeper_process import meeting_path, tell
+
+    for path in meeting_path(folder, socket.gethostname()).glob("keeper-*"):
+        tell(path, {"do": "stop"})
 
 
 class _Life:

@@ -2,8 +2,9 @@
 
 Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates (training/rates.py, as `efflaunch profile` does), an
 empty backward pass, and one with each kind of update: what that takes longer is the update, with the gradients' way to the host and
-back where states live there. Predictions are memory/update.py's. Of rates the fastest count and of seconds the least: what
-disturbs a round is not the machine's.
+back where states live there. Predictions are memory/update.py's, in which nothing overlaps without a GPU; so processor seconds of
+all threads are measured, which other programs on the machine do not lengthen. Of rates the fastest count and of seconds the least:
+what disturbs a round is not the machine's.
 
 Headline key: `worst_error`, the largest |predicted / measured - 1| of the residencies.
 """
@@ -138,7 +139,7 @@ def _step_s(prober: Any) -> float:
 
 
 def _least_s(prober: Any, end: Callable[[], None]) -> float:
-    """The least of three, for what disturbs one of them is not the update's; the slowest rank's."""
+    """Processor seconds, of all threads; the least of three, for what disturbs one of them is not the update's; the slowest rank's."""
     import torch.distributed as dist
 
     from ..training.step import EMPTY
@@ -146,10 +147,10 @@ def _least_s(prober: Any, end: Callable[[], None]) -> float:
     seconds = []
     for _ in range(3):
         dist.barrier()
-        begun = time.perf_counter()
+        begun = time.process_time()
         prober._backward([EMPTY], None)
         end()
-        seconds.append(prober._agreed(time.perf_counter() - begun))
+        seconds.append(prober._agreed(time.process_time() - begun))
     return min(seconds)
 
 

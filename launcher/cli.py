@@ -109,7 +109,8 @@ def _train(words: list[str]) -> int:
 
 def _sweep(words: list[str]) -> int:
     parser = _Parser("sweep", "One run for every combination of values, optim.lr=1e-3,1e-4 train.seed=0,1. Takes the arguments of train.")
-    parser.add_argument("overrides", nargs="+", metavar="key=a,b", help="with launcher=slurm every run is a job, else they run in turn")
+    text = "on SLURM or a Ray job server every run is a job, else they run in turn"
+    parser.add_argument("overrides", nargs="+", metavar="key=a,b", help=text)
     parser.add_argument("--config-dir", metavar="DIR", help="your own configuration files")
     _add_dry_run(parser)
     options = parser.parse_intermixed_args(words)
@@ -187,7 +188,7 @@ def _resume(words: list[str]) -> int:
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="print exactly what would be submitted (with launcher=slurm: the script), and stop"
+        "--dry-run", action="store_true", help="print exactly what would be submitted (on SLURM the script, on Ray the request), and stop"
     )
 
 

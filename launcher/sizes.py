@@ -83,9 +83,14 @@ def settle_nodes(config: Config, given: Iterable[str] = ()) -> Config:
 def size_for(config: Config, available: int, room: Room | None = None) -> Sizing:
     """The most nodes up to `available` for which layout and memory work. `config` is the run's own.
 
-    Waits (`Sizing.waits`) where only more nodes than are there would do. ConfigError where none of launcher.nodes works at all.
+    Waits (`Sizing.waits`) where only more nodes than are there would do. ConfigError where none of launcher.nodes works at
+    all. One number of nodes is taken as it is: `start.launch` has looked at it.
     """
     wanted, room = node_range(config), room or check_room
+    if wanted.least == wanted.most:
+        if available < wanted.most:
+            return _wait(config, f"{_nodes(available)} to be had, {wanted} needed")
+        return Sizing(num_nodes=wanted.most, config=config, reason=_nodes(wanted.most))
     passed: list[str] = []
     for num_nodes in range(min(available, wanted.most), wanted.least - 1, -1):
         found = _tried(config, num_nodes, room, passed)
@@ -94,13 +99,15 @@ def size_for(config: Config, available: int, room: Room | None = None) -> Sizing
     for num_nodes in range(max(available + 1, wanted.least), wanted.most + 1):
         if _tried(config, num_nodes, room, passed) is not None:
             beside = f"; {passed[0]}" if passed else ""
-            return Sizing(num_nodes=0, config=config, reason=f"{_nodes(available)} to be had, {num_nodes} needed at least{beside}")
+            return _wait(config, f"{_nodes(available)} to be had, {num_nodes} needed at least{beside}")
     raise _impossible(wanted, passed)
 
 
 def usable(config: Config, room: Room | None = None) -> NodeRange:
     """The smallest and the largest of launcher.nodes that work: what to ask a scheduler for. ConfigError where none does."""
     wanted, room = node_range(config), room or check_room
+    if wanted.least == wanted.most:
+        return wanted
     most = size_for(config, wanted.most, room).num_nodes
     passed: list[str] = []
     least = next(n for n in range(wanted.least, most + 1) if n == most or _tried(config, n, room, passed) is not None)
@@ -196,9 +203,11 @@ def _tried(config: Config, num_nodes: int, room: Room, passed: list[str]) -> Con
         return None
 
 
+def _wait(config: Config, reason: str) -> Sizing:
+    return Sizing(num_nodes=0, config=config, reason=reason)
+
+
 def _chosen(num_nodes: int, wanted: NodeRange, available: int, passed: list[str]) -> str:
-    if wanted.least == wanted.most:
-        return _nodes(num_nodes)
     return "; ".join([f"{_nodes(num_nodes)} of launcher.nodes={wanted}, {available} to be had", *passed[:1]])
 
 

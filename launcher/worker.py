@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     os.environ["EFFLAUNCH_ATTEMPT"] = str(attempt)
     logs, rank = attempt_dir(Path(run_dir), attempt), int(os.environ["RANK"])
     _print_to(logs / f"rank-{rank}.log")
+    _keep_log()
     try:
         return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
@@ -81,6 +83,12 @@ def _print_to(log: Path) -> None:
     os.close(file)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _keep_log() -> None:
+    """What this package has to say goes to the rank's log, with times; of other packages what is at least a warning."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
 
 
 def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:

@@ -118,11 +118,12 @@ def _ahead(s: Setting, layer: int, rows: Mapping[str, int]) -> int:
     here = max(_first(s, visit, rows, several=True) for visit in visits)
     if layer == 0:
         return here
-    below = ("attention_output", "layer_input", "key_value", "query", "residual", "mlp")
+    # A segment below runs again first: what its layers have to make is not read.
+    again = s.segment_layers > 1 and layer % s.segment_layers == 0 and "residual" in rows
+    below = ("residual", "mlp") if again else ("attention_output", "layer_input", "key_value", "query", "residual", "mlp")
     # With one class a piece, the layer below is asked for while another piece is still to come.
     alone = sum(name in rows for name in below) == 1 and s.in_pieces
-    again = _first(s, ("residual", "mlp"), rows) if s.segment_layers > 1 else 0
-    return max(here, again, _first(s, below, rows, AHEAD + alone))
+    return max(here, _first(s, below, rows, AHEAD + alone))
 
 
 def _first(s: Setting, names: Sequence[str], rows: Mapping[str, int], count: int = AHEAD, *, several: bool = False) -> int:

@@ -124,7 +124,15 @@ def test_constraints_pin_every_dependency() -> None:
         line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["test"], *extras["wandb"], *extras["tensorboard"], *extras["plot"], *extras["bench"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["test"],
+        *extras["ray"],
+        *extras["wandb"],
+        *extras["tensorboard"],
+        *extras["plot"],
+        *extras["bench"],
+    ]
     names = {re.split(r"[\[<>=~! ]", requirement)[0].lower().replace("_", "-") for requirement in wanted} - {"efflaunch"}
     assert names <= pinned
 

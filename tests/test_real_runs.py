@@ -159,7 +159,8 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
     """Ranks are killed while storage, which is slow, has not got the newest checkpoint yet."""
     monkeypatch.setenv("LD_PRELOAD", str(build_shim(place)))
     monkeypatch.setenv("SHIM_MODE", "slow")
-    process = train(place, "checkpoint.replica=peer")
+    monkeypatch.setenv("SHIM_AT", "1000")
+    process = train(place, "checkpoint.replica=peer", "checkpoint.every_steps=10")
     events = MetricsFollower(place / "runs" / "run")
     seen: list = []
     while not any(event["event"] == "replica" and event["error"] is None for event in seen):
@@ -175,7 +176,10 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
     again = [event for event in seen if event["event"] == "start"][1]
     step = next(event["step"] for event in seen if event["event"] == "replica")
     assert again["restored_from"].startswith("the memory of") and again["resumed_from"] >= step
-    assert again["resumed_from"] in [event["step"] for event in seen if event["event"] == "checkpoint"]
+    # Either saved again at once, or its writers were done when the ranks came back.
+    logs = "".join(path.read_text() for path in (place / "runs" / "run" / "logs").rglob("rank-0.log"))
+    adopted = f"checkpoint of step {again['resumed_from']}: every rank had written it when training stopped; committed now"
+    assert again["resumed_from"] in [event["step"] for event in seen if event["event"] == "checkpoint"] or adopted in logs
 
 
 def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):

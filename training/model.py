@@ -166,16 +166,18 @@ def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None) -> None:
+def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None, told: Callable[[str], None] | None = None) -> None:
     """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name).
 
-    Fills the model's parameters, or those of the same names in `weights`.
+    Fills the model's parameters, or those of the same names in `weights`. `told` hears of each module.
     """
     done: set[int] = set()
     into = None if weights is None else dict(weights.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if not module._parameters and not module._buffers:
             continue
+        if told is not None:
+            told("initialising weights")
         shadow, copies = _shadow(module, done, name, into)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))

@@ -97,7 +97,7 @@ class _Run:
         self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
         self.saves = Saves()
         pulse.at("building the model")
-        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated)
+        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
         pulse.at("looking for a checkpoint")
         restored = self.session.engine.restore()
         extra = restored.extra if restored is not None else {}

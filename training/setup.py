@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
 from .certified import agreed_ledger
-from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig
+from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig, Update
 from .data.source import DataSource, open_data
 from .oom import memory_errors_named
 from .optimizers.build import build_trained
@@ -39,6 +40,7 @@ from .optimizers.room import check_room as check_optimizer_room
 from .optimizers.updater import Updater
 from .spec import ModelSpec, layer_parameters, model_spec
 
+log = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
 
@@ -109,8 +111,12 @@ def build_session(
     device: torch.device,
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Session:
-    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective."""
+    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective.
+
+    `told` hears of what goes on.
+    """
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
     layout = solve_layout(
@@ -121,7 +127,7 @@ def build_session(
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
-        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store)
+        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store, told=told)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
@@ -131,6 +137,8 @@ def build_session(
         on_save=on_save,
         on_replica=on_replica,
     )
+    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and dist.get_rank() == 0:
+        log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
     return Session(
         topology=topology,
         device=device,

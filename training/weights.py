@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -19,10 +19,11 @@ from .model import local_slices
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str, told: Callable[[str], None] | None = None) -> None:
     """Fill every parameter from a directory of safetensors, or a hub name where there is a network.
 
     ConfigError where files are missing, or a tensor is missing or has another shape: all of them named, nothing half-loaded is used.
+    `told` hears of each tensor that is read.
     """
     folder = _folder(path)
     files = _index(folder)
@@ -35,6 +36,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(set(files.values()))}
         for name, parameter in parameters.items():
+            if told is not None:
+                told("reading weights")
             saved = opened[files[name]].get_slice(name)
             if list(saved.get_shape()) != list(parameter.shape):
                 raise _wrong(folder, f"{name} of shape {saved.get_shape()}", f"{list(parameter.shape)}")

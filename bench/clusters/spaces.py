@@ -103,10 +103,12 @@ def start(space: Space, command: Sequence[str], environment: Mapping[str, str]) 
     return node
 
 
-def kill(node: subprocess.Popen[bytes]) -> None:
+def kill(node: subprocess.Popen[bytes], link: str) -> None:
     """As in a power cut: everything on the node is gone at once."""
     node.kill()
     node.wait()
+    # The kernel takes it away with the name space, but not at once.
+    subprocess.run(["ip", "link", "del", link], capture_output=True)
 
 
 def processes(node: subprocess.Popen[bytes]) -> list[tuple[int, str]]:

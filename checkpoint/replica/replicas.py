@@ -7,6 +7,7 @@ became whole: it leaves that one out. One it has not voted for is given up, and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -97,6 +98,10 @@ class Replicas:
         if self.keeper is not None:
             self.keeper.stop()
         self.keeper = None
+        if self._folder != Path():
+            with contextlib.suppress(OSError):
+                # Others of this run may still be there.
+                self._folder.rmdir()
         if self.peers.rank == 0:
             log.warning("checkpoints: no replicas in memory (checkpoint.replica): %s", why)
 

@@ -38,6 +38,10 @@ class RayLauncher:
 
     def check(self, config: Config) -> None:
         check_ray(config, ray_server())
+        if config.launcher.ray.local:
+            from ..fit import check_machine
+
+            check_machine(config)
         measure(config.launcher.ray.code, config.launcher.ray.max_upload_bytes)
 
     def describe(self, launch: Launch) -> str:

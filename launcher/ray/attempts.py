@@ -142,6 +142,9 @@ class Driver:
         while not group.look():
             self.tick()
             self._look_around(mine)
+            if self.wish == SAVE:
+                # From a signal, perhaps: the word that was left before it may say more.
+                self.stop(told_to_stop(self.run_dir, self.job) or SAVE)
             wish = NOW if self.wish == NOW else SAVE if self.wish or self.is_draining else None
             if wish != told:
                 told = wish

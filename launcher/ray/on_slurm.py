@@ -1,7 +1,7 @@
 """Ray on the nodes of a SLURM job: `python -m efflaunch.launcher.ray.on_slurm head|node|wait`, as slurm/ray.sbatch calls it.
 
 head: print where Ray's head is to be, ADDRESS:PORT; on the first node.
-node HEAD: Ray on this node, until SIGTERM or the job's end; the head itself where HEAD is an address of this node.
+node HEAD: Ray on this node, until SIGUSR1, SIGTERM or the job's end; the head itself where HEAD is an address of this node.
 wait HEAD N: until N nodes have joined.
 
 `ray start --block` is a child, told to end by its process id: `ray stop` would end every Ray it can see.
@@ -65,10 +65,9 @@ def _node(head: str, more: Sequence[str]) -> int:
         def stop(number: int, frame: FrameType | None) -> None:
             process.send_signal(signal.SIGTERM)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # SIGTERM would have SLURM end the whole step by force, after a while.
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        # The run's own stop signal reaches every process of the step, and is none of Ray's.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         process.wait()
     return EXIT_DONE
 

@@ -29,7 +29,7 @@ from ..nodes.blame import blame, exclusions, is_refused
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
-from ..restarts import Outcome
+from ..restarts import Outcome, lost_a_peer
 from ..rundir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
 from ..signals import STOP_SIGNALS
 from ..sizes import Sizing, node_range, size_for
@@ -225,6 +225,9 @@ def _close(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, no
     exit_code, failure, silent = gather(run_dir, config, attempt.number, num_nodes=attempt.num_nodes, output=output)
     reported = [(attempt_dir(run_dir, attempt.number) / f"node-{node}.json").is_file() for node in range(attempt.num_nodes)]
     lost = lost_hosts(attempt.hosts, expand_hosts(nodes), reported)
+    if lost and lost_a_peer({"message": failure.message}):
+        # What the ranks that are left say of it.
+        failure = replace(failure, rank=-1, message=f"{', '.join(lost)} ended without a word: lost or killed")
     blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=config.cluster.ranks_per_node)
     known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
     ended = replace(known.attempts[-1], lost=tuple(lost), blamed=blamed)

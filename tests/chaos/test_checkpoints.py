@@ -53,7 +53,9 @@ def test_damage_on_disk_is_named_and_never_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "at", "failures"), [("short", 1, 0), ("eintr", 1, 0), ("slow", 1, 0), ("eio", 3, 1), ("fsync", 1, 1), ("fsync", 5, 1)], ids=str
+    ("mode", "at", "failures"),
+    [("short", 1, 0), ("eintr", 1, 0), ("slow", 100, 0), ("eio", 3, 1), ("fsync", 1, 1), ("fsync", 5, 1)],
+    ids=str,
 )
 def test_storage_that_fails_or_writes_less_than_asked(
     tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch, mode: str, at: int, failures: int

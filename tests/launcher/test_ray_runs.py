@@ -231,7 +231,7 @@ def test_a_stopped_job_saves_and_one_ended_now_does_not(cluster: RayCluster, pla
 
 def test_nodes_go_and_come(cluster: RayCluster, place: Path) -> None:
     """Three nodes; a drain notice for one, as a spot market gives: saved, on with two; it is back when a rank is killed: three again."""
-    words = ("launcher.nodes=2:3", "cluster.ranks_per_node=1", "train.steps=420")
+    words = ("launcher.nodes=2:3", "cluster.num_nodes=3", "cluster.ranks_per_node=1", "train.steps=420")
     job = submit(cluster, place, "elastic", *words, mishaps="kill:1:400", step_s=0.05)
     job.wait_for_step(6)
     victim = next(node for node in (2, 1) if any(AGENT in command for _, command in cluster.on_node(node)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from efflaunch.launcher.overrides import parse_overrides
 from efflaunch.launcher.plan_command import plan
 from efflaunch.launcher.rundir import make_run_dir, read_attempt, store_config, write_attempt
 from efflaunch.launcher.schema import dump_config, load_config
-from efflaunch.launcher.sizes import NodeRange, check_room, node_range, size_for, sized, usable
+from efflaunch.launcher.sizes import NodeRange, Room, check_room, node_range, size_for, sized, usable
 from efflaunch.units import parse_nodes
 
 BASE = ("+experiment=quickstart", "launcher=slurm", "cluster.ranks_per_node=2")
@@ -29,7 +30,7 @@ def roomy(config: Config) -> None:
     """Any memory plan does."""
 
 
-def never(*sizes: int):
+def never(*sizes: int) -> Room:
     """A room in which these numbers of nodes have too little memory."""
 
     def room(config: Config) -> None:
@@ -97,6 +98,12 @@ def test_sizes_that_do_not_fit_are_passed_over() -> None:
     assert usable(config, never(2, 3, 6)) == NodeRange(4, 5) and usable(config, roomy) == NodeRange(2, 6)
 
 
+def test_one_number_is_taken_as_it_is() -> None:
+    config = make("launcher.nodes=3")
+    assert usable(config, never(3)) == NodeRange(3, 3) and size_for(config, 4, never(3)).num_nodes == 3
+    assert size_for(config, 2).waits and size_for(config, 2).reason == "2 nodes to be had, 3 needed"
+
+
 def test_a_range_in_which_nothing_works() -> None:
     with pytest.raises(ConfigError, match=r"launcher\.nodes: found 2:3, where 3 nodes would not do \(memory: too little\); 2 nodes would"):
         size_for(make("launcher.nodes=2:3"), 3, never(2, 3))
@@ -141,7 +148,7 @@ def test_memory_is_planned_anew() -> None:
         check_room(two)
 
 
-def test_what_an_attempt_keeps(tmp_path) -> None:
+def test_what_an_attempt_keeps(tmp_path: Path) -> None:
     config = make("launcher.nodes=1:3")
     make_run_dir(tmp_path)
     store_config(tmp_path, config)

@@ -185,9 +185,12 @@ def test_a_run_that_shrinks_and_grows(run_dir: Path, tmp_path: Path) -> None:
     wide = ranged(tmp_path)
     begin(wide, THREE)
     assert (state(wide).attempts[0].num_nodes, state(wide).attempts[0].hosts, state(wide).world_size) == (3, ("n0", "n1", "n2"), 6)
-    leave(wide, 0, {0: 1, 1: 1}, {0: ("Connection closed by peer", 1)})
-    leave(wide, 2, {4: 1, 5: 1}, {4: ("Connection closed by peer", 1)})
+    for node in (0, 2):
+        ranks = (2 * node, 2 * node + 1)
+        leave(wide, node, dict.fromkeys(ranks, 1), dict.fromkeys(ranks, ("Connection closed by peer", 1)))
     assert job.settle(wide, THREE, "n[0,2]") is Verdict.AGAIN
+    failure = state(wide).failure
+    assert failure is not None and failure.message == "n1 ended without a word: lost or killed"
     assert state(wide).attempts[0].lost == ("n1",) and state(wide).attempts[0].blamed == {"n1": "ended without a word"}
     assert str(job.start(wide, THREE, "n[0,2]")).startswith("2@") and state(wide).attempts[1].hosts == ("n0", "n2")
     assert read_attempt(wide, 2).cluster.num_nodes == 2 and job.read_run(wide).config.cluster.num_nodes == 3

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 
+from efflaunch.bench.traced import Case, memory_config, predicted_by_phase, profiled_peak
 from efflaunch.errors import ConfigError
 from efflaunch.memory.compiled import Graphs
 from efflaunch.memory.compiled_graph import check_compiler
@@ -25,6 +26,7 @@ from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.tests.memory.test_saved import SOME, Alone
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
+from efflaunch.tests.ranks import RankPool
 from efflaunch.training.families.llama import LlamaLayer
 from efflaunch.training.loss import cross_entropy
 from efflaunch.training.model import Tokens, install
@@ -155,3 +157,35 @@ def test_what_a_configuration_says() -> None:
     assert explicit_policy(compiled).compile == "inductor"
     with pytest.raises(ConfigError, match=r"true with memory.arena=planned"):
         check_memory(replace(compiled, arena=Arena.PLANNED))
+
+
+def has_compiler() -> bool:
+    try:
+        check_compiler(torch.device("cpu"))
+    except ConfigError:
+        return False
+    return True
+
+
+def compiled_peak(case: Case) -> int:
+    """On a rank: most bytes of a step as the allocator counts them."""
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # no pool of processes that would stay
+    return profiled_peak(case)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"attention": "chunks", "chunk_tokens": 128}, {"attention_output": "keep", "activations": "keep"}],
+    ids=["recompute", "streambp", "keep"],
+)
+def test_the_ledger_is_an_upper_bound_of_compiled_steps_too(fields: dict[str, Any]) -> None:
+    """The tracer does not see what compiled code allocates: here the allocator is asked, and agrees with the ledger on plain steps."""
+    plain, compiled = (Case(name="case", memory=memory_config(compile=on, **fields)) for on in (False, True))
+    predicted = max(predicted_by_phase(plain).values())
+    assert max(predicted_by_phase(compiled).values()) == predicted
+    with RankPool(timeout_s=300) as pool:
+        assert pool.run(profiled_peak, plain, ranks=1)[0] == pytest.approx(predicted, rel=0.005)
+        assert pool.run(compiled_peak, compiled, ranks=1)[0] <= predicted

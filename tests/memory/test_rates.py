@@ -103,7 +103,8 @@ def test_ranks_share_a_disk_and_files_are_no_faster_than_the_link(given, out, ba
 
 def test_a_measured_disk_is_its_directorys() -> None:
     disk = (Copies(out=1e9, back=2e9, both_out=0.8e9, both_back=0.8e9),)
-    s = measured(short(disk_write_bandwidth=16e9, disk_read_bandwidth=16e9).setting, disk=disk, directory="/local")
+    duplex = tuple(Copies(out=20e9, back=25e9, both_out=20e9, both_back=25e9) for _ in range(8))
+    s = measured(short(disk_write_bandwidth=16e9, disk_read_bandwidth=16e9).setting, link=duplex, disk=disk, directory="/local")
     assert activation_way(with_dir(s)) == Way(1e9, 2e9, pytest.approx(0.5), "profile.yaml")
     assert activation_way(with_dir(s, "/other")).out == 2e9
 

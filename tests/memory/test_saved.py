@@ -206,6 +206,7 @@ def test_pieces_come_back_ahead_of_their_use():
 
     class Store(StrictStore):
         def prefetch(self, key):
+            super().prefetch(key)
             asked.append(self.parcels[key][0][0].item())
 
     saved = Saved(Store())

@@ -46,11 +46,12 @@ def test_everything_is_kept_where_it_fits():
     assert ledger.report.gap == 0.0 and not ledger.report.prices and ledger.report.step_s == ledger.report.keep_s
 
 
-@pytest.mark.parametrize("device", [2.7, 3.2, 4.0])
-@pytest.mark.parametrize("host", [0.2, 64.0])
-def test_answers_fit_and_beat_a_grid_of_policies(device, host):
+@pytest.mark.parametrize(
+    ("device", "host", "budget"), [*itertools.product([2.7, 3.2, 4.0], [0.2, 64.0], [None]), (3.4, 64.0, 16 << 20), (3.4, -0.4, None)]
+)
+def test_answers_fit_and_beat_a_grid_of_policies(device, host, budget):
     """Every class wholly kept, moved or recomputed, in every shape: none that fits is faster than the answer by more than it says."""
-    ledger = small(device, host)
+    ledger = small(device, host, memory=auto(host_budget=budget))
     s, report = ledger.setting, ledger.report
     assert report is not None
     fastest = min(

@@ -19,7 +19,7 @@ FAMILIES = {
     "llama": {"model_type": "llama"},
     "llama_deep": {"model_type": "llama", "num_hidden_layers": 5},
     "llama_4kv": {"model_type": "llama", "num_key_value_heads": 4},
-    "llama_uneven": {"model_type": "llama", "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 16},
+    "llama_uneven": {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3},
     "llama_mha_tied": {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 11},
     "mistral_wide": {"model_type": "mistral", "sliding_window": 500},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -35,11 +36,19 @@ class Settings(Protocol):
 
 
 def build_trained(
-    config: Settings, policy: MemoryPolicy, mesh: DeviceMesh, device: torch.device, store: HostStore | None = None, *, load: bool = True
+    config: Settings,
+    policy: MemoryPolicy,
+    mesh: DeviceMesh,
+    device: torch.device,
+    store: HostStore | None = None,
+    *,
+    load: bool = True,
+    told: Callable[[str], None] | None = None,
 ) -> tuple[PreTrainedModel, Updater]:
     """The sharded model with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
+    `told` hears of what goes on, tensor by tensor: it may take long.
     """
     if policy.compile == "inductor":
         check_compiler(device)
@@ -56,9 +65,9 @@ def build_trained(
         host_weights=on_host,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
-    initialise(model, config.train.seed, weights)
+    initialise(model, config.train.seed, weights, told)
     if load and config.model.path is not None:
-        load_weights(weights, config.model.path)
+        load_weights(weights, config.model.path, told)
     return model, build_updater(model, weights, config.optim, device)
 
 

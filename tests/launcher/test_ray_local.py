@@ -1,0 +1,44 @@
+"""launcher.ray.local=true: a Ray of this machine for one run, in the foreground."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from efflaunch.launcher.metrics_file import MetricsFollower
+from efflaunch.launcher.progress import Progress
+from efflaunch.tests.launcher.runs import BASE, Run, descendants, is_alive
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='no ray: pip install "efflaunch[ray]"'),
+    pytest.mark.timeout(600),
+]
+
+
+def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
+    words = (*BASE, "launcher=ray", "launcher.ray.local=true", "train.steps=5000", "checkpoint.every_steps=2000")
+    run = Run(tmp_path, "train", *words, step_s=0.05)
+    run.wait_for_step(3)
+    below = descendants(run.process.pid)
+    names = [psutil.Process(pid).name() for pid in below]
+    assert "raylet" in names and any(name.startswith("ray::Keeper") for name in names)
+    rank = next(pid for pid in below if "efflaunch.launcher.ray.task" in " ".join(psutil.Process(pid).cmdline()))
+    given = psutil.Process(rank).environ()
+    assert "RAY_AUTH_TOKEN" not in given and given["HOME"] == psutil.Process().environ()["HOME"]
+    daemon = psutil.Process(below[names.index("raylet")])
+    token, home = daemon.environ()["RAY_AUTH_TOKEN"], Path(daemon.environ()["HOME"])
+    assert len(token) == 64 and daemon.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert not any(token in " ".join(psutil.Process(pid).cmdline()) for pid in below)
+    run.send(signal.SIGINT)
+    assert run.wait() == 75, run.text()
+    saved = max(Progress().apply(MetricsFollower(run.run_dir).read()).losses)
+    assert (run.run_dir / "checkpoints" / f"step-{saved:08d}" / "COMMIT").is_file() and "stopped and saved" in run.text()
+    assert not [pid for pid in below if is_alive(pid)] and not home.exists()
+
+    again = Run(tmp_path, "resume", "runs/run", f"train.steps={saved + 4}")
+    assert again.wait() == 0, again.text()
+    assert max(Progress().apply(MetricsFollower(run.run_dir).read()).losses) == saved + 4
