@@ -59,7 +59,7 @@ def test_linear_work_is_what_the_step_multiplies(case: Case, pool: RankPool) -> 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith(("alst", "memo", "upipe, 2", "streambp, inputs"))
                                   and case.ranks == 1], ids=lambda case: case.name)  # fmt: skip
 def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool) -> None:
-    from efflaunch.memory.link import inner_bytes, input_reads, leaving_bytes, returning_bytes
+    from efflaunch.memory.link import inner_bytes, leaving_bytes, returning_bytes
     from efflaunch.memory.terms_activations import class_bytes
 
     s = case_ledger(case).setting
@@ -67,10 +67,9 @@ def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool)
     layers = s.spec.num_layers
     # Shares of tokens are rounded to rows.
     assert to_host == pytest.approx(layers * (leaving_bytes(s) + inner_bytes(s)), rel=1e-3)
-    # The piece a walk ends with stays for one that begins with it: of each layer at most one piece of its input for each further walk.
-    piece = min(s.policy.chunk_tokens or case.tokens, case.tokens) * s.policy.layer_input.host * class_bytes(s)["layer_input"]
-    estimate, spared = layers * returning_bytes(s), layers * (input_reads(s) - 1.0) * piece
-    assert 0.999 * (estimate - spared) <= from_host <= 1.001 * estimate
+    # Where one walk over the pieces ends and the next begins, a piece stays that the estimate reads twice: two turns a layer at most.
+    estimated, stays = layers * returning_bytes(s), 2 * layers * s.piece_tokens * s.in_pieces * class_bytes(s)["layer_input"]
+    assert (estimated - stays) * 0.999 <= from_host <= estimated * 1.001
 
 
 def product_flops(case: Case) -> int:
