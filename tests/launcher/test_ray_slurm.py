@@ -81,9 +81,9 @@ def test_told_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) 
 
 
 def _belongs(process: Path, cluster: SlurmCluster) -> bool:
-    """Whether a process of Ray's or of ours is in a name space of the cluster's nodes, by its network address."""
+    """Whether it is one of Ray's or of ours on the cluster's nodes, by the network address in its arguments."""
     try:
         command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return False
-    return cluster.net in command and ("ray" in command or "efflaunch" in command)
+    return cluster.net in command and any(word in command for word in ("raylet", "gcs_server", "efflaunch.launcher"))
