@@ -94,7 +94,7 @@ def test_print_config_is_what_would_run(capsys: pytest.CaptureFixture[str], tmp_
 def test_run_directory_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert cli.main(["+experiment=quickstart", f"run.root={tmp_path / 'file'}", "run.id=a"]) == 93
-    assert f"efflaunch: run.root: found {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    assert f"efflaunch: run.root: found {tmp_path / 'file' / 'a'}: Not a directory" in capsys.readouterr().err
 
 
 def test_a_machine_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
