@@ -152,7 +152,7 @@ def make_run_dir(run_dir: Path, *, private: bool = True) -> None:
     except OSError as error:
         raise ConfigError(
             "run.root",
-            found=f"{run_dir}: {error.strerror}",
+            found=f"{error.filename or run_dir}: {error.strerror}",
             expected="a directory that can be written",
             hint="run.root=DIR with a directory of yours",
         ) from error
@@ -166,7 +166,8 @@ def keep_private(private: bool) -> None:
 
 def _make_dirs(run_dir: Path, *, private: bool) -> None:
     # Directories above it are not the run's: others may have runs there.
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    if not run_dir.parent.exists():
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
     was_there = run_dir.exists()
     keep_private(private)
     run_dir.mkdir(exist_ok=True)

@@ -18,7 +18,10 @@ def leaving_bytes(s: Setting) -> float:
 
 
 def returning_bytes(s: Setting) -> float:
-    """Bytes that come back in one layer's backward, each class as often as it is read."""
+    """Bytes that come back in one layer's backward, each class as often as it is read.
+
+    At most: the piece that ends one walk over the tokens and begins the next comes once.
+    """
     reads = {
         "layer_input": input_reads(s),
         "query": projections(s) if s.in_pieces else 1,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import spaces
-from .slurm import wait_until
+from .spaces import wait_until
 
 GCS_PORT, SERVER_PORT = 6379, 8265
 # A dead node is noticed in fifteen seconds, and not where the machine is only busy.
@@ -43,7 +43,7 @@ def why_not() -> str | None:
 
 
 @dataclass
-class RayCluster:
+class RayCluster(spaces.Network):
     """Use as a context manager; `environment` is what Ray's clients need."""
 
     directory: Path
@@ -56,9 +56,7 @@ class RayCluster:
     """Node -> directory of which that node has an empty one of its own."""
 
     def __post_init__(self) -> None:
-        # Apart from other test sessions on the machine, as far as a process id goes.
-        self.net = f"10.{150 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
-        self.bridge = f"efr{os.getpid() % 10**7}"
+        super().__init__(150, "efr")
         self.home = self.directory / "home"
         self.token = secrets.token_hex(16)
         # Paths of sockets must be short.
@@ -75,24 +73,7 @@ class RayCluster:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / ".ray" / "auth_token")}
 
-    def _link(self, node: int) -> str:
-        return f"{self.bridge}v{node}"
-
-    def address(self, node: int) -> str:
-        return f"{self.net}.{10 + node}"
-
-    def __enter__(self) -> RayCluster:
-        try:
-            self._up()
-        except BaseException:
-            self.down()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.down()
-
-    def _up(self) -> None:
+    def up(self) -> None:
         (self.home / ".ray").mkdir(parents=True)
         (self.home / "ray_bootstrap_config.yaml").write_text(NO_CLOUD)
         token = self.home / ".ray" / "auth_token"
@@ -112,14 +93,7 @@ class RayCluster:
         scratch = self.scratch / str(node)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        space = spaces.Space(
-            name=f"node{node}",
-            directory=self.directory,
-            address=self.address(node),
-            bridge=self.bridge,
-            link=self._link(node),
-            private=self.private.get(node),
-        )
+        space = self.space(node, self.directory, self.private.get(node))
         environment = {
             **self.environment,
             **self.variables,
@@ -150,7 +124,7 @@ class RayCluster:
 
     def crash(self, node: int) -> None:
         """A power cut: everything on the node is gone at once."""
-        spaces.kill(self.nodes.pop(node), self._link(node))
+        spaces.kill(self.nodes.pop(node), self.link(node))
 
     def _answers(self) -> bool:
         return self.ask("/api/version") is not None

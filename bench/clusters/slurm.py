@@ -13,13 +13,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TIMEOUT_S = 240.0
+from . import spaces
+from .spaces import TIMEOUT_S, wait_until
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare", "nsenter", "ip", "ss")
 
 CONF = """\
@@ -62,51 +61,18 @@ NODE = (
     "NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 "
     "ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
 )
-# The shell is process 1 of the node and reaps what the node leaves behind. Words after it: address, slurmd's command.
-NODE_SHELL = """\
-hostname {name}
-mount --bind {directory}/hosts /etc/hosts
-mount --bind {directory}/nsswitch.conf /etc/nsswitch.conf
-ip link set lo up
-until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
-ip addr add {address}/24 dev eth0
-ip link set eth0 up
-"$@" & wait
-while :; do wait; sleep 1; done
-"""
 
 
 def why_not() -> str | None:
     """Why no cluster can be started here; None where one can."""
-    if sys.platform != "linux":
-        return "a SLURM in namespaces needs Linux"
-    if os.geteuid() != 0:
-        return "a SLURM in namespaces needs root"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)}: apt-get install --no-install-recommends slurm-wlm munge iproute2"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
-    if probe.returncode:
-        return f"namespaces are not allowed here: {probe.stderr.strip()}"
-    bridge = f"probe{os.getpid() % 10**6}"
-    probe = subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], capture_output=True, text=True)
-    if probe.returncode:
-        return f"no bridge can be made here: {probe.stderr.strip()}"
-    subprocess.run(["ip", "link", "del", bridge], check=True)
-    return None
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    """Poll until it holds; TimeoutError after a long while."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
+    return spaces.why_not()
 
 
 @dataclass
-class SlurmCluster:
+class SlurmCluster(spaces.Network):
     """Use as a context manager; `environment` is what SLURM's commands need."""
 
     directory: Path
@@ -116,9 +82,7 @@ class SlurmCluster:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Apart from other test sessions on the machine, as far as a process id goes.
-        self.net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
-        self.bridge = f"eff{os.getpid() % 10**7}"
+        super().__init__(200, "eff")
         self.port = 0
 
     @property
@@ -126,26 +90,10 @@ class SlurmCluster:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         return {**clean, "SLURM_CONF": str(self.directory / "slurm.conf")}
 
-    def address(self, node: int) -> str:
-        return f"{self.net}.{10 + node}"
-
-    def __enter__(self) -> SlurmCluster:
-        try:
-            self._up()
-        except BaseException:
-            self.down()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.down()
-
-    def _up(self) -> None:
+    def up(self) -> None:
         (self.directory / "state").mkdir(parents=True)
         head = f"{self.net}.1"
-        _sh("ip", "link", "add", self.bridge, "type", "bridge")
-        _sh("ip", "addr", "add", f"{head}/24", "dev", self.bridge)
-        _sh("ip", "link", "set", self.bridge, "up")
+        spaces.make_bridge(self.bridge, head)
         with socket.socket() as probe:
             probe.bind((head, 0))
             self.port = probe.getsockname()[1]
@@ -158,9 +106,7 @@ class SlurmCluster:
 
     def _write_files(self, head: str) -> None:
         names = [f"node{node}" for node in range(self.num_nodes)]
-        hosts = "".join(f"{self.address(node)} {name}\n" for node, name in enumerate(names))
-        (self.directory / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
-        (self.directory / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
+        spaces.write_names(self.directory, {name: self.address(node) for node, name in enumerate(names)})
         nodes = "\n".join(NODE.format(name=name, address=self.address(node), port=self.port + 1) for node, name in enumerate(names))
         text = CONF.format(host=socket.gethostname(), head=head, port=self.port, directory=self.directory, nodes=nodes)
         (self.directory / "slurm.conf").write_text(text)
@@ -198,21 +144,15 @@ class SlurmCluster:
     def boot(self, node: int) -> None:
         """Start a node, for the first time or after a crash."""
         name = f"node{node}"
-        shell = NODE_SHELL.format(name=name, directory=self.directory, address=self.address(node))
-        if node in self.private:
-            shell = f"mount -t tmpfs tmpfs {self.private[node]}\n{shell}"
-        spaces = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+        space = self.space(node, self.directory, self.private.get(node))
         daemon = ("slurmd", "-D", "-N", name, "-f", f"{self.directory}/slurm.conf")
-        pid = self.spawn(name, "unshare", *spaces, "sh", "-c", shell, "sh", *daemon)
-        own = os.readlink("/proc/self/ns/net")
-        wait_until(lambda: os.readlink(f"/proc/{pid}/ns/net") != own, f"namespaces of {name}")
-        link = f"{self.bridge}v{node}"
-        _sh("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
-        _sh("ip", "link", "set", link, "master", self.bridge, "up")
+        self.processes[name] = spaces.start(space, daemon, self.environment)
 
     def crash(self, node: int) -> None:
         """A power cut: everything on the node is gone at once."""
-        self._stop(f"node{node}", signal.SIGKILL)
+        process = self.processes.pop(f"node{node}", None)
+        if process is not None:
+            spaces.kill(process, self.link(node))
 
     def listening(self, node: int) -> list[str]:
         """Addresses on which Python processes of a node wait for connections."""
@@ -244,10 +184,10 @@ class SlurmCluster:
     def down(self) -> None:
         """Stop everything; nodes die with all that runs on them."""
         for node in range(self.num_nodes):
-            self._stop(f"node{node}", signal.SIGKILL)
+            self.crash(node)
         for name in ("slurmctld", "munged"):
             self._stop(name, signal.SIGTERM)
-        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
+        spaces.remove_bridge(self.bridge)
 
     def _stop(self, name: str, number: signal.Signals) -> None:
         process = self.processes.pop(name, None)
@@ -259,7 +199,3 @@ class SlurmCluster:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _sh(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)

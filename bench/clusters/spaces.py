@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from .slurm import wait_until
-
+TIMEOUT_S = 240.0
 _PROGRAMS = ("unshare", "ip")
 # The shell is process 1 of the node and reaps what the node leaves behind. Words after it: the node's command.
 _SHELL = """\
@@ -59,6 +60,55 @@ def why_not() -> str | None:
         return f"no bridge can be made here: {probe.stderr.strip()}"
     subprocess.run(["ip", "link", "del", bridge], check=True)
     return None
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Poll until it holds; TimeoutError after a long while."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        time.sleep(0.1)
+
+
+class Network:
+    """Nodes that hang on one bridge, apart from other processes' as far as a process id goes. Up inside a `with`."""
+
+    def __init__(self, first: int, prefix: str) -> None:
+        pid = os.getpid()
+        self.net = f"10.{first + pid % 50}.{pid // 50 % 250}"
+        self.bridge = f"{prefix}{pid % 10**7}"
+
+    def address(self, node: int) -> str:
+        return f"{self.net}.{10 + node}"
+
+    def link(self, node: int) -> str:
+        """Name of a node's cable, at this machine's end."""
+        return f"{self.bridge}v{node}"
+
+    def space(self, node: int, directory: Path, private: Path | None) -> Space:
+        """A node as `start` takes it."""
+        where = {"address": self.address(node), "bridge": self.bridge, "link": self.link(node)}
+        return Space(name=f"node{node}", directory=directory, private=private, **where)
+
+    def __enter__(self) -> Self:
+        try:
+            self.up()
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def up(self) -> None:
+        """Start everything, and wait for it."""
+        raise NotImplementedError
+
+    def down(self) -> None:
+        """Stop everything; nodes die with all that runs on them."""
+        raise NotImplementedError
 
 
 def write_names(directory: Path, addresses: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.bench.clusters.ray import RayCluster, why_not
-from efflaunch.bench.clusters.slurm import TIMEOUT_S, wait_until
+from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.ray.files import read_submission

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from efflaunch.bench.clusters.ray import why_not as why_no_ray
-from efflaunch.bench.clusters.slurm import TIMEOUT_S, SlurmCluster, wait_until, why_not
+from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
+from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.ray.on_slurm import ray_command
@@ -81,9 +82,9 @@ def test_told_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) 
 
 
 def _belongs(process: Path, cluster: SlurmCluster) -> bool:
-    """Whether a process of Ray's or of ours is in a name space of the cluster's nodes, by its network address."""
+    """Whether it is one of Ray's or of ours on the cluster's nodes, by the network address in its arguments."""
     try:
         command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return False
-    return cluster.net in command and ("ray" in command or "efflaunch" in command)
+    return cluster.net in command and any(word in command for word in ("raylet", "gcs_server", "efflaunch.launcher"))

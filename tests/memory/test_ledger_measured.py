@@ -60,13 +60,16 @@ def test_linear_work_is_what_the_step_multiplies(case: Case, pool: RankPool) -> 
                                   and case.ranks == 1], ids=lambda case: case.name)  # fmt: skip
 def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool) -> None:
     from efflaunch.memory.link import inner_bytes, leaving_bytes, returning_bytes
+    from efflaunch.memory.terms_activations import class_bytes
 
     s = case_ledger(case).setting
     ((to_host, from_host),) = pool.run(host_traffic, case, ranks=1)
     layers = s.spec.num_layers
     # Shares of tokens are rounded to rows.
     assert to_host == pytest.approx(layers * (leaving_bytes(s) + inner_bytes(s)), rel=1e-3)
-    assert from_host == pytest.approx(layers * returning_bytes(s), rel=1e-3)
+    # Where one walk over the pieces ends and the next begins, a piece stays that the estimate reads twice: two turns a layer at most.
+    estimated, stays = layers * returning_bytes(s), 2 * layers * s.piece_tokens * s.in_pieces * class_bytes(s)["layer_input"]
+    assert (estimated - stays) * 0.999 <= from_host <= estimated * 1.001
 
 
 def product_flops(case: Case) -> int:
