@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
@@ -119,21 +120,38 @@ class RankFacts:
 
 
 _WAITING = ("wait", "synchronize")
+_INSTALLED = ("/site-packages/", "/dist-packages/")
+_PACKAGE = f"{Path(__file__).parents[1]}/"
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\(most recent call first\):\n((?:  File [^\n]*\n?)*)", re.MULTILINE)
 _FRAME = re.compile(r'^  File "([^"\n]*)", line (\d+) in ([^\n]*)$', re.MULTILINE)
 
 
 def short_file(path: str) -> str:
     """A path from the package on: `training/run.py`, `torch/distributed/distributed_c10d.py`."""
-    for root in ("/efflaunch/", "/site-packages/", "/dist-packages/"):
+    own = _path_in_package(path)
+    if own is not None:
+        return own
+    for root in _INSTALLED:
         _, found, rest = path.rpartition(root)
         if found:
             return rest
     return "/".join(path.split("/")[-2:])
 
 
+def _path_in_package(path: str) -> str | None:
+    """From the package on, wherever it is installed; None for what is not its own. A checkout may have any name, and hold the environment."""
+    for root in _INSTALLED:
+        _, found, rest = path.rpartition(root)
+        if found:
+            return rest.removeprefix("efflaunch/") if rest.startswith("efflaunch/") else None
+    if path.startswith(_PACKAGE):
+        return path.removeprefix(_PACKAGE)
+    _, found, rest = path.rpartition("/efflaunch/")
+    return rest if found else None
+
+
 def _is_ours(frame: Frame) -> bool:
-    return "/efflaunch/" in frame.file and "/site-packages/torch/" not in frame.file
+    return _path_in_package(frame.file) is not None
 
 
 def parse_stacks(text: str) -> dict[int, tuple[Frame, ...]]:

@@ -229,6 +229,7 @@ def test_a_stopped_job_saves_and_one_ended_now_does_not(cluster: RayCluster, pla
     assert re.search("state       (failed|cancelled), job efflaunch-stopped-2 STOPPED", efflaunch(cluster, place, "status", "runs/stopped"))
 
 
+@pytest.mark.slow
 def test_nodes_go_and_come(cluster: RayCluster, place: Path) -> None:
     """Three nodes; a drain notice for one, as a spot market gives: saved, on with two; it is back when a rank is killed: three again."""
     words = ("launcher.nodes=2:3", "cluster.num_nodes=3", "cluster.ranks_per_node=1", "train.steps=420")

@@ -54,6 +54,7 @@ def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(place / f"exported-{name}" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -> None:
     """A node loses power: the run goes on in the same job on the two that are left. Requeued, it has three again."""
     make_corpus(place)

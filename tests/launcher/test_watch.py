@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from efflaunch.errors import ConfigError
+from efflaunch.launcher import watch
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.fit import check_config
 from efflaunch.launcher.watch import (
@@ -24,6 +27,7 @@ from efflaunch.pulse import Beat
 LIMITS = Limits(factor=5.0, min_s=300.0, long_s=1800.0)
 SITE = "/venv/lib/python3.11/site-packages"
 OURS = "/home/me/efflaunch"
+HERE = Path(watch.__file__).parents[1]
 COLLECTIVE = Frame(f"{SITE}/torch/distributed/distributed_c10d.py", 10, "all_reduce")
 GATHER = Frame(f"{OURS}/training/results.py", 50, "gather_results")
 READ = Frame(f"{OURS}/training/data/shard.py", 7, "build_shard")
@@ -170,3 +174,19 @@ def test_the_message_names_all_that_matters() -> None:
     text = describe_hang(facts, blame(facts), allowance_s=300.0, missing=[2], stacks="logs/attempt-1/stacks-*.txt")
     assert text.startswith("no progress for 5 min 10 s, more than the 5 min 0 s allowed (launcher.hang_*): rank 1 on node-1 is at ")
     assert "no word from the agents of nodes 2" in text and text.endswith("stacks of all ranks: logs/attempt-1/stacks-*.txt")
+
+
+def test_files_of_the_package_wherever_it_is_installed():
+    """A checkout may have any name and hold its virtual environment; a package may be installed beside torch."""
+    for file, name in (
+        (f"{HERE}/training/run.py", "training/run.py"),
+        (f"{OURS}/training/run.py", "training/run.py"),
+        (f"{SITE}/efflaunch/training/run.py", "training/run.py"),
+        (f"{HERE}/.venv/lib/python3.11/site-packages/torch/distributed/x.py", "torch/distributed/x.py"),
+        (f"{OURS}/.venv/lib/python3.11/site-packages/torch/distributed/x.py", "torch/distributed/x.py"),
+    ):
+        assert short_file(file) == name
+        facts = RankFacts(
+            rank=0, host="a", silent_s=1.0, step=1, phase="", frames=(Frame(SITE + "/torch/y.py", 1, "f"), Frame(file, 2, "g"))
+        )
+        assert facts.own == facts.frames[1 if name.startswith("training") else 0]
