@@ -1,4 +1,4 @@
-# make run: train the quickstart here.  make test: everything a change must pass.  Both set up .venv first.
+# make run: train the quickstart here.  make test: everything a change must pass.  make slow: the tests that take minutes.  All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,17 @@ export OMP_NUM_THREADS ?= 1
 # Test files run side by side: most of them wait for ranks of their own.
 WORKERS ?= 2
 
-.PHONY: run test setup lint types clean
+.PHONY: run test slow setup lint types clean
 
 run: $(STAMP)
 	$(BIN)/efflaunch +experiment=quickstart
 
 test: lint types
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --durations=15
+
+# What takes minutes by itself: whole lives of runs on clusters.
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

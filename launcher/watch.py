@@ -139,7 +139,7 @@ def short_file(path: str) -> str:
 
 
 def _path_in_package(path: str) -> str | None:
-    """From the package on, wherever it is installed; None for what is not its own. A checkout may have any name, and hold the environment."""
+    """From the package on, wherever it is installed; None for what is not its own. A checkout may hold the environment."""
     for root in _INSTALLED:
         _, found, rest = path.rpartition(root)
         if found:
