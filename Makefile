@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 # Test files run side by side: most of them wait for ranks of their own.
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: run test slow setup lint types clean
 

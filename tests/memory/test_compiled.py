@@ -83,7 +83,10 @@ def test_gradients_are_those_of_plain_steps(name: str) -> None:
     check_equal(gradients("llama", replace(policy, compile="eager"), LENGTHS), gradients("llama", policy, LENGTHS))
 
 
-@pytest.mark.parametrize("family", ["llama_mha_tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2", "gemma2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama_mha_tied", "mistral", "qwen3", "gemma3"))],
+)
 def test_every_family(family: str) -> None:
     policy = POLICIES["chunks"]
     check_equal(gradients(family, replace(policy, compile="aot_eager"), LENGTHS), gradients(family, policy, LENGTHS))
