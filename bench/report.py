@@ -124,9 +124,9 @@ def _adaptive(result: dict[str, Any]) -> list[str]:
 def _planner(result: dict[str, Any]) -> list[str]:
     rows, targets = result["rows"], result["targets"]
     lines = [
-        "## Planner",
+        f"## Planner, {len(rows)} batches",
         "",
-        f"{len(rows)} batches under FlexSP's published cost model (A100, 7B, 384K): modelled seconds, no GPU. Medians over seeds;",
+        "Batches under FlexSP's published cost model (A100, 7B, 384K): modelled seconds, no GPU. Medians over seeds;",
         "planning is wall time, in brackets processor time. Speed-ups are modelled time over ours. "
         f"The first plan of a process took {result['cold_plan_s']:.2f} s.",
         "",
