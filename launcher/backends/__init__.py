@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from ...errors import ConfigError
+from .. import state
 from ..config import Backend, Config
 from ..grace import measured, planned
 from ..metrics_file import MetricsFollower
-from ..state import RunState
+from ..state import RunState, read_state, write_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +83,29 @@ def announce(run_dir: Path, goes_on: bool, revision: int, changes: list[str]) ->
     print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
     if changes:
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
+
+
+def tell_submitted(news: str, launch: Launch) -> None:
+    """Say that it is in its scheduler's hands, and what to type from here on."""
+    print(news)
+    note = grace_note(launch)
+    if note:
+        print(f"  {note}")
+    for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
+        print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
+
+
+def note_refused(run_dir: Path) -> None:
+    """The scheduler did not take it: the run, queued a moment ago, has failed."""
+    known = read_state(run_dir)
+    assert known is not None, "just written"
+    write_state(run_dir, replace(known, state=state.FAILED))
+
+
+def job_exists(run_dir: Path, found: str) -> ConfigError:
+    """A job of this run already waits or runs."""
+    hint = f"efflaunch cancel {run_dir} first, or another run.id"
+    return ConfigError(str(run_dir), found=found, expected="one job per run directory", hint=hint)
 
 
 def grace_note(launch: Launch) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -27,8 +26,8 @@ from ..ray.request import FOLDER, HERE, Caller, JobRequest, check_ray, demand, d
 from ..ray.upload import measure, stage
 from ..rundir import RUN_FILE, make_run_dir
 from ..signals import STOP_SIGNALS, on_stop_signals
-from ..state import RunState, read_state
-from . import Launch, Standing, announce, grace_note
+from ..state import RunState
+from . import Launch, Standing, announce, job_exists, note_refused, tell_submitted
 
 _ENDS = {"STOPPED": "cancelled", "SUCCEEDED": state.DONE}
 
@@ -54,27 +53,22 @@ class RayLauncher:
         return self._hand_over(launch) if _is_submitted(launch.config) else _run_here(launch)
 
     def _hand_over(self, launch: Launch) -> int:
-        request = _request(launch)
-        server = client.JobServer(request.address)
+        server = client.JobServer(_address(launch.config))
         run_dir = launch.run_dir.resolve()
         _check_idle(run_dir)
-        number = _prepare(launch, run_dir)
+        make_run_dir(run_dir, private=launch.config.run.private)
         with holding(run_dir):
+            # Again, now that nobody else can submit: two may have looked at once.
+            _check_idle(run_dir)
+            request, number = _request(launch), _prepare(launch, run_dir)
             stage(run_dir, launch.config.launcher.ray.code, request.working_dir)
             files.write_submission(run_dir, Submission(job=request.submission_id, address=request.address, number=number))
             try:
                 server.submit(request)
             except EfflaunchError:
-                known = read_state(run_dir)
-                assert known is not None, "just written"
-                state.write_state(run_dir, replace(known, state=state.FAILED))
+                note_refused(run_dir)
                 raise
-        print(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}")
-        note = grace_note(launch)
-        if note:
-            print(f"  {note}")
-        for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
-            print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
+        tell_submitted(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}", launch)
         return EXIT_DONE
 
     def status(self, run_dir: Path, known: RunState) -> Standing:
@@ -131,12 +125,10 @@ def _request(launch: Launch) -> JobRequest:
 
 
 def _prepare(launch: Launch, run_dir: Path) -> int:
-    """The run directory, made or revised for a launch; the number of the launch."""
+    """Make or revise what the run directory, whose lock is held, says of a launch; returns the number of the launch."""
     goes_on, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
-    make_run_dir(run_dir, private=launch.config.run.private)
-    with holding(run_dir):
-        files.clear(run_dir)
-        announce(launch.run_dir, goes_on, *store_queued(run_dir, launch.config))
+    files.clear(run_dir)
+    announce(launch.run_dir, goes_on, *store_queued(run_dir, launch.config))
     return before.number + 1 if before else 1
 
 
@@ -149,12 +141,7 @@ def _check_idle(run_dir: Path) -> None:
     # A cluster that is gone has taken its jobs with it; the driver's lock is looked at in any case.
     facts = None if isinstance(server, EfflaunchError) else server.find(submission.job)
     if facts is not None and facts.is_alive:
-        raise ConfigError(
-            str(run_dir),
-            found=f"job {facts.job}, {facts.state}",
-            expected="one job per run directory",
-            hint=f"efflaunch cancel {run_dir} first, or another run.id",
-        )
+        raise job_exists(run_dir, f"job {facts.job}, {facts.state}")
 
 
 def reconcile(known: RunState, job: str, facts: client.JobFacts | None) -> Standing:
@@ -207,7 +194,8 @@ def _run_here(launch: Launch) -> int:
     make_run_dir(run_dir, private=config.run.private)
     (run_dir / FOLDER).mkdir(exist_ok=True)
     with files.only_driver(run_dir):
-        number = _prepare(launch, run_dir)
+        with holding(run_dir):
+            number = _prepare(launch, run_dir)
         job = f"foreground-{number}"
         files.write_submission(run_dir, Submission(job=job, address="", number=number))
         display = make_display(config.logging.display, f"{config.experiment} - {launch.run_dir}", config.logging.every_steps)

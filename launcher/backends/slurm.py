@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from ...durable import write_atomic
@@ -20,8 +19,8 @@ from ..slurm.array import render_array
 from ..slurm.files import cancel_file, submitted_job, write_submission
 from ..slurm.job import queue
 from ..slurm.script import JOB_DIR, BatchJob, check_batch, render_sbatch
-from ..state import RunState, read_state
-from . import Launch, Standing, announce, grace_note
+from ..state import RunState
+from . import Launch, Standing, announce, grace_note, job_exists, note_refused, tell_submitted
 
 SCRIPT = "job.sbatch"
 _ENDS = {"CANCELLED": "cancelled", "COMPLETED": state.DONE}
@@ -44,12 +43,7 @@ class SlurmLauncher:
             text = self.describe(launch)
             job = _hand_over(run_dir / JOB_DIR / SCRIPT, text, [run_dir])
             write_submission(run_dir, job)
-        print(f"job {job} of SLURM submitted")
-        note = grace_note(launch)
-        if note:
-            print(f"  {note}")
-        for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
-            print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
+        tell_submitted(f"job {job} of SLURM submitted", launch)
         return EXIT_DONE
 
     def _queue(self, launch: Launch, held: ExitStack) -> None:
@@ -135,7 +129,7 @@ def _hand_over(script: Path, text: str, run_dirs: Sequence[Path]) -> str:
         return control.submit(script)
     except EfflaunchError:
         for run_dir in run_dirs:
-            _note_refused(run_dir)
+            note_refused(run_dir)
         raise
 
 
@@ -166,15 +160,4 @@ def _check_idle(run_dir: Path) -> None:
     job = submitted_job(run_dir)
     facts = control.find_job(job) if job is not None else None
     if facts is not None and facts.is_alive:
-        raise ConfigError(
-            str(run_dir),
-            found=f"job {job}, {facts.state} since {facts.start}",
-            expected="one job per run directory",
-            hint=f"efflaunch cancel {run_dir} first, or another run.id",
-        )
-
-
-def _note_refused(run_dir: Path) -> None:
-    known = read_state(run_dir)
-    assert known is not None, "just written"
-    state.write_state(run_dir, replace(known, state=state.FAILED))
+        raise job_exists(run_dir, f"job {job}, {facts.state} since {facts.start}")

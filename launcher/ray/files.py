@@ -70,14 +70,15 @@ def only_driver(run_dir: Path) -> Iterator[None]:
     """Held by the driver for as long as it lives, between attempts as well. ConfigError where there is another one."""
     file = os.open(_driver_lock(run_dir), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            known = read_state(run_dir)
+            who = f"process {known.pid} on {known.host}" if known else "another process"
+            hint = f"efflaunch status {run_dir}; efflaunch cancel {run_dir} to stop it; or another run.id"
+            expected = "one efflaunch per run directory"
+            raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error
         yield
-    except BlockingIOError as error:
-        known = read_state(run_dir)
-        who = f"process {known.pid} on {known.host}" if known else "another process"
-        hint = f"efflaunch status {run_dir}; efflaunch cancel {run_dir} to stop it; or another run.id"
-        expected = "one efflaunch per run directory"
-        raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error
     finally:
         os.close(file)
 
