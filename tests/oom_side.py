@@ -64,14 +64,7 @@ def limited_allocator(size: int) -> Any:
     return Limited()
 
 
-def main() -> int:
-    """Exit as efflaunch would."""
-    from efflaunch.launcher import cli, start
-
-    real = start.launch
-    start.launch = lambda config, run_dir=None: real(config, run_dir, entry="efflaunch.tests.oom_side:train")  # type: ignore[assignment]
-    return cli.main()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from efflaunch.tests.other_training import run_with
+
+    sys.exit(run_with("efflaunch.tests.oom_side:train"))

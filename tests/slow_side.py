@@ -52,14 +52,7 @@ def stopped(backward: Any, step: int, marker: Path) -> Any:
     return with_stop
 
 
-def main() -> int:
-    """Exit as efflaunch would."""
-    from efflaunch.launcher import cli, start
-
-    real = start.launch
-    start.launch = lambda config, run_dir=None: real(config, run_dir, entry="efflaunch.tests.slow_side:train")  # type: ignore[assignment]
-    return cli.main()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from efflaunch.tests.other_training import run_with
+
+    sys.exit(run_with("efflaunch.tests.slow_side:train"))

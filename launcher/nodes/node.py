@@ -31,6 +31,7 @@ from ..rundir import attempt_dir, read_attempt
 from ..signals import StopFlag
 from ..state import Failure
 from .address import address_towards, interface_of
+from .ends import Ends
 from .meeting import Meeting
 from .place import Place
 from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table, unfit
@@ -73,7 +74,7 @@ class Visit:
         self.lock = lock_in_time(run_dir) if place.node == 0 else None
         self.presence = Presence(self.lock) if self.lock is not None else None
         self.store = self._open()
-        self.has_failed = False
+        self.ends = Ends(self.store, place.node, place.num_nodes)
 
     def _open(self) -> TCPStore:
         from torch.distributed import DistError
@@ -144,23 +145,6 @@ class Visit:
         if self.lock is not None:
             release(self.lock)
 
-    def tell_failed(self) -> None:
-        """Have the agents of all other nodes end their ranks."""
-        if not self.has_failed:
-            self.has_failed = True
-            try:
-                self._set("failed", self.place.node)
-            except _dist_error():
-                # The head is gone, and the others see that by themselves.
-                pass
-
-    def failed_elsewhere(self) -> bool:
-        """Whether another agent told so, or is gone with the store."""
-        try:
-            return bool(self.store.check(["visit/failed"]))
-        except _dist_error():
-            return True
-
     def _set(self, key: str, value: Any) -> None:
         self.store.set(f"visit/{key}", json.dumps(value))
 
@@ -177,12 +161,6 @@ class Visit:
         except DistError:
             return None
         return json.loads(self.store.get(f"visit/{key}"))
-
-
-def _dist_error() -> type[Exception]:
-    from torch.distributed import DistError
-
-    return DistError
 
 
 def _refusal(text: str, hosts: list[str], place: Place) -> Failure:
@@ -219,6 +197,8 @@ class NodeAgent(Agent):
         self._write(state=state.RUNNING)
         code, failure = self._run_ranks(number)
         self._report(number, code)
+        if failure is not None and self.place.ends_with_others:
+            self.visit.ends.wait_for_others()
         if failure is not None:
             print(f"efflaunch: {failure.message} (log: {self.run_dir / failure.log})", file=sys.stderr, flush=True)
         elif self.place.node == 0:
@@ -248,8 +228,8 @@ class NodeAgent(Agent):
         self._show_presence()
         assert self.ranks is not None, "asked by its monitor"
         if any(process.exitcode for process in self.ranks.processes.values()):
-            self.visit.tell_failed()
-        elif self.visit.failed_elsewhere():
+            self.visit.ends.tell_failed()
+        elif self.visit.ends.failed_elsewhere():
             self.ended_for_others = True
             self.ranks.end_the_rest()
 

@@ -17,3 +17,5 @@ class Place:
     """What the launcher's part of a run leaves there, inside the run directory."""
     exclude_key: str
     """The key that leaves nodes out."""
+    ends_with_others: bool = False
+    """Whether the scheduler ends this agent as soon as that of another node fails."""

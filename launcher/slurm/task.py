@@ -34,7 +34,14 @@ def main(arguments: list[str]) -> int:
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    place = Place(node=job.node, num_nodes=job.step_nodes, name=job.name, folder=JOB_DIR, exclude_key="launcher.slurm.exclude")
+    place = Place(
+        node=job.node,
+        num_nodes=job.step_nodes,
+        name=job.name,
+        folder=JOB_DIR,
+        exclude_key="launcher.slurm.exclude",
+        ends_with_others=True,  # by --kill-on-bad-exit
+    )
     return take_part(options.run_dir, options.meeting, place, options.entry, early, lambda: stop_asked(options.run_dir, job))
 
 

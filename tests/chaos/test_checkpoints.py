@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from efflaunch.bench.chaos import DAMAGES, State, fault_trials, kill_trials
 from efflaunch.checkpoint import files
+from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.faults import COMMIT_POINTS, FLUSHER_POINTS
 from efflaunch.checkpoint.verify import damage
 from efflaunch.tests.chaos.shim import build_shim
@@ -52,6 +53,16 @@ def test_damage_on_disk_is_named_and_never_restored(tmp_path: Path) -> None:
     assert {kind.removeprefix("fault ") for kind in tally.by_kind} == set(DAMAGES)
 
 
+def save_three(state: State, engine: CheckpointEngine) -> None:
+    """Steps 1, 2 and 3, each to its end, and no more."""
+    for step in range(1, 4):
+        engine.wait_for_snapshot()
+        state.set(step)
+        engine.save(step, {})
+        engine.wait()
+    engine.close()
+
+
 @pytest.mark.parametrize(
     ("mode", "at", "failures"),
     [("short", 1, 0), ("eintr", 1, 0), ("slow", 100, 0), ("eio", 3, 1), ("fsync", 1, 1), ("fsync", 5, 1)],
@@ -66,12 +77,7 @@ def test_storage_that_fails_or_writes_less_than_asked(
     monkeypatch.setenv("SHIM_AT", str(at))
     state = State()
     engine = state.engine(tmp_path, keep_last=9)
-    for step in range(1, 4):
-        engine.wait_for_snapshot()
-        state.set(step)
-        engine.save(step, {})
-        engine.wait()
-    engine.close()
+    save_three(state, engine)
     errors = [report.error for report in state.reports if report.error is not None]
     assert len(errors) == failures and all("Input/output error" in error for error in errors), errors
     infos = files.scan(tmp_path)
@@ -160,12 +166,7 @@ def _stopped_while_voting(folder: Path, victim: int, point: str) -> list[str | N
     # Woken after the time limit; rank 0 is given longer by the others (commit._ANSWER_S).
     waker = subprocess.Popen(["sh", "-c", f"for i in 1 2 3 4 5 6; do sleep 1; kill -CONT {os.getpid()}; done"]) if mine else None
     engine = state.engine(folder, keep_last=9, commit_timeout_s=2.0, fault=f"{point}=stop@2" if mine else "")
-    for step in range(1, 4):
-        engine.wait_for_snapshot()
-        state.set(step)
-        engine.save(step, {})
-        engine.wait()
-    engine.close()
+    save_three(state, engine)
     if waker is not None:
         waker.kill()
         waker.wait()

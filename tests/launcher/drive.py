@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from efflaunch.launcher import cli, start
-
-
-def main() -> int:
-    """Exit as efflaunch would."""
-    real = start.launch
-    start.launch = lambda config, run_dir=None: real(config, run_dir, entry="fake_training:train")  # type: ignore[assignment]
-    array = start.launch_array
-    start.launch_array = lambda configs, folder: array(configs, folder, entry="fake_training:train")  # type: ignore[assignment]
-    start.check_data = lambda config: None
-    return cli.main()
-
+from efflaunch.launcher import start
+from efflaunch.tests.other_training import run_with
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start.check_data = lambda config: None
+    sys.exit(run_with("fake_training:train"))

@@ -13,11 +13,10 @@ import pytest
 
 from efflaunch.bench.clusters.ray import RayCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
-from efflaunch.launcher.progress import Progress
+from efflaunch.launcher.metrics_file import newest_step
 from efflaunch.launcher.ray.files import read_submission
-from efflaunch.launcher.state import RunState, read_state
-from efflaunch.tests.launcher.runs import HERE, environment
+from efflaunch.tests.launcher.cluster_jobs import ClusterJob, losses, run_efflaunch
+from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
@@ -30,13 +29,6 @@ AGENT = "efflaunch.launcher.ray.task"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ray")
-    (directory / "private").mkdir()
-    return directory
-
-
-@pytest.fixture(scope="module")
 def cluster(place: Path) -> Iterator[RayCluster]:
     (place / "cluster").mkdir()
     variables = {"PYTHONPATH": environment()["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
@@ -45,11 +37,10 @@ def cluster(place: Path) -> Iterator[RayCluster]:
 
 
 @dataclass
-class Job:
+class Job(ClusterJob):
     """One run handed to Ray."""
 
     cluster: RayCluster
-    run_dir: Path
 
     @property
     def name(self) -> str:
@@ -65,19 +56,12 @@ class Job:
 
     def end(self) -> tuple[str, object]:
         """Ray's word for how it ended, and the exit code of its driver."""
-        wait_until(lambda: self.facts()["status"] in ENDED, f"the end of {self.name}")
+        wait_until(self.has_ended, f"the end of {self.name}")
         facts = self.facts()
         return str(facts["status"]), facts["driver_exit_code"]
 
-    def wait_for_step(self, step: int) -> None:
-        """Until the run got so far; fails where the job ends before."""
-
-        def reached() -> bool:
-            ended = self.facts()["status"] in ENDED
-            assert not ended or newest_step(self.run_dir) >= step, self.output()
-            return newest_step(self.run_dir) >= step
-
-        wait_until(reached, f"step {step}")
+    def has_ended(self) -> bool:
+        return self.facts()["status"] in ENDED
 
     def wait_for_attempt(self, number: int) -> None:
         """Until it runs for the n-th time."""
@@ -87,29 +71,13 @@ class Job:
         """Process ids of its agents and ranks, by node."""
         return [pid for pid, command in self.cluster.processes() if AGENT in command and f"/{self.run_dir.name} " in command]
 
-    def state(self) -> RunState:
-        state = read_state(self.run_dir)
-        assert state is not None
-        return state
-
     def output(self) -> str:
         return "".join(path.read_text() for path in sorted((self.run_dir / "ray").glob("*.out"))) + str(self.facts()["message"])
-
-    def losses(self) -> dict[int, float]:
-        return losses(self.run_dir)
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return Progress().apply(MetricsFollower(run_dir).read()).losses
 
 
 def efflaunch(cluster: RayCluster, place: Path, *words: str, fake: bool = True, expect: int = 0, **variables: str) -> str:
     """What an efflaunch command prints; with the fake training function unless told otherwise."""
-    command = [sys.executable, str(HERE / "drive.py")] if fake else [sys.executable, "-m", "efflaunch"]
-    variables = {**environment(), **cluster.environment, "PYTHONPATH": environment()["PYTHONPATH"], **variables}
-    done = subprocess.run([*command, *words], cwd=place, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return run_efflaunch(place, *words, fake=fake, expect=expect, variables={**cluster.environment, **variables})
 
 
 def on_ray(cluster: RayCluster) -> list[str]:
@@ -120,7 +88,7 @@ def submit(cluster: RayCluster, place: Path, name: str, *words: str, mishaps: st
     """A run of the fake training function on two nodes with two ranks each."""
     words = (*FAKE, *on_ray(cluster), "launcher.ray.env=[FAKE_TRAINING,FAKE_STEP_S]", f"run.id={name}", *words)
     efflaunch(cluster, place, *words, FAKE_TRAINING=mishaps, FAKE_STEP_S=str(step_s))
-    return Job(cluster, place / "runs" / name)
+    return Job(place / "runs" / name, cluster)
 
 
 def export(cluster: RayCluster, place: Path, name: str) -> bytes:
@@ -140,7 +108,7 @@ def test_actor_and_node_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, p
     spread = ["launcher=ray", "cluster.ranks_per_node=2", "cluster.num_nodes=2", "train.steps=40", "run.id=real", *on_ray(cluster)]
     try:
         text = efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
-        job = Job(cluster, place / "runs" / "real")
+        job = Job(place / "runs" / "real", cluster)
         assert f"job {job.name} submitted to Ray " in text
         job.wait_for_step(7)
         keeper = next(pid for pid, command in cluster.processes() if command.startswith("ray::Keeper"))
@@ -263,7 +231,7 @@ def test_runs_that_get_no_nodes(cluster: RayCluster, place: Path) -> None:
 def test_a_run_directory_that_is_not_shared(cluster: RayCluster, place: Path) -> None:
     words = ("run.id=apart", f"run.root={place}/private", "train.steps=5", "launcher.ray.exclude=[node1]")
     efflaunch(cluster, place, *FAKE, *on_ray(cluster), *words)
-    job = Job(cluster, place / "private" / "apart")
+    job = Job(place / "private" / "apart", cluster)
     assert job.end() == ("FAILED", 93), job.output()
     assert "\nFAIL  node2  run directory: No such file or directory" in job.output()
     assert job.state().exit_code == 93 and job.state().failure is not None
@@ -286,4 +254,5 @@ def test_nothing_is_left_running(cluster: RayCluster) -> None:
         words = ("efflaunch.launcher.ray", "pt_elastic", "ray::Keeper")
         return [command for _, command in cluster.processes() if any(word in command for word in words)]
 
-    wait_until(lambda: not left(), f"the end of {left()}")
+    wait_until(lambda: not left(), "the end of what the jobs started")
+    assert left() == []

@@ -38,11 +38,6 @@ def test_the_head_and_the_others() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("rayslurm")
-
-
-@pytest.fixture(scope="module")
 def cluster(place: Path) -> Iterator[SlurmCluster]:
     with SlurmCluster(place / "cluster") as running:
         yield running

@@ -11,24 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
+from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.rundir import read_attempt, read_run
+from efflaunch.tests.launcher.cluster_jobs import losses
 from efflaunch.tests.launcher.runs import HERE, environment
-from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, losses, submit
-from efflaunch.tests.slurm_cluster import TIMEOUT_S, SlurmCluster, wait_until, why_not
+from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, submit
 from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
 REASON = why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("slurm")
-    (directory / "private").mkdir()
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +60,7 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
     try:
         spread = ("cluster.ranks_per_node=1", "launcher=slurm", "launcher.nodes=2:3", "run.id=elastic")
         efflaunch(cluster, place, *words, *spread, fake=False)
-        job = Job(cluster, place / "runs" / "elastic")
+        job = Job(place / "runs" / "elastic", cluster)
         job.wait_for_step(8)
         cluster.crash(1)
         wait_until(lambda: len(job.state().attempts) > 1, "the second attempt")
@@ -101,7 +96,7 @@ def test_nodes_are_left_out(cluster: SlurmCluster, place: Path) -> None:
     """One that fails the preflight, at once; one on which ranks are killed, the second time. Both jobs go on, on other nodes."""
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
     efflaunch(cluster, place, *FAKE, "run.id=apart", f"run.root={place}/private", "train.steps=5")
-    unfit = Job(cluster, place / "private" / "apart")
+    unfit = Job(place / "private" / "apart", cluster)
     killed = submit(cluster, place, "killed", "train.steps=12", "launcher.slurm.exclude=[node2]", mishaps="kill:1:4,kill:1:6")
     assert unfit.end() == "COMPLETED", unfit.output()
     first, last = unfit.state().attempts
@@ -116,7 +111,7 @@ def test_nodes_are_left_out(cluster: SlurmCluster, place: Path) -> None:
 
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
     efflaunch(cluster, place, *FAKE[:-1], "run.id=shrinks", f"run.root={place}/private", "train.steps=5", "launcher.nodes=2:3")
-    elastic = Job(cluster, place / "private" / "shrinks")
+    elastic = Job(place / "private" / "shrinks", cluster)
     assert elastic.end() == "COMPLETED", elastic.output()
     assert [item.num_nodes for item in elastic.state().attempts] == [3, 2] and len({item.place for item in elastic.state().attempts}) == 1
 
@@ -144,7 +139,7 @@ def test_a_job_array_and_a_time_limit(cluster: SlurmCluster, place: Path) -> Non
     limited = submit(cluster, place, "limited", *limit, "train.steps=400", "launcher.slurm.max_preemptions=20", step_s=0.1)
     words = ("launcher.slurm.array=true", "launcher.slurm.array_limit=2", "cluster.num_nodes=1", "run.id=grid")
     text = efflaunch(cluster, place, "sweep", *FAKE, *words, "train.steps=200,8,5000", FAKE_STEP_S="0.05")
-    requeued, short, cancelled = (Job(cluster, place / "runs" / f"grid-steps-{steps}") for steps in (200, 8, 5000))
+    requeued, short, cancelled = (Job(place / "runs" / f"grid-steps-{steps}", cluster) for steps in (200, 8, 5000))
     array = requeued.number.partition("_")[0]
     assert f"job array {array} of SLURM submitted: 3 runs, {array}_0 to {array}_2" in text
     assert [job.number for job in (requeued, short, cancelled)] == [f"{array}_{index}" for index in range(3)]
@@ -178,7 +173,7 @@ def test_two_launches_of_one_id_at_once(cluster: SlurmCluster, place: Path) -> N
     assert sorted(process.returncode for process in started) == [0, 93], told
     refused = next(text for text in told if text)
     assert "expected one job per run directory" in refused or "expected one efflaunch per run directory" in refused
-    twins = Job(cluster, place / "runs" / "twins")
+    twins = Job(place / "runs" / "twins", cluster)
     assert twins.end() == "COMPLETED" and len(twins.state().attempts) == 1 and newest_step(twins.run_dir) == 5
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
+from efflaunch.tests.launcher.slurm_jobs import submit
 from efflaunch.tests.launcher.test_hang_runs import SOON
-from efflaunch.tests.launcher.test_slurm_runs import submit
-from efflaunch.tests.slurm_cluster import SlurmCluster, why_not
 
 REASON = why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]

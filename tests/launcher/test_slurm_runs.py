@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
+from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.tests.launcher.cluster_jobs import losses
 from efflaunch.tests.launcher.runs import HERE, environment
-from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, losses, submit
+from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, submit
 from efflaunch.tests.launcher.test_security import arguments_with, open_to_others
-from efflaunch.tests.slurm_cluster import TIMEOUT_S, SlurmCluster, wait_until, why_not
 from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
@@ -22,13 +24,6 @@ REASON = why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
 ROOT = HERE.parent.parent
 SECRET = "wandb-key-0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("slurm")
-    (directory / "private").mkdir()
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
     spread = ["cluster=local_cpu", "cluster.ranks_per_node=1", "cluster.num_nodes=2", "launcher=slurm", "train.steps=30", "run.id=real"]
     try:
         text = efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
-        job = Job(cluster, place / "runs" / "real")
+        job = Job(place / "runs" / "real", cluster)
         assert f"job {job.number} of SLURM submitted" in text
         job.wait_for_step(3)
         assert not arguments_with((int(path.name) for path in Path("/proc").glob("[0-9]*")), [SECRET])
@@ -159,7 +154,7 @@ def test_a_script_submitted_by_hand(cluster: SlurmCluster, place: Path) -> None:
 def test_a_run_directory_that_is_not_shared(cluster: SlurmCluster, place: Path) -> None:
     words = ("run.id=apart", f"run.root={place}/private", "train.steps=5", "launcher.slurm.exclude=[node1]")
     efflaunch(cluster, place, *FAKE, *words)
-    job = Job(cluster, place / "private" / "apart")
+    job = Job(place / "private" / "apart", cluster)
     assert job.end() == "FAILED", job.output()
     lines = [line for line in job.output().splitlines() if line.startswith(("FAIL", "ok"))]
     assert lines[0].startswith("FAIL  node2  run directory: No such file or directory") and lines[1].startswith("ok    node0")
@@ -169,7 +164,7 @@ def test_a_run_directory_that_is_not_shared(cluster: SlurmCluster, place: Path) 
 
 def test_a_sweep_and_what_comes_after_it(cluster: SlurmCluster, place: Path) -> None:
     efflaunch(cluster, place, "sweep", *FAKE, "cluster.ranks_per_node=1", "run.id=sweep", "train.steps=5", "train.seed=0,1")
-    points = [Job(cluster, place / "runs" / f"sweep-seed-{seed}") for seed in range(2)]
+    points = [Job(place / "runs" / f"sweep-seed-{seed}", cluster) for seed in range(2)]
     last = submit(cluster, place, "after", "train.steps=5", f"launcher.slurm.after='afterok:{points[0].number}:{points[1].number}'")
     assert last.end() == "COMPLETED", last.output()
     assert [point.end() for point in points] == ["COMPLETED", "COMPLETED"]

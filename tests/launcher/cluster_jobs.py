@@ -1,0 +1,70 @@
+"""Runs handed to a real scheduler (bench/clusters), for tests of launcher=slurm and launcher=ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
+from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.progress import Progress
+from efflaunch.launcher.state import RunState, read_state
+from efflaunch.tests.launcher.runs import HERE, environment
+
+
+@dataclass
+class ClusterJob(ABC):
+    """One run, as its directory shows it."""
+
+    run_dir: Path
+
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """As the scheduler says."""
+
+    @abstractmethod
+    def output(self) -> str:
+        """What the job printed."""
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the run got so far; fails where the job ends before."""
+
+        def reached() -> bool:
+            ended = self.has_ended()
+            assert not ended or newest_step(self.run_dir) >= step, self.output()
+            return newest_step(self.run_dir) >= step
+
+        wait_until(reached, f"step {step}")
+
+    def state(self) -> RunState:
+        state = read_state(self.run_dir)
+        assert state is not None
+        return state
+
+    def losses(self) -> dict[int, float]:
+        return losses(self.run_dir)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss of each step as it counts in the end."""
+    return Progress().apply(MetricsFollower(run_dir).read()).losses
+
+
+def run_efflaunch(place: Path, *words: str, fake: bool, expect: int, variables: Mapping[str, str]) -> str:
+    """What an efflaunch command prints in `place`; `fake`: with the fake training function."""
+    command = [sys.executable, str(HERE / "drive.py")] if fake else [sys.executable, "-m", "efflaunch"]
+    path = environment()["PYTHONPATH"]
+    done = subprocess.run(
+        [*command, *words],
+        cwd=place,
+        env={**environment(), **variables, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
