@@ -54,17 +54,12 @@ def losses(run_dir: Path) -> dict[int, float]:
     return Progress().apply(MetricsFollower(run_dir).read()).losses
 
 
-def run_efflaunch(place: Path, *words: str, fake: bool, expect: int, variables: Mapping[str, str]) -> str:
-    """What an efflaunch command prints in `place`; `fake`: with the fake training function."""
+def run_efflaunch(
+    cluster: Mapping[str, str], place: Path, *words: str, fake: bool = True, expect: int = 0, variables: Mapping[str, str]
+) -> str:
+    """What an efflaunch command prints in `place`, given the variables of a cluster and more; `fake`: with the fake training function."""
     command = [sys.executable, str(HERE / "drive.py")] if fake else [sys.executable, "-m", "efflaunch"]
-    path = environment()["PYTHONPATH"]
-    done = subprocess.run(
-        [*command, *words],
-        cwd=place,
-        env={**environment(), **variables, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    env = {**environment(), **cluster, "PYTHONPATH": environment()["PYTHONPATH"], **variables}
+    done = subprocess.run([*command, *words], cwd=place, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr

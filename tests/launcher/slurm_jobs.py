@@ -38,7 +38,7 @@ class Job(ClusterJob):
 
 def efflaunch(cluster: SlurmCluster, place: Path, *words: str, fake: bool = True, expect: int = 0, **variables: str) -> str:
     """What an efflaunch command prints; with the fake training function unless told otherwise."""
-    return run_efflaunch(place, *words, fake=fake, expect=expect, variables={**cluster.environment, **variables})
+    return run_efflaunch(cluster.environment, place, *words, fake=fake, expect=expect, variables=variables)
 
 
 def submit(cluster: SlurmCluster, place: Path, name: str, *words: str, mishaps: str = "", step_s: float = 0.02) -> Job:

@@ -77,7 +77,7 @@ class Job(ClusterJob):
 
 def efflaunch(cluster: RayCluster, place: Path, *words: str, fake: bool = True, expect: int = 0, **variables: str) -> str:
     """What an efflaunch command prints; with the fake training function unless told otherwise."""
-    return run_efflaunch(place, *words, fake=fake, expect=expect, variables={**cluster.environment, **variables})
+    return run_efflaunch(cluster.environment, place, *words, fake=fake, expect=expect, variables=variables)
 
 
 def on_ray(cluster: RayCluster) -> list[str]:

@@ -182,6 +182,19 @@ def test_scancel_by_hand_ends_it_for_good(cluster: SlurmCluster, place: Path) ->
     assert re.search(r"state       (cancelled|preempted|failed), job", efflaunch(cluster, place, "status", "runs/scancelled"))
 
 
+def test_a_clock_that_is_off(cluster: SlurmCluster, place: Path) -> None:
+    """Nodes here share one clock, so the Python of node 1 is told another time."""
+    (place / "skewed").mkdir()
+    moved = "import os, time\nif os.environ.get('SLURMD_NODENAME') == 'node1':\n    now = time.time\n    time.time = lambda: now() + 45\n"
+    (place / "skewed" / "sitecustomize.py").write_text(moved)
+    path = f"{place}/skewed:{environment()['PYTHONPATH']}"
+    efflaunch(cluster, place, *FAKE, "run.id=skewed", "train.steps=5", "launcher.slurm.exclude=[node2]", PYTHONPATH=path)
+    job = Job(place / "runs" / "skewed", cluster)
+    assert job.end() == "FAILED", job.output()
+    assert job.state().exit_code == 93 and "\nFAIL  node1  its clock is +45 s off the head's; " in job.output()
+    assert "Try: mend them, or leave them out: launcher.slurm.exclude=[node1]" in job.output()
+
+
 def test_sbatch_refuses(cluster: SlurmCluster, place: Path) -> None:
     text = efflaunch(cluster, place, *FAKE, "run.id=refused", "train.steps=5", "cluster.slurm.partition=nonesuch", expect=93)
     assert "sbatch: found error: " in text and "nvalid partition" in text
