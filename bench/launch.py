@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -95,6 +96,9 @@ def rounds(
             except (RuntimeError, TimeoutError, LookupError) as error:
                 failures.append(f"{name}, round {turn}: {error}")
                 continue
+            seconds = "  ".join(f"{metric} {value:.2f}" for metric, value in found.items())
+            when = f"round {turn + 1} of {number}" if turn >= 0 else "warm-up"
+            print(f"{when}, {name}: {seconds}", file=sys.stderr, flush=True)
             if turn >= 0:
                 lives[name].append(found)
     return lives, failures

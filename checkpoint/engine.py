@@ -217,15 +217,16 @@ class CheckpointEngine:
         keeper = self._replicas.keeper if self._replicas is not None else None
         return keeper.pid if keeper is not None else None
 
-    def restore(self) -> Restored | None:
+    def restore(self, heard: Callable[[], None] = lambda: None) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.
 
+        `heard` is called for whatever is read: a large one takes long.
         Every byte is checked against its hash while it is read. Damaged newer ones are passed over, logged and named in the
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
         tier = open_tier(self.config.mirror) if self.config.mirror is not None else None
         where = (self.directory, self._peers, self._model, self._optimizer, self.metadata)
-        restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s)).restore()
+        restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), heard).restore()
         if self._replicas is not None and self._replicas.found is not None:
             self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.found.attempt else "")
             # What was left alone for the replica's sake.

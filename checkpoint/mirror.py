@@ -13,6 +13,7 @@ from pathlib import Path
 from ..units import format_seconds
 from . import files
 from .peers import Peers
+from .progress import Progress
 from .tier import Tier, own_files
 
 log = logging.getLogger(__name__)
@@ -132,11 +133,11 @@ class Mirror:
             log.error("checkpoint of step %d is not at %s: %s", step, self.tier.address, self.error)
 
 
-def fetch(tier: Tier, step: int, directory: Path, peers: Peers) -> str | None:
+def fetch(tier: Tier, step: int, directory: Path, peers: Peers, progress: Progress) -> str | None:
     """A checkpoint from there to here, each rank some of its files, every byte checked; what went wrong. Collective."""
     temporary = files.temporary_path(directory, step, "fetched")
     failure = peers.agreed(lambda: _start_fetch(temporary) if peers.rank == 0 else None)
-    failure = failure or peers.agreed(lambda: _fetch_share(tier, step, temporary, peers))
+    failure = failure or peers.agreed(lambda: _fetch_share(tier, step, temporary, peers, progress))
     return failure or peers.agreed(lambda: files.publish(temporary, step) if peers.rank == 0 else None)
 
 
@@ -145,12 +146,13 @@ def _start_fetch(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _fetch_share(tier: Tier, step: int, temporary: Path, peers: Peers) -> None:
+def _fetch_share(tier: Tier, step: int, temporary: Path, peers: Peers, progress: Progress) -> None:
+    progress.begin(f"fetching step {step} from {tier.address}", 0)
     record = tier.record(step)
     if peers.rank == 0:
-        tier.fetch(step, temporary, files.COMMIT_FILE, None)
+        tier.fetch(step, temporary, files.COMMIT_FILE, None, progress)
     for rank in range(peers.rank, int(record["world_size"]), peers.world_size):
         manifest = tier.manifest(step, record, rank)
         for file in manifest.files:
-            tier.fetch(step, temporary, file.name, manifest)
-        tier.fetch(step, temporary, f"rank-{rank}.json", None)
+            tier.fetch(step, temporary, file.name, manifest, progress)
+        tier.fetch(step, temporary, f"rank-{rank}.json", None, progress)

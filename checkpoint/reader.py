@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .archive import INDEX_FILE
 from .manifest import Manifest, digest
 from .pool import copy_memory
+from .progress import Progress
 from .sizes import BLOCK_BYTES
 from .source import DirectorySource, Source
 
@@ -82,7 +83,8 @@ class _Job:
 class Reader:
     """One checkpoint: a committed directory, or another source. Errors: DamageError, OSError, ValueError, KeyError."""
 
-    def __init__(self, place: Path | Source, *, threads: int = THREADS) -> None:
+    def __init__(self, place: Path | Source, *, threads: int = THREADS, progress: Progress | None = None) -> None:
+        self.progress = progress or Progress()
         self.source: Source = DirectorySource(place) if isinstance(place, Path) else place
         self.threads = threads
         self.bytes_read = 0
@@ -94,6 +96,8 @@ class Reader:
         spans: list[_Span] = []
         later: list[tuple[Tensor, Tensor]] = []
         waiting = 0
+        parts = [local_part(value)[0] for value in targets.values()]
+        self.progress.begin(f"reading {self.source.name}", sum(part.numel() * part.element_size() for part in parts))
         with _Files(self) as opened:
             for key, value in targets.items():
                 known = len(later)
@@ -119,6 +123,7 @@ class Reader:
                 jobs.setdefault((span.file, chunk), _Job(span.file, chunk)).spans.append(span)
         for length in opened.threads.map(opened.do, [job for _, job in sorted(jobs.items())]):
             self.bytes_read += length
+            self.progress.add(length)
         for target, source in later:
             target.copy_(source)
         spans.clear()

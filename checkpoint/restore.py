@@ -17,6 +17,7 @@ from . import files, state
 from .archive import METADATA_FILE
 from .mirror import fetch
 from .peers import Peers
+from .progress import Progress
 from .reader import Reader, SavedTensor
 from .replica.replicas import Replicas
 from .source import Source
@@ -62,12 +63,14 @@ class Restorer:
         tier: Tier | None = None,
         replicas: Replicas | None = None,
         settle: Callable[[], None] = lambda: None,
+        heard: Callable[[], None] = lambda: None,
     ) -> None:
         """`tier`: a second place, asked for what is not whole here. `replicas`: memory of hosts, asked first; where it has
-        nothing after all, rank 0 calls `settle`, which waits for writers of a life before.
+        nothing after all, rank 0 calls `settle`, which waits for writers of a life before. `heard` is called for whatever is read.
         """
         self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
+        self._progress = Progress(heard, says=peers.rank == 0)
         self._model, self._optimizer = model, optimizer
         self._skipped: list[str] = []
         self._failed_replicas: list[str] = []
@@ -133,7 +136,7 @@ class Restorer:
     def _from_there(self, step: int) -> Restored | None:
         """Fetched into the directory first, then as any other."""
         assert self._tier is not None
-        failure = fetch(self._tier, step, self.directory, self.peers)
+        failure = fetch(self._tier, step, self.directory, self.peers, self._progress)
         path = files.step_path(self.directory, step)
         if failure is None:
             if self.peers.rank == 0:
@@ -186,7 +189,7 @@ class Restorer:
         return next(found for found in self.peers.gather(lines) if found)
 
     def _open(self, place: Path | Source) -> tuple[Reader, dict[str, Any]]:
-        reader = Reader(place)
+        reader = Reader(place, progress=self._progress)
         if self.peers.rank == 0 and isinstance(place, Path):
             # We go by its JSON twin; whoever reads with plain torch must hear of damage too.
             reader.small(METADATA_FILE)

@@ -13,6 +13,7 @@ from typing import Any
 from ..durable import sync
 from . import files
 from .manifest import Manifest, chunk_spans, digest
+from .progress import Progress
 
 
 class Tier:
@@ -66,7 +67,7 @@ class Tier:
             raise ValueError(f"{name} is not what was written")
         return Manifest.from_bytes(data)
 
-    def fetch(self, step: int, folder: Path, name: str, manifest: Manifest | None) -> None:
+    def fetch(self, step: int, folder: Path, name: str, manifest: Manifest | None, progress: Progress) -> None:
         """One file into `folder`, fsynced; ValueError where its bytes are not those that were written."""
         target = folder / name
         with self._fs.open(self._path(step, name), "rb") as source, target.open("wb") as out:
@@ -79,6 +80,7 @@ class Tier:
                     if digest(data) != expected:
                         raise ValueError(f"{self._path(step, name)}: bytes {offset} to {offset + length} are not what was written")
                     out.write(data)
+                    progress.add(length)
             out.flush()
             os.fsync(out.fileno())
 

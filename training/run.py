@@ -99,7 +99,7 @@ class _Run:
         pulse.at("building the model")
         self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
         pulse.at("looking for a checkpoint")
-        restored = self.session.engine.restore()
+        restored = self.session.engine.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
         self.done = self.began = restored.step if restored is not None else 0
         self.first_loss: float | None = extra.get("first_loss")
