@@ -137,7 +137,7 @@ def test_a_script_submitted_by_hand(cluster: SlurmCluster, place: Path) -> None:
         command = ["sbatch", "--parsable", *more[:-1], "mine.sbatch", *words, *filter(None, more[-1:])]
         done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert done.returncode == 0, done.stderr
-        return Job(cluster, place / "byhand" / f"job-{int(done.stdout)}")
+        return Job(place / "byhand" / f"job-{int(done.stdout)}", cluster)
 
     good, wrong = sbatch(""), sbatch("--nodes=1", "cluster.num_nodes=2")
     number = int(good.run_dir.name.partition("-")[2])
