@@ -272,18 +272,21 @@ def _ends(entry: Candidate) -> list[list[float]]:
 
 
 def _holds(entry: Candidate, room: Room, ranks: int) -> bool:
-    """Whether there is room where nothing waits but what must: on the device, and on the device and its share of the host together."""
+    """Whether there is room where nothing waits but what must: on the device, on the host, and on a device and its part of it together.
+
+    Each end needs least of one of them, so what has no room at either has none in between.
+    """
     looks = [_spare(entry.measure(entry.policy(x)), room, ranks) for x in _ends(entry)]
     return not any(all(look[phase] < 0 for look in looks) for phase in looks[0])
 
 
 def _spare(measured: Measures, room: Room, ranks: int) -> dict[str, float]:
-    """Bytes left on a device in each phase, and on it together with a rank's part of the host: where things wait changes only the first."""
+    """Bytes left in each memory and phase, and on a device together with a rank's part of the host: where things wait changes no sum."""
     left = {name: limit + room.extra(name) - used for name, (used, limit) in measured.rows.items()}
     device = {name: spare for name, spare in left.items() if name.startswith("device, ")}
     both = {f"both{name[6:]}": spare + left[f"host{name[6:]}"] / ranks for name, spare in device.items() if f"host{name[6:]}" in left}
     budget = {f"budget{name[6:]}": spare + left[BUDGET] / ranks for name, spare in device.items() if BUDGET in left}
-    return device | both | budget
+    return left | both | budget
 
 
 def memory_of(row: str) -> str:

@@ -28,7 +28,7 @@ from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
 
 pytestmark = pytest.mark.timeout(600)
-STEPS = 30
+STEPS = 24
 BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
     "model.vocab_size=97", "data=indexed", "data.prefixes=[corpus]", "data.max_seq_len=256", "data.global_batch_tokens=1K",

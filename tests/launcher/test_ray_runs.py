@@ -98,29 +98,82 @@ def export(cluster: RayCluster, place: Path, name: str) -> bytes:
     return weights.read_bytes()
 
 
-def test_actor_and_node_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, place: Path) -> None:
-    """Real training on 2 nodes x 2 ranks: an actor is killed, then a node loses power."""
+class Beside:
+    """Real training on this machine, while the same goes on elsewhere."""
+
+    def __init__(self, place: Path, words: list[str]) -> None:
+        self.output = place / "local.out"
+        with self.output.open("wb") as out:
+            command = [sys.executable, "-m", "efflaunch", *words, "run.id=local"]
+            self.process = subprocess.Popen(command, cwd=place, env=environment(), stdout=out, stderr=out)
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self) -> None:
+        assert self.process.wait(TIMEOUT_S) == 0, self.output.read_text()
+
+
+def lose_actor(cluster: RayCluster) -> None:
+    keeper = next(pid for pid, command in cluster.processes() if command.startswith("ray::Keeper"))
+    subprocess.run(["kill", "-9", str(keeper)], check=True)
+
+
+def check_equal(cluster: RayCluster, place: Path, job: Job, name: str, steps: int) -> None:
+    """Losses and weights of two runs, bit by bit; and no secret in what the one on Ray left."""
+    assert job.losses() == losses(place / "runs" / name) and max(job.losses()) == steps
+    assert export(cluster, place, job.run_dir.name) == export(cluster, place, name)
+    told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert len(told) > 5 and not [
+        path for path in told if SECRET.encode() in path.read_bytes() or cluster.token.encode() in path.read_bytes()
+    ]
+    assert SECRET not in str(job.facts()) and cluster.token not in str(job.facts())
+    assert not any(cluster.token in command for _, command in cluster.processes())
+
+
+def real_words(place: Path, *more: str) -> list[str]:
     make_corpus(place)
-    words = [word for word in REAL if not word.startswith(("run.id", "cluster.ranks_per_node"))]
-    local = [sys.executable, "-m", "efflaunch", *words, "cluster.ranks_per_node=4", "train.steps=40", "run.id=local"]
-    with (place / "local.out").open("wb") as out:
-        reference = subprocess.Popen(local, cwd=place, env=environment(), stdout=out, stderr=out)
-    spread = ["launcher=ray", "cluster.ranks_per_node=2", "cluster.num_nodes=2", "train.steps=40", "run.id=real", *on_ray(cluster)]
-    try:
+    return [word for word in REAL if not word.startswith(("run.id", "cluster.ranks_per_node"))] + list(more)
+
+
+def test_an_actor_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, place: Path) -> None:
+    """Real training on 2 nodes with a rank each."""
+    words = real_words(place, "train.steps=16")
+    with Beside(place, [*words, "cluster.ranks_per_node=2"]) as reference:
+        spread = ["launcher=ray", "cluster.ranks_per_node=1", "cluster.num_nodes=2", "run.id=real", *on_ray(cluster)]
         text = efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
         job = Job(place / "runs" / "real", cluster)
         assert f"job {job.name} submitted to Ray " in text
         job.wait_for_step(7)
-        keeper = next(pid for pid, command in cluster.processes() if command.startswith("ray::Keeper"))
-        subprocess.run(["kill", "-9", str(keeper)], check=True)
+        lose_actor(cluster)
+        assert job.end() == ("SUCCEEDED", 0), job.output()
+        reference.wait()
+    first, second = job.state().attempts
+    assert first.failure is not None and first.restarted and 7 <= first.last_step < 16
+    assert second.exit_code == 0 and job.state().state == "done"
+    check_equal(cluster, place, job, "local", 16)
+
+
+@pytest.mark.slow
+def test_actor_and_node_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Real training on 2 nodes x 2 ranks: an actor is killed, then a node loses power."""
+    place = tmp_path_factory.mktemp("both")
+    words = real_words(place, "train.steps=40")
+    with Beside(place, [*words, "cluster.ranks_per_node=4"]) as reference:
+        spread = ["launcher=ray", "cluster.ranks_per_node=2", "cluster.num_nodes=2", "run.id=twice", *on_ray(cluster)]
+        efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
+        job = Job(place / "runs" / "twice", cluster)
+        job.wait_for_step(7)
+        lose_actor(cluster)
         job.wait_for_attempt(2)
         job.wait_for_step(max(14, newest_step(job.run_dir) + 2))
         victim = next(node for node in (2, 1) if any(AGENT in command for _, command in cluster.on_node(node)))
         cluster.crash(victim)
         assert job.end() == ("SUCCEEDED", 0), job.output()
-        assert reference.wait(TIMEOUT_S) == 0, (place / "local.out").read_text()
-    finally:
-        reference.kill()
         reference.wait()
     cluster.boot(victim)
     first, second, third = job.state().attempts
@@ -128,14 +181,7 @@ def test_actor_and_node_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, p
     assert second.failure is not None and "ended without a word" in second.failure.message and second.restarted
     assert third.exit_code == 0 and job.state().state == "done"
     assert "requeued 1 of 2 since the last progress" in job.output()
-    assert job.losses() == losses(place / "runs" / "local") and max(job.losses()) == 40
-    assert export(cluster, place, "real") == export(cluster, place, "local")
-    told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
-    assert len(told) > 5 and not [
-        path for path in told if SECRET.encode() in path.read_bytes() or cluster.token.encode() in path.read_bytes()
-    ]
-    assert SECRET not in str(job.facts()) and cluster.token not in str(job.facts())
-    assert not any(cluster.token in command for _, command in cluster.processes())
+    check_equal(cluster, place, job, "local", 40)
     cluster.wait_for_nodes(3)
 
 
@@ -179,6 +225,7 @@ def test_status_cancel_and_one_job_a_run(cluster: RayCluster, place: Path) -> No
     assert "found nothing running, state preempted" in efflaunch(cluster, place, "cancel", "runs/long", expect=93)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_saves_and_one_ended_now_does_not(cluster: RayCluster, place: Path) -> None:
     """`ray job stop` is SIGTERM to the driver, with the time to save that the job asked for."""
     job = submit(cluster, place, "stopped", "train.steps=5000", "checkpoint.every_steps=2000", step_s=0.05)

@@ -92,6 +92,7 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_nodes_are_left_out(cluster: SlurmCluster, place: Path) -> None:
     """One that fails the preflight, at once; one on which ranks are killed, the second time. Both jobs go on, on other nodes."""
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
@@ -120,6 +121,7 @@ def facts_of(cluster: SlurmCluster, job: Job) -> str:
     return cluster.run("scontrol", "show", "job", "-o", job.number)
 
 
+@pytest.mark.slow
 def test_a_node_on_which_ranks_die_twice(cluster: SlurmCluster, place: Path) -> None:
     """Left out at the second death; with launcher.slurm.max_excluded=0 it is used again."""
     mishaps = "kill:2:4,kill:2:6"
@@ -133,6 +135,7 @@ def test_a_node_on_which_ranks_die_twice(cluster: SlurmCluster, place: Path) -> 
     assert len({item.hosts for item in stays.state().attempts}) == 1 and len(stays.state().attempts) == 3 and not stays.state().excluded
 
 
+@pytest.mark.slow
 def test_a_job_array_and_a_time_limit(cluster: SlurmCluster, place: Path) -> None:
     """A sweep as one job: a point is requeued, cancelled, looked at by itself. Beside it a job reaches its time limit."""
     limit = ("cluster.num_nodes=1", "cluster.slurm.time_s=60", "launcher.grace_s=10")

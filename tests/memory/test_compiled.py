@@ -85,7 +85,7 @@ def test_gradients_are_those_of_plain_steps(name: str) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["qwen2", "gemma2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama_mha_tied", "mistral", "qwen3", "gemma3"))],
+    ["gemma2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "llama_mha_tied", "mistral", "qwen3", "gemma3"))],
 )
 def test_every_family(family: str) -> None:
     policy = POLICIES["chunks"]
@@ -93,7 +93,14 @@ def test_every_family(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, frozen", [("streambp", "norm"), ("streambp", "self_attn"), ("keep", "mlp."), ("keep", "layers.0."), ("chunks", "embed")]
+    "name, frozen",
+    [
+        pytest.param("streambp", "norm", marks=pytest.mark.slow),
+        ("streambp", "self_attn"),
+        ("keep", "mlp."),
+        ("keep", "layers.0."),
+        pytest.param("chunks", "embed", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_weights(name: str, frozen: str) -> None:
     policy = POLICIES[name]
@@ -181,8 +188,11 @@ def compiled_peak(case: Case) -> int:
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"attention": "chunks", "chunk_tokens": 128}, {"attention_output": "keep", "activations": "keep"}],
-    ids=["recompute", "streambp", "keep"],
+    [
+        pytest.param({}, id="recompute", marks=pytest.mark.slow),
+        pytest.param({"attention": "chunks", "chunk_tokens": 128}, id="streambp", marks=pytest.mark.slow),
+        pytest.param({"attention_output": "keep", "activations": "keep"}, id="keep"),
+    ],
 )
 def test_the_ledger_is_an_upper_bound_of_compiled_steps_too(fields: dict[str, Any]) -> None:
     """The tracer does not see what compiled code allocates: here the allocator is asked, and agrees with the ledger on plain steps."""
