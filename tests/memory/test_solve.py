@@ -19,7 +19,7 @@ from efflaunch.memory.program import solve_program
 from efflaunch.memory.report import SolveReport
 from efflaunch.memory.search import AS_IT_IS, PREFERENCE, Room, overflow
 from efflaunch.memory.setting import Setting
-from efflaunch.memory.solve import search_of, solve_memory
+from efflaunch.memory.solve import can_fit, search_of, solve_memory
 from efflaunch.training.config import Dtype
 
 from .settings import GIB, SMALL, cluster, make_ledger
@@ -178,6 +178,14 @@ def resized(ledger: Ledger, change: str) -> Ledger:
 def rebuilt(s: Setting, **changes: Any) -> Ledger:
     names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
     return build_ledger(**{**{name: getattr(s, name) for name in names}, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"host": -4.0}, {"memory": auto(host_budget=1, layer_input=Place.HOST)}], ids=["host", "budget"])
+def test_where_the_host_has_no_room_for_what_is_always_there_no_program_is_solved(changes, monkeypatch):
+    asked = small(3.4, **changes).asked
+    assert can_fit(small(3.4).asked)
+    monkeypatch.setattr("efflaunch.memory.search.solve_program", None)
+    assert not can_fit(asked)
 
 
 @pytest.mark.parametrize(
