@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Tests start hundreds of Pythons: the package is compiled once, whatever the surroundings say of it.
+export PYTHONDONTWRITEBYTECODE =
 # Test files run side by side: most of them wait for ranks of their own.
 WORKERS ?= 3
 

@@ -30,7 +30,7 @@ def efflaunch(directory: Path, script: list[str], *words: str, **limit: str) -> 
     )
 
 
-@pytest.mark.parametrize(("kind", "size"), [("tensors", 128 << 20), ("process", 64 << 20)])
+@pytest.mark.parametrize(("kind", "size"), [("tensors", 128 << 20), pytest.param("process", 64 << 20, marks=pytest.mark.slow)])
 def test_the_rank_the_place_and_a_cure_that_works(tmp_path, kind, size):
     # Freed tensors go back to the kernel at once, so that a process that may not grow cannot live on what it has kept.
     limit = {"OOM_RANK": "1", "OOM_KIND": kind, "OOM_BYTES": str(size), "MALLOC_MMAP_THRESHOLD_": "131072"}

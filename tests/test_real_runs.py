@@ -28,7 +28,7 @@ from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
 
 pytestmark = pytest.mark.timeout(600)
-STEPS = 24
+STEPS = 25
 BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
     "model.vocab_size=97", "data=indexed", "data.prefixes=[corpus]", "data.max_seq_len=256", "data.global_batch_tokens=1K",
@@ -155,6 +155,7 @@ def test_killed_ranks_go_on_from_memory_and_are_bit_equal(place, reference):
     assert not [pid for pid in pids if is_alive(pid)]
 
 
+@pytest.mark.slow
 def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, monkeypatch):
     """Ranks are killed while storage, which is slow, has not got the newest checkpoint yet."""
     monkeypatch.setenv("LD_PRELOAD", str(build_shim(place)))
@@ -182,6 +183,7 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
     assert again["resumed_from"] in [event["step"] for event in seen if event["event"] == "checkpoint"] or adopted in logs
 
 
+@pytest.mark.slow
 def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
     process = train(place, "checkpoint.replica=peer")
     wait_for_step(place, process, 8)

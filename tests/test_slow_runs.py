@@ -50,6 +50,7 @@ def test_a_stopped_rank_costs_nothing_but_time(tmp_path: Path) -> None:
     assert "backward_step" in waiting and "training/run.py" in waiting
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_though_its_group_waits_for_it(tmp_path: Path) -> None:
     """Groups of two: the other member is busy as long, by what it waits, and is not named."""
     make_corpus(tmp_path)
