@@ -19,7 +19,7 @@ test: lint types
 
 # What takes minutes by itself: whole lives of runs on clusters.
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --durations=15
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
