@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from efflaunch.bench.traced import MODEL
 from efflaunch.memory.config import MemoryConfig, Place
 from efflaunch.memory.ledger import Ledger, build_ledger
 from efflaunch.parallel.config import ClusterConfig, Device, ParallelConfig
@@ -22,17 +23,7 @@ LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "max_positions": 131072,
 }
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "family": Family.LLAMA,
-    "num_layers": 4,
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_heads": 8,
-    "num_kv_heads": 2,
-    "vocab_size": 2048,
-    "max_positions": 65536,
-}
+SMALL: dict[str, Any] = MODEL
 
 
 def policy(activations: str = "recompute", attention_output: str = "recompute") -> MemoryConfig:
