@@ -281,8 +281,11 @@ def _holds(entry: Candidate, room: Room, ranks: int) -> bool:
 
 
 def _spare(measured: Measures, room: Room, ranks: int) -> dict[str, float]:
-    """Bytes left in each memory and phase, and on a device together with a rank's part of the host: where things wait changes no sum."""
-    left = {name: limit + room.extra(name) - used for name, (used, limit) in measured.rows.items()}
+    """Bytes left in each memory and phase, and on a device together with a rank's part of the host: where things wait changes no sum.
+
+    Without what rounding to blocks takes on the host: of a family's shapes it is not always least with the smallest chunks.
+    """
+    left = {name: limit + room.extra(name) - measured.smooth(name) for name, (_, limit) in measured.rows.items()}
     device = {name: spare for name, spare in left.items() if name.startswith("device, ")}
     both = {f"both{name[6:]}": spare + left[f"host{name[6:]}"] / ranks for name, spare in device.items() if f"host{name[6:]}" in left}
     budget = {f"budget{name[6:]}": spare + left[BUDGET] / ranks for name, spare in device.items() if BUDGET in left}

@@ -188,6 +188,17 @@ def test_where_the_host_has_no_room_for_what_is_always_there_no_program_is_solve
     assert not can_fit(asked)
 
 
+def test_whole_layers_fit_a_budget_that_small_chunks_do_not():
+    """A layer's rows fill their block of the arena almost to the end, and chunks of them leave more of theirs empty."""
+    fields = {"layer_input": Place.HOST, "attention_output": Place.RECOMPUTE, "activations": Place.RECOMPUTE, "segment_layers": 1}
+
+    def ledger(**more: Any) -> Ledger:
+        model, machines = {**SMALL, "hidden_size": 320}, cluster(ranks_per_node=1)
+        return make_ledger(model, length=6553, tokens_per_rank=6553, batch=6553, memory=auto(**fields, **more), machines=machines)
+
+    assert not ledger(host_budget=17_500_000, chunk_tokens=1024).fits and can_fit(ledger(host_budget=17_500_000).asked)
+
+
 @pytest.mark.parametrize(
     ("device", "host", "changes", "kinds"),
     [
