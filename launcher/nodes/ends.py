@@ -16,10 +16,13 @@ _END_S = 30.0
 
 
 class Ends:
-    """What this agent and the others say of their ends. A store that is gone took the head with it, and ends all."""
+    """What this agent and the others say of their ends. A store that is gone took the head with it, and ends all.
 
-    def __init__(self, store: TCPStore, node: int, num_nodes: int) -> None:
-        self._store, self._node, self._nodes = store, node, range(num_nodes)
+    They are counted, not listed: with hundreds of nodes a look costs the head as little as with two.
+    """
+
+    def __init__(self, store: TCPStore, num_nodes: int) -> None:
+        self._store, self._num_nodes = store, num_nodes
         self._ending_since: float | None = None
         self._has_failed = False
 
@@ -27,12 +30,12 @@ class Ends:
         """Have the agents of all other nodes end their ranks."""
         if not self._has_failed:
             self._has_failed = True
-            self._say("failed")
+            self._count("failed", 1)
             self._say_ending()
 
     def failed_elsewhere(self) -> bool:
         """Whether another agent told so, or is gone with the store."""
-        has_failed = self._said("failed", if_gone=True)
+        has_failed = self._count("failed") != 0
         if has_failed:
             self._say_ending()
         return has_failed
@@ -43,37 +46,25 @@ class Ends:
         An agent that was cut off never says that it is ending; it is waited for no longer than noticing may take.
         """
         since = self._say_ending()
-        self._say(f"ended-{self._node}")
-        while not self._said(*(f"ended-{node}" for node in self._nodes), if_gone=True):
+        self._count("ended", 1)
+        while (ended := self._count("ended")) is not None and ended < self._num_nodes:
             passed = time.monotonic() - since
-            if passed > _END_S or (passed > _NOTICE_S and not any(map(self._is_ending, self._nodes))):
+            if passed > _END_S or (passed > _NOTICE_S and ended >= (self._count("ending") or 0)):
                 return
             time.sleep(_POLL_S)
-
-    def _is_ending(self, node: int) -> bool:
-        """Whether it said that it lives, and not yet that its report is there."""
-        return self._said(f"ending-{node}", if_gone=False) and not self._said(f"ended-{node}", if_gone=True)
 
     def _say_ending(self) -> float:
         """Have the others know that this agent lives; returns since when they do."""
         if self._ending_since is None:
             self._ending_since = time.monotonic()
-            self._say(f"ending-{self._node}")
+            self._count("ending", 1)
         return self._ending_since
 
-    def _say(self, word: str) -> None:
+    def _count(self, word: str, more: int = 0) -> int | None:
+        """How many agents said so, this one now if `more`; None where the store is gone, which the others see by themselves."""
         from torch.distributed import DistError
 
         try:
-            self._store.set(f"ends/{word}", "true")
+            return int(self._store.add(f"ends/{word}", more))
         except DistError:
-            # The head is gone, and the others see that by themselves.
-            pass
-
-    def _said(self, *words: str, if_gone: bool) -> bool:
-        from torch.distributed import DistError
-
-        try:
-            return bool(self._store.check([f"ends/{word}" for word in words]))
-        except DistError:
-            return if_gone
+            return None

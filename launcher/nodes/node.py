@@ -74,7 +74,7 @@ class Visit:
         self.lock = lock_in_time(run_dir) if place.node == 0 else None
         self.presence = Presence(self.lock) if self.lock is not None else None
         self.store = self._open()
-        self.ends = Ends(self.store, place.node, place.num_nodes)
+        self.ends = Ends(self.store, place.num_nodes)
 
     def _open(self) -> TCPStore:
         from torch.distributed import DistError

@@ -25,7 +25,7 @@ def stores() -> Iterator[list[TCPStore]]:
 
 
 def agents(stores: list[TCPStore]) -> list[Ends]:
-    return [Ends(store, node, NODES) for node, store in enumerate(stores)]
+    return [Ends(store, NODES) for store in stores]
 
 
 def start(work: Callable[[], None]) -> threading.Thread:
