@@ -15,7 +15,6 @@ from efflaunch.parallel.profile import load_profiles, save_profile
 from efflaunch.tests import test_real_runs as runs
 from efflaunch.tests.launcher.runs import descendants, is_alive
 
-pytestmark = pytest.mark.timeout(600)
 STEPS = 16
 ADAPTIVE = ("parallel.sequence=adaptive", "parallel.plan_patience_s=60")
 """So patient that no plan is late: late plans change the order of sums."""

@@ -23,11 +23,11 @@ from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.rundir import read_run
 from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.launcher.runs import descendants, environment, is_alive
+from efflaunch.tests.limits import ENDS_S, wait_until
 from efflaunch.tests.parity.reference import reference_loss
 from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
 
-pytestmark = pytest.mark.timeout(600)
 STEPS = 25
 BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
@@ -49,14 +49,14 @@ def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Po
 def run(directory: Path, *words: str, expect: int = 0) -> str:
     """What one efflaunch command printed; fails unless it exits with `expect`."""
     done = subprocess.run(
-        [sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=560
+        [sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=ENDS_S
     )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
 def finish(process: subprocess.Popen, directory: Path, expect: int = 0) -> None:
-    assert process.wait(200) == expect, (directory / "output").read_text()
+    assert process.wait(ENDS_S) == expect, (directory / "output").read_text()
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -190,11 +190,8 @@ def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
     pids = descendants(process.pid)
     agents = [pid for pid in pids if "launcher.agent" in command(pid) and psutil.Process(pid).ppid() == process.pid]
     os.kill(agents[0], signal.SIGKILL)
-    process.wait(200)
-    deadline = time.monotonic() + 60
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes outlived the agent"
-        time.sleep(0.1)
+    process.wait(ENDS_S)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "processes outlived the agent")
     run(place, "resume", "runs/run")
     assert losses(place) == losses(reference)
 
@@ -205,10 +202,7 @@ def test_everything_killed_then_resumed_is_bit_equal(place, reference):
     pids = descendants(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 120
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes outlived efflaunch"
-        time.sleep(0.1)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "processes outlived efflaunch")
     run(place, "resume", "runs/run")
     assert losses(place) == losses(reference)
 

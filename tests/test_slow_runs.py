@@ -13,9 +13,9 @@ from efflaunch.launcher.metrics_file import MetricsFollower
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.state import read_state
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.test_real_runs import BASE, make_corpus
 
-pytestmark = pytest.mark.timeout(600)
 SIDE = Path(__file__).resolve().parent / "slow_side.py"
 
 
@@ -23,7 +23,7 @@ def train(directory: Path, name: str, *overrides: str, **variables: str) -> Path
     """The directory of a run that went to its end."""
     words = [word for word in BASE if not word.startswith("run.id")]
     command = [sys.executable, str(SIDE), "train", *words, f"run.id={name}", *overrides]
-    done = subprocess.run(command, cwd=directory, env=environment() | variables, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=directory, env=environment() | variables, capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, done.stdout + done.stderr
     (directory / f"{name}.out").write_text(done.stdout)
     return directory / "runs" / name
@@ -61,7 +61,7 @@ def test_a_slow_rank_is_named_though_its_group_waits_for_it(tmp_path: Path) -> N
     assert last["ranks"][1]["own_s"] > last["ranks"][0]["own_s"]
     assert "stragglers, as of step " in (tmp_path / "slow.out").read_text()
     status = [sys.executable, "-m", "efflaunch", "status", str(run_dir)]
-    text = subprocess.run(status, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120).stdout
+    text = subprocess.run(status, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=ENDS_S).stdout
     assert f"stragglers  rank 1 on {told[-1]['ranks'][0]['host']} " in text
-    facts = subprocess.run([*status, "--json"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120).stdout
+    facts = subprocess.run([*status, "--json"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=ENDS_S).stdout
     assert json.loads(facts)["stragglers"] == told[-1]["ranks"]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from efflaunch.bench import arena
 from efflaunch.bench.report import section
 
 
-@pytest.mark.timeout(300)
 def test_own_traces_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "two.csv").write_text("id,lower,upper,size\n1,0,2,5\n2,1,3,7\n")
     out = tmp_path / "arena.json"

@@ -22,6 +22,7 @@ from efflaunch.errors import EXIT_DONE, EXIT_PREEMPTED, DataError
 from efflaunch.launcher.config import Config
 from efflaunch.launcher.signals import StopFlag
 from efflaunch.pulse import Pulse
+from efflaunch.tests.limits import ENDS_S
 
 PRELOAD = ("torch.distributed",)
 
@@ -30,7 +31,7 @@ def train(config: Config, run_dir: Path, stop: StopFlag, pulse: Pulse) -> int:
     """Count to config.train.steps, saving every config.checkpoint.every_steps."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     write_pid(run_dir, rank)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=ENDS_S))
     first = _newest_checkpoint(run_dir)
     if rank == 0:
         _write(

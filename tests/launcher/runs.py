@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import efflaunch
 from efflaunch.launcher.metrics_file import newest_step
 from efflaunch.launcher.state import RunState, read_state
+from efflaunch.tests.limits import ENDS_S, wait_until
 
 HERE = Path(__file__).resolve().parent
 BASE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain")
-TIMEOUT_S = 180.0
 
 
 class Run:
@@ -37,7 +36,7 @@ class Run:
             )
 
     def wait(self) -> int:
-        return self.process.wait(TIMEOUT_S)
+        return self.process.wait(ENDS_S)
 
     def wait_for_step(self, step: int) -> None:
         wait_until(lambda: newest_step(self.run_dir) >= step or self.process.poll() is not None)
@@ -68,14 +67,6 @@ def environment() -> dict[str, str]:
     parent = Path(efflaunch.__file__).resolve().parent.parent
     path = os.pathsep.join([str(HERE), str(parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll until it holds; AssertionError after a long while."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

@@ -30,6 +30,7 @@ from efflaunch.launcher.fit import (
 from efflaunch.launcher.plan_command import plan
 from efflaunch.parallel.config import Device
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 
 GIB = 1 << 30
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
@@ -218,5 +219,5 @@ def test_looking_at_the_directory_imports_no_torch() -> None:
         "import sys; from efflaunch.launcher.compose import compose; from efflaunch.launcher.fit import check_machine;"
         "check_machine(compose(['+experiment=quickstart', 'memory=alst', 'memory.offload_dir=/tmp'])); print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=ENDS_S, check=True)
     assert done.stdout.split()[-1] == "False"

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from efflaunch.launcher import procfs
+from efflaunch.launcher import hang_others, procfs
 from efflaunch.launcher.hang_others import StoreOthers
 from efflaunch.launcher.metrics_file import MetricsFollower
 from efflaunch.launcher.procfs import NOT_INSTALLED, find_spy, kernel_view, native_stacks, process_state, spied_frames
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.watch import Frame
-from efflaunch.tests.launcher.runs import Run, environment, train, wait_until
+from efflaunch.tests.launcher.runs import Run, environment, train
+from efflaunch.tests.limits import ENDS_S, wait_until
 
-pytestmark = pytest.mark.timeout(240)
 SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s=60")
 
 
@@ -38,14 +38,14 @@ def stacks(run: Run, rank: int) -> str:
 def efflaunch(directory: Path, *words: str) -> str:
     """What a command printed."""
     command = [sys.executable, "-m", "efflaunch", *words]
-    done = subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def recovered(run: Run) -> Any:
     """The failure of the attempt that hung; the one after it went to the end."""
-    assert run.process.wait(120) == 0, run.text()
+    assert run.process.wait(ENDS_S) == 0, run.text()
     first, second = run.state().attempts
     assert first.failure is not None and first.restarted and second.exit_code == 0
     assert losses(run) == {step: 10.0 / step for step in range(1, 13)}
@@ -81,7 +81,7 @@ def test_a_rank_deaf_to_every_signal_is_ended_all_the_same(tmp_path: Path) -> No
 
 def test_budgets_hold_for_hangs_too(tmp_path: Path) -> None:
     run = train(tmp_path, *SOON, "launcher.max_restarts=1", mishaps="block:1:7!")
-    assert run.process.wait(120) == 1, run.text()
+    assert run.process.wait(ENDS_S) == 1, run.text()
     assert "failed 2 times without getting past step 6" in run.text() and len(run.state().attempts) == 2
     shown = efflaunch(tmp_path, "logs", "runs/run")
     assert "attempt-2/stacks-1.txt, in full" in shown and "attempt-2/rank-1.log" in shown and "in _block" in shown
@@ -116,19 +116,21 @@ def test_a_run_that_goes_on_is_not_called_stuck(tmp_path: Path) -> None:
 def test_agents_find_out_together() -> None:
     from torch.distributed import TCPStore
 
-    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    stores = [head, *(TCPStore("127.0.0.1", head.port, is_master=False, timeout=timedelta(seconds=60)) for _ in range(2))]
-    agents = [StoreOthers(store, node, 3) for node, store in enumerate(stores)]
+    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=ENDS_S))
+    stores = [head, *(TCPStore("127.0.0.1", head.port, is_master=False, timeout=timedelta(seconds=ENDS_S)) for _ in range(2))]
+    now = 0.0
+    agents = [StoreOthers(store, node, 3, clock=lambda: now) for node, store in enumerate(stores)]
     assert not agents[0].asked()
     agents[2].ask()
-    agents[0]._polled = 0.0
+    assert not agents[0].asked(), "it looks once a second"
+    now += hang_others._POLL_S
     assert agents[0].asked() and agents[1].asked()
     results: dict[int, Any] = {}
     threads = [Thread(target=lambda node=node: results.update({node: agents[node].exchange([{"rank": node}])})) for node in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(ENDS_S)
     for node in range(3):
         rows, missing = results[node]
         assert sorted(row["rank"] for row in rows) == [0, 1, 2] and missing == []
@@ -137,10 +139,8 @@ def test_agents_find_out_together() -> None:
 def test_an_agent_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed import TCPStore
 
-    from efflaunch.launcher import hang_others
-
     monkeypatch.setattr(hang_others, "_ANSWER_S", 1.0)
-    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=ENDS_S))
     rows, missing = StoreOthers(head, 0, 2).exchange([{"rank": 0}])
     assert rows == [{"rank": 0}] and missing == [1]
 

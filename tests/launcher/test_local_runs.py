@@ -15,9 +15,8 @@ from efflaunch.launcher.lock import is_locked
 from efflaunch.launcher.metrics_file import MetricsFollower, checkpoint_steps
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.rundir import read_run
-from efflaunch.tests.launcher.runs import Run, descendants, is_alive, train, wait_until
-
-pytestmark = pytest.mark.timeout(600)
+from efflaunch.tests.launcher.runs import Run, descendants, is_alive, train
+from efflaunch.tests.limits import wait_until
 
 
 def losses(run: Run) -> dict[int, float]:

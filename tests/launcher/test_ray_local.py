@@ -15,7 +15,6 @@ from efflaunch.tests.launcher.runs import BASE, Run, descendants, is_alive
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='no ray: pip install "efflaunch[ray]"'),
-    pytest.mark.timeout(600),
 ]
 
 

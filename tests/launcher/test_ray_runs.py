@@ -21,7 +21,7 @@ from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 FAKE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "launcher=ray", "cluster.num_nodes=2")
 SECRET = "wandb-key-0123456789abcdef"
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")

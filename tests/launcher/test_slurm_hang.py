@@ -12,7 +12,7 @@ from efflaunch.tests.launcher.slurm_jobs import submit
 from efflaunch.tests.launcher.test_hang_runs import SOON
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

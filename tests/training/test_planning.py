@@ -64,7 +64,7 @@ def plan_steps(mode, solver="adaptive", patience_s=20.0, kill_at=-1, stop_at=-1)
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=120) as pool:
+    with RankPool() as pool:
         yield pool
 
 

@@ -31,7 +31,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=120) as pool:
+    with RankPool() as pool:
         yield pool
 
 
