@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.rundir import read_run
+from efflaunch.launcher.state import read_state
 from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.launcher.runs import descendants, environment, is_alive
 from efflaunch.tests.limits import ENDS_S, wait_until
@@ -28,6 +29,7 @@ from efflaunch.tests.parity.reference import reference_loss
 from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
 
+SIDE = Path(__file__).resolve().parent / "slow_side.py"
 STEPS = 25
 BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
@@ -69,6 +71,34 @@ def wait_for_step(directory: Path, process: subprocess.Popen, step: int) -> None
         time.sleep(0.02)
 
 
+def hold(directory: Path, at: int, *overrides: str, steps: int = STEPS, then: tuple[int, ...] = ()) -> subprocess.Popen:
+    """A run whose rank 0 waits in the middle of step `at` (and of those of `then`) for `release`."""
+    command = [sys.executable, str(SIDE), "train", *BASE, f"train.steps={steps}", *overrides]
+    variables = environment() | {"HOLD_STEPS": ",".join(map(str, (at, *then)))}
+    log = (directory / "output").open("ab")
+    process = subprocess.Popen(command, cwd=directory, env=variables, stdout=log, stderr=log)
+    wait_until_held(directory, process, at)
+    return process
+
+
+def wait_until_held(directory: Path, process: subprocess.Popen, at: int) -> None:
+    wait_until(lambda: (directory / "runs" / "run" / f"held-{at}").exists() or process.poll() is not None)
+    assert process.poll() is None, (directory / "output").read_text()
+
+
+def release(directory: Path, at: int) -> None:
+    (directory / "runs" / "run" / f"released-{at}").touch()
+
+
+def stop(directory: Path, process: subprocess.Popen, at: int) -> None:
+    """SIGTERM while it is held at step `at`, which is its last one then."""
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: read_state(directory / "runs" / "run").state == "stopping", "it was not told")
+    release(directory, at)
+    finish(process, directory, expect=75)
+    assert max(losses(directory)) == at
+
+
 def make_corpus(directory: Path) -> None:
     generator = np.random.default_rng(3)
     writer = IndexedWriter(str(directory / "corpus"), "uint16")
@@ -96,12 +126,8 @@ def place(tmp_path, reference):
 
 
 def stopped(place: Path, step: int) -> None:
-    """Leave a run that was told to stop after `step`."""
-    process = train(place)
-    wait_for_step(place, process, step)
-    process.send_signal(signal.SIGTERM)
-    finish(process, place, expect=75)
-    assert step <= max(losses(place)) < STEPS
+    """Leave a run that was told to stop in `step`."""
+    stop(place, hold(place, step), step)
 
 
 def test_stopped_and_started_again_is_bit_equal(place, reference):
@@ -115,8 +141,7 @@ def command(pid: int) -> str:
 
 
 def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
-    process = train(place)
-    wait_for_step(place, process, 8)
+    process = hold(place, 9)
     pids = descendants(process.pid)
     others = [pid for pid in pids if "checkpoint.flusher" not in command(pid)]
     ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
@@ -128,11 +153,11 @@ def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
 
 
 def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
-    process = train(place)
-    wait_for_step(place, process, 8)
+    process = hold(place, 9)
     flushers = [pid for pid in descendants(process.pid) if "checkpoint.flusher" in command(pid)]
     assert len(flushers) == 2
     os.kill(flushers[0], signal.SIGKILL)
+    release(place, 9)
     finish(process, place)
     assert losses(place) == losses(reference)
     assert [event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "checkpoint"][-1]["step"] == STEPS
@@ -141,8 +166,7 @@ def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
 
 def test_killed_ranks_go_on_from_memory_and_are_bit_equal(place, reference):
     """With replicas, though storage takes its time: what was saved in memory alone is used, and then put on disk."""
-    process = train(place, "checkpoint.replica=peer")
-    wait_for_step(place, process, 8)
+    process = hold(place, 9, "checkpoint.replica=peer")
     pids = descendants(process.pid)
     assert len([pid for pid in pids if "replica.keeper" in command(pid)]) == 2
     others = [pid for pid in pids if "efflaunch.checkpoint" not in command(pid)]
@@ -185,8 +209,7 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
 
 @pytest.mark.slow
 def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
-    process = train(place, "checkpoint.replica=peer")
-    wait_for_step(place, process, 8)
+    process = hold(place, 9, "checkpoint.replica=peer")
     pids = descendants(process.pid)
     agents = [pid for pid in pids if "launcher.agent" in command(pid) and psutil.Process(pid).ppid() == process.pid]
     os.kill(agents[0], signal.SIGKILL)
@@ -197,8 +220,7 @@ def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
 
 
 def test_everything_killed_then_resumed_is_bit_equal(place, reference):
-    process = train(place)
-    wait_for_step(place, process, 12)
+    process = hold(place, 13)
     pids = descendants(process.pid)
     process.kill()
     process.wait()

@@ -36,9 +36,9 @@ def losses(run_dir: Path) -> dict[int, float]:
 def test_a_stopped_rank_costs_nothing_but_time(tmp_path: Path) -> None:
     """The loss curve is that of a run nothing happened to, bit by bit."""
     make_corpus(tmp_path)
-    soon = ("train.steps=12", "launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_long_s=120")
-    undisturbed = train(tmp_path, "undisturbed", *soon)
-    hung = train(tmp_path, "hung", *soon, STOP_RANK="1", STOP_STEP="8")
+    soon = ("train.steps=12", "launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_long_s=1h")
+    undisturbed = train(tmp_path, "undisturbed", *soon, FAKE_CLOCK="rest")
+    hung = train(tmp_path, "hung", *soon, STOP_RANK="1", STOP_STEP="8", FAKE_CLOCK="rest")
     assert losses(hung) == losses(undisturbed) and len(losses(hung)) == 12
     state = read_state(hung)
     assert state is not None and len(state.attempts) == 2

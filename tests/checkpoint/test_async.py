@@ -205,7 +205,7 @@ def _failing_once(folder: Path, fault: str) -> list[str | None]:
 
 def test_a_rank_that_does_not_vote_in_time_costs_one_checkpoint(pool: RankPool, tmp_path: Path) -> None:
     errors = pool.run(_late, tmp_path, ranks=2)
-    assert errors == [["no vote of rank 1 within 200 ms", None]] * 2
+    assert errors == [["no vote of rank 1 within 0.20 s", None]] * 2
 
 
 def _late(folder: Path) -> list[str | None]:

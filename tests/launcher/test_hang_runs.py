@@ -1,4 +1,4 @@
-"""Runs whose ranks hang, with a fake training function: stacks, names, restarts. Allowances are short, waits are not."""
+"""Runs whose ranks hang, with a fake training function: stacks, names, restarts. Watches take time to pass only while they are at rest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efflaunch.launcher.watch import Frame
 from efflaunch.tests.launcher.runs import Run, environment, train
 from efflaunch.tests.limits import ENDS_S, wait_until
 
-SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s=60")
+SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s=1h")
 
 
 def losses(run: Run) -> dict[int, float]:
@@ -53,7 +53,7 @@ def recovered(run: Run) -> Any:
 
 
 def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, mishaps="stop:1:7")
+    run = train(tmp_path, *SOON, mishaps="stop:1:7", FAKE_CLOCK="rest")
     failure = recovered(run)
     assert failure.rank == 1 and failure.log == "logs/attempt-1/stacks-1.txt"
     assert "no progress for" in failure.message and "is stopped and cannot run" in failure.message
@@ -65,7 +65,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_blocked_rank_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, "cluster.ranks_per_node=3", mishaps="block:0:7")
+    run = train(tmp_path, *SOON, "cluster.ranks_per_node=3", mishaps="block:0:7", FAKE_CLOCK="rest")
     failure = recovered(run)
     assert failure.rank == 0 and "rank 0 on" in failure.message and "in _block" in failure.message
     assert "the others wait at tests/launcher/fake_training.py" in failure.message
@@ -75,12 +75,12 @@ def test_a_blocked_rank_is_told_from_those_that_wait_for_it(tmp_path: Path) -> N
 
 
 def test_a_rank_deaf_to_every_signal_is_ended_all_the_same(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, mishaps="hang:1:7")
+    run = train(tmp_path, *SOON, mishaps="hang:1:7", FAKE_CLOCK="rest")
     assert recovered(run).rank == 1
 
 
 def test_budgets_hold_for_hangs_too(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, "launcher.max_restarts=1", mishaps="block:1:7!")
+    run = train(tmp_path, *SOON, "launcher.max_restarts=1", mishaps="block:1:7!", FAKE_CLOCK="rest")
     assert run.process.wait(ENDS_S) == 1, run.text()
     assert "failed 2 times without getting past step 6" in run.text() and len(run.state().attempts) == 2
     shown = efflaunch(tmp_path, "logs", "runs/run")
@@ -88,7 +88,7 @@ def test_budgets_hold_for_hangs_too(tmp_path: Path) -> None:
 
 
 def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
-    run = train(tmp_path, "launcher.hang_factor=null", "launcher.hang_min_s=4", mishaps="block:1:7")
+    run = train(tmp_path, "launcher.hang_factor=null", "launcher.hang_min_s=4", mishaps="block:1:7", FAKE_CLOCK="rest")
     run.wait_for_step(6)
     wait_until(lambda: any((run.run_dir / "logs" / "attempt-1").glob("pulse-*.json")))
     told = efflaunch(tmp_path, "status", "runs/run", "--json")
@@ -106,7 +106,7 @@ def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_is_not_called_stuck(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, mishaps="")
+    run = train(tmp_path, *SOON, mishaps="", FAKE_CLOCK="rest")
     assert run.wait() == 0
     told = efflaunch(tmp_path, "status", "runs/run", "--json")
     facts = json.loads(told)
