@@ -167,7 +167,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     sinks = ["logging.tensorboard=true", "logging.wandb=offline"] if has_sinks() else []
     os.umask(0o022)
     log = tmp_path / "output"
-    command = [sys.executable, "-m", "efflaunch", "train", *BASE, "train.steps=5000", *sinks]
+    command = [sys.executable, "-m", "efflaunch", "train", *BASE, "train.steps=100000", *sinks]
     with log.open("wb") as out:
         run = subprocess.Popen(command, cwd=tmp_path, env=environment() | SECRETS, stdout=out, stderr=out)
     run_dir = tmp_path / "runs" / "run"
