@@ -28,6 +28,7 @@ from efflaunch.launcher.fit import (
     this_machine,
 )
 from efflaunch.launcher.plan_command import plan
+from efflaunch.memory.terms_host import arena_bytes
 from efflaunch.parallel.config import Device
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.limits import ENDS_S
@@ -86,7 +87,11 @@ def test_several_nodes_without_a_scheduler() -> None:
 
 
 def test_enough_gpus() -> None:
-    check_machine(compose(["+experiment=llama8b_1M"]), gpus(8, 79.6))
+    """As many as it has ranks, and not one less."""
+    config = compose(["+experiment=llama8b_1M"])
+    check_machine(config, gpus(8, 79.6))
+    with pytest.raises(MachineError, match="needs 8 GPUs with 80 GB, found 7 with 80 GB"):
+        check_machine(config, gpus(7, 79.6))
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "quickstart"])
@@ -113,7 +118,9 @@ def test_a_layout_that_does_not_suit_this_machine_is_reset() -> None:
             "parallel.shard=8",
         ]
     )
-    check_machine(compose(["+experiment=llama8b_1M", *local_overrides(config)]), NO_GPU)
+    here = compose(["+experiment=llama8b_1M", *local_overrides(config)])
+    check_machine(here, NO_GPU)
+    assert here.cluster.device is Device.CPU and here.parallel.ulysses_degree is None and here.parallel.sp_degree is None
 
 
 def test_too_many_ranks_for_the_cores() -> None:
@@ -154,8 +161,15 @@ def test_nothing_fits_in_no_memory() -> None:
         check_machine(compose(["+experiment=quickstart"]), Machine((), 8, 1 << 20))
 
 
-def test_the_quickstart_runs_on_this_machine() -> None:
-    check_machine(compose(["+experiment=quickstart"]))
+def test_the_quickstart_runs_on_a_laptop() -> None:
+    """Two cores and half of 8 GiB are enough, and it is known what is not."""
+    config = compose(["+experiment=quickstart"])
+    terms = {entry.name: entry.num_bytes for entry in plan(config).host.terms}
+    needed = terms["ranks"] + terms["data staging"]
+    assert needed < 4 * GIB
+    check_machine(config, Machine((), 2, needed))
+    with pytest.raises(MachineError, match="of memory for 4 ranks"):
+        check_machine(config, Machine((), 2, needed // 2))
 
 
 def test_gpus_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +225,11 @@ def test_where_activations_are_to_be_moved_is_looked_at_before_ranks_start(tmp_p
 
 
 def test_nothing_is_looked_at_where_nothing_is_moved() -> None:
-    check_machine(compose(["+experiment=quickstart", "memory=keep", "memory.offload_dir=/nonesuch"]), NO_GPU)
+    config = compose(["+experiment=quickstart", "memory=keep", "memory.offload_dir=/nonesuch"])
+    check_machine(config, NO_GPU)
+    assert not arena_bytes(plan(config).setting)
+    with pytest.raises(ConfigError, match="memory.offload_dir=/nonesuch: found no such file or directory"):
+        check_machine(compose(["+experiment=quickstart", "memory=alst", "memory.offload_dir=/nonesuch"]), NO_GPU)
 
 
 def test_looking_at_the_directory_imports_no_torch() -> None:

@@ -23,9 +23,9 @@ COST = CostModel(
     degrees=tuple(DegreeCost(degree=d, ulysses=d, attention_s=1e-9 / d, linear_s=1e-6 / d) for d in (1, 2, 4)),
 )
 TINY = [
-    "model=tiny", "model.num_layers=2", "model.hidden_size=128", "model.intermediate_size=256", "model.num_heads=4", "model.num_kv_heads=2",
-    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=8K", "data.global_batch_tokens=8K",
-    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=4K", "train.dtype=float32", "train.steps=10",
+    "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=1K", "data.global_batch_tokens=1K",
+    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=512", "train.dtype=float32", "train.steps=10",
 ]  # fmt: skip
 
 
