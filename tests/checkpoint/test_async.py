@@ -22,7 +22,7 @@ from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.interval import solve_interval
 from efflaunch.checkpoint.verify import damage
 from efflaunch.errors import CheckpointError
-from efflaunch.launcher.procfs import process_state
+from efflaunch.launcher.agent.procfs import process_state
 from efflaunch.tests.limits import wait_until
 from efflaunch.tests.ranks import RankPool
 
@@ -285,9 +285,7 @@ def test_the_interval_follows_what_was_measured(tmp_path: Path) -> None:
             break
     # The first guess twice (nothing is known at the first save), then as often as storage takes them: whatever it was measured to take.
     (_, stall_s, durable_s, step_s), plan = plans[1]
-    assert saved[:2] == [2, 4] and plan == solve_interval(
-        stall_s=stall_s, durable_s=durable_s, step_s=step_s, mean_time_to_failure_s=1e-3
-    )
+    assert saved[:2] == [2, 4] and plan == solve_interval(stall_s=stall_s, durable_s=durable_s, step_s=step_s, mean_time_to_failure_s=1e-3)
     assert saved[2] == 4 + plan.steps and durable_s == state.reports[0].save_s and step_s > 0
     engine.close()
 

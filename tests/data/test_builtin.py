@@ -11,9 +11,9 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.tests.limits import ENDS_S
-from efflaunch.training.config import DataConfig
 from efflaunch.training.data import builtin
 from efflaunch.training.data.builtin import builtin_corpus, stdlib_files, train_tokenizer
+from efflaunch.training.data.config import DataConfig
 from efflaunch.training.data.indexed import IndexedCorpus
 from efflaunch.training.data.source import open_data
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from efflaunch.launcher import hang
+from efflaunch.launcher.agent import hang_watch as hang
 
 _AT_REST = ("S", "T", "t", "Z")
 _STEP_S = 1.0

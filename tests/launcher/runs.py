@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import efflaunch
-from efflaunch.launcher.metrics_file import newest_step
-from efflaunch.launcher.state import RunState, read_state
+from efflaunch.launcher.rundir.metrics_reader import newest_step
+from efflaunch.launcher.rundir.state import RunState, read_state
 from efflaunch.tests.limits import ENDS_S, wait_until
 
 HERE = Path(efflaunch.__file__).parent / "tests" / "launcher"

@@ -17,10 +17,10 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.tests.limits import ENDS_S
-from efflaunch.training import metrics as metrics_module
-from efflaunch.training import wandb_sink
-from efflaunch.training.config import LoggingConfig, WandbMode
-from efflaunch.training.metrics import Metrics, check_logging
+from efflaunch.training.reporting import metrics as metrics_module
+from efflaunch.training.reporting import wandb_sink
+from efflaunch.training.reporting.config import LoggingConfig, WandbMode
+from efflaunch.training.reporting.metrics import Metrics, check_logging
 
 CONFIG = LoggingConfig(name="test")
 
