@@ -88,7 +88,7 @@ def _measured(words: list[str], rounds: int) -> dict[str, Any]:
             seen, passes, steps = [], [], {name: [] for name in CASES}
     best, pass_s = _best(seen), min(passes)
     rows = [_row(name, _predicted_s(prober, best), min(steps[name]) - pass_s, pass_s) for name, prober in probers.items()]
-    return {"parameters": plain.setting.parameters, "rows": rows}
+    return {"parameters": plain.inputs.parameters, "rows": rows}
 
 
 def _row(name: str, predicted_s: float, measured_s: float, pass_s: float) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _predicted_s(prober: Any, rates: Any) -> float:
     from ..cluster.rates import MeasuredRates
     from ..estimate.timing.update import update_time
 
-    return update_time(replace(prober.setting, measured=MeasuredRates(rates=rates, source="here"))).shown_s
+    return update_time(replace(prober.inputs, measured=MeasuredRates(rates=rates, source="here"))).shown_s
 
 
 def _pass_s(prober: Any) -> float:

@@ -39,27 +39,27 @@ def build_ledger(
     `measured`: rates in place of the cluster's, by which times are estimated (estimate/measured/find_rates.py).
     With memory.solve the policy is solved (estimate/solver/solve.py). Where none fits, the ledger is that of the one that needs least.
     """
-    setting = make_plan_inputs(
+    inputs = make_plan_inputs(
         spec=spec, parallel=parallel, memory=memory, train=train, data=data, cluster=cluster, residency=residency, measured=measured
     )
     if memory.solve:
         from .solver.solve import solve_memory
 
-        return _ledger(setting, *solve_memory(setting))
-    return _ledger(setting, resolve_grad_reduce(setting))
+        return _ledger(inputs, *solve_memory(inputs))
+    return _ledger(inputs, resolve_grad_reduce(inputs))
 
 
-def _ledger(asked: PlanInputs, setting: PlanInputs, report: SolveReport | None = None) -> Ledger:
-    device = device_account(setting)
-    host = host_account(setting, device)
+def _ledger(asked: PlanInputs, inputs: PlanInputs, report: SolveReport | None = None) -> Ledger:
+    device = device_account(inputs)
+    host = host_account(inputs, device)
     return Ledger(
         asked=asked,
-        setting=setting,
+        inputs=inputs,
         device=device,
         host=host,
-        budget=budget_account(setting, host),
-        file_bytes=file_bytes(setting),
-        timing=estimate_time(setting),
+        budget=budget_account(inputs, host),
+        file_bytes=file_bytes(inputs),
+        timing=estimate_time(inputs),
         report=report,
     )
 
@@ -92,5 +92,5 @@ def cost_model(
         residency=ON_DEVICE if residency is None else residency,
         measured=measured,
     )
-    cost = cost_model_of(ledger.setting)
+    cost = cost_model_of(ledger.inputs)
     return cost if profile is None else profile.refine(cost)

@@ -60,8 +60,8 @@ class Ledger:
     """The memory of one rank and of one node, and the time of a step, for one configuration."""
 
     asked: PlanInputs
-    """As configured; `setting` is the same with what was left to `auto` decided."""
-    setting: PlanInputs
+    """As configured; `inputs` is the same with what was left to `auto` decided."""
+    inputs: PlanInputs
     device: Account
     host: Account
     budget: Account | None
@@ -74,7 +74,7 @@ class Ledger:
 
     @property
     def layout(self) -> Layout:
-        return self.setting.layout
+        return self.inputs.layout
 
     @property
     def accounts(self) -> tuple[Account, ...]:
@@ -118,14 +118,14 @@ def make_plan_inputs(
     )
 
 
-def resolve_grad_reduce(setting: PlanInputs) -> PlanInputs:
+def resolve_grad_reduce(inputs: PlanInputs) -> PlanInputs:
     """With `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
-    if setting.parallel.grad_reduce is not GradReduce.AUTO:
-        return setting
-    per_step = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
-    if setting.parallel.barrier_free or device_account(per_step).fits:
+    if inputs.parallel.grad_reduce is not GradReduce.AUTO:
+        return inputs
+    per_step = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))
+    if inputs.parallel.barrier_free or device_account(per_step).fits:
         return per_step
-    return replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.MICRO_BATCH))
+    return replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.MICRO_BATCH))
 
 
 def device_account(inputs: PlanInputs) -> Account:

@@ -82,7 +82,7 @@ def _solved(model: ModelConfig, cluster: ClusterConfig, num_tokens: int, dtype: 
     )
     if not ledger.fits:
         raise RuntimeError(f"{num_tokens} tokens of {model.name} do not fit {cluster.name}")
-    return ledger.setting.policy
+    return ledger.inputs.policy
 
 
 def _load(kind: type, file: str) -> Any:

@@ -55,7 +55,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
     """What a person should know that is no mistake."""
-    positions, length = ledger.setting.spec.max_positions, config.data.max_seq_len
+    positions, length = ledger.inputs.spec.max_positions, config.data.max_seq_len
     found = []
     if length > positions:
         found.append(
@@ -70,11 +70,11 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
-    spec = ledger.setting.spec
+    spec = ledger.inputs.spec
     return {
         "name": config.model.name,
         "family": spec.family.value,
-        "parameters": ledger.setting.parameters,
+        "parameters": ledger.inputs.parameters,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,
@@ -96,7 +96,7 @@ def _layout(ledger: Ledger) -> dict[str, Any]:
         "groups_per_micro_batch": layout.num_groups,
         "micro_batches_per_step": layout.num_micro_batches,
         "tokens_per_rank": layout.tokens_per_rank,
-        "grad_reduce": ledger.setting.parallel.grad_reduce.value,
+        "grad_reduce": ledger.inputs.parallel.grad_reduce.value,
     }
 
 
@@ -141,7 +141,7 @@ def _step(timing: Timing) -> dict[str, Any]:
 
 def _rates(ledger: Ledger) -> dict[str, Any]:
     """Bytes per second that the times of copies and updates rest on, of one rank."""
-    way, on_device, on_host = offload_link(ledger.setting), device_update_rate(ledger.setting), host_update_rate(ledger.setting)
+    way, on_device, on_host = offload_link(ledger.inputs), device_update_rate(ledger.inputs), host_update_rate(ledger.inputs)
     return {
         "out": way.out,
         "back": way.back,
@@ -155,9 +155,9 @@ def _rates(ledger: Ledger) -> dict[str, Any]:
 
 
 def _policy(ledger: Ledger) -> dict[str, Any]:
-    policy = ledger.setting.policy
+    policy = ledger.inputs.policy
     return {
-        "words": list(describe_policy(policy, ledger.setting)),
+        "words": list(describe_policy(policy, ledger.inputs)),
         "graph": policy.graph,
         "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
         "segment_layers": policy.segment_layers,

@@ -107,7 +107,7 @@ MIXED = MemoryPolicy(
     ],
 )  # fmt: skip
 def test_a_policy_in_words(memory, words):
-    assert "; ".join(describe_policy(memory, LEDGER.setting)) == words
+    assert "; ".join(describe_policy(memory, LEDGER.inputs)) == words
 
 
 def test_a_report_in_words():

@@ -41,7 +41,7 @@ def _agree(words: list[str], failure: str) -> Any:
 
     certified._ledger = failing
     try:
-        return certified.agreed_ledger(config, model_spec(config.model), torch.device("cpu")).setting.policy
+        return certified.agreed_ledger(config, model_spec(config.model), torch.device("cpu")).inputs.policy
     except (RuntimeError, ValueError, PlanError) as error:
         return type(error).__name__, str(error)
     finally:

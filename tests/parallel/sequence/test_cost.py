@@ -12,8 +12,8 @@ from efflaunch.cluster.rates import Copies, MachineRates, MeasuredRates
 from efflaunch.errors import PlanError
 from efflaunch.estimate.build import build_ledger, cost_model
 from efflaunch.estimate.optimizer_residency import Residency
+from efflaunch.estimate.timing.flops import causal_pairs
 from efflaunch.estimate.timing.sequence import allowed_degrees, cost_model_of
-from efflaunch.estimate.timing.step import causal_pairs
 from efflaunch.memory.config import MemoryConfig
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.spec import model_spec
@@ -63,7 +63,7 @@ def test_states_on_the_host_leave_room_for_activations() -> None:
     }
     on_host = Residency(on_host=True)
     device, host = (cost_model(*parts.values(), residency=residency) for residency in (None, on_host))
-    assert host == cost_model_of(build_ledger(**parts, residency=on_host).setting) and device != host
+    assert host == cost_model_of(build_ledger(**parts, residency=on_host).inputs) and device != host
     assert host.of(8).sequence_s([64 * K])[0] < device.of(8).sequence_s([64 * K])[0]
     assert host.step_s > device.step_s, "and the update on the host takes longer"
 
@@ -71,7 +71,7 @@ def test_states_on_the_host_leave_room_for_activations() -> None:
 def test_measured_rates_change_the_update_alone() -> None:
     copies = (Copies(out=1e9, back=1e9, both_out=1e9, both_back=1e9),) * 8
     rates = MachineRates(device="cuda", ranks_per_node=8, link=copies, device_update=1e12, host_update=1e10)
-    s = make_ledger(length=64 * K, tokens_per_rank=16 * K, batch=256 * K).setting
+    s = make_ledger(length=64 * K, tokens_per_rank=16 * K, batch=256 * K).inputs
     plain, measured = cost_model_of(s), cost_model_of(replace(s, measured=MeasuredRates(rates=rates, source="x")))
     assert measured.step_s - plain.step_s == pytest.approx(s.parameters / 8 * 40 / 1e12)
     assert replace(measured, step_s=plain.step_s) == plain
