@@ -17,6 +17,7 @@ from ..estimate.footprint.device import UNSEEN, device_terms
 from ..estimate.footprint.host import arena_bytes
 from ..estimate.footprint.term import Phase
 from ..estimate.ledger import Ledger
+from ..estimate.plan_inputs import PlanInputs
 from ..memory.config import ActivationPlace, AttentionTiling, MemoryConfig
 from ..model.config import Family, ModelConfig
 from ..model.hf_fields import hf_config_dict
@@ -79,14 +80,16 @@ def case_ledger(case: Case) -> Ledger:
         peak_flops=1e11, efficiency=0.5, intra_node_bandwidth=1e9, inter_node_bandwidth=1e9, host_link_bandwidth=1e9,
     )  # fmt: skip
     ledger = build_ledger(
-        spec=model_spec(ModelConfig(**{**MODEL, **case.model})),
-        parallel=ParallelConfig(
-            name="bench", tokens_per_rank=case.tokens, scheme=Scheme(case.scheme), grad_reduce=GradReduce(case.grad_reduce)
-        ),
-        memory=case.memory,
-        train=TrainConfig(steps=1, dtype=Dtype(case.dtype), loss_chunk_tokens=case.loss_chunk),
-        data=DataConfig(name="bench", max_seq_len=case.length, global_batch_tokens=case.length * case.micro_batches),
-        cluster=cluster,
+        PlanInputs.make(
+            spec=model_spec(ModelConfig(**{**MODEL, **case.model})),
+            parallel=ParallelConfig(
+                name="bench", tokens_per_rank=case.tokens, scheme=Scheme(case.scheme), grad_reduce=GradReduce(case.grad_reduce)
+            ),
+            memory=case.memory,
+            train=TrainConfig(steps=1, dtype=Dtype(case.dtype), loss_chunk_tokens=case.loss_chunk),
+            data=DataConfig(name="bench", max_seq_len=case.length, global_batch_tokens=case.length * case.micro_batches),
+            cluster=cluster,
+        )
     )
     assert ledger.layout.num_micro_batches == case.micro_batches and ledger.layout.sp_degree == case.ranks, case
     return ledger

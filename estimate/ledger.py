@@ -5,24 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..cluster.config import check_cluster
-from ..memory.config import MemoryConfig
-from ..memory.policy import MemoryPolicy, explicit_policy
-from ..parallel.config import GradReduce, ParallelConfig
-from ..parallel.layout import Layout, solve_layout
+from ..parallel.config import GradReduce
+from ..parallel.layout import Layout
 from .footprint.device import device_terms
 from .footprint.host import host_terms
 from .footprint.term import ALL, Phase, Term
-from .optimizer_residency import ON_DEVICE, Residency
 from .plan_inputs import PlanInputs
 from .timing.step import Timing
 
 if TYPE_CHECKING:
-    from ..cluster.config import ClusterConfig
-    from ..cluster.rates import MeasuredRates
-    from ..model.spec import ModelSpec
-    from ..training.config import TrainConfig
-    from ..training.data.config import DataConfig
     from .solver.report import SolveReport
 
 
@@ -84,38 +75,6 @@ class Ledger:
     @property
     def fits(self) -> bool:
         return all(account.fits for account in self.accounts)
-
-
-def make_plan_inputs(
-    *,
-    spec: ModelSpec,
-    parallel: ParallelConfig,
-    memory: MemoryConfig,
-    train: TrainConfig,
-    data: DataConfig,
-    cluster: ClusterConfig,
-    residency: Residency = ON_DEVICE,
-    measured: MeasuredRates | None = None,
-) -> PlanInputs:
-    """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
-    from ..model.spec import layer_parameters, num_parameters
-
-    check_cluster(cluster)
-    layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    return PlanInputs(
-        spec=spec,
-        parallel=parallel,
-        memory=memory,
-        policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
-        train=train,
-        data=data,
-        cluster=cluster,
-        layout=layout,
-        layer_parameters=layer_parameters(spec),
-        parameters=num_parameters(spec),
-        residency=residency,
-        measured=measured,
-    )
 
 
 def resolve_grad_reduce(inputs: PlanInputs) -> PlanInputs:

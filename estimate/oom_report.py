@@ -127,11 +127,9 @@ def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
 
 def _cure(ledger: Ledger, cluster: ClusterConfig, limit: str, resume: str) -> str:
     """The first override set that the solver certifies on the smaller machine, as a command, and what it costs."""
-    s = ledger.asked
-    names = ("spec", "parallel", "memory", "train", "data", "residency", "measured")
     try:
-        again = build_ledger(**{name: getattr(s, name) for name in names}, cluster=cluster)
-        if again.fits and s.memory.solve:
+        again = build_ledger(ledger.asked.remade(cluster=cluster))
+        if again.fits and ledger.asked.memory.solve:
             return _command(resume, (limit,), again, ledger)
         for entry in suggest(again, most=1, elsewhere=False):
             overrides = (*entry.overrides, limit) if entry.ledger.inputs.memory.solve else entry.overrides

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from ..errors import PlanError, UserError
 from ..units import format_bytes
 from .build import build_ledger
-from .ledger import Account, Ledger, make_plan_inputs
+from .ledger import Account, Ledger
 from .plan_inputs import PlanInputs
 from .solver.report import fixed_line
 from .solver.solve import can_fit
@@ -66,13 +65,11 @@ def _proven(asked: PlanInputs, moves: Iterable[Move], base: Change | None = None
 
 
 def _prove(change: Change) -> Suggestion | None:
-    s = change.inputs
-    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
-    parts: dict[str, Any] = {name: getattr(s, name) for name in names}
     try:
-        if s.memory.solve and not can_fit(make_plan_inputs(**parts)):
+        inputs = change.inputs.remade()
+        if inputs.memory.solve and not can_fit(inputs):
             return None
-        ledger = build_ledger(**parts)
+        ledger = build_ledger(inputs)
     except UserError:  # a layout that does not exist is no suggestion
         return None
     return Suggestion(overrides=change.overrides, reason=change.reason, ledger=ledger) if ledger.fits else None

@@ -100,7 +100,7 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = agreed_ledger(config, spec, device, run_dir)
+    ledger = agreed_ledger(config, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)

@@ -1,8 +1,7 @@
 """memory=auto: the policy that fits the memories there are in the least time. Pure.
 
-`solve_memory` looks at every shape of the executor that the given fields allow (estimate/solver/shapes.py), solves the linear program of
-the shares inside those that can be the best (estimate/solver/linear_program.py, estimate/solver/search.py), and takes the ledger's word, not the program's,
-on whether the result fits.
+`solve_memory` looks at every shape of the executor that the given fields allow (shapes.py), solves the linear program of the shares
+inside those that can be the best (linear_program.py, search.py), then verifies the rounded result against the ledger.
 """
 
 from __future__ import annotations

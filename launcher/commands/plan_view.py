@@ -26,9 +26,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=120)
-    console.print(
-        f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.inputs.parameters)} parameters, {_batch(config)}"
-    )
+    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.inputs.parameters)} parameters, {_batch(config)}")
     for line in _layout_lines(ledger):
         console.print(f"  {line}")
     console.print()

@@ -179,8 +179,7 @@ def resized(ledger: Ledger, change: str) -> Ledger:
 
 
 def rebuilt(inputs: PlanInputs, **changes: Any) -> Ledger:
-    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
-    return build_ledger(**{**{name: getattr(inputs, name) for name in names}, **changes})
+    return build_ledger(inputs.remade(**changes))
 
 
 @pytest.mark.parametrize(

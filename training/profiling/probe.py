@@ -122,7 +122,7 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-        ledger = agreed_ledger(config, self.spec, device)
+        ledger = agreed_ledger(config, device)
         self.kernel = block_kernel(device)
         check_update_memory(ledger.inputs)
         store = host_store(ledger.inputs, device)
