@@ -1,10 +1,10 @@
 """`python -m efflaunch.bench.update --json FILE`: the estimate of the optimizer's update against updates of real ranks.
 
-Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates
-(training/profiling/node_rates.py, as `efflaunch profile` does), an empty backward pass, and one with each kind of update: what that takes longer is the update, with the gradients' way to the host and
-back where states live there. Predictions are estimate/timing/update.py's, in which nothing overlaps without a GPU; so processor seconds of
-all threads are measured, which other programs on the machine do not lengthen. Of rates the fastest count and of seconds the least:
-what disturbs a round is not the machine's.
+Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates (training/profiling/node_rates.py, as `efflaunch
+profile` does), an empty backward pass, and one with each kind of update: what that takes longer is the update, with the
+gradients' way to the host and back where states live there. Predictions are estimate/timing/update.py's, in which nothing
+overlaps without a GPU; so processor seconds of all threads are measured, which other programs on the machine do not lengthen. Of
+rates the fastest count and of seconds the least: what disturbs a round is not the machine's.
 
 Headline key: `worst_error`, the largest |predicted / measured - 1| of the residencies.
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ...errors import EXIT_DONE
@@ -16,12 +18,43 @@ from ...training.optimizers.check import inexact
 from ...units import format_tokens
 from ..config.ledger import plan
 from ..config.run_config import Config
+from .arguments import CommandParser, add_certify, add_config_arguments, add_json, add_lengths, composed
 
 SUGGESTIONS = 8
 """Shown at most."""
 
 
-def main(config: Config, as_json: bool) -> int:
+DESCRIPTION = "What a run would need, without running it. Takes the arguments of train."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch plan`."""
+    add_config_arguments(parser)
+    add_json(parser)
+    add_lengths(parser, required=False)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --lengths: draw the step, as .svg, .png or .pdf")
+    add_certify(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch plan` and return its exit code."""
+    parser = CommandParser("plan", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(words)
+    config = composed(options)
+    if config is None:
+        return EXIT_DONE
+    if options.lengths is None:
+        return print_plan(config, options.json)
+    from .plan_step import PlanStepRequest, print_step_plan
+
+    request = PlanStepRequest(
+        lengths=options.lengths, sequences=options.sequences, seed=options.seed, certify_s=options.certify, out=options.out
+    )
+    return print_step_plan(config, request, as_json=options.json)
+
+
+def print_plan(config: Config, as_json: bool) -> int:
     """Print the plan, as tables or as JSON (keys: docs/plan.md). Exit code 0 also where it does not fit: that is an answer."""
     ledger = plan(config)
     suggestions = suggest(ledger, most=SUGGESTIONS)
