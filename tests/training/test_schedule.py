@@ -98,4 +98,4 @@ def test_good_numbers_make_a_schedule() -> None:
         optim = replace(BASE, **change)  # type: ignore[arg-type]
         check_optim(optim, STEPS)
         rates = [learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)]
-        assert max(rates) == pytest.approx(optim.lr, rel=0.01) and 0 <= min(rates) and max(rates) <= optim.lr, change
+        assert max(rates) == pytest.approx(optim.lr, rel=0.01) and min(rates) >= 0 and max(rates) <= optim.lr, change
