@@ -22,7 +22,7 @@ def sources() -> list[Path]:
     return sorted(path for path in kept if path.stem not in ("__init__", "__main__"))
 
 
-def tests_of(source: Path) -> list[Path]:
+def looked_for(source: Path) -> list[Path]:
     """Where a test of that name would be looked for: in the mirrored folder first."""
     parts = source.parent.parts
     folders = [Path(*kept) for kept in _parts_of(parts)]
@@ -38,7 +38,7 @@ def _parts_of(parts: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def without_test() -> list[str]:
-    return [str(source) for source in sources() if not any((TESTS / path).exists() for path in tests_of(source))]
+    return [str(source) for source in sources() if not any((TESTS / path).exists() for path in looked_for(source))]
 
 
 def listed() -> list[str]:
@@ -47,7 +47,7 @@ def listed() -> list[str]:
 
 def test_a_new_source_has_a_test_of_its_name() -> None:
     new = sorted(set(without_test()) - set(listed()))
-    assert not new, f"write tests/{tests_of(Path(new[0]))[0]} for {new[0]} (and so on for {new[1:]})"
+    assert not new, f"write tests/{looked_for(Path(new[0]))[0]} for {new[0]} (and so on for {new[1:]})"
 
 
 def test_the_list_only_becomes_shorter() -> None:
@@ -57,10 +57,10 @@ def test_the_list_only_becomes_shorter() -> None:
 
 
 def test_where_a_test_is_looked_for() -> None:
-    assert tests_of(Path("units.py")) == [Path("test_units.py")]
-    assert tests_of(Path("launcher/nodes/outcome.py"))[0] == Path("launcher/nodes/test_outcome.py")
-    assert Path("launcher/test_outcome.py") in tests_of(Path("launcher/nodes/outcome.py"))
-    assert Path("parallel/test_outcome.py") not in tests_of(Path("launcher/nodes/outcome.py"))
+    assert looked_for(Path("units.py")) == [Path("test_units.py")]
+    assert looked_for(Path("launcher/nodes/outcome.py"))[0] == Path("launcher/nodes/test_outcome.py")
+    assert Path("launcher/test_outcome.py") in looked_for(Path("launcher/nodes/outcome.py"))
+    assert Path("parallel/test_outcome.py") not in looked_for(Path("launcher/nodes/outcome.py"))
 
 
 if __name__ == "__main__":
