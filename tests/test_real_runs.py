@@ -39,9 +39,11 @@ BASE = (
 )  # fmt: skip
 
 
-def start(directory: Path, *words: str) -> subprocess.Popen:
+def start(directory: Path, *words: str, script: Path | None = None, **variables: str) -> subprocess.Popen:
+    """The efflaunch command, or `script` with a training function of its own."""
     log = (directory / "output").open("ab")
-    return subprocess.Popen([sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), stdout=log, stderr=log)
+    command = [sys.executable, *(["-m", "efflaunch"] if script is None else [str(script)]), *words]
+    return subprocess.Popen(command, cwd=directory, env=environment() | variables, stdout=log, stderr=log)
 
 
 def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Popen:
@@ -73,10 +75,8 @@ def wait_for_step(directory: Path, process: subprocess.Popen, step: int) -> None
 
 def hold(directory: Path, at: int, *overrides: str, steps: int = STEPS, then: tuple[int, ...] = ()) -> subprocess.Popen:
     """A run whose rank 0 waits in the middle of step `at` (and of those of `then`) for `release`."""
-    command = [sys.executable, str(SIDE), "train", *BASE, f"train.steps={steps}", *overrides]
-    variables = environment() | {"HOLD_STEPS": ",".join(map(str, (at, *then)))}
-    log = (directory / "output").open("ab")
-    process = subprocess.Popen(command, cwd=directory, env=variables, stdout=log, stderr=log)
+    held = {"HOLD_STEPS": ",".join(map(str, (at, *then)))}
+    process = start(directory, "train", *BASE, f"train.steps={steps}", *overrides, script=SIDE, **held)
     wait_until_held(directory, process, at)
     return process
 
@@ -227,6 +227,22 @@ def test_everything_killed_then_resumed_is_bit_equal(place, reference):
     wait_until(lambda: not any(is_alive(pid) for pid in pids), "processes outlived efflaunch")
     run(place, "resume", "runs/run")
     assert losses(place) == losses(reference)
+
+
+def test_a_stopped_rank_costs_nothing_but_time(place, reference):
+    """It is noticed, named and killed, and the loss curve is that of a run nothing happened to, bit by bit."""
+    soon = ("launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_long_s=1h")
+    stopped = {"STOP_RANK": "1", "STOP_STEP": "8", "FAKE_CLOCK": "rest"}
+    finish(start(place, "train", *BASE, "train.steps=12", *soon, script=SIDE, **stopped), place)
+    assert losses(place) == {step: loss for step, loss in losses(reference).items() if step <= 12}
+    state = read_state(place / "runs" / "run")
+    assert state is not None and len(state.attempts) == 2
+    failure = state.attempts[0].failure
+    assert failure is not None and failure.rank == 1 and "is stopped and cannot run (reading data, after step 7)" in failure.message
+    logs = place / "runs" / "run" / "logs" / "attempt-1"
+    assert (logs / "stacks-1.txt").is_file()
+    waiting = (logs / "stacks-0.txt").read_text()
+    assert "backward_step" in waiting and "training/trainer.py" in waiting
 
 
 def test_done_and_then_more_steps_is_bit_equal(place, reference):

@@ -11,7 +11,6 @@ import pytest
 
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
-from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.test_real_runs import BASE, make_corpus
@@ -31,23 +30,6 @@ def train(directory: Path, name: str, *overrides: str, **variables: str) -> Path
 
 def losses(run_dir: Path) -> dict[int, float]:
     return RunProgress().apply(MetricsFollower(run_dir).read()).losses
-
-
-def test_a_stopped_rank_costs_nothing_but_time(tmp_path: Path) -> None:
-    """The loss curve is that of a run nothing happened to, bit by bit."""
-    make_corpus(tmp_path)
-    soon = ("train.steps=12", "launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_long_s=1h")
-    undisturbed = train(tmp_path, "undisturbed", *soon, FAKE_CLOCK="rest")
-    hung = train(tmp_path, "hung", *soon, STOP_RANK="1", STOP_STEP="8", FAKE_CLOCK="rest")
-    assert losses(hung) == losses(undisturbed) and len(losses(hung)) == 12
-    state = read_state(hung)
-    assert state is not None and len(state.attempts) == 2
-    failure = state.attempts[0].failure
-    assert failure is not None and failure.rank == 1 and "is stopped and cannot run (reading data, after step 7)" in failure.message
-    for rank in (0, 1):
-        assert (hung / "logs" / "attempt-1" / f"stacks-{rank}.txt").is_file()
-    waiting = (hung / "logs" / "attempt-1" / "stacks-0.txt").read_text()
-    assert "backward_step" in waiting and "training/trainer.py" in waiting
 
 
 @pytest.mark.slow

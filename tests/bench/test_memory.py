@@ -25,7 +25,7 @@ from efflaunch.tests.limits import ENDS_S
 AUTO = {"auto": MemoryPolicy(layer_input=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=1, segment_layers=2)}
 """As the solver has it where everything is full."""
 NEEDS = {"deepspeed_alst": "deepspeed", "deepspeed_alst_as_shipped": "deepspeed", "streambp_released": "streambp"}
-CHUNK = 64
+CHUNK = 16
 TASK = Task(Shape(4, 8), 4, 0, Chunks(layer=CHUNK, loss=8, streambp_layer=CHUNK, streambp_loss=8))
 
 
