@@ -87,7 +87,7 @@ def wait_until_held(directory: Path, process: subprocess.Popen, at: int) -> None
 
 
 def release(directory: Path, at: int) -> None:
-    (directory / "runs" / "run" / f"released-{at}").touch()
+    (directory / "runs" / "run" / f"released-{at}").touch(0o600)
 
 
 def stop(directory: Path, process: subprocess.Popen, at: int) -> None:

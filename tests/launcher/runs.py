@@ -50,7 +50,7 @@ class Run:
 
     def release(self) -> None:
         """Ranks that are held go on."""
-        (self.run_dir / "released").touch()
+        (self.run_dir / "released").touch(0o600)
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

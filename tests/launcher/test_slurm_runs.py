@@ -47,7 +47,7 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
         assert not arguments_with((int(path.name) for path in Path("/proc").glob("[0-9]*")), [SECRET])
         cluster.run("scancel", "--signal=USR2", str(job.number))
         wait_until(lambda: job.state().state == "stopping", "word of the signal")
-        (job.run_dir / "released-4").touch()
+        (job.run_dir / "released-4").touch(0o600)
         wait_until(lambda: len(job.state().attempts) > 1, "the second attempt")
         assert job.end() == "COMPLETED", job.output()
         assert reference.wait(TIMEOUT_S) == 0, (place / "local.out").read_text()

@@ -15,18 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.parallel.sequence import service as service_module
-from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.packed import pack_plan, packed_size, unpack_plan
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
-from efflaunch.parallel.sequence.service import PlanRequest, PlanService, static_plan
+from efflaunch.parallel.sequence.service import PlanService, static_plan
 from efflaunch.tests.limits import ENDS_S, wait_until
+from efflaunch.tests.parallel.fake_requests import cost_of_four, request_for
 
-COST = CostModel(
-    world_size=4,
-    tokens_per_rank=100,
-    degrees=tuple(DegreeCost(degree=d, ulysses=1, attention_s=1e-6 / d, linear_s=1e-4 / d, exchange_s=1e-5 * (d > 1)) for d in (1, 2, 4)),
-    beta_s=1e-3,
-)
+COST = cost_of_four(100)
 STEPS = 12
 
 
@@ -41,9 +36,7 @@ def lengths_of(step):
 
 
 def request(solver):
-    return PlanRequest(
-        cost=COST, static_degree=4, static_ulysses=1, linear_cost_tokens=10.0, solver=f"efflaunch.tests.parallel.fake_solvers:{solver}"
-    )
+    return request_for(COST, f"efflaunch.tests.parallel.fake_solvers:{solver}")
 
 
 def begun(solver, patience_s=ENDS_S, **more):
