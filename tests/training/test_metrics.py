@@ -239,7 +239,7 @@ def test_a_wandb_that_hangs_takes_every_line_and_gives_up_at_the_end(
 
 _OFFLINE = """
 import sys; from pathlib import Path
-from efflaunch.training.config import LoggingConfig, WandbMode
+from efflaunch.training.reporting.config import LoggingConfig, WandbMode
 from efflaunch.training.reporting import metrics, wandb_sink
 metrics.CLOSE_S = wandb_sink.FINISH_S = float(sys.argv[3])
 with metrics.Metrics(Path(sys.argv[1]), LoggingConfig(name="t", wandb=WandbMode.OFFLINE), {"a": 1}, sys.argv[2] == "1") as written:
