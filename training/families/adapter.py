@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
@@ -15,6 +16,7 @@ from ...errors import ConfigError
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...memory.local import GradientSums, Step, pull_back
 from ...parallel.sequence.attention import AttentionSpec
+from .projection import Projection, check_modules, projection_of
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (T, D)."""
@@ -23,7 +25,13 @@ Rope = tuple[Tensor, Tensor]
 class LayerAdapter(ABC):
     """Reads the modules of one Hugging Face decoder layer; owns no weights."""
 
+    projections: ClassVar[tuple[str, ...]]
+    """Modules whose products the steps make (projection.py): their weights and biases are read, they are not called."""
+    norms: ClassVar[tuple[str, ...]]
+    """Modules that the steps call. Every parameter of the layer is one of these or of a projection."""
+
     def __init__(self, layer: nn.Module) -> None:
+        check_modules(layer, self.projections, self.norms)
         self.layer, self.attention = layer, layer.self_attn
         if float(getattr(self.attention, "attention_dropout", 0.0)) > 0:
             raise ConfigError(
@@ -36,6 +44,10 @@ class LayerAdapter(ABC):
 
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
+
+    def projection(self, name: str) -> Projection:
+        """One of `projections`, with its weights as they are now."""
+        return projection_of(self.layer, name)
 
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
         """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated; of the heads asked for, those of no head left out.
