@@ -12,6 +12,7 @@ from ..memory.ledger import Account, Ledger, build_ledger
 from ..memory.rates import activation_way, device_update_rate, host_update_rate
 from ..memory.report import SolveReport, describe_policy
 from ..memory.residency import residency_of
+from ..memory.terms_activations import class_splits
 from ..memory.timing import Timing
 from ..parallel.config import Device
 from ..parallel.measured import find_rates
@@ -182,7 +183,7 @@ def _policy(ledger: Ledger) -> dict[str, Any]:
     return {
         "words": list(describe_policy(policy, ledger.setting)),
         "graph": policy.graph,
-        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
+        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in class_splits(ledger.setting).items()},
         "segment_layers": policy.segment_layers,
         "chunk_tokens": policy.chunk_tokens,
         "attention": policy.attention.value,

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from . import streamed, whole
+from .activation_classes import ATTENTION_OUTPUT, RESIDUAL
 from .compiled import CompiledSteps, Graphs
 from .graph import Halves
 from .local import GradientSums, LayerSteps
@@ -128,14 +129,14 @@ def _forward(run: LayerRun, inputs: Inputs, *, save: bool) -> Tensor:
 
 def _attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor | None]]:
     """(piece, attention's output of its rows), None where the sum after it is stored as well."""
-    if all(run.has("attention_output", index) for index in run.indices):
+    if all(run.has(ATTENTION_OUTPUT, index) for index in run.indices):
         return _stored_rows(run)
     return (streamed if run.streamed else whole).attention_rows(run, inputs, save=save)
 
 
 def _stored_rows(run: LayerRun) -> Iterator[tuple[int, Tensor | None]]:
     for index in run.indices:
-        yield index, None if run.has("residual", index) else run.get("attention_output", index)[0]
+        yield index, None if run.has(RESIDUAL, index) else run.get(ATTENTION_OUTPUT, index)[0]
         run.release()
 
 

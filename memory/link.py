@@ -6,9 +6,10 @@ a direction stalls by what its transfer takes longer than the layer's computatio
 
 from __future__ import annotations
 
+from .activation_classes import KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, activation_classes, after_attention
 from .rates import activation_way
 from .setting import Setting
-from .terms_activations import class_bytes
+from .terms_activations import class_bytes, class_splits
 from .work import batch_tokens, inner_share, layer_backward_s, layer_forward_s, layer_recompute_s, projections
 
 
@@ -22,23 +23,19 @@ def returning_bytes(s: Setting) -> float:
 
     At most: the piece that ends one walk over the tokens and begins the next comes once.
     """
-    reads = {
-        "layer_input": input_reads(s),
-        "query": projections(s) if s.in_pieces else 1,
-        "key_value": projections(s) if s.in_pieces else 1,
-    }
+    projected = projections(s) if s.in_pieces else 1
+    reads = {LAYER_INPUT.name: input_reads(s), QUERY.name: projected, KEY_VALUE.name: projected}
     once = sum(reads.get(name, 1) * num_bytes for name, num_bytes in _host_bytes(s).items())
     return batch_tokens(s) * (once + inner_share(s) * _again_reads(s))
 
 
 def _again_reads(s: Setting) -> float:
     """Bytes per token that a segment's layer reads to run again for the next one's input."""
-    host, splits = _host_bytes(s), s.policy.splits
-    summed = splits["residual"].recompute
-    found = host["residual"] + host["mlp"]
+    host = _host_bytes(s)
+    summed, query, keys = (s.policy.split(kind).recompute for kind in (RESIDUAL, QUERY, KEY_VALUE))
+    after = sum(host[kind.name] for kind in after_attention(activation_classes(s.spec)))
     if s.policy.attention_output.complete:
-        return found + summed * (host["attention_output"] + host["layer_input"])
-    query, keys = splits["query"].recompute, splits["key_value"].recompute
+        return after + summed * sum(host[kind.name] for kind in RESIDUAL.made_from)
     if not s.by_chunks:
         walks = s.policy.head_groups * max(query, keys) + summed
     elif s.layout.ulysses > 1:
@@ -46,7 +43,7 @@ def _again_reads(s: Setting) -> float:
     else:
         walks = max(query, keys, summed)
     # One piece alone is not let go before the layer's output is there.
-    return found + host["query"] + host["key_value"] + host["layer_input"] * (walks if s.in_pieces else min(1.0, walks))
+    return after + host[QUERY.name] + host[KEY_VALUE.name] + host[LAYER_INPUT.name] * (walks if s.in_pieces else min(1.0, walks))
 
 
 def input_reads(s: Setting) -> float:
@@ -66,13 +63,14 @@ def _forward_bytes(s: Setting) -> float:
 
 def inner_bytes(s: Setting) -> float:
     """Inputs of a segment's inner layers leave in backward, when they are made again."""
-    return inner_share(s) * batch_tokens(s) * _host_bytes(s)["layer_input"]
+    return inner_share(s) * batch_tokens(s) * _host_bytes(s)[LAYER_INPUT.name]
 
 
 def _host_bytes(s: Setting) -> dict[str, float]:
     """Per token and layer."""
     moved = 0.0 if s.policy.graph else 1.0
-    return {name: moved * s.policy.splits[name].host * num_bytes for name, num_bytes in class_bytes(s).items()}
+    splits = class_splits(s)
+    return {name: moved * splits[name].host * num_bytes for name, num_bytes in class_bytes(s).items()}
 
 
 def to_host_s(s: Setting) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .activation_classes import GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
 from .config import Place, Walk
 from .heads import Heads
 from .local import GradientSums, LayerSteps, Rope, after_backward, before_backward
@@ -87,20 +88,20 @@ class LayerRun:
         rows = self.rows(index)
         return self.rope[0][rows], self.rope[1][rows]
 
-    def place(self, kind: str, index: int) -> Place:
+    def place(self, kind: ActivationClass, index: int) -> Place:
         rows = self.rows(index)
-        return place_of(self.policy.splits[kind], (rows.start, rows.stop), self.num_tokens)
+        return place_of(self.policy.split(kind), (rows.start, rows.stop), self.num_tokens)
 
-    def save(self, kind: str, index: int, tensors: Sequence[Tensor], group: int = 0, *, share: bool = False) -> None:
+    def save(self, kind: ActivationClass, index: int, tensors: Sequence[Tensor], group: int = 0, *, share: bool = False) -> None:
         """Leave one class of one piece where the policy has it. `share`: the tensors are rows of one that holds all tokens."""
-        split = self.policy.splits[kind]
-        self.saved.put((kind, index, group), tensors, self.place(kind, index), share=share and split.keep == 1.0)
+        share = share and self.policy.split(kind).keep == 1.0
+        self.saved.put((kind.name, index, group), tensors, self.place(kind, index), share=share)
 
-    def has(self, kind: str, index: int, group: int = 0) -> bool:
-        return (kind, index, group) in self.saved
+    def has(self, kind: ActivationClass, index: int, group: int = 0) -> bool:
+        return (kind.name, index, group) in self.saved
 
-    def get(self, kind: str, index: int, group: int = 0) -> tuple[Tensor, ...]:
-        return self.saved.get((kind, index, group))
+    def get(self, kind: ActivationClass, index: int, group: int = 0) -> tuple[Tensor, ...]:
+        return self.saved.get((kind.name, index, group))
 
     @property
     def attention_stored(self) -> bool:
@@ -113,12 +114,12 @@ class LayerRun:
 
     def input_rows(self, index: int) -> Tensor:
         """The layer input's rows of a piece, from what was saved."""
-        return self.get("layer_input", index)[0]
+        return self.get(LAYER_INPUT, index)[0]
 
     def projected(self, index: int, inputs: Inputs, heads: Heads, group: int = 0) -> tuple[Tensor, ...]:
         """Queries, keys and values of one piece, of those `heads` asks for: stored ones as they are, the others made."""
-        q = self.get("query", index, group) if heads.queries != () and self.has("query", index, group) else None
-        kv = self.get("key_value", index, group) if heads.keys != () and self.has("key_value", index, group) else None
+        q = self.get(QUERY, index, group) if heads.queries != () and self.has(QUERY, index, group) else None
+        kv = self.get(KEY_VALUE, index, group) if heads.keys != () and self.has(KEY_VALUE, index, group) else None
         missing = Heads(heads.queries if q is None else (), heads.keys if kv is None else ())
         if missing == Heads((), ()):
             return (*(q or ()), *(kv or ()))
@@ -128,25 +129,25 @@ class LayerRun:
     def save_input(self, x: Tensor) -> None:
         """Leave the layer input (T, M) where the policy has it."""
         for index in self.indices:
-            self.save("layer_input", index, [x[self.rows(index)]], share=True)
+            self.save(LAYER_INPUT, index, [x[self.rows(index)]], share=True)
 
     def after(self, index: int, inputs: Inputs, o: Tensor | None, *, save: bool) -> Tensor:
         """The second half of one piece. What was stored of it is used where there is such; `o` may be None where the sum is."""
-        if self.has("residual", index):
-            total = self.get("residual", index)[0]
+        if self.has(RESIDUAL, index):
+            total = self.get(RESIDUAL, index)[0]
         else:
             assert o is not None
             total = self.adapter.residual(inputs(index), o)
-        gate, up = self.get("mlp", index) if self.has("mlp", index) else self.adapter.mlp_in(total)
+        gate, up = self.get(GATE_UP, index) if self.has(GATE_UP, index) else self.adapter.mlp_in(total)
         if save:
-            self.save("residual", index, [total])
-            self.save("mlp", index, [gate, up])
+            self.save(RESIDUAL, index, [total])
+            self.save(GATE_UP, index, [gate, up])
         return self.adapter.mlp_out(total, gate, up)
 
     def after_backward(self, index: int, x: Tensor, o: Tensor, dy: Tensor, sums: GradientSums) -> tuple[Tensor, Tensor]:
         """dx and do of one piece's second half."""
-        residual = self.get("residual", index)[0] if self.has("residual", index) else None
-        mlp = self.get("mlp", index) if self.has("mlp", index) else None
+        residual = self.get(RESIDUAL, index)[0] if self.has(RESIDUAL, index) else None
+        mlp = self.get(GATE_UP, index) if self.has(GATE_UP, index) else None
         return after_backward(self.adapter, (x, o), dy, sums, residual=residual, mlp=mlp)
 
     def before_backward(self, index: int, x: Tensor, heads: Heads, upstream: Sequence[Tensor], sums: GradientSums) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint.sizes import replica_bytes, snapshot_pool_bytes
+from .activation_classes import activation_classes
 from .ranges import group_ranges
 from .setting import GIB, KEEPING, Setting, Term, term
 from .terms_activations import class_layers, moved_by_class
@@ -46,8 +47,6 @@ MOMENTS = 2
 """AdamW's, of each weight."""
 ARENA_BLOCK_BYTES = 64 << 10
 """What the arena hands out at least (memory/offload/arena.py)."""
-_TENSORS = {"key_value": 2, "mlp": 2, "attention_output": 2}
-"""Of one piece of a class, where it is not one: keys and values, gate and up, output and log-sum-exp."""
 
 
 def arena_bytes(s: Setting) -> int:
@@ -57,8 +56,11 @@ def arena_bytes(s: Setting) -> int:
         return 0
     pieces = len(group_ranges((s.tokens,), s.policy))
     layers = class_layers(s)
-    groups = {"query": s.policy.head_groups, "key_value": s.policy.head_groups, "attention_output": s.policy.head_groups}
-    parcels = sum(layers[name] * _TENSORS.get(name, 1) * groups.get(name, 1) for name, num_bytes in moved.items() if num_bytes)
+    parcels = sum(
+        layers[kind.name] * kind.num_tensors * (s.policy.head_groups if kind.of_heads else 1)
+        for kind in activation_classes(s.spec)
+        if moved[kind.name]
+    )
     return sum(moved.values()) + pieces * parcels * ARENA_BLOCK_BYTES
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
 from .setting import Phase, Setting, Term
 from .terms_activations import graph_row, norm_bytes
 
@@ -69,7 +70,7 @@ def layer_rows(s: Setting) -> tuple[Term, Term]:
 def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
     """memory/whole.py: attention over all rows at once, or over groups of heads one after the other."""
     w, part = Widths.of(s), Widths.of(s, s.policy.head_groups)
-    own = 0 if _kept(s, "layer_input") else w.H
+    own = 0 if _kept(s, LAYER_INPUT) else w.H
     forward = _forward_moments(s, w, part)
     projected = [Moment(w.H + w.Q * s.in_pieces * _stored(s) + m.whole, m.piece) for m in forward[:-1]]
     return {
@@ -88,11 +89,11 @@ def whole_moments(s: Setting) -> dict[Phase, list[Moment]]:
 def _forward_moments(s: Setting, w: Widths, part: Widths) -> list[Moment]:
     """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
     cut, sides, groups = s.in_pieces, s.layout.ulysses > 1, s.policy.head_groups > 1
-    made = part.Q * (not _kept(s, "query")) + part.K * (not _kept(s, "key_value"))
+    made = part.Q * (not _kept(s, QUERY)) + part.K * (not _kept(s, KEY_VALUE))
     read = part.Q + part.X if sides else made
     ring = 3 * w.X + w.wide * w.Q if s.layout.ring > 1 else 0
     documents = s.packed * (part.Q + part.E) + w.wide * part.Q * _windows(s)
-    output = (w.Q + w.E) * (not _kept(s, "attention_output"))
+    output = (w.Q + w.E) * (not _kept(s, ATTENTION_OUTPUT))
     others = output * groups
     moments = [
         Moment(others + made * cut, before_row(part)),
@@ -119,7 +120,7 @@ def _read(s: Setting, w: Widths) -> float:
     """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
     if s.layout.ulysses > 1:
         return w.Q + w.X
-    return w.Q * (s.in_pieces or _made(s, "query")) + w.K * (s.in_pieces or _made(s, "key_value"))
+    return w.Q * (s.in_pieces or _made(s, QUERY)) + w.K * (s.in_pieces or _made(s, KEY_VALUE))
 
 
 def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
@@ -148,11 +149,11 @@ def _attention_backward(s: Setting, w: Widths, part: Widths) -> list[Moment]:
 def streamed_moments(s: Setting) -> dict[Phase, list[Moment]]:
     """memory/streamed.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
     w, sides = Widths.of(s), s.layout.ulysses > 1
-    own = 0 if _kept(s, "layer_input") else w.H
+    own = 0 if _kept(s, LAYER_INPUT) else w.H
     totals = w.wide * w.X
-    keys = w.X if sides else w.K * (s.in_pieces or _made(s, "key_value"))
-    kept = w.K * _kept(s, "key_value") * (not sides)
-    query, output = w.Q * _made(s, "query"), (w.Q + w.E) * _made(s, "attention_output")
+    keys = w.X if sides else w.K * (s.in_pieces or _made(s, KEY_VALUE))
+    kept = w.K * _kept(s, KEY_VALUE) * (not sides)
+    query, output = w.Q * _made(s, QUERY), (w.Q + w.E) * _made(s, ATTENTION_OUTPUT)
     project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
     attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
     forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(s, w))]
@@ -200,7 +201,7 @@ def before_row(w: Widths) -> float:
 
 def after_row(s: Setting, w: Widths) -> float:
     """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
-    return _made(s, "residual") * w.H + _made(s, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+    return _made(s, RESIDUAL) * w.H + _made(s, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
 
 
 def after_backward(s: Setting, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
@@ -209,10 +210,10 @@ def after_backward(s: Setting, w: Widths, whole: float, piece: float = 0.0) -> l
     The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
     up's gradients and their weights' beside its own work.
     """
-    total = piece + w.H * _made(s, "residual")
+    total = piece + w.H * _made(s, RESIDUAL)
     weight = s.width * s.spec.hidden_size * s.spec.intermediate_size
     return [
-        Moment(whole, total + 2 * w.F * _made(s, "mlp") + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F * _made(s, GATE_UP) + 4 * w.F + w.H),
         Moment(whole, total + 2 * w.F + norm_backward(s, s.spec.hidden_size), weight * (1 if s.in_pieces else 2)),
     ]
 
@@ -247,14 +248,14 @@ def _windows(s: Setting) -> bool:
     return any(window is not None for window in s.spec.windows)
 
 
-def _kept(s: Setting, name: str) -> bool:
+def _kept(s: Setting, kind: ActivationClass) -> bool:
     """Whether all of a class stays on the device, so that the live layer's is counted there."""
-    return s.policy.splits[name].keep >= 1.0
+    return s.policy.split(kind).keep >= 1.0
 
 
-def _made(s: Setting, name: str) -> bool:
+def _made(s: Setting, kind: ActivationClass) -> bool:
     """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
-    return not s.policy.splits[name].complete
+    return not s.policy.split(kind).complete
 
 
 def _stored(s: Setting) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .activation_classes import ATTENTION_OUTPUT, LAYER_INPUT, ForwardFlops, activation_classes, after_attention
 from .setting import Setting
 
 
@@ -30,14 +31,8 @@ def class_recompute_flops(s: Setting) -> dict[str, float]:
     """
     spec, length = s.spec, s.data.max_seq_len
     attention = forward_attention_flops(spec.windows, spec.query_size, length) / (spec.num_layers * length)
-    return {
-        "layer_input": 2.0 * s.layer_parameters + attention,
-        "query": 2.0 * spec.hidden_size * spec.query_size,
-        "key_value": 4.0 * spec.hidden_size * spec.kv_size,
-        "attention_output": attention,
-        "residual": 2.0 * spec.hidden_size * spec.query_size,
-        "mlp": 4.0 * spec.hidden_size * spec.intermediate_size,
-    }
+    forward = ForwardFlops(linear=2.0 * s.layer_parameters, attention=attention)
+    return {kind.name: kind.recompute_flops(spec, forward) for kind in activation_classes(spec)}
 
 
 def remade_flops(s: Setting) -> float:
@@ -45,10 +40,9 @@ def remade_flops(s: Setting) -> float:
     if s.policy.graph:
         return 0.0
     costs = class_recompute_flops(s)
-    shares = {name: split.recompute for name, split in s.policy.splits.items() if name not in ("layer_input", "attention_output")}
-    for name in ("query", "key_value"):
-        shares[name] *= projections(s)
-    return sum(costs[name] * share for name, share in shares.items()) + norm_flops(s)
+    made = [kind for kind in activation_classes(s.spec) if kind.by_token]
+    times = {kind: projections(s) if kind.of_heads else 1 for kind in made}
+    return sum(costs[kind.name] * (s.policy.split(kind).recompute * times[kind]) for kind in made) + norm_flops(s)
 
 
 def projections(s: Setting) -> int:
@@ -69,9 +63,13 @@ def segment_flops(s: Setting) -> float:
     With the attention output stored neither attention nor its projections run.
     """
     costs = class_recompute_flops(s)
-    names = ("residual", "mlp") if s.policy.attention_output.recompute == 0 else ("query", "key_value", "residual", "mlp")
-    splits = s.policy.splits
-    return sum(costs[name] * splits[name].recompute for name in names) + 2.0 * s.spec.hidden_size * s.spec.intermediate_size
+    made = activation_classes(s.spec)
+    if s.policy.attention_output.recompute == 0:
+        made = after_attention(made)
+    return (
+        sum(costs[kind.name] * s.policy.split(kind).recompute for kind in made if kind.by_token)
+        + 2.0 * s.spec.hidden_size * s.spec.intermediate_size
+    )
 
 
 def inner_share(s: Setting) -> float:
@@ -111,18 +109,18 @@ def batch_tokens(s: Setting) -> float:
 
 def layer_forward_s(s: Setting) -> float:
     """Seconds of one layer's forward on one rank: a micro-batch of longest sequences, the layers' mean."""
-    return batch_tokens(s) * class_recompute_flops(s)["layer_input"] / _rate(s)
+    return batch_tokens(s) * class_recompute_flops(s)[LAYER_INPUT.name] / _rate(s)
 
 
 def layer_backward_s(s: Setting) -> float:
     """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
-    attention = class_recompute_flops(s)["attention_output"]
+    attention = class_recompute_flops(s)[ATTENTION_OUTPUT.name]
     return batch_tokens(s) * (2.5 * attention + 4.0 * s.layer_parameters) / _rate(s)
 
 
 def layer_recompute_s(s: Setting) -> float:
     """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
-    attention = (attention_passes(s) - 3.5) * class_recompute_flops(s)["attention_output"]
+    attention = (attention_passes(s) - 3.5) * class_recompute_flops(s)[ATTENTION_OUTPUT.name]
     return batch_tokens(s) * (attention + remade_flops(s) + inner_share(s) * segment_flops(s)) / _rate(s)
 
 
