@@ -9,8 +9,8 @@ from pathlib import Path
 import efflaunch
 from efflaunch.memory.activation_classes import CLASSES, COMMON, LAYER_INPUT, RESIDUAL, activation_classes, after_attention
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
-from efflaunch.training.config import ModelConfig
-from efflaunch.training.spec import model_spec
+from efflaunch.model.config import ModelConfig
+from efflaunch.model.spec import model_spec
 
 from .settings import LLAMA_8B
 

@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.policy import KEEP_ALL, MemoryPolicy
+from efflaunch.model.build import install
+from efflaunch.model.families import layer_adapter
+from efflaunch.model.families.projection import Projection
 from efflaunch.tests.memory.test_saved import POLICIES
 from efflaunch.tests.parity.reference import reference_model
-from efflaunch.training.families import layer_adapter
-from efflaunch.training.families.projection import Projection
-from efflaunch.training.model import install
 
 ALL_POLICIES = {**POLICIES, "keep": KEEP_ALL, "compiled": replace(KEEP_ALL, compile="eager")}
 
