@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..memory.activation_classes import LAYER_INPUT, activation_classes
+from ..memory.arena.tracer import StorageTracer
 from ..memory.config import AttentionTiling
 from ..memory.offload.checks import check_host_memory
 from ..memory.offload.host_store import HostStore
@@ -26,7 +27,6 @@ from ..model.build import install
 from ..parallel.sequence.attention import AttentionSpec
 from .peers.document import alone, mean_loss
 from .peers.shape import Shape
-from .tracer import StorageTracer
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
