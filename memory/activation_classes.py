@@ -115,13 +115,30 @@ LOG_SUM_EXP = "log_sum_exp"
 """Key of what lies beside attention's output where that is stored by other pieces than attention made it in."""
 COMMON = (LAYER_INPUT, QUERY, KEY_VALUE, ATTENTION_OUTPUT, RESIDUAL)
 """Classes of every decoder layer, in the order they are made; those of its feed-forward follow."""
-CLASSES = (*COMMON, GATE_UP)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardCosts:
+    """What policies and estimates know of one kind of feed-forward (memory/executor/token_local.py: FeedForward)."""
+
+    classes: tuple[ActivationClass, ...]
+    output_flops: Callable[[LayerSizes], float]
+    """FLOPs of one token's output from the last of the classes."""
+
+
+DENSE = FeedForwardCosts(classes=(GATE_UP,), output_flops=lambda sizes: 2.0 * sizes.hidden_size * sizes.intermediate_size)
+CLASSES = (*COMMON, *DENSE.classes)
 """All classes a policy can speak of."""
+
+
+def feed_forward_costs(sizes: LayerSizes) -> FeedForwardCosts:
+    """Those of a model's layers."""
+    return DENSE
 
 
 def activation_classes(sizes: LayerSizes) -> tuple[ActivationClass, ...]:
     """The classes of a model's layers, in the order they are made."""
-    return CLASSES
+    return (*COMMON, *feed_forward_costs(sizes).classes)
 
 
 def after_attention(classes: Iterable[ActivationClass]) -> tuple[ActivationClass, ...]:

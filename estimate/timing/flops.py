@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ...memory.activation_classes import ATTENTION_OUTPUT, LAYER_INPUT, ForwardFlops, activation_classes, after_attention
+from ...memory.activation_classes import (
+    ATTENTION_OUTPUT,
+    LAYER_INPUT,
+    ForwardFlops,
+    activation_classes,
+    after_attention,
+    feed_forward_costs,
+)
 from ..plan_inputs import PlanInputs
 
 
@@ -31,7 +38,7 @@ def class_recompute_flops(inputs: PlanInputs) -> dict[str, float]:
     """
     spec, length = inputs.spec, inputs.data.max_seq_len
     attention = forward_attention_flops(spec.windows, spec.query_size, length) / (spec.num_layers * length)
-    forward = ForwardFlops(linear=2.0 * inputs.layer_parameters, attention=attention)
+    forward = ForwardFlops(linear=2.0 * inputs.active_layer_parameters, attention=attention)
     return {kind.name: kind.recompute_flops(spec, forward) for kind in activation_classes(spec)}
 
 
@@ -53,8 +60,8 @@ def projections(inputs: PlanInputs) -> int:
 def norm_flops(inputs: PlanInputs) -> float:
     """A norm after a product needs the product for its gradient, whatever is stored: per-head norms, and those that end Gemma's halves."""
     heads = 2.0 * inputs.spec.hidden_size * (inputs.spec.query_size + inputs.spec.kv_size) * inputs.spec.qk_norm
-    ends = 2.0 * inputs.spec.hidden_size * (inputs.spec.intermediate_size + inputs.spec.query_size) * (inputs.spec.norms_per_layer > 2)
-    return heads + ends
+    ends = 2.0 * inputs.spec.hidden_size * inputs.spec.query_size + feed_forward_costs(inputs.spec).output_flops(inputs.spec)
+    return heads + ends * (inputs.spec.norms_per_layer > 2)
 
 
 def segment_flops(inputs: PlanInputs) -> float:
@@ -66,10 +73,9 @@ def segment_flops(inputs: PlanInputs) -> float:
     made = activation_classes(inputs.spec)
     if inputs.policy.attention_output.recompute == 0:
         made = after_attention(made)
-    return (
-        sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in made if kind.by_token)
-        + 2.0 * inputs.spec.hidden_size * inputs.spec.intermediate_size
-    )
+    return sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in made if kind.by_token) + feed_forward_costs(
+        inputs.spec
+    ).output_flops(inputs.spec)
 
 
 def inner_share(inputs: PlanInputs) -> float:
@@ -87,7 +93,7 @@ def attention_passes(inputs: PlanInputs) -> float:
 def linear_flops(inputs: PlanInputs) -> float:
     """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
     head = inputs.spec.vocab_size * inputs.spec.hidden_size
-    layer = 6 * inputs.layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
+    layer = 6 * inputs.active_layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
     return inputs.spec.num_layers * layer + 6 * head
 
 
@@ -99,7 +105,7 @@ def sequence_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
 
 def matrix_parameters(inputs: PlanInputs) -> int:
     """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
-    return inputs.spec.num_layers * inputs.layer_parameters + inputs.spec.vocab_size * inputs.spec.hidden_size
+    return inputs.active_parameters + inputs.spec.vocab_size * inputs.spec.hidden_size
 
 
 def batch_tokens(inputs: PlanInputs) -> float:
@@ -115,7 +121,7 @@ def layer_forward_s(inputs: PlanInputs) -> float:
 def layer_backward_s(inputs: PlanInputs) -> float:
     """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
     attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
-    return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.layer_parameters) / _rate(inputs)
+    return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.active_layer_parameters) / _rate(inputs)
 
 
 def layer_recompute_s(inputs: PlanInputs) -> float:

@@ -40,6 +40,7 @@ class LayerExecutor:
         """`graphs`: of the model, where the policy has its token-local steps compiled."""
         self._layer, self.policy, self.index = layer, policy, index
         self.adapter = adapter if graphs is None else CompiledSteps(adapter, layer, graphs)
+        self.feed_forward = adapter.feed_forward(self.adapter)
 
     def __call__(self, x: Tensor, context: LayerContext) -> Tensor:
         _check_autocast(x)
@@ -55,7 +56,7 @@ class LayerExecutor:
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:
         """This layer on one rank's rows of a micro-batch."""
         rope = context.tables[self.adapter.rope_key]
-        return layer_run(self.adapter, self.policy, context.attention, rope, saved, num_tokens)
+        return layer_run(self.adapter, self.feed_forward, self.policy, context.attention, rope, saved, num_tokens)
 
 
 def _check_autocast(x: Tensor) -> None:

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..activation_classes import GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
+from ..activation_classes import KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
 from ..config import ActivationPlace, AttentionTiling
 from ..heads import Heads
 from ..policy import MemoryPolicy
 from ..ranges import Range, group_ranges, place_of
 from .saved import Saved
-from .token_local import GradientSums, LayerSteps, Rope, after_backward, before_backward
+from .token_local import FeedForward, GradientSums, LayerSteps, Rope, Step, before_backward
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Rows = tuple[Range, ...]
@@ -58,6 +58,7 @@ class LayerRun:
     """All that the passes of one layer need; `pieces` are the ranges of rows in ascending order, for every Ulysses rank."""
 
     adapter: LayerSteps
+    feed_forward: FeedForward
     policy: MemoryPolicy
     attention: AttentionRuntime
     rope: Rope
@@ -138,30 +139,56 @@ class LayerRun:
         else:
             assert o is not None
             total = self.adapter.residual(inputs(index), o)
-        gate, up = self.get(GATE_UP, index) if self.has(GATE_UP, index) else self.adapter.mlp_in(total)
         if save:
             self.save(RESIDUAL, index, [total])
-            self.save(GATE_UP, index, [gate, up])
-        return self.adapter.mlp_out(total, gate, up)
+        return self.feed_forward.forward(total, PieceOfRun(self, index, save))
 
     def after_backward(self, index: int, x: Tensor, o: Tensor, dy: Tensor, sums: GradientSums) -> tuple[Tensor, Tensor]:
-        """dx and do of one piece's second half."""
-        residual = self.get(RESIDUAL, index)[0] if self.has(RESIDUAL, index) else None
-        mlp = self.get(GATE_UP, index) if self.has(GATE_UP, index) else None
-        return after_backward(self.adapter, (x, o), dy, sums, residual=residual, mlp=mlp)
+        """dx and do of one piece's second half, which may share memory with dy."""
+        with torch.no_grad():
+            total = self.get(RESIDUAL, index)[0] if self.has(RESIDUAL, index) else self.adapter.residual(x, o)
+        d_total = self.feed_forward.backward(total, dy, PieceOfRun(self, index, False), sums)
+        del total
+        dx, do = self.adapter.pull_back(Step("residual"), (x, o), (), (d_total,), sums)
+        return dx, do
 
     def before_backward(self, index: int, x: Tensor, heads: Heads, upstream: Sequence[Tensor], sums: GradientSums) -> Tensor:
         """dx of one piece's projections."""
         return before_backward(self.adapter, x, self.rope_rows(index), heads, upstream, sums)
 
 
+@dataclass(frozen=True, slots=True)
+class PieceOfRun:
+    """One piece of a run, as its feed-forward sees it."""
+
+    run: LayerRun
+    index: int
+    save: bool
+    """In the forward pass: what the feed-forward puts is left for the others."""
+
+    def get(self, kind: ActivationClass) -> tuple[Tensor, ...] | None:
+        """As `SavedPiece.get`."""
+        return self.run.get(kind, self.index) if self.run.has(kind, self.index) else None
+
+    def put(self, kind: ActivationClass, tensors: Sequence[Tensor]) -> None:
+        """As `SavedPiece.put`."""
+        if self.save:
+            self.run.save(kind, self.index, tensors)
+
+
 def layer_run(
-    adapter: LayerSteps, policy: MemoryPolicy, attention: AttentionRuntime, rope: Rope, saved: Saved, num_tokens: int
+    adapter: LayerSteps,
+    feed_forward: FeedForward,
+    policy: MemoryPolicy,
+    attention: AttentionRuntime,
+    rope: Rope,
+    saved: Saved,
+    num_tokens: int,
 ) -> LayerRun:
     """The run of a layer on `num_tokens` rows of this rank. Chunks of queries are for groups without a ring."""
     streamed = policy.attention is AttentionTiling.CHUNKS and attention.ring == 1
     tokens = attention.member_tokens if streamed else (num_tokens,)
-    return LayerRun(adapter, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, streamed)
+    return LayerRun(adapter, feed_forward, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, streamed)
 
 
 class Gathered:

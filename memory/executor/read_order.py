@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, LOG_SUM_EXP, QUERY, RESIDUAL, ActivationClass
+from ..activation_classes import ATTENTION_OUTPUT, KEY_VALUE, LAYER_INPUT, LOG_SUM_EXP, QUERY, RESIDUAL, ActivationClass
 from ..heads import head_groups
 from .saved import Key
 
@@ -45,7 +45,7 @@ def _keys_of(kinds: Iterable[ActivationClass], index: int, group: int = 0) -> Vi
 def _after(run: LayerRun, index: int, sources: Sequence[ActivationClass] = (LAYER_INPUT,)) -> Visit:
     """Of the second half, forward: the sum after attention, or what of its `sources` attention has not just made."""
     start = (RESIDUAL,) if run.has(RESIDUAL, index) else sources
-    return _keys_of((*start, GATE_UP), index)
+    return _keys_of((*start, *run.feed_forward.classes), index)
 
 
 def _projected(run: LayerRun, kinds: Sequence[ActivationClass], index: int, group: int = 0) -> Visit:
@@ -70,7 +70,7 @@ def _whole_backward(run: LayerRun) -> Iterator[Visit]:
     else:
         for group in groups:
             yield from _projections(run, group)
-    yield from (_keys_of((LAYER_INPUT, RESIDUAL, GATE_UP), index) for index in reversed(run.indices))
+    yield from (_keys_of((LAYER_INPUT, RESIDUAL, *run.feed_forward.classes), index) for index in reversed(run.indices))
     for group in groups:
         if stored or len(groups) > 1:
             yield from _projections(run, group)
@@ -91,7 +91,7 @@ def _keys(run: LayerRun) -> Iterator[Visit]:
 
 def _streamed_backward(run: LayerRun) -> Iterator[Visit]:
     yield from _keys(run)
-    kinds = (LAYER_INPUT, QUERY, ATTENTION_OUTPUT, RESIDUAL, GATE_UP)
+    kinds = (LAYER_INPUT, QUERY, ATTENTION_OUTPUT, RESIDUAL, *run.feed_forward.classes)
     yield from (_keys_of(kinds, index) for index in reversed(run.indices))
     if not run.alone:
         yield from (_keys_of((LAYER_INPUT,), index) for index in run.indices)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
-from ...memory.executor.token_local import GradientSums, Step, pull_back
+from ...memory.executor.feed_forward import DenseFeedForward
+from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
 from .projection import Projection, check_modules, projection_of
@@ -67,8 +68,15 @@ class LayerAdapter(ABC):
 
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
-        x = self.residual(x, o)
-        return self.mlp_out(x, *self.mlp_in(x))
+        return self.feed_forward(self).forward(self.residual(x, o), NothingSaved())
+
+    def feed_forward(self, steps: LayerSteps) -> FeedForward:
+        """The layer's feed-forward, run by `steps`: dense, of `mlp_in` and `mlp_out`."""
+        return DenseFeedForward(steps)
+
+    def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The results of one of these steps (memory/executor/token_local.py)."""
+        return step.run(self, tensors)
 
     def pull_back(
         self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
