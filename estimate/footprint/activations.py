@@ -82,7 +82,8 @@ def activations(inputs: PlanInputs, layer: int) -> Term:
         held[Phase.LOSS] += graph_row(inputs) * inputs.tokens
         return Term("activations kept", "all that the other layers' backward needs", held)
     others = [kind.name for kind in activation_classes(inputs.spec) if kind not in (LAYER_INPUT, ATTENTION_OUTPUT)]
-    kept = {name: class_splits(inputs)[name].rows(inputs.tokens)[0] * class_bytes(inputs)[name] for name in others}
+    splits, size = class_splits(inputs), class_bytes(inputs)
+    kept = {name: splits[name].rows(inputs.tokens)[0] * size[name] for name in others}
     names = ", ".join(name.replace("_", " and ") for name, num_bytes in kept.items() if num_bytes)
     return Term("activations kept", f"{names} of every layer", _while_kept(inputs, layer, sum(kept.values())))
 
@@ -135,7 +136,8 @@ def _first(
 ) -> int:
     """Bytes a row of the first `count` of the classes that come back, over and over; `several`: in more than one piece."""
     coming = ([kind.name for kind in kinds if kind.name in rows] * count)[:count]
-    return sum(class_bytes(inputs)[name] for name in coming if not several or rows[name] > inputs.piece_tokens)
+    size = class_bytes(inputs)
+    return sum(size[name] for name in coming if not several or rows[name] > inputs.piece_tokens)
 
 
 IN_FLIGHT_BYTES = 1 << 30

@@ -1,6 +1,6 @@
 """The layer that runs: rows of all tokens, and one piece of them at a time. Pure.
 
-The formulas follow memory/{local,whole,streamed,graph}.py and parallel/sequence/{ulysses,ring}.py, moment by
+The formulas follow memory/executor/{token_local,feed_forward,attention_whole,attention_chunked,kept_graph}.py and parallel/sequence/{ulysses,ring}.py, moment by
 moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
 X keys and values between the exchanges, F feed-forward, E log-sum-exp.
 """

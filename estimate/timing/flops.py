@@ -2,6 +2,8 @@
 
 Per token and layer (width d, query size q, key/value size k, feed-forward f): a forward pass takes 2 FLOPs a weight and
 4 q a query-key pair; a class that is neither kept nor moved costs the products that make it once more.
+
+Note: mirrors what backward recomputes: memory/executor/{layer_pass,token_local,feed_forward,attention_whole,attention_chunked}.py.
 """
 
 from __future__ import annotations

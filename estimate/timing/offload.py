@@ -2,6 +2,8 @@
 
 The executor starts a layer's copies as it makes the rows, and fetches rows ahead of the chunk that needs them (memory/offload):
 a direction stalls by what its transfer takes longer than the layer's computation.
+
+Note: `returning_bytes` mirrors what the executor reads: memory/executor/{read_order,attention_whole,attention_chunked}.py.
 """
 
 from __future__ import annotations

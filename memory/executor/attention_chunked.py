@@ -9,6 +9,9 @@ StreamBP (2506.03077, sec. 3) without projecting the keys of the whole prefix ag
 
 Where Ulysses ranks hold other parts of the same sequences, later queries of a rank are not the latest of all: keys are
 final only at the end, and their projections are differentiated in one more pass.
+
+Note: mirrored, moment by moment, in estimate/footprint/live_layer.py (streamed_moments), in the order of reads in read_order.py, and in
+estimate/timing/{offload,flops}.py (how often rows come back, what is recomputed). A change here is a change there.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
     attention, spec = run.attention, run.spec
     with torch.no_grad():
         keys = _all_keys(run, run.input_rows)
+    # One addition a chunk of queries: in bfloat16 late ones would be lost against the sum.
     wide = torch.promote_types(dy.dtype, torch.float32)
     totals = torch.zeros_like(keys[0], dtype=wide), torch.zeros_like(keys[1], dtype=wide)
     for index in reversed(run.indices):

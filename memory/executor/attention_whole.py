@@ -2,6 +2,9 @@
 
 Norms, projections and MLP go by pieces of rows. With groups of heads (Untied Ulysses, 2602.21196) only one group's
 queries, keys and values exist at a time; attention's output, and its gradient, are whole.
+
+Note: mirrored, moment by moment, in estimate/footprint/live_layer.py (whole_moments), in the order of reads in read_order.py, and in
+estimate/timing/{offload,flops}.py (how often rows come back, what is recomputed). A change here is a change there.
 """
 
 from __future__ import annotations

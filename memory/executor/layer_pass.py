@@ -1,4 +1,8 @@
-"""One layer in one micro-batch: its steps, its attention, its rows and what it leaves."""
+"""One layer in one micro-batch: its steps, its attention, its rows and what it leaves.
+
+Note: mirrored in read_order.py (what `after`, `after_backward` and `projected` read, in this order), estimate/footprint/live_layer.py
+(after_row, after_backward) and estimate/timing/{offload,flops}.py. A change here is a change there.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 Backward makes nothing again that was stored, and no matrix product whose value no gradient needs: projections, the sum
 after attention, and gate and up are differentiated without being computed (adapter methods with `graph`).
+
+Note: mirrored in estimate/footprint/live_layer.py (before_row, before_backward_row) and estimate/timing/flops.py (which products
+are recomputed). A change here is a change there.
 """
 
 from __future__ import annotations
