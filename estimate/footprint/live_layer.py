@@ -1,8 +1,10 @@
 """The layer that runs: rows of all tokens, and one piece of them at a time. Pure.
 
-The formulas follow memory/executor/{token_local,feed_forward,attention_whole,attention_chunked,kept_graph}.py and parallel/sequence/{ulysses,ring}.py, moment by
-moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
-X keys and values between the exchanges, F feed-forward, E log-sum-exp.
+The formulas follow memory/executor/{token_local,feed_forward,attention_whole,attention_chunked,kept_graph}.py and
+parallel/sequence/{ulysses,ring}.py, moment by moment: a phase holds the most that one of its moments does.
+
+Legend, bytes of one row: H hidden, Q queries, K keys and values, X keys and values between the exchanges, F feed-forward,
+E log-sum-exp.
 """
 
 from __future__ import annotations

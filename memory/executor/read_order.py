@@ -1,6 +1,7 @@
 """The order in which a layer's passes read what was stored of it, so that it is on its way before it is needed. Pure.
 
-It follows {layer,layer_pass,attention_whole,attention_chunked}.py line by line; tests/memory/test_reads.py holds it against what they really read.
+It follows {layer,layer_pass,attention_whole,attention_chunked}.py line by line;
+tests/memory/test_reads.py holds it against what they really read.
 A visit is what is read of one piece before it is let go (`LayerRun.release`): nothing is read twice in it.
 """
 
