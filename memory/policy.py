@@ -77,7 +77,10 @@ class MemoryPolicy:
 
     def split(self, kind: ActivationClass) -> Split:
         """The shares of one class. Decisions are kept whatever the policy."""
-        return KEPT if kind.decision else getattr(self, kind.name)
+        if kind.decision:
+            return KEPT
+        split: Split = getattr(self, kind.name)
+        return split
 
     def with_splits(self, splits: Mapping[str, Split]) -> MemoryPolicy:
         """The same with other shares of the classes named."""
