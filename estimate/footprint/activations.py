@@ -81,9 +81,9 @@ def activations(inputs: PlanInputs, layer: int) -> Term:
         held = others | dict.fromkeys(BACKWARD, layer * graph_row(inputs) * inputs.tokens)
         held[Phase.LOSS] += graph_row(inputs) * inputs.tokens
         return Term("activations kept", "all that the other layers' backward needs", held)
-    others = [kind.name for kind in activation_classes(inputs.spec) if kind not in (LAYER_INPUT, ATTENTION_OUTPUT)]
+    stored = [kind.name for kind in activation_classes(inputs.spec) if kind not in (LAYER_INPUT, ATTENTION_OUTPUT)]
     splits, size = class_splits(inputs), class_bytes(inputs)
-    kept = {name: splits[name].rows(inputs.tokens)[0] * size[name] for name in others}
+    kept = {name: splits[name].rows(inputs.tokens)[0] * size[name] for name in stored}
     names = ", ".join(name.replace("_", " and ") for name, num_bytes in kept.items() if num_bytes)
     return Term("activations kept", f"{names} of every layer", _while_kept(inputs, layer, sum(kept.values())))
 
