@@ -193,7 +193,7 @@ def _policy(ledger: Ledger) -> dict[str, Any]:
     return {
         "words": list(describe_policy(policy, ledger.inputs)),
         "graph": policy.graph,
-        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in class_splits(ledger.setting).items()},
+        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in class_splits(ledger.inputs).items()},
         "segment_layers": policy.segment_layers,
         "chunk_tokens": policy.chunk_tokens,
         "attention": policy.attention.value,
