@@ -170,7 +170,7 @@ class OneRank:
         from ..parallel.sequence.plan import Group
         from ..parallel.sequence.runtime import sequence_attention
         from ..training.loss import cross_entropy
-        from ..training.model import Tokens
+        from ..training.stage import Tokens
 
         if clear:
             self.model.zero_grad()

@@ -43,6 +43,7 @@ def check_config(config: Config) -> None:
     from ..memory.config import check_memory
     from ..training.metrics import check_logging
     from ..training.optimizers.check import check_residency
+    from ..training.optimizers.engine_check import check_engine, engine_facts
     from ..training.schedule import check_optim
     from . import fit
     from .env import secrets
@@ -53,6 +54,7 @@ def check_config(config: Config) -> None:
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)
     check_residency(config.optim, config.train.dtype)
+    check_engine(engine_facts(config), config)
     check_logging(config.logging)
 
 

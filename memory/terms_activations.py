@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .policy import AHEAD
-from .setting import BACKWARD, Phase, Setting, Term
+from .setting import BACKWARD, KEEPING, Phase, Setting, Term
 
 
 def class_bytes(s: Setting) -> dict[str, int]:
@@ -26,8 +26,11 @@ def class_bytes(s: Setting) -> dict[str, int]:
 
 
 def class_layers(s: Setting) -> dict[str, int]:
-    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own."""
-    return {name: s.stored_inputs if name == "layer_input" else s.spec.num_layers for name in class_bytes(s)}
+    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own.
+
+    A layer counts once for each micro-batch in flight.
+    """
+    return {name: s.in_flight * (s.stored_inputs if name == "layer_input" else s.spec.num_layers) for name in class_bytes(s)}
 
 
 def kept_by_class(s: Setting) -> dict[str, int]:
@@ -57,14 +60,14 @@ def layer_inputs(s: Setting, layer: int) -> Term:
     note = f"{first} of {s.spec.num_layers} layers" + f" and {s.segment_layers - 1} of the live segment" * (s.segment_layers > 1)
     held = {phase: first * per_layer for phase in (Phase.FORWARD, Phase.LOSS)} | dict.fromkeys(BACKWARD, inputs_at(s, layer) * per_layer)
     held[Phase.LAYER_REDUCE] -= per_layer
-    return Term("layer inputs", f"{note}, one hidden vector a token", held)
+    return _in_flight_too(s, Term("layer inputs", f"{note}, one hidden vector a token", held))
 
 
 def attention_outputs(s: Setting, layer: int) -> Term:
     """Output and log-sum-exp."""
     rows = 0 if s.policy.graph else s.policy.attention_output.rows(s.tokens)[0]
     held = _while_kept(s, layer, rows * class_bytes(s)["attention_output"])
-    return Term("attention outputs kept", "output and log-sum-exp of every layer", held)
+    return _in_flight_too(s, Term("attention outputs kept", "output and log-sum-exp of every layer", held))
 
 
 def activations(s: Setting, layer: int) -> Term:
@@ -73,10 +76,29 @@ def activations(s: Setting, layer: int) -> Term:
         others = {phase: (s.spec.num_layers - 1) * graph_row(s) * s.tokens for phase in (Phase.FORWARD, Phase.LOSS)}
         held = others | dict.fromkeys(BACKWARD, layer * graph_row(s) * s.tokens)
         held[Phase.LOSS] += graph_row(s) * s.tokens
-        return Term("activations kept", "all that the other layers' backward needs", held)
+        return _in_flight_too(s, Term("activations kept", "all that the other layers' backward needs", held))
     kept = {name: split.rows(s.tokens)[0] * class_bytes(s)[name] for name, split in s.policy.splits.items() if name in FREE}
     names = ", ".join(name.replace("_", " and ") for name, num_bytes in kept.items() if num_bytes)
-    return Term("activations kept", f"{names} of every layer", _while_kept(s, layer, sum(kept.values())))
+    return _in_flight_too(s, Term("activations kept", f"{names} of every layer", _while_kept(s, layer, sum(kept.values()))))
+
+
+def _in_flight_too(s: Setting, live: Term) -> Term:
+    """`live` is of the micro-batch that runs; of each other in flight all layers hold what their forward left."""
+    waiting = (s.in_flight - 1) * live.by_phase[Phase.LOSS]
+    return Term(live.name, live.note, live.by_phase | {phase: live.by_phase[phase] + waiting for phase in KEEPING}) if waiting else live
+
+
+def between_stages(s: Setting) -> Term:
+    """What a stage received and what it sends on, whole until its backward, of each micro-batch in flight; and the live one's gradient.
+
+    Received rows that are kept as the first layer's input are there once.
+    """
+    row, ends = class_bytes(s)["layer_input"], (not s.has_embedding) + (not s.has_head)
+    kept = s.tokens if s.policy.graph else s.policy.layer_input.rows(s.tokens)[0]
+    shared = kept * (not s.has_embedding)
+    held = s.in_flight * row * (s.tokens * ends - shared)
+    gradient = row * s.tokens * (ends > 0)
+    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, held) | {Phase.REDUCE: gradient})
 
 
 FREE = ("query", "key_value", "residual", "mlp")

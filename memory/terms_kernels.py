@@ -11,6 +11,8 @@ from .terms_activations import norm_bytes
 
 def loss_chunk(s: Setting) -> Term:
     """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
+    if not s.has_head:
+        return Term("loss chunk", "", {Phase.LOSS: 0})
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
     narrow, wide = s.width * words * chunk, s.master * words * chunk
     bent = 3 * wide * _softcap(s)
@@ -23,8 +25,8 @@ def loss_chunk(s: Setting) -> Term:
 def scratch(s: Setting) -> Term:
     """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
-    exponentials = s.master * words * chunk
-    beside = s.master * words * chunk * (1 + 3 * _softcap(s))
+    exponentials = s.master * words * chunk * s.has_head
+    beside = exponentials * (1 + 3 * _softcap(s))
     counted = loss_chunk(s).by_phase[Phase.LOSS]
     return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
 

@@ -1,6 +1,6 @@
 """Weights and their gradients on one rank: sharded, gathered and on their way. Pure.
 
-The formulas follow FSDP2 as parallel/sharding.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
+The formulas follow FSDP2 as parallel/sharding/fsdp2.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
 a gather lives until the next layer's copies are made, in backward the next layer's is on its way; the input of a reduction
 lives until the next one starts. `layer` is the layer whose backward the backward phases describe, of those from 0 to L - 1.
 """
@@ -99,7 +99,7 @@ def layer_gradients(s: Setting) -> Term:
 
 def head_gradient(s: Setting) -> Term:
     """Summed in master precision over chunks, each chunk's part beside it; then in compute precision to the end of backward."""
-    head = s.spec.vocab_size * s.spec.hidden_size
+    head = s.head_parameters
     held = {Phase.LOSS: s.master * head} | dict.fromkeys(BACKWARD, s.width * head)
     return Term("head gradient", f"summed in float{8 * s.master} over chunks", held)
 
@@ -110,4 +110,4 @@ def batch(s: Setting) -> Term:
 
     tables = 1 + (s.spec.family is Family.GEMMA3)
     per_token = 4 * 8 + 1 + 2 * tables * s.spec.head_dim * s.width
-    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", per_token * s.tokens, COMPUTE)
+    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", s.in_flight * per_token * s.tokens, COMPUTE)

@@ -88,7 +88,7 @@ def attention_passes(s: Setting) -> float:
 
 def linear_flops(s: Setting) -> float:
     """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
-    head = s.spec.vocab_size * s.spec.hidden_size
+    head = s.head_parameters
     layer = 6 * s.layer_parameters + remade_flops(s) + inner_share(s) * segment_flops(s)
     return s.spec.num_layers * layer + 6 * head
 
@@ -101,7 +101,7 @@ def sequence_flops(s: Setting, length: int) -> tuple[float, float]:
 
 def matrix_parameters(s: Setting) -> int:
     """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
-    return s.spec.num_layers * s.layer_parameters + s.spec.vocab_size * s.spec.hidden_size
+    return s.spec.num_layers * s.layer_parameters + s.head_parameters
 
 
 def batch_tokens(s: Setting) -> float:

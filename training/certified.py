@@ -16,6 +16,7 @@ from ..memory.advice import check_fits
 from ..memory.certificate import Certificate, Check, certify
 from ..memory.ledger import Ledger, build_ledger
 from ..memory.residency import residency_of
+from ..parallel.topology import whole_world
 from .planning import this_hardware
 from .settled import settled_rates
 
@@ -33,7 +34,8 @@ def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, ru
     """
     told: list[Ledger | UserError | str | None] = [None]
     failure: Exception | None = None
-    if dist.get_rank() == 0:
+    world = whole_world()
+    if dist.get_rank(world) == 0:
         try:
             ledger = _ledger(config, spec, settled_rates(config, this_hardware(device), run_dir))
             check_fits(ledger)
@@ -42,7 +44,7 @@ def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, ru
             told[0] = error
         except Exception as error:  # the others wait in the broadcast
             told[0], failure = f"{type(error).__name__}: {error}", error
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(told, 0, group=world, device=torch.device("cpu"))
     answer = told[0]
     if isinstance(answer, UserError):
         raise answer

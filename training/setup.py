@@ -28,17 +28,18 @@ from ..memory.setting import Setting
 from ..memory.terms_host import arena_bytes
 from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
-from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
-from ..parallel.topology import Topology, build_topology
+from ..parallel.topology import Topology, build_topology, whole_world
 from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig, Update
 from .data.source import DataSource, open_data
+from .engines import builder_of
 from .oom import memory_errors_named
-from .optimizers.build import build_trained
+from .optimizers.build import Trained
 from .optimizers.room import check_room as check_optimizer_room
 from .optimizers.updater import Updater
 from .spec import ModelSpec, layer_parameters, model_spec
+from .step import StepSetup
 
 log = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -78,15 +79,23 @@ class Session:
     ledger: Ledger
     spec: ModelSpec
     source: DataSource
-    model: PreTrainedModel
-    updater: Updater
-    """Owns the optimizer, and the weights that checkpoints hold."""
-    engine: CheckpointEngine
-    kernel: BlockKernel
+    trained: Trained
+    """The model, its weights and updater, as the engine built them."""
+    checkpointer: CheckpointEngine
+    step_setup: StepSetup
+    """What all steps have in common."""
     store: HostStore | None
     """Where activations wait that the memory policy moves off the device."""
-    reduce_each: bool
-    """Gradients are reduced after every micro-batch, not once per step."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The trained model; weights and names are Hugging Face's."""
+        return self.trained.model
+
+    @property
+    def updater(self) -> Updater:
+        """Who owns the optimizer."""
+        return self.trained.updater
 
     @property
     def linear_cost_tokens(self) -> float:
@@ -100,7 +109,7 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
         dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         return torch.device("cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    device = torch.device("cuda", dist.get_rank() % cluster.ranks_per_node)
+    device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
     return device
 
@@ -113,7 +122,7 @@ def build_session(
     on_replica: Callable[[ReplicaReport], None] | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Session:
-    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective.
+    """Data first, for its errors come soonest; then layout, communicators, what is trained, checkpoints. Collective.
 
     `told` hears of what goes on.
     """
@@ -127,17 +136,16 @@ def build_session(
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
-        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store, told=told)
-    engine = CheckpointEngine(
+        trained = builder_of(config)(config, ledger.setting.policy, topology.mesh, device, store, told=told)
+    checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
-        model=updater.weights,
-        optimizer=updater.optimizer,
-        metadata=_metadata(config, model, layout, source),
+        state=trained.state,
+        metadata=_metadata(config, trained.model, layout, source),
         on_save=on_save,
         on_replica=on_replica,
     )
-    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and dist.get_rank() == 0:
+    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and topology.rank == 0:
         log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
     return Session(
         topology=topology,
@@ -146,12 +154,22 @@ def build_session(
         ledger=ledger,
         spec=spec,
         source=source,
-        model=model,
-        updater=updater,
-        engine=engine,
-        kernel=block_kernel(device),
+        trained=trained,
+        checkpointer=checkpointer,
+        step_setup=step_setup(trained.model, topology, ledger.setting.parallel, device),
         store=store,
-        reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
+    )
+
+
+def step_setup(model: PreTrainedModel, topology: Topology, parallel: ParallelConfig, device: torch.device) -> StepSetup:
+    """How the rank's steps run by the ledger's own `parallel`, in which nothing is left open."""
+    return StepSetup(
+        model=model,
+        topology=topology,
+        kernel=block_kernel(device),
+        device=device,
+        reduce_each=parallel.grad_reduce is not GradReduce.STEP,
+        barrier_free=parallel.barrier_free,
     )
 
 
@@ -172,7 +190,7 @@ def host_store(setting: Setting, device: torch.device) -> HostStore | None:
     capacity, directory = arena_bytes(setting), setting.policy.offload_dir
     check_host_room(capacity, setting.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
-    dist.barrier()
+    dist.barrier(group=whole_world())
     # A disk that is slower than the estimate, and with it the solver, take it to be is named.
     expected = None if directory is None else activation_way(setting).out
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)

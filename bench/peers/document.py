@@ -14,7 +14,7 @@ from ...parallel.sequence.plan import Group
 from ...parallel.sequence.runtime import SequenceAttention, sequence_attention
 from ...parallel.topology import Topology
 from ...training.loss import IGNORE, cross_entropy
-from ...training.model import Tokens
+from ...training.stage import Tokens
 
 
 def one_document(ids: Tensor) -> Tokens:
@@ -25,7 +25,7 @@ def one_document(ids: Tensor) -> Tokens:
 
 def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
     """The attention of one document on one rank."""
-    topology = Topology(0, 1, device.type, None)  # type: ignore[arg-type]
+    topology = Topology(0, 1, device.type, None, None, None)  # type: ignore[arg-type]
     layout = group_layout((num_tokens,), ulysses=1, ring=1)
     return sequence_attention(topology, block_kernel(device), Group(0, 1, 1, (0,)), layout, BusyClock(device))
 

@@ -23,6 +23,7 @@ from efflaunch.checkpoint import parts as parts_module
 from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError
 from efflaunch.checkpoint.engine import CheckpointEngine, Restored, SaveReport
 from efflaunch.errors import CheckpointError
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import Small, backward, full, plain_model, shard
 from efflaunch.training.config import OptimConfig
@@ -60,8 +61,7 @@ class Run:
         self.engine = CheckpointEngine(
             config,
             folder,
-            model=self.model,
-            optimizer=self.optimizer,
+            state=Fsdp2State(self.model, self.optimizer),
             metadata=METADATA,
             on_save=self.reports.append,
             segment_bytes=SEGMENT_BYTES,

@@ -29,7 +29,8 @@ from efflaunch.tests.parity.reference import BASE, reference_model
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.families.llama import LlamaLayer
 from efflaunch.training.loss import cross_entropy
-from efflaunch.training.model import Tokens, install
+from efflaunch.training.model import install
+from efflaunch.training.stage import Tokens
 
 LENGTHS = (23, 40, 1)
 POLICIES = {

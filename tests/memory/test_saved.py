@@ -21,7 +21,8 @@ from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
 from efflaunch.training.loss import cross_entropy
-from efflaunch.training.model import Tokens, install
+from efflaunch.training.model import install
+from efflaunch.training.stage import Tokens
 
 LENGTHS = (23, 40, 1)
 TOTAL = sum(LENGTHS)
@@ -41,7 +42,7 @@ POLICIES = {
 
 
 class Alone:
-    rank = 0
+    stage_rank = 0
     world_size = 1
 
 

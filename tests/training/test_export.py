@@ -14,6 +14,7 @@ from torch import Tensor
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import CheckpointError
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.config import Dtype, OptimConfig
 from efflaunch.training.export import export, plan_shards
@@ -63,7 +64,7 @@ def _train_and_save(run_dir: Path, fields: dict[str, Any], steps: tuple[int, ...
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = build_optimizer(model, OptimConfig(name="test", lr=0.05))
-    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", model=model, optimizer=optimizer, metadata=metadata)
+    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", state=Fsdp2State(model, optimizer), metadata=metadata)
     for step in steps:
         model(_ids(), use_cache=False).logits.float().square().mean().backward()
         optimizer.step()

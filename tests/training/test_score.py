@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.solve import solve_static
+from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity import objective_reference
 from efflaunch.tests.parity.ranks_side import POLICIES
@@ -23,7 +24,7 @@ from efflaunch.training.data.answers import Document
 from efflaunch.training.data.indexed import IndexedCorpus, Kind
 from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
-from efflaunch.training.model import build_model, write_shard
+from efflaunch.training.model import build_model
 from efflaunch.training.score import fill_scores
 
 PAIRS = ((4, 9, 3), (2, 30, 11), (6, 5, 5), (3, 60, 61), (1, 8, 8))

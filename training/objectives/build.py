@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ...errors import DataError
 from ...parallel.sequence.plan import StepPlan
+from ...parallel.topology import Topology
 from ..config import ModelConfig, Objective, TrainConfig
 from ..data.scores import Scores, wanted
 from ..score import Stop, fill_scores
@@ -36,7 +37,7 @@ class RunObjective:
         """`resumed`: the weights are from a checkpoint."""
         self._train, self._session, self._run_dir, self._resumed = config.train, session, run_dir, resumed
         needed = not resumed and any(wanted(config.train))
-        self._weights = _agreed(initial_weights(config)) if needed else None
+        self._weights = _agreed(initial_weights(config), session.topology) if needed else None
         self._scores = Scores(session.source, run_dir, config.train, self._weights)
 
     def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, stop: Stop, report: Callable[..., None]) -> bool:
@@ -82,10 +83,10 @@ def initial_weights(config: _Config) -> str:
     return hashlib.sha256(repr([model, config.train.dtype, origin]).encode()).hexdigest()
 
 
-def _agreed(name: str) -> str:
+def _agreed(name: str, topology: Topology) -> str:
     """Rank 0's: nodes may have other copies of the files, and what is missing has to be missing for all. Collective."""
     told = [name]
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(told, 0, group=topology.world, device=torch.device("cpu"))
     return told[0]
 
 

@@ -9,6 +9,7 @@ from ...memory.offload.checks import FreeMemory, free_memory
 from ...memory.setting import Setting
 from ...memory.terms_host import arena_bytes
 from ...memory.terms_optimizer import host_optimizer_bytes
+from ...parallel.topology import whole_world
 from ...units import format_bytes
 
 
@@ -31,4 +32,4 @@ def check_room(setting: Setting, free: FreeMemory | None = None) -> None:
             hint="optim.update=backward (no gradients wait there), optim.state_dtype=8bit (not exact), more nodes, or optim.states=device",
         )
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=whole_world())
