@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..memory.policy import MemoryPolicy
+from ..model.build import build_model
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.sharding.parts import write_shard
 from ..parallel.topology import Topology
-from ..training.model import build_model
 from ..training.objectives.heads import LanguageModelling
 from ..training.step import StepSetup, backward_step, count_targets, read_step
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..memory.executor.layer_pass import AttentionRuntime
+from ..memory.executor.saved import HostStore
+from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
-from ..memory.run import AttentionRuntime
-from ..memory.saved import HostStore
-from ..memory.tape import LayerContext, Tables, Tape
+from ..model.chunked_loss import Head, LossOptions
+from ..model.families.rope import rotary_tables
 from ..parallel.sharding.engine import PlainWeights, Weights
-from .families.rope import rotary_tables
-from .loss import Head, LossOptions
 
 
 @dataclass(frozen=True, slots=True)

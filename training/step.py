@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model.chunked_loss import IGNORE
 from ..parallel.pipeline.plan import Action, Kind, Schedule, barrier_free, check_schedule, single_stage
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.clock import BusyClock
@@ -20,14 +21,13 @@ from ..parallel.sequence.runtime import sequence_attention
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
-from .finite import RowWatch
-from .loss import IGNORE
+from .non_finite import RowWatch
 from .objectives.heads import HeadLoss, StepObjective
 from .stage import StagePass, Tokens, stage_of
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class MicroBatchWork:
     """What this rank does in one micro-batch; without a group it runs with zero rows so that collectives match."""
 
     shard: PackedShard
@@ -36,16 +36,19 @@ class Work:
 
 
 _NONE = np.zeros(0, dtype=np.int64)
-EMPTY = Work(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
+EMPTY = MicroBatchWork(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
 """No tokens: every collective over all ranks, and nothing else."""
 
 
-def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[Work]:
+def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[MicroBatchWork]:
     """This rank's work of each micro-batch; reads only the tokens it holds."""
-    return [Work(*build_shard(source, step, plan, index, rank), batch.group_of(rank)) for index, batch in enumerate(plan.micro_batches)]
+    return [
+        MicroBatchWork(*build_shard(source, step, plan, index, rank), batch.group_of(rank))
+        for index, batch in enumerate(plan.micro_batches)
+    ]
 
 
-def step_shape(works: Sequence[Work]) -> Hashable:
+def step_shape(works: Sequence[MicroBatchWork]) -> Hashable:
     """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
 
     Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
@@ -64,7 +67,7 @@ def step_shape(works: Sequence[Work]) -> Hashable:
     )
 
 
-def count_targets(works: Sequence[Work], topology: Topology, device: torch.device) -> int:
+def count_targets(works: Sequence[MicroBatchWork], topology: Topology, device: torch.device) -> int:
     """Target tokens of the whole step over all ranks of a stage: the one divisor of its loss. Collective over the stage."""
     local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in works)
     total = torch.tensor(local, dtype=torch.int64, device=device)
@@ -85,7 +88,7 @@ class StepSetup:
     barrier_free: bool = False
     """Ranks of different groups do not wait for each other within the step; a rank passes over micro-batches without its groups."""
 
-    def schedule(self, works: Sequence[Work]) -> Schedule:
+    def schedule(self, works: Sequence[MicroBatchWork]) -> Schedule:
         """What this rank does in a step of `works`."""
         if self.barrier_free:
             return barrier_free(index for index, work in enumerate(works) if work.group is not None)
@@ -94,7 +97,7 @@ class StepSetup:
 
 def backward_step(
     setup: StepSetup,
-    works: Sequence[Work],
+    works: Sequence[MicroBatchWork],
     objective: StepObjective,
     *,
     schedule: Schedule | None = None,
@@ -122,7 +125,7 @@ class _StepPasses:
     def __init__(
         self,
         setup: StepSetup,
-        works: Sequence[Work],
+        works: Sequence[MicroBatchWork],
         objective: StepObjective,
         clocks: Sequence[BusyClock],
         watch: RowWatch | None,
@@ -154,7 +157,7 @@ class _StepPasses:
         self._in_flight[index] = self._pass(work, clock, flags)
         self._shares[index] = self._in_flight[index].output.detach()
 
-    def _pass(self, work: Work, clock: BusyClock, flags: Tensor | None = None) -> StagePass:
+    def _pass(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> StagePass:
         setup = self._setup
         attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock)
         head_loss = _head_loss(self._objective, work, setup.topology, clock)
@@ -190,7 +193,7 @@ def abandon_step(model: PreTrainedModel) -> None:
     model.zero_grad()
 
 
-def _head_loss(objective: StepObjective, work: Work, topology: Topology, clock: BusyClock) -> HeadLoss:
+def _head_loss(objective: StepObjective, work: MicroBatchWork, topology: Topology, clock: BusyClock) -> HeadLoss:
     """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
     group = work.group
     communicator = None if group is None else topology.group(group.first_rank, group.degree)
@@ -204,7 +207,7 @@ def _head_loss(objective: StepObjective, work: Work, topology: Topology, clock: 
     return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.stage_rank, group_sum=group_sum)
 
 
-def to_tokens(work: Work, device: torch.device, not_finite: Tensor | None = None) -> Tokens:
+def to_tokens(work: MicroBatchWork, device: torch.device, not_finite: Tensor | None = None) -> Tokens:
     """The shard on the device; a row's document length comes from the group's layout."""
     lengths = np.zeros(0, dtype=np.int64)
     if work.layout is not None:

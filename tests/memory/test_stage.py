@@ -6,26 +6,29 @@ from typing import Any
 
 import pytest
 
-from efflaunch.memory.config import MemoryConfig, Place
-from efflaunch.memory.setting import KEEPING, Phase, Setting
-from efflaunch.memory.terms import device_terms
-from efflaunch.memory.terms_host import arena_bytes, moved_bytes
-from efflaunch.memory.timing import estimate_time
-from efflaunch.memory.work import linear_flops, matrix_parameters, sequence_flops
+from efflaunch.estimate.footprint.device import device_terms
+from efflaunch.estimate.footprint.host import arena_bytes, moved_bytes
+from efflaunch.estimate.footprint.term import KEEPING, Phase
+from efflaunch.estimate.plan_inputs import PlanInputs
+from efflaunch.estimate.timing.flops import linear_flops, matrix_parameters, sequence_flops
+from efflaunch.estimate.timing.step import estimate_time
+from efflaunch.memory.config import ActivationPlace, MemoryConfig
+from efflaunch.model.config import Family
 from efflaunch.tests.memory.settings import LLAMA_8B, make_ledger, policy
-from efflaunch.training.config import Family
 
-HOST = MemoryConfig(name="m", layer_input=Place.HOST, attention_output=Place.HOST, activations=Place.RECOMPUTE)
+HOST = MemoryConfig(
+    name="m", layer_input=ActivationPlace.HOST, attention_output=ActivationPlace.HOST, activations=ActivationPlace.RECOMPUTE
+)
 GEMMA: dict[str, Any] = LLAMA_8B | {"family": Family.GEMMA2, "num_layers": 26, "tie_embeddings": True, "sliding_window": 4096}
 SLICES = (range(7), range(7, 16), range(16, 31), range(31, 32))
 
 
-def inputs(memory: MemoryConfig | None = None, model: dict[str, Any] = LLAMA_8B, **parallel: Any) -> Setting:
+def inputs(memory: MemoryConfig | None = None, model: dict[str, Any] = LLAMA_8B, **parallel: Any) -> PlanInputs:
     return make_ledger(model, length=1 << 16, tokens_per_rank=8192, memory=memory or policy(), **parallel).setting
 
 
-def by_name(s: Setting) -> dict[str, dict[Phase, int]]:
-    return {entry.name: entry.by_phase for entry in device_terms(s)}
+def by_name(inputs: PlanInputs) -> dict[str, dict[Phase, int]]:
+    return {entry.name: entry.by_phase for entry in device_terms(inputs)}
 
 
 @pytest.mark.parametrize("memory", [policy(), policy("keep", "keep"), HOST])

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from efflaunch.model.build import build_empty, master_dtype
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
-from efflaunch.training.config import ClipMode, OptimConfig, StateDtype, States, Update
-from efflaunch.training.model import build_empty, master_dtype
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
 

@@ -15,8 +15,8 @@ from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.parallel.sharding.parts import local
 from efflaunch.tests.training.small import backward, full, plain_model, shard
-from efflaunch.training.config import OptimConfig, States
 from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.config import OptimConfig, States
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.optimizers.updater import Gradients
 

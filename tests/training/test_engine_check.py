@@ -9,8 +9,9 @@ import pytest
 from efflaunch.errors import ConfigError
 from efflaunch.parallel.config import GradReduce
 from efflaunch.parallel.sharding.engine import FSDP2, EngineFacts, Refused
-from efflaunch.training.config import OptimConfig, States, TrainConfig, Update
+from efflaunch.training.config import TrainConfig
 from efflaunch.training.engines import BUILDERS
+from efflaunch.training.optimizers.config import OptimConfig, States, Update
 from efflaunch.training.optimizers.engine_check import check_engine, engine_facts
 
 LACKING = EngineFacts(

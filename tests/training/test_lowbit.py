@@ -17,14 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import ConfigError
-from efflaunch.memory.residency import residency_of
+from efflaunch.estimate.optimizer_residency import residency_of
 from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.parallel.sharding.parts import local
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import full
-from efflaunch.training.config import OptimConfig, StateDtype, States, Update
-from efflaunch.training.optim import build_optimizer, set_learning_rate
+from efflaunch.training.optimizers.adamw import build_optimizer, set_learning_rate
 from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.config import OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.masters import host_weights
 
 LOW = [StateDtype.BFLOAT16, StateDtype.INT8]

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efflaunch.memory.config import Walk
+from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.model.build import build_model, install
+from efflaunch.model.chunked_loss import LossOptions, cross_entropy
 from efflaunch.parallel.pipeline.plan import parse
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.engine import PlainWeights
@@ -26,8 +28,6 @@ from efflaunch.tests.parity.ranks_side import POLICIES, ListSource, StrictStore
 from efflaunch.tests.parity.reference import hf_config, lift_to_float64, reference_model
 from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.loss import LossOptions, cross_entropy
-from efflaunch.training.model import build_model, install
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.stage import Stage, stage_of
 from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
@@ -39,7 +39,7 @@ CUT: dict[str, MemoryPolicy] = {
     "keep": POLICIES["keep"],
     "segments that the cut divides": MemoryPolicy(segment_layers=2),
     "streamed, all moved": MemoryPolicy(
-        layer_input=MOVED, attention_output=MOVED, mlp=MOVED, attention=Walk.CHUNKS, chunk_tokens=11, segment_layers=3
+        layer_input=MOVED, attention_output=MOVED, mlp=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=11, segment_layers=3
     ),
     "shares": MemoryPolicy(attention_output=KEPT, query=Split(0.25, 0.4), layer_input=Split(0.5, 0.5)),
 }

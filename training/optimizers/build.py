@@ -12,17 +12,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ...checkpoint.state import State
-from ...memory.compiled_graph import check_compiler
-from ...memory.offload.store import HostStore
+from ...memory.executor.compiled_graph import check_compiler
+from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
+from ...model.build import build_config, build_empty, initialise, master_dtype
+from ...model.config import ModelConfig
+from ...model.spec import hf_config_dict
+from ...model.weights import load_weights
 from ...parallel.sharding.engine import Weights
 from ...parallel.sharding.fsdp2 import Fsdp2State
-from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
-from ..model import build_config, build_empty, initialise, master_dtype
-from ..optim import build_optimizer
-from ..spec import hf_config_dict
+from ..config import TrainConfig
 from ..stage import stage_of
-from ..weights import load_weights
+from .adamw import build_optimizer
+from .config import OptimConfig, States, Update
 from .device import BackwardUpdater, StepUpdater
 from .host import HostUpdater
 from .masters import host_weights

@@ -12,9 +12,9 @@ from torch import nn
 
 from ...parallel.sharding.parts import local
 from ...parallel.topology import whole_world
-from ..config import ClipMode, OptimConfig
-from ..optim import clip_gradients, set_learning_rate
+from .adamw import clip_gradients, set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, watch
+from .config import ClipMode, OptimConfig
 from .norm import NormMeter, clip_scale
 from .updater import Gradients
 

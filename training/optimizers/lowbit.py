@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...parallel.sharding.parts import like, memory_of
-from ..config import OptimConfig, StateDtype
+from .config import OptimConfig, StateDtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

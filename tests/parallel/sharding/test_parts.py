@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from efflaunch.parallel.sharding.parts import groups_of_parts, is_sharded, like, local, memory_of, offsets, sharding, slices, write_shard
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.optim import clip_gradients
+from efflaunch.training.optimizers.adamw import clip_gradients
 from efflaunch.training.optimizers.norm import NormMeter
 
 
