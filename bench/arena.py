@@ -167,11 +167,11 @@ class OneRank:
         from torch._subclasses.fake_tensor import FakeTensor
 
         from ..model.chunked_loss import cross_entropy
+        from ..model.stage import Tokens
         from ..parallel.sequence.clock import BusyClock
         from ..parallel.sequence.layout import group_layout
         from ..parallel.sequence.plan import Group
         from ..parallel.sequence.runtime import sequence_attention
-        from ..training.stage import Tokens
 
         if clear:
             self.model.zero_grad()

@@ -23,9 +23,9 @@ from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
-from ..training.stage import Stage, stage_of
 from .chunked_loss import LossOptions
 from .families import layer_adapter
+from .stage import Stage, stage_of
 
 
 def position_of(model: PreTrainedModel) -> Position:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.chunked_loss import IGNORE
+from ..model.stage import StagePass, Tokens, stage_of
 from ..parallel.pipeline.plan import Action, Kind, Schedule, barrier_free, check_schedule, single_stage
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.clock import BusyClock
@@ -23,7 +24,6 @@ from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
 from .non_finite import RowWatch
 from .objectives.heads import HeadLoss, StepObjective
-from .stage import StagePass, Tokens, stage_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from efflaunch.memory.policy import KEEP_ALL, KEPT, MemoryPolicy, Split, explici
 from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
 from efflaunch.model.families.llama import LlamaLayer
+from efflaunch.model.stage import Tokens
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -30,7 +31,6 @@ from efflaunch.tests.memory.test_saved import SOME, Alone
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.stage import Tokens
 
 LENGTHS = (23, 40, 1)
 POLICIES = {

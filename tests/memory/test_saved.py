@@ -15,6 +15,7 @@ from efflaunch.memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.memory.position import Position
 from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
+from efflaunch.model.stage import Tokens
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -22,7 +23,6 @@ from efflaunch.parallel.sequence.plan import Group
 from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
-from efflaunch.training.stage import Tokens
 
 LENGTHS = (23, 40, 1)
 TOTAL = sum(LENGTHS)

@@ -17,12 +17,12 @@ from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.build import build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
-from ...model.spec import hf_config_dict
+from ...model.hf_fields import hf_config_dict
+from ...model.stage import stage_of
 from ...model.weights import load_weights
 from ...parallel.sharding.engine import Weights
 from ...parallel.sharding.fsdp2 import Fsdp2State
 from ..config import TrainConfig
-from ..stage import stage_of
 from .adamw import build_optimizer
 from .config import OptimConfig, States, Update
 from .device import BackwardUpdater, StepUpdater

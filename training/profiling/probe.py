@@ -56,7 +56,6 @@ from .node_rates import measure_rates
 log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
 REQUEST_FILE = "probe.json"
-DEFAULT_SECONDS = 60.0
 RATES_SHARE = 0.15
 """Of the time, for links, disk and updates."""
 REPEATS = 3
@@ -121,16 +120,16 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-        ledger = agreed_ledger(config, self.spec, device)
-        check_update_memory(ledger.setting)
-        store = host_store(ledger.setting, device)
-        trained = builder_of(config)(config, ledger.setting.policy, self.topology.mesh, device, store, load=False)
+        ledger = agreed_ledger(config, device)
+        check_update_memory(ledger.inputs)
+        store = host_store(ledger.inputs, device)
+        trained = builder_of(config)(config, ledger.inputs.policy, self.topology.mesh, device, store, load=False)
         self.model, self.updater = trained.model, trained.updater
         # Barriers stay: what is fitted are micro-batches that all ranks run together.
-        parallel = replace(ledger.setting.parallel, barrier_free=False)
+        parallel = replace(ledger.inputs.parallel, barrier_free=False)
         self.setup = step_setup(self.model, self.topology, parallel, device)
-        self.setting = ledger.setting
-        self.cost: CostModel = cost_model_of(ledger.setting)
+        self.inputs = ledger.inputs
+        self.cost: CostModel = cost_model_of(ledger.inputs)
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""

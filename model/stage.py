@@ -18,9 +18,9 @@ from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
-from ..model.chunked_loss import Head, LossOptions
-from ..model.families.rope import rotary_tables
 from ..parallel.sharding.engine import PlainWeights, Weights
+from .chunked_loss import Head, LossOptions
+from .families.rope import rotary_tables
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.model.build import build_model, install
 from efflaunch.model.chunked_loss import LossOptions, cross_entropy
+from efflaunch.model.stage import Stage, stage_of
 from efflaunch.parallel.pipeline.plan import parse
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.engine import PlainWeights
@@ -29,7 +30,6 @@ from efflaunch.tests.parity.reference import hf_config, lift_to_float64, referen
 from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.objectives.heads import LanguageModelling
-from efflaunch.training.stage import Stage, stage_of
 from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
 
 CPU = torch.device("cpu")
