@@ -93,7 +93,7 @@ def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan)
     """This rank's part of the sequences of a step."""
     found: list[ScoredTokens] = []
     for work in read_step(source, step, plan, session.topology.stage_rank):
-        attention = sequence_attention(session.topology, session.step_setup.kernel, work.group, work.layout, BusyClock(session.device))
+        attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, BusyClock(session.device))
         values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
         found += _pieces(source, step, work, values)
     return found

@@ -29,6 +29,7 @@ from ..memory.position import Position
 from ..model.spec import ModelSpec, layer_parameters, model_spec
 from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
+from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology, whole_world
 from .agreed_ledger import agreed_ledger
@@ -74,6 +75,11 @@ class Session:
     def updater(self) -> Updater:
         """Who owns the optimizer."""
         return self.trained.updater
+
+    @property
+    def kernel(self) -> BlockKernel:
+        """Attention of one block on this device."""
+        return self.step_setup.kernel
 
     @property
     def linear_cost_tokens(self) -> float:

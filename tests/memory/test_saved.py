@@ -134,12 +134,12 @@ def test_weights_for_a_segment_are_not_gathered_on_the_groups_time(monkeypatch):
         inside[0] -= 1
 
     @contextmanager
-    def gather(module):
+    def gather(weights, module):
         gathered.append(inside[0])
         yield
 
     monkeypatch.setattr(BusyClock, "running", running)
-    monkeypatch.setattr("efflaunch.model.build.gathered_weights", gather)
+    monkeypatch.setattr("efflaunch.parallel.sharding.engine.PlainWeights.gathered", gather)
     _, _, loss = run(MemoryPolicy(segment_layers=3), monkeypatch)
     loss.backward()
     assert gathered == [0, 0, 0] and inside == [0]
