@@ -25,6 +25,7 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..parallel.sharding.engine import FSDP2
 from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
 from .agreed_ledger import PeakMemoryCheck
@@ -46,7 +47,7 @@ from .session import Session, build_session, closing_store, join_ranks, plain_co
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
 from .step_planner import Costs, StepPlanner, Totals, settle_costs
 
-PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
+PRELOAD = ("torch.distributed.checkpoint.state_dict", *FSDP2.preload)
 """What the agent imports once, before it forks the ranks."""
 
 

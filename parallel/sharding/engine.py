@@ -91,8 +91,10 @@ class EngineFacts:
     """What is known of an engine before anything is built; read by training/optimizers/engine_check.py."""
 
     name: str
+    preload: tuple[str, ...]
+    """Modules it is made of, for the agent to import once before it forks the ranks."""
     refused: tuple[Refused, ...] = ()
 
 
-FSDP2 = EngineFacts("fsdp2")
+FSDP2 = EngineFacts("fsdp2", ("torch.distributed.fsdp", "torch.distributed.tensor"))
 """torch's own, per decoder layer (fsdp2.py): it runs everything that can be configured."""

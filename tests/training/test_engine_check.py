@@ -16,6 +16,7 @@ from efflaunch.training.optimizers.engine_check import check_engine, engine_fact
 
 LACKING = EngineFacts(
     "lacking",
+    (),
     (
         Refused("optim.update", ("backward",), "reduces gradients out of reach of an update in backward"),
         Refused("train.dtype", ("float64",), "has float32 masters"),

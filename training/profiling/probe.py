@@ -40,6 +40,7 @@ from ...parallel.layout import solve_layout
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.plan import Group, MicroBatch, StepPlan
+from ...parallel.sharding.engine import FSDP2
 from ...parallel.topology import Topology, build_topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
@@ -54,7 +55,7 @@ from .collectives import probe_collectives
 from .node_rates import measure_rates
 
 log = logging.getLogger(__name__)
-PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
+PRELOAD = FSDP2.preload
 REQUEST_FILE = "probe.json"
 RATES_SHARE = 0.15
 """Of the time, for links, disk and updates."""
