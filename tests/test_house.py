@@ -294,11 +294,6 @@ def unnamed_groups(path: Path) -> list[str]:
     return out
 
 
-MAY_ASK_THE_WORLD = {
-    "checkpoint/rank_coordination.py": "a checkpoint is of the whole run, and also written without a process group",
-}
-
-
 @pytest.mark.parametrize("path", sources("training", "model", "parallel", "memory", "checkpoint", "utils"), ids=name)
 def test_every_collective_names_its_group(path: Path) -> None:
     assert not unnamed_groups(path)
