@@ -24,7 +24,7 @@ SLICES = (range(7), range(7, 16), range(16, 31), range(31, 32))
 
 
 def inputs(memory: MemoryConfig | None = None, model: dict[str, Any] = LLAMA_8B, **parallel: Any) -> PlanInputs:
-    return make_ledger(model, length=1 << 16, tokens_per_rank=8192, memory=memory or policy(), **parallel).setting
+    return make_ledger(model, length=1 << 16, tokens_per_rank=8192, memory=memory or policy(), **parallel).inputs
 
 
 def by_name(inputs: PlanInputs) -> dict[str, dict[Phase, int]]:
