@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,6 +73,35 @@ class PlanInputs:
     """Rates that stand in place of the cluster's."""
     packed: float = 1.0
     """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
+    in_flight: int = 1
+    """Micro-batches that went forward and wait for their backward, at most at one time, the live one counted."""
+    has_embedding: bool = True
+    has_head: bool = True
+    """False: another stage has it; this one sends its last layer's output on."""
+
+    def stage(self, layers: range, *, in_flight: int = 1, has_embedding: bool | None = None, has_head: bool | None = None) -> PlanInputs:
+        """The same for ranks that hold the decoder layers `layers` alone, numbered from 0 to L - 1 in the whole model.
+
+        `has_embedding`, `has_head`: also the embedding, also last norm and head; None: with the first layer, with the last. A tied
+        matrix counts on each stage that uses it. `in_flight`: as the field. ValueError for layers the model does not have.
+        """
+        count = self.spec.num_layers
+        if not layers or layers.step != 1 or layers.start < 0 or layers.stop > count or in_flight < 1:
+            raise ValueError(f"a stage of {layers} with {in_flight} micro-batches in flight, of a model of {count} layers")
+        embedding = layers.start == 0 if has_embedding is None else has_embedding
+        head = layers.stop == count if has_head is None else has_head
+        matrix, both_tied = self.spec.vocab_size * self.spec.hidden_size, self.spec.tie_embeddings and embedding and head
+        ends = matrix * (embedding + head - both_tied) + self.spec.hidden_size * head
+        own = self.layers[layers.start : layers.stop]
+        return replace(
+            self,
+            spec=replace(self.spec, num_layers=len(layers), windows=self.spec.windows[layers.start : layers.stop]),
+            layers=own,
+            parameters=sum(layer.total for layer in own) + ends,
+            in_flight=in_flight,
+            has_embedding=embedding,
+            has_head=head,
+        )
 
     @classmethod
     def of(cls, config: Configured, measured: MeasuredRates | None = None) -> PlanInputs:
@@ -169,8 +198,13 @@ class PlanInputs:
         return not self.policy.graph and self.policy.attention is AttentionTiling.CHUNKS and self.layout.ring == 1
 
     @property
+    def head_parameters(self) -> int:
+        """The output matrix, where it is here, tied or not."""
+        return self.spec.vocab_size * self.spec.hidden_size * self.has_head
+
+    @property
     def root_parameters(self) -> int:
-        """Embedding, head and last norm: what is not in a decoder layer."""
+        """Embedding, head and last norm, as far as they are here: what is not in a decoder layer."""
         return self.parameters - self.decoder_parameters()
 
     @property

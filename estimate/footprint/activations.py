@@ -20,7 +20,7 @@ from ...memory.activation_classes import (
 )
 from ...memory.policy import AHEAD, Split
 from ..plan_inputs import PlanInputs
-from .term import BACKWARD, Phase, Term
+from .term import BACKWARD, KEEPING, Phase, Term
 
 
 def class_bytes(inputs: PlanInputs) -> dict[str, int]:
@@ -32,8 +32,14 @@ def class_bytes(inputs: PlanInputs) -> dict[str, int]:
 
 
 def class_layers(inputs: PlanInputs) -> dict[str, int]:
-    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own."""
-    return {kind.name: inputs.stored_inputs if kind is LAYER_INPUT else inputs.spec.num_layers for kind in activation_classes(inputs.spec)}
+    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own.
+
+    A layer counts once for each micro-batch in flight.
+    """
+    layers = {
+        kind.name: inputs.stored_inputs if kind is LAYER_INPUT else inputs.spec.num_layers for kind in activation_classes(inputs.spec)
+    }
+    return {name: inputs.in_flight * count for name, count in layers.items()}
 
 
 def class_splits(inputs: PlanInputs) -> dict[str, Split]:
@@ -64,14 +70,14 @@ def layer_inputs(inputs: PlanInputs, layer: int) -> Term:
         BACKWARD, inputs_at(inputs, layer) * per_layer
     )
     held[Phase.LAYER_REDUCE] -= per_layer
-    return Term("layer inputs", f"{note}, one hidden vector a token", held)
+    return _in_flight_too(inputs, Term("layer inputs", f"{note}, one hidden vector a token", held))
 
 
 def attention_outputs(inputs: PlanInputs, layer: int) -> Term:
     """Output and log-sum-exp."""
     rows = 0 if inputs.policy.graph else inputs.policy.attention_output.rows(inputs.tokens)[0]
     held = _while_kept(inputs, layer, rows * class_bytes(inputs)[ATTENTION_OUTPUT.name])
-    return Term("attention outputs kept", "output and log-sum-exp of every layer", held)
+    return _in_flight_too(inputs, Term("attention outputs kept", "output and log-sum-exp of every layer", held))
 
 
 def activations(inputs: PlanInputs, layer: int) -> Term:
@@ -80,12 +86,31 @@ def activations(inputs: PlanInputs, layer: int) -> Term:
         others = {phase: (inputs.spec.num_layers - 1) * graph_row(inputs) * inputs.tokens for phase in (Phase.FORWARD, Phase.LOSS)}
         held = others | dict.fromkeys(BACKWARD, layer * graph_row(inputs) * inputs.tokens)
         held[Phase.LOSS] += graph_row(inputs) * inputs.tokens
-        return Term("activations kept", "all that the other layers' backward needs", held)
+        return _in_flight_too(inputs, Term("activations kept", "all that the other layers' backward needs", held))
     stored = [kind.name for kind in activation_classes(inputs.spec) if kind not in (LAYER_INPUT, ATTENTION_OUTPUT)]
     splits, size = class_splits(inputs), class_bytes(inputs)
     kept = {name: splits[name].rows(inputs.tokens)[0] * size[name] for name in stored}
     names = ", ".join(name.replace("_", " and ") for name, num_bytes in kept.items() if num_bytes)
-    return Term("activations kept", f"{names} of every layer", _while_kept(inputs, layer, sum(kept.values())))
+    return _in_flight_too(inputs, Term("activations kept", f"{names} of every layer", _while_kept(inputs, layer, sum(kept.values()))))
+
+
+def _in_flight_too(inputs: PlanInputs, live: Term) -> Term:
+    """`live` is of the micro-batch that runs; of each other in flight all layers hold what their forward left."""
+    waiting = (inputs.in_flight - 1) * live.by_phase[Phase.LOSS]
+    return Term(live.name, live.note, live.by_phase | {phase: live.by_phase[phase] + waiting for phase in KEEPING}) if waiting else live
+
+
+def between_stages(inputs: PlanInputs) -> Term:
+    """What a stage received and what it sends on, whole until its backward, of each micro-batch in flight; and the live one's gradient.
+
+    Received rows that are kept as the first layer's input are there once.
+    """
+    row, ends = class_bytes(inputs)[LAYER_INPUT.name], (not inputs.has_embedding) + (not inputs.has_head)
+    kept = inputs.tokens if inputs.policy.graph else inputs.policy.layer_input.rows(inputs.tokens)[0]
+    shared = kept * (not inputs.has_embedding)
+    held = inputs.in_flight * row * (inputs.tokens * ends - shared)
+    gradient = row * inputs.tokens * (ends > 0)
+    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, held) | {Phase.REDUCE: gradient})
 
 
 def _while_kept(inputs: PlanInputs, layer: int, per_layer: int) -> dict[Phase, int]:

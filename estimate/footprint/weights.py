@@ -1,6 +1,6 @@
 """Weights and their gradients on one rank: sharded, gathered and on their way. Pure.
 
-The formulas follow FSDP2 as parallel/sharding.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
+The formulas follow FSDP2 as parallel/sharding/fsdp2.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
 a gather lives until the next layer's copies are made, in backward the next layer's is on its way; the input of a reduction
 lives until the next one starts. `layer` is the layer whose backward the backward phases describe, of those from 0 to L - 1.
 """
@@ -103,7 +103,7 @@ def layer_gradients(inputs: PlanInputs) -> Term:
 
 def head_gradient(inputs: PlanInputs) -> Term:
     """Summed in master precision over chunks, each chunk's part beside it; then in compute precision to the end of backward."""
-    head = inputs.spec.vocab_size * inputs.spec.hidden_size
+    head = inputs.head_parameters
     held = {Phase.LOSS: inputs.master * head} | dict.fromkeys(BACKWARD, inputs.width * head)
     return Term("head gradient", f"summed in float{8 * inputs.master} over chunks", held)
 
@@ -114,4 +114,4 @@ def batch(inputs: PlanInputs) -> Term:
 
     tables = 1 + (inputs.spec.family is Family.GEMMA3)
     per_token = 4 * 8 + 1 + 2 * tables * inputs.spec.head_dim * inputs.width
-    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", per_token * inputs.tokens, COMPUTE)
+    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", inputs.in_flight * per_token * inputs.tokens, COMPUTE)

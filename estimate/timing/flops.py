@@ -94,7 +94,7 @@ def attention_passes(inputs: PlanInputs) -> float:
 
 def linear_flops(inputs: PlanInputs) -> float:
     """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
-    head = inputs.spec.vocab_size * inputs.spec.hidden_size
+    head = inputs.head_parameters
     layer = 6 * inputs.active_layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
     return inputs.spec.num_layers * layer + 6 * head
 
@@ -107,7 +107,7 @@ def sequence_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
 
 def matrix_parameters(inputs: PlanInputs) -> int:
     """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
-    return inputs.active_parameters + inputs.spec.vocab_size * inputs.spec.hidden_size
+    return inputs.active_parameters + inputs.head_parameters
 
 
 def batch_tokens(inputs: PlanInputs) -> float:

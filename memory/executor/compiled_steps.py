@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from ..heads import ALL_HEADS, Heads
@@ -125,7 +124,8 @@ class CompiledSteps:
 
     def _weights(self) -> _Weights:
         tensors = tuple(getattr(owner, attribute) for _, owner, attribute in self._places)
-        if any(isinstance(tensor, DTensor) for tensor in tensors):
+        # Parts of tensors are of kinds of their own, whichever engine they are from.
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             raise refusal("a layer", "its weights are sharded: they are to be whole while it runs")
         return _Weights(tuple(name for name, _, _ in self._places), tensors)
 
