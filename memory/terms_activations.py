@@ -150,8 +150,6 @@ def graph_row(s: Setting) -> int:
 
 def norm_bytes(s: Setting) -> int:
     """Bytes per number that an RMS norm and the product after it save: float32 copy, normalised value and output."""
-    from ..training.config import Family
-
-    if s.spec.family in (Family.GEMMA2, Family.GEMMA3):
+    if s.spec.norm_product_in_float32:
         return {2: 10, 4: 8, 8: 20}[s.width]
     return {2: 8, 4: 8, 8: 20}[s.width]

@@ -106,8 +106,5 @@ def head_gradient(s: Setting) -> Term:
 
 def batch(s: Setting) -> Term:
     """Token, target and position ids, document lengths, and rotary tables."""
-    from ..training.config import Family
-
-    tables = 1 + (s.spec.family is Family.GEMMA3)
-    per_token = 4 * 8 + 1 + 2 * tables * s.spec.head_dim * s.width
+    per_token = 4 * 8 + 1 + 2 * s.spec.rotary_tables * s.spec.head_dim * s.width
     return term("batch and rotary tables", "ids of the micro-batch, cos and sin", per_token * s.tokens, COMPUTE)

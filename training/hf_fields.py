@@ -10,17 +10,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from .config import Family, ModelConfig
+from .families import FACTS, facts_of, family_of
+from .families.facts import DEFAULT_THETA, FULL, SLIDING
 
-MODEL_TYPES: Mapping[Family, str] = MappingProxyType(
-    {
-        Family.LLAMA: "llama",
-        Family.MISTRAL: "mistral",
-        Family.QWEN2: "qwen2",
-        Family.QWEN3: "qwen3",
-        Family.GEMMA2: "gemma2",
-        Family.GEMMA3: "gemma3_text",
-    }
-)
+MODEL_TYPES: Mapping[Family, str] = MappingProxyType({family: facts.model_type for family, facts in FACTS.items()})
 """What `AutoConfig.for_model` calls each family; Gemma 3 is its text model."""
 
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -34,8 +27,6 @@ ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Rotary scaling types and the parameters each cannot do without."""
 
-_DEFAULT_THETA = 10_000.0
-_GEMMA3_GLOBAL_THETA = 1_000_000.0
 _SIZES = (
     "family",
     "num_layers",
@@ -58,14 +49,14 @@ def model_family(config: ModelConfig) -> Family:
             raise _missing(config, "family")
         return config.family
     found = read_config_json(config.path).get("model_type")
-    for family, model_type in MODEL_TYPES.items():
-        if model_type == found:
-            return family
+    family = family_of(found)
+    if family is not None:
+        return family
     raise ConfigError(
         f"model.path {config.path}",
         found=f"model_type {found!r}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
-        hint=f"a supported model, or write its adapter: training/families/{found}.py",
+        hint=f"a supported model, or write its facts and adapter: training/families/{found}_facts.py and training/families/{found}.py",
     )
 
 
@@ -90,7 +81,7 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
         # A padding id zeroes one embedding row and its gradient, and packs have no padding.
         "pad_token_id": None,
     }
-    fields.update(_window_fields(config, family))
+    fields.update(facts_of(family).window_fields(config.sliding_window))
     extra = {key: value for key, value in config.extra.items() if key != "rope_local_base_freq"}
     return {**fields, **extra}
 
@@ -164,22 +155,18 @@ def _override_rope(fields: dict[str, Any], config: ModelConfig) -> None:
     theta_before = fields.pop("rope_theta", None)
     nested = old.get("full_attention")
     full = dict(nested or old or scaling_before or {})
-    theta = config.rope_theta or full.get("rope_theta") or theta_before or _default_theta(model_family(config))
+    theta = config.rope_theta or full.get("rope_theta") or theta_before or facts_of(model_family(config)).default_theta
     rope = _rope_dict(config.rope_scaling, theta) if config.rope_scaling is not None else {**full, "rope_theta": theta}
     fields["rope_parameters"] = {**old, "full_attention": rope} if nested else rope
 
 
 def _rope_parameters(config: ModelConfig, family: Family) -> dict[str, Any]:
-    theta = config.rope_theta if config.rope_theta is not None else _default_theta(family)
-    rope = _rope_dict(config.rope_scaling, theta)
-    if family is not Family.GEMMA3:
+    facts = facts_of(family)
+    rope = _rope_dict(config.rope_scaling, facts.default_theta if config.rope_theta is None else config.rope_theta)
+    if not facts.rope_per_layer_type:
         return rope
-    local = config.extra.get("rope_local_base_freq", _DEFAULT_THETA)
-    return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
-
-
-def _default_theta(family: Family) -> float:
-    return _GEMMA3_GLOBAL_THETA if family is Family.GEMMA3 else _DEFAULT_THETA
+    local = config.extra.get("rope_local_base_freq", DEFAULT_THETA)
+    return {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": local}}
 
 
 def _rope_dict(scaling: dict[str, Any] | None, theta: float) -> dict[str, Any]:
@@ -188,15 +175,6 @@ def _rope_dict(scaling: dict[str, Any] | None, theta: float) -> dict[str, Any]:
     kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)
     return {"rope_type": kind, **fields, "rope_theta": theta}
-
-
-def _window_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family is Family.LLAMA:
-        return {}
-    fields: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if family in (Family.QWEN2, Family.QWEN3):
-        fields["use_sliding_window"] = config.sliding_window is not None
-    return fields
 
 
 def _missing(config: ModelConfig, name: str) -> ConfigError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .config import Family, ModelConfig
+from .families import facts_of
 from .hf_fields import MODEL_TYPES, ROPE_KEYS, given_sizes, head_dim, hf_config_dict, model_family
 
 __all__ = [
@@ -21,8 +22,6 @@ __all__ = [
     "num_parameters",
 ]
 
-_GEMMA = (Family.GEMMA2, Family.GEMMA3)
-_QWEN = (Family.QWEN2, Family.QWEN3)
 # What the Hugging Face classes assume where a config.json leaves a field out (save_pretrained leaves defaults out).
 _DEFAULTS: Mapping[str, Any] = {
     "num_hidden_layers": 32,
@@ -31,48 +30,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 32768,
     "max_window_layers": 28,
     "sliding_window_pattern": 6,
-}
-_FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = {
-    Family.LLAMA: {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    Family.MISTRAL: {
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    Family.QWEN2: {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "sliding_window": 4096},
-    Family.QWEN3: {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-    },
-    Family.GEMMA2: {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-    },
-    Family.GEMMA3: {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-    },
 }
 
 
@@ -101,7 +58,13 @@ class ModelSpec:
     """On the attention's output projection."""
     mlp_bias: bool
     norms_per_layer: int
-    """RMS norms over the hidden size in one decoder layer: 2, or 4 in Gemma."""
+    """RMS norms over the hidden size in one decoder layer."""
+    norm_product_in_float32: bool
+    """Norms multiply with their weight before they return to the compute precision."""
+    has_softcap: bool
+    """Scores and logits go through tanh before their softmax."""
+    rotary_tables: int
+    """Rotary tables of one micro-batch: one, or one per kind of layer."""
 
     @property
     def query_size(self) -> int:
@@ -130,12 +93,12 @@ def num_parameters(spec: ModelSpec) -> int:
 def model_spec(config: ModelConfig) -> ModelSpec:
     """The sizes of a checked config: from its own fields, or from the config.json at its path."""
     check_model(config)
-    family = model_family(config)
-    fields = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **hf_config_dict(config)}
+    facts = facts_of(model_family(config))
+    fields = {**_DEFAULTS, **facts.defaults, **hf_config_dict(config)}
     _check_dropout(fields)
-    heads, bias = fields["num_attention_heads"], bool(fields.get("attention_bias"))
+    heads = fields["num_attention_heads"]
     return ModelSpec(
-        family=family,
+        family=facts.family,
         num_layers=fields["num_hidden_layers"],
         hidden_size=fields["hidden_size"],
         intermediate_size=fields["intermediate_size"],
@@ -145,12 +108,15 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         vocab_size=fields["vocab_size"],
         tie_embeddings=bool(fields.get("tie_word_embeddings")),
         max_positions=fields["max_position_embeddings"],
-        windows=_windows(family, fields),
-        qk_norm=family in (Family.QWEN3, Family.GEMMA3),
-        attention_bias=family is Family.QWEN2 or (bias and family is not Family.MISTRAL),
-        output_bias=bias and family not in (Family.QWEN2, Family.MISTRAL),
-        mlp_bias=family is Family.LLAMA and bool(fields.get("mlp_bias")),
-        norms_per_layer=4 if family in _GEMMA else 2,
+        windows=facts.windows(fields),
+        qk_norm=facts.qk_norm,
+        attention_bias=facts.qkv_bias(fields),
+        output_bias=facts.output_bias(fields),
+        mlp_bias=facts.mlp_bias(fields),
+        norms_per_layer=facts.norms_per_layer,
+        norm_product_in_float32=facts.norm_product_in_float32,
+        has_softcap=facts.has_softcap,
+        rotary_tables=facts.rotary_tables,
     )
 
 
@@ -191,7 +157,7 @@ def _check_path(config: ModelConfig) -> None:
 
 def _check_present(config: ModelConfig) -> None:
     needed = ["family", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size", "max_positions"]
-    if config.family in _GEMMA and "layer_types" not in config.extra:
+    if config.family is not None and facts_of(config.family).needs_window and "layer_types" not in config.extra:
         needed.append("sliding_window")
     missing = [name for name in needed if getattr(config, name) is None]
     if missing:
@@ -238,14 +204,15 @@ def _check_window(config: ModelConfig) -> None:
     if config.sliding_window is None:
         return
     assert config.family is not None
-    if config.family is Family.LLAMA:
+    facts = facts_of(config.family)
+    if not facts.has_window:
         raise ConfigError(
             "model.sliding_window",
-            found=f"{config.sliding_window} for a llama model",
+            found=f"{config.sliding_window} for a {config.family.value} model",
             expected="null: this family has no sliding window",
             hint="model.sliding_window=null or model.family=mistral",
         )
-    if config.family in _QWEN and not any(_windows(config.family, {**_DEFAULTS, **hf_config_dict(config)})):
+    if not any(facts.windows({**_DEFAULTS, **facts.defaults, **hf_config_dict(config)})):
         raise ConfigError(
             "model.sliding_window",
             found=f"{config.sliding_window}, but no layer uses it: layers from max_window_layers ({_DEFAULTS['max_window_layers']}) on do",
@@ -273,25 +240,6 @@ def _check_rope(config: ModelConfig) -> None:
             expected=f"{', '.join(ROPE_KEYS[kind])}",
             hint=" ".join(f"+model.rope_scaling.{key}=VALUE" for key in missing),
         )
-
-
-def _windows(family: Family, fields: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Per layer, as the family's Hugging Face class reads its config."""
-    window: int | None = fields.get("sliding_window")
-    num_layers: int = fields["num_hidden_layers"]
-    if family is Family.LLAMA or (family in _QWEN and not fields.get("use_sliding_window")):
-        return (None,) * num_layers
-    if family is Family.MISTRAL:
-        return (window,) * num_layers
-    types = fields.get("layer_types") or [_slides(family, layer, fields) for layer in range(num_layers)]
-    return tuple(window if kind in (True, "sliding_attention") else None for kind in types)
-
-
-def _slides(family: Family, layer: int, fields: Mapping[str, Any]) -> bool:
-    if family in _QWEN:
-        return bool(layer >= fields["max_window_layers"])
-    period = 2 if family is Family.GEMMA2 else fields["sliding_window_pattern"]
-    return bool((layer + 1) % period)
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Llama and the families that share its layer: norm, attention, residual, norm, MLP, residual."""
+"""Llama's layer, which other families share: norm, attention, residual, norm, MLP, residual."""
 
 from __future__ import annotations
 
@@ -82,17 +82,6 @@ class LinearGraph(torch.autograd.Function):
         return dy @ weight if needs_x else None, dy.T @ x if needs_weight else None, dy.sum(0) if needs_bias else None
 
 
-class MistralLayer(LlamaLayer):
-    """Mistral: the same window in every layer, kept in the config."""
-
-    def _window(self) -> int | None:
-        return getattr(self.attention.config, "sliding_window", None)
-
-
-class Qwen2Layer(LlamaLayer):
-    """Qwen2: biases on q, k, v; a window in the layers that have one."""
-
-
 class HeadNormLayer(LlamaLayer):
     """Queries and keys are normalised per head before rotation, so their gradients need the projections' values."""
 
@@ -104,5 +93,4 @@ class HeadNormLayer(LlamaLayer):
         return self.attention.k_norm(k), self.project(self.attention.v_proj, h, heads, graph)  # type: ignore[arg-type,operator]
 
 
-class Qwen3Layer(HeadNormLayer):
-    """Qwen3: Llama's layer with norms per head."""
+LAYER = LlamaLayer
