@@ -1,4 +1,4 @@
-"""Gemma 3, its text model: Gemma 2's norms, norms per head instead of softcaps, two rotary tables, a window in all but every sixth layer."""
+"""Gemma 3's text model: norms as in Gemma 2, norms per head, no softcaps, two rotary tables, a window in all but every sixth layer."""
 
 from __future__ import annotations
 
