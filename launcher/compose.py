@@ -42,6 +42,7 @@ def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
     from ..memory.config import check_memory
     from ..training.metrics import check_logging
+    from ..training.model_check import check_weights
     from ..training.optimizers.check import check_residency
     from ..training.schedule import check_optim
     from . import fit
@@ -54,6 +55,7 @@ def check_config(config: Config) -> None:
     check_optim(config.optim, config.train.steps)
     check_residency(config.optim, config.train.dtype)
     check_logging(config.logging)
+    check_weights(config.model)
 
 
 def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:

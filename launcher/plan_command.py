@@ -16,8 +16,9 @@ from ..memory.timing import Timing
 from ..parallel.config import Device
 from ..parallel.measured import find_rates
 from ..parallel.profile import processor_name
+from ..training.model_check import check_weights
 from ..training.optimizers.check import inexact
-from ..training.spec import model_spec
+from ..training.spec import longer_positions, model_spec
 from ..units import format_tokens
 from .config import Config
 
@@ -78,18 +79,23 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
     """What a person should know that is no mistake."""
-    positions, length = ledger.setting.spec.max_positions, config.data.max_seq_len
-    found = []
-    if length > positions:
-        found.append(
-            f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows: "
-            "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
-        )
+    length = config.data.max_seq_len
+    found = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
         found.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
+
+
+def model_notes(config: Config) -> list[str]:
+    """What a person should know of the model and its files: parts that are not read, and lengths beyond its positions."""
+    positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
+    found = check_weights(config.model)
+    if length > positions:
+        beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"
+        found.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
+    return found
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:

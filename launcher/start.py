@@ -89,6 +89,7 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     launcher.check(config)
     check_elsewhere(config, run_dir)
     check_memory_plan(config)
+    print_model_notes(config)
     check_data(config)
     return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
@@ -104,6 +105,7 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
         check_elsewhere(config, place_of(config))
         check_memory_plan(config)
         check_data(config)
+    print_model_notes(configs[0])
     return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
 
 
@@ -167,6 +169,14 @@ def check_memory_plan(config: Config) -> None:
         ledger = plan(config)
         check_fits(ledger)
         check_budget(ledger)
+
+
+def print_model_notes(config: Config) -> None:
+    """Say what `efflaunch plan` says of the model; ConfigError where its files do not make one."""
+    from .plan_command import model_notes
+
+    for note in model_notes(config):
+        print(f"note: {note}", flush=True)
 
 
 def check_data(config: Config) -> None:

@@ -13,7 +13,7 @@ def loss_chunk(s: Setting) -> Term:
     """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
     narrow, wide = s.width * words * chunk, s.master * words * chunk
-    bent = 3 * wide * s.spec.has_softcap
+    bent = 3 * wide * s.spec.has_logit_softcap
     made = wide + bent + narrow * (s.width < s.master)
     most = max(made, narrow + s.width * words * s.spec.hidden_size)
     rows = chunk * s.spec.hidden_size * (norm_bytes(s) + s.width)
@@ -24,14 +24,14 @@ def scratch(s: Setting) -> Term:
     """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
     chunk, words = min(s.train.loss_chunk_tokens, s.tokens), s.spec.vocab_size
     exponentials = s.master * words * chunk
-    beside = s.master * words * chunk * (1 + 3 * s.spec.has_softcap)
+    beside = s.master * words * chunk * (1 + 3 * s.spec.has_logit_softcap)
     counted = loss_chunk(s).by_phase[Phase.LOSS]
     return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
 
 
 def masked_scores(s: Setting) -> Term:
     """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
-    softcap = s.spec.has_softcap
+    softcap = s.spec.has_score_softcap
     windows = [window for window in s.spec.windows if window is not None]
     if s.on_gpu and s.width == 2:
         return Term("masked scores", "", {})

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from ..memory.compiled import Graphs
 from ..memory.layer import LayerExecutor
 from ..memory.policy import MemoryPolicy
@@ -27,7 +29,8 @@ from ..memory.run import AttentionRuntime
 from ..memory.saved import HostStore
 from ..memory.tape import LayerContext, Tables, Tape
 from ..parallel.sharding import gathered_weights, shard_model
-from .families import layer_adapter
+from .families import FACTS, family_of, layer_adapter
+from .families.facts import READ_BY_ALL
 from .families.rope import rotary_tables
 from .loss import Head, LossOptions
 
@@ -92,9 +95,28 @@ def position_of(model: PreTrainedModel) -> Position:
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
-    """The Hugging Face config from `training.spec.hf_config_dict` (its `model_type` and fields)."""
-    fields = dict(arguments)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    """The Hugging Face config of `hf_config_dict`'s arguments. ConfigError where transformers makes something else of them."""
+    fields = copy.deepcopy(arguments)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    for name, asked in arguments.items():
+        if name in _ARRIVES and _plain(getattr(config, name, None)) != _plain(asked) and asked is not None:
+            raise ConfigError(
+                f"model, {name}",
+                found=f"{getattr(config, name, None)} in the configuration that transformers {transformers.__version__} makes",
+                expected=f"{asked}, as asked for",
+                hint="the version of transformers in constraints.txt",
+            )
+    return config
+
+
+# Qwen's configs drop a window that is switched off, and no layer reads it then.
+_ARRIVES = (READ_BY_ALL | frozenset().union(*(facts.fields for facts in FACTS.values()))) - {"sliding_window"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -110,8 +132,15 @@ def install(
     graphs = None if policy.compile is None else Graphs(policy.compile)
     for index, layer in enumerate(model.model.layers):
         layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index, graphs)
-    options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
+    options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
     model.forward = Trunk(model, options, policy, store)  # type: ignore[method-assign]
+
+
+def _logit_softcap(config: PretrainedConfig) -> float | None:
+    """The softcap of logits, of families whose head has one: others may carry the field and do not read it."""
+    family = family_of(config.model_type)
+    has_softcap = family is not None and FACTS[family].has_logit_softcap
+    return getattr(config, "final_logit_softcapping", None) if has_softcap else None
 
 
 def build_model(

@@ -26,7 +26,7 @@ from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..pulse import Pulse
 from .certified import Watch
-from .finite import RowWatch, non_finite
+from .finite import RowWatch, non_finite, weights_at_fault
 from .measure import Measured, StepTimes, plan_report
 from .metrics import Metrics
 from .model import position_of
@@ -266,6 +266,8 @@ class _Run:
                     self.done,
                     layer=found.first_bad,
                     partly_applied=found.partly_applied,
+                    # Where modules before were updated with bad numbers, weights say nothing of where those came from.
+                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model),
                 )
 
     def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:

@@ -36,6 +36,11 @@ def family_of(model_type: object) -> Family | None:
     return next((family for family, facts in FACTS.items() if facts.model_type == model_type), None)
 
 
+def wrapped_family(model_type: object) -> Family | None:
+    """The family whose config lies under `text_config` in a config of `model_type`."""
+    return next((family for family, facts in FACTS.items() if facts.wrapped_by == model_type and model_type is not None), None)
+
+
 def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
     """The adapter of one decoder layer; ConfigError names the files to write for a family that has none."""
     family = family_of(model_type)

@@ -31,10 +31,22 @@ FACTS = FamilyFacts(
         "max_position_embeddings": 8192,
         "sliding_window": 4096,
         "tie_word_embeddings": True,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
     },
-    norms_per_layer=4,
+    fields=frozenset(
+        {
+            *("hidden_activation", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
+            *("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+        }
+    ),
+    activation_field="hidden_activation",
+    heads_divide_hidden=True,
+    layer_norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
     norm_product_in_float32=True,
     needs_window=True,
     windows=lambda fields: patterned_windows(fields, 2),
-    has_softcap=True,
+    has_score_softcap=True,
+    has_logit_softcap=True,
 )

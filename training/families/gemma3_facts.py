@@ -22,9 +22,21 @@ FACTS = FamilyFacts(
         "tie_word_embeddings": True,
     },
     qk_norm=True,
-    norms_per_layer=4,
+    fields=frozenset(
+        {
+            *("hidden_activation", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
+            *("final_logit_softcapping", "sliding_window_pattern", "use_bidirectional_attention"),
+        }
+    ),
+    unread=frozenset({"attn_logit_softcapping"}),
+    wrapped_by="gemma3",
+    activation_field="hidden_activation",
+    heads_divide_hidden=True,
+    layer_norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
     norm_product_in_float32=True,
     needs_window=True,
+    has_logit_softcap=True,
     windows=lambda fields: patterned_windows(fields, fields["sliding_window_pattern"]),
     rope_per_layer_type=True,
     default_theta=1_000_000.0,

@@ -15,6 +15,7 @@ FACTS = FamilyFacts(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+    fields=frozenset({"hidden_act", "sliding_window"}),
     qkv_bias=lambda fields: False,
     output_bias=lambda fields: False,
     windows=lambda fields: (fields.get("sliding_window"),) * int(fields["num_hidden_layers"]),

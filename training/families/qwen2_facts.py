@@ -34,6 +34,7 @@ FACTS = FamilyFacts(
     defaults={"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "sliding_window": 4096},
     qkv_bias=lambda fields: True,
     output_bias=lambda fields: False,
+    fields=frozenset({"hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}),
     windows=upper_windows,
     window_fields=upper_window_fields,
 )

@@ -17,6 +17,7 @@ FACTS = FamilyFacts(
         "sliding_window": 4096,
     },
     qk_norm=True,
+    fields=frozenset({"hidden_act", "attention_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}),
     windows=upper_windows,
     window_fields=upper_window_fields,
 )
