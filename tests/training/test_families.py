@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.training.config import Family
-from efflaunch.training.families import FACTS, facts_of, family_of, layer_adapter
+from efflaunch.model.config import Family
+from efflaunch.model.families import FACTS, facts_of, family_of, layer_adapter
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_every_family_has_an_adapter_for_its_hugging_face_layer(family: Family) 
 
 
 def test_facts_are_read_without_torch() -> None:
-    code = "import sys, efflaunch.training.families; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, efflaunch.model.families; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -1,0 +1,227 @@
+"""What a model is made of, as numbers: the one source for plans, parameter counts and checks. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..training.rope_fields import ORIGINAL
+from .config import Family, ModelConfig
+from .families import facts_of
+from .families.facts import FULL
+from .hf_fields import MODEL_TYPES, ModelFields, given_sizes, head_dim, hf_config_dict, model_family, model_fields
+
+__all__ = [
+    "MODEL_TYPES",
+    "ModelSpec",
+    "check_model",
+    "hf_config_dict",
+    "layer_parameters",
+    "model_family",
+    "model_spec",
+    "num_parameters",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Sizes of one decoder-only model; every count below follows from these alone."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_embeddings: bool
+    max_positions: int
+    """Positions the rotary table is defined for."""
+    windows: tuple[int | None, ...]
+    """Per layer: tokens attention looks back over, None for all of them."""
+    qk_norm: bool
+    """RMS norm over the head dim of queries and keys."""
+    attention_bias: bool
+    """On the query, key and value projections."""
+    output_bias: bool
+    """On the attention's output projection."""
+    mlp_bias: bool
+    norms_per_layer: int
+    """RMS norms over the hidden size in one decoder layer."""
+    norm_product_in_float32: bool
+    """Norms multiply with their weight before they return to the compute precision."""
+    has_score_softcap: bool
+    """Scores go through tanh before their softmax."""
+    has_logit_softcap: bool
+    """Logits do."""
+    rotary_tables: int
+    """Rotary tables of one micro-batch: one, or one per kind of layer."""
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.num_kv_heads * self.head_dim
+
+
+def layer_parameters(spec: ModelSpec) -> int:
+    """Weights of one decoder layer."""
+    hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
+    matrices = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
+    biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias + (2 * inner + hidden) * spec.mlp_bias
+    return matrices + biases + spec.norms_per_layer * hidden + 2 * spec.head_dim * spec.qk_norm
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """All weights; a tied head counts once."""
+    embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
+    return spec.num_layers * layer_parameters(spec) + embeddings + spec.hidden_size
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """The sizes of a checked config: from its own fields, or from the config.json at its path."""
+    known = _checked(config)
+    facts, fields = known.facts, known.full
+    heads = fields["num_attention_heads"]
+    return ModelSpec(
+        family=facts.family,
+        num_layers=fields["num_hidden_layers"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=fields.get("num_key_value_heads") or heads,
+        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        vocab_size=fields["vocab_size"],
+        tie_embeddings=bool(fields.get("tie_word_embeddings")),
+        max_positions=known.rope.reach,
+        windows=facts.windows(fields),
+        qk_norm=facts.qk_norm,
+        attention_bias=facts.qkv_bias(fields),
+        output_bias=facts.output_bias(fields),
+        mlp_bias=facts.mlp_bias(fields),
+        norms_per_layer=facts.norms_per_layer,
+        norm_product_in_float32=facts.norm_product_in_float32,
+        has_score_softcap=facts.has_score_softcap and fields.get("attn_logit_softcapping") is not None,
+        has_logit_softcap=facts.has_logit_softcap and fields.get("final_logit_softcapping") is not None,
+        rotary_tables=facts.rotary_tables,
+    )
+
+
+def check_model(config: ModelConfig) -> None:
+    """ConfigError unless the config names one model this package can train."""
+    _checked(config)
+
+
+def _checked(config: ModelConfig) -> ModelFields:
+    if config.path is not None:
+        _check_path(config)
+    else:
+        _check_present(config)
+        _check_heads(config)
+    known = model_fields(config)
+    _check_window(config, known)
+    return known
+
+
+def longer_positions(config: ModelConfig, length: int) -> list[str]:
+    """Overrides that extend a model to `length` positions: YaRN from the length it was made for; none is needed from scratch."""
+    known = _checked(config)
+    raised = f"model.max_positions={length}"
+    block = known.rope.parameters.get(FULL, known.rope.parameters)
+    if config.path is None and block["rope_type"] == "default":
+        return [raised]
+    original = block.get(ORIGINAL) or known.rope.positions
+    factor = max(-(-length // original), 1)
+    return [raised, f"'model.rope_scaling={{rope_type: yarn, factor: {factor}.0, {ORIGINAL}: {original}}}'"]
+
+
+def _check_path(config: ModelConfig) -> None:
+    given = given_sizes(config)
+    if given:
+        raise ConfigError(
+            f"model.{given[0]}",
+            found=f"{_shown(getattr(config, given[0]))} beside model.path={config.path}",
+            expected="sizes from the config.json at model.path only",
+            hint=" ".join(f"model.{name}={'false' if name == 'tie_embeddings' else 'null'}" for name in given),
+        )
+    model_family(config)
+
+
+def _check_present(config: ModelConfig) -> None:
+    needed = ["family", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size", "max_positions"]
+    if config.family is not None and facts_of(config.family).needs_window and "layer_types" not in config.extra:
+        needed.append("sliding_window")
+    missing = [name for name in needed if getattr(config, name) is None]
+    if missing:
+        raise ConfigError(
+            f"model.{missing[0]}",
+            found=f"no {', '.join(missing)} in model {config.name}",
+            expected="every size of a model without model.path",
+            hint=" ".join(f"model.{name}=VALUE" for name in missing) + ", or model.path=DIRECTORY",
+        )
+    for name in [*needed[1:], "head_dim"]:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"model.{name}", found=str(value), expected="a number above 0", hint=f"model.{name}=VALUE")
+
+
+def _check_heads(config: ModelConfig) -> None:
+    heads, kv_heads, hidden = config.num_heads, config.num_kv_heads, config.hidden_size
+    assert heads is not None and kv_heads is not None and hidden is not None
+    if heads % kv_heads:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(
+            "model.num_kv_heads",
+            found=f"{kv_heads} KV heads for {heads} heads",
+            expected=f"a divisor of {heads}: {', '.join(map(str, divisors))}",
+            hint=f"model.num_kv_heads={max(n for n in divisors if n <= kv_heads or n == 1)}",
+        )
+    if config.head_dim is None and hidden % heads:
+        raise ConfigError(
+            "model.num_heads",
+            found=f"{heads} heads for hidden size {hidden}",
+            expected="a divisor of the hidden size where model.head_dim is not given",
+            hint="model.head_dim=VALUE or another model.num_heads",
+        )
+    if head_dim(config) % 2:
+        raise ConfigError(
+            "model.head_dim",
+            found=str(head_dim(config)),
+            expected="an even number, for rotary embeddings turn pairs",
+            hint=f"model.head_dim={head_dim(config) + 1}",
+        )
+
+
+def _check_window(config: ModelConfig, known: ModelFields) -> None:
+    """ConfigError where a window is asked for and no layer has it."""
+    key = "model.sliding_window" if config.sliding_window is not None else "model.extra.sliding_window"
+    window = config.sliding_window if config.sliding_window is not None else config.extra.get("sliding_window")
+    if window is None or any(known.facts.windows(known.full)):
+        return
+    family, layers = known.facts.family.value, known.full["num_hidden_layers"]
+    if not known.facts.has_window:
+        raise ConfigError(
+            key,
+            found=f"{window} for a {family} model",
+            expected="null: this family has no sliding window",
+            hint=f"{key}=null or model.family=mistral",
+        )
+    if "max_window_layers" not in known.facts.fields:
+        raise ConfigError(
+            key, found=f"{window}, but no layer uses it", expected="a layer of type sliding_attention in layer_types", hint=f"{key}=null"
+        )
+    first = known.full["max_window_layers"]
+    raise ConfigError(
+        key,
+        found=f"{window}, but no layer uses it: layers from max_window_layers ({first}) on do",
+        expected=f"model.extra.max_window_layers below {layers}, and model.extra.use_sliding_window=true",
+        hint="+model.extra.max_window_layers=0" + " +model.extra.use_sliding_window=true" * (config.path is not None),
+    )
+
+
+def _shown(value: object) -> str:
+    return str(getattr(value, "value", value))

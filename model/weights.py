@@ -1,0 +1,153 @@
+"""Pretrained weights from safetensors, each rank reading only its own rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import ConfigError
+from ..training.load_plan import EMBEDDING, HEAD, LoadPlan, Wanted, plan_load
+from ..training.model_check import file_vocabulary
+from ..training.model_files import local_folder
+from ..training.new_rows import new_rows
+from ..training.weight_files import read_headers
+from .build import local_slices
+from .config import ModelConfig
+from .families.facts import FamilyFacts
+from .hf_fields import model_fields
+
+Progress = Callable[[str], None]
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None) -> None:
+    """Fill every parameter from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
+
+    ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
+    none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor.
+    """
+    assert config.path is not None
+    folder, known = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
+    parameters = dict(model.named_parameters())
+    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, known.facts, file_vocabulary(known))
+    plan = plan_load(wanted, read_headers(folder), folder)
+    bad: list[str] = []
+    with ExitStack() as stack:
+        files = {stored.file for stored in plan.sources.values()}
+        opened = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(files)}
+        for name, parameter in parameters.items():
+            if on_progress is not None:
+                on_progress("reading weights")
+            saved = opened[plan.sources[name].file].get_slice(plan.names[name])
+            _fill(parameter, name, plan, saved, seed)
+            bad += _faults(parameter, name, saved, known.facts)
+    _refuse_faults(bad, folder)
+
+
+def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
+    """This rank's part of one parameter, new rows included."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    part = local_slices(parameter) if isinstance(parameter, DTensor) else tuple(slice(0, size) for size in parameter.shape)
+    # safetensors slices must not be empty: a rank beyond the last row holds none.
+    if any(piece.start >= piece.stop for piece in part):
+        return
+    rows = plan.sources[name].shape[0]
+    if name not in (EMBEDDING, HEAD) or part[0].stop <= rows:
+        local.copy_(saved[part])
+        return
+    there = max(0, rows - part[0].start)
+    if there:
+        local[:there].copy_(saved[(slice(part[0].start, rows), *part[1:])])
+    made = new_rows(saved, rows, parameter.shape[0] - rows, f"{seed}:{name}")
+    local[there:].copy_(made[max(part[0].start - rows, 0) : part[0].stop - rows, part[1]])
+
+
+def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
+    """What is wrong with the numbers of this rank's part, or of a whole norm."""
+    local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if not bool(torch.isfinite(local).all()):
+        return [f"NaN or infinite numbers in {name}"]
+    if name.endswith("norm.weight") and not bool((saved[:].float() + facts.norm_offset).any()):
+        return [f"zeros only in {name}"]
+    return []
+
+
+def _refuse_faults(mine: list[str], folder: Path) -> None:
+    """ConfigError on every rank where any of them read numbers that cannot be trained."""
+    everyone: list[list[str] | None] = [mine]
+    if dist.is_available() and dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    found = list(dict.fromkeys(fault for faults in everyone for fault in faults or ()))
+    if found:
+        more = f" and in {len(found) - 5} more tensors" if len(found) > 5 else ""
+        raise ConfigError(
+            f"model.path {folder}",
+            found=f"{'; '.join(found[:5])}{more}",
+            expected="finite weights, and norms that are not zero: no document can be learnt with these",
+            hint="the weights as they were published, or of an earlier checkpoint",
+        )
+
+
+EDGE_BYTES = 4096
+"""Of the data of each tensor, read at both its ends for a fingerprint."""
+
+
+def weights_fingerprint(path: str) -> str:
+    """Changes with the weights under `path` and their config.json, not with where they are or when they were written.
+
+    Of each file: name, size, header, and both ends of the data of every tensor. ConfigError as for `load_weights`.
+    """
+    folder = _whole_folder(path)
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for name in sorted({stored.file for stored in read_headers(folder).values()}):
+        digest.update(f"{name} {(folder / name).stat().st_size}".encode())
+        with (folder / name).open("rb") as file:
+            for part in _telling_parts(file):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _telling_parts(file: BinaryIO) -> Iterator[bytes]:
+    """The header of an open safetensors file (its length in 8 bytes, then JSON), and both ends of each tensor."""
+    length = file.read(8)
+    header = file.read(int.from_bytes(length, "little"))
+    yield header
+    first = 8 + len(header)
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        for place in (start, max(start, stop - EDGE_BYTES)):
+            file.seek(first + place)
+            yield file.read(min(EDGE_BYTES, stop - place))
+
+
+def _whole_folder(path: str) -> Path:
+    """The directory with all files: those of a hub name are fetched where they are not in the cache."""
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "model.path",
+            found=f"{path} ({error})",
+            expected="a directory of safetensors, or a hub name and a network",
+            hint="model.path=DIRECTORY",
+        ) from error
