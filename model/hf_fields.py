@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError
-from ..training.config_checks import check_fields
-from ..training.model_files import read_config_json
-from ..training.plain_weights import quantised
-from ..training.rope_fields import LEGACY_KEYS, RopeFields, rope_fields
 from .config import Family, ModelConfig
+from .config_checks import check_fields
 from .families import FACTS, facts_of, family_of, wrapped_family
 from .families.facts import LABELS, READ_BY_ALL, FamilyFacts
+from .model_files import read_config_json
+from .plain_weights import quantised
+from .rope_fields import LEGACY_KEYS, RopeFields, rope_fields
 
 MODEL_TYPES: Mapping[Family, str] = MappingProxyType({family: facts.model_type for family, facts in FACTS.items()})
 """What `AutoConfig.for_model` calls each family; Gemma 3 is its text model."""
@@ -61,7 +61,7 @@ def model_family(config: ModelConfig) -> Family:
         f"model.path {config.path}",
         found=f"model_type {found!r}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
-        hint=f"a supported model, or write its facts and adapter: training/families/{found}_facts.py and training/families/{found}.py",
+        hint=f"a supported model, or write its facts and adapter: model/families/{found}_facts.py and model/families/{found}.py",
     )
 
 

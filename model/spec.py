@@ -5,22 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..training.rope_fields import ORIGINAL
 from .config import Family, ModelConfig
 from .families import facts_of
 from .families.facts import FULL
-from .hf_fields import MODEL_TYPES, ModelFields, given_sizes, head_dim, hf_config_dict, model_family, model_fields
-
-__all__ = [
-    "MODEL_TYPES",
-    "ModelSpec",
-    "check_model",
-    "hf_config_dict",
-    "layer_parameters",
-    "model_family",
-    "model_spec",
-    "num_parameters",
-]
+from .hf_fields import ModelFields, given_sizes, head_dim, model_family, model_fields
+from .rope_fields import ORIGINAL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

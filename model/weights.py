@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
-from ..training.load_plan import EMBEDDING, HEAD, LoadPlan, Wanted, plan_load
-from ..training.model_check import file_vocabulary
-from ..training.model_files import local_folder
-from ..training.new_rows import new_rows
-from ..training.weight_files import read_headers
 from .build import local_slices
 from .config import ModelConfig
 from .families.facts import FamilyFacts
 from .hf_fields import model_fields
+from .load_plan import EMBEDDING, HEAD, LoadPlan, Wanted, plan_load
+from .model_check import file_vocabulary
+from .model_files import local_folder
+from .new_rows import new_rows
+from .weight_files import read_headers
 
 Progress = Callable[[str], None]
 

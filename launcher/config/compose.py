@@ -41,7 +41,7 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
     from ...memory.config import check_memory
-    from ...training.model_check import check_weights
+    from ...model.model_check import check_weights
     from ...training.optimizers.check import check_residency
     from ...training.optimizers.lr_schedule import check_optim
     from ...training.reporting.metrics import check_logging

@@ -1,5 +1,6 @@
-"""The model families: what is known of each (`NAME_facts.py`, no torch) and its layer adapter (`NAME.py`). Listed here, once.
+"""What is a decoder layer of this family?
 
+Two files for each: what is known of it (`NAME_facts.py`, no torch) and its layer adapter (`NAME.py`), listed here, once.
 Import `facts_of` for a family's facts, `layer_adapter` for the adapter of one decoder layer.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from ..config import Family
+from . import gemma2_facts, gemma3_facts, llama_facts, mistral_facts, qwen2_facts, qwen3_facts
 from .facts import FamilyFacts
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
             "model",
             found=f"model type {model_type!r}",
             expected=f"one of {', '.join(facts.model_type for facts in FACTS.values())}",
-            hint=f"training/families/{model_type}_facts.py as llama_facts.py, and training/families/{model_type}.py as llama.py",
+            hint=f"model/families/{model_type}_facts.py as llama_facts.py, and model/families/{model_type}.py as llama.py",
         )
     adapter: type[LayerAdapter] = import_module(f".{family.value}", __package__).LAYER
     return adapter(layer)

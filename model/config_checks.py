@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from ..model.families.facts import FULL, SLIDING, FamilyFacts
+from .families.facts import FULL, SLIDING, FamilyFacts
 
 _RANGES: Mapping[str, tuple[int, int]] = {
     "num_hidden_layers": (1, 1 << 10),

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..model.config import ModelConfig
-from ..model.families.facts import LABELS, READ_BY_ALL
-from ..model.hf_fields import ModelFields, model_fields
-from ..model.spec import model_spec
+from .config import ModelConfig
+from .families.facts import LABELS, READ_BY_ALL
+from .hf_fields import ModelFields, model_fields
 from .load_plan import LoadPlan, Wanted, parameter_shapes, plan_load
 from .model_files import local_folder, model_folder
 from .rope_fields import LEGACY_KEYS
+from .spec import model_spec
 from .weight_files import has_weights, hold_the_same, read_headers
 
 _NAMED = 6

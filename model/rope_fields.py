@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError
-from ..model.config import ModelConfig
-from ..model.families.facts import DEFAULT_THETA, FULL, SLIDING, FamilyFacts
 from ..units import parse_quantity
+from .config import ModelConfig
+from .families.facts import DEFAULT_THETA, FULL, SLIDING, FamilyFacts
 
 ORIGINAL = "original_max_position_embeddings"
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..model.families import facts_of
-from ..model.families.facts import FamilyFacts
-from ..model.spec import ModelSpec
+from .families import facts_of
+from .families.facts import FamilyFacts
 from .plain_weights import PLAIN_DTYPES, is_quantised, quantised
+from .spec import ModelSpec
 from .weight_files import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
