@@ -14,10 +14,8 @@ from ...estimate.solver.report import SolveReport, describe_policy
 from ...estimate.suggestions import Suggestion, suggest
 from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
 from ...estimate.timing.step import Timing
-from ...model.model_check import check_weights
-from ...model.spec import longer_positions, model_spec
 from ...training.optimizers.check import inexact
-from ...units import format_tokens
+from ..config.checks import model_notes
 from ..config.ledger import plan
 from ..config.run_config import Config
 from .arguments import CommandParser, add_certify, add_config_arguments, add_json, add_lengths, composed
@@ -97,16 +95,6 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
         found.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
-
-
-def model_notes(config: Config) -> list[str]:
-    """What a person should know of the model and its files: parts that are not read, and lengths beyond its positions."""
-    positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
-    found = check_weights(config.model)
-    if length > positions:
-        beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"
-        found.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
-    return found
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:

@@ -21,13 +21,18 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
     check_config_dir(config_dir)
     parsed = parse_overrides(overrides, config_dir)
-    data = _run_hydra([item.text for item in parsed], config_dir)
+    data = _run_hydra([text for item in parsed for text in _whole(item)], config_dir)
     missing = list(_missing_keys(data))
     if missing:
         raise _missing_choice(missing[0], parsed)
     config = resolve_nodes(load_config(data), [item.key for item in parsed])
     check_config(config)
     return config
+
+
+def _whole(item: Override) -> list[str]:
+    """The override as Hydra is given it. A mapping replaces the one that stood there, which Hydra would add it to."""
+    return [f"++{item.key}=null", item.text] if not item.is_group and item.value.lstrip().startswith("{") else [item.text]
 
 
 def compose_group(group: str, option: str, config_dir: str | None = None) -> dict[str, Any]:
