@@ -63,7 +63,7 @@ def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
 
 def _unread_fields(known: ModelFields) -> list[str]:
     read = READ_BY_ALL | known.facts.fields | LABELS | {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
-    unread = sorted(name for name, value in known.file.items() if name not in read and value is not None and not name.startswith("_"))
+    unread = sorted(name for name, value in known.file.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
     unread += [f"rope_parameters.{name}" for name in sorted(set(known.rope.unread))]
     more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
     return [f"config.json: no {known.facts.model_type} layer reads {', '.join(unread[:_NAMED])}{more}"] if unread else []

@@ -48,7 +48,7 @@ def theirs(folder: Path, **config_fields: object) -> tuple[float, dict[str, torc
     config = AutoConfig.from_pretrained(folder)
     for name, value in config_fields.items():
         setattr(config, name, value)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float64, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float64).train()
     loss = reference_loss(model, *documents())
     loss.backward()
     return float(loss.detach()), {name: parameter.grad for name, parameter in model.named_parameters()}
