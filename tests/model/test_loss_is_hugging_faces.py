@@ -112,9 +112,18 @@ def cases(folder: Path):
     yield "head alone", of(head_alone(folder / "alone")), theirs(folder / "alone")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    return list(cases(folder))
+
+
 @pytest.mark.parametrize(("ranks", "ulysses"), [(1, 1), (2, 1)], ids=["one rank", "ring of two"])
-def test_losses_and_gradients(pool, tmp_path, ranks, ulysses):
-    table = list(cases(tmp_path))
+def test_losses_and_gradients(pool, table, ranks, ulysses):
     plan = solve_static(LENGTHS, world_size=ranks, degree=ranks, ulysses=ulysses, tokens_per_rank=1000, linear_cost_tokens=100)
     found = pool.run(losses, [config for _, config, _ in table], *documents(), plan, ranks=ranks)[0]
     for (name, _, (loss, gradients)), (our_loss, ours) in zip(table, found, strict=True):
@@ -124,12 +133,12 @@ def test_losses_and_gradients(pool, tmp_path, ranks, ulysses):
             np.testing.assert_allclose(ours[parameter], gradient.numpy(), rtol=0, atol=bound, err_msg=f"{name}: {parameter}")
 
 
-def test_overrides_make_a_difference(pool, tmp_path):
+def test_overrides_make_a_difference(table, folder):
     """The right values above are not those without the override."""
-    values = {name: loss for name, _, (loss, _) in cases(tmp_path)}
-    plain = theirs(tmp_path / "plain")[0]
+    values = {name: loss for name, _, (loss, _) in table}
+    plain = theirs(folder / "plain")[0]
     assert len({round(values[name], 8) for name in ("yarn, raised", "dynamic, raised", "proportional")} | {round(plain, 8)}) == 4
-    assert abs(values["gemma3 of old, linear"] - theirs(tmp_path / "old")[0]) > 1e-6
+    assert abs(values["gemma3 of old, linear"] - theirs(folder / "old")[0]) > 1e-6
 
 
 def test_text_model_inside_a_larger_one(pool, tmp_path):

@@ -107,7 +107,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear", "factor": "many"}}, "found 'many'"),
     ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "found nan"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2}, "rope_scaling": {"type": "linear", "factor": 4}}, "both to say the same"),
-    ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "one block for all layers"),
+    ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "expected one block"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "found 0.5"),
     ({"partial_rotary_factor": 0.5}, "found 0.5"),
     (

@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], Any],
             **t,
             **{f"model.layers.{i}.self_attn.{n}_proj.bias": torch.ones(16 if n in "kv" else 32) for i in (0, 1) for n in "qkvo"},
         },
-        "q_proj.bias and 7 more like it, which no part of the model reads",
+        "k_proj.bias and 7 more like it, which no part of the model reads",
         "+model.extra.attention_bias=true",
     ),
     "biases of three": (
