@@ -93,7 +93,7 @@ def rope_fields(config: ModelConfig, facts: FamilyFacts, file: Mapping[str, Any]
 
 def _with_extra(config: ModelConfig, facts: FamilyFacts, file: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary fields of the file, or those of `model.extra` in their place."""
-    asked = {name: config.extra[name] for name in ("rope_parameters", "rope_local_base_freq") if name in config.extra}
+    asked: dict[str, Any] = {name: config.extra[name] for name in ("rope_parameters", "rope_local_base_freq") if name in config.extra}
     fields = {name: value for name, value in file.items() if name in (*LEGACY_KEYS, "rope_parameters")}
     if "rope_parameters" in asked:
         both = [name for name in ("rope_theta", "rope_scaling") if getattr(config, name) is not None]
