@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import ConfigError
 
@@ -130,7 +130,7 @@ def _stored(file: str, name: str, entry: Any, first: int) -> StoredTensor:
     return StoredTensor(file, dtype, tuple(shape), first + start, first + stop)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in value)
 
 
