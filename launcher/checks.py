@@ -19,6 +19,14 @@ def check_memory_plan(config: Config) -> None:
         check_budget(ledger)
 
 
+def report_model(config: Config) -> None:
+    """Say what `efflaunch plan` says of the model; ConfigError where its files do not make one."""
+    from .config.checks import model_notes
+
+    for note in model_notes(config):
+        print(f"note: {note}", flush=True)
+
+
 def check_data(config: Config) -> None:
     """DataError where the corpora cannot be trained on. A built-in corpus is made here, where one can say so."""
     from ..model.spec import model_spec

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, ConfigError
-from .checks import check_data, check_memory_plan
+from .checks import check_data, check_memory_plan, report_model
 from .config.compose import changed
 from .config.overrides import parse_overrides
 from .config.run_config import Config
@@ -55,6 +55,7 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     launcher.check(config)
     check_elsewhere(config, run_dir)
     check_memory_plan(config)
+    report_model(config)
     check_data(config)
     return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
@@ -70,6 +71,7 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
         check_elsewhere(config, place_of(config))
         check_memory_plan(config)
         check_data(config)
+    report_model(configs[0])
     return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
 
 

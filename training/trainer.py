@@ -30,7 +30,7 @@ from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
-from .non_finite import RowWatch, non_finite
+from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
@@ -262,6 +262,8 @@ class _Run:
                     self.done,
                     layer=found.first_bad,
                     partly_applied=found.partly_applied,
+                    # Where modules before were updated with bad numbers, weights say nothing of where those came from.
+                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model),
                 )
 
     def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:

@@ -21,13 +21,18 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
     check_config_dir(config_dir)
     parsed = parse_overrides(overrides, config_dir)
-    data = _run_hydra([item.text for item in parsed], config_dir)
+    data = _run_hydra([text for item in parsed for text in _whole(item)], config_dir)
     missing = list(_missing_keys(data))
     if missing:
         raise _missing_choice(missing[0], parsed)
     config = resolve_nodes(load_config(data), [item.key for item in parsed])
     check_config(config)
     return config
+
+
+def _whole(item: Override) -> list[str]:
+    """The override as Hydra is given it. A mapping replaces the one that stood there, which Hydra would add it to."""
+    return [f"++{item.key}=null", item.text] if not item.is_group and item.value.lstrip().startswith("{") else [item.text]
 
 
 def compose_group(group: str, option: str, config_dir: str | None = None) -> dict[str, Any]:
@@ -41,6 +46,7 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
     from ...memory.config import check_memory
+    from ...model.model_check import check_weights
     from ...training.optimizers.check import check_residency
     from ...training.optimizers.engine_check import check_engine, engine_facts
     from ...training.optimizers.lr_schedule import check_optim
@@ -56,6 +62,7 @@ def check_config(config: Config) -> None:
     check_residency(config.optim, config.train.dtype)
     check_engine(engine_facts(config), config)
     check_logging(config.logging)
+    check_weights(config.model)
 
 
 def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:
