@@ -72,6 +72,17 @@ class Encoder:
         """Largest token id + 1."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja text chats are rendered with; several by name where the tokenizer has several."""
+        template: str | dict[str, str] | None = self.tokenizer.chat_template
+        return template
+
+    @property
+    def eos_token(self) -> str | None:
+        """The end token, as text."""
+        return self.options.eos_token or self.tokenizer.eos_token
+
     def identity(self) -> str:
         """Text that changes with anything that could change what is written."""
         return json.dumps([self._backend.to_str(), self.tokenizer.chat_template, self._eos])

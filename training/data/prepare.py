@@ -244,7 +244,9 @@ def _metadata(attempt: _Attempt, encoder: Encoder) -> dict[str, Any]:
             "path": os.path.abspath(request.encode.tokenizer) if os.path.exists(request.encode.tokenizer) else request.encode.tokenizer,
             "vocab_size": max(encoder.vocab_size, vocabulary.size),
             "vocab_sha256": vocabulary.sha256,
+            "eos_token": encoder.eos_token,
         },
+        "chat_template": encoder.chat_template,
         "fingerprint": _fingerprint(state.identity),
     }
 
