@@ -3,8 +3,9 @@
 Note: how
     The tokenizer's post-processor is taken off and what it adds is learnt from a probe, so that it is added only where a text
     does not have it already. (It also trims the offsets of some tokenizers: a token would seem to lie in the next turn.)
-    An answer is what the prompt and it together have beyond the prompt's own ids. Where the border falls inside a token, the answer
-    is tokenised by itself as a continuation, checked by decoding. Where no tokens say that, the token across the border is learnt.
+    An answer is what the prompt and it together have beyond the prompt's own ids. Where the border falls inside a token, or a space would
+    come between them, the answer is tokenised by itself as a continuation, checked by decoding. Where no tokens say that, the token
+    across the border is learnt.
     Special tokens as text (`--special-tokens text`): those a chat template writes are swapped for private-use characters that a copy of
     the tokenizer knows, and the copy takes all others for text. Both are as long as the token, so that offsets stay true.
 """
@@ -85,11 +86,12 @@ class TokenIds:
         first, joint = self._begun(self._plain(prompt)), self._begun(self._plain(prompt + answer))
         if not answer:
             return first, []
-        if joint[: len(first)] == first:
-            second = joint[len(first) :]
-        else:
-            first, second = self._across(prompt, answer, first, joint)
-        return first, self._ended(answer, second) if second else []
+        rest = joint[len(first) :] if joint[: len(first)] == first else None
+        if prompt or rest is None:
+            exact = self._decoded(first) + answer
+            if rest is None or self._decoded(joint) != exact:
+                first, rest = self._chosen(prompt, answer, first, joint, (exact, self._decoded(joint)))
+        return first, self._ended(answer, rest) if rest else []
 
     def ended(self, text: str, ids: np.ndarray) -> np.ndarray:
         """The ids of a rendered chat, with the end token if they do not have it."""
@@ -111,15 +113,22 @@ class TokenIds:
         """A rendering as a person reads it."""
         return text if self._copy is None else self._copy.show(text)
 
-    def _across(self, prompt: str, answer: str, first: list[int], joint: list[int]) -> tuple[list[int], list[int]]:
-        target = self._decoded(joint)
-        alone = self._plain(answer)
-        if self._decoded(first + alone) == target:
-            return first, alone
+    def _chosen(
+        self, prompt: str, answer: str, first: list[int], joint: list[int], targets: tuple[str, str]
+    ) -> tuple[list[int], list[int]]:
+        """Prompt and answer where the ids of both together do not say it: the answer as a continuation that decodes to the best target."""
+        continuations = [self._plain(answer)]
         for anchor in _ANCHORS:
             before, both = self._plain(anchor), self._plain(anchor + answer)
-            if both[: len(before)] == before and self._decoded(first + both[len(before) :]) == target:
-                return first, both[len(before) :]
+            if both[: len(before)] == before:
+                continuations.append(both[len(before) :])
+        decoded = [self._decoded(first + rest) for rest in continuations]
+        if targets[0] in decoded:
+            return first, continuations[decoded.index(targets[0])]
+        if joint[: len(first)] == first:
+            return first, joint[len(first) :]
+        if targets[1] in decoded:
+            return first, continuations[decoded.index(targets[1])]
         _, _, ends = self.rendered(prompt + answer)
         added = len(joint) - len(ends)
         border = added + int(np.argmax(ends > len(prompt))) if (ends > len(prompt)).any() else len(joint)
