@@ -12,6 +12,15 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
+def _without_bytes(tokenizer: Any) -> Any:
+    """Pieces for bytes are in the vocabulary, and no tokens of their own in a text."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
+    return Tokenizer.from_str(json.dumps(content))
+
+
 def _with_start(tokenizer: Any, start: str = "<s>") -> Any:
     from tokenizers import processors
 
@@ -44,7 +53,7 @@ def _prepending() -> Any:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=340, special_tokens=[*SPECIAL, *BYTES]))
-    return _with_start(tokenizer)
+    return _with_start(_without_bytes(tokenizer))
 
 
 def _metaspace(scheme: str) -> Any:
@@ -57,7 +66,7 @@ def _metaspace(scheme: str) -> Any:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=340, special_tokens=[*SPECIAL, *BYTES]))
-    return _with_start(tokenizer)
+    return _with_start(_without_bytes(tokenizer))
 
 
 def _unigram() -> Any:

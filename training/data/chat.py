@@ -101,6 +101,8 @@ class ChatRenderer:
             self._check_kept(where, hidden, range(len(hidden.messages)), text)
         else:
             out = self._by_turns(where, template, hidden, text, tagged, turns)
+        if len(out) > 1 and turns is Turns.AUTO:
+            self._warn("the chat template changes earlier turns, so the conversation became several documents (--turns)", where)
         self._check_end(where, hidden, out[-1])
         return out
 
@@ -267,7 +269,7 @@ class ChatRenderer:
         rest = self._token_ids.show(rendering.text[end:]).strip()
         if rest:
             self._warn(f"the {{% generation %}} tags leave out the end of the assistant's turn, {rest!r}: it is not learnt", where)
-        elif not self._token_ids.ends_special(rendering.text[begin:end].rstrip()):
+        elif self._token_ids.ending(rendering.text[begin:end].rstrip()) is None:
             self._warn(
                 "the chat template ends the assistant's turn with no special token: nothing is learnt that says where to stop", where
             )

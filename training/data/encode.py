@@ -187,8 +187,8 @@ class Encoder:
         if self.options.append_eos and self._eos is not None:
             ids = self._ids.ended(rendering.text, ids)
             mask = np.append(mask, [rendering.ends_learnt] * (len(ids) - len(mask)))
-        if rendering.ends_learnt and (last := self._ids.last_special(ids[mask])):
-            self._turn_ends.add(last)
+        if rendering.ends_learnt and (token := self._ids.ending(rendering.text.rstrip())):
+            self._turn_ends.add(token)
         return Document(ids, mask)
 
     def _eos_id(self) -> int | None:

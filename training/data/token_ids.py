@@ -57,16 +57,9 @@ class TokenIds:
         """Whether there is something that texts and answers end with."""
         return bool(self._end)
 
-    def last_special(self, ids: np.ndarray) -> str | None:
-        """The special token that the ids end with, but for a line break after it; None: they do not."""
-        for token_id in ids[-2:][::-1].tolist():
-            if token_id in self._special:
-                return self._special[token_id]
-        return None
-
-    def ends_special(self, text: str) -> bool:
-        """Whether the text ends with a token that was added to the vocabulary, as ends of turns are."""
-        return text.endswith(self._added)
+    def ending(self, text: str) -> str | None:
+        """The token, of those added to the vocabulary as ends of turns are, that a text ends with; None: with none."""
+        return max((token for token in self._added if text.endswith(token)), key=len, default=None)
 
     def whole(self, texts: list[str]) -> list[np.ndarray | NotText]:
         """Ids (int32) of texts with a beginning and an end, none of an empty text; NotText in the place of what cannot be tokenised."""
@@ -74,7 +67,7 @@ class TokenIds:
         out: list[np.ndarray | NotText] = []
         for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             try:
-                ids = self._checked(encoding.ids)
+                ids = self._checked(text, encoding.ids)
             except NotText as error:
                 out.append(error)
             else:
@@ -103,7 +96,7 @@ class TokenIds:
             text = self._copy.keep(text)
         encoding = (self._bare if self._copy is None else self._copy.tokenizer).encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return np.array(self._checked(encoding.ids), dtype=np.int32), offsets[:, 0], offsets[:, 1]
+        return np.array(self._checked(text, encoding.ids), dtype=np.int32), offsets[:, 0], offsets[:, 1]
 
     def hide(self, value: Any) -> Any:
         """The value with the special tokens in its strings out of a template's sight, where they are text."""
@@ -136,10 +129,10 @@ class TokenIds:
 
     def _plain(self, text: str) -> list[int]:
         tokenizer = self._bare if self._copy is None else self._copy.tokenizer
-        return self._checked(tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._checked(text, tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        return ids if self._copy is None else self._copy.originals(ids)
+    def _checked(self, text: str, ids: list[int]) -> list[int]:
+        return ids if self._copy is None else self._copy.originals(text, ids)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._bare.decode(ids, skip_special_tokens=False))
@@ -195,10 +188,11 @@ class _Copy:
         """A rendering with the template's special tokens replaced, and those of `hide` as they were."""
         return self.show(self._tokens.sub(lambda match: self._kept[match[0]], text))
 
-    def originals(self, ids: list[int]) -> list[int]:
+    def originals(self, text: str, ids: list[int]) -> list[int]:
         """The tokenizer's own ids. NotText where a special token came out of plain text."""
-        for token_id in ids:
-            if token_id in self._special:
+        for token_id in self._special.keys() & set(ids):
+            # The token for what is unknown, and those of bytes, come of other texts.
+            if self._special[token_id] in text:
                 raise NotText(f"{self._special[token_id]!r} in plain text, of which this tokenizer makes the special token all the same")
         return [self._original.get(token_id, token_id) for token_id in ids]
 
