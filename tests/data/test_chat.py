@@ -91,7 +91,9 @@ def test_each_turn_is_learnt_in_the_rendering_it_had(folders: dict[str, str]) ->
     for turns, expected in ((Turns.AUTO, [first, second]), (Turns.EACH, [first, second]), (Turns.LAST, [second])):
         encoded = _encoded(folders["trimming"], {"messages": TALK}, chat_template=THINKING, turns=turns)
         assert _pieces(folders["trimming"], encoded) == expected
-        assert [what.partition(",")[0] for what, _ in encoded.warnings] == ["the chat template changes earlier turns"] * (turns is Turns.AUTO)
+        assert [what.partition(",")[0] for what, _ in encoded.warnings] == ["the chat template changes earlier turns"] * (
+            turns is Turns.AUTO
+        )
     with pytest.raises(DataError, match="renders turn 2 differently once other turns follow; .*\n  Try: --turns auto"):
         _encoded(folders["trimming"], {"messages": TALK}, chat_template=THINKING, turns=Turns.ALL)
 
