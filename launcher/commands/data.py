@@ -79,7 +79,7 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         default="parse",
         help="what special tokens written in texts and messages are: themselves (parse), or plain text",
     )
-    parser.add_argument("--date", metavar="YYYY-MM-DD", default="2025-01-01", help="today's date for chat templates that ask (2025-01-01)")
+    parser.add_argument("--date", metavar="YYYY-MM-DD", help="today's date for chat templates that ask (2025-01-01)")
     parser.add_argument("--skip-bad", action="store_true", help="count and leave out records that cannot be used, instead of stopping")
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenise (one per core, fewer for small inputs)")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished earlier attempt")
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from ...training.data.chat import Turns
+    from ...training.data.chat import DATE, Turns
     from ...training.data.encode import EncodeOptions
     from ...training.data.inputs import Format
     from ...training.data.prepare import PrepareRequest, prepare
@@ -118,7 +118,7 @@ def _prepare(options: argparse.Namespace) -> int:
         skip_bad=options.skip_bad,
         special_tokens=SpecialTokens(options.special_tokens),
         turns=Turns(options.turns),
-        date=options.date,
+        date=options.date or DATE,
     )
     request = PrepareRequest(
         inputs=options.inputs,
@@ -149,14 +149,14 @@ def _read_template(path: str | None) -> str | None:
         return None
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--chat-template {path}", found=str(error.strerror), expected="a Jinja file", hint="--chat-template FILE.jinja"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        found = str(error.strerror) if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise ConfigError(f"--chat-template {path}", found=found, expected="a Jinja file", hint="--chat-template FILE.jinja") from error
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from ...training.data.builtin import read_texts, train_tokenizer
+    from ...training.data.builtin import train_tokenizer
+    from ...training.data.encode import read_text
     from ...training.data.inputs import Format, find_inputs
 
     out = Path(options.out)
@@ -165,7 +165,7 @@ def _tokenizer(options: argparse.Namespace) -> int:
     if options.vocab_size < 257:
         raise ConfigError("--vocab-size", found=str(options.vocab_size), expected="at least 257", hint="--vocab-size 8192")
     inputs = find_inputs(options.inputs, Format.TEXT)
-    train_tokenizer(read_texts(Path(entry.path) for entry in inputs), options.vocab_size, out)
+    train_tokenizer((read_text(entry.path) for entry in inputs), options.vocab_size, out)
     print(f"{out}: byte-level BPE trained on {len(inputs)} files")
     return EXIT_DONE
 

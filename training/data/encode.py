@@ -9,7 +9,6 @@ Note: what is learnt
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,11 @@ from .answers import Document, answer_documents
 from .chat import DATE, ChatRenderer, Rendering, Turns
 from .indexed import Kind
 from .inputs import Format, RawBatch
-from .messages import Chat, bad_record
+from .messages import Chat, bad_record, check_characters
 from .records import Exchange, Group, Preference, Record, read_record
 from .streams import csv_row, opened
 from .token_ids import NotText, SpecialTokens, TokenIds
 from .tokenizer import load_tokenizer
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +142,15 @@ class Encoder:
 
     def _record(self, kind: Format, where: str, raw: Any) -> Record:
         if kind is Format.TEXT:
-            return _read_text(raw)
+            return read_text(raw)
         if kind is Format.JSONL:
             row = _parse_line(where, raw)
         elif kind is Format.CSV:
             row = csv_row(where, raw, self.options.text_field)
         else:
             row = raw
+            if kind is Format.JSON:
+                check_characters(where, row)
         return read_record(where, row, self.options.text_field)
 
     def _documents(self, where: str, record: Exchange | Chat | Preference | Group) -> list[Document]:
@@ -213,7 +212,8 @@ class Encoder:
         )
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text of a file, compressed or not. DataError where it is not UTF-8."""
     try:
         with opened(path) as (stream, _):
             return stream.read().decode("utf-8-sig")
@@ -228,8 +228,8 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
         raise bad_record(where, f"a line that is not JSON ({error})", "one JSON object a line") from error
     if not isinstance(row, dict):
         raise bad_record(where, f"a JSON {type(row).__name__}", "one JSON object a line")
-    if b"\\ud" in line.lower() and _LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-        raise bad_record(where, "half of a \\u surrogate pair, which is no character", "whole characters")
+    if b"\\ud" in line.lower():
+        check_characters(where, row)
     return row
 
 

@@ -10,6 +10,7 @@ Note: what is accepted
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...errors import DataError
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Members that hold an assistant's reasoning, as transformers reads them."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "function_call", "tool_call"), "assistant"),
@@ -49,6 +51,12 @@ def bad_record(where: str, found: str, expected: str, hint: str = "mend it, or l
 def kind_of(value: Any) -> str:
     """`a list`, or `nothing`, for messages."""
     return "nothing" if value is None else f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__}"
+
+
+def check_characters(where: str, value: Any) -> None:
+    """DataError for halves of surrogate pairs, which JSON can write and no tokenizer can read."""
+    if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise bad_record(where, "half of a \\u surrogate pair, which is no character", "whole characters")
 
 
 def without_nulls(where: str, value: Any) -> Any:
@@ -232,6 +240,9 @@ def _learnt(where: str, message: dict[str, Any]) -> bool:
 
 def _parsed(where: str, text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise bad_record(where, f"text in {what} that is not JSON ({error})", "JSON text, or the value itself") from error
+    if "\\ud" in text.lower():
+        check_characters(where, value)
+    return value
