@@ -217,6 +217,31 @@ def test_special_tokens_of_messages_may_be_plain_text(folders: dict[str, str], k
         )
 
 
+OBJECTS = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+)
+TEXTS = OBJECTS.replace("c.function.arguments | tojson", "'(' + c.function.arguments + ')'")
+
+
+@pytest.mark.parametrize("arguments", [{"a": 2, "b": "two"}, '{"a": 2, "b": "two"}'])
+def test_arguments_are_encoded_once(folders: dict[str, str], arguments: Any) -> None:
+    """As transformers renders objects; a template that takes JSON text alone gets it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders["byte_level"])
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"b": {}, "a": {}}}}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": arguments}}]}
+    row = {"messages": [KIND[0], call, {"role": "tool", "content": "4"}, KIND[1]], "tools": [tool]}
+    encoded = _encoded(folders["byte_level"], row, chat_template=OBJECTS)
+    call["tool_calls"][0]["function"]["arguments"] = {"a": 2, "b": "two"}  # type: ignore[index]
+    expected = tokenizer.apply_chat_template(row["messages"], tools=[tool], chat_template=OBJECTS)["input_ids"]
+    assert encoded.documents[0].ids.tolist() == expected
+    (pieces,) = _pieces(folders["byte_level"], encoded)
+    assert pieces[1::2] == ['add{"a": 2, "b": "two"}<|end|>\n', "Four.<|end|>\n"]
+    (pieces,) = _pieces(folders["byte_level"], _encoded(folders["byte_level"], row, chat_template=TEXTS))
+    assert pieces[1] == 'add({"a": 2, "b": "two"})<|end|>\n'
+
+
 def test_an_end_token_is_not_added_twice_to_a_chat(folders: dict[str, str]) -> None:
     template = PLAIN.replace("<|end|>\n{% endfor", "</s>\n{% endfor")
     (document,) = _encoded(folders["byte_level"], {"messages": KIND}, chat_template=template, append_eos=True).documents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from typing import Any
 
 import pytest
@@ -112,10 +113,10 @@ def test_tools_as_json_text_and_their_nulls() -> None:
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
     with_nulls = {"type": "function", "function": {**tool["function"], "description": None}, "strict": None}  # type: ignore[dict-item]
     text = {"type": "function", "function": {"name": "add", "parameters": '{"type": "object", "properties": {"a": {"type": "integer"}}}'}}
-    import json
-
     for given in ([tool], json.dumps([tool]), [with_nulls], [json.dumps(tool)], tool, [text]):
         assert _chat(messages=[USER, ANSWER], tools=given).tools == [tool]
+    function = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    assert _chat(messages=[USER, ANSWER], functions=[function]).tools == [tool]
     for nothing in ([], "", "[]", None, "null"):
         assert _chat(messages=[USER, ANSWER], tools=nothing).tools is None
 
@@ -180,6 +181,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chosen": [ANSWER], "rejected": [OTHER]}, "found nothing in 'prompt'"),
     ({"prompt": "a", "completions": ["b", "c"], "rewards": [1]}, "found 1 of them in 'rewards'; expected a list of 2 numbers"),
     ({"prompt": "a", "completions": ["b", "c"]}, "completion 1: found no reward"),
+    ({"prompt": "a", "completion": "b", "label": False}, "found False in 'label' of a completion"),
     ({"instruction": "a"}, "found nothing in 'output'"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, r"found \['c'\] in 'history'"),
 ]

@@ -106,10 +106,7 @@ class Encoder:
         slots: list[list[Document] | str] = []
         for where, raw in batch.records:
             try:
-                record = self._record(batch.format, where, raw)
-                if record and isinstance(record, str):
-                    self._check_end()
-                slots.append(record if isinstance(record, str) else self._documents(where, record))
+                slots.append(self._slot(batch.format, where, raw))
             except DataError as error:
                 slots.append([])
                 self._refuse(error, where, out)
@@ -139,6 +136,18 @@ class Encoder:
         if not self.options.skip_bad:
             raise error
         out.skipped.append((error.found, where))
+
+    def _slot(self, kind: Format, where: str, raw: Any) -> list[Document] | str:
+        """A record's documents, or its text: those are tokenised together."""
+        try:
+            record = self._record(kind, where, raw)
+            if isinstance(record, str):
+                if record:
+                    self._check_end()
+                return record
+            return self._documents(where, record)
+        except RecursionError as error:
+            raise bad_record(where, "values nested too deeply", "some hundred levels at most") from error
 
     def _record(self, kind: Format, where: str, raw: Any) -> Record:
         if kind is Format.TEXT:

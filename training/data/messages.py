@@ -149,7 +149,7 @@ def _message(where: str, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         message["role"] = speaker
         if "value" in message:
             message["content"] = message.pop("value")
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise bad_record(where, f"{speaker!r} in 'from'", f"one of {', '.join(_ROLES)}")
     if not isinstance(speaker, str) or not speaker:
         raise bad_record(where, f"{kind_of(speaker)} in 'role'", "a string: system, user, assistant or tool")

@@ -18,7 +18,7 @@ ANSWERS = ("chosen", "rejected", "completions")
 """Fields that make a record a preference or a group of completions."""
 MAIN_FIELDS = (*CONVERSATIONS, *ANSWERS, "prompt", "completion", "instruction")
 """Any of these, or the text field, makes a record."""
-FIELDS = (*MAIN_FIELDS, "tools", "chat_template_kwargs", "system", "input", "output", "history", "rewards")
+FIELDS = (*MAIN_FIELDS, "tools", "functions", "chat_template_kwargs", "system", "input", "output", "history", "rewards", "label")
 """Every field that means something besides the text field."""
 
 
@@ -57,6 +57,9 @@ def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
     if any(name in row for name in CONVERSATIONS):
         return _conversation(where, row)
     if "prompt" in row and "completion" in row:
+        if isinstance(row.get("label"), bool):
+            # Unpaired preferences: a completion labelled as bad must not be learnt.
+            raise bad_record(where, f"{row['label']} in 'label' of a completion", "no label: pairs and rewards are what is learnt from")
         return _exchange(where, row)
     if "instruction" in row and text_field not in ("instruction", "input", "output") and not isinstance(row.get(text_field), str):
         return _answered(where, _instruction(where, row), _string(where, row, "output"))
@@ -87,6 +90,8 @@ def _conversation(where: str, row: dict[str, Any]) -> Chat:
 
 def _with_context(where: str, row: dict[str, Any], chat: Chat) -> Chat:
     tools = read_tools(where, row.get("tools"))
+    if tools is None and (functions := read_tools(where, row.get("functions"))):
+        tools = [{"type": "function", "function": function} for function in functions]
     return replace(chat, tools=tools, template_kwargs=read_template_kwargs(where, row.get("chat_template_kwargs")))
 
 

@@ -138,7 +138,7 @@ def _objects(batch: Any) -> list[dict[str, Any]]:
 def _has_special(kind: Any) -> bool:
     import pyarrow
 
-    if pyarrow.types.is_map(kind) or isinstance(kind, pyarrow.JsonType):
+    if pyarrow.types.is_map(kind) or isinstance(kind, getattr(pyarrow, "JsonType", ())):
         return True
     return any(_has_special(kind.field(index).type) for index in range(kind.num_fields))
 
@@ -149,7 +149,8 @@ def _value(value: Any, kind: Any) -> Any:
 
     if value is None:
         return None
-    if isinstance(kind, pyarrow.JsonType):
+    # pyarrow 18 has no such type.
+    if isinstance(kind, getattr(pyarrow, "JsonType", ())):
         return json.loads(value)
     if pyarrow.types.is_map(kind):
         return {key: _value(member, kind.item_type) for key, member in value}
