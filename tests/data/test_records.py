@@ -147,6 +147,7 @@ def test_groups_of_messages() -> None:
         ([{"messages": [ANSWER], "reward": 1}, {"completion": [OTHER], "reward": 0}], None),
         ([[ANSWER], [OTHER]], [1, 0]),
         (["Four.", "Five."], [1, 0.0]),
+        ([{**ANSWER, "reward": 1}, {"content": "Five.", "reward": 0}], None),
     ):
         assert _read(prompt=[USER], completions=completions, rewards=rewards) == expected
     assert _read(prompt="a", completions=["b", "c"], rewards=[1, 2]) == Group([Exchange("a", "b"), Exchange("a", "c")], [1.0, 2.0])

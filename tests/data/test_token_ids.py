@@ -138,5 +138,9 @@ def test_special_tokens_may_be_plain_text(folders: dict[str, str], loaded: dict[
 def test_what_the_tokenizer_makes_special_all_the_same_is_refused(folders: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"r0: found '</s>' in plain text, of which this tokenizer makes the special token all the same"):
         _documents(folders["unigram"], {"text": "Two</s> is"}, special_tokens="text")
+    with pytest.raises(DataError, match="private-use characters that stand for special tokens"):
+        _documents(folders["byte_level"], {"text": "Two \U00108001\U0010fffd\U0010fffd is"}, special_tokens="text")
+    (document,) = _documents(folders["word_piece"], {"prompt": "Two i", "completion": "s</s>"}, special_tokens="text")
+    assert document.mask.any() and not document.mask.all()
     with pytest.raises(ConfigError, match=r"--date: found 'monday'; expected a date like 2025-01-31"):
         _documents(folders["byte_level"], {"text": "Two is"}, date="monday")

@@ -28,6 +28,8 @@ DATE = "2025-01-01"
 """What date functions in templates give unless the command line says otherwise: the same input gives the same bytes."""
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
+_REASON_LENGTH = 300
+"""Characters of what a template raises that a message shows."""
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _OPENED, _CLOSED = "\U0010fffe", "\U0010ffff"
 """Non-characters, which no text has: they mark what the tags enclose."""
@@ -218,7 +220,7 @@ class ChatRenderer:
             )
         # A template is a program: whatever it raises is about the record it was given.
         except Exception as error:
-            reason = self._token_ids.show(str(error)) or type(error).__name__
+            reason = self._token_ids.show(str(error))[:_REASON_LENGTH] or type(error).__name__
             raise bad_record(where, f"messages the chat template refuses ({reason})", "roles and contents it knows") from error
         return str(rendered[0])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,11 @@ def kind_of(value: Any) -> str:
     return "nothing" if value is None else f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__}"
 
 
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    return reprlib.repr(value)
+
+
 def check_characters(where: str, value: Any) -> None:
     """DataError for halves of surrogate pairs, which JSON can write and no tokenizer can read."""
     if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
@@ -67,7 +73,7 @@ def without_nulls(where: str, value: Any) -> Any:
         return [without_nulls(where, member) for member in value]
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise bad_record(where, f"{kind_of(value)} ({value!r}) inside a conversation", "strings, numbers, lists and objects")
+    raise bad_record(where, f"{kind_of(value)} ({shown(value)}) inside a conversation", "strings, numbers, lists and objects")
 
 
 def read_chat(where: str, raw: Any, name: str = "messages") -> Chat:
@@ -150,7 +156,7 @@ def _message(where: str, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         if "value" in message:
             message["content"] = message.pop("value")
         if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise bad_record(where, f"{speaker!r} in 'from'", f"one of {', '.join(_ROLES)}")
+            raise bad_record(where, f"{shown(speaker)} in 'from'", f"one of {', '.join(_ROLES)}")
     if not isinstance(speaker, str) or not speaker:
         raise bad_record(where, f"{kind_of(speaker)} in 'role'", "a string: system, user, assistant or tool")
     message["role"] = _ROLES.get(speaker, speaker)
@@ -160,7 +166,7 @@ def _message(where: str, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         message["content"] = _content(where, message["content"])
     arguments = _take_calls(where, message)
     if "content" not in message and "tool_calls" not in message and not any(key in message for key in REASONING):
-        raise bad_record(where, f"no content in a turn of role {message['role']!r}", "a string in 'content' (it may be empty)")
+        raise bad_record(where, f"no content in a turn of role {shown(message['role'])}", "a string in 'content' (it may be empty)")
     return message, arguments
 
 
@@ -177,7 +183,7 @@ def _content(where: str, content: Any) -> str:
         elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            what = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else kind_of(part)
+            what = f"a part of type {shown(part.get('type'))}" if isinstance(part, dict) else kind_of(part)
             raise bad_record(where, f"{what} in 'content'", 'text alone: {"type": "text", "text": ...}')
     return "".join(texts)
 
@@ -229,10 +235,10 @@ def _learnt(where: str, message: dict[str, Any]) -> bool:
             continue
         value = message.pop(name)
         if value not in (0, 1) or isinstance(value, str):
-            raise bad_record(where, f"{value!r} in '{name}'", "0 or 1 (false or true): a turn is learnt or it is not")
+            raise bad_record(where, f"{shown(value)} in '{name}'", "0 or 1 (false or true): a turn is learnt or it is not")
         if value and not answers:
             raise bad_record(
-                where, f"{value!r} in '{name}' of a turn of role {message['role']!r}", "0: only the assistant's turns are learnt"
+                where, f"{shown(value)} in '{name}' of a turn of role {shown(message['role'])}", "0: only the assistant's turns are learnt"
             )
         learnt = learnt and bool(value)
     return learnt

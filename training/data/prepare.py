@@ -27,6 +27,7 @@ from .tokenizer import read_vocabulary
 from .workers import encode_all
 from .writer import FINAL_SUFFIXES, IndexedWriter, WriterState, discard, document_lengths, publish
 
+_MAX_REASONS = 100
 _BYTES_PER_WORKER = 8 << 20
 """Below this much input another process costs more than it saves."""
 
@@ -86,6 +87,8 @@ class _State:
         """Count what was left out, what is doubtful and how turns end."""
         for counts, entries in ((self.skipped, encoded.skipped), (self.warnings, encoded.warnings)):
             for reason, where in entries:
+                # Reasons may hold what is in the record: there could be as many as records.
+                reason = reason if reason in counts or len(counts) < _MAX_REASONS else "other reasons"
                 counts.setdefault(reason, {"count": 0, "first": where})["count"] += 1
         self.turn_ends = sorted({*self.turn_ends, *encoded.turn_ends})
 

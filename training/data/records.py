@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .messages import Chat, bad_record, kind_of, read_chat, read_template_kwargs, read_tools
+from .messages import Chat, bad_record, kind_of, read_chat, read_template_kwargs, read_tools, shown
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ANSWERS = ("chosen", "rejected", "completions")
@@ -105,7 +105,7 @@ def _instruction(where: str, row: dict[str, Any]) -> Chat:
         raise bad_record(where, f"{kind_of(history)} in 'history'", "a list of pairs: what the user said, what was answered")
     for pair in history:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise bad_record(where, f"{pair!r} in 'history'", "pairs of strings: what the user said, what was answered")
+            raise bad_record(where, f"{shown(pair)} in 'history'", "pairs of strings: what the user said, what was answered")
         chat = _joined(_joined(chat, _turn("user", pair[0])), _turn("assistant", pair[1]))
     given = _string(where, row, "input") if row.get("input") else ""
     text = _string(where, row, "instruction")
@@ -209,11 +209,12 @@ def _group(where: str, row: dict[str, Any]) -> Group:
     group = Group([], [])
     for number, (entry, reward) in enumerate(zip(entries, rewards, strict=True), 1):
         place = f"{where} completion {number}"
-        if isinstance(entry, dict) and "role" not in entry and "from" not in entry:
+        raw = entry
+        if isinstance(entry, dict):
             reward = entry.get("reward") if reward is None else reward
-            raw = next((entry[name] for name in ("text", "completion", *CONVERSATIONS) if entry.get(name) is not None), None)
-        else:
-            raw = entry
+            raw = {name: value for name, value in entry.items() if name != "reward"}
+            if "role" not in raw and "from" not in raw:
+                raw = next((raw[name] for name in ("text", "content", "completion", *CONVERSATIONS) if raw.get(name) is not None), None)
         if raw is None:
             raise bad_record(place, "nothing in 'text'", "an object with a string 'text' (or 'messages') and a number 'reward'")
         group.completions.append(_answered(place, prompt, _answer(place, raw, "text")))
@@ -223,7 +224,7 @@ def _group(where: str, row: dict[str, Any]) -> Group:
 
 def _reward(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise bad_record(where, "no reward" if value is None else f"{value!r} in 'reward'", "a finite number")
+        raise bad_record(where, "no reward" if value is None else f"{shown(value)} in 'reward'", "a finite number")
     return float(value)
 
 

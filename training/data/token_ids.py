@@ -51,6 +51,7 @@ class TokenIds:
         self._added = tuple(str(token.content) for token in added.values())
         self._end_text = str(backend.id_to_token(self._end[-1])) if self._end else ""
         self._copy = _Copy(self._bare, self._special) if special_tokens is SpecialTokens.TEXT else None
+        self._tokenizer = self._bare if self._copy is None else self._copy.tokenizer
 
     @property
     def has_end(self) -> bool:
@@ -63,9 +64,8 @@ class TokenIds:
 
     def whole(self, texts: list[str]) -> list[np.ndarray | NotText]:
         """Ids (int32) of texts with a beginning and an end, none of an empty text; NotText in the place of what cannot be tokenised."""
-        tokenizer = self._bare if self._copy is None else self._copy.tokenizer
         out: list[np.ndarray | NotText] = []
-        for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        for text, encoding in zip(texts, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             try:
                 ids = self._checked(text, encoding.ids)
             except NotText as error:
@@ -94,9 +94,9 @@ class TokenIds:
         """Ids (int32) of a rendered chat as it stands, and the characters each begins at and ends before (int64)."""
         if self._copy is not None:
             text = self._copy.keep(text)
-        encoding = (self._bare if self._copy is None else self._copy.tokenizer).encode(text, add_special_tokens=False)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return np.array(self._checked(text, encoding.ids), dtype=np.int32), offsets[:, 0], offsets[:, 1]
+        return np.array(self._checked(text, encoding.ids, rendered=True), dtype=np.int32), offsets[:, 0], offsets[:, 1]
 
     def hide(self, value: Any) -> Any:
         """The value with the special tokens in its strings out of a template's sight, where they are text."""
@@ -122,17 +122,16 @@ class TokenIds:
             return first, joint[len(first) :]
         if targets[1] in decoded:
             return first, continuations[decoded.index(targets[1])]
-        _, _, ends = self.rendered(prompt + answer)
+        ends = np.array(self._tokenizer.encode(prompt + answer, add_special_tokens=False).offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
         added = len(joint) - len(ends)
         border = added + int(np.argmax(ends > len(prompt))) if (ends > len(prompt)).any() else len(joint)
         return joint[:border], joint[border:]
 
     def _plain(self, text: str) -> list[int]:
-        tokenizer = self._bare if self._copy is None else self._copy.tokenizer
-        return self._checked(text, tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._checked(text, self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _checked(self, text: str, ids: list[int]) -> list[int]:
-        return ids if self._copy is None else self._copy.originals(text, ids)
+    def _checked(self, text: str, ids: list[int], *, rendered: bool = False) -> list[int]:
+        return ids if self._copy is None else self._copy.originals(text, ids, rendered=rendered)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._bare.decode(ids, skip_special_tokens=False))
@@ -188,8 +187,10 @@ class _Copy:
         """A rendering with the template's special tokens replaced, and those of `hide` as they were."""
         return self.show(self._tokens.sub(lambda match: self._kept[match[0]], text))
 
-    def originals(self, text: str, ids: list[int]) -> list[int]:
-        """The tokenizer's own ids. NotText where a special token came out of plain text."""
+    def originals(self, text: str, ids: list[int], *, rendered: bool) -> list[int]:
+        """The tokenizer's own ids. NotText where a special token came out of plain text (`rendered`: not of the template's)."""
+        if not rendered and self._original.keys() & set(ids):
+            raise NotText("private-use characters that stand for special tokens here")
         for token_id in self._special.keys() & set(ids):
             # The token for what is unknown, and those of bytes, come of other texts.
             if self._special[token_id] in text:
