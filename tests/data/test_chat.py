@@ -96,6 +96,9 @@ def test_each_turn_is_learnt_in_the_rendering_it_had(folders: dict[str, str]) ->
         )
     with pytest.raises(DataError, match="renders turn 2 differently once other turns follow; .*\n  Try: --turns auto"):
         _encoded(folders["trimming"], {"messages": TALK}, chat_template=THINKING, turns=Turns.ALL)
+    later = [*KIND[:2], *TALK, *KIND[2:]]
+    with pytest.raises(DataError, match="renders turn 4 differently once other turns follow"):
+        _encoded(folders["trimming"], {"messages": later}, chat_template=THINKING, turns=Turns.ALL)
 
 
 def test_turns_that_stay_as_they_were_share_a_document(folders: dict[str, str]) -> None:
@@ -238,6 +241,8 @@ def test_arguments_are_encoded_once(folders: dict[str, str], arguments: Any) -> 
     assert encoded.documents[0].ids.tolist() == expected
     (pieces,) = _pieces(folders["byte_level"], encoded)
     assert pieces[1::2] == ['add{"a": 2, "b": "two"}<|end|>\n', "Four.<|end|>\n"]
+    printed = _encoded(folders["byte_level"], row, chat_template=OBJECTS.replace("arguments | tojson", "arguments"))
+    assert printed.documents[0].ids.tolist() == expected, "not as Python prints objects"
     (pieces,) = _pieces(folders["byte_level"], _encoded(folders["byte_level"], row, chat_template=TEXTS))
     assert pieces[1] == 'add({"a": 2, "b": "two"})<|end|>\n'
 

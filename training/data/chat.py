@@ -13,6 +13,7 @@ Note: turns that change
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,14 +89,7 @@ class ChatRenderer:
         turns = Turns.ALL if one and self._turns is not Turns.LAST else self._turns
         hidden = self._hidden(where, chat)
         template = self._template(where, hidden)
-        try:
-            text = self._render(where, template, hidden)
-        except DataError:
-            if hidden.verbatim is None:
-                raise
-            # Some templates put arguments together as text and take no objects.
-            hidden = replace(hidden, messages=hidden.verbatim, verbatim=None)
-            text = self._render(where, template, hidden)
+        hidden, text = self._readable(where, template, hidden)
         tagged = _GENERATION.search(_COMMENT.sub("", template)) is not None
         if tagged and turns in (Turns.AUTO, Turns.ALL) and _all_learnt(hidden):
             spans = self._tag_spans(where, template, hidden)
@@ -107,6 +101,21 @@ class ChatRenderer:
             self._warn("the chat template changes earlier turns, so the conversation became several documents (--turns)", where)
         self._check_end(where, hidden, out[-1])
         return out
+
+    def _readable(self, where: str, template: str, chat: Chat) -> tuple[Chat, str]:
+        """The chat with the arguments of its tool calls as the template takes them, and its rendering."""
+        if chat.verbatim is None:
+            return chat, self._render(where, template, chat)
+        as_text = replace(chat, messages=chat.verbatim, verbatim=None)
+        try:
+            text = self._render(where, template, chat)
+        except DataError:
+            # Some templates put arguments together as text and take no objects.
+            return as_text, self._render(where, template, as_text)
+        if any(source in text for source in _python_sources(chat)):
+            # Others print what they get, which for an object is Python's notation.
+            return as_text, self._render(where, template, as_text)
+        return chat, text
 
     def _hidden(self, where: str, chat: Chat) -> Chat:
         hide = self._token_ids.hide
@@ -125,7 +134,7 @@ class ChatRenderer:
     def _by_turns(self, where: str, template: str, chat: Chat, full: str, tagged: bool, turns: Turns) -> list[Rendering]:
         learnt = [number for number, is_learnt in enumerate(chat.learnt) if is_learnt]
         out: list[Rendering] = []
-        first = 0
+        changed = last = -1
         for number in learnt[-1:] if turns is Turns.LAST else learnt:
             turn = self._turn(where, template, chat, number, tagged)
             self._check_kept(where, chat, [number], turn.text[turn.begin :])
@@ -136,13 +145,14 @@ class ChatRenderer:
             if out and turns is not Turns.EACH and turn.text.startswith(out[-1].text):
                 out[-1] = Rendering(turn.text, [*out[-1].spans, *spans], True)
             else:
-                first = number if len(out) == 0 else first
+                changed = last if changed < 0 else changed
                 out.append(Rendering(turn.text, spans, True))
+            last = number
         if not out:
             return [Rendering(full, [], False)]
         continues = full.startswith(out[-1].text)
         if turns is Turns.ALL and (len(out) > 1 or not continues):
-            raise self._rewritten(where, first)
+            raise self._rewritten(where, last if changed < 0 else changed)
         if continues and turns is not Turns.EACH:
             out[-1] = Rendering(full, out[-1].spans, chat.learnt[-1])
         return out
@@ -294,6 +304,13 @@ def read_date(text: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError as error:
         raise ConfigError("--date", found=repr(text), expected="a date like 2025-01-31", hint=f"--date {DATE}") from error
+
+
+def _python_sources(chat: Chat) -> list[str]:
+    """Arguments of tool calls as Python would print them, where JSON would not."""
+    calls = (call for message in chat.messages for call in message.get("tool_calls", ()))
+    arguments = [call["function"]["arguments"] for call in calls]
+    return [str(value) for value in arguments if str(value) != json.dumps(value, ensure_ascii=False)]
 
 
 def _all_learnt(chat: Chat) -> bool:

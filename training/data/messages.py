@@ -210,12 +210,13 @@ def _call(where: str, raw: Any) -> tuple[dict[str, Any], str]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise bad_record(where, "a tool call without a name", 'objects {"name": ..., "arguments": {...}}')
     given = function.get("arguments", function.get("parameters", {}))
-    is_text = isinstance(given, str) and bool(given.strip())
-    arguments = _parsed(where, given, "arguments of a tool call") if is_text else given or {}
+    text = given if isinstance(given, str) and given.strip() else None
+    is_empty = given is None or given == [] or (isinstance(given, str) and text is None)
+    arguments = {} if is_empty else given if text is None else _parsed(where, text, "arguments of a tool call")
     if not isinstance(arguments, dict):
         raise bad_record(where, f"{kind_of(arguments)} as arguments of a tool call", "an object, or an object as JSON text")
     kept = {key: value for key, value in function.items() if key not in ("arguments", "parameters")}
-    return {**call, "function": {**kept, "arguments": arguments}}, given if is_text else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**kept, "arguments": arguments}}, text or json.dumps(arguments, ensure_ascii=False)
 
 
 def _with_text_arguments(message: dict[str, Any], arguments: list[str]) -> dict[str, Any]:

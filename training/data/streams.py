@@ -34,6 +34,7 @@ def opened(path: str, start: int = 0) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
     DataError for a compressed file that is damaged or cut short, whenever that shows.
     """
+    damages: tuple[type[Exception], ...] = (EOFError, OSError, *_damages(path))
     try:
         with open(path, "rb") as raw:
             stream = _decompressed(path, raw)
@@ -42,7 +43,7 @@ def opened(path: str, start: int = 0) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             else:
                 _skip(stream, start)
             yield stream, raw
-    except (EOFError, OSError, *_damages(path)) as error:
+    except damages as error:
         if Path(path).suffix.lower() not in COMPRESSIONS or (isinstance(error, OSError) and error.errno is not None):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
