@@ -219,11 +219,10 @@ class ChatRenderer:
 
         # The compiled template is shared by all who render it: each sets its own date.
         self._compiled(template).environment.globals["strftime_now"] = self._date.strftime
-        arguments = {**self._tokenizer.special_tokens_map, **chat.template_kwargs}
+        arguments: dict[str, Any] = {**self._tokenizer.special_tokens_map, **chat.template_kwargs, "tools": chat.tools}
         try:
-            rendered, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[chat.messages[:count]],
-                tools=chat.tools,
                 chat_template=template,
                 add_generation_prompt=prompt,
                 **arguments,
@@ -232,7 +231,7 @@ class ChatRenderer:
         except Exception as error:
             reason = self._token_ids.show(str(error))[:_REASON_LENGTH] or type(error).__name__
             raise bad_record(where, f"messages the chat template refuses ({reason})", "roles and contents it knows") from error
-        return str(rendered[0])
+        return str(rendered[0][0])
 
     def _template(self, where: str, chat: Chat) -> str:
         if self._tokenizer.chat_template is None:
