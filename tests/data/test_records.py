@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ def _read(**row: Any) -> Any:
     return read_record("r", row, "text")
 
 
-def _chat(**row: Any) -> Chat:
+def read_chat(**row: Any) -> Chat:
     record = _read(**row)
     assert isinstance(record, Chat)
     return record
@@ -52,12 +51,12 @@ SAME = [
 
 @pytest.mark.parametrize("row", SAME)
 def test_one_exchange_in_every_form(row: dict[str, Any]) -> None:
-    assert _chat(**row) == Chat([USER, ANSWER], [False, True])
+    assert read_chat(**row) == Chat([USER, ANSWER], [False, True])
 
 
 def test_instructions_have_input_system_and_history() -> None:
     row = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be kind.", "history": [["Hello", "Yes?"]]}
-    chat = _chat(**row)
+    chat = read_chat(**row)
     assert [(m["role"], m["content"]) for m in chat.messages] == [
         ("system", "Be kind."),
         ("user", "Hello"),
@@ -76,49 +75,11 @@ def test_speakers_of_sharegpt() -> None:
         {"from": "observation", "value": "4"},
         {"from": "gpt", "value": "Four.", "weight": 0},
     ]
-    chat = _chat(conversations=turns, system="Be kind.", tools='[{"name": "add", "parameters": {"type": "object"}}]')
+    chat = read_chat(conversations=turns, system="Be kind.", tools='[{"name": "add", "parameters": {"type": "object"}}]')
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert chat.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
     assert chat.learnt == [False, False, True, False, False]
     assert chat.tools == [{"name": "add", "parameters": {"type": "object"}}]
-
-
-CALLS = [
-    {"tool_calls": [CALL]},
-    {"tool_calls": [{**CALL, "id": None, "function": {"name": "add", "arguments": '{"a": 2}'}}]},
-    {"tool_calls": '[{"name": "add", "arguments": {"a": 2}}]'},
-    {"tool_calls": [{"name": "add", "arguments": {"a": 2}}], "content": None},
-    {"function_call": {"name": "add", "arguments": '{"a": 2}'}},
-    {"function_call": None, "tool_calls": {"type": "function", "function": '{"name": "add", "arguments": {"a": 2}}'}},
-]
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_tool_calls_in_every_form(call: dict[str, Any]) -> None:
-    chat = _chat(messages=[USER, {"role": "assistant", **call}])
-    assert chat.messages[1] == {
-        "role": "assistant",
-        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
-    }
-    assert chat.verbatim is not None and chat.verbatim[1]["tool_calls"][0]["function"]["arguments"] == '{"a": 2}'
-
-
-def test_empty_arguments_are_an_empty_object() -> None:
-    for given in ("", "{}", {}, None):
-        chat = _chat(messages=[USER, {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": given}}]}])
-        assert chat.messages[1]["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
-
-
-def test_tools_as_json_text_and_their_nulls() -> None:
-    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
-    with_nulls = {"type": "function", "function": {**tool["function"], "description": None}, "strict": None}  # type: ignore[dict-item]
-    text = {"type": "function", "function": {"name": "add", "parameters": '{"type": "object", "properties": {"a": {"type": "integer"}}}'}}
-    for given in ([tool], json.dumps([tool]), [with_nulls], [json.dumps(tool)], tool, [text]):
-        assert _chat(messages=[USER, ANSWER], tools=given).tools == [tool]
-    function = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
-    assert _chat(messages=[USER, ANSWER], functions=[function]).tools == [tool]
-    for nothing in ([], "", "[]", None, "null"):
-        assert _chat(messages=[USER, ANSWER], tools=nothing).tools is None
 
 
 def test_preferences_of_messages() -> None:

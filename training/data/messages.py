@@ -29,6 +29,11 @@ _ROLES = {
 }
 """ShareGPT's names of speakers, and what chat templates call them."""
 _CALLS = ("function_call", "tool_call")
+_RENDERING = {
+    *("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask"),
+}
+"""Arguments of the rendering that a record does not decide."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -121,7 +126,7 @@ def read_template_kwargs(where: str, raw: Any) -> dict[str, Any]:
     found = _parsed(where, raw, "'chat_template_kwargs'") if isinstance(raw, str) and raw.strip() else raw or {}
     if not isinstance(found, dict):
         raise bad_record(where, f"{kind_of(found)} in 'chat_template_kwargs'", "an object of names and values")
-    own = sorted({"messages", "tools", "documents", "add_generation_prompt", "conversations", "chat_template"} & set(found))
+    own = sorted(_RENDERING & set(found))
     if own:
         raise bad_record(where, f"'{own[0]}' in 'chat_template_kwargs'", "names that are not the rendering's own")
     return found
