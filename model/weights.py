@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,11 +29,14 @@ Progress = Callable[[str], None]
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None) -> None:
+def load_weights(
+    model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None, groups: Sequence[dist.ProcessGroup] = ()
+) -> None:
     """Fill every parameter from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
 
     ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
-    none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor.
+    none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:
+    those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any.
     """
     assert config.path is not None
     folder, known = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
@@ -50,7 +53,7 @@ def load_weights(model: nn.Module, config: ModelConfig, seed: int, on_progress: 
             saved = opened[plan.sources[name].file].get_slice(plan.names[name])
             _fill(parameter, name, plan, saved, seed)
             bad += _faults(parameter, name, saved, known.facts)
-    _refuse_faults(bad, folder)
+    _refuse_faults(bad, folder, groups)
 
 
 def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
@@ -80,13 +83,13 @@ def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) 
     return []
 
 
-def _refuse_faults(mine: list[str], folder: Path) -> None:
+def _refuse_faults(mine: list[str], folder: Path, groups: Sequence[dist.ProcessGroup]) -> None:
     """ConfigError on every rank where any of them read numbers that cannot be trained."""
-    everyone: list[list[str] | None] = [mine]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    found = list(dict.fromkeys(fault for faults in everyone for fault in faults or ()))
+    for group in groups:
+        everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+        mine = [fault for faults in everyone for fault in faults or ()]
+    found = list(dict.fromkeys(mine))
     if found:
         more = f" and in {len(found) - 5} more tensors" if len(found) > 5 else ""
         raise ConfigError(
