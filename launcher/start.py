@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from .config import Config
 from .metrics_file import MetricsFollower
-from .overrides import Override, parse_overrides
+from .overrides import parse_overrides
 from .progress import Progress, summary_lines
 from .rundir import RUN_FILE, make_run_id, read_run
-from .schema import dump_config, load_config
-from .sizes import settle_nodes
+from .schema import dump_config
 from .state import ACTIVE, read_state
 
 
@@ -32,42 +30,12 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
 
 def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
     """Go on in `run_dir`, with `overrides` on top of its stored configuration."""
+    from .compose import changed
+
     config = read_run(run_dir).config
     if overrides:
         config = changed(config, parse_overrides(overrides, config_dir), config_dir)
     return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
-
-
-def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
-    """`config` with group options and values replaced, checked again."""
-    import yaml
-
-    from .compose import check_config, compose_group
-
-    data = dump_config(config)
-    for item in overrides:
-        if item.key in ("experiment", "run.id", "run.root"):
-            raise ConfigError(
-                item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME"
-            )
-        if item.is_group:
-            data[item.key] = compose_group(item.key, item.value, config_dir)
-        else:
-            # YAML reads 2:4 as minutes and seconds.
-            _set(data, item.key, item.value if item.key == "launcher.nodes" else yaml.safe_load(item.value))
-    result = settle_nodes(load_config(data), [item.key for item in overrides])
-    check_config(result)
-    return result
-
-
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        inner = data.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            inner = data[parent] = {}
-        data = inner
-    data[leaf] = value
 
 
 def show_config(config: Config) -> int:
@@ -99,12 +67,13 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
     from .backends.slurm import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-        check_elsewhere(config, place_of(config))
-        check_memory_plan(config)
-        check_data(config)
-    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+    launches = [Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs]
+    for launch in launches:
+        launcher.check(launch.config)
+        check_elsewhere(launch.config, launch.run_dir)
+        check_memory_plan(launch.config)
+        check_data(launch.config)
+    return launcher.submit_array(launches, folder)
 
 
 def show_array(configs: list[Config], folder: Path) -> int:
@@ -113,9 +82,10 @@ def show_array(configs: list[Config], folder: Path) -> int:
     from .backends.slurm import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-    print(launcher.describe_array([Launch(config=config, run_dir=place_of(config)) for config in configs], folder), end="")
+    launches = [Launch(config=config, run_dir=place_of(config)) for config in configs]
+    for launch in launches:
+        launcher.check(launch.config)
+    print(launcher.describe_array(launches, folder), end="")
     return EXIT_DONE
 
 
@@ -123,9 +93,9 @@ def show_launch(config: Config, run_dir: Path | None = None) -> int:
     """Print what `launch` would hand over, and touch nothing."""
     from .backends import Launch, launcher_of
 
-    launcher = launcher_of(config.launcher.backend)
+    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
     launcher.check(config)
-    print(launcher.describe(Launch(config=config, run_dir=run_dir or place_of(config))), end="")
+    print(launcher.describe(Launch(config=config, run_dir=run_dir)), end="")
     return EXIT_DONE
 
 

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from efflaunch.launcher import state as states
 from efflaunch.launcher import status_command
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.compose import changed, compose
 from efflaunch.launcher.display import LiveDisplay, PlainDisplay
 from efflaunch.launcher.lock import lock_run
 from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.paths import absolute_paths
 from efflaunch.launcher.progress import Progress, step_line, summary_lines
 from efflaunch.launcher.rundir import config_diff, make_run_dir, read_run, store_config
-from efflaunch.launcher.start import changed
 from efflaunch.launcher.state import Attempt, Failure, new_state, read_state, write_state
 
 
@@ -138,7 +138,7 @@ def test_revisions(run_dir: Path) -> None:
     other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=recompute"])
     revision, changes = store_config(run_dir, other)
     assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: auto -> recompute" in changes
-    assert read_run(run_dir).config == other and (run_dir / "revisions" / "1.yaml").is_file()
+    assert read_run(run_dir).config == absolute_paths(other) and (run_dir / "revisions" / "1.yaml").is_file()
     assert config_diff(other, other) == []
 
 
