@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
-from .config import Config
+from ..training.config import DataChanged, ScheduleOnResume
+from ..training.schedule import ends_at_zero
+from .config import Backend, Config
 from .metrics_file import MetricsFollower
 from .overrides import parse_overrides
 from .progress import Progress, summary_lines
+from .resume_checks import check_resumed
 from .rundir import RUN_FILE, make_run_id, read_run
 from .schema import dump_config
 from .state import ACTIVE, read_state
@@ -33,6 +36,8 @@ def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_r
     from .compose import changed
 
     config = read_run(run_dir).config
+    # What was accepted was accepted for that start.
+    config = replace(config, data=replace(config.data, changed=DataChanged.REFUSE))
     if overrides:
         config = changed(config, parse_overrides(overrides, config_dir), config_dir)
     return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
@@ -58,6 +63,10 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     check_elsewhere(config, run_dir)
     check_memory_plan(config)
     check_data(config)
+    changes = check_resumed(config, run_dir)
+    if config.launcher.backend is not Backend.LOCAL:
+        # Ranks say so where they start, which is elsewhere.
+        print(*changes, sep="\n", end="\n" if changes else "", flush=True)
     return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
 
@@ -73,6 +82,7 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
         check_elsewhere(launch.config, launch.run_dir)
         check_memory_plan(launch.config)
         check_data(launch.config)
+        check_resumed(launch.config, launch.run_dir)
     return launcher.submit_array(launches, folder)
 
 
@@ -169,6 +179,8 @@ def report_end(run_dir: Path, code: int) -> None:
 
 def _next_commands(run_dir: Path, code: int, progress: Progress) -> list[tuple[str, str]]:
     more = f" train.steps={2 * progress.steps}" if code == EXIT_DONE and progress.steps else ""
+    if more and ends_at_zero(read_run(run_dir).config.optim, progress.steps):
+        more += f" optim.schedule_on_resume={ScheduleOnResume.REWARM.value}"
     rows = [("go on", f"efflaunch resume {run_dir}{more}"), ("look", f"efflaunch status {run_dir}")]
     if progress.checkpoint is not None:
         rows.append(("export", f"efflaunch export {run_dir} OUT"))

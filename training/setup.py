@@ -33,6 +33,7 @@ from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
 from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig, Update
+from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
 from .oom import memory_errors_named
 from .optimizers.build import build_trained
@@ -78,6 +79,8 @@ class Session:
     ledger: Ledger
     spec: ModelSpec
     source: DataSource
+    data: dict[str, Any]
+    """What the data is (data.identity), as checkpoints keep it."""
     model: PreTrainedModel
     updater: Updater
     """Owns the optimizer, and the weights that checkpoints hold."""
@@ -119,6 +122,7 @@ def build_session(
     """
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
+    data = data_identity(source.corpora, settings_of(config.data, config.train.seed), source.fingerprint())
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
@@ -133,7 +137,7 @@ def build_session(
         run_dir / "checkpoints",
         model=updater.weights,
         optimizer=updater.optimizer,
-        metadata=_metadata(config, model, layout, source),
+        metadata=_metadata(config, model, layout, source, data),
         on_save=on_save,
         on_replica=on_replica,
     )
@@ -146,6 +150,7 @@ def build_session(
         ledger=ledger,
         spec=spec,
         source=source,
+        data=data,
         model=model,
         updater=updater,
         engine=engine,
@@ -184,13 +189,15 @@ def plain_config(config: RunSettings) -> dict[str, Any]:
     return plain
 
 
-def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
+def _metadata(
+    config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource, data: dict[str, Any]
+) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "hf_config": model.config.to_dict(),
         "layout": str(layout),
         "seed": config.train.seed,
         "config": plain_config(config),
-        "data": source.fingerprint(),
+        "data": data,
         "tokenizer": source.tokenizer,
     }
