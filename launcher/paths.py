@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError
-from .config import Backend, Config
+from .config.run_config import Backend, Config
 
 
 class PathKind(Enum):

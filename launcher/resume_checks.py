@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.files import list_checkpoints, read_state
 from ..training.schedule_course import load_course, resumed_course
-from .config import Config
+from .config.run_config import Config
 
 
 def check_resumed(config: Config, run_dir: Path) -> list[str]:

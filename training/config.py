@@ -2,58 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from ..errors import ConfigError
 from ..units import Tokens
-
-
-class Family(Enum):
-    """Model families with a layer adapter (`training/families/`)."""
-
-    LLAMA = "llama"
-    MISTRAL = "mistral"
-    QWEN2 = "qwen2"
-    QWEN3 = "qwen3"
-    GEMMA2 = "gemma2"
-    GEMMA3 = "gemma3"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Architecture and weights. With `path`, every size comes from its config.json and must not be given here."""
-
-    name: str
-    """Shown in logs and plans."""
-    path: str | None = None
-    """A local directory of safetensors, or a hub name where there is a network; None: random weights."""
-    family: Family | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    """None: hidden_size / num_heads."""
-    vocab_size: int | None = None
-    max_positions: Tokens | None = None
-    """Context length the rotary table is defined for (`max_position_embeddings`)."""
-    rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
-    """As Hugging Face defines it: rope_type linear, dynamic, yarn or llama3, with its parameters."""
-    sliding_window: Tokens | None = None
-    tie_embeddings: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of the Hugging Face config of this family, passed on as they are."""
-
-
-class LongDocuments(Enum):
-    """What happens to documents longer than `data.max_seq_len`."""
-
-    SPLIT = "split"
-    DROP = "drop"
 
 
 class DataChanged(Enum):
@@ -61,69 +14,6 @@ class DataChanged(Enum):
 
     REFUSE = "refuse"
     ACCEPT = "accept"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Which documents are trained on and how many per optimizer step."""
-
-    name: str
-    prefixes: list[str] = field(default_factory=list)
-    """Megatron indexed corpora: PREFIX.bin + PREFIX.idx (+ PREFIX.mask.bin where a loss mask is kept)."""
-    builtin: str | None = None
-    """A corpus made on the spot instead of `prefixes`: `python_stdlib` (source files of this Python)."""
-    tokenizer: str | None = None
-    """Directory, tokenizer.json or hub name; its vocabulary must fit the model's. None: made with the built-in corpus."""
-    vocab_size: int | None = None
-    """Vocabulary of the tokenizer trained for a built-in corpus."""
-    cache_dir: str | None = None
-    """Where built-in corpora are kept; None: the user's cache directory."""
-    max_seq_len: Tokens
-    """Longest sequence; longer documents are split or dropped."""
-    long_documents: LongDocuments = LongDocuments.SPLIT
-    global_batch_tokens: Tokens
-    """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
-    changed: DataChanged = DataChanged.REFUSE
-    """Corpora that hold something else than when the run's checkpoint was written: accept trains on with them, for this start."""
-
-
-class States(Enum):
-    """Where the optimizer's numbers live."""
-
-    DEVICE = "device"
-    """Float32 weights and both moments on the device, 1/shard of each a rank."""
-    HOST = "host"
-    """Float32 weights and both moments in host memory, updated there; the device has the weights in compute precision only."""
-
-
-class Update(Enum):
-    """When the optimizer updates."""
-
-    STEP = "step"
-    """After the whole backward pass: all gradients of a step exist, and a step with a bad number is not applied at all."""
-    BACKWARD = "backward"
-    """Each layer as soon as its gradients are reduced, which are then freed: exact, but what is applied cannot be taken back."""
-
-
-class ClipMode(Enum):
-    """Which norm gradients are clipped by; anything but `global` is for update=backward."""
-
-    GLOBAL = "global"
-    """That of this step's whole gradient: exact, needs all of it before the first update."""
-    TWO_PASS = "two_pass"
-    """The same norm from a backward pass of its own, which keeps no gradients: exact, twice the time."""
-    PREVIOUS_NORM = "previous_norm"
-    """That of the step before: not exact, a sudden large gradient is clipped a step too late."""
-
-
-class StateDtype(Enum):
-    """Precision of both moments; anything but float32 is inexact and needs torchao (the extra `lowbit`)."""
-
-    FLOAT32 = "float32"
-    """As the master weights (float64 in a float64 run)."""
-    BFLOAT16 = "bfloat16"
-    INT8 = "8bit"
-    """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
 
 
 class ScheduleOnResume(Enum):
@@ -135,39 +25,6 @@ class ScheduleOnResume(Enum):
     """It is taken over the new train.steps, so the rate of the next step changes at once."""
     REWARM = "rewarm"
     """A new one over the steps that are left: warm-up from the last rate to the peak, then the decay."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW on float32 master weights, and its schedule."""
-
-    name: str
-    lr: float
-    """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """On matrices only; norms, biases and embeddings are not decayed."""
-    grad_clip: float | None = 1.0
-    """Largest global gradient norm; None: no clipping."""
-    schedule: str = "cosine"
-    """cosine, linear (to zero), wsd (warm-up, stable, linear decay) or constant."""
-    warmup_steps: int | None = 0
-    """Steps in which the rate rises to its peak; null: 20, or a quarter of the steps where that is less."""
-    decay_steps: int | None = None
-    """wsd only: steps of the final decay."""
-    min_lr_ratio: float = 0.0
-    """cosine only: last learning rate as a share of the peak."""
-    schedule_on_resume: ScheduleOnResume = ScheduleOnResume.KEEP
-    """Where train.steps is another than before. keep never changes the rate of a step; stretch and rewarm do, and say so."""
-    states: States = States.DEVICE
-    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
-    update: Update = Update.STEP
-    """backward frees each layer's gradient as soon as it is applied, and overlaps a host update with the backward of the next layer."""
-    clip_mode: ClipMode = ClipMode.GLOBAL
-    """Which norm grad_clip means. previous_norm is not exact."""
-    state_dtype: StateDtype = StateDtype.FLOAT32
-    """Of the moments. bfloat16 and 8bit are not exact."""
 
 
 class Dtype(Enum):
@@ -230,32 +87,3 @@ def check_train(config: TrainConfig) -> None:
         if not valid:
             default = TrainConfig.__dataclass_fields__[key].default
             raise ConfigError(f"train.{key}", found=str(value), expected=expected, hint=f"train.{key}={default}")
-
-
-class WandbMode(Enum):
-    """Where W&B keeps its files; `online` is the only mode that opens a connection."""
-
-    OFF = "off"
-    OFFLINE = "offline"
-    ONLINE = "online"
-
-
-class Display(Enum):
-    """How progress is shown; `auto` is a live table on a terminal and plain lines otherwise."""
-
-    AUTO = "auto"
-    LIVE = "live"
-    PLAIN = "plain"
-    QUIET = "quiet"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoggingConfig:
-    """metrics.jsonl is always written; these are what else is shown or written, on rank 0."""
-
-    name: str
-    every_steps: int = 1
-    display: Display = Display.AUTO
-    tensorboard: bool = False
-    wandb: WandbMode = WandbMode.OFF
-    wandb_project: str = "efflaunch"

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError
-from .config import OptimConfig, ScheduleOnResume
-from .schedule import check_optim, learning_rate, warmup_steps
+from .config import ScheduleOnResume
+from .optimizers.config import OptimConfig
+from .optimizers.lr_schedule import check_optim, learning_rate, warmup_steps
 
 _KEY = "optim.schedule_on_resume"
 

@@ -26,7 +26,11 @@ def make(prefix: Path, tokens: list[int], lengths: list[int], mask: list[int] | 
     width = np.dtype(dtype).itemsize
     starts = np.concatenate([[0], np.cumsum(lengths)])
     head = HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
-    body = np.array(lengths, "<i4").tobytes() + (starts[:-1] * width).astype("<i8").tobytes() + np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+    body = (
+        np.array(lengths, "<i4").tobytes()
+        + (starts[:-1] * width).astype("<i8").tobytes()
+        + np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+    )
     prefix.with_name(prefix.name + ".idx").write_bytes(head + body)
     prefix.with_name(prefix.name + ".bin").write_bytes(np.array(tokens, dtype).tobytes())
     if mask is not None:
@@ -58,7 +62,9 @@ def test_the_same_tokens_are_the_same_wherever_and_however_they_lie(tmp_path: Pa
         ([5, 4, 3, 2, 1], [1, 4], [1, 1, 1, 1, 1], "document lengths, tokens, loss mask"),
     ],
 )
-def test_a_replaced_corpus_is_refused_and_said(tmp_path: Path, tokens: list[int], lengths: list[int], mask: list[int] | None, parts: str) -> None:
+def test_a_replaced_corpus_is_refused_and_said(
+    tmp_path: Path, tokens: list[int], lengths: list[int], mask: list[int] | None, parts: str
+) -> None:
     before = saved([make(tmp_path / "c", [1, 2, 3, 4, 5], [2, 3])])
     changes = data_changes(before, saved([make(tmp_path / "c", tokens, lengths, mask)], "other"))
     assert changes.silent == (f"corpus {tmp_path}/c: other {parts}",)

@@ -6,9 +6,9 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli
-from efflaunch.launcher.compose import changed, compose, sweep_values
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.overrides import parse_overrides
+from efflaunch.launcher.config.compose import changed, compose, sweep_values
+from efflaunch.launcher.config.overrides import parse_overrides
+from efflaunch.launcher.config.run_config import Config
 
 QUICK = "+experiment=quickstart"
 

@@ -8,9 +8,9 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.overrides import split_values
-from efflaunch.launcher.sweep_command import expand
+from efflaunch.launcher.commands.sweep import expand
+from efflaunch.launcher.config.overrides import split_values
+from efflaunch.launcher.config.run_config import Config
 
 
 @pytest.mark.parametrize(

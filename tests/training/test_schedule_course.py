@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.training.config import OptimConfig, ScheduleOnResume
-from efflaunch.training.schedule import SCHEDULES, learning_rate
+from efflaunch.training.config import ScheduleOnResume
+from efflaunch.training.optimizers.config import OptimConfig
+from efflaunch.training.optimizers.lr_schedule import SCHEDULES, learning_rate
 from efflaunch.training.schedule_course import Course, first_course, load_course, resumed_course
 
 BASE = OptimConfig(name="test", lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
@@ -41,7 +42,9 @@ def test_the_same_steps_follow_the_same_course(schedule: str) -> None:
 def test_keep_changes_the_rate_of_no_step(schedule: str, done: int, steps: int) -> None:
     config = config_of(schedule)
     if schedule in ("linear", "wsd") and steps == MORE:
-        with pytest.raises(ConfigError, match=rf"(?s)schedule_on_resume: found keep, and a {schedule} schedule over 20 steps.*=stretch.*=rewarm"):
+        with pytest.raises(
+            ConfigError, match=rf"(?s)schedule_on_resume: found keep, and a {schedule} schedule over 20 steps.*=stretch.*=rewarm"
+        ):
             resumed_course(config, saved_at(config, done), done, steps)
         return
     course, change = resumed_course(config, saved_at(config, done), done, steps)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ..config import DataChanged, DataConfig
+from ..config import DataChanged
+from .config import DataConfig
 from .indexed import IndexedCorpus
 
 SAMPLE_BLOCKS, BLOCK_NUMBERS = 256, 4096
@@ -23,7 +24,10 @@ _PARTS = {"documents": "document lengths", "tokens": "tokens", "mask": "loss mas
 
 def corpus_content(corpus: IndexedCorpus) -> dict[str, str | None]:
     """A hash of each part of a corpus by its name in `_PARTS`; None: it has no such part. Independent of place and integer width."""
-    return {"documents": _hash(corpus.lengths), **{name: None if column is None else _hash(column) for name, column in corpus.columns().items()}}
+    return {
+        "documents": _hash(corpus.lengths),
+        **{name: None if column is None else _hash(column) for name, column in corpus.columns().items()},
+    }
 
 
 def _hash(column: np.ndarray) -> str:
@@ -81,7 +85,9 @@ def data_changes(saved: object, now: Mapping[str, Any]) -> DataChanges:
         other = isinstance(saved, str) and now["stream"] is not None and saved != now["stream"]
         return DataChanges(("other documents, lengths, seed or batch",) if other else (), ())
     settings = [
-        f"{key}: {saved['settings'][key]} -> {value}" for key, value in now["settings"].items() if saved["settings"].get(key, value) != value
+        f"{key}: {saved['settings'][key]} -> {value}"
+        for key, value in now["settings"].items()
+        if saved["settings"].get(key, value) != value
     ]
     replaced = _replaced(saved["corpora"], now["corpora"])
     is_moved = not replaced and len(saved["corpora"]) == len(now["corpora"])

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ..config import DataConfig, LongDocuments, Objective
+from ..config import Objective
+from .config import DataConfig, LongDocuments
 from .indexed import IndexedCorpus, Kind
 from .sampler import InOrder, Sampler, Sequence, SequenceTable
 from .tokenizer import read_vocabulary
@@ -157,9 +158,7 @@ def open_data(config: DataConfig, seed: int, model_vocab_size: int, objective: O
     return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
 
 
-def check_corpora(
-    config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING
-) -> list[IndexedCorpus]:
+def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> list[IndexedCorpus]:
     """The corpora of the prefixes, opened; DataError where they or the tokenizer cannot be used, or are not for the objective."""
     prefixes, tokenizer = _located(config)
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
