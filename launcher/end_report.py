@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
-from ..training.config import ScheduleOnResume
+from ..training.optimizers.config import ScheduleOnResume
 from ..training.optimizers.lr_schedule import ends_at_zero
 from .rundir.metrics_reader import MetricsFollower
 from .rundir.progress import RunProgress, summary_lines

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, ConfigError
-from ..training.config import DataChanged
-from .checks import check_data, check_memory_plan
+from ..training.data.config import DataChanged
+from .checks import check_data, check_memory_plan, check_resumed
 from .config.overrides import parse_overrides
 from .config.run_config import Backend, Config
 from .config.schema import dump_config
-from .resume_checks import check_resumed
 from .rundir.run_dir import RUN_FILE, make_run_id, place_of, read_run
 from .rundir.state import ACTIVE, read_state
 

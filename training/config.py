@@ -9,24 +9,6 @@ from ..errors import ConfigError
 from ..units import Tokens
 
 
-class DataChanged(Enum):
-    """What happens where corpora were replaced since the checkpoint that is resumed, and no setting says so."""
-
-    REFUSE = "refuse"
-    ACCEPT = "accept"
-
-
-class ScheduleOnResume(Enum):
-    """What becomes of the learning rate's schedule where a run is resumed with another train.steps."""
-
-    KEEP = "keep"
-    """It stays as it was: every step has the rate it would have had; steps after its end have its last rate."""
-    STRETCH = "stretch"
-    """It is taken over the new train.steps, so the rate of the next step changes at once."""
-    REWARM = "rewarm"
-    """A new one over the steps that are left: warm-up from the last rate to the peak, then the decay."""
-
-
 class Dtype(Enum):
     """Precision of computation; weights, gradients' reduction and optimizer states are float32 (float64 for float64)."""
 

@@ -33,6 +33,7 @@ from .non_finite import RowWatch, non_finite
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
+from .optimizers.lr_course import Course, first_course, load_course, resumed_course
 from .optimizers.updater import Gradients
 from .reporting.events import start_fields, step_fields, straggler_rows
 from .reporting.metrics import Metrics
@@ -41,7 +42,6 @@ from .reporting.step_pace import Pace
 from .reporting.step_results import Results, gather_results, host_names
 from .reporting.stragglers import Stragglers
 from .run_settings import RunSettings
-from .schedule_course import Course, first_course, load_course, resumed_course
 from .session import Session, build_session, closing_store, join_ranks, plain_config
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
 from .step_planner import Costs, StepPlanner, Totals, settle_costs

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ..config.paths import expand_home
 from ..config.run_config import Backend, Config
-from ..paths import expand_home
 from ..rundir.run_dir import make_run_id
 from .arguments import CommandParser, add_dry_run, add_own_files
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..paths import expand_homes
 from .conf_groups import check_config_dir, conf_dir, options
 from .node_range import resolve_nodes
 from .overrides import Override, parse_overrides, split_values
+from .paths import expand_homes
 from .run_config import Config
 from .schema import dump_config, load_config, missing_key
 

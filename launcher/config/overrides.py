@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ..paths import expand_home
 from .conf_groups import EXPERIMENT, GROUPS, check_option
+from .paths import expand_home
 
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
 

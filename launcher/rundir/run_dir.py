@@ -20,9 +20,9 @@ from typing import Any
 from ... import __version__
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ..config.paths import absolute_paths, base_of
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
-from ..paths import absolute_paths, base_of
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import DataError
-from efflaunch.training.config import DataChanged
 from efflaunch.training.data import identity
+from efflaunch.training.data.config import DataChanged
 from efflaunch.training.data.identity import block_starts, check_data_changes, corpus_content, data_changes, data_identity
 from efflaunch.training.data.indexed import IndexedCorpus
 from efflaunch.training.data.scores import corpus_digest
@@ -68,7 +68,7 @@ def test_a_replaced_corpus_is_refused_and_said(
     before = saved([make(tmp_path / "c", [1, 2, 3, 4, 5], [2, 3])])
     changes = data_changes(before, saved([make(tmp_path / "c", tokens, lengths, mask)], "other"))
     assert changes.silent == (f"corpus {tmp_path}/c: other {parts}",)
-    with pytest.raises(DataError, match=rf"step 7: found something else now: corpus .*: other {parts}; .*data.changed=accept"):
+    with pytest.raises(DataError, match=rf"(?s)step 7: found something else now: corpus .*: other {parts}; .*data.changed=accept"):
         check_data_changes(changes, DataChanged.REFUSE, 7)
     check_data_changes(changes, DataChanged.ACCEPT, 7)
     with pytest.raises(DataError):

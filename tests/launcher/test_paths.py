@@ -14,9 +14,9 @@ from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli
 from efflaunch.launcher.config.compose import changed, compose
 from efflaunch.launcher.config.overrides import parse_overrides
+from efflaunch.launcher.config.paths import PATH_KEYS, absolute_paths, base_of, expand_home
 from efflaunch.launcher.config.run_config import Config
 from efflaunch.launcher.config.schema import walk_fields
-from efflaunch.launcher.paths import PATH_KEYS, absolute_paths, base_of, expand_home
 from efflaunch.launcher.rundir.run_dir import RUN_FILE, make_run_dir, read_run, store_config, write_run
 
 QUICK = "+experiment=quickstart"

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from efflaunch.launcher.commands import status
 from efflaunch.launcher.config.compose import changed, compose
+from efflaunch.launcher.config.paths import absolute_paths
 from efflaunch.launcher.live_display import LiveDisplay, PlainDisplay
-from efflaunch.launcher.paths import absolute_paths
 from efflaunch.launcher.rundir import state as states
 from efflaunch.launcher.rundir.lock import lock_run
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step

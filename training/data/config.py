@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...units import Tokens
-from ..config import DataChanged
 
 
 class LongDocuments(Enum):
@@ -14,6 +13,13 @@ class LongDocuments(Enum):
 
     SPLIT = "split"
     DROP = "drop"
+
+
+class DataChanged(Enum):
+    """What happens where corpora were replaced since the checkpoint that is resumed, and no setting says so."""
+
+    REFUSE = "refuse"
+    ACCEPT = "accept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

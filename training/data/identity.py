@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ..config import DataChanged
-from .config import DataConfig
+from .config import DataChanged, DataConfig
 from .indexed import IndexedCorpus
 
 SAMPLE_BLOCKS, BLOCK_NUMBERS = 256, 4096

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..config import ScheduleOnResume
-
 
 class States(Enum):
     """Where the optimizer's numbers live."""
@@ -45,6 +43,17 @@ class StateDtype(Enum):
     BFLOAT16 = "bfloat16"
     INT8 = "8bit"
     """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
+
+
+class ScheduleOnResume(Enum):
+    """What becomes of the learning rate's schedule where a run is resumed with another train.steps."""
+
+    KEEP = "keep"
+    """It stays as it was: every step has the rate it would have had; steps after its end have its last rate."""
+    STRETCH = "stretch"
+    """It is taken over the new train.steps, so the rate of the next step changes at once."""
+    REWARM = "rewarm"
+    """A new one over the steps that are left: warm-up from the last rate to the peak, then the decay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ConfigError
-from .config.run_config import Backend, Config
+from ...errors import ConfigError
+from .run_config import Backend, Config
 
 
 class PathKind(Enum):

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..errors import ConfigError
-from .config import ScheduleOnResume
-from .optimizers.config import OptimConfig
-from .optimizers.lr_schedule import check_optim, learning_rate, warmup_steps
+from ...errors import ConfigError
+from .config import OptimConfig, ScheduleOnResume
+from .lr_schedule import check_optim, learning_rate, warmup_steps
 
 _KEY = "optim.schedule_on_resume"
 
