@@ -82,18 +82,6 @@ def absolute_paths(config: Config, base: Path | None = None) -> Config:
     return _mapped(config, absolute)
 
 
-def base_of(run_dir: Path, config: Config) -> Path | None:
-    """The directory a stored run's relative paths start in: the one its command was typed in. None where that is not known.
-
-    A relative run.root is the end of the run directory's own path, and what is before it is the answer.
-    """
-    if config.run.id is None or os.path.isabs(config.run.root):
-        return None
-    tail = Path(os.path.normpath(Path(config.run.root) / config.run.id)).parts
-    whole = run_dir.resolve()
-    return Path(*whole.parts[: -len(tail)]) if whole.parts[-len(tail) :] == tail else None
-
-
 def _is_name(kind: PathKind, value: str, start: Path) -> bool:
     """Whether the value is a name and no path: a hub's, a program's, or an address with a protocol."""
     if kind is PathKind.ADDRESS:

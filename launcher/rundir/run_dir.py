@@ -20,7 +20,8 @@ from typing import Any
 from ... import __version__
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
-from ..config.paths import absolute_paths, base_of
+from ...utils.stored_paths import base_of
+from ..config.paths import absolute_paths
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
 
@@ -96,7 +97,7 @@ def read_attempt(run_dir: Path, attempt: int) -> Config:
 
 def _located(run_dir: Path, config: Config) -> Config:
     # Runs of earlier versions hold relative paths.
-    return absolute_paths(config, base_of(run_dir, config))
+    return absolute_paths(config, base_of(run_dir, config.run.root, config.run.id))
 
 
 def write_run(run_dir: Path, config: Config, revision: int) -> None:

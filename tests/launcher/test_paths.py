@@ -14,10 +14,11 @@ from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli
 from efflaunch.launcher.config.compose import changed, compose
 from efflaunch.launcher.config.overrides import parse_overrides
-from efflaunch.launcher.config.paths import PATH_KEYS, absolute_paths, base_of, expand_home
+from efflaunch.launcher.config.paths import PATH_KEYS, absolute_paths, expand_home
 from efflaunch.launcher.config.run_config import Config
 from efflaunch.launcher.config.schema import walk_fields
 from efflaunch.launcher.rundir.run_dir import RUN_FILE, make_run_dir, read_run, store_config, write_run
+from efflaunch.utils.stored_paths import base_of
 
 QUICK = "+experiment=quickstart"
 TEXTS = {
@@ -107,9 +108,9 @@ def test_a_run_holds_absolute_paths_and_an_older_one_is_read_as_if(tmp_path: Pat
     # What an earlier version wrote.
     write_run(run_dir, config, 1)
     monkeypatch.chdir("/")
-    assert base_of(run_dir, config) == place.resolve()
+    assert base_of(run_dir, config.run.root, config.run.id) == place.resolve()
     assert read_run(run_dir).config.data.prefixes == [f"{place.resolve()}/corpus"]
-    assert base_of(tmp_path / "moved", config) is None
+    assert base_of(tmp_path / "moved", config.run.root, config.run.id) is None
     monkeypatch.chdir(place)
     assert store_config(run_dir, config) == (1, []), "the same command in the same directory changes nothing"
     assert os.path.isabs(read_run(Path("runs/a")).config.run.root)
