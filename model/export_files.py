@@ -74,6 +74,8 @@ def write_files(origins: Origins, out_dir: Path) -> FilesReport:
     tokenizer = next((path for path in origins.tokenizers if _copy_tokenizer(path, origins, out_dir)), None)
     if tokenizer is not None and tokenizer != origins.tokenizers[0]:
         notes.append(f"tokenizer {origins.tokenizers[0]} is not on this machine; the one of {tokenizer} was taken")
+    if _read_json(out_dir / _CONFIG).get("tokenizer_class") == "TokenizersBackend":
+        notes.append("the tokenizer's class, TokenizersBackend, is not known to transformers before 5; its files are as they were")
     template = None if tokenizer is None else _write_template(origins, out_dir, notes)
     end = None if template is None else _end_of_turn(origins, out_dir, notes)
     _write_generation(origins, out_dir, end, notes)
