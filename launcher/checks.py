@@ -43,14 +43,26 @@ def check_resumed(config: Config, run_dir: Path) -> list[str]:
     ConfigError where no schedule reaches the last step, DataError where corpora were replaced (data.changed).
     Looks at the newest whole checkpoint of the run directory; the ranks look again at the one they restore.
     """
-    newest = next((info for info in reversed(list_checkpoints(run_dir)) if info.is_whole), None)
-    if newest is None:
+    found = _newest_state(run_dir)
+    if found is None:
         return []
-    saved = read_state(newest.path)
+    step, saved = found
     course = load_course(saved["extra"].get("schedule", {}), config.optim)
-    change = None if course is None else resumed_course(config.optim, course, newest.step, config.train.steps)[1]
-    replaced = () if config.data.builtin else _check_data(config, saved["metadata"].get("data"), newest.step)
+    change = None if course is None else resumed_course(config.optim, course, step, config.train.steps)[1]
+    replaced = () if config.data.builtin else _check_data(config, saved["metadata"].get("data"), step)
     return [*([] if change is None else [change]), *(f"data: {line}" for line in replaced)]
+
+
+def _newest_state(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
+    """Step and state.json of the newest checkpoint that has one; None where there is none."""
+    for info in reversed(list_checkpoints(run_dir)):
+        try:
+            if info.is_whole:
+                return info.step, read_state(info.path)
+        except (OSError, ValueError, KeyError):
+            # The ranks read every byte of it, and say what is damaged.
+            continue
+    return None
 
 
 def _check_data(config: Config, saved: Any, step: int) -> tuple[str, ...]:
