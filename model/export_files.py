@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from ..utils.stored_paths import base_of
 
 _PATTERNS = (
@@ -61,7 +62,7 @@ def origins_of(run_dir: Path, metadata: Mapping[str, Any]) -> Origins:
         return str(base / path) if base is not None and (base / path).exists() else path
 
     prefixes = [located(f"{prefix}.idx")[: -len(".idx")] for prefix in data.get("prefixes") or ()]
-    corpora = [json.loads(path.read_text(encoding="utf-8")) for path in (Path(prefix + ".json") for prefix in prefixes) if path.is_file()]
+    corpora = [described for prefix in prefixes if (described := _read_json(Path(prefix + ".json")))]
     named = [metadata.get("tokenizer"), *((corpus.get("tokenizer") or {}).get("path") for corpus in corpora), model.get("path")]
     paths = [located(path) for path in named if path]
     own = located(model["path"]) if model.get("path") else None
@@ -117,7 +118,7 @@ def _copy_tokenizer(path: str, origins: Origins, out_dir: Path) -> bool:
 
 def _special_tokens(origins: Origins, out_dir: Path) -> dict[str, str]:
     """Of a bare tokenizer.json: the corpora's end token, and those that the model's configuration names by id."""
-    added = json.loads((out_dir / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or ()
+    added = _read_json(out_dir / "tokenizer.json").get("added_tokens") or ()
     by_id = {entry["id"]: entry["content"] for entry in added}
     ids = {name: origins.hf_config.get(f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     tokens = {name: by_id[number] for name, number in ids.items() if isinstance(number, int) and number in by_id}
@@ -217,8 +218,17 @@ def _token_id(out_dir: Path, token: str) -> int | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    """The object in a file; an empty one where there is no file. CheckpointError where it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        content = str(error)
+    if not isinstance(content, dict):
+        hint = "mend the file, or move it away to export without it"
+        raise CheckpointError(str(path), found=f"no JSON object ({str(content)[:80]})", expected="one, as it was written", hint=hint)
+    return content
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def test_a_run_is_gone_on_with_from_anywhere_and_nothing_changes_in_silence(tmp_
     assert "optim.schedule_on_resume: found keep, and a linear schedule over 4 steps that ends at 0" in text
     assert len(list((run_dir / "logs").glob("attempt-*"))) == 1 and read_run(run_dir).revision == 1, "nothing was written"
     text = run(elsewhere, "resume", "../place/runs/run", "train.steps=6", "optim.schedule_on_resume=rewarm", "optim.warmup_steps=1")
-    assert "learning rate: linear schedule begun anew, 1 steps of warm-up and the decay to step 6: 0.001 at step 5" in text
+    assert "learning rate: linear schedule begun anew, 1 step of warm-up and the decay to step 6: 0.001 at step 5" in text
     assert rates(run_dir) == pytest.approx(first | {5: 1e-3, 6: 1e-3})
 
     tokens = np.memmap(place / "corpus.bin", dtype="<u2", mode="r+")

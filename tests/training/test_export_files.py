@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from efflaunch.errors import CheckpointError
 from efflaunch.model.export_files import Origins, origins_of, write_files
 from efflaunch.model.portable_config import unsaid_to_old, with_old_fields
 
@@ -139,6 +140,13 @@ def test_the_tokenizer_is_known_from_the_corpus_or_the_model(tmp_path: Path, out
     report = write_files(lost, out)
     assert report.tokenizer == str(of_model) and f"{tmp_path / 'gone'} is not on this machine" in report.notes[0]
     assert write_files(Origins(("nobody/no-such-tokenizer",), None, ()), out).tokenizer is None
+
+
+def test_a_damaged_file_is_named(tmp_path: Path, out: Path) -> None:
+    source = make_tokenizer(tmp_path / "t", eos_token="<eos>")
+    (source / "generation_config.json").write_text("[1")
+    with pytest.raises(CheckpointError, match=r"generation_config.json: found no JSON object \(.*\); expected one"):
+        write_files(Origins((str(source),), str(source), (CORPUS,)), out)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,6 @@ def _described(config: OptimConfig, saved: Course, course: Course, done: int) ->
         what = f"stretched from {saved.total_steps} to {course.total_steps} steps"
     else:
         warmup = warmup_steps(config, course.total_steps - course.start)
-        what = f"begun anew, {warmup} steps of warm-up and the decay to step {course.total_steps}"
+        what = f"begun anew, {warmup} step{'' if warmup == 1 else 's'} of warm-up and the decay to step {course.total_steps}"
     others = ", ".join(one.value for one in ScheduleOnResume if one is not config.schedule_on_resume)
     return f"learning rate: {config.schedule} schedule {what}: {rates} ({_KEY}={config.schedule_on_resume.value}; or {others})"
