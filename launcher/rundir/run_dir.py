@@ -20,6 +20,8 @@ from typing import Any
 from ... import __version__
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.stored_paths import base_of
+from ..config.paths import absolute_paths
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
 
@@ -67,7 +69,7 @@ def read_run(run_dir: Path) -> StoredRun:
         hint = f"undo the edit (revisions/ holds every version), then: efflaunch resume {run_dir} key=value"
         raise ConfigError(str(path), found="contents that do not match run.sha256", expected="the file as efflaunch wrote it", hint=hint)
     data = yaml.safe_load(text)
-    config = load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS})
+    config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
 
 
@@ -90,7 +92,12 @@ def read_attempt(run_dir: Path, attempt: int) -> Config:
 
     path = attempt_dir(run_dir, attempt) / RUN_FILE
     stored = read_run(run_dir).config
-    return load_config(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else stored
+    return _located(run_dir, load_config(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else stored
+
+
+def _located(run_dir: Path, config: Config) -> Config:
+    # Runs of earlier versions hold relative paths.
+    return absolute_paths(config, base_of(run_dir, config.run.root, config.run.id))
 
 
 def write_run(run_dir: Path, config: Config, revision: int) -> None:
@@ -126,7 +133,11 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
-    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held."""
+    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held.
+
+    Relative paths become absolute here: later commands are typed in other directories.
+    """
+    config = absolute_paths(config)
     if not (run_dir / RUN_FILE).is_file():
         write_run(run_dir, config, 1)
         return 1, []
