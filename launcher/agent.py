@@ -28,6 +28,7 @@ from .env import rank_environment, secrets
 from .files import tail_lines
 from .hang import HangWatch, Others
 from .metrics_file import newest_step
+from .output import lenient_output
 from .restarts import Action, Outcome, RankReport, first_failure, next_action
 from .rundir import attempt_dir, keep_private, read_run
 from .secret import redact
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
     parser.add_argument("--parent", type=int, default=os.getppid(), help="process whose death ends this one")
     options = parser.parse_args(arguments)
+    lenient_output()
     die_with_parent(options.parent)
     return Agent(options.run_dir, options.entry).run()
 
@@ -213,7 +215,12 @@ class Agent:
             self._write(attempts=(*earlier, replace(last, **changes)))
 
     def _write(self, **changes: Any) -> None:
-        self.state = write_state(self.run_dir, replace(self.state, **changes))
+        """Change the state, and state.json as far as there is room for it: ranks do not end because a disk is full."""
+        self.state = replace(self.state, **changes)
+        try:
+            self.state = write_state(self.run_dir, self.state)
+        except OSError as error:
+            print(f"{self.run_dir / state.STATE_FILE} cannot be written: {error}", file=sys.stderr, flush=True)
 
 
 def read_failure(run_dir: Path, number: int, report: RankReport) -> Failure:

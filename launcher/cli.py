@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, EfflaunchError
+from .output import OutputError, complain, finish_output, open_closed_streams, plain_output, steady_output
 
 Command = Callable[[list[str]], int]
 
@@ -33,21 +34,36 @@ SUMMARY = {
     "completion": "print a script for tab completion: bash, zsh or fish",
 }
 
+_WORKS = ("data", "export", "profile")
+"""Commands whose work does not end because nobody reads what they print; so do those that launch, from `start.launch` on."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; the return value is the exit code (0, 75, 93 or 1)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
+    with plain_output():
+        return finish_output(_guarded(words))
+
+
+def _guarded(words: list[str]) -> int:
+    """The exit code, with errors said."""
     try:
+        if words and words[0] in _WORKS:
+            with steady_output():
+                return _dispatch(words)
         return _dispatch(words)
+    except OutputError as error:
+        # Said once, when what is left of it cannot be written either.
+        return error.exit_code
     except EfflaunchError as error:
-        print(f"efflaunch: {error}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("efflaunch: interrupted; nothing was running", file=sys.stderr)
+        complain("interrupted; nothing was running")
         return EXIT_PREEMPTED
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted.
-        sys.stderr.close()
+        # The reader (`| head`) has what it wanted, and this command only prints.
         return EXIT_DONE
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from ..training.config import Display as Mode
+from ..text import plain
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
 from .progress import (
@@ -48,6 +51,19 @@ def make_display(mode: Mode, title: str, every_steps: int) -> Display:
     if mode is Mode.LIVE or (mode is Mode.AUTO and sys.stdout.isatty()):
         return LiveDisplay(title)
     return PlainDisplay(every_steps=every_steps)
+
+
+class NoDisplay:
+    """Shows nothing: in place of one that failed."""
+
+    def show(self, events: list[Event]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class PlainDisplay:
@@ -95,10 +111,12 @@ class LiveDisplay:
     def __init__(self, title: str, console: Console | None = None) -> None:
         from rich.console import Console as RichConsole
         from rich.live import Live as RichLive
+        from rich.markup import escape
 
-        self.title = title
+        self.title = escape(title)
         self.progress = Progress()
-        self.console = console or RichConsole()
+        # Named, for rich puts itself in front of sys.stdout while it draws.
+        self.console = console or RichConsole(file=getattr(sys.stdout, "rich_proxied_file", sys.stdout))
         self.live: Live = RichLive(self.render(), console=self.console, refresh_per_second=4, transient=False)
         self._restore = quiet_control_keys()
         self.live.start()
@@ -115,7 +133,7 @@ class LiveDisplay:
         self.live.update(self.render())
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(plain(text), markup=False, highlight=False)
 
     def close(self) -> None:
         self.live.update(self.render())
@@ -190,11 +208,20 @@ def quiet_control_keys() -> Callable[[], None]:
 
     try:
         before = termios.tcgetattr(sys.stdin)
+        if os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
+            # In the background: the terminal is another program's.
+            return lambda: None
+        # TCSANOW: draining would wait for a terminal that is stopped.
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]])
     except (termios.error, ValueError, OSError):
         return lambda: None
-    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    return lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+    def restore() -> None:
+        # A terminal that is gone has nothing to restore.
+        with suppress(termios.error, OSError):
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    return restore
 
 
 def _bad_news(event: Event) -> str | None:

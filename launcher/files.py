@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from ..durable import write_atomic
 def write_json(path: Path, value: Any) -> None:
     """write_atomic of `value` as indented JSON."""
     write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_if_room(path: Path, value: Any) -> None:
+    """write_json of what only helps people: a full disk is no reason to end ranks."""
+    with suppress(OSError):
+        write_json(path, value)
 
 
 def read_json(path: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from .config import Config
 from .metrics_file import MetricsFollower
+from .output import steady_output
 from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
 from .rundir import RUN_FILE, make_run_id, read_run
@@ -86,11 +87,12 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .backends import Launch, launcher_of
 
     launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
-    launcher.check(config)
-    check_elsewhere(config, run_dir)
-    check_memory_plan(config)
-    check_data(config)
-    return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
+    with steady_output():
+        launcher.check(config)
+        check_elsewhere(config, run_dir)
+        check_memory_plan(config)
+        check_data(config)
+        return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
 
 def launch_array(configs: list[Config], folder: Path, *, entry: str | None = None) -> int:
@@ -99,12 +101,13 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
     from .backends.slurm import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-        check_elsewhere(config, place_of(config))
-        check_memory_plan(config)
-        check_data(config)
-    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+    with steady_output():
+        for config in configs:
+            launcher.check(config)
+            check_elsewhere(config, place_of(config))
+            check_memory_plan(config)
+            check_data(config)
+        return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
 
 
 def show_array(configs: list[Config], folder: Path) -> int:

@@ -14,6 +14,7 @@ from .config import Backend, Config
 from .grace import measured
 from .hang import read_pulses
 from .metrics_file import MetricsFollower, checkpoint_steps
+from .notices import read_notices
 from .progress import Progress, summary_lines
 from .rundir import read_run
 from .sizes import node_range
@@ -58,6 +59,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         "checkpoint_error": progress.checkpoint_error,
         "stragglers": progress.stragglers,
         "silent": _silent(run_dir, state),
+        "notices": [] if state is None else read_notices(run_dir, state.started),
     }
 
 
@@ -121,6 +123,7 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
     if facts["checkpoint_error"]:
         rows.append(("save failed", facts["checkpoint_error"]))
+    rows += [("" if index else "notice", notice["text"]) for index, notice in enumerate(facts["notices"])]
     if facts["last_error"]:
         rows.append(("last error", f"{facts['last_error']['message']} (log: {run_dir / facts['last_error']['log']})"))
     if facts["state"] not in ACTIVE:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from .config import Backend, Config
+from .output import steady_output
 from .rundir import make_run_id
 
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
@@ -38,10 +39,23 @@ def main(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
     if _is_array(configs):
         folder = Path(configs[0].run.root) / f"{base}-array"
         return start.show_array(configs, folder) if dry_run else start.launch_array(configs, folder)
+    if dry_run:
+        for config in configs:
+            print(f"\n# {config.run.id}", flush=True)
+            start.show_launch(config)
+        return EXIT_DONE
+    with steady_output():
+        return _run_all(configs)
+
+
+def _run_all(configs: Sequence[Config]) -> int:
+    """The first exit code that is not 0."""
+    from . import start
+
     worst = EXIT_DONE
     for config in configs:
         print(f"\n# {config.run.id}", flush=True)
-        code = start.show_launch(config) if dry_run else start.launch(config)
+        code = start.launch(config)
         worst = worst or code
         if code == EXIT_PREEMPTED:
             break

@@ -13,19 +13,22 @@ from ...durable import write_atomic
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from .. import state
 from ..config import Config
-from ..display import Display, make_display
+from ..display import Display, NoDisplay, make_display
 from ..env import chosen_variables, ray_server
 from ..lock import holding
 from ..metrics_file import MetricsFollower
 from ..nodes.outcome import store_queued
+from ..notices import Notices
+from ..output import lenient_file, steady_output
 from ..ray import client, files
 from ..ray.attempts import Driver
 from ..ray.cluster import joined, started
 from ..ray.files import Submission
 from ..ray.request import FOLDER, HERE, Caller, JobRequest, check_ray, demand, describe_request, job_request
 from ..ray.upload import measure, stage
+from ..run_watcher import Guard, note_output, stop_notice
 from ..rundir import RUN_FILE, make_run_dir
-from ..signals import STOP_SIGNALS, on_stop_signals
+from ..signals import on_stop_signals, stop_signals_kept
 from ..state import RunState
 from . import Launch, Standing, announce, job_exists, note_refused, tell_submitted
 
@@ -198,28 +201,36 @@ def _run_here(launch: Launch) -> int:
             number = _prepare(launch, run_dir)
         job = f"foreground-{number}"
         files.write_submission(run_dir, Submission(job=job, address="", number=number))
-        display = make_display(config.logging.display, f"{config.experiment} - {launch.run_dir}", config.logging.every_steps)
+        notices = Notices(run_dir, files.output_file(run_dir, job))
+        guard = Guard("the display", notices)
+        title = f"{config.experiment} - {launch.run_dir}"
+        display: Display = guard(make_display, config.logging.display, title, config.logging.every_steps) or NoDisplay()
         try:
-            with files.output_file(run_dir, job).open("a") as output:
+            with steady_output() as output, lenient_file(files.output_file(run_dir, job)) as keep:
 
                 def say(line: str) -> None:
-                    print(line, file=output, flush=True)
-                    display.note(line)
+                    keep(line)
+                    guard(display.note, line)
 
-                code = _drive(launch, run_dir, job, say, display)
+                def tick() -> None:
+                    note_output(output, notices)
+                    guard(lambda: display.show(follower.read()))
+
+                follower = MetricsFollower(run_dir, from_end=True)
+                code = _drive(launch, run_dir, job, say, tick, notices)
         finally:
-            display.close()
-    report_end(launch.run_dir, code)
+            Guard("the end of the display", notices)(display.close)
+    Guard("the report of the end", notices)(report_end, launch.run_dir, code)
     return code
 
 
-def _drive(launch: Launch, run_dir: Path, job: str, say: Callable[[str], None], display: Display) -> int:
-    follower = MetricsFollower(run_dir, from_end=True)
+def _drive(launch: Launch, run_dir: Path, job: str, say: Callable[[str], None], tick: Callable[[], None], notices: Notices) -> int:
     work_dir = launch.config.launcher.ray.work_dir or str(Path.cwd())
     with _cluster(launch.config) as variables:
-        driver = Driver(run_dir, job=job, entry=launch.entry, work_dir=work_dir, say=say, tick=lambda: display.show(follower.read()))
+        driver = Driver(run_dir, job=job, entry=launch.entry, work_dir=work_dir, say=say, tick=tick)
         driver.variables = {**variables, **chosen_variables(launch.config.launcher.ray.env)}
-        with _stops_go_to(driver):
+        with stop_signals_kept():
+            _take_stops(driver, notices)
             return driver.run()
 
 
@@ -233,17 +244,13 @@ def _cluster(config: Config) -> Iterator[dict[str, str]]:
             yield {}
 
 
-@contextmanager
-def _stops_go_to(driver: Driver) -> Iterator[None]:
+def _take_stops(driver: Driver, notices: Notices) -> None:
     """The first stop signal has the run save and end, a second Ctrl-C ends it now."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if driver.wish is None:
+            # Two short writes: nothing else of this process writes there in between.
+            notices.add(stop_notice(number))
         driver.stop(files.NOW if driver.wish and number == signal.SIGINT else files.SAVE)
 
     on_stop_signals(stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -29,6 +29,7 @@ from ..nodes.blame import blame, exclusions, is_refused
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.meeting import Meeting
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
+from ..output import lenient_output
 from ..restarts import Outcome, lost_a_peer
 from ..rundir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
 from ..signals import STOP_SIGNALS
@@ -43,6 +44,8 @@ from .script import JOB_DIR
 def main(arguments: list[str]) -> int:
     """Run one of the three; the return value is the exit code."""
     what, *rest = arguments
+    # What `prepare` and `start` print is for the script, which has to have it.
+    lenient_output(*(("stdout", "stderr") if what == "settle" else ("stderr",)))
     try:
         place = slurm_place()
         if what == "prepare":
