@@ -17,6 +17,7 @@ from pathlib import Path
 from ..units import format_seconds
 from . import files
 from .attempt import Attempt, Flushed
+from .catalog import Catalog
 from .faults import Faults
 from .peers import Peers
 from .trash import Trash
@@ -72,6 +73,7 @@ class Committer:
         self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
+        self._catalog: Catalog | None = None
         self._faults = Faults(fault)
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
@@ -188,7 +190,9 @@ class Committer:
             keep = self.retention
             try:
                 self._faults.at("before_prune")
-                files.prune(final.parent, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
+                if self._catalog is None:
+                    self._catalog = Catalog(final.parent)
+                self._catalog.prune(attempt.step, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
             except OSError as failure:
                 log.error("older checkpoints stay in %s: %s", final.parent, failure)
 

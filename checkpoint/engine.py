@@ -30,14 +30,15 @@ from .archive import FileLayout, fingerprint, local, plan_files
 from .attempt import Attempt
 from .commit import Committer, Outcome, Retention
 from .config import CheckpointConfig, OnSaveError, Replica, WhileFlushing
-from .mirror import Mirror
+from .mirror import Mirror, MirrorReport
 from .pacing import Pacing
-from .parts import Parts, device_of, open_tier, stopped, wait_until_seen
+from .parts import Parts, device_of, not_mirrored, stopped, wait_until_seen
 from .peers import Peers
 from .replica.replicas import ReplicaReport, Replicas
 from .restore import Restored, Restorer
 from .saver import Saver
 from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
+from .tier import open_tier, reach
 
 log = logging.getLogger(__name__)
 CLOSE_S = 5.0
@@ -85,17 +86,19 @@ class CheckpointEngine:
         metadata: dict[str, Any],
         on_save: Callable[[SaveReport], None] | None = None,
         on_replica: Callable[[ReplicaReport], None] | None = None,
+        on_mirror: Callable[[MirrorReport], None] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         fault: str = "",
         node: str = "",
     ) -> None:
         """`metadata` is JSON: describes the run (hf_config, config, layout, seed, tokenizer). `on_save` hears of every save,
-        `on_replica` of every replica.
+        `on_replica` of every replica, `on_mirror` (of rank 0) of every copy in the second place.
 
         `segment_bytes` (a multiple of 4096), `fault` (faults.Faults) and `node` (instead of the host's name) are for tests.
         """
         self.config, self.directory, self.metadata = config, Path(directory).absolute(), metadata
-        self._model, self._optimizer, self._on_save, self._on_replica = model, optimizer, on_save, on_replica
+        self._model, self._optimizer = model, optimizer
+        self._on_save, self._on_replica, self._on_mirror = on_save, on_replica, on_mirror
         self._peers = Peers(config.commit_timeout_s)
         self._segment_bytes, self._fault = segment_bytes, fault
         self._layout: FileLayout | None = None
@@ -106,6 +109,8 @@ class CheckpointEngine:
         self._mirror: Mirror | None = None
         self._pending: list[Attempt] = []
         self._latest: Attempt | None = None
+        self._not_mirrored: MirrorReport | None = None
+        """As `_failure`, of the second place; on rank 0."""
         self._failure: Outcome | None = None
         """Not yet raised, where a failed save stops training."""
         self._maybe_pending = False
@@ -180,8 +185,9 @@ class CheckpointEngine:
             self._deliver(block=True)
         if self._committer is not None:
             self._committer.wait_idle()
-        if mirrored and self._mirror is not None and not self._mirror.wait(self.config.commit_timeout_s):
-            self._log(logging.ERROR, "the newest checkpoint is not at %s yet", self.config.mirror)
+        if mirrored and self._mirror is not None:
+            # Where that takes too long it says so as a failure.
+            self._mirror.wait(self.config.commit_timeout_s)
         if replicated and self._replicas is not None:
             self._replicas.wait(self.config.commit_timeout_s)
         self._agree()
@@ -318,9 +324,12 @@ class CheckpointEngine:
     def _agree(self, *flags: float) -> list[float]:
         """Meets all ranks: the largest of each flag; raises on all where a failed save stops training."""
         self._deliver()
-        mine = [float(self._failure is not None), float(bool(self._pending)), *flags]
-        failed, pending, *largest = self._peers.largest(mine)
+        mine = [float(self._failure is not None), float(self._not_mirrored is not None), float(bool(self._pending)), *flags]
+        failed, not_there, pending, *largest = self._peers.largest(mine)
         self._maybe_pending = pending > 0
+        if not_there:
+            report, self._not_mirrored = self._peers.share(self._not_mirrored), None
+            raise not_mirrored(report, str(self.config.mirror))
         if failed and self.config.on_error is OnSaveError.STOP:
             while self._failure is None and self._pending:
                 self._deliver(block=True)
@@ -335,6 +344,8 @@ class CheckpointEngine:
             report = self._replicas.reports.get()
             if self._on_replica is not None:
                 self._on_replica(report)
+        while self._mirror is not None and not self._mirror.reports.empty():
+            self._heard_of_mirror(self._mirror.reports.get())
         while self._pending and self._committer is not None:
             try:
                 outcome = self._committer.outcomes.get(block=block)
@@ -343,6 +354,12 @@ class CheckpointEngine:
             block = False
             self._pending.remove(outcome.attempt)
             self._report(outcome)
+
+    def _heard_of_mirror(self, report: MirrorReport) -> None:
+        if report.error is not None and self.config.mirror_on_error is OnSaveError.STOP:
+            self._not_mirrored = report
+        if self._on_mirror is not None:
+            self._on_mirror(report)
 
     def _report(self, outcome: Outcome) -> None:
         attempt = outcome.attempt
@@ -384,8 +401,19 @@ class CheckpointEngine:
                 str(self.directory), found=failure, expected="a directory all ranks can write", hint="run.root=DIRECTORY on shared storage"
             )
         if self.config.mirror is not None:
-            # An address nobody can open is a mistake of now, not of the first save.
-            open_tier(self.config.mirror)
+            # A place nobody can write to is a mistake of now, not of the first save.
+            self._reach_mirror(self.config.mirror)
+
+    def _reach_mirror(self, address: str) -> None:
+        """CheckpointError on every rank where one of them cannot write there; each puts its own files."""
+        error: CheckpointError | None = None
+        try:
+            reach(address, self.directory)
+        except CheckpointError as failure:
+            error = failure
+        error = next((one for one in self._peers.gather(error) if one is not None), None)
+        if error is not None:
+            raise error
 
     def _settle_leftovers(self, wait_s: float | None) -> None:
         """None: without waiting, and what is still being written is left alone."""

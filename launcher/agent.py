@@ -27,7 +27,7 @@ from .config import Config
 from .env import rank_environment, secrets
 from .files import tail_lines
 from .hang import HangWatch, Others
-from .metrics_file import newest_step
+from .metrics_index import newest_step
 from .output import lenient_output
 from .restarts import Action, Outcome, RankReport, first_failure, next_action
 from .rundir import attempt_dir, keep_private, read_run

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..names import check_identifier, check_path
 from .config import Config
 from .groups import check_config_dir, conf_dir, options
 from .overrides import Override, parse_overrides
@@ -27,6 +28,8 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
         raise _missing_choice(missing[0], parsed)
     config = settle_nodes(load_config(data), [item.key for item in parsed])
     check_config(config)
+    if config.run.id is not None:
+        check_identifier("run.id", config.run.id)
     return config
 
 
@@ -40,6 +43,7 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
+    from ..checkpoint.config import check_checkpoint
     from ..memory.config import check_memory
     from ..training.metrics import check_logging
     from ..training.optimizers.check import check_residency
@@ -49,6 +53,8 @@ def check_config(config: Config) -> None:
     from .secret import check_secrets
 
     check_secrets(dump_config(config), secrets())
+    check_path("run.root", config.run.root)
+    check_checkpoint(config.checkpoint)
     fit.check_config(config)
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from ..training.config import Display as Mode
 from ..text import plain
+from ..training.config import Display as Mode
 from ..units import format_bytes, format_seconds
 from .metrics_file import Event
 from .progress import (
     Progress,
     certificate_line,
     drift_line,
+    mirror_line,
     plans_text,
     score_line,
     start_line,
@@ -228,6 +229,8 @@ def _bad_news(event: Event) -> str | None:
     """What a person should hear of, whatever the display."""
     if event["event"] == "checkpoint_failed":
         return f"checkpoint of step {event['step']} failed: {event['error']}"
+    if event["event"] == "mirror_failed":
+        return mirror_line(event)
     if event["event"] == "certificate":
         return None if event["ok"] else certificate_line(event)
     if event["event"] == "planner_failed":

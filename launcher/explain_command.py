@@ -13,9 +13,11 @@ from ..parallel.sequence.cost import CostModel
 from ..parallel.sequence.explain import Explanation
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from ..parallel.sequence.stored import load_cost
+from ..text import typed
 from ..training.spec import model_spec
 from .config import Config
-from .metrics_file import Event, MetricsFollower
+from .metrics_file import Event
+from .metrics_index import step_events
 from .rundir import read_run
 from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost, with_bound
 
@@ -37,7 +39,7 @@ class RecordedStep:
 def main(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
     """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
     config = read_run(run_dir).config
-    events = MetricsFollower(run_dir).read()
+    events = step_events(run_dir, step)
     cost = _run_cost(events, config)
     found = find_step(run_dir, config, cost, step, events)
     explanation = explain_plan(config, certified(found.plan, cost, certify_s), cost, found.measured)
@@ -80,7 +82,7 @@ def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, 
     steps = {int(event["step"]): event for event in events if event["event"] == "step"}
     if step is None and not steps:
         raise ConfigError(
-            str(run_dir), found="no finished step in metrics.jsonl", expected="one to explain", hint=f"efflaunch explain {run_dir} --step 1"
+            str(run_dir), found="no finished step in metrics.jsonl", expected="one to explain", hint=typed("explain", run_dir, "--step", 1)
         )
     number = max(steps) if step is None else step
     if not 1 <= number <= config.train.steps:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import write_atomic
+from ..text import plain
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,12 +31,17 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def plain_lines(data: bytes) -> list[str]:
+    """Lines of a log, without what a terminal would act on; a progress bar's steps are lines too."""
+    return [plain(line) for line in data.decode("utf-8", "replace").splitlines()]
+
+
 def tail_lines(path: Path, num_lines: int, max_bytes: int = 64 << 10) -> list[str]:
     """The last lines of a text file, reading at most `max_bytes`; none where there is no file."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - max_bytes))
-            return file.read().decode("utf-8", "replace").splitlines()[-num_lines:]
+            return plain_lines(file.read())[-num_lines:]
     except FileNotFoundError:
         return []

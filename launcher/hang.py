@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..pulse import STACKS_SIGNAL, Beat, Board, catches
+from ..text import plain_data
 from .config import LauncherConfig
 from .files import read_json, write_if_room
 from .procfs import kernel_view, native_stacks, process_state
@@ -175,7 +176,7 @@ def read_pulses(run_dir: Path, number: int) -> list[dict[str, Any]]:
         since = max(0.0, time.time() - told["time"])
         more = {"host": told["host"], "allowed_s": told["allowed_s"]}
         rows += [{**row, "silent_s": row["silent_s"] + since, **more} for row in told["ranks"]]
-    return sorted(rows, key=lambda row: row["rank"])
+    return sorted(plain_data(rows), key=lambda row: int(row["rank"]))
 
 
 def _phase(beat: Beat | None) -> str:

@@ -238,8 +238,8 @@ def open_closed_streams() -> None:
             # The lowest free descriptor, so this one.
             os.open(os.devnull, os.O_RDONLY if fd == 0 else os.O_WRONLY)
         if getattr(sys, name) is None:
-            mode = "rb" if fd == 0 else "wb"
-            setattr(sys, name, _ClosedText(open(fd, mode, closefd=False), encoding="utf-8", errors="backslashreplace"))
+            file = io.BufferedReader(io.FileIO(fd, "r", closefd=False)) if fd == 0 else io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+            setattr(sys, name, _ClosedText(file, encoding="utf-8", errors="backslashreplace"))
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
-from .config import Config
-from .metrics_file import MetricsFollower
+from ..names import check_path
+from ..text import typed
+from .config import Backend, Config
+from .metrics_index import read_progress
 from .output import steady_output
 from .overrides import Override, parse_overrides
 from .progress import Progress, summary_lines
@@ -86,11 +88,12 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     """
     from .backends import Launch, launcher_of
 
-    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
+    launcher, run_dir = launcher_of(config.launcher.backend), checked_place(config, run_dir)
     with steady_output():
         launcher.check(config)
         check_elsewhere(config, run_dir)
         check_memory_plan(config)
+        check_mirror(config, run_dir)
         check_data(config)
         return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
@@ -128,7 +131,7 @@ def show_launch(config: Config, run_dir: Path | None = None) -> int:
 
     launcher = launcher_of(config.launcher.backend)
     launcher.check(config)
-    print(launcher.describe(Launch(config=config, run_dir=run_dir or place_of(config))), end="")
+    print(launcher.describe(Launch(config=config, run_dir=checked_place(config, run_dir))), end="")
     return EXIT_DONE
 
 
@@ -136,6 +139,14 @@ def place_of(config: Config) -> Path:
     """The run directory."""
     assert config.run.id is not None, "made before launching"
     return Path(config.run.root) / config.run.id
+
+
+def checked_place(config: Config, run_dir: Path | None) -> Path:
+    """The run directory, given or the configuration's. ConfigError where it, or the directory this is, is more than one line."""
+    run_dir = run_dir or place_of(config)
+    check_path("run directory", run_dir)
+    check_path("current directory", Path.cwd())
+    return run_dir
 
 
 def check_elsewhere(config: Config, run_dir: Path) -> None:
@@ -154,7 +165,7 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
             str(run_dir),
             found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
             expected="one start of a run at a time",
-            hint=f"efflaunch cancel {run_dir}, where that launcher is; or another run.id",
+            hint=f"{typed('cancel', run_dir)}, where that launcher is; or another run.id",
         )
 
 
@@ -172,6 +183,15 @@ def check_memory_plan(config: Config) -> None:
         check_budget(ledger)
 
 
+def check_mirror(config: Config, run_dir: Path) -> None:
+    """CheckpointError where the second place cannot be written; on other machines the ranks look for themselves."""
+    if config.checkpoint.mirror is not None and config.launcher.backend is Backend.LOCAL:
+        from ..checkpoint.files import FOLDER
+        from ..checkpoint.tier import reach
+
+        reach(config.checkpoint.mirror, run_dir / FOLDER)
+
+
 def check_data(config: Config) -> None:
     """DataError where the corpora cannot be trained on. A built-in corpus is made here, where one can say so."""
     from ..training.data.source import check_corpora, open_data
@@ -187,7 +207,7 @@ def check_data(config: Config) -> None:
 
 def report_end(run_dir: Path, code: int) -> None:
     """Say how it ended and what to type next; the error of a failed run comes last and in full, on stderr."""
-    progress = Progress().apply(MetricsFollower(run_dir).read())
+    progress = read_progress(run_dir)
     titles = {EXIT_DONE: "done", EXIT_PREEMPTED: "stopped and saved"}
     state = read_state(run_dir)
     reason = state.attempts[-1].decision if state and state.attempts else ""
@@ -201,10 +221,10 @@ def report_end(run_dir: Path, code: int) -> None:
 
 
 def _next_commands(run_dir: Path, code: int, progress: Progress) -> list[tuple[str, str]]:
-    more = f" train.steps={2 * progress.steps}" if code == EXIT_DONE and progress.steps else ""
-    rows = [("go on", f"efflaunch resume {run_dir}{more}"), ("look", f"efflaunch status {run_dir}")]
+    more = [f"train.steps={2 * progress.steps}"] if code == EXIT_DONE and progress.steps else []
+    rows = [("go on", typed("resume", run_dir, *more)), ("look", typed("status", run_dir))]
     if progress.checkpoint is not None:
-        rows.append(("export", f"efflaunch export {run_dir} OUT"))
+        rows.append(("export", typed("export", run_dir, "OUT")))
     return rows
 
 

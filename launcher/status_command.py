@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_DONE, ConfigError
+from ..text import typed
 from ..units import format_seconds
 from .backends import launcher_of
 from .config import Backend, Config
-from .grace import measured
 from .hang import read_pulses
-from .metrics_file import MetricsFollower, checkpoint_steps
+from .metrics_file import checkpoint_steps
+from .metrics_index import Summary, read_summary
 from .notices import read_notices
-from .progress import Progress, summary_lines
+from .progress import summary_lines
 from .rundir import read_run
 from .sizes import node_range
 from .state import ACTIVE, RunState, read_state
@@ -24,21 +25,22 @@ from .watch import silence_lines
 
 def main(run_dir: Path, *, as_json: bool) -> int:
     """Print it; exit code 0 whatever the run's own state is."""
-    facts = status(run_dir)
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts, run_dir)))
+    summary = read_summary(run_dir)
+    facts = status(run_dir, summary)
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts, run_dir, summary)))
     return EXIT_DONE
 
 
-def status(run_dir: Path) -> dict[str, Any]:
-    """Everything `--json` prints. ConfigError where `run_dir` is not a run directory."""
+def status(run_dir: Path, summary: Summary | None = None) -> dict[str, Any]:
+    """Everything `--json` prints. ConfigError where `run_dir` is not a run directory. `summary`: of its metrics, where read already."""
     stored = read_run(run_dir)
     try:
         state = read_state(run_dir)
     except (ValueError, TypeError, KeyError) as error:
-        hint = f"remove it: efflaunch resume {run_dir} writes it anew"
+        hint = f"remove it: {typed('resume', run_dir)} writes it anew"
         raise ConfigError(str(run_dir / "state.json"), found=str(error), expected="a file efflaunch wrote", hint=hint) from error
-    events = MetricsFollower(run_dir).read()
-    progress, forecast = Progress().apply(events), measured(events, stored.config.launcher.grace_s)
+    summary = read_summary(run_dir) if summary is None else summary
+    progress, forecast = summary.progress(), summary.forecast(stored.config.launcher.grace_s)
     return {
         "run_dir": str(run_dir),
         "experiment": stored.config.experiment,
@@ -57,6 +59,8 @@ def status(run_dir: Path) -> dict[str, Any]:
         "peak_bytes": [progress.peak_bytes[rank] for rank in sorted(progress.peak_bytes)],
         "checkpoints": checkpoint_steps(run_dir),
         "checkpoint_error": progress.checkpoint_error,
+        "mirror": stored.config.checkpoint.mirror,
+        "mirror_error": progress.mirror_error,
         "stragglers": progress.stragglers,
         "silent": _silent(run_dir, state),
         "notices": [] if state is None else read_notices(run_dir, state.started),
@@ -105,10 +109,10 @@ def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
     return read_pulses(run_dir, state.attempts[-1].number)
 
 
-def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
+def describe(facts: dict[str, Any], run_dir: Path, summary: Summary | None = None) -> list[str]:
     """The same for people."""
     rows = [("run", f"{facts['run_dir']} ({facts['experiment']}, revision {facts['revision']})"), ("state", _state_line(facts))]
-    progress = Progress().apply(MetricsFollower(run_dir).read())
+    progress = (read_summary(run_dir) if summary is None else summary).progress()
     progress.steps = facts["steps"]
     rows += summary_lines(progress)
     if facts["state"] in ACTIVE and facts["tokens_per_s"] is not None:
@@ -127,7 +131,7 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     if facts["last_error"]:
         rows.append(("last error", f"{facts['last_error']['message']} (log: {run_dir / facts['last_error']['log']})"))
     if facts["state"] not in ACTIVE:
-        rows.append(("go on", f"efflaunch resume {run_dir}"))
+        rows.append(("go on", typed("resume", run_dir)))
     return [f"{name:<12}{value}" for name, value in rows]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ..names import as_identifier
 from .config import Backend, Config
 from .output import steady_output
 from .rundir import make_run_id
@@ -35,7 +35,9 @@ def main(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
     points = expand(overrides)
     configs = [compose(list(point.overrides), config_dir) for point in points]
     base = configs[0].run.id or make_run_id(configs[0].experiment)
-    configs = [replace(config, run=replace(config.run, id=f"{base}-{point.suffix}")) for point, config in zip(points, configs, strict=True)]
+    # Long lists of values make long names: those are cut, and stay apart.
+    names = [as_identifier(f"{base}-{point.suffix}") for point in points]
+    configs = [replace(config, run=replace(config.run, id=name)) for name, config in zip(names, configs, strict=True)]
     if _is_array(configs):
         folder = Path(configs[0].run.root) / f"{base}-array"
         return start.show_array(configs, folder) if dry_run else start.launch_array(configs, folder)
@@ -82,7 +84,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     for combination in itertools.product(*choices):
         named = "-".join(f"{combination[index][0].lstrip('+').rpartition('.')[2]}-{combination[index][1]}" for index in varied)
         texts = tuple(f"{key}={value}" for key, value in combination)
-        points.append(Point(suffix=re.sub(r"[^A-Za-z0-9._-]+", "_", named), overrides=texts))
+        points.append(Point(suffix=as_identifier(named), overrides=texts))
     if len({point.suffix for point in points}) < len(points):
         points = [replace(point, suffix=f"{index}-{point.suffix}") for index, point in enumerate(points)]
     return points

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.metrics_file import MetricsFollower
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.rundir import read_run
 from efflaunch.tests.chaos.shim import build_shim

@@ -25,6 +25,7 @@ from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..pulse import Pulse
+from ..text import typed
 from .certified import Watch
 from .finite import RowWatch, non_finite
 from .measure import Measured, StepTimes, plan_report
@@ -97,7 +98,8 @@ class _Run:
         self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
         self.saves = Saves()
         pulse.at("building the model")
-        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
+        saves = self.saves
+        self.session: Session = build_session(config, run_dir, device, saves.heard, saves.replicated, saves.mirrored, told=pulse.at)
         pulse.at("looking for a checkpoint")
         restored = self.session.engine.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
@@ -169,7 +171,7 @@ class _Run:
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
                     self.session.engine.wait()
-                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=f"efflaunch resume {self.run_dir}")
+                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=typed("resume", self.run_dir))
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
@@ -178,7 +180,7 @@ class _Run:
 
     def _memory_errors_named(self) -> AbstractContextManager[None]:
         return memory_errors_named(
-            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=f"efflaunch resume {self.run_dir}"
+            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=typed("resume", self.run_dir)
         )
 
     def _ready(self, stop: Stop) -> bool:

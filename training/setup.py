@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
+from ..checkpoint.mirror import MirrorReport
 from ..memory.config import MemoryConfig
 from ..memory.ledger import Ledger
 from ..memory.offload.checks import check_room as check_host_room
@@ -31,6 +32,7 @@ from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
+from ..text import typed
 from .certified import agreed_ledger
 from .config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, TrainConfig, Update
 from .data.source import DataSource, open_data
@@ -111,6 +113,7 @@ def build_session(
     device: torch.device,
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
+    on_mirror: Callable[[MirrorReport], None] | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective.
@@ -126,7 +129,7 @@ def build_session(
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_optimizer_room(ledger.setting)
     store = host_store(ledger.setting, device)
-    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
+    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
         model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store, told=told)
     engine = CheckpointEngine(
         config.checkpoint,
@@ -136,6 +139,7 @@ def build_session(
         metadata=_metadata(config, model, layout, source),
         on_save=on_save,
         on_replica=on_replica,
+        on_mirror=on_mirror,
     )
     if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and dist.get_rank() == 0:
         log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
+from ..names import is_file_name
 from .model import local_slices
 
 
@@ -107,6 +108,9 @@ def _index(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        outside = next((file for file in names.values() if not is_file_name(file)), None)
+        if outside is not None:
+            raise _wrong(folder, f"a shard {outside!r} in {index.name}", "names of files in that directory")
         return names
     single = folder / "model.safetensors"
     if not single.is_file():

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import ConfigError
+from ...text import typed
 from .. import state
 from ..config import Backend, Config
-from ..grace import measured, planned
-from ..metrics_file import MetricsFollower
+from ..grace import planned
+from ..metrics_index import read_summary
 from ..state import RunState, read_state, write_state
 
 
@@ -92,7 +93,7 @@ def tell_submitted(news: str, launch: Launch) -> None:
     if note:
         print(f"  {note}")
     for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
-        print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
+        print(f"  {name:<12}{typed(command, launch.run_dir)}")
 
 
 def note_refused(run_dir: Path) -> None:
@@ -104,12 +105,12 @@ def note_refused(run_dir: Path) -> None:
 
 def job_exists(run_dir: Path, found: str) -> ConfigError:
     """A job of this run already waits or runs."""
-    hint = f"efflaunch cancel {run_dir} first, or another run.id"
+    hint = f"{typed('cancel', run_dir)} first, or another run.id"
     return ConfigError(str(run_dir), found=found, expected="one job per run directory", hint=hint)
 
 
 def grace_note(launch: Launch) -> str:
     """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
     config = launch.config
-    forecast = measured(MetricsFollower(launch.run_dir).read(), config.launcher.grace_s) or planned(config)
+    forecast = read_summary(launch.run_dir).forecast(config.launcher.grace_s) or planned(config)
     return "" if forecast is None or forecast.fits else str(forecast)

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ConfigError
+from ...text import typed
 from .. import state
 from ..config import Config
 from ..display import Display, NoDisplay, make_display
@@ -77,10 +78,10 @@ class LocalLauncher:
 
     def cancel(self, run_dir: Path, known: RunState, *, now: bool) -> str:
         if self.status(run_dir, known).pid is None:
-            hint = f"efflaunch status {run_dir}"
+            hint = typed("status", run_dir)
             raise ConfigError(str(run_dir), found=f"nothing running, state {known.state}", expected="a run to stop", hint=hint)
         if known.host != socket.gethostname():
-            hint = f"on {known.host}: efflaunch cancel {run_dir}"
+            hint = f"on {known.host}: {typed('cancel', run_dir)}"
             raise ConfigError(str(run_dir), found=f"a run on {known.host}", expected="one of this machine", hint=hint)
         os.kill(known.pid, signal.SIGTERM)
         if not now:
@@ -103,7 +104,9 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, output: Stea
     write_state(run_dir, initial)
     follower, notices = MetricsFollower(run_dir, from_end=True), Notices(run_dir, run_dir / AGENT_LOG)
     guard, guard_lock = Guard("the display", notices), Guard("the sign of life in the run's lock", notices)
-    display: Display = guard(make_display, config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps) or NoDisplay()
+    display: Display = (
+        guard(make_display, config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps) or NoDisplay()
+    )
     try:
         with _started(run_dir, lock, entry) as (agent, relay):
             watcher = Watcher(run_dir, display, follower, len(initial.attempts), config.launcher.grace_s)

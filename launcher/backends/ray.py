@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from types import FrameType
 from ... import __version__
 from ...durable import write_atomic
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
+from ...text import typed
 from .. import state
 from ..config import Config
 from ..display import Display, NoDisplay, make_display
@@ -89,7 +91,7 @@ class RayLauncher:
         submission = files.read_submission(run_dir)
         standing = self.status(run_dir, known)
         if submission is None or standing.state not in state.ACTIVE:
-            hint = f"efflaunch status {run_dir}"
+            hint = typed("status", run_dir)
             raise ConfigError(str(run_dir), found=f"nothing running, state {standing.state}", expected="a run to stop", hint=hint)
         # The driver reads it, so it also works where the job server is not to be reached.
         files.tell_to_stop(run_dir, submission.job, files.NOW if now else files.SAVE)
@@ -181,11 +183,12 @@ def _describe_foreground(launch: Launch) -> str:
     config = launch.config
     bundle = ", ".join(f"{name} {amount:g}" for name, amount in demand(config).items())
     where = "a Ray cluster started here, and ended with the run" if config.launcher.ray.local else "the Ray cluster around this process"
+    words = ["python", "-m", "efflaunch.launcher.ray.task", str(launch.run_dir.resolve()), "ATTEMPT@ADDRESS:PORT+TIMEOUT"]
+    words += ["--entry", launch.entry] if launch.entry else []
     return (
         f"# in the foreground, on {where}, with run.yaml as --print-config shows it\n"
         f"# {config.cluster.num_nodes} nodes (STRICT_SPREAD), reserved on each: {bundle}\n"
-        f"python -m efflaunch.launcher.ray.task {launch.run_dir.resolve()} ATTEMPT@ADDRESS:PORT+TIMEOUT"
-        f"{f' --entry {launch.entry}' if launch.entry else ''} # on each\n"
+        f"{shlex.join(words)} # on each\n"
     )
 
 

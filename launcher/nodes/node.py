@@ -25,7 +25,8 @@ from ..files import write_json
 from ..grace import GraceWatch
 from ..hang import Others
 from ..lock import Presence, lock_in_time, release
-from ..metrics_file import MetricsFollower, newest_step
+from ..metrics_file import MetricsFollower
+from ..metrics_index import newest_step
 from ..restarts import RankReport, first_failure
 from ..rundir import attempt_dir, read_attempt
 from ..signals import StopFlag

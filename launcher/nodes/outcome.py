@@ -16,7 +16,7 @@ from ..agent import read_failure
 from ..config import Config
 from ..files import tail_lines
 from ..hang import read_hang
-from ..metrics_file import newest_step
+from ..metrics_index import newest_step
 from ..restarts import RankReport, first_failure, lost_a_peer
 from ..rundir import attempt_dir, store_config
 from ..state import Attempt, Failure, RunState, read_state, write_state

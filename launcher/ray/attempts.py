@@ -18,7 +18,7 @@ from .. import state
 from ..config import Config
 from ..env import secrets
 from ..lock import lock_in_time, release
-from ..metrics_file import newest_step
+from ..metrics_index import newest_step
 from ..nodes.blame import blame, exclusions, is_refused
 from ..nodes.decide import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open

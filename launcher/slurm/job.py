@@ -23,7 +23,7 @@ from .. import state
 from ..config import Config
 from ..env import SlurmPlace, slurm_place
 from ..lock import lock_in_time, release
-from ..metrics_file import newest_step
+from ..metrics_index import newest_step
 from ..nodes.address import head_address, head_port
 from ..nodes.blame import blame, exclusions, is_refused
 from ..nodes.decide import Decision, Limits, Verdict, decide

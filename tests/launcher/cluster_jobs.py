@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.metrics_file import MetricsFollower
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.state import RunState, read_state
 from efflaunch.tests.launcher.runs import HERE, environment

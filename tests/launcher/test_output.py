@@ -147,7 +147,8 @@ def test_a_command_that_only_prints_says_when_it_cannot(tmp_path: Path, target: 
         writer = os.open(target, os.O_WRONLY)
     done = subprocess.run(command, env=environment(), cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (code, "efflaunch: what it prints cannot be written: No space left on device\n" if code else "")
+    said = "efflaunch: what it prints cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (code, said if code else "")
 
 
 def test_errors_carry_no_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from efflaunch.launcher import status_command
-from efflaunch.launcher.metrics_file import checkpoint_steps, newest_step
+from efflaunch.launcher.metrics_file import checkpoint_steps
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.state import read_state
 from efflaunch.tests.launcher.runs import BASE, HERE, TIMEOUT_S, environment, wait_until
 

@@ -15,7 +15,8 @@ from efflaunch.launcher import status_command
 from efflaunch.launcher.compose import compose
 from efflaunch.launcher.display import LiveDisplay, PlainDisplay
 from efflaunch.launcher.lock import lock_run
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.metrics_file import MetricsFollower
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.progress import Progress, step_line, summary_lines
 from efflaunch.launcher.rundir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.start import changed

@@ -13,7 +13,7 @@ import pytest
 
 from efflaunch.bench.clusters.ray import RayCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import newest_step
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.ray.files import read_submission
 from efflaunch.tests.launcher.cluster_jobs import ClusterJob, losses, run_efflaunch
 from efflaunch.tests.launcher.runs import environment

@@ -12,7 +12,8 @@ import pytest
 from efflaunch.bench.clusters.ray import why_not as why_no_ray
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
+from efflaunch.launcher.metrics_file import MetricsFollower
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.ray.on_slurm import ray_command
 from efflaunch.launcher.state import read_state

@@ -19,7 +19,8 @@ import pytest
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import worker
 from efflaunch.launcher.compose import compose
-from efflaunch.launcher.metrics_file import checkpoint_steps, newest_step
+from efflaunch.launcher.metrics_file import checkpoint_steps
+from efflaunch.launcher.metrics_index import newest_step
 from efflaunch.launcher.overrides import parse_overrides
 from efflaunch.launcher.secret import find_secret, is_secret_name, redact, secrets_of
 from efflaunch.launcher.start import changed, show_launch
