@@ -10,6 +10,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -82,3 +83,7 @@ def save(folder: Path, kept: int) -> dict[str, Any]:
     inspected = engine._committer._catalog.num_inspected - inspected
     engine.close()
     return {"kept": kept, "save_s": statistics.median(seconds[-_SAVES:]), "inspected": inspected / _SAVES}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

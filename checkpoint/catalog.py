@@ -8,6 +8,7 @@ has been pinned or is gone already, and whether the two newest, which the rest i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from . import files
@@ -64,6 +65,7 @@ class Catalog:
             # Somebody or something is at work here: nothing is taken for granted.
             self._known = None
             return self._look(step)
+        self._known |= {number: _unpinned(info) for number, info in self._known.items() if info.is_pinned}
         return [self._known[number] for number in sorted(self._known)]
 
     def _inspect(self, known: dict[int, CheckpointInfo], step: int) -> None:
@@ -76,3 +78,8 @@ class Catalog:
     def _forget(self, step: int) -> None:
         if self._known is not None:
             self._known.pop(step, None)
+
+
+def _unpinned(info: CheckpointInfo) -> CheckpointInfo:
+    """`info` with its pin as it is now: somebody may have taken it away."""
+    return replace(info, is_pinned=(info.path / files.PINNED_FILE).exists())

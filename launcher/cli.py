@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, EfflaunchError
-from .output import OutputError, complain, finish_output, open_closed_streams, plain_output, steady_output
+from .output import OutputError, complain, drop_output, finish_output, open_closed_streams, plain_output, steady_output
 
 Command = Callable[[list[str]], int]
 
@@ -54,8 +54,7 @@ def _guarded(words: list[str]) -> int:
                 return _dispatch(words)
         return _dispatch(words)
     except OutputError as error:
-        # Said once, when what is left of it cannot be written either.
-        return error.exit_code
+        return drop_output(error)
     except EfflaunchError as error:
         complain(str(error))
         return error.exit_code

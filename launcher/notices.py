@@ -24,12 +24,12 @@ class Notices:
     run_dir: Path
     log: Path
 
-    def add(self, text: str) -> None:
-        """Keep it with the time of now."""
+    def add(self, text: str, detail: str = "") -> None:
+        """Keep it with the time of now; `detail`, as a traceback, goes to the log alone."""
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         _append(self.run_dir / NOTICES_FILE, json.dumps({"time": now, "text": text}))
-        _append(self.log, f"{stamp} efflaunch: {text}")
+        _append(self.log, f"{stamp} efflaunch: {text}\n{detail}".rstrip())
 
 
 def _append(path: Path, line: str) -> None:

@@ -353,14 +353,19 @@ def finish_output(code: int) -> int:
     except BrokenPipeError:
         _drop(1)
     except OutputError as error:
-        _drop(1)
-        complain(str(error))
-        code = code or error.exit_code
+        code = code or drop_output(error)
     try:
         sys.stderr.flush()
     except (OutputError, OSError):
         _drop(2)
     return code
+
+
+def drop_output(error: OutputError) -> int:
+    """Say that standard output cannot be written, and write no more to it; the exit code."""
+    _drop(1)
+    complain(str(error))
+    return error.exit_code
 
 
 def complain(text: str) -> None:

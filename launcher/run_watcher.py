@@ -79,8 +79,9 @@ class Guard:
             return action(*arguments, **named)
         except Exception as error:  # whatever it is: the ranks are not to end with it
             self.failed = True
-            self.notices.add(f"{self.what} failed ({type(error).__name__}: {error}): training goes on without\n{traceback.format_exc()}")
-            complain(f"{self.what} failed ({type(error).__name__}: {error}): training goes on without")
+            text = f"{self.what} failed ({type(error).__name__}: {error}): training goes on without"
+            self.notices.add(text, traceback.format_exc())
+            complain(text)
             return None
 
 

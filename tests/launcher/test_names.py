@@ -62,7 +62,9 @@ def text_keys() -> list[str]:
 @pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\x9b", "\u2028"])
 def test_no_text_of_a_configuration_has_control_characters(character: str) -> None:
     data, keys = dump_config(compose(BASE)), text_keys()
-    assert {"run.id", "run.root", "cluster.slurm.partition", "cluster.slurm.prologue", "launcher.slurm.python", "launcher.ray.env"} <= set(keys)
+    assert {"run.id", "run.root", "cluster.slurm.partition", "cluster.slurm.prologue", "launcher.slurm.python", "launcher.ray.env"} <= set(
+        keys
+    )
     lists = {key for key, hint, _ in walk_fields() if get_args(hint) == (str,)}
     for key in keys:
         changed = copy.deepcopy(data)
@@ -103,7 +105,9 @@ def test_values_and_files_that_go_with_a_job(tmp_path: Path, monkeypatch: pytest
         measure([str(tmp_path / "link")], 1 << 20)
 
 
-@pytest.mark.parametrize("words", [["launcher=slurm"], ["launcher=slurm", "launcher.nodes=1:2"], ["launcher=ray", "launcher.ray.local=true"], []])
+@pytest.mark.parametrize(
+    "words", [["launcher=slurm"], ["launcher=slurm", "launcher.nodes=1:2"], ["launcher=ray", "launcher.ray.local=true"], []]
+)
 def test_a_dry_run_that_is_piped_to_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
@@ -133,7 +137,9 @@ def test_a_root_that_a_shell_would_read_is_quoted(tmp_path: Path, capsys: pytest
     assert shlex.quote(str(root / "run")) in text
     # Everything is there but what it starts.
     stub = "python() { :; }; srun() { :; }; scontrol() { :; }; set +u; "
-    subprocess.run(["bash", "-c", f"{stub} export PATH=/nowhere SLURM_JOB_ID=1\n{text}"], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    subprocess.run(
+        ["bash", "-c", f"{stub} export PATH=/nowhere SLURM_JOB_ID=1\n{text}"], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
     assert not (tmp_path / "owned").exists()
 
 
