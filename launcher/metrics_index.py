@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..durable import write_atomic
-from .grace import Forecast, GraceWatch
-from .metrics_file import METRICS_FILE, Event, checkpoint_steps, parse_line
-from .progress import Progress
+from ..utils.atomic_files import write_atomic
+from .rundir.metrics_reader import METRICS_FILE, Event, checkpoint_steps, parse_line
+from .rundir.progress import RunProgress
+from .stop_forecast import Forecast, GraceWatch
 
 INDEX_FILE = ".metrics-index.json"
 _FORMAT = 1
@@ -41,9 +41,9 @@ class Summary:
     bytes_read: int = 0
     """Of metrics.jsonl, this time."""
 
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """Where the run stands."""
-        return Progress().apply(self.events)
+        return RunProgress().apply(self.events)
 
     def forecast(self, grace_s: float) -> Forecast | None:
         """How long a stop takes, by what was measured; None before the first checkpoint."""
@@ -68,7 +68,7 @@ def read_summary(run_dir: Path) -> Summary:
     return Summary(collected.events, collected.end - begin)
 
 
-def read_progress(run_dir: Path) -> Progress:
+def read_progress(run_dir: Path) -> RunProgress:
     """Where the run stands by its metrics."""
     return read_summary(run_dir).progress()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..text import plain_data
-from .files import tail_lines
+from .rundir.small_files import tail_lines
 
 NOTICES_FILE = "logs/notices.jsonl"
 _MAX_LINES = 100

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import state
-from .display import Display
-from .grace import GraceWatch
-from .hang import read_pulses
-from .metrics_file import MetricsFollower
+from .agent.hang_verdict import silence_lines
+from .agent.hang_watch import read_pulses
+from .live_display import Display
 from .notices import Notices
 from .output import SteadyOutput, complain
-from .state import read_state
-from .watch import silence_lines
+from .rundir import state
+from .rundir.metrics_reader import MetricsFollower
+from .rundir.state import read_state
+from .stop_forecast import GraceWatch
 
 _SILENCE_S = 2.0
 

@@ -2,58 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from ..cluster.config import Machines
 from ..errors import ConfigError
-from ..units import Bytes, Seconds, Tokens
-from .site import SlurmSite
-
-
-class Device(Enum):
-    """What a rank computes on."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterConfig:
-    """The machines a plan is made for; every number of time comes from here until it is measured."""
-
-    name: str
-    device: Device
-    num_nodes: int
-    ranks_per_node: int
-    """GPUs of a node, or processes on a CPU machine."""
-    device_memory_bytes: Bytes
-    """Of one GPU, or one CPU rank's share."""
-    host_memory_bytes: Bytes
-    """Of one node."""
-    peak_flops: float
-    """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
-    efficiency: float
-    """Share of peak_flops that long-context training reaches; an assumption of time estimates."""
-    intra_node_bandwidth: float
-    """Bytes/s of one rank to another of its node, one direction."""
-    inter_node_bandwidth: float
-    """Bytes/s of one rank to another node, one direction."""
-    host_link_bandwidth: float
-    """Bytes/s between one GPU and host memory, each way, all GPUs of the node copying at once; a profile's measured rates go before it."""
-    device_memory_bandwidth: float | None = None
-    """Bytes/s that the optimizer's update reads and writes on one GPU. null: host_memory_bandwidth's share without GPUs; with them the
-    update takes no time in estimates, which then say so."""
-    host_memory_bandwidth: float | None = None
-    """Bytes/s that an update on the processors of one node reads and writes, all ranks together. null: it takes no time in estimates."""
-    disk_write_bandwidth: float | None = None
-    """Bytes/s that the disk under memory.offload_dir takes, all ranks of a node together. null: as fast as host_link_bandwidth."""
-    disk_read_bandwidth: float | None = None
-    """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
-    storage_bandwidth: float | None = None
-    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
-    slurm: SlurmSite = field(default_factory=SlurmSite)
+from ..units import Seconds, Tokens
 
 
 class SequenceMode(Enum):
@@ -111,49 +66,14 @@ class ParallelConfig:
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
 
 
-class Machines(Protocol):
-    """What a layout has to know of the cluster."""
-
-    @property
-    def num_nodes(self) -> int: ...
-
-    @property
-    def ranks_per_node(self) -> int: ...
-
-
-class Heads(Protocol):
+class AttentionHeads(Protocol):
     """What a layout has to know of the model."""
 
     @property
     def num_heads(self) -> int: ...
 
 
-_SPEEDS = (
-    "device_memory_bytes",
-    "host_memory_bytes",
-    "peak_flops",
-    "efficiency",
-    "intra_node_bandwidth",
-    "inter_node_bandwidth",
-    "host_link_bandwidth",
-    "device_memory_bandwidth",
-    "host_memory_bandwidth",
-    "disk_write_bandwidth",
-    "disk_read_bandwidth",
-)
-
-
-def check_cluster(cluster: ClusterConfig) -> None:
-    """ConfigError where a speed or a memory is none."""
-    for key in _SPEEDS:
-        value = getattr(cluster, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(
-                f"cluster.{key}", found=f"{value:g}", expected="more than 0", hint="the figure of its data sheet, as in conf/cluster/"
-            )
-
-
-def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: Heads) -> None:
+def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: AttentionHeads) -> None:
     """ConfigError unless the axes multiply to the world and the sequence groups suit world and heads."""
     _check_counts(parallel, cluster)
     _check_world(parallel, cluster)

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import FrameType
 
 from ...errors import ConfigError, EfflaunchError
+from ..agent.signals import on_stop_signals
 from ..output import lenient_file, lenient_output
-from ..rundir import HASH_FILE, keep_private, read_run
-from ..signals import on_stop_signals
+from ..rundir.run_dir import HASH_FILE, keep_private, read_run
 from .attempts import Driver
 from .cluster import joined
 from .files import only_driver, output_file, read_submission

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import ConfigError
 from ...names import check_text
 from ...units import format_bytes
-from ..rundir import HASH_FILE, RUN_FILE
+from ..rundir.run_dir import HASH_FILE, RUN_FILE
 
 _LEFT_OUT = ("__pycache__",)
 _NUM_NAMED = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..env import SlurmPlace
-from ..files import write_json
+from ..rundir.small_files import write_json
 from .script import JOB_DIR
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import efflaunch
 from efflaunch.launcher.metrics_index import newest_step
-from efflaunch.launcher.state import RunState, read_state
+from efflaunch.launcher.rundir.state import RunState, read_state
 
 HERE = Path(__file__).resolve().parent
 BASE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain")

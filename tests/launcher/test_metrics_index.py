@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from efflaunch.launcher import metrics_index
-from efflaunch.launcher.grace import GraceWatch
-from efflaunch.launcher.metrics_file import MetricsFollower
 from efflaunch.launcher.metrics_index import INDEX_FILE, newest_step, read_summary, step_events
-from efflaunch.launcher.progress import Progress, summary_lines
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.progress import RunProgress, summary_lines
+from efflaunch.launcher.stop_forecast import GraceWatch
 
 
 def step(number: int, ranks: int = 4) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def write_run(run_dir: Path) -> None:
 def check_same(run_dir: Path) -> int:
     """The summary tells what all events tell; bytes read."""
     everything, summary = MetricsFollower(run_dir).read(), read_summary(run_dir)
-    slow, quick = Progress().apply(everything), summary.progress()
+    slow, quick = RunProgress().apply(everything), summary.progress()
     assert (quick.losses, quick.durations, quick.last, quick.total_tokens) == (slow.losses, slow.durations, slow.last, slow.total_tokens)
     assert summary_lines(quick) == summary_lines(slow) and quick.peak_bytes == slow.peak_bytes and quick.mirror_error == slow.mirror_error
     assert summary.forecast(60.0) == GraceWatch(60.0).add(everything).forecast

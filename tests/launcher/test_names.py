@@ -17,14 +17,14 @@ import pytest
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import start
 from efflaunch.launcher.cli import main
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.commands.sweep import expand
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.schema import dump_config, load_config, walk_fields
 from efflaunch.launcher.env import chosen_variables
 from efflaunch.launcher.ray.request import check_ray
 from efflaunch.launcher.ray.upload import measure
-from efflaunch.launcher.rundir import make_run_dir, make_run_id, store_config
-from efflaunch.launcher.schema import dump_config, load_config, walk_fields
-from efflaunch.launcher.state import Attempt, Failure, new_state, read_state, write_state
-from efflaunch.launcher.sweep_command import expand
+from efflaunch.launcher.rundir.run_dir import make_run_dir, make_run_id, store_config
+from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
 from efflaunch.names import MAX_IDENTIFIER, as_identifier, check_identifier, check_path, check_text, inside, is_file_name
 
 EVIL = "a\ntouch owned"
