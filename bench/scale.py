@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..launcher.metrics_index import read_summary
+from ..launcher.rundir.metrics_index import read_summary
 from .record import machine, write_json
 
 _SAVES = 10

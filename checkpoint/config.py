@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import ConfigError
-from ..names import check_path
 from ..units import Bytes, Seconds
+from ..utils.names import check_path
 
 
 class OnSaveError(Enum):

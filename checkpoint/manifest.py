@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from ..names import is_file_name
+from ..utils.names import is_file_name
 
 Buffer = bytes | bytearray | memoryview
 

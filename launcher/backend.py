@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ConfigError
-from ..text import typed
+from ..utils.text import typed
 from .config.run_config import Config
-from .metrics_index import read_summary
 from .rundir import state
+from .rundir.metrics_index import read_summary
 from .rundir.state import RunState, read_state, write_state
 from .stop_forecast import planned
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
-from ..text import typed
-from .metrics_index import read_progress
+from ..utils.text import typed
+from .rundir.metrics_index import read_progress
 from .rundir.progress import RunProgress, summary_lines
 from .rundir.state import read_state
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..cluster.config import Device
 from ..errors import ConfigError
 from ..memory.config import Arena
-from ..names import check_text
+from ..utils.names import check_text
 from .config.run_config import Backend, Config
 from .config.secrets import secrets_of
 

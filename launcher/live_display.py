@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from ..text import plain
 from ..training.reporting.config import Display as Mode
 from ..units import format_bytes, format_seconds
+from ..utils.text import plain
 from .rundir.metrics_reader import Event
 from .rundir.progress import (
     RunProgress,

@@ -17,17 +17,17 @@ from types import FrameType
 from typing import Any
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ConfigError
-from ..text import typed
+from ..utils.text import typed
 from .agent.signals import on_stop_signals, stop_signals_held, stop_signals_kept
 from .backend import Launch, Standing, announce
 from .config.run_config import Config
 from .live_display import Display, NoDisplay, make_display
-from .notices import Notices
 from .output import SteadyOutput, steady_output
 from .run_watcher import Guard, Watcher, note_output, stop_notice
 from .rundir import state
 from .rundir.lock import Owner, Presence, holding, is_locked
 from .rundir.metrics_reader import MetricsFollower
+from .rundir.notices import Notices
 from .rundir.run_dir import RUN_FILE, make_run_dir, store_config
 from .rundir.small_files import tail_lines
 from .rundir.state import RunState, new_state, read_state, write_state

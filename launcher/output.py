@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from ..errors import EfflaunchError
-from ..text import plain
+from ..utils.text import plain
 
 STREAMS = {"stdout": "standard output", "stderr": "standard error"}
 MAX_PENDING = 1 << 20

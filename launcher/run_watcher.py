@@ -13,10 +13,10 @@ from typing import Any
 from .agent.hang_verdict import silence_lines
 from .agent.hang_watch import read_pulses
 from .live_display import Display
-from .notices import Notices
 from .output import SteadyOutput, complain
 from .rundir import state
 from .rundir.metrics_reader import MetricsFollower
+from .rundir.notices import Notices
 from .rundir.state import read_state
 from .stop_forecast import GraceWatch
 

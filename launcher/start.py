@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, ConfigError
-from ..names import check_path
-from ..text import typed
+from ..utils.names import check_path
+from ..utils.text import typed
 from .checks import check_data, check_memory_plan
 from .config.compose import changed
 from .config.overrides import parse_overrides

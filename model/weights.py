@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
-from ..names import is_file_name
+from ..utils.names import is_file_name
 from .build import local_slices
 
 

@@ -51,7 +51,7 @@ def limited_allocator(size: int) -> Any:
     """A device of `size` bytes for what is allocated inside."""
     import torch
 
-    from efflaunch.bench.tracer import StorageTracer
+    from efflaunch.memory.arena.tracer import StorageTracer
 
     class Limited(StorageTracer):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

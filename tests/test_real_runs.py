@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from efflaunch.launcher.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.launcher.rundir.run_dir import read_run

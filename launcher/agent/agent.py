@@ -25,9 +25,9 @@ from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import rank_environment, secrets
-from ..metrics_index import newest_step
 from ..output import lenient_output
 from ..rundir import state
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, keep_private, read_run
 from ..rundir.small_files import tail_lines
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state

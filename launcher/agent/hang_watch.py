@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...text import plain_data
 from ...utils.heartbeat import STACKS_SIGNAL, Beat, HeartbeatBoard, catches
+from ...utils.text import plain_data
 from ..config.run_config import LauncherConfig
 from ..rundir.run_dir import attempt_dir
 from ..rundir.small_files import read_json, write_if_room

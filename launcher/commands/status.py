@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from ...errors import EXIT_DONE, ConfigError
-from ...text import typed
 from ...units import format_seconds
+from ...utils.text import typed
 from ..agent.hang_verdict import silence_lines
 from ..agent.hang_watch import read_pulses
 from ..backend_registry import launcher_of
 from ..config.node_range import node_range
 from ..config.run_config import Backend, Config
-from ..metrics_index import Summary, read_summary
-from ..notices import read_notices
+from ..rundir.metrics_index import Summary, read_summary
 from ..rundir.metrics_reader import checkpoint_steps
+from ..rundir.notices import read_notices
 from ..rundir.progress import summary_lines
 from ..rundir.run_dir import read_run
 from ..rundir.state import ACTIVE, RunState, read_state
+from .arguments import CommandParser, add_json, add_run_dir
+
+DESCRIPTION = "Where a run stands: state, step, loss, speed, time to go, checkpoints, last error."
 
 
-def main(run_dir: Path, *, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch status`."""
+    add_run_dir(parser)
+    add_json(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch status` and return its exit code."""
+    parser = CommandParser("status", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return print_status(options.run_dir, as_json=options.json)
+
+
+def print_status(run_dir: Path, *, as_json: bool) -> int:
     """Print it; exit code 0 whatever the run's own state is."""
     summary = read_summary(run_dir)
     facts = status(run_dir, summary)

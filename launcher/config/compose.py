@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...names import check_identifier, check_path
+from ...utils.names import check_identifier, check_path
 from .conf_groups import check_config_dir, conf_dir, options
 from .node_range import resolve_nodes
 from .overrides import Override, parse_overrides

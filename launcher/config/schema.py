@@ -14,8 +14,8 @@ from enum import Enum
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ...errors import ConfigError
-from ...names import check_text, texts_of
 from ...units import parse_nodes, parse_quantity
+from ...utils.names import check_text, texts_of
 from .run_config import Config
 
 PROLOGUE = "cluster.slurm.prologue"

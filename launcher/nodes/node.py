@@ -24,9 +24,9 @@ from ..agent.hang_watch import Others
 from ..agent.restart_policy import RankReport, first_failure
 from ..agent.signals import StopFlag
 from ..env import rank_environment
-from ..metrics_index import newest_step
 from ..rundir import state
 from ..rundir.lock import Presence, lock_in_time, release
+from ..rundir.metrics_index import newest_step
 from ..rundir.metrics_reader import MetricsFollower
 from ..rundir.run_dir import attempt_dir, read_attempt
 from ..rundir.small_files import write_json

@@ -20,12 +20,12 @@ from ..config.run_config import Config
 from ..config.secrets import redact
 from ..elastic_nodes import Sizing, size_for
 from ..env import secrets
-from ..metrics_index import newest_step
 from ..nodes.faulty_nodes import blame, exclusions, is_refused
 from ..nodes.next_action import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import keep_private, read_run, write_attempt
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from .files import NOW, SAVE, told_to_stop

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...text import typed
 from ...utils.atomic_files import write_atomic
+from ...utils.text import typed
 from ..rundir.small_files import write_json
 from ..rundir.state import read_state
 from .request import FOLDER

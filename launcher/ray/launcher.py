@@ -11,20 +11,20 @@ from types import FrameType
 
 from ... import __version__
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
-from ...text import typed
 from ...utils.atomic_files import write_atomic
+from ...utils.text import typed
 from ..agent.signals import on_stop_signals, stop_signals_kept
 from ..backend import Launch, Standing, announce, job_exists, note_refused, tell_submitted
 from ..config.run_config import Config
 from ..env import chosen_variables, ray_server
 from ..live_display import Display, NoDisplay, make_display
 from ..nodes.outcome import store_queued
-from ..notices import Notices
 from ..output import lenient_file, steady_output
 from ..run_watcher import Guard, note_output, stop_notice
 from ..rundir import state
 from ..rundir.lock import holding
 from ..rundir.metrics_reader import MetricsFollower
+from ..rundir.notices import Notices
 from ..rundir.run_dir import RUN_FILE, make_run_dir
 from ..rundir.state import RunState
 from . import client, files

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...names import check_text
 from ...units import format_bytes
+from ...utils.names import check_text
 from ..rundir.run_dir import HASH_FILE, RUN_FILE
 
 _LEFT_OUT = ("__pycache__",)

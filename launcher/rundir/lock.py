@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...text import typed
 from ...units import format_seconds
+from ...utils.text import typed
 from .state import read_state
 
 LOCK_FILE = ".lock"

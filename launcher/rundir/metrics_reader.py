@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...text import plain_data
+from ...utils.text import plain_data
 
 METRICS_FILE = "metrics.jsonl"
 _ESCAPES = re.compile(rb"\\u|[\x7f-\xff]")

@@ -18,9 +18,9 @@ from typing import Any
 
 from ... import __version__
 from ...errors import ConfigError
-from ...names import as_identifier
-from ...text import typed
 from ...utils.atomic_files import write_atomic
+from ...utils.names import as_identifier
+from ...utils.text import typed
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...text import plain
 from ...utils.atomic_files import write_atomic
+from ...utils.text import plain
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...text import plain_data
+from ...utils.text import plain_data
 from .small_files import write_json
 
 STATE_FILE = "state.json"

@@ -25,7 +25,6 @@ from ..config.node_range import node_range
 from ..config.run_config import Config
 from ..elastic_nodes import Sizing, size_for
 from ..env import SlurmPlace, slurm_place
-from ..metrics_index import newest_step
 from ..nodes.address import head_address, head_port
 from ..nodes.faulty_nodes import blame, exclusions, is_refused
 from ..nodes.meeting import Meeting
@@ -34,6 +33,7 @@ from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, te
 from ..output import lenient_output
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from .control import partition_nodes

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
-from ...text import typed
 from ...utils.atomic_files import write_atomic
+from ...utils.text import typed
 from ..backend import Launch, Standing, announce, grace_note, job_exists, note_refused, tell_submitted
 from ..config.run_config import Config
 from ..elastic_nodes import usable

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...cluster.config import Device
 from ...errors import ConfigError
-from ...names import check_text
+from ...utils.names import check_text
 from ..config.node_range import NodeRange, node_range
 from ..config.run_config import Config
 

@@ -1,4 +1,7 @@
-"""Layer adapters: one per model family, chosen by the Hugging Face model type."""
+"""What is a decoder layer of this family?
+
+Adapters that cut a Hugging Face layer into token-local steps, one for each family, chosen by the Hugging Face model type.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import efflaunch
-from efflaunch.launcher.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.state import RunState, read_state
 
 HERE = Path(__file__).resolve().parent

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from efflaunch.launcher import metrics_index
-from efflaunch.launcher.metrics_index import INDEX_FILE, newest_step, read_summary, step_events
+from efflaunch.launcher.rundir import metrics_index
+from efflaunch.launcher.rundir.metrics_index import INDEX_FILE, newest_step, read_summary, step_events
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress, summary_lines
 from efflaunch.launcher.stop_forecast import GraceWatch

@@ -25,7 +25,7 @@ from efflaunch.launcher.ray.request import check_ray
 from efflaunch.launcher.ray.upload import measure
 from efflaunch.launcher.rundir.run_dir import make_run_dir, make_run_id, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
-from efflaunch.names import MAX_IDENTIFIER, as_identifier, check_identifier, check_path, check_text, inside, is_file_name
+from efflaunch.utils.names import MAX_IDENTIFIER, as_identifier, check_identifier, check_path, check_text, inside, is_file_name
 
 EVIL = "a\ntouch owned"
 BASE = ["+experiment=quickstart", "run.id=run"]

@@ -16,11 +16,11 @@ import pytest
 
 from efflaunch.launcher import output
 from efflaunch.launcher.cli import main
-from efflaunch.launcher.notices import NOTICES_FILE, Notices, read_notices
 from efflaunch.launcher.output import BackgroundFile, LenientFile, PlainText, SteadyOutput, lenient_file, lenient_text
 from efflaunch.launcher.run_watcher import Guard
+from efflaunch.launcher.rundir.notices import NOTICES_FILE, Notices, read_notices
 from efflaunch.tests.launcher.runs import environment
-from efflaunch.text import plain, plain_data, typed
+from efflaunch.utils.text import plain, plain_data, typed
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.launcher.commands import status as status_command
-from efflaunch.launcher.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps
 from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import BASE, HERE, TIMEOUT_S, environment, wait_until

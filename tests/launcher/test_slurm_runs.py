@@ -12,7 +12,7 @@ import pytest
 
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.tests.launcher.cluster_jobs import losses
 from efflaunch.tests.launcher.runs import HERE, environment

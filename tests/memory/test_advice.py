@@ -10,6 +10,7 @@ import pytest
 from efflaunch.errors import PlanError
 from efflaunch.estimate.build import build_ledger
 from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.estimate.suggestion_moves import OTHERWISE, SETTINGS, Change
 from efflaunch.estimate.suggestions import check_budget, check_fits, largest_length, suggest
 from efflaunch.launcher.config.compose import compose
@@ -211,11 +212,13 @@ def test_chunks_are_suggested_where_a_layer_is_too_large():
     """The million-token experiment without its chunks does not fit one node; with them it does."""
     config = compose(["+experiment=llama8b_1M", "memory=recompute"], None)
     ledger = build_ledger(
-        spec=model_spec(config.model),
-        parallel=config.parallel,
-        memory=config.memory,
-        train=config.train,
-        data=config.data,
-        cluster=config.cluster,
+        PlanInputs.make(
+            spec=model_spec(config.model),
+            parallel=config.parallel,
+            memory=config.memory,
+            train=config.train,
+            data=config.data,
+            cluster=config.cluster,
+        )
     )
     assert not ledger.fits and ("memory.chunk_tokens=16K",) in [entry.overrides for entry in suggest(ledger)]

@@ -101,13 +101,14 @@ MIXED = MemoryPolicy(
         (MemoryPolicy(), "layer inputs kept on the GPU; attention runs again in backward; everything else recomputed; "
          "whole layers at a time"),
         (MemoryPolicy(graph=True), "every activation is kept on the GPU; no layer runs again"),
-        (replace(MIXED, attention=AttentionTiling.WHOLE, head_groups=4, offload_dir="/local", chunk_tokens=None, segment_layers=1, layer_input=MOVED),
+        (replace(MIXED, attention=AttentionTiling.WHOLE, head_groups=4, offload_dir="/local", chunk_tokens=None, segment_layers=1,
+                 layer_input=MOVED),
          "layer inputs to files; attention outputs to files; queries, keys and values kept on the GPU; sums after attention recomputed; "
          "gate and up 38 % to files, 62 % recomputed; whole layers at a time, attention in 4 groups of heads"),
     ],
 )  # fmt: skip
 def test_a_policy_in_words(memory, words):
-    assert "; ".join(describe_policy(memory, LEDGER.setting)) == words
+    assert "; ".join(describe_policy(memory, LEDGER.inputs)) == words
 
 
 def test_a_report_in_words():

@@ -14,7 +14,8 @@ import yaml
 
 from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
-from efflaunch.model.spec import MODEL_TYPES, check_model, hf_config_dict, layer_parameters, model_family, model_spec, num_parameters
+from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
+from efflaunch.model.spec import check_model, layer_parameters, model_spec, num_parameters
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

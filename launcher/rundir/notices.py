@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..text import plain_data
-from .rundir.small_files import tail_lines
+from ...utils.text import plain_data
+from .small_files import tail_lines
 
 NOTICES_FILE = "logs/notices.jsonl"
 _MAX_LINES = 100

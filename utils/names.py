@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 MAX_IDENTIFIER = 128
 """Room for what a scheduler, a file name of 255 bytes and the index of an array put around it."""

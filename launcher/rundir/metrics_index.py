@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..utils.atomic_files import write_atomic
-from .rundir.metrics_reader import METRICS_FILE, Event, checkpoint_steps, parse_line
-from .rundir.progress import RunProgress
-from .stop_forecast import Forecast, GraceWatch
+from ...utils.atomic_files import write_atomic
+from ..stop_forecast import Forecast, GraceWatch
+from .metrics_reader import METRICS_FILE, Event, checkpoint_steps, parse_line
+from .progress import RunProgress
 
 INDEX_FILE = ".metrics-index.json"
 _FORMAT = 1
