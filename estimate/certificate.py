@@ -58,10 +58,6 @@ class Check:
     def ok(self) -> bool:
         return max(self.measured_bytes) <= self.predicted_bytes
 
-    @property
-    def worst_rank(self) -> int:
-        return self.measured_bytes.index(max(self.measured_bytes))
-
 
 def certify(ledger: Ledger) -> Certificate:
     """The certificate of a ledger; one that does not fit says so."""

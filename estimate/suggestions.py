@@ -13,7 +13,7 @@ from .ledger import Account, Ledger
 from .plan_inputs import PlanInputs
 from .solver.report import fixed_line
 from .solver.solve import can_fit
-from .suggestion_moves import HARDWARE, LAST, OTHERWISE, SETTINGS, TOGETHER, Change, Move, shorter
+from .suggestion_moves import HARDWARE, LAST, OTHERWISE, SETTINGS, TOGETHER, Change, Move
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +48,6 @@ def suggest(ledger: Ledger, *, most: int = 4, elsewhere: bool = True) -> tuple[S
     if not found:
         found += islice(_proven(asked, [move for move in LAST if move not in barred], base), most)
     return tuple(found)
-
-
-def largest_length(ledger: Ledger) -> int | None:
-    """The longest data.max_seq_len, halving, that fits with everything else as it is; None if none of 16 halvings does."""
-    proven = next(_proven(ledger.asked, (shorter,)), None)
-    return proven.ledger.inputs.data.max_seq_len if proven is not None else None
 
 
 def _proven(asked: PlanInputs, moves: Iterable[Move], base: Change | None = None) -> Iterator[Suggestion]:

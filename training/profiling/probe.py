@@ -57,7 +57,6 @@ from .node_rates import measure_rates
 log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
 REQUEST_FILE = "probe.json"
-DEFAULT_SECONDS = 60.0
 RATES_SHARE = 0.15
 """Of the time, for links, disk and updates."""
 REPEATS = 3
