@@ -103,7 +103,7 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, output: Stea
     initial = new_state(world_size=config.cluster.ranks_per_node, revision=revision, attempts=known.attempts if known else ())
     write_state(run_dir, initial)
     follower, notices = MetricsFollower(run_dir, from_end=True), Notices(run_dir, run_dir / AGENT_LOG)
-    guard, guard_lock = Guard("the display", notices), Guard("the sign of life in the run's lock", notices)
+    guard, guard_lock = Guard("the display", notices), Guard("the sign of life in the run's lock", notices, tries_again=True)
     display: Display = (
         guard(make_display, config.logging.display, f"{config.experiment} - {run_dir}", config.logging.every_steps) or NoDisplay()
     )
@@ -115,7 +115,7 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, output: Stea
                 _look(watcher, relay, guard)
                 relay.note(notices)
                 note_output(output, notices)
-                _yield_to(guard_lock(presence.show), agent, display)
+                _yield_to(guard_lock(presence.show), agent, guard, display)
                 time.sleep(_POLL_S)
             relay.note(notices)
             _look(watcher, relay, guard)
@@ -128,11 +128,11 @@ def _look(watcher: Watcher, relay: _Relay, guard: Guard) -> None:
     guard(watcher.look, stopping=relay.first is not None)
 
 
-def _yield_to(other: Owner | None, agent: subprocess.Popen[bytes], display: Display) -> None:
+def _yield_to(other: Owner | None, agent: subprocess.Popen[bytes], guard: Guard, display: Display) -> None:
     """Two that both thought the directory theirs: the one that wrote itself down last has it."""
     if other is not None:
         agent.send_signal(signal.SIGQUIT)
-        display.note(f"{other.describe(time.time())}, has taken the run directory: the ranks here are killed")
+        guard(display.note, f"{other.describe(time.time())}, has taken the run directory: the ranks here are killed")
 
 
 @contextmanager

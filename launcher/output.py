@@ -191,8 +191,8 @@ class SteadyOutput:
 class PlainText:
     """A text stream in front of another: print() through it, and no file's contents reach a terminal as commands."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, steady: SteadyOutput | None = None) -> None:
+        self.stream, self.steady = stream, steady
         self.rich_proxied_file = stream
         """Where rich, which makes escapes of its own, writes instead."""
 
@@ -274,9 +274,7 @@ def steady_output() -> Iterator[SteadyOutput]:
     steady = SteadyOutput(list(files.values()), closed)
     for name, file in files.items():
         file.before = next((other for other in files.values() if other is not file), None)
-        wrapper = PlainText(_text_over(file, getattr(before[name], "encoding", None)))
-        wrapper.steady = steady  # type: ignore[attr-defined]
-        setattr(sys, name, wrapper)
+        setattr(sys, name, PlainText(_text_over(file, getattr(before[name], "encoding", None)), steady))
     try:
         with _background_writes_allowed():
             try:
@@ -317,8 +315,7 @@ def _descriptor(stream: TextIO) -> int | None:
 
 
 def _text_over(file: LenientFile, encoding: str | None) -> TextIO:
-    buffered = io.BufferedWriter(file)
-    return io.TextIOWrapper(buffered, encoding=encoding or "utf-8", errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding=encoding or "utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def lenient_text(fd: int, name: str) -> TextIO:

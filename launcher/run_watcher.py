@@ -66,22 +66,26 @@ class Watcher:
 
 
 class Guard:
-    """Runs what only shows a run or looks at it: whatever it raises is noted once, and the run goes on without it."""
+    """Runs what only shows a run or looks at it: whatever it raises is noted once, and the run goes on without it.
 
-    def __init__(self, what: str, notices: Notices) -> None:
-        self.what, self.notices, self.failed = what, notices, False
+    `tries_again`: what failed is called again the next time all the same, as where a file server was away.
+    """
+
+    def __init__(self, what: str, notices: Notices, *, tries_again: bool = False) -> None:
+        self.what, self.notices, self.tries_again, self.failed = what, notices, tries_again, False
 
     def __call__(self, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """What `action` returns; None where it failed, now or before."""
-        if self.failed:
+        """What `action` returns; None where it failed, now or (unless it is tried again) before."""
+        if self.failed and not self.tries_again:
             return None
         try:
             return action(*arguments, **named)
         except Exception as error:  # whatever it is: the ranks are not to end with it
+            if not self.failed:
+                text = f"{self.what} failed ({type(error).__name__}: {error}): training goes on without"
+                self.notices.add(text, traceback.format_exc())
+                complain(text)
             self.failed = True
-            text = f"{self.what} failed ({type(error).__name__}: {error}): training goes on without"
-            self.notices.add(text, traceback.format_exc())
-            complain(text)
             return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -46,6 +47,7 @@ from .session import Session, build_session, closing_store, join_ranks, plain_co
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
 from .step_planner import Costs, StepPlanner, Totals, settle_costs
 
+log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
 """What the agent imports once, before it forks the ranks."""
 
@@ -319,7 +321,11 @@ class _Run:
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
                 known = self.session.ledger.inputs.measured
-                save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                try:
+                    save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                except OSError as error:
+                    # A full disk costs what was measured, and no step.
+                    log.warning("%s cannot be written: %s", DEFAULT_FILE, error)
 
     def _extra(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""

@@ -115,12 +115,15 @@ def test_a_place_that_holds_other_things_or_keeps_nothing_is_refused(tmp_path: P
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="expected a place that can be reached and written"):
         reach(str(tmp_path / "file" / "there"), own)
-    assert reach(str(tmp_path / "there"), own).steps() == [] and not list((tmp_path / "there").iterdir())
+    assert reach(str(tmp_path / "there"), own).steps() == [] and [path.name for path in (tmp_path / "there").iterdir()] == ["RUN"]
+    reach(str(tmp_path / "there"), own)
+    with pytest.raises(CheckpointError, match="it belongs to the run 'run', by the file RUN there"):
+        reach(str(tmp_path / "there"), tmp_path / "runs" / "other" / "checkpoints")
     assert (tmp_path / "step-00000001").is_dir()
 
 
 class _Slow(Tier):
-    def trouble(self) -> str | None:
+    def trouble(self, run: str) -> str | None:
         threading.Event().wait()
         return None
 
