@@ -113,8 +113,8 @@ class FlusherProcess:
         if error is not None:
             attempt.settle(Flushed(error))
             return
-        found, size = message["manifest"]
-        attempt.settle(Flushed(None, found, size, message["mode"], message["write_s"]))
+        manifest_hash, _ = message["manifest"]
+        attempt.settle(Flushed(None, manifest_hash, message["mode"], message["write_s"]))
 
     def last_words(self) -> str:
         """How it ended."""

@@ -81,10 +81,14 @@ class BackgroundFile(LenientFile):
         """Another stream of the same terminal, whose earlier lines should come first."""
         self._pending: deque[bytes] = deque()
         self._num_pending, self._moved, self._is_ending = 0, time.monotonic(), False
-        self._changed = threading.Condition()
+        self._changed, self._pid = threading.Condition(), os.getpid()
         threading.Thread(target=self._run, name=f"{name} writer", daemon=True).start()
 
     def _put(self, data: bytes) -> None:
+        if os.getpid() != self._pid:
+            # Forked: the thread is the parent's, and somebody may have held the lock.
+            super()._put(data)
+            return
         if self.before is not None and not self.before.is_stuck:
             self.before.drain(_ORDER_S)
         with self._changed:

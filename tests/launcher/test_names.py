@@ -76,7 +76,7 @@ def test_no_text_of_a_configuration_has_control_characters(character: str) -> No
         group[leaf] = [value] if key in lists else value
         with pytest.raises(ConfigError, match="expected one line without control characters") as caught:
             load_config(changed)
-        assert str(caught.value).startswith(key) and character not in str(caught.value)
+        assert str(caught.value).startswith(key) and value not in str(caught.value)
 
 
 def test_a_prologue_may_be_indented() -> None:

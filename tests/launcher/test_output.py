@@ -80,6 +80,17 @@ def test_one_that_takes_nothing_is_said_not_to_read(pipe: tuple[int, int], monke
     assert SteadyOutput([file], []).news() == ["standard output has not been read for 0 s"]
 
 
+def test_a_forked_process_writes_for_itself(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    file = BackgroundFile(writer, "standard output")
+    with file._changed:
+        pid = os.fork()
+        if pid == 0:
+            file.write(b"child")
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0 and os.read(reader, 100) == b"child"
+
+
 def test_a_full_file_does_not_end_who_writes_lines_to_it(tmp_path: Path) -> None:
     with lenient_file(Path("/dev/full")) as keep:
         keep("lost")
