@@ -113,8 +113,7 @@ class FlusherProcess:
         if error is not None:
             attempt.settle(Flushed(error))
             return
-        manifest_hash, _ = message["manifest"]
-        attempt.settle(Flushed(None, manifest_hash, message["mode"], message["write_s"]))
+        attempt.settle(Flushed(None, message["manifest"], message["mode"], message["write_s"]))
 
     def last_words(self) -> str:
         """How it ended."""

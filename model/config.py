@@ -10,7 +10,7 @@ from ..units import Tokens
 
 
 class Family(Enum):
-    """Model families with a layer adapter (`training/families/`)."""
+    """Model families with a layer adapter (`model/families/`)."""
 
     LLAMA = "llama"
     MISTRAL = "mistral"

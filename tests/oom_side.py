@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
-    """training.run.train under the limit."""
+    """training.trainer.train under the limit."""
     from efflaunch.training import trainer as run
 
     if os.environ["OOM_KIND"] == "host":

@@ -33,6 +33,6 @@ def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
             "model",
             found=f"model type {model_type!r}",
             expected=f"one of {', '.join(adapters)}",
-            hint=f"an adapter in training/families/{model_type}.py with the steps of adapter.py, as llama.py has",
+            hint=f"an adapter in model/families/{model_type}.py with the steps of adapter.py, as llama.py has",
         )
     return adapters[model_type](layer)

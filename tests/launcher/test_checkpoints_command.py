@@ -86,10 +86,10 @@ def test_listing_imports_nothing_heavy(run_dir: Path) -> None:
 
 def test_what_is_in_memory_alone_is_listed_and_is_no_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = State()
-    engine = state.engine(run_dir / "checkpoints", replica=Replica.PEER)
+    engine = state.engine(run_dir / "checkpoints", replica=Replica.PEER, mirror=str(run_dir.parent.parent / "there"))
     state.set(3)
     engine.save(3, {})
-    engine.wait(replicated=True)
+    engine.wait(replicated=True, mirrored=True)
     rows = [row for row in _rows(capsys, str(run_dir)) if str(row["where"]).startswith("memory of")]
     assert [(row["step"], row["state"]) for row in rows] == [(3, "replicated")] and "(1 of 1 ranks)" in str(rows[0]["where"])
     for step in (2, 3):
