@@ -19,7 +19,7 @@ from typing import Any
 from ..launcher.rundir.metrics_index import read_summary
 from .record import machine, write_json
 
-_SAVES = 10
+_SAVES, _WARM_UP = 20, 20
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,14 +71,14 @@ def save(folder: Path, kept: int) -> dict[str, Any]:
 
     state = State()
     engine = state.engine(folder, keep_last=kept)
-    seconds, inspected = [], 0
-    for step in range(1, kept + _SAVES + 1):
+    seconds, inspected, first = [], 0, max(kept, _WARM_UP)
+    for step in range(1, first + _SAVES + 1):
         state.set(step)
         started = time.perf_counter()
         engine.save(step, {})
         engine.wait()
         seconds.append(time.perf_counter() - started)
-        if step == kept:
+        if step == first:
             inspected = engine._committer._catalog.num_inspected
     inspected = engine._committer._catalog.num_inspected - inspected
     engine.close()
