@@ -111,6 +111,8 @@ class CheckpointEngine:
         self._latest: Attempt | None = None
         self._not_mirrored: MirrorReport | None = None
         """As `_failure`, of the second place; on rank 0."""
+        self._stops_for_mirror = False
+        """Whether rank 0 has one: known to all alike."""
         self._failure: CommitOutcome | None = None
         """Not yet raised, where a failed save stops training."""
         self._maybe_pending = False
@@ -151,6 +153,9 @@ class CheckpointEngine:
         if self._pacing.is_eager:
             attempt.enqueued.wait()
         attempt.stall_s += time.monotonic() - started
+        if self._stops_for_mirror:
+            # Training stops here, with this save on disk.
+            self.wait()
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` updates; the same answer on every rank."""
@@ -191,6 +196,9 @@ class CheckpointEngine:
         if replicated and self._replicas is not None:
             self._replicas.wait(self.config.commit_timeout_s)
         self._agree()
+        if self._stops_for_mirror:
+            report, self._not_mirrored = self._peers.share(self._not_mirrored), None
+            raise not_mirrored(report, str(self.config.mirror))
 
     def close(self) -> None:
         """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet go on by themselves."""
@@ -327,9 +335,7 @@ class CheckpointEngine:
         mine = [float(self._failure is not None), float(self._not_mirrored is not None), float(bool(self._pending)), *flags]
         failed, not_there, pending, *largest = self._peers.largest(mine)
         self._maybe_pending = pending > 0
-        if not_there:
-            report, self._not_mirrored = self._peers.share(self._not_mirrored), None
-            raise not_mirrored(report, str(self.config.mirror))
+        self._stops_for_mirror = not_there > 0
         if failed and self.config.on_error is OnSaveError.STOP:
             while self._failure is None and self._pending:
                 self._deliver(block=True)
