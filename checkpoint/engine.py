@@ -363,7 +363,7 @@ class CheckpointEngine:
 
     def _heard_of_mirror(self, report: MirrorReport) -> None:
         if report.error is not None and self.config.mirror_on_error is OnSaveError.STOP:
-            self._not_mirrored = report
+            self._not_mirrored = self._not_mirrored or report
         if self._on_mirror is not None:
             self._on_mirror(report)
 
