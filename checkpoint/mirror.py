@@ -66,7 +66,7 @@ class Mirror:
         with self._changed:
             if self._changed.wait_for(lambda: not self._waiting and self._current is None, timeout_s):
                 return True
-            path = (self._waiting or [self._current])[-1]
+            path = self._waiting[-1] if self._waiting else self._current
         assert path is not None, "waited for"
         self._report(MirrorReport(_step_of(path), f"not there within {format_seconds(timeout_s)}", timeout_s))
         return False
