@@ -46,8 +46,8 @@ PRELOAD = (
 """Imported once, by the process that ranks are forked from."""
 RANKS = 2
 SEGMENT_BYTES = 16384
-_LIFE_S = 60.0
-"""Longest time from the start of a life to its first durable save."""
+_LIFE_S = 600.0
+"""Longest time from the start of a life to its first durable save: only whether it ends at all, on a machine as busy as may be."""
 KILLS = ("rank 0", "rank 1", "all ranks", "flusher", "point")
 REPLICA_LIVES = (20, 10)
 """Of every so many lives, the last so many keep replicas."""
@@ -272,7 +272,7 @@ def live(rank: int, folder: Path, notes: Path, fault: str, last: bool, replica: 
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{notes}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{notes}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=_LIFE_S))
     try:
         _live(rank, folder, notes, fault, last, replica)
     except Exception as error:  # written down for the trial
@@ -361,7 +361,15 @@ class State:
                 return f"tensor {number} of step {step} has {part.flatten()[:2].tolist()} instead of {expected.flatten()[:2].tolist()}"
         return ""
 
-    def engine(self, folder: Path, notes: Path | None = None, fault: str = "", node: str = "", **changes: Any) -> Any:
+    def engine(
+        self,
+        folder: Path,
+        notes: Path | None = None,
+        fault: str = "",
+        node: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        **changes: Any,
+    ) -> Any:
         from ..checkpoint.config import CheckpointConfig
         from ..checkpoint.engine import CheckpointEngine, SaveReport
 
@@ -371,7 +379,7 @@ class State:
                 with (notes / "durable").open("a") as file:
                     file.write(f"{report.step}\n")
 
-        config = CheckpointConfig(**{"name": "chaos", "commit_timeout_s": 20.0, **changes})
+        config = CheckpointConfig(**{"name": "chaos", **changes})
         return CheckpointEngine(
             config,
             folder,
@@ -382,6 +390,7 @@ class State:
             segment_bytes=SEGMENT_BYTES,
             fault=fault,
             node=node,
+            clock=clock,
         )
 
 

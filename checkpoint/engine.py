@@ -90,17 +90,19 @@ class CheckpointEngine:
         segment_bytes: int = SEGMENT_BYTES,
         fault: str = "",
         node: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`metadata` is JSON: describes the run (hf_config, config, layout, seed, tokenizer). `on_save` hears of every save,
         `on_replica` of every replica, `on_mirror` (of rank 0) of every copy in the second place.
 
-        `segment_bytes` (a multiple of 4096), `fault` (faults.Faults) and `node` (instead of the host's name) are for tests.
+        `segment_bytes` (a multiple of 4096), `fault` (faults.Faults), `node` (instead of the host's name) and `clock` (by which
+        storage's silence is timed) are for tests.
         """
         self.config, self.directory, self.metadata = config, Path(directory).absolute(), metadata
         self._model, self._optimizer = model, optimizer
         self._on_save, self._on_replica, self._on_mirror = on_save, on_replica, on_mirror
         self._peers = Peers(config.commit_timeout_s)
-        self._segment_bytes, self._fault = segment_bytes, fault
+        self._segment_bytes, self._fault, self._clock = segment_bytes, fault, clock
         self._layout: FileLayout | None = None
         self._fingerprint = 0
         self._weights_hash, self._versions = "", facts_of.versions()
@@ -327,6 +329,7 @@ class CheckpointEngine:
                 committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
                 in_use=self._mirror.in_use if self._mirror is not None else set,
                 fault=self._fault,
+                clock=self._clock,
             )
 
     def _agree(self, *flags: float) -> list[float]:

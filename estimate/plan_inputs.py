@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
-from ..model.spec import layer_parameters, model_spec, num_parameters
+from ..model.spec import LayerParameters, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
 from .optimizer_residency import ON_DEVICE, Residency, residency_of
@@ -65,7 +65,8 @@ class PlanInputs:
     data: DataConfig
     cluster: ClusterConfig
     layout: Layout
-    layer_parameters: int
+    layers: tuple[LayerParameters, ...]
+    """Weights of each decoder layer."""
     parameters: int
     residency: Residency = field(default_factory=Residency)
     measured: MeasuredRates | None = None
@@ -114,7 +115,7 @@ class PlanInputs:
             data=data,
             cluster=cluster,
             layout=solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens),
-            layer_parameters=layer_parameters(spec),
+            layers=layer_parameters(spec),
             parameters=num_parameters(spec),
             residency=residency,
             measured=measured,
@@ -170,7 +171,26 @@ class PlanInputs:
     @property
     def root_parameters(self) -> int:
         """Embedding, head and last norm: what is not in a decoder layer."""
-        return self.parameters - self.spec.num_layers * self.layer_parameters
+        return self.parameters - self.decoder_parameters()
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the largest decoder layer: what gathers, reductions and sums of one layer need room for."""
+        return max(layer.total for layer in self.layers)
+
+    def decoder_parameters(self, first: int = 0) -> int:
+        """Weights of the decoder layers from `first` on."""
+        return sum(layer.total for layer in self.layers[first:])
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights of all decoder layers that one token is multiplied with."""
+        return sum(layer.active for layer in self.layers)
+
+    @property
+    def active_layer_parameters(self) -> float:
+        """The mean of them over the layers."""
+        return self.active_parameters / self.spec.num_layers
 
     @property
     def on_gpu(self) -> bool:

@@ -27,7 +27,7 @@ from ..memory.offload.checks import check_offload_space
 from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
 from ..memory.position import Position
-from ..model.spec import ModelSpec, layer_parameters, model_spec
+from ..model.spec import ModelSpec, active_layer_parameters, model_spec
 from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
@@ -72,7 +72,7 @@ class Session:
     @property
     def linear_cost_tokens(self) -> float:
         """Tokens of attention span whose cost equals the layer's token-local work: 2 P / (2 H D) per token and layer."""
-        return layer_parameters(self.spec) / self.spec.query_size
+        return active_layer_parameters(self.spec) / self.spec.query_size
 
 
 def join_ranks(cluster: ClusterConfig) -> torch.device:

@@ -22,9 +22,9 @@ def gradients(inputs: PlanInputs, layer: int) -> Term:
     """Sharded: of the layers done; of all from the first micro-batch on where each is reduced."""
     total = inputs.master * inputs.parameters // inputs.layout.shard
     early = total if inputs.layout.num_micro_batches > 1 and not reduces_once(inputs) else 0
-    done = inputs.master * inputs.layer_parameters * (inputs.spec.num_layers - 1 - layer) // inputs.layout.shard
+    done = inputs.master * inputs.decoder_parameters(layer + 1) // inputs.layout.shard
     held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(inputs)))
-    layers = early or inputs.master * inputs.spec.num_layers * inputs.layer_parameters // inputs.layout.shard
+    layers = early or inputs.master * inputs.decoder_parameters() // inputs.layout.shard
     whole = held | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
     return gradients_left(inputs, Term("gradients", f"float{8 * inputs.master}, 1/{inputs.layout.shard} of each", whole))
 
@@ -50,7 +50,7 @@ def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     one, several = inputs.width * inputs.layer_parameters, inputs.layout.shard > 1
     if inputs.parallel.barrier_free:
         note = "all layers, in compute precision, from the first micro-batch to the last"
-        return term("layers, gathered", note, inputs.spec.num_layers * one, KEEPING)
+        return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), KEEPING)
     # The layer below is gathered ahead; where its input is made again from its segment's, that gather is used up by then.
     ahead = one * (several and layer > 0 and not inputs_made_again(inputs, layer))
     held = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}

@@ -201,6 +201,6 @@ def test_the_ledger_is_an_upper_bound_of_compiled_steps_too(fields: dict[str, An
     plain, compiled = (Case(name="case", memory=memory_config(compile=on, **fields)) for on in (False, True))
     predicted = max(predicted_by_phase(plain).values())
     assert max(predicted_by_phase(compiled).values()) == predicted
-    with RankPool(timeout_s=300) as pool:
+    with RankPool() as pool:
         assert pool.run(profiled_peak, plain, ranks=1)[0] == pytest.approx(predicted, rel=0.005)
         assert pool.run(compiled_peak, compiled, ranks=1)[0] <= predicted

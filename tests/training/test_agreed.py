@@ -23,7 +23,7 @@ QUICK = ["+experiment=quickstart", "cluster.ranks_per_node=2", "parallel.tokens_
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=120) as pool:
+    with RankPool() as pool:
         yield pool
 
 

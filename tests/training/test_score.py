@@ -33,7 +33,7 @@ PAIRS = ((4, 9, 3), (2, 30, 11), (6, 5, 5), (3, 60, 61), (1, 8, 8))
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=240) as pool:
+    with RankPool() as pool:
         yield pool
 
 
