@@ -122,9 +122,9 @@ def _rows_there(run_dir: Path, mirror: str, here: list[int], verify: bool) -> li
         return [_problem(None, mirror, UNREACHABLE, f"{type(error).__name__}: {error}")]
     rows = [_row_there(tier, step, verify) for step in steps]
     lacking = [step for step in here[-1:] if step not in steps]
-    error = read_progress(run_dir).mirror_error
-    if error is not None or (lacking and not is_locked(run_dir)):
-        rows += [_problem(step, tier.address, MISSING, error or "it was never copied there") for step in lacking or here[-1:]]
+    said = read_progress(run_dir).mirror_error
+    if said is not None or (lacking and not is_locked(run_dir)):
+        rows += [_problem(step, tier.address, MISSING, said or "it was never copied there") for step in lacking or here[-1:]]
     return rows
 
 
