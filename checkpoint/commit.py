@@ -17,6 +17,7 @@ from pathlib import Path
 from ..units import format_seconds
 from . import files
 from .attempt import Attempt, Flushed
+from .catalog import Catalog
 from .deletion import Trash
 from .faults import Faults
 from .rank_coordination import Peers
@@ -76,6 +77,7 @@ class Committer:
         self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[CommitOutcome] = queue.SimpleQueue()
         self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
+        self._catalog: Catalog | None = None
         self._faults, self._clock = Faults(fault), clock
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
@@ -192,7 +194,9 @@ class Committer:
             keep = self.retention
             try:
                 self._faults.at("before_prune")
-                files.prune(final.parent, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
+                if self._catalog is None:
+                    self._catalog = Catalog(final.parent)
+                self._catalog.prune(attempt.step, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
             except OSError as failure:
                 log.error("older checkpoints stay in %s: %s", final.parent, failure)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ..errors import ConfigError
 from ..units import Bytes, Seconds
+from ..utils.names import check_path
 
 
 class OnSaveError(Enum):
@@ -67,8 +69,29 @@ class CheckpointConfig:
     commit_timeout_s: Seconds = 600.0
     """Longest silence of storage or of another rank before an attempt is given up."""
     mirror: str | None = None
-    """A second place for committed checkpoints: a directory, or an fsspec address as s3://bucket/run."""
+    """A second place for committed checkpoints, of this run alone: a directory, or an fsspec address as s3://bucket/run."""
+    mirror_on_error: OnSaveError = OnSaveError.CONTINUE
+    """What training does where a checkpoint does not arrive there; `stop`: all ranks stop at the next save, or at the end."""
     mirror_keep_last: int = 2
     replica: Replica = Replica.NONE
     """`peer`: each snapshot also goes into memory that outlives the ranks: a restart goes on from there, even where storage was
     not done. Takes host memory: twice the state with one node, four times it with several."""
+
+
+def check_checkpoint(config: CheckpointConfig) -> None:
+    """ConfigError for a second place that is none: where it is empty, libraries take the current directory."""
+    if config.mirror is None:
+        return
+    check_path("checkpoint.mirror", config.mirror)
+    scheme, separator, rest = config.mirror.partition("://")
+    place = (rest if separator else config.mirror).strip().strip("/")
+    if place in ("", ".", "..") or (separator and not scheme):
+        raise ConfigError(
+            "checkpoint.mirror",
+            found=repr(config.mirror),
+            expected="a folder of its own for this run, or null",
+            hint="checkpoint.mirror=/archive/my-run, or checkpoint.mirror=s3://bucket/my-run",
+        )
+    if config.mirror_keep_last < 1:
+        found, hint = str(config.mirror_keep_last), "checkpoint.mirror_keep_last=1, or checkpoint.mirror=null"
+        raise ConfigError("checkpoint.mirror_keep_last", found=found, expected="1 or more", hint=hint)

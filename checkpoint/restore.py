@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,7 +246,7 @@ class Restorer:
             str(self.directory),
             found="only damaged checkpoints:\n    " + "\n    ".join(self._skipped) + "\n  ",
             expected="at least one whole checkpoint",
-            hint=f"bring the files back (and remove DAMAGED there), or rm -r {self.directory} to start again from step 0",
+            hint=f"bring the files back (and remove DAMAGED there), or rm -r {shlex.quote(str(self.directory))} to start again from step 0",
         )
 
 

@@ -11,22 +11,38 @@ import sys
 from .. import __version__
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, EfflaunchError
 from .commands import COMMANDS, command_module
+from .output import OutputError, complain, drop_output, finish_output, open_closed_streams, plain_output, steady_output
+
+_WORKS = ("data", "export", "profile")
+"""Commands whose work does not end because nobody reads what they print; so do those that launch, from `start.launch` on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; the return value is the exit code (0, 75, 93 or 1)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
+    with plain_output():
+        return finish_output(_guarded(words))
+
+
+def _guarded(words: list[str]) -> int:
+    """The exit code, with errors said."""
     try:
-        return _dispatch([_with_home(word) for word in words])
+        words = [_with_home(word) for word in words]
+        if words and words[0] in _WORKS:
+            with steady_output():
+                return _dispatch(words)
+        return _dispatch(words)
+    except OutputError as error:
+        return drop_output(error)
     except EfflaunchError as error:
-        print(f"efflaunch: {error}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("efflaunch: interrupted; nothing was running", file=sys.stderr)
+        complain("interrupted; nothing was running")
         return EXIT_PREEMPTED
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted.
-        sys.stderr.close()
+        # The reader (`| head`) has what it wanted, and this command only prints.
         return EXIT_DONE
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from ..errors import EXIT_DONE, ConfigError
 from ..training.data.config import DataChanged
+from ..utils.names import check_path
+from ..utils.text import typed
 from .checks import check_data, check_memory_plan, check_resumed, report_model
 from .config.overrides import parse_overrides
 from .config.run_config import Backend, Config
 from .config.schema import dump_config
+from .output import steady_output
 from .rundir.run_dir import RUN_FILE, make_run_id, place_of, read_run
 from .rundir.state import ACTIVE, read_state
 
@@ -55,17 +58,19 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .backend import Launch
     from .backend_registry import launcher_of
 
-    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
-    launcher.check(config)
-    check_elsewhere(config, run_dir)
-    check_memory_plan(config)
-    report_model(config)
-    check_data(config)
-    changes = check_resumed(config, run_dir)
-    if config.launcher.backend is not Backend.LOCAL:
-        # Ranks say so where they start, which is elsewhere.
-        print(*changes, sep="\n", end="\n" if changes else "", flush=True)
-    return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
+    launcher, run_dir = launcher_of(config.launcher.backend), checked_place(config, run_dir)
+    with steady_output():
+        launcher.check(config)
+        check_elsewhere(config, run_dir)
+        check_memory_plan(config)
+        check_mirror(config, run_dir)
+        report_model(config)
+        check_data(config)
+        changes = check_resumed(config, run_dir)
+        if config.launcher.backend is not Backend.LOCAL:
+            # Ranks say so where they start, which is elsewhere.
+            print(*changes, sep="\n", end="\n" if changes else "", flush=True)
+        return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
 
 def launch_array(configs: list[Config], folder: Path, *, entry: str | None = None) -> int:
@@ -75,14 +80,15 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
 
     launcher = SlurmLauncher()
     launches = [Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs]
-    for launch in launches:
-        launcher.check(launch.config)
-        check_elsewhere(launch.config, launch.run_dir)
-        check_memory_plan(launch.config)
-        check_data(launch.config)
-        check_resumed(launch.config, launch.run_dir)
-    report_model(configs[0])
-    return launcher.submit_array(launches, folder)
+    with steady_output():
+        for launch in launches:
+            launcher.check(launch.config)
+            check_elsewhere(launch.config, launch.run_dir)
+            check_memory_plan(launch.config)
+            check_data(launch.config)
+            check_resumed(launch.config, launch.run_dir)
+        report_model(configs[0])
+        return launcher.submit_array(launches, folder)
 
 
 def show_array(configs: list[Config], folder: Path) -> int:
@@ -103,10 +109,18 @@ def show_launch(config: Config, run_dir: Path | None = None) -> int:
     from .backend import Launch
     from .backend_registry import launcher_of
 
-    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
+    launcher, run_dir = launcher_of(config.launcher.backend), checked_place(config, run_dir)
     launcher.check(config)
     print(launcher.describe(Launch(config=config, run_dir=run_dir)), end="")
     return EXIT_DONE
+
+
+def checked_place(config: Config, run_dir: Path | None) -> Path:
+    """The run directory, given or the configuration's. ConfigError where it, or the directory this is, is more than one line."""
+    run_dir = run_dir or place_of(config)
+    check_path("run directory", run_dir)
+    check_path("current directory", Path.cwd())
+    return run_dir
 
 
 def check_elsewhere(config: Config, run_dir: Path) -> None:
@@ -125,5 +139,14 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
             str(run_dir),
             found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
             expected="one start of a run at a time",
-            hint=f"efflaunch cancel {run_dir}, where that launcher is; or another run.id",
+            hint=f"{typed('cancel', run_dir)}, where that launcher is; or another run.id",
         )
+
+
+def check_mirror(config: Config, run_dir: Path) -> None:
+    """CheckpointError where the second place cannot be written; on other machines the ranks look for themselves."""
+    if config.checkpoint.mirror is not None and config.launcher.backend is Backend.LOCAL:
+        from ..checkpoint.files import FOLDER
+        from ..checkpoint.tier import reach
+
+        reach(config.checkpoint.mirror, run_dir / FOLDER)

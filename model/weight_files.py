@@ -175,7 +175,7 @@ def _read_index(path: Path) -> dict[str, str]:
             raise ValueError("no weight_map")
         for name, file in names.items():
             # A shard lies beside its index: nothing elsewhere on this machine is opened for it.
-            if not isinstance(file, str) or PurePosixPath(file).name != file or file in ("", ".", "..") or "\\" in file:
+            if not isinstance(file, str) or not is_file_name(file):
                 raise ValueError(f"{name} in {file!r}, which is no file of this directory")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(path, str(error)) from error

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
 from ..estimate.footprint.host import arena_bytes
@@ -33,6 +34,7 @@ from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
+from ..utils.text import typed
 from .agreed_ledger import agreed_ledger
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
@@ -110,6 +112,7 @@ def build_session(
     device: torch.device,
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
+    on_mirror: Callable[[MirrorReport], None] | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, what is trained, checkpoints. Collective.
@@ -126,7 +129,7 @@ def build_session(
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)
-    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
+    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
         trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, told=told)
     checkpointer = CheckpointEngine(
         config.checkpoint,
@@ -135,6 +138,7 @@ def build_session(
         metadata=_metadata(config, trained.model, layout, source, data),
         on_save=on_save,
         on_replica=on_replica,
+        on_mirror=on_mirror,
     )
     if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and topology.rank == 0:
         log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -28,6 +29,7 @@ from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..parallel.sharding.engine import FSDP2
 from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
+from ..utils.text import typed
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
 from .data.identity import DataChanges, check_data_changes, data_changes
@@ -48,6 +50,7 @@ from .session import Session, build_session, closing_store, join_ranks, plain_co
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
 from .step_planner import Costs, StepPlanner, Totals, settle_costs
 
+log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.checkpoint.state_dict", *FSDP2.preload)
 """What the agent imports once, before it forks the ranks."""
 
@@ -118,7 +121,8 @@ class _Run:
         self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(whole_world()), run_dir, pulse
         self.saves = Saves()
         pulse.at("building the model")
-        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
+        saves = self.saves
+        self.session: Session = build_session(config, run_dir, device, saves.heard, saves.replicated, saves.mirrored, told=pulse.at)
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
@@ -194,7 +198,7 @@ class _Run:
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
                     self.session.checkpointer.wait()
-                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=f"efflaunch resume {self.run_dir}")
+                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=typed("resume", self.run_dir))
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
@@ -203,7 +207,7 @@ class _Run:
 
     def _memory_errors_named(self) -> AbstractContextManager[None]:
         return memory_errors_named(
-            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=f"efflaunch resume {self.run_dir}"
+            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=typed("resume", self.run_dir)
         )
 
     def _ready(self, stop: Stop) -> bool:
@@ -332,7 +336,11 @@ class _Run:
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
                 known = self.session.ledger.inputs.measured
-                save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                try:
+                    save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                except OSError as error:
+                    # A full disk costs what was measured, and no step.
+                    log.warning("%s cannot be written: %s", DEFAULT_FILE, error)
 
     def _extra(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""

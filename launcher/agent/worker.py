@@ -24,6 +24,7 @@ from ...utils.heartbeat import Heartbeat, join
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import secrets
+from ..output import lenient_output
 from ..rundir.run_dir import attempt_dir, read_attempt
 from .procfs import permit_tracing
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
@@ -81,8 +82,7 @@ def _print_to(log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    lenient_output()
 
 
 def _keep_log() -> None:
@@ -103,7 +103,11 @@ def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:
         "traceback": redact("".join(traceback.format_exception(error)), hidden),
     }
     print(record["message"] if exit_code == EXIT_USER else record["traceback"], file=sys.stderr, flush=True)
-    write_atomic(error_file(logs, rank), json.dumps(record))
+    try:
+        write_atomic(error_file(logs, rank), json.dumps(record))
+    except OSError as failure:
+        # The exit code still says what kind of an end it was.
+        print(f"{error_file(logs, rank)}: {failure}", file=sys.stderr, flush=True)
     return exit_code
 
 

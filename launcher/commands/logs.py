@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import EXIT_DONE
+from ...errors import EXIT_DONE, ConfigError
+from ...utils.names import inside
+from ...utils.text import typed
 from ..backend_registry import launcher_of
 from ..rundir.run_dir import attempt_dir, read_run
-from ..rundir.small_files import tail_lines
-from ..rundir.state import Failure, read_state
+from ..rundir.small_files import plain_lines, tail_lines
+from ..rundir.state import STATE_FILE, Failure, read_state
 from .arguments import CommandParser, add_run_dir
 
 DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full."
@@ -39,7 +41,7 @@ def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
     for path in launcher_of(stored.config.launcher.backend).logs(run_dir)[-1:]:
         _show(path, tail_lines(path, num_lines))
     for path in _rank_logs(run_dir):
-        is_wanted = every_rank or _rank_of(path) in (0, failure.rank if failure else 0)
+        is_wanted = _is_inside(run_dir, path) and (every_rank or _rank_of(path) in (0, failure.rank if failure else 0))
         # In full below; of a rank that hung that is its stacks, not its log.
         if is_wanted and not (failure and path == run_dir / failure.log):
             _show(path, tail_lines(path, num_lines))
@@ -68,7 +70,11 @@ def _show(path: Path, lines: list[str]) -> None:
 
 
 def _show_failure(run_dir: Path, failure: Failure) -> None:
-    log = run_dir / failure.log
+    try:
+        log = inside(run_dir, failure.log)
+    except ValueError as error:
+        where = str(run_dir / STATE_FILE)
+        raise ConfigError(where, found=f"a log elsewhere: {error}", expected="one of the run's", hint=typed("status", run_dir)) from error
     if log.is_file():
         print(f"== {log}, in full", *_lines(log), "", sep="\n")
     elif failure.traceback:
@@ -77,6 +83,11 @@ def _show_failure(run_dir: Path, failure: Failure) -> None:
 
 
 def _lines(log: Path) -> Iterator[str]:
-    with log.open(encoding="utf-8", errors="replace") as file:
+    with log.open("rb") as file:
         for line in file:
-            yield line.rstrip("\n")
+            yield from plain_lines(line) or [""]
+
+
+def _is_inside(run_dir: Path, path: Path) -> bool:
+    """Whether a file is the run's own, and no link to somebody else's."""
+    return path.resolve().is_relative_to(run_dir.resolve())

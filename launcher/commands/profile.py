@@ -13,7 +13,9 @@ from ...errors import EXIT_DONE
 from ...estimate.timing.bandwidth import gb_per_s
 from ...training.reporting.config import Display
 from ...units import format_bytes, format_seconds
+from ..agent.signals import stop_signals_kept
 from ..config.run_config import Config, RunConfig
+from ..output import steady_output
 from .arguments import CommandParser, add_config_arguments, add_json, composed
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def _probe(config: Config, run_dir: Path, seconds: float) -> int:
     (run_dir / "probe.json").write_text(json.dumps({"seconds": seconds}))
     lock = lock_run(run_dir)
     revision, _ = store_config(run_dir, quiet)
-    code = local.run(quiet, run_dir, revision=revision, lock=lock, entry=ENTRY)
+    with steady_output() as output, stop_signals_kept():
+        code = local.run(quiet, run_dir, revision=revision, lock=lock, output=output, entry=ENTRY)
     if code != EXIT_DONE:
         print_failure(run_dir)
     return code

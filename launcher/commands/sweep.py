@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ...utils.names import as_identifier
 from ..config.paths import expand_home
 from ..config.run_config import Backend, Config
+from ..output import steady_output
 from ..rundir.run_dir import make_run_id
 from .arguments import CommandParser, add_dry_run, add_own_files
 
@@ -54,14 +55,29 @@ def sweep(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int
     points = expand(overrides)
     configs = [compose(list(point.overrides), config_dir) for point in points]
     base = configs[0].run.id or make_run_id(configs[0].experiment)
-    configs = [replace(config, run=replace(config.run, id=f"{base}-{point.suffix}")) for point, config in zip(points, configs, strict=True)]
+    # Long lists of values make long names: those are cut, and stay apart.
+    names = [as_identifier(f"{base}-{point.suffix}") for point in points]
+    configs = [replace(config, run=replace(config.run, id=name)) for name, config in zip(names, configs, strict=True)]
     if _is_array(configs):
         folder = Path(configs[0].run.root) / f"{base}-array"
         return start.show_array(configs, folder) if dry_run else start.launch_array(configs, folder)
+    if dry_run:
+        for config in configs:
+            print(f"\n# {config.run.id}", flush=True)
+            start.show_launch(config)
+        return EXIT_DONE
+    with steady_output():
+        return _run_all(configs)
+
+
+def _run_all(configs: Sequence[Config]) -> int:
+    """The first exit code that is not 0."""
+    from .. import start
+
     worst = EXIT_DONE
     for config in configs:
         print(f"\n# {config.run.id}", flush=True)
-        code = start.show_launch(config) if dry_run else start.launch(config)
+        code = start.launch(config)
         worst = worst or code
         if code == EXIT_PREEMPTED:
             break
@@ -88,7 +104,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     for combination in itertools.product(*choices):
         named = "-".join(f"{combination[index][0].lstrip('+').rpartition('.')[2]}-{combination[index][1]}" for index in varied)
         texts = tuple(f"{key}={value}" for key, value in combination)
-        points.append(Point(suffix=re.sub(r"[^A-Za-z0-9._-]+", "_", named), overrides=texts))
+        points.append(Point(suffix=as_identifier(named), overrides=texts))
     if len({point.suffix for point in points}) < len(points):
         points = [replace(point, suffix=f"{index}-{point.suffix}") for index, point in enumerate(points)]
     return points

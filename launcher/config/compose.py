@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...utils.names import check_identifier, check_path
 from .conf_groups import check_config_dir, conf_dir, options
 from .node_range import resolve_nodes
 from .overrides import Override, parse_overrides, split_values
@@ -55,6 +56,8 @@ def _checked(data: dict[str, Any], overrides: list[Override]) -> Config:
         raise _missing_choice(missing[0], overrides)
     config = resolve_nodes(expand_homes(load_config(data)), [item.key for item in overrides])
     check_config(config)
+    if config.run.id is not None:
+        check_identifier("run.id", config.run.id)
     return config
 
 
@@ -104,6 +107,7 @@ def _group(group: str, option: str, config_dir: str | None, *, resolve: bool = T
 
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
+    from ...checkpoint.config import check_checkpoint
     from ...memory.config import check_memory
     from ...model.model_check import check_weights
     from ...training.optimizers.check import check_residency
@@ -115,6 +119,8 @@ def check_config(config: Config) -> None:
     from .secrets import check_secrets
 
     check_secrets(dump_config(config), secrets())
+    check_path("run.root", config.run.root)
+    check_checkpoint(config.checkpoint)
     checks.check_config(config)
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)

@@ -15,13 +15,18 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ...errors import ConfigError
 from ...units import parse_nodes, parse_quantity
+from ...utils.names import check_text, texts_of
 from .run_config import Config
 
+PROLOGUE = "cluster.slurm.prologue"
 _PLAIN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def load_config(data: Mapping[str, Any]) -> Config:
-    """The checked configuration behind plain `data`; ConfigError on an unknown, missing or mistyped key."""
+    """The checked configuration behind plain `data`; ConfigError on an unknown, missing or mistyped key, and on control characters."""
+    for key, text in texts_of(data):
+        # A prologue is a script already, and may be indented by tabs; it is a line an item all the same.
+        check_text(key, text.replace("\t", " ") if key.startswith(PROLOGUE) else text)
     config = load(Config, data)
     assert isinstance(config, Config)
     return config

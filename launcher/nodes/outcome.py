@@ -17,7 +17,7 @@ from ..agent.hang_watch import read_hang
 from ..agent.restart_policy import RankReport, first_failure, lost_a_peer
 from ..config.run_config import Config
 from ..rundir import state
-from ..rundir.metrics_reader import newest_step
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, store_config
 from ..rundir.small_files import tail_lines
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state

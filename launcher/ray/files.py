@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.text import typed
 from ..rundir.small_files import write_json
 from ..rundir.state import read_state
 from .request import FOLDER
@@ -75,7 +76,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             known = read_state(run_dir)
             who = f"process {known.pid} on {known.host}" if known else "another process"
-            hint = f"efflaunch status {run_dir}; efflaunch cancel {run_dir} to stop it; or another run.id"
+            hint = f"{typed('status', run_dir)}; {typed('cancel', run_dir)} to stop it; or another run.id"
             expected = "one efflaunch per run directory"
             raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error
         yield

@@ -18,6 +18,7 @@ from ..config.secrets import is_secret_name
 
 FOLDER = "ray"
 """What Ray's part of a run leaves, inside the run directory."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 HERE = "auto"
 """The address that means: the cluster around this process."""
 STOP_MARGIN_S = 30
@@ -120,6 +121,10 @@ def check_ray(config: Config, server: str | None) -> None:
 
 
 def _mistakes(config: Config, ray: RayConfig, server: str | None) -> Iterator[ConfigError]:
+    for index, name in enumerate(ray.env):
+        if _VARIABLE.fullmatch(name) is None:
+            where, expected = f"launcher.ray.env[{index}]", "the name of a variable"
+            yield ConfigError(where, found=repr(name), expected=expected, hint="launcher.ray.env=[HOME]")
     secrets = [name for name in ray.env if is_secret_name(name)]
     if secrets:
         yield ConfigError(

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...units import format_seconds
+from ...utils.text import typed
 from .state import read_state
 
 LOCK_FILE = ".lock"
@@ -205,11 +206,11 @@ def _refusal(run_dir: Path, owner: Owner | None, age_s: float) -> ConfigError:
     else:
         found = f"process {state.pid} on {state.host}" if state else "another process"
     away = owner is not None and owner.machine != this_machine_id()
-    stop = f"efflaunch cancel {run_dir}{f' on {owner.host}' if away and owner else ''} to stop it"
+    stop = f"{typed('cancel', run_dir)}{f' on {owner.host}' if away and owner else ''} to stop it"
     dead = f" (if {owner.host} is down: in {STALE_S - age_s:.0f} s)" if away and owner and age_s <= STALE_S else ""
     return ConfigError(
         str(run_dir),
         found=f"{found} running in it",
         expected="one efflaunch per run directory",
-        hint=f"efflaunch status {run_dir}; {stop}{dead}; or another run.id",
+        hint=f"{typed('status', run_dir)}; {stop}{dead}; or another run.id",
     )

@@ -34,6 +34,8 @@ class RunProgress:
     """Most memory of each rank, over all steps."""
     checkpoint: Event | None = None
     checkpoint_error: str | None = None
+    mirror_error: str | None = None
+    """Why the newest copy did not arrive in the second place; None: it did, or none was due."""
     stalls: list[float] = field(default_factory=list)
     """What training waited for each checkpoint, seconds."""
     durable: list[float] = field(default_factory=list)
@@ -59,6 +61,8 @@ class RunProgress:
             "step": self._step,
             "checkpoint": self._saved,
             "checkpoint_failed": self._not_saved,
+            "mirrored": self._mirrored,
+            "mirror_failed": self._not_mirrored,
             "planner_failed": self._planner_failed,
             "drift": self._drifted,
             "certificate": self._checked,
@@ -84,8 +88,8 @@ class RunProgress:
     def _step(self, event: Event) -> None:
         step = event["step"]
         self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
-        self.total_tokens = event["total_tokens"]
-        for rank in event["ranks"]:
+        self.total_tokens = event.get("total_tokens", self.total_tokens)
+        for rank in event.get("ranks", ()):
             number = rank["rank"]
             self.peak_bytes[number] = max(self.peak_bytes.get(number, 0), rank["peak_bytes"])
 
@@ -97,6 +101,12 @@ class RunProgress:
 
     def _not_saved(self, event: Event) -> None:
         self.checkpoint_error = event["error"]
+
+    def _mirrored(self, event: Event) -> None:
+        self.mirror_error = None
+
+    def _not_mirrored(self, event: Event) -> None:
+        self.mirror_error = mirror_line(event)
 
     def _planner_failed(self, event: Event) -> None:
         self.planner_error = event["error"]
@@ -207,6 +217,8 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
         rows.append(("plans", plans))
     if progress.stalls:
         rows.append(("checkpoints", checkpoints_text(progress)))
+    if progress.mirror_error:
+        rows.append(("mirror", progress.mirror_error))
     if progress.memory:
         rows.append(("memory", "; ".join(progress.memory)))
     if progress.bound:
@@ -218,6 +230,11 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
         shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
         rows.append(("peak memory", shares))
     return rows
+
+
+def mirror_line(event: Event) -> str:
+    """Which checkpoint is not in the second place, and why."""
+    return f"checkpoint of step {event['step']} is not in the second place: {event['error']}"
 
 
 def checkpoints_text(progress: RunProgress) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import stat
 import time
@@ -20,15 +19,22 @@ from typing import Any
 from ... import __version__
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.names import as_identifier
 from ...utils.stored_paths import base_of
+from ...utils.text import typed
 from ..config.paths import absolute_paths
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")
+_MAX_EXPERIMENT = 80
 _OTHERS = 0o077
 """What a private run keeps from everybody but its owner."""
+
+
+_OWN = ("logs", "revisions", "slurm", "ray", "checkpoints", "metrics.jsonl", "state.json", "scores", "profile.yaml", "rates.json")
+"""What a run directory may hold where a start was cut off before run.yaml, or run.yaml was lost. Hidden names are locks and probes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +48,7 @@ class StoredRun:
 
 def make_run_id(experiment: str) -> str:
     """`quickstart-20260131-142501-3f9c`: made once, in one process; the suffix keeps two starts in a second apart."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment) or "run"
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{as_identifier(experiment)[:_MAX_EXPERIMENT]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def attempt_dir(run_dir: Path, attempt: int) -> Path:
@@ -66,7 +71,7 @@ def read_run(run_dir: Path) -> StoredRun:
     text = path.read_text(encoding="utf-8")
     expected = (run_dir / HASH_FILE).read_text().split()[0] if (run_dir / HASH_FILE).is_file() else ""
     if hashlib.sha256(text.encode()).hexdigest() != expected:
-        hint = f"undo the edit (revisions/ holds every version), then: efflaunch resume {run_dir} key=value"
+        hint = f"undo the edit (revisions/ holds every version), then: {typed('resume', run_dir, 'key=value')}"
         raise ConfigError(str(path), found="contents that do not match run.sha256", expected="the file as efflaunch wrote it", hint=hint)
     data = yaml.safe_load(text)
     config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
@@ -180,6 +185,8 @@ def _make_dirs(run_dir: Path, *, private: bool) -> None:
     if not run_dir.parent.exists():
         run_dir.parent.mkdir(parents=True, exist_ok=True)
     was_there = run_dir.exists()
+    if was_there:
+        _check_ours(run_dir)
     keep_private(private)
     run_dir.mkdir(exist_ok=True)
     mode = stat.S_IMODE(run_dir.stat().st_mode)
@@ -187,6 +194,22 @@ def _make_dirs(run_dir: Path, *, private: bool) -> None:
         _close(run_dir, mode)
     elif not private and was_there and not mode & _OTHERS:
         _open_to_others(run_dir)
+
+
+def _check_ours(run_dir: Path) -> None:
+    """ConfigError for a folder of something else: neither its mode nor its files are ours to change."""
+    if not run_dir.is_dir():
+        raise ConfigError("run.id", found=f"{run_dir}, which is no directory", expected="a new name", hint="another run.id")
+    if (run_dir / RUN_FILE).is_file():
+        return
+    other = sorted(path.name for path in run_dir.iterdir() if path.name not in _OWN and not path.name.startswith("."))
+    if other:
+        raise ConfigError(
+            "run.id",
+            found=f"{run_dir}, a directory without run.yaml that holds {other[0]!r}" + (" and more" if other[1:] else ""),
+            expected="a new or empty directory, or one of a run",
+            hint="another run.id, or another run.root",
+        )
 
 
 def _close(run_dir: Path, mode: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...utils.text import plain_data
 from .small_files import write_json
 
 STATE_FILE = "state.json"
@@ -125,7 +126,7 @@ def write_state(run_dir: Path, state: RunState) -> RunState:
 def read_state(run_dir: Path) -> RunState | None:
     """None where the run never started. ValueError for a file that is not ours."""
     try:
-        data = json.loads((run_dir / STATE_FILE).read_text())
+        data = plain_data(json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     return RunState(**{**data, "attempts": tuple(_attempt(item) for item in data["attempts"])})

@@ -16,7 +16,8 @@ from efflaunch.launcher.config.paths import absolute_paths
 from efflaunch.launcher.live_display import LiveDisplay, PlainDisplay
 from efflaunch.launcher.rundir import state as states
 from efflaunch.launcher.rundir.lock import lock_run
-from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress, step_line, summary_lines
 from efflaunch.launcher.rundir.run_dir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state

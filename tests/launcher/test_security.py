@@ -21,7 +21,8 @@ from efflaunch.launcher.agent import worker
 from efflaunch.launcher.config.compose import changed, compose
 from efflaunch.launcher.config.overrides import parse_overrides
 from efflaunch.launcher.config.secrets import find_secret, is_secret_name, redact, secrets_of
-from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps
 from efflaunch.launcher.start import show_launch
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.limits import ENDS_S, wait_until
