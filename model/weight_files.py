@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import ConfigError
+from ..utils.names import is_file_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
