@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
+from ..ranges import BYTES, LONG_S, STEPS, WAIT_S, Range
 from ..units import Bytes, Seconds
 
 
@@ -72,3 +75,15 @@ class CheckpointConfig:
     replica: Replica = Replica.NONE
     """`peer`: each snapshot also goes into memory that outlives the ranks: a restart goes on from there, even where storage was
     not done. Takes host memory: twice the state with one node, four times it with several."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "every_steps": Range(1, STEPS),
+        "mean_time_to_failure_s": Range(1, LONG_S),
+        "keep_last": Range(1, 1_000_000),
+        "keep_every": Range(1, STEPS, example=1000),
+        "delete_bytes_per_s": Range(1, BYTES),
+        "pool_bytes": Range(1, BYTES),
+        "max_slowdown": Range(0.0, 10.0),
+        "commit_timeout_s": Range(0, WAIT_S, above=True),
+        "mirror_keep_last": Range(1, 1_000_000),
+    }

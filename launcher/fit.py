@@ -16,7 +16,6 @@ from ..training.spec import model_spec
 from ..units import format_bytes, format_tokens
 from .config import Config
 from .plan_command import plan
-from .watch import check_limits
 
 MAX_RANKS_PER_CORE = 4
 # Data sheets say 80 GB, drivers show 79.6 GiB.
@@ -54,7 +53,6 @@ class Machine:
 def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
-    check_limits(config.launcher.hang_factor, config.launcher.hang_min_s, config.launcher.hang_long_s)
     spec = model_spec(config.model)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(

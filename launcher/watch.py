@@ -36,14 +36,6 @@ class Limits:
         return max(in_steps, self.long_s) if beat.is_long else in_steps
 
 
-def check_limits(factor: float | None, min_s: float, long_s: float) -> None:
-    """ConfigError where a limit is none."""
-    wrong = [("hang_min_s", min_s, "5m"), ("hang_long_s", long_s, "30m"), *([] if factor is None else [("hang_factor", factor, "5")])]
-    for key, value, hint in wrong:
-        if value <= 0:
-            raise ConfigError(f"launcher.{key}", found=f"{value:g}", expected="more than 0", hint=f"launcher.{key}={hint}")
-
-
 @dataclass(slots=True)
 class Silences:
     """How long each rank of a node has said nothing, by the clock of who looks."""

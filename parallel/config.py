@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ..errors import ConfigError
+from ..ranges import BYTES, PER_S, TOKENS, WAIT_S, Range, check_ranges
 from ..units import Bytes, Seconds, Tokens
 from .site import SlurmSite
 
@@ -54,6 +55,23 @@ class ClusterConfig:
     storage_bandwidth: float | None = None
     """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_nodes": Range(1, 65_536),
+        "ranks_per_node": Range(1, 1024),
+        "device_memory_bytes": Range(1, BYTES),
+        "host_memory_bytes": Range(1, BYTES),
+        "peak_flops": Range(0, 1e21, above=True),
+        "efficiency": Range(0, 1, above=True),
+        "intra_node_bandwidth": Range(0, PER_S, above=True),
+        "inter_node_bandwidth": Range(0, PER_S, above=True),
+        "host_link_bandwidth": Range(0, PER_S, above=True),
+        "device_memory_bandwidth": Range(0, PER_S, above=True),
+        "host_memory_bandwidth": Range(0, PER_S, above=True),
+        "disk_write_bandwidth": Range(0, PER_S, above=True),
+        "disk_read_bandwidth": Range(0, PER_S, above=True),
+        "storage_bandwidth": Range(0, PER_S, above=True),
+    }
 
 
 class SequenceMode(Enum):
@@ -110,6 +128,15 @@ class ParallelConfig:
     plan_patience_s: Seconds = 0.25
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "replicate": Range(1, 1 << 26),
+        "shard": Range(1, 1 << 26),
+        "sp_degree": Range(1, 1 << 26),
+        "ulysses_degree": Range(1, 1 << 26),
+        "tokens_per_rank": Range(1, TOKENS),
+        "plan_patience_s": Range(0, WAIT_S),
+    }
+
 
 class Machines(Protocol):
     """What a layout has to know of the cluster."""
@@ -128,51 +155,18 @@ class Heads(Protocol):
     def num_heads(self) -> int: ...
 
 
-_SPEEDS = (
-    "device_memory_bytes",
-    "host_memory_bytes",
-    "peak_flops",
-    "efficiency",
-    "intra_node_bandwidth",
-    "inter_node_bandwidth",
-    "host_link_bandwidth",
-    "device_memory_bandwidth",
-    "host_memory_bandwidth",
-    "disk_write_bandwidth",
-    "disk_read_bandwidth",
-)
-
-
 def check_cluster(cluster: ClusterConfig) -> None:
-    """ConfigError where a speed or a memory is none."""
-    for key in _SPEEDS:
-        value = getattr(cluster, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(
-                f"cluster.{key}", found=f"{value:g}", expected="more than 0", hint="the figure of its data sheet, as in conf/cluster/"
-            )
+    """ConfigError where a count, a speed or a memory is out of its range."""
+    check_ranges(cluster, "cluster")
 
 
 def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: Heads) -> None:
     """ConfigError unless the axes multiply to the world and the sequence groups suit world and heads."""
-    _check_counts(parallel, cluster)
+    check_ranges(parallel, "parallel")
     _check_world(parallel, cluster)
     _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
     _check_scheme(parallel, spec.num_heads)
     _check_barrier_free(parallel)
-
-
-def _check_counts(parallel: ParallelConfig, cluster: Machines) -> None:
-    counts = {
-        "cluster.num_nodes": cluster.num_nodes,
-        "cluster.ranks_per_node": cluster.ranks_per_node,
-        "parallel.replicate": parallel.replicate,
-        "parallel.shard": parallel.shard,
-        "parallel.tokens_per_rank": parallel.tokens_per_rank,
-    }
-    for key, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(key, found=str(value), expected="1 or more", hint=f"{key}=1")
 
 
 def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:

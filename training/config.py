@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import ConfigError
+from ..ranges import STEPS, TOKENS, Range, check_ranges
 from ..units import Tokens
 
 
@@ -48,6 +50,19 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the Hugging Face config of this family, passed on as they are."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_layers": Range(1, 10_000),
+        "hidden_size": Range(1, 1 << 20),
+        "intermediate_size": Range(1, 1 << 24),
+        "num_heads": Range(1, 65_536),
+        "num_kv_heads": Range(1, 65_536),
+        "head_dim": Range(1, 65_536),
+        "vocab_size": Range(1, 1 << 28),
+        "max_positions": Range(1, TOKENS),
+        "rope_theta": Range(0, 1e15, above=True),
+        "sliding_window": Range(1, TOKENS),
+    }
+
 
 class LongDocuments(Enum):
     """What happens to documents longer than `data.max_seq_len`."""
@@ -76,6 +91,12 @@ class DataConfig:
     long_documents: LongDocuments = LongDocuments.SPLIT
     global_batch_tokens: Tokens
     """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "vocab_size": Range(257, 1 << 28),
+        "max_seq_len": Range(2, TOKENS),
+        "global_batch_tokens": Range(2, 1 << 50),
+    }
 
 
 class States(Enum):
@@ -146,6 +167,17 @@ class OptimConfig:
     state_dtype: StateDtype = StateDtype.FLOAT32
     """Of the moments. bfloat16 and 8bit are not exact."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "lr": Range(0, 1000, above=True, example=3e-4),
+        "betas": Range(0, 1, below=True),
+        "eps": Range(0, 1, above=True),
+        "weight_decay": Range(0, 1000),
+        "grad_clip": Range(0, 1e30, above=True),
+        "warmup_steps": Range(0, STEPS),
+        "decay_steps": Range(1, STEPS),
+        "min_lr_ratio": Range(0, 1),
+    }
+
 
 class Dtype(Enum):
     """Precision of computation; weights, gradients' reduction and optimizer states are float32 (float64 for float64)."""
@@ -185,12 +217,21 @@ class TrainConfig:
     grpo_kl_weight: float = 0.0
     """grpo only: weight of the divergence from the reference, per token."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "steps": Range(1, STEPS, example=100),
+        "seed": Range(0, 1 << 63),
+        "z_loss": Range(0, 1000),
+        "loss_chunk_tokens": Range(1, TOKENS),
+        "dpo_beta": Range(0, 1e6, above=True),
+        "grpo_clip_low": Range(0, 1, above=True),
+        "grpo_clip_high": Range(0, 1e6, above=True),
+        "grpo_kl_weight": Range(0, 1e6),
+    }
+
 
 def check_train(config: TrainConfig) -> None:
     """ConfigError where a length is none, or the settings of the objective make no sense."""
-    for key, count, hint in (("steps", config.steps, 100), ("loss_chunk_tokens", config.loss_chunk_tokens, 2048)):
-        if count < 1:
-            raise ConfigError(f"train.{key}", found=str(count), expected="1 or more", hint=f"train.{key}={hint}")
+    check_ranges(config, "train")
     if config.objective is not Objective.LANGUAGE_MODELLING and config.z_loss:
         raise ConfigError(
             "train.z_loss",
@@ -198,15 +239,6 @@ def check_train(config: TrainConfig) -> None:
             expected="it with language modelling only",
             hint="train.z_loss=0",
         )
-    for key, value, valid, expected in (
-        ("dpo_beta", config.dpo_beta, config.dpo_beta > 0, "more than 0"),
-        ("grpo_clip_low", config.grpo_clip_low, 0 < config.grpo_clip_low <= 1, "more than 0, at most 1"),
-        ("grpo_clip_high", config.grpo_clip_high, config.grpo_clip_high > 0, "more than 0"),
-        ("grpo_kl_weight", config.grpo_kl_weight, config.grpo_kl_weight >= 0, "0 or more"),
-    ):
-        if not valid:
-            default = TrainConfig.__dataclass_fields__[key].default
-            raise ConfigError(f"train.{key}", found=str(value), expected=expected, hint=f"train.{key}={default}")
 
 
 class WandbMode(Enum):
@@ -236,3 +268,7 @@ class LoggingConfig:
     tensorboard: bool = False
     wandb: WandbMode = WandbMode.OFF
     wandb_project: str = "efflaunch"
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "every_steps": Range(1, STEPS),
+    }

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ..errors import ConfigError
+from ..ranges import check_ranges
 from .config import LoggingConfig, WandbMode
 from .wandb_sink import SinkError, WandbSink
 
@@ -42,8 +43,7 @@ class Sink(Protocol):
 
 def check_logging(config: LoggingConfig) -> None:
     """ConfigError unless the packages of the chosen sinks are installed and the numbers make sense."""
-    if config.every_steps < 1:
-        raise ConfigError("logging.every_steps", found=str(config.every_steps), expected="1 or more", hint="logging.every_steps=1")
+    check_ranges(config, "logging")
     if config.wandb is not WandbMode.OFF:
         _check_installed("wandb", f"logging.wandb={config.wandb.value}", "logging.wandb=off")
     if config.tensorboard:
