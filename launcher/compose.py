@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from .config import Config
-from .groups import check_config_dir, conf_dir, options
+from .groups import check_config_dir, conf_dir, option_file, options
 from .overrides import Override, parse_overrides
+from .own_files import check_own_files
 from .schema import dump_config, load_config, missing_key
 from .sizes import settle_nodes
 
@@ -21,6 +25,8 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
     check_config_dir(config_dir)
     parsed = parse_overrides(overrides, config_dir)
+    if config_dir is not None:
+        check_own_files(config_dir, [item.value for item in parsed if item.is_group])
     data = _run_hydra([item.text for item in parsed], config_dir)
     missing = list(_missing_keys(data))
     if missing:
@@ -32,10 +38,14 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
 
 def compose_group(group: str, option: str, config_dir: str | None = None) -> dict[str, Any]:
     """The plain values of one group option by itself; the option must exist."""
+    if config_dir is not None:
+        check_own_files(config_dir, [option])
     data = _run_hydra([], config_dir, f"{group}/{option}")
-    value = data.get(group, data)
-    assert isinstance(value, dict)
-    return value
+    if set(data) != {group} or not isinstance(data[group], dict):
+        found = f"keys of {', '.join(sorted(data)) or 'nothing'}"
+        hint = "remove its `# @package` line, or type the keys it sets"
+        raise ConfigError(f"{group}={option}", found=found, expected=f"keys of {group} alone", hint=hint)
+    return data[group]
 
 
 def check_config(config: Config) -> None:
@@ -58,25 +68,29 @@ def check_config(config: Config) -> None:
 
 def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:
     # The one place that knows Hydra: a later version is a change of this function.
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with _search_places(config_dir, config_name) as (first, search), initialize_config_dir(first, version_base="1.3"):
             composed = hydra_compose(config_name, overrides=[*overrides, *search])
         data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise _translated(error) from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, OSError, yaml.YAMLError) as error:
+        # Hydra and OmegaConf let through what their parsers raise; all they are given is the user's.
+        raise _untranslated(error, config_dir) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
 
 def _translated(error: Exception) -> ConfigError:
-    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", first)
     argument = getattr(error, "override", None) or (ambiguous[1] if ambiguous else None)
     if argument:
         # `++` is ours.
@@ -84,7 +98,7 @@ def _translated(error: Exception) -> ConfigError:
         hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
         return ConfigError(
             f"argument {typed!r}",
-            found="several values" if ambiguous else str(error).splitlines()[0],
+            found="several values" if ambiguous else first,
             expected="a value that can be parsed",
             hint=hint,
         )
@@ -105,6 +119,33 @@ def _translated(error: Exception) -> ConfigError:
         expected="overrides and files that compose",
         hint="efflaunch train --help lists keys and groups",
     )
+
+
+@contextmanager
+def _search_places(config_dir: str | None, config_name: str) -> Iterator[tuple[str, list[str]]]:
+    """The directory Hydra starts from, and the override that names the others. The first that has an option wins: the user's own.
+
+    Hydra has to find what it is asked for in its first directory, and searches that before all others: with a user's directory
+    the first holds this one file alone.
+    """
+    if config_dir is None:
+        yield str(conf_dir()), []
+        return
+    with tempfile.TemporaryDirectory(prefix="efflaunch-") as first:
+        group, _, option = config_name.rpartition("/")
+        target = Path(first) / f"{config_name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(option_file(group, option, config_dir) if group else conf_dir() / target.name, target)
+        quoted = (str(place).replace("\\", "\\\\").replace("'", "\\'") for place in (Path(config_dir).resolve(), conf_dir()))
+        listed = ",".join(f"'file://{place}'" for place in quoted)
+        yield first, [f"hydra.searchpath=[{listed}]"]
+
+
+def _untranslated(error: Exception, config_dir: str | None) -> ConfigError:
+    where = f"command line or files of {config_dir}" if config_dir else "command line"
+    reason = "groups nested without end" if isinstance(error, RecursionError) else (str(error).splitlines() or [""])[0][:200]
+    hint = "efflaunch train --help lists keys and groups"
+    return ConfigError(where, found=f"{reason} ({type(error).__name__})", expected="overrides and files that compose", hint=hint)
 
 
 def _missing_keys(data: Any, path: str = "") -> Iterator[str]:
