@@ -10,6 +10,7 @@ import threading
 import time
 
 from ..children import started_deaf
+from ..helper_thread import HelperThread
 from .attempt import Attempt, Flushed
 from .pool import Pool
 from .ring import Ring, StaleTicketError, Ticket
@@ -43,7 +44,7 @@ class FlusherProcess:
         far.close()
         self.last_heard = time.monotonic()
         self.send({"do": "pool", "num_bytes": pool.num_bytes, "segment_bytes": segment_bytes}, pool.descriptor)
-        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener = HelperThread(self._listen, "flusher listener")
         self._listener.start()
 
     @property

@@ -13,8 +13,11 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, EfflaunchError
+from ..ranges import LONG_S, STEPS, Range
+from .unexpected import DEBUG, report_unexpected
 
 Command = Callable[[list[str]], int]
+_STEP, _SEQUENCES, _SEARCH_S = Range(0, STEPS), Range(1, 1_000_000), Range(0, LONG_S, above=True)
 
 SUMMARY = {
     "train": "train, or go on with the run of the same run.id (the default command)",
@@ -36,7 +39,8 @@ SUMMARY = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; the return value is the exit code (0, 75, 93 or 1)."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != DEBUG]
     try:
         return _dispatch(words)
     except EfflaunchError as error:
@@ -49,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (`| head`) has what it wanted.
         sys.stderr.close()
         return EXIT_DONE
+    except Exception as error:  # the last handler: what nobody foresaw is one paragraph too
+        return report_unexpected(error, words, debug=len(words) < len(given))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -146,20 +152,20 @@ def _plan(words: list[str]) -> int:
 
 
 def _add_certify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--certify", type=float, metavar="S", help="look for a tighter lower bound, for up to so many seconds")
+    parser.add_argument("--certify", type=_number(float, _SEARCH_S), metavar="S", help="look for a tighter lower bound, for up to so many seconds")
 
 
 def _add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
     text = "wikipedia, commoncrawl, github, lognormal:MEDIAN:SIGMA, PREFIX.idx or a file of lengths"
     parser.add_argument("--lengths", metavar="FILE|DISTRIBUTION", required=required, help=text)
-    parser.add_argument("--sequences", type=int, metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
-    parser.add_argument("--seed", type=int, default=0, help="of the lengths that are drawn")
+    parser.add_argument("--sequences", type=_number(int, _SEQUENCES), metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
+    parser.add_argument("--seed", type=_number(int, Range(0, 1 << 63)), default=0, help="of the lengths that are drawn")
 
 
 def _profile(words: list[str]) -> int:
     parser = _config_parser("profile", "Measure this machine with short probes on a configuration's ranks. Takes the arguments of train.")
     parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes, beside what is there")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the probes may take (60)")
+    parser.add_argument("--seconds", type=_number(float, _SEARCH_S), default=60.0, help="about how long the probes may take (60)")
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
     options = parser.parse_intermixed_args(words)
     from .compose import compose
@@ -205,7 +211,7 @@ def _status(words: list[str]) -> int:
 def _logs(words: list[str]) -> int:
     parser = _Parser("logs", "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--lines", type=int, default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument("--lines", type=_number(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20")
     parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
     options = parser.parse_args(words)
     from . import logs_command
@@ -227,8 +233,8 @@ def _checkpoints(words: list[str]) -> int:
     parser = _Parser("checkpoints", "Checkpoints of a run: state, age, size, place. Exit code 0: all is well; 93: one is damaged.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
-    parser.add_argument("--pin", type=int, metavar="STEP", help="never let retention remove this one")
-    parser.add_argument("--unpin", type=int, metavar="STEP", help="let it again")
+    parser.add_argument("--pin", type=_number(int, _STEP), metavar="STEP", help="never let retention remove this one")
+    parser.add_argument("--unpin", type=_number(int, _STEP), metavar="STEP", help="let it again")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(words)
     from . import checkpoints_command
@@ -240,7 +246,7 @@ def _checkpoints(words: list[str]) -> int:
 def _explain(words: list[str]) -> int:
     parser = _Parser("explain", "Who held which sequences in a step, why, what bounds it, and what other plans would have cost.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--step", type=int, help="counted from 1; the newest if not given")
+    parser.add_argument("--step", type=_number(int, _STEP), help="counted from 1; the newest if not given")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the step, as .svg, .png or .pdf")
     _add_certify(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
@@ -253,9 +259,9 @@ def _explain(words: list[str]) -> int:
 def _simulate(words: list[str]) -> int:
     parser = _config_parser("simulate", "Modelled step times of static, greedy, FlexSP's and our plans. Takes the arguments of train.")
     _add_lengths(parser, required=True)
-    parser.add_argument("--steps", type=int, default=40, help="how many steps; 40")
-    parser.add_argument("--flexsp-steps", type=int, default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
-    parser.add_argument("--flexsp-seconds", type=float, default=10.0, metavar="S", help="its limit for each MILP; 10")
+    parser.add_argument("--steps", type=_number(int, Range(1, 1_000_000)), default=40, help="how many steps; 40")
+    parser.add_argument("--flexsp-steps", type=_number(int, Range(0, 1_000_000)), default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
+    parser.add_argument("--flexsp-seconds", type=_number(float, _SEARCH_S), default=10.0, metavar="S", help="its limit for each MILP; 10")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_intermixed_args(words)
     from .compose import compose
@@ -285,7 +291,7 @@ def _export(words: list[str]) -> int:
     parser = _Parser("export", "Write a checkpoint as a directory that Hugging Face's from_pretrained loads.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("out_dir", type=Path, metavar="OUT")
-    parser.add_argument("--step", type=int, help="of which checkpoint; the newest if not given")
+    parser.add_argument("--step", type=_number(int, _STEP), help="of which checkpoint; the newest if not given")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
     parser.add_argument("--json", action="store_true", help="what was written, as JSON")
     options = parser.parse_args(words)
@@ -317,6 +323,21 @@ def _option_value(words: list[str], option: str) -> str | None:
         if word == option and index + 1 < len(words):
             return words[index + 1]
     return None
+
+
+def _number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], int | float]:
+    """A reader of an option's number; the error says its range."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number, ' if kind is int else ''}{allowed}")
+        return value
+
+    return read
 
 
 class _Parser(argparse.ArgumentParser):
@@ -354,5 +375,6 @@ examples:
   efflaunch resume runs/NAME train.steps=200     go on, with more steps
   efflaunch explain runs/NAME --out step.svg     why the last step was planned as it was
 
-efflaunch COMMAND --help says more; efflaunch train --help lists experiments, groups and every key.
+efflaunch COMMAND --help says more; efflaunch train --help lists experiments, groups and every key. {DEBUG} shows the trace of an error
+nobody foresaw, which otherwise goes to a file.
 Exit codes: 0 done; 75 stopped and saved, run it again; 93 a mistake to mend first; 1 anything else."""

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..decode import decode
 from ..errors import ConfigError
 from ..units import format_seconds
 from .state import read_state
@@ -169,8 +170,8 @@ def _take(file: int, kind: int, patience_s: float = 0.0) -> bool | None:
 def _owner(file: int) -> Owner | None:
     """What the lock says; None where it says nothing, or is being written."""
     try:
-        return Owner(**json.loads(os.pread(file, 4096, 0)))
-    except (ValueError, TypeError):
+        return decode(Owner, json.loads(os.pread(file, 4096, 0)))
+    except (ValueError, RecursionError):
         return None
 
 

@@ -46,7 +46,8 @@ def _known(run_dir: Path) -> RunState:
 
 def _rank_logs(run_dir: Path) -> list[Path]:
     """Of the newest attempt that has any, by rank."""
-    numbers = sorted(int(path.name.partition("-")[2]) for path in (run_dir / "logs").glob("attempt-*"))
+    named = (path.name.partition("-")[2] for path in (run_dir / "logs").glob("attempt-*"))
+    numbers = sorted(int(number) for number in named if number.isdecimal())
     for number in reversed(numbers):
         found = sorted(attempt_dir(run_dir, number).glob("rank-*.log"), key=_rank_of)
         if found:

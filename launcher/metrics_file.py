@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .metrics_events import is_sound
+
 METRICS_FILE = "metrics.jsonl"
 Event = dict[str, Any]
 
@@ -34,10 +36,10 @@ def _events(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             # A rank killed in the middle of a line; the next one starts on it.
             continue
-        if isinstance(event, dict) and "event" in event:
+        if is_sound(event):
             yield event
 
 

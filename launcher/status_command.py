@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_DONE, ConfigError
+from ..errors import EXIT_DONE
 from ..units import format_seconds
 from .backends import launcher_of
 from .config import Backend, Config
@@ -31,11 +31,7 @@ def main(run_dir: Path, *, as_json: bool) -> int:
 def status(run_dir: Path) -> dict[str, Any]:
     """Everything `--json` prints. ConfigError where `run_dir` is not a run directory."""
     stored = read_run(run_dir)
-    try:
-        state = read_state(run_dir)
-    except (ValueError, TypeError, KeyError) as error:
-        hint = f"remove it: efflaunch resume {run_dir} writes it anew"
-        raise ConfigError(str(run_dir / "state.json"), found=str(error), expected="a file efflaunch wrote", hint=hint) from error
+    state = read_state(run_dir)
     events = MetricsFollower(run_dir).read()
     progress, forecast = Progress().apply(events), measured(events, stored.config.launcher.grace_s)
     return {

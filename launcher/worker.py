@@ -20,6 +20,7 @@ from typing import Any
 
 from ..durable import write_atomic
 from ..errors import EXIT_RETRY, EXIT_USER, UserError
+from ..helper_thread import ends_with_helpers
 from ..pulse import Pulse, join
 from .config import Config
 from .env import secrets
@@ -53,7 +54,8 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     _print_to(logs / f"rank-{rank}.log")
     _keep_log()
     try:
-        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
+        with ends_with_helpers(lambda died: _record(logs, rank, died, EXIT_USER if isinstance(died.__cause__, UserError) else EXIT_RETRY)):
+            return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:

@@ -100,12 +100,17 @@ def main() -> None:
 
 def _read(lines: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     """Takes every line at once, so that the trainer's end never waits, and limits what comes after the last one."""
-    for line in sys.stdin:
-        lines.put(json.loads(line))
-    lines.put(None)
-    limit = threading.Timer(FINISH_S, _give_up)
-    limit.daemon = True
-    limit.start()
+    try:
+        for line in sys.stdin:
+            lines.put(json.loads(line))
+    except ValueError:
+        # The trainer was killed in the middle of a line: that is the end.
+        pass
+    finally:
+        lines.put(None)
+        limit = threading.Timer(FINISH_S, _give_up)
+        limit.daemon = True
+        limit.start()
 
 
 def _give_up() -> None:

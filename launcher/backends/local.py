@@ -27,7 +27,7 @@ from ..lock import Owner, Presence, holding, is_locked
 from ..metrics_file import MetricsFollower
 from ..rundir import RUN_FILE, make_run_dir, store_config
 from ..signals import STOP_SIGNALS, on_stop_signals, stop_signals_held
-from ..state import RunState, new_state, read_state, write_state
+from ..state import RunState, mend_state, new_state, read_state, write_state
 from ..watch import silence_lines
 from . import Launch, Standing, announce
 
@@ -57,6 +57,9 @@ class LocalLauncher:
         make_run_dir(run_dir, private=launch.config.run.private)
         with holding(run_dir) as lock:
             goes_on = (run_dir / RUN_FILE).is_file()
+            mended = mend_state(run_dir)
+            if mended is not None:
+                print(mended, flush=True)
             revision, changes = store_config(run_dir, launch.config)
             announce(run_dir, goes_on, revision, changes)
             code = run(launch.config, run_dir, revision=revision, lock=lock, entry=launch.entry)

@@ -19,7 +19,7 @@ from ..hang import read_hang
 from ..metrics_file import newest_step
 from ..restarts import RankReport, first_failure, lost_a_peer
 from ..rundir import attempt_dir, store_config
-from ..state import Attempt, Failure, RunState, read_state, write_state
+from ..state import Attempt, Failure, RunState, mend_state, read_state, write_state
 from .decide import Decision, Verdict
 
 _LOG_TAIL_LINES = 30
@@ -28,6 +28,9 @@ _STATES = {Verdict.DONE: state.DONE, Verdict.STOP: state.PREEMPTED, Verdict.REQU
 
 def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     """Make `config` the run's, and state.json that of one about to be started; (revision, what changed)."""
+    mended = mend_state(run_dir)
+    if mended is not None:
+        print(mended, flush=True)
     revision, changes = store_config(run_dir, config)
     known = read_state(run_dir)
     attempts = known.attempts if known else ()

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...decode import decode, set_aside
 from ...durable import write_atomic
 from ...errors import DataError
 from ..config import Objective, TrainConfig
 from .indexed import IndexedCorpus, Kind, open_companion
 from .source import DataSource
 
+log = logging.getLogger(__name__)
 ORIGINS = "origins.json"
 MEANING = {
     Kind.PAIRS: "log-probabilities of both answers of each document",
@@ -56,8 +59,21 @@ def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
 
 def _read_origins(run_dir: Path) -> dict[str, dict[str, str]]:
     path = run_dir / "scores" / ORIGINS
-    found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    if not path.exists():
+        return {}
+    try:
+        return decode(_Origins, {"files": json.loads(path.read_text(encoding="utf-8"))}).files
+    except (ValueError, RecursionError) as error:
+        # Scores of unknown origin are computed again.
+        log.warning("%s", set_aside(path, error))
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """What origins.json holds."""
+
+    files: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +107,7 @@ class Scores:
         path = run_scores(run_dir, index, corpus)
         origin = _read_origins(run_dir).get(path.name, {})
         fits = origin.get("corpus") == corpus_digest(corpus) and self._weights in (None, origin.get("weights"))
-        own = _open(str(path), corpus) if fits else None
+        own = _own(path, corpus) if fits else None
         old, reference = (_open(f"{corpus.prefix}.{name}.bin", corpus) for name in ("old", "ref"))
         return _Columns(own if old is None else old, own if reference is None else reference)
 
@@ -133,6 +149,15 @@ def wanted(train: TrainConfig) -> tuple[bool, bool]:
     """Whether the objective needs (old, reference) log-probabilities."""
     grpo = train.objective is Objective.GRPO
     return grpo, train.objective is Objective.DPO or (grpo and train.grpo_kl_weight > 0)
+
+
+def _own(path: Path, corpus: IndexedCorpus) -> np.ndarray | None:
+    """As _open, for a file the run made: one of another length is set aside and made again."""
+    try:
+        return _open(str(path), corpus)
+    except DataError as error:
+        log.warning("%s", set_aside(path, error.found))
+        return None
 
 
 def _open(path: str, corpus: IndexedCorpus) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...helper_thread import HelperThread
 from ..config import OptimConfig, Update
 from ..optim import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
@@ -70,7 +71,7 @@ class HostUpdater:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._room = threading.Semaphore(IN_FLIGHT)
         self._failure: BaseException | None = None
-        self._worker = threading.Thread(target=self._work, name="optimizer", daemon=True)
+        self._worker = HelperThread(self._work, "optimizer")
         self._worker.start()
         watch(self._live, self._reduced)
 
