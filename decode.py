@@ -55,7 +55,9 @@ def _scalar(kind: type, data: Any, path: str) -> Any:
             raise _mistyped(path, data, "a finite number")
         return float(data)
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
-        raise _mistyped(path, data, {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, kind.__name__))
+        raise _mistyped(
+            path, data, {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
+        )
     return data
 
 

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(overrides: tuple[str, ...], *, rounds: int, seconds: float) -> dict[str, Any]:
     """The whole benchmark on fresh processes; the result is rank 0's."""
-    from ..launcher.compose import compose
+    from ..launcher.config.compose import compose
 
     config = compose(list(overrides))
     ranks = config.cluster.ranks_per_node
@@ -82,7 +82,7 @@ class _Bench:
         import torch
 
         from ..training.data.source import open_data
-        from ..training.probe import Prober
+        from ..training.profiling.probe import Prober
 
         self.prober = Prober(config, torch.device("cpu"))
         self.profile = self.prober.profile(seconds)
@@ -149,7 +149,7 @@ class _Bench:
         return {"sequences": len(self.source.lengths(step)), "longest": max(self.source.lengths(step)), "plan_s": plan_s, "plans": rows}
 
     def _measured(self, step: int, plan: Any) -> tuple[dict[str, Any], float]:
-        from ..training.measure import StepTimes, bubble, group_rows
+        from ..training.reporting.predicted_vs_measured import StepTimes, bubble, group_rows
         from ..training.step import read_step
 
         works = read_step(self.source, step, plan, self.prober.topology.rank)

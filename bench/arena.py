@@ -78,7 +78,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def measure(name: str, make: Callable[[], Trace], seconds: float, *, alignment: int = ALIGNMENT) -> dict[str, Any]:
     """One trace, planned and checked."""
-    from ..memory.arena.plan import Budget, check_plan, plan_arena
+    from ..memory.arena.plan import check_plan, plan_arena
+    from ..memory.arena.search import Budget
     from ..memory.arena.simulate import reserved_bytes
 
     started = time.perf_counter()
@@ -106,12 +107,12 @@ def measure(name: str, make: Callable[[], Trace], seconds: float, *, alignment: 
 
 def own_traces(layers: int) -> dict[str, Callable[[], Trace]]:
     """By name: how to trace one step of each setting."""
-    from ..memory.config import Walk
+    from ..memory.config import AttentionTiling
     from ..memory.policy import KEPT, MemoryPolicy
 
     keep, recompute = MemoryPolicy(graph=True), MemoryPolicy()
     chunks = MemoryPolicy(chunk_tokens=16 * K)
-    descending = MemoryPolicy(chunk_tokens=16 * K, attention=Walk.CHUNKS)
+    descending = MemoryPolicy(chunk_tokens=16 * K, attention=AttentionTiling.CHUNKS)
     settings: dict[str, tuple[dict[str, Any], MemoryPolicy, tuple[tuple[int, ...], ...]]] = {
         "Llama 8B, keep, 128K": (LLAMA_8B, keep, ((128 * K,),)),
         "Llama 8B, recompute, 128K": (LLAMA_8B, recompute, ((128 * K,),)),
@@ -153,8 +154,8 @@ class OneRank:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from ..model.build import build_config, install
         from ..parallel.sequence.attention import CpuKernel
-        from ..training.model import build_config, install
 
         self.model = AutoModelForCausalLM.from_config(build_config(fields), dtype=dtype)
         install(self.model, policy, loss_chunk_tokens=loss_chunk_tokens)
@@ -165,12 +166,12 @@ class OneRank:
         import torch
         from torch._subclasses.fake_tensor import FakeTensor
 
+        from ..model.build import Tokens
+        from ..model.chunked_loss import cross_entropy
         from ..parallel.sequence.clock import BusyClock
         from ..parallel.sequence.layout import group_layout
         from ..parallel.sequence.plan import Group
         from ..parallel.sequence.runtime import sequence_attention
-        from ..training.loss import cross_entropy
-        from ..training.model import Tokens
 
         if clear:
             self.model.zero_grad()

@@ -20,10 +20,10 @@ def main(run_dir: Path) -> None:
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
 
-    from ..launcher.rundir import read_run
-    from ..launcher.signals import die_with_parent
-    from ..training.hf_fields import hf_config_dict
-    from ..training.model import build_config
+    from ..launcher.agent.signals import die_with_parent
+    from ..launcher.rundir.run_dir import read_run
+    from ..model.build import build_config
+    from ..model.hf_fields import hf_config_dict
 
     die_with_parent(os.getppid())
     rank = int(os.environ["RANK"])

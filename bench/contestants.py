@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..memory.policy import MemoryPolicy
+from ..model.build import build_model, write_shard
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.topology import Topology
-from ..training.model import build_model, write_shard
 from ..training.step import backward_step, count_targets, read_step
 
 DEVICE = torch.device("cpu")

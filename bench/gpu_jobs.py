@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..memory.config import Walk
+from ..memory.config import AttentionTiling
 from ..memory.offload.checks import check_host_memory
+from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
-from ..memory.offload.store import HostStore
 from ..memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
+from ..model.build import install
 from ..parallel.sequence.attention import AttentionSpec
-from ..training.model import install
 from .peers.document import alone, mean_loss
 from .peers.shape import Shape
 from .tracer import StorageTracer
@@ -93,7 +93,7 @@ def executor(job: dict[str, Any]) -> dict[str, Any]:
 def policies(chunk: int) -> dict[str, MemoryPolicy]:
     """One policy for each way through the executor."""
     whole = MemoryPolicy(chunk_tokens=chunk)
-    streamed = replace(whole, attention=Walk.CHUNKS)
+    streamed = replace(whole, attention=AttentionTiling.CHUNKS)
     half = Split(host=0.5)
     return {
         "keep": KEEP_ALL,

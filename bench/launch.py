@@ -158,7 +158,7 @@ def _steps(place: Place) -> list[dict[str, Any]]:
 
 
 def _events(run_dir: Path) -> list[dict[str, Any]]:
-    from ..launcher.metrics_file import MetricsFollower
+    from ..launcher.rundir.metrics_reader import MetricsFollower
 
     return MetricsFollower(run_dir).read()
 

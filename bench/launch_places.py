@@ -111,8 +111,8 @@ class Bare(Foreground):
         self.overrides = overrides
 
     def start(self) -> None:
-        from ..launcher.compose import compose
-        from ..launcher.rundir import write_run
+        from ..launcher.config.compose import compose
+        from ..launcher.rundir.run_dir import write_run
 
         self.run_dir.mkdir(parents=True)
         write_run(self.run_dir, compose(self.overrides), 1)
@@ -153,13 +153,13 @@ class Handed:
         subprocess.run(command, check=True, capture_output=True, env=self.process.environment)
 
     def ended(self) -> float | None:
-        from ..launcher.state import read_state
+        from ..launcher.rundir.state import read_state
 
         state = read_state(self.run_dir)
         return state.ended if state is not None and state.exit_code is not None else None
 
     def check(self) -> None:
-        from ..launcher.state import read_state
+        from ..launcher.rundir.state import read_state
 
         running = self.process.running
         if running is not None and running.poll() not in (None, 0):
@@ -244,7 +244,7 @@ class Contestant:
 
 
 def _backends() -> list[str]:
-    from ..launcher.config import Backend
+    from ..launcher.config.run_config import Backend
 
     return [backend.value for backend in Backend]
 

@@ -24,9 +24,9 @@ from ..parallel.sequence.adaptive import adaptive_plan, bounded, default_budget
 from ..parallel.sequence.bound import Bound, class_milp_bound
 from ..parallel.sequence.cost import CostModel
 from ..parallel.sequence.flexsp import FlexspResult, flexsp_plan
-from ..parallel.sequence.lengths import DISTRIBUTIONS, open_lengths
 from ..parallel.sequence.plan import StepPlan, check_plan
 from ..parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
+from ..training.data.lengths import DISTRIBUTIONS, open_lengths
 from .flexsp import flexsp_a100_7b
 from .record import machine, write_json
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..training.config import Family
+from ..model.config import Family
 from .ranks import on_fresh_ranks
 from .record import machine, write_json
 from .traced import Case, case_ledger, memory_config, predicted_by_phase, traced_peak

@@ -11,14 +11,18 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
-from ..memory.config import MemoryConfig, Place, Walk
-from ..memory.ledger import Ledger, build_ledger
-from ..memory.setting import Phase
-from ..memory.terms import UNSEEN, device_terms
-from ..memory.terms_host import arena_bytes
-from ..parallel.config import ClusterConfig, Device, GradReduce, ParallelConfig, Scheme
-from ..training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
-from ..training.spec import hf_config_dict, model_spec
+from ..cluster.config import ClusterConfig, Device
+from ..estimate.build import build_ledger
+from ..estimate.footprint.device import UNSEEN, device_terms
+from ..estimate.footprint.host import arena_bytes
+from ..estimate.footprint.term import Phase
+from ..estimate.ledger import Ledger
+from ..memory.config import ActivationPlace, AttentionTiling, MemoryConfig
+from ..model.config import Family, ModelConfig
+from ..model.spec import hf_config_dict, model_spec
+from ..parallel.config import GradReduce, ParallelConfig, Scheme
+from ..training.config import Dtype, TrainConfig
+from ..training.data.config import DataConfig
 
 GIB = 1 << 30
 MODEL: dict[str, Any] = {
@@ -61,9 +65,9 @@ def memory_config(**fields: Any) -> MemoryConfig:
     """`recompute` with changes; places and walks by their names."""
     given: dict[str, Any] = {"layer_input": "keep", "attention_output": "recompute", "activations": "recompute", **fields}
     for key in ("layer_input", "attention_output", "activations"):
-        given[key] = Place(given[key])
+        given[key] = ActivationPlace(given[key])
     if given.get("attention") is not None:
-        given["attention"] = Walk(given["attention"])
+        given["attention"] = AttentionTiling(given["attention"])
     return MemoryConfig(name="case", **given)
 
 
@@ -100,12 +104,12 @@ def build_case(case: Case) -> Any:
     import torch
 
     from ..memory.offload.open import open_store
+    from ..model.build import build_config, build_model
     from ..parallel.sequence.attention import CpuKernel
     from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
     from ..parallel.topology import build_topology
-    from ..training.config import OptimConfig
-    from ..training.model import build_config, build_model
-    from ..training.optim import build_optimizer
+    from ..training.optimizers.adamw import build_optimizer
+    from ..training.optimizers.config import OptimConfig
     from ..training.step import backward_step, read_step
 
     torch.set_num_threads(1)

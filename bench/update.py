@@ -1,8 +1,8 @@
 """`python -m efflaunch.bench.update --json FILE`: the estimate of the optimizer's update against updates of real ranks.
 
-Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates (training/rates.py, as `efflaunch profile` does), an
+Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates (training/profiling/node_rates.py, as `efflaunch profile` does), an
 empty backward pass, and one with each kind of update: what that takes longer is the update, with the gradients' way to the host and
-back where states live there. Predictions are memory/update.py's, in which nothing overlaps without a GPU; so processor seconds of
+back where states live there. Predictions are estimate/timing/update.py's, in which nothing overlaps without a GPU; so processor seconds of
 all threads are measured, which other programs on the machine do not lengthen. Of rates the fastest count and of seconds the least:
 what disturbs a round is not the machine's.
 
@@ -71,8 +71,8 @@ def _measured(words: list[str], rounds: int) -> dict[str, Any]:
     """On a rank. Collective."""
     import torch
 
-    from ..launcher.compose import compose
-    from ..training.probe import Prober
+    from ..launcher.config.compose import compose
+    from ..training.profiling.probe import Prober
 
     probers = {name: Prober(compose([*MODEL, *words, *changes]), torch.device("cpu")) for name, changes in CASES.items()}
     plain = next(iter(probers.values()))
@@ -96,7 +96,7 @@ def _row(name: str, predicted_s: float, measured_s: float, pass_s: float) -> dic
 
 
 def _rates(prober: Any) -> Any:
-    from ..training.rates import measure_rates
+    from ..training.profiling.node_rates import measure_rates
 
     return measure_rates(prober.device, prober.config.cluster.ranks_per_node, None, 1.0)
 
@@ -105,7 +105,7 @@ def _best(seen: list[Any]) -> Any:
     """The fastest of each, which is what the least seconds go with."""
     from dataclasses import replace
 
-    from ..parallel.rates import Copies
+    from ..cluster.rates import Copies
 
     ranks = range(len(seen[0].link))
     names = ("out", "back", "both_out", "both_back")
@@ -117,10 +117,10 @@ def _best(seen: list[Any]) -> Any:
 def _predicted_s(prober: Any, rates: Any) -> float:
     from dataclasses import replace
 
-    from ..memory.update import update_time
-    from ..parallel.rates import Measured
+    from ..cluster.rates import MeasuredRates
+    from ..estimate.timing.update import update_time
 
-    return update_time(replace(prober.setting, measured=Measured(rates=rates, source="here"))).shown_s
+    return update_time(replace(prober.setting, measured=MeasuredRates(rates=rates, source="here"))).shown_s
 
 
 def _pass_s(prober: Any) -> float:

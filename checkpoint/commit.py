@@ -18,9 +18,9 @@ from ..helper_thread import HelperThread
 from ..units import format_seconds
 from . import files
 from .attempt import Attempt, Flushed
+from .deletion import Trash
 from .faults import Faults
-from .peers import Peers
-from .trash import Trash
+from .rank_coordination import Peers
 
 log = logging.getLogger(__name__)
 _ANSWER_S = 60.0
@@ -28,7 +28,7 @@ _ANSWER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CommitOutcome:
     """How one attempt ended; the same on every rank, unless rank 0 is gone."""
 
     attempt: Attempt
@@ -71,7 +71,7 @@ class Committer:
         """
         self.peers, self.timeout_s, self.retention = peers, timeout_s, retention
         self._votes_of_all = peers.votes()
-        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[CommitOutcome] = queue.SimpleQueue()
         self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
         self._faults = Faults(fault)
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
@@ -111,7 +111,7 @@ class Committer:
                 log.debug("commit of step %d", attempt.step, exc_info=True)
                 error, num_bytes = f"{type(failure).__name__}: {failure}", 0
             durable_s = time.monotonic() - attempt.started
-            self.outcomes.put(Outcome(attempt, error, num_bytes, durable_s, superseded=attempt.cancelled and error is not None))
+            self.outcomes.put(CommitOutcome(attempt, error, num_bytes, durable_s, superseded=attempt.cancelled and error is not None))
             if error is None:
                 self._after(attempt)
             with self._closed_one:

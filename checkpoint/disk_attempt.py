@@ -10,11 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-from ..durable import sync
+from ..utils.atomic_files import sync
 from .diskfile import DiskFile
 from .faults import Faults
+from .flusher_protocol import Message
 from .manifest import FileRecord, Manifest, manifest_name
-from .wire import Message
 
 
 class DiskAttempt:

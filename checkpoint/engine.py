@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..units import format_seconds
-from . import facts as facts_of
 from . import files, state
+from . import provenance as facts_of
 from .archive import FileLayout, fingerprint, local, plan_files
 from .attempt import Attempt
-from .commit import Committer, Outcome, Retention
+from .commit import CommitOutcome, Committer, Retention
+from .components import Parts, device_of, open_tier, stopped, wait_until_seen
 from .config import CheckpointConfig, OnSaveError, Replica, WhileFlushing
 from .mirror import Mirror
 from .pacing import Pacing
-from .parts import Parts, device_of, open_tier, stopped, wait_until_seen
-from .peers import Peers
+from .rank_coordination import Peers
 from .replica.replicas import ReplicaReport, Replicas
 from .restore import Restored, Restorer
 from .saver import Saver
@@ -106,7 +106,7 @@ class CheckpointEngine:
         self._mirror: Mirror | None = None
         self._pending: list[Attempt] = []
         self._latest: Attempt | None = None
-        self._failure: Outcome | None = None
+        self._failure: CommitOutcome | None = None
         """Not yet raised, where a failed save stops training."""
         self._maybe_pending = False
         """Whether any rank may still wait for an outcome: known to all alike."""
@@ -344,7 +344,7 @@ class CheckpointEngine:
             self._pending.remove(outcome.attempt)
             self._report(outcome)
 
-    def _report(self, outcome: Outcome) -> None:
+    def _report(self, outcome: CommitOutcome) -> None:
         attempt = outcome.attempt
         if outcome.superseded:
             self._log(logging.INFO, "no checkpoint of step %d: superseded by a newer save", attempt.step)

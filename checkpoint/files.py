@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..durable import sync, write_atomic
+from ..utils.atomic_files import sync, write_atomic
 from .manifest import Manifest, digest, manifest_name
 
 COMMIT_FILE, STATE_FILE, PINNED_FILE, DAMAGED_FILE = "COMMIT", "state.json", "PINNED", "DAMAGED"

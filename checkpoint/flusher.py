@@ -21,13 +21,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from ..children import stay_deaf
 from ..helper_thread import HelperThread, ends_with_helpers, print_death
+from ..utils.signal_mask import ignore_stop_signals
 from .disk_attempt import DiskAttempt
 from .faults import Faults
+from .flusher_protocol import Message, receive, send
 from .manifest import digest
 from .replica.send import Copying, Senders
-from .wire import Message, receive, send
 
 WORKERS = 3
 """While one hashes, two write: a disk takes more from two."""
@@ -192,7 +192,7 @@ class Flusher:
 
 def main(arguments: list[str]) -> int:
     """`SOCKET [FAULT]`: the descriptor of the socket's end, and a fault for tests."""
-    stay_deaf()
+    ignore_stop_signals()
     sock = socket.socket(fileno=int(arguments[0]))
     # Whatever ends a thread of it ends all: the trainer hears of a dead process, not of nothing.
     with ends_with_helpers(print_death):

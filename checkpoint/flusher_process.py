@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 
-from ..children import started_deaf
 from ..helper_thread import HelperThread
+from ..utils.signal_mask import stop_signals_blocked
 from .attempt import Attempt, Flushed
+from .flusher_protocol import Message, make_pair, receive, send
 from .pool import Pool
-from .ring import Ring, StaleTicketError, Ticket
-from .wire import Message, make_pair, receive, send
+from .segment_pool import SegmentPool, StaleTicketError, Ticket
 
 log = logging.getLogger(__name__)
 _MODULE = f"{__package__}.flusher"
@@ -27,7 +27,7 @@ class FlusherDiedError(Exception):
 class FlusherProcess:
     """One process; `last_heard` is the time of its last word."""
 
-    def __init__(self, pool: Pool, ring: Ring, segment_bytes: int, fault: str = "") -> None:
+    def __init__(self, pool: Pool, ring: SegmentPool, segment_bytes: int, fault: str = "") -> None:
         self._ring = ring
         self._attempts: dict[str, Attempt] = {}
         self._copying: dict[str, Attempt] = {}
@@ -37,7 +37,7 @@ class FlusherProcess:
         self._sock, far = make_pair()
         command = [sys.executable, "-m", _MODULE, str(far.fileno()), fault]
         # A session of its own: a Ctrl-C at the terminal and a kill of the trainer's group are not meant for it.
-        with started_deaf():
+        with stop_signals_blocked():
             self._process = subprocess.Popen(
                 command, pass_fds=(far.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
             )

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..helper_thread import HelperThread
 from ..units import format_seconds
 from . import files
-from .peers import Peers
-from .progress import Progress
+from .progress import RestoreProgress
+from .rank_coordination import Peers
 from .tier import Tier, own_files
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Mirror:
             log.error("checkpoint of step %d is not at %s: %s", step, self.tier.address, self.error)
 
 
-def fetch(tier: Tier, step: int, directory: Path, peers: Peers, progress: Progress) -> str | None:
+def fetch(tier: Tier, step: int, directory: Path, peers: Peers, progress: RestoreProgress) -> str | None:
     """A checkpoint from there to here, each rank some of its files, every byte checked; what went wrong. Collective."""
     temporary = files.temporary_path(directory, step, "fetched")
     failure = peers.agreed(lambda: _start_fetch(temporary) if peers.rank == 0 else None)
@@ -149,7 +149,7 @@ def _start_fetch(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _fetch_share(tier: Tier, step: int, temporary: Path, peers: Peers, progress: Progress) -> None:
+def _fetch_share(tier: Tier, step: int, temporary: Path, peers: Peers, progress: RestoreProgress) -> None:
     progress.begin(f"fetching step {step} from {tier.address}", 0)
     record = tier.record(step)
     if peers.rank == 0:

@@ -13,7 +13,7 @@ _SAY_S = 30.0
 """Between two lines. What is read sooner is not announced at all."""
 
 
-class Progress:
+class RestoreProgress:
     """Of one rank. `heard` is called for whatever is read, by one thread at a time; `says`: whether it logs."""
 
     def __init__(self, heard: Callable[[], None] = lambda: None, *, says: bool = False) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .archive import INDEX_FILE
 from .manifest import Manifest, digest
 from .pool import copy_memory
-from .progress import Progress
+from .progress import RestoreProgress
 from .sizes import BLOCK_BYTES
 from .source import DirectorySource, Source
 
@@ -83,8 +83,8 @@ class _Job:
 class Reader:
     """One checkpoint: a committed directory, or another source. Errors: DamageError, OSError, ValueError, KeyError."""
 
-    def __init__(self, place: Path | Source, *, threads: int = THREADS, progress: Progress | None = None) -> None:
-        self.progress = progress or Progress()
+    def __init__(self, place: Path | Source, *, threads: int = THREADS, progress: RestoreProgress | None = None) -> None:
+        self.progress = progress or RestoreProgress()
         self.source: Source = DirectorySource(place) if isinstance(place, Path) else place
         self.threads = threads
         self.bytes_read = 0

@@ -16,8 +16,8 @@ from ..errors import CheckpointError
 from . import files, state
 from .archive import METADATA_FILE
 from .mirror import fetch
-from .peers import Peers
-from .progress import Progress
+from .progress import RestoreProgress
+from .rank_coordination import Peers
 from .reader import Reader, SavedTensor
 from .replica.replicas import Replicas
 from .source import Source
@@ -70,7 +70,7 @@ class Restorer:
         """
         self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
-        self._progress = Progress(heard, says=peers.rank == 0)
+        self._progress = RestoreProgress(heard, says=peers.rank == 0)
         self._model, self._optimizer = model, optimizer
         self._skipped: list[str] = []
         self._failed_replicas: list[str] = []

@@ -18,7 +18,7 @@ from .archive import Copy
 from .attempt import Attempt, Flushed
 from .flusher_process import FlusherDiedError, FlusherProcess
 from .pool import Pool, copy_memory
-from .ring import Ring, Ticket
+from .segment_pool import SegmentPool, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Saver:
         """`replicate` says in the attempt where its image goes besides."""
         self._replicate, self._abandoned = replicate, False
         self.segment_bytes, self.device, self._fault = segment_bytes, device, fault
-        self.ring = Ring(pool_bytes // segment_bytes)
+        self.ring = SegmentPool(pool_bytes // segment_bytes)
         self.pool = Pool(pool_bytes, device)
         self.flusher: FlusherProcess | None = None
         self.delay_s = 0.0

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..durable import sync
+from ..utils.atomic_files import sync
 from . import files
 from .manifest import Manifest, chunk_spans, digest
-from .progress import Progress
+from .progress import RestoreProgress
 
 
 class Tier:
@@ -67,7 +67,7 @@ class Tier:
             raise ValueError(f"{name} is not what was written")
         return Manifest.from_bytes(data)
 
-    def fetch(self, step: int, folder: Path, name: str, manifest: Manifest | None, progress: Progress) -> None:
+    def fetch(self, step: int, folder: Path, name: str, manifest: Manifest | None, progress: RestoreProgress) -> None:
         """One file into `folder`, fsynced; ValueError where its bytes are not those that were written."""
         target = folder / name
         with self._fs.open(self._path(step, name), "rb") as source, target.open("wb") as out:

@@ -103,7 +103,7 @@ def _train(words: list[str]) -> int:
     parser = _config_parser("train", "Train. Every argument is GROUP=OPTION, +experiment=NAME or key=value.")
     _add_dry_run(parser)
     if _asks_for_help(words):
-        from .help import train_help
+        from .commands.help import train_help
 
         print(train_help(parser.format_help(), _option_value(words, "--config-dir")))
         return EXIT_DONE
@@ -120,9 +120,9 @@ def _sweep(words: list[str]) -> int:
     parser.add_argument("--config-dir", metavar="DIR", help="your own configuration files")
     _add_dry_run(parser)
     options = parser.parse_intermixed_args(words)
-    from . import sweep_command
+    from .commands import sweep
 
-    return sweep_command.main(options.overrides, options.config_dir, dry_run=options.dry_run)
+    return sweep.main(options.overrides, options.config_dir, dry_run=options.dry_run)
 
 
 def _plan(words: list[str]) -> int:
@@ -132,33 +132,37 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --lengths: draw the step, as .svg, .png or .pdf")
     _add_certify(parser)
     options = parser.parse_intermixed_args(words)
-    from .compose import compose
+    from .config.compose import compose
 
     config = compose(options.overrides, options.config_dir)
     if options.print_config:
         from .start import show_config
 
         return show_config(config)
-    from . import plan_command
+    from .commands import plan
 
     if options.lengths is None:
-        return int(plan_command.main(config, options.json))
-    from . import plan_step_command
+        return int(plan.main(config, options.json))
+    from .commands import plan_step
 
-    request = plan_step_command.Request(
+    request = plan_step.SimulateRequest(
         lengths=options.lengths, sequences=options.sequences, seed=options.seed, certify_s=options.certify, out=options.out
     )
-    return plan_step_command.main(config, request, as_json=options.json)
+    return plan_step.main(config, request, as_json=options.json)
 
 
 def _add_certify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--certify", type=_number(float, _SEARCH_S), metavar="S", help="look for a tighter lower bound, for up to so many seconds")
+    parser.add_argument(
+        "--certify", type=_number(float, _SEARCH_S), metavar="S", help="look for a tighter lower bound, for up to so many seconds"
+    )
 
 
 def _add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
     text = "wikipedia, commoncrawl, github, lognormal:MEDIAN:SIGMA, PREFIX.idx or a file of lengths"
     parser.add_argument("--lengths", metavar="FILE|DISTRIBUTION", required=required, help=text)
-    parser.add_argument("--sequences", type=_number(int, _SEQUENCES), metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
+    parser.add_argument(
+        "--sequences", type=_number(int, _SEQUENCES), metavar="N", help="sequences of a step; without it data.global_batch_tokens decides"
+    )
     parser.add_argument("--seed", type=_number(int, Range(0, 1 << 63)), default=0, help="of the lengths that are drawn")
 
 
@@ -168,16 +172,16 @@ def _profile(words: list[str]) -> int:
     parser.add_argument("--seconds", type=_number(float, _SEARCH_S), default=60.0, help="about how long the probes may take (60)")
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
     options = parser.parse_intermixed_args(words)
-    from .compose import compose
+    from .config.compose import compose
 
     config = compose(options.overrides, options.config_dir)
     if options.print_config:
         from .start import show_config
 
         return show_config(config)
-    from . import profile_command
+    from .commands import profile
 
-    return profile_command.main(config, options.out, options.seconds, options.json)
+    return profile.main(config, options.out, options.seconds, options.json)
 
 
 def _resume(words: list[str]) -> int:
@@ -203,9 +207,9 @@ def _status(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(words)
-    from . import status_command
+    from .commands import status
 
-    return status_command.main(options.run_dir, as_json=options.json)
+    return status.main(options.run_dir, as_json=options.json)
 
 
 def _logs(words: list[str]) -> int:
@@ -214,9 +218,9 @@ def _logs(words: list[str]) -> int:
     parser.add_argument("--lines", type=_number(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20")
     parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
     options = parser.parse_args(words)
-    from . import logs_command
+    from .commands import logs
 
-    return logs_command.main(options.run_dir, num_lines=options.lines, every_rank=options.all)
+    return logs.main(options.run_dir, num_lines=options.lines, every_rank=options.all)
 
 
 def _cancel(words: list[str]) -> int:
@@ -224,9 +228,9 @@ def _cancel(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--now", action="store_true", help="end it without waiting for a save")
     options = parser.parse_args(words)
-    from . import logs_command
+    from .commands import logs
 
-    return logs_command.cancel(options.run_dir, now=options.now)
+    return logs.cancel(options.run_dir, now=options.now)
 
 
 def _checkpoints(words: list[str]) -> int:
@@ -237,10 +241,10 @@ def _checkpoints(words: list[str]) -> int:
     parser.add_argument("--unpin", type=_number(int, _STEP), metavar="STEP", help="let it again")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(words)
-    from . import checkpoints_command
+    from .commands import checkpoints
 
-    request = checkpoints_command.Request(verify=options.verify, pin=options.pin, unpin=options.unpin, as_json=options.json)
-    return checkpoints_command.main(options.run_dir, request)
+    request = checkpoints.SimulateRequest(verify=options.verify, pin=options.pin, unpin=options.unpin, as_json=options.json)
+    return checkpoints.main(options.run_dir, request)
 
 
 def _explain(words: list[str]) -> int:
@@ -251,31 +255,37 @@ def _explain(words: list[str]) -> int:
     _add_certify(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(words)
-    from . import explain_command
+    from .commands import explain
 
-    return explain_command.main(options.run_dir, step=options.step, certify_s=options.certify, out=options.out, as_json=options.json)
+    return explain.main(options.run_dir, step=options.step, certify_s=options.certify, out=options.out, as_json=options.json)
 
 
 def _simulate(words: list[str]) -> int:
     parser = _config_parser("simulate", "Modelled step times of static, greedy, FlexSP's and our plans. Takes the arguments of train.")
     _add_lengths(parser, required=True)
     parser.add_argument("--steps", type=_number(int, Range(1, 1_000_000)), default=40, help="how many steps; 40")
-    parser.add_argument("--flexsp-steps", type=_number(int, Range(0, 1_000_000)), default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
+    parser.add_argument(
+        "--flexsp-steps",
+        type=_number(int, Range(0, 1_000_000)),
+        default=1,
+        metavar="N",
+        help="steps FlexSP's slow solver is asked for; 1, 0: none",
+    )
     parser.add_argument("--flexsp-seconds", type=_number(float, _SEARCH_S), default=10.0, metavar="S", help="its limit for each MILP; 10")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_intermixed_args(words)
-    from .compose import compose
+    from .config.compose import compose
 
     config = compose(options.overrides, options.config_dir)
     if options.print_config:
         from .start import show_config
 
         return show_config(config)
-    from . import simulate_command
+    from .commands import simulate
 
-    return simulate_command.main(
+    return simulate.main(
         config,
-        simulate_command.Request(
+        simulate.SimulateRequest(
             lengths=options.lengths,
             sequences=options.sequences,
             seed=options.seed,
@@ -295,19 +305,19 @@ def _export(words: list[str]) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
     parser.add_argument("--json", action="store_true", help="what was written, as JSON")
     options = parser.parse_args(words)
-    from . import export_command
+    from .commands import export
 
-    return export_command.main(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, as_json=options.json)
+    return export.main(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, as_json=options.json)
 
 
 def _data(words: list[str]) -> int:
-    from . import data_command
+    from .commands import data
 
-    return int(data_command.main(words))
+    return int(data.main(words))
 
 
 def _completion(words: list[str]) -> int:
-    from . import completion
+    from .commands import completion
 
     return completion.main(words)
 

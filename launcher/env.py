@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..cluster.config import Device
 from ..errors import ConfigError
 from ..memory.config import Arena
-from ..parallel.config import Device
-from .config import Backend, Config
-from .secret import secrets_of
+from .config.run_config import Backend, Config
+from .config.secrets import secrets_of
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where a user sets torch's CUDA allocator, today and before."""

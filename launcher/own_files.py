@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .groups import EXPERIMENT, GROUPS, conf_dir
+from .config.conf_groups import EXPERIMENT, GROUPS, conf_dir
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
@@ -40,7 +40,9 @@ def _check_places(folder: Path) -> None:
     for name in ("config.yaml", "config.yml"):
         if (folder / name).is_file():
             hint = f"move what it sets to {folder}/experiment/NAME.yaml, with `# @package _global_` on top, and type +experiment=NAME"
-            raise ConfigError(str(folder / name), found="a main configuration file", expected="options only: DIR/GROUP/NAME.yaml", hint=hint)
+            raise ConfigError(
+                str(folder / name), found="a main configuration file", expected="options only: DIR/GROUP/NAME.yaml", hint=hint
+            )
     known = (*GROUPS, EXPERIMENT)
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = [path for suffix in ("yaml", "yml") for path in sorted(inner.glob(f"*.{suffix}"))]
@@ -50,7 +52,9 @@ def _check_places(folder: Path) -> None:
             raise not_hydras(str(inner))
         near = difflib.get_close_matches(inner.name, known, 1, 0.8)
         if inner.name not in known and near:
-            raise ConfigError(str(inner), found="a folder of no group", expected=f"one of {', '.join(known)}", hint=f"mv {inner} {folder / near[0]}")
+            raise ConfigError(
+                str(inner), found="a folder of no group", expected=f"one of {', '.join(known)}", hint=f"mv {inner} {folder / near[0]}"
+            )
         wrong = next((path for path in files if path.suffix == ".yml" and inner.name in known), None)
         if wrong is not None:
             raise ConfigError(str(wrong), found="the ending .yml", expected=".yaml", hint=f"mv {wrong} {wrong.with_suffix('.yaml')}")

@@ -9,8 +9,8 @@ import traceback
 
 from .. import __version__
 from ..errors import EXIT_RETRY
+from .config.secrets import redact
 from .env import secrets
-from .secret import redact
 
 DEBUG = "--debug"
 

@@ -12,7 +12,7 @@ from ..ranges import BYTES, TOKENS, Range, check_ranges
 from ..units import Bytes, Tokens
 
 
-class Place(Enum):
+class ActivationPlace(Enum):
     """Where a class of activations waits between forward and backward."""
 
     KEEP = "keep"
@@ -23,7 +23,7 @@ class Place(Enum):
     """Nowhere: it is made again."""
 
 
-class Walk(Enum):
+class AttentionTiling(Enum):
     """What one piece of attention is."""
 
     WHOLE = "whole"
@@ -47,12 +47,12 @@ class MemoryConfig:
 
     name: str
     solve: bool = False
-    """Choose every null field below so that the step fits the device and the host in the least time (memory/solve.py)."""
-    layer_input: Place | None = None
+    """Choose every null field below so that the step fits the device and the host in the least time (estimate/solver/solve.py)."""
+    layer_input: ActivationPlace | None = None
     """keep or host."""
-    attention_output: Place | None = None
+    attention_output: ActivationPlace | None = None
     """Attention output and log-sum-exp. recompute: attention runs again in backward."""
-    activations: Place | None = None
+    activations: ActivationPlace | None = None
     """Everything else inside the layer: queries, keys and values, the sum after attention, gate and up."""
     host_fraction: float | None = None
     """With activations=host: the share of tokens whose activations go to the host; those of the others are recomputed. null: all."""
@@ -60,7 +60,7 @@ class MemoryConfig:
     """Only every so many layers' input is kept; the others are made again inside their segment. null: 1."""
     chunk_tokens: Tokens | None = None
     """Norms, projections and MLP run over this many tokens at a time, in both passes. null: all at once."""
-    attention: Walk | None = None
+    attention: AttentionTiling | None = None
     """null: whole."""
     head_groups: int | None = None
     """Attention walks over the heads in so many groups (fewer where heads do not divide), one group's queries, keys and values
@@ -89,8 +89,8 @@ def check_memory(memory: MemoryConfig) -> None:
     _check_layer_input(memory)
     if not memory.solve:
         _check_given(memory)
-    kept = memory.activations is Place.KEEP
-    if kept and memory.attention_output is Place.RECOMPUTE:
+    kept = memory.activations is ActivationPlace.KEEP
+    if kept and memory.attention_output is ActivationPlace.RECOMPUTE:
         raise ConfigError(
             "memory.attention_output",
             found="recompute with memory.activations=keep",
@@ -112,7 +112,7 @@ def check_memory(memory: MemoryConfig) -> None:
             expected="one of them: the arena's plan is traced from a step that runs operation by operation",
             hint="memory.compile=false, or memory.arena=default",
         )
-    if memory.host_fraction is not None and memory.activations is not Place.HOST:
+    if memory.host_fraction is not None and memory.activations is not ActivationPlace.HOST:
         raise ConfigError(
             "memory.host_fraction",
             found=f"{memory.host_fraction:g} with memory.activations={'null' if memory.activations is None else memory.activations.value}",
@@ -122,7 +122,7 @@ def check_memory(memory: MemoryConfig) -> None:
 
 
 def _check_layer_input(memory: MemoryConfig) -> None:
-    if memory.layer_input is Place.RECOMPUTE:
+    if memory.layer_input is ActivationPlace.RECOMPUTE:
         raise ConfigError(
             "memory.layer_input",
             found="recompute",
@@ -140,7 +140,7 @@ def _check_given(memory: MemoryConfig) -> None:
 
 
 def _check_walk(memory: MemoryConfig) -> None:
-    chunks = memory.attention is Walk.CHUNKS
+    chunks = memory.attention is AttentionTiling.CHUNKS
     if chunks and memory.chunk_tokens is None and not memory.solve:
         raise ConfigError(
             "memory.attention",
@@ -155,7 +155,7 @@ def _check_walk(memory: MemoryConfig) -> None:
             expected="1: attention goes by chunks of queries or by groups of heads, not both",
             hint="memory.head_groups=1, or memory.attention=whole",
         )
-    if memory.activations is Place.KEEP and ((memory.head_groups or 1) > 1 or (memory.segment_layers or 1) > 1):
+    if memory.activations is ActivationPlace.KEEP and ((memory.head_groups or 1) > 1 or (memory.segment_layers or 1) > 1):
         key = "head_groups" if (memory.head_groups or 1) > 1 else "segment_layers"
         raise ConfigError(
             f"memory.{key}",

@@ -1,7 +1,7 @@
 """The memory policy of a run: for every class of activations which share of the tokens is kept, moved or recomputed. Pure.
 
 Every published scheme is one value of `MemoryPolicy`; `explicit_policy` makes it of a configuration that says everything,
-memory/solve.py of one that leaves things to it; memory/layer.py executes it.
+estimate/solver/solve.py of one that leaves things to it; memory/executor/layer.py executes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import MemoryConfig, Place, Walk
+from .config import ActivationPlace, AttentionTiling, MemoryConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Split:
         return 0.0 if self.complete else 1.0 - self.keep - self.host
 
 
-KEPT, MOVED, REMADE = Split(keep=1.0), Split(host=1.0), Split()
+KEPT, MOVED, RECOMPUTED = Split(keep=1.0), Split(host=1.0), Split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +55,16 @@ class MemoryPolicy:
     """Keep autograd's own graph of the layer: everything, nothing is made again. The splits below are then all `keep`."""
     layer_input: Split = KEPT
     """Nothing of it is recomputed, except within segments."""
-    attention_output: Split = REMADE
+    attention_output: Split = RECOMPUTED
     """Recomputed for all tokens or none."""
-    query: Split = REMADE
-    key_value: Split = REMADE
-    residual: Split = REMADE
+    query: Split = RECOMPUTED
+    key_value: Split = RECOMPUTED
+    residual: Split = RECOMPUTED
     """Layer input plus attention's projected output."""
-    mlp: Split = REMADE
+    mlp: Split = RECOMPUTED
     segment_layers: int = 1
     chunk_tokens: int | None = None
-    attention: Walk = Walk.WHOLE
+    attention: AttentionTiling = AttentionTiling.WHOLE
     head_groups: int = 1
     offload_dir: str | None = None
     compile: str | None = None
@@ -101,13 +101,13 @@ AHEAD = 2
 def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:
     """The policy of a configuration that leaves nothing to be solved (`check_memory` has passed)."""
     places = memory.layer_input, memory.attention_output, memory.activations
-    assert None not in places, "with memory.solve the policy comes from memory/solve.py"
-    shares = {Place.KEEP: KEPT, Place.HOST: MOVED, Place.RECOMPUTE: REMADE}
+    assert None not in places, "with memory.solve the policy comes from estimate/solver/solve.py"
+    shares = {ActivationPlace.KEEP: KEPT, ActivationPlace.HOST: MOVED, ActivationPlace.RECOMPUTE: RECOMPUTED}
     layer_input, attention_output, activations = (shares[place] for place in places if place is not None)
-    if memory.activations is Place.HOST and memory.host_fraction is not None:
+    if memory.activations is ActivationPlace.HOST and memory.host_fraction is not None:
         activations = Split(host=memory.host_fraction)
     return MemoryPolicy(
-        graph=set(places) == {Place.KEEP},
+        graph=set(places) == {ActivationPlace.KEEP},
         layer_input=layer_input,
         attention_output=attention_output,
         query=activations,
@@ -116,7 +116,7 @@ def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:
         mlp=activations,
         segment_layers=memory.segment_layers or 1,
         chunk_tokens=memory.chunk_tokens,
-        attention=memory.attention or Walk.WHOLE,
+        attention=memory.attention or AttentionTiling.WHOLE,
         head_groups=memory.head_groups or 1,
         offload_dir=memory.offload_dir,
         compile=compiler(memory),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Position:
-    """Kept up to date by the trunk (training/model.py), the layer executor (memory/layer.py) and the loop (training/run.py)."""
+    """Kept up to date by the trunk (model/build.py), the layer executor (memory/executor/layer.py) and the loop (training/trainer.py)."""
 
     phase: str = "start"
     """`forward`, `loss`, `backward`, `optimizer`; anything else is shown as it is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .config import Place
+from .config import ActivationPlace
 from .policy import MemoryPolicy, Split
 
 Range = tuple[int, int]
@@ -35,12 +35,12 @@ def _cuts(num_tokens: int, num_chunks: int, policy: MemoryPolicy) -> list[int]:
     return sorted([*grid, *changes, 0, num_tokens])
 
 
-def place_of(split: Split, rows: Range, num_tokens: int) -> Place:
+def place_of(split: Split, rows: Range, num_tokens: int) -> ActivationPlace:
     """Where the rows of one piece are. What is complete is stored and what is not is not, on a rank that has none of them too:
     whether attention runs again, and with it the group's exchanges, must not differ between ranks."""
     if rows[0] == rows[1]:
-        return Place.KEEP if split.complete else Place.RECOMPUTE
+        return ActivationPlace.KEEP if split.complete else ActivationPlace.RECOMPUTE
     kept, moved = split.rows(num_tokens)
     if rows[1] <= kept:
-        return Place.KEEP
-    return Place.HOST if rows[1] <= moved else Place.RECOMPUTE
+        return ActivationPlace.KEEP
+    return ActivationPlace.HOST if rows[1] <= moved else ActivationPlace.RECOMPUTE

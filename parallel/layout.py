@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cluster.config import Machines
 from ..units import format_tokens
-from .config import Heads, Machines, ParallelConfig, check_parallel
-from .sequence.solve import choose_degree, choose_ulysses
+from .config import AttentionHeads, ParallelConfig, check_parallel
+from .sequence.degrees import choose_degree, choose_ulysses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,9 @@ class Layout:
         return f"{ranks}; {weights}; {groups}, {format_tokens(self.tokens_per_rank)} tokens a rank"
 
 
-def solve_layout(parallel: ParallelConfig, cluster: Machines, spec: Heads, *, max_seq_len: int, global_batch_tokens: int) -> Layout:
+def solve_layout(
+    parallel: ParallelConfig, cluster: Machines, spec: AttentionHeads, *, max_seq_len: int, global_batch_tokens: int
+) -> Layout:
     """The layout every step of the run uses; ConfigError with the nearest that works where there is none."""
     check_parallel(parallel, cluster, spec)
     world = cluster.num_nodes * cluster.ranks_per_node

@@ -27,7 +27,7 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SimulatedStep:
     """What one planner made of one step."""
 
     step_s: float
@@ -45,7 +45,7 @@ class Step:
     tokens: int
     longest: int
     lower_bound_s: float | None
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, SimulatedStep]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ def simulate(
     """Every contestant's plan of every step, judged by `cost`. PlanError where a step cannot be planned by anyone."""
     found = []
     for index, lengths in enumerate(steps):
-        plans: dict[str, Outcome] = {}
+        plans: dict[str, SimulatedStep] = {}
         bounds: list[float] = []
         errors: list[PlanError] = []
         for contestant in contestants:
@@ -105,12 +105,12 @@ def simulate(
     return found
 
 
-def _ask(contestant: Contestant, lengths: Sequence[int], cost: CostModel) -> tuple[StepPlan, Outcome]:
+def _ask(contestant: Contestant, lengths: Sequence[int], cost: CostModel) -> tuple[StepPlan, SimulatedStep]:
     started = time.perf_counter()
     plan = contestant.plan(lengths, cost)
     took = time.perf_counter() - started
     # Judged here, whatever the planner itself predicted.
-    return plan, Outcome(cost.plan_s(plan), len(plan.micro_batches), took)
+    return plan, SimulatedStep(cost.plan_s(plan), len(plan.micro_batches), took)
 
 
 def rows(steps: Sequence[Step], ours: str) -> list[Row]:

@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
     """training.run.train under the limit."""
-    from efflaunch.training import run
+    from efflaunch.training import trainer as run
 
     if os.environ["OOM_KIND"] == "host":
         run.LOW_HOST_BYTES = int(os.environ["OOM_BYTES"])  # type: ignore[misc]

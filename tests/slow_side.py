@@ -16,8 +16,8 @@ from typing import Any
 
 def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
     """training.run.train on such a rank."""
-    from efflaunch.memory import layer
-    from efflaunch.training import run
+    from efflaunch.memory.executor import layer
+    from efflaunch.training import trainer as run
 
     rank = os.environ["RANK"]
     if rank == os.environ.get("SLOW_RANK"):

@@ -10,8 +10,8 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from efflaunch.launcher.metrics_file import MetricsFollower
-from efflaunch.parallel.profile import load_profiles, save_profile
+from efflaunch.estimate.measured.profile import load_profiles, save_profile
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.tests import test_real_runs as runs
 from efflaunch.tests.launcher.runs import descendants, is_alive
 

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 
-from efflaunch.children import DEAF_TO, started_deaf
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.utils.signal_mask import STOP_SIGNALS, stop_signals_blocked
 
 CHILD = """
 import sys
@@ -27,13 +27,13 @@ def start() -> subprocess.Popen[str]:
 
 def test_signals_before_and_after_it_is_ready() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with started_deaf():
+    with stop_signals_blocked():
         child = start()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     assert child.stdin is not None and child.stdout is not None
     with child:
         for answer in ("ready", "alive"):
-            for number in DEAF_TO:
+            for number in STOP_SIGNALS:
                 os.kill(child.pid, number)
             child.stdin.write("\n")
             child.stdin.flush()

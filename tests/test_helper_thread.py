@@ -14,14 +14,14 @@ import pytest
 
 import efflaunch
 from efflaunch.helper_thread import HelperThread
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.rundir import attempt_dir, make_run_dir, write_run
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.rundir.run_dir import attempt_dir, make_run_dir, write_run
 
 ROOT = Path(efflaunch.__file__).resolve().parent
 PLAIN_THREADS = {
     "bench": "measures",
     "tests": "tests",
-    "training/wandb_sink.py": "runs as a script of its own; its thread says the end whatever happens",
+    "training/reporting/wandb_sink.py": "runs as a script of its own; its thread says the end whatever happens",
     "checkpoint/replica/keeper.py": "a conversation that fails is hung up on; what is kept stays",
 }
 
@@ -51,7 +51,9 @@ def fail(): raise {error}
 
 @pytest.mark.parametrize("error", ["ZeroDivisionError('by keep_every')", "SystemExit(0)", "KeyboardInterrupt"])
 def test_a_dead_helper_ends_the_process(error: str) -> None:
-    done = python(HEAD.format(error=error) + "with ends_with_helpers(print_death):\n HelperThread(fail, 'committer').start()\n time.sleep(90)")
+    done = python(
+        HEAD.format(error=error) + "with ends_with_helpers(print_death):\n HelperThread(fail, 'committer').start()\n time.sleep(90)"
+    )
     assert done.returncode == 1
     assert "HelperDiedError: the helper thread `committer` ended: " in done.stderr and error.partition("(")[0] in done.stderr
 

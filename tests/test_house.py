@@ -78,7 +78,7 @@ def test_dependencies_point_one_way(path: Path) -> None:
 
 
 HEAVY = {"torch", "transformers", "ray", "hydra", "omegaconf", "numpy", "datasets", "tokenizers", "pyarrow"}
-IMPORTED_LATE = {"launcher/elastic.py", "launcher/data_progress.py"}
+IMPORTED_LATE = {"launcher/agent/elastic.py", "launcher/commands/data_progress.py"}
 """Modules of launcher/ that may: an agent imports the first once it is one, `data prepare` the second once it works."""
 
 

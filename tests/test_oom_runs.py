@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import EXIT_DONE, EXIT_USER
-from efflaunch.launcher.state import read_state
+from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import environment
 
 pytestmark = pytest.mark.timeout(600)

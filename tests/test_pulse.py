@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch import pulse
-from efflaunch.pulse import Board, Pulse, catches, join, read_beat
+from efflaunch.utils import heartbeat as pulse
+from efflaunch.utils.heartbeat import Heartbeat, HeartbeatBoard, catches, join, read_beat
 
 
 def test_a_beat_comes_back_as_it_was_said() -> None:
     memory = bytearray(512)
-    rank = Pulse(memory, 256)
+    rank = Heartbeat(memory, 256)
     assert read_beat(memory, 256) is None and read_beat(memory, 0) is None
     rank.begin_step(7, expected_s=1.5)
     rank.at("backward", 3)
@@ -29,7 +29,7 @@ def test_a_beat_comes_back_as_it_was_said() -> None:
 
 
 def test_long_phases_end() -> None:
-    rank = Pulse(memory := bytearray(256))
+    rank = Heartbeat(memory := bytearray(256))
     rank.begin_step(0, expected_s=0.0, is_long=True)
     rank.at("forward", 0)
     assert read_beat(memory).is_long  # type: ignore[union-attr]
@@ -42,14 +42,14 @@ def test_long_phases_end() -> None:
 
 
 def test_half_a_beat_is_no_beat() -> None:
-    rank = Pulse(memory := bytearray(256))
+    rank = Heartbeat(memory := bytearray(256))
     rank.at("forward")
     memory[0] += 1
     assert read_beat(memory) is None
 
 
 def test_long_names_are_cut() -> None:
-    rank = Pulse(memory := bytearray(256))
+    rank = Heartbeat(memory := bytearray(256))
     rank.at("x" * 200)
     assert read_beat(memory).phase == "x" * 64  # type: ignore[union-attr]
 
@@ -72,7 +72,7 @@ def until(condition) -> None:
 def test_another_process_is_heard_and_writes_its_stacks(tmp_path: Path, method: str) -> None:
     if method == "spawn" and not Path("/proc/self/fd").is_dir():
         pytest.skip("descriptors of another process cannot be opened here")
-    board, context = Board(2), multiprocessing.get_context(method)
+    board, context = HeartbeatBoard(2), multiprocessing.get_context(method)
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = sys.argv[4:]; from efflaunch.tests.test_pulse import _rank; "
         "_rank(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))"

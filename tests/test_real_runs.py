@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
-from efflaunch.launcher.progress import Progress
-from efflaunch.launcher.rundir import read_run
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.progress import RunProgress
+from efflaunch.launcher.rundir.run_dir import read_run
 from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.launcher.runs import descendants, environment, is_alive
 from efflaunch.tests.parity.reference import reference_loss
@@ -60,7 +60,7 @@ def finish(process: subprocess.Popen, directory: Path, expect: int = 0) -> None:
 
 
 def losses(directory: Path) -> dict[int, float]:
-    return Progress().apply(MetricsFollower(directory / "runs" / "run").read()).losses
+    return RunProgress().apply(MetricsFollower(directory / "runs" / "run").read()).losses
 
 
 def wait_for_step(directory: Path, process: subprocess.Popen, step: int) -> None:

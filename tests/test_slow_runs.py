@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.launcher.metrics_file import MetricsFollower
-from efflaunch.launcher.progress import Progress
-from efflaunch.launcher.state import read_state
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.progress import RunProgress
+from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.test_real_runs import BASE, make_corpus
 
@@ -30,7 +30,7 @@ def train(directory: Path, name: str, *overrides: str, **variables: str) -> Path
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    return Progress().apply(MetricsFollower(run_dir).read()).losses
+    return RunProgress().apply(MetricsFollower(run_dir).read()).losses
 
 
 def test_a_stopped_rank_costs_nothing_but_time(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_stopped_rank_costs_nothing_but_time(tmp_path: Path) -> None:
     for rank in (0, 1):
         assert (hung / "logs" / "attempt-1" / f"stacks-{rank}.txt").is_file()
     waiting = (hung / "logs" / "attempt-1" / "stacks-0.txt").read_text()
-    assert "backward_step" in waiting and "training/run.py" in waiting
+    assert "backward_step" in waiting and "training/trainer.py" in waiting
 
 
 @pytest.mark.slow

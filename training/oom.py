@@ -1,4 +1,4 @@
-"""Out-of-memory errors of a rank, turned into a report: who, where, ledger against allocator, and what to type (memory/oom.py)."""
+"""Out-of-memory errors of a rank, turned into a report: who, where, ledger against allocator, and what to type (estimate/oom_report.py)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ..memory.ledger import Ledger
+from ..estimate.ledger import Ledger
+from ..estimate.oom_report import Numbers, OutOfMemory, host_report, oom_report, requested_bytes
 from ..memory.offload.checks import free_memory
-from ..memory.oom import Numbers, OutOfMemory, host_report, oom_report, requested_bytes
 from ..memory.position import Position
 
 LOW_HOST_BYTES = 64 << 20

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model.build import Tokens, trunk_of
+from ..model.chunked_loss import IGNORE
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.layout import GroupLayout
@@ -20,14 +22,12 @@ from ..parallel.sharding import forget_pass, gather_weights, keep_weights, prepa
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
-from .finite import RowWatch
-from .loss import IGNORE
-from .model import Tokens, trunk_of
+from .non_finite import RowWatch
 from .objectives.heads import HeadLoss, LanguageModelling, StepObjective
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class MicroBatchWork:
     """What this rank does in one micro-batch; without a group it runs with zero rows so that collectives match."""
 
     shard: PackedShard
@@ -36,16 +36,19 @@ class Work:
 
 
 _NONE = np.zeros(0, dtype=np.int64)
-EMPTY = Work(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
+EMPTY = MicroBatchWork(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
 """No tokens: every collective over all ranks, and nothing else."""
 
 
-def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[Work]:
+def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[MicroBatchWork]:
     """This rank's work of each micro-batch; reads only the tokens it holds."""
-    return [Work(*build_shard(source, step, plan, index, rank), batch.group_of(rank)) for index, batch in enumerate(plan.micro_batches)]
+    return [
+        MicroBatchWork(*build_shard(source, step, plan, index, rank), batch.group_of(rank))
+        for index, batch in enumerate(plan.micro_batches)
+    ]
 
 
-def step_shape(works: Sequence[Work]) -> Hashable:
+def step_shape(works: Sequence[MicroBatchWork]) -> Hashable:
     """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
 
     Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
@@ -64,7 +67,7 @@ def step_shape(works: Sequence[Work]) -> Hashable:
     )
 
 
-def count_targets(works: Sequence[Work], device: torch.device) -> int:
+def count_targets(works: Sequence[MicroBatchWork], device: torch.device) -> int:
     """Target tokens of the whole step over all ranks: the one divisor of its loss. Collective."""
     local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in works)
     total = torch.tensor(local, dtype=torch.int64, device=device)
@@ -76,7 +79,7 @@ def backward_step(
     model: PreTrainedModel,
     topology: Topology,
     kernel: BlockKernel,
-    works: Sequence[Work],
+    works: Sequence[MicroBatchWork],
     *,
     num_targets: int,
     reduce_each: bool,
@@ -148,7 +151,7 @@ def _micro_batch(
     return loss.detach()
 
 
-def _head_loss(objective: StepObjective, work: Work, topology: Topology, clock: BusyClock) -> HeadLoss:
+def _head_loss(objective: StepObjective, work: MicroBatchWork, topology: Topology, clock: BusyClock) -> HeadLoss:
     """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
     group = work.group
     communicator = None if group is None else topology.group(group.first_rank, group.degree)
@@ -162,7 +165,7 @@ def _head_loss(objective: StepObjective, work: Work, topology: Topology, clock: 
     return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.rank, group_sum=group_sum)
 
 
-def to_tokens(work: Work, device: torch.device, not_finite: Tensor | None = None) -> Tokens:
+def to_tokens(work: MicroBatchWork, device: torch.device, not_finite: Tensor | None = None) -> Tokens:
     """The shard on the device; a row's document length comes from the group's layout."""
     lengths = np.zeros(0, dtype=np.int64)
     if work.layout is not None:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...model.build import Tokens
+from ...model.chunked_loss import IGNORE, cross_entropy
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.kernels import block_kernel
 from ...parallel.sequence.layout import group_layout
 from ...parallel.sequence.plan import Group
 from ...parallel.sequence.runtime import SequenceAttention, sequence_attention
 from ...parallel.topology import Topology
-from ...training.loss import IGNORE, cross_entropy
-from ...training.model import Tokens
 
 
 def one_document(ids: Tensor) -> Tokens:

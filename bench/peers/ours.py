@@ -9,18 +9,21 @@ from typing import Any
 import torch
 import yaml
 
-from ...launcher.schema import load
+from ...cluster.config import ClusterConfig
+from ...estimate.build import build_ledger
+from ...launcher.config.schema import load
 from ...memory.config import MemoryConfig, check_memory
-from ...memory.ledger import build_ledger
-from ...memory.offload.arena import HostArena
 from ...memory.offload.device import PlainDevice
+from ...memory.offload.host_pool import HostArena
+from ...memory.offload.host_store import ArenaStore, HostStore
 from ...memory.offload.open import IN_FLIGHT_BYTES
-from ...memory.offload.store import ArenaStore, HostStore
 from ...memory.policy import MemoryPolicy, explicit_policy
-from ...parallel.config import ClusterConfig, ParallelConfig
-from ...training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
-from ...training.model import install
-from ...training.spec import model_spec
+from ...model.build import install
+from ...model.config import Family, ModelConfig
+from ...model.spec import model_spec
+from ...parallel.config import ParallelConfig
+from ...training.config import Dtype, TrainConfig
+from ...training.data.config import DataConfig
 from ..slopes import LONGEST
 from .document import alone, mean_loss
 from .host import HostMemory

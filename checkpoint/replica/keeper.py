@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...children import stay_deaf
+from ...utils.signal_mask import ignore_stop_signals
 from .images import Image, Images, RefusedError
 from .stream import GoneError, Message, Stream
 
@@ -30,7 +30,7 @@ _POLL_MS = 10_000
 _QUESTIONS = ("hello", "claim", "list", "begin", "end", "read", "manifest", "keep", "spoil", "stop")
 
 
-class Keeper:
+class ReplicaKeeper:
     """Listens until its end."""
 
     def __init__(self, path: Path, host: str, token: str, guardian: int) -> None:
@@ -95,7 +95,7 @@ def _listen_here(path: Path) -> socket.socket:
 class _Connection:
     """One caller's questions, answered in order. A caller that is gone, or makes no sense, is hung up on."""
 
-    def __init__(self, keeper: Keeper, stream: Stream, trusted: bool) -> None:
+    def __init__(self, keeper: ReplicaKeeper, stream: Stream, trusted: bool) -> None:
         self.keeper, self.images, self.stream, self.trusted = keeper, keeper.images, stream, trusted
         self.image: Image | None = None
         """That arrives on this connection."""
@@ -207,12 +207,12 @@ class _Connection:
 
 def main(arguments: list[str]) -> int:
     """`SETTINGS` as JSON: path, host, guardian (a descriptor), ready (a descriptor that is told the port, or why not)."""
-    stay_deaf()
+    ignore_stop_signals()
     settings: dict[str, Any] = json.loads(arguments[0])
     token = os.urandom(16).hex()
     with os.fdopen(int(settings["ready"]), "w") as ready:
         try:
-            keeper = Keeper(Path(settings["path"]), str(settings["host"]), token, int(settings["guardian"]))
+            keeper = ReplicaKeeper(Path(settings["path"]), str(settings["host"]), token, int(settings["guardian"]))
         except OSError as error:
             ready.write(json.dumps({"error": str(error)}))
             return 1

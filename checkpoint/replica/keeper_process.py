@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...children import started_deaf
+from ...utils.signal_mask import stop_signals_blocked
 from ..manifest import digest
 from .plan import Held
 from .stream import Address, Stream, connect_here
@@ -129,7 +129,7 @@ def _start(path: Path, host: str) -> subprocess.Popen[bytes]:
     passed = (write_end, guardian) if guardian >= 0 else (write_end,)
     command = [sys.executable, "-m", _MODULE, json.dumps(settings)]
     try:
-        with started_deaf():
+        with stop_signals_blocked():
             child = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     finally:
         os.close(write_end)

@@ -18,8 +18,8 @@ from pathlib import Path
 from ...helper_thread import HelperThread
 from ...units import format_bytes, format_seconds
 from ..attempt import Attempt
-from ..facts import free_memory
-from ..peers import Peers, Votes
+from ..provenance import free_memory
+from ..rank_coordination import Peers, Votes
 from .keeper_process import KeeperProcess, look, meeting_folder, tell
 from .plan import Held, ReplicaSet, held_bytes, keepers_of, solve_set
 from .source import ReplicaSource

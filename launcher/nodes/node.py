@@ -18,34 +18,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, EfflaunchError
-from .. import state, worker
-from ..agent import Agent
+from ..agent import worker
+from ..agent.agent import Agent
+from ..agent.hang_watch import Others
+from ..agent.restart_policy import RankReport, first_failure
+from ..agent.signals import StopFlag
 from ..env import rank_environment
-from ..files import write_json
-from ..grace import GraceWatch
-from ..hang import Others
-from ..lock import Presence, lock_in_time, release
-from ..metrics_file import MetricsFollower, newest_step
-from ..restarts import RankReport, first_failure
-from ..rundir import attempt_dir, read_attempt
-from ..signals import StopFlag
-from ..state import Failure
+from ..rundir import state
+from ..rundir.lock import Presence, lock_in_time, release
+from ..rundir.metrics_reader import MetricsFollower, newest_step
+from ..rundir.run_dir import attempt_dir, read_attempt
+from ..rundir.small_files import write_json
+from ..rundir.state import Failure
+from ..stop_forecast import GraceWatch
 from .address import address_towards, interface_of
-from .ends import Ends
+from .gather_ends import Ends
 from .meeting import Meeting
-from .place import Place
+from .node_place import NodePlace
 from .preflight import NodeFacts, bad_hosts, check_nodes, look, mark, table, unfit
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    from ..elastic import RankAgent
+    from ..agent.elastic import RankAgent
 
 _LOOK_S = 5.0
 
 
-def take_part(run_dir: Path, meeting: Meeting, place: Place, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
+def take_part(run_dir: Path, meeting: Meeting, place: NodePlace, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
     """One attempt of this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
 
     `early` takes stop signals from the start of the process on; `stop_asked`: whether one came, or a person spoke,
@@ -66,7 +67,7 @@ def take_part(run_dir: Path, meeting: Meeting, place: Place, entry: str, early: 
 class Visit:
     """The store, and what the nodes tell each other before the ranks are started."""
 
-    def __init__(self, run_dir: Path, meeting: Meeting, place: Place) -> None:
+    def __init__(self, run_dir: Path, meeting: Meeting, place: NodePlace) -> None:
         self.run_dir, self.meeting, self.place = run_dir, meeting, place
         self.timeout_s = meeting.timeout_s
         self.address = address_towards(meeting.address)
@@ -79,7 +80,7 @@ class Visit:
     def _open(self) -> TCPStore:
         from torch.distributed import DistError
 
-        from ..elastic import open_store
+        from ..agent.elastic import open_store
 
         where, place = self.meeting, self.place
         try:
@@ -163,7 +164,7 @@ class Visit:
         return json.loads(self.store.get(f"visit/{key}"))
 
 
-def _refusal(text: str, hosts: list[str], place: Place) -> Failure:
+def _refusal(text: str, hosts: list[str], place: NodePlace) -> Failure:
     hint = f"\n  Try: mend them, or leave them out: {place.exclude_key}=[{','.join(hosts)}]" if hosts else ""
     return Failure(rank=-1, message=f"nodes that cannot do their part:\n{text}{hint}", traceback="", log=place.folder, is_user_error=True)
 
@@ -207,13 +208,13 @@ class NodeAgent(Agent):
         return EXIT_DONE if failure is None else code
 
     def _rendezvous(self, run_id: str) -> StaticTCPRendezvous:
-        from ..elastic import NodesRendezvous
+        from ..agent.elastic import NodesRendezvous
 
         timeout_s = int(self.config.launcher.start_timeout_s)
         return NodesRendezvous(self.visit.store, run_id, self.place.node, self.place.num_nodes, timeout_s)
 
     def _others(self) -> Others:
-        from ..hang_others import StoreOthers
+        from ..agent.hang_store import StoreOthers
 
         return StoreOthers(self.visit.store, self.place.node, self.place.num_nodes)
 

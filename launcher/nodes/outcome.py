@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import EXIT_RETRY, EXIT_USER
-from .. import state, worker
-from ..agent import read_failure
-from ..config import Config
-from ..files import tail_lines
-from ..hang import read_hang
-from ..metrics_file import newest_step
-from ..restarts import RankReport, first_failure, lost_a_peer
-from ..rundir import attempt_dir, store_config
-from ..state import Attempt, Failure, RunState, mend_state, read_state, write_state
-from .decide import Decision, Verdict
+from ..agent import worker
+from ..agent.agent import read_failure
+from ..agent.hang_watch import read_hang
+from ..agent.restart_policy import RankReport, first_failure, lost_a_peer
+from ..config.run_config import Config
+from ..rundir import state
+from ..rundir.metrics_reader import newest_step
+from ..rundir.run_dir import attempt_dir, store_config
+from ..rundir.small_files import tail_lines
+from ..rundir.state import Attempt, Failure, RunState, mend_state, read_state, write_state
+from .next_action import Decision, Verdict
 
 _LOG_TAIL_LINES = 30
 _STATES = {Verdict.DONE: state.DONE, Verdict.STOP: state.PREEMPTED, Verdict.REQUEUE: state.QUEUED, Verdict.AGAIN: state.STARTING}

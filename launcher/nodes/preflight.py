@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...units import format_bytes
-from ..rundir import RUN_FILE, attempt_dir, read_attempt
-from .place import Place
+from ..rundir.run_dir import RUN_FILE, attempt_dir, read_attempt
+from .node_place import NodePlace
 
 MAX_CLOCK_SKEW_S = 30.0
 """Errors are put in order by the clocks of their nodes."""
@@ -49,7 +49,7 @@ class Row:
     node: int = 0
 
 
-def look(run_dir: Path, *, place: Place, address: str, interface: str | None, attempt: int) -> NodeFacts:
+def look(run_dir: Path, *, place: NodePlace, address: str, interface: str | None, attempt: int) -> NodeFacts:
     """This node's facts. Leaves a mark in the run directory that the head looks for."""
     run, machine, problem = "", "", ""
     try:
@@ -78,7 +78,8 @@ def _run_hash(run_dir: Path, attempt: int) -> str:
 
 def _machine(run_dir: Path, attempt: int) -> tuple[str, str]:
     """What the node has, in words, and why that is not enough."""
-    from ..fit import check_free, check_node, this_machine
+    from ..hardware import this_machine
+    from ..machine_checks import check_free, check_node
 
     try:
         config = read_attempt(run_dir, attempt)

@@ -14,19 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import EXIT_PREEMPTED, EXIT_RETRY, EfflaunchError
-from .. import state
-from ..config import Config
+from ..agent.restart_policy import AttemptOutcome
+from ..config.node_range import node_range
+from ..config.run_config import Config
+from ..config.secrets import redact
+from ..elastic_nodes import Sizing, size_for
 from ..env import secrets
-from ..lock import lock_in_time, release
-from ..metrics_file import newest_step
-from ..nodes.blame import blame, exclusions, is_refused
-from ..nodes.decide import Decision, Limits, Verdict, decide
+from ..nodes.faulty_nodes import blame, exclusions, is_refused
+from ..nodes.next_action import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
-from ..restarts import Outcome
-from ..rundir import keep_private, read_run, write_attempt
-from ..secret import redact
-from ..sizes import Sizing, node_range, size_for
-from ..state import Attempt, Failure, RunState, read_state, write_state
+from ..rundir import state
+from ..rundir.lock import lock_in_time, release
+from ..rundir.metrics_reader import newest_step
+from ..rundir.run_dir import keep_private, read_run, write_attempt
+from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from .files import NOW, SAVE, told_to_stop
 from .group import Group
 from .placement import draining, fitting, no_placement, node_offers, reserve
@@ -231,7 +232,9 @@ class Driver:
             keys="launcher.ray",
         )
         mine = known.attempts[known.attempts_before :]
-        outcomes = [Outcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
+        outcomes = [
+            AttemptOutcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine
+        ]
         return decide(outcomes, limits, cancelled=self.wish is not None, lost_node=lost_node)
 
     def _refused(self, error: EfflaunchError) -> Decision:

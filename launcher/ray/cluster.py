@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...cluster.config import Device
 from ...errors import ConfigError
-from ...parallel.config import Device
-from ..config import Config
+from ..config.run_config import Config
 from ..env import home_variables, ray_mode, ray_quiet_variables, variables_set
 from .client import check_installed
 from .request import demand

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import TextIO
 
 from ...errors import ConfigError, EfflaunchError
-from ..rundir import HASH_FILE, keep_private, read_run
-from ..signals import on_stop_signals
+from ..agent.signals import on_stop_signals
+from ..rundir.run_dir import HASH_FILE, keep_private, read_run
 from .attempts import Driver
 from .cluster import joined
 from .files import only_driver, output_file, read_submission

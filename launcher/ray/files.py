@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...decode import decode
-from ...durable import write_atomic
 from ...errors import ConfigError
-from ..files import write_json
-from ..state import read_state
+from ...utils.atomic_files import write_atomic
+from ..rundir.small_files import write_json
+from ..rundir.state import read_state
 from .request import FOLDER
 
 SAVE, NOW = "save", "now"

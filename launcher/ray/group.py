@@ -11,8 +11,8 @@ from typing import Any
 from ...errors import ConfigError, EfflaunchError
 from ..nodes.meeting import Meeting
 from ..nodes.preflight import Row, table
-from ..rundir import HASH_FILE
-from .keeper import Keeper, NodeCard
+from ..rundir.run_dir import HASH_FILE
+from .keeper import NodeCard, NodeKeeper
 
 _LOOK_S = 0.3
 PEERS_PATIENCE_S = 30.0
@@ -184,7 +184,7 @@ def _make_actor(placement: Any, index: int, bundle: Mapping[str, float]) -> Any:
     rest = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
     where = PlacementGroupSchedulingStrategy(placement_group=placement, placement_group_bundle_index=index)
     options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "resources": rest}
-    return ray.remote(Keeper).options(max_restarts=0, scheduling_strategy=where, **options).remote()
+    return ray.remote(NodeKeeper).options(max_restarts=0, scheduling_strategy=where, **options).remote()
 
 
 def _members(actors: Sequence[Any], cards: Sequence[NodeCard]) -> list[Member]:

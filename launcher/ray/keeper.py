@@ -20,7 +20,7 @@ from ... import __version__
 from ...errors import ConfigError
 from ..env import agent_variables
 from ..nodes.address import address_of, head_port
-from ..rundir import HASH_FILE
+from ..rundir.run_dir import HASH_FILE
 
 _MAX_READ = 1 << 20
 
@@ -37,7 +37,7 @@ class NodeCard:
     """efflaunch's."""
 
 
-class Keeper:
+class NodeKeeper:
     """Lives as long as its actor. The agent and its ranks ask the kernel to be killed when it is gone."""
 
     def __init__(self) -> None:

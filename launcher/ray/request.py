@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ...cluster.config import Device
 from ...errors import ConfigError
-from ...parallel.config import Device
-from ..config import Config, RayConfig
-from ..secret import is_secret_name
+from ..config.run_config import Config, RayConfig
+from ..config.secrets import is_secret_name
 
 FOLDER = "ray"
 """What Ray's part of a run leaves, inside the run directory."""

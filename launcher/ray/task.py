@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import worker
+from ..agent import worker
+from ..agent.signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 from ..nodes.meeting import Meeting
 from ..nodes.node import take_part
-from ..nodes.place import Place
-from ..signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
+from ..nodes.node_place import NodePlace
 from .request import FOLDER
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     on_stop_signals(early)
     # Ray's workers hold some signals back, and what they start inherits that.
     release_stop_signals()
-    place = Place(node=options.node, num_nodes=options.num_nodes, name=options.name, folder=FOLDER, exclude_key="launcher.ray.exclude")
+    place = NodePlace(node=options.node, num_nodes=options.num_nodes, name=options.name, folder=FOLDER, exclude_key="launcher.ray.exclude")
     return take_part(options.run_dir, options.meeting, place, options.entry, early, lambda: False)
 
 

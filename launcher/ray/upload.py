@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...units import format_bytes
-from ..rundir import HASH_FILE, RUN_FILE
+from ..rundir.run_dir import HASH_FILE, RUN_FILE
 
 _LEFT_OUT = ("__pycache__",)
 _NUM_NAMED = 5

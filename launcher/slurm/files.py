@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..env import SlurmPlace
-from ..files import write_json
+from ..rundir.small_files import write_json
 from .script import JOB_DIR
 
 

@@ -17,23 +17,24 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from ...durable import write_atomic
 from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, EfflaunchError
-from .. import state
-from ..config import Config
+from ...utils.atomic_files import write_atomic
+from ..agent.restart_policy import AttemptOutcome, lost_a_peer
+from ..agent.signals import STOP_SIGNALS
+from ..config.node_range import node_range
+from ..config.run_config import Config
+from ..elastic_nodes import Sizing, size_for
 from ..env import SlurmPlace, slurm_place
-from ..lock import lock_in_time, release
-from ..metrics_file import newest_step
 from ..nodes.address import head_address, head_port
-from ..nodes.blame import blame, exclusions, is_refused
-from ..nodes.decide import Decision, Limits, Verdict, decide
+from ..nodes.faulty_nodes import blame, exclusions, is_refused
 from ..nodes.meeting import Meeting
+from ..nodes.next_action import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
-from ..restarts import Outcome, lost_a_peer
-from ..rundir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
-from ..signals import STOP_SIGNALS
-from ..sizes import Sizing, node_range, size_for
-from ..state import Attempt, Failure, RunState, read_state, write_state
+from ..rundir import state
+from ..rundir.lock import lock_in_time, release
+from ..rundir.metrics_reader import newest_step
+from ..rundir.run_dir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
+from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from .control import partition_nodes
 from .files import cancel_file, exclude_file, forget_stops, stop_file, write_submission
 from .hosts import expand_hosts, lost_hosts
@@ -73,8 +74,8 @@ def _keep_stop_signals(run_dir: Path, place: SlurmPlace) -> None:
 
 def prepare(overrides: list[str], place: SlurmPlace) -> Path:
     """The run directory of a script submitted by hand; made by the job's first life, known to its later ones."""
-    from ..compose import compose
-    from ..start import check_data
+    from ..checks import check_data
+    from ..config.compose import compose
 
     given = {item.partition("=")[0].lstrip("+") for item in overrides}
     mine = [f"run.id=job-{place.job}", "launcher=slurm"]
@@ -274,7 +275,7 @@ def _decision(run_dir: Path, config: Config, known: RunState, place: SlurmPlace,
         start_step=known.step_before,
     )
     mine = known.attempts[known.attempts_before :]
-    outcomes = [Outcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
+    outcomes = [AttemptOutcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
     return decide(outcomes, limits, cancelled=cancel_file(run_dir, place.word).exists(), lost_node=leaves)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...cluster.config import Device
 from ...errors import ConfigError
-from ...parallel.config import Device
-from ..config import Config
-from ..sizes import NodeRange, node_range
+from ..config.node_range import NodeRange, node_range
+from ..config.run_config import Config
 
 MARK = "# --- The same in every job from here on."
 SIGNAL_MARGIN_S = 15

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, EfflaunchError
-from .. import worker
+from ..agent import worker
+from ..agent.signals import StopFlag, on_stop_signals
 from ..env import slurm_place
 from ..nodes.meeting import Meeting
 from ..nodes.node import take_part
-from ..nodes.place import Place
-from ..signals import StopFlag, on_stop_signals
+from ..nodes.node_place import NodePlace
 from .files import stop_asked
 from .script import JOB_DIR
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    place = Place(
+    place = NodePlace(
         node=job.node,
         num_nodes=job.step_nodes,
         name=job.name,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...compiled import compile_functions
+from ...utils.numba_jit import compile_functions
 
 FIRST, BEST = 0, 1
 FEW = 48

@@ -15,18 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...units import format_bytes
+from .search import Budget
 from .trace import Trace, round_up
 
 OUTSIDE = -1
 """The offset of an allocation that is not in the arena."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """How long to look. `work`: neighbours looked at, in all; `wall_s`: the end whatever the work."""
-
-    work: int = 500_000_000
-    wall_s: float = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +71,12 @@ def plan_arena(
     `cancelled` is asked now and then, from this thread; once it says so, what was found so far is the plan.
     """
     from .place import PLAIN, compiled
-    from .search import Search
+    from .search import PlacementSearch
 
     if alignment < 1:
         raise ValueError(f"an alignment of {alignment} bytes")
     kernels = (compiled() if compile_loops else None) or PLAIN
-    search = Search(trace, alignment, budget or Budget(), kernels, cancelled)
+    search = PlacementSearch(trace, alignment, budget or Budget(), kernels, cancelled)
     if len(trace):
         search.run(seed)
     return ArenaPlan(

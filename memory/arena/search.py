@@ -6,15 +6,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .place import BEST, FIRST, Kernels
 from .trace import Trace, round_up
-
-if TYPE_CHECKING:
-    from .plan import Budget
 
 MAX_PAIRS = 30_000_000
 """Above it only the ways that need no lists of neighbours are tried (4 bytes twice for each pair)."""
@@ -34,7 +30,7 @@ class _Start:
     order: np.ndarray
 
 
-class Search:
+class PlacementSearch:
     """One planning: arrays in units of the sizes' common divisor, and the best placement so far.
 
     best, best_offsets: its height and addresses in units; method: what found it; work: neighbours looked at.
@@ -139,7 +135,7 @@ class Search:
 class _Climber:
     """One local search: the order it stands at, and the lowest it has seen."""
 
-    def __init__(self, search: Search, start: _Start, seed: int) -> None:
+    def __init__(self, search: PlacementSearch, start: _Start, seed: int) -> None:
         self._search, self._fit, self._name = search, start.fit, start.name
         self._order, self._best = start.order.copy(), start.order.copy()
         self._offsets = np.full(len(start.order), -1, dtype=np.int64)
@@ -176,3 +172,11 @@ def most_live(live: np.ndarray, births: np.ndarray, deaths: np.ndarray) -> np.nd
         at = level == k
         out[at] = np.maximum(table[births[at]], table[deaths[at] - 2**k])
     return out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """How long to look. `work`: neighbours looked at, in all; `wall_s`: the end whatever the work."""
+
+    work: int = 500_000_000
+    wall_s: float = 20.0

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from ...units import format_bytes
 from ..config import Arena as ArenaKind
 from .place import compiled
-from .plan import ArenaPlan, Budget, plan_arena, spread
+from .plan import ArenaPlan, plan_arena, spread
 from .replay import Arena, Counts, open_cpu_arena
+from .search import Budget
 from .trace import Trace
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ class FreeMemory:
     limited_by: str
 
 
-def check_room(bytes_per_rank: int, ranks_on_node: int, offload_dir: str | None) -> None:
+def check_offload_space(bytes_per_rank: int, ranks_on_node: int, offload_dir: str | None) -> None:
     """ConfigError if the ranks of this node together cannot move so much. Call it before any of them opens its store."""
     if offload_dir is None:
         check_host_memory(bytes_per_rank, ranks_on_node)
@@ -96,10 +96,10 @@ def check_offload_dir(directory: str, bytes_per_rank: int, ranks_on_node: int) -
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(0, "permission denied")
     except OSError as error:
-        from .files import unusable
+        from .file_blocks import unusable
 
         raise unusable(path, error) from error
     if stat.f_bavail * stat.f_frsize < bytes_per_rank * ranks_on_node:
-        from .files import full
+        from .file_blocks import full
 
         raise full(path, bytes_per_rank * ranks_on_node)

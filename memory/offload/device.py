@@ -24,7 +24,7 @@ class Mark(Protocol):
         ...
 
 
-class Device(Protocol):
+class OffloadDevice(Protocol):
     """Three streams: compute, copies to the host, copies to the device. Each does its work in order; only marks order them.
 
     Nothing here keeps a tensor alive: who enqueues a copy sees to that (streams.py).

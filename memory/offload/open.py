@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .arena import HostArena
 from .cuda import CudaDevice, CudaPinner
-from .device import Device, PlainDevice
-from .files import OffloadFile, WriteMeter, warn_slow
-from .nvme import FileStore
+from .device import OffloadDevice, PlainDevice
+from .file_blocks import OffloadFile, WriteMeter, warn_slow
+from .file_store import FileStore
+from .host_pool import HostArena
+from .host_store import ArenaStore, HostStore
 from .staging import PIECE_BYTES, STAGING_BYTES, Staging, staging_bytes_for
-from .store import ArenaStore, HostStore
 
 IN_FLIGHT_BYTES = 1 << 30
 
@@ -47,6 +47,6 @@ def open_store(
     return FileStore(file, Staging(slots), device_for(device), in_flight_bytes=in_flight_bytes, meter=meter)
 
 
-def device_for(device: torch.device) -> Device:
+def device_for(device: torch.device) -> OffloadDevice:
     """The streams of a device."""
     return CudaDevice(device) if device.type == "cuda" else PlainDevice()

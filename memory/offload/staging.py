@@ -7,9 +7,9 @@ from collections import deque
 
 from torch import Tensor
 
-from .arena import HostArena
+from .allocator import Extent
 from .device import Mark
-from .extents import Extent
+from .host_pool import HostArena
 
 PIECE_BYTES = 16 << 20
 STAGING_BYTES = 512 << 20

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import Device, Mark, Pair
+from .device import Mark, OffloadDevice, Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Leaving:
 class Transfers:
     """Copies both ways through one device, from one thread at a time; all of them on behalf of the same compute stream."""
 
-    def __init__(self, device: Device, in_flight_bytes: int) -> None:
+    def __init__(self, device: OffloadDevice, in_flight_bytes: int) -> None:
         """in_flight_bytes: sources of copies not known to be done hold at most so much, or one copy, whichever is more."""
         self.device = device
         self.in_flight_bytes = in_flight_bytes

@@ -10,7 +10,7 @@ from .bound import Bound, staircase_of, tightened_by
 from .cost import CostModel
 from .greedy import greedy_shelves, static_shelves
 from .plan import StepPlan
-from .shelves import Search, squeezed
+from .shelves import ShelfSearch, squeezed
 from .tables import Batch, Shelf
 
 WORK_PER_SEQUENCE = 250
@@ -37,7 +37,7 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         # Without sense in the times there is nothing to search by; the plan at least fits in memory.
         return batch.plan(shelves, source)
     until = None if wall_s is None else time.monotonic() + wall_s
-    search = Search(
+    search = ShelfSearch(
         batch,
         default_budget(len(batch)) if budget is None else budget,
         batch.seconds(shelves) - cost.step_s,

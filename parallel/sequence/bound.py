@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .classes import Effort, Program, solve_program
+from .class_lp import ClassProgram, Effort, solve_program
 from .cost import CostModel
-from .staircase import staircase, tightened
+from .staircase_bound import staircase, tightened
 from .tables import Batch
 
 FINE = Effort(alone=16, bucket_ratio=1.12, class_ratio=1.25, cuts=3)
@@ -75,7 +75,7 @@ def class_milp_bound(
     limit = (plan_s - cost.step_s) * (1 + TOLERANCE)
     if limit <= stairs:
         return closed
-    proved = solve_program(Program(batch, limit, effort), integer=integer, time_limit_s=time_limit_s, floor_s=stairs)
+    proved = solve_program(ClassProgram(batch, limit, effort), integer=integer, time_limit_s=time_limit_s, floor_s=stairs)
     if proved is None:
         return Bound(closed.value_s, closed.name, True, f"the class program proved nothing in {time_limit_s:g} s")
     value = cost.step_s + min(proved * (1 - TOLERANCE), plan_s - cost.step_s)

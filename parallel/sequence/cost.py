@@ -11,22 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...errors import ConfigError, PlanError
+from ...errors import PlanError
 from ...units import format_tokens
-from ..config import ParallelConfig, Scheme
 from .plan import Group, MicroBatch, StepPlan
-from .solve import choose_ulysses
 
 if TYPE_CHECKING:  # plans are shared, runtimes are not
     import numpy as np
-
-    from ...memory.config import MemoryConfig
-    from ...memory.residency import Residency
-    from ...memory.setting import Setting
-    from ...training.config import DataConfig, TrainConfig
-    from ...training.spec import ModelSpec
-    from ..config import ClusterConfig
-    from ..rates import Measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,102 +155,9 @@ class CostModel:
 
 
 class Fitted(Protocol):
-    """Measured constants that replace arithmetic (parallel/profile.py)."""
+    """Measured constants that replace arithmetic (estimate/measured/profile.py)."""
 
     def refine(self, cost: CostModel) -> CostModel: ...
-
-
-def cost_model(
-    spec: ModelSpec,
-    parallel: ParallelConfig,
-    memory: MemoryConfig,
-    train: TrainConfig,
-    data: DataConfig,
-    cluster: ClusterConfig,
-    profile: Fitted | None = None,
-    *,
-    residency: Residency | None = None,
-    measured: Measured | None = None,
-) -> CostModel:
-    """The model of one configuration: by arithmetic from data sheets (or `measured` rates), then refined by `profile`.
-
-    `residency`: where the optimizer's numbers are; None: on the device. With memory.solve the policy depends on it.
-    """
-    from ...memory.ledger import build_ledger
-    from ...memory.residency import ON_DEVICE
-
-    ledger = build_ledger(
-        spec=spec,
-        parallel=parallel,
-        memory=memory,
-        train=train,
-        data=data,
-        cluster=cluster,
-        residency=ON_DEVICE if residency is None else residency,
-        measured=measured,
-    )
-    cost = cost_model_of(ledger.setting)
-    return cost if profile is None else profile.refine(cost)
-
-
-def cost_model_of(setting: Setting) -> CostModel:
-    """The model of a ledger's setting, by arithmetic. No one static degree need suit the longest sequence."""
-    from ...memory.timing import gather_s, reduce_s
-    from ...memory.update import update_time
-
-    parallel, cluster = setting.parallel, setting.cluster
-    world = cluster.num_nodes * cluster.ranks_per_node
-    ulysses, excluded = allowed_degrees(parallel, num_heads=setting.spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
-    degrees = tuple(
-        degree_cost(replace(setting, layout=replace(setting.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
-    )
-    return CostModel(
-        world_size=world,
-        tokens_per_rank=int(parallel.tokens_per_rank),
-        degrees=degrees,
-        excluded=excluded,
-        beta_s=_exposed_s(setting),
-        gather_s=gather_s(setting),
-        step_s=reduce_s(setting) + update_time(setting).shown_s,
-    )
-
-
-def allowed_degrees(
-    parallel: ParallelConfig, *, num_heads: int, ranks_per_node: int, world_size: int
-) -> tuple[dict[int, int], tuple[tuple[int, str], ...]]:
-    """Ulysses ranks of every group size that can be had, and the sizes that cannot, with the reason."""
-    allowed: dict[int, int] = {}
-    excluded: list[tuple[int, str]] = []
-    for exponent in range(world_size.bit_length()):
-        degree = 1 << exponent
-        wanted = parallel.ulysses_degree
-        inner = min(wanted, degree) if wanted is not None and parallel.scheme is Scheme.HYBRID else wanted
-        try:
-            allowed[degree] = choose_ulysses(
-                degree=degree, num_heads=num_heads, ranks_per_node=ranks_per_node, scheme=parallel.scheme, requested=inner
-            )
-        except ConfigError as error:
-            excluded.append((degree, f"{error.found}: {error.expected}"))
-    return allowed, tuple(excluded)
-
-
-def degree_cost(s: Setting) -> DegreeCost:
-    """Arithmetic of the group size in the setting's layout."""
-    from ...memory.timing import attention_passes, exchange_s, linear_flops, ring_s
-
-    rate = s.cluster.peak_flops * s.cluster.efficiency * s.layout.sp_degree
-    pair_s = attention_passes(s) * 4 * s.spec.query_size / rate
-    windows = sorted(window for window in s.spec.windows if window is not None)
-    full = len(s.spec.windows) - len(windows)
-    return DegreeCost(
-        degree=s.layout.sp_degree,
-        ulysses=s.layout.ulysses,
-        attention_s=full * pair_s / 2,
-        linear_s=linear_flops(s) / rate,
-        exchange_s=exchange_s(s),
-        ring_s=ring_s(s),
-        windowed_s=tuple((window, pair_s * windows.count(window)) for window in sorted(set(windows))),
-    )
 
 
 def check_lengths(lengths: Iterable[int], cost: CostModel) -> None:
@@ -278,13 +175,3 @@ def check_lengths(lengths: Iterable[int], cost: CostModel) -> None:
             if length < 1
             else f"parallel.tokens_per_rank={format_tokens(-(-int(length) // cost.largest))}, more ranks, or a smaller data.max_seq_len",
         )
-
-
-def _exposed_s(s: Setting) -> float:
-    """What hides behind no compute: the gather of embedding and first layer, and the last reduction where each micro-batch has one."""
-    from ...memory.timing import collective_s
-    from ..config import GradReduce
-
-    first = s.root_parameters + s.layer_parameters
-    reduced = 0 if s.parallel.grad_reduce is GradReduce.STEP else s.master * s.root_parameters
-    return collective_s(s, s.width * first + reduced)

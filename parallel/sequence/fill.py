@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ...compiled import compile_functions
+from ...utils.numba_jit import compile_functions
 
 LENGTHS, TIMES, FIRST, DEGREES, CAPACITY, RATES, OFFSETS = range(7)
 KEYS, IDS, COUNT, GROUP_DEGREE, GROUP_TOKENS, GROUP_LOAD = range(6)

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ...children import started_deaf, stay_deaf
 from ...helper_thread import HelperThread
+from ...utils.signal_mask import ignore_stop_signals, stop_signals_blocked
 from .cost import CostModel
 from .packed import pack_plan, unpack_plan
 from .plan import StepPlan
@@ -222,7 +222,7 @@ def _start_process() -> tuple[subprocess.Popen[bytes], Connection]:
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", f"{package}.parallel.sequence.service", str(theirs.fileno()), str(os.getpid())]
-    with theirs, started_deaf():
+    with theirs, stop_signals_blocked():
         process = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL
         )
@@ -279,7 +279,7 @@ def find_extras(plan: StepPlan, request: PlanRequest) -> Extras:
 
 def main(arguments: list[str]) -> int:
     """`python -m efflaunch.parallel.sequence.service FD PARENT_PID`."""
-    stay_deaf()
+    ignore_stop_signals()
     try:
         # The name with which the rank pickles what it sends.
         from importlib import import_module

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .durations import Relaxation
-from .staircase import staircase
+from .staircase_bound import staircase
 from .tables import Batch, Shelf
 
 FILL_WORK = 100
@@ -43,7 +43,7 @@ class State:
     score: float = 0.0
 
 
-class Search:
+class ShelfSearch:
     """Looks for durations within `budget` units of work. `limit_s`: the best plan known from elsewhere; `enough_s`: a lower bound.
 
     All seconds are without step_s. `expired` says whether the wall clock ends the search; it should hardly ever.

@@ -18,10 +18,10 @@ from efflaunch.bench import gpu_memory, memory, report
 from efflaunch.bench.contest import EXTRA_PEERS, GRADIENT_TOLERANCE, PEERS, PRESETS, contestants, gradient_error, peak, ratios
 from efflaunch.bench.peers.shape import LLAMA_8B, Chunks, Shape, Task
 from efflaunch.bench.slopes import at_llama_8b, fit_line, max_tokens, max_tokens_by_segments
-from efflaunch.memory.config import Walk
+from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.policy import MOVED, MemoryPolicy
 
-AUTO = {"auto": MemoryPolicy(layer_input=MOVED, attention=Walk.CHUNKS, chunk_tokens=1, segment_layers=2)}
+AUTO = {"auto": MemoryPolicy(layer_input=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=1, segment_layers=2)}
 """As the solver has it where everything is full."""
 NEEDS = {"deepspeed_alst": "deepspeed", "deepspeed_alst_as_shipped": "deepspeed", "streambp_released": "streambp"}
 CHUNK = 64

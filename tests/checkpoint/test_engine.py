@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from efflaunch.checkpoint import components as parts_module
 from efflaunch.checkpoint import files
-from efflaunch.checkpoint import parts as parts_module
 from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError
 from efflaunch.checkpoint.engine import CheckpointEngine, Restored, SaveReport
 from efflaunch.errors import CheckpointError
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import Small, backward, full, plain_model, shard
-from efflaunch.training.config import OptimConfig
-from efflaunch.training.optim import build_optimizer, clip_gradients
+from efflaunch.training.optimizers.adamw import build_optimizer, clip_gradients
+from efflaunch.training.optimizers.config import OptimConfig
 
 CONFIG = CheckpointConfig(name="test")
 SEGMENT_BYTES = 8192

@@ -17,8 +17,8 @@ from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.tests.ranks import RankDiedError, RankPool
 from efflaunch.tests.training.small import Small, full, shard
-from efflaunch.training.config import OptimConfig
-from efflaunch.training.optim import build_optimizer
+from efflaunch.training.optimizers.adamw import build_optimizer
+from efflaunch.training.optimizers.config import OptimConfig
 
 
 def _engine(folder: Path) -> tuple[Small, CheckpointEngine]:

@@ -10,7 +10,7 @@ import pytest
 
 from efflaunch.checkpoint import progress
 from efflaunch.checkpoint.files import step_path
-from efflaunch.checkpoint.progress import Progress
+from efflaunch.checkpoint.progress import RestoreProgress
 from efflaunch.checkpoint.reader import Reader
 from efflaunch.tests.checkpoint.test_engine import CONFIG, Run
 
@@ -46,7 +46,7 @@ def test_fetching_is_heard_too(tmp_path: Path) -> None:
 def test_lines_for_people(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    mine, other = Progress(says=True), Progress()
+    mine, other = RestoreProgress(says=True), RestoreProgress()
     for each in (mine, other):
         each.begin("reading step-00000002", 4 << 30)
     for seconds in (10, 35, 40, 70):

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efflaunch.checkpoint.facts import free_memory
-from efflaunch.checkpoint.ring import Ring, StaleTicketError, Ticket
+from efflaunch.checkpoint.provenance import free_memory
+from efflaunch.checkpoint.segment_pool import SegmentPool, StaleTicketError, Ticket
 from efflaunch.checkpoint.sizes import MIN_SEGMENTS, snapshot_pool_bytes
 
 
 @given(num_segments=st.integers(1, 6), actions=st.lists(st.integers(0, 9), max_size=80))
 def test_live_segments_never_overlap_and_stale_releases_are_refused(num_segments: int, actions: list[int]) -> None:
-    ring, live, stale = Ring(num_segments), [], []
+    ring, live, stale = SegmentPool(num_segments), [], []
     for action in actions:
         if action < 5 and ring.num_free:
             ticket = ring.acquire()
@@ -37,7 +37,7 @@ def test_live_segments_never_overlap_and_stale_releases_are_refused(num_segments
 
 
 def test_waiting_ends_with_a_release_or_when_given_up() -> None:
-    ring = Ring(1)
+    ring = SegmentPool(1)
     held = ring.acquire()
     assert held == Ticket(0, 1)
     assert ring.acquire(lambda: True) is None

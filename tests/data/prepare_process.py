@@ -15,19 +15,19 @@ from typing import Any
 
 from efflaunch.training.data import writer
 from efflaunch.training.data.encode import EncodeOptions
-from efflaunch.training.data.prepare import Progress, Request, prepare
+from efflaunch.training.data.prepare import PrepareProgress, PrepareRequest, prepare
 
 
 def main() -> None:
     """Run, or die on the way."""
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     arguments = settings["arguments"]
-    request = Request(
+    request = PrepareRequest(
         **{**arguments, "encode": EncodeOptions(**arguments["encode"]), "commit_every_s": settings.get("commit_every_s", 0.0)}
     )
     batches = 0
 
-    def report(progress: Progress) -> None:
+    def report(progress: PrepareProgress) -> None:
         nonlocal batches
         batches += 1
         if batches == settings.get("kill_after_batches"):

@@ -13,12 +13,13 @@ import pytest
 
 from efflaunch.errors import DataError
 from efflaunch.parallel.sequence.solve import solve_static
-from efflaunch.training.config import DataConfig, LongDocuments, Objective, TrainConfig
+from efflaunch.training.config import Objective, TrainConfig
 from efflaunch.training.data.answers import advantages
 from efflaunch.training.data.builtin import train_tokenizer
+from efflaunch.training.data.config import DataConfig, LongDocuments
 from efflaunch.training.data.encode import EncodeOptions
 from efflaunch.training.data.indexed import IndexedCorpus, Kind
-from efflaunch.training.data.prepare import Request, prepare
+from efflaunch.training.data.prepare import PrepareRequest, prepare
 from efflaunch.training.data.scores import Scores, corpus_digest, run_scores, write_origins
 from efflaunch.training.data.shard import build_shard
 from efflaunch.training.data.source import DataSource, open_data
@@ -45,7 +46,7 @@ def made(rows: list[Any], tokenizer: str, folder: Path, **options: Any) -> dict[
     """What `data prepare` makes of JSON lines, at folder/c."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    request = Request([str(path)], str(folder / "c"), EncodeOptions(tokenizer, **options))
+    request = PrepareRequest([str(path)], str(folder / "c"), EncodeOptions(tokenizer, **options))
     return prepare(request, lambda progress: None)
 
 

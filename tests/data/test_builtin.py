@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.training.config import DataConfig
 from efflaunch.training.data import builtin
 from efflaunch.training.data.builtin import builtin_corpus, stdlib_files, train_tokenizer
+from efflaunch.training.data.config import DataConfig
 from efflaunch.training.data.indexed import IndexedCorpus
 from efflaunch.training.data.source import open_data
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.launcher import data_progress
 from efflaunch.launcher.cli import main
-from efflaunch.launcher.data_progress import progress_text, show_progress
+from efflaunch.launcher.commands import data_progress
+from efflaunch.launcher.commands.data_progress import progress_text, show_progress
 from efflaunch.tests.pages import bash_blocks, run_page
 from efflaunch.training.data import prepare as prepare_module
-from efflaunch.training.data.prepare import Progress
+from efflaunch.training.data.prepare import PrepareProgress
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -105,7 +105,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_progress_counts_this_attempt_alone() -> None:
-    progress = Progress(done_bytes=600, total_bytes=1000, resumed_bytes=200, resumed_tokens=50, documents=7, tokens=250, elapsed_s=20.0)
+    progress = PrepareProgress(
+        done_bytes=600, total_bytes=1000, resumed_bytes=200, resumed_tokens=50, documents=7, tokens=250, elapsed_s=20.0
+    )
     assert progress_text(progress) == "7 documents, 250 tokens, 60 %, 10 tokens/s, 20 s to go"
 
 
@@ -113,7 +115,7 @@ def test_plain_lines_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(data_progress, "_LINE_EVERY_S", 0.0)
     with show_progress(stream) as report:
-        report(Progress(0, 10, 0, 0, 1, 2, 0.0))
+        report(PrepareProgress(0, 10, 0, 0, 1, 2, 0.0))
     assert stream.getvalue() == "prepare: 1 documents, 2 tokens, 0 %\n"
 
 
@@ -124,7 +126,7 @@ def test_a_bar_on_a_terminal() -> None:
 
     stream = Terminal()
     with show_progress(stream) as report:
-        report(Progress(10, 10, 0, 0, 3, 400, 2.0))
+        report(PrepareProgress(10, 10, 0, 0, 3, 400, 2.0))
     assert "prepare" in stream.getvalue() and "3 documents, 400 tokens, 100 %, 200 tokens/s" in stream.getvalue()
 
 

@@ -19,12 +19,12 @@ from efflaunch.training.data.builtin import train_tokenizer
 from efflaunch.training.data.encode import EncodeOptions
 from efflaunch.training.data.indexed import IndexedCorpus
 from efflaunch.training.data.inputs import Cursor, Format, find_inputs, read_batches
-from efflaunch.training.data.prepare import Progress, Request, prepare
+from efflaunch.training.data.prepare import PrepareProgress, PrepareRequest, prepare
 
 PROCESS = Path(__file__).with_name("prepare_process.py")
 
 
-def _nothing(progress: Progress) -> None:
+def _nothing(progress: PrepareProgress) -> None:
     pass
 
 
@@ -58,7 +58,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def whole(everything: list[str], tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus of `everything`, made without interruption in this process."""
     out = tmp_path_factory.mktemp("whole") / "c"
-    prepare(Request(everything, str(out), EncodeOptions(tokenizer), num_workers=1), _nothing)
+    prepare(PrepareRequest(everything, str(out), EncodeOptions(tokenizer), num_workers=1), _nothing)
     return out
 
 
@@ -97,7 +97,7 @@ def test_metadata_tells_what_was_done(whole: Path, everything: list[str], tokeni
 
 
 def test_several_processes_write_the_same_bytes(whole: Path, everything: list[str], tokenizer: str, tmp_path: Path) -> None:
-    prepare(Request(everything, str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=2), _nothing)
+    prepare(PrepareRequest(everything, str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=2), _nothing)
     _same_corpus(whole, tmp_path / "c")
 
 
@@ -163,12 +163,12 @@ def test_a_parquet_row_group_behind_the_cursor_is_not_read(everything: list[str]
     assert first.records[0] == (f"{everything[2]} row 651", {"text": "row number 650"})
 
 
-def _texts_request(tmp_path: Path, tokenizer: str, *names: str, **changes: Any) -> Request:
+def _texts_request(tmp_path: Path, tokenizer: str, *names: str, **changes: Any) -> PrepareRequest:
     folder = tmp_path / "in"
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).write_text(f"the quick {name}")
-    return replace(Request([str(folder)], str(tmp_path / "out" / "c"), EncodeOptions(tokenizer), num_workers=1), **changes)
+    return replace(PrepareRequest([str(folder)], str(tmp_path / "out" / "c"), EncodeOptions(tokenizer), num_workers=1), **changes)
 
 
 def test_the_same_command_again_does_nothing(tmp_path: Path, tokenizer: str) -> None:
@@ -194,10 +194,10 @@ class _Stop(Exception):
     pass
 
 
-def _interrupted(request: Request) -> None:
+def _interrupted(request: PrepareRequest) -> None:
     """Commit one batch, then stop."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: PrepareProgress) -> None:
         raise _Stop
 
     with pytest.raises(_Stop):
@@ -226,7 +226,7 @@ def test_changed_inputs_or_tokenizer_do_not_mix(tmp_path: Path, tokenizer: str, 
 def test_a_bad_record_leaves_nothing_and_the_mended_input_works(tmp_path: Path, tokenizer: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "the quick"}\n{"nope": 1}\n')
-    request = Request([str(path)], str(tmp_path / "out" / "c"), EncodeOptions(tokenizer), num_workers=1)
+    request = PrepareRequest([str(path)], str(tmp_path / "out" / "c"), EncodeOptions(tokenizer), num_workers=1)
     with pytest.raises(DataError, match=r"x\.jsonl line 2: found fields nope"):
         prepare(request, _nothing)
     assert list((tmp_path / "out").iterdir()) == []
@@ -238,7 +238,7 @@ def test_an_attempt_stopped_by_a_bad_record_goes_on_skipping(tmp_path: Path, tok
     monkeypatch.setattr(inputs_module, "_BATCH_RECORDS", 1)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "the quick"}\n{"nope": 1}\n{"text": "lazy dog"}\n')
-    request = Request([str(path)], str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=1, commit_every_s=0.0)
+    request = PrepareRequest([str(path)], str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=1, commit_every_s=0.0)
     with pytest.raises(DataError, match=r"x\.jsonl line 2: found fields nope"):
         prepare(request, _nothing)
     skipping = replace(request, encode=EncodeOptions(tokenizer, skip_bad=True))
@@ -250,13 +250,15 @@ def test_a_bad_record_in_a_worker_is_the_same_error(tmp_path: Path, tokenizer: s
     path = tmp_path / "x.jsonl"
     path.write_text('{"nope": 1}\n')
     with pytest.raises(DataError, match=r"x\.jsonl line 1: found fields nope"):
-        prepare(Request([str(path)], str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=2), _nothing)
+        prepare(PrepareRequest([str(path)], str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=2), _nothing)
 
 
 def test_inputs_without_a_document(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "x.jsonl").write_text("\n")
     (tmp_path / "e.txt").write_text("")
-    request = Request([str(tmp_path / "x.jsonl"), str(tmp_path / "e.txt")], str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=1)
+    request = PrepareRequest(
+        [str(tmp_path / "x.jsonl"), str(tmp_path / "e.txt")], str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=1
+    )
     with pytest.raises(DataError, match=r"found no document to train on in 2 inputs \(1 skipped: fewer than 2 tokens\)"):
         prepare(request, _nothing)
     assert not any(path.name.startswith("c.") for path in tmp_path.iterdir())
@@ -310,7 +312,7 @@ def test_restart_after_a_kill_while_names_were_given(everything: list[str], toke
     arguments = {"inputs": everything[1:2], "out": str(out), "encode": {"tokenizer": tokenizer}, "num_workers": 1}
     assert _run(out.parent, arguments=arguments, kill_at_rename=2).returncode == -9
     assert Path(f"{out}.mask.bin").exists() and not Path(f"{out}.idx").exists()
-    prepare(Request(everything[2:3], str(out), EncodeOptions(tokenizer), num_workers=1, restart=True), _nothing)
+    prepare(PrepareRequest(everything[2:3], str(out), EncodeOptions(tokenizer), num_workers=1, restart=True), _nothing)
     assert sorted(path.name for path in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]
     assert IndexedCorpus(str(out)).num_documents == 1300
 
@@ -319,6 +321,6 @@ def test_hidden_files_are_left_alone_and_a_format_may_be_forced(tmp_path: Path, 
     (tmp_path / "in" / ".git").mkdir(parents=True)
     (tmp_path / "in" / ".git" / "config").write_text("hidden")
     (tmp_path / "in" / "x.data").write_text('{"text": "lazy dog"}\n')
-    request = Request([str(tmp_path / "in")], str(tmp_path / "c"), EncodeOptions(tokenizer), format=Format.JSONL, num_workers=1)
+    request = PrepareRequest([str(tmp_path / "in")], str(tmp_path / "c"), EncodeOptions(tokenizer), format=Format.JSONL, num_workers=1)
     prepare(request, _nothing)
     assert _texts(tmp_path / "c", tokenizer) == ["lazy dog"]

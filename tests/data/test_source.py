@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.errors import ConfigError, DataError
-from efflaunch.training.config import DataConfig, LongDocuments
 from efflaunch.training.data.builtin import train_tokenizer
+from efflaunch.training.data.config import DataConfig, LongDocuments
 from efflaunch.training.data.source import open_data
 
 from .corpora import write_corpus

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
-from efflaunch.launcher.progress import Progress
-from efflaunch.launcher.state import RunState, read_state
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.progress import RunProgress
+from efflaunch.launcher.rundir.state import RunState, read_state
 from efflaunch.tests.launcher.runs import HERE, environment
 
 
@@ -51,7 +51,7 @@ class ClusterJob(ABC):
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Loss of each step as it counts in the end."""
-    return Progress().apply(MetricsFollower(run_dir).read()).losses
+    return RunProgress().apply(MetricsFollower(run_dir).read()).losses
 
 
 def run_efflaunch(

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 
 from efflaunch.errors import EXIT_DONE, EXIT_PREEMPTED, DataError
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.signals import StopFlag
-from efflaunch.pulse import Pulse
+from efflaunch.launcher.agent.signals import StopFlag
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.utils.heartbeat import Heartbeat
 
 PRELOAD = ("torch.distributed",)
 
 
-def train(config: Config, run_dir: Path, stop: StopFlag, pulse: Pulse) -> int:
+def train(config: Config, run_dir: Path, stop: StopFlag, pulse: Heartbeat) -> int:
     """Count to config.train.steps, saving every config.checkpoint.every_steps."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     write_pid(run_dir, rank)

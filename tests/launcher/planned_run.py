@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.explain_command import step_lengths
-from efflaunch.launcher.rundir import write_run
-from efflaunch.launcher.sequence_plan import plan_step, step_cost
+from efflaunch.launcher.commands.explain import step_lengths
+from efflaunch.launcher.commands.sequence_plan import plan_step, step_cost
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.launcher.rundir.run_dir import write_run
 from efflaunch.parallel.sequence.plan import StepPlan
 from efflaunch.tests.data.corpora import write_corpus
 

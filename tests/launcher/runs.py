@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import efflaunch
-from efflaunch.launcher.metrics_file import newest_step
-from efflaunch.launcher.state import RunState, read_state
+from efflaunch.launcher.rundir.metrics_reader import newest_step
+from efflaunch.launcher.rundir.state import RunState, read_state
 
 HERE = Path(__file__).resolve().parent
 BASE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain")

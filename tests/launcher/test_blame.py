@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from efflaunch.launcher.nodes.blame import blame, exclusions
+from efflaunch.launcher.nodes.faulty_nodes import blame, exclusions
+from efflaunch.launcher.rundir.state import Attempt, Failure
 from efflaunch.launcher.slurm.hosts import expand_hosts, lost_hosts
-from efflaunch.launcher.state import Attempt, Failure
 
 HOSTS = ("n0", "n1", "n2", "n3")
 

@@ -13,8 +13,8 @@ from efflaunch.bench.chaos import State
 from efflaunch.checkpoint import files
 from efflaunch.checkpoint.config import Replica
 from efflaunch.launcher.cli import main
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.rundir import make_run_dir, store_config
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli
-from efflaunch.launcher.completion import SHELLS, complete, script
-from efflaunch.launcher.schema import config_keys
+from efflaunch.launcher.commands.completion import SHELLS, complete, script
+from efflaunch.launcher.config.schema import config_keys
 from efflaunch.tests.launcher.runs import environment
 
 COMMANDS = ["train", "plan", "resume", "status", "checkpoints", "explain", "simulate", "export", "completion"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import EXIT_USER, ConfigError
-from efflaunch.launcher.compose import compose, compose_group
-from efflaunch.launcher.groups import EXPERIMENT, GROUPS, first_comment, option_file, options
-from efflaunch.launcher.schema import dump_config
+from efflaunch.launcher.config.compose import compose, compose_group
+from efflaunch.launcher.config.conf_groups import EXPERIMENT, GROUPS, first_comment, option_file, options
+from efflaunch.launcher.config.schema import dump_config
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "experiments"
 UPDATE = "EFFLAUNCH_UPDATE_GOLDEN"

@@ -14,13 +14,13 @@ import pytest
 
 from efflaunch.decode import decode
 from efflaunch.errors import EXIT_RETRY, EXIT_USER, ConfigError
+from efflaunch.estimate.measured.profile import Profile, ProfileKey, find_profile, load_profiles, save_profile
 from efflaunch.launcher import cli
-from efflaunch.launcher.backends.local import LocalLauncher
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.metrics_file import MetricsFollower
-from efflaunch.launcher.rundir import HASH_FILE, RUN_FILE, make_run_dir, read_run, store_config, write_run
-from efflaunch.launcher.state import STATE_FILE, Attempt, Failure, RunState, mend_state, new_state, read_state, write_state
-from efflaunch.parallel.profile import Profile, ProfileKey, find_profile, load_profiles, save_profile
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.local import LocalLauncher
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.run_dir import HASH_FILE, RUN_FILE, make_run_dir, read_run, store_config, write_run
+from efflaunch.launcher.rundir.state import STATE_FILE, Attempt, Failure, RunState, mend_state, new_state, read_state, write_state
 
 DAMAGE = (b"", b"\x00" * 20, b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"{}", b"[" * 5000, b'{"a": 1e999}', b"key: [")
 
@@ -65,7 +65,9 @@ def test_a_state_is_read_as_written(run_dir: Path) -> None:
     assert mend_state(run_dir) is None and known.attempts[0].hosts == ("a", "b")
 
 
-@pytest.mark.parametrize("change", [{"pid": -1}, {"pid": 0}, {"pid": "1"}, {"attempts": "abc"}, {"attempts": [3]}, {"started": None}, {"new": 1}])
+@pytest.mark.parametrize(
+    "change", [{"pid": -1}, {"pid": 0}, {"pid": "1"}, {"attempts": "abc"}, {"attempts": [3]}, {"started": None}, {"new": 1}]
+)
 def test_a_state_with_another_meaning_is_refused(run_dir: Path, change: dict[str, Any]) -> None:
     """A process number of -1 would signal every process of the user."""
     data = json.loads((run_dir / STATE_FILE).read_text())
@@ -102,14 +104,28 @@ def test_a_kill_between_two_files_of_a_revision_is_repaired(run_dir: Path) -> No
 
 def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = [{"rank": 0, "tokens": 5, "peak_bytes": 7}]
-    step = {"event": "step", "step": 1, "loss": 2.0, "step_s": 1.0, "total_tokens": 9, "tokens_per_s": 9.0, "lr": 1.0, "plan": "p", "ranks": ranks}
+    step = {
+        "event": "step",
+        "step": 1,
+        "loss": 2.0,
+        "step_s": 1.0,
+        "total_tokens": 9,
+        "tokens_per_s": 9.0,
+        "lr": 1.0,
+        "plan": "p",
+        "ranks": ranks,
+    }
     start = {"event": "start", "steps": 20, "world_size": 4, "parameters": 10}
     broken: list[Any] = [{**step, name: value} for name in step if name != "event" for value in ("x", [1], {"a": 1}, True, -1e400)]
     broken += [{**start, name: value} for name in start if name != "event" for value in ("x", -1, None, [])]
-    broken += [{"event": name} for name in ("step", "start", "checkpoint_failed", "planner_failed", "drift", "certificate", "stragglers", "score")]
+    broken += [
+        {"event": name} for name in ("step", "start", "checkpoint_failed", "planner_failed", "drift", "certificate", "stragglers", "score")
+    ]
     broken += [{**step, "ranks": [{}]}, {**start, "certificate": {"place": 3}}, {"event": "drift", "measured_over_predicted": {"2": "x"}}]
     lines = [json.dumps(item) for item in broken]
-    (run_dir / "metrics.jsonl").write_text("\n".join([json.dumps(start), *lines, "[" * 5000, "\x00", json.dumps(step), '{"event": "st']) + "\n")
+    (run_dir / "metrics.jsonl").write_text(
+        "\n".join([json.dumps(start), *lines, "[" * 5000, "\x00", json.dumps(step), '{"event": "st']) + "\n"
+    )
     assert MetricsFollower(run_dir).read() == [start, step]
     for command in ("status", "explain"):
         code, told = said(capsys, command, str(run_dir), *(["--json"] if command == "status" else []))
@@ -138,7 +154,9 @@ def test_a_damaged_profile_never_blocks(tmp_path: Path, monkeypatch: pytest.Monk
         load_profiles(path)
 
 
-def test_an_error_nobody_foresaw_is_one_paragraph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_error_nobody_foresaw_is_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrstuvwxyz0123")
@@ -179,7 +197,8 @@ def test_numbers_of_options_have_ranges(capsys: pytest.CaptureFixture[str], word
 
 
 def test_a_start_mends_a_damaged_state(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from efflaunch.launcher.backends import Launch, local
+    from efflaunch.launcher import local
+    from efflaunch.launcher.backend import Launch
 
     (run_dir / STATE_FILE).write_bytes(b"{")
     monkeypatch.setattr(local, "run", lambda *given, **named: 0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher import state
-from efflaunch.launcher.backends import Standing
-from efflaunch.launcher.backends.slurm import SlurmLauncher
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.rundir import make_run_dir, store_config
+from efflaunch.launcher.backend import Standing
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.rundir import state
+from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
+from efflaunch.launcher.slurm.launcher import SlurmLauncher
 from efflaunch.launcher.start import check_elsewhere
 
 LOCAL = compose(["+experiment=quickstart", "run.id=run"])

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import TCPStore
 
-from efflaunch.launcher.elastic import LOOPBACK
-from efflaunch.launcher.nodes import ends
-from efflaunch.launcher.nodes.ends import Ends
+from efflaunch.launcher.agent.elastic import LOOPBACK
+from efflaunch.launcher.nodes import gather_ends as ends
+from efflaunch.launcher.nodes.gather_ends import Ends
 
 NODES = 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.env import ALLOCATOR, rank_environment
 
 

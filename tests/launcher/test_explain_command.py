@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from efflaunch.launcher import cli
-from efflaunch.launcher.sequence_plan import explain_plan, plan_name, step_cost
+from efflaunch.launcher.commands.sequence_plan import explain_plan, plan_name, step_cost
 from efflaunch.tests.launcher.planned_run import make_run
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.launcher.test_plan_command import flat

@@ -12,23 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from efflaunch.cluster.config import Device
 from efflaunch.errors import EXIT_USER, ConfigError
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.fit import (
-    Gpu,
-    Machine,
-    MachineError,
-    available_memory,
-    check_config,
-    check_free,
-    check_machine,
-    check_node,
-    find_gpus,
-    local_overrides,
-    this_machine,
-)
-from efflaunch.launcher.plan_command import plan
-from efflaunch.parallel.config import Device
+from efflaunch.launcher.config.checks import check_config
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import plan
+from efflaunch.launcher.hardware import Gpu, Machine, available_memory, find_gpus, this_machine
+from efflaunch.launcher.machine_checks import MachineError, check_free, check_machine, check_node, local_overrides
 from efflaunch.tests.launcher.runs import environment
 
 GIB = 1 << 30
@@ -215,7 +205,7 @@ def test_nothing_is_looked_at_where_nothing_is_moved() -> None:
 
 def test_looking_at_the_directory_imports_no_torch() -> None:
     code = (
-        "import sys; from efflaunch.launcher.compose import compose; from efflaunch.launcher.fit import check_machine;"
+        "import sys; from efflaunch.launcher.config.compose import compose; from efflaunch.launcher.machine_checks import check_machine;"
         "check_machine(compose(['+experiment=quickstart', 'memory=alst', 'memory.offload_dir=/tmp'])); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120, check=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from efflaunch.launcher.backends import Launch, grace_note
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.grace import Forecast, GraceWatch, measured, planned
-from efflaunch.launcher.plan_command import plan
+from efflaunch.launcher.backend import Launch, grace_note
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import plan
+from efflaunch.launcher.stop_forecast import Forecast, GraceWatch, measured, planned
 
 
 def step(seconds: float) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from efflaunch.launcher import procfs
-from efflaunch.launcher.hang_others import StoreOthers
-from efflaunch.launcher.metrics_file import MetricsFollower
-from efflaunch.launcher.procfs import NOT_INSTALLED, find_spy, kernel_view, native_stacks, process_state, spied_frames
-from efflaunch.launcher.progress import Progress
-from efflaunch.launcher.watch import Frame
+from efflaunch.launcher.agent import procfs
+from efflaunch.launcher.agent.hang_store import StoreOthers
+from efflaunch.launcher.agent.hang_verdict import Frame
+from efflaunch.launcher.agent.procfs import NOT_INSTALLED, find_spy, kernel_view, native_stacks, process_state, spied_frames
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.tests.launcher.runs import Run, environment, train, wait_until
 
 pytestmark = pytest.mark.timeout(240)
@@ -28,7 +28,7 @@ SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s
 
 
 def losses(run: Run) -> dict[int, float]:
-    return Progress().apply(MetricsFollower(run.run_dir).read()).losses
+    return RunProgress().apply(MetricsFollower(run.run_dir).read()).losses
 
 
 def stacks(run: Run, rank: int) -> str:
@@ -61,7 +61,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     assert "the process is stopped, so it cannot write them" in stacks(run, 1) and "T (stopped)" in stacks(run, 1)
     assert "in one_step" in stacks(run, 0) and "all_reduce" in stacks(run, 0)
     if find_spy():
-        assert "go_wrong" in failure.traceback and "launcher/agent.py" not in failure.traceback
+        assert "go_wrong" in failure.traceback and "launcher/agent/agent.py" not in failure.traceback
 
 
 def test_a_blocked_rank_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_agents_find_out_together() -> None:
 def test_an_agent_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed import TCPStore
 
-    from efflaunch.launcher import hang_others
+    from efflaunch.launcher.agent import hang_store as hang_others
 
     monkeypatch.setattr(hang_others, "_ANSWER_S", 1.0)
     head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))

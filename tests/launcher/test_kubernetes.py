@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.config import Backend, Config
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.run_config import Backend, Config
 from efflaunch.launcher.ray.request import STOP_MARGIN_S, check_ray, demand
 
 FILE = Path(__file__).resolve().parent.parent.parent / "docs" / "kubernetes" / "rayjob.yaml"

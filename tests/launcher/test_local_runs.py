@@ -11,17 +11,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from efflaunch.launcher.lock import is_locked
-from efflaunch.launcher.metrics_file import MetricsFollower, checkpoint_steps
-from efflaunch.launcher.progress import Progress
-from efflaunch.launcher.rundir import read_run
+from efflaunch.launcher.rundir.lock import is_locked
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, checkpoint_steps
+from efflaunch.launcher.rundir.progress import RunProgress
+from efflaunch.launcher.rundir.run_dir import read_run
 from efflaunch.tests.launcher.runs import Run, descendants, is_alive, train, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def losses(run: Run) -> dict[int, float]:
-    return Progress().apply(MetricsFollower(run.run_dir).read()).losses
+    return RunProgress().apply(MetricsFollower(run.run_dir).read()).losses
 
 
 def test_a_run_to_the_end_and_on(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher import lock
-from efflaunch.launcher.lock import STALE_S, Owner, Presence, holding, is_held, is_locked, lock_run, release, this_machine_id
+from efflaunch.launcher.rundir import lock
+from efflaunch.launcher.rundir.lock import STALE_S, Owner, Presence, holding, is_held, is_locked, lock_run, release, this_machine_id
 from efflaunch.tests.launcher.runs import environment
 
 THERE = Owner(host="n7", pid=4711, machine="another kernel", since=time.time() - 7500, key="theirs")
@@ -51,7 +51,7 @@ def test_who_is_believed(owner: Owner | None, age_s: float, trusted: bool, held:
 def test_second_is_told_who_and_since_when(tmp_path: Path) -> None:
     """By a process of its own, as flock counts by open files."""
     with holding(tmp_path):
-        code = "import sys; from pathlib import Path; from efflaunch.launcher.lock import lock_run; lock_run(Path(sys.argv[1]))"
+        code = "import sys; from pathlib import Path; from efflaunch.launcher.rundir.lock import lock_run; lock_run(Path(sys.argv[1]))"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120)
         assert is_locked(tmp_path)
     who = f"found process {os.getpid()} on {re.escape(socket.gethostname())}"
@@ -90,7 +90,7 @@ def test_given_back_is_free_on_every_node(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_killed_holder_of_this_machine_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from efflaunch.launcher.lock import lock_run;"
+        "import os, signal, sys; from pathlib import Path; from efflaunch.launcher.rundir.lock import lock_run;"
         "lock_run(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), timeout=120)

@@ -11,10 +11,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from efflaunch.errors import EXIT_USER, ConfigError, UserError
-from efflaunch.launcher.compose import check_config, compose
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.schema import dump_config, load_config, walk_fields
-from efflaunch.launcher.sizes import settle_nodes
+from efflaunch.launcher.config.compose import check_config, compose
+from efflaunch.launcher.config.node_range import resolve_nodes
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.launcher.config.schema import dump_config, load_config, walk_fields
 from efflaunch.ranges import Range, ranges_of
 from efflaunch.tests.launcher.test_schema import with_value
 
@@ -22,7 +22,15 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "numeric_ranges.txt
 UPDATE = "EFFLAUNCH_UPDATE_GOLDEN"
 NONSENSE: tuple[Any, ...] = (0, -1, -0.5, math.nan, math.inf, -math.inf, 10**30, 10**5000, 1e308, "nan", "1e400", "-1h", "0:0", True)
 TAKES_ZERO = {
-    *("train.seed", "train.z_loss", "train.grpo_kl_weight", "optim.betas", "optim.weight_decay", "optim.warmup_steps", "optim.min_lr_ratio"),
+    *(
+        "train.seed",
+        "train.z_loss",
+        "train.grpo_kl_weight",
+        "optim.betas",
+        "optim.weight_decay",
+        "optim.warmup_steps",
+        "optim.min_lr_ratio",
+    ),
     *("parallel.plan_patience_s", "memory.host_fraction", "memory.host_budget", "checkpoint.max_slowdown"),
     *("launcher.max_restarts", "launcher.slurm.max_preemptions", "launcher.slurm.max_excluded", "launcher.ray.max_preemptions"),
     *("launcher.ray.max_excluded", "launcher.ray.max_upload_bytes", "launcher.ray.driver_cpus"),
@@ -78,7 +86,7 @@ def test_nonsense_is_refused_or_right(plain: dict[str, Any], key: str) -> None:
         numbers = isinstance(number, (int, float)) and not isinstance(number, bool)
         if numbers and number in allowed and (float(number).is_integer() or "float" in str(hint)):
             # Right by itself; with the other keys it is right, or refused as a mistake of the user.
-            config = settle_nodes(load_config(data))
+            config = resolve_nodes(load_config(data))
             try:
                 check_config(config)
             except UserError as error:
@@ -110,7 +118,10 @@ def test_what_is_said(plain: dict[str, Any]) -> None:
         "optim.lr: found a number that is not one (NaN); expected more than 0, at most 1,000.\n  Try: optim.lr=0.0003, or what you need"
     )
     assert message("optim.betas", [0.9, 1]) == "optim.betas[1]: found 1; expected 0 to below 1.\n  Try: optim.betas=[0.9,0.95]"
-    assert message("launcher.nodes", "2:0") == "launcher.nodes: found 0; expected 1 or more, at most 65,536.\n  Try: launcher.nodes=null, or a number such as 1"
+    assert (
+        message("launcher.nodes", "2:0")
+        == "launcher.nodes: found 0; expected 1 or more, at most 65,536.\n  Try: launcher.nodes=null, or a number such as 1"
+    )
     assert message("launcher.grace_s", "-5m").startswith(
         "launcher.grace_s: found the text '-5m'; expected seconds as a number or like 90, 15m, 4h, more than 0, at most 1.2096e+06."
     )

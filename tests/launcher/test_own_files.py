@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import EXIT_USER, ConfigError
-from efflaunch.launcher.compose import compose, compose_group
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.help import train_help
+from efflaunch.launcher.commands.help import train_help
+from efflaunch.launcher.config.compose import compose, compose_group
+from efflaunch.launcher.config.run_config import Config
 
 BARE = ["model=tiny", "data=stdlib", "cluster=local_cpu", "train.steps=20", "parallel.tokens_per_rank=4K"]
 
@@ -30,7 +30,11 @@ def refused(folder: Path | None, *words: str) -> str:
 
 def test_an_option_with_a_shipped_name_wins(tmp_path: Path) -> None:
     put(tmp_path / "my 'own, [dir]", "optim/adamw.yaml", "# Mine.\nname: adamw\nlr: 0.25\n")
-    put(tmp_path / "my 'own, [dir]", "experiment/quickstart.yaml", "# @package _global_\n# Mine.\nexperiment: quickstart\noptim: {lr: 0.125}\n")
+    put(
+        tmp_path / "my 'own, [dir]",
+        "experiment/quickstart.yaml",
+        "# @package _global_\n# Mine.\nexperiment: quickstart\noptim: {lr: 0.125}\n",
+    )
     folder = str(tmp_path / "my 'own, [dir]")
 
     def made(*words: str) -> Config:
@@ -48,7 +52,9 @@ def test_a_shipped_option_is_not_extended_under_its_own_name(tmp_path: Path) -> 
     assert text.startswith(f"file {file}: found itself in its defaults list") and "my_adamw.yaml" in text
 
 
-@pytest.mark.parametrize("word", ["hydra.run.dir=x", "+hydra.verbose=true", "hydra={run: {dir: x}}", "hydra/job_logging=none", "++hydra.sweep.dir=x"])
+@pytest.mark.parametrize(
+    "word", ["hydra.run.dir=x", "+hydra.verbose=true", "hydra={run: {dir: x}}", "hydra/job_logging=none", "++hydra.sweep.dir=x"]
+)
 def test_settings_of_hydra_are_refused(word: str) -> None:
     text = refused(None, *BARE, word)
     assert text.startswith(f"argument {word!r}: found a setting of Hydra; expected keys of efflaunch") and "run.root=DIR" in text
@@ -84,7 +90,9 @@ def test_other_files_may_lie_there(tmp_path: Path) -> None:
     assert compose(BARE, str(tmp_path)).model.name == "tiny"
 
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,10 @@ def test_malformed_files_are_named_with_the_line(tmp_path: Path, content: str | 
     assert text.startswith(f"file {file}") and found in text
 
 
-@pytest.mark.parametrize("content", ["name: ${\n", "name: ${nowhere}\n", "defaults: [nowhere]\n", "name: ${oc.env:NO_SUCH_VARIABLE}\n", "# @package train\nsteps: 3\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["name: ${\n", "name: ${nowhere}\n", "defaults: [nowhere]\n", "name: ${oc.env:NO_SUCH_VARIABLE}\n", "# @package train\nsteps: 3\n"],
+)
 def test_files_that_do_not_compose_are_refused(tmp_path: Path, content: str) -> None:
     put(tmp_path, "optim/mine.yaml", content)
     assert refused(tmp_path, *BARE, "optim=mine")

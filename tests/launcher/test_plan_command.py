@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from rich.text import Text
 
+from efflaunch.estimate.footprint.term import Phase, Term
+from efflaunch.estimate.ledger import Account
 from efflaunch.launcher import cli
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.plan_command import main, plan
-from efflaunch.launcher.plan_view import _spare
-from efflaunch.memory.ledger import Account
-from efflaunch.memory.setting import Phase, Term
+from efflaunch.launcher.commands.plan import main
+from efflaunch.launcher.commands.plan_view import _spare
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import plan
+from efflaunch.launcher.config.run_config import Config
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))

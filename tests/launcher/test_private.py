@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher.rundir import make_run_dir
+from efflaunch.launcher.rundir.run_dir import make_run_dir
 
 
 def mode(path: Path) -> int:

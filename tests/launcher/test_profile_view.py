@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.plan_command import hardware_of, main, plan
-from efflaunch.launcher.profile_command import show
-from efflaunch.memory.rates import activation_way, gb_per_s, host_way
-from efflaunch.parallel.profile import Profile, ProfileKey, save_profile
-from efflaunch.parallel.rates import Copies, MachineRates
+from efflaunch.cluster.rates import Copies, MachineRates
+from efflaunch.estimate.measured.profile import Profile, ProfileKey, save_profile
+from efflaunch.estimate.timing.bandwidth import gb_per_s, host_link, offload_link
+from efflaunch.launcher.commands.plan import main
+from efflaunch.launcher.commands.profile import show
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import hardware_of, plan
 
 WORDS = ["+experiment=quickstart", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=8K"]
 
@@ -50,16 +51,16 @@ def test_a_plan_goes_by_the_profile_and_says_so(
     monkeypatch.chdir(tmp_path)
     words = [*WORDS, "memory=alst", "memory.chunk_tokens=1K"]
     before = plan(compose(words)).setting
-    assert host_way(before).source == "cluster.host_link_bandwidth" and before.measured is None
+    assert host_link(before).source == "cluster.host_link_bandwidth" and before.measured is None
     save_profile(tmp_path / "profile.yaml", measured("/local"))
     s = plan(compose(words)).setting
-    assert (host_way(s).out, host_way(s).back) == (2.5e9, 4e9)
+    assert (host_link(s).out, host_link(s).back) == (2.5e9, 4e9)
     assert main(compose(words), False) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "copies to the host run at 2.5 GB/s, back at 4 GB/s a rank, both ways at once 2 GB/s each" in shown
     assert "measured of 2026-01-01 00:00 UTC on" in shown and "a rank (measured" in shown and "profile.yaml" in shown
     filed = plan(compose([*words, "memory.offload_dir=/local"])).setting
-    assert activation_way(filed).out == 1.5e9
+    assert offload_link(filed).out == 1.5e9
     other = plan(compose([*words, "memory.offload_dir=/other", "cluster.disk_write_bandwidth=2e9"])).setting
-    assert activation_way(other).out == 1e9 and activation_way(other).source == "cluster.disk_write_bandwidth over 2 ranks"
+    assert offload_link(other).out == 1e9 and offload_link(other).source == "cluster.disk_write_bandwidth over 2 ranks"
     assert plan(compose(["+experiment=quickstart"])).setting.measured is None, "four ranks a node were not measured"

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from efflaunch.launcher import state as states
-from efflaunch.launcher import status_command
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.display import LiveDisplay, PlainDisplay
-from efflaunch.launcher.lock import lock_run
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
-from efflaunch.launcher.progress import Progress, step_line, summary_lines
-from efflaunch.launcher.rundir import config_diff, make_run_dir, read_run, store_config
-from efflaunch.launcher.start import changed
-from efflaunch.launcher.state import Attempt, Failure, new_state, read_state, write_state
+from efflaunch.launcher.commands import status as status_command
+from efflaunch.launcher.config.compose import changed, compose
+from efflaunch.launcher.live_display import LiveDisplay, PlainDisplay
+from efflaunch.launcher.rundir import state as states
+from efflaunch.launcher.rundir.lock import lock_run
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.progress import RunProgress, step_line, summary_lines
+from efflaunch.launcher.rundir.run_dir import config_diff, make_run_dir, read_run, store_config
+from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
 
 
 def start(step: int = 1, resumed_from: int | None = None) -> dict[str, Any]:
@@ -41,27 +40,27 @@ def step(number: int, loss: float, step_s: float = 2.0, peak: int = 1 << 30) -> 
 
 
 def test_pace_leaves_the_first_step_out() -> None:
-    progress = Progress().apply([start(), step(1, 9.0, step_s=30.0), step(2, 8.0), step(3, 7.0, step_s=4.0)])
+    progress = RunProgress().apply([start(), step(1, 9.0, step_s=30.0), step(2, 8.0), step(3, 7.0, step_s=4.0)])
     assert progress.seconds_per_step == 3.0 and progress.time_left_s == 21.0
     assert step_line(progress) == "step 3/10  loss 7.0000  50 tokens/s  grad 0.500  lr 1.00e-03  4.00 s  21 s to go  [0+2: 3 seq]"
 
 
 def test_lost_steps_are_forgotten_on_resume() -> None:
     events = [start(), step(1, 9.0), step(2, 8.0), step(3, 1.0), start(3, resumed_from=2)]
-    progress = Progress().apply(events)
+    progress = RunProgress().apply(events)
     assert progress.losses == {1: 9.0, 2: 8.0} and progress.step == 2
     assert progress.apply([step(3, 7.0)]).losses[3] == 7.0
 
 
 def test_summary() -> None:
-    progress = Progress().apply([start(), step(1, 9.0, peak=3 << 30), step(2, 8.0)])
+    progress = RunProgress().apply([start(), step(1, 9.0, peak=3 << 30), step(2, 8.0)])
     assert dict(summary_lines(progress)) == {
         "steps": "2 of 10",
         "loss": "9.0000 at step 1, 8.0000 at step 2",
         "tokens": "200, 4.00 s of training",
         "peak memory": "rank 0 3.0 GiB, rank 1 2.0 GiB",
     }
-    assert summary_lines(Progress()) == []
+    assert summary_lines(RunProgress()) == []
 
 
 def test_follower_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ def test_revisions(run_dir: Path) -> None:
 
 
 def test_resume_overrides(run_dir: Path) -> None:
-    from efflaunch.launcher.overrides import parse_overrides
+    from efflaunch.launcher.config.overrides import parse_overrides
 
     config = read_run(run_dir).config
     new = changed(config, parse_overrides(["train.steps=99", "memory=keep", "optim.grad_clip=null", "data.max_seq_len=4K"]), None)

@@ -12,20 +12,20 @@ import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.backends.ray import RayLauncher, reconcile
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.nodes.decide import Verdict
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.launcher.nodes.next_action import Verdict
 from efflaunch.launcher.nodes.outcome import gather, store_queued
 from efflaunch.launcher.ray import client, files
 from efflaunch.launcher.ray.attempts import Driver
 from efflaunch.launcher.ray.client import JobFacts
 from efflaunch.launcher.ray.driver import check_shared
+from efflaunch.launcher.ray.launcher import RayLauncher, reconcile
 from efflaunch.launcher.ray.placement import NodeOffer, demand_table, fitting, no_placement
 from efflaunch.launcher.ray.request import Caller, check_address, check_ray, demand, describe_request, job_request
 from efflaunch.launcher.ray.upload import measure, stage
-from efflaunch.launcher.rundir import attempt_dir, make_run_dir, write_run
-from efflaunch.launcher.state import ACTIVE, Attempt, RunState, end_attempt, new_state, read_state, write_state
+from efflaunch.launcher.rundir.run_dir import attempt_dir, make_run_dir, write_run
+from efflaunch.launcher.rundir.state import ACTIVE, Attempt, RunState, end_attempt, new_state, read_state, write_state
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "ray"
 AWAY = ("launcher=ray", "launcher.ray.address=http://head:8265")
@@ -114,7 +114,7 @@ def test_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_ONE", raising=False)
     launch = start.place_of(config(*AWAY))
     with pytest.raises(ConfigError, match=r"launcher\.ray\.env: found no NO_SUCH_ONE here"):
-        from efflaunch.launcher.backends import Launch
+        from efflaunch.launcher.backend import Launch
 
         RayLauncher().describe(Launch(config=config(*AWAY, "launcher.ray.env=[NO_SUCH_ONE]"), run_dir=launch))
 

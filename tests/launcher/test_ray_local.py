@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from efflaunch.launcher.metrics_file import MetricsFollower
-from efflaunch.launcher.progress import Progress
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.tests.launcher.runs import BASE, Run, descendants, is_alive
 
 pytestmark = [
@@ -35,10 +35,10 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert not any(token in " ".join(psutil.Process(pid).cmdline()) for pid in below)
     run.send(signal.SIGINT)
     assert run.wait() == 75, run.text()
-    saved = max(Progress().apply(MetricsFollower(run.run_dir).read()).losses)
+    saved = max(RunProgress().apply(MetricsFollower(run.run_dir).read()).losses)
     assert (run.run_dir / "checkpoints" / f"step-{saved:08d}" / "COMMIT").is_file() and "stopped and saved" in run.text()
     assert not [pid for pid in below if is_alive(pid)] and not home.exists()
 
     again = Run(tmp_path, "resume", "runs/run", f"train.steps={saved + 4}")
     assert again.wait() == 0, again.text()
-    assert max(Progress().apply(MetricsFollower(run.run_dir).read()).losses) == saved + 4
+    assert max(RunProgress().apply(MetricsFollower(run.run_dir).read()).losses) == saved + 4

@@ -13,8 +13,8 @@ import pytest
 
 from efflaunch.bench.clusters.ray import RayCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import newest_step
 from efflaunch.launcher.ray.files import read_submission
+from efflaunch.launcher.rundir.metrics_reader import newest_step
 from efflaunch.tests.launcher.cluster_jobs import ClusterJob, losses, run_efflaunch
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.test_real_runs import BASE as REAL

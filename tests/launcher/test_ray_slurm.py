@@ -12,10 +12,10 @@ import pytest
 from efflaunch.bench.clusters.ray import why_not as why_no_ray
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
-from efflaunch.launcher.progress import Progress
 from efflaunch.launcher.ray.on_slurm import ray_command
-from efflaunch.launcher.state import read_state
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.progress import RunProgress
+from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import HERE, environment
 
 REASON = why_not() or why_no_ray()
@@ -69,7 +69,7 @@ def test_told_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) 
     assert cluster.wait_for(job, *ENDED) == "COMPLETED", output.read_text()
     known = read_state(run_dir)
     assert known is not None and [attempt.exit_code for attempt in known.attempts] == [75, 0] and known.attempts[0].last_step < 150
-    losses = Progress().apply(MetricsFollower(run_dir).read()).losses
+    losses = RunProgress().apply(MetricsFollower(run_dir).read()).losses
     assert losses == {step: 10.0 / step for step in range(1, 151)}
     assert " Restarts=1 " in cluster.run("scontrol", "show", "job", "-o", str(job))
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")

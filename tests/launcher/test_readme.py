@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.launcher import cli, completion, data_command, start, status_command
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.rundir import make_run_dir, store_config
+from efflaunch.launcher import cli, start
+from efflaunch.launcher.commands import completion
+from efflaunch.launcher.commands import data as data_command
+from efflaunch.launcher.commands import status as status_command
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = sorted({" ".join(found.split()) for found in re.findall(r"`efflaunch ([^`]+)`", (ROOT / "README.md").read_text())})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.launcher.restarts import Outcome, RankReport, first_failure, next_action
+from efflaunch.launcher.agent.restart_policy import AttemptOutcome, RankReport, first_failure, next_action
 
 CRASH = 1
 
@@ -16,8 +16,8 @@ def run(
 ) -> tuple[bool, int, str]:
     """Feed crashes that got to `steps`, the last one ending with `last_code`."""
     *earlier, last = steps
-    history = [Outcome(exit_code=CRASH, step=step) for step in earlier]
-    outcome = Outcome(exit_code=last_code, step=last)
+    history = [AttemptOutcome(exit_code=CRASH, step=step) for step in earlier]
+    outcome = AttemptOutcome(exit_code=last_code, step=last)
     action = next_action(outcome, history, start_step=start_step, max_restarts=max_restarts, stopping=stopping)
     return action.restart, action.exit_code, action.reason
 

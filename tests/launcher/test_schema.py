@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.errors import EXIT_USER, ConfigError
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.schema import config_keys, dump_config, load_config
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.launcher.config.schema import config_keys, dump_config, load_config
 
 
 @pytest.fixture(scope="module")

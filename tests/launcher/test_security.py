@@ -17,12 +17,12 @@ import psutil
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher import worker
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.metrics_file import checkpoint_steps, newest_step
-from efflaunch.launcher.overrides import parse_overrides
-from efflaunch.launcher.secret import find_secret, is_secret_name, redact, secrets_of
-from efflaunch.launcher.start import changed, show_launch
+from efflaunch.launcher.agent import worker
+from efflaunch.launcher.config.compose import changed, compose
+from efflaunch.launcher.config.overrides import parse_overrides
+from efflaunch.launcher.config.secrets import find_secret, is_secret_name, redact, secrets_of
+from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps, newest_step
+from efflaunch.launcher.start import show_launch
 from efflaunch.tests.launcher.runs import environment, wait_until
 from efflaunch.tests.test_real_runs import BASE, make_corpus
 

@@ -10,10 +10,10 @@ import pytest
 
 from efflaunch.errors import PlanError
 from efflaunch.launcher import cli
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.plan_step_command import draw_step_lengths
-from efflaunch.launcher.sequence_plan import step_cost
-from efflaunch.launcher.simulate_command import Request, step_lengths
+from efflaunch.launcher.commands.plan_step import draw_step_lengths
+from efflaunch.launcher.commands.sequence_plan import step_cost
+from efflaunch.launcher.commands.simulate import SimulateRequest, step_lengths
+from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.sequence.plan import StepPlan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy
 from efflaunch.parallel.simulate import Contestant, gaps, rows, simulate
@@ -105,7 +105,7 @@ def test_a_step_holds_the_tokens_of_a_batch_where_no_number_is_given() -> None:
     config = compose(NODES)
     lengths = draw_step_lengths(config, "wikipedia", None, 5)
     assert sum(lengths[:-1]) < config.data.global_batch_tokens <= sum(lengths)
-    request = Request(lengths="wikipedia", sequences=None, seed=5, steps=2, flexsp_steps=0, flexsp_s=1.0)
+    request = SimulateRequest(lengths="wikipedia", sequences=None, seed=5, steps=2, flexsp_steps=0, flexsp_s=1.0)
     for step in step_lengths(config, request):
         assert sum(step[:-1]) < config.data.global_batch_tokens <= sum(step)
 

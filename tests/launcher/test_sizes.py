@@ -9,13 +9,14 @@ import pytest
 
 from efflaunch.errors import ConfigError, PlanError
 from efflaunch.launcher import start
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.overrides import parse_overrides
-from efflaunch.launcher.plan_command import plan
-from efflaunch.launcher.rundir import make_run_dir, read_attempt, store_config, write_attempt
-from efflaunch.launcher.schema import dump_config, load_config
-from efflaunch.launcher.sizes import NodeRange, Room, check_room, node_range, size_for, sized, usable
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import plan
+from efflaunch.launcher.config.node_range import NodeRange, node_range
+from efflaunch.launcher.config.overrides import parse_overrides
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.launcher.config.schema import dump_config, load_config
+from efflaunch.launcher.elastic_nodes import MemoryCheck, check_nodes_memory, size_for, sized, usable
+from efflaunch.launcher.rundir.run_dir import make_run_dir, read_attempt, store_config, write_attempt
 from efflaunch.units import parse_nodes
 
 BASE = ("+experiment=quickstart", "launcher=slurm", "cluster.ranks_per_node=2")
@@ -30,7 +31,7 @@ def roomy(config: Config) -> None:
     """Any memory plan does."""
 
 
-def never(*sizes: int) -> Room:
+def never(*sizes: int) -> MemoryCheck:
     """A room in which these numbers of nodes have too little memory."""
 
     def room(config: Config) -> None:
@@ -145,7 +146,7 @@ def test_memory_is_planned_anew() -> None:
     assert waits.waits and "2 nodes to be had, 3 needed at least; 2 nodes would not do (memory: " in waits.reason
     two = replace(three.config, cluster=replace(config.cluster, num_nodes=2))
     with pytest.raises(ConfigError, match=r"GiB at least on each GPU of 80\.0 GiB: .*optimizer states"):
-        check_room(two)
+        check_nodes_memory(two)
 
 
 def test_what_an_attempt_keeps(tmp_path: Path) -> None:

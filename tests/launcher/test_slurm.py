@@ -13,18 +13,18 @@ import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.backends.slurm import reconcile, template_text
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.agent.restart_policy import AttemptOutcome
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.node_range import NodeRange
 from efflaunch.launcher.nodes import address
-from efflaunch.launcher.nodes.decide import Limits, Verdict, decide
 from efflaunch.launcher.nodes.meeting import Meeting
+from efflaunch.launcher.nodes.next_action import Limits, Verdict, decide
 from efflaunch.launcher.nodes.preflight import NodeFacts, bad_hosts, check_nodes, table
-from efflaunch.launcher.restarts import Outcome
-from efflaunch.launcher.sizes import NodeRange
+from efflaunch.launcher.rundir.state import ACTIVE, new_state
 from efflaunch.launcher.slurm import control
 from efflaunch.launcher.slurm.array import render_array
+from efflaunch.launcher.slurm.launcher import reconcile, template_text
 from efflaunch.launcher.slurm.script import BatchJob, check_batch, format_time, render_sbatch
-from efflaunch.launcher.state import ACTIVE, new_state
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "slurm"
 SITE = (
@@ -159,12 +159,12 @@ LIMITS = Limits(max_restarts=2, max_preemptions=3, requeue=True, start_step=10)
     ],
 )
 def test_what_follows(history: list[tuple[int, int]], verdict: Verdict) -> None:
-    outcomes = [Outcome(exit_code=code, step=step) for code, step in history]
+    outcomes = [AttemptOutcome(exit_code=code, step=step) for code, step in history]
     assert decide(outcomes, LIMITS, cancelled=False, lost_node=False).verdict is verdict
 
 
 def test_what_follows_a_lost_node_and_a_cancel() -> None:
-    failed, saved = [Outcome(exit_code=1, step=11)], [Outcome(exit_code=75, step=11)]
+    failed, saved = [AttemptOutcome(exit_code=1, step=11)], [AttemptOutcome(exit_code=75, step=11)]
     fixed = replace(LIMITS, requeue=False)
     assert decide(failed, LIMITS, cancelled=False, lost_node=True).verdict is Verdict.REQUEUE
     assert decide(failed, fixed, cancelled=False, lost_node=True).verdict is Verdict.FAIL

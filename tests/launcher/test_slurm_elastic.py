@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.metrics_file import MetricsFollower, newest_step
-from efflaunch.launcher.rundir import read_attempt, read_run
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.run_dir import read_attempt, read_run
 from efflaunch.tests.launcher.cluster_jobs import losses
 from efflaunch.tests.launcher.runs import HERE, environment
 from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, submit

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.env import SlurmPlace, slurm_place
-from efflaunch.launcher.lock import lock_run
-from efflaunch.launcher.nodes.decide import Verdict
-from efflaunch.launcher.rundir import attempt_dir, read_attempt
+from efflaunch.launcher.nodes.next_action import Verdict
+from efflaunch.launcher.rundir.lock import lock_run
+from efflaunch.launcher.rundir.run_dir import attempt_dir, read_attempt
+from efflaunch.launcher.rundir.state import Failure, RunState, end_attempt, read_state, write_state
 from efflaunch.launcher.slurm import job
 from efflaunch.launcher.slurm.files import cancel_file, stop_asked, stop_file
-from efflaunch.launcher.state import Failure, RunState, end_attempt, read_state, write_state
 
 PLACE = SlurmPlace(job=17, restart=0, node=0, num_nodes=2, name="n0", step_nodes=2, hosts="n[0-1]")
 NEXT = replace(PLACE, restart=1)

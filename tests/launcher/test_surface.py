@@ -6,8 +6,8 @@ from pathlib import Path
 
 from efflaunch import errors
 from efflaunch.launcher.cli import SUMMARY
-from efflaunch.launcher.groups import EXPERIMENT, GROUPS, conf_dir
-from efflaunch.launcher.schema import config_keys
+from efflaunch.launcher.config.conf_groups import EXPERIMENT, GROUPS, conf_dir
+from efflaunch.launcher.config.schema import config_keys
 
 KEYS = Path(__file__).resolve().parent.parent / "golden" / "config_keys.txt"
 

@@ -8,8 +8,8 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.config import Config
-from efflaunch.launcher.sweep_command import expand, split_values
+from efflaunch.launcher.commands.sweep import expand, split_values
+from efflaunch.launcher.config.run_config import Config
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher import watch
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.fit import check_config
-from efflaunch.launcher.watch import (
+from efflaunch.launcher.agent import hang_verdict as watch
+from efflaunch.launcher.agent.hang_verdict import (
     Blame,
     Frame,
     Limits,
@@ -22,7 +20,9 @@ from efflaunch.launcher.watch import (
     short_file,
     training_frames,
 )
-from efflaunch.pulse import Beat
+from efflaunch.launcher.config.checks import check_config
+from efflaunch.launcher.config.compose import compose
+from efflaunch.utils.heartbeat import Beat
 
 LIMITS = Limits(factor=5.0, min_s=300.0, long_s=1800.0)
 SITE = "/venv/lib/python3.11/site-packages"
@@ -116,7 +116,7 @@ def test_a_backward_runs_in_a_thread_of_its_own() -> None:
 
 
 def test_files_are_named_from_the_package_on() -> None:
-    assert short_file(f"{OURS}/training/run.py") == "training/run.py"
+    assert short_file(f"{OURS}/training/run.py") == "training/trainer.py"
     assert short_file(f"{SITE}/torch/distributed/distributed_c10d.py") == "torch/distributed/distributed_c10d.py"
     assert short_file("/home/me/my_code/train.py") == "my_code/train.py"
 
@@ -124,7 +124,7 @@ def test_files_are_named_from_the_package_on() -> None:
 def test_a_stopped_process_is_to_blame() -> None:
     found = blame([rank(0, COLLECTIVE, GATHER), rank(1, READ, process="T (stopped)"), rank(2, COLLECTIVE, GATHER)])
     assert found.ranks == (1,) and "rank 1 on node-1 is stopped and cannot run" in found.reason
-    assert found.reason.endswith("the others wait at training/results.py:50 in gather_results")
+    assert found.reason.endswith("the others wait at training/reporting/step_results.py:50 in gather_results")
 
 
 def test_who_is_not_in_the_collective_is_to_blame() -> None:
@@ -153,7 +153,7 @@ def test_who_has_come_less_far_is_to_blame() -> None:
 
 def test_nobody_is_to_blame_where_all_are_at_one_place() -> None:
     found = blame([rank(0, COLLECTIVE, GATHER), rank(1, COLLECTIVE, GATHER)])
-    assert found.ranks == () and "all ranks are at training/results.py:50 in gather_results" in found.reason
+    assert found.ranks == () and "all ranks are at training/reporting/step_results.py:50 in gather_results" in found.reason
 
 
 def test_a_rank_alone_and_ranks_all_stopped() -> None:
@@ -179,9 +179,9 @@ def test_the_message_names_all_that_matters() -> None:
 def test_files_of_the_package_wherever_it_is_installed():
     """A checkout may have any name and hold its virtual environment; a package may be installed beside torch."""
     for file, name in (
-        (f"{HERE}/training/run.py", "training/run.py"),
-        (f"{OURS}/training/run.py", "training/run.py"),
-        (f"{SITE}/efflaunch/training/run.py", "training/run.py"),
+        (f"{HERE}/training/run.py", "training/trainer.py"),
+        (f"{OURS}/training/run.py", "training/trainer.py"),
+        (f"{SITE}/efflaunch/training/run.py", "training/trainer.py"),
         (f"{HERE}/.venv/lib/python3.11/site-packages/torch/distributed/x.py", "torch/distributed/x.py"),
         (f"{OURS}/.venv/lib/python3.11/site-packages/torch/distributed/x.py", "torch/distributed/x.py"),
     ):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from efflaunch.bench.traced import MODEL
-from efflaunch.memory.config import MemoryConfig, Place
-from efflaunch.memory.ledger import Ledger, build_ledger
-from efflaunch.parallel.config import ClusterConfig, Device, ParallelConfig
-from efflaunch.training.config import DataConfig, Dtype, Family, ModelConfig, TrainConfig
-from efflaunch.training.spec import model_spec
+from efflaunch.cluster.config import ClusterConfig, Device
+from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.ledger import Ledger
+from efflaunch.memory.config import ActivationPlace, MemoryConfig
+from efflaunch.model.config import Family, ModelConfig
+from efflaunch.model.spec import model_spec
+from efflaunch.parallel.config import ParallelConfig
+from efflaunch.training.config import Dtype, TrainConfig
+from efflaunch.training.data.config import DataConfig
 
 GIB = 1 << 30
 LLAMA_8B: dict[str, Any] = {
@@ -27,7 +31,12 @@ SMALL: dict[str, Any] = MODEL
 
 
 def policy(activations: str = "recompute", attention_output: str = "recompute") -> MemoryConfig:
-    return MemoryConfig(name="m", layer_input=Place.KEEP, attention_output=Place(attention_output), activations=Place(activations))
+    return MemoryConfig(
+        name="m",
+        layer_input=ActivationPlace.KEEP,
+        attention_output=ActivationPlace(attention_output),
+        activations=ActivationPlace(activations),
+    )
 
 
 def cluster(**changes: Any) -> ClusterConfig:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from efflaunch.memory.config import Walk
+from efflaunch.memory.config import AttentionTiling
+from efflaunch.memory.executor.layer_pass import LayerRun
 from efflaunch.memory.policy import MOVED, MemoryPolicy
-from efflaunch.memory.run import LayerRun
+from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding import gathered_weights, shard_model
 from efflaunch.parallel.topology import build_topology
@@ -20,10 +21,11 @@ from efflaunch.tests.parity.ranks_side import ListSource, StrictStore
 from efflaunch.tests.parity.reference import hf_config
 from efflaunch.tests.parity.test_parity import LENGTHS, batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.model import build_model
 from efflaunch.training.step import abandon_step, backward_step, count_targets, read_step
 
-POLICY = MemoryPolicy(layer_input=MOVED, attention_output=MOVED, mlp=MOVED, segment_layers=3, chunk_tokens=9, attention=Walk.CHUNKS)
+POLICY = MemoryPolicy(
+    layer_input=MOVED, attention_output=MOVED, mlp=MOVED, segment_layers=3, chunk_tokens=9, attention=AttentionTiling.CHUNKS
+)
 CPU = torch.device("cpu")
 PLAN = plan_of(2, batch((0, 2, 2, (0, 2))), batch((0, 2, 2, (1, 3, 4))))
 """Both ranks have as many pieces, 6 and then 3: they fail at the same place, and none waits for the other."""

@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 
 from efflaunch.errors import PlanError
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.plan_command import plan
-from efflaunch.memory.advice import check_budget, check_fits, largest_length, suggest
-from efflaunch.memory.config import MemoryConfig, Place
-from efflaunch.memory.ledger import Ledger, build_ledger
-from efflaunch.memory.moves import OTHERWISE, SETTINGS, Change
+from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.suggestion_moves import OTHERWISE, SETTINGS, Change
+from efflaunch.estimate.suggestions import check_budget, check_fits, largest_length, suggest
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import plan
+from efflaunch.memory.config import ActivationPlace, MemoryConfig
+from efflaunch.model.spec import model_spec
 from efflaunch.parallel.config import GradReduce
-from efflaunch.training.spec import model_spec
 
 from .settings import GIB, cluster, make_ledger, policy
 
@@ -89,7 +90,13 @@ def test_changes_are_stacked_where_one_is_not_enough() -> None:
 SHORT_OF_HOST = make_ledger(
     length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=30 * GIB, host_memory_bytes=60 * GIB)
 )
-ALST = MemoryConfig(name="alst", layer_input=Place.HOST, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE, chunk_tokens=4 * K)
+ALST = MemoryConfig(
+    name="alst",
+    layer_input=ActivationPlace.HOST,
+    attention_output=ActivationPlace.RECOMPUTE,
+    activations=ActivationPlace.RECOMPUTE,
+    chunk_tokens=4 * K,
+)
 GIVEN_HOST = make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(host_memory_bytes=140 * GIB), memory=ALST)
 
 
@@ -175,7 +182,9 @@ def test_a_budget_below_what_no_policy_changes_is_refused() -> None:
 
 def test_a_given_policy_that_breaks_a_given_host_budget_is_refused() -> None:
     """Unlike the ledger's bounds, the budget is a number somebody typed; what is to be typed instead fits."""
-    memo = MemoryConfig(name="memo", layer_input=Place.HOST, attention_output=Place.HOST, activations=Place.HOST)
+    memo = MemoryConfig(
+        name="memo", layer_input=ActivationPlace.HOST, attention_output=ActivationPlace.HOST, activations=ActivationPlace.HOST
+    )
     ledger = make_ledger(length=64 * K, tokens_per_rank=8 * K, memory=replace(memo, host_budget=1 << 20))
     with pytest.raises(PlanError, match=r"memory.host_budget: found 1.0 MiB") as caught:
         check_budget(ledger)

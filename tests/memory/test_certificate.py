@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from efflaunch.launcher.progress import Progress, certificate_line, start_line, summary_lines
-from efflaunch.memory.certificate import OUTSIDE, Check, bound_line, certify, check_line
-from efflaunch.memory.config import MemoryConfig, Walk
+from efflaunch.estimate.certificate import OUTSIDE, Check, bound_line, certify, check_line
+from efflaunch.estimate.solver.report import describe_policy, describe_report
+from efflaunch.launcher.rundir.progress import RunProgress, certificate_line, start_line, summary_lines
+from efflaunch.memory.config import AttentionTiling, MemoryConfig
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
-from efflaunch.memory.report import describe_policy, describe_report
 
 from .settings import GIB, cluster, make_ledger, policy
 
@@ -62,7 +62,7 @@ def test_a_run_tells_policy_and_certificate_at_its_start_and_end():
     step = {"event": "step", "step": 1, "loss": 2.0, "step_s": 1.0, "total_tokens": 9, "ranks": [{"rank": 0, "peak_bytes": 5}]}
     check = Check(predicted_bytes=10, measured_bytes=(12,), compared="held by the allocator")
     checked = {"event": "certificate", "step": 1, "ok": False, **asdict(check)}
-    rows = dict(summary_lines(Progress().apply([start, step, checked])))
+    rows = dict(summary_lines(RunProgress().apply([start, step, checked])))
     assert rows["memory"] == "; ".join(certificate.policy) and "does not hold" in rows["certificate"]
 
 
@@ -88,7 +88,7 @@ MIXED = MemoryPolicy(
     mlp=Split(host=0.38),
     segment_layers=2,
     chunk_tokens=16 * K,
-    attention=Walk.CHUNKS,
+    attention=AttentionTiling.CHUNKS,
 )
 
 
@@ -101,7 +101,7 @@ MIXED = MemoryPolicy(
         (MemoryPolicy(), "layer inputs kept on the GPU; attention runs again in backward; everything else recomputed; "
          "whole layers at a time"),
         (MemoryPolicy(graph=True), "every activation is kept on the GPU; no layer runs again"),
-        (replace(MIXED, attention=Walk.WHOLE, head_groups=4, offload_dir="/local", chunk_tokens=None, segment_layers=1, layer_input=MOVED),
+        (replace(MIXED, attention=AttentionTiling.WHOLE, head_groups=4, offload_dir="/local", chunk_tokens=None, segment_layers=1, layer_input=MOVED),
          "layer inputs to files; attention outputs to files; queries, keys and values kept on the GPU; sums after attention recomputed; "
          "gate and up 38 % to files, 62 % recomputed; whole layers at a time, attention in 4 groups of heads"),
     ],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from efflaunch.launcher.compose import compose
-from efflaunch.launcher.plan_command import plan
-from efflaunch.memory.certificate import certify
-from efflaunch.memory.terms import UNSEEN
+from efflaunch.estimate.certificate import certify
+from efflaunch.estimate.footprint.device import UNSEEN
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.ledger import plan
 
 
 @pytest.mark.parametrize("words", [["memory=recompute"], ["memory=memo"], ["memory=alst", "optim.states=host"]])

@@ -14,10 +14,13 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from efflaunch.bench.traced import Case, memory_config, predicted_by_phase, profiled_peak
 from efflaunch.errors import ConfigError
-from efflaunch.memory.compiled import Graphs
-from efflaunch.memory.compiled_graph import check_compiler
-from efflaunch.memory.config import Arena, MemoryConfig, Place, Walk, check_memory
+from efflaunch.memory.config import ActivationPlace, Arena, AttentionTiling, MemoryConfig, check_memory
+from efflaunch.memory.executor.compiled_graph import check_compiler
+from efflaunch.memory.executor.compiled_steps import Graphs
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MemoryPolicy, Split, explicit_policy
+from efflaunch.model.build import Tokens, install
+from efflaunch.model.chunked_loss import cross_entropy
+from efflaunch.model.families.llama import LlamaLayer
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -27,16 +30,13 @@ from efflaunch.tests.memory.test_saved import SOME, Alone
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.families.llama import LlamaLayer
-from efflaunch.training.loss import cross_entropy
-from efflaunch.training.model import Tokens, install
 
 LENGTHS = (23, 40, 1)
 POLICIES = {
     "recompute": MemoryPolicy(),
     "chunks": MemoryPolicy(chunk_tokens=9),
     "keep": KEEP_ALL,
-    "streambp": MemoryPolicy(attention=Walk.CHUNKS, chunk_tokens=11),
+    "streambp": MemoryPolicy(attention=AttentionTiling.CHUNKS, chunk_tokens=11),
     "head groups": MemoryPolicy(head_groups=2, chunk_tokens=16),
     "shares": MemoryPolicy(attention_output=KEPT, query=SOME, key_value=SOME, residual=SOME, mlp=SOME, layer_input=Split(0.5, 0.5)),
 }
@@ -160,7 +160,9 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_a_configuration_says() -> None:
-    given = MemoryConfig(name="m", layer_input=Place.KEEP, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE)
+    given = MemoryConfig(
+        name="m", layer_input=ActivationPlace.KEEP, attention_output=ActivationPlace.RECOMPUTE, activations=ActivationPlace.RECOMPUTE
+    )
     assert explicit_policy(given).compile is None
     compiled = replace(given, compile=True)
     check_memory(compiled)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from efflaunch.memory.ledger import Account, Ledger
-from efflaunch.memory.terms import ALL, Phase
-from efflaunch.memory.timing import causal_pairs
+from efflaunch.estimate.footprint.device import ALL, Phase
+from efflaunch.estimate.ledger import Account, Ledger
+from efflaunch.estimate.timing.step import causal_pairs
+from efflaunch.model.config import Family
 from efflaunch.parallel.config import GradReduce, Scheme
-from efflaunch.training.config import Dtype, Family
+from efflaunch.training.config import Dtype
 
 from .settings import GIB, LLAMA_8B, SMALL, cluster, make_ledger, policy
 
@@ -87,7 +88,7 @@ def test_the_peak_is_the_largest_phase_not_the_sum_of_largest_terms() -> None:
 
 
 def test_ranks_of_a_machine_without_gpus_live_in_its_memory() -> None:
-    from efflaunch.parallel.config import Device
+    from efflaunch.cluster.config import Device
 
     machine = cluster(device=Device.CPU, ranks_per_node=4, device_memory_bytes=GIB, host_memory_bytes=3 * GIB)
     ledger = make_ledger(SMALL, length=K, tokens_per_rank=K, machines=machine, dtype=Dtype.FLOAT32)
@@ -170,6 +171,6 @@ def test_sliding_windows_save_work() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("torch", "transformers", "numpy", "hydra", "efflaunch.launcher.config")
-    code = f"import sys, efflaunch.memory.advice; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, efflaunch.estimate.suggestions; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

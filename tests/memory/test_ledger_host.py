@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from efflaunch.memory.config import MemoryConfig, Place, Walk
-from efflaunch.memory.ledger import Ledger
-from efflaunch.memory.link import backward_stall_s, forward_stall_s, leaving_bytes, returning_bytes
-from efflaunch.memory.setting import Phase
-from efflaunch.memory.terms_activations import class_bytes, moved_by_class
-from efflaunch.memory.terms_host import moved_bytes
-from efflaunch.memory.timing import class_recompute_flops, layer_backward_s, layer_forward_s, layer_recompute_s
+from efflaunch.estimate.footprint.activations import class_bytes, moved_by_class
+from efflaunch.estimate.footprint.host import moved_bytes
+from efflaunch.estimate.footprint.term import Phase
+from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.timing.offload import backward_stall_s, forward_stall_s, leaving_bytes, returning_bytes
+from efflaunch.estimate.timing.step import class_recompute_flops, layer_backward_s, layer_forward_s, layer_recompute_s
+from efflaunch.memory.config import ActivationPlace, AttentionTiling, MemoryConfig
 from efflaunch.training.config import Dtype
 
 from .settings import GIB, SMALL, cluster, make_ledger
@@ -21,8 +21,12 @@ from .settings import GIB, SMALL, cluster, make_ledger
 M = 1 << 20
 K = 1 << 10
 ONE = {"num_nodes": 1, "ranks_per_node": 1}
-HOSTED: dict[str, Any] = {"layer_input": Place.HOST, "attention_output": Place.RECOMPUTE, "activations": Place.RECOMPUTE}
-STREAMED: dict[str, Any] = {**HOSTED, "attention": Walk.CHUNKS, "chunk_tokens": 16 * K}
+HOSTED: dict[str, Any] = {
+    "layer_input": ActivationPlace.HOST,
+    "attention_output": ActivationPlace.RECOMPUTE,
+    "activations": ActivationPlace.RECOMPUTE,
+}
+STREAMED: dict[str, Any] = {**HOSTED, "attention": AttentionTiling.CHUNKS, "chunk_tokens": 16 * K}
 
 
 def one_gpu(tokens: int = M, **memory: Any) -> Ledger:
@@ -48,7 +52,7 @@ def test_streaming_backward_takes_28_kib_a_token_and_20_with_inputs_on_the_host(
     """8 gradient + 4 K, V + 8 float32 dK, dV; and 8 of the live layer's input where it is kept."""
     for phase in (Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS):
         assert in_kib_a_token(one_gpu(**STREAMED), "live layer, all rows", phase) == 20
-    kept = one_gpu(**{**STREAMED, "layer_input": Place.KEEP})
+    kept = one_gpu(**{**STREAMED, "layer_input": ActivationPlace.KEEP})
     assert in_kib_a_token(kept, "live layer, all rows", Phase.BACKWARD_MLP) == 20
     assert in_kib_a_token(kept, "layer inputs", Phase.FORWARD) == 32 * 8
 
@@ -95,7 +99,7 @@ def test_files_are_an_account_of_their_own() -> None:
 
 
 def test_a_share_of_the_tokens_moves_with_memo() -> None:
-    memo = {"layer_input": Place.HOST, "attention_output": Place.HOST, "activations": Place.HOST}
+    memo = {"layer_input": ActivationPlace.HOST, "attention_output": ActivationPlace.HOST, "activations": ActivationPlace.HOST}
     moved = moved_by_class(one_gpu(tokens=K, **memo, host_fraction=0.25).setting)
     whole = moved_by_class(one_gpu(tokens=K, **memo, host_fraction=1.0).setting)
     assert moved["layer_input"] == whole["layer_input"] and moved["attention_output"] == whole["attention_output"]
@@ -147,23 +151,23 @@ def test_recomputing_a_class_costs_its_products() -> None:
 
 
 def test_a_share_recomputed_costs_that_share() -> None:
-    memo = {"layer_input": Place.HOST, "attention_output": Place.HOST, "activations": Place.HOST}
+    memo = {"layer_input": ActivationPlace.HOST, "attention_output": ActivationPlace.HOST, "activations": ActivationPlace.HOST}
     costs = [layer_recompute_s(one_gpu(**memo, host_fraction=share).setting) for share in (0.0, 0.5, 1.0)]
     assert costs[1] == pytest.approx(costs[0] / 2) and costs[2] == 0.0
 
 
 def test_what_stays_of_other_classes_is_kept_in_every_layer() -> None:
+    from efflaunch.estimate.footprint.device import device_terms
     from efflaunch.memory.policy import Split
-    from efflaunch.memory.terms import device_terms
 
-    s = one_gpu(**{**HOSTED, "layer_input": Place.KEEP}).setting
+    s = one_gpu(**{**HOSTED, "layer_input": ActivationPlace.KEEP}).setting
     s = replace(s, policy=replace(s.policy, mlp=Split(keep=0.25), key_value=Split(keep=1.0)))
     (kept,) = [entry for entry in device_terms(s) if entry.name == "activations kept"]
     assert kept.by_phase[Phase.LOSS] == 32 * (M // 4 * 4 * 14336 + M * 4 * KIB)
 
 
 def test_on_a_cpu_nothing_leaves_late() -> None:
-    from efflaunch.parallel.config import Device
+    from efflaunch.cluster.config import Device
 
     machine = cluster(**ONE, device=Device.CPU)
     memory = MemoryConfig(name="m", **HOSTED)

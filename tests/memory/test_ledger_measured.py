@@ -52,7 +52,7 @@ COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 o
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)
 def test_linear_work_is_what_the_step_multiplies(case: Case, pool: RankPool) -> None:
     setting = case_ledger(case).setting
-    from efflaunch.memory.timing import linear_flops
+    from efflaunch.estimate.timing.step import linear_flops
 
     (counted,) = pool.run(product_flops, case, ranks=1)
     # Norms and biases are weights, but no products; they are in the estimate.
@@ -62,8 +62,8 @@ def test_linear_work_is_what_the_step_multiplies(case: Case, pool: RankPool) -> 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith(("alst", "memo", "upipe, 2", "streambp, inputs"))
                                   and case.ranks == 1], ids=lambda case: case.name)  # fmt: skip
 def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool) -> None:
-    from efflaunch.memory.link import inner_bytes, leaving_bytes, returning_bytes
-    from efflaunch.memory.terms_activations import class_bytes
+    from efflaunch.estimate.footprint.activations import class_bytes
+    from efflaunch.estimate.timing.offload import inner_bytes, leaving_bytes, returning_bytes
 
     s = case_ledger(case).setting
     ((to_host, from_host),) = pool.run(host_traffic, case, ranks=1)

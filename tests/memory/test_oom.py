@@ -7,9 +7,9 @@ import re
 import pytest
 
 from efflaunch.errors import EXIT_USER
+from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.oom_report import Numbers, host_report, oom_report, requested_bytes, usable_bytes
 from efflaunch.memory.config import MemoryConfig
-from efflaunch.memory.ledger import Ledger
-from efflaunch.memory.oom import Numbers, host_report, oom_report, requested_bytes, usable_bytes
 from efflaunch.memory.position import Position
 
 from .settings import GIB, cluster, make_ledger, policy

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efflaunch.memory.program import Affine, Program, Row, least_growth, solve_program
+from efflaunch.estimate.solver.linear_program import Affine, PolicyProgram, Row, least_growth, solve_program
 
 PER_LAYER, LAYERS = 16.0, 32
 """MEMO's skeletal activations of a layer in units of tokens x hidden: layer input 1, attention output 1, the others 14."""
 
 
-def memo(*, bandwidth: float, layer_s: float, host: float) -> Program:
+def memo(*, bandwidth: float, layer_s: float, host: float) -> PolicyProgram:
     """One share, of the tokens of all other activations that move (MEMO, section 4.2); recomputing them takes a third of a forward."""
     must, other, moved = 2.0, 14.0, LAYERS - 2
-    return Program(
+    return PolicyProgram(
         forward_s=Affine(LAYERS * layer_s, (0.0,)),
         backward_s=Affine(LAYERS * layer_s * 2.33, (-LAYERS * layer_s * 0.33,)),
         to_host_s=Affine(LAYERS * must / bandwidth, (LAYERS * other / bandwidth,)),
@@ -54,7 +54,7 @@ def programs(draw):
     base, bandwidth = draw(number), draw(number)
     device, host = draw(st.floats(0.5, 30.0)), draw(st.floats(0.5, 30.0))
     moved = (0.0, sizes[0] / bandwidth, 0.0, sizes[1] / bandwidth)
-    return Program(
+    return PolicyProgram(
         forward_s=Affine(base, (0.0,) * 4),
         backward_s=Affine(2 * base + sum(costs), (-costs[0], -costs[0], -costs[1], -costs[1])),
         to_host_s=Affine(0.0, moved),
@@ -113,7 +113,7 @@ def test_a_dual_is_what_a_little_more_memory_saves(program, name):
 
 def test_the_link_stalls_only_where_recomputing_is_dearer():
     """Moving the one class takes 2 s each way, recomputing it 10 s; the link has 1 s to hide in."""
-    program = Program(
+    program = PolicyProgram(
         forward_s=Affine(1.0, (0.0,)),
         backward_s=Affine(11.0, (-10.0,)),
         to_host_s=Affine(0.0, (2.0,)),
@@ -129,7 +129,7 @@ def test_the_link_stalls_only_where_recomputing_is_dearer():
 
 
 def test_of_equally_fast_shares_those_that_move_least():
-    program = Program(
+    program = PolicyProgram(
         forward_s=Affine(10.0, (0.0, 0.0)),
         backward_s=Affine(21.0, (-1.0, -1.0)),
         to_host_s=Affine(0.0, (0.0, 2.0)),
@@ -144,7 +144,7 @@ def test_of_equally_fast_shares_those_that_move_least():
 
 
 def test_how_much_is_missing():
-    program = Program(
+    program = PolicyProgram(
         forward_s=Affine(1.0, (0.0,)),
         backward_s=Affine(1.0, (0.0,)),
         to_host_s=Affine(0.0, (1.0,)),

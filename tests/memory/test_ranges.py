@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efflaunch.memory.config import Place
-from efflaunch.memory.policy import KEPT, MOVED, REMADE, MemoryPolicy, Split
+from efflaunch.memory.config import ActivationPlace
+from efflaunch.memory.policy import KEPT, MOVED, RECOMPUTED, MemoryPolicy, Split
 from efflaunch.memory.ranges import group_ranges, place_of
 
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda pair: Split(pair[0], pair[1] * (1 - pair[0])))
@@ -26,7 +26,9 @@ def test_pieces_cover_every_member_in_order(total, members, chunk, query, mlp):
             kept, moved = policy.splits[name].rows(count)
             for start, stop in rows:
                 place = place_of(policy.splits[name], (start, stop), count)
-                wanted = {Place.KEEP: (0, kept), Place.HOST: (kept, moved), Place.RECOMPUTE: (moved, count)}[place]
+                wanted = {ActivationPlace.KEEP: (0, kept), ActivationPlace.HOST: (kept, moved), ActivationPlace.RECOMPUTE: (moved, count)}[
+                    place
+                ]
                 assert start == stop or (wanted[0] <= start and stop <= wanted[1])
     assert len(pieces) == 1 or all(any(start < stop for start, stop in piece) for piece in pieces)
 
@@ -34,9 +36,9 @@ def test_pieces_cover_every_member_in_order(total, members, chunk, query, mlp):
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_rank_without_rows_stores_what_the_others_store(count):
     """Otherwise it would pass over an exchange that they make."""
-    assert place_of(REMADE, (0, 0), count) is Place.RECOMPUTE
-    assert place_of(Split(host=0.3), (0, 0), count) is Place.RECOMPUTE
-    assert all(place_of(split, (0, 0), count) is not Place.RECOMPUTE for split in (KEPT, MOVED, Split(keep=0.4, host=0.6)))
+    assert place_of(RECOMPUTED, (0, 0), count) is ActivationPlace.RECOMPUTE
+    assert place_of(Split(host=0.3), (0, 0), count) is ActivationPlace.RECOMPUTE
+    assert all(place_of(split, (0, 0), count) is not ActivationPlace.RECOMPUTE for split in (KEPT, MOVED, Split(keep=0.4, host=0.6)))
 
 
 def test_without_chunks_and_shares_all_rows_are_one_piece():

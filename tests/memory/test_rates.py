@@ -7,25 +7,33 @@ from typing import Any
 
 import pytest
 
+from efflaunch.cluster.config import Device
+from efflaunch.cluster.rates import Copies, MachineRates, MeasuredRates
 from efflaunch.errors import ConfigError
-from efflaunch.memory.config import MemoryConfig, Place
-from efflaunch.memory.ledger import Ledger, build_ledger
-from efflaunch.memory.link import backward_stall_s, forward_stall_s, inner_bytes, leaving_bytes, returning_bytes
-from efflaunch.memory.measure import measures
-from efflaunch.memory.rates import Way, activation_way, host_way
-from efflaunch.memory.residency import Residency
-from efflaunch.memory.setting import Setting
-from efflaunch.memory.solve import solve_memory
-from efflaunch.memory.update import adam_bytes, update_time
-from efflaunch.memory.work import layer_backward_s, layer_forward_s, layer_recompute_s
-from efflaunch.parallel.config import Device, GradReduce
-from efflaunch.parallel.rates import Copies, MachineRates, Measured
+from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.optimizer_residency import Residency
+from efflaunch.estimate.plan_inputs import PlanInputs
+from efflaunch.estimate.solver.evaluate import measures
+from efflaunch.estimate.solver.solve import solve_memory
+from efflaunch.estimate.timing.bandwidth import Link, host_link, offload_link
+from efflaunch.estimate.timing.flops import layer_backward_s, layer_forward_s, layer_recompute_s
+from efflaunch.estimate.timing.offload import backward_stall_s, forward_stall_s, inner_bytes, leaving_bytes, returning_bytes
+from efflaunch.estimate.timing.update import adam_bytes, update_time
+from efflaunch.memory.config import ActivationPlace, MemoryConfig
+from efflaunch.parallel.config import GradReduce
 from efflaunch.training.config import Dtype
 
 from .settings import GIB, LLAMA_8B, SMALL, cluster, make_ledger
 
 K = 1 << 10
-HOSTED = MemoryConfig(name="m", layer_input=Place.HOST, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE, segment_layers=2)
+HOSTED = MemoryConfig(
+    name="m",
+    layer_input=ActivationPlace.HOST,
+    attention_output=ActivationPlace.RECOMPUTE,
+    activations=ActivationPlace.RECOMPUTE,
+    segment_layers=2,
+)
 LINK = tuple(Copies(out=(20 + rank) * 1e9, back=25e9, both_out=15e9, both_back=12e9 + rank) for rank in range(8))
 RATES = MachineRates(device="cuda", ranks_per_node=8, link=LINK, device_update=2e12, host_update=3e10)
 
@@ -35,17 +43,17 @@ def short(**changes: Any) -> Ledger:
     return make_ledger(length=K, tokens_per_rank=K, memory=HOSTED, machines=cluster(**changes))
 
 
-def measured(s: Setting, **changes: Any) -> Setting:
-    return replace(s, measured=Measured(rates=replace(RATES, **changes), source="profile.yaml"))
+def measured(inputs: PlanInputs, **changes: Any) -> PlanInputs:
+    return replace(inputs, measured=MeasuredRates(rates=replace(RATES, **changes), source="profile.yaml"))
 
 
-def with_dir(s: Setting, directory: str = "/local") -> Setting:
-    return replace(s, policy=replace(s.policy, offload_dir=directory), memory=replace(s.memory, offload_dir=directory))
+def with_dir(inputs: PlanInputs, directory: str = "/local") -> PlanInputs:
+    return replace(inputs, policy=replace(inputs.policy, offload_dir=directory), memory=replace(inputs.memory, offload_dir=directory))
 
 
 @pytest.mark.parametrize(("shared", "seconds"), [(0.0, 4.0), (0.5, 4.5), (1.0, 5.0)])
 def test_a_way_takes_its_slower_direction_and_what_the_other_has_to_wait_for(shared: float, seconds: float) -> None:
-    way = Way(out=2.0, back=4.0, shared=shared, source="")
+    way = Link(out=2.0, back=4.0, shared=shared, source="")
     assert way.seconds(8, 4) == way.seconds(2, 16) == seconds
     assert way.seconds(8) == 4.0 and way.seconds(0, 8) == 2.0, "one direction has it all"
     assert way.seconds(way.both, way.both) == pytest.approx(1.0)
@@ -53,13 +61,13 @@ def test_a_way_takes_its_slower_direction_and_what_the_other_has_to_wait_for(sha
 
 def test_what_was_measured_goes_before_the_clusters_figure() -> None:
     s = short().setting
-    assert host_way(s) == Way(50e9, 50e9, 0.0, "cluster.host_link_bandwidth")
-    way = host_way(measured(s))
+    assert host_link(s) == Link(50e9, 50e9, 0.0, "cluster.host_link_bandwidth")
+    way = host_link(measured(s))
     assert (way.out, way.back, way.source) == (20e9, 25e9, "profile.yaml"), "the slowest rank's, of each"
     assert way.both == pytest.approx(12e9)
     free = tuple(Copies(out=20e9, back=25e9, both_out=20e9, both_back=25e9) for _ in range(8))
     jammed = tuple(Copies(out=20e9, back=25e9, both_out=5e9, both_back=5e9) for _ in range(8))
-    assert [host_way(measured(s, link=link)).shared for link in (free, jammed)] == [0.0, 1.0]
+    assert [host_link(measured(s, link=link)).shared for link in (free, jammed)] == [0.0, 1.0]
 
 
 def test_stalls_follow_the_way() -> None:
@@ -73,10 +81,10 @@ def test_stalls_follow_the_way() -> None:
     assert measures(s).step_s() == pytest.approx(build_like(s).timing.step_s)
 
 
-def build_like(s: Setting) -> Ledger:
+def build_like(inputs: PlanInputs) -> Ledger:
     return build_ledger(
-        spec=s.spec, parallel=s.parallel, memory=s.memory, train=s.train, data=s.data, cluster=s.cluster, residency=s.residency,
-        measured=s.measured,
+        spec=inputs.spec, parallel=inputs.parallel, memory=inputs.memory, train=inputs.train, data=inputs.data, cluster=inputs.cluster, residency=inputs.residency,
+        measured=inputs.measured,
     )  # fmt: skip
 
 
@@ -93,7 +101,7 @@ def build_like(s: Setting) -> Ledger:
 )  # fmt: skip
 def test_ranks_share_a_disk_and_files_are_no_faster_than_the_link(given, out, back, source) -> None:
     s = with_dir(short(**given).setting)
-    way = activation_way(s)
+    way = offload_link(s)
     assert (way.out, way.back, way.source) == (out, back, source)
     assert any(source in text for text in build_like(s).timing.assumptions)
     if back == 3e9:
@@ -105,8 +113,8 @@ def test_a_measured_disk_is_its_directorys() -> None:
     disk = (Copies(out=1e9, back=2e9, both_out=0.8e9, both_back=0.8e9),)
     duplex = tuple(Copies(out=20e9, back=25e9, both_out=20e9, both_back=25e9) for _ in range(8))
     s = measured(short(disk_write_bandwidth=16e9, disk_read_bandwidth=16e9).setting, link=duplex, disk=disk, directory="/local")
-    assert activation_way(with_dir(s)) == Way(1e9, 2e9, pytest.approx(0.5), "profile.yaml")
-    assert activation_way(with_dir(s, "/other")).out == 2e9
+    assert offload_link(with_dir(s)) == Link(1e9, 2e9, pytest.approx(0.5), "profile.yaml")
+    assert offload_link(with_dir(s, "/other")).out == 2e9
 
 
 def test_a_slow_link_moves_less() -> None:
@@ -128,7 +136,7 @@ def test_speeds_that_are_none(key: str, value: float) -> None:
         short(**{key: value})
 
 
-def llama(residency: Residency | None = None, batch: int = 64 * K, reduce: GradReduce = GradReduce.AUTO, **changes: Any) -> Setting:
+def llama(residency: Residency | None = None, batch: int = 64 * K, reduce: GradReduce = GradReduce.AUTO, **changes: Any) -> PlanInputs:
     machines = cluster(device_memory_bandwidth=2e12, host_memory_bandwidth=240e9, **changes)
     ledger = make_ledger(LLAMA_8B, length=64 * K, tokens_per_rank=8 * K, batch=batch, machines=machines, grad_reduce=reduce)
     return replace(ledger.setting, residency=residency or Residency())

@@ -11,16 +11,16 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from efflaunch.memory.config import Walk
-from efflaunch.memory.policy import KEPT, MOVED, REMADE, MemoryPolicy, Split
-from efflaunch.memory.saved import Key, Saved
+from efflaunch.memory.config import AttentionTiling
+from efflaunch.memory.executor.saved import Key, Saved
+from efflaunch.memory.policy import KEPT, MOVED, RECOMPUTED, MemoryPolicy, Split
+from efflaunch.model.build import install
+from efflaunch.model.chunked_loss import cross_entropy
 from efflaunch.tests.memory.test_saved import micro_batch
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import reference_model
-from efflaunch.training.loss import cross_entropy
-from efflaunch.training.model import install
 
-SPLITS = st.sampled_from([KEPT, MOVED, REMADE, Split(keep=0.3, host=0.4), Split(host=0.5), Split(keep=0.6, host=0.4)])
+SPLITS = st.sampled_from([KEPT, MOVED, RECOMPUTED, Split(keep=0.3, host=0.4), Split(host=0.5), Split(keep=0.6, host=0.4)])
 STORED = st.sampled_from([KEPT, MOVED, Split(keep=0.3, host=0.7)])
 
 
@@ -28,10 +28,10 @@ STORED = st.sampled_from([KEPT, MOVED, Split(keep=0.3, host=0.7)])
 def policies(draw: Any) -> MemoryPolicy:
     """Anything that moves something."""
     chunk = draw(st.sampled_from([None, 9, 40, 100]))
-    walk = draw(st.sampled_from(list(Walk))) if chunk else Walk.WHOLE
+    walk = draw(st.sampled_from(list(AttentionTiling))) if chunk else AttentionTiling.WHOLE
     return MemoryPolicy(
         layer_input=draw(STORED),
-        attention_output=draw(st.one_of(st.just(REMADE), STORED)),
+        attention_output=draw(st.one_of(st.just(RECOMPUTED), STORED)),
         query=draw(SPLITS),
         key_value=draw(SPLITS),
         residual=draw(SPLITS),
@@ -39,7 +39,7 @@ def policies(draw: Any) -> MemoryPolicy:
         segment_layers=draw(st.integers(1, 3)),
         chunk_tokens=chunk,
         attention=walk,
-        head_groups=1 if walk is Walk.CHUNKS else draw(st.sampled_from([1, 2])),
+        head_groups=1 if walk is AttentionTiling.CHUNKS else draw(st.sampled_from([1, 2])),
     )
 
 
@@ -88,7 +88,7 @@ def test_reads_are_those_predicted(policy: MemoryPolicy) -> None:
 
 def test_what_is_stored_is_not_projected_again() -> None:
     """In a segment that runs again for its inputs: queries, keys and values come from where they are."""
-    policy = MemoryPolicy(query=KEPT, key_value=MOVED, attention=Walk.CHUNKS, chunk_tokens=11, segment_layers=5)
+    policy = MemoryPolicy(query=KEPT, key_value=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=11, segment_layers=5)
     model = reference_model("llama_deep", torch.float32)
     install(model, policy, loss_chunk_tokens=16, store=StrictStore())
     calls: list[str] = []

@@ -8,30 +8,31 @@ import pytest
 
 from efflaunch.checkpoint.config import CheckpointConfig, Replica
 from efflaunch.errors import ConfigError
-from efflaunch.memory.ledger import device_account, host_account
+from efflaunch.estimate.footprint.host import host_terms
+from efflaunch.estimate.footprint.optimizer import host_optimizer_bytes
+from efflaunch.estimate.footprint.term import Phase
+from efflaunch.estimate.ledger import device_account, host_account
+from efflaunch.estimate.optimizer_residency import IN_FLIGHT, Residency, residency_of
+from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.memory.offload.checks import FreeMemory
-from efflaunch.memory.residency import IN_FLIGHT, Residency, residency_of
-from efflaunch.memory.setting import Phase, Setting
-from efflaunch.memory.terms_host import host_terms
-from efflaunch.memory.terms_optimizer import host_optimizer_bytes
 from efflaunch.parallel.config import GradReduce
 from efflaunch.tests.memory.settings import LLAMA_8B, cluster, make_ledger
-from efflaunch.training.config import OptimConfig
-from efflaunch.training.optimizers.room import check_room
+from efflaunch.training.optimizers.config import OptimConfig
+from efflaunch.training.optimizers.room import check_update_memory
 
 K = 1024
 HOST = Residency(on_host=True)
 HOST_BACKWARD = Residency(on_host=True, in_backward=True)
 
 
-def setting(residency: Residency, *, batch: int | None = None, reduce: GradReduce = GradReduce.AUTO) -> Setting:
+def setting(residency: Residency, *, batch: int | None = None, reduce: GradReduce = GradReduce.AUTO) -> PlanInputs:
     """Llama 8B on 8 ranks of one node, 128K tokens."""
     made = make_ledger(LLAMA_8B, length=128 * K, tokens_per_rank=16 * K, batch=batch, grad_reduce=reduce).setting
     return replace(made, residency=residency)
 
 
-def by_name(s: Setting) -> dict[str, int]:
-    return {entry.name: entry.num_bytes for entry in device_account(s).terms}
+def by_name(inputs: PlanInputs) -> dict[str, int]:
+    return {entry.name: entry.num_bytes for entry in device_account(inputs).terms}
 
 
 def test_host_states_leave_two_bytes_a_parameter_on_the_device() -> None:
@@ -78,10 +79,10 @@ def test_updates_in_backward_free_gradients_but_not_sums_over_micro_batches() ->
 def test_a_host_that_is_too_small_is_refused_before_anything_is_taken() -> None:
     s = setting(HOST)
     needed = 8 * host_optimizer_bytes(s)
-    check_room(s, FreeMemory(needed, "test"))
-    check_room(setting(Residency()), FreeMemory(0, "test"))
+    check_update_memory(s, FreeMemory(needed, "test"))
+    check_update_memory(setting(Residency()), FreeMemory(0, "test"))
     with pytest.raises(ConfigError, match=r"(?s)optim\.states=host.*of host memory free.*optimizer of 8 ranks.*optim\.update=backward"):
-        check_room(s, FreeMemory(needed - 1, "test"))
+        check_update_memory(s, FreeMemory(needed - 1, "test"))
 
 
 @pytest.mark.parametrize(("nodes", "copies"), [(1, 2), (2, 4)])

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.config import Place, Walk
+from efflaunch.memory.config import ActivationPlace, AttentionTiling
+from efflaunch.memory.executor.saved import Saved
+from efflaunch.memory.executor.tape import Tape
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.memory.position import Position
-from efflaunch.memory.saved import Saved
-from efflaunch.memory.tape import Tape
+from efflaunch.model.build import Tokens, install
+from efflaunch.model.chunked_loss import cross_entropy
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -20,8 +22,6 @@ from efflaunch.parallel.sequence.plan import Group
 from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import BASE, reference_model
-from efflaunch.training.loss import cross_entropy
-from efflaunch.training.model import Tokens, install
 
 LENGTHS = (23, 40, 1)
 TOTAL = sum(LENGTHS)
@@ -33,7 +33,7 @@ POLICIES = {
     ),
     "shares": MemoryPolicy(attention_output=KEPT, query=SOME, key_value=SOME, residual=SOME, mlp=SOME, layer_input=Split(0.5, 0.5)),
     "shares, streamed": MemoryPolicy(
-        attention_output=Split(0.3, 0.7), mlp=SOME, key_value=MOVED, attention=Walk.CHUNKS, chunk_tokens=11, segment_layers=2
+        attention_output=Split(0.3, 0.7), mlp=SOME, key_value=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=11, segment_layers=2
     ),
     "attention in both places": MemoryPolicy(attention_output=Split(0.8, 0.2), chunk_tokens=16),
     "head groups": MemoryPolicy(attention_output=Split(0.3, 0.7), query=SOME, key_value=SOME, head_groups=2, chunk_tokens=16),
@@ -103,7 +103,7 @@ def test_bytes_equal_the_formula(name, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [None, 9], ids=["one piece", "pieces"])
-@pytest.mark.parametrize("walk", list(Walk))
+@pytest.mark.parametrize("walk", list(AttentionTiling))
 @pytest.mark.parametrize("attention", [MemoryPolicy().attention_output, MOVED], ids=["again", "stored"])
 def test_a_segment_made_again_leaves_nothing_on_the_device(chunk, walk, attention, monkeypatch):
     """What was read from the host for it goes before the backward of the layers above begins."""
@@ -138,7 +138,7 @@ def test_weights_for_a_segment_are_not_gathered_on_the_groups_time(monkeypatch):
         yield
 
     monkeypatch.setattr(BusyClock, "running", running)
-    monkeypatch.setattr("efflaunch.training.model.gathered_weights", gather)
+    monkeypatch.setattr("efflaunch.model.build.gathered_weights", gather)
     _, _, loss = run(MemoryPolicy(segment_layers=3), monkeypatch)
     loss.backward()
     assert gathered == [0, 0, 0] and inside == [0]
@@ -211,7 +211,7 @@ def test_pieces_come_back_ahead_of_their_use():
 
     saved = Saved(Store())
     for index in range(5):
-        saved.put(("mlp", index, 0), [torch.tensor([float(index)])], Place.HOST)
+        saved.put(("mlp", index, 0), [torch.tensor([float(index)])], ActivationPlace.HOST)
     order = [("mlp", index, 0) for index in reversed(range(5))]
     saved.read_in([("query", 0, 0), *order], lambda: then.append(len(asked)))
     assert asked == [4, 3] and not then

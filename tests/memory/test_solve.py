@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efflaunch.memory.config import MemoryConfig, Place, Walk
-from efflaunch.memory.ledger import Ledger, build_ledger
-from efflaunch.memory.measure import measures
+from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.plan_inputs import PlanInputs
+from efflaunch.estimate.solver.evaluate import measures
+from efflaunch.estimate.solver.linear_program import solve_program
+from efflaunch.estimate.solver.report import SolveReport
+from efflaunch.estimate.solver.search import NO_EXTRA, PREFERENCE, ExtraCapacity, overflow
+from efflaunch.estimate.solver.solve import can_fit, search_of, solve_memory
+from efflaunch.memory.config import ActivationPlace, AttentionTiling, MemoryConfig
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
-from efflaunch.memory.program import solve_program
-from efflaunch.memory.report import SolveReport
-from efflaunch.memory.search import AS_IT_IS, PREFERENCE, Room, overflow
-from efflaunch.memory.setting import Setting
-from efflaunch.memory.solve import can_fit, search_of, solve_memory
 from efflaunch.training.config import Dtype
 
 from .settings import GIB, SMALL, cluster, make_ledger
@@ -67,7 +68,9 @@ def test_answers_fit_and_beat_a_grid_of_policies(device, host, budget):
 def grid():
     whole = (KEPT, MOVED, Split())
     for layer_input, attention, mlp, query, residual in itertools.product(whole[:2], whole, whole, whole[::2], whole[::2]):
-        for segment, (chunk, walk) in itertools.product((1, 2), ((None, Walk.WHOLE), (4096, Walk.WHOLE), (4096, Walk.CHUNKS))):
+        for segment, (chunk, walk) in itertools.product(
+            (1, 2), ((None, AttentionTiling.WHOLE), (4096, AttentionTiling.WHOLE), (4096, AttentionTiling.CHUNKS))
+        ):
             yield MemoryPolicy(
                 layer_input=layer_input,
                 attention_output=attention,
@@ -93,25 +96,25 @@ def test_more_memory_is_never_slower(device, more, host, more_host):
 @pytest.mark.parametrize(
     "given",
     [
-        {"layer_input": Place.HOST},
-        {"attention_output": Place.RECOMPUTE},
-        {"attention_output": Place.HOST, "activations": Place.RECOMPUTE},
-        {"activations": Place.HOST, "host_fraction": 0.25},
+        {"layer_input": ActivationPlace.HOST},
+        {"attention_output": ActivationPlace.RECOMPUTE},
+        {"attention_output": ActivationPlace.HOST, "activations": ActivationPlace.RECOMPUTE},
+        {"activations": ActivationPlace.HOST, "host_fraction": 0.25},
         {"segment_layers": 2},
         {"chunk_tokens": 5000},
-        {"chunk_tokens": 2048, "attention": Walk.CHUNKS},
+        {"chunk_tokens": 2048, "attention": AttentionTiling.CHUNKS},
         {"head_groups": 2},
     ],
 )
 def test_what_is_given_is_held(given):
     policy = small(4, memory=auto(**given)).setting.policy
-    shares = {Place.HOST: MOVED, Place.RECOMPUTE: Split(), Place.KEEP: KEPT}
+    shares = {ActivationPlace.HOST: MOVED, ActivationPlace.RECOMPUTE: Split(), ActivationPlace.KEEP: KEPT}
     for key, value in given.items():
         if key == "host_fraction":
             assert policy.mlp == Split(host=value)
         elif key == "activations":
             assert policy.query == policy.key_value == policy.residual == policy.mlp
-        elif isinstance(value, Place):
+        elif isinstance(value, ActivationPlace):
             assert getattr(policy, key) == shares[value]
         else:
             assert getattr(policy, key) == value
@@ -120,7 +123,7 @@ def test_what_is_given_is_held(given):
 
 def test_with_activations_on_the_host_one_share_is_solved_as_memo_does():
     """Given where things go, the one question left is how much: all that a fast link and a large host take, else what fits."""
-    given = auto(activations=Place.HOST, layer_input=Place.HOST, attention_output=Place.HOST)
+    given = auto(activations=ActivationPlace.HOST, layer_input=ActivationPlace.HOST, attention_output=ActivationPlace.HOST)
     roomy = small(4, memory=given, host_link_bandwidth=1e12)
     tight = small(4, host=1.0, memory=given, host_link_bandwidth=1e12)
     for ledger in (roomy, tight):
@@ -175,22 +178,29 @@ def resized(ledger: Ledger, change: str) -> Ledger:
     return rebuilt(s, memory=replace(s.memory, host_budget=int(s.memory.host_budget + ranks * size)))
 
 
-def rebuilt(s: Setting, **changes: Any) -> Ledger:
+def rebuilt(inputs: PlanInputs, **changes: Any) -> Ledger:
     names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
-    return build_ledger(**{**{name: getattr(s, name) for name in names}, **changes})
+    return build_ledger(**{**{name: getattr(inputs, name) for name in names}, **changes})
 
 
-@pytest.mark.parametrize("changes", [{"host": -4.0}, {"memory": auto(host_budget=1, layer_input=Place.HOST)}], ids=["host", "budget"])
+@pytest.mark.parametrize(
+    "changes", [{"host": -4.0}, {"memory": auto(host_budget=1, layer_input=ActivationPlace.HOST)}], ids=["host", "budget"]
+)
 def test_where_the_host_has_no_room_for_what_is_always_there_no_program_is_solved(changes, monkeypatch):
     asked = small(3.4, **changes).asked
     assert can_fit(small(3.4).asked)
-    monkeypatch.setattr("efflaunch.memory.search.solve_program", None)
+    monkeypatch.setattr("efflaunch.estimate.solver.search.solve_program", None)
     assert not can_fit(asked)
 
 
 def test_whole_layers_fit_a_budget_that_small_chunks_do_not():
     """A layer's rows fill their block of the arena almost to the end, and chunks of them leave more of theirs empty."""
-    fields = {"layer_input": Place.HOST, "attention_output": Place.RECOMPUTE, "activations": Place.RECOMPUTE, "segment_layers": 1}
+    fields = {
+        "layer_input": ActivationPlace.HOST,
+        "attention_output": ActivationPlace.RECOMPUTE,
+        "activations": ActivationPlace.RECOMPUTE,
+        "segment_layers": 1,
+    }
 
     def ledger(**more: Any) -> Ledger:
         model, machines = {**SMALL, "hidden_size": 320}, cluster(ranks_per_node=1)
@@ -238,7 +248,7 @@ def test_a_slope_is_what_the_first_bytes_save():
     for memory in ("device", "host"):
         slope = sum(price for name, price in before.prices.items() if name.startswith(memory))
         for size in (float(1 << 16), float(GIB)):
-            room = Room(device_bytes=size) if memory == "device" else Room(host_bytes=size)
+            room = ExtraCapacity(device_bytes=size) if memory == "device" else ExtraCapacity(host_bytes=size)
             after = solve_program(room.of(program))
             assert after is not None
             saved = before.time_s - after.time_s
@@ -257,7 +267,7 @@ def test_what_is_full_is_said_with_its_share():
         if found is not None:
             used, limit = rows[f"{'device' if found[1] == 'GPU memory' else 'host'}, {found[2]}"]
             assert int(found[3]) == round(100 * used / limit) >= 98
-    slow = small(2.8, host=64.0, host_link_bandwidth=1e9, memory=auto(layer_input=Place.HOST))
+    slow = small(2.8, host=64.0, host_link_bandwidth=1e9, memory=auto(layer_input=ActivationPlace.HOST))
     assert slow.report is not None and slow.timing.host_s > 0
     assert any(re.fullmatch(r"the way to the host in (forward|backward), \d+ % of the computation beside it", text)
                for text in slow.report.binding)  # fmt: skip
@@ -266,10 +276,10 @@ def test_what_is_full_is_said_with_its_share():
 def test_a_room_is_the_machine_with_so_much_more():
     setting = small(4.0, host=0.5).asked
     search = search_of(setting)
-    found = search.best(Room(host_bytes=float(GIB)))
+    found = search.best(ExtraCapacity(host_bytes=float(GIB)))
     again = search_of(replace(setting, cluster=replace(setting.cluster, host_memory_bytes=setting.cluster.host_memory_bytes + GIB))).best()
     assert found is not None and again is not None and found.policy == again.policy
-    assert search.best(AS_IT_IS) is not None
+    assert search.best(NO_EXTRA) is not None
 
 
 def test_budget_of_the_host_is_kept():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
+from efflaunch.cluster.rates import Copies, MachineRates
 from efflaunch.errors import ConfigError
-from efflaunch.parallel.measured import find_rates
-from efflaunch.parallel.profile import (
+from efflaunch.estimate.measured.find_rates import find_rates
+from efflaunch.estimate.measured.profile import (
     Fit,
     FittedCollective,
     FittedDegree,
@@ -23,7 +24,6 @@ from efflaunch.parallel.profile import (
     load_profiles,
     save_profile,
 )
-from efflaunch.parallel.rates import Copies, MachineRates
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.memory.settings import cluster
 

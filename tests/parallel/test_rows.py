@@ -6,13 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efflaunch.parallel.sequence.attention import (
-    AttentionSpec,
-    CpuKernel,
-    attention_backward,
-    attention_backward_into,
-    attention_forward,
-)
+from efflaunch.parallel.sequence.attention import AttentionSpec, CpuKernel, attention_backward, attention_backward_into, attention_forward
 from efflaunch.parallel.sequence.blocks import attention_blocks, split_keys
 from efflaunch.parallel.sequence.layout import Slice, cut_slices
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from efflaunch.errors import ConfigError, PlanError
 from efflaunch.parallel.config import Scheme
+from efflaunch.parallel.sequence.degrees import choose_degree, choose_ulysses
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
-from efflaunch.parallel.sequence.solve import choose_degree, choose_ulysses, solve_static
+from efflaunch.parallel.sequence.solve import solve_static
 from efflaunch.parallel.topology import aligned_blocks
 
 

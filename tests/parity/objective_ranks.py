@@ -6,10 +6,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from efflaunch.model.build import build_model, write_shard
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES
-from efflaunch.training.model import build_model, write_shard
 from efflaunch.training.objectives.heads import Preference, Rollout
 from efflaunch.training.objectives.rollout import RolloutOptions
 from efflaunch.training.step import backward_step, count_targets, read_step

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from efflaunch.model.build import build_empty, master_dtype, write_shard
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
-from efflaunch.training.config import ClipMode, OptimConfig, StateDtype, States, Update
-from efflaunch.training.model import build_empty, master_dtype, write_shard
 from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.step import backward_step, count_targets, read_step
 

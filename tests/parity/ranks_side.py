@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.config import Walk
+from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.model.build import build_model, write_shard
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.topology import build_topology
-from efflaunch.training.model import build_model, write_shard
 from efflaunch.training.step import backward_step, count_targets, read_step
 
 
@@ -48,8 +48,8 @@ POLICIES = {
     "chunks_16": MemoryPolicy(chunk_tokens=16),
     "chunks_16_keep_attention": MemoryPolicy(attention_output=KEPT, chunk_tokens=16),
     "alst": MemoryPolicy(layer_input=MOVED, chunk_tokens=7),
-    "streambp": MemoryPolicy(attention=Walk.CHUNKS, chunk_tokens=7),
-    "streambp_11_host": MemoryPolicy(layer_input=MOVED, attention_output=MOVED, attention=Walk.CHUNKS, chunk_tokens=11),
+    "streambp": MemoryPolicy(attention=AttentionTiling.CHUNKS, chunk_tokens=7),
+    "streambp_11_host": MemoryPolicy(layer_input=MOVED, attention_output=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=11),
     "memo_0": MemoryPolicy(layer_input=MOVED, attention_output=MOVED),
     "memo_0.3": _shares(Split(host=0.3), layer_input=MOVED, attention_output=MOVED),
     "memo_1": _shares(MOVED, layer_input=MOVED, attention_output=MOVED),
@@ -60,18 +60,22 @@ POLICIES = {
         Split(keep=0.2, host=0.3),
         layer_input=Split(keep=0.5, host=0.5),
         attention_output=Split(keep=0.7, host=0.3),
-        attention=Walk.CHUNKS,
+        attention=AttentionTiling.CHUNKS,
         chunk_tokens=9,
         segment_layers=2,
     ),
     "segments_2": MemoryPolicy(segment_layers=2),
     "chunks_1": MemoryPolicy(chunk_tokens=1),
-    "streambp_1": MemoryPolicy(layer_input=MOVED, attention=Walk.CHUNKS, chunk_tokens=1),
-    "streambp_1000": MemoryPolicy(mlp=MOVED, attention=Walk.CHUNKS, chunk_tokens=1000),
-    "streambp_stored": MemoryPolicy(query=MOVED, key_value=Split(0.3, 0.7), attention=Walk.CHUNKS, chunk_tokens=9, segment_layers=3),
+    "streambp_1": MemoryPolicy(layer_input=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=1),
+    "streambp_1000": MemoryPolicy(mlp=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=1000),
+    "streambp_stored": MemoryPolicy(
+        query=MOVED, key_value=Split(0.3, 0.7), attention=AttentionTiling.CHUNKS, chunk_tokens=9, segment_layers=3
+    ),
     "upipe_3": MemoryPolicy(head_groups=3, chunk_tokens=20),
     "upipe_8": MemoryPolicy(layer_input=MOVED, query=Split(host=0.5), attention_output=MOVED, head_groups=8, chunk_tokens=20),
-    "segments_3_host": MemoryPolicy(segment_layers=3, layer_input=MOVED, attention_output=MOVED, attention=Walk.CHUNKS, chunk_tokens=16),
+    "segments_3_host": MemoryPolicy(
+        segment_layers=3, layer_input=MOVED, attention_output=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=16
+    ),
 }
 
 
@@ -129,7 +133,7 @@ def compiler(kind):
         return kind
     import torch._inductor.config as inductor
 
-    from efflaunch.memory.compiled_graph import check_compiler
+    from efflaunch.memory.executor.compiled_graph import check_compiler
 
     inductor.compile_threads = 1  # no pool of processes that would stay
     try:

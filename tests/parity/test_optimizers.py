@@ -16,7 +16,7 @@ from efflaunch.tests.parity.optimizers_side import RATES, run_updates
 from efflaunch.tests.parity.reference import lift_to_float64, reference_loss, reference_model
 from efflaunch.tests.parity.test_parity import ADAPTIVE, batch, make_documents, plan_of, static, worst
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.optim import is_decayed
+from efflaunch.training.optimizers.adamw import is_decayed
 
 LENGTHS = (37, 5, 64, 18, 29)
 CLIP = 0.5

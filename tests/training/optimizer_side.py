@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.tests.training.small import backward, full, plain_model, shard
-from efflaunch.training.config import OptimConfig, States
 from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.config import OptimConfig, States
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.optimizers.norm import local
 from efflaunch.training.optimizers.updater import Gradients

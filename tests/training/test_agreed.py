@@ -8,15 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from efflaunch.cluster.rates import Copies, MachineRates
 from efflaunch.errors import PlanError
-from efflaunch.launcher.compose import compose
+from efflaunch.estimate.measured.profile import Profile, ProfileKey, save_profile
+from efflaunch.launcher.config.compose import compose
 from efflaunch.memory.offload.checks import FreeMemory
-from efflaunch.parallel.profile import Profile, ProfileKey, save_profile
-from efflaunch.parallel.rates import Copies, MachineRates
+from efflaunch.model.spec import model_spec
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training import certified, oom
-from efflaunch.training.settled import settled_rates
-from efflaunch.training.spec import model_spec
+from efflaunch.training import agreed_ledger as certified
+from efflaunch.training import oom
+from efflaunch.training.agreed_rates import settled_rates
 
 QUICK = ["+experiment=quickstart", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=8K"]
 

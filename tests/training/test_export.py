@@ -14,10 +14,11 @@ from torch import Tensor
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import CheckpointError
+from efflaunch.model.export import export, plan_shards
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.config import Dtype, OptimConfig
-from efflaunch.training.export import export, plan_shards
-from efflaunch.training.optim import build_optimizer
+from efflaunch.training.config import Dtype
+from efflaunch.training.optimizers.adamw import build_optimizer
+from efflaunch.training.optimizers.config import OptimConfig
 
 SIZES = {
     "num_hidden_layers": 2,

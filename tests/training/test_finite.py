@@ -12,7 +12,7 @@ from efflaunch.parallel.sequence.layout import Slice
 from efflaunch.parallel.sequence.plan import Group
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.data.shard import PackedShard, Part
-from efflaunch.training.finite import RowWatch, non_finite
+from efflaunch.training.non_finite import RowWatch, non_finite
 
 
 def shard(*slices, parts=()):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efflaunch.memory.config import MemoryConfig, Place
+from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.tests.memory.settings import cluster, make_ledger
-from efflaunch.training import setup
+from efflaunch.training import session as setup
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,11 @@ def test_a_disk_slower_than_the_plan_thinks_will_be_named(directory, speeds, exp
     monkeypatch.setattr(setup, "check_host_room", lambda *_: None)
     monkeypatch.setattr(setup.dist, "barrier", lambda: None)
     memory = MemoryConfig(
-        name="m", layer_input=Place.HOST, attention_output=Place.RECOMPUTE, activations=Place.RECOMPUTE, offload_dir=directory
+        name="m",
+        layer_input=ActivationPlace.HOST,
+        attention_output=ActivationPlace.RECOMPUTE,
+        activations=ActivationPlace.RECOMPUTE,
+        offload_dir=directory,
     )
     ledger = make_ledger(length=1 << 13, tokens_per_rank=1 << 10, memory=memory, machines=cluster(host_link_bandwidth=25e9, **speeds))
     setup.host_store(ledger.setting, torch.device("cpu"))

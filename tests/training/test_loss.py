@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efflaunch.bench.tracer import StorageTracer
-from efflaunch.training.loss import LossOptions, chunked_cross_entropy
+from efflaunch.model.chunked_loss import LossOptions, chunked_cross_entropy
 
 
 class Norm(nn.Module):

@@ -17,12 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import ConfigError
-from efflaunch.memory.residency import residency_of
+from efflaunch.estimate.optimizer_residency import residency_of
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import full
-from efflaunch.training.config import OptimConfig, StateDtype, States, Update
-from efflaunch.training.optim import build_optimizer, set_learning_rate
+from efflaunch.training.optimizers.adamw import build_optimizer, set_learning_rate
 from efflaunch.training.optimizers.build import build_updater
+from efflaunch.training.optimizers.config import OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.optimizers.norm import local
 

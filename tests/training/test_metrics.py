@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.training import metrics as metrics_module
-from efflaunch.training import wandb_sink
-from efflaunch.training.config import LoggingConfig, WandbMode
-from efflaunch.training.metrics import Metrics, check_logging
+from efflaunch.training.reporting import metrics as metrics_module
+from efflaunch.training.reporting import wandb_sink
+from efflaunch.training.reporting.config import LoggingConfig, WandbMode
+from efflaunch.training.reporting.metrics import Metrics, check_logging
 
 CONFIG = LoggingConfig(name="test")
 

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.policy import MemoryPolicy
+from efflaunch.model.build import build_model
+from efflaunch.model.families import layer_adapter
+from efflaunch.model.weights import load_weights
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.reference import hf_config, reference_model
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.families import layer_adapter
-from efflaunch.training.model import build_model
-from efflaunch.training.weights import load_weights
 
 KEEP = MemoryPolicy(graph=True)
 

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from efflaunch.bench.tracer import StorageTracer
+from efflaunch.model.chunked_loss import Head, LossOptions, chunked_log_probs
 from efflaunch.parallel.sequence.layout import Slice
 from efflaunch.tests.training.test_loss import Norm
 from efflaunch.training.data.shard import PackedShard, Part
-from efflaunch.training.loss import Head, LossOptions, chunked_log_probs
 from efflaunch.training.objectives.heads import Preference
 from efflaunch.training.objectives.preference import preference_losses, sum_by
 from efflaunch.training.objectives.rollout import RolloutOptions, RolloutRows, rollout_terms

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import Small, backward, full, plain_model, shard
-from efflaunch.training.config import OptimConfig
-from efflaunch.training.optim import build_optimizer, clip_gradients, set_learning_rate
+from efflaunch.training.optimizers.adamw import build_optimizer, clip_gradients, set_learning_rate
+from efflaunch.training.optimizers.config import OptimConfig
 
 CONFIG = OptimConfig(name="test", lr=1e-2, weight_decay=0.3)
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}

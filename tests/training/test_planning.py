@@ -11,16 +11,16 @@ from dataclasses import asdict, replace
 import pytest
 import torch.distributed as dist
 
+from efflaunch.cluster.rates import Copies, MachineRates, MeasuredRates
 from efflaunch.errors import PlanError
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.config import SequenceMode
-from efflaunch.parallel.rates import Copies, MachineRates, Measured
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import check_plan
 from efflaunch.parallel.sequence.service import PlanRequest, PlanService, static_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.planning import StepPlanner, load_cost
+from efflaunch.training.step_planner import StepPlanner, load_cost
 
 COST = CostModel(
     world_size=4,
@@ -141,8 +141,8 @@ def test_a_cost_model_goes_through_json_unchanged():
 def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, monkeypatch):
     import torch
 
-    from efflaunch.launcher.plan_command import plan
-    from efflaunch.training.planning import settle_costs
+    from efflaunch.launcher.config.ledger import plan
+    from efflaunch.training.step_planner import settle_costs
 
     def settled(stored, *words, measured=None):
         config = compose(["+experiment=quickstart", *words])
@@ -154,6 +154,6 @@ def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, mon
     assert settled(stored, "train.steps=99").overhead_s == 0.25
     copies = (Copies(out=1e9, back=1e9, both_out=1e9, both_back=1e9),) * 4
     rates = MachineRates(device="cpu", ranks_per_node=4, link=copies, device_update=1e9, host_update=1e9)
-    assert settled(stored, measured=Measured(rates=rates, source="since")).overhead_s == 0.25, "a new measurement is no new setting"
+    assert settled(stored, measured=MeasuredRates(rates=rates, source="since")).overhead_s == 0.25, "a new measurement is no new setting"
     other = settled(stored, "memory=recompute")
     assert other.overhead_s == 0.0 and other.fingerprint != first.fingerprint

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher.compose import compose
-from efflaunch.parallel.measured import find_rates
-from efflaunch.parallel.profile import load_profiles
+from efflaunch.estimate.measured.find_rates import find_rates
+from efflaunch.estimate.measured.profile import load_profiles
+from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.probe import Sample, _check_fit, fit_degrees
+from efflaunch.training.profiling.probe import Sample, _check_fit, fit_degrees
 
 COST = CostModel(
     world_size=4,
@@ -64,8 +64,8 @@ def _probe_twice(arguments, folder):
     import torch
     import torch.distributed as dist
 
-    from efflaunch.parallel.profile import save_profile
-    from efflaunch.training.probe import Prober
+    from efflaunch.estimate.measured.profile import save_profile
+    from efflaunch.training.profiling.probe import Prober
 
     profile = Prober(compose(arguments), torch.device("cpu")).profile(1.0)
     if dist.get_rank() == 0:

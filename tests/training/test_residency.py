@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.residency import IN_FLIGHT
+from efflaunch.estimate.optimizer_residency import IN_FLIGHT
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.optimizer_side import Run
 from efflaunch.tests.training.small import backward, plain_model, shard
-from efflaunch.training.config import ClipMode, Dtype, OptimConfig, StateDtype, States, Update
+from efflaunch.training.config import Dtype
 from efflaunch.training.optimizers import host
 from efflaunch.training.optimizers.buckets import find_buckets
 from efflaunch.training.optimizers.check import check_residency, describe, inexact
+from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.transfer import Link, Staging, cut
 
 HOST, DEVICE = States.HOST, States.DEVICE

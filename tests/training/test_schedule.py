@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from efflaunch.errors import ConfigError
-from efflaunch.training.config import OptimConfig
-from efflaunch.training.schedule import check_optim, learning_rate
+from efflaunch.training.optimizers.config import OptimConfig
+from efflaunch.training.optimizers.lr_schedule import check_optim, learning_rate
 
 BASE = OptimConfig(name="test", lr=3e-4)
 STEPS = 40

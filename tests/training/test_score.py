@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from efflaunch.model.build import build_model, write_shard
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.solve import solve_static
 from efflaunch.parallel.topology import build_topology
@@ -18,13 +19,13 @@ from efflaunch.tests.parity import objective_reference
 from efflaunch.tests.parity.ranks_side import POLICIES
 from efflaunch.tests.parity.reference import BASE, hf_config, lift_to_float64, reference_model
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.config import DataConfig, LongDocuments, Objective
+from efflaunch.training.config import Objective
 from efflaunch.training.data.answers import Document
+from efflaunch.training.data.config import DataConfig, LongDocuments
 from efflaunch.training.data.indexed import IndexedCorpus, Kind
 from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
-from efflaunch.training.model import build_model, write_shard
-from efflaunch.training.score import fill_scores
+from efflaunch.training.score_corpus import fill_scores
 
 PAIRS = ((4, 9, 3), (2, 30, 11), (6, 5, 5), (3, 60, 61), (1, 8, 8))
 """(prompt, chosen, rejected); the fourth is too long and left out."""

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from efflaunch.errors import ConfigError
-from efflaunch.training.config import Family, ModelConfig
-from efflaunch.training.spec import MODEL_TYPES, check_model, hf_config_dict, layer_parameters, model_family, model_spec, num_parameters
+from efflaunch.model.config import Family, ModelConfig
+from efflaunch.model.spec import MODEL_TYPES, check_model, hf_config_dict, layer_parameters, model_family, model_spec, num_parameters
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -226,8 +226,6 @@ def test_an_unknown_model_type_names_the_adapter_to_write(tmp_path: Path) -> Non
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = (
-        "import sys, efflaunch.training.spec; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
-    )
+    code = "import sys, efflaunch.model.spec; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

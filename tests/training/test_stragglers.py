@@ -10,8 +10,8 @@ import pytest
 
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
-from efflaunch.training.pace import Pace
-from efflaunch.training.stragglers import ENOUGH, WINDOW, WINDOWS, Straggler, Stragglers, slowness
+from efflaunch.training.reporting.step_pace import Pace
+from efflaunch.training.reporting.stragglers import ENOUGH, WINDOW, WINDOWS, Straggler, Stragglers, slowness
 
 WORLD = 8
 COST = CostModel(

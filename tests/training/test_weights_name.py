@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from efflaunch.errors import ConfigError
-from efflaunch.launcher.compose import compose
+from efflaunch.launcher.config.compose import compose
+from efflaunch.model.weights import weights_fingerprint
 from efflaunch.training.objectives.build import initial_weights
-from efflaunch.training.weights import weights_fingerprint
 
 
 @pytest.fixture

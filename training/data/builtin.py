@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...durable import locked, sync
 from ...errors import ConfigError
+from ...utils.atomic_files import locked, sync
 from .indexed import dtype_for
 from .tokenizer import read_vocabulary
 from .writer import IndexedWriter

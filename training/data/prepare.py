@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ...durable import write_atomic
 from ...errors import DataError, UserError
+from ...utils.atomic_files import write_atomic
 from .encode import Encoded, EncodeOptions, Encoder, other_kind
 from .indexed import dtype_for, read_metadata
 from .inputs import Cursor, Format, Input, find_inputs, read_batches
@@ -32,7 +32,7 @@ _BYTES_PER_WORKER = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PrepareRequest:
     """What the command line asks for."""
 
     inputs: list[str]
@@ -48,7 +48,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PrepareProgress:
     """How far it is; bytes are of the inputs. What an earlier attempt did is in `resumed_*`."""
 
     done_bytes: int
@@ -85,7 +85,7 @@ class _State:
             self.skipped.setdefault(reason, {"count": 0, "first": where})["count"] += 1
 
 
-def prepare(request: Request, report: Callable[[Progress], None]) -> dict[str, Any]:
+def prepare(request: PrepareRequest, report: Callable[[PrepareProgress], None]) -> dict[str, Any]:
     """Do the work, or go on with it, and return what PREFIX.json says. `report` is called after each batch.
 
     DataError for inputs that cannot be used, for an output that is already something else, and for an unfinished
@@ -116,13 +116,13 @@ def prepare(request: Request, report: Callable[[Progress], None]) -> dict[str, A
 class _Attempt:
     """The writing of one corpus, from where the state stands to the last document."""
 
-    request: Request
+    request: PrepareRequest
     inputs: list[Input]
     writer: IndexedWriter
     state: _State
     state_path: Path
 
-    def write_or_leave_nothing(self, report: Callable[[Progress], None]) -> None:
+    def write_or_leave_nothing(self, report: Callable[[PrepareProgress], None]) -> None:
         try:
             self.write(report)
         except UserError:
@@ -132,7 +132,7 @@ class _Attempt:
                 self.state_path.unlink()
             raise
 
-    def write(self, report: Callable[[Progress], None]) -> None:
+    def write(self, report: Callable[[PrepareProgress], None]) -> None:
         request, state, writer = self.request, self.state, self.writer
         total = sum(entry.size_bytes for entry in self.inputs)
         resumed, resumed_tokens = state.done_bytes, state.writer.tokens
@@ -149,7 +149,7 @@ class _Attempt:
                 self.commit()
                 committed = time.monotonic()
             elapsed_s = time.monotonic() - started
-            report(Progress(batch.done_bytes, total, resumed, resumed_tokens, writer.documents, writer.tokens, elapsed_s))
+            report(PrepareProgress(batch.done_bytes, total, resumed, resumed_tokens, writer.documents, writer.tokens, elapsed_s))
         self.commit()
         if writer.documents == 0:
             raise DataError(
@@ -164,13 +164,13 @@ class _Attempt:
         self.state.save(self.state_path)
 
 
-def _num_workers(request: Request, num_bytes: int) -> int:
+def _num_workers(request: PrepareRequest, num_bytes: int) -> int:
     if request.num_workers is not None:
         return request.num_workers
     return max(1, min(len(os.sched_getaffinity(0)), num_bytes // _BYTES_PER_WORKER))
 
 
-def _identity(request: Request, inputs: list[Input], encoder: Encoder) -> dict[str, str]:
+def _identity(request: PrepareRequest, inputs: list[Input], encoder: Encoder) -> dict[str, str]:
     # Not skip_bad: with it, an attempt that stopped at a bad record can go on.
     options = {**asdict(request.encode), "tokenizer": None, "chat_template": None, "skip_bad": None}
     parts = {
@@ -211,7 +211,7 @@ def _started(out: str, state_path: Path, identity: dict[str, str]) -> _State:
     return state
 
 
-def _resumed(request: Request, state_path: Path, identity: dict[str, str]) -> _State | None:
+def _resumed(request: PrepareRequest, state_path: Path, identity: dict[str, str]) -> _State | None:
     if request.restart or not state_path.exists():
         return None
     state = _State.load(state_path)

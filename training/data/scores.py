@@ -3,7 +3,7 @@
 Beside a corpus of pairs there may be PREFIX.ref.bin: two float64 per document, the summed log-probabilities of the chosen and of
 the rejected answer. Beside one of completions PREFIX.old.bin (under the weights that sampled them) and PREFIX.ref.bin (under the
 reference): one float32 per token, the token's log-probability given those before it; only answers' tokens are read. What is
-missing the run computes with its initial weights, before its first step (training/score.py), into RUN_DIR/scores/.
+missing the run computes with its initial weights, before its first step (training/score_corpus.py), into RUN_DIR/scores/.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ...decode import decode, set_aside
-from ...durable import write_atomic
 from ...errors import DataError
+from ...utils.atomic_files import write_atomic
 from ..config import Objective, TrainConfig
 from .indexed import IndexedCorpus, Kind, open_companion
 from .source import DataSource

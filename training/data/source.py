@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ..config import DataConfig, LongDocuments, Objective
+from ..config import Objective
+from .config import DataConfig, LongDocuments
 from .indexed import IndexedCorpus, Kind
 from .sampler import InOrder, Sampler, Sequence, SequenceTable
 from .tokenizer import read_vocabulary

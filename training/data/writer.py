@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ...durable import sync, write_atomic
 from ...errors import DataError
+from ...utils.atomic_files import sync, write_atomic
 from .answers import Document
 from .indexed import DTYPE_NAMES, HEADER, MAGIC, Kind, stored_dtype
 

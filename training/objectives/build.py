@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from ...errors import DataError
+from ...model.config import ModelConfig
+from ...model.weights import weights_fingerprint
 from ...parallel.sequence.plan import StepPlan
-from ..config import ModelConfig, Objective, TrainConfig
+from ..config import Objective, TrainConfig
 from ..data.scores import Scores, wanted
-from ..score import Stop, fill_scores
-from ..setup import Session
-from ..weights import weights_fingerprint
+from ..score_corpus import Stop, fill_scores
+from ..session import Session
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
 from .rollout import RolloutOptions
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...model.chunked_loss import Head, chunked_log_probs, chunked_loss, cross_entropy
 from ..data.shard import PackedShard
-from ..loss import Head, chunked_log_probs, chunked_loss, cross_entropy
 from .preference import STATS as PAIR_STATS
 from .preference import preference_losses, sum_by
 from .rollout import STATS as TOKEN_STATS

@@ -10,14 +10,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from ...memory.compiled_graph import check_compiler
-from ...memory.offload.store import HostStore
+from ...memory.executor.compiled_graph import check_compiler
+from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
-from ..config import ModelConfig, OptimConfig, States, TrainConfig, Update
-from ..model import build_config, build_empty, initialise, master_dtype
-from ..optim import build_optimizer
-from ..spec import hf_config_dict
-from ..weights import load_weights
+from ...model.build import build_config, build_empty, initialise, master_dtype
+from ...model.config import ModelConfig
+from ...model.spec import hf_config_dict
+from ...model.weights import load_weights
+from ..config import TrainConfig
+from .adamw import build_optimizer
+from .config import OptimConfig, States, Update
 from .device import BackwardUpdater, StepUpdater
 from .host import HostUpdater
 from .masters import host_weights

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
-from ..config import ClipMode, Dtype, OptimConfig, StateDtype, States, Update
+from ..config import Dtype
+from .config import ClipMode, OptimConfig, StateDtype, States, Update
 
 
 def check_residency(optim: OptimConfig, dtype: Dtype) -> None:

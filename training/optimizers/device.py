@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..config import ClipMode, OptimConfig
-from ..optim import clip_gradients, set_learning_rate
+from .adamw import clip_gradients, set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, watch
+from .config import ClipMode, OptimConfig
 from .norm import NormMeter, clip_scale, local
 from .updater import Gradients
 

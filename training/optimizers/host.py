@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ...helper_thread import HelperThread
-from ..config import OptimConfig, Update
-from ..optim import set_learning_rate
+from .adamw import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
+from .config import OptimConfig, Update
 from .device import ClipByKnown, first_bad, only
 from .norm import NormMeter, clip_scale, local
 from .transfer import Copied, Link, Staging, cut

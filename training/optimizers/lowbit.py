@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...errors import ConfigError
-from ..config import OptimConfig, StateDtype
+from .config import OptimConfig, StateDtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

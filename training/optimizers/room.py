@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from ...estimate.footprint.host import arena_bytes
+from ...estimate.footprint.optimizer import host_optimizer_bytes
+from ...estimate.plan_inputs import PlanInputs
 from ...memory.offload.checks import FreeMemory, free_memory
-from ...memory.setting import Setting
-from ...memory.terms_host import arena_bytes
-from ...memory.terms_optimizer import host_optimizer_bytes
 from ...units import format_bytes
 
 
-def check_room(setting: Setting, free: FreeMemory | None = None) -> None:
+def check_update_memory(setting: PlanInputs, free: FreeMemory | None = None) -> None:
     """ConfigError where states on the host, and the activations that go there too, are more than is free on this node.
 
     Returns once every rank has looked. Collective where there are states on the host.

@@ -14,7 +14,8 @@ from efflaunch.errors import DataError
 from efflaunch.memory.arena import search as search_module
 from efflaunch.memory.arena.instances import read_instance, write_instance
 from efflaunch.memory.arena.place import compiled
-from efflaunch.memory.arena.plan import OUTSIDE, ArenaPlan, Budget, check_plan, plan_arena, spread
+from efflaunch.memory.arena.plan import OUTSIDE, ArenaPlan, check_plan, plan_arena, spread
+from efflaunch.memory.arena.search import Budget
 from efflaunch.memory.arena.simulate import MIB, reserved_bytes
 from efflaunch.memory.arena.trace import Trace, trace_of
 

@@ -40,8 +40,9 @@ def prepared(cache: Path, step: Any) -> tuple[Any, Any, Any]:
     """(arena, trace of a warm step, its plan)."""
     import torch
 
-    from efflaunch.memory.arena.plan import Budget, plan_arena, spread
+    from efflaunch.memory.arena.plan import plan_arena, spread
     from efflaunch.memory.arena.replay import open_cpu_arena
+    from efflaunch.memory.arena.search import Budget
 
     torch.set_num_threads(1)
     arena = open_cpu_arena(cache)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from efflaunch.memory.arena.plan import ArenaPlan, Budget
+from efflaunch.memory.arena.plan import ArenaPlan
 from efflaunch.memory.arena.replay import Counts
+from efflaunch.memory.arena.search import Budget
 from efflaunch.memory.arena.step import MAX_PLANS, DefaultAllocator, StepArena, open_arena, step_allocator
 from efflaunch.memory.arena.trace import Trace, trace_of
 from efflaunch.memory.config import Arena

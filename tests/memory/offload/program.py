@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from efflaunch.memory.offload.store import HostStore, Parcel
+from efflaunch.memory.offload.host_store import HostStore, Parcel
 
 from .fake import FakeDevice
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from efflaunch.errors import ConfigError, PlanError
-from efflaunch.memory.offload.arena import HostArena
-from efflaunch.memory.offload.extents import Extent, Extents
+from efflaunch.memory.offload.allocator import Extent, Extents
+from efflaunch.memory.offload.host_pool import HostArena
 
 KIB = 1024
 

@@ -12,9 +12,9 @@ import torch
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.offload import checks
-from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_room, free_memory
+from efflaunch.memory.offload.checks import FreeMemory, check_host_memory, check_offload_dir, check_offload_space, free_memory
 from efflaunch.memory.offload.device import Past
-from efflaunch.memory.offload.link import ROUNDS, measure_directory, measure_host_link, rate_of
+from efflaunch.memory.offload.measure_bandwidth import ROUNDS, measure_directory, measure_host_link, rate_of
 from efflaunch.memory.offload.staging import staging_bytes_for
 
 GIB = 1 << 30
@@ -89,14 +89,14 @@ def test_offload_directories(tmp_path: Path) -> None:
 
 def test_files_need_disk_and_a_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "free_memory", lambda: FreeMemory(GIB, "available on the machine"))
-    check_room(GIB // 2, 2, None)
-    check_room(1 << 20, 2, str(tmp_path))
+    check_offload_space(GIB // 2, 2, None)
+    check_offload_space(1 << 20, 2, str(tmp_path))
     with pytest.raises(ConfigError, match="of host memory free on this node"):
-        check_room(GIB // 2 + 1, 2, None)
+        check_offload_space(GIB // 2 + 1, 2, None)
     with pytest.raises(ConfigError, match="on a larger disk"):
-        check_room(1 << 48, 2, str(tmp_path))
+        check_offload_space(1 << 48, 2, str(tmp_path))
     with pytest.raises(ConfigError, match="expected 1.5 GiB for what 3 ranks move there, 512.0 MiB each"):
-        check_room(1 << 30, 3, str(tmp_path))
+        check_offload_space(1 << 30, 3, str(tmp_path))
 
 
 def test_staging_memory_is_no_more_than_what_moves() -> None:

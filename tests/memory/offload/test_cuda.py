@@ -13,11 +13,11 @@ import torch
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.offload import cuda
-from efflaunch.memory.offload.arena import HostArena
 from efflaunch.memory.offload.cuda import CudaDevice, CudaPinner
-from efflaunch.memory.offload.link import measure_host_link
+from efflaunch.memory.offload.host_pool import HostArena
+from efflaunch.memory.offload.host_store import ArenaStore
+from efflaunch.memory.offload.measure_bandwidth import measure_host_link
 from efflaunch.memory.offload.open import open_store
-from efflaunch.memory.offload.store import ArenaStore
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from efflaunch.errors import ConfigError, EfflaunchError, UserError
-from efflaunch.memory.offload.arena import HostArena
-from efflaunch.memory.offload.extents import Extent
-from efflaunch.memory.offload.files import OffloadFile, WriteMeter, warn_slow
-from efflaunch.memory.offload.nvme import FileStore, Piece, pieces_of
+from efflaunch.memory.offload.allocator import Extent
+from efflaunch.memory.offload.file_blocks import OffloadFile, WriteMeter, warn_slow
+from efflaunch.memory.offload.file_store import FileStore, Piece, pieces_of
+from efflaunch.memory.offload.host_pool import HostArena
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.offload.staging import Staging
 

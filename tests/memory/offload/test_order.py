@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efflaunch.memory.offload.arena import HostArena
-from efflaunch.memory.offload.store import ArenaStore
+from efflaunch.memory.offload.host_pool import HostArena
+from efflaunch.memory.offload.host_store import ArenaStore
 from efflaunch.memory.offload.streams import Transfers
 
 from .fake import COMPUTE, IN, OUT, FakeDevice

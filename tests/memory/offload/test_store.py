@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efflaunch.errors import PlanError
+from efflaunch.memory.offload.host_store import HostStore, Parcel
 from efflaunch.memory.offload.open import open_store
-from efflaunch.memory.offload.store import HostStore, Parcel
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -11,7 +11,7 @@ from efflaunch.errors import PlanError
 from efflaunch.parallel.sequence.adaptive import adaptive_plan, default_budget
 from efflaunch.parallel.sequence.fill import compiled
 from efflaunch.parallel.sequence.plan import StepPlan, check_plan
-from efflaunch.parallel.sequence.shelves import Search
+from efflaunch.parallel.sequence.shelves import ShelfSearch
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 from efflaunch.parallel.sequence.tables import Batch
 from efflaunch.tests.parallel.sequence.tiny import cost_of, optimum, random_cost, random_lengths
@@ -77,7 +77,7 @@ def test_compiled_and_plain_loops_make_the_same_plan(seed: int) -> None:
     for use_compiled in (True, False):
         batch = Batch(lengths, cost, use_compiled=use_compiled)
         assert batch.is_compiled == use_compiled
-        search = Search(batch, 20_000, float("inf"))
+        search = ShelfSearch(batch, 20_000, float("inf"))
         shelves = search.run()
         assert shelves is not None
         found.append((batch.plan(shelves, "adaptive"), search.spent))

@@ -9,7 +9,7 @@ import pytest
 
 from efflaunch.errors import PlanError
 from efflaunch.parallel.sequence.bound import class_milp_bound, staircase_bound, tightened_by
-from efflaunch.parallel.sequence.classes import Effort
+from efflaunch.parallel.sequence.class_lp import Effort
 from efflaunch.parallel.sequence.cost import DegreeCost
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 from efflaunch.parallel.sequence.tables import Batch

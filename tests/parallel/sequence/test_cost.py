@@ -7,20 +7,24 @@ from typing import Any
 
 import pytest
 
+from efflaunch.cluster.config import ClusterConfig
+from efflaunch.cluster.rates import Copies, MachineRates, MeasuredRates
 from efflaunch.errors import PlanError
+from efflaunch.estimate.build import build_ledger, cost_model
+from efflaunch.estimate.optimizer_residency import Residency
+from efflaunch.estimate.timing.sequence import allowed_degrees, cost_model_of
+from efflaunch.estimate.timing.step import causal_pairs
 from efflaunch.memory.config import MemoryConfig
-from efflaunch.memory.ledger import build_ledger
-from efflaunch.memory.residency import Residency
-from efflaunch.memory.timing import causal_pairs
-from efflaunch.parallel.config import ClusterConfig, ParallelConfig, Scheme
-from efflaunch.parallel.rates import Copies, MachineRates, Measured
-from efflaunch.parallel.sequence.cost import CostModel, DegreeCost, allowed_degrees, cost_model, cost_model_of
+from efflaunch.model.config import Family, ModelConfig
+from efflaunch.model.spec import model_spec
+from efflaunch.parallel.config import ParallelConfig, Scheme
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
 from efflaunch.parallel.sequence.solve import solve_best_static
 from efflaunch.tests.memory.settings import LLAMA_8B, cluster, make_ledger, policy
 from efflaunch.tests.parallel.sequence.tiny import cost_of
-from efflaunch.training.config import DataConfig, Family, ModelConfig, TrainConfig
-from efflaunch.training.spec import model_spec
+from efflaunch.training.config import TrainConfig
+from efflaunch.training.data.config import DataConfig
 
 K = 1024
 
@@ -68,7 +72,7 @@ def test_measured_rates_change_the_update_alone() -> None:
     copies = (Copies(out=1e9, back=1e9, both_out=1e9, both_back=1e9),) * 8
     rates = MachineRates(device="cuda", ranks_per_node=8, link=copies, device_update=1e12, host_update=1e10)
     s = make_ledger(length=64 * K, tokens_per_rank=16 * K, batch=256 * K).setting
-    plain, measured = cost_model_of(s), cost_model_of(replace(s, measured=Measured(rates=rates, source="x")))
+    plain, measured = cost_model_of(s), cost_model_of(replace(s, measured=MeasuredRates(rates=rates, source="x")))
     assert measured.step_s - plain.step_s == pytest.approx(s.parameters / 8 * 40 / 1e12)
     assert replace(measured, step_s=plain.step_s) == plain
 

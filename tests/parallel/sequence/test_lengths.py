@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.errors import ConfigError, DataError
-from efflaunch.parallel.sequence.lengths import DISTRIBUTIONS, WIKIPEDIA_QUANTILES, open_lengths, parse_lengths
 from efflaunch.tests.data.corpora import write_corpus
+from efflaunch.training.data.lengths import DISTRIBUTIONS, WIKIPEDIA_QUANTILES, open_lengths, parse_lengths
 
 MANY = 400_000
 

@@ -1,0 +1,81 @@
+"""What an engine is made of besides itself: parts that run without it, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .commit import CommitOutcome, Committer
+from .mirror import Mirror
+from .replica.replicas import Replicas
+from .saver import Saver
+from .tier import Tier
+
+SEEN_S = 10.0
+"""Network file systems show a new directory to other nodes some seconds late."""
+
+
+class Parts:
+    """What runs for an engine, without a reference to it."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.saver: Saver | None = None
+        self.committer: Committer | None = None
+        self.mirror: Mirror | None = None
+        self.replicas: Replicas | None = None
+
+    def abandon(self) -> None:
+        """Threads and the flusher end when they have done what they were given; nobody waits for them."""
+        for part in (self.committer, self.saver, self.mirror, self.replicas):
+            if part is not None:
+                part.abandon()
+
+    def last_heard(self) -> float:
+        flusher = self.saver.flusher if self.saver is not None else None
+        return flusher.last_heard if flusher is not None else 0.0
+
+    def end_flusher(self) -> None:
+        if self.saver is not None and self.saver.flusher is not None:
+            self.saver.flusher.kill()
+
+
+def stopped(outcome: CommitOutcome | None, directory: Path) -> CheckpointError:
+    assert outcome is not None, "a failure on one rank is a failure on all"
+    return CheckpointError(
+        f"checkpoint of step {outcome.attempt.step}",
+        found=str(outcome.error),
+        expected=f"to be written below {directory}; earlier checkpoints are intact",
+        hint="make room there and resume, or train on without with checkpoint.on_error=continue",
+    )
+
+
+def open_tier(address: str) -> Tier:
+    try:
+        return Tier(address)
+    except (ImportError, ValueError, OSError) as error:
+        raise CheckpointError(
+            "checkpoint.mirror",
+            found=f"{address} ({error})",
+            expected="a directory or an fsspec address",
+            hint="checkpoint.mirror=DIRECTORY",
+        ) from error
+
+
+def device_of(tensors: dict[str, Tensor]) -> torch.device:
+    """Where copies come from: the first device that is not the host."""
+    return next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
+
+
+def wait_until_seen(directory: Path) -> None:
+    deadline = time.monotonic() + SEEN_S
+    while not directory.is_dir():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"no directory {directory} on every node")
+        time.sleep(0.1)

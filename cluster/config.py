@@ -1,0 +1,88 @@
+"""The machines a plan is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Protocol
+
+from ..ranges import BYTES, PER_S, Range, check_ranges
+from ..units import Bytes
+from .slurm_site import SlurmSite
+
+
+class Device(Enum):
+    """What a rank computes on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines a plan is made for; every number of time comes from here until it is measured."""
+
+    name: str
+    device: Device
+    num_nodes: int
+    ranks_per_node: int
+    """GPUs of a node, or processes on a CPU machine."""
+    device_memory_bytes: Bytes
+    """Of one GPU, or one CPU rank's share."""
+    host_memory_bytes: Bytes
+    """Of one node."""
+    peak_flops: float
+    """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
+    efficiency: float
+    """Share of peak_flops that long-context training reaches; an assumption of time estimates."""
+    intra_node_bandwidth: float
+    """Bytes/s of one rank to another of its node, one direction."""
+    inter_node_bandwidth: float
+    """Bytes/s of one rank to another node, one direction."""
+    host_link_bandwidth: float
+    """Bytes/s between one GPU and host memory, each way, all GPUs of the node copying at once; a profile's measured rates go before it."""
+    device_memory_bandwidth: float | None = None
+    """Bytes/s that the optimizer's update reads and writes on one GPU. null: host_memory_bandwidth's share without GPUs; with them the
+    update takes no time in estimates, which then say so."""
+    host_memory_bandwidth: float | None = None
+    """Bytes/s that an update on the processors of one node reads and writes, all ranks together. null: it takes no time in estimates."""
+    disk_write_bandwidth: float | None = None
+    """Bytes/s that the disk under memory.offload_dir takes, all ranks of a node together. null: as fast as host_link_bandwidth."""
+    disk_read_bandwidth: float | None = None
+    """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
+    storage_bandwidth: float | None = None
+    """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
+    slurm: SlurmSite = field(default_factory=SlurmSite)
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_nodes": Range(1, 65_536),
+        "ranks_per_node": Range(1, 1024),
+        "device_memory_bytes": Range(1, BYTES),
+        "host_memory_bytes": Range(1, BYTES),
+        "peak_flops": Range(0, 1e21, above=True),
+        "efficiency": Range(0, 1, above=True),
+        "intra_node_bandwidth": Range(0, PER_S, above=True),
+        "inter_node_bandwidth": Range(0, PER_S, above=True),
+        "host_link_bandwidth": Range(0, PER_S, above=True),
+        "device_memory_bandwidth": Range(0, PER_S, above=True),
+        "host_memory_bandwidth": Range(0, PER_S, above=True),
+        "disk_write_bandwidth": Range(0, PER_S, above=True),
+        "disk_read_bandwidth": Range(0, PER_S, above=True),
+        "storage_bandwidth": Range(0, PER_S, above=True),
+    }
+
+
+class Machines(Protocol):
+    """What a layout has to know of the cluster."""
+
+    @property
+    def num_nodes(self) -> int: ...
+
+    @property
+    def ranks_per_node(self) -> int: ...
+
+
+def check_cluster(cluster: ClusterConfig) -> None:
+    """ConfigError where a count, a speed or a memory is out of its range."""
+    check_ranges(cluster, "cluster")

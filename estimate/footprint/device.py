@@ -1,0 +1,69 @@
+"""Every term of one rank; each subject has its file. Pure.
+
+tests/memory/test_ledger_measured.py and `python -m efflaunch.bench.predicted` compare their sum with traced steps.
+"""
+
+from __future__ import annotations
+
+from ..plan_inputs import GIB, PlanInputs
+from .activations import activations, attention_outputs, in_flight, layer_inputs
+from .kernels import loss_chunk, masked_scores, scratch
+from .live_layer import layer_rows
+from .optimizer import optimizer_states
+from .term import ALL, Phase, Term, term
+from .weights import batch, gathered_layers, gathered_root, gradients, head_gradient, layer_gradients, reduction, weights, whole_gradients
+
+__all__ = ["ALL", "GIB", "UNSEEN", "Phase", "Setting", "Term", "device_terms", "term"]
+
+UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
+"""Terms that are assumed: no count of tensors can show them."""
+
+
+def communicators(inputs: PlanInputs) -> Term:
+    """One communicator per power of two of ranks, and the mesh's own; on GPUs each has buffers."""
+    count = inputs.layout.world_size.bit_length() if inputs.layout.world_size > 1 else 0
+    each = GIB // 4 if inputs.on_gpu else 8 << 20
+    return term("communicators", f"{count} groups of ranks, about {each >> 20} MiB each (assumed)", count * each)
+
+
+def context(inputs: PlanInputs) -> Term:
+    num_bytes, note = (2 * GIB, "CUDA context, libraries (assumed)") if inputs.on_gpu else (GIB // 2, "Python and torch (assumed)")
+    return term("context", note, num_bytes)
+
+
+def reserve_share(inputs: PlanInputs) -> float:
+    """Of a device, what its allocator loses between blocks."""
+    return 0.03 if inputs.on_gpu else 0.0
+
+
+def reserve(inputs: PlanInputs) -> Term:
+    size = reserve_share(inputs) * inputs.cluster.device_memory_bytes
+    return term("allocator reserve", "3 % of the device lost between blocks (assumed)", size)
+
+
+def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
+    """Every term of one rank, those of no bytes left out."""
+    fixed = (
+        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
+        masked_scores, scratch, batch, communicators, context, reserve,
+    )  # fmt: skip
+    made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]
+    return tuple(entry for entry in made if entry.num_bytes)
+
+
+def worst_layers(inputs: PlanInputs) -> list[Term]:
+    """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
+    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations, in_flight)
+    layers = [[make(inputs, layer) for make in makers] for layer in candidates(inputs)]
+    worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
+    return [
+        Term(entry.name, entry.note, {phase: num_bytes for phase in Phase if (num_bytes := worst[phase][index].by_phase.get(phase, 0))})
+        for index, entry in enumerate(layers[0])
+    ]
+
+
+def candidates(inputs: PlanInputs) -> list[int]:
+    """Layers whose backward may hold most: what goes and what comes is linear between the ends of segments."""
+    count, k = inputs.spec.num_layers, inputs.segment_layers
+    ends = ((count - 1) // k * k - 1, k - 1, k - 2)
+    return sorted({layer for layer in (count - 1, count - 2, *ends, 1, 0) if 0 <= layer < count}, reverse=True)

@@ -1,0 +1,64 @@
+"""What single operations need for a moment: a chunk's logits, scores under a mask, scratch inside kernels. Pure.
+
+The formulas follow model/chunked_loss.py and the masked path of parallel/sequence/attention.py.
+"""
+
+from __future__ import annotations
+
+from ..plan_inputs import PlanInputs
+from .activations import norm_bytes
+from .term import Phase, Term
+
+
+def loss_chunk(inputs: PlanInputs) -> Term:
+    """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
+    chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
+    narrow, wide = inputs.width * words * chunk, inputs.master * words * chunk
+    bent = 3 * wide * _softcap(inputs)
+    made = wide + bent + narrow * (inputs.width < inputs.master)
+    most = max(made, narrow + inputs.width * words * inputs.spec.hidden_size)
+    rows = chunk * inputs.spec.hidden_size * (norm_bytes(inputs) + inputs.width)
+    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})
+
+
+def scratch(inputs: PlanInputs) -> Term:
+    """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
+    chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
+    exponentials = inputs.master * words * chunk
+    beside = inputs.master * words * chunk * (1 + 3 * _softcap(inputs))
+    counted = loss_chunk(inputs).by_phase[Phase.LOSS]
+    return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
+
+
+def _softcap(inputs: PlanInputs) -> bool:
+    from ...model.config import Family
+
+    return inputs.spec.family is Family.GEMMA2
+
+
+def masked_scores(inputs: PlanInputs) -> Term:
+    """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
+    softcap = _softcap(inputs)
+    windows = [window for window in inputs.spec.windows if window is not None]
+    if inputs.on_gpu and inputs.width == 2:
+        return Term("masked scores", "", {})
+    if not (softcap or windows or inputs.on_gpu):
+        return Term("masked scores", "", {})
+    length = min(inputs.data.max_seq_len, inputs.tokens * inputs.layout.sp_degree)
+    rows = min(length, inputs.piece_tokens * inputs.layout.sp_degree) if inputs.by_chunks else length
+    queries = min(MASKED_QUERY_CHUNK, rows)
+    several, everything = rows > MASKED_QUERY_CHUNK, inputs.on_gpu or len(windows) < inputs.spec.num_layers
+    keys = length if everything else min(length, max(windows) + queries * several)
+    one = inputs.master * inputs.spec.num_heads // inputs.layout.ulysses * queries * keys
+    # A chunk's scores are made while those of the chunk before are still there.
+    before = several * (max(0, keys - queries) / keys if everything else 1.0)
+    mask = 8 * queries * keys
+    forward = max(5 + 3 * before, 6) if softcap else max(2 + 2 * before, 3)
+    backward = max(5 + 4 * before, 7) if softcap else max(2 + 3 * before, 5)
+    held = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if inputs.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
+    held[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
+    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
+
+
+MASKED_QUERY_CHUNK = 512
+"""Of parallel/sequence/attention.py."""

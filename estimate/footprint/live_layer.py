@@ -1,0 +1,266 @@
+"""The layer that runs: rows of all tokens, and one piece of them at a time. Pure.
+
+The formulas follow memory/{local,whole,streamed,graph}.py and parallel/sequence/{ulysses,ring}.py, moment by
+moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
+X keys and values between the exchanges, F feed-forward, E log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..plan_inputs import PlanInputs
+from .activations import graph_row, norm_bytes
+from .term import Phase, Term
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of each of the rank's rows, of each row of the one piece that is worked on, and whatever the rows."""
+
+    whole: float
+    piece: float = 0.0
+    fixed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Of one row, by the legend; `norm`: what a norm's graph holds."""
+
+    H: int
+    Q: int
+    K: int
+    X: int
+    F: int
+    E: int
+    norm: int
+    wide: float
+    """Bytes of a number in accumulations, over one in computation."""
+
+    @classmethod
+    def of(cls, inputs: PlanInputs, groups: int = 1) -> Widths:
+        """`groups`: Q, K, X and E of one of so many groups of heads (memory/heads.py)."""
+        spec, width, ulysses = inputs.spec, inputs.width, inputs.layout.ulysses
+        share = spec.num_heads // spec.num_kv_heads
+        heads = ulysses * max(1, -(-spec.num_heads // (ulysses * groups * share))) if groups > 1 else spec.num_kv_heads * inputs.kv_copies
+        keys = 2 * width * spec.head_dim
+        return cls(
+            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys * min(heads, spec.num_kv_heads), X=keys * heads,
+            F=width * spec.intermediate_size, E=inputs.master * spec.num_heads // groups, norm=norm_bytes(inputs) * spec.hidden_size,
+            wide=inputs.master / inputs.width,
+        )  # fmt: skip
+
+
+def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
+    """What the live layer holds of all rows, and of one piece."""
+    moments = graph_moments(inputs) if inputs.policy.graph else streamed_moments(inputs) if inputs.by_chunks else whole_moments(inputs)
+    largest = {
+        phase: max(found, key=lambda moment: moment.whole * inputs.tokens + moment.piece * inputs.piece_tokens + moment.fixed)
+        for phase, found in moments.items()
+    }
+    whole = {phase: int(moment.whole * inputs.tokens) for phase, moment in largest.items()}
+    piece = {phase: int(moment.piece * inputs.piece_tokens + moment.fixed) for phase, moment in largest.items()}
+    note = "everything between its ends" if not inputs.in_pieces else f"{inputs.piece_tokens} tokens of everything between its ends"
+    return (
+        Term(
+            "live layer, all rows",
+            f"what attention reads and makes, heads over {inputs.layout.ulysses}, ring of {inputs.layout.ring}",
+            whole,
+        ),
+        Term("live layer, a piece", note, piece),
+    )
+
+
+def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
+    """memory/executor/attention_whole.py: attention over all rows at once, or over groups of heads one after the other."""
+    w, part = Widths.of(inputs), Widths.of(inputs, inputs.policy.head_groups)
+    own = 0 if _kept(inputs, "layer_input") else w.H
+    forward = _forward_moments(inputs, w, part)
+    projected = [Moment(w.H + w.Q * inputs.in_pieces * _stored(inputs) + m.whole, m.piece) for m in forward[:-1]]
+    return {
+        Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if inputs.segment_layers > 1 else [Moment(0)],
+        Phase.BACKWARD_MLP: after_backward(inputs, w, _held(inputs, w, part) + w.H + w.Q * inputs.in_pieces),
+        Phase.BACKWARD_ATTENTION: [*projected, *_attention_backward(inputs, w, part)],
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + part.Q + part.K + (2 * w.Q + w.E) * (inputs.policy.head_groups > 1), before_backward_row(inputs, part))
+        ],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+        Phase.LOSS: [Moment(w.H)],
+    }
+
+
+def _forward_moments(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment]:
+    """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
+    cut, sides, groups = inputs.in_pieces, inputs.layout.ulysses > 1, inputs.policy.head_groups > 1
+    made = part.Q * (not _kept(inputs, "query")) + part.K * (not _kept(inputs, "key_value"))
+    read = part.Q + part.X if sides else made
+    ring = 3 * w.X + w.wide * w.Q if inputs.layout.ring > 1 else 0
+    documents = inputs.packed * (part.Q + part.E) + w.wide * part.Q * _windows(inputs)
+    output = (w.Q + w.E) * (not _kept(inputs, "attention_output"))
+    others = output * groups
+    moments = [
+        Moment(others + made * cut, before_row(part)),
+        Moment(others + read + (part.Q + part.E if groups else output) + ring + documents),
+        Moment(output + w.H * cut, after_row(inputs, w)),
+    ]
+    if sides:
+        moments[1:1] = [Moment(others + part.Q + part.K + 3 * (part.Q + part.X))]
+        moments[-1:-1] = [Moment(others + 3 * part.Q + part.E)]
+    return moments
+
+
+def _held(inputs: PlanInputs, w: Widths, part: Widths) -> float:
+    """Beside the gradients while the second half goes backward: attention's output, and what it read where that was made for it."""
+    sides, cut = inputs.layout.ulysses > 1, inputs.in_pieces
+    if _stored(inputs):
+        return w.Q * cut
+    if inputs.policy.head_groups > 1:
+        return w.Q + w.E
+    return _read(inputs, w) + w.Q + w.E + w.Q * sides
+
+
+def _read(inputs: PlanInputs, w: Widths) -> float:
+    """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
+    if inputs.layout.ulysses > 1:
+        return w.Q + w.X
+    return w.Q * (inputs.in_pieces or _made(inputs, "query")) + w.K * (inputs.in_pieces or _made(inputs, "key_value"))
+
+
+def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment]:
+    sides, cut, groups = inputs.layout.ulysses > 1, inputs.in_pieces, inputs.policy.head_groups > 1
+    wide = w.wide if inputs.layout.ring > 1 or _windows(inputs) else 1.0
+    ring = (3 * w.X + 2 * w.wide * w.X + w.Q + w.X) if inputs.layout.ring > 1 else 0
+    output = w.Q * (cut or not _stored(inputs)) * (sides or groups or _stored(inputs))
+    # Of a group of heads: log-sum-exp of all, and the gradients of the group before.
+    both = w.H + w.Q + output + (w.E + part.Q + part.X) * groups
+    # Of documents in one pack, those of the last two are made beside those of all.
+    gradients = (wide + inputs.packed) * (part.Q + part.X) + flash_workspace(inputs, part)
+    if groups:
+        kernel = Moment(both + _read(inputs, part) + (2 + 2 * sides) * part.Q + gradients)
+    elif _stored(inputs):
+        kernel = Moment(both + _read(inputs, w) + 2 * w.Q * sides + gradients + ring)
+    else:
+        kernel = Moment(both + _read(inputs, w) + w.Q + w.E + w.Q * sides + gradients + ring)
+    made = part.Q + part.K
+    again = [Moment(both + made * cut, before_row(part))] * (groups or _stored(inputs))
+    if not sides:
+        return [kernel, *again]
+    again += [Moment(both + made + 3 * (part.Q + part.X))] * (groups or _stored(inputs))
+    return [kernel, *again, Moment(both + (wide + 2) * (part.Q + part.X))]
+
+
+def streamed_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
+    """memory/executor/attention_chunked.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
+    w, sides = Widths.of(inputs), inputs.layout.ulysses > 1
+    own = 0 if _kept(inputs, "layer_input") else w.H
+    totals = w.wide * w.X
+    keys = w.X if sides else w.K * (inputs.in_pieces or _made(inputs, "key_value"))
+    kept = w.K * _kept(inputs, "key_value") * (not sides)
+    query, output = w.Q * _made(inputs, "query"), (w.Q + w.E) * _made(inputs, "attention_output")
+    project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
+    attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
+    forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(inputs, w))]
+    chunk = query + output
+    return {
+        Phase.FORWARD: [Moment(own - kept + m.whole, m.piece) for m in forward],
+        Phase.SEGMENT: [Moment(own + w.H - kept + m.whole, m.piece) for m in forward] if inputs.segment_layers > 1 else [Moment(0)],
+        Phase.BACKWARD_MLP: [
+            *(Moment(w.H + m.whole, m.piece) for m in project),
+            *after_backward(inputs, w, w.H + keys + totals, chunk + w.Q * sides),
+        ],
+        Phase.BACKWARD_ATTENTION: [
+            Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides + flash_workspace(inputs, w, 4))
+        ],
+        Phase.BACKWARD_PROJECTIONS: [
+            Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(inputs, w)),
+            *([Moment(w.H + totals + 3 * w.X)] if sides else []),
+        ],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+        Phase.LOSS: [Moment(w.H)],
+    }
+
+
+def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
+    """memory/executor/kept_graph.py: both halves' graphs, each freed before the next is used."""
+    w, saved = Widths.of(inputs), graph_row(inputs)
+    sides = inputs.layout.ulysses > 1
+    read = w.Q + w.X
+    before = w.norm + w.Q + w.K + head_norms(inputs)
+    held = before + read * sides + w.Q * (1 + sides) + w.E
+    return {
+        Phase.FORWARD: [Moment(saved + 2 * w.H)],
+        Phase.LOSS: [Moment(w.H)],
+        Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
+        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + flash_workspace(inputs, w))],
+        Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
+        Phase.LAYER_REDUCE: [Moment(w.H)],
+    }
+
+
+def before_row(w: Widths) -> float:
+    """First norm, projections and rotation, no graph: queries as projected, turned, and the parts of the turn."""
+    return w.H + max(4 * w.Q, 2 * w.Q + 2.5 * w.K)
+
+
+def after_row(inputs: PlanInputs, w: Widths) -> float:
+    """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
+    return _made(inputs, "residual") * w.H + _made(inputs, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+
+
+def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
+    """Second half's backward, beside `whole` and `piece`: through the last product, then through gate and up and their norm.
+
+    The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
+    up's gradients and their weights' beside its own work.
+    """
+    total = piece + w.H * _made(inputs, "residual")
+    weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size
+    return [
+        Moment(whole, total + 2 * w.F * _made(inputs, "mlp") + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
+    ]
+
+
+def before_backward_row(inputs: PlanInputs, w: Widths) -> float:
+    """Projections' backward: the norm's graph, the turn's parts, and their gradients; or beside the norms of each head."""
+    turn = 5 * w.Q + w.K / 2 + w.H
+    heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(inputs, w.Q // inputs.width)) * inputs.spec.qk_norm
+    return w.norm + max(turn, heads)
+
+
+def norm_backward(inputs: PlanInputs, size: int) -> int:
+    """What the backward of an RMS norm of `size` numbers works with, in float32 at least."""
+    return 6 * inputs.master * size
+
+
+def flash_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:
+    """FlashAttention-2's backward on CUDA: queries' gradient in float32, and with shared key/value heads theirs for every query head.
+
+    `key_rows`: keys of a block, in rows of the queries' piece.
+    """
+    shared = 2 * w.Q * key_rows * (inputs.spec.num_kv_heads < inputs.spec.num_heads)
+    return (w.wide * w.Q + shared) * inputs.on_gpu
+
+
+def head_norms(inputs: PlanInputs) -> int:
+    """What norms of each head's queries and keys leave in a graph."""
+    return norm_bytes(inputs) * (inputs.spec.query_size + inputs.spec.kv_size) * inputs.spec.qk_norm
+
+
+def _windows(inputs: PlanInputs) -> bool:
+    return any(window is not None for window in inputs.spec.windows)
+
+
+def _kept(inputs: PlanInputs, name: str) -> bool:
+    """Whether all of a class stays on the device, so that the live layer's is counted there."""
+    return inputs.policy.splits[name].keep >= 1.0
+
+
+def _made(inputs: PlanInputs, name: str) -> bool:
+    """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
+    return not inputs.policy.splits[name].complete
+
+
+def _stored(inputs: PlanInputs) -> bool:
+    return inputs.policy.attention_output.complete

@@ -1,0 +1,117 @@
+"""Weights and their gradients on one rank: sharded, gathered and on their way. Pure.
+
+The formulas follow FSDP2 as parallel/sharding.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
+a gather lives until the next layer's copies are made, in backward the next layer's is on its way; the input of a reduction
+lives until the next one starts. `layer` is the layer whose backward the backward phases describe, of those from 0 to L - 1.
+"""
+
+from __future__ import annotations
+
+from ..plan_inputs import PlanInputs, reduces_once
+from .optimizer import gradients_left, weight_bytes
+from .term import BACKWARD, COMPUTE, KEEPING, Phase, Term, term
+
+
+def weights(inputs: PlanInputs) -> Term:
+    each = weight_bytes(inputs)
+    kind = f"{'bfloat' if each == 2 else 'float'}{8 * each}"
+    return term("weights", f"{kind}, 1/{inputs.layout.shard} of each", each * inputs.parameters / inputs.layout.shard)
+
+
+def gradients(inputs: PlanInputs, layer: int) -> Term:
+    """Sharded: of the layers done; of all from the first micro-batch on where each is reduced."""
+    total = inputs.master * inputs.parameters // inputs.layout.shard
+    early = total if inputs.layout.num_micro_batches > 1 and not reduces_once(inputs) else 0
+    done = inputs.master * inputs.layer_parameters * (inputs.spec.num_layers - 1 - layer) // inputs.layout.shard
+    held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(inputs)))
+    layers = early or inputs.master * inputs.spec.num_layers * inputs.layer_parameters // inputs.layout.shard
+    whole = held | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
+    return gradients_left(inputs, Term("gradients", f"float{8 * inputs.master}, 1/{inputs.layout.shard} of each", whole))
+
+
+def whole_gradients(inputs: PlanInputs) -> Term:
+    """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
+    whole = inputs.master * inputs.parameters * reduces_once(inputs)
+    held = dict.fromkeys(KEEPING, whole) | {Phase.REDUCE: inputs.master * inputs.root_parameters * reduces_once(inputs)}
+    return Term("gradients, whole", "kept over micro-batches, reduced once a step", held)
+
+
+def gathered_root(inputs: PlanInputs) -> Term:
+    return term(
+        "embedding and head, gathered",
+        "in compute precision, from forward to the end of backward",
+        inputs.width * inputs.root_parameters,
+        KEEPING,
+    )
+
+
+def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
+    """The running layer, and with several shards the buffer of one more gather."""
+    one, several = inputs.width * inputs.layer_parameters, inputs.layout.shard > 1
+    if inputs.parallel.barrier_free:
+        note = "all layers, in compute precision, from the first micro-batch to the last"
+        return term("layers, gathered", note, inputs.spec.num_layers * one, KEEPING)
+    # The layer below is gathered ahead; where its input is made again from its segment's, that gather is used up by then.
+    ahead = one * (several and layer > 0 and not inputs_made_again(inputs, layer))
+    held = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
+    held |= dict.fromkeys((Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS), one + ahead)
+    if inputs_made_again(inputs, layer):
+        held[Phase.SEGMENT] = (2 + several) * one
+    return Term("layers, gathered", "the running layer" + ", and a gather's buffer" * several + ", in compute precision", held)
+
+
+def inputs_made_again(inputs: PlanInputs, layer: int) -> bool:
+    """Whether this layer's backward starts by running the layers below it in its segment."""
+    last = layer % inputs.segment_layers == inputs.segment_layers - 1 or layer == inputs.spec.num_layers - 1
+    return last and layer % inputs.segment_layers > 0
+
+
+def reduction(inputs: PlanInputs, layer: int) -> Term:
+    """Input of the last reduction, which lives on until the next; with one shard its output goes through a copy."""
+    one, only = inputs.master * inputs.layer_parameters, inputs.layout.shard == 1
+    root = inputs.master * inputs.root_parameters
+    # Of the micro-batch before, as long as this one has reduced nothing.
+    earlier = root * (inputs.layout.num_micro_batches > 1) * (not reduces_once(inputs))
+    own = inputs.width * inputs.layer_parameters
+    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS), earlier)
+    held |= dict.fromkeys(BACKWARD, one * (not reduces_once(inputs)) if layer < inputs.spec.num_layers - 1 else earlier)
+    held[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // inputs.layout.shard)
+    copied = root * (1 + only) + root // inputs.layout.shard
+    held[Phase.REDUCE] = max(root + inputs.width * inputs.root_parameters * (not reduces_once(inputs)), copied)
+    return Term("reduction", "one layer's gradients on their way; last those of embedding and head", held)
+
+
+def layer_gradients(inputs: PlanInputs) -> Term:
+    """As pieces of rows add to them: in compute precision after the first, in master precision after more."""
+    spec = inputs.spec
+    mlp = 3 * spec.hidden_size * spec.intermediate_size
+    output = spec.hidden_size * spec.query_size
+    down = spec.hidden_size * spec.intermediate_size
+    wide = inputs.master if inputs.in_pieces else inputs.width
+    held = {
+        # One piece alone: those of the last product. More: all sums, and a part of one.
+        Phase.BACKWARD_MLP: wide * (mlp + output) + inputs.width * down if inputs.in_pieces else inputs.width * down,
+        Phase.BACKWARD_ATTENTION: wide * (mlp + output),
+        Phase.BACKWARD_PROJECTIONS: wide * inputs.layer_parameters,
+    }
+    if inputs.policy.graph or inputs.by_chunks:
+        held[Phase.BACKWARD_ATTENTION] = wide * (inputs.layer_parameters if inputs.by_chunks and inputs.in_pieces else mlp + output)
+    if inputs.by_chunks and inputs.in_pieces:
+        held[Phase.BACKWARD_MLP] = wide * inputs.layer_parameters + inputs.width * down
+    return Term("layer gradients", f"of one layer, summed in float{8 * wide}", held)
+
+
+def head_gradient(inputs: PlanInputs) -> Term:
+    """Summed in master precision over chunks, each chunk's part beside it; then in compute precision to the end of backward."""
+    head = inputs.spec.vocab_size * inputs.spec.hidden_size
+    held = {Phase.LOSS: inputs.master * head} | dict.fromkeys(BACKWARD, inputs.width * head)
+    return Term("head gradient", f"summed in float{8 * inputs.master} over chunks", held)
+
+
+def batch(inputs: PlanInputs) -> Term:
+    """Token, target and position ids, document lengths, and rotary tables."""
+    from ...model.config import Family
+
+    tables = 1 + (inputs.spec.family is Family.GEMMA3)
+    per_token = 4 * 8 + 1 + 2 * tables * inputs.spec.head_dim * inputs.width
+    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", per_token * inputs.tokens, COMPUTE)

@@ -1,0 +1,144 @@
+"""The ledger: what each rank and each node must hold, whether it fits, and how long a step takes. Pure, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..cluster.config import check_cluster
+from ..memory.config import MemoryConfig
+from ..memory.policy import MemoryPolicy, explicit_policy
+from ..parallel.config import GradReduce, ParallelConfig
+from ..parallel.layout import Layout, solve_layout
+from .footprint.device import device_terms
+from .footprint.host import host_terms
+from .footprint.term import ALL, Phase, Term
+from .optimizer_residency import ON_DEVICE, Residency
+from .plan_inputs import PlanInputs
+from .timing.step import Timing
+
+if TYPE_CHECKING:
+    from ..cluster.config import ClusterConfig
+    from ..cluster.rates import MeasuredRates
+    from ..model.spec import ModelSpec
+    from ..training.config import TrainConfig
+    from ..training.data.config import DataConfig
+    from .solver.report import SolveReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """One memory: its terms and how much there is."""
+
+    name: str
+    terms: tuple[Term, ...]
+    capacity_bytes: int
+
+    def phase_bytes(self, phase: Phase) -> int:
+        return sum(entry.by_phase.get(phase, 0) for entry in self.terms)
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(ALL, key=self.phase_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phase_bytes(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.capacity_bytes
+
+    @property
+    def largest(self) -> Term:
+        """The biggest term at the peak."""
+        return max(self.terms, key=lambda entry: entry.by_phase.get(self.peak_phase, 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """The memory of one rank and of one node, and the time of a step, for one configuration."""
+
+    asked: PlanInputs
+    """As configured; `setting` is the same with what was left to `auto` decided."""
+    setting: PlanInputs
+    device: Account
+    host: Account
+    budget: Account | None
+    """memory.host_budget, where it is given."""
+    file_bytes: int
+    """What one node writes under memory.offload_dir and reads back; no capacity is known for it."""
+    timing: Timing
+    report: SolveReport | None = None
+    """How the policy was found, with memory.solve."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.setting.layout
+
+    @property
+    def accounts(self) -> tuple[Account, ...]:
+        """All that have a capacity."""
+        return (self.device, self.host, *((self.budget,) if self.budget is not None else ()))
+
+    @property
+    def fits(self) -> bool:
+        return all(account.fits for account in self.accounts)
+
+
+def make_plan_inputs(
+    *,
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    cluster: ClusterConfig,
+    residency: Residency = ON_DEVICE,
+    measured: MeasuredRates | None = None,
+) -> PlanInputs:
+    """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
+    from ..model.spec import layer_parameters, num_parameters
+
+    check_cluster(cluster)
+    layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
+    return PlanInputs(
+        spec=spec,
+        parallel=parallel,
+        memory=memory,
+        policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
+        train=train,
+        data=data,
+        cluster=cluster,
+        layout=layout,
+        layer_parameters=layer_parameters(spec),
+        parameters=num_parameters(spec),
+        residency=residency,
+        measured=measured,
+    )
+
+
+def resolve_grad_reduce(setting: PlanInputs) -> PlanInputs:
+    """With `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
+    if setting.parallel.grad_reduce is not GradReduce.AUTO:
+        return setting
+    per_step = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
+    if setting.parallel.barrier_free or device_account(per_step).fits:
+        return per_step
+    return replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.MICRO_BATCH))
+
+
+def device_account(inputs: PlanInputs) -> Account:
+    return Account(name="GPU" if inputs.on_gpu else "rank", terms=device_terms(inputs), capacity_bytes=inputs.cluster.device_memory_bytes)
+
+
+def host_account(inputs: PlanInputs, device: Account) -> Account:
+    return Account(name="host", terms=host_terms(inputs, device.peak_bytes), capacity_bytes=inputs.cluster.host_memory_bytes)
+
+
+def budget_account(inputs: PlanInputs, host: Account) -> Account | None:
+    """What memory.host_budget limits: activations and optimizer states of one node."""
+    if inputs.memory.host_budget is None:
+        return None
+    limited = tuple(entry for entry in host.terms if entry.name in ("activations on the host", "optimizer states on the host"))
+    return Account(name="host budget", terms=limited, capacity_bytes=inputs.memory.host_budget)

@@ -1,0 +1,123 @@
+"""What a ledger is made of: the setting it depends on, moments of a step, and terms. Pure; bytes everywhere.
+
+Note: phases. Peaks of different terms do not fall together, so each term says how much it holds in each phase. A phase's sum
+is what must fit. Backward phases are those of one layer: where what forward left (less with every layer done) and the
+gradients (more with every layer done) are largest together (terms.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ..memory.config import AttentionTiling, MemoryConfig
+from ..memory.policy import MemoryPolicy
+from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
+from ..parallel.layout import Layout
+from .optimizer_residency import Residency
+
+if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
+    from ..cluster.config import ClusterConfig
+    from ..cluster.rates import MeasuredRates
+    from ..model.spec import ModelSpec
+    from ..training.config import TrainConfig
+    from ..training.data.config import DataConfig
+
+GIB = 1 << 30
+_WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanInputs:
+    """All a ledger depends on."""
+
+    spec: ModelSpec
+    parallel: ParallelConfig
+    memory: MemoryConfig
+    """As configured; `policy` is what it comes to."""
+    policy: MemoryPolicy
+    train: TrainConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    layout: Layout
+    layer_parameters: int
+    parameters: int
+    residency: Residency = field(default_factory=Residency)
+    measured: MeasuredRates | None = None
+    """Rates that stand in place of the cluster's."""
+    packed: float = 1.0
+    """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number in computation."""
+        return _WIDTHS[self.train.dtype.value]
+
+    @property
+    def master(self) -> int:
+        """Bytes of one master weight, gradient or optimizer number; also of accumulations."""
+        return max(4, self.width)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step: those of its micro-batches, twice where the norm is measured first."""
+        return self.layout.num_micro_batches * (2 if self.residency.two_passes else 1)
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens_per_rank
+
+    @property
+    def piece_tokens(self) -> int:
+        """Most rows that token-local work has at one time: cut by chunks and where a class changes its place (memory/ranges.py)."""
+        return self.tokens if self.policy.graph else _largest_piece(self.policy, self.tokens)
+
+    @property
+    def in_pieces(self) -> bool:
+        return self.piece_tokens < self.tokens
+
+    @property
+    def segment_layers(self) -> int:
+        """Layers that share one stored input."""
+        return 1 if self.policy.graph else min(self.policy.segment_layers, self.spec.num_layers)
+
+    @property
+    def stored_inputs(self) -> int:
+        """Layer inputs there are when backward starts in the last segment: one a segment, and the live segment's own."""
+        return -(-self.spec.num_layers // self.segment_layers) + self.segment_layers - 1
+
+    @property
+    def by_chunks(self) -> bool:
+        """Whether attention walks over chunks of queries; with a ring it works on all rows (memory/executor/layer.py)."""
+        return not self.policy.graph and self.policy.attention is AttentionTiling.CHUNKS and self.layout.ring == 1
+
+    @property
+    def root_parameters(self) -> int:
+        """Embedding, head and last norm: what is not in a decoder layer."""
+        return self.parameters - self.spec.num_layers * self.layer_parameters
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.cluster.device.value == "cuda"
+
+    @property
+    def kv_copies(self) -> int:
+        """Key/value numbers per token between the Ulysses exchanges, over those before it: above 1 where heads are replicated."""
+        return max(1, -(-self.layout.ulysses // self.spec.num_kv_heads))
+
+
+@lru_cache(maxsize=64)  # asked for by every term of every policy the solver looks at
+def _largest_piece(policy: MemoryPolicy, tokens: int) -> int:
+    inside = [split for split in policy.splits.values() if 0.0 < split.keep < 1.0 or 0.0 < split.keep + split.host < 1.0]
+    cuts = sorted({0, tokens, *(row for split in inside for row in split.rows(tokens))})
+    largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
+    return min(largest, policy.chunk_tokens or largest)
+
+
+def reduces_once(inputs: PlanInputs) -> bool:
+    """Whether gradients of several micro-batches pile up whole before they are reduced."""
+    # An adaptive plan may have more micro-batches than the static one of longest sequences.
+    several = inputs.layout.num_micro_batches > 1 or inputs.parallel.sequence is SequenceMode.ADAPTIVE or inputs.parallel.barrier_free
+    return inputs.parallel.grad_reduce is GradReduce.STEP and several

@@ -1,0 +1,91 @@
+"""memory=auto: the policy that fits the memories there are in the least time. Pure.
+
+`solve_memory` looks at every shape of the executor that the given fields allow (estimate/solver/shapes.py), solves the linear program of
+the shares inside those that can be the best (estimate/solver/linear_program.py, estimate/solver/search.py), and takes the ledger's word, not the program's,
+on whether the result fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...memory.heads import num_head_groups
+from ...memory.policy import MemoryPolicy
+from ...parallel.config import GradReduce, SequenceMode
+from ..plan_inputs import PlanInputs, reduces_once
+from .evaluate import measure_of
+from .report import SolveReport
+from .search import Candidate, PolicySearch
+from .shadow_prices import report_of
+from .shapes import Evaluate, Shape, policy_of, shapes, shares
+
+
+def search_of(setting: PlanInputs) -> PolicySearch:
+    """Every shape for the configuration behind `setting` (its policy is not looked at)."""
+    candidates: list[Candidate] = []
+    for reduce in _reductions(setting):
+        s = replace(setting, parallel=replace(setting.parallel, grad_reduce=reduce))
+        measure = measure_of(s)
+        for shape in shapes(
+            s.memory,
+            tokens=s.tokens,
+            layers=s.spec.num_layers,
+            head_groups=_head_groups(s),
+            ring=s.layout.ring > 1,
+        ):
+            candidates.append(_candidate(s, shape, measure))
+    return PolicySearch(candidates, setting.tokens, setting.layout.ranks_per_node)
+
+
+def _candidate(inputs: PlanInputs, shape: Shape, measure: Evaluate) -> Candidate:
+    variables = shares(inputs.memory, shape)
+
+    def policy(x: Sequence[float]) -> MemoryPolicy:
+        return policy_of(inputs.memory, shape, variables, x)
+
+    return Candidate(shape, inputs.parallel.grad_reduce, variables, policy, measure)
+
+
+def _head_groups(inputs: PlanInputs) -> list[int]:
+    """Numbers of groups that the heads of a rank fall into, whatever Ulysses degree a step is planned with."""
+    adaptive = inputs.parallel.sequence is SequenceMode.ADAPTIVE
+    ulysses = math.gcd(inputs.spec.num_heads, 1 << (inputs.layout.world_size.bit_length() - 1)) if adaptive else inputs.layout.ulysses
+    return [
+        groups
+        for groups in (1, 2, 4, 8)
+        if num_head_groups(inputs.spec.num_heads, inputs.spec.num_kv_heads, most=groups, ulysses=ulysses) == groups
+    ]
+
+
+def _reductions(setting: PlanInputs) -> list[GradReduce]:
+    asked = setting.parallel.grad_reduce
+    if asked is not GradReduce.AUTO:
+        return [asked]
+    once = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
+    several = reduces_once(once) and not setting.parallel.barrier_free
+    return [GradReduce.STEP, GradReduce.MICRO_BATCH] if several else [GradReduce.STEP]
+
+
+def solved_setting(setting: PlanInputs, candidate: Candidate, policy: MemoryPolicy) -> PlanInputs:
+    """The setting with what was left open decided."""
+    return replace(setting, policy=policy, parallel=replace(setting.parallel, grad_reduce=candidate.reduce))
+
+
+def solve_memory(setting: PlanInputs) -> tuple[PlanInputs, SolveReport]:
+    """The setting with the policy that fits in the least time, and how that was found.
+
+    Fields of `setting.memory` that are given are held fixed; `setting.policy` is not looked at. Where nothing fits it is the
+    policy that needs least of what is missing, and the report says so.
+    """
+    search = search_of(setting)
+    found = search.best() or search.last_resort()
+    decided = (found.candidate, found.policy) if found is not None else search.least()
+    solved = solved_setting(setting, *decided)
+    return solved, report_of(solved, search, found)
+
+
+def can_fit(setting: PlanInputs) -> bool:
+    """Whether some policy fits; nothing is said about the nearest one where none does, which takes longer."""
+    return search_of(setting).best() is not None

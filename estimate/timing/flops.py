@@ -1,0 +1,130 @@
+"""Floating-point work of a step and what recomputation adds to it, counted causally, by class of activation. Pure.
+
+Per token and layer (width d, query size q, key/value size k, feed-forward f): a forward pass takes 2 FLOPs a weight and
+4 q a query-key pair; a class that is neither kept nor moved costs the products that make it once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..plan_inputs import PlanInputs
+
+
+def causal_pairs(num_tokens: int, window: int | None) -> float:
+    """Query-key pairs of one sequence, the diagonal counted half as kernels' FLOP counts do: n^2 / 2 without a window."""
+    if window is None or window >= num_tokens:
+        return num_tokens * num_tokens / 2
+    return window * (num_tokens - window / 2)
+
+
+def forward_attention_flops(windows: Iterable[int | None], query_size: int, num_tokens: int) -> float:
+    """Scores and weighted values of all layers: 4 FLOPs a pair and query number."""
+    return sum(4 * query_size * causal_pairs(num_tokens, window) for window in windows)
+
+
+def class_recompute_flops(inputs: PlanInputs) -> dict[str, float]:
+    """FLOPs of making one token of a class again in one layer (the layers' mean, for attention of a longest sequence).
+
+    `layer_input`: a whole layer run forward, which inner layers of a segment cost.
+    """
+    spec, length = inputs.spec, inputs.data.max_seq_len
+    attention = forward_attention_flops(spec.windows, spec.query_size, length) / (spec.num_layers * length)
+    return {
+        "layer_input": 2.0 * inputs.layer_parameters + attention,
+        "query": 2.0 * spec.hidden_size * spec.query_size,
+        "key_value": 4.0 * spec.hidden_size * spec.kv_size,
+        "attention_output": attention,
+        "residual": 2.0 * spec.hidden_size * spec.query_size,
+        "mlp": 4.0 * spec.hidden_size * spec.intermediate_size,
+    }
+
+
+def remade_flops(inputs: PlanInputs) -> float:
+    """Linear FLOPs that one token of one layer costs again in backward, segments left out."""
+    if inputs.policy.graph:
+        return 0.0
+    costs = class_recompute_flops(inputs)
+    shares = {name: split.recompute for name, split in inputs.policy.splits.items() if name not in ("layer_input", "attention_output")}
+    for name in ("query", "key_value"):
+        shares[name] *= projections(inputs)
+    return sum(costs[name] * share for name, share in shares.items()) + norm_flops(inputs)
+
+
+def projections(inputs: PlanInputs) -> int:
+    """How often backward makes queries, keys and values that are not stored: groups of heads do for attention's forward and backward."""
+    return 2 if inputs.policy.head_groups > 1 and inputs.policy.attention_output.recompute > 0 and not inputs.by_chunks else 1
+
+
+def norm_flops(inputs: PlanInputs) -> float:
+    """A norm after a product needs the product for its gradient, whatever is stored: per-head norms, and those that end Gemma's halves."""
+    heads = 2.0 * inputs.spec.hidden_size * (inputs.spec.query_size + inputs.spec.kv_size) * inputs.spec.qk_norm
+    ends = 2.0 * inputs.spec.hidden_size * (inputs.spec.intermediate_size + inputs.spec.query_size) * (inputs.spec.norms_per_layer > 2)
+    return heads + ends
+
+
+def segment_flops(inputs: PlanInputs) -> float:
+    """Linear FLOPs of one token of an inner layer that runs forward again for the next layer's input.
+
+    With the attention output stored neither attention nor its projections run.
+    """
+    costs = class_recompute_flops(inputs)
+    names = ("residual", "mlp") if inputs.policy.attention_output.recompute == 0 else ("query", "key_value", "residual", "mlp")
+    splits = inputs.policy.splits
+    return sum(costs[name] * splits[name].recompute for name in names) + 2.0 * inputs.spec.hidden_size * inputs.spec.intermediate_size
+
+
+def inner_share(inputs: PlanInputs) -> float:
+    """The share of layers that run forward again because their output was not stored: (k - 1) / k where k divides the layers."""
+    return 1.0 - -(-inputs.spec.num_layers // inputs.segment_layers) / inputs.spec.num_layers
+
+
+def attention_passes(inputs: PlanInputs) -> float:
+    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are made again), more if its output is not stored."""
+    if inputs.policy.graph:
+        return 3.5
+    return 3.5 + inputs.policy.attention_output.recompute * (1.0 + inner_share(inputs))
+
+
+def linear_flops(inputs: PlanInputs) -> float:
+    """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
+    head = inputs.spec.vocab_size * inputs.spec.hidden_size
+    layer = 6 * inputs.layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
+    return inputs.spec.num_layers * layer + 6 * head
+
+
+def sequence_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
+    """Attention and linear FLOPs of one sequence, recomputation in."""
+    attention = attention_passes(inputs) * forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
+    return attention, linear_flops(inputs) * length
+
+
+def matrix_parameters(inputs: PlanInputs) -> int:
+    """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
+    return inputs.spec.num_layers * inputs.layer_parameters + inputs.spec.vocab_size * inputs.spec.hidden_size
+
+
+def batch_tokens(inputs: PlanInputs) -> float:
+    """Tokens of one rank in a micro-batch of longest sequences."""
+    return inputs.layout.sequences_per_group * inputs.data.max_seq_len / inputs.layout.sp_degree
+
+
+def layer_forward_s(inputs: PlanInputs) -> float:
+    """Seconds of one layer's forward on one rank: a micro-batch of longest sequences, the layers' mean."""
+    return batch_tokens(inputs) * class_recompute_flops(inputs)["layer_input"] / _rate(inputs)
+
+
+def layer_backward_s(inputs: PlanInputs) -> float:
+    """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
+    attention = class_recompute_flops(inputs)["attention_output"]
+    return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.layer_parameters) / _rate(inputs)
+
+
+def layer_recompute_s(inputs: PlanInputs) -> float:
+    """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
+    attention = (attention_passes(inputs) - 3.5) * class_recompute_flops(inputs)["attention_output"]
+    return batch_tokens(inputs) * (attention + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)) / _rate(inputs)
+
+
+def _rate(inputs: PlanInputs) -> float:
+    return inputs.cluster.peak_flops * inputs.cluster.efficiency

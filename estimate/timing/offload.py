@@ -1,0 +1,100 @@
+"""Traffic between a rank and its host (or its disk), and what of it computation does not hide. Pure.
+
+The executor starts a layer's copies as it makes the rows, and fetches rows ahead of the chunk that needs them (memory/offload):
+a direction stalls by what its transfer takes longer than the layer's computation.
+"""
+
+from __future__ import annotations
+
+from ..footprint.activations import class_bytes
+from ..plan_inputs import PlanInputs
+from .bandwidth import offload_link
+from .flops import batch_tokens, inner_share, layer_backward_s, layer_forward_s, layer_recompute_s, projections
+
+
+def leaving_bytes(inputs: PlanInputs) -> float:
+    """Bytes one rank sends to the host in one layer's forward, the layers' mean."""
+    return _forward_bytes(inputs) - inner_bytes(inputs)
+
+
+def returning_bytes(inputs: PlanInputs) -> float:
+    """Bytes that come back in one layer's backward, each class as often as it is read.
+
+    At most: the piece that ends one walk over the tokens and begins the next comes once.
+    """
+    reads = {
+        "layer_input": input_reads(inputs),
+        "query": projections(inputs) if inputs.in_pieces else 1,
+        "key_value": projections(inputs) if inputs.in_pieces else 1,
+    }
+    once = sum(reads.get(name, 1) * num_bytes for name, num_bytes in _host_bytes(inputs).items())
+    return batch_tokens(inputs) * (once + inner_share(inputs) * _again_reads(inputs))
+
+
+def _again_reads(inputs: PlanInputs) -> float:
+    """Bytes per token that a segment's layer reads to run again for the next one's input."""
+    host, splits = _host_bytes(inputs), inputs.policy.splits
+    summed = splits["residual"].recompute
+    found = host["residual"] + host["mlp"]
+    if inputs.policy.attention_output.complete:
+        return found + summed * (host["attention_output"] + host["layer_input"])
+    query, keys = splits["query"].recompute, splits["key_value"].recompute
+    if not inputs.by_chunks:
+        walks = inputs.policy.head_groups * max(query, keys) + summed
+    elif inputs.layout.ulysses > 1:
+        walks = keys + max(query, summed)
+    else:
+        walks = max(query, keys, summed)
+    # One piece alone is not let go before the layer's output is there.
+    return found + host["query"] + host["key_value"] + host["layer_input"] * (walks if inputs.in_pieces else min(1.0, walks))
+
+
+def input_reads(inputs: PlanInputs) -> float:
+    """How often backward fetches a layer's input: one piece alone stays; several come once for each walk that needs them."""
+    if not inputs.in_pieces:
+        return 1.0
+    if inputs.by_chunks:
+        return 1.0 + inputs.policy.key_value.recompute + (inputs.layout.ulysses > 1)
+    remade = max(inputs.policy.query.recompute, inputs.policy.key_value.recompute)
+    return 1.0 + inputs.policy.head_groups * (1.0 + remade * projections(inputs))
+
+
+def _forward_bytes(inputs: PlanInputs) -> float:
+    """All that waits on the host for one layer's backward, inner inputs of segments in."""
+    return batch_tokens(inputs) * sum(_host_bytes(inputs).values())
+
+
+def inner_bytes(inputs: PlanInputs) -> float:
+    """Inputs of a segment's inner layers leave in backward, when they are made again."""
+    return inner_share(inputs) * batch_tokens(inputs) * _host_bytes(inputs)["layer_input"]
+
+
+def _host_bytes(inputs: PlanInputs) -> dict[str, float]:
+    """Per token and layer."""
+    moved = 0.0 if inputs.policy.graph else 1.0
+    return {name: moved * inputs.policy.splits[name].host * num_bytes for name, num_bytes in class_bytes(inputs).items()}
+
+
+def to_host_s(inputs: PlanInputs) -> float:
+    """How long the way to the host is busy in one layer's forward."""
+    return offload_link(inputs).seconds(leaving_bytes(inputs))
+
+
+def from_host_s(inputs: PlanInputs) -> float:
+    """How long it is busy in one layer's backward; inputs of a segment's inner layers leave meanwhile."""
+    return offload_link(inputs).seconds(inner_bytes(inputs), returning_bytes(inputs))
+
+
+def forward_stall_s(inputs: PlanInputs) -> float:
+    """Of one layer of one micro-batch."""
+    return max(0.0, to_host_s(inputs) - layer_forward_s(inputs))
+
+
+def backward_stall_s(inputs: PlanInputs) -> float:
+    """Of one layer of one micro-batch; both directions run side by side."""
+    return max(0.0, from_host_s(inputs) - layer_backward_s(inputs) - layer_recompute_s(inputs))
+
+
+def host_stall_s(inputs: PlanInputs) -> float:
+    """Of all layers of one micro-batch."""
+    return inputs.spec.num_layers * (forward_stall_s(inputs) + backward_stall_s(inputs))

@@ -1,0 +1,84 @@
+"""The cost model of sequence groups, by arithmetic from a ledger's inputs. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+from ...parallel.config import ParallelConfig, Scheme
+from ...parallel.sequence.cost import CostModel, DegreeCost
+from ...parallel.sequence.degrees import choose_ulysses
+
+if TYPE_CHECKING:
+    from ..plan_inputs import PlanInputs
+
+
+def cost_model_of(setting: PlanInputs) -> CostModel:
+    """The model of a ledger's setting, by arithmetic. No one static degree need suit the longest sequence."""
+    from .step import gather_s, reduce_s
+    from .update import update_time
+
+    parallel, cluster = setting.parallel, setting.cluster
+    world = cluster.num_nodes * cluster.ranks_per_node
+    ulysses, excluded = allowed_degrees(parallel, num_heads=setting.spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
+    degrees = tuple(
+        degree_cost(replace(setting, layout=replace(setting.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
+    )
+    return CostModel(
+        world_size=world,
+        tokens_per_rank=int(parallel.tokens_per_rank),
+        degrees=degrees,
+        excluded=excluded,
+        beta_s=_exposed_s(setting),
+        gather_s=gather_s(setting),
+        step_s=reduce_s(setting) + update_time(setting).shown_s,
+    )
+
+
+def allowed_degrees(
+    parallel: ParallelConfig, *, num_heads: int, ranks_per_node: int, world_size: int
+) -> tuple[dict[int, int], tuple[tuple[int, str], ...]]:
+    """Ulysses ranks of every group size that can be had, and the sizes that cannot, with the reason."""
+    allowed: dict[int, int] = {}
+    excluded: list[tuple[int, str]] = []
+    for exponent in range(world_size.bit_length()):
+        degree = 1 << exponent
+        wanted = parallel.ulysses_degree
+        inner = min(wanted, degree) if wanted is not None and parallel.scheme is Scheme.HYBRID else wanted
+        try:
+            allowed[degree] = choose_ulysses(
+                degree=degree, num_heads=num_heads, ranks_per_node=ranks_per_node, scheme=parallel.scheme, requested=inner
+            )
+        except ConfigError as error:
+            excluded.append((degree, f"{error.found}: {error.expected}"))
+    return allowed, tuple(excluded)
+
+
+def degree_cost(inputs: PlanInputs) -> DegreeCost:
+    """Arithmetic of the group size in the setting's layout."""
+    from .step import attention_passes, exchange_s, linear_flops, ring_s
+
+    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * inputs.layout.sp_degree
+    pair_s = attention_passes(inputs) * 4 * inputs.spec.query_size / rate
+    windows = sorted(window for window in inputs.spec.windows if window is not None)
+    full = len(inputs.spec.windows) - len(windows)
+    return DegreeCost(
+        degree=inputs.layout.sp_degree,
+        ulysses=inputs.layout.ulysses,
+        attention_s=full * pair_s / 2,
+        linear_s=linear_flops(inputs) / rate,
+        exchange_s=exchange_s(inputs),
+        ring_s=ring_s(inputs),
+        windowed_s=tuple((window, pair_s * windows.count(window)) for window in sorted(set(windows))),
+    )
+
+
+def _exposed_s(inputs: PlanInputs) -> float:
+    """What hides behind no compute: the gather of embedding and first layer, and the last reduction where each micro-batch has one."""
+    from ...parallel.config import GradReduce
+    from .step import collective_s
+
+    first = inputs.root_parameters + inputs.layer_parameters
+    reduced = 0 if inputs.parallel.grad_reduce is GradReduce.STEP else inputs.master * inputs.root_parameters
+    return collective_s(inputs, inputs.width * first + reduced)

@@ -1,0 +1,191 @@
+"""Work and time of one step, counted causally: only query-key pairs that attention really computes. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...parallel.config import GradReduce
+from ..footprint.activations import class_bytes
+from ..plan_inputs import PlanInputs
+from .bandwidth import gb_per_s, offload_link
+from .flops import (
+    attention_passes,
+    causal_pairs,
+    class_recompute_flops,
+    forward_attention_flops,
+    inner_share,
+    layer_backward_s,
+    layer_forward_s,
+    layer_recompute_s,
+    linear_flops,
+    matrix_parameters,
+    projections,
+    sequence_flops,
+)
+from .offload import host_stall_s, leaving_bytes, returning_bytes
+from .update import update_time
+
+__all__ = [
+    "Timing",
+    "attention_passes",
+    "causal_pairs",
+    "class_bytes",
+    "class_recompute_flops",
+    "collective_s",
+    "estimate_time",
+    "exchange_s",
+    "forward_attention_flops",
+    "gather_s",
+    "layer_backward_s",
+    "layer_forward_s",
+    "layer_recompute_s",
+    "linear_flops",
+    "reduce_s",
+    "ring_s",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Estimates for one step of longest sequences; `assumptions` says what they rest on."""
+
+    attention_flops: float
+    linear_flops: float
+    """Both per step, over all ranks, with recomputation."""
+    model_flops: float
+    """Without recomputation: what model FLOPs utilisation counts."""
+    compute_s: float
+    sequence_s: float
+    """Exchanges of sequence parallelism that stand in compute's way."""
+    sharding_s: float
+    """Gathers and reductions that compute does not hide."""
+    host_s: float
+    """Copies to and from the host that compute does not hide."""
+    update_s: float
+    """The optimizer's update, as far as backward does not hide it."""
+    host_bytes: float
+    """What one rank sends to the host and fetches back in a step."""
+    tokens: int
+    assumptions: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        return self.attention_flops + self.linear_flops
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.sequence_s + self.sharding_s + self.host_s + self.update_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+
+def estimate_time(inputs: PlanInputs) -> Timing:
+    """A step of as many longest sequences as fit in the global batch."""
+    length, layout = inputs.data.max_seq_len, inputs.layout
+    sequences = max(1, inputs.data.global_batch_tokens // length)
+    attention, linear = sequence_flops(inputs, length)
+    again = inputs.passes // layout.num_micro_batches
+    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency
+    # The busiest group sets the pace: sequences do not always divide over the groups.
+    in_turn = layout.sequences_per_group * inputs.passes
+    compute = in_turn * (attention + linear) / (layout.sp_degree * rate)
+    ring = max(0.0, ring_s(inputs) * length - attention / (layout.sp_degree * rate))
+    exchange = in_turn * (exchange_s(inputs) * length + ring)
+    sharding = max(0.0, sharding_s(inputs) - compute)
+    forward = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
+    return Timing(
+        attention_flops=again * sequences * attention,
+        linear_flops=again * sequences * linear,
+        model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(inputs) * length),
+        compute_s=compute,
+        sequence_s=exchange,
+        sharding_s=sharding,
+        host_s=inputs.passes * host_stall_s(inputs),
+        host_bytes=inputs.passes * inputs.spec.num_layers * (leaving_bytes(inputs) + returning_bytes(inputs)),
+        update_s=update_time(inputs).shown_s,
+        tokens=sequences * length,
+        assumptions=_assumptions(inputs, sequences),
+    )
+
+
+def exchange_s(inputs: PlanInputs) -> float:
+    """Ulysses all-to-alls of one token of a sequence: q, k, v in and o out, forward, again if recomputed, and their gradients."""
+    ulysses = inputs.layout.ulysses
+    if ulysses == 1:
+        return 0.0
+    into, out = inputs.spec.query_size + 2 * inputs.kv_copies * inputs.spec.kv_size, inputs.spec.query_size
+    sent = inputs.spec.num_layers * inputs.width * (2 * (into + out) + _exchanged_again(inputs, into, out)) / inputs.layout.sp_degree
+    near = min(ulysses, inputs.layout.ranks_per_node)
+    within, across = sent * (near - 1) / ulysses, sent * (ulysses - near) / ulysses
+    return within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth
+
+
+def _exchanged_again(inputs: PlanInputs, into: int, out: int) -> float:
+    """Numbers a token exchanges once more: q, k, v for attention's backward and o for what follows it, and all of it in segments."""
+    if inputs.policy.graph:
+        return 0.0
+    return into * projections(inputs) + out + inner_share(inputs) * (into + out) * inputs.policy.attention_output.recompute
+
+
+def ring_s(inputs: PlanInputs) -> float:
+    """Ring hops of one token of a sequence; they run beside attention, and only what is longer than it shows."""
+    ring = inputs.layout.ring
+    if ring == 1:
+        return 0.0
+    per_hop = 2 * inputs.spec.kv_size * inputs.kv_copies / inputs.layout.ulysses / ring
+    passes = attention_passes(inputs) - 2.5
+    moved = inputs.spec.num_layers * per_hop * ((passes + 1) * (ring - 1) * inputs.width + ring * inputs.master)
+    crosses = inputs.layout.sp_degree > inputs.layout.ranks_per_node
+    return moved / (inputs.cluster.inter_node_bandwidth if crosses else inputs.cluster.intra_node_bandwidth)
+
+
+def sharding_s(inputs: PlanInputs) -> float:
+    """Gathers and reductions of a step, before what compute hides."""
+    return inputs.passes * gather_s(inputs) + inputs.passes // inputs.layout.num_micro_batches * reduce_s(inputs)
+
+
+def gather_s(inputs: PlanInputs) -> float:
+    """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
+    reduce_each = inputs.parallel.grad_reduce is not GradReduce.STEP
+    return collective_s(inputs, 2 * inputs.width * inputs.parameters + (inputs.master * inputs.parameters if reduce_each else 0))
+
+
+def reduce_s(inputs: PlanInputs) -> float:
+    """Gradients once a step: scattered over shards unless every micro-batch did, then summed over replicas."""
+    once = collective_s(inputs, inputs.master * inputs.parameters) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
+    copies = inputs.layout.replicate
+    bandwidth = inputs.cluster.inter_node_bandwidth if inputs.layout.num_nodes > 1 else inputs.cluster.intra_node_bandwidth
+    return once + 2 * inputs.master * inputs.parameters / inputs.layout.shard * (copies - 1) / copies / bandwidth
+
+
+def collective_s(inputs: PlanInputs, num_bytes: float) -> float:
+    """A gather or scatter of so many bytes over the shards. Across nodes rings run side by side, one through each rank's link."""
+    shard, cluster = inputs.layout.shard, inputs.cluster
+    crosses = shard > inputs.layout.ranks_per_node
+    across = min(cluster.intra_node_bandwidth, cluster.inter_node_bandwidth * inputs.layout.ranks_per_node)
+    return num_bytes * (shard - 1) / shard / (across if crosses else cluster.intra_node_bandwidth)
+
+
+def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
+    cluster, length = inputs.cluster, inputs.data.max_seq_len
+    twice = "forward and backward run twice, the first time for the norm to clip by (optim.clip_mode=two_pass)"
+    return (
+        f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
+        f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
+        f"{cluster.intra_node_bandwidth / 1e9:g} GB/s inside a node, {cluster.inter_node_bandwidth / 1e9:g} GB/s between, per rank",
+        "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
+        *((_host_line(inputs),) if inputs.policy.uses_host or inputs.memory.solve else ()),
+        *((twice,) if inputs.residency.two_passes else ()),
+        update_time(inputs).assumption,
+        "reading data and saving checkpoints take no time",
+    )
+
+
+def _host_line(inputs: PlanInputs) -> str:
+    """At which rates rows wait, and where those are from."""
+    way, place = offload_link(inputs), f"files under {inputs.policy.offload_dir}" if inputs.policy.offload_dir else "the host"
+    rates = gb_per_s(way.out) if way.out == way.back else f"{gb_per_s(way.out)}, back at {gb_per_s(way.back)}"
+    both = f", both ways at once {gb_per_s(way.both)} each" if way.both < 0.98 * min(way.out, way.back) else ""
+    return f"copies to {place} run at {rates} a rank{both}, beside one layer's compute ({way.source})"

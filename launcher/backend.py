@@ -1,0 +1,100 @@
+"""Where the agents of a run are started: one protocol, a module for each scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import ConfigError
+from .config.run_config import Config
+from .rundir import state
+from .rundir.metrics_reader import MetricsFollower
+from .rundir.state import RunState, read_state, write_state
+from .stop_forecast import measured, planned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One start of a run, checked; its run directory need not be there yet."""
+
+    config: Config
+    run_dir: Path
+    entry: str | None = None
+    """Training function in place of the real one, as module:function."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A run's state as its scheduler has it; `detail` is for people."""
+
+    state: str
+    detail: str = ""
+    pid: int | None = None
+    """The process to signal, where it is one of this machine."""
+    job: str | None = None
+
+
+class Launcher(Protocol):
+    """What every backend can do. Errors are EfflaunchError."""
+
+    def check(self, config: Config) -> None:
+        """ConfigError where the configuration cannot be launched from here."""
+        ...
+
+    def describe(self, launch: Launch) -> str:
+        """Exactly what `submit` would hand over. Touches nothing."""
+        ...
+
+    def submit(self, launch: Launch) -> int:
+        """Start it: the exit code of a run in the foreground, 0 for one that was handed to a scheduler."""
+        ...
+
+    def status(self, run_dir: Path, state: RunState) -> Standing:
+        """Where it stands, by the scheduler and not by what a dead process wrote last."""
+        ...
+
+    def cancel(self, run_dir: Path, state: RunState, *, now: bool) -> str:
+        """Have it save and stop, or stop `now`; returns what was done. ConfigError where nothing runs."""
+        ...
+
+    def logs(self, run_dir: Path) -> list[Path]:
+        """Files the scheduler and the agents wrote, beside the ranks' own."""
+        ...
+
+
+def announce(run_dir: Path, goes_on: bool, revision: int, changes: list[str]) -> None:
+    """Say where the run is, and what is new in its configuration."""
+    print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
+    if changes:
+        print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
+
+
+def tell_submitted(news: str, launch: Launch) -> None:
+    """Say that it is in its scheduler's hands, and what to type from here on."""
+    print(news)
+    note = grace_note(launch)
+    if note:
+        print(f"  {note}")
+    for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
+        print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
+
+
+def note_refused(run_dir: Path) -> None:
+    """The scheduler did not take it: the run, queued a moment ago, has failed."""
+    known = read_state(run_dir)
+    assert known is not None, "just written"
+    write_state(run_dir, replace(known, state=state.FAILED))
+
+
+def job_exists(run_dir: Path, found: str) -> ConfigError:
+    """A job of this run already waits or runs."""
+    hint = f"efflaunch cancel {run_dir} first, or another run.id"
+    return ConfigError(str(run_dir), found=found, expected="one job per run directory", hint=hint)
+
+
+def grace_note(launch: Launch) -> str:
+    """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
+    config = launch.config
+    forecast = measured(MetricsFollower(launch.run_dir).read(), config.launcher.grace_s) or planned(config)
+    return "" if forecast is None or forecast.fits else str(forecast)

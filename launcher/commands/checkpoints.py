@@ -1,0 +1,135 @@
+"""`efflaunch checkpoints RUN_DIR`: what a run has saved, where, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint import files
+from ...errors import EXIT_DONE, EXIT_USER, CheckpointError, ConfigError
+from ...units import format_bytes, format_seconds
+from ..rundir.run_dir import keep_private, read_run
+
+if TYPE_CHECKING:
+    from ...checkpoint.tier import Tier
+
+HERE = "here"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointsRequest:
+    """What the command line asks for."""
+
+    verify: bool
+    pin: int | None
+    unpin: int | None
+    as_json: bool
+
+
+def main(run_dir: Path, request: CheckpointsRequest) -> int:
+    """Print the list; exit code 0 where all is well, 93 where a checkpoint is damaged or none is whole."""
+    config = read_run(run_dir).config
+    keep_private(config.run.private)
+    mirror = config.checkpoint.mirror
+    for step, pinned in ((request.pin, True), (request.unpin, False)):
+        if step is not None:
+            _set_pinned(run_dir, step, pinned)
+    rows = [_row_here(info, request.verify) for info in files.list_checkpoints(run_dir)]
+    if mirror is not None:
+        rows += _rows_there(mirror, request.verify)
+    replicas = _rows_in_memory(run_dir)
+    if request.as_json:
+        print(json.dumps([*rows, *replicas], indent=1))
+    else:
+        print("\n".join(_lines([*rows, *replicas], request.verify)))
+    # What is in memory alone is no checkpoint.
+    well = any(row["state"] != "damaged" for row in rows) and all(row["state"] != "damaged" for row in rows)
+    return EXIT_DONE if well or not rows else EXIT_USER
+
+
+def _set_pinned(run_dir: Path, step: int, pinned: bool) -> None:
+    path = files.step_path(run_dir / files.FOLDER, step)
+    if not path.is_dir():
+        there = ", ".join(str(info.step) for info in files.list_checkpoints(run_dir)) or "none"
+        raise CheckpointError(str(path), found="no such checkpoint", expected=f"one of the steps there are: {there}", hint="one of these")
+    try:
+        if pinned:
+            (path / files.PINNED_FILE).touch()
+        else:
+            (path / files.PINNED_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(str(path), found=str(error), expected="a directory you can write", hint=f"ls -ld {path}") from error
+
+
+def _row_here(info: files.CheckpointInfo, verify: bool) -> dict[str, Any]:
+    problems = [info.problem] if info.problem is not None else []
+    if verify:
+        from ...checkpoint.verify import damage
+
+        problems += damage(info.path)
+    row = _row(info.step, HERE, problems, verify)
+    size = {"num_bytes": info.num_bytes, "time": info.time, "world_size": info.world_size}
+    return row | size | {"pinned": info.is_pinned, "path": str(info.path)}
+
+
+def _rows_there(mirror: str, verify: bool) -> list[dict[str, Any]]:
+    from ...checkpoint.tier import Tier
+
+    try:
+        tier = Tier(mirror)
+        return [_row_there(tier, step, verify) for step in tier.steps()]
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            "checkpoint.mirror", found=f"{mirror} ({error})", expected="a place that can be read from here", hint="its credentials"
+        ) from error
+
+
+def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
+    problems = tier.damage(step) if verify else []
+    try:
+        record = tier.record(step)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _row(step, tier.address, [*problems, str(error)], verify) | {"num_bytes": 0, "time": 0.0, "world_size": 0, "pinned": False}
+    size = {"num_bytes": sum(record["files"].values()), "time": record["time"], "world_size": record["world_size"]}
+    return _row(step, tier.address, problems, verify) | size | {"pinned": False, "path": f"{tier.address}/step-{step:08d}"}
+
+
+def _rows_in_memory(run_dir: Path) -> list[dict[str, Any]]:
+    """What keepers on this host hold of the run's newest snapshots (checkpoint.replica): images of ranks. Not checkpoints."""
+    import socket
+
+    from ...checkpoint.replica.keeper_process import look, meeting_path
+
+    node = socket.gethostname()
+    folder = meeting_path(run_dir / files.FOLDER, node)
+    held = look(folder, node, "")[0] if folder.is_dir() else []
+    rows = []
+    for step, attempt, world_size in sorted({(image.step, image.attempt, image.world_size) for image in held}):
+        ranks = {image.rank for image in held if image.attempt == attempt and image.manifest}
+        state = "replicated" if len(ranks) == world_size else "partial"
+        row = _row(step, f"memory of {node} ({len(ranks)} of {world_size} ranks)", [], False)
+        rows.append({**row, "state": state, "num_bytes": 0, "time": 0.0, "world_size": world_size, "pinned": False})
+    return rows
+
+
+def _row(step: int, where: str, problems: list[str], verified: bool) -> dict[str, Any]:
+    state = "damaged" if problems else ("verified" if verified else "committed")
+    return {"step": step, "where": where, "state": state, "problems": problems}
+
+
+def _lines(rows: list[dict[str, Any]], verify: bool) -> list[str]:
+    if not rows:
+        return ["no checkpoints"]
+    lines = [f"{'step':>8}  {'state':<10}{'size':>10}  {'age':>14}  {'ranks':>5}  where"]
+    for row in rows:
+        age = f"{format_seconds(max(0.0, time.time() - row['time']))} ago" if row["time"] else "?"
+        pinned = "  pinned" if row["pinned"] else ""
+        size = format_bytes(row["num_bytes"]) if row["num_bytes"] else "-"
+        lines.append(f"{row['step']:>8}  {row['state']:<10}{size:>10}  {age:>14}  {row['world_size']:>5}  {row['where']}{pinned}")
+        lines += [f"          {problem}" for problem in row["problems"]]
+    if not verify:
+        lines.append("states are from sizes and commit records; --verify reads every byte")
+    return lines

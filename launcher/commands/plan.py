@@ -1,0 +1,210 @@
+"""`efflaunch plan`: what a configuration needs and how long a step takes, before anything runs. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ...errors import EXIT_DONE
+from ...estimate.certificate import RECORD, certify
+from ...estimate.ledger import Account, Ledger
+from ...estimate.solver.report import SolveReport, describe_policy
+from ...estimate.suggestions import Suggestion, suggest
+from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
+from ...estimate.timing.step import Timing
+from ...training.optimizers.check import inexact
+from ...units import format_tokens
+from ..config.ledger import plan
+from ..config.run_config import Config
+
+SUGGESTIONS = 8
+"""Shown at most."""
+
+
+def main(config: Config, as_json: bool) -> int:
+    """Print the plan, as tables or as JSON (keys: docs/plan.md). Exit code 0 also where it does not fit: that is an answer."""
+    ledger = plan(config)
+    suggestions = suggest(ledger, most=SUGGESTIONS)
+    if as_json:
+        print(json.dumps(plan_dict(config, ledger, suggestions), indent=2))
+        return EXIT_DONE
+    from .plan_view import show_plan
+
+    show_plan(config, ledger, suggestions, notes(config, ledger))
+    return EXIT_DONE
+
+
+def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...]) -> dict[str, Any]:
+    """The stable form of a plan; docs/plan.md lists the keys."""
+    return {
+        "experiment": config.experiment,
+        "model": _model(config, ledger),
+        "layout": _layout(ledger),
+        "device": _account(ledger.device),
+        "host": _account(ledger.host),
+        "step": _step(ledger.timing),
+        "rates": _rates(ledger),
+        "policy": _policy(ledger),
+        "solver": _solver(ledger.report),
+        "certificate": _certificate(ledger),
+        "fits": ledger.fits,
+        "suggestions": [_suggestion(entry) for entry in suggestions],
+        "notes": notes(config, ledger),
+    }
+
+
+def notes(config: Config, ledger: Ledger) -> list[str]:
+    """What a person should know that is no mistake."""
+    positions, length = ledger.setting.spec.max_positions, config.data.max_seq_len
+    found = []
+    if length > positions:
+        found.append(
+            f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows: "
+            "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
+        )
+    if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
+        found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
+    if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
+        found.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
+    return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
+
+
+def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
+    spec = ledger.setting.spec
+    return {
+        "name": config.model.name,
+        "family": spec.family.value,
+        "parameters": ledger.setting.parameters,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+    }
+
+
+def _layout(ledger: Ledger) -> dict[str, Any]:
+    layout = ledger.layout
+    return {
+        "world_size": layout.world_size,
+        "num_nodes": layout.num_nodes,
+        "ranks_per_node": layout.ranks_per_node,
+        "replicate": layout.replicate,
+        "shard": layout.shard,
+        "sp_degree": layout.sp_degree,
+        "ulysses": layout.ulysses,
+        "ring": layout.ring,
+        "groups_per_micro_batch": layout.num_groups,
+        "micro_batches_per_step": layout.num_micro_batches,
+        "tokens_per_rank": layout.tokens_per_rank,
+        "grad_reduce": ledger.setting.parallel.grad_reduce.value,
+    }
+
+
+def _account(account: Account) -> dict[str, Any]:
+    return {
+        "name": account.name,
+        "capacity_bytes": account.capacity_bytes,
+        "peak_bytes": account.peak_bytes,
+        "peak_phase": account.peak_phase.value,
+        "fits": account.fits,
+        "largest_term": account.largest.name,
+        "terms": [
+            {
+                "name": entry.name,
+                "bytes": entry.num_bytes,
+                "bytes_at_peak": entry.by_phase.get(account.peak_phase, 0),
+                "by_phase": {phase.value: num_bytes for phase, num_bytes in entry.by_phase.items()},
+                "note": entry.note,
+            }
+            for entry in account.terms
+        ],
+    }
+
+
+def _step(timing: Timing) -> dict[str, Any]:
+    return {
+        "tokens": timing.tokens,
+        "flops": timing.flops,
+        "attention_flops": timing.attention_flops,
+        "linear_flops": timing.linear_flops,
+        "model_flops": timing.model_flops,
+        "time_s": timing.step_s,
+        "compute_s": timing.compute_s,
+        "sequence_s": timing.sequence_s,
+        "sharding_s": timing.sharding_s,
+        "host_s": timing.host_s,
+        "update_s": timing.update_s,
+        "tokens_per_s": timing.tokens_per_s,
+        "assumptions": list(timing.assumptions),
+    }
+
+
+def _rates(ledger: Ledger) -> dict[str, Any]:
+    """Bytes per second that the times of copies and updates rest on, of one rank."""
+    way, on_device, on_host = offload_link(ledger.setting), device_update_rate(ledger.setting), host_update_rate(ledger.setting)
+    return {
+        "out": way.out,
+        "back": way.back,
+        "both": way.both,
+        "source": way.source,
+        "device_update": on_device.bytes_per_s,
+        "device_update_source": on_device.source,
+        "host_update": on_host.bytes_per_s,
+        "host_update_source": on_host.source,
+    }
+
+
+def _policy(ledger: Ledger) -> dict[str, Any]:
+    policy = ledger.setting.policy
+    return {
+        "words": list(describe_policy(policy, ledger.setting)),
+        "graph": policy.graph,
+        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
+        "segment_layers": policy.segment_layers,
+        "chunk_tokens": policy.chunk_tokens,
+        "attention": policy.attention.value,
+        "head_groups": policy.head_groups,
+    }
+
+
+def _solver(report: SolveReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    return {
+        "feasible": report.feasible,
+        "gap": report.gap,
+        "shapes": report.num_shapes,
+        "shapes_solved": report.num_solved,
+        "binding": list(report.binding),
+        "prices": [
+            {"change": price.change, "saved_s": price.saved_s, "saved_share": price.saved_share, "slope_s": price.slope_s}
+            for price in report.prices
+        ],
+        "keep_s": report.keep_s,
+        "recompute_s": report.recompute_s,
+        "fixed_bytes": report.fixed_bytes,
+        "fixed_terms": dict(report.fixed_terms),
+        "least_budget": report.least_budget,
+    }
+
+
+def _certificate(ledger: Ledger) -> dict[str, Any]:
+    certificate = certify(ledger)
+    return {
+        "device_bytes": certificate.device_bytes,
+        "host_bytes": certificate.host_bytes,
+        "comparable_bytes": certificate.comparable_bytes,
+        "compared": certificate.compared,
+        "assumptions": list(certificate.assumptions),
+        "record": RECORD,
+    }
+
+
+def _suggestion(entry: Suggestion) -> dict[str, Any]:
+    return {
+        "overrides": list(entry.overrides),
+        "reason": entry.reason,
+        "device_peak_bytes": entry.ledger.device.peak_bytes,
+        "host_peak_bytes": entry.ledger.host.peak_bytes,
+        "time_s": entry.ledger.timing.step_s,
+    }

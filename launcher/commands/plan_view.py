@@ -1,0 +1,153 @@
+"""The plan as tables for a person. Only `plan_command` imports this, so that rich is loaded when something is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from ...estimate.certificate import RECORD, bound_line, certify
+from ...estimate.footprint.device import GIB
+from ...estimate.ledger import Account, Ledger
+from ...estimate.solver.report import describe_report
+from ...estimate.suggestions import Suggestion
+from ...estimate.timing.step import Timing
+from ...units import format_precise, format_seconds, format_tokens
+from ..config.run_config import Config
+
+NARROW = 0.01
+"""Of a device's memory: less to spare than this is worth saying."""
+MIB = 1 << 20
+
+
+def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion], notes: Iterable[str]) -> None:
+    """Layout, one table per memory, time, verdict."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=120)
+    console.print(
+        f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.setting.parameters)} parameters, {_batch(config)}"
+    )
+    for line in _layout_lines(ledger):
+        console.print(f"  {line}")
+    console.print()
+    console.print(_table(ledger.device, f"each {ledger.device.name}"))
+    console.print(_table(ledger.host, f"each node ({ledger.layout.ranks_per_node} ranks)"))
+    console.print(_time_table(ledger.timing))
+    for line in _time_lines(ledger.timing):
+        console.print(line)
+    for note in notes:
+        console.print(f"note: {note}")
+    console.print()
+    for line in (*_policy_lines(config, ledger), *_certificate_lines(ledger), *_verdict(ledger, suggestions)):
+        console.print(line)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
+
+
+def _batch(config: Config) -> str:
+    return f"sequences up to {format_tokens(config.data.max_seq_len)}, {format_tokens(config.data.global_batch_tokens)} tokens a step"
+
+
+def _layout_lines(ledger: Ledger) -> list[str]:
+    layout, reduced = ledger.layout, ledger.setting.parallel.grad_reduce.value.replace("_", "-")
+    tokens = format_tokens(layout.tokens_per_rank)
+    return [
+        f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
+        f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {reduced}",
+        f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {tokens} tokens a rank",
+        f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
+    ]
+
+
+def _table(account: Account, title: str) -> Table:
+    phase = account.peak_phase
+    table = Table(title=f"{title}, GiB; peak in {phase.value}", title_justify="left", title_style="bold")
+    table.add_column("term")
+    table.add_column("at peak", justify="right")
+    table.add_column("most", justify="right")
+    table.add_column("what")
+    for entry in sorted(account.terms, key=lambda entry: -entry.by_phase.get(phase, 0)):
+        table.add_row(entry.name, _gib(entry.by_phase.get(phase, 0)), _gib(entry.num_bytes), entry.note)
+    table.add_section()
+    table.add_row("[bold]sum[/bold]", f"[bold]{_gib(account.peak_bytes)}[/bold]", "", f"of {_gib(account.capacity_bytes)} there are")
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    # Small models live in thousandths.
+    return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 10 or num_bytes == 0 else f"{num_bytes / GIB:.4f}"
+
+
+def _time_table(timing: Timing) -> Table:
+    table = Table(title="time of a step (an estimate)", title_justify="left", title_style="bold")
+    table.add_column("part")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    parts = {
+        "compute, recomputation in": timing.compute_s,
+        "sequence exchanges": timing.sequence_s,
+        "weights and gradients, not hidden": timing.sharding_s,
+        "copies of activations, not hidden": timing.host_s,
+        "optimizer update, not hidden": timing.update_s,
+    }
+    for name, seconds in parts.items():
+        table.add_row(name, format_precise(seconds), f"{seconds / timing.step_s:.1%}")
+    table.add_section()
+    table.add_row("[bold]sum[/bold]", f"[bold]{format_precise(timing.step_s)}[/bold]", "")
+    return table
+
+
+def _time_lines(timing: Timing) -> list[str]:
+    share = timing.attention_flops / timing.flops
+    return [
+        f"step: {format_seconds(timing.step_s)}, {timing.tokens_per_s:,.0f} tokens/s (an estimate)",
+        f"  {timing.flops:.3g} FLOPs, causal, {share:.0%} of them attention; without recomputation {timing.model_flops:.3g}",
+        *(f"  assumed: {text}" for text in timing.assumptions),
+    ]
+
+
+def _policy_lines(config: Config, ledger: Ledger) -> list[str]:
+    """What the memory policy is, and with memory.solve how it was found."""
+    certificate = certify(ledger)
+    lines = [f"memory policy {config.memory.name}: {'; '.join(certificate.policy)}"]
+    return lines + ([f"  {line}" for line in describe_report(ledger.report)] if ledger.report is not None else [])
+
+
+def _certificate_lines(ledger: Ledger) -> list[str]:
+    certificate = certify(ledger)
+    return [
+        f"certificate: {bound_line(certificate)}",
+        *(f"  if {text}" for text in certificate.assumptions),
+        f"  checked after the first step of a run; predicted against measured peaks: {RECORD}",
+    ]
+
+
+def _spare(device: Account) -> str:
+    """A fit, and by how much; a narrow one is called so."""
+    spare = device.capacity_bytes - device.peak_bytes
+    if spare < NARROW * device.capacity_bytes:
+        return f"[bold yellow]fits[/bold yellow], only just: {spare / MIB:,.0f} MiB to spare on each {device.name}"
+    return f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {device.name}"
+
+
+def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
+    if ledger.fits:
+        return [_spare(ledger.device)]
+    lines = []
+    for account in (ledger.device, ledger.host):
+        if not account.fits:
+            missing = account.peak_bytes - account.capacity_bytes
+            lines.append(
+                f"[bold red]does not fit[/bold red]: {_gib(missing)} GiB too much on each {account.name}; "
+                f"largest: {account.largest.name}, {_gib(account.largest.by_phase[account.peak_phase])} GiB"
+            )
+    found = list(suggestions)
+    lines.append("any of these would make it fit:" if found else "no single set of overrides this planner knows makes it fit")
+    for entry in found:
+        peak, time = _gib(entry.ledger.device.peak_bytes), format_seconds(entry.ledger.timing.step_s)
+        lines.append(f"  {' '.join(entry.overrides)}\n    {entry.reason}: {peak} GiB, step {time}")
+    return lines

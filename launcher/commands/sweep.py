@@ -1,0 +1,89 @@
+"""`efflaunch sweep key=a,b ...`: one run for every combination of the values given."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ..config.run_config import Backend, Config
+from ..rundir.run_dir import make_run_id
+
+_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run of a sweep: what it is called after, and its whole command line."""
+
+    suffix: str
+    overrides: tuple[str, ...]
+
+
+def main(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
+    """Compose every point, then start them: on a scheduler all at once (launcher.slurm.array: as one job), here one after another.
+
+    Returns 0, or the first exit code of a run that was not 0; a run that was stopped ends the sweep.
+    """
+    from .. import start
+    from ..config.compose import compose
+
+    points = expand(overrides)
+    configs = [compose(list(point.overrides), config_dir) for point in points]
+    base = configs[0].run.id or make_run_id(configs[0].experiment)
+    configs = [replace(config, run=replace(config.run, id=f"{base}-{point.suffix}")) for point, config in zip(points, configs, strict=True)]
+    if _is_array(configs):
+        folder = Path(configs[0].run.root) / f"{base}-array"
+        return start.show_array(configs, folder) if dry_run else start.launch_array(configs, folder)
+    worst = EXIT_DONE
+    for config in configs:
+        print(f"\n# {config.run.id}", flush=True)
+        code = start.show_launch(config) if dry_run else start.launch(config)
+        worst = worst or code
+        if code == EXIT_PREEMPTED:
+            break
+    return worst
+
+
+def _is_array(configs: Sequence[Config]) -> bool:
+    """Whether the sweep is one job array. ConfigError where its points disagree."""
+    wanted = {config.launcher.backend is Backend.SLURM and config.launcher.slurm.array for config in configs}
+    if len(wanted) > 1:
+        hint = "launcher=slurm launcher.slurm.array=true, or neither"
+        raise ConfigError("launcher.slurm.array", found="true for some points of the sweep", expected="it for all or none", hint=hint)
+    return wanted == {True}
+
+
+def expand(overrides: Sequence[str]) -> list[Point]:
+    """The combinations of all values, the last key varying fastest. ConfigError where nothing has several. Pure."""
+    choices = [[(key, value) for value in split_values(values)] for key, _, values in (text.partition("=") for text in overrides)]
+    if all(len(values) == 1 for values in choices):
+        hint = "efflaunch sweep +experiment=quickstart optim.lr=1e-3,1e-4 train.seed=0,1"
+        raise ConfigError("sweep", found="one value for every key", expected="several for one at least, as key=a,b", hint=hint)
+    varied = [index for index, values in enumerate(choices) if len(values) > 1]
+    points = []
+    for combination in itertools.product(*choices):
+        named = "-".join(f"{combination[index][0].lstrip('+').rpartition('.')[2]}-{combination[index][1]}" for index in varied)
+        texts = tuple(f"{key}={value}" for key, value in combination)
+        points.append(Point(suffix=re.sub(r"[^A-Za-z0-9._-]+", "_", named), overrides=texts))
+    if len({point.suffix for point in points}) < len(points):
+        points = [replace(point, suffix=f"{index}-{point.suffix}") for index, point in enumerate(points)]
+    return points
+
+
+def split_values(text: str) -> list[str]:
+    """Values between commas; those inside brackets or quotes belong to one value."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote or letter in _QUOTES:
+            quote = "" if letter == quote else quote or letter
+        elif letter in _OPENING or letter in _CLOSING:
+            depth += 1 if letter in _OPENING else -1
+        elif letter == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return parts

@@ -1,0 +1,195 @@
+"""Command line -> checked Config. Hydra runs here, once, in one process, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..own_files import check_own_files
+from .conf_groups import check_config_dir, conf_dir, option_file, options
+from .node_range import resolve_nodes
+from .overrides import Override, parse_overrides
+from .run_config import Config
+from .schema import dump_config, load_config, missing_key
+
+_MISSING = "???"
+
+
+def compose(overrides: list[str], config_dir: str | None = None) -> Config:
+    """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
+    check_config_dir(config_dir)
+    parsed = parse_overrides(overrides, config_dir)
+    if config_dir is not None:
+        check_own_files(config_dir, [item.value for item in parsed if item.is_group])
+    data = _run_hydra([item.text for item in parsed], config_dir)
+    missing = list(_missing_keys(data))
+    if missing:
+        raise _missing_choice(missing[0], parsed)
+    config = resolve_nodes(load_config(data), [item.key for item in parsed])
+    check_config(config)
+    return config
+
+
+def compose_group(group: str, option: str, config_dir: str | None = None) -> dict[str, Any]:
+    """The plain values of one group option by itself; the option must exist."""
+    if config_dir is not None:
+        check_own_files(config_dir, [option])
+    data = _run_hydra([], config_dir, f"{group}/{option}")
+    if set(data) != {group} or not isinstance(data[group], dict):
+        found = f"keys of {', '.join(sorted(data)) or 'nothing'}"
+        hint = "remove its `# @package` line, or type the keys it sets"
+        raise ConfigError(f"{group}={option}", found=found, expected=f"keys of {group} alone", hint=hint)
+    return data[group]
+
+
+def check_config(config: Config) -> None:
+    """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
+    from ...memory.config import check_memory
+    from ...training.optimizers.check import check_residency
+    from ...training.optimizers.lr_schedule import check_optim
+    from ...training.reporting.metrics import check_logging
+    from ..env import secrets
+    from . import checks
+    from .secrets import check_secrets
+
+    check_secrets(dump_config(config), secrets())
+    checks.check_config(config)
+    check_memory(config.memory)
+    check_optim(config.optim, config.train.steps)
+    check_residency(config.optim, config.train.dtype)
+    check_logging(config.logging)
+
+
+def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:
+    # The one place that knows Hydra: a later version is a change of this function.
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with _search_places(config_dir, config_name) as (first, search), initialize_config_dir(first, version_base="1.3"):
+            composed = hydra_compose(config_name, overrides=[*overrides, *search])
+        data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _translated(error) from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, OSError, yaml.YAMLError) as error:
+        # Hydra and OmegaConf let through what their parsers raise; all they are given is the user's.
+        raise _untranslated(error, config_dir) from error
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def _translated(error: Exception) -> ConfigError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", first)
+    argument = getattr(error, "override", None) or (ambiguous[1] if ambiguous else None)
+    if argument:
+        # `++` is ours.
+        typed = str(argument).lstrip("+")
+        hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
+        return ConfigError(
+            f"argument {typed!r}",
+            found="several values" if ambiguous else first,
+            expected="a value that can be parsed",
+            hint=hint,
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    choice = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
+    if choice is not None:
+        group = choice[1]
+        expected = f"one of {', '.join(options(group))}"
+        return ConfigError(
+            group, found="no choice", expected=expected, hint=f"{group}=..., or an experiment that sets it: +experiment=quickstart"
+        )
+    cause = error.__cause__
+    if cause is not None and type(cause).__module__.startswith("omegaconf"):
+        lines.append(str(cause).splitlines()[0])
+    return ConfigError(
+        "command line or configuration file",
+        found="; ".join(lines[:3]) or type(error).__name__,
+        expected="overrides and files that compose",
+        hint="efflaunch train --help lists keys and groups",
+    )
+
+
+@contextmanager
+def _search_places(config_dir: str | None, config_name: str) -> Iterator[tuple[str, list[str]]]:
+    """The directory Hydra starts from, and the override that names the others. The first that has an option wins: the user's own.
+
+    Hydra has to find what it is asked for in its first directory, and searches that before all others: with a user's directory
+    the first holds this one file alone.
+    """
+    if config_dir is None:
+        yield str(conf_dir()), []
+        return
+    with tempfile.TemporaryDirectory(prefix="efflaunch-") as first:
+        group, _, option = config_name.rpartition("/")
+        target = Path(first) / f"{config_name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(option_file(group, option, config_dir) if group else conf_dir() / target.name, target)
+        quoted = (str(place).replace("\\", "\\\\").replace("'", "\\'") for place in (Path(config_dir).resolve(), conf_dir()))
+        listed = ",".join(f"'file://{place}'" for place in quoted)
+        yield first, [f"hydra.searchpath=[{listed}]"]
+
+
+def _untranslated(error: Exception, config_dir: str | None) -> ConfigError:
+    where = f"command line or files of {config_dir}" if config_dir else "command line"
+    reason = "groups nested without end" if isinstance(error, RecursionError) else (str(error).splitlines() or [""])[0][:200]
+    hint = "efflaunch train --help lists keys and groups"
+    return ConfigError(where, found=f"{reason} ({type(error).__name__})", expected="overrides and files that compose", hint=hint)
+
+
+def _missing_keys(data: Any, path: str = "") -> Iterator[str]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _missing_keys(value, f"{path}.{key}" if path else str(key))
+    elif data == _MISSING:
+        yield path
+
+
+def _missing_choice(key: str, given: list[Override]) -> ConfigError:
+    error = missing_key(key)
+    if any(item.key == "experiment" for item in given):
+        return error
+    return ConfigError(
+        error.where, found=error.found, expected=error.expected, hint=f"{key}=..., or an experiment that sets it: +experiment=quickstart"
+    )
+
+
+def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
+    """`config` with group options and values replaced, checked again."""
+    import yaml
+
+    data = dump_config(config)
+    for item in overrides:
+        if item.key in ("experiment", "run.id", "run.root"):
+            raise ConfigError(
+                item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME"
+            )
+        if item.is_group:
+            data[item.key] = compose_group(item.key, item.value, config_dir)
+        else:
+            # YAML reads 2:4 as minutes and seconds.
+            _set(data, item.key, item.value if item.key == "launcher.nodes" else yaml.safe_load(item.value))
+    result = resolve_nodes(load_config(data), [item.key for item in overrides])
+    check_config(result)
+    return result
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inner = data[parent] = {}
+        data = inner
+    data[leaf] = value

@@ -1,0 +1,57 @@
+"""What a person types after the command, sorted: group choices, values, and their mistakes. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ..own_files import not_hydras
+from .conf_groups import EXPERIMENT, GROUPS, check_option
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """One `key=value`; `text` is what Hydra is given."""
+
+    key: str
+    value: str
+    text: str
+    is_group: bool
+
+
+def parse_overrides(arguments: list[str], config_dir: str | None = None) -> list[Override]:
+    """Each argument as an Override. ConfigError for what is neither `key=value` nor `~key`, and for unknown options.
+
+    `+` is neither needed nor refused: keys are checked against the dataclasses after composing, so a typo is
+    found whether or not it was typed with a plus.
+    """
+    return [_parse(argument, config_dir) for argument in arguments]
+
+
+def _parse(argument: str, config_dir: str | None) -> Override:
+    key, separator, value = argument.partition("=")
+    name = key.lstrip("+")
+    if key.startswith("~"):
+        raise ConfigError(
+            f"argument {argument!r}",
+            found="a deletion",
+            expected="key=value: every key has its place, and null stands for none",
+            hint=f"{key.lstrip('~').partition('=')[0] or 'key'}=null, where that is a value of it",
+        )
+    if re.split(r"[./=@]", name)[0] == "hydra":
+        raise not_hydras(f"argument {argument!r}")
+    if not separator or not name or "@" in key or len(key) - len(name) > 2:
+        raise ConfigError(
+            f"argument {argument!r}",
+            found="neither a command, an option nor key=value",
+            expected="key=value with a dotted key, or group=option",
+            hint="efflaunch train +experiment=quickstart train.steps=50",
+        )
+    if name == EXPERIMENT:
+        check_option(name, value, config_dir)
+        return Override(key=name, value=value, text=f"+{name}={value}", is_group=True)
+    if name in GROUPS:
+        check_option(name, value, config_dir)
+        return Override(key=name, value=value, text=f"{name}={value}", is_group=True)
+    return Override(key=name, value=value, text=f"++{name}={value}", is_group=False)

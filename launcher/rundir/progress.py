@@ -1,0 +1,261 @@
+"""Where a run stands, folded from its metrics events. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...estimate.certificate import check_line
+from ...units import format_bytes, format_precise, format_seconds
+from .metrics_reader import Event
+
+_RECENT_STEPS = 20
+_NAMED = 8
+"""Stragglers that are named at most."""
+SHOWN = ("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl")
+"""Numbers of an objective that a step's line shows."""
+
+
+@dataclass(slots=True)
+class RunProgress:
+    """Everything known so far; `losses` holds the valid loss of each step (a resumed run does its lost steps again)."""
+
+    steps: int = 0
+    world_size: int = 0
+    parameters: int = 0
+    resumed_from: int | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+    durations: dict[int, float] = field(default_factory=dict)
+    last: Event | None = None
+    total_tokens: int = 0
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+    """Most memory of each rank, over all steps."""
+    checkpoint: Event | None = None
+    checkpoint_error: str | None = None
+    stalls: list[float] = field(default_factory=list)
+    """What training waited for each checkpoint, seconds."""
+    durable: list[float] = field(default_factory=list)
+    """From each save until it was committed on disk."""
+    sequence: str = "static"
+    """parallel.sequence of the run."""
+    planner_error: str | None = None
+    drift: dict[str, float] = field(default_factory=dict)
+    """Measured over modelled time of the group degrees for which it is far from one."""
+    stragglers: list[dict[str, Any]] = field(default_factory=list)
+    """rank, host and ratio of each rank that is steadily slower than its plans predict."""
+    memory: list[str] = field(default_factory=list)
+    """The memory policy of the run, in clauses."""
+    bound: str = ""
+    """What it takes at most, by its certificate."""
+    certificate: Event | None = None
+    """The newest check of a measured step against it."""
+
+    def apply(self, events: Iterable[Event]) -> RunProgress:
+        """Take in new events, in order; returns itself."""
+        handlers = {
+            "start": self._start,
+            "step": self._step,
+            "checkpoint": self._saved,
+            "checkpoint_failed": self._not_saved,
+            "planner_failed": self._planner_failed,
+            "drift": self._drifted,
+            "certificate": self._checked,
+            "stragglers": self._named,
+        }
+        for event in events:
+            handler = handlers.get(event["event"])
+            if handler is not None:
+                handler(event)
+        return self
+
+    def _start(self, event: Event) -> None:
+        self.steps, self.world_size = event["steps"], event["world_size"]
+        self.parameters, self.resumed_from = event["parameters"], event.get("resumed_from")
+        self.sequence, self.planner_error = event.get("sequence", "static"), None
+        self.memory, self.certificate, self.stragglers = event.get("memory", []), None, []
+        self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
+        kept = self.resumed_from or 0
+        for values in (self.losses, self.durations):
+            for step in [step for step in values if step > kept]:
+                del values[step]
+
+    def _step(self, event: Event) -> None:
+        step = event["step"]
+        self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
+        self.total_tokens = event["total_tokens"]
+        for rank in event["ranks"]:
+            number = rank["rank"]
+            self.peak_bytes[number] = max(self.peak_bytes.get(number, 0), rank["peak_bytes"])
+
+    def _saved(self, event: Event) -> None:
+        self.checkpoint, self.checkpoint_error = event, None
+        if "stall_s" in event:
+            self.stalls.append(event["stall_s"])
+            self.durable.append(event["save_s"])
+
+    def _not_saved(self, event: Event) -> None:
+        self.checkpoint_error = event["error"]
+
+    def _planner_failed(self, event: Event) -> None:
+        self.planner_error = event["error"]
+
+    def _drifted(self, event: Event) -> None:
+        self.drift.update(event["measured_over_predicted"])
+
+    def _named(self, event: Event) -> None:
+        self.stragglers = event["ranks"]
+
+    def _checked(self, event: Event) -> None:
+        self.certificate = event
+
+    @property
+    def step(self) -> int:
+        """Newest valid step; 0 before the first."""
+        return max(self.losses, default=0)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean of the latest steps, without the first of the run, which also warms up."""
+        recent = [self.durations[step] for step in sorted(self.durations)[1:][-_RECENT_STEPS:]]
+        return sum(recent) / len(recent) if recent else None
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Of the steps that are left at the present pace."""
+        pace = self.seconds_per_step
+        return None if pace is None else pace * (self.steps - self.step)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the newest step, over all ranks."""
+        return self.last["tokens_per_s"] if self.last else None
+
+
+def step_line(progress: RunProgress) -> str:
+    """The newest step in one line of plain text."""
+    event = progress.last
+    assert event is not None, "no step yet"
+    parts = [f"step {event['step']}/{progress.steps}", f"loss {event['loss']:.4f}", f"{event['tokens_per_s']:,.0f} tokens/s"]
+    if event.get("grad_norm") is not None:
+        parts.append(f"grad {event['grad_norm']:.3f}")
+    parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
+    parts += [f"lr {event['lr']:.2e}", format_seconds(event["step_s"])]
+    if progress.time_left_s is not None:
+        parts.append(f"{format_seconds(progress.time_left_s)} to go")
+    return "  ".join([*parts, event["plan"]])
+
+
+def start_line(event: Event) -> str:
+    """How the run starts, and what a person should know of what it starts from."""
+    where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
+    if str(event.get("restored_from")).startswith("the memory of"):
+        where += f", from {event['restored_from']}"
+    lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
+    lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
+    lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
+    if event.get("data_changed"):
+        lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
+    if event.get("memory"):
+        lines.append(f"memory: {'; '.join(event['memory'])}")
+    if event.get("certificate"):
+        lines.append(f"certificate: {bound_text(event['certificate'])}; checked after the first step")
+    return "\n".join(lines)
+
+
+def score_line(event: Event) -> str:
+    """How far the scoring before the first step is."""
+    done, total = event["done_tokens"], event["total_tokens"]
+    return f"log-probabilities under the initial weights: {done:,} of {total:,} tokens, {format_seconds(event['elapsed_s'])}"
+
+
+def bound_text(certificate: Event) -> str:
+    """What a rank and a node take at most, and where that is more than there is."""
+    place, size, room = certificate["place"], certificate["device_bytes"], certificate["device_capacity_bytes"]
+    short = (
+        ""
+        if certificate["fits"]
+        else ": MORE THAN THERE IS, so this run may end in an out-of-memory error (efflaunch plan says what would fit)"
+    )
+    return (
+        f"at most {format_bytes(size)} of {format_bytes(room)} on each {place} ({certificate['device_phase']}), "
+        f"{format_bytes(certificate['host_bytes'])} of {format_bytes(certificate['host_capacity_bytes'])} on each node{short}"
+    )
+
+
+def certificate_line(event: Event) -> str:
+    """Whether a measured step kept to the certificate."""
+    return check_line(event["predicted_bytes"], event["measured_bytes"], event["compared"])
+
+
+def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
+    """(name, value) of what a finished or stopped run has come to."""
+    if not progress.losses:
+        return []
+    first, last = min(progress.losses), progress.step
+    trained = sum(progress.durations.values())
+    rows = [
+        ("steps", f"{last} of {progress.steps}"),
+        ("loss", f"{progress.losses[first]:.4f} at step {first}, {progress.losses[last]:.4f} at step {last}"),
+        ("tokens", f"{progress.total_tokens:,}" + (f", {format_seconds(trained)} of training" if trained else "")),
+    ]
+    plans = plans_text(progress)
+    if plans:
+        rows.append(("plans", plans))
+    if progress.stalls:
+        rows.append(("checkpoints", checkpoints_text(progress)))
+    if progress.memory:
+        rows.append(("memory", "; ".join(progress.memory)))
+    if progress.bound:
+        checked = f"; {certificate_line(progress.certificate)}" if progress.certificate else ""
+        rows.append(("certificate", f"{progress.bound}{checked}"))
+    if progress.stragglers:
+        rows.append(("stragglers", stragglers_text(progress.stragglers)))
+    if progress.peak_bytes:
+        shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
+        rows.append(("peak memory", shares))
+    return rows
+
+
+def checkpoints_text(progress: RunProgress) -> str:
+    """How long training waited for checkpoints, and when they counted."""
+    stall, durable = statistics.median(progress.stalls), statistics.median(progress.durable)
+    waited = f"training waited {format_precise(stall)} for each (median, {format_precise(max(progress.stalls))} at most)"
+    return f"{len(progress.stalls)} durable after {format_precise(durable)}; {waited}"
+
+
+def plans_text(progress: RunProgress) -> str:
+    """What adaptive planning came to: the model's seconds against the static plan's, and what went wrong; empty for static runs."""
+    totals = (progress.last or {}).get("plan_totals")
+    if progress.sequence != "adaptive" or not totals:
+        return ""
+    late = f"{totals['late']} late" if totals["late"] else "none late"
+    parts = ["adaptive", f"{late} of {progress.step}"]
+    if totals["steps"] and totals["predicted_s"] > 0:
+        ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
+        saved = f"{format_seconds(ours)} a step in the model, {format_seconds(static)} with static groups: {static / ours:.2f} x"
+        parts.insert(1, saved)
+    if progress.planner_error:
+        parts.append(f"{progress.planner_error}, greedy plans since")
+    return "; ".join(parts)
+
+
+def stragglers_text(ranks: list[dict[str, Any]]) -> str:
+    """`rank 3 on node-b 1.43 x`, of the time the others take for what their plans predict."""
+    named = ", ".join(f"rank {one['rank']} on {one['host']} {one['ratio']:.2f} x" for one in ranks[:_NAMED])
+    more = f", {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"{named}{more} as long as the other ranks for what their plans predict"
+
+
+def stragglers_line(event: Event) -> str:
+    """Which ranks are steadily slow now."""
+    if not event["ranks"]:
+        return f"no rank is a straggler any more, as of step {event['step']}"
+    return f"stragglers, as of step {event['step']}: {stragglers_text(event['ranks'])}"
+
+
+def drift_line(event: Event) -> str:
+    """Which groups do not take the time the cost model says, and what to do about it."""
+    ratios = ", ".join(f"groups of {degree} take {ratio:.2f} x" for degree, ratio in event["measured_over_predicted"].items())
+    return f"the cost model is off: {ratios} the modelled time (efflaunch profile measures this machine)"

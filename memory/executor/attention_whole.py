@@ -1,0 +1,174 @@
+"""Attention over all tokens of the rank at once, all heads together or one group of heads after the other.
+
+Norms, projections and MLP go by pieces of rows. With groups of heads (Untied Ulysses, 2602.21196) only one group's
+queries, keys and values exist at a time; attention's output, and its gradient, are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ActivationPlace
+from ..heads import Heads, head_groups
+from .layer_pass import QKV, Gathered, Inputs, LayerRun
+from .token_local import GradientSums
+
+
+@dataclass
+class HeadGroupState:
+    """One head group between its forward and its backward: what attention read, made, and its spec."""
+
+    heads: Heads
+    spec: Any
+    qkv: QKV | None
+    o: Tensor | None
+    lse: Tensor | None
+
+
+def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor]]:
+    """(piece, attention's output of its rows) for all pieces in ascending order. Builds no graph."""
+    o = None
+    for index, walked in enumerate(_groups(run)):
+        qkv = _project(run, inputs, index, walked, save=save)
+        part, lse = run.attention.core_forward(qkv, walked.spec)
+        del qkv
+        if save and run.attention_stored:
+            _save_lse(run, lse, index)
+        o = _with_group(o, run.attention.exchange_out(part, walked.spec), walked.heads, run.spec.num_heads)
+        del part
+    assert o is not None
+    for index in run.indices:
+        rows = o[run.rows(index)]
+        if save:
+            run.save("attention_output", index, [rows], share=True)
+        yield index, rows
+        run.release()
+
+
+def _save_lse(run: LayerRun, lse: Tensor, group: int) -> None:
+    """Log-sum-exp (T, H of the group) waits where attention's output does: its first rows kept, the others moved."""
+    kept, moved = run.policy.attention_output.rows(lse.shape[0])
+    if kept or not moved:
+        run.saved.put(("log_sum_exp", 0, group), [lse[:kept]], ActivationPlace.KEEP)
+    if kept < moved:
+        run.saved.put(("log_sum_exp", 1, group), [lse[kept:]], ActivationPlace.HOST)
+
+
+def _stored_lse(run: LayerRun, group: int) -> Tensor:
+    parts = [run.get("log_sum_exp", part, group)[0] for part in (0, 1) if run.has("log_sum_exp", part, group)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
+    """dx (T, M), in dy's own memory where it was cut into pieces; parameters' gradients go to `sums`."""
+    groups = _groups(run)
+    o = _outputs(run, groups)
+    do, dx = Gathered(run), Gathered(run)
+    if len(run.pieces) > 1:
+        dx.whole = [dy]
+    for index in reversed(run.indices):
+        d_input, d_output = run.after_backward(index, run.input_rows(index), o[run.rows(index)], dy[run.rows(index)], sums)
+        run.release()
+        dx.put(index, [d_input])
+        do.put(index, [d_output])
+        del d_input, d_output
+    for index, walked in enumerate(groups):
+        gradients = _attention_backward(run, index, walked, o, do.whole[0])
+        if index + 1 == len(groups):
+            del o
+            do.whole.clear()
+        for piece in run.indices:
+            upstream = [t[run.rows(piece)] for t in gradients]
+            part = run.before_backward(piece, run.input_rows(piece), walked.heads, upstream, sums)
+            run.release()
+            dx.put(piece, [part.add_(dx.whole[0][run.rows(piece)])])
+    return dx.whole[0]
+
+
+def _groups(run: LayerRun) -> list[HeadGroupState]:
+    spec = run.spec
+    heads = head_groups(spec.num_heads, spec.num_kv_heads, most=run.policy.head_groups, ulysses=len(run.attention.member_tokens))
+    return [HeadGroupState(part, _part_of(spec, part), None, None, None) for part in heads]
+
+
+def _part_of(spec: Any, heads: Heads) -> Any:
+    if heads.queries is None or heads.keys is None:
+        return spec
+    return replace(spec, num_heads=len(heads.queries), num_kv_heads=len(heads.keys))
+
+
+def _project(run: LayerRun, inputs: Inputs, group: int, walked: HeadGroupState, *, save: bool = False) -> QKV:
+    """Queries, keys and values of one head group, exchanged: stored ones as they are, the others made."""
+    made = Gathered(run)
+    for index in run.indices:
+        q, k, v = run.projected(index, inputs, walked.heads, group)
+        made.put(index, (q, k, v))
+        if save:
+            rows = run.rows(index)
+            run.save("query", index, [_rows_of(made, 0, q, rows, run)], group, share=True)
+            run.save("key_value", index, [_rows_of(made, 1, k, rows, run), _rows_of(made, 2, v, rows, run)], group, share=True)
+        run.release()
+    q, k, v = made.whole
+    return run.attention.exchange_in(q, k, v, walked.spec)
+
+
+def _rows_of(made: Gathered, which: int, part: Tensor, rows: slice, run: LayerRun) -> Tensor:
+    """A piece as part of the whole where the whole stays, else by itself."""
+    kind = "query" if which == 0 else "key_value"
+    return made.whole[which][rows] if run.policy.splits[kind].keep == 1.0 else part
+
+
+def _with_group(o: Tensor | None, part: Tensor, heads: Heads, num_heads: int) -> Tensor:
+    """Attention's output with the heads of one more group in it."""
+    if heads.queries is None:
+        return part
+    o = part.new_empty((part.shape[0], num_heads, part.shape[2])) if o is None else o
+    o[:, _index(heads.queries)] = part
+    return o
+
+
+def _index(heads: Sequence[int]) -> slice | list[int]:
+    """A view where the heads are next to each other."""
+    return slice(heads[0], heads[-1] + 1) if len(heads) == heads[-1] + 1 - heads[0] else list(heads)
+
+
+def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
+    """Attention's output of all rows: as stored, or made again; one group alone keeps for backward what it read."""
+    if run.attention_stored:
+        stored = Gathered(run)
+        for index in run.indices:
+            stored.put(index, [run.get("attention_output", index)[0]])
+            run.release()
+        return stored.whole[0]
+    o = None
+    for index, walked in enumerate(groups):
+        with torch.no_grad():
+            qkv = _project(run, run.input_rows, index, walked)
+            part, walked.lse = run.attention.core_forward(qkv, walked.spec)
+            if len(groups) == 1:
+                walked.qkv, walked.o = qkv, part
+            o = _with_group(o, run.attention.exchange_out(part, walked.spec), walked.heads, run.spec.num_heads)
+        del qkv, part
+    assert o is not None
+    return o
+
+
+def _attention_backward(run: LayerRun, index: int, walked: HeadGroupState, o: Tensor, do: Tensor) -> QKV:
+    """Gradients of one group's projections, of all rows."""
+    attention, spec, heads = run.attention, walked.spec, walked.heads
+    part = slice(None) if heads.queries is None else _index(heads.queries)
+    with torch.no_grad():
+        qkv = walked.qkv or _project(run, run.input_rows, index, walked)
+        lse = walked.lse if walked.lse is not None else _stored_lse(run, index)
+        mine = walked.o if walked.o is not None else attention.exchange_out_backward(o[:, part].contiguous(), spec)
+        dtype = qkv[0].dtype
+        wide = attention.core_backward(attention.exchange_out_backward(do[:, part].contiguous(), spec), qkv, mine, lse, spec)
+        walked.qkv = walked.o = walked.lse = None
+        del qkv, mine
+        run.release()
+        return attention.exchange_in_backward(wide, spec, dtype)

@@ -1,0 +1,224 @@
+"""The trained model: a Hugging Face model owns weights and names; its forward is ours.
+
+Build order, each step once: on the meta device -> executors in place of layer forwards -> FSDP2 -> materialise shard by
+shard (random, or read from safetensors). No rank ever holds more than one whole tensor beyond its shards.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..memory.executor.compiled_steps import Graphs
+from ..memory.executor.layer import LayerExecutor
+from ..memory.executor.layer_pass import AttentionRuntime
+from ..memory.executor.saved import HostStore
+from ..memory.executor.tape import LayerContext, Tables, Tape
+from ..memory.policy import MemoryPolicy
+from ..memory.position import Position
+from ..parallel.sharding import gathered_weights, shard_model
+from .chunked_loss import Head, LossOptions
+from .families import layer_adapter
+from .families.rope import rotary_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One rank's rows of a micro-batch, on its device; each (T,) int64. `document_lengths`: tokens of each row's whole document."""
+
+    token_ids: Tensor
+    target_ids: Tensor
+    position_ids: Tensor
+    document_lengths: Tensor
+    not_finite: Tensor | None = None
+    """(T,) bool, set by the loss where a row's loss is not a finite number."""
+
+
+class Trunk:
+    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> objective, by chunks from the norm on."""
+
+    def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
+        self._model, self._options, self._policy, self._store = model, options, policy, store
+        self.position = Position()
+        """Where this rank is, for reports."""
+
+    def __call__(self, tokens: Tokens, attention: AttentionRuntime, objective: Callable[[Head], Tensor]) -> Tensor:
+        """What `objective` makes of the last layer's output."""
+        base = self._model.model
+        self.position.at("embedding")
+        x = base.embed_tokens(tokens.token_ids)
+        tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
+        context = self._context(tables, attention)
+        for layer in base.layers:
+            x = layer(x, context)
+        self.position.at("loss")
+        with attention.busy():
+            # The last layer's output is nobody's but the loss's: its gradient takes its place.
+            weight = self._model.lm_head.weight
+            return objective(Head(x, base.norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
+
+    def forget(self) -> None:
+        """Drop what an aborted pass left with the host store."""
+        if self._store is not None:
+            self._store.reset()
+
+    def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
+        """What the layers of one micro-batch share."""
+        layers = self._model.model.layers
+        tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
+        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]), self.position)
+
+
+def trunk_of(model: PreTrainedModel) -> Trunk:
+    """Our forward, once `install` put it there."""
+    trunk = model.forward
+    assert isinstance(trunk, Trunk)
+    return trunk
+
+
+def position_of(model: PreTrainedModel) -> Position:
+    """Where the rank is that runs `model`."""
+    return trunk_of(model).position
+
+
+def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
+    """The Hugging Face config from `training.spec.hf_config_dict` (its `model_type` and fields)."""
+    fields = dict(arguments)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without storage; `dtype` is that of the master weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def install(
+    model: PreTrainedModel, policy: MemoryPolicy, *, loss_chunk_tokens: int, z_loss: float = 0.0, store: HostStore | None = None
+) -> None:
+    """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are."""
+    graphs = None if policy.compile is None else Graphs(policy.compile)
+    for index, layer in enumerate(model.model.layers):
+        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index, graphs)
+    options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
+    model.forward = Trunk(model, options, policy, store)  # type: ignore[method-assign]
+
+
+def build_model(
+    config: PretrainedConfig,
+    policy: MemoryPolicy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    seed: int,
+    loss_chunk_tokens: int,
+    z_loss: float = 0.0,
+    store: HostStore | None = None,
+) -> PreTrainedModel:
+    """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
+
+    `store` takes what `policy` moves to the host.
+    """
+    model = build_empty(
+        config, policy, mesh, device=device, compute_dtype=compute_dtype, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store
+    )
+    initialise(model, seed)
+    return model
+
+
+def build_empty(
+    config: PretrainedConfig,
+    policy: MemoryPolicy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    loss_chunk_tokens: int,
+    z_loss: float = 0.0,
+    store: HostStore | None = None,
+    host_weights: bool = False,
+) -> PreTrainedModel:
+    """The same with unset weights: float32 ones (`master_dtype`), or in compute precision where the float32 ones live on the host."""
+    model = build_on_meta(config, master_dtype(compute_dtype))
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
+    if host_weights:
+        # Parameters only: buffers keep the precision Hugging Face made them in.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(compute_dtype)
+    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype, reduce_dtype=master_dtype(compute_dtype))
+    model.to_empty(device=device)
+    return model
+
+
+def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Of the weights that are updated, their gradients and the optimizer's states."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None, told: Callable[[str], None] | None = None) -> None:
+    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name).
+
+    Fills the model's parameters, or those of the same names in `weights`. `told` hears of each module.
+    """
+    done: set[int] = set()
+    into = None if weights is None else dict(weights.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if not module._parameters and not module._buffers:
+            continue
+        if told is not None:
+            told("initialising weights")
+        shadow, copies = _shadow(module, done, name, into)
+        with torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+            model._init_weights(shadow)
+        for target, full in copies:
+            write_shard(target, full.data)
+
+
+def _shadow(
+    module: nn.Module, done: set[int], prefix: str, into: dict[str, nn.Parameter] | None
+) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
+    """`module` with whole, empty parameters in place of shards; tied parameters only at their first owner."""
+    copies, parameters = [], {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in done:
+            continue
+        done.add(id(parameter))
+        target = parameter if into is None else into[f"{prefix}.{name}" if prefix else name]
+        local = target.to_local() if isinstance(target, DTensor) else target
+        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=parameter.device))
+        copies.append((target, parameters[name]))
+    shadow = copy.copy(module)
+    shadow.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}
+    return shadow, copies
+
+
+@torch.no_grad()
+def write_shard(target: nn.Parameter, full: Tensor) -> None:
+    """This rank's part of `full` into a sharded (or plain) parameter."""
+    if isinstance(target, DTensor):
+        target.to_local().copy_(full[local_slices(target)])
+    else:
+        target.copy_(full)
+
+
+def local_slices(target: DTensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds."""
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once, under the name its checkpoint has."""
+    yield from model.named_parameters()

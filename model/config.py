@@ -1,0 +1,63 @@
+"""What model is trained: family, sizes, where its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from ..ranges import TOKENS, Range
+from ..units import Tokens
+
+
+class Family(Enum):
+    """Model families with a layer adapter (`training/families/`)."""
+
+    LLAMA = "llama"
+    MISTRAL = "mistral"
+    QWEN2 = "qwen2"
+    QWEN3 = "qwen3"
+    GEMMA2 = "gemma2"
+    GEMMA3 = "gemma3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Architecture and weights. With `path`, every size comes from its config.json and must not be given here."""
+
+    name: str
+    """Shown in logs and plans."""
+    path: str | None = None
+    """A local directory of safetensors, or a hub name where there is a network; None: random weights."""
+    family: Family | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    """None: hidden_size / num_heads."""
+    vocab_size: int | None = None
+    max_positions: Tokens | None = None
+    """Context length the rotary table is defined for (`max_position_embeddings`)."""
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    """As Hugging Face defines it: rope_type linear, dynamic, yarn or llama3, with its parameters."""
+    sliding_window: Tokens | None = None
+    tie_embeddings: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the Hugging Face config of this family, passed on as they are."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_layers": Range(1, 10_000),
+        "hidden_size": Range(1, 1 << 20),
+        "intermediate_size": Range(1, 1 << 24),
+        "num_heads": Range(1, 65_536),
+        "num_kv_heads": Range(1, 65_536),
+        "head_dim": Range(1, 65_536),
+        "vocab_size": Range(1, 1 << 28),
+        "max_positions": Range(1, TOKENS),
+        "rope_theta": Range(0, 1e15, above=True),
+        "sliding_window": Range(1, TOKENS),
+    }

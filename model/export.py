@@ -1,0 +1,228 @@
+"""A checkpoint as a Hugging Face directory: config.json, safetensors, tokenizer. One process, no process group.
+
+Every byte is checked against its hash. Memory: one output shard (`max_shard_bytes`) and a read buffer (reader.BATCH_BYTES, or the
+largest single piece). The directory appears whole, by a
+rename, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import files
+from ..errors import CheckpointError
+from ..training.config import Dtype
+from ..utils.atomic_files import sync
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.reader import Reader, SavedTensor
+
+MAX_SHARD_BYTES = 4 << 30
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written."""
+
+    path: Path
+    step: int
+    num_parameters: int
+    num_bytes: int
+    """Of weights."""
+    num_files: int
+    """Of weights."""
+    tokenizer: str | None
+    """Where the copied tokenizer came from; None: the run has none that is on this machine."""
+
+
+def export(
+    run_dir: Path,
+    out_dir: Path,
+    step: int | None = None,
+    *,
+    dtype: Dtype = Dtype.BFLOAT16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """Writes the newest checkpoint of `run_dir` (or that of `step`) to `out_dir`, for `from_pretrained`.
+
+    `on_progress(bytes done, bytes of all)` is called after each file. CheckpointError: no such checkpoint, damaged,
+    `out_dir` in use, or not writable.
+    """
+    info = choose_checkpoint(Path(run_dir), step)
+    metadata = files.read_state(info.path)["metadata"]
+    with _appearing(Path(out_dir)) as temporary:
+        num_parameters, num_bytes, num_files = _write_weights(info.path, temporary, dtype, max_shard_bytes, on_progress)
+        _write_config(metadata, temporary, dtype, info.path)
+        tokenizer = _copy_tokenizer(metadata.get("tokenizer"), temporary)
+    return ExportReport(Path(out_dir), info.step, num_parameters, num_bytes, num_files, tokenizer)
+
+
+def choose_checkpoint(run_dir: Path, step: int | None) -> files.CheckpointInfo:
+    """The run's newest whole checkpoint, or the one of `step`; CheckpointError says what there is instead."""
+    infos = files.list_checkpoints(run_dir)
+    there = ", ".join(f"{info.step}{'' if info.is_whole else ' (damaged)'}" for info in infos) or "none"
+    chosen = [info for info in infos if info.is_whole and step in (None, info.step)]
+    if chosen:
+        return chosen[-1]
+    damaged = next((info.problem for info in infos if info.step == step), None)
+    wanted = "a whole checkpoint" if step is None else f"a whole checkpoint of step {step}"
+    hint = "a run directory that has checkpoints" if not infos or step is None else "one of these steps, or none for the newest"
+    raise CheckpointError(str(run_dir), found=damaged or f"checkpoints of steps: {there}", expected=wanted, hint=hint)
+
+
+@contextmanager
+def _appearing(out_dir: Path) -> Iterator[Path]:
+    """A folder to write in that becomes `out_dir` at the end; removed when anything fails."""
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise _unusable(out_dir, "a directory with files in it")
+    temporary = out_dir.with_name(out_dir.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        temporary.rename(out_dir)
+        sync(out_dir.parent)
+    except OSError as error:
+        raise _unusable(out_dir, str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unusable(out_dir: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        str(out_dir), found=found, expected="a new or empty directory with room for the weights", hint="another directory"
+    )
+
+
+def _write_weights(
+    source: Path, out_dir: Path, dtype: Dtype, max_shard_bytes: int, on_progress: Callable[[int, int], None] | None
+) -> tuple[int, int, int]:
+    """Number of parameters, bytes and files."""
+    from ..checkpoint.reader import Reader
+    from ..checkpoint.state import MODEL
+    from ..checkpoint.storage import FAILURES, describe
+
+    try:
+        reader = Reader(source)
+        index = {key[len(MODEL) :]: entry for key, entry in reader.tensors.items() if key.startswith(MODEL)}
+        sizes = {name: entry.size.numel() * _out_dtype(entry, dtype).itemsize for name, entry in index.items()}
+        shards = plan_shards(sizes, max_shard_bytes)
+        done, total = 0, sum(sizes.values())
+        for file_name, names in shards.items():
+            _write_shard(reader, out_dir / file_name, {name: index[name] for name in names}, dtype)
+            done += sum(sizes[name] for name in names)
+            if on_progress is not None:
+                on_progress(done, total)
+    except FAILURES as error:
+        if isinstance(error, OSError):
+            raise
+        raise CheckpointError(str(source), found=describe(error), expected="the files as they were written", hint="another step") from error
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        _write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return sum(entry.size.numel() for entry in index.values()), total, len(shards)
+
+
+def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name to tensor names, in order, each file within the limit unless one tensor alone exceeds it."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not groups or filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtype: Dtype) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from ..checkpoint.state import MODEL
+
+    # Allocated in the output's precision: the reader casts batch by batch.
+    tensors = {name: torch.empty(entry.size, dtype=_out_dtype(entry, dtype)) for name, entry in index.items()}
+    reader.read({MODEL + name: tensor for name, tensor in tensors.items()})
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors writes beside it and renames, readable by the owner only.
+    path.chmod(mode)
+
+
+def _out_dtype(entry: SavedTensor, dtype: Dtype) -> torch.dtype:
+    import torch
+
+    saved = entry.dtype
+    chosen: torch.dtype = getattr(torch, dtype.value)
+    return chosen if saved.is_floating_point else saved
+
+
+def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    fields = dict(metadata.get("hf_config") or {})
+    if "model_type" not in fields:
+        expected = "hf_config with a model_type, as the training loop saves it"
+        raise CheckpointError(
+            str(source / files.STATE_FILE), found="no model configuration", expected=expected, hint="a checkpoint of this program"
+        )
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = dtype.value
+    config.use_cache = True  # off in training; generation is quadratic without
+    config.save_pretrained(out_dir)
+
+
+def _copy_tokenizer(tokenizer: str | None, out_dir: Path) -> str | None:
+    """From a directory, a tokenizer.json, or a hub name that is in the local cache."""
+    if tokenizer is None:
+        return None
+    path = Path(tokenizer)
+    if path.is_dir() and (names := [name for name in _TOKENIZER_FILES if (path / name).is_file()]):
+        for name in names:
+            shutil.copyfile(path / name, out_dir / name)
+        if "tokenizer_config.json" not in names and (path / "tokenizer.json").is_file():
+            _from_file(path / "tokenizer.json", out_dir)
+        return tokenizer
+    if path.is_file():
+        _from_file(path, out_dir)
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(out_dir)
+    except (OSError, ValueError):
+        return None
+    return tokenizer
+
+
+def _from_file(path: Path, out_dir: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_file=str(path)).save_pretrained(out_dir)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

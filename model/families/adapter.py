@@ -1,0 +1,104 @@
+"""What a family's adapter provides: a decoder layer cut into two token-local halves around the attention core.
+
+Legend: T local tokens, M model width, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import rotate_half
+
+from ...errors import ConfigError
+from ...memory.executor.token_local import GradientSums, Step, pull_back
+from ...memory.heads import ALL_HEADS, HeadIndex, Heads
+from ...parallel.sequence.attention import AttentionSpec
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, each (T, D)."""
+
+
+class LayerAdapter(ABC):
+    """Reads the modules of one Hugging Face decoder layer; owns no weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.attention = layer, layer.self_attn
+        if float(getattr(self.attention, "attention_dropout", 0.0)) > 0:
+            raise ConfigError(
+                "model.extra.attention_dropout",
+                found=str(self.attention.attention_dropout),
+                expected="0: block-wise attention has no dropout",
+                hint="model.extra.attention_dropout=0.0",
+            )
+        self.spec = self._spec()
+
+    rope_key: str | None = None
+    """Which rotary table the layer reads, where the model has several (its layer type)."""
+
+    def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
+        """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated; of the heads asked for, those of no head left out.
+
+        `graph`: only gradients of the results are wanted, and their values may be anything.
+        """
+        h = self.input_norm(x)
+        cos, sin = (table.unsqueeze(1) for table in rope)
+        out = []
+        if heads.queries != ():
+            q = self.query(h, heads.queries, graph)
+            out.append(q * cos + rotate_half(q) * sin)
+        if heads.keys != ():
+            k, v = self.key_value(h, heads.keys, graph)
+            out += [k * cos + rotate_half(k) * sin, v]
+        return tuple(out)
+
+    def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
+        """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
+        x = self.residual(x, o)
+        return self.mlp_out(x, *self.mlp_in(x))
+
+    def pull_back(
+        self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
+    ) -> tuple[Tensor, ...]:
+        """Gradients through one of these steps (memory/executor/token_local.py)."""
+        return pull_back(self, step, inputs, constants, upstream, sums)
+
+    @abstractmethod
+    def input_norm(self, x: Tensor) -> Tensor:
+        """The norm before the projections, (T, M) -> (T, M)."""
+
+    @abstractmethod
+    def query(self, h: Tensor, heads: HeadIndex, graph: bool) -> Tensor:
+        """Normed input (T, M) -> queries (T, H, D) before rotation."""
+
+    @abstractmethod
+    def key_value(self, h: Tensor, heads: HeadIndex, graph: bool) -> tuple[Tensor, Tensor]:
+        """Normed input (T, M) -> keys before rotation and values, each (T, K, D)."""
+
+    @abstractmethod
+    def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
+        """Layer input (T, M) plus attention's projected output (T, H, D) -> (T, M)."""
+
+    @abstractmethod
+    def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
+        """(T, M) -> gate and up (T, I) each."""
+
+    @abstractmethod
+    def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
+        """(T, M) and what mlp_in made of it -> the layer's output (T, M)."""
+
+    def _spec(self) -> AttentionSpec:
+        config = self.attention.config
+        return AttentionSpec(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=self.attention.head_dim,
+            scale=float(self.attention.scaling),
+            window=self._window(),
+            softcap=getattr(self.attention, "attn_logit_softcapping", None),
+        )
+
+    def _window(self) -> int | None:
+        """Sliding window of this layer, as its attention module has it."""
+        return getattr(self.attention, "sliding_window", None)

@@ -1,0 +1,97 @@
+"""The ledger all ranks of a run go by, and what the run's memory turns out to be against its certificate."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from ..estimate.build import build_ledger
+from ..estimate.certificate import Certificate, Check, certify
+from ..estimate.ledger import Ledger
+from ..estimate.optimizer_residency import residency_of
+from ..estimate.suggestions import check_fits
+from .agreed_rates import settled_rates
+from .step_planner import this_hardware
+
+if TYPE_CHECKING:
+    from ..cluster.rates import MeasuredRates
+    from ..model.spec import ModelSpec
+    from .run_settings import RunSettings
+
+
+def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, run_dir: Path | None = None) -> Ledger:
+    """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
+
+    `run_dir` keeps the measured rates it goes by, for later attempts.
+    PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
+    """
+    told: list[Ledger | UserError | str | None] = [None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            ledger = _ledger(config, spec, settled_rates(config, this_hardware(device), run_dir))
+            check_fits(ledger)
+            told[0] = ledger
+        except UserError as error:
+            told[0] = error
+        except Exception as error:  # the others wait in the broadcast
+            told[0], failure = f"{type(error).__name__}: {error}", error
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    answer = told[0]
+    if isinstance(answer, UserError):
+        raise answer
+    if failure is not None:
+        raise failure
+    if isinstance(answer, str):
+        raise RuntimeError(f"rank 0 could not make the ledger of this run ({answer}); its log says where")
+    assert answer is not None
+    return answer
+
+
+def _ledger(config: RunSettings, spec: ModelSpec, measured: MeasuredRates | None) -> Ledger:
+    return build_ledger(
+        spec=spec,
+        parallel=config.parallel,
+        memory=config.memory,
+        train=config.train,
+        data=config.data,
+        cluster=config.cluster,
+        residency=residency_of(config.optim, config.checkpoint),
+        measured=measured,
+    )
+
+
+class Report(Protocol):
+    def __call__(self, event: str, **fields: Any) -> None: ...
+
+
+class PeakMemoryCheck:
+    """Holds measured peaks against the certificate: after the first step, and whenever a later one breaks it for the first time."""
+
+    def __init__(self, ledger: Ledger, device: torch.device, report: Report) -> None:
+        self.certificate: Certificate = certify(ledger)
+        self._device, self._report = device, report
+        self._told = self._broken = False
+
+    def peak_bytes(self) -> int:
+        """The most this rank has taken so far: of the allocator on a GPU, of the process elsewhere."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def look(self, step: int, measured_bytes: Sequence[int]) -> None:
+        """`measured_bytes`: of every rank, after a step."""
+        check = Check(
+            predicted_bytes=self.certificate.comparable_bytes, measured_bytes=tuple(measured_bytes), compared=self.certificate.compared
+        )
+        if self._told and (check.ok or self._broken):
+            return
+        self._told, self._broken = True, not check.ok
+        self._report("certificate", step=step, ok=check.ok, **asdict(check))

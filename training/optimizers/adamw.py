@@ -1,0 +1,76 @@
+"""AdamW on the sharded float32 master weights, and clipping by the true global gradient norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimConfig, StateDtype
+from .norm import NormMeter, clip_scale, local
+
+
+def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether weight decay applies: matrices (and stacks of them) do, norms, biases and embeddings do not.
+
+    `module` is the parameter's owner. A tied output matrix is the embedding, and is not decayed.
+    """
+    return parameter.ndim >= 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, weights: nn.Module | None = None) -> torch.optim.Optimizer:
+    """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`.
+
+    Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype (or
+    `state_dtype`), device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
+    `weights`: the parameters of the same names that are updated instead of the model's own.
+    """
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    owners, updated = _owners(model), dict((weights or model).named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[is_decayed(owners[parameter], parameter)].append((name, updated[name]))
+    named_groups = [
+        {"params": named, "name": "decay" if decay else "no_decay", "weight_decay": config.weight_decay if decay else 0.0}
+        for decay, named in groups.items()
+        if named
+    ]
+    if config.state_dtype is not StateDtype.FLOAT32:
+        from .lowbit import build_lowbit
+
+        return build_lowbit(named_groups, config)
+    return torch.optim.AdamW(named_groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
+    owners: dict[Tensor, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # First owner wins, as in named_parameters: with tied weights that is the embedding.
+            owners.setdefault(parameter, module)
+    return owners
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next update, for every group."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
+    """Scales every gradient so that the global L2 norm is at most `max_norm` (None: measures only); returns the norm before.
+
+    Collective: every rank of the mesh must call it. A norm that is not finite is returned and nothing is scaled.
+    """
+    with_gradient = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    meter, parameters = NormMeter(), [parameter for parameter, _ in with_gradient]
+    for parameter, gradient in with_gradient:
+        meter.add(parameter, local(gradient))
+    norm = meter.total(parameters)
+    if (scale := clip_scale(norm, max_norm)) < 1.0:
+        for _, gradient in with_gradient:
+            local(gradient).mul_(scale)
+    return norm

@@ -1,0 +1,90 @@
+"""How weights are updated, and where the optimizer's states lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from ...ranges import STEPS, Range
+
+
+class States(Enum):
+    """Where the optimizer's numbers live."""
+
+    DEVICE = "device"
+    """Float32 weights and both moments on the device, 1/shard of each a rank."""
+    HOST = "host"
+    """Float32 weights and both moments in host memory, updated there; the device has the weights in compute precision only."""
+
+
+class Update(Enum):
+    """When the optimizer updates."""
+
+    STEP = "step"
+    """After the whole backward pass: all gradients of a step exist, and a step with a bad number is not applied at all."""
+    BACKWARD = "backward"
+    """Each layer as soon as its gradients are reduced, which are then freed: exact, but what is applied cannot be taken back."""
+
+
+class ClipMode(Enum):
+    """Which norm gradients are clipped by; anything but `global` is for update=backward."""
+
+    GLOBAL = "global"
+    """That of this step's whole gradient: exact, needs all of it before the first update."""
+    TWO_PASS = "two_pass"
+    """The same norm from a backward pass of its own, which keeps no gradients: exact, twice the time."""
+    PREVIOUS_NORM = "previous_norm"
+    """That of the step before: not exact, a sudden large gradient is clipped a step too late."""
+
+
+class StateDtype(Enum):
+    """Precision of both moments; anything but float32 is inexact and needs torchao (the extra `lowbit`)."""
+
+    FLOAT32 = "float32"
+    """As the master weights (float64 in a float64 run)."""
+    BFLOAT16 = "bfloat16"
+    INT8 = "8bit"
+    """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW on float32 master weights, and its schedule."""
+
+    name: str
+    lr: float
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norms, biases and embeddings are not decayed."""
+    grad_clip: float | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+    schedule: str = "cosine"
+    """cosine, linear (to zero), wsd (warm-up, stable, linear decay) or constant."""
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """wsd only: steps of the final decay."""
+    min_lr_ratio: float = 0.0
+    """cosine only: last learning rate as a share of the peak."""
+    states: States = States.DEVICE
+    """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
+    update: Update = Update.STEP
+    """backward frees each layer's gradient as soon as it is applied, and overlaps a host update with the backward of the next layer."""
+    clip_mode: ClipMode = ClipMode.GLOBAL
+    """Which norm grad_clip means. previous_norm is not exact."""
+    state_dtype: StateDtype = StateDtype.FLOAT32
+    """Of the moments. bfloat16 and 8bit are not exact."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "lr": Range(0, 1000, above=True, example=3e-4),
+        "betas": Range(0, 1, below=True),
+        "eps": Range(0, 1, above=True),
+        "weight_decay": Range(0, 1000),
+        "grad_clip": Range(0, 1e30, above=True),
+        "warmup_steps": Range(0, STEPS),
+        "decay_steps": Range(1, STEPS),
+        "min_lr_ratio": Range(0, 1),
+    }

@@ -1,0 +1,68 @@
+"""The learning rate as a pure function of the step. No torch."""
+
+from __future__ import annotations
+
+import math
+
+from ...errors import ConfigError
+from ...ranges import check_ranges
+from .config import OptimConfig
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The rate of update `step` (0-based, as the sampler counts) of `total_steps`.
+
+    Warm-up rises in equal steps and reaches the peak at its last update. After it, with x the share of the remaining
+    updates already made: cosine falls from the peak to min_lr_ratio, linear to zero, wsd stays and falls to zero over
+    the last `decay_steps`, constant stays. x is 1 only after the last update, so no update has rate zero.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    return config.lr * _decay(config, step, max(total_steps, step + 1))
+
+
+def _decay(config: OptimConfig, step: int, total_steps: int) -> float:
+    done = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "linear":
+        return 1 - done
+    if config.schedule == "wsd":
+        assert config.decay_steps is not None
+        return min(1.0, (total_steps - step) / config.decay_steps)
+    assert config.schedule == "constant", config.schedule
+    return 1.0
+
+
+def check_optim(config: OptimConfig, total_steps: int) -> None:
+    """ConfigError unless the optimizer's numbers can be used for `total_steps` updates."""
+    _check_numbers(config)
+    if config.schedule not in SCHEDULES:
+        raise _wrong("schedule", f"`{config.schedule}`", f"one of {', '.join(SCHEDULES)}", "optim.schedule=cosine")
+    if config.warmup_steps > total_steps:
+        expected = f"0 to train.steps = {total_steps}"
+        raise _wrong("warmup_steps", str(config.warmup_steps), expected, f"optim.warmup_steps={max(1, total_steps // 10)}")
+    if config.schedule == "wsd":
+        _check_wsd(config, total_steps)
+    elif config.decay_steps is not None:
+        found = f"{config.decay_steps} with schedule {config.schedule}"
+        raise _wrong("decay_steps", found, "null: only wsd has a decay of its own", "optim.schedule=wsd or optim.decay_steps=null")
+
+
+def _check_wsd(config: OptimConfig, total_steps: int) -> None:
+    rest = total_steps - config.warmup_steps
+    if config.decay_steps is None or not 1 <= config.decay_steps <= rest:
+        expected = f"1 to {rest} steps for the final decay (train.steps - optim.warmup_steps)"
+        raise _wrong("decay_steps", str(config.decay_steps), expected, f"optim.decay_steps={max(1, rest // 5)}")
+
+
+def _check_numbers(config: OptimConfig) -> None:
+    check_ranges(config, "optim")
+    if len(config.betas) != 2:
+        raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
+
+
+def _wrong(key: str, found: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"optim.{key}", found=found, expected=expected, hint=hint)

@@ -1,0 +1,61 @@
+"""What ranks tell each other after the backward of a step: one collective, the same answer on every rank."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ...memory.offload.checks import free_memory
+from ...parallel.sequence.clock import BusyClock
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Of one step; lists are in rank order."""
+
+    loss: float
+    tokens: list[int]
+    peak_bytes: list[int]
+    stop: bool
+    host_free_bytes: list[int]
+    """On each rank's node."""
+    busy_s: list[list[float]]
+    """Of each micro-batch."""
+    own_s: list[float]
+    """Of all micro-batches, without waits for other ranks."""
+    objective: list[float]
+    """Sums of its numbers over all ranks."""
+
+
+def gather_results(
+    share: torch.Tensor, stats: torch.Tensor, clocks: Sequence[BusyClock], *, tokens: int, peak_bytes: int, stop: bool
+) -> Results:
+    """`share` (scalar) of the loss, `stats` of the objective: this rank's, on its device. Summed in rank order, so bit-equal everywhere."""
+    row = [float(share), float(tokens), float(peak_bytes), float(stop), float(free_memory().num_bytes)]
+    row += [sum(clock.own_seconds() for clock in clocks), *stats.tolist(), *(clock.seconds() for clock in clocks)]
+    mine = torch.tensor(row, dtype=torch.float64, device=share.device)
+    table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(table, mine)
+    losses, held, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
+    sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
+    return Results(
+        loss=sum(losses),
+        tokens=[int(n) for n in held],
+        peak_bytes=[int(n) for n in peaks],
+        stop=any(stops),
+        host_free_bytes=[int(n) for n in free],
+        busy_s=[list(times) for times in zip(*busy, strict=True)],
+        own_s=own,
+        objective=sums,
+    )
+
+
+def host_names() -> list[str]:
+    """Of every rank's machine. Collective."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names

@@ -1,0 +1,173 @@
+"""Everything one rank needs before its first step, built once, in an order every rank shares."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
+from ..cluster.config import ClusterConfig, Device
+from ..estimate.footprint.host import arena_bytes
+from ..estimate.ledger import Ledger
+from ..estimate.plan_inputs import PlanInputs
+from ..estimate.timing.bandwidth import offload_link
+from ..memory.offload.checks import check_update_memory as check_host_room
+from ..memory.offload.host_store import HostStore
+from ..memory.offload.open import open_store
+from ..memory.position import Position
+from ..model.spec import ModelSpec, layer_parameters, model_spec
+from ..parallel.config import GradReduce
+from ..parallel.layout import Layout, solve_layout
+from ..parallel.sequence.attention import BlockKernel
+from ..parallel.sequence.kernels import block_kernel
+from ..parallel.topology import Topology, build_topology
+from .agreed_ledger import agreed_ledger
+from .data.source import DataSource, open_data
+from .oom import memory_errors_named
+from .optimizers.build import build_trained
+from .optimizers.config import Update
+from .optimizers.room import check_update_memory as check_optimizer_room
+from .optimizers.updater import Updater
+from .run_settings import RunSettings
+
+log = logging.getLogger(__name__)
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's live objects."""
+
+    topology: Topology
+    device: torch.device
+    layout: Layout
+    ledger: Ledger
+    spec: ModelSpec
+    source: DataSource
+    model: PreTrainedModel
+    updater: Updater
+    """Owns the optimizer, and the weights that checkpoints hold."""
+    engine: CheckpointEngine
+    kernel: BlockKernel
+    store: HostStore | None
+    """Where activations wait that the memory policy moves off the device."""
+    reduce_each: bool
+    """Gradients are reduced after every micro-batch, not once per step."""
+
+    @property
+    def linear_cost_tokens(self) -> float:
+        """Tokens of attention span whose cost equals the layer's token-local work: 2 P / (2 H D) per token and layer."""
+        return layer_parameters(self.spec) / self.spec.query_size
+
+
+def join_ranks(cluster: ClusterConfig) -> torch.device:
+    """Start the default process group from the environment the agent set; this rank's device."""
+    if cluster.device is Device.CPU:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        return torch.device("cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    device = torch.device("cuda", dist.get_rank() % cluster.ranks_per_node)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_session(
+    config: RunSettings,
+    run_dir: Path,
+    device: torch.device,
+    on_save: Callable[[SaveReport], None],
+    on_replica: Callable[[ReplicaReport], None] | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Session:
+    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective.
+
+    `told` hears of what goes on.
+    """
+    spec = model_spec(config.model)
+    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
+    layout = solve_layout(
+        config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
+    )
+    ledger = agreed_ledger(config, spec, device, run_dir)
+    topology = build_topology(replicate=layout.replicate, device=device.type)
+    check_optimizer_room(ledger.setting)
+    store = host_store(ledger.setting, device)
+    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
+        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store, told=told)
+    engine = CheckpointEngine(
+        config.checkpoint,
+        run_dir / "checkpoints",
+        model=updater.weights,
+        optimizer=updater.optimizer,
+        metadata=_metadata(config, model, layout, source),
+        on_save=on_save,
+        on_replica=on_replica,
+    )
+    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and dist.get_rank() == 0:
+        log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
+    return Session(
+        topology=topology,
+        device=device,
+        layout=layout,
+        ledger=ledger,
+        spec=spec,
+        source=source,
+        model=model,
+        updater=updater,
+        engine=engine,
+        kernel=block_kernel(device),
+        store=store,
+        reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
+    )
+
+
+@contextmanager
+def closing_store(session: Session) -> Iterator[None]:
+    """Gives host memory, or files, back at the end."""
+    try:
+        yield
+    finally:
+        if session.store is not None:
+            session.store.close()
+
+
+def host_store(setting: PlanInputs, device: torch.device) -> HostStore | None:
+    """Room for all that the policy moves, taken before the first step; ConfigError on every rank of a node that has too little."""
+    if not setting.policy.uses_host:
+        return None
+    capacity, directory = arena_bytes(setting), setting.policy.offload_dir
+    check_host_room(capacity, setting.layout.ranks_per_node, directory)
+    # Nobody takes memory before everybody has looked.
+    dist.barrier()
+    # A disk that is slower than the estimate, and with it the solver, take it to be is named.
+    expected = None if directory is None else offload_link(setting).out
+    return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
+
+
+def plain_config(config: RunSettings) -> dict[str, Any]:
+    """The configuration as JSON, for checkpoints and for sinks that show it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda value: value.value))  # type: ignore[call-overload]
+    return plain
+
+
+def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "hf_config": model.config.to_dict(),
+        "layout": str(layout),
+        "seed": config.train.seed,
+        "config": plain_config(config),
+        "data": source.fingerprint(),
+        "tokenizer": source.tokenizer,
+    }

@@ -1,0 +1,362 @@
+"""The training loop of one rank: plan, gradients, update, report, save; until done or told to stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoint.engine import Restored
+from ..errors import EXIT_DONE, EXIT_PREEMPTED
+from ..estimate.measured.profile import DEFAULT_FILE, save_profile
+from ..memory.arena.replay import Arena
+from ..memory.arena.step import open_arena, step_allocator
+from ..memory.position import Position
+from ..model.build import position_of
+from ..parallel.config import SequenceMode
+from ..parallel.sequence.clock import BusyClock
+from ..parallel.sequence.drift import Drift
+from ..parallel.sequence.plan import StepPlan
+from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..utils.heartbeat import Heartbeat
+from .agreed_ledger import PeakMemoryCheck
+from .checkpointing import Saves
+from .non_finite import RowWatch, non_finite
+from .objectives.build import RunObjective, means
+from .objectives.heads import StepObjective
+from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
+from .optimizers.lr_schedule import learning_rate
+from .optimizers.updater import Gradients
+from .reporting.events import start_fields, step_fields, straggler_rows
+from .reporting.metrics import Metrics
+from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
+from .reporting.step_pace import Pace
+from .reporting.step_results import Results, gather_results, host_names
+from .reporting.stragglers import Stragglers
+from .run_settings import RunSettings
+from .session import Session, build_session, closing_store, join_ranks, plain_config
+from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
+from .step_planner import Costs, StepPlanner, Totals, settle_costs
+
+PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
+"""What the agent imports once, before it forks the ranks."""
+
+
+class Stop(Protocol):
+    """Set by a signal; only read here."""
+
+    @property
+    def requested(self) -> bool: ...
+
+
+def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | None = None) -> int:
+    """Run to `train.steps` (exit code 0) or to a stop signal, saved (75). Collective over the ranks the agent started.
+
+    `pulse` beats on the way, for the agent.
+    """
+    arena = open_arena(config.memory.arena, config.cluster.device.value)
+    pulse = pulse or Heartbeat()
+    pulse.at("joining the other ranks")
+    device = join_ranks(config.cluster)
+    # First of all: it starts while the model is built.
+    service = _plan_service(config)
+    try:
+        run = _Run(config, run_dir, device, service, pulse, arena)
+        code = run.loop(stop)
+        with pulse.long("closing"):
+            # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
+            run.session.engine.close()
+        return code
+    finally:
+        if service is not None:
+            service.close()
+        dist.destroy_process_group()
+
+
+def _plan_service(config: RunSettings) -> PlanService | None:
+    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank() == 0
+    return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunSettings,
+        run_dir: Path,
+        device: torch.device,
+        service: PlanService | None,
+        pulse: Heartbeat,
+        arena: Arena | None = None,
+    ) -> None:
+        self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
+        self.saves = Saves()
+        pulse.at("building the model")
+        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
+        pulse.at("looking for a checkpoint")
+        restored = self.session.engine.restore(lambda: pulse.at("reading a checkpoint"))
+        extra = restored.extra if restored is not None else {}
+        self.done = self.began = restored.step if restored is not None else 0
+        self.first_loss: float | None = extra.get("first_loss")
+        self.last_loss: float | None = extra.get("last_loss")
+        self.total_tokens: int = extra.get("total_tokens", 0)
+        self.peak_bytes: list[int] = []
+        if restored is not None:
+            self.session.updater.weights_changed()
+            self.session.updater.resume(extra.get("updater", {}))
+        self.step_s: list[float] = []
+        self.pace = Pace()
+        self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
+        self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
+        self.only_in_memory = restored is not None and not restored.is_durable
+        self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
+        self.costs: Costs = settle_costs(config, self.session.ledger.setting, device, extra.get("costs"))
+        self.planner = self._planner(service, extra)
+        self.measured = StepComparison(Drift(self.costs.model), self.costs.overhead_s)
+        if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
+            self.measured.drift.load(extra.get("drift", {}))
+        self.stragglers = Stragglers(self.costs.model)
+        self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
+        self.certified = PeakMemoryCheck(self.session.ledger, device, self.metrics.write)
+        self.position: Position = position_of(self.session.model)
+        self.position.listener = pulse.at
+        self.low_on_host: tuple[int, int] | None = None
+        """The first rank whose node has next to nothing left, and the bytes it has."""
+        self.hosts = host_names()
+        self._write_start(restored)
+
+    def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
+        layout = self.session.layout
+        request = PlanRequest(
+            cost=self.costs.model,
+            static_degree=layout.sp_degree,
+            static_ulysses=layout.ulysses,
+            linear_cost_tokens=self.session.linear_cost_tokens,
+            certify=(os.cpu_count() or 1) > self.config.cluster.ranks_per_node,
+        )
+        planner = StepPlanner(
+            self.session.source.lengths,
+            self.config.train.steps,
+            request,
+            self.config.parallel.sequence,
+            service=service,
+            barrier_free=self.config.parallel.barrier_free,
+            report=self.metrics.write,
+        )
+        planner.totals = Totals(**extra.get("plan_totals", {}))
+        return planner
+
+    def loop(self, stop: Stop) -> int:
+        """Steps until the end; the metrics are closed whatever happens."""
+        with self.metrics, closing(self.allocator), closing(self.session.updater), closing_store(self.session), self._memory_errors_named():
+            if not self._ready(stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
+            self._secure()
+            while self.done < self.config.train.steps:
+                stopping = self._step(stop)
+                last = self.done == self.config.train.steps
+                if stopping or last or self.session.engine.due(self.done):
+                    self._save(final=stopping or last)
+                if stopping or last:
+                    with self.pulse.long("waiting for the checkpoint"):
+                        self.saves.check(self.done, mirrored=last)
+                if self.low_on_host is not None and not last:
+                    self._save(final=True)
+                    self.session.engine.wait()
+                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=f"efflaunch resume {self.run_dir}")
+                if stopping and not last:
+                    self.metrics.write("stop", step=self.done, reason="signal")
+                    return EXIT_PREEMPTED
+            self._write_end()
+        return EXIT_DONE
+
+    def _memory_errors_named(self) -> AbstractContextManager[None]:
+        return memory_errors_named(
+            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=f"efflaunch resume {self.run_dir}"
+        )
+
+    def _ready(self, stop: Stop) -> bool:
+        def plan(lengths: tuple[int, ...]) -> StepPlan:
+            return static_plan(lengths, self.planner.request)
+
+        return self.objective.ready(plan, stop=stop, report=self.metrics.write)
+
+    def _step(self, stop: Stop) -> bool:
+        """One update; True where any rank was told to stop."""
+        started = time.monotonic()
+        self.pulse.begin_step(self.done, expected_s=self.pace.expected_s(), is_long=self.done == self.began)
+        plan = self.planner.plan(self.done)
+        self.pulse.expect(self.pace.expected_s(plan.predicted_s))
+        self.position.at("reading data")
+        works = read_step(self.session.source, self.done, plan, self.rank)
+        with self.allocator.step(step_shape(works)):
+            told, numbers, backward_s = self._update(plan, works, stop)
+        self._finish_step(told, plan, numbers, started, backward_s)
+        return told.stop
+
+    def _update(self, plan: StepPlan, works: list[MicroBatchWork], stop: Stop) -> tuple[Results, dict[str, Any], float]:
+        """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
+        step, session, updater = self.done, self.session, self.session.updater
+        targets = count_targets(works, session.device)
+        assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
+        clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
+        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        updater.start(rate, session.engine.wait_for_snapshot)
+        if updater.measures_first:
+            shares = self._backward(works, self._objective(plan, targets), watch)
+            self._check_finite(updater.finish_measuring(), shares, works, watch)
+        objective = self._objective(plan, targets)
+        shares = self._backward(works, objective, watch, clocks)
+        self.position.at("gathering results")
+        tokens = sum(work.shard.num_tokens for work in works)
+        told = gather_results(shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested)
+        backward_s = time.monotonic() - begun
+        self.position.at("optimizer")
+        found = updater.finish()
+        self._check_finite(found, shares, works, watch, loss=told.loss)
+        updater.apply()
+        numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
+        return told, numbers, backward_s
+
+    def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
+        """Anew for each pass over the step: it counts."""
+        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths))
+
+    def _backward(
+        self, works: list[MicroBatchWork], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
+    ) -> torch.Tensor:
+        """One pass over the step: this rank's losses; gradients go where the updater takes them."""
+        session = self.session
+        return backward_step(
+            session.model,
+            session.topology,
+            session.kernel,
+            works,
+            num_targets=objective.count,
+            reduce_each=session.reduce_each,
+            device=session.device,
+            barrier_free=self.config.parallel.barrier_free,
+            clocks=clocks,
+            watch=watch,
+            objective=objective,
+            on_last=session.updater.last,
+        )
+
+    def _peak(self) -> int:
+        """The most this rank has taken so far: with a planned arena of the plan, else what the certificate is held against."""
+        planned = None if self.arena is None else self.arena.device_peak_bytes()
+        return self.certified.peak_bytes() if planned is None else planned
+
+    def _check_finite(
+        self, found: Gradients, shares: torch.Tensor, works: list[MicroBatchWork], watch: RowWatch, loss: float = 0.0
+    ) -> None:
+        """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
+        for value in (loss, found.norm):
+            if not math.isfinite(value):
+                raise non_finite(
+                    value,
+                    shares,
+                    works,
+                    watch,
+                    self.session.source,
+                    self.done,
+                    layer=found.first_bad,
+                    partly_applied=found.partly_applied,
+                )
+
+    def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
+        self.done += 1
+        self.last_loss = told.loss
+        self.first_loss = told.loss if self.first_loss is None else self.first_loss
+        self.total_tokens += sum(told.tokens)
+        self.peak_bytes = told.peak_bytes
+        self.certified.look(self.done, told.peak_bytes)
+        least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
+        self.low_on_host = next(((rank, size) for rank, size in enumerate(told.host_free_bytes) if size < least), None)
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize(self.session.device)
+        elapsed = time.monotonic() - started
+        self.step_s.append(elapsed)
+        self.pace.add(elapsed)
+        self._name_stragglers(plan, told)
+        times = StepTimes(told.busy_s, backward_s, elapsed)
+        planned = self._measure(plan, times)
+        if self.done % self.config.logging.every_steps and self.done != self.config.train.steps:
+            return
+        fields = step_fields(told, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=self.allocator.outcome())
+        self.metrics.write("step", step=self.done, **fields, **numbers, **planned)
+
+    def _name_stragglers(self, plan: StepPlan, told: Results) -> None:
+        # Rank 0 alone reports.
+        found = self.stragglers.add(plan, told.own_s) if self.rank == 0 else None
+        if found is not None:
+            self.metrics.write("stragglers", step=self.done, ranks=straggler_rows(found, self.hosts))
+
+    def _measure(self, plan: StepPlan, times: StepTimes) -> dict[str, Any]:
+        """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
+        static_s, plan = self.planner.known_by_now(self.done - 1, plan)
+        self.measured.add(plan, times)
+        drifted = self.measured.drift.news()
+        if drifted:
+            self.metrics.write("drift", step=self.done, measured_over_predicted={str(d): ratio for d, ratio in drifted.items()})
+        totals, barrier_free = asdict(self.planner.totals), self.config.parallel.barrier_free
+        return plan_report(plan, times, self.costs.overhead_s, barrier_free=barrier_free) | {"static_s": static_s, "plan_totals": totals}
+
+    def _save(self, *, final: bool) -> None:
+        """Start writing the state after the updates done so far; nothing where that was done already."""
+        with self.pulse.long("saving"):
+            if not self.saves.ask(self.done, self._extra, final=final):
+                return
+            refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
+            if refitted is not None:
+                known = self.session.ledger.setting.measured
+                save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+
+    def _extra(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
+        return {
+            "train": {"seed": self.config.train.seed, "step": self.done},
+            "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
+            "layout": str(self.session.layout),
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "total_tokens": self.total_tokens,
+            "costs": self.costs.dump(),
+            "drift": self.measured.drift.dump(),
+            "plan_totals": asdict(self.planner.totals),
+            "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
+            "updater": self.session.updater.carry(),
+            "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
+        }
+
+    def _secure(self) -> None:
+        """What was restored from memory goes to disk first of all."""
+        if self.only_in_memory:
+            self._save(final=True)
+            if self.done == self.config.train.steps:
+                with self.pulse.long("waiting for the checkpoint"):
+                    self.saves.check(self.done, mirrored=True)
+
+    def _write_start(self, restored: Restored | None) -> None:
+        fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)
+        self.metrics.write("start", step=self.done, **fields)
+
+    def _write_end(self) -> None:
+        self.metrics.write(
+            "end",
+            step=self.done,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            total_tokens=self.total_tokens,
+            peak_bytes=self.peak_bytes,
+            step_s_mean=sum(self.step_s) / len(self.step_s) if self.step_s else None,
+            drift=self.measured.summary(),
+            late_plans=self.planner.totals.late,
+        )
