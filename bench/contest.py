@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..memory.arena.tracer import StorageTracer
 from ..memory.policy import MemoryPolicy
 from .peers.alst import Alst
 from .peers.ours import Ours, preset, with_chunks
 from .peers.shape import Chunks, Shape, Task
 from .peers.stock import Contestant, Stock
 from .peers.streambp import ReleasedStreamBP
-from .tracer import StorageTracer
 
 Build = Callable[[Task], Contestant]
 BASE = "hf_checkpointing"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..memory.arena.tracer import StorageTracer
 from ..memory.config import AttentionTiling
 from ..memory.offload.checks import check_host_memory
 from ..memory.offload.host_store import HostStore
@@ -25,7 +26,6 @@ from ..model.build import install
 from ..parallel.sequence.attention import AttentionSpec
 from .peers.document import alone, mean_loss
 from .peers.shape import Shape
-from .tracer import StorageTracer
 
 QKV = tuple[Tensor, Tensor, Tensor]
 

@@ -141,7 +141,7 @@ def _loss(contestant: Any) -> float:
 
 
 def _peak(contestant: Any) -> int:
-    from .tracer import StorageTracer
+    from ..memory.arena.tracer import StorageTracer
 
     with StorageTracer(contestant.tensors()) as tracer:
         contestant.step()

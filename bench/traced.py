@@ -17,9 +17,11 @@ from ..estimate.footprint.device import UNSEEN, device_terms
 from ..estimate.footprint.host import arena_bytes
 from ..estimate.footprint.term import Phase
 from ..estimate.ledger import Ledger
+from ..estimate.plan_inputs import PlanInputs
 from ..memory.config import ActivationPlace, AttentionTiling, MemoryConfig
 from ..model.config import Family, ModelConfig
-from ..model.spec import hf_config_dict, model_spec
+from ..model.hf_fields import hf_config_dict
+from ..model.spec import model_spec
 from ..parallel.config import GradReduce, ParallelConfig, Scheme
 from ..training.config import Dtype, TrainConfig
 from ..training.data.config import DataConfig
@@ -78,14 +80,16 @@ def case_ledger(case: Case) -> Ledger:
         peak_flops=1e11, efficiency=0.5, intra_node_bandwidth=1e9, inter_node_bandwidth=1e9, host_link_bandwidth=1e9,
     )  # fmt: skip
     ledger = build_ledger(
-        spec=model_spec(ModelConfig(**{**MODEL, **case.model})),
-        parallel=ParallelConfig(
-            name="bench", tokens_per_rank=case.tokens, scheme=Scheme(case.scheme), grad_reduce=GradReduce(case.grad_reduce)
-        ),
-        memory=case.memory,
-        train=TrainConfig(steps=1, dtype=Dtype(case.dtype), loss_chunk_tokens=case.loss_chunk),
-        data=DataConfig(name="bench", max_seq_len=case.length, global_batch_tokens=case.length * case.micro_batches),
-        cluster=cluster,
+        PlanInputs.make(
+            spec=model_spec(ModelConfig(**{**MODEL, **case.model})),
+            parallel=ParallelConfig(
+                name="bench", tokens_per_rank=case.tokens, scheme=Scheme(case.scheme), grad_reduce=GradReduce(case.grad_reduce)
+            ),
+            memory=case.memory,
+            train=TrainConfig(steps=1, dtype=Dtype(case.dtype), loss_chunk_tokens=case.loss_chunk),
+            data=DataConfig(name="bench", max_seq_len=case.length, global_batch_tokens=case.length * case.micro_batches),
+            cluster=cluster,
+        )
     )
     assert ledger.layout.num_micro_batches == case.micro_batches and ledger.layout.sp_degree == case.ranks, case
     return ledger
@@ -94,7 +98,7 @@ def case_ledger(case: Case) -> Ledger:
 def predicted_by_phase(case: Case) -> dict[Phase, int]:
     """Bytes of each phase that a tracer sees."""
     packed = min(1.0, 2 / case.documents) if case.documents > 1 else 0.0
-    seen = [entry for entry in device_terms(replace(case_ledger(case).setting, packed=packed)) if entry.name not in UNSEEN]
+    seen = [entry for entry in device_terms(replace(case_ledger(case).inputs, packed=packed)) if entry.name not in UNSEEN]
     return {phase: sum(entry.by_phase.get(phase, 0) for entry in seen) for phase in Phase}
 
 
@@ -115,20 +119,20 @@ def build_case(case: Case) -> Any:
     torch.set_num_threads(1)
     ledger = case_ledger(case)
     topology, device = build_topology(replicate=1, device="cpu"), torch.device("cpu")
-    store = open_store(device=device, capacity_bytes=arena_bytes(ledger.setting)) if ledger.setting.policy.uses_host else None
+    store = open_store(device=device, capacity_bytes=arena_bytes(ledger.inputs)) if ledger.inputs.policy.uses_host else None
     model = build_model(
-        build_config(hf_config_dict(ModelConfig(**{**MODEL, **case.model}))), ledger.setting.policy, topology.mesh,
+        build_config(hf_config_dict(ModelConfig(**{**MODEL, **case.model}))), ledger.inputs.policy, topology.mesh,
         device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk, store=store,
     )  # fmt: skip
     optimizer = build_optimizer(model, OptimConfig(name="adamw", lr=1e-4))
     count, group = case.micro_batches, ledger.layout
     batches = tuple(MicroBatch((Group(0, case.ranks, group.ulysses, (index,)),)) for index in range(count))
     plan = StepPlan(case.ranks, (case.length,) * count, batches)
-    ids = np.random.default_rng(0).integers(0, ledger.setting.spec.vocab_size, case.length)
+    ids = np.random.default_rng(0).integers(0, ledger.inputs.spec.vocab_size, case.length)
 
     def step() -> None:
         works = read_step(_Source(plan.lengths, ids, case.documents), 0, plan, topology.rank)  # type: ignore[arg-type]
-        each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
+        each = ledger.inputs.parallel.grad_reduce is not GradReduce.STEP
         backward_step(model, topology, CpuKernel(), works, num_targets=case.length * count, reduce_each=each, device=device)
         optimizer.step()
         optimizer.zero_grad()
@@ -161,7 +165,7 @@ class _Source:
 
 def traced_peak(case: Case) -> int:
     """On a rank: peak live bytes of the second step. Collective."""
-    from .tracer import StorageTracer
+    from ..memory.arena.tracer import StorageTracer
 
     step, tensors, store = build_case(case)
     step()

@@ -1,10 +1,10 @@
 """`python -m efflaunch.bench.update --json FILE`: the estimate of the optimizer's update against updates of real ranks.
 
-Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates (training/profiling/node_rates.py, as `efflaunch profile` does), an
-empty backward pass, and one with each kind of update: what that takes longer is the update, with the gradients' way to the host and
-back where states live there. Predictions are estimate/timing/update.py's, in which nothing overlaps without a GPU; so processor seconds of
-all threads are measured, which other programs on the machine do not lengthen. Of rates the fastest count and of seconds the least:
-what disturbs a round is not the machine's.
+Gloo ranks on CPU, a real model, one thread each. Rounds measure the node's rates (training/profiling/node_rates.py, as `efflaunch
+profile` does), an empty backward pass, and one with each kind of update: what that takes longer is the update, with the
+gradients' way to the host and back where states live there. Predictions are estimate/timing/update.py's, in which nothing
+overlaps without a GPU; so processor seconds of all threads are measured, which other programs on the machine do not lengthen. Of
+rates the fastest count and of seconds the least: what disturbs a round is not the machine's.
 
 Headline key: `worst_error`, the largest |predicted / measured - 1| of the residencies.
 """
@@ -88,7 +88,7 @@ def _measured(words: list[str], rounds: int) -> dict[str, Any]:
             seen, passes, steps = [], [], {name: [] for name in CASES}
     best, pass_s = _best(seen), min(passes)
     rows = [_row(name, _predicted_s(prober, best), min(steps[name]) - pass_s, pass_s) for name, prober in probers.items()]
-    return {"parameters": plain.setting.parameters, "rows": rows}
+    return {"parameters": plain.inputs.parameters, "rows": rows}
 
 
 def _row(name: str, predicted_s: float, measured_s: float, pass_s: float) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _predicted_s(prober: Any, rates: Any) -> float:
     from ..cluster.rates import MeasuredRates
     from ..estimate.timing.update import update_time
 
-    return update_time(replace(prober.setting, measured=MeasuredRates(rates=rates, source="here"))).shown_s
+    return update_time(replace(prober.inputs, measured=MeasuredRates(rates=rates, source="here"))).shown_s
 
 
 def _pass_s(prober: Any) -> float:

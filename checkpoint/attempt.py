@@ -19,7 +19,6 @@ class Flushed:
 
     error: str | None
     manifest_hash: str = ""
-    manifest_bytes: int = 0
     mode: str = ""
     """`direct` or `buffered`."""
     write_s: float = 0.0

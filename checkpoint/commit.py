@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..helper_thread import HelperThread
 from ..units import format_seconds
+from ..utils.helper_thread import HelperThread
 from . import files
 from .attempt import Attempt, Flushed
 from .deletion import Trash

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from ..ranges import BYTES, LONG_S, STEPS, WAIT_S, Range
 from ..units import Bytes, Seconds
+from ..utils.ranges import BYTES, LONG_S, STEPS, WAIT_S, Range
 
 
 class OnSaveError(Enum):

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..helper_thread import HelperThread
+from ..utils.helper_thread import HelperThread
 from . import files
 
 log = logging.getLogger(__name__)

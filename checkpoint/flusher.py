@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from ..helper_thread import HelperThread, ends_with_helpers, print_death
+from ..utils.helper_thread import HelperThread, ends_with_helpers, print_death
 from ..utils.signal_mask import ignore_stop_signals
 from .disk_attempt import DiskAttempt
 from .faults import Faults

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from ..helper_thread import HelperThread
+from ..utils.helper_thread import HelperThread
 from ..utils.signal_mask import stop_signals_blocked
 from .attempt import Attempt, Flushed
 from .flusher_protocol import Message, make_pair, receive, send

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from ..helper_thread import HelperThread
 from ..units import format_seconds
+from ..utils.helper_thread import HelperThread
 from . import files
 from .progress import RestoreProgress
 from .rank_coordination import Peers

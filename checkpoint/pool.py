@@ -11,7 +11,7 @@ import tempfile
 import torch
 from torch import Tensor
 
-from ..helper_thread import HelperThread
+from ..utils.helper_thread import HelperThread
 
 log = logging.getLogger(__name__)
 

@@ -87,7 +87,6 @@ class Reader:
         self.progress = progress or RestoreProgress()
         self.source: Source = DirectorySource(place) if isinstance(place, Path) else place
         self.threads = threads
-        self.bytes_read = 0
         self._manifests: dict[int, Manifest] = {}
         self.tensors = self._read_index()
 
@@ -122,7 +121,6 @@ class Reader:
             for chunk in range(span.begin // size, -(-(span.begin + span.num_bytes) // size)):
                 jobs.setdefault((span.file, chunk), _Job(span.file, chunk)).spans.append(span)
         for length in opened.threads.map(opened.do, [job for _, job in sorted(jobs.items())]):
-            self.bytes_read += length
             self.progress.add(length)
         for target, source in later:
             target.copy_(source)

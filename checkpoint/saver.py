@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..helper_thread import HelperThread
+from ..utils.helper_thread import HelperThread
 from .archive import Copy
 from .attempt import Attempt, Flushed
 from .flusher_process import FlusherDiedError, FlusherProcess

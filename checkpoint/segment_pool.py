@@ -8,7 +8,6 @@ ticket is an error: two uses of the same bytes would be a torn checkpoint.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -71,12 +70,3 @@ class SegmentPool:
             self._live.clear()
             self._free = deque(range(self.num_segments))
             self._changed.notify_all()
-
-    def wait_all_free(self, timeout_s: float) -> bool:
-        """False where some are still in use after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while len(self._free) < self.num_segments:
-                if not self._changed.wait(max(0.0, min(0.1, deadline - time.monotonic()))) and time.monotonic() >= deadline:
-                    return False
-            return True

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Protocol
 
-from ..ranges import BYTES, PER_S, Range, check_ranges
 from ..units import Bytes
+from ..utils.ranges import BYTES, PER_S, Range, check_ranges
 from .slurm_site import SlurmSite
 
 

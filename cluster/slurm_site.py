@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..ranges import LONG_S, Range
 from ..units import Seconds
+from ..utils.ranges import LONG_S, Range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

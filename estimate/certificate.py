@@ -58,14 +58,10 @@ class Check:
     def ok(self) -> bool:
         return max(self.measured_bytes) <= self.predicted_bytes
 
-    @property
-    def worst_rank(self) -> int:
-        return self.measured_bytes.index(max(self.measured_bytes))
-
 
 def certify(ledger: Ledger) -> Certificate:
     """The certificate of a ledger; one that does not fit says so."""
-    s, device = ledger.setting, ledger.device
+    s, device = ledger.inputs, ledger.device
     report: SolveReport | None = ledger.report
     return Certificate(
         policy=describe_policy(s.policy, s),
@@ -84,7 +80,7 @@ def certify(ledger: Ledger) -> Certificate:
 
 
 def _comparable(ledger: Ledger) -> int:
-    s = ledger.setting
+    s = ledger.inputs
     unseen = OUTSIDE if s.on_gpu else ()
     phases = {phase for term in ledger.device.terms for phase in term.by_phase}
     most = max(sum(term.by_phase.get(phase, 0) for term in ledger.device.terms if term.name not in unseen) for phase in phases)
@@ -94,7 +90,7 @@ def _comparable(ledger: Ledger) -> int:
 
 
 def _assumptions(ledger: Ledger) -> tuple[str, ...]:
-    s = ledger.setting
+    s = ledger.inputs
     found = [
         f"sequences have up to {format_tokens(s.data.max_seq_len)} tokens, and a rank up to {format_tokens(s.tokens)} in a micro-batch",
         "one rank a GPU, and nothing else on it" if s.on_gpu else "the ranks share the memory of the machine with nothing large",

@@ -5,24 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..cluster.config import check_cluster
-from ..memory.config import MemoryConfig
-from ..memory.policy import MemoryPolicy, explicit_policy
-from ..parallel.config import GradReduce, ParallelConfig
-from ..parallel.layout import Layout, solve_layout
+from ..parallel.config import GradReduce
+from ..parallel.layout import Layout
 from .footprint.device import device_terms
 from .footprint.host import host_terms
 from .footprint.term import ALL, Phase, Term
-from .optimizer_residency import ON_DEVICE, Residency
 from .plan_inputs import PlanInputs
 from .timing.step import Timing
 
 if TYPE_CHECKING:
-    from ..cluster.config import ClusterConfig
-    from ..cluster.rates import MeasuredRates
-    from ..model.spec import ModelSpec
-    from ..training.config import TrainConfig
-    from ..training.data.config import DataConfig
     from .solver.report import SolveReport
 
 
@@ -60,8 +51,8 @@ class Ledger:
     """The memory of one rank and of one node, and the time of a step, for one configuration."""
 
     asked: PlanInputs
-    """As configured; `setting` is the same with what was left to `auto` decided."""
-    setting: PlanInputs
+    """As configured; `inputs` is the same with what was left to `auto` decided."""
+    inputs: PlanInputs
     device: Account
     host: Account
     budget: Account | None
@@ -74,7 +65,7 @@ class Ledger:
 
     @property
     def layout(self) -> Layout:
-        return self.setting.layout
+        return self.inputs.layout
 
     @property
     def accounts(self) -> tuple[Account, ...]:
@@ -86,46 +77,14 @@ class Ledger:
         return all(account.fits for account in self.accounts)
 
 
-def make_plan_inputs(
-    *,
-    spec: ModelSpec,
-    parallel: ParallelConfig,
-    memory: MemoryConfig,
-    train: TrainConfig,
-    data: DataConfig,
-    cluster: ClusterConfig,
-    residency: Residency = ON_DEVICE,
-    measured: MeasuredRates | None = None,
-) -> PlanInputs:
-    """All a ledger depends on, with nothing decided that is left open. ConfigError where no layout exists."""
-    from ..model.spec import layer_parameters, num_parameters
-
-    check_cluster(cluster)
-    layout = solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    return PlanInputs(
-        spec=spec,
-        parallel=parallel,
-        memory=memory,
-        policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
-        train=train,
-        data=data,
-        cluster=cluster,
-        layout=layout,
-        layer_parameters=layer_parameters(spec),
-        parameters=num_parameters(spec),
-        residency=residency,
-        measured=measured,
-    )
-
-
-def resolve_grad_reduce(setting: PlanInputs) -> PlanInputs:
+def resolve_grad_reduce(inputs: PlanInputs) -> PlanInputs:
     """With `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
-    if setting.parallel.grad_reduce is not GradReduce.AUTO:
-        return setting
-    per_step = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
-    if setting.parallel.barrier_free or device_account(per_step).fits:
+    if inputs.parallel.grad_reduce is not GradReduce.AUTO:
+        return inputs
+    per_step = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))
+    if inputs.parallel.barrier_free or device_account(per_step).fits:
         return per_step
-    return replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.MICRO_BATCH))
+    return replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.MICRO_BATCH))
 
 
 def device_account(inputs: PlanInputs) -> Account:

@@ -75,7 +75,7 @@ def oom_report(ledger: Ledger, numbers: Numbers, position: Position, *, rank: in
 
 
 def _held(ledger: Ledger, numbers: Numbers) -> str:
-    if not ledger.setting.on_gpu:
+    if not ledger.inputs.on_gpu:
         return f"about {format_bytes(numbers.active)} in tensors"
     between = numbers.reserved - numbers.active
     return (
@@ -104,7 +104,7 @@ def _largest_terms(ledger: Ledger, position: Position) -> str:
 def _largest_unplanned(ledger: Ledger, numbers: Numbers, planned: int) -> tuple[str, int]:
     reserve = sum(term.num_bytes for term in ledger.device.terms if term.name == "allocator reserve")
     found = {
-        "tensors beyond the ledger's" if ledger.setting.on_gpu else "memory beyond the ledger's": numbers.active
+        "tensors beyond the ledger's" if ledger.inputs.on_gpu else "memory beyond the ledger's": numbers.active
         + numbers.requested
         - planned,
         "lost between the allocator's blocks": numbers.reserved - numbers.active - reserve,
@@ -127,14 +127,12 @@ def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
 
 def _cure(ledger: Ledger, cluster: ClusterConfig, limit: str, resume: str) -> str:
     """The first override set that the solver certifies on the smaller machine, as a command, and what it costs."""
-    s = ledger.asked
-    names = ("spec", "parallel", "memory", "train", "data", "residency", "measured")
     try:
-        again = build_ledger(**{name: getattr(s, name) for name in names}, cluster=cluster)
-        if again.fits and s.memory.solve:
+        again = build_ledger(ledger.asked.remade(cluster=cluster))
+        if again.fits and ledger.asked.memory.solve:
             return _command(resume, (limit,), again, ledger)
         for entry in suggest(again, most=1, elsewhere=False):
-            overrides = (*entry.overrides, limit) if entry.ledger.setting.memory.solve else entry.overrides
+            overrides = (*entry.overrides, limit) if entry.ledger.inputs.memory.solve else entry.overrides
             return _command(resume, overrides, entry.ledger, ledger)
     except (MemoryError, ImportError):  # of the process itself: a solver that cannot be loaded any more
         return f"{resume} memory=auto {limit}\n  (not certified: no memory was left to solve for it; efflaunch plan tells)"

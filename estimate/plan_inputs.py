@@ -1,32 +1,55 @@
-"""What a ledger is made of: the setting it depends on, moments of a step, and terms. Pure; bytes everywhere.
-
-Note: phases. Peaks of different terms do not fall together, so each term says how much it holds in each phase. A phase's sum
-is what must fit. Backward phases are those of one layer: where what forward left (less with every layer done) and the
-gradients (more with every layer done) are largest together (terms.py).
-"""
+"""What every estimate depends on, gathered once from a configuration. Pure; bytes everywhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
-from ..memory.policy import MemoryPolicy
+from ..memory.policy import MemoryPolicy, explicit_policy
+from ..model.spec import layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
-from ..parallel.layout import Layout
-from .optimizer_residency import Residency
+from ..parallel.layout import Layout, solve_layout
+from .optimizer_residency import ON_DEVICE, Residency, residency_of
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
+    from ..checkpoint.config import CheckpointConfig
     from ..cluster.config import ClusterConfig
     from ..cluster.rates import MeasuredRates
+    from ..model.config import ModelConfig
     from ..model.spec import ModelSpec
     from ..training.config import TrainConfig
     from ..training.data.config import DataConfig
+    from ..training.optimizers.config import OptimConfig
 
 GIB = 1 << 30
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
+_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
+"""What the other fields follow from."""
+
+
+class Configured(Protocol):
+    """What estimates read of a whole configuration."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def memory(self) -> MemoryConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +72,57 @@ class PlanInputs:
     """Rates that stand in place of the cluster's."""
     packed: float = 1.0
     """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
+
+    @classmethod
+    def of(cls, config: Configured, measured: MeasuredRates | None = None) -> PlanInputs:
+        """Inputs of a configuration, with nothing decided that is left open; ConfigError where no layout exists.
+
+        `measured`: rates in place of the cluster's, by which times are estimated (estimate/measured/find_rates.py).
+        """
+        return cls.make(
+            spec=model_spec(config.model),
+            parallel=config.parallel,
+            memory=config.memory,
+            train=config.train,
+            data=config.data,
+            cluster=config.cluster,
+            residency=residency_of(config.optim, config.checkpoint),
+            measured=measured,
+        )
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        spec: ModelSpec,
+        parallel: ParallelConfig,
+        memory: MemoryConfig,
+        train: TrainConfig,
+        data: DataConfig,
+        cluster: ClusterConfig,
+        residency: Residency = ON_DEVICE,
+        measured: MeasuredRates | None = None,
+    ) -> PlanInputs:
+        """`of` from parts, for what has no whole configuration: layout, policy and counts follow from them."""
+        check_cluster(cluster)
+        return cls(
+            spec=spec,
+            parallel=parallel,
+            memory=memory,
+            policy=MemoryPolicy() if memory.solve else explicit_policy(memory),
+            train=train,
+            data=data,
+            cluster=cluster,
+            layout=solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens),
+            layer_parameters=layer_parameters(spec),
+            parameters=num_parameters(spec),
+            residency=residency,
+            measured=measured,
+        )
+
+    def remade(self, **changes: Any) -> PlanInputs:
+        """Inputs made from these parts again, some of them changed: layout and policy are chosen anew."""
+        return PlanInputs.make(**{name: getattr(self, name) for name in _PARTS} | changes)
 
     @property
     def width(self) -> int:

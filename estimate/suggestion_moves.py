@@ -21,13 +21,13 @@ class Change:
 
     overrides: tuple[str, ...]
     reason: str
-    setting: PlanInputs
+    inputs: PlanInputs
 
     def then(self, other: Change | None) -> Change:
         """Both, where `other` starts from this one's setting."""
         if other is None:
             return self
-        return Change(self.overrides + other.overrides, "; ".join(filter(None, (self.reason, other.reason))), other.setting)
+        return Change(self.overrides + other.overrides, "; ".join(filter(None, (self.reason, other.reason))), other.inputs)
 
 
 Move = Callable[[PlanInputs], Iterator[Change]]

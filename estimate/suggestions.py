@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from ..errors import PlanError, UserError
 from ..units import format_bytes
 from .build import build_ledger
-from .ledger import Account, Ledger, make_plan_inputs
+from .ledger import Account, Ledger
 from .plan_inputs import PlanInputs
 from .solver.report import fixed_line
 from .solver.solve import can_fit
-from .suggestion_moves import HARDWARE, LAST, OTHERWISE, SETTINGS, TOGETHER, Change, Move, shorter
+from .suggestion_moves import HARDWARE, LAST, OTHERWISE, SETTINGS, TOGETHER, Change, Move
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,28 +50,20 @@ def suggest(ledger: Ledger, *, most: int = 4, elsewhere: bool = True) -> tuple[S
     return tuple(found)
 
 
-def largest_length(ledger: Ledger) -> int | None:
-    """The longest data.max_seq_len, halving, that fits with everything else as it is; None if none of 16 halvings does."""
-    proven = next(_proven(ledger.asked, (shorter,)), None)
-    return proven.ledger.setting.data.max_seq_len if proven is not None else None
-
-
 def _proven(asked: PlanInputs, moves: Iterable[Move], base: Change | None = None) -> Iterator[Suggestion]:
     """Of each kind of change the first that fits, by itself or on top of `base`."""
     start = Change((), "", asked) if base is None else base
     for move in moves:
-        fitting = (found for change in move(start.setting) if (found := _prove(start.then(change))) is not None)
+        fitting = (found for change in move(start.inputs) if (found := _prove(start.then(change))) is not None)
         yield from islice(fitting, 1)
 
 
 def _prove(change: Change) -> Suggestion | None:
-    s = change.setting
-    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
-    parts: dict[str, Any] = {name: getattr(s, name) for name in names}
     try:
-        if s.memory.solve and not can_fit(make_plan_inputs(**parts)):
+        inputs = change.inputs.remade()
+        if inputs.memory.solve and not can_fit(inputs):
             return None
-        ledger = build_ledger(**parts)
+        ledger = build_ledger(inputs)
     except UserError:  # a layout that does not exist is no suggestion
         return None
     return Suggestion(overrides=change.overrides, reason=change.reason, ledger=ledger) if ledger.fits else None
@@ -82,7 +73,7 @@ def _all_together(asked: PlanInputs) -> Change:
     """All of the run's own settings that save memory."""
     base = Change((), "", asked)
     for move in TOGETHER:
-        base = base.then(next(move(base.setting), None))
+        base = base.then(next(move(base.inputs), None))
     return base
 
 
@@ -109,14 +100,14 @@ def check_fits(ledger: Ledger) -> None:
 def check_budget(ledger: Ledger) -> None:
     """PlanError where a given policy moves more to the host than memory.host_budget allows. (A solved one is `check_fits`'s.)"""
     budget = ledger.budget
-    if budget is None or budget.fits or ledger.setting.memory.solve:
+    if budget is None or budget.fits or ledger.inputs.memory.solve:
         return
     least = -(-budget.peak_bytes // _MIB)
     options = [" ".join(entry.overrides) for entry in suggest(ledger, most=2)]
     raise PlanError(
         "memory.host_budget",
         found=format_bytes(budget.capacity_bytes),
-        expected=f"at least {format_bytes(budget.peak_bytes)} for what memory={ledger.setting.memory.name} and optim.states put there "
+        expected=f"at least {format_bytes(budget.peak_bytes)} for what memory={ledger.inputs.memory.name} and optim.states put there "
         f"({', '.join(f'{entry.name} {format_bytes(entry.num_bytes)}' for entry in budget.terms)})",
         hint=", or ".join([f"memory.host_budget={least}MiB", *options]),
     )

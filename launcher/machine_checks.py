@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..cluster.config import Device
 from ..errors import ConfigError, UserError
-from ..estimate.footprint.device import GIB
+from ..estimate.plan_inputs import GIB
 from ..model.spec import model_spec
 from ..units import format_bytes, format_tokens
 from .config.ledger import plan
@@ -58,9 +58,9 @@ def _check_offload_dir(config: Config) -> None:
     from ..estimate.footprint.host import arena_bytes
     from ..memory.offload.checks import check_offload_dir
 
-    setting = plan(config).setting
-    if setting.policy.uses_host and setting.policy.offload_dir is not None:
-        check_offload_dir(setting.policy.offload_dir, arena_bytes(setting), config.cluster.ranks_per_node)
+    inputs = plan(config).inputs
+    if inputs.policy.uses_host and inputs.policy.offload_dir is not None:
+        check_offload_dir(inputs.policy.offload_dir, arena_bytes(inputs), config.cluster.ranks_per_node)
 
 
 def _check_profile(config: Config, machine: Machine) -> None:

@@ -106,9 +106,9 @@ def planned(config: Config) -> Forecast | None:
     from .config.ledger import plan
 
     ledger = plan(config)
-    setting = ledger.setting
+    inputs = ledger.inputs
     # Weights as the optimizer keeps them, and its moments; copies of the model are saved once.
-    num_bytes = setting.parameters * setting.master * (1 + MOMENTS)
+    num_bytes = inputs.parameters * inputs.master * (1 + MOMENTS)
     save_s = num_bytes / (bandwidth * config.cluster.num_nodes)
     source = f"planned: {format_bytes(num_bytes)} at {format_bytes(bandwidth)}/s a node"
     return Forecast(step_s=ledger.timing.step_s, save_s=save_s, grace_s=config.launcher.grace_s, source=source)

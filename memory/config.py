@@ -8,8 +8,8 @@ from enum import Enum
 from typing import ClassVar
 
 from ..errors import ConfigError
-from ..ranges import BYTES, TOKENS, Range, check_ranges
 from ..units import Bytes, Tokens
+from ..utils.ranges import BYTES, TOKENS, Range, check_ranges
 
 
 class ActivationPlace(Enum):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,8 +217,3 @@ def local_slices(target: DTensor) -> tuple[slice, ...]:
     """Which part of the whole tensor this rank holds."""
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-
-
-def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once, under the name its checkpoint has."""
-    yield from model.named_parameters()

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-from ..ranges import TOKENS, Range
 from ..units import Tokens
+from ..utils.ranges import TOKENS, Range
 
 
 class Family(Enum):
-    """Model families with a layer adapter (`training/families/`)."""
+    """Model families with a layer adapter (`model/families/`)."""
 
     LLAMA = "llama"
     MISTRAL = "mistral"

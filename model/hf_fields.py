@@ -65,7 +65,7 @@ def model_family(config: ModelConfig) -> Family:
         f"model.path {config.path}",
         found=f"model_type {found!r}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
-        hint=f"a supported model, or write its adapter: training/families/{found}.py",
+        hint=f"a supported model, or write its adapter: model/families/{found}.py",
     )
 
 

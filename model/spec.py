@@ -8,18 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .config import Family, ModelConfig
-from .hf_fields import MODEL_TYPES, ROPE_KEYS, given_sizes, head_dim, hf_config_dict, model_family
-
-__all__ = [
-    "MODEL_TYPES",
-    "ModelSpec",
-    "check_model",
-    "hf_config_dict",
-    "layer_parameters",
-    "model_family",
-    "model_spec",
-    "num_parameters",
-]
+from .hf_fields import ROPE_KEYS, given_sizes, head_dim, hf_config_dict, model_family
 
 _GEMMA = (Family.GEMMA2, Family.GEMMA3)
 _QWEN = (Family.QWEN2, Family.QWEN3)

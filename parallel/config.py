@@ -9,8 +9,8 @@ from typing import ClassVar, Protocol
 
 from ..cluster.config import Machines
 from ..errors import ConfigError
-from ..ranges import TOKENS, WAIT_S, Range, check_ranges
 from ..units import Seconds, Tokens
+from ..utils.ranges import TOKENS, WAIT_S, Range, check_ranges
 
 
 class SequenceMode(Enum):

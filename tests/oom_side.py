@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
-    """training.run.train under the limit."""
+    """training.trainer.train under the limit."""
     from efflaunch.training import trainer as run
 
     if os.environ["OOM_KIND"] == "host":
@@ -51,7 +51,7 @@ def limited_allocator(size: int) -> Any:
     """A device of `size` bytes for what is allocated inside."""
     import torch
 
-    from efflaunch.bench.tracer import StorageTracer
+    from efflaunch.memory.arena.tracer import StorageTracer
 
     class Limited(StorageTracer):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

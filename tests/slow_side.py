@@ -15,7 +15,7 @@ from typing import Any
 
 
 def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
-    """training.run.train on such a rank."""
+    """training.trainer.train on such a rank."""
     from efflaunch.memory.executor import layer
     from efflaunch.training import trainer as run
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import efflaunch
-from efflaunch.helper_thread import HelperThread
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.rundir.run_dir import attempt_dir, make_run_dir, write_run
+from efflaunch.utils.helper_thread import HelperThread
 
 ROOT = Path(efflaunch.__file__).resolve().parent
 PLAIN_THREADS = {
@@ -44,7 +44,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 HEAD = """
 import sys, threading, time
-from efflaunch.helper_thread import HelperThread, ends_with_helpers, print_death
+from efflaunch.utils.helper_thread import HelperThread, ends_with_helpers, print_death
 def fail(): raise {error}
 """
 
@@ -83,10 +83,10 @@ def test_a_rank_whose_helper_dies_says_why(tmp_path: Path) -> None:
     attempt_dir(run_dir, 1).mkdir(parents=True)
     code = f"""
 import os
-from efflaunch.launcher import worker
-from efflaunch.pulse import Board, Pulse
+from efflaunch.launcher.agent import worker
+from efflaunch.utils.heartbeat import Heartbeat
 os.environ.update(RANK="0", LOCAL_RANK="0", DIVISOR="0")
-worker.join = lambda board, rank: Pulse()
+worker.join = lambda board, rank: Heartbeat()
 worker.main({str(run_dir)!r}, "efflaunch.tests.test_helper_thread:dying", 1, os.getppid(), "")
 """
     done = python(code)
@@ -105,4 +105,4 @@ def test_every_thread_is_a_helper() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "threading.Thread":
                 found.add(name)
-    assert found == {"helper_thread.py"}
+    assert found == {"utils/helper_thread.py"}

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE_FOLDERS = ("bench", "checkpoint", "launcher", "memory", "parallel", "training", "tests")
+CODE_FOLDERS = ("bench", "checkpoint", "cluster", "estimate", "launcher", "memory", "model", "parallel", "training", "utils", "tests")
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
 
 
 def sources(*folders: str) -> list[Path]:
+    """Python files below these folders; `""`: every folder of code and the root."""
+    if folders == ("",):
+        folders = CODE_FOLDERS
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return files if folders != CODE_FOLDERS else [*sorted(ROOT.glob("*.py")), *files]
 
@@ -61,46 +66,131 @@ def test_sizes(path: Path) -> None:
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} in {name(path)} has {lines} lines"
 
 
-@pytest.mark.parametrize("path", sources("training", "parallel", "memory", "checkpoint"), ids=name)
-def test_dependencies_point_one_way(path: Path) -> None:
-    forbidden = ("launcher", "efflaunch.launcher", "hydra", "omegaconf", "ray")
-    tree = ast.parse(path.read_text())
-    typed_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
-        for node in ast.walk(block)
-    }
-    for node in ast.walk(tree):
-        if id(node) not in typed_only and isinstance(node, (ast.Import, ast.ImportFrom)):
-            for module in imported_modules(ast.Module(body=[node], type_ignores=[]), path):
-                assert not module.startswith(tuple(f"{package}." for package in forbidden)) and module not in forbidden
+ORDER = (
+    ("bench",),
+    ("launcher",),
+    ("training",),
+    ("estimate",),
+    ("model",),
+    ("memory", "parallel"),
+    ("checkpoint", "cluster"),
+    ("utils",),
+    ("units", "errors"),
+)
+"""Who may import whom: a folder imports from itself and from those after it. Anybody may import a config.py for its types."""
+FLOOR = {folder: number for number, floor in enumerate(ORDER) for folder in floor}
+RUNTIMES_OF_LAUNCHER = {"hydra", "omegaconf", "ray"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """One imported name: from which file, of which file, in which line."""
+
+    source: str
+    target: str
+    line: int
+
+
+def links() -> list[Link]:
+    """All imports of the package's own modules, those inside functions and for type checkers alone included."""
+    files = {name(path) for path in sources("") if "tests" not in path.relative_to(ROOT).parts[:1]}
+    modules = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in files}
+    found = []
+    for file in sorted(files):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for module in imported_modules(ast.Module(body=[node], type_ignores=[]), ROOT / file):
+                    module = module.removeprefix("efflaunch.")
+                    target = modules.get(module) or modules.get(module.rpartition(".")[0])
+                    if target is not None and target != file:
+                        found.append(Link(file, target, node.lineno))
+    return found
+
+
+def test_no_circle_of_imports() -> None:
+    """Counted with imports inside functions and under TYPE_CHECKING: a circle is one thing in two files."""
+    below: dict[str, set[str]] = {}
+    for link in links():
+        below.setdefault(link.source, set()).add(link.target)
+    try:
+        graphlib.TopologicalSorter(below).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_folders_import_one_way() -> None:
+    def floor(file: str) -> int:
+        return FLOOR.get(file.partition("/")[0].removesuffix(".py"), -1)
+
+    upward = [
+        f"{link.source}:{link.line} imports {link.target}"
+        for link in links()
+        if floor(link.target) < floor(link.source) and not link.target.endswith("/config.py") and floor(link.source) >= 0
+    ]
+    assert not upward
+    packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} - {"tests", "conf", "slurm"}
+    assert packages == {folder for floor in ORDER for folder in floor} - {"units", "errors"}, "every folder has its place in the order"
+
+
+def test_only_the_launcher_knows_hydra_and_ray() -> None:
+    for path in sources("training", "estimate", "model", "parallel", "memory", "checkpoint", "cluster", "utils"):
+        heads = {module.partition(".")[0] for module in imported_modules(ast.parse(path.read_text()), path)}
+        assert not heads & RUNTIMES_OF_LAUNCHER, name(path)
+
+
+def test_folders_say_what_they_answer() -> None:
+    """The docstring of a package: a question, and what may be imported from it."""
+    for path in sources("bench", "checkpoint", "cluster", "estimate", "launcher", "memory", "model", "parallel", "training", "utils"):
+        if path.name == "__init__.py":
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            assert "?" in text.partition("\n")[0] and len(text) > 80, name(path)
 
 
 HEAVY = {"torch", "transformers", "ray", "hydra", "omegaconf", "numpy", "datasets", "tokenizers", "pyarrow"}
 IMPORTED_LATE = {"launcher/agent/elastic.py", "launcher/commands/data_progress.py"}
 """Modules of launcher/ that may: an agent imports the first once it is one, `data prepare` the second once it works."""
+PURE_FOLDERS = ("launcher", "estimate", "cluster", "utils")
+"""Folders of deciding code and of what it stands on: none of it may load what only a rank needs."""
+PURE_FILES = (
+    *("model/config.py", "model/spec.py", "model/hf_fields.py", "memory/config.py", "memory/policy.py", "memory/ranges.py"),
+    *("parallel/config.py", "parallel/layout.py", "parallel/sequence/plan.py", "parallel/sequence/degrees.py"),
+    *("checkpoint/config.py", "checkpoint/interval.py", "checkpoint/throttle.py", "checkpoint/sizes.py", "checkpoint/replica/plan.py"),
+    *("training/config.py", "training/data/config.py", "training/optimizers/config.py", "training/reporting/config.py"),
+)
+"""What they import of the folders that run."""
+NUMERIC = {"numpy", "scipy", "numba"}
+"""Deciding code may compute; only the command line's own modules may not load these before they have to."""
 
 
-def planning_sources() -> list[Path]:
-    decides = re.compile(r"(plan|solve|cost|ledger|policy|layout|spec|config|timing|terms|advice)\.py$")
-    return [path for path in sources("training", "parallel", "memory", "checkpoint") if decides.search(path.name)]
+def pure_sources() -> list[Path]:
+    return [*sources(*PURE_FOLDERS), *(ROOT / file for file in PURE_FILES)]
 
 
-@pytest.mark.parametrize("path", [*sources("launcher"), *planning_sources()], ids=name)
+@pytest.mark.parametrize("path", pure_sources(), ids=name)
 def test_nothing_heavy_at_module_level(path: Path) -> None:
     if name(path) not in IMPORTED_LATE:
         modules = imported_modules(top_level(ast.parse(path.read_text())), path)
-        assert not {module.partition(".")[0] for module in modules} & HEAVY
+        allowed = set() if name(path).startswith("launcher/") else NUMERIC
+        assert not {module.partition(".")[0] for module in modules} & HEAVY - allowed
 
 
 def test_importing_the_launcher_stays_light() -> None:
-    light = [name(path) for path in sources("launcher") if name(path) not in IMPORTED_LATE]
-    modules = [path[:-3].replace("/", ".").removesuffix(".__init__") for path in light]
+    light = [name(path) for path in sources("launcher") if name(path) not in IMPORTED_LATE and path.name != "__main__.py"]
+    assert not imported_by(light) & HEAVY
+
+
+def test_deciding_code_loads_no_torch() -> None:
+    """What folders of deciding code import, at any depth, is free of torch: a laptop without it can plan."""
+    assert not imported_by([name(path) for path in sources("estimate", "cluster")]) & (HEAVY - NUMERIC)
+
+
+def imported_by(files: list[str]) -> set[str]:
+    """Top-level packages in memory after importing these modules and nothing else."""
+    modules = [file[:-3].replace("/", ".").removesuffix(".__init__") for file in files]
     imports = f"[importlib.import_module('efflaunch.' + m) for m in {modules!r}]"
     code = f"import importlib, json, sys; {imports}; print(json.dumps([*sys.modules]))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=120)
-    assert not {module.partition(".")[0] for module in json.loads(result.stdout)} & HEAVY
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=600)
+    return {module.partition(".")[0] for module in json.loads(result.stdout)}
 
 
 def test_configuration_files_build_nothing() -> None:

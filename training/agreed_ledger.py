@@ -15,18 +15,16 @@ from ..errors import UserError
 from ..estimate.build import build_ledger
 from ..estimate.certificate import Certificate, Check, certify
 from ..estimate.ledger import Ledger
-from ..estimate.optimizer_residency import residency_of
+from ..estimate.plan_inputs import PlanInputs
 from ..estimate.suggestions import check_fits
 from .agreed_rates import settled_rates
 from .step_planner import this_hardware
 
 if TYPE_CHECKING:
-    from ..cluster.rates import MeasuredRates
-    from ..model.spec import ModelSpec
     from .run_settings import RunSettings
 
 
-def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, run_dir: Path | None = None) -> Ledger:
+def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | None = None) -> Ledger:
     """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
 
     `run_dir` keeps the measured rates it goes by, for later attempts.
@@ -36,7 +34,7 @@ def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, ru
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            ledger = _ledger(config, spec, settled_rates(config, this_hardware(device), run_dir))
+            ledger = build_ledger(PlanInputs.of(config, settled_rates(config, this_hardware(device), run_dir)))
             check_fits(ledger)
             told[0] = ledger
         except UserError as error:
@@ -53,19 +51,6 @@ def agreed_ledger(config: RunSettings, spec: ModelSpec, device: torch.device, ru
         raise RuntimeError(f"rank 0 could not make the ledger of this run ({answer}); its log says where")
     assert answer is not None
     return answer
-
-
-def _ledger(config: RunSettings, spec: ModelSpec, measured: MeasuredRates | None) -> Ledger:
-    return build_ledger(
-        spec=spec,
-        parallel=config.parallel,
-        memory=config.memory,
-        train=config.train,
-        data=config.data,
-        cluster=config.cluster,
-        residency=residency_of(config.optim, config.checkpoint),
-        measured=measured,
-    )
 
 
 class Report(Protocol):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster.rates import MachineRates, MeasuredRates
-from ..decode import decode, set_aside
 from ..estimate.measured.find_rates import find_rates
 from ..utils.atomic_files import write_atomic
+from ..utils.decode import decode, set_aside
 
 if TYPE_CHECKING:
     from .run_settings import RunSettings

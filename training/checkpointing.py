@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
+from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.replica.replicas import ReplicaReport
 from ..errors import CheckpointError
 
 

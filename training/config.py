@@ -8,8 +8,8 @@ from enum import Enum
 from typing import ClassVar
 
 from ..errors import ConfigError
-from ..ranges import STEPS, TOKENS, Range, check_ranges
 from ..units import Tokens
+from ..utils.ranges import STEPS, TOKENS, Range, check_ranges
 
 
 class Dtype(Enum):

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..decode import decode, set_aside
 from ..model.chunked_loss import chunked_log_probs
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.runtime import sequence_attention
 from ..utils.atomic_files import sync, write_atomic
+from ..utils.decode import decode, set_aside
 from .data.indexed import Kind
 from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource

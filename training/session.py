@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ..checkpoint.engine import CheckpointEngine, ReplicaReport, SaveReport
+from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
 from ..estimate.footprint.host import arena_bytes
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.timing.bandwidth import offload_link
-from ..memory.offload.checks import check_update_memory as check_host_room
+from ..memory.offload.checks import check_offload_space
 from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
 from ..memory.position import Position
@@ -36,7 +37,7 @@ from .data.source import DataSource, open_data
 from .oom import memory_errors_named
 from .optimizers.build import build_trained
 from .optimizers.config import Update
-from .optimizers.room import check_update_memory as check_optimizer_room
+from .optimizers.room import check_update_memory
 from .optimizers.updater import Updater
 from .run_settings import RunSettings
 
@@ -99,12 +100,12 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    ledger = agreed_ledger(config, spec, device, run_dir)
+    ledger = agreed_ledger(config, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type)
-    check_optimizer_room(ledger.setting)
-    store = host_store(ledger.setting, device)
+    check_update_memory(ledger.inputs)
+    store = host_store(ledger.inputs, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
-        model, updater = build_trained(config, ledger.setting.policy, topology.mesh, device, store, told=told)
+        model, updater = build_trained(config, ledger.inputs.policy, topology.mesh, device, store, told=told)
     engine = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
@@ -128,7 +129,7 @@ def build_session(
         engine=engine,
         kernel=block_kernel(device),
         store=store,
-        reduce_each=ledger.setting.parallel.grad_reduce is not GradReduce.STEP,
+        reduce_each=ledger.inputs.parallel.grad_reduce is not GradReduce.STEP,
     )
 
 
@@ -142,16 +143,16 @@ def closing_store(session: Session) -> Iterator[None]:
             session.store.close()
 
 
-def host_store(setting: PlanInputs, device: torch.device) -> HostStore | None:
+def host_store(inputs: PlanInputs, device: torch.device) -> HostStore | None:
     """Room for all that the policy moves, taken before the first step; ConfigError on every rank of a node that has too little."""
-    if not setting.policy.uses_host:
+    if not inputs.policy.uses_host:
         return None
-    capacity, directory = arena_bytes(setting), setting.policy.offload_dir
-    check_host_room(capacity, setting.layout.ranks_per_node, directory)
+    capacity, directory = arena_bytes(inputs), inputs.policy.offload_dir
+    check_offload_space(capacity, inputs.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier()
     # A disk that is slower than the estimate, and with it the solver, take it to be is named.
-    expected = None if directory is None else offload_link(setting).out
+    expected = None if directory is None else offload_link(inputs).out
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
 
 

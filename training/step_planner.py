@@ -160,14 +160,14 @@ class Costs:
         return {"fingerprint": self.fingerprint, "model": asdict(self.model), "overhead_s": self.overhead_s, "origin": self.origin}
 
 
-def settle_costs(config: Any, setting: PlanInputs, device: torch.device, stored: dict[str, Any] | None) -> Costs:
+def settle_costs(config: Any, inputs: PlanInputs, device: torch.device, stored: dict[str, Any] | None) -> Costs:
     """The model a checkpoint has `stored`, where it was made from these settings; else measured values, or arithmetic.
 
-    `setting`: of the run's ledger, its policy decided.
+    `inputs`: of the run's ledger, its policy decided.
     """
-    spec = setting.spec
+    spec = inputs.spec
     # Rates that were measured since do not make other settings.
-    arithmetic = cost_model_of(replace(setting, measured=None))
+    arithmetic = cost_model_of(replace(inputs, measured=None))
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))
     text = json.dumps([asdict(arithmetic), config.parallel.profile, asdict(key)])
     made_from = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.engine import Restored
+from ..checkpoint.restore import Restored
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
 from ..estimate.measured.profile import DEFAULT_FILE, save_profile
 from ..memory.arena.replay import Arena
@@ -116,7 +116,7 @@ class _Run:
         self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
         self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
-        self.costs: Costs = settle_costs(config, self.session.ledger.setting, device, extra.get("costs"))
+        self.costs: Costs = settle_costs(config, self.session.ledger.inputs, device, extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = StepComparison(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
@@ -316,7 +316,7 @@ class _Run:
                 return
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
-                known = self.session.ledger.setting.measured
+                known = self.session.ledger.inputs.measured
                 save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
 
     def _extra(self) -> dict[str, Any]:

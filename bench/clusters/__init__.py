@@ -1,1 +1,4 @@
-"""Clusters of several nodes on this machine, for benchmarks and tests."""
+"""On which cluster is it measured?
+
+A SLURM and a Ray of several nodes on this machine, in network namespaces of their own. For benchmarks and tests.
+"""

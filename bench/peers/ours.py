@@ -11,6 +11,7 @@ import yaml
 
 from ...cluster.config import ClusterConfig
 from ...estimate.build import build_ledger
+from ...estimate.plan_inputs import PlanInputs
 from ...launcher.config.schema import load
 from ...memory.config import MemoryConfig, check_memory
 from ...memory.offload.device import PlainDevice
@@ -73,16 +74,18 @@ def auto_policies(task: Task) -> dict[str, MemoryPolicy]:
 
 def _solved(model: ModelConfig, cluster: ClusterConfig, num_tokens: int, dtype: Dtype = Dtype.BFLOAT16) -> MemoryPolicy:
     ledger = build_ledger(
-        spec=model_spec(model),
-        parallel=ParallelConfig(name="bench", tokens_per_rank=num_tokens // cluster.ranks_per_node),
-        memory=_load(MemoryConfig, "memory/auto"),
-        train=TrainConfig(steps=1, dtype=dtype),
-        data=DataConfig(name="bench", max_seq_len=num_tokens, global_batch_tokens=num_tokens),
-        cluster=cluster,
+        PlanInputs.make(
+            spec=model_spec(model),
+            parallel=ParallelConfig(name="bench", tokens_per_rank=num_tokens // cluster.ranks_per_node),
+            memory=_load(MemoryConfig, "memory/auto"),
+            train=TrainConfig(steps=1, dtype=dtype),
+            data=DataConfig(name="bench", max_seq_len=num_tokens, global_batch_tokens=num_tokens),
+            cluster=cluster,
+        )
     )
     if not ledger.fits:
         raise RuntimeError(f"{num_tokens} tokens of {model.name} do not fit {cluster.name}")
-    return ledger.setting.policy
+    return ledger.inputs.policy
 
 
 def _load(kind: type, file: str) -> Any:

@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...helper_thread import HelperThread
 from ...units import format_bytes, format_seconds
+from ...utils.helper_thread import HelperThread
 from ..attempt import Attempt
 from ..provenance import free_memory
 from ..rank_coordination import Peers, Votes

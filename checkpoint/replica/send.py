@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...helper_thread import HelperThread
+from ...utils.helper_thread import HelperThread
 from .stream import Address, Message, Stream, connect
 
 STUCK_S = 1.0

@@ -31,11 +31,6 @@ def class_layers(inputs: PlanInputs) -> dict[str, int]:
     return {name: inputs.stored_inputs if name == "layer_input" else inputs.spec.num_layers for name in class_bytes(inputs)}
 
 
-def kept_by_class(inputs: PlanInputs) -> dict[str, int]:
-    """Bytes that wait on the device, all layers."""
-    return {name: _all_layers(inputs, name, split.rows(inputs.tokens)[0]) for name, split in inputs.policy.splits.items()}
-
-
 def moved_by_class(inputs: PlanInputs) -> dict[str, int]:
     """Bytes of one rank that wait on the host (or in files), all layers."""
     rows = {name: split.rows(inputs.tokens) for name, split in inputs.policy.splits.items()}

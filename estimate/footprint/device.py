@@ -10,10 +10,8 @@ from .activations import activations, attention_outputs, in_flight, layer_inputs
 from .kernels import loss_chunk, masked_scores, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states
-from .term import ALL, Phase, Term, term
+from .term import Phase, Term, term
 from .weights import batch, gathered_layers, gathered_root, gradients, head_gradient, layer_gradients, reduction, weights, whole_gradients
-
-__all__ = ["ALL", "GIB", "UNSEEN", "Phase", "Setting", "Term", "device_terms", "term"]
 
 UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cluster.rates import MachineRates
-from ...decode import decode, set_aside
 from ...errors import ConfigError
+from ...utils.decode import decode, set_aside
 
 if TYPE_CHECKING:
     from ...cluster.config import ClusterConfig

@@ -15,11 +15,11 @@ from ..timing.step import estimate_time, sharding_s
 from .shapes import BUDGET, Evaluate, PolicyCost
 
 
-def measure_of(setting: PlanInputs) -> Evaluate:
+def measure_of(inputs: PlanInputs) -> Evaluate:
     """Bytes by phase and seconds of the setting with any policy."""
 
     def measure(policy: MemoryPolicy) -> PolicyCost:
-        return measures(replace(setting, policy=policy))
+        return measures(replace(inputs, policy=policy))
 
     return measure
 

@@ -1,8 +1,7 @@
 """memory=auto: the policy that fits the memories there are in the least time. Pure.
 
-`solve_memory` looks at every shape of the executor that the given fields allow (estimate/solver/shapes.py), solves the linear program of
-the shares inside those that can be the best (estimate/solver/linear_program.py, estimate/solver/search.py), and takes the ledger's word, not the program's,
-on whether the result fits.
+`solve_memory` looks at every shape of the executor that the given fields allow (shapes.py), solves the linear program of the shares
+inside those that can be the best (linear_program.py, search.py), then verifies the rounded result against the ledger.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .shadow_prices import report_of
 from .shapes import Evaluate, Shape, policy_of, shapes, shares
 
 
-def search_of(setting: PlanInputs) -> PolicySearch:
-    """Every shape for the configuration behind `setting` (its policy is not looked at)."""
+def search_of(inputs: PlanInputs) -> PolicySearch:
+    """Every shape for the configuration behind `inputs` (its policy is not looked at)."""
     candidates: list[Candidate] = []
-    for reduce in _reductions(setting):
-        s = replace(setting, parallel=replace(setting.parallel, grad_reduce=reduce))
+    for reduce in _reductions(inputs):
+        s = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=reduce))
         measure = measure_of(s)
         for shape in shapes(
             s.memory,
@@ -36,7 +35,7 @@ def search_of(setting: PlanInputs) -> PolicySearch:
             ring=s.layout.ring > 1,
         ):
             candidates.append(_candidate(s, shape, measure))
-    return PolicySearch(candidates, setting.tokens, setting.layout.ranks_per_node)
+    return PolicySearch(candidates, inputs.tokens, inputs.layout.ranks_per_node)
 
 
 def _candidate(inputs: PlanInputs, shape: Shape, measure: Evaluate) -> Candidate:
@@ -59,33 +58,33 @@ def _head_groups(inputs: PlanInputs) -> list[int]:
     ]
 
 
-def _reductions(setting: PlanInputs) -> list[GradReduce]:
-    asked = setting.parallel.grad_reduce
+def _reductions(inputs: PlanInputs) -> list[GradReduce]:
+    asked = inputs.parallel.grad_reduce
     if asked is not GradReduce.AUTO:
         return [asked]
-    once = replace(setting, parallel=replace(setting.parallel, grad_reduce=GradReduce.STEP))
-    several = reduces_once(once) and not setting.parallel.barrier_free
+    once = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))
+    several = reduces_once(once) and not inputs.parallel.barrier_free
     return [GradReduce.STEP, GradReduce.MICRO_BATCH] if several else [GradReduce.STEP]
 
 
-def solved_setting(setting: PlanInputs, candidate: Candidate, policy: MemoryPolicy) -> PlanInputs:
+def solved_setting(inputs: PlanInputs, candidate: Candidate, policy: MemoryPolicy) -> PlanInputs:
     """The setting with what was left open decided."""
-    return replace(setting, policy=policy, parallel=replace(setting.parallel, grad_reduce=candidate.reduce))
+    return replace(inputs, policy=policy, parallel=replace(inputs.parallel, grad_reduce=candidate.reduce))
 
 
-def solve_memory(setting: PlanInputs) -> tuple[PlanInputs, SolveReport]:
+def solve_memory(inputs: PlanInputs) -> tuple[PlanInputs, SolveReport]:
     """The setting with the policy that fits in the least time, and how that was found.
 
-    Fields of `setting.memory` that are given are held fixed; `setting.policy` is not looked at. Where nothing fits it is the
+    Fields of `inputs.memory` that are given are held fixed; `inputs.policy` is not looked at. Where nothing fits it is the
     policy that needs least of what is missing, and the report says so.
     """
-    search = search_of(setting)
+    search = search_of(inputs)
     found = search.best() or search.last_resort()
     decided = (found.candidate, found.policy) if found is not None else search.least()
-    solved = solved_setting(setting, *decided)
+    solved = solved_setting(inputs, *decided)
     return solved, report_of(solved, search, found)
 
 
-def can_fit(setting: PlanInputs) -> bool:
+def can_fit(inputs: PlanInputs) -> bool:
     """Whether some policy fits; nothing is said about the nearest one where none does, which takes longer."""
-    return search_of(setting).best() is not None
+    return search_of(inputs).best() is not None

@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from ..plan_inputs import PlanInputs
 
 
-def cost_model_of(setting: PlanInputs) -> CostModel:
+def cost_model_of(inputs: PlanInputs) -> CostModel:
     """The model of a ledger's setting, by arithmetic. No one static degree need suit the longest sequence."""
     from .step import gather_s, reduce_s
     from .update import update_time
 
-    parallel, cluster = setting.parallel, setting.cluster
+    parallel, cluster = inputs.parallel, inputs.cluster
     world = cluster.num_nodes * cluster.ranks_per_node
-    ulysses, excluded = allowed_degrees(parallel, num_heads=setting.spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
+    ulysses, excluded = allowed_degrees(parallel, num_heads=inputs.spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
     degrees = tuple(
-        degree_cost(replace(setting, layout=replace(setting.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
+        degree_cost(replace(inputs, layout=replace(inputs.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
     )
     return CostModel(
         world_size=world,
         tokens_per_rank=int(parallel.tokens_per_rank),
         degrees=degrees,
         excluded=excluded,
-        beta_s=_exposed_s(setting),
-        gather_s=gather_s(setting),
-        step_s=reduce_s(setting) + update_time(setting).shown_s,
+        beta_s=_exposed_s(inputs),
+        gather_s=gather_s(inputs),
+        step_s=reduce_s(inputs) + update_time(inputs).shown_s,
     )
 
 
@@ -57,7 +57,8 @@ def allowed_degrees(
 
 def degree_cost(inputs: PlanInputs) -> DegreeCost:
     """Arithmetic of the group size in the setting's layout."""
-    from .step import attention_passes, exchange_s, linear_flops, ring_s
+    from .flops import attention_passes, linear_flops
+    from .step import exchange_s, ring_s
 
     rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * inputs.layout.sp_degree
     pair_s = attention_passes(inputs) * 4 * inputs.spec.query_size / rate

@@ -5,44 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...parallel.config import GradReduce
-from ..footprint.activations import class_bytes
 from ..plan_inputs import PlanInputs
 from .bandwidth import gb_per_s, offload_link
 from .flops import (
     attention_passes,
-    causal_pairs,
-    class_recompute_flops,
     forward_attention_flops,
     inner_share,
-    layer_backward_s,
-    layer_forward_s,
-    layer_recompute_s,
-    linear_flops,
     matrix_parameters,
     projections,
     sequence_flops,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
 from .update import update_time
-
-__all__ = [
-    "Timing",
-    "attention_passes",
-    "causal_pairs",
-    "class_bytes",
-    "class_recompute_flops",
-    "collective_s",
-    "estimate_time",
-    "exchange_s",
-    "forward_attention_flops",
-    "gather_s",
-    "layer_backward_s",
-    "layer_forward_s",
-    "layer_recompute_s",
-    "linear_flops",
-    "reduce_s",
-    "ring_s",
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EXIT_RETRY, EXIT_USER, UserError
-from ...helper_thread import ends_with_helpers
 from ...utils.atomic_files import write_atomic
 from ...utils.heartbeat import Heartbeat, join
+from ...utils.helper_thread import ends_with_helpers
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import secrets

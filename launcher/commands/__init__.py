@@ -3,3 +3,39 @@
 One module for each command of `efflaunch`: its arguments and its main; *_view.py print what a command found out. Imported by cli.py, at
 the moment of use.
 """
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Protocol, cast
+
+COMMANDS = {
+    "train": "train, or go on with the run of the same run.id (the default command)",
+    "sweep": "one run for every combination of key=a,b values",
+    "plan": "what a run would need: layout, memory per term, time; needs no GPU",
+    "profile": "measure this machine for a configuration; planning then goes by what was measured",
+    "resume": "go on with a run directory, with changes if wanted",
+    "status": "where a run stands",
+    "logs": "what its ranks printed, the one that failed first last and in full",
+    "cancel": "have a run save and stop",
+    "checkpoints": "what a run has saved, where, and whether every byte is whole",
+    "explain": "one step of a run: who held which sequences, why, and how far from the best",
+    "simulate": "modelled step times of several planners, on clusters of any size",
+    "export": "write a checkpoint as a Hugging Face model directory",
+    "data": "data prepare: text, JSONL, Parquet -> indexed corpus",
+    "completion": "print a script for tab completion: bash, zsh or fish",
+}
+"""First words and their lines of the help screen; each is a module of this folder."""
+
+
+class CommandModule(Protocol):
+    """What a module of this folder has."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def main(self, words: list[str]) -> int: ...
+
+
+def command_module(name: str) -> CommandModule:
+    """The module behind a first word, imported now: `efflaunch --help` needs none of them."""
+    return cast(CommandModule, import_module(f".{name}", __package__))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ...checkpoint import files
 from ...errors import EXIT_DONE, EXIT_USER, CheckpointError, ConfigError
 from ...units import format_bytes, format_seconds
 from ..rundir.run_dir import keep_private, read_run
+from .arguments import STEP, CommandParser, add_json, add_run_dir, number_in
 
 if TYPE_CHECKING:
     from ...checkpoint.tier import Tier
@@ -29,7 +31,28 @@ class CheckpointsRequest:
     as_json: bool
 
 
-def main(run_dir: Path, request: CheckpointsRequest) -> int:
+DESCRIPTION = "Checkpoints of a run: state, age, size, place. Exit code 0: all is well; 93: one is damaged."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch checkpoints`."""
+    add_run_dir(parser)
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
+    parser.add_argument("--pin", type=number_in(int, STEP), metavar="STEP", help="never let retention remove this one")
+    parser.add_argument("--unpin", type=number_in(int, STEP), metavar="STEP", help="let it again")
+    add_json(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch checkpoints` and return its exit code."""
+    parser = CommandParser("checkpoints", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    request = CheckpointsRequest(verify=options.verify, pin=options.pin, unpin=options.unpin, as_json=options.json)
+    return print_checkpoints(options.run_dir, request)
+
+
+def print_checkpoints(run_dir: Path, request: CheckpointsRequest) -> int:
     """Print the list; exit code 0 where all is well, 93 where a checkpoint is damaged or none is whole."""
     config = read_run(run_dir).config
     keep_private(config.run.private)

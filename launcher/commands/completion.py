@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from string import Template
 
@@ -9,6 +10,8 @@ from ...errors import EXIT_DONE, ConfigError
 from ...training.data.lengths import DISTRIBUTIONS
 from ..config.conf_groups import EXPERIMENT, GROUPS, options
 from ..config.schema import enum_values, walk_fields
+from . import COMMANDS, command_module
+from .arguments import CommandParser
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -44,26 +47,13 @@ _FISH = """\
 # fish: efflaunch completion fish | source
 complete -c efflaunch -a '(efflaunch completion words (commandline -cp)"." 2>/dev/null)'
 """
-_FIRST_WORDS = (
-    *("train", "plan", "profile", "resume", "status", "checkpoints", "explain", "simulate", "export", "data", "completion"),
-    *("--help", "--version"),
-)
-_OPTIONS = {
-    "train": ("--config-dir", "--print-config", "--help"),
-    "plan": ("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--certify", "--out", "--json", "--help"),
-    "profile": ("--config-dir", "--print-config", "--out", "--seconds", "--json", "--help"),
-    "resume": ("--config-dir", "--help"),
-    "status": ("--json", "--help"),
-    "checkpoints": ("--verify", "--pin", "--unpin", "--json", "--help"),
-    "explain": ("--step", "--certify", "--out", "--json", "--help"),
-    "simulate": (
-        *("--config-dir", "--print-config", "--lengths", "--sequences", "--seed", "--steps"),
-        *("--flexsp-steps", "--flexsp-seconds", "--json", "--help"),
-    ),
-    "export": ("--step", "--help"),
-    "data": ("prepare", "--help"),
-    "completion": (*SHELLS, "--help"),
-}
+_CONFIGURED = ("train", "sweep", "plan", "profile", "resume", "simulate")
+"""Commands that take key=value."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch completion`."""
+    parser.add_argument("shell", choices=SHELLS)
 
 
 def main(words: list[str]) -> int:
@@ -95,14 +85,22 @@ def complete(line: str) -> list[str]:
     *before, current = line.split(" ")
     before = [word for word in before[1:] if word]
     if not before:
-        return _matching([*_FIRST_WORDS, *_overrides(current, None)], current)
-    command = before[0] if before[0] in _OPTIONS else "train"
+        return _matching([*COMMANDS, "--help", "--version", *_overrides(current, None)], current)
+    command = before[0] if before[0] in COMMANDS else "train"
     if before[-1] == "--lengths":
         return _matching([*DISTRIBUTIONS], current)
-    candidates = [*_OPTIONS[command]]
-    if command in ("train", "plan", "profile", "resume", "simulate"):
+    candidates = _options(command)
+    if command in _CONFIGURED:
         candidates += _overrides(current, _config_dir(before))
     return _matching(candidates, current)
+
+
+def _options(command: str) -> list[str]:
+    """Options and words with a choice that the command takes, read from its own parser."""
+    parser = CommandParser(command, "")
+    command_module(command).add_arguments(parser)
+    words = [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
+    return [*words, *(str(choice) for action in parser._actions if not action.option_strings for choice in action.choices or ())]
 
 
 def _matching(candidates: list[str], current: str) -> list[str]:

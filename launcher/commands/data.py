@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, DataError
 from ...units import format_bytes
+from ...utils.ranges import Range
+from .arguments import CommandParser, number_in
 
 _EPILOG = """\
 inputs: text files (one document each; directories are searched), .jsonl, .parquet, and directories of datasets' save_to_disk
@@ -25,7 +27,20 @@ OBJECTIVES = {"pairs": "dpo", "completions": "grpo"}
 """What corpora of a kind are for, where it is not language modelling."""
 
 
-class _Parser(argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch data`."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{prepare,tokenizer}", parser_class=_Subparser)
+    prepare = commands.add_parser(
+        "prepare", help="turn documents into an indexed corpus", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_prepare_arguments(prepare)
+    tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text files")
+    tokenizer.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, or directories of them")
+    tokenizer.add_argument("--vocab-size", type=number_in(int, Range(257, 1 << 28)), required=True, metavar="N", help="tokens, the 256 bytes and the end token included")
+    tokenizer.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+
+
+class _Subparser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(
             self.prog, found=f"arguments it does not understand ({message})", expected=self.usage_line(), hint=f"{self.prog} --help"
@@ -34,21 +49,6 @@ class _Parser(argparse.ArgumentParser):
     def usage_line(self) -> str:
         """The usage on one line."""
         return " ".join(self.format_usage().split()).removeprefix("usage: ")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of everything after `efflaunch data`."""
-    parser = _Parser(prog="efflaunch data", description="Make corpora to train on.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{prepare,tokenizer}", parser_class=_Parser)
-    prepare = commands.add_parser(
-        "prepare", help="turn documents into an indexed corpus", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    _add_prepare_arguments(prepare)
-    tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text files")
-    tokenizer.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, or directories of them")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the 256 bytes and the end token included")
-    tokenizer.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
-    return parser
 
 
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,9 @@ def _positive(text: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run `efflaunch data ARGUMENTS` and return the exit code. Raises UserError for what the user must mend."""
-    options = build_parser().parse_args(arguments)
+    parser = CommandParser("data", "Make corpora to train on.")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
     return _tokenizer(options) if options.command == "tokenizer" else _prepare(options)
 
 

@@ -53,7 +53,7 @@ def _lines(stream: TextIO) -> Callable[[PrepareProgress], None]:
 def _bar(stream: TextIO) -> Iterator[Callable[[PrepareProgress], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
-    from rich.progress import PrepareProgress as RichProgress
+    from rich.progress import Progress as RichProgress
 
     console = Console(file=stream)
     with RichProgress(TextColumn("prepare"), BarColumn(), TextColumn("{task.description}"), console=console) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ...parallel.sequence.stored import load_cost
 from ..config.run_config import Config
 from ..rundir.metrics_reader import Event, MetricsFollower
 from ..rundir.run_dir import read_run
+from .arguments import STEP, CommandParser, add_certify, add_json, add_run_dir, number_in
 from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost, with_bound
 
 Measured = dict[tuple[int, int], float]
@@ -34,7 +36,27 @@ class RecordedStep:
     notes: tuple[str, ...]
 
 
-def main(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
+DESCRIPTION = "Who held which sequences in a step, why, what bounds it, and what other plans would have cost."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch explain`."""
+    add_run_dir(parser)
+    parser.add_argument("--step", type=number_in(int, STEP), help="counted from 1; the newest if not given")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the step, as .svg, .png or .pdf")
+    add_certify(parser)
+    add_json(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch explain` and return its exit code."""
+    parser = CommandParser("explain", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return explain(options.run_dir, step=options.step, certify_s=options.certify, out=options.out, as_json=options.json)
+
+
+def explain(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
     """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
     config = read_run(run_dir).config
     events = MetricsFollower(run_dir).read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -11,9 +12,29 @@ from ...errors import EXIT_DONE
 from ...training.config import Dtype
 from ...units import format_bytes
 from ..rundir.run_dir import read_run
+from .arguments import STEP, CommandParser, add_json, add_run_dir, number_in
+
+DESCRIPTION = "Write a checkpoint as a directory that Hugging Face's from_pretrained loads."
 
 
-def main(run_dir: Path, out_dir: Path, *, step: int | None, dtype: str, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch export`."""
+    add_run_dir(parser)
+    parser.add_argument("out_dir", type=Path, metavar="OUT")
+    parser.add_argument("--step", type=number_in(int, STEP), help="of which checkpoint; the newest if not given")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
+    add_json(parser, "what was written, as JSON")
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch export` and return its exit code."""
+    parser = CommandParser("export", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return export_run(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, as_json=options.json)
+
+
+def export_run(run_dir: Path, out_dir: Path, *, step: int | None, dtype: str, as_json: bool) -> int:
     """Write `out_dir`; a line per file of weights, then where it is. Errors are the export's own (exit code 93)."""
     read_run(run_dir)
     from ...model.export import export

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any, cast, get_type_hints
 
-from ...ranges import ranges_of
+from ...utils.ranges import ranges_of
 from ..config.conf_groups import EXPERIMENT, GROUPS, first_comment, option_file, options
 from ..config.run_config import Config
 from ..config.schema import describe_type

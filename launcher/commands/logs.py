@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import EXIT_DONE, ConfigError
+from ...errors import EXIT_DONE
+from ...utils.ranges import Range
 from ..backend_registry import launcher_of
-from ..rundir.run_dir import attempt_dir, keep_private, read_run
+from ..rundir.run_dir import attempt_dir, read_run
 from ..rundir.small_files import tail_lines
-from ..rundir.state import Failure, RunState, read_state
+from ..rundir.state import Failure, read_state
+from .arguments import CommandParser, add_run_dir, number_in
+
+DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full."
 
 
-def main(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch logs`."""
+    add_run_dir(parser)
+    parser.add_argument("--lines", type=number_in(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch logs` and return its exit code."""
+    parser = CommandParser("logs", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return print_logs(options.run_dir, num_lines=options.lines, every_rank=options.all)
+
+
+def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
     """Print them; exit code 0 whatever became of the run."""
     stored, known = read_run(run_dir), read_state(run_dir)
     failure = known.failure if known else None
@@ -27,21 +47,6 @@ def main(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
     if failure is not None:
         _show_failure(run_dir, failure)
     return EXIT_DONE
-
-
-def cancel(run_dir: Path, *, now: bool) -> int:
-    """Ask the run's backend, and say what it did."""
-    stored = read_run(run_dir)
-    keep_private(stored.config.run.private)
-    print(launcher_of(stored.config.launcher.backend).cancel(run_dir, _known(run_dir), now=now))
-    return EXIT_DONE
-
-
-def _known(run_dir: Path) -> RunState:
-    known = read_state(run_dir)
-    if known is None:
-        raise ConfigError(str(run_dir), found="a run that never started", expected="one that runs", hint=f"efflaunch resume {run_dir}")
-    return known
 
 
 def _rank_logs(run_dir: Path) -> list[Path]:

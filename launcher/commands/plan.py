@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ...errors import EXIT_DONE
@@ -16,12 +18,43 @@ from ...training.optimizers.check import inexact
 from ...units import format_tokens
 from ..config.ledger import plan
 from ..config.run_config import Config
+from .arguments import CommandParser, add_certify, add_config_arguments, add_json, add_lengths, composed
 
 SUGGESTIONS = 8
 """Shown at most."""
 
 
-def main(config: Config, as_json: bool) -> int:
+DESCRIPTION = "What a run would need, without running it. Takes the arguments of train."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch plan`."""
+    add_config_arguments(parser)
+    add_json(parser)
+    add_lengths(parser, required=False)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --lengths: draw the step, as .svg, .png or .pdf")
+    add_certify(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch plan` and return its exit code."""
+    parser = CommandParser("plan", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(words)
+    config = composed(options)
+    if config is None:
+        return EXIT_DONE
+    if options.lengths is None:
+        return print_plan(config, options.json)
+    from .plan_step import PlanStepRequest, print_step_plan
+
+    request = PlanStepRequest(
+        lengths=options.lengths, sequences=options.sequences, seed=options.seed, certify_s=options.certify, out=options.out
+    )
+    return print_step_plan(config, request, as_json=options.json)
+
+
+def print_plan(config: Config, as_json: bool) -> int:
     """Print the plan, as tables or as JSON (keys: docs/plan.md). Exit code 0 also where it does not fit: that is an answer."""
     ledger = plan(config)
     suggestions = suggest(ledger, most=SUGGESTIONS)
@@ -55,7 +88,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
     """What a person should know that is no mistake."""
-    positions, length = ledger.setting.spec.max_positions, config.data.max_seq_len
+    positions, length = ledger.inputs.spec.max_positions, config.data.max_seq_len
     found = []
     if length > positions:
         found.append(
@@ -70,11 +103,11 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
-    spec = ledger.setting.spec
+    spec = ledger.inputs.spec
     return {
         "name": config.model.name,
         "family": spec.family.value,
-        "parameters": ledger.setting.parameters,
+        "parameters": ledger.inputs.parameters,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,
@@ -96,7 +129,7 @@ def _layout(ledger: Ledger) -> dict[str, Any]:
         "groups_per_micro_batch": layout.num_groups,
         "micro_batches_per_step": layout.num_micro_batches,
         "tokens_per_rank": layout.tokens_per_rank,
-        "grad_reduce": ledger.setting.parallel.grad_reduce.value,
+        "grad_reduce": ledger.inputs.parallel.grad_reduce.value,
     }
 
 
@@ -141,7 +174,7 @@ def _step(timing: Timing) -> dict[str, Any]:
 
 def _rates(ledger: Ledger) -> dict[str, Any]:
     """Bytes per second that the times of copies and updates rest on, of one rank."""
-    way, on_device, on_host = offload_link(ledger.setting), device_update_rate(ledger.setting), host_update_rate(ledger.setting)
+    way, on_device, on_host = offload_link(ledger.inputs), device_update_rate(ledger.inputs), host_update_rate(ledger.inputs)
     return {
         "out": way.out,
         "back": way.back,
@@ -155,9 +188,9 @@ def _rates(ledger: Ledger) -> dict[str, Any]:
 
 
 def _policy(ledger: Ledger) -> dict[str, Any]:
-    policy = ledger.setting.policy
+    policy = ledger.inputs.policy
     return {
-        "words": list(describe_policy(policy, ledger.setting)),
+        "words": list(describe_policy(policy, ledger.inputs)),
         "graph": policy.graph,
         "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
         "segment_layers": policy.segment_layers,

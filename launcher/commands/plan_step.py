@@ -27,7 +27,7 @@ class PlanStepRequest:
     """Where to draw the step."""
 
 
-def main(config: Config, request: PlanStepRequest, *, as_json: bool) -> int:
+def print_step_plan(config: Config, request: PlanStepRequest, *, as_json: bool) -> int:
     """Print the plan of one step of these lengths. Keys of the JSON: docs/sequence.md."""
     cost = step_cost(config)
     lengths = draw_step_lengths(config, request.lengths, request.sequences, request.seed)

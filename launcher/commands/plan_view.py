@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...estimate.certificate import RECORD, bound_line, certify
-from ...estimate.footprint.device import GIB
 from ...estimate.ledger import Account, Ledger
+from ...estimate.plan_inputs import GIB
 from ...estimate.solver.report import describe_report
 from ...estimate.suggestions import Suggestion
 from ...estimate.timing.step import Timing
@@ -26,9 +26,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=120)
-    console.print(
-        f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.setting.parameters)} parameters, {_batch(config)}"
-    )
+    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.inputs.parameters)} parameters, {_batch(config)}")
     for line in _layout_lines(ledger):
         console.print(f"  {line}")
     console.print()
@@ -53,7 +51,7 @@ def _batch(config: Config) -> str:
 
 
 def _layout_lines(ledger: Ledger) -> list[str]:
-    layout, reduced = ledger.layout, ledger.setting.parallel.grad_reduce.value.replace("_", "-")
+    layout, reduced = ledger.layout, ledger.inputs.parallel.grad_reduce.value.replace("_", "-")
     tokens = format_tokens(layout.tokens_per_rank)
     return [
         f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ...estimate.timing.bandwidth import gb_per_s
 from ...training.reporting.config import Display
 from ...units import format_bytes, format_seconds
 from ..config.run_config import Config, RunConfig
+from .arguments import SEARCH_S, CommandParser, add_config_arguments, add_json, composed, number_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +25,29 @@ if TYPE_CHECKING:
 ENTRY = f"{__package__.rpartition('.')[0]}.training.probe:probe"
 
 
-def main(config: Config, out: Path, seconds: float, as_json: bool) -> int:
+DESCRIPTION = "Measure this machine with short probes on a configuration's ranks. Takes the arguments of train."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch profile`."""
+    add_config_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes, beside what is there")
+    parser.add_argument("--seconds", type=number_in(float, SEARCH_S), default=60.0, help="about how long the probes may take (60)")
+    add_json(parser, "print the profile as JSON")
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch profile` and return its exit code."""
+    parser = CommandParser("profile", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(words)
+    config = composed(options)
+    if config is None:
+        return EXIT_DONE
+    return profile(config, options.out, options.seconds, options.json)
+
+
+def profile(config: Config, out: Path, seconds: float, as_json: bool) -> int:
     """Probe on the ranks of `config` for about `seconds`, put the profile into `out`, show it; the job's exit code."""
     from ...estimate.measured.profile import load_profiles, save_profile
     from ..machine_checks import check_machine

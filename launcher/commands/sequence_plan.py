@@ -29,7 +29,7 @@ def step_cost(config: Config) -> CostModel:
     """
     key = profile_key(model_spec(config.model), config.memory, config.train, config.cluster, hardware_of(config))
     profile, _ = find_profile(config.parallel.profile, key)
-    cost = cost_model_of(plan(config).setting)
+    cost = cost_model_of(plan(config).inputs)
     return cost if profile is None else profile.refine(cost)
 
 

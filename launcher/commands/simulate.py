@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.simulate import Contestant, Row, Step, gaps, rows, simulate
 from ...training.data.lengths import open_lengths
+from ...utils.ranges import Range
 from ..config.run_config import Config
+from .arguments import SEARCH_S, CommandParser, add_config_arguments, add_json, add_lengths, composed, number_in
 from .sequence_plan import step_cost
 
 OURS = "efflaunch"
@@ -34,7 +37,39 @@ class SimulateRequest:
     """Limit of one of FlexSP's MILPs."""
 
 
-def main(config: Config, request: SimulateRequest, *, as_json: bool) -> int:
+DESCRIPTION = "Modelled step times of static, greedy, FlexSP's and our plans. Takes the arguments of train."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch simulate`."""
+    add_config_arguments(parser)
+    add_lengths(parser, required=True)
+    parser.add_argument("--steps", type=number_in(int, Range(1, 1_000_000)), default=40, help="how many steps; 40")
+    parser.add_argument("--flexsp-steps", type=number_in(int, Range(0, 1_000_000)), default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
+    parser.add_argument("--flexsp-seconds", type=number_in(float, SEARCH_S), default=10.0, metavar="S", help="its limit for each MILP; 10")
+    add_json(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch simulate` and return its exit code."""
+    parser = CommandParser("simulate", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(words)
+    config = composed(options)
+    if config is None:
+        return EXIT_DONE
+    request = SimulateRequest(
+        lengths=options.lengths,
+        sequences=options.sequences,
+        seed=options.seed,
+        steps=options.steps,
+        flexsp_steps=options.flexsp_steps,
+        flexsp_s=options.flexsp_seconds,
+    )
+    return print_simulation(config, request, as_json=options.json)
+
+
+def print_simulation(config: Config, request: SimulateRequest, *, as_json: bool) -> int:
     """Print one row a planner, as a table or as JSON (keys: docs/sequence.md)."""
     if request.steps < 1:
         raise ConfigError("--steps", found=str(request.steps), expected="1 or more", hint="--steps 40")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -19,9 +20,26 @@ from ..rundir.progress import RunProgress, summary_lines
 from ..rundir.run_dir import read_run
 from ..rundir.state import ACTIVE, RunState, read_state
 from ..stop_forecast import measured
+from .arguments import CommandParser, add_json, add_run_dir
+
+DESCRIPTION = "Where a run stands: state, step, loss, speed, time to go, checkpoints, last error."
 
 
-def main(run_dir: Path, *, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch status`."""
+    add_run_dir(parser)
+    add_json(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch status` and return its exit code."""
+    parser = CommandParser("status", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return print_status(options.run_dir, as_json=options.json)
+
+
+def print_status(run_dir: Path, *, as_json: bool) -> int:
     """Print it; exit code 0 whatever the run's own state is."""
     facts = status(run_dir)
     print(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts, run_dir)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from ..config.run_config import Backend, Config
 from ..rundir.run_dir import make_run_id
+from .arguments import CommandParser, add_dry_run, add_own_files
 
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
 
@@ -23,7 +25,26 @@ class Point:
     overrides: tuple[str, ...]
 
 
-def main(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
+DESCRIPTION = "One run for every combination of values, optim.lr=1e-3,1e-4 train.seed=0,1. Takes the arguments of train."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `efflaunch sweep`."""
+    text = "on SLURM or a Ray job server every run is a job, else they run in turn"
+    parser.add_argument("overrides", nargs="+", metavar="key=a,b", help=text)
+    add_own_files(parser)
+    add_dry_run(parser)
+
+
+def main(words: list[str]) -> int:
+    """Run `efflaunch sweep` and return its exit code."""
+    parser = CommandParser("sweep", DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(words)
+    return sweep(options.overrides, options.config_dir, dry_run=options.dry_run)
+
+
+def sweep(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int:
     """Compose every point, then start them: on a scheduler all at once (launcher.slurm.array: as one job), here one after another.
 
     Returns 0, or the first exit code of a run that was not 0; a run that was stopped ends the sweep.

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..own_files import check_own_files
 from .conf_groups import check_config_dir, conf_dir, option_file, options
 from .node_range import resolve_nodes
 from .overrides import Override, parse_overrides
+from .own_files import check_own_files
 from .run_config import Config
 from .schema import dump_config, load_config, missing_key
 

@@ -7,23 +7,14 @@ from ...estimate.build import build_ledger
 from ...estimate.ledger import Ledger
 from ...estimate.measured.find_rates import find_rates
 from ...estimate.measured.profile import processor_name
-from ...estimate.optimizer_residency import residency_of
-from ...model.spec import model_spec
+from ...estimate.plan_inputs import PlanInputs
 from .run_config import Config
 
 
 def plan(config: Config) -> Ledger:
     """The ledger of a whole configuration."""
-    return build_ledger(
-        spec=model_spec(config.model),
-        parallel=config.parallel,
-        memory=config.memory,
-        train=config.train,
-        data=config.data,
-        cluster=config.cluster,
-        residency=residency_of(config.optim, config.checkpoint),
-        measured=find_rates(config.parallel.profile, config.cluster, hardware_of(config), config.memory.offload_dir),
-    )
+    measured = find_rates(config.parallel.profile, config.cluster, hardware_of(config), config.memory.offload_dir)
+    return build_ledger(PlanInputs.of(config, measured))
 
 
 def hardware_of(config: Config) -> str:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ..own_files import not_hydras
 from .conf_groups import EXPERIMENT, GROUPS, check_option
+from .own_files import not_hydras
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

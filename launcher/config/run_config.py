@@ -12,12 +12,12 @@ from ...cluster.config import ClusterConfig
 from ...memory.config import MemoryConfig
 from ...model.config import ModelConfig
 from ...parallel.config import ParallelConfig
-from ...ranges import BYTES, LONG_S, WAIT_S, Range
 from ...training.config import TrainConfig
 from ...training.data.config import DataConfig
 from ...training.optimizers.config import OptimConfig
 from ...training.reporting.config import LoggingConfig
 from ...units import Bytes, Nodes, Seconds
+from ...utils.ranges import BYTES, LONG_S, WAIT_S, Range
 
 
 class Backend(Enum):

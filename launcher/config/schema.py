@@ -14,8 +14,8 @@ from enum import Enum
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ...errors import ConfigError
-from ...ranges import check_finite, check_ranges, range_hint, ranges_of
 from ...units import parse_nodes, parse_quantity
+from ...utils.ranges import check_finite, check_ranges, range_hint, ranges_of
 from .run_config import Config
 
 _SHOWN_CHARACTERS = 200

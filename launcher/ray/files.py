@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...decode import decode
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.decode import decode
 from ..rundir.small_files import write_json
 from ..rundir.state import read_state
 from .request import FOLDER

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...decode import decode
 from ...errors import ConfigError
 from ...units import format_seconds
+from ...utils.decode import decode
 from .state import read_state
 
 LOCK_FILE = ".lock"

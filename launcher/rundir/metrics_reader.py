@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..metrics_events import is_sound
+from .metrics_events import is_sound
 
 METRICS_FILE = "metrics.jsonl"
 Event = dict[str, Any]

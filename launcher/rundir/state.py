@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ...decode import decode, set_aside
 from ...errors import ConfigError
+from ...utils.decode import decode, set_aside
 from .small_files import write_json
 
 STATE_FILE = "state.json"

@@ -29,7 +29,7 @@ class Recipe:
     source: str
     """A file of this folder."""
     flags: tuple[str, ...]
-    headers: tuple[str, ...] = ("guard.h",)
+    headers: tuple[str, ...] = ("guard.h", "exports.h")
     torch_version: str = field(default_factory=lambda: str(torch.__version__))
 
     def digest(self) -> str:

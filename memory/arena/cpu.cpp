@@ -70,13 +70,5 @@ void arena_begin_record(uint64_t) { guard().begin_record(this_thread()); }
 void arena_begin_replay(uint64_t, int64_t count, const int64_t* sizes, const int64_t* offsets) {
   guard().begin_replay(this_thread(), count, sizes, offsets);
 }
-void arena_end() { guard().end(); }
-int64_t arena_bytes() { return guard().bytes(); }
-int64_t arena_num_live() { return guard().num_live(); }
-int64_t arena_num_events() { return guard().num_events(); }
-void arena_events(int64_t* out) { guard().copy_events(out); }
-void arena_counts(int64_t* out) {
-  const auto counts = guard().counts();
-  std::memcpy(out, &counts, sizeof(counts));
-}
+#include "exports.h"
 }

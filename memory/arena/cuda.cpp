@@ -143,15 +143,7 @@ void arena_begin_record(uint64_t stream) { guard().begin_record(stream); }
 void arena_begin_replay(uint64_t stream, int64_t count, const int64_t* sizes, const int64_t* offsets) {
   guard().begin_replay(stream, count, sizes, offsets);
 }
-void arena_end() { guard().end(); }
-int64_t arena_bytes() { return guard().bytes(); }
-int64_t arena_num_live() { return guard().num_live(); }
-int64_t arena_num_events() { return guard().num_events(); }
-void arena_events(int64_t* out) { guard().copy_events(out); }
-void arena_counts(int64_t* out) {
-  const auto counts = guard().counts();
-  std::memcpy(out, &counts, sizeof(counts));
-}
+#include "exports.h"
 // Most bytes outside the arena live at one time, ever.
 int64_t arena_cuda_peak() { return peak_bytes; }
 }

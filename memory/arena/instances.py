@@ -29,11 +29,3 @@ def read_instance(path: Path) -> Trace:
             str(path), found=f"a file that cannot be read as blocks ({error})", expected="lines of id,lower,upper,size",
             hint="a header line `id,lower,upper,size`, then whole numbers with lower < upper and size > 0",
         ) from error  # fmt: skip
-
-
-def write_instance(trace: Trace, path: Path) -> None:
-    """The trace in the same format, for other planners."""
-    lines = ["id,lower,upper,size"]
-    columns = zip(trace.births, trace.deaths, trace.sizes, strict=True)
-    lines += [f"{index},{birth},{death},{size}" for index, (birth, death, size) in enumerate(columns)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

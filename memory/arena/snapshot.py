@@ -1,4 +1,4 @@
-"""Traces from torch's CUDA memory history: the snapshots of torch.cuda.memory, taken here or read from a file.
+"""Traces from torch's CUDA memory history: the snapshots of torch.cuda.memory, read from a file.
 
 A snapshot holds, per device, the allocator's events in order (`device_traces`): "alloc" with the bytes asked for,
 "free_requested" when the owner lets go, "free_completed" when the block may be used again, which is later where another stream
@@ -8,31 +8,12 @@ still reads it; and what happens to segments, which is no matter of tensors. Not
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...errors import DataError
 from .trace import Trace, trace_of
-
-MAX_ENTRIES = 1_000_000
-"""Of the history: more than a step has."""
-
-
-def record_cuda_step(step: Callable[[], object]) -> Trace:
-    """Run `step` on the current device with the memory history on; torch's own allocator has to be in place."""
-    device = torch.cuda.current_device()
-    torch.cuda.synchronize(device)
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=MAX_ENTRIES)
-    try:
-        step()
-        torch.cuda.synchronize(device)
-        snapshot = torch.cuda.memory._snapshot(device)
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
-    return snapshot_trace(snapshot, device)
 
 
 def read_snapshot(path: Path, device: int = 0) -> Trace:

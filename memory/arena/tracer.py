@@ -25,7 +25,7 @@ class StorageTracer(TorchDispatchMode):
 
     host: whether the storage at an address is host memory that stands beside the device's even where both are the CPU's
     (HostStore.owns): it is left out of everything. Landing buffers, which parcels come back into, are the device's and count.
-    events: (bytes gained or lost, what made it), in order. `live_bytes`, `peak_bytes` and `peak_event` follow from them.
+    events: (bytes gained or lost, what made it), in order. `live_bytes` and `peak_bytes` follow from them.
     """
 
     def __init__(self, external: Iterable[Tensor] = (), *, host: Callable[[int], bool] | None = None) -> None:
@@ -34,7 +34,7 @@ class StorageTracer(TorchDispatchMode):
         self.events: list[tuple[int, str]] = []
         self.requests: list[tuple[int, int]] = []
         """(number, bytes) of each storage that came, (number, 0) when it went: see `trace`."""
-        self.live_bytes = self.peak_bytes = self.peak_event = 0
+        self.live_bytes = self.peak_bytes = 0
         self.live: dict[int, tuple[int, str]] = {}
         self.at_peak: dict[int, tuple[int, str]] = {}
         self._numbers: dict[int, int] = {}
@@ -105,7 +105,7 @@ class StorageTracer(TorchDispatchMode):
         self.live_bytes += num_bytes - before
         self.events.append((num_bytes - before, made_by))
         if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_event = self.live_bytes, len(self.events)
+            self.peak_bytes = self.live_bytes
             self.at_peak = dict(self.live)
 
     def _request(self, key: int, before: int, num_bytes: int) -> None:

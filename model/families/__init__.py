@@ -1,4 +1,7 @@
-"""Layer adapters: one per model family, chosen by the Hugging Face model type."""
+"""What is a decoder layer of this family?
+
+Adapters that cut a Hugging Face layer into token-local steps, one for each family, chosen by the Hugging Face model type.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,6 @@ def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
             "model",
             found=f"model type {model_type!r}",
             expected=f"one of {', '.join(adapters)}",
-            hint=f"an adapter in training/families/{model_type}.py with the steps of adapter.py, as llama.py has",
+            hint=f"an adapter in model/families/{model_type}.py with the steps of adapter.py, as llama.py has",
         )
     return adapters[model_type](layer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...errors import PlanError
 from ...units import format_tokens
@@ -152,12 +152,6 @@ class CostModel:
         per_token = table / lengths
         rising = bool(np.all(np.diff(per_token, axis=1) >= -slack[:, 1:] / lengths[1:]))
         return rising and bool(np.all(np.diff(table, axis=0) >= -slack[1:])) and bool(np.all(table > 0))
-
-
-class Fitted(Protocol):
-    """Measured constants that replace arithmetic (estimate/measured/profile.py)."""
-
-    def refine(self, cost: CostModel) -> CostModel: ...
 
 
 def check_lengths(lengths: Iterable[int], cost: CostModel) -> None:

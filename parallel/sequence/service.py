@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ...helper_thread import HelperThread
+from ...utils.helper_thread import HelperThread
 from ...utils.signal_mask import ignore_stop_signals, stop_signals_blocked
 from .cost import CostModel
 from .packed import pack_plan, unpack_plan

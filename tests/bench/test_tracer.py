@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from efflaunch.bench.tracer import StorageTracer
+from efflaunch.memory.arena.tracer import StorageTracer
 
 KIB = 1024
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from efflaunch.checkpoint import components as parts_module
 from efflaunch.checkpoint import files
 from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError
-from efflaunch.checkpoint.engine import CheckpointEngine, Restored, SaveReport
+from efflaunch.checkpoint.engine import CheckpointEngine, SaveReport
+from efflaunch.checkpoint.restore import Restored
 from efflaunch.errors import CheckpointError
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import Small, backward, full, plain_model, shard

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from efflaunch.bench.chaos import State
 from efflaunch.checkpoint import files
 from efflaunch.checkpoint.config import Replica
-from efflaunch.checkpoint.engine import CheckpointEngine, Restored
+from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.replica import replicas as replicas_module
 from efflaunch.checkpoint.replica.keeper_process import tell
 from efflaunch.checkpoint.replica.plan import Held, held_bytes, keepers_of, solve_set
 from efflaunch.checkpoint.replica.stream import Address, GoneError, connect, connect_here
+from efflaunch.checkpoint.restore import Restored
 from efflaunch.checkpoint.sizes import replica_bytes
 from efflaunch.tests.ranks import RankPool
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from efflaunch.decode import decode
 from efflaunch.errors import EXIT_RETRY, EXIT_USER, ConfigError
 from efflaunch.estimate.measured.profile import Profile, ProfileKey, find_profile, load_profiles, save_profile
 from efflaunch.launcher import cli
@@ -21,6 +20,7 @@ from efflaunch.launcher.local import LocalLauncher
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.run_dir import HASH_FILE, RUN_FILE, make_run_dir, read_run, store_config, write_run
 from efflaunch.launcher.rundir.state import STATE_FILE, Attempt, Failure, RunState, mend_state, new_state, read_state, write_state
+from efflaunch.utils.decode import decode
 
 DAMAGE = (b"", b"\x00" * 20, b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"{}", b"[" * 5000, b'{"a": 1e999}', b"key: [")
 

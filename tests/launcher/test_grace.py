@@ -56,7 +56,7 @@ def test_before_the_first_checkpoint_by_the_plan(tmp_path: Path) -> None:
     config = compose([*words, "cluster.storage_bandwidth=1e9", "launcher.grace_s=30"])
     found = planned(config)
     ledger = plan(config)
-    assert found is not None and found.save_s == pytest.approx(ledger.setting.parameters * 12 / 2e9)
+    assert found is not None and found.save_s == pytest.approx(ledger.inputs.parameters * 12 / 2e9)
     assert found.step_s == ledger.timing.step_s and not found.fits
     launch = Launch(config=config, run_dir=tmp_path)
     assert grace_note(launch) == str(found) and "planned: " in str(found)

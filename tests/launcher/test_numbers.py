@@ -15,8 +15,8 @@ from efflaunch.launcher.config.compose import check_config, compose
 from efflaunch.launcher.config.node_range import resolve_nodes
 from efflaunch.launcher.config.run_config import Config
 from efflaunch.launcher.config.schema import dump_config, load_config, walk_fields
-from efflaunch.ranges import Range, ranges_of
 from efflaunch.tests.launcher.test_schema import with_value
+from efflaunch.utils.ranges import Range, ranges_of
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "numeric_ranges.txt"
 UPDATE = "EFFLAUNCH_UPDATE_GOLDEN"

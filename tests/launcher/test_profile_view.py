@@ -50,17 +50,17 @@ def test_a_plan_goes_by_the_profile_and_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [*WORDS, "memory=alst", "memory.chunk_tokens=1K"]
-    before = plan(compose(words)).setting
+    before = plan(compose(words)).inputs
     assert host_link(before).source == "cluster.host_link_bandwidth" and before.measured is None
     save_profile(tmp_path / "profile.yaml", measured("/local"))
-    s = plan(compose(words)).setting
+    s = plan(compose(words)).inputs
     assert (host_link(s).out, host_link(s).back) == (2.5e9, 4e9)
     assert main(compose(words), False) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "copies to the host run at 2.5 GB/s, back at 4 GB/s a rank, both ways at once 2 GB/s each" in shown
     assert "measured of 2026-01-01 00:00 UTC on" in shown and "a rank (measured" in shown and "profile.yaml" in shown
-    filed = plan(compose([*words, "memory.offload_dir=/local"])).setting
+    filed = plan(compose([*words, "memory.offload_dir=/local"])).inputs
     assert offload_link(filed).out == 1.5e9
-    other = plan(compose([*words, "memory.offload_dir=/other", "cluster.disk_write_bandwidth=2e9"])).setting
+    other = plan(compose([*words, "memory.offload_dir=/other", "cluster.disk_write_bandwidth=2e9"])).inputs
     assert offload_link(other).out == 1e9 and offload_link(other).source == "cluster.disk_write_bandwidth over 2 ranks"
-    assert plan(compose(["+experiment=quickstart"])).setting.measured is None, "four ranks a node were not measured"
+    assert plan(compose(["+experiment=quickstart"])).inputs.measured is None, "four ranks a node were not measured"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from efflaunch.launcher.commands import status as status_command
+from efflaunch.launcher.commands import status
 from efflaunch.launcher.config.compose import changed, compose
 from efflaunch.launcher.live_display import LiveDisplay, PlainDisplay
 from efflaunch.launcher.rundir import state as states
@@ -167,7 +167,7 @@ def test_state_round_trip(tmp_path: Path) -> None:
 
 
 def test_status_of_a_run_that_never_started(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status_command.main(run_dir, as_json=False) == 0
+    assert status.print_status(run_dir, as_json=False) == 0
     assert "state       not started" in capsys.readouterr().out
 
 
@@ -180,13 +180,13 @@ def test_status_running_and_died(run_dir: Path, capsys: pytest.CaptureFixture[st
     write_state(run_dir, states.replace(state, state=states.RUNNING))
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start(), step(1, 9.0), step(2, 8.0))))
     lock = lock_run(run_dir)
-    assert status_command.main(run_dir, as_json=True) == 0
+    assert status.print_status(run_dir, as_json=True) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["state"], facts["pid"], facts["step"], facts["loss"], facts["tokens_per_s"]) == ("running", os.getpid(), 2, 8.0, 50.0)
     assert facts["last_error"]["rank"] == 1 and facts["peak_bytes"] == [1 << 30, 2 << 30]
     with pytest.raises(Exception, match=rf"found process {os.getpid()} on .*, there since .* running in it"):
         lock_run(run_dir)
     os.close(lock)
-    assert status_command.main(run_dir, as_json=False) == 0
+    assert status.print_status(run_dir, as_json=False) == 0
     text = capsys.readouterr().out
     assert "state       died" in text and "killed by signal 9" in text and "efflaunch resume" in text

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.commands import completion
-from efflaunch.launcher.commands import data as data_command
-from efflaunch.launcher.commands import status as status_command
+from efflaunch.launcher.commands import completion, data, status
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
 
@@ -36,7 +34,7 @@ def test_there_are_commands() -> None:
 def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run for real where that is cheap; what trains or converts is stopped at its own door, after its arguments are checked."""
     monkeypatch.setattr(start, "launch", lambda config, run_dir=None: 0)
-    monkeypatch.setattr(data_command, "_prepare", lambda options: 0)
+    monkeypatch.setattr(data, "_prepare", lambda options: 0)
     words = shlex.split(command)
     if words[0] == "export":
         pytest.skip("needs a trained run: tests/test_real_runs.py")
@@ -44,4 +42,4 @@ def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stand_ins_exist() -> None:
-    assert callable(start.launch) and callable(data_command._prepare) and callable(status_command.main) and callable(completion.main)
+    assert callable(start.launch) and callable(data._prepare) and callable(status.main) and callable(completion.main)

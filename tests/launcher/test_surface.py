@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from efflaunch import errors
-from efflaunch.launcher.cli import SUMMARY
+from efflaunch.launcher.commands import COMMANDS
 from efflaunch.launcher.config.conf_groups import EXPERIMENT, GROUPS, conf_dir
 from efflaunch.launcher.config.schema import config_keys
 
@@ -24,7 +24,7 @@ def test_groups() -> None:
 
 
 def test_commands() -> None:
-    assert list(SUMMARY) == [
+    assert list(COMMANDS) == [
         "train",
         "sweep",
         "plan",

@@ -8,6 +8,7 @@ from efflaunch.bench.traced import MODEL
 from efflaunch.cluster.config import ClusterConfig, Device
 from efflaunch.estimate.build import build_ledger
 from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.spec import model_spec
@@ -69,10 +70,12 @@ def make_ledger(
     **parallel: Any,
 ) -> Ledger:
     return build_ledger(
-        spec=model_spec(ModelConfig(**(model or LLAMA_8B))),
-        parallel=ParallelConfig(name="p", tokens_per_rank=tokens_per_rank, **parallel),
-        memory=memory or policy(),
-        train=TrainConfig(steps=1, dtype=dtype, loss_chunk_tokens=loss_chunk),
-        data=DataConfig(name="d", max_seq_len=length, global_batch_tokens=batch or length),
-        cluster=machines or cluster(),
+        PlanInputs.make(
+            spec=model_spec(ModelConfig(**(model or LLAMA_8B))),
+            parallel=ParallelConfig(name="p", tokens_per_rank=tokens_per_rank, **parallel),
+            memory=memory or policy(),
+            train=TrainConfig(steps=1, dtype=dtype, loss_chunk_tokens=loss_chunk),
+            data=DataConfig(name="d", max_seq_len=length, global_batch_tokens=batch or length),
+            cluster=machines or cluster(),
+        )
     )

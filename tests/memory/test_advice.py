@@ -10,8 +10,9 @@ import pytest
 from efflaunch.errors import PlanError
 from efflaunch.estimate.build import build_ledger
 from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.estimate.suggestion_moves import OTHERWISE, SETTINGS, Change
-from efflaunch.estimate.suggestions import check_budget, check_fits, largest_length, suggest
+from efflaunch.estimate.suggestions import check_budget, check_fits, suggest
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.ledger import plan
 from efflaunch.memory.config import ActivationPlace, MemoryConfig
@@ -198,24 +199,17 @@ def test_what_fits_needs_no_advice() -> None:
     assert suggest(make_ledger(length=128 * K, tokens_per_rank=16 * K)) == ()
 
 
-def test_the_longest_length_halving() -> None:
-    ledger = make_ledger(length=4 * M, tokens_per_rank=512 * K)
-    length = largest_length(ledger)
-    assert length is not None
-    assert make_ledger(length=length, tokens_per_rank=length // 8, sp_degree=8).fits
-    assert not make_ledger(length=2 * length, tokens_per_rank=2 * length // 8, sp_degree=8).fits
-    assert largest_length(make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(device_memory_bytes=GIB))) is None
-
-
 def test_chunks_are_suggested_where_a_layer_is_too_large():
     """The million-token experiment without its chunks does not fit one node; with them it does."""
     config = compose(["+experiment=llama8b_1M", "memory=recompute"], None)
     ledger = build_ledger(
-        spec=model_spec(config.model),
-        parallel=config.parallel,
-        memory=config.memory,
-        train=config.train,
-        data=config.data,
-        cluster=config.cluster,
+        PlanInputs.make(
+            spec=model_spec(config.model),
+            parallel=config.parallel,
+            memory=config.memory,
+            train=config.train,
+            data=config.data,
+            cluster=config.cluster,
+        )
     )
     assert not ledger.fits and ("memory.chunk_tokens=16K",) in [entry.overrides for entry in suggest(ledger)]

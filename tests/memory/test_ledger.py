@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from efflaunch.estimate.footprint.device import ALL, Phase
+from efflaunch.estimate.footprint.term import ALL, Phase
 from efflaunch.estimate.ledger import Account, Ledger
-from efflaunch.estimate.timing.step import causal_pairs
+from efflaunch.estimate.timing.flops import causal_pairs
 from efflaunch.model.config import Family
 from efflaunch.parallel.config import GradReduce, Scheme
 from efflaunch.training.config import Dtype
@@ -62,8 +62,8 @@ def test_gradients_kept_whole_are_four_bytes_a_parameter() -> None:
 def test_auto_reduces_once_a_step_only_where_whole_gradients_fit() -> None:
     roomy = make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=M)
     tight = make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=M, machines=cluster(device_memory_bytes=50 * GIB))
-    assert roomy.setting.parallel.grad_reduce is GradReduce.STEP and roomy.fits
-    assert tight.setting.parallel.grad_reduce is GradReduce.MICRO_BATCH and tight.fits
+    assert roomy.inputs.parallel.grad_reduce is GradReduce.STEP and roomy.fits
+    assert tight.inputs.parallel.grad_reduce is GradReduce.MICRO_BATCH and tight.fits
 
 
 @pytest.mark.parametrize(("ulysses", "copies"), [(2, 1), (8, 1), (16, 2), (32, 4)])
@@ -71,7 +71,7 @@ def test_key_value_heads_are_copied_where_ranks_outnumber_them(ulysses: int, cop
     ledger = make_ledger(
         length=32 * K, tokens_per_rank=32 * K // ulysses, machines=cluster(num_nodes=4), scheme=Scheme.ULYSSES, sp_degree=ulysses
     )
-    assert ledger.setting.kv_copies == copies
+    assert ledger.inputs.kv_copies == copies
     # Query-sized: the layer's gradient; output and its gradient on both sides; queries, their gradient and that of two documents;
     # four of the kernel's own. Keys and values, and twice their gradients.
     per_token = 12 * 2 * 4096 + 4 * 32 + 3 * 2 * copies * 2 * 1024

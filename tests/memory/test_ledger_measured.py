@@ -51,8 +51,8 @@ COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 o
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)
 def test_linear_work_is_what_the_step_multiplies(case: Case, pool: RankPool) -> None:
-    setting = case_ledger(case).setting
-    from efflaunch.estimate.timing.step import linear_flops
+    setting = case_ledger(case).inputs
+    from efflaunch.estimate.timing.flops import linear_flops
 
     (counted,) = pool.run(product_flops, case, ranks=1)
     # Norms and biases are weights, but no products; they are in the estimate.
@@ -65,7 +65,7 @@ def test_bytes_to_the_host_and_back_are_as_estimated(case: Case, pool: RankPool)
     from efflaunch.estimate.footprint.activations import class_bytes
     from efflaunch.estimate.timing.offload import inner_bytes, leaving_bytes, returning_bytes
 
-    s = case_ledger(case).setting
+    s = case_ledger(case).inputs
     ((to_host, from_host),) = pool.run(host_traffic, case, ranks=1)
     layers = s.spec.num_layers
     # Shares of tokens are rounded to rows.

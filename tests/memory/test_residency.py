@@ -27,7 +27,7 @@ HOST_BACKWARD = Residency(on_host=True, in_backward=True)
 
 def setting(residency: Residency, *, batch: int | None = None, reduce: GradReduce = GradReduce.AUTO) -> PlanInputs:
     """Llama 8B on 8 ranks of one node, 128K tokens."""
-    made = make_ledger(LLAMA_8B, length=128 * K, tokens_per_rank=16 * K, batch=batch, grad_reduce=reduce).setting
+    made = make_ledger(LLAMA_8B, length=128 * K, tokens_per_rank=16 * K, batch=batch, grad_reduce=reduce).inputs
     return replace(made, residency=residency)
 
 
@@ -90,10 +90,10 @@ def test_replicas_of_snapshots_and_their_pool_are_counted_on_the_host(nodes: int
     ledger = make_ledger(length=8 << 10, tokens_per_rank=8 << 10, batch=nodes * 64 << 10, machines=cluster(num_nodes=nodes))
     checkpoint = CheckpointConfig(name="c", replica=Replica.PEER, pool_bytes=1 << 30)
     asked = residency_of(OptimConfig(name="o", lr=1.0), checkpoint)
-    terms = {entry.name: entry.num_bytes for entry in host_terms(replace(ledger.setting, residency=asked), 0)}
+    terms = {entry.name: entry.num_bytes for entry in host_terms(replace(ledger.inputs, residency=asked), 0)}
     # Llama 8B: weights and two moments of 4 bytes, over all ranks; eight ranks a node.
-    state = ledger.setting.parameters * 12 // (8 * nodes)
+    state = ledger.inputs.parameters * 12 // (8 * nodes)
     assert terms["checkpoint replicas"] == copies * 8 * state
     assert terms["checkpoint snapshots"] == 8 * (1 << 30)
-    without = {entry.name for entry in host_terms(ledger.setting, 0)}
+    without = {entry.name for entry in host_terms(ledger.inputs, 0)}
     assert "checkpoint replicas" not in without and "checkpoint snapshots" in without

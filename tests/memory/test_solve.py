@@ -43,7 +43,7 @@ def small(device: float, host: float = 64.0, memory: MemoryConfig | None = None,
 
 def test_everything_is_kept_where_it_fits():
     ledger = small(80)
-    assert ledger.fits and ledger.setting.policy.graph and ledger.report is not None
+    assert ledger.fits and ledger.inputs.policy.graph and ledger.report is not None
     assert ledger.report.gap == 0.0 and not ledger.report.prices and ledger.report.step_s == ledger.report.keep_s
 
 
@@ -53,7 +53,7 @@ def test_everything_is_kept_where_it_fits():
 def test_answers_fit_and_beat_a_grid_of_policies(device, host, budget):
     """Every class wholly kept, moved or recomputed, in every shape: none that fits is faster than the answer by more than it says."""
     ledger = small(device, host, memory=auto(host_budget=budget))
-    s, report = ledger.setting, ledger.report
+    s, report = ledger.inputs, ledger.report
     assert report is not None
     fastest = min(
         (measured.step_s() for policy in grid() if overflow(measured := measures(replace(s, policy=policy))) <= 0), default=float("inf")
@@ -107,7 +107,7 @@ def test_more_memory_is_never_slower(device, more, host, more_host):
     ],
 )
 def test_what_is_given_is_held(given):
-    policy = small(4, memory=auto(**given)).setting.policy
+    policy = small(4, memory=auto(**given)).inputs.policy
     shares = {ActivationPlace.HOST: MOVED, ActivationPlace.RECOMPUTE: Split(), ActivationPlace.KEEP: KEPT}
     for key, value in given.items():
         if key == "host_fraction":
@@ -127,13 +127,13 @@ def test_with_activations_on_the_host_one_share_is_solved_as_memo_does():
     roomy = small(4, memory=given, host_link_bandwidth=1e12)
     tight = small(4, host=1.0, memory=given, host_link_bandwidth=1e12)
     for ledger in (roomy, tight):
-        policy = ledger.setting.policy
+        policy = ledger.inputs.policy
         assert ledger.fits and policy.query == policy.key_value == policy.residual == policy.mlp and policy.mlp.keep == 0.0
-    assert 0.0 < tight.setting.policy.mlp.host < roomy.setting.policy.mlp.host
+    assert 0.0 < tight.inputs.policy.mlp.host < roomy.inputs.policy.mlp.host
 
 
 def test_the_same_question_has_the_same_answer():
-    assert small(5).setting == small(5).setting and small(5).report == small(5).report
+    assert small(5).inputs == small(5).inputs and small(5).report == small(5).report
 
 
 def least(report: SolveReport, key: str) -> int:
@@ -179,8 +179,7 @@ def resized(ledger: Ledger, change: str) -> Ledger:
 
 
 def rebuilt(inputs: PlanInputs, **changes: Any) -> Ledger:
-    names = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
-    return build_ledger(**{**{name: getattr(inputs, name) for name in names}, **changes})
+    return build_ledger(inputs.remade(**changes))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_what_is_full_is_said_with_its_share():
     ledger = small(3.0, host=0.2, host_link_bandwidth=4e9)
     report = ledger.report
     assert report is not None and report.binding
-    rows = measures(ledger.setting).rows
+    rows = measures(ledger.inputs).rows
     for sentence in report.binding:
         found = re.fullmatch(r"(GPU memory|host memory) in (.*), (\d+) %", sentence)
         if found is not None:
@@ -301,7 +300,7 @@ def test_whole_gradients_only_where_they_leave_room():
     """Several micro-batches: the solver decides when gradients are reduced, too."""
     roomy = make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=M, memory=auto(), machines=cluster(device_memory_bytes=140 * GIB))
     tight = make_ledger(length=8 * K, tokens_per_rank=8 * K, batch=M, memory=auto(), machines=cluster(device_memory_bytes=40 * GIB))
-    assert (roomy.setting.parallel.grad_reduce.value, tight.setting.parallel.grad_reduce.value) == ("step", "micro_batch")
+    assert (roomy.inputs.parallel.grad_reduce.value, tight.inputs.parallel.grad_reduce.value) == ("step", "micro_batch")
     assert roomy.fits and tight.fits
 
 
@@ -311,4 +310,4 @@ def test_ranks_without_a_gpu():
     ledger = make_ledger(SMALL, length=16 * K, tokens_per_rank=8 * K, memory=auto(), machines=machines, dtype=Dtype.FLOAT32)
     assert ledger.fits
     solved, report = solve_memory(ledger.asked)
-    assert solved == ledger.setting and report == ledger.report
+    assert solved == ledger.inputs and report == ledger.report

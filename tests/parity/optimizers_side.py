@@ -27,7 +27,7 @@ def optim_config(**fields):
 
 
 class Trainer:
-    """A model, its updater and one step's documents; `step` is training.run's order of calls."""
+    """A model, its updater and one step's documents; `step` is training.trainer's order of calls."""
 
     def __init__(self, case, weights, documents, targets, plan, optim):
         from efflaunch.tests.parity.reference import hf_config, lift_to_float64

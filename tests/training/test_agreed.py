@@ -13,7 +13,6 @@ from efflaunch.errors import PlanError
 from efflaunch.estimate.measured.profile import Profile, ProfileKey, save_profile
 from efflaunch.launcher.config.compose import compose
 from efflaunch.memory.offload.checks import FreeMemory
-from efflaunch.model.spec import model_spec
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training import agreed_ledger as certified
 from efflaunch.training import oom
@@ -41,7 +40,7 @@ def _agree(words: list[str], failure: str) -> Any:
 
     certified._ledger = failing
     try:
-        return certified.agreed_ledger(config, model_spec(config.model), torch.device("cpu")).setting.policy
+        return certified.agreed_ledger(config, torch.device("cpu")).inputs.policy
     except (RuntimeError, ValueError, PlanError) as error:
         return type(error).__name__, str(error)
     finally:
@@ -68,7 +67,7 @@ def _host_error(words: list[str]) -> str:
     oom.free_memory = lambda: FreeMemory(10 + rank, f"limit of node {rank}")  # type: ignore[assignment]
     oom.socket.gethostname = lambda: f"node{rank}"  # type: ignore[assignment]
     config = compose(words)
-    ledger = certified.agreed_ledger(config, model_spec(config.model), torch.device("cpu"))
+    ledger = certified.agreed_ledger(config, torch.device("cpu"))
     return str(oom.host_error(ledger, 1, 5 << 20, step=3, resume="efflaunch resume runs/run"))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from efflaunch.bench.tracer import StorageTracer
+from efflaunch.memory.arena.tracer import StorageTracer
 from efflaunch.model.chunked_loss import LossOptions, chunked_cross_entropy
 
 

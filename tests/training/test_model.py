@@ -86,7 +86,7 @@ def test_weights_of_another_model_are_refused(pool, tmp_path, saved, message):
 
 
 def test_unknown_family_names_the_adapter_to_write():
-    with pytest.raises(ConfigError, match=r"training/families/opt\.py"):
+    with pytest.raises(ConfigError, match=r"model/families/opt\.py"):
         layer_adapter(torch.nn.Module(), "opt")
 
 

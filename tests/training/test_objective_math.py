@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from efflaunch.bench.tracer import StorageTracer
+from efflaunch.memory.arena.tracer import StorageTracer
 from efflaunch.model.chunked_loss import Head, LossOptions, chunked_log_probs
 from efflaunch.parallel.sequence.layout import Slice
 from efflaunch.tests.training.test_loss import Norm

@@ -19,8 +19,9 @@ from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import check_plan
 from efflaunch.parallel.sequence.service import PlanRequest, PlanService, static_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy
+from efflaunch.parallel.sequence.stored import load_cost
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.step_planner import StepPlanner, load_cost
+from efflaunch.training.step_planner import StepPlanner
 
 COST = CostModel(
     world_size=4,
@@ -146,7 +147,7 @@ def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, mon
 
     def settled(stored, *words, measured=None):
         config = compose(["+experiment=quickstart", *words])
-        return settle_costs(config, replace(plan(config).setting, measured=measured), torch.device("cpu"), stored)
+        return settle_costs(config, replace(plan(config).inputs, measured=measured), torch.device("cpu"), stored)
 
     monkeypatch.chdir(tmp_path)
     first = settled(None)

@@ -14,7 +14,8 @@ import yaml
 
 from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
-from efflaunch.model.spec import MODEL_TYPES, check_model, hf_config_dict, layer_parameters, model_family, model_spec, num_parameters
+from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
+from efflaunch.model.spec import check_model, layer_parameters, model_spec, num_parameters
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -219,7 +220,7 @@ def test_an_unknown_model_type_names_the_adapter_to_write(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
     with pytest.raises(ConfigError, match=r"found model_type 'phi3'") as caught:
         check_model(ModelConfig(name="t", path=str(tmp_path)))
-    assert "training/families/phi3.py" in caught.value.hint
+    assert "model/families/phi3.py" in caught.value.hint
     (tmp_path / "config.json").write_text("[1")
     with pytest.raises(ConfigError, match=r"no readable config.json"):
         check_model(ModelConfig(name="t", path=str(tmp_path)))

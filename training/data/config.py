@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from ...ranges import TOKENS, Range
 from ...units import Tokens
+from ...utils.ranges import TOKENS, Range
 
 
 class LongDocuments(Enum):

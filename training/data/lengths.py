@@ -99,19 +99,6 @@ class LengthSource:
         return np.concatenate(kept)[:count]
 
 
-def parse_lengths(text: str, *, count: int | None, seed: int, max_seq_len: int) -> np.ndarray:
-    """Lengths (int64) of one step from what `--lengths` was given; count None: every one a file holds, in order.
-
-    ConfigError for text that means nothing or a distribution without a count, DataError for files that cannot be used.
-    """
-    source = open_lengths(text, max_seq_len=max_seq_len)
-    if count is not None:
-        return source.draw(count, seed)
-    if source.whole is None:
-        raise ConfigError("--sequences", found="none", expected=f"how many of {text} make a step", hint="--sequences 512")
-    return source.whole
-
-
 def open_lengths(text: str, *, max_seq_len: int) -> LengthSource:
     """The source `text` names; see the top of this file for what it may say."""
     name, *arguments = text.split(":")

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ...decode import decode, set_aside
 from ...errors import DataError
 from ...utils.atomic_files import write_atomic
+from ...utils.decode import decode, set_aside
 from ..config import Objective, TrainConfig
 from .indexed import IndexedCorpus, Kind, open_companion
 from .source import DataSource

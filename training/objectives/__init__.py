@@ -1,1 +1,4 @@
-"""What is trained for: language modelling, preferences (DPO), scored completions (GRPO); their mathematics apart from ranks."""
+"""What is trained for?
+
+Language modelling, preferences (DPO), scored completions (GRPO); their mathematics apart from ranks. step.py imports build.py.
+"""

@@ -15,7 +15,7 @@ from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.build import build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
-from ...model.spec import hf_config_dict
+from ...model.hf_fields import hf_config_dict
 from ...model.weights import load_weights
 from ..config import TrainConfig
 from .adamw import build_optimizer

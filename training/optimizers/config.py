@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from ...ranges import STEPS, Range
+from ...utils.ranges import STEPS, Range
 
 
 class States(Enum):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...helper_thread import HelperThread
+from ...utils.helper_thread import HelperThread
 from .adamw import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
 from .config import OptimConfig, Update

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ...errors import ConfigError
-from ...ranges import check_ranges
+from ...utils.ranges import check_ranges
 from .config import OptimConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")

@@ -12,16 +12,16 @@ from ...memory.offload.checks import FreeMemory, free_memory
 from ...units import format_bytes
 
 
-def check_update_memory(setting: PlanInputs, free: FreeMemory | None = None) -> None:
+def check_update_memory(inputs: PlanInputs, free: FreeMemory | None = None) -> None:
     """ConfigError where states on the host, and the activations that go there too, are more than is free on this node.
 
     Returns once every rank has looked. Collective where there are states on the host.
     """
-    if not setting.residency.on_host:
+    if not inputs.residency.on_host:
         return
     free = free or free_memory()
-    ranks, states = setting.layout.ranks_per_node, host_optimizer_bytes(setting)
-    moved = arena_bytes(setting) if setting.policy.uses_host and setting.policy.offload_dir is None else 0
+    ranks, states = inputs.layout.ranks_per_node, host_optimizer_bytes(inputs)
+    moved = arena_bytes(inputs) if inputs.policy.uses_host and inputs.policy.offload_dir is None else 0
     if ranks * (states + moved) > free.num_bytes:
         beside = f" beside {format_bytes(ranks * moved)} of activations" if moved else ""
         raise ConfigError(

@@ -57,7 +57,6 @@ from .node_rates import measure_rates
 log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
 REQUEST_FILE = "probe.json"
-DEFAULT_SECONDS = 60.0
 RATES_SHARE = 0.15
 """Of the time, for links, disk and updates."""
 REPEATS = 3
@@ -122,14 +121,14 @@ class Prober:
             parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
         self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
-        ledger = agreed_ledger(config, self.spec, device)
+        ledger = agreed_ledger(config, device)
         self.kernel = block_kernel(device)
-        check_update_memory(ledger.setting)
-        store = host_store(ledger.setting, device)
-        self.model, self.updater = build_trained(config, ledger.setting.policy, self.topology.mesh, device, store, load=False)
-        self.reduce_each = ledger.setting.parallel.grad_reduce is not GradReduce.STEP
-        self.setting = ledger.setting
-        self.cost: CostModel = cost_model_of(ledger.setting)
+        check_update_memory(ledger.inputs)
+        store = host_store(ledger.inputs, device)
+        self.model, self.updater = build_trained(config, ledger.inputs.policy, self.topology.mesh, device, store, load=False)
+        self.reduce_each = ledger.inputs.parallel.grad_reduce is not GradReduce.STEP
+        self.inputs = ledger.inputs
+        self.cost: CostModel = cost_model_of(ledger.inputs)
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from ...ranges import STEPS, Range
+from ...utils.ranges import STEPS, Range
 
 
 class WandbMode(Enum):

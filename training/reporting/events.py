@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...checkpoint.engine import Restored
+from ...checkpoint.restore import Restored
 from ...estimate.certificate import Certificate
 from ...model.spec import num_parameters
 from ...parallel.sequence.plan import StepPlan

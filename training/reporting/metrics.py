@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ...errors import ConfigError
-from ...helper_thread import HelperThread
-from ...ranges import check_ranges
+from ...utils.helper_thread import HelperThread
+from ...utils.ranges import check_ranges
 from .config import LoggingConfig, WandbMode
 from .wandb_sink import SinkError, WandbSink
 

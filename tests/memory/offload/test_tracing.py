@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efflaunch.bench.tracer import StorageTracer
+from efflaunch.memory.arena.tracer import StorageTracer
 from efflaunch.memory.offload.open import open_store
 
 KIB = 1024

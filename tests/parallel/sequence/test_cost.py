@@ -10,10 +10,11 @@ import pytest
 from efflaunch.cluster.config import ClusterConfig
 from efflaunch.cluster.rates import Copies, MachineRates, MeasuredRates
 from efflaunch.errors import PlanError
-from efflaunch.estimate.build import build_ledger, cost_model
-from efflaunch.estimate.optimizer_residency import Residency
+from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.optimizer_residency import ON_DEVICE, Residency
+from efflaunch.estimate.plan_inputs import PlanInputs
+from efflaunch.estimate.timing.flops import causal_pairs
 from efflaunch.estimate.timing.sequence import allowed_degrees, cost_model_of
-from efflaunch.estimate.timing.step import causal_pairs
 from efflaunch.memory.config import MemoryConfig
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.spec import model_spec
@@ -30,15 +31,16 @@ K = 1024
 
 
 def model(machines: ClusterConfig, model: dict[str, Any] | None = None, profile: Any = None, **parallel: Any) -> CostModel:
-    return cost_model(
-        model_spec(ModelConfig(**(model or LLAMA_8B))),
-        ParallelConfig(name="p", **{"tokens_per_rank": 16 * K, **parallel}),
-        policy(),
-        TrainConfig(steps=1),
-        DataConfig(name="d", max_seq_len=64 * K, global_batch_tokens=256 * K),
-        machines,
-        profile,
+    inputs = PlanInputs.make(
+        spec=model_spec(ModelConfig(**(model or LLAMA_8B))),
+        parallel=ParallelConfig(name="p", **{"tokens_per_rank": 16 * K, **parallel}),
+        memory=policy(),
+        train=TrainConfig(steps=1),
+        data=DataConfig(name="d", max_seq_len=64 * K, global_batch_tokens=256 * K),
+        cluster=machines,
     )
+    cost = cost_model_of(build_ledger(inputs).inputs)
+    return cost if profile is None else profile.refine(cost)
 
 
 @pytest.mark.parametrize("degree", [8, 16])
@@ -62,8 +64,8 @@ def test_states_on_the_host_leave_room_for_activations() -> None:
         "cluster": cluster(device_memory_bytes=34 << 30, host_link_bandwidth=1e9, host_memory_bandwidth=1e11),
     }
     on_host = Residency(on_host=True)
-    device, host = (cost_model(*parts.values(), residency=residency) for residency in (None, on_host))
-    assert host == cost_model_of(build_ledger(**parts, residency=on_host).setting) and device != host
+    device, host = (cost_model_of(build_ledger(PlanInputs.make(**parts, residency=residency)).inputs) for residency in (ON_DEVICE, on_host))
+    assert device != host
     assert host.of(8).sequence_s([64 * K])[0] < device.of(8).sequence_s([64 * K])[0]
     assert host.step_s > device.step_s, "and the update on the host takes longer"
 
@@ -71,7 +73,7 @@ def test_states_on_the_host_leave_room_for_activations() -> None:
 def test_measured_rates_change_the_update_alone() -> None:
     copies = (Copies(out=1e9, back=1e9, both_out=1e9, both_back=1e9),) * 8
     rates = MachineRates(device="cuda", ranks_per_node=8, link=copies, device_update=1e12, host_update=1e10)
-    s = make_ledger(length=64 * K, tokens_per_rank=16 * K, batch=256 * K).setting
+    s = make_ledger(length=64 * K, tokens_per_rank=16 * K, batch=256 * K).inputs
     plain, measured = cost_model_of(s), cost_model_of(replace(s, measured=MeasuredRates(rates=rates, source="x")))
     assert measured.step_s - plain.step_s == pytest.approx(s.parameters / 8 * 40 / 1e12)
     assert replace(measured, step_s=plain.step_s) == plain

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 # Ends that keep every product of counts inside 64 bits, and every wait inside what the system calls take.
 STEPS = 10**12

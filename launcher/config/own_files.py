@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .config.conf_groups import EXPERIMENT, GROUPS, conf_dir
+from ...errors import ConfigError
+from .conf_groups import EXPERIMENT, GROUPS, conf_dir
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
