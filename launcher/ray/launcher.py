@@ -14,7 +14,7 @@ from ...utils.atomic_files import write_atomic
 from ..agent.signals import STOP_SIGNALS, on_stop_signals
 from ..backend import Launch, Standing, announce, job_exists, note_refused, tell_submitted
 from ..config.run_config import Config
-from ..env import chosen_variables, ray_server
+from ..env import chosen_variables, ray_server, set_variables
 from ..live_display import Display, make_display
 from ..nodes.outcome import store_queued
 from ..rundir import state
@@ -36,7 +36,7 @@ class RayLauncher:
     """See backends.Launcher."""
 
     def check(self, config: Config) -> None:
-        check_ray(config, ray_server())
+        check_ray(config, ray_server(), set_variables(config.launcher.ray.env))
         if config.launcher.ray.local:
             from ..machine_checks import check_machine
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from ...cluster.config import Device
 from ...errors import ConfigError
 from ..config.run_config import Config, RayConfig
-from ..config.secrets import is_secret_name
+from ..config.secrets import find_secret, is_secret_name
 
 FOLDER = "ray"
 """What Ray's part of a run leaves, inside the run directory."""
@@ -110,17 +110,17 @@ def demand(config: Config) -> dict[str, float]:
     return bundle | ray.resources
 
 
-def check_ray(config: Config, server: str | None) -> None:
-    """ConfigError where the options cannot make a job. `server`: what RAY_API_SERVER_ADDRESS has."""
+def check_ray(config: Config, server: str | None, variables: Mapping[str, str] | None = None) -> None:
+    """ConfigError where the options cannot make a job. `server`: what RAY_API_SERVER_ADDRESS has; `variables`: of this shell, by name."""
     ray = config.launcher.ray
-    for error in _mistakes(config, ray, server):
+    for error in _mistakes(config, ray, server, variables or {}):
         raise error
     if not ray.local:
         check_address(ray.address or server or "")
 
 
-def _mistakes(config: Config, ray: RayConfig, server: str | None) -> Iterator[ConfigError]:
-    secrets = [name for name in ray.env if is_secret_name(name)]
+def _mistakes(config: Config, ray: RayConfig, server: str | None, variables: Mapping[str, str]) -> Iterator[ConfigError]:
+    secrets = [name for name in ray.env if is_secret_name(name) or find_secret(variables.get(name, ""), {}) is not None]
     if secrets:
         yield ConfigError(
             "launcher.ray.env",
