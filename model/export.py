@@ -212,7 +212,7 @@ def _copy_tokenizer(tokenizer: str | None, out_dir: Path) -> str | None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(out_dir)
+        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False).save_pretrained(out_dir)
     except (OSError, ValueError):
         return None
     return tokenizer
