@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_launch, report_memory
+from . import report_checkpoint, report_fuzz, report_launch, report_memory
 
 HEADER = """# Benchmarks
 
@@ -224,6 +224,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "chaos": report_checkpoint.chaos,
     "startup": _startup,
     "launch": report_launch.launch,
+    "fuzz": report_fuzz.fuzz,
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,

@@ -1,4 +1,4 @@
-"""JSON back into dataclasses, strictly: for files that people and crashes may have damaged. Pure."""
+"""JSON back into dataclasses, strictly: for files that people and crashes may have damaged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -66,8 +67,12 @@ def _mistyped(path: str, data: Any, expected: str) -> ValueError:
     return ValueError(f"{path} is {shown if len(shown) < 80 else shown[:80] + '...'}, not {expected}")
 
 
-def set_aside(path: Any, reason: object) -> str:
-    """Rename a damaged file to NAME.damaged (replacing an older one), so that it is made again; a sentence that says so. OSError where it cannot."""
+def set_aside(path: Path, reason: object) -> str:
+    """Rename a damaged file to NAME.damaged (replacing an older one), so that it is made again; a sentence that says so.
+
+    OSError where it cannot be renamed.
+    """
+    lines = str(reason).strip().splitlines()
     aside = path.with_name(path.name + ".damaged")
     path.replace(aside)
-    return f"{path} is damaged ({str(reason).strip().splitlines()[0] if str(reason).strip() else 'unreadable'}): set aside as {aside.name} and made again"
+    return f"{path} is damaged ({lines[0] if lines else 'unreadable'}): set aside as {aside.name} and made again"

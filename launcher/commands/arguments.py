@@ -72,13 +72,20 @@ def add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Adds the sequence lengths of a step: --lengths, --sequences, --seed."""
     text = "wikipedia, commoncrawl, github, lognormal:MEDIAN:SIGMA, PREFIX.idx or a file of lengths"
     parser.add_argument("--lengths", metavar="FILE|DISTRIBUTION", required=required, help=text)
-    parser.add_argument("--sequences", type=number_in(int, Range(1, 1_000_000)), metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
+    parser.add_argument(
+        "--sequences",
+        type=number_in(int, Range(1, 1_000_000)),
+        metavar="N",
+        help="sequences of a step; without it data.global_batch_tokens decides",
+    )
     parser.add_argument("--seed", type=number_in(int, Range(0, 1 << 63)), default=0, help="of the lengths that are drawn")
 
 
 def add_certify(parser: argparse.ArgumentParser) -> None:
     """Adds --certify."""
-    parser.add_argument("--certify", type=number_in(float, SEARCH_S), metavar="S", help="look for a tighter lower bound, for up to so many seconds")
+    parser.add_argument(
+        "--certify", type=number_in(float, SEARCH_S), metavar="S", help="look for a tighter lower bound, for up to so many seconds"
+    )
 
 
 def composed(options: argparse.Namespace) -> Config | None:

@@ -36,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_prepare_arguments(prepare)
     tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text files")
     tokenizer.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, or directories of them")
-    tokenizer.add_argument("--vocab-size", type=number_in(int, Range(257, 1 << 28)), required=True, metavar="N", help="tokens, the 256 bytes and the end token included")
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=number_in(int, Range(257, 1 << 28)),
+        required=True,
+        metavar="N",
+        help="tokens, the 256 bytes and the end token included",
+    )
     tokenizer.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
 
 

@@ -21,7 +21,9 @@ DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that fai
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch logs`."""
     add_run_dir(parser)
-    parser.add_argument("--lines", type=number_in(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument(
+        "--lines", type=number_in(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20"
+    )
     parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
 
 

@@ -45,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_lengths(parser, required=True)
     parser.add_argument("--steps", type=number_in(int, Range(1, 1_000_000)), default=40, help="how many steps; 40")
-    parser.add_argument("--flexsp-steps", type=number_in(int, Range(0, 1_000_000)), default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
+    parser.add_argument(
+        "--flexsp-steps",
+        type=number_in(int, Range(0, 1_000_000)),
+        default=1,
+        metavar="N",
+        help="steps FlexSP's slow solver is asked for; 1, 0: none",
+    )
     parser.add_argument("--flexsp-seconds", type=number_in(float, SEARCH_S), default=10.0, metavar="S", help="its limit for each MILP; 10")
     add_json(parser)
 

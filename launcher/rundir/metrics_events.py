@@ -21,8 +21,17 @@ _NEEDED: dict[str, dict[str, str]] = {
 _OPTIONAL: dict[str, dict[str, str]] = {
     "start": {"resumed_from": _COUNT, "memory": _LIST, "certificate": _GROUP, "sequence": _TEXT, "cost_model": _GROUP},
     "step": {
-        **{"total_tokens": _COUNT, "tokens_per_s": _NUMBER, "lr": _NUMBER, "plan": _TEXT, "ranks": _LIST, "grad_norm": _NUMBER},
-        **{"plan_totals": _GROUP, "groups": _LIST, "lower_bound_s": _NUMBER, "bound": _TEXT, "planned_by": _TEXT},
+        "total_tokens": _COUNT,
+        "tokens_per_s": _NUMBER,
+        "lr": _NUMBER,
+        "plan": _TEXT,
+        "ranks": _LIST,
+        "grad_norm": _NUMBER,
+        "plan_totals": _GROUP,
+        "groups": _LIST,
+        "lower_bound_s": _NUMBER,
+        "bound": _TEXT,
+        "planned_by": _TEXT,
         **dict.fromkeys(("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl"), _NUMBER),
     },
     "checkpoint": {"stall_s": _NUMBER, "save_s": _NUMBER, "snapshot_s": _NUMBER, "num_bytes": _COUNT},
@@ -33,7 +42,9 @@ _MEMBERS: dict[tuple[str, str], dict[str, str]] = {
 }
 _PARTS: dict[tuple[str, str], dict[str, str]] = {
     ("start", "certificate"): {
-        **{"place": _TEXT, "device_phase": _TEXT, "fits": _TRUTH},
+        "place": _TEXT,
+        "device_phase": _TEXT,
+        "fits": _TRUTH,
         **dict.fromkeys(("device_bytes", "device_capacity_bytes", "host_bytes", "host_capacity_bytes"), _NUMBER),
     },
     ("step", "plan_totals"): dict.fromkeys(("late", "steps", "predicted_s", "static_s"), _NUMBER),

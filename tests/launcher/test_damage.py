@@ -116,7 +116,13 @@ def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.
         "ranks": ranks,
     }
     start = {"event": "start", "steps": 20, "world_size": 4, "parameters": 10}
-    broken: list[Any] = [{**step, name: value} for name in step if name != "event" for value in ("x", [1], {"a": 1}, True, -1e400) if (name, value) != ("plan", "x")]
+    broken: list[Any] = [
+        {**step, name: value}
+        for name in step
+        if name != "event"
+        for value in ("x", [1], {"a": 1}, True, -1e400)
+        if (name, value) != ("plan", "x")
+    ]
     broken += [{**start, name: value} for name in start if name != "event" for value in ("x", -1, None, [])]
     broken += [
         {"event": name} for name in ("step", "start", "checkpoint_failed", "planner_failed", "drift", "certificate", "stragglers", "score")

@@ -112,7 +112,8 @@ def test_what_is_said(plain: dict[str, Any]) -> None:
         return str(caught.value)
 
     assert message("checkpoint.keep_every", 0) == (
-        "checkpoint.keep_every: found 0; expected 1 or more, at most 1,000,000,000,000.\n  Try: checkpoint.keep_every=null, or a number such as 1000"
+        "checkpoint.keep_every: found 0; expected 1 or more, at most 1,000,000,000,000.\n"
+        "  Try: checkpoint.keep_every=null, or a number such as 1000"
     )
     assert message("optim.lr", math.nan) == (
         "optim.lr: found a number that is not one (NaN); expected more than 0, at most 1,000.\n  Try: optim.lr=0.0003, or what you need"

@@ -138,7 +138,11 @@ def test_values_that_look_like_tokens_whatever_their_name(text: str, kind: str) 
 
 def test_random_words_are_found_and_few_others() -> None:
     draw = random.Random(0)
-    for alphabet, length in ((string.ascii_letters + string.digits, 40), (string.ascii_lowercase + string.digits, 40), ("0123456789abcdef", 40)):
+    for alphabet, length in (
+        (string.ascii_letters + string.digits, 40),
+        (string.ascii_lowercase + string.digits, 40),
+        ("0123456789abcdef", 40),
+    ):
         words = ["".join(draw.choice(alphabet) for _ in range(length)) for _ in range(500)]
         assert sum(looks_random(word) for word in words) > 400
 
