@@ -150,7 +150,7 @@ class Flusher:
             mode = attempt.files[0].mode
             data = attempt.finish(self.workers, lambda: self._check_wanted(name))
             seconds = time.monotonic() - self.started
-            self._send({"say": "done", "attempt": name, "manifest": [digest(data), len(data)], "mode": mode, "write_s": seconds})
+            self._send({"say": "done", "attempt": name, "manifest": digest(data), "mode": mode, "write_s": seconds})
         self._let_go()
 
     def _cancel(self, name: str, message: Message) -> None:

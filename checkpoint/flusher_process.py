@@ -114,8 +114,7 @@ class FlusherProcess:
         if error is not None:
             attempt.settle(Flushed(error))
             return
-        found, size = message["manifest"]
-        attempt.settle(Flushed(None, found, size, message["mode"], message["write_s"]))
+        attempt.settle(Flushed(None, message["manifest"], message["mode"], message["write_s"]))
 
     def last_words(self) -> str:
         """How it ended."""

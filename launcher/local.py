@@ -196,7 +196,7 @@ def _start_agent(run_dir: Path, lock: int, entry: str | None) -> subprocess.Pope
 
 
 def _agent_command(run_dir: Path, entry: str | None) -> list[str]:
-    module = f"{__package__.rpartition('.')[0]}.agent"
+    module = f"{__package__}.agent"
     return [sys.executable, "-m", module, str(run_dir), *(["--entry", entry] if entry else [])]
 
 

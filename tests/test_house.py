@@ -75,7 +75,8 @@ ORDER = (
     ("memory", "parallel"),
     ("checkpoint", "cluster"),
     ("utils",),
-    ("units", "errors"),
+    ("units",),
+    ("errors",),
 )
 """Who may import whom: a folder imports from itself and from those after it. Anybody may import a config.py for its types."""
 FLOOR = {folder: number for number, floor in enumerate(ORDER) for folder in floor}

@@ -29,7 +29,7 @@ from ..rundir.run_dir import attempt_dir, read_attempt
 from .procfs import permit_tracing
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
 
-TRAIN = f"{__package__.rpartition('.')[0]}.training.run:train"
+TRAIN = f"{__package__.partition('.')[0]}.training.trainer:train"
 """The training function of every real run; tests name another."""
 
 TrainFunction = Callable[[Config, Path, StopFlag, Heartbeat], int]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...cluster.rates import MachineRates
     from ...estimate.measured.profile import Fit, Profile
 
-ENTRY = f"{__package__.rpartition('.')[0]}.training.probe:probe"
+ENTRY = f"{__package__.partition('.')[0]}.training.profiling.probe:probe"
 
 
 DESCRIPTION = "Measure this machine with short probes on a configuration's ranks. Takes the arguments of train."

@@ -1,0 +1,52 @@
+"""Files that pages and docstrings name are there, and the picture of the floors is the order that imports are held to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from efflaunch.tests.test_house import FLOOR, ORDER, name, sources
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PATH = re.compile(r"(?<![\w/.\-{}])((?:[a-z_]+/)+[A-Za-z_]+\.(?:py|yaml|sbatch|md|txt|h|cpp))\b")
+OWN = {*FLOOR, "tests", "conf", "docs", "slurm"}
+"""Folders of the repository: a path that begins with another is a user's."""
+
+
+def named(text: str) -> list[str]:
+    paths = PATH.findall(text)
+    return [path for path in paths if path.partition("/")[0] in OWN and "NAME" not in path]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_pages_are_there(page: Path) -> None:
+    missing = [path for path in named(page.read_text()) if not (ROOT / path).exists() and not (page.parent / path).exists()]
+    assert not missing
+
+
+def test_files_named_in_sources_are_there() -> None:
+    missing = [
+        f"{name(source)} names {path}"
+        for source in sources("")
+        if "tests" not in source.relative_to(ROOT).parts[:1]
+        for path in named(source.read_text())
+        if not (ROOT / path).exists() and not (source.parent / path).exists()
+    ]
+    assert not missing
+
+
+def test_pages_link_to_pages_that_are_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_the_picture_of_the_floors_is_the_order_of_imports() -> None:
+    picture = re.search(r"## The floors.*?```text\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    assert picture is not None
+    drawn = [tuple(word for word in re.split(r"\s{2,}", line) if word in FLOOR) for line in picture[1].splitlines()]
+    flat = [folder for floor in drawn for folder in floor]
+    assert flat == [folder for floor in ORDER for folder in floor]
