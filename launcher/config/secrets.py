@@ -46,9 +46,10 @@ _SHAPES = {
 _HEX = re.compile(r"(?<![A-Za-z0-9_])(?:[0-9a-f]{64}|[0-9a-f]{40}|[0-9a-f]{32}|[0-9A-F]{64}|[0-9A-F]{40}|[0-9A-F]{32})(?![A-Za-z0-9_])")
 _HEX_NAMED = re.compile(r"(?:/|@|sha\d*[:=-]|md5[:=-]|digest[:=-]|hash=|commit=|revision=|GPU-|MIG-)$", re.IGNORECASE)
 """Stands before hashes that name content: of a container, of a file of a hub's cache, of a commit."""
+_IS_HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
 _WORD = re.compile(r"(?<![A-Za-z0-9/.@])[A-Za-z0-9]{24,}(?![A-Za-z0-9])")
-_MIN_ENTROPY, _MIXED_CASE, _ONE_CASE = 3.6, 0.5, 0.33
-"""Bits a character; shares of neighbours of different kinds."""
+_MIN_ENTROPY, _MIXED_CASE, _ONE_CASE, _DIGITS = 3.6, 0.45, 0.3, 3
+"""Bits a character; shares of neighbours of different kinds; digits."""
 _ONE_CASE_LENGTH = 32
 """Shorter ones of one case with digits are names of nodes and runs as well."""
 
@@ -106,12 +107,12 @@ def looks_random(text: str) -> bool:
     one that mixes letters and digits more often than names do. Hashes named as such, and parts of paths and addresses, are none."""
     if any(_HEX_NAMED.search(text[: word.start()]) is None for word in _HEX.finditer(text)):
         return True
-    return any(_mixes(word[0]) for word in _WORD.finditer(text))
+    return any(_mixes(word[0]) for word in _WORD.finditer(text) if not _IS_HEX.fullmatch(word[0]))
 
 
 def _mixes(word: str) -> bool:
     kinds = ["d" if char.isdigit() else "u" if char.isupper() else "l" for char in word]
-    if len(set(kinds)) < 2 or kinds.count("d") < 2:
+    if len(set(kinds)) < 2 or kinds.count("d") < _DIGITS:
         return False
     # Of characters drawn from 62, 62 of 100 neighbours are of different kinds, of lower case and digits 40; in CamelCase names 30 are.
     changes = sum(one != other for one, other in zip(kinds, kinds[1:], strict=False)) / (len(word) - 1)

@@ -202,6 +202,20 @@ def test_numbers_of_options_have_ranges(capsys: pytest.CaptureFixture[str], word
     assert code == EXIT_USER and f"{words[-1]!r} is not" in told and ("or more" in told or "more than 0" in told)
 
 
+def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from efflaunch.checkpoint.files import CheckpointInfo
+    from efflaunch.model import export
+
+    path = run_dir / "checkpoints" / "step-00000001"
+    path.mkdir(parents=True)
+    monkeypatch.setattr(export, "choose_checkpoint", lambda *given: CheckpointInfo(path, 1, 0, 0.0, 1, None))
+    for content in DAMAGE:
+        (path / "state.json").write_bytes(content)
+        (path / "COMMIT").write_bytes(content)
+        code, told = said(capsys, "export", str(run_dir), str(run_dir.parent / "out"))
+        assert code == EXIT_USER and "--verify finds a whole one" in told, told
+
+
 def test_a_start_mends_a_damaged_state(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from efflaunch.launcher import local
     from efflaunch.launcher.backend import Launch

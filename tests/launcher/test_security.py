@@ -124,7 +124,7 @@ def test_what_is_no_secret(text: str) -> None:
         ("curl -H 'Authorization: Bearer abcdefghij0123456789'", "a bearer token"),
         ("0123456789abcdef0123456789abcdef01234567", "a random token"),
         ("wandb login 0123456789abcdef0123456789abcdef01234567", "a random token"),
-        ("wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY9a", "a random token"),
+        ("7fKq2ZrX9vB4tLmW8sYc3NhJ6dPaQ1eG5uRw0TkV", "a random token"),
         ("q7d1k8z3m5x0c2v9b4n6a8s1d3f5g7h9", "a random token"),
     ],
 )
