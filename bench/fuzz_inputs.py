@@ -202,7 +202,7 @@ def corpora(draw: st.DrawFn) -> Input:
     """A corpus with one file damaged, missing, longer, or of something else."""
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
     files = corpus_files(lengths, masked=draw(st.booleans()))
-    name, how = draw(st.sampled_from(sorted(files))), draw(st.integers(0, 3))
+    name, how = draw(st.sampled_from(sorted(files))), draw(st.integers(0, 4))
     must_fail = sum(lengths) == 0
     if how == 0:
         # The mask is spoken of in the .json.
@@ -216,6 +216,8 @@ def corpora(draw: st.DrawFn) -> Input:
         files[draw(st.sampled_from(("corpus.mask.bin", "corpus.scalars.bin", "corpus.ref.bin", "corpus.json")))] = draw(
             st.binary(max_size=30)
         )
+    elif how == 3:
+        files["corpus.json"] = json.dumps(draw(_mutated(json.loads(files["corpus.json"])))).encode()
     else:
         files[name] = draw(_damaged(files[name]))
     return Input("corpus", ("data",), files, must_fail)

@@ -80,7 +80,7 @@ def _inspect(path: Path, step: int) -> CheckpointInfo:
         if int(record["step"]) != step:
             problem = f"{COMMIT_FILE} is of step {record['step']}"
         return CheckpointInfo(path, step, sum(files.values()), float(record["time"]), int(record["world_size"]), problem, pinned)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
         return CheckpointInfo(path, step, 0, 0.0, 0, found, pinned)
 

@@ -104,7 +104,7 @@ class RayConfig:
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "max_preemptions": Range(0, 1_000_000),
-        "placement_timeout_s": Range(0, WAIT_S, above=True),
+        "placement_timeout_s": Range(0, WAIT_S),
         "time_limit_s": Range(0, LONG_S, above=True),
         "cpus_per_node": Range(0, 65_536, above=True),
         "resources": Range(0, 1e12, above=True),

@@ -136,10 +136,6 @@ def _mistakes(config: Config, ray: RayConfig, server: str | None, variables: Map
     if not ray.local and ray.address is None and server is None:
         hint = "launcher.ray.address=http://head:8265, or launcher.ray.local=true to start a cluster here"
         yield ConfigError("launcher.ray.address", found="none, and no RAY_API_SERVER_ADDRESS", expected="a cluster", hint=hint)
-    wrong = [name for name, amount in demand(config).items() if amount <= 0]
-    if wrong:
-        hint = f"launcher.ray.resources={{{wrong[0]}: 1}}"
-        yield ConfigError("launcher.ray.resources", found=f"{demand(config)[wrong[0]]:g} of {wrong[0]}", expected="more than 0", hint=hint)
 
 
 def check_address(address: str) -> None:

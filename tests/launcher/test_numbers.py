@@ -33,7 +33,7 @@ TAKES_ZERO = {
     ),
     *("parallel.plan_patience_s", "memory.host_fraction", "memory.host_budget", "checkpoint.max_slowdown"),
     *("launcher.max_restarts", "launcher.slurm.max_preemptions", "launcher.slurm.max_excluded", "launcher.ray.max_preemptions"),
-    *("launcher.ray.max_excluded", "launcher.ray.max_upload_bytes", "launcher.ray.driver_cpus"),
+    *("launcher.ray.max_excluded", "launcher.ray.placement_timeout_s", "launcher.ray.max_upload_bytes", "launcher.ray.driver_cpus"),
 }
 """Keys whose zero means something: none, at once, or from the first on."""
 
