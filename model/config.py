@@ -50,7 +50,7 @@ class ModelConfig:
     """Further fields of the Hugging Face config of this family, passed on as they are."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        "num_layers": Range(1, 10_000),
+        "num_layers": Range(1, 1000),
         "hidden_size": Range(1, 1 << 20),
         "intermediate_size": Range(1, 1 << 24),
         "num_heads": Range(1, 65_536),
