@@ -2,8 +2,9 @@
 
 Note: what can be compared. On a GPU the allocator counts exactly the tensors the ledger counts, so its peak is held against the
 bound without the terms no tensor shows (context, communicators, what the allocator loses). On a CPU nobody counts tensors: of a
-process one sees resident memory, with libraries, kernels' scratch and freed blocks in it. It is held against the whole bound and
-what waits on the host, which is the same memory there. Libraries are an assumed part, so that is a coarser check, and it is
+process one sees resident memory, with libraries and kernels' scratch in it. It is held against the whole bound and what waits on
+the host, snapshots included, which is the same memory there. Ranks give large blocks back when they are freed
+(utils/c_allocator.py), else the C library would keep them. Libraries are an assumed part, so that is a coarser check, and it is
 named as what it is.
 """
 
@@ -21,6 +22,8 @@ from .solver.report import SolveReport, describe_policy
 RECORD = "docs/benchmarks.md"
 OUTSIDE = ("context", "communicators", "allocator reserve")
 """Terms that are assumed, and that no allocator of tensors shows."""
+_IN_RANKS = ("checkpoint snapshots", "data staging")
+"""Terms of the node that lie in memory its ranks have mapped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +89,8 @@ def _comparable(ledger: Ledger) -> int:
     most = max(sum(term.by_phase.get(phase, 0) for term in ledger.device.terms if term.name not in unseen) for phase in phases)
     # A rank without a GPU has what waits on the host in its own resident memory. (Mapped files do not stay there.)
     held = 0 if s.policy.offload_dir is not None else arena_bytes(s)
-    return most if s.on_gpu else most + held + host_optimizer_bytes(s)
+    beside = sum(term.num_bytes for term in ledger.host.terms if term.name in _IN_RANKS) // s.layout.ranks_per_node
+    return most if s.on_gpu else most + held + host_optimizer_bytes(s) + beside
 
 
 def _assumptions(ledger: Ledger) -> tuple[str, ...]:

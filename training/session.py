@@ -32,6 +32,7 @@ from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology
+from ..utils.c_allocator import return_freed_blocks
 from .agreed_ledger import agreed_ledger
 from .data.source import DataSource, open_data
 from .oom import memory_errors_named
@@ -75,6 +76,8 @@ class Session:
 def join_ranks(cluster: ClusterConfig) -> torch.device:
     """Start the default process group from the environment the agent set; this rank's device."""
     if cluster.device is Device.CPU:
+        if not return_freed_blocks():
+            log.warning("this C library keeps freed blocks: resident memory may pass the memory certificate")
         dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         return torch.device("cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
