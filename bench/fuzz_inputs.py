@@ -6,6 +6,7 @@ Each is a command with the files it reads. Some are wrong by construction (`must
 from __future__ import annotations
 
 import json
+import math
 import struct
 import typing
 from collections.abc import Callable
@@ -223,38 +224,65 @@ def corpora(draw: st.DrawFn) -> Input:
     return Input("corpus", ("data",), files, must_fail)
 
 
-_HEADER: dict[str, Any] = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"format": "pt"}}
 _CONFIG = {
     "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 16,
+    "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 300,
+    "vocab_size": 40,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
 
 
+def weight_shapes() -> dict[str, list[int]]:
+    """Name to shape of every tensor of the model that _CONFIG describes."""
+    hidden, inner, words = 16, 32, 40
+    layer = {
+        **{f"self_attn.{name}_proj.weight": [rows, hidden] for name, rows in (("q", hidden), ("k", 8), ("v", 8), ("o", hidden))},
+        **{f"mlp.{name}_proj.weight": [inner, hidden] for name in ("gate", "up")},
+        "mlp.down_proj.weight": [hidden, inner],
+        **{f"{name}_layernorm.weight": [hidden] for name in ("input", "post_attention")},
+    }
+    whole = {"model.embed_tokens.weight": [words, hidden], "model.norm.weight": [hidden], "lm_head.weight": [words, hidden]}
+    return whole | {f"model.layers.{number}.{name}": shape for number in range(2) for name, shape in layer.items()}
+
+
+def _header() -> tuple[dict[str, Any], int]:
+    """A whole safetensors header of them, and the bytes of data it speaks of."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in weight_shapes().items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    return header, at
+
+
 @st.composite
 def headers(draw: st.DrawFn) -> Input:
-    """A model directory with a damaged header, index or config.json."""
-    header = json.dumps(_HEADER).encode()
-    good = struct.pack("<Q", len(header)) + header + bytes(24)
-    index = {"weight_map": {"a": "model.safetensors"}}
-    files = {"model/model.safetensors": good, "model/config.json": json.dumps(_CONFIG).encode()}
-    if draw(st.booleans()):
+    """A model directory, whole but for a damaged header, index or config.json."""
+    header, size = _header()
+    length = None
+    names, config, index = header, _CONFIG, {"weight_map": dict.fromkeys(weight_shapes(), "model.safetensors")}
+    what, how = draw(st.integers(0, 2)), draw(st.integers(0, 3))
+    if what == 0 and how:
+        names = draw(_mutated(header))
+    elif what == 1:
+        index = draw(_mutated(index))
+    elif how:
+        config = draw(_mutated(_CONFIG))
+    text = json.dumps(names).encode()
+    if what == 0 and not how:
+        length = draw(st.sampled_from((0, 1, 7, len(text) + 1, 10**9, 2**63, 2**64 - 1)))
+        text = draw(_damaged(text))
+    files = {"model/model.safetensors": struct.pack("<Q", len(text) if length is None else length) + text + bytes(size)}
+    files["model/config.json"] = json.dumps(config).encode() if what != 2 or how else draw(_damaged(json.dumps(_CONFIG).encode()))
+    if what == 1 or draw(st.booleans()):
         files["model/model.safetensors.index.json"] = json.dumps(index).encode()
-    name = draw(st.sampled_from(sorted(files)))
-    if draw(st.booleans()) and name == "model/model.safetensors":
-        length = draw(st.sampled_from((0, 1, 7, len(header) + 1, 10**9, 2**63, 2**64 - 1)))
-        files[name] = struct.pack("<Q", length) + header + bytes(24)
-    elif draw(st.booleans()) and name != "model/model.safetensors":
-        files[name] = json.dumps(draw(_mutated(json.loads(files[name])))).encode()
-    else:
-        files[name] = draw(_damaged(files[name]))
     return Input("model directory", ("plan", *BASE[1:], "model=pretrained", f"model.path={HERE}/model", "--json"), files)
 
 
