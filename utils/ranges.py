@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, cast
 
 from ..errors import ConfigError
 
@@ -46,12 +46,6 @@ class Range:
         return f"{low} to {_shown(self.high)}"
 
 
-class HasRanges(Protocol):
-    """A group of the configuration that declares the ranges of its numeric fields, by field name."""
-
-    RANGES: ClassVar[Mapping[str, Range]]
-
-
 def ranges_of(group: type) -> Mapping[str, Range]:
     """The declared ranges of a configuration group; empty where it has no numbers."""
     return dict(getattr(group, "RANGES", {}))
@@ -68,7 +62,7 @@ def check_ranges(group: Any, path: str) -> None:
 
 def range_hint(group: type, name: str, key: str) -> str:
     """What to type for a key whose value is outside its range: its default, else an end of the range."""
-    field = group.__dataclass_fields__[name]
+    field = cast(Any, group).__dataclass_fields__[name]
     allowed = ranges_of(group)[name]
     default = field.default_factory() if callable(field.default_factory) else field.default
     if isinstance(default, list) and default:
