@@ -46,8 +46,8 @@ PRELOAD = (
 """Imported once, by the process that ranks are forked from."""
 RANKS = 2
 SEGMENT_BYTES = 16384
-_LIFE_S = 60.0
-"""Longest time from the start of a life to its first durable save."""
+_LIFE_S = 600.0
+"""Longest time from the start of a life to its first durable save: only whether it ends at all, on a machine as busy as may be."""
 KILLS = ("rank 0", "rank 1", "all ranks", "flusher", "point")
 REPLICA_LIVES = (20, 10)
 """Of every so many lives, the last so many keep replicas."""
@@ -272,7 +272,7 @@ def live(rank: int, folder: Path, notes: Path, fault: str, last: bool, replica: 
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{notes}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{notes}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=_LIFE_S))
     try:
         _live(rank, folder, notes, fault, last, replica)
     except Exception as error:  # written down for the trial
@@ -361,9 +361,18 @@ class State:
                 return f"tensor {number} of step {step} has {part.flatten()[:2].tolist()} instead of {expected.flatten()[:2].tolist()}"
         return ""
 
-    def engine(self, folder: Path, notes: Path | None = None, fault: str = "", node: str = "", **changes: Any) -> Any:
+    def engine(
+        self,
+        folder: Path,
+        notes: Path | None = None,
+        fault: str = "",
+        node: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        **changes: Any,
+    ) -> Any:
         from ..checkpoint.config import CheckpointConfig
         from ..checkpoint.engine import CheckpointEngine, SaveReport
+        from ..parallel.sharding.fsdp2 import Fsdp2State
 
         def saved(report: SaveReport) -> None:
             self.reports.append(report)
@@ -371,17 +380,17 @@ class State:
                 with (notes / "durable").open("a") as file:
                     file.write(f"{report.step}\n")
 
-        config = CheckpointConfig(**{"name": "chaos", "commit_timeout_s": 20.0, **changes})
+        config = CheckpointConfig(**{"name": "chaos", **changes})
         return CheckpointEngine(
             config,
             folder,
-            model=self.model,
-            optimizer=self.optimizer,
+            state=Fsdp2State(self.model, self.optimizer),
             metadata={},
             on_save=saved,
             segment_bytes=SEGMENT_BYTES,
             fault=fault,
             node=node,
+            clock=clock,
         )
 
 
@@ -389,9 +398,9 @@ def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
     """This rank's memory of a tensor, and what it holds after `step`: other numbers at every place, tensor and step."""
     import torch
 
-    from ..checkpoint.reader import local_part
+    from ..parallel.sharding.parts import part as part_of
 
-    part, offsets = local_part(tensor)
+    part, offsets = part_of(tensor)
     whole = (torch.arange(tensor.numel(), dtype=torch.float32) % 997 + 1000 * (step % 4096) + number / 8).reshape(tensor.shape)
     slices = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
     return part, whole[slices]

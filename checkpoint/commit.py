@@ -25,6 +25,8 @@ from .rank_coordination import Peers
 log = logging.getLogger(__name__)
 _ANSWER_S = 60.0
 """Rank 0 needs a little longer than its limit to say that the limit is over."""
+_LOOK_S = 0.5
+"""Between two looks at how long storage has been silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,19 @@ class Committer:
         committed: Callable[[Path], None],
         in_use: Callable[[], set[Path]],
         fault: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`heard`: when this rank's flusher last said something; `hung`: ends it;
 
         `committed` is told of every commit;
-        `in_use`: checkpoints that retention must leave for now.
+        `in_use`: checkpoints that retention must leave for now;
+        `clock`: by which silence is timed, never behind time.monotonic.
         """
         self.peers, self.timeout_s, self.retention = peers, timeout_s, retention
         self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[CommitOutcome] = queue.SimpleQueue()
         self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
-        self._faults = Faults(fault)
+        self._faults, self._clock = Faults(fault), clock
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._answered: list[str] = []
@@ -134,9 +138,9 @@ class Committer:
 
     def _wait_flushed(self, attempt: Attempt) -> Flushed:
         """This rank's own part; storage that is silent for too long has failed."""
-        started = time.monotonic()
-        while not attempt.settled.wait(0.5):
-            silent = time.monotonic() - max(self._heard(), started)
+        started = self._clock()
+        while not attempt.settled.wait(_LOOK_S):
+            silent = self._clock() - max(self._heard(), started)
             if silent > self.timeout_s:
                 attempt.settle(Flushed(f"storage did not answer for {format_seconds(silent)}"))
                 self._hung()

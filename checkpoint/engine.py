@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..units import format_seconds
-from . import files, state
+from . import files
 from . import provenance as facts_of
-from .archive import FileLayout, fingerprint, local, plan_files
+from .archive import FileLayout, fingerprint, plan_files
 from .attempt import Attempt
 from .commit import CommitOutcome, Committer, Retention
 from .components import Parts, device_of, open_tier, stopped, wait_until_seen
@@ -38,6 +38,7 @@ from .replica.replicas import ReplicaReport, Replicas
 from .restore import Restored, Restorer
 from .saver import Saver
 from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
+from .state import State, rng_tensors, weights_of
 
 log = logging.getLogger(__name__)
 CLOSE_S = 5.0
@@ -80,24 +81,26 @@ class CheckpointEngine:
         config: CheckpointConfig,
         directory: Path,
         *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        state: State,
         metadata: dict[str, Any],
         on_save: Callable[[SaveReport], None] | None = None,
         on_replica: Callable[[ReplicaReport], None] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         fault: str = "",
         node: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`metadata` is JSON: describes the run (hf_config, config, layout, seed, tokenizer). `on_save` hears of every save,
+        """`state`: what is saved, and restored in place. `metadata` is JSON: describes the run (hf_config, config, layout, seed,
+        tokenizer). `on_save` hears of every save,
         `on_replica` of every replica.
 
-        `segment_bytes` (a multiple of 4096), `fault` (faults.Faults) and `node` (instead of the host's name) are for tests.
+        `segment_bytes` (a multiple of 4096), `fault` (faults.Faults), `node` (instead of the host's name) and `clock` (by which
+        storage's silence is timed) are for tests.
         """
         self.config, self.directory, self.metadata = config, Path(directory).absolute(), metadata
-        self._model, self._optimizer, self._on_save, self._on_replica = model, optimizer, on_save, on_replica
+        self._state, self._on_save, self._on_replica = state, on_save, on_replica
         self._peers = Peers(config.commit_timeout_s)
-        self._segment_bytes, self._fault = segment_bytes, fault
+        self._segment_bytes, self._fault, self._clock = segment_bytes, fault, clock
         self._layout: FileLayout | None = None
         self._fingerprint = 0
         self._weights_hash, self._versions = "", facts_of.versions()
@@ -128,7 +131,7 @@ class CheckpointEngine:
         """
         started = time.monotonic()
         tensors = self._tensors()
-        found = fingerprint(tensors)
+        found = fingerprint(tensors, self._state.sharding)
         replan = self._layout is None or found != self._fingerprint
         changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._pacing.measured)
         if (plan := self._pacing.saving(step, *times)) is not None:
@@ -225,7 +228,7 @@ class CheckpointEngine:
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
         tier = open_tier(self.config.mirror) if self.config.mirror is not None else None
-        where = (self.directory, self._peers, self._model, self._optimizer, self.metadata)
+        where = (self.directory, self._peers, self._state, self.metadata)
         restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), heard).restore()
         if self._replicas is not None and self._replicas.found is not None:
             self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.found.attempt else "")
@@ -237,14 +240,13 @@ class CheckpointEngine:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Live tensors; generators as they are now."""
-        tensors = state.model_tensors(self._model) | state.optimizer_tensors(self._model, self._optimizer)
-        return tensors | state.rng_tensors(self._peers.rank)
+        return self._state.tensors() | rng_tensors(self._peers.rank)
 
     def _attempt(self, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Attempt:
         assert self._layout is not None
         self._num_attempts += 1
         name = f"{self._peers.session}-{self._num_attempts}"
-        at_once = state.changing_in_forward(self._model)
+        at_once, local = self._state.changing_in_forward(), self._state.local
         sources = [
             local(tensors[piece.key]).clone() if piece.key in at_once else local(tensors[piece.key]) for piece in self._layout.pieces
         ]
@@ -275,7 +277,7 @@ class CheckpointEngine:
 
     def _warm_up(self) -> None:
         tensors = self._tensors()
-        self._plan(tensors, fingerprint(tensors))
+        self._plan(tensors, fingerprint(tensors, self._state.sharding))
 
     def _plan(self, tensors: dict[str, Tensor], found: int) -> None:
         """Layout, pool and threads for a state of this shape; collective."""
@@ -285,7 +287,7 @@ class CheckpointEngine:
         self._layout = plan_files(
             tensors, rank=peers.rank, largest_chunk=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
         )
-        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(state.model_tensors(self._model))
+        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(weights_of(tensors))
         if self._saver is not None:
             self._saver.close(CLOSE_S)
         segment = self._layout.chunk_bytes
@@ -313,6 +315,7 @@ class CheckpointEngine:
                 committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
                 in_use=self._mirror.in_use if self._mirror is not None else set,
                 fault=self._fault,
+                clock=self._clock,
             )
 
     def _agree(self, *flags: float) -> list[float]:

@@ -1,7 +1,8 @@
 """Named points of a save at which a test has a process die, stop, wait or fail. Without a fault they cost one comparison.
 
 A fault is written `POINT=ACTION` or `POINT=ACTION@N` (the N-th time the point is passed, from 1; 1 if not given).
-Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `sleep:SECONDS`, or an errno's name as `EIO`, raised as OSError.
+Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `until:PATH` (waits for that file), or an errno's name as `EIO`, raised as
+OSError.
 `chunk=unhashed` is for measuring: nothing is hashed, and nothing that is written can be read back.
 """
 
@@ -12,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 FLUSHER_POINTS = (
     "begin",
@@ -69,9 +71,11 @@ class Faults:
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif self.action.startswith("sleep:"):
-            time.sleep(float(self.action[6:]))
+            # To this very thread: one sent to the process may reach another thread first, and this one goes on for a moment.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+        elif self.action.startswith("until:"):
+            while not Path(self.action[6:]).exists():
+                time.sleep(0.01)
         else:
             number = getattr(errno, self.action)
             raise OSError(number, os.strerror(number))

@@ -102,8 +102,28 @@ class ModelSpec:
         return self.num_kv_heads * self.head_dim
 
 
-def layer_parameters(spec: ModelSpec) -> int:
+@dataclass(frozen=True, slots=True)
+class LayerParameters:
     """Weights of one decoder layer."""
+
+    total: int
+    """All that are there: bytes follow from them."""
+    active: int
+    """Those one token is multiplied with: FLOPs follow from them. Fewer than `total` where a token visits some experts only."""
+
+
+def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
+    """Weights of each decoder layer, from the first to the last."""
+    dense = _dense_layer_parameters(spec)
+    return (LayerParameters(total=dense, active=dense),) * spec.num_layers
+
+
+def active_layer_parameters(spec: ModelSpec) -> float:
+    """Weights of a decoder layer that one token is multiplied with, the layers' mean."""
+    return sum(layer.active for layer in layer_parameters(spec)) / spec.num_layers
+
+
+def _dense_layer_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
     matrices = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias + (2 * inner + hidden) * spec.mlp_bias
@@ -113,7 +133,7 @@ def layer_parameters(spec: ModelSpec) -> int:
 def num_parameters(spec: ModelSpec) -> int:
     """All weights; a tied head counts once."""
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    return spec.num_layers * layer_parameters(spec) + embeddings + spec.hidden_size
+    return sum(layer.total for layer in layer_parameters(spec)) + embeddings + spec.hidden_size
 
 
 def model_spec(config: ModelConfig) -> ModelSpec:

@@ -12,10 +12,9 @@ from typing import BinaryIO
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
-from .build import local_slices
+from ..parallel.sharding.parts import memory_of, slices
 
 
 @torch.no_grad()
@@ -41,13 +40,10 @@ def load_weights(model: nn.Module, path: str, told: Callable[[str], None] | None
             saved = opened[files[name]].get_slice(name)
             if list(saved.get_shape()) != list(parameter.shape):
                 raise _wrong(folder, f"{name} of shape {saved.get_shape()}", f"{list(parameter.shape)}")
-            if isinstance(parameter, DTensor):
-                part = local_slices(parameter)
-                # safetensors slices must not be empty: a rank beyond the last row holds none.
-                if all(piece.start < piece.stop for piece in part):
-                    parameter.to_local().copy_(saved[part])
-            else:
-                parameter.copy_(saved[:])
+            part = slices(parameter)
+            # safetensors slices must not be empty: a rank beyond the last row holds none.
+            if all(piece.start < piece.stop for piece in part):
+                memory_of(parameter).copy_(saved[part])
 
 
 EDGE_BYTES = 4096

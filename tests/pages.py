@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from efflaunch.tests.limits import ENDS_S
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -16,7 +18,7 @@ def bash_blocks(page: str) -> list[str]:
     return re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def run_page(page: str, directory: Path, *, timeout_s: float = 280) -> str:
+def run_page(page: str, directory: Path) -> str:
     """What the blocks print; AssertionError where one fails. `efflaunch` and `python` are this interpreter's; no hub is reached."""
     tools, work = directory / "bin", directory / "work"
     tools.mkdir()
@@ -27,6 +29,6 @@ def run_page(page: str, directory: Path, *, timeout_s: float = 280) -> str:
         script.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     text = "set -euo pipefail\n" + "\n".join(bash_blocks(page))
-    done = subprocess.run(["bash", "-c", text], cwd=work, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(["bash", "-c", text], cwd=work, env=environment, capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -36,6 +36,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from efflaunch.tests.limits import ENDS_S
+
 PRELOAD = (
     "torch",
     "torch.distributed.fsdp",
@@ -44,6 +46,10 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
 )
 """Loaded once by the fork server; a worker then starts in tens of milliseconds."""
+_LOOK_S = 0.2
+_STACKS_S = 30.0
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says of one."""
 
 
 class RankDiedError(Exception):
@@ -53,17 +59,16 @@ class RankDiedError(Exception):
 class RankPool:
     """Worlds of gloo ranks by size, each started at its first use; a failed world is replaced at its next use."""
 
-    def __init__(self, *, timeout_s: float = 120.0) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self) -> None:
         self._worlds: dict[int, _World] = {}
 
-    def run(self, fn: Callable[..., Any], *args: Any, ranks: int, timeout_s: float | None = None) -> list[Any]:
-        """`fn(*args)` on each of `ranks` ranks; their results in rank order."""
+    def run(self, fn: Callable[..., Any], *args: Any, ranks: int, given_up: Callable[[], bool] = lambda: False) -> list[Any]:
+        """`fn(*args)` on each of `ranks` ranks; their results in rank order. `given_up`: whether to wait no longer, before ENDS_S."""
         world = self._worlds.get(ranks)
         if world is None:
-            world = self._worlds[ranks] = _World(ranks, self.timeout_s)
+            world = self._worlds[ranks] = _World(ranks)
         try:
-            return world.run(fn, args, timeout_s or self.timeout_s)
+            return world.run(fn, args, given_up)
         except BaseException:
             self._worlds.pop(ranks).close()
             raise
@@ -80,9 +85,9 @@ class RankPool:
         self.close()
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`fn(*args)` on `world_size` fresh ranks that end with the call."""
-    with RankPool(timeout_s=timeout_s) as pool:
+    with RankPool() as pool:
         return pool.run(fn, *args, ranks=world_size)
 
 
@@ -97,7 +102,7 @@ class _Worker:
 class _World:
     """Workers of one world size that share one default process group."""
 
-    def __init__(self, size: int, timeout_s: float) -> None:
+    def __init__(self, size: int) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="ranks-")
         folder = Path(self._scratch.name)
         context = multiprocessing.get_context("forkserver")
@@ -107,22 +112,22 @@ class _World:
             for rank in range(size):
                 pipe, far = context.Pipe()
                 stacks = folder / f"stacks-{rank}"
-                process = context.Process(target=_serve, args=(far, rank, size, folder / "store", stacks, timeout_s), daemon=True)
+                process = context.Process(target=_serve, args=(far, rank, size, folder / "store", stacks), daemon=True)
                 process.start()
                 far.close()
                 self.workers.append(_Worker(process, pipe, stacks))
 
-    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], given_up: Callable[[], bool]) -> list[Any]:
         call = _Call(fn.__module__, sys.modules[fn.__module__].__file__ or "", fn.__qualname__, pickle.dumps(args))
         for worker in self.workers:
             worker.pipe.send_bytes(pickle.dumps(call))
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + ENDS_S
         results: dict[int, Any] = {}
         while len(results) < len(self.workers):
             waiting = {worker.pipe: rank for rank, worker in enumerate(self.workers) if rank not in results}
-            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RankDiedError(f"ranks {sorted(waiting.values())} gave no answer in {timeout_s} s\n{self._stacks()}")
+            ready = multiprocessing.connection.wait(list(waiting), _LOOK_S)
+            if not ready and (given_up() or time.monotonic() > deadline):
+                raise RankDiedError(f"ranks {sorted(waiting.values())} gave no answer\n{self._stacks()}")
             for pipe in ready:
                 rank = waiting[pipe]  # type: ignore[index]
                 results[rank] = self._receive(rank)
@@ -132,14 +137,15 @@ class _World:
         try:
             ok, payload, text = pickle.loads(self.workers[rank].pipe.recv_bytes())
         except EOFError:
-            self.workers[rank].process.join(10)
+            self.workers[rank].process.join(ENDS_S)
             raise RankDiedError(f"rank {rank} died with exit code {self.workers[rank].process.exitcode}") from None
         if ok:
             return pickle.loads(payload)
         error = pickle.loads(payload) if payload else RankDiedError(f"rank {rank} failed")
         error.add_note(f"--- on rank {rank} ---\n{text}")
-        # A rank whose peer died often speaks first; the death is the cause.
-        dead = multiprocessing.connection.wait([worker.process.sentinel for worker in self.workers], 0.2)
+        # A rank whose peer died often speaks first; the death is the cause, and the kernel may take a while to tell of it.
+        patience_s = 60.0 if any(words in str(error) for words in _LOST_PEER) else 0.2
+        dead = multiprocessing.connection.wait([worker.process.sentinel for worker in self.workers], patience_s)
         for peer, worker in enumerate(self.workers):
             if worker.process.sentinel in dead:
                 raise RankDiedError(f"rank {peer} died with exit code {worker.process.exitcode}") from error
@@ -149,7 +155,10 @@ class _World:
         for worker in self.workers:
             with suppress(ProcessLookupError):
                 os.kill(worker.process.pid or 0, signal.SIGUSR1)
-        time.sleep(0.5)
+        # A rank that hangs in the kernel never writes any.
+        deadline = time.monotonic() + _STACKS_S
+        while time.monotonic() < deadline and not all(_ended_stacks(worker.stacks) for worker in self.workers):
+            time.sleep(0.05)
         return "\n".join(f"rank {rank}:\n{worker.stacks.read_text()}" for rank, worker in enumerate(self.workers) if worker.stacks.exists())
 
     def close(self) -> None:
@@ -192,7 +201,12 @@ class _SingleThreaded:
             os.environ["OMP_NUM_THREADS"] = self._before
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: Path, stacks: Path, timeout_s: float) -> None:
+def _ended_stacks(path: Path) -> bool:
+    """Whether a worker has written its stacks to the end: its outermost frame is this module's or the interpreter's."""
+    return path.exists() and "in <module>" in path.read_text()
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: Path, stacks: Path) -> None:
     """A worker's life: join the group, answer calls until the pipe closes."""
     import torch
     import torch.distributed as dist
@@ -201,7 +215,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: Path, stacks: Path, ti
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         torch.set_num_threads(1)
         os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=ENDS_S))
         while True:
             try:
                 call: _Call = pickle.loads(pipe.recv_bytes())

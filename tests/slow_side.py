@@ -1,7 +1,9 @@
 """The real training function with ranks that are not as they should be; `python slow_side.py ARGUMENTS` is the efflaunch command with it.
 
 SLOW_RANK: that rank's layers take SLOW_S seconds more each. STOP_RANK: that rank is stopped (SIGSTOP) in the middle of step STOP_STEP,
-once per run directory.
+once per run directory. HOLD_STEPS, as `6,14`: rank 0 makes the file `held-6` in the run directory in the middle of the sixth step of its
+life and waits for `released-6`, once per run directory: what a test does meanwhile happens at that step. FAKE_CLOCK=rest: hangs are
+timed by rest.RestClock.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from efflaunch.tests.launcher import rest
+from efflaunch.tests.limits import wait_until
 
 
 def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
@@ -24,6 +29,8 @@ def train(config: Any, run_dir: Any, stop: Any, pulse: Any) -> int:
         layer._forward = slowed(layer._forward, float(os.environ["SLOW_S"]))  # type: ignore[assignment]
     if rank == os.environ.get("STOP_RANK"):
         run.backward_step = stopped(run.backward_step, int(os.environ["STOP_STEP"]), Path(run_dir) / "was-stopped")  # type: ignore[assignment]
+    if rank == "0" and os.environ.get("HOLD_STEPS"):
+        run.backward_step = held(run.backward_step, set(map(int, os.environ["HOLD_STEPS"].split(","))), Path(run_dir))  # type: ignore[assignment]
     return run.train(config, run_dir, stop, pulse)
 
 
@@ -52,6 +59,24 @@ def stopped(backward: Any, step: int, marker: Path) -> Any:
     return with_stop
 
 
+def held(backward: Any, steps: set[int], run_dir: Path) -> Any:
+    """`backward_step` that waits at its calls of these numbers before it does anything."""
+    calls = 0
+
+    def with_hold(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        marker, released = run_dir / f"held-{calls}", run_dir / f"released-{calls}"
+        if calls in steps and not marker.exists():
+            marker.touch()
+            wait_until(released.exists)
+        return backward(*args, **kwargs)
+
+    return with_hold
+
+
+if os.environ.get("FAKE_CLOCK") == "rest":
+    rest.install()
 if __name__ == "__main__":
     from efflaunch.tests.other_training import run_with
 

@@ -15,7 +15,6 @@ from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.tests import test_real_runs as runs
 from efflaunch.tests.launcher.runs import descendants, is_alive
 
-pytestmark = pytest.mark.timeout(600)
 STEPS = 16
 ADAPTIVE = ("parallel.sequence=adaptive", "parallel.plan_patience_s=60")
 """So patient that no plan is late: late plans change the order of sums."""
@@ -81,12 +80,10 @@ def test_a_run_leaves_a_profile_of_itself(reference):
 
 
 def test_stopped_and_started_again_has_the_same_plans_and_losses(place, reference):
-    process = train(place)
-    runs.wait_for_step(place, process, 5)
+    process = runs.hold(place, 6, *ADAPTIVE, steps=STEPS)
     pids = descendants(process.pid)
     assert len(planner_pids(process)) == 1
-    process.send_signal(signal.SIGTERM)
-    runs.finish(process, place, expect=75)
+    runs.stop(place, process, 6)
     assert not [pid for pid in pids if is_alive(pid)]
     # Neither what was measured so far nor a profile that has come up meanwhile changes the plans of this run.
     shutil.copy(place / "runs" / "run" / "profile.yaml", place / "profile.yaml")
@@ -100,11 +97,11 @@ def plans(directory):
 
 
 def test_a_killed_rank_and_a_killed_planner(place, reference):
-    process = train(place, "train.steps=24", "checkpoint.every_steps=4")
-    runs.wait_for_step(place, process, 5)
+    process = runs.hold(place, 6, *ADAPTIVE, "checkpoint.every_steps=4", steps=24, then=(14,))
     (planner,) = planner_pids(process)
     os.kill(planner, signal.SIGKILL)
-    runs.wait_for_step(place, process, 13)  # plans that were there already are used first
+    runs.release(place, 6)
+    runs.wait_until_held(place, process, 14)  # plans that were there already are used first
     first = descendants(process.pid)
     os.kill([pid for pid in first if is_alive(pid) and psutil.Process(pid).memory_info().rss > 1 << 28][-1], signal.SIGKILL)
     runs.finish(process, place)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 
 CODE = """
 import sys
@@ -26,7 +27,7 @@ print(resident() - before - sum(block.nbytes for block in kept))
 
 
 def left_over(mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", CODE, mode], env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", CODE, mode], env=environment(), capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.utils.signal_mask import STOP_SIGNALS, stop_signals_blocked
 
 CHILD = """
@@ -44,5 +45,5 @@ def test_signals_before_and_after_it_is_ready() -> None:
 def test_without_it_such_a_signal_ends_the_process() -> None:
     child = start()
     os.kill(child.pid, signal.SIGUSR2)
-    assert child.wait(120) == -signal.SIGUSR2
+    assert child.wait(ENDS_S) == -signal.SIGUSR2
     child.communicate()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.pages import run_page
 from efflaunch.training.data.indexed import IndexedCorpus
 
@@ -23,7 +24,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_objectives_page(tmp_path: Path) -> None:
-    printed = run_page("objectives.md", tmp_path, timeout_s=900)
+    printed = run_page("objectives.md", tmp_path)
     runs, corpora = tmp_path / "work" / "runs", tmp_path / "work" / "corpus"
     assert "train.objective=dpo" in printed and "train.objective=grpo" in printed
     pairs, rollouts = (IndexedCorpus(str(corpora / name)) for name in ("pairs", "rollouts"))
@@ -54,5 +55,5 @@ def test_objectives_page(tmp_path: Path) -> None:
     shutil.rmtree(runs / "dpo" / "scores")
     (corpora / "pairs.ref.bin").unlink()
     command = [sys.executable, "-m", "efflaunch", "resume", "runs/dpo", "train.steps=9"]
-    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 93 and "found no log-probabilities under the weights this run began with" in done.stdout + done.stderr

@@ -13,8 +13,8 @@ import pytest
 from efflaunch.errors import EXIT_DONE, EXIT_USER
 from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 
-pytestmark = pytest.mark.timeout(600)
 SIDE = Path(__file__).with_name("oom_side.py")
 BASE = (
     "+experiment=quickstart", "memory=keep", "cluster.ranks_per_node=2", "parallel.sequence=static", "model.num_layers=6",
@@ -26,7 +26,7 @@ BASE = (
 
 def efflaunch(directory: Path, script: list[str], *words: str, **limit: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *script, *words], cwd=directory, env=environment() | limit, capture_output=True, text=True, timeout=560
+        [sys.executable, *script, *words], cwd=directory, env=environment() | limit, capture_output=True, text=True, timeout=ENDS_S
     )
 
 

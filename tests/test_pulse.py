@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from efflaunch.tests.limits import wait_until
 from efflaunch.utils import heartbeat as pulse
 from efflaunch.utils.heartbeat import Heartbeat, HeartbeatBoard, catches, join, read_beat
 
@@ -61,13 +62,6 @@ def _rank(place: str, local_rank: int, ready: Path) -> None:
     time.sleep(600)
 
 
-def until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_another_process_is_heard_and_writes_its_stacks(tmp_path: Path, method: str) -> None:
     if method == "spawn" and not Path("/proc/self/fd").is_dir():
@@ -83,12 +77,12 @@ def test_another_process_is_heard_and_writes_its_stacks(tmp_path: Path, method: 
     else:
         process = subprocess.Popen([sys.executable, "-c", code, board.place(), "1", str(tmp_path / "ready"), *sys.path])
     try:
-        until((tmp_path / "ready").exists)
+        wait_until((tmp_path / "ready").exists)
         beat = board.beat(1)
         assert beat is not None and beat.step == 1 and board.beat(0) is None
         assert process.pid is not None and catches(process.pid, pulse.STACKS_SIGNAL)
         os.kill(process.pid, pulse.STACKS_SIGNAL)
-        until(lambda: "in _rank" in board.stacks(1))
+        wait_until(lambda: "in _rank" in board.stacks(1))
         assert f"0x{beat.thread:016x}" in board.stacks(1) and board.stacks(0) == ""
     finally:
         process.kill()

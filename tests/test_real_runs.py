@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
 from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.launcher.rundir.run_dir import read_run
+from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.launcher.runs import descendants, environment, is_alive
+from efflaunch.tests.limits import ENDS_S, wait_until
 from efflaunch.tests.parity.reference import reference_loss
 from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
 
-pytestmark = pytest.mark.timeout(600)
+SIDE = Path(__file__).resolve().parent / "slow_side.py"
 STEPS = 25
 BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
@@ -37,9 +39,11 @@ BASE = (
 )  # fmt: skip
 
 
-def start(directory: Path, *words: str) -> subprocess.Popen:
+def start(directory: Path, *words: str, script: Path | None = None, **variables: str) -> subprocess.Popen:
+    """The efflaunch command, or `script` with a training function of its own."""
     log = (directory / "output").open("ab")
-    return subprocess.Popen([sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), stdout=log, stderr=log)
+    command = [sys.executable, *(["-m", "efflaunch"] if script is None else [str(script)]), *words]
+    return subprocess.Popen(command, cwd=directory, env=environment() | variables, stdout=log, stderr=log)
 
 
 def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Popen:
@@ -49,14 +53,14 @@ def train(directory: Path, *overrides: str, steps: int = STEPS) -> subprocess.Po
 def run(directory: Path, *words: str, expect: int = 0) -> str:
     """What one efflaunch command printed; fails unless it exits with `expect`."""
     done = subprocess.run(
-        [sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=560
+        [sys.executable, "-m", "efflaunch", *words], cwd=directory, env=environment(), capture_output=True, text=True, timeout=ENDS_S
     )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
 def finish(process: subprocess.Popen, directory: Path, expect: int = 0) -> None:
-    assert process.wait(200) == expect, (directory / "output").read_text()
+    assert process.wait(ENDS_S) == expect, (directory / "output").read_text()
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -67,6 +71,32 @@ def wait_for_step(directory: Path, process: subprocess.Popen, step: int) -> None
     while newest_step(directory / "runs" / "run") < step:
         assert process.poll() is None, (directory / "output").read_text()
         time.sleep(0.02)
+
+
+def hold(directory: Path, at: int, *overrides: str, steps: int = STEPS, then: tuple[int, ...] = ()) -> subprocess.Popen:
+    """A run whose rank 0 waits in the middle of step `at` (and of those of `then`) for `release`."""
+    held = {"HOLD_STEPS": ",".join(map(str, (at, *then)))}
+    process = start(directory, "train", *BASE, f"train.steps={steps}", *overrides, script=SIDE, **held)
+    wait_until_held(directory, process, at)
+    return process
+
+
+def wait_until_held(directory: Path, process: subprocess.Popen, at: int) -> None:
+    wait_until(lambda: (directory / "runs" / "run" / f"held-{at}").exists() or process.poll() is not None)
+    assert process.poll() is None, (directory / "output").read_text()
+
+
+def release(directory: Path, at: int) -> None:
+    (directory / "runs" / "run" / f"released-{at}").touch(0o600)
+
+
+def stop(directory: Path, process: subprocess.Popen, at: int) -> None:
+    """SIGTERM while it is held at step `at`, which is its last one then."""
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: read_state(directory / "runs" / "run").state == "stopping", "it was not told")
+    release(directory, at)
+    finish(process, directory, expect=75)
+    assert max(losses(directory)) == at
 
 
 def make_corpus(directory: Path) -> None:
@@ -96,12 +126,8 @@ def place(tmp_path, reference):
 
 
 def stopped(place: Path, step: int) -> None:
-    """Leave a run that was told to stop after `step`."""
-    process = train(place)
-    wait_for_step(place, process, step)
-    process.send_signal(signal.SIGTERM)
-    finish(process, place, expect=75)
-    assert step <= max(losses(place)) < STEPS
+    """Leave a run that was told to stop in `step`."""
+    stop(place, hold(place, step), step)
 
 
 def test_stopped_and_started_again_is_bit_equal(place, reference):
@@ -115,8 +141,7 @@ def command(pid: int) -> str:
 
 
 def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
-    process = train(place)
-    wait_for_step(place, process, 8)
+    process = hold(place, 9)
     pids = descendants(process.pid)
     others = [pid for pid in pids if "checkpoint.flusher" not in command(pid)]
     ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
@@ -128,11 +153,11 @@ def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
 
 
 def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
-    process = train(place)
-    wait_for_step(place, process, 8)
+    process = hold(place, 9)
     flushers = [pid for pid in descendants(process.pid) if "checkpoint.flusher" in command(pid)]
     assert len(flushers) == 2
     os.kill(flushers[0], signal.SIGKILL)
+    release(place, 9)
     finish(process, place)
     assert losses(place) == losses(reference)
     assert [event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "checkpoint"][-1]["step"] == STEPS
@@ -141,8 +166,7 @@ def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
 
 def test_killed_ranks_go_on_from_memory_and_are_bit_equal(place, reference):
     """With replicas, though storage takes its time: what was saved in memory alone is used, and then put on disk."""
-    process = train(place, "checkpoint.replica=peer")
-    wait_for_step(place, process, 8)
+    process = hold(place, 9, "checkpoint.replica=peer")
     pids = descendants(process.pid)
     assert len([pid for pid in pids if "replica.keeper" in command(pid)]) == 2
     others = [pid for pid in pids if "efflaunch.checkpoint" not in command(pid)]
@@ -185,32 +209,40 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
 
 @pytest.mark.slow
 def test_a_killed_agent_leaves_nothing_and_resumes_bit_equal(place, reference):
-    process = train(place, "checkpoint.replica=peer")
-    wait_for_step(place, process, 8)
+    process = hold(place, 9, "checkpoint.replica=peer")
     pids = descendants(process.pid)
     agents = [pid for pid in pids if "launcher.agent" in command(pid) and psutil.Process(pid).ppid() == process.pid]
     os.kill(agents[0], signal.SIGKILL)
-    process.wait(200)
-    deadline = time.monotonic() + 60
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes outlived the agent"
-        time.sleep(0.1)
+    process.wait(ENDS_S)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "processes outlived the agent")
     run(place, "resume", "runs/run")
     assert losses(place) == losses(reference)
 
 
 def test_everything_killed_then_resumed_is_bit_equal(place, reference):
-    process = train(place)
-    wait_for_step(place, process, 12)
+    process = hold(place, 13)
     pids = descendants(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 120
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes outlived efflaunch"
-        time.sleep(0.1)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "processes outlived efflaunch")
     run(place, "resume", "runs/run")
     assert losses(place) == losses(reference)
+
+
+def test_a_stopped_rank_costs_nothing_but_time(place, reference):
+    """It is noticed, named and killed, and the loss curve is that of a run nothing happened to, bit by bit."""
+    soon = ("launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_long_s=1h")
+    stopped = {"STOP_RANK": "1", "STOP_STEP": "8", "FAKE_CLOCK": "rest"}
+    finish(start(place, "train", *BASE, "train.steps=12", *soon, script=SIDE, **stopped), place)
+    assert losses(place) == {step: loss for step, loss in losses(reference).items() if step <= 12}
+    state = read_state(place / "runs" / "run")
+    assert state is not None and len(state.attempts) == 2
+    failure = state.attempts[0].failure
+    assert failure is not None and failure.rank == 1 and "is stopped and cannot run (reading data, after step 7)" in failure.message
+    logs = place / "runs" / "run" / "logs" / "attempt-1"
+    assert (logs / "stacks-1.txt").is_file()
+    waiting = (logs / "stacks-0.txt").read_text()
+    assert "backward_step" in waiting and "training/trainer.py" in waiting
 
 
 def test_done_and_then_more_steps_is_bit_equal(place, reference):

@@ -38,7 +38,6 @@ def test_a_saved_run_is_read(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["verified"]
 
 
-@pytest.mark.timeout(900)
 def test_a_saved_run_is_resumed(place: Path) -> None:
     run(place, "resume", "runs/run", "train.steps=8", "launcher.grace_s=600")
     events = [json.loads(line) for line in (place / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]

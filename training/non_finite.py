@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import NonFiniteLossError
+from ..parallel.topology import whole_world
 from .data.shard import PackedShard
 
 NUM_NAMED = 8
@@ -77,8 +78,9 @@ def non_finite(
         if not math.isfinite(share)
         for found in _tokens_of(works[index], watch.spans(index, works[index].shard))
     ]
-    everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    world = whole_world()
+    everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size(world)
+    dist.all_gather_object(everyone, mine, group=world)
     ranks = ", ".join(str(rank) for rank, found in enumerate(everyone) if found)
     documents = [source.describe(step, *span) for span in _merged([span for found in everyone for span in found or ()])]
     more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""

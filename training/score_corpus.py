@@ -58,37 +58,37 @@ def fill_scores(
     `weights`: a name of the weights the model has now; an unfinished attempt with others, or other documents, is begun anew.
     `plan`: from the lengths of some sequences to who computes which. `report` is told how far it is. Collective over all ranks.
     """
-    rows = np.flatnonzero(np.isin(session.source.table.corpus, missing))
-    store = _Store(session.source, run_dir, missing, weights) if dist.get_rank() == 0 else None
+    rows, world = np.flatnonzero(np.isin(session.source.table.corpus, missing)), session.topology
+    store = _Store(session.source, run_dir, missing, weights) if world.rank == 0 else None
     first = torch.tensor(store.rows_done if store is not None else 0, device=session.device)
-    dist.broadcast(first, 0)
+    dist.broadcast(first, 0, group=world.world)
     done, total = int(first), int(session.source.table.lengths_of(rows).sum())
     tokens_done, source = int(session.source.table.lengths_of(rows[:done]).sum()), session.source.in_order(rows[done:])
     begun = time.monotonic()
     for step in range(source.sampler.num_steps):  # type: ignore[union-attr]
         lengths = source.lengths(step)
         found = _score_step(session, source, step, plan(lengths))
-        gathered: list[Any] | None = [None] * dist.get_world_size() if store is not None else None
-        dist.gather_object(found, gathered)
+        gathered: list[Any] | None = [None] * world.world_size if store is not None else None
+        dist.gather_object(found, gathered, dst=0, group=world.world)
         done, tokens_done = done + len(lengths), tokens_done + sum(lengths)
         if store is not None and gathered is not None:
             store.add([piece for pieces in gathered for piece in pieces], done)
             if store.is_due or done == len(rows):
                 store.commit()
                 report("score", done_tokens=tokens_done, total_tokens=total, elapsed_s=time.monotonic() - begun)
-        if _any_rank(stop.requested, session.device) and done < len(rows):
+        if _any_rank(stop.requested, session) and done < len(rows):
             if store is not None:
                 store.commit()
             return False
     if store is not None:
         store.finish()
-    dist.barrier()
+    dist.barrier(group=world.world)
     return True
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    told = torch.tensor(int(flag), device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
+def _any_rank(flag: bool, session: Session) -> bool:
+    told = torch.tensor(int(flag), device=session.device)
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=session.topology.world)
     return bool(told)
 
 
@@ -96,7 +96,7 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
 def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan) -> list[ScoredTokens]:
     """This rank's part of the sequences of a step."""
     found: list[ScoredTokens] = []
-    for work in read_step(source, step, plan, session.topology.rank):
+    for work in read_step(source, step, plan, session.topology.stage_rank):
         attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, BusyClock(session.device))
         values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
         found += _pieces(source, step, work, values)

@@ -25,6 +25,8 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..parallel.sharding.engine import FSDP2
+from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
@@ -45,7 +47,7 @@ from .session import Session, build_session, closing_store, join_ranks, plain_co
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
 from .step_planner import Costs, StepPlanner, Totals, settle_costs
 
-PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
+PRELOAD = ("torch.distributed.checkpoint.state_dict", *FSDP2.preload)
 """What the agent imports once, before it forks the ranks."""
 
 
@@ -72,7 +74,7 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
         code = run.loop(stop)
         with pulse.long("closing"):
             # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
-            run.session.engine.close()
+            run.session.checkpointer.close()
         return code
     finally:
         if service is not None:
@@ -81,7 +83,7 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
 
 
 def _plan_service(config: RunSettings) -> PlanService | None:
-    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank() == 0
+    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank(whole_world()) == 0
     return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
 
 
@@ -95,12 +97,12 @@ class _Run:
         pulse: Heartbeat,
         arena: Arena | None = None,
     ) -> None:
-        self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
+        self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(whole_world()), run_dir, pulse
         self.saves = Saves()
         pulse.at("building the model")
         self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
         pulse.at("looking for a checkpoint")
-        restored = self.session.engine.restore(lambda: pulse.at("reading a checkpoint"))
+        restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
         self.done = self.began = restored.step if restored is not None else 0
         self.first_loss: float | None = extra.get("first_loss")
@@ -113,7 +115,9 @@ class _Run:
         self.step_s: list[float] = []
         self.pace = Pace()
         self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
-        self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
+        self.saves.begin(
+            self.session.checkpointer, self.metrics.write, None if restored is None or not restored.is_durable else restored.step
+        )
         self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         self.costs: Costs = settle_costs(config, self.session.ledger.inputs, device, extra.get("costs"))
@@ -128,7 +132,7 @@ class _Run:
         self.position.listener = pulse.at
         self.low_on_host: tuple[int, int] | None = None
         """The first rank whose node has next to nothing left, and the bytes it has."""
-        self.hosts = host_names()
+        self.hosts = host_names(self.session.topology.world)
         self._write_start(restored)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
@@ -162,14 +166,14 @@ class _Run:
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 last = self.done == self.config.train.steps
-                if stopping or last or self.session.engine.due(self.done):
+                if stopping or last or self.session.checkpointer.due(self.done):
                     self._save(final=stopping or last)
                 if stopping or last:
                     with self.pulse.long("waiting for the checkpoint"):
                         self.saves.check(self.done, mirrored=last)
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
-                    self.session.engine.wait()
+                    self.session.checkpointer.wait()
                     raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=f"efflaunch resume {self.run_dir}")
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
@@ -195,7 +199,7 @@ class _Run:
         plan = self.planner.plan(self.done)
         self.pulse.expect(self.pace.expected_s(plan.predicted_s))
         self.position.at("reading data")
-        works = read_step(self.session.source, self.done, plan, self.rank)
+        works = read_step(self.session.source, self.done, plan, self.session.topology.stage_rank)
         with self.allocator.step(step_shape(works)):
             told, numbers, backward_s = self._update(plan, works, stop)
         self._finish_step(told, plan, numbers, started, backward_s)
@@ -204,11 +208,11 @@ class _Run:
     def _update(self, plan: StepPlan, works: list[MicroBatchWork], stop: Stop) -> tuple[Results, dict[str, Any], float]:
         """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
         step, session, updater = self.done, self.session, self.session.updater
-        targets = count_targets(works, session.device)
+        targets = count_targets(works, session.topology, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
         rate = learning_rate(self.config.optim, step, self.config.train.steps)
-        updater.start(rate, session.engine.wait_for_snapshot)
+        updater.start(rate, session.checkpointer.wait_for_snapshot)
         if updater.measures_first:
             shares = self._backward(works, self._objective(plan, targets), watch)
             self._check_finite(updater.finish_measuring(), shares, works, watch)
@@ -216,7 +220,9 @@ class _Run:
         shares = self._backward(works, objective, watch, clocks)
         self.position.at("gathering results")
         tokens = sum(work.shard.num_tokens for work in works)
-        told = gather_results(shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested)
+        told = gather_results(
+            session.topology.world, shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested
+        )
         backward_s = time.monotonic() - begun
         self.position.at("optimizer")
         found = updater.finish()
@@ -233,21 +239,8 @@ class _Run:
         self, works: list[MicroBatchWork], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
     ) -> torch.Tensor:
         """One pass over the step: this rank's losses; gradients go where the updater takes them."""
-        session = self.session
-        return backward_step(
-            session.model,
-            session.topology,
-            session.kernel,
-            works,
-            num_targets=objective.count,
-            reduce_each=session.reduce_each,
-            device=session.device,
-            barrier_free=self.config.parallel.barrier_free,
-            clocks=clocks,
-            watch=watch,
-            objective=objective,
-            on_last=session.updater.last,
-        )
+        on_last = self.session.updater.last
+        return backward_step(self.session.step_setup, works, objective, clocks=clocks, watch=watch, on_last=on_last)
 
     def _peak(self) -> int:
         """The most this rank has taken so far: with a planned arena of the plan, else what the certificate is held against."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 900.0
 _PROGRAMS = ("unshare", "ip")
 # The shell is process 1 of the node and reaps what the node leaves behind. Words after it: the node's command.
 _SHELL = """\

@@ -12,6 +12,8 @@ from .term import Phase, Term
 
 def loss_chunk(inputs: PlanInputs) -> Term:
     """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
+    if not inputs.has_head:
+        return Term("loss chunk", "", {Phase.LOSS: 0})
     chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
     narrow, wide = inputs.width * words * chunk, inputs.master * words * chunk
     bent = 3 * wide * _softcap(inputs)
@@ -24,8 +26,8 @@ def loss_chunk(inputs: PlanInputs) -> Term:
 def scratch(inputs: PlanInputs) -> Term:
     """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
     chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
-    exponentials = inputs.master * words * chunk
-    beside = inputs.master * words * chunk * (1 + 3 * _softcap(inputs))
+    exponentials = inputs.master * words * chunk * inputs.has_head
+    beside = exponentials * (1 + 3 * _softcap(inputs))
     counted = loss_chunk(inputs).by_phase[Phase.LOSS]
     return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
 

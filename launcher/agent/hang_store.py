@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,14 @@ _ANSWER_S = 90.0
 class StoreOthers:
     """hang.Others over a torch store. A store that is gone took the head with it, and the agents notice that by themselves."""
 
-    def __init__(self, store: TCPStore, node: int, num_nodes: int) -> None:
-        self._store, self._node, self._num_nodes = store, node, num_nodes
-        self._polled = 0.0
+    def __init__(self, store: TCPStore, node: int, num_nodes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._node, self._num_nodes, self._clock = store, node, num_nodes, clock
+        self._looked = -math.inf
 
     def asked(self) -> bool:
-        if time.monotonic() - self._polled < _POLL_S:
+        if self._clock() - self._looked < _POLL_S:
             return False
-        self._polled = time.monotonic()
+        self._looked = self._clock()
         try:
             return bool(self._store.check(["hang/asked"]))
         except _dist_error():
@@ -33,7 +35,8 @@ class StoreOthers:
 
     def ask(self) -> None:
         try:
-            self._store.set("hang/asked", str(self._node))
+            # Counted, not set: only this is answered, and so seen by whoever looks from now on.
+            self._store.add("hang/asked", 1)
         except _dist_error():
             pass
 

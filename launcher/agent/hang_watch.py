@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,9 +50,18 @@ class Others(Protocol):
 class HangWatch:
     """One attempt of the ranks of one node. To be closed."""
 
-    def __init__(self, run_dir: Path, number: int, ranks: range, config: LauncherConfig, others: Others | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        number: int,
+        ranks: range,
+        config: LauncherConfig,
+        others: Others | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._run_dir, self._number, self._ranks, self._others = run_dir, number, ranks, others
-        self._limits = limits_of(config)
+        self._limits, self._clock = limits_of(config), clock
         self._board = HeartbeatBoard(len(ranks))
         self._silences = Silences()
         self._told: float | None = None
@@ -66,7 +75,7 @@ class HangWatch:
 
     def look(self, pids: Mapping[int, int]) -> Failure | None:
         """The failure of the attempt, where its ranks hang; `pids` of those that run. Takes a while only when they do."""
-        now = time.monotonic()
+        now = self._clock()
         self._silences.look({rank: self._board.beat(self._local(rank)) for rank in self._ranks}, now)
         self._tell(now)
         asked = self._others is not None and self._others.asked()

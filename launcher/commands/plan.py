@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import EXIT_DONE
 from ...estimate.certificate import RECORD, certify
+from ...estimate.footprint.activations import class_splits
 from ...estimate.ledger import Account, Ledger
 from ...estimate.solver.report import SolveReport, describe_policy
 from ...estimate.suggestions import Suggestion, suggest
@@ -192,7 +193,7 @@ def _policy(ledger: Ledger) -> dict[str, Any]:
     return {
         "words": list(describe_policy(policy, ledger.inputs)),
         "graph": policy.graph,
-        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
+        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in class_splits(ledger.inputs).items()},
         "segment_layers": policy.segment_layers,
         "chunk_tokens": policy.chunk_tokens,
         "attention": policy.attention.value,

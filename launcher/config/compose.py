@@ -52,6 +52,7 @@ def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
     from ...memory.config import check_memory
     from ...training.optimizers.check import check_residency
+    from ...training.optimizers.engine_check import check_engine, engine_facts
     from ...training.optimizers.lr_schedule import check_optim
     from ...training.reporting.metrics import check_logging
     from ..env import secrets
@@ -63,6 +64,7 @@ def check_config(config: Config) -> None:
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)
     check_residency(config.optim, config.train.dtype)
+    check_engine(engine_facts(config), config)
     check_logging(config.logging)
 
 

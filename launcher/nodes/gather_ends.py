@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ class Ends:
     They are counted, not listed: with hundreds of nodes a look costs the head as little as with two.
     """
 
-    def __init__(self, store: TCPStore, num_nodes: int) -> None:
-        self._store, self._num_nodes = store, num_nodes
+    def __init__(self, store: TCPStore, num_nodes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._num_nodes, self._clock = store, num_nodes, clock
         self._ending_since: float | None = None
         self._has_failed = False
 
@@ -48,7 +49,7 @@ class Ends:
         since = self._say_ending()
         self._count("ended", 1)
         while (ended := self._count("ended")) is not None and ended < self._num_nodes:
-            passed = time.monotonic() - since
+            passed = self._clock() - since
             if passed > _END_S or (passed > _NOTICE_S and ended >= (self._count("ending") or 0)):
                 return
             time.sleep(_POLL_S)
@@ -56,7 +57,7 @@ class Ends:
     def _say_ending(self) -> float:
         """Have the others know that this agent lives; returns since when they do."""
         if self._ending_since is None:
-            self._ending_since = time.monotonic()
+            self._ending_since = self._clock()
             self._count("ending", 1)
         return self._ending_since
 

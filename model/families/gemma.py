@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...parallel.sequence.attention import AttentionSpec
-from .llama import HeadNormLayer, LlamaLayer, linear
+from .llama import HeadNormLayer, LlamaLayer
 
 
 class Gemma2Layer(LlamaLayer):
     """Sandwich norms around attention and MLP."""
+
+    norms = (*LlamaLayer.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
@@ -26,19 +28,21 @@ class Gemma2Layer(LlamaLayer):
 
     def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
         # The norm's gradient needs the projected values, so there is no graph without them.
-        return x + self.layer.post_attention_layernorm(self.attention.o_proj(o.flatten(1)))  # type: ignore[no-any-return,operator]
+        return x + self.layer.post_attention_layernorm(self.projection("self_attn.o_proj")(o.flatten(1)))  # type: ignore[no-any-return,operator]
 
     def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
-        mlp, h = self.layer.mlp, self.layer.pre_feedforward_layernorm(x)  # type: ignore[operator]
-        return linear(mlp.gate_proj, h, graph), linear(mlp.up_proj, h, graph)  # type: ignore[arg-type,union-attr]
+        h = self.layer.pre_feedforward_layernorm(x)  # type: ignore[operator]
+        return self.projection("mlp.gate_proj")(h, graph=graph), self.projection("mlp.up_proj")(h, graph=graph)
 
     def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
-        mlp = self.layer.mlp
-        return x + self.layer.post_feedforward_layernorm(mlp.down_proj(mlp.act_fn(gate) * up))  # type: ignore[no-any-return,union-attr,operator]
+        down, norm = self.projection("mlp.down_proj"), self.layer.post_feedforward_layernorm
+        return x + norm(down(self.layer.mlp.act_fn(gate) * up))  # type: ignore[no-any-return,union-attr,operator]
 
 
 class Gemma3Layer(Gemma2Layer, HeadNormLayer):
     """Adds per-head norms of q and k, and a rotary table per kind of layer."""
+
+    norms = (*Gemma2Layer.norms, "self_attn.q_norm", "self_attn.k_norm")
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from efflaunch.bench import arena
 from efflaunch.bench.report import section
+from efflaunch.tests.limits import ENDS_S
 
 
-@pytest.mark.timeout(300)
 def test_own_traces_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "two.csv").write_text("id,lower,upper,size\n1,0,2,5\n2,1,3,7\n")
     out = tmp_path / "arena.json"
-    assert arena.main(["--json", str(out), "--layers", "1", "--seconds", "5", "--own", "2", str(tmp_path / "two.csv")]) == 0
+    assert arena.main(["--json", str(out), "--layers", "1", "--seconds", str(ENDS_S), "--own", "2", str(tmp_path / "two.csv")]) == 0
     result = json.loads(out.read_text())
     assert len(result["rows"]) == 2 and result["worst_ratio"] <= 1.01
     for row in result["rows"]:

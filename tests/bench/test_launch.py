@@ -10,8 +10,6 @@ import pytest
 from efflaunch.bench import launch, report
 from efflaunch.bench.launch_places import CONTESTANTS, Contestant
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_medians_minima_and_differences_within_a_round() -> None:
     lives = {

@@ -20,11 +20,12 @@ from efflaunch.bench.peers.shape import LLAMA_8B, Chunks, Shape, Task
 from efflaunch.bench.slopes import at_llama_8b, fit_line, max_tokens, max_tokens_by_segments
 from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.policy import MOVED, MemoryPolicy
+from efflaunch.tests.limits import ENDS_S
 
 AUTO = {"auto": MemoryPolicy(layer_input=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=1, segment_layers=2)}
 """As the solver has it where everything is full."""
 NEEDS = {"deepspeed_alst": "deepspeed", "deepspeed_alst_as_shipped": "deepspeed", "streambp_released": "streambp"}
-CHUNK = 64
+CHUNK = 16
 TASK = Task(Shape(4, 8), 4, 0, Chunks(layer=CHUNK, loss=8, streambp_layer=CHUNK, streambp_loss=8))
 
 
@@ -208,7 +209,7 @@ def test_a_job_that_cannot_end_in_time_is_not_begun() -> None:
 
 def test_a_failed_job_is_recorded() -> None:
     job = {"kind": "nothing", "device": "cpu", "allocator": "default"}
-    assert "no such job" in gpu_memory._run_apart(job, 120.0)["error"]
+    assert "no such job" in gpu_memory._run_apart(job, ENDS_S)["error"]
 
 
 def test_flops_of_llama_8b() -> None:

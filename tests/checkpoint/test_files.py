@@ -12,6 +12,7 @@ import pytest
 from efflaunch.checkpoint import files
 from efflaunch.checkpoint.manifest import FileRecord, Manifest, digest, manifest_name
 from efflaunch.checkpoint.verify import damage
+from efflaunch.tests.limits import ENDS_S
 
 
 def _written(folder: Path, step: int, content: bytes = b"data", *, ranks: int = 2, attempt: str = "run-1") -> Path:
@@ -147,7 +148,7 @@ def test_a_flusher_that_still_writes_is_waited_for(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as flusher:
         assert flusher.stdout is not None
         flusher.stdout.readline()
-        assert files.settle_leftovers(tmp_path, 30) == [1]
+        assert files.settle_leftovers(tmp_path, ENDS_S) == [1]
     assert damage(tmp_path / "step-00000001") == []
 
 

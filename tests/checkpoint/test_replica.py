@@ -25,6 +25,7 @@ from efflaunch.checkpoint.replica.plan import Held, held_bytes, keepers_of, solv
 from efflaunch.checkpoint.replica.stream import Address, GoneError, connect, connect_here
 from efflaunch.checkpoint.restore import Restored
 from efflaunch.checkpoint.sizes import replica_bytes
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.ranks import RankPool
 
 NODES = [["a"], ["a", "a"], ["a", "b"], ["a", "a", "b", "b"], ["a", "b", "c"], ["a", "a", "a", "b"]]
@@ -225,7 +226,7 @@ def test_a_node_that_lost_its_memory_reads_the_peers_copy_or_the_disk(
 def _keeper_dies_between(folder: Path) -> tuple[list[int | None], list[str | None]]:
     errors: list[str | None] = []
     state = State()
-    engine = state.engine(folder, node="n", replica=Replica.PEER, commit_timeout_s=20.0)
+    engine = state.engine(folder, node="n", replica=Replica.PEER)
     engine._on_replica = lambda report: errors.append(report.error)
     seen: list[int | None] = []
     for step in range(1, 6):
@@ -249,9 +250,12 @@ def test_a_keeper_that_dies_is_named_and_replaced_while_training_goes_on(pool: R
 
 def _stopped_keeper(folder: Path) -> list[tuple[int, str | None]]:
     heard: list[tuple[int, str | None]] = []
-    state, engine = _engine(folder, commit_timeout_s=3.0)
+    state, engine = _engine(folder)
     engine._on_replica = lambda report: heard.append((report.step, report.error))
     _step(state, engine, 1)
+    # From here on only replicas are given up soon: nothing else may wait for a keeper that hangs.
+    assert engine._replicas is not None
+    engine._replicas.timeout_s = 0.5
     dist.barrier()
     victim = _keepers(engine).pid
     if dist.get_rank() == 1:
@@ -347,7 +351,7 @@ def test_a_keeper_ends_when_the_agent_does(tmp_path: Path) -> None:
     agent.wait()
     import select
 
-    assert select.select([descriptor], [], [], 60)[0]
+    assert select.select([descriptor], [], [], ENDS_S)[0]
     os.close(descriptor)
 
 
@@ -402,7 +406,7 @@ def _die_after_snapshot(folder: Path) -> None:
     state.set(2)
     engine.save(2, {"step": 2})
     attempt: Any = engine._latest
-    assert attempt.copied.wait(30)
+    attempt.copied.wait()
     dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 

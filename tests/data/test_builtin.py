@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.training.data import builtin
 from efflaunch.training.data.builtin import builtin_corpus, stdlib_files, train_tokenizer
 from efflaunch.training.data.config import DataConfig
@@ -88,7 +89,7 @@ def test_several_processes_build_once(tmp_path: Path) -> None:
     cache.mkdir()
     command = [sys.executable, "-c", _BUILD, __file__, str(cache)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = {process.communicate(timeout=120)[0] for process in started}
+    outputs = {process.communicate(timeout=ENDS_S)[0] for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(outputs) == 1 and IndexedCorpus(outputs.pop().strip()).num_documents == 1
     assert (cache / "built").read_text() == "once\n"

@@ -15,6 +15,7 @@ import pytest
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.commands import data_progress
 from efflaunch.launcher.commands.data_progress import progress_text, show_progress
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.pages import bash_blocks, run_page
 from efflaunch.training.data import prepare as prepare_module
 from efflaunch.training.data.prepare import PrepareProgress
@@ -99,7 +100,7 @@ def test_help_imports_nothing_heavy() -> None:
         "try:\n    main(['data', 'prepare', '--help'])\nexcept SystemExit:\n    pass\n"
         "print({'torch', 'numpy', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'rich'} & set(sys.modules), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENDS_S)
     assert done.stderr.strip() == "set()"
     assert "--text-field NAME" in done.stdout and "goes on where it was" in done.stdout
 

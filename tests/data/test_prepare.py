@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import DataError
+from efflaunch.tests.limits import ENDS_S, wait_until
 from efflaunch.training.data import inputs as inputs_module
 from efflaunch.training.data.builtin import train_tokenizer
 from efflaunch.training.data.encode import EncodeOptions
@@ -104,7 +104,7 @@ def test_several_processes_write_the_same_bytes(whole: Path, everything: list[st
 def _run(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
     path = folder.parent / f"{folder.name}.settings.json"
     path.write_text(json.dumps(settings))
-    return subprocess.run([sys.executable, str(PROCESS), str(path)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(PROCESS), str(path)], capture_output=True, text=True, timeout=ENDS_S)
 
 
 def test_killed_and_run_again_gives_the_same_bytes(whole: Path, everything: list[str], tokenizer: str, tmp_path: Path) -> None:
@@ -130,10 +130,7 @@ def test_workers_do_not_outlive_a_killed_parent(everything: list[str], tokenizer
     assert killed.returncode == -9, killed.stderr
     workers = json.loads(killed.stdout)
     assert len(workers) == 2
-    deadline = time.monotonic() + 60
-    while any(_alive(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(_alive(worker) for worker in workers)
+    wait_until(lambda: not any(_alive(worker) for worker in workers), "workers outlived their parent")
 
 
 def _alive(pid: int) -> bool:

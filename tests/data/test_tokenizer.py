@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import DataError
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.training.data.builtin import train_tokenizer
 from efflaunch.training.data.tokenizer import load_tokenizer, read_vocabulary
 
@@ -46,7 +47,7 @@ def test_loading_a_plain_tokenizer_leaves_torch_out(tokenizer: Path) -> None:
         "import sys\nfrom efflaunch.training.data.tokenizer import load_tokenizer\n"
         "load_tokenizer(sys.argv[1])\nprint('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tokenizer)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(tokenizer)], capture_output=True, text=True, timeout=ENDS_S)
     assert done.stdout == "False\n", done.stderr
 
 

@@ -15,6 +15,11 @@ from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.launcher.rundir.state import RunState, read_state
 from efflaunch.tests.launcher.runs import HERE, environment
 
+FAKE = HERE / "drive.py"
+"""The efflaunch command with the fake training function."""
+HELD = HERE.parent / "slow_side.py"
+"""With the real one, held at the steps of HOLD_STEPS."""
+
 
 @dataclass
 class ClusterJob(ABC):
@@ -40,6 +45,15 @@ class ClusterJob(ABC):
 
         wait_until(reached, f"step {step}")
 
+    def wait_until_held(self, marker: str) -> None:
+        """Until a rank has made that file of the run directory and waits."""
+
+        def held() -> bool:
+            assert not self.has_ended(), self.output()
+            return (self.run_dir / marker).exists()
+
+        wait_until(held, marker)
+
     def state(self) -> RunState:
         state = read_state(self.run_dir)
         assert state is not None
@@ -55,10 +69,10 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def run_efflaunch(
-    cluster: Mapping[str, str], place: Path, *words: str, fake: bool = True, expect: int = 0, variables: Mapping[str, str]
+    cluster: Mapping[str, str], place: Path, *words: str, script: Path | None = FAKE, expect: int = 0, variables: Mapping[str, str]
 ) -> str:
-    """What an efflaunch command prints in `place`, given the variables of a cluster and more; `fake`: with the fake training function."""
-    command = [sys.executable, str(HERE / "drive.py")] if fake else [sys.executable, "-m", "efflaunch"]
+    """What an efflaunch command prints in `place`, given the variables of a cluster and more; `script`: with its training function."""
+    command = [sys.executable, "-m", "efflaunch"] if script is None else [sys.executable, str(script)]
     env = {**environment(), **cluster, "PYTHONPATH": environment()["PYTHONPATH"], **variables}
     done = subprocess.run([*command, *words], cwd=place, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == expect, done.stdout + done.stderr

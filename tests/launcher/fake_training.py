@@ -1,7 +1,9 @@
 """A training function for tests of the launcher: real gloo ranks that add numbers, write metrics and save a number.
 
 What goes wrong is read from FAKE_TRAINING, a list of `what:rank:step` separated by commas; each happens once, unless it
-ends in `!`. `FAKE_STEP_S` is the length of a step.
+ends in `!`. `hold` waits for the file `released` in the run directory: what a test does meanwhile happens at that step.
+`FAKE_STEP_S` is the length of a step. FAKE_CLOCK=rest: hangs are timed by rest.RestClock. FAKE_IMPORT: a file; an agent that
+imports this module makes it, and has imported the module once it was told to stop.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import torch.distributed as dist
 from efflaunch.errors import EXIT_DONE, EXIT_PREEMPTED, DataError
 from efflaunch.launcher.agent.signals import StopFlag
 from efflaunch.launcher.config.run_config import Config
+from efflaunch.tests.launcher import rest
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.utils.heartbeat import Heartbeat
 
 PRELOAD = ("torch.distributed",)
@@ -30,7 +34,7 @@ def train(config: Config, run_dir: Path, stop: StopFlag, pulse: Heartbeat) -> in
     """Count to config.train.steps, saving every config.checkpoint.every_steps."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     write_pid(run_dir, rank)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=ENDS_S))
     first = _newest_checkpoint(run_dir)
     if rank == 0:
         _write(
@@ -79,7 +83,16 @@ def go_wrong(run_dir: Path, rank: int, step: int | str) -> None:
         if is_once and marker.exists():
             continue
         marker.touch()
-        _ACTIONS[what]()
+        if what == "hold":
+            wait_for(run_dir / "released")
+        else:
+            _ACTIONS[what]()
+
+
+def wait_for(file: Path) -> None:
+    """Until it is there."""
+    while not file.exists():
+        time.sleep(0.01)
 
 
 def _mishaps(rank: int, step: int | str) -> Iterator[tuple[str, bool]]:
@@ -136,3 +149,13 @@ def _newest_checkpoint(run_dir: Path) -> int:
 def _write(run_dir: Path, **event: Any) -> None:
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+
+if os.environ.get("FAKE_CLOCK") == "rest":
+    # A rank deaf to everything is not waited for: it writes no stacks, and which ones do is not looked at then.
+    rest.install(answer_s=5.0 if "hang:" in os.environ.get("FAKE_TRAINING", "") else 120.0)
+_agent = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+if _agent is not None and os.environ.get("FAKE_IMPORT"):
+    Path(os.environ["FAKE_IMPORT"]).touch()
+    while not _agent.stopping:
+        time.sleep(0.01)

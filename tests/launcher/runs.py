@@ -7,22 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import efflaunch
 from efflaunch.launcher.rundir.metrics_reader import newest_step
 from efflaunch.launcher.rundir.state import RunState, read_state
+from efflaunch.tests.limits import ENDS_S, wait_until
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(efflaunch.__file__).parent / "tests" / "launcher"
+"""By the name the package has, not where a link leads: what lies below it is known for its own in stacks."""
 BASE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain")
-TIMEOUT_S = 180.0
 
 
 class Run:
     """One efflaunch process in a directory of its own."""
 
-    def __init__(self, directory: Path, *words: str, mishaps: str = "", step_s: float = 0.02) -> None:
+    def __init__(self, directory: Path, *words: str, mishaps: str = "", step_s: float = 0.02, **variables: str) -> None:
         self.run_dir = directory / "runs" / "run"
         self.output = directory / f"output-{time.monotonic_ns()}"
         self.errors = self.output.with_suffix(".errors")
@@ -30,18 +30,27 @@ class Run:
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "drive.py"), *words],
                 cwd=directory,
-                env=environment() | {"FAKE_TRAINING": mishaps, "FAKE_STEP_S": str(step_s)},
+                env=environment() | {"FAKE_TRAINING": mishaps, "FAKE_STEP_S": str(step_s)} | variables,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
             )
 
     def wait(self) -> int:
-        return self.process.wait(TIMEOUT_S)
+        return self.process.wait(ENDS_S)
 
     def wait_for_step(self, step: int) -> None:
         wait_until(lambda: newest_step(self.run_dir) >= step or self.process.poll() is not None)
         assert self.process.poll() is None, self.text()
+
+    def wait_until_held(self, rank: int, step: int) -> None:
+        """Until `rank`, whose mishap is `hold`, waits at the beginning of `step`."""
+        wait_until(lambda: (self.run_dir / f"happened-hold-{rank}-{step}").exists() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.text()
+
+    def release(self) -> None:
+        """Ranks that are held go on."""
+        (self.run_dir / "released").touch(0o600)
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -58,9 +67,9 @@ class Run:
         return int((self.run_dir / f"rank-{rank}.pid").read_text())
 
 
-def train(directory: Path, *overrides: str, mishaps: str = "", step_s: float = 0.02, steps: int = 12) -> Run:
+def train(directory: Path, *overrides: str, mishaps: str = "", step_s: float = 0.02, steps: int = 12, **variables: str) -> Run:
     """`efflaunch train` with two fake ranks."""
-    return Run(directory, "train", *BASE, f"train.steps={steps}", *overrides, mishaps=mishaps, step_s=step_s)
+    return Run(directory, "train", *BASE, f"train.steps={steps}", *overrides, mishaps=mishaps, step_s=step_s, **variables)
 
 
 def environment() -> dict[str, str]:
@@ -68,14 +77,6 @@ def environment() -> dict[str, str]:
     parent = Path(efflaunch.__file__).resolve().parent.parent
     path = os.pathsep.join([str(HERE), str(parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll until it holds; AssertionError after a long while."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

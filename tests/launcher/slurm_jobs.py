@@ -7,6 +7,7 @@ from pathlib import Path
 
 from efflaunch.bench.clusters.slurm import SlurmCluster
 from efflaunch.launcher.slurm.files import submitted_job
+from efflaunch.tests.launcher.cluster_jobs import FAKE as FAKE_TRAINING
 from efflaunch.tests.launcher.cluster_jobs import ClusterJob, run_efflaunch
 
 FAKE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "launcher=slurm", "cluster.num_nodes=2")
@@ -36,9 +37,11 @@ class Job(ClusterJob):
         return "".join(path.read_text() for path in sorted((self.run_dir / "slurm").glob("*.out")))
 
 
-def efflaunch(cluster: SlurmCluster, place: Path, *words: str, fake: bool = True, expect: int = 0, **variables: str) -> str:
+def efflaunch(
+    cluster: SlurmCluster, place: Path, *words: str, script: Path | None = FAKE_TRAINING, expect: int = 0, **variables: str
+) -> str:
     """What an efflaunch command prints; with the fake training function unless told otherwise."""
-    return run_efflaunch(cluster.environment, place, *words, fake=fake, expect=expect, variables=variables)
+    return run_efflaunch(cluster.environment, place, *words, script=script, expect=expect, variables=variables)
 
 
 def submit(cluster: SlurmCluster, place: Path, name: str, *words: str, mishaps: str = "", step_s: float = 0.02) -> Job:

@@ -17,11 +17,12 @@ from efflaunch.launcher.commands import COMMANDS
 from efflaunch.launcher.commands.completion import SHELLS, complete, script
 from efflaunch.launcher.config.schema import config_keys
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 
 
 def efflaunch(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "efflaunch", *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "efflaunch", *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=ENDS_S
     )
 
 
@@ -151,7 +152,7 @@ def test_completion_in_a_real_bash(tmp_path: Path) -> None:
     try "efflaunch train memory=k"
     """
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(["bash", "-c", test], env=environment() | {"PATH": path}, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", "-c", test], env=environment() | {"PATH": path}, capture_output=True, text=True, timeout=ENDS_S)
     assert result.stdout.splitlines() == ["plan", "llama8b_1M", "keep"], result.stderr
 
 
@@ -160,7 +161,7 @@ HEAVY = ["torch", "ray", "transformers", "hydra", "omegaconf", "numpy", "yaml", 
 
 def imported_by(*words: str) -> set[str]:
     code = f"import sys, json; from efflaunch.launcher.cli import main; main({list(words)!r}); print(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=ENDS_S, check=True)
     return {name.partition(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
 
 

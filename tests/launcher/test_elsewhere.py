@@ -28,8 +28,16 @@ def queued(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def stands(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    monkeypatch.setattr(SlurmLauncher, "status", lambda self, run_dir, known: Standing(state=what, detail=f"job 17 {what}", job="17"))
+def stands(monkeypatch: pytest.MonkeyPatch, what: str) -> list[Path]:
+    """SLURM's answer; returns the run directories it is asked about from now on."""
+    asked: list[Path] = []
+
+    def status(self: SlurmLauncher, run_dir: Path, known: object) -> Standing:
+        asked.append(run_dir)
+        return Standing(state=what, detail=f"job 17 {what}", job="17")
+
+    monkeypatch.setattr(SlurmLauncher, "status", status)
+    return asked
 
 
 def test_a_queued_job_is_not_started_here(queued: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +50,14 @@ def test_a_queued_job_is_not_started_here(queued: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("what", ["died", state.DONE, state.PREEMPTED, "cancelled"])
 def test_one_that_is_over_is(queued: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    stands(monkeypatch, what)
+    """The other backend is asked, once, and what it answers counts."""
+    asked = stands(monkeypatch, what)
     check_elsewhere(LOCAL, queued)
+    assert asked == [queued]
 
 
-def test_a_new_run_has_no_elsewhere(tmp_path: Path) -> None:
+def test_a_new_run_has_no_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked."""
+    asked = stands(monkeypatch, state.QUEUED)
     check_elsewhere(LOCAL, tmp_path / "none")
+    assert asked == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +11,7 @@ from torch.distributed import TCPStore
 from efflaunch.launcher.agent.elastic import LOOPBACK
 from efflaunch.launcher.nodes import gather_ends as ends
 from efflaunch.launcher.nodes.gather_ends import Ends
+from efflaunch.tests.limits import ENDS_S, wait_until
 
 NODES = 3
 
@@ -24,8 +24,20 @@ def stores() -> Iterator[list[TCPStore]]:
     yield made
 
 
-def agents(stores: list[TCPStore]) -> list[Ends]:
-    return [Ends(store, NODES) for store in stores]
+class Clock:
+    """Stands still but for what each look at it adds."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.now_s, self.step_s, self.looks = 0.0, step_s, 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        self.now_s += self.step_s
+        return self.now_s
+
+
+def agents(stores: list[TCPStore], clock: Clock) -> list[Ends]:
+    return [Ends(store, NODES, clock=clock) for store in stores]
 
 
 def start(work: Callable[[], None]) -> threading.Thread:
@@ -34,50 +46,54 @@ def start(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_nobody_goes_before_the_slowest_has_reported(stores: list[TCPStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though noticing was to be a matter of milliseconds: the slow one said that it lives."""
-    monkeypatch.setattr(ends, "_NOTICE_S", 0.01)
-    first, head, slow = (agents(stores)[node] for node in (1, 0, 2))
+def test_nobody_goes_before_the_slowest_has_reported(stores: list[TCPStore]) -> None:
+    """Though the time for noticing is over: the slow one said that it lives."""
+    clock = Clock()
+    head, first, slow = agents(stores, clock)
     assert not head.failed_elsewhere() and not slow.failed_elsewhere()
     first.tell_failed()
     assert head.failed_elsewhere() and slow.failed_elsewhere()
     waiting = [start(agent.wait_for_others) for agent in (first, head)]
-    time.sleep(0.5)
+    clock.now_s += (ends._NOTICE_S + ends._END_S) / 2
+    looks = clock.looks
+    wait_until(lambda: clock.looks > looks + 6, "nobody looks at the clock")
     assert all(thread.is_alive() for thread in waiting)
     slow.wait_for_others()
     for thread in waiting:
-        thread.join(10)
+        thread.join(ENDS_S)
     assert not any(thread.is_alive() for thread in waiting)
 
 
-def test_one_that_was_cut_off_is_not_waited_for(stores: list[TCPStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ends, "_NOTICE_S", 0.3)
-    head, other, _ = agents(stores)
+def test_one_that_was_cut_off_is_not_waited_for(stores: list[TCPStore]) -> None:
+    """Longer than noticing may take, and not until the time for ending is over."""
+    clock = Clock()
+    head, other, _ = agents(stores, clock)
     other.tell_failed()
     assert head.failed_elsewhere()
-    start(head.wait_for_others)
-    began = time.monotonic()
+    waiting = start(head.wait_for_others)
+    wait_until(lambda: other._count("ended") == 1, "the head has not reported")
+    clock.step_s = 1.0
     other.wait_for_others()
-    assert 0.2 < time.monotonic() - began < ends._END_S / 2
+    waiting.join(ENDS_S)
+    assert not waiting.is_alive() and ends._NOTICE_S < clock.now_s < ends._END_S
 
 
-def test_one_that_lives_and_never_ends_is_not_waited_for_long(stores: list[TCPStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ends, "_NOTICE_S", 0.01)
-    monkeypatch.setattr(ends, "_END_S", 0.3)
-    head, other, stuck = agents(stores)
+def test_one_that_lives_and_never_ends_is_not_waited_for_long(stores: list[TCPStore]) -> None:
+    clock = Clock()
+    head, other, stuck = agents(stores, clock)
     other.tell_failed()
     assert stuck.failed_elsewhere()
+    clock.step_s = 5.0
     head.wait_for_others()
+    assert ends._END_S < clock.now_s <= ends._END_S + 15.0
 
 
-def test_a_head_that_is_gone_ends_the_others(stores: list[TCPStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ends, "_NOTICE_S", 600.0)
-    monkeypatch.setattr(ends, "_END_S", 600.0)
-    head, other, _ = agents(stores)
+def test_a_head_that_is_gone_ends_the_others(stores: list[TCPStore]) -> None:
+    head, other, _ = agents(stores, Clock())
     other.tell_failed()
     thread = start(other.wait_for_others)
     del head
     # The last reference to the store that served them.
     stores.pop(0)
-    thread.join(10)
+    thread.join(ENDS_S)
     assert not thread.is_alive() and other.failed_elsewhere()

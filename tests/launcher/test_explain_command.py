@@ -18,6 +18,7 @@ from efflaunch.launcher.commands.sequence_plan import explain_plan, plan_name, s
 from efflaunch.tests.launcher.planned_run import make_run
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.launcher.test_plan_command import flat
+from efflaunch.tests.limits import ENDS_S
 
 PAGE = Path(__file__).parents[2] / "docs" / "sequence.md"
 MODES = ["static", "adaptive"]
@@ -164,7 +165,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
         "main(['simulate', '+experiment=quickstart', '--lengths', 'wikipedia', '--steps', '1', '--flexsp-steps', '0']);"
         "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules], file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=ENDS_S, check=True)
     assert result.stderr.strip().endswith("[]")
 
 

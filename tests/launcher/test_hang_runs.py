@@ -1,4 +1,4 @@
-"""Runs whose ranks hang, with a fake training function: stacks, names, restarts. Allowances are short, waits are not."""
+"""Runs whose ranks hang, with a fake training function: stacks, names, restarts. Watches take time to pass only while they are at rest."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
+from efflaunch.launcher.agent import hang_store as hang_others
 from efflaunch.launcher.agent import procfs
 from efflaunch.launcher.agent.hang_store import StoreOthers
 from efflaunch.launcher.agent.hang_verdict import Frame
 from efflaunch.launcher.agent.procfs import NOT_INSTALLED, find_spy, kernel_view, native_stacks, process_state, spied_frames
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
-from efflaunch.tests.launcher.runs import Run, environment, train, wait_until
+from efflaunch.tests.launcher.runs import Run, environment, train
+from efflaunch.tests.limits import ENDS_S, wait_until
 
-pytestmark = pytest.mark.timeout(240)
-SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s=60")
+SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s=1h")
 
 
 def losses(run: Run) -> dict[int, float]:
@@ -38,14 +39,14 @@ def stacks(run: Run, rank: int) -> str:
 def efflaunch(directory: Path, *words: str) -> str:
     """What a command printed."""
     command = [sys.executable, "-m", "efflaunch", *words]
-    done = subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def recovered(run: Run) -> Any:
     """The failure of the attempt that hung; the one after it went to the end."""
-    assert run.process.wait(120) == 0, run.text()
+    assert run.process.wait(ENDS_S) == 0, run.text()
     first, second = run.state().attempts
     assert first.failure is not None and first.restarted and second.exit_code == 0
     assert losses(run) == {step: 10.0 / step for step in range(1, 13)}
@@ -53,7 +54,7 @@ def recovered(run: Run) -> Any:
 
 
 def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, mishaps="stop:1:7")
+    run = train(tmp_path, *SOON, mishaps="stop:1:7", FAKE_CLOCK="rest")
     failure = recovered(run)
     assert failure.rank == 1 and failure.log == "logs/attempt-1/stacks-1.txt"
     assert "no progress for" in failure.message and "is stopped and cannot run" in failure.message
@@ -65,7 +66,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_blocked_rank_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, "cluster.ranks_per_node=3", mishaps="block:0:7")
+    run = train(tmp_path, *SOON, "cluster.ranks_per_node=3", mishaps="block:0:7", FAKE_CLOCK="rest")
     failure = recovered(run)
     assert failure.rank == 0 and "rank 0 on" in failure.message and "in _block" in failure.message
     assert "the others wait at tests/launcher/fake_training.py" in failure.message
@@ -75,20 +76,20 @@ def test_a_blocked_rank_is_told_from_those_that_wait_for_it(tmp_path: Path) -> N
 
 
 def test_a_rank_deaf_to_every_signal_is_ended_all_the_same(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, mishaps="hang:1:7")
+    run = train(tmp_path, *SOON, mishaps="hang:1:7", FAKE_CLOCK="rest")
     assert recovered(run).rank == 1
 
 
 def test_budgets_hold_for_hangs_too(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, "launcher.max_restarts=1", mishaps="block:1:7!")
-    assert run.process.wait(120) == 1, run.text()
+    run = train(tmp_path, *SOON, "launcher.max_restarts=1", mishaps="block:1:7!", FAKE_CLOCK="rest")
+    assert run.process.wait(ENDS_S) == 1, run.text()
     assert "failed 2 times without getting past step 6" in run.text() and len(run.state().attempts) == 2
     shown = efflaunch(tmp_path, "logs", "runs/run")
     assert "attempt-2/stacks-1.txt, in full" in shown and "attempt-2/rank-1.log" in shown and "in _block" in shown
 
 
 def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
-    run = train(tmp_path, "launcher.hang_factor=null", "launcher.hang_min_s=4", mishaps="block:1:7")
+    run = train(tmp_path, "launcher.hang_factor=null", "launcher.hang_min_s=4", mishaps="block:1:7", FAKE_CLOCK="rest")
     run.wait_for_step(6)
     wait_until(lambda: any((run.run_dir / "logs" / "attempt-1").glob("pulse-*.json")))
     told = efflaunch(tmp_path, "status", "runs/run", "--json")
@@ -106,7 +107,7 @@ def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_is_not_called_stuck(tmp_path: Path) -> None:
-    run = train(tmp_path, *SOON, mishaps="")
+    run = train(tmp_path, *SOON, mishaps="", FAKE_CLOCK="rest")
     assert run.wait() == 0
     told = efflaunch(tmp_path, "status", "runs/run", "--json")
     facts = json.loads(told)
@@ -116,19 +117,21 @@ def test_a_run_that_goes_on_is_not_called_stuck(tmp_path: Path) -> None:
 def test_agents_find_out_together() -> None:
     from torch.distributed import TCPStore
 
-    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    stores = [head, *(TCPStore("127.0.0.1", head.port, is_master=False, timeout=timedelta(seconds=60)) for _ in range(2))]
-    agents = [StoreOthers(store, node, 3) for node, store in enumerate(stores)]
+    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=ENDS_S))
+    stores = [head, *(TCPStore("127.0.0.1", head.port, is_master=False, timeout=timedelta(seconds=ENDS_S)) for _ in range(2))]
+    now = 0.0
+    agents = [StoreOthers(store, node, 3, clock=lambda: now) for node, store in enumerate(stores)]
     assert not agents[0].asked()
     agents[2].ask()
-    agents[0]._polled = 0.0
+    assert not agents[0].asked(), "it looks once a second"
+    now += hang_others._POLL_S
     assert agents[0].asked() and agents[1].asked()
     results: dict[int, Any] = {}
     threads = [Thread(target=lambda node=node: results.update({node: agents[node].exchange([{"rank": node}])})) for node in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(ENDS_S)
     for node in range(3):
         rows, missing = results[node]
         assert sorted(row["rank"] for row in rows) == [0, 1, 2] and missing == []
@@ -137,10 +140,8 @@ def test_agents_find_out_together() -> None:
 def test_an_agent_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed import TCPStore
 
-    from efflaunch.launcher.agent import hang_store as hang_others
-
     monkeypatch.setattr(hang_others, "_ANSWER_S", 1.0)
-    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    head = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=ENDS_S))
     rows, missing = StoreOthers(head, 0, 2).exchange([{"rank": 0}])
     assert rows == [{"rank": 0}] and missing == [1]
 

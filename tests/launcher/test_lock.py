@@ -20,6 +20,7 @@ from efflaunch.errors import ConfigError
 from efflaunch.launcher.rundir import lock
 from efflaunch.launcher.rundir.lock import STALE_S, Owner, Presence, holding, is_held, is_locked, lock_run, release, this_machine_id
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 
 THERE = Owner(host="n7", pid=4711, machine="another kernel", since=time.time() - 7500, key="theirs")
 
@@ -52,7 +53,8 @@ def test_second_is_told_who_and_since_when(tmp_path: Path) -> None:
     """By a process of its own, as flock counts by open files."""
     with holding(tmp_path):
         code = "import sys; from pathlib import Path; from efflaunch.launcher.rundir.lock import lock_run; lock_run(Path(sys.argv[1]))"
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=ENDS_S)
         assert is_locked(tmp_path)
     who = f"found process {os.getpid()} on {re.escape(socket.gethostname())}"
     told = rf"{who}, there since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \(.+\), heard of .+ s ago"
@@ -93,7 +95,7 @@ def test_a_killed_holder_of_this_machine_leaves_nothing(tmp_path: Path) -> None:
         "import os, signal, sys; from pathlib import Path; from efflaunch.launcher.rundir.lock import lock_run;"
         "lock_run(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), timeout=ENDS_S)
     assert done.returncode == -9 and (tmp_path / ".lock").stat().st_size
     assert not is_locked(tmp_path)
     release(lock_run(tmp_path))

@@ -104,10 +104,18 @@ def test_a_password_in_the_address() -> None:
     assert "sesame" not in str(caught.value)
 
 
-def test_what_can_be_a_job() -> None:
-    for words in (AWAY, ("launcher=ray", "launcher.ray.address=auto"), ("launcher=ray", "launcher.ray.local=true")):
-        check_ray(config(*words, "launcher.ray.env=[TOKENIZERS_PARALLELISM,NCCL_SOCKET_IFNAME]"), None)
+@pytest.mark.parametrize("words", [AWAY, ("launcher=ray", "launcher.ray.address=auto"), ("launcher=ray", "launcher.ray.local=true")])
+def test_what_can_be_a_job(words: tuple[str, ...]) -> None:
+    """Variables may go along, secrets among them may not."""
+    check_ray(config(*words, "launcher.ray.env=[TOKENIZERS_PARALLELISM,NCCL_SOCKET_IFNAME]"), None)
+    with pytest.raises(ConfigError, match="launcher.ray.env: found HF_TOKEN"):
+        check_ray(config(*words, "launcher.ray.env=[TOKENIZERS_PARALLELISM,HF_TOKEN]"), None)
+
+
+def test_the_environments_address_makes_a_job_and_none_makes_none() -> None:
     check_ray(config("launcher=ray"), "https://head")
+    with pytest.raises(ConfigError, match="launcher.ray.address"):
+        check_ray(config("launcher=ray"), None)
 
 
 def test_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

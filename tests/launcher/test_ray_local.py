@@ -17,12 +17,11 @@ from efflaunch.tests.launcher.test_security import open_sockets
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='no ray: pip install "efflaunch[ray]"'),
-    pytest.mark.timeout(600),
 ]
 
 
 def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
-    words = (*BASE, "launcher=ray", "launcher.ray.local=true", "train.steps=5000", "checkpoint.every_steps=2000")
+    words = (*BASE, "launcher=ray", "launcher.ray.local=true", "train.steps=100000", "checkpoint.every_steps=2000")
     run = Run(tmp_path, "train", *words, step_s=0.05)
     run.wait_for_step(3)
     below = descendants(run.process.pid)

@@ -15,13 +15,14 @@ from efflaunch.bench.clusters.ray import RayCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.ray.files import read_submission
 from efflaunch.launcher.rundir.metrics_reader import newest_step
-from efflaunch.tests.launcher.cluster_jobs import ClusterJob, losses, run_efflaunch
+from efflaunch.tests.launcher.cluster_jobs import FAKE as FAKE_TRAINING
+from efflaunch.tests.launcher.cluster_jobs import HELD, ClusterJob, losses, run_efflaunch
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 FAKE = ("+experiment=quickstart", "cluster.ranks_per_node=2", "checkpoint.every_steps=5", "launcher=ray", "cluster.num_nodes=2")
 SECRET = "wandb-key-0123456789abcdef"
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
@@ -75,9 +76,9 @@ class Job(ClusterJob):
         return "".join(path.read_text() for path in sorted((self.run_dir / "ray").glob("*.out"))) + str(self.facts()["message"])
 
 
-def efflaunch(cluster: RayCluster, place: Path, *words: str, fake: bool = True, expect: int = 0, **variables: str) -> str:
+def efflaunch(cluster: RayCluster, place: Path, *words: str, script: Path | None = FAKE_TRAINING, expect: int = 0, **variables: str) -> str:
     """What an efflaunch command prints; with the fake training function unless told otherwise."""
-    return run_efflaunch(cluster.environment, place, *words, fake=fake, expect=expect, variables=variables)
+    return run_efflaunch(cluster.environment, place, *words, script=script, expect=expect, variables=variables)
 
 
 def on_ray(cluster: RayCluster) -> list[str]:
@@ -93,7 +94,7 @@ def submit(cluster: RayCluster, place: Path, name: str, *words: str, mishaps: st
 
 def export(cluster: RayCluster, place: Path, name: str) -> bytes:
     """The final weights of a run, as Hugging Face reads them."""
-    efflaunch(cluster, place, "export", f"runs/{name}", f"out-{name}", "--dtype=float32", fake=False)
+    efflaunch(cluster, place, "export", f"runs/{name}", f"out-{name}", "--dtype=float32", script=None)
     (weights,) = (place / f"out-{name}").glob("*.safetensors")
     return weights.read_bytes()
 
@@ -145,15 +146,16 @@ def test_an_actor_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, place: 
     words = real_words(place, "train.steps=16")
     with Beside(place, [*words, "cluster.ranks_per_node=2"]) as reference:
         spread = ["launcher=ray", "cluster.ranks_per_node=1", "cluster.num_nodes=2", "run.id=real", *on_ray(cluster)]
-        text = efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
+        spread.append("launcher.ray.env=[HOLD_STEPS]")
+        text = efflaunch(cluster, place, *words, *spread, script=HELD, WANDB_API_KEY=SECRET, HOLD_STEPS="8")
         job = Job(place / "runs" / "real", cluster)
         assert f"job {job.name} submitted to Ray " in text
-        job.wait_for_step(7)
+        job.wait_until_held("held-8")
         lose_actor(cluster)
         assert job.end() == ("SUCCEEDED", 0), job.output()
         reference.wait()
     first, second = job.state().attempts
-    assert first.failure is not None and first.restarted and 7 <= first.last_step < 16
+    assert first.failure is not None and first.restarted and first.last_step == 7
     assert second.exit_code == 0 and job.state().state == "done"
     check_equal(cluster, place, job, "local", 16)
 
@@ -165,7 +167,7 @@ def test_actor_and_node_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, t
     words = real_words(place, "train.steps=40")
     with Beside(place, [*words, "cluster.ranks_per_node=4"]) as reference:
         spread = ["launcher=ray", "cluster.ranks_per_node=2", "cluster.num_nodes=2", "run.id=twice", *on_ray(cluster)]
-        efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
+        efflaunch(cluster, place, *words, *spread, script=None, WANDB_API_KEY=SECRET)
         job = Job(place / "runs" / "twice", cluster)
         job.wait_for_step(7)
         lose_actor(cluster)
@@ -206,11 +208,11 @@ def test_a_failing_rank_and_a_mistake(cluster: RayCluster, place: Path) -> None:
 
 
 def test_status_cancel_and_one_job_a_run(cluster: RayCluster, place: Path) -> None:
-    job = submit(cluster, place, "long", "train.steps=5000", step_s=0.05)
+    job = submit(cluster, place, "long", "train.steps=100000", step_s=0.05)
     waiting = submit(cluster, place, "waiting", "train.steps=5", "launcher.ray.cpus_per_node=4")
     job.wait_for_step(3)
     assert re.search(r"state       running, job efflaunch-long-1 RUNNING", efflaunch(cluster, place, "status", "runs/long"))
-    second = efflaunch(cluster, place, *FAKE, *on_ray(cluster), "run.id=long", "train.steps=5000", expect=93)
+    second = efflaunch(cluster, place, *FAKE, *on_ray(cluster), "run.id=long", "train.steps=100000", expect=93)
     assert "found job efflaunch-long-1, RUNNING" in second and "efflaunch cancel" in second
     wait_until(lambda: "waiting for nodes" in waiting.output(), "the table of what is wanted")
     assert "wanted on each of 2 nodes: CPU 4" in waiting.output() and re.search(r"busy +node\d .*CPU 2 free of 4", waiting.output())
@@ -228,7 +230,7 @@ def test_status_cancel_and_one_job_a_run(cluster: RayCluster, place: Path) -> No
 @pytest.mark.slow
 def test_a_stopped_job_saves_and_one_ended_now_does_not(cluster: RayCluster, place: Path) -> None:
     """`ray job stop` is SIGTERM to the driver, with the time to save that the job asked for."""
-    job = submit(cluster, place, "stopped", "train.steps=5000", "checkpoint.every_steps=2000", step_s=0.05)
+    job = submit(cluster, place, "stopped", "train.steps=100000", "checkpoint.every_steps=2000", step_s=0.05)
     job.wait_for_step(3)
     assert cluster.ask(f"/api/jobs/{job.name}/stop", method="POST") == {"stopped": True}
     assert job.end()[0] == "STOPPED" and job.state().state == "preempted"

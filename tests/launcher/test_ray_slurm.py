@@ -44,7 +44,6 @@ def cluster(place: Path) -> Iterator[SlurmCluster]:
 
 
 @needs_both
-@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_told_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) -> None:
     """The script as it stands but for its Python; the fake training function in place of the real one."""

@@ -25,10 +25,10 @@ from efflaunch.launcher.config.overrides import parse_overrides
 from efflaunch.launcher.config.secrets import find_secret, is_secret_name, looks_random, redact, secrets_of
 from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps, newest_step
 from efflaunch.launcher.start import show_launch
-from efflaunch.tests.launcher.runs import environment, wait_until
+from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S, wait_until
 from efflaunch.tests.test_real_runs import BASE, make_corpus
 
-pytestmark = pytest.mark.timeout(600)
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz0123",
@@ -219,7 +219,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     sinks = ["logging.tensorboard=true", "logging.wandb=offline"] if has_sinks() else []
     os.umask(0o022)
     log = tmp_path / "output"
-    command = [sys.executable, "-m", "efflaunch", "train", *BASE, "train.steps=5000", *sinks]
+    command = [sys.executable, "-m", "efflaunch", "train", *BASE, "train.steps=100000", *sinks]
     with log.open("wb") as out:
         run = subprocess.Popen(command, cwd=tmp_path, env=environment() | SECRETS, stdout=out, stderr=out)
     run_dir = tmp_path / "runs" / "run"
@@ -240,7 +240,7 @@ def test_a_real_run(tmp_path: Path) -> None:
         assert addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
         assert not arguments
         run.send_signal(signal.SIGTERM)
-        assert run.wait(200) == 75, log.read_text()
+        assert run.wait(ENDS_S) == 75, log.read_text()
     finally:
         run.kill()
         run.wait()

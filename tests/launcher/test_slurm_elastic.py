@@ -22,7 +22,7 @@ from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 STEPS = 40
 
 
@@ -59,7 +59,7 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
         reference = subprocess.Popen(local, cwd=place, env=environment(), stdout=out, stderr=out)
     try:
         spread = ("cluster.ranks_per_node=1", "launcher=slurm", "launcher.nodes=2:3", "run.id=elastic")
-        efflaunch(cluster, place, *words, *spread, fake=False)
+        efflaunch(cluster, place, *words, *spread, script=None)
         job = Job(place / "runs" / "elastic", cluster)
         job.wait_for_step(8)
         cluster.crash(1)
@@ -141,17 +141,17 @@ def test_a_job_array_and_a_time_limit(cluster: SlurmCluster, place: Path) -> Non
     limit = ("cluster.num_nodes=1", "cluster.slurm.time_s=60", "launcher.grace_s=10")
     limited = submit(cluster, place, "limited", *limit, "train.steps=400", "launcher.slurm.max_preemptions=20", step_s=0.1)
     words = ("launcher.slurm.array=true", "launcher.slurm.array_limit=2", "cluster.num_nodes=1", "run.id=grid")
-    text = efflaunch(cluster, place, "sweep", *FAKE, *words, "train.steps=200,8,5000", FAKE_STEP_S="0.05")
-    requeued, short, cancelled = (Job(place / "runs" / f"grid-steps-{steps}", cluster) for steps in (200, 8, 5000))
+    text = efflaunch(cluster, place, "sweep", *FAKE, *words, "train.steps=200,8,100000", FAKE_STEP_S="0.05")
+    requeued, short, cancelled = (Job(place / "runs" / f"grid-steps-{steps}", cluster) for steps in (200, 8, 100000))
     array = requeued.number.partition("_")[0]
     assert f"job array {array} of SLURM submitted: 3 runs, {array}_0 to {array}_2" in text
     assert [job.number for job in (requeued, short, cancelled)] == [f"{array}_{index}" for index in range(3)]
-    assert "queued, job" in efflaunch(cluster, place, "status", "runs/grid-steps-5000")
+    assert "queued, job" in efflaunch(cluster, place, "status", "runs/grid-steps-100000")
     requeued.wait_for_step(3)
     cluster.run("scancel", "--signal=USR2", requeued.number)
     cancelled.wait_for_step(3)
-    assert f"running, job {array}_2 RUNNING on node" in efflaunch(cluster, place, "status", "runs/grid-steps-5000")
-    assert "told to finish its step" in efflaunch(cluster, place, "cancel", "runs/grid-steps-5000")
+    assert f"running, job {array}_2 RUNNING on node" in efflaunch(cluster, place, "status", "runs/grid-steps-100000")
+    assert "told to finish its step" in efflaunch(cluster, place, "cancel", "runs/grid-steps-100000")
     assert cancelled.end() == "FAILED" and cancelled.state().exit_code == 75 and cancelled.state().state == "preempted"
     assert short.end() == "COMPLETED" and max(short.losses()) == 8 and len(short.state().attempts) == 1
     assert requeued.end() == "COMPLETED" and max(requeued.losses()) == 200

@@ -12,7 +12,7 @@ from efflaunch.tests.launcher.slurm_jobs import submit
 from efflaunch.tests.launcher.test_hang_runs import SOON
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 def test_a_stopped_rank_of_another_node(cluster: SlurmCluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, "hung", "train.steps=12", *SOON, mishaps="stop:3:7")
+    job = submit(cluster, tmp_path, "hung", "train.steps=12", *SOON, "launcher.hang_min_s=20", mishaps="stop:3:7")
     assert job.end() == "COMPLETED", job.output()
     first, second = job.state().attempts
     assert first.restarted and second.exit_code == 0 and max(job.losses()) == 12

@@ -13,7 +13,7 @@ import pytest
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
-from efflaunch.tests.launcher.cluster_jobs import losses
+from efflaunch.tests.launcher.cluster_jobs import HELD, losses
 from efflaunch.tests.launcher.runs import HERE, environment
 from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, submit
 from efflaunch.tests.launcher.test_security import arguments_with, open_to_others
@@ -21,7 +21,7 @@ from efflaunch.tests.test_real_runs import BASE as REAL
 from efflaunch.tests.test_real_runs import make_corpus
 
 REASON = why_not()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 ROOT = HERE.parent.parent
 SECRET = "wandb-key-0123456789abcdef"
 
@@ -40,12 +40,14 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
         reference = subprocess.Popen(local, cwd=place, env=environment(), stdout=out, stderr=out)
     spread = ["cluster=local_cpu", "cluster.ranks_per_node=1", "cluster.num_nodes=2", "launcher=slurm", "train.steps=30", "run.id=real"]
     try:
-        text = efflaunch(cluster, place, *words, *spread, fake=False, WANDB_API_KEY=SECRET)
+        text = efflaunch(cluster, place, *words, *spread, script=HELD, WANDB_API_KEY=SECRET, HOLD_STEPS="4")
         job = Job(place / "runs" / "real", cluster)
         assert f"job {job.number} of SLURM submitted" in text
-        job.wait_for_step(3)
+        job.wait_until_held("held-4")
         assert not arguments_with((int(path.name) for path in Path("/proc").glob("[0-9]*")), [SECRET])
         cluster.run("scancel", "--signal=USR2", str(job.number))
+        wait_until(lambda: job.state().state == "stopping", "word of the signal")
+        (job.run_dir / "released-4").touch(0o600)
         wait_until(lambda: len(job.state().attempts) > 1, "the second attempt")
         assert job.end() == "COMPLETED", job.output()
         assert reference.wait(TIMEOUT_S) == 0, (place / "local.out").read_text()
@@ -53,7 +55,7 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
         reference.kill()
         reference.wait()
     first, second = job.state().attempts
-    assert (first.exit_code, first.restarted, second.exit_code) == (75, True, 0) and 3 <= first.last_step < 30
+    assert (first.exit_code, first.restarted, second.exit_code) == (75, True, 0) and first.last_step == 4
     assert "preempted and saved; requeued, 1 of 100" in job.output() and job.state().state == "done"
     assert job.losses() == losses(place / "runs" / "local") and max(job.losses()) == 30
     told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
@@ -84,8 +86,8 @@ def test_a_failing_rank_and_a_mistake(cluster: SlurmCluster, place: Path) -> Non
 
 
 def test_a_node_loses_power(cluster: SlurmCluster, place: Path) -> None:
-    job = submit(cluster, place, "power", "train.steps=60", step_s=0.1)
-    job.wait_for_step(6)
+    job = submit(cluster, place, "power", "train.steps=12", mishaps="hold:0:7")
+    job.wait_until_held("happened-hold-0-7")
     cluster.crash(1)
     try:
         assert job.end() == "COMPLETED", job.output()
@@ -93,14 +95,14 @@ def test_a_node_loses_power(cluster: SlurmCluster, place: Path) -> None:
         cluster.boot(1)
     first, *_, last = job.state().attempts
     assert first.failure is not None and "without a word" in first.failure.message and first.restarted and last.exit_code == 0
-    assert max(job.losses()) == 60
+    assert max(job.losses()) == 12
     assert " NodeList=node[0,2] " in cluster.run("scontrol", "show", "job", "-o", str(job.number))
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the node to be back")
 
 
 def test_status_cancel_and_one_job_a_run(cluster: SlurmCluster, place: Path) -> None:
     """With a restart of the scheduler in between, which the running job must not notice."""
-    job = submit(cluster, place, "long", "train.steps=5000", step_s=0.05)
+    job = submit(cluster, place, "long", "train.steps=100000", step_s=0.05)
     waiting = submit(cluster, place, "waiting", "train.steps=5", f"launcher.slurm.after=afterok:{job.number}")
     job.wait_for_step(3)
     for node in range(2):
@@ -111,7 +113,7 @@ def test_status_cancel_and_one_job_a_run(cluster: SlurmCluster, place: Path) -> 
     job.wait_for_step(newest_step(job.run_dir) + 3)
     assert re.search(r"state       running, job \d+ RUNNING on node\[", efflaunch(cluster, place, "status", "runs/long"))
     assert "queued, job" in efflaunch(cluster, place, "status", "runs/waiting")
-    second = efflaunch(cluster, place, *FAKE, "run.id=long", "train.steps=5000", expect=93)
+    second = efflaunch(cluster, place, *FAKE, "run.id=long", "train.steps=100000", expect=93)
     assert f"found job {job.number}, RUNNING" in second and "efflaunch cancel" in second
     assert "taken from the queue" in efflaunch(cluster, place, "cancel", "runs/waiting")
     assert waiting.end() == "CANCELLED" and "state       cancelled" in efflaunch(cluster, place, "status", "runs/waiting")
@@ -173,7 +175,7 @@ def test_a_sweep_and_what_comes_after_it(cluster: SlurmCluster, place: Path) -> 
 
 
 def test_scancel_by_hand_ends_it_for_good(cluster: SlurmCluster, place: Path) -> None:
-    job = submit(cluster, place, "scancelled", "train.steps=5000", step_s=0.05)
+    job = submit(cluster, place, "scancelled", "train.steps=100000", step_s=0.05)
     job.wait_for_step(3)
     cluster.run("scancel", str(job.number))
     assert job.end() == "CANCELLED"

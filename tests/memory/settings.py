@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from efflaunch.bench.traced import MODEL
@@ -79,3 +80,21 @@ def make_ledger(
             cluster=machines or cluster(),
         )
     )
+
+
+class Ledgers(Mapping[str, Ledger]):
+    """Ledgers by name, each made when it is first asked for: collecting tests solves nothing."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Ledger]]) -> None:
+        self._makers, self._made = makers, dict[str, Ledger]()
+
+    def __getitem__(self, name: str) -> Ledger:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)

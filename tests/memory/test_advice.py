@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -19,32 +20,46 @@ from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.model.spec import model_spec
 from efflaunch.parallel.config import GradReduce
 
-from .settings import GIB, cluster, make_ledger, policy
+from .settings import GIB, Ledgers, cluster, make_ledger, policy
 
 M = 1 << 20
 K = 1 << 10
 AUTO = MemoryConfig(name="auto", solve=True)
-TOO_LARGE: dict[str, Ledger] = {
-    "1M on eight": make_ledger(length=M, tokens_per_rank=128 * K),
-    "4M on eight": make_ledger(length=4 * M, tokens_per_rank=512 * K),
-    "keep": make_ledger(length=128 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
-    "whole gradients": make_ledger(
-        length=32 * K, tokens_per_rank=16 * K, batch=M, grad_reduce=GradReduce.STEP, machines=cluster(device_memory_bytes=50 * GIB)
-    ),
-    "replicas": make_ledger(length=8 * K, tokens_per_rank=8 * K, replicate=8, machines=cluster(num_nodes=1)),
-    "loss": make_ledger(length=8 * K, tokens_per_rank=8 * K, loss_chunk=8 * K, machines=cluster(device_memory_bytes=28 * GIB)),
-    "few ranks used": make_ledger(length=128 * K, tokens_per_rank=128 * K, sp_degree=1, machines=cluster(device_memory_bytes=40 * GIB)),
-    "solved": make_ledger(length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=18 * GIB)),
-    "solved with given chunks": make_ledger(
-        length=M, tokens_per_rank=128 * K, memory=replace(AUTO, chunk_tokens=64 * K), machines=cluster(device_memory_bytes=36 * GIB)
-    ),
-    "host budget": make_ledger(
-        length=M,
-        tokens_per_rank=128 * K,
-        memory=replace(AUTO, host_budget=GIB, chunk_tokens=16 * K),
-        machines=cluster(device_memory_bytes=34 * GIB),
-    ),
-}
+TOO_LARGE = Ledgers(
+    {
+        "1M on eight": partial(make_ledger, length=M, tokens_per_rank=128 * K),
+        "4M on eight": partial(make_ledger, length=4 * M, tokens_per_rank=512 * K),
+        "keep": partial(make_ledger, length=128 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
+        "whole gradients": partial(
+            make_ledger,
+            length=32 * K,
+            tokens_per_rank=16 * K,
+            batch=M,
+            grad_reduce=GradReduce.STEP,
+            machines=cluster(device_memory_bytes=50 * GIB),
+        ),
+        "replicas": partial(make_ledger, length=8 * K, tokens_per_rank=8 * K, replicate=8, machines=cluster(num_nodes=1)),
+        "loss": partial(make_ledger, length=8 * K, tokens_per_rank=8 * K, loss_chunk=8 * K, machines=cluster(device_memory_bytes=28 * GIB)),
+        "few ranks used": partial(
+            make_ledger, length=128 * K, tokens_per_rank=128 * K, sp_degree=1, machines=cluster(device_memory_bytes=40 * GIB)
+        ),
+        "solved": partial(make_ledger, length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=18 * GIB)),
+        "solved with given chunks": partial(
+            make_ledger,
+            length=M,
+            tokens_per_rank=128 * K,
+            memory=replace(AUTO, chunk_tokens=64 * K),
+            machines=cluster(device_memory_bytes=36 * GIB),
+        ),
+        "host budget": partial(
+            make_ledger,
+            length=M,
+            tokens_per_rank=128 * K,
+            memory=replace(AUTO, host_budget=GIB, chunk_tokens=16 * K),
+            machines=cluster(device_memory_bytes=34 * GIB),
+        ),
+    }
+)
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
@@ -88,9 +103,6 @@ def test_changes_are_stacked_where_one_is_not_enough() -> None:
     assert found.ledger.fits and found.overrides[:2] == ("memory=auto", "parallel.grad_reduce=micro_batch")
 
 
-SHORT_OF_HOST = make_ledger(
-    length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=30 * GIB, host_memory_bytes=60 * GIB)
-)
 ALST = MemoryConfig(
     name="alst",
     layer_input=ActivationPlace.HOST,
@@ -98,7 +110,16 @@ ALST = MemoryConfig(
     activations=ActivationPlace.RECOMPUTE,
     chunk_tokens=4 * K,
 )
-GIVEN_HOST = make_ledger(length=M, tokens_per_rank=128 * K, machines=cluster(host_memory_bytes=140 * GIB), memory=ALST)
+HOST = Ledgers(
+    {
+        "solved": partial(
+            make_ledger,
+            length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=30 * GIB, host_memory_bytes=60 * GIB),
+        ),
+        "given": partial(make_ledger, length=M, tokens_per_rank=128 * K, machines=cluster(host_memory_bytes=140 * GIB), memory=ALST),
+    }
+)  # fmt: skip
+"""Settings whose host memory is too small."""
 
 
 def moved(ledger: Ledger) -> dict[str, list[Change]]:
@@ -108,16 +129,16 @@ def moved(ledger: Ledger) -> dict[str, list[Change]]:
 
 
 @pytest.mark.parametrize(
-    ("ledger", "kinds"),
+    ("ledgers", "name", "kinds"),
     [
-        (SHORT_OF_HOST, {"states_on_host", "files", "larger_host", "larger_device", "more_nodes", "in_backward", "few_bits", "shorter"}),
-        (GIVEN_HOST, {"auto", "chunks", "segments", "states_on_host", "files", "larger_host", "more_nodes", "in_backward", "few_bits"}),
-        (TOO_LARGE["few ranks used"], {"spread"}),
-        (TOO_LARGE["host budget"], {"whole_host"}),
+        (HOST, "solved", {"states_on_host", "files", "larger_host", "larger_device", "more_nodes", "in_backward", "few_bits", "shorter"}),
+        (HOST, "given", {"auto", "chunks", "segments", "states_on_host", "files", "larger_host", "more_nodes", "in_backward", "few_bits"}),
+        (TOO_LARGE, "few ranks used", {"spread"}),
+        (TOO_LARGE, "host budget", {"whole_host"}),
     ],
 )
-def test_every_kind_of_change_is_there_and_says_what_it_is(ledger: Ledger, kinds: set[str]) -> None:
-    found = moved(ledger)
+def test_every_kind_of_change_is_there_and_says_what_it_is(ledgers: Ledgers, name: str, kinds: set[str]) -> None:
+    found = moved(ledgers[name])
     assert kinds <= set(found)
     words = {
         "few_bits": "NOT EXACT",
@@ -132,10 +153,10 @@ def test_every_kind_of_change_is_there_and_says_what_it_is(ledger: Ledger, kinds
 
 
 def test_a_host_that_is_too_small_gets_files_more_memory_or_segments() -> None:
-    suggested = {entry.overrides[0].split("=")[0]: entry for entry in suggest(GIVEN_HOST, most=20)}
+    suggested = {entry.overrides[0].split("=")[0]: entry for entry in suggest(HOST["given"], most=20)}
     assert {"memory.segment_layers", "memory.offload_dir", "cluster.host_memory_bytes", "cluster.num_nodes"} <= set(suggested)
-    assert not GIVEN_HOST.host.fits and suggested["memory.offload_dir"].ledger.file_bytes > 0
-    assert [entry.overrides for entry in suggest(GIVEN_HOST, most=20, elsewhere=False)] == [
+    assert not HOST["given"].host.fits and suggested["memory.offload_dir"].ledger.file_bytes > 0
+    assert [entry.overrides for entry in suggest(HOST["given"], most=20, elsewhere=False)] == [
         entry.overrides
         for name, entry in suggested.items()
         if name not in ("memory.offload_dir", "cluster.host_memory_bytes", "cluster.device_memory_bytes")

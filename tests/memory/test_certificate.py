@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, replace
 
 import pytest
 
 from efflaunch.estimate.certificate import OUTSIDE, Check, bound_line, certify, check_line
+from efflaunch.estimate.ledger import Ledger
 from efflaunch.estimate.solver.report import describe_policy, describe_report
 from efflaunch.launcher.rundir.progress import RunProgress, certificate_line, start_line, summary_lines
 from efflaunch.memory.config import AttentionTiling, MemoryConfig
@@ -16,15 +18,19 @@ from .settings import GIB, cluster, make_ledger, policy
 
 K = 1 << 10
 AUTO = MemoryConfig(name="auto", solve=True)
-LEDGER = make_ledger(length=1 << 20, tokens_per_rank=128 * K, memory=AUTO)
+
+
+@functools.cache
+def solved() -> Ledger:
+    return make_ledger(length=1 << 20, tokens_per_rank=128 * K, memory=AUTO)
 
 
 def test_the_bound_is_the_ledgers_peak_and_what_tensors_show_is_compared():
-    certificate = certify(LEDGER)
-    assert (certificate.device_bytes, certificate.device_capacity_bytes) == (LEDGER.device.peak_bytes, 80 * GIB)
+    certificate = certify(solved())
+    assert (certificate.device_bytes, certificate.device_capacity_bytes) == (solved().device.peak_bytes, 80 * GIB)
     assert certificate.fits and certificate.proof is not None and certificate.proof.startswith("no policy is faster")
-    unseen = sum(term.num_bytes for term in LEDGER.device.terms if term.name in OUTSIDE)
-    assert certificate.comparable_bytes == LEDGER.device.peak_bytes - unseen and certificate.compared == "held by the allocator"
+    unseen = sum(term.num_bytes for term in solved().device.terms if term.name in OUTSIDE)
+    assert certificate.comparable_bytes == solved().device.peak_bytes - unseen and certificate.compared == "held by the allocator"
     for name in OUTSIDE:
         assert any(text.startswith(name) for text in certificate.assumptions)
 
@@ -55,7 +61,7 @@ def test_a_measured_step(measured, ok):
 
 
 def test_a_run_tells_policy_and_certificate_at_its_start_and_end():
-    certificate = certify(LEDGER)
+    certificate = certify(solved())
     start = {"event": "start", "steps": 3, "world_size": 8, "parameters": 8_000_000, "memory": list(certificate.policy)}
     start |= {"certificate": asdict(certificate)}
     shown = start_line(start)
@@ -110,11 +116,11 @@ MIXED = MemoryPolicy(
     ],
 )  # fmt: skip
 def test_a_policy_in_words(memory, words):
-    assert "; ".join(describe_policy(memory, LEDGER.inputs)) == words
+    assert "; ".join(describe_policy(memory, solved().inputs)) == words
 
 
 def test_a_report_in_words():
-    report = LEDGER.report
+    report = solved().report
     assert report is not None
     lines = describe_report(report)
     assert lines[0].startswith("no policy is faster") and any("against every activation kept" in line for line in lines)

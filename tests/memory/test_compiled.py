@@ -18,9 +18,10 @@ from efflaunch.memory.config import ActivationPlace, Arena, AttentionTiling, Mem
 from efflaunch.memory.executor.compiled_graph import check_compiler
 from efflaunch.memory.executor.compiled_steps import Graphs
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MemoryPolicy, Split, explicit_policy
-from efflaunch.model.build import Tokens, install
+from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
 from efflaunch.model.families.llama import LlamaLayer
+from efflaunch.model.stage import Tokens
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -201,6 +202,6 @@ def test_the_ledger_is_an_upper_bound_of_compiled_steps_too(fields: dict[str, An
     plain, compiled = (Case(name="case", memory=memory_config(compile=on, **fields)) for on in (False, True))
     predicted = max(predicted_by_phase(plain).values())
     assert max(predicted_by_phase(compiled).values()) == predicted
-    with RankPool(timeout_s=300) as pool:
+    with RankPool() as pool:
         assert pool.run(profiled_peak, plain, ranks=1)[0] == pytest.approx(predicted, rel=0.005)
         assert pool.run(compiled_peak, compiled, ranks=1)[0] <= predicted

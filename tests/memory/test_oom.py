@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 
 from efflaunch.errors import EXIT_USER
-from efflaunch.estimate.ledger import Ledger
 from efflaunch.estimate.oom_report import Numbers, host_report, oom_report, requested_bytes, usable_bytes
 from efflaunch.memory.config import MemoryConfig
 from efflaunch.memory.position import Position
 
-from .settings import GIB, cluster, make_ledger, policy
+from .settings import GIB, Ledgers, cluster, make_ledger, policy
 
 K = 1 << 10
 MIB = 1 << 20
 RESUME = "efflaunch resume runs/x"
 AUTO = MemoryConfig(name="auto", solve=True)
-SOLVED = make_ledger(length=1 << 20, tokens_per_rank=128 * K, memory=AUTO)
-GIVEN = make_ledger(length=64 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep"))
+LEDGERS = Ledgers(
+    {
+        "solved": partial(make_ledger, length=1 << 20, tokens_per_rank=128 * K, memory=AUTO),
+        "given": partial(make_ledger, length=64 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
+    }
+)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +60,16 @@ def at(phase: str, layer: int | None = None) -> Position:
     ],
 )
 def test_the_largest_unplanned_thing_is_named(changes, name):
-    error = oom_report(SOLVED, numbers(**changes), at("backward", 31), rank=3, step=7, resume=RESUME)
+    error = oom_report(LEDGERS["solved"], numbers(**changes), at("backward", 31), rank=3, step=7, resume=RESUME)
     text = str(error)
     assert error.exit_code == EXIT_USER and "out of memory on rank 3, step 7, backward of layer 31" in text
     assert f"largest that was not planned: {name}" in text and "by the ledger:" in text and "reserved" in text
 
 
-@pytest.mark.parametrize(("ledger", "changes"), [(SOLVED, {}), (GIVEN, {"active": GIVEN.device.peak_bytes - 4 * GIB})])
-def test_the_cure_fits_a_device_that_is_smaller_by_what_is_missing(ledger: Ledger, changes: dict[str, int]):
+@pytest.mark.parametrize("name", LEDGERS)
+def test_the_cure_fits_a_device_that_is_smaller_by_what_is_missing(name: str):
+    ledger = LEDGERS[name]
+    changes = {"active": ledger.device.peak_bytes - 4 * GIB} if name == "given" else {}
     text = str(oom_report(ledger, numbers(**changes), at("backward", 0), rank=0, step=1, resume=RESUME))
     found = re.search(rf"Try: {RESUME} (.*)\n  \(certified: at most ([0-9.]+) GiB; (.*), by the estimate\)", text)
     assert found is not None, text
@@ -75,7 +81,7 @@ def test_the_cure_fits_a_device_that_is_smaller_by_what_is_missing(ledger: Ledge
 def test_a_device_that_holds_less_than_it_says_is_taken_at_its_word():
     """It failed with 40 GiB in tensors and 2 asked for: that, and what no tensor shows, is what it has."""
     small = numbers(active=40 * GIB, reserved=41 * GIB, total=44 * GIB)
-    size = usable_bytes(SOLVED, small, planned=75 * GIB)
+    size = usable_bytes(LEDGERS["solved"], small, planned=75 * GIB)
     assert 40 * GIB < size < 48 * GIB and size % MIB == 0
 
 
@@ -88,6 +94,6 @@ def test_nothing_is_promised_where_nothing_fits():
 
 
 def test_a_host_that_runs_out_is_named_before_the_kernel_kills():
-    text = str(host_report(SOLVED, 100 * MIB, "available on the machine", rank=2, node="n7", step=5, resume=RESUME))
+    text = str(host_report(LEDGERS["solved"], 100 * MIB, "available on the machine", rank=2, node="n7", step=5, resume=RESUME))
     assert "host memory, on n7, the node of rank 2, after step 5" in text and "100.0 MiB left (available on the machine)" in text
     assert "cluster.host_memory_bytes=" in text and "certified" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
 
@@ -14,15 +15,13 @@ def quick(lengths, cost):
     return cost.priced(StepPlan(cost.world_size, tuple(lengths), batches, source="adaptive"))
 
 
-def slow(lengths, cost):
-    time.sleep(0.3)
-    return quick(lengths, cost)
-
-
-def slow_at_50(lengths, cost):
-    """A step whose first sequence has 50 tokens takes long."""
+def late_at_50(lengths, cost):
+    """A step whose first sequence has 50 tokens takes until somebody makes the file that SOLVER_WAITS_FOR names."""
+    file = Path(os.environ["SOLVER_WAITS_FOR"])
     if lengths[0] == 50:
-        time.sleep(3)
+        file.with_name(f"{file.name}.awaited").touch()
+        while not file.exists():
+            time.sleep(0.01)
     return quick(lengths, cost)
 
 

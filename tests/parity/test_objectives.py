@@ -27,7 +27,7 @@ COMPLETIONS = ((7, 12), (7, 19), (5, 33), (11, 2), (3, 24))
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=240) as pool:
+    with RankPool() as pool:
         yield pool
 
 

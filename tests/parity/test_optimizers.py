@@ -44,7 +44,7 @@ EXACT = {
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=240) as pool:
+    with RankPool() as pool:
         yield pool
 
 

@@ -28,7 +28,7 @@ LENGTHS = (37, 5, 64, 18, 29)
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=240) as pool:
+    with RankPool() as pool:
         yield pool
 
 

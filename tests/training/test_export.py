@@ -15,6 +15,7 @@ from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import CheckpointError
 from efflaunch.model.export import export, plan_shards
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.config import Dtype
 from efflaunch.training.optimizers.adamw import build_optimizer
@@ -64,7 +65,7 @@ def _train_and_save(run_dir: Path, fields: dict[str, Any], steps: tuple[int, ...
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = build_optimizer(model, OptimConfig(name="test", lr=0.05))
-    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", model=model, optimizer=optimizer, metadata=metadata)
+    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", state=Fsdp2State(model, optimizer), metadata=metadata)
     for step in steps:
         model(_ids(), use_cache=False).logits.float().square().mean().backward()
         optimizer.step()

@@ -16,12 +16,20 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import ConfigError
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.training.reporting import metrics as metrics_module
 from efflaunch.training.reporting import wandb_sink
 from efflaunch.training.reporting.config import LoggingConfig, WandbMode
 from efflaunch.training.reporting.metrics import Metrics, check_logging
 
 CONFIG = LoggingConfig(name="test")
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the packages of sinks take to be imported."""
+    monkeypatch.setattr(metrics_module, "CLOSE_S", ENDS_S)
+    monkeypatch.setattr(wandb_sink, "FINISH_S", ENDS_S)
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -173,7 +181,7 @@ class Run:
     def finish(self): note("finish")
 def Settings(**fields): return fields
 def init(**arguments):
-    if os.environ.get("FAKE_HANGS"): time.sleep(60)
+    if os.environ.get("FAKE_HANGS"): time.sleep(600)
     if os.environ.get("FAKE_FAILS"): raise RuntimeError("no such project")
     note("init", arguments, os.environ["WANDB_ERROR_REPORTING"], os.environ["WANDB_SILENT"])
     return Run()
@@ -218,9 +226,8 @@ def test_wandb_that_does_not_start_is_reported_with_its_reason(tmp_path: Path, f
 def test_a_wandb_that_hangs_takes_every_line_and_gives_up_at_the_end(
     tmp_path: Path, fake_calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Path(wandb_sink.__file__).read_text()
-    (tmp_path / "wandb_sink.py").write_text(source.replace("FINISH_S = 8.0", "FINISH_S = 0.3"))
-    monkeypatch.setattr(wandb_sink, "__file__", str(tmp_path / "wandb_sink.py"))
+    monkeypatch.setattr(wandb_sink, "FINISH_S", 0.3)
+    monkeypatch.setattr(wandb_sink, "_MARGIN_S", ENDS_S)
     monkeypatch.setenv("FAKE_HANGS", "1")
     sink = wandb_sink.WandbSink({"settings": {}})
     for step in range(2000):
@@ -232,17 +239,19 @@ def test_a_wandb_that_hangs_takes_every_line_and_gives_up_at_the_end(
 
 _OFFLINE = """
 import sys; from pathlib import Path
-from efflaunch.training.config import LoggingConfig, WandbMode
-from efflaunch.training.metrics import Metrics
-with Metrics(Path(sys.argv[1]), LoggingConfig(name="t", wandb=WandbMode.OFFLINE), {"a": 1}, sys.argv[2] == "1") as metrics:
-    metrics.write("step", step=1, loss=2.0)
+from efflaunch.training.reporting.config import LoggingConfig, WandbMode
+from efflaunch.training.reporting import metrics, wandb_sink
+metrics.CLOSE_S = wandb_sink.FINISH_S = float(sys.argv[3])
+with metrics.Metrics(Path(sys.argv[1]), LoggingConfig(name="t", wandb=WandbMode.OFFLINE), {"a": 1}, sys.argv[2] == "1") as written:
+    written.write("step", step=1, loss=2.0)
 """
 
 
 def test_real_wandb_offline_segments_share_one_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for attempt in "01":
-        done = subprocess.run([sys.executable, "-c", _OFFLINE, str(tmp_path / "run"), attempt], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", _OFFLINE, str(tmp_path / "run"), attempt, str(ENDS_S)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == "" and done.stderr == ""
     run_id = (tmp_path / "run" / "wandb_id").read_text()
     segments = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))

@@ -15,20 +15,18 @@ from efflaunch.cluster.rates import Copies, MachineRates, MeasuredRates
 from efflaunch.errors import PlanError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.config import SequenceMode
+from efflaunch.parallel.sequence import service as service_module
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import check_plan
-from efflaunch.parallel.sequence.service import PlanRequest, PlanService, static_plan
+from efflaunch.parallel.sequence.service import PlanService, static_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy
 from efflaunch.parallel.sequence.stored import load_cost
+from efflaunch.tests.limits import ENDS_S
+from efflaunch.tests.parallel.fake_requests import cost_of_four, request_for
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.step_planner import StepPlanner
 
-COST = CostModel(
-    world_size=4,
-    tokens_per_rank=128,
-    degrees=tuple(DegreeCost(degree=d, ulysses=1, attention_s=1e-6 / d, linear_s=1e-4 / d, exchange_s=1e-5 * (d > 1)) for d in (1, 2, 4)),
-    beta_s=1e-3,
-)
+COST = cost_of_four(128)
 STEPS = 8
 
 
@@ -37,12 +35,14 @@ def lengths_of(step):
 
 
 def request(solver="adaptive"):
-    return PlanRequest(cost=COST, static_degree=4, static_ulysses=1, linear_cost_tokens=10.0, solver=solver)
+    return request_for(COST, solver)
 
 
-def plan_steps(mode, solver="adaptive", patience_s=20.0, kill_at=-1, stop_at=-1):
+def plan_steps(mode, solver="adaptive", patience_s=ENDS_S, kill_at=-1, stop_at=-1):
     """On every rank: its plans as text, the totals, what was reported."""
     reports = []
+    # However long the process takes to start.
+    service_module.FIRST_PATIENCE_S = ENDS_S
     service = PlanService(patience_s=patience_s) if mode == "adaptive" and dist.get_rank() == 0 else None
     try:
         planner = StepPlanner(
@@ -65,7 +65,7 @@ def plan_steps(mode, solver="adaptive", patience_s=20.0, kill_at=-1, stop_at=-1)
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=120) as pool:
+    with RankPool() as pool:
         yield pool
 
 
@@ -109,7 +109,7 @@ def test_a_broken_solver_is_told_once(pool):
 
 
 def plan_too_long():
-    service = PlanService(patience_s=20.0) if dist.get_rank() == 0 else None
+    service = PlanService(patience_s=ENDS_S) if dist.get_rank() == 0 else None
     try:
         planner = StepPlanner(
             lambda step: (5, 513), 1, request(), SequenceMode.ADAPTIVE, service=service, barrier_free=False, report=lambda *a, **k: None

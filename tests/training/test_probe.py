@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -23,15 +23,15 @@ COST = CostModel(
     degrees=tuple(DegreeCost(degree=d, ulysses=d, attention_s=1e-9 / d, linear_s=1e-6 / d) for d in (1, 2, 4)),
 )
 TINY = [
-    "model=tiny", "model.num_layers=2", "model.hidden_size=128", "model.intermediate_size=256", "model.num_heads=4", "model.num_kv_heads=2",
-    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=8K", "data.global_batch_tokens=8K",
-    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=4K", "train.dtype=float32", "train.steps=10",
+    "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.vocab_size=97", "data=indexed", "data.prefixes=[x]", "data.max_seq_len=1K", "data.global_batch_tokens=1K",
+    "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=512", "train.dtype=float32", "train.steps=10",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=120) as pool:
+    with RankPool() as pool:
         yield pool
 
 
@@ -57,8 +57,8 @@ def test_a_fit_without_a_cost_of_tokens_is_refused():
         _check_fit(degrees)
 
 
-def _probe_twice(arguments, folder):
-    """The rank's part, without joining again: the pool's ranks have their group."""
+def _probed(arguments, folder):
+    """The rank's part, without joining again: the pool's ranks have their group. Everything runs, and takes the time it is said to."""
     import pathlib
 
     import torch
@@ -67,18 +67,25 @@ def _probe_twice(arguments, folder):
     from efflaunch.estimate.measured.profile import save_profile
     from efflaunch.training.profiling.probe import Prober
 
-    profile = Prober(compose(arguments), torch.device("cpu")).profile(1.0)
+    class Steady(Prober):
+        def _sample(self, degree, ulysses, lengths):
+            sample = super()._sample(degree, ulysses, lengths)
+            assert all(busy_s > 0 for busy_s in sample.group_s)
+            return replace(sample, group_s=(0.01 + 3e-6 * sum(lengths) / degree,) * len(sample.group_s))
+
+    profile = Steady(compose(arguments), torch.device("cpu")).profile(1.0)
     if dist.get_rank() == 0:
         save_profile(pathlib.Path(folder) / "profile.yaml", profile)
     return profile.overhead_s
 
 
 def test_real_ranks_are_profiled(pool, tmp_path):
-    pool.run(_probe_twice, [*TINY, f"memory.offload_dir={tmp_path}"], str(tmp_path), ranks=2)
+    pool.run(_probed, [*TINY, f"memory.offload_dir={tmp_path}"], str(tmp_path), ranks=2)
     (profile,) = load_profiles(tmp_path / "profile.yaml")
     assert [row.degree for row in profile.degrees] == [1, 2] and "2 ranks" in profile.key.ranks
     for row in profile.degrees:
-        assert row.attention_s + row.linear_s + row.exchange_s > 0 and row.fit.samples >= 3
+        assert row.linear_s + row.exchange_s == pytest.approx(3e-6 / row.degree) and row.attention_s == pytest.approx(0.0, abs=1e-12)
+        assert row.fit.samples >= 3 and profile.overhead_s == pytest.approx(0.01)
     assert {(link.kind, link.degree) for link in profile.collectives} == {(k, 2) for k in ("all-to-all", "neighbours", "gather", "reduce")}
     rates = profile.rates
     assert rates is not None and (rates.device, rates.ranks_per_node, len(rates.link), len(rates.disk)) == ("cpu", 2, 2, 2)
@@ -87,5 +94,5 @@ def test_real_ranks_are_profiled(pool, tmp_path):
     found = find_rates(None, compose(TINY).cluster, "", None, tmp_path)
     assert found is not None and found.rates == rates
     figures = [profile.overhead_s, profile.gather_s, profile.empty_s, profile.step_s]
-    assert all(math.isfinite(value) and value >= 0 for value in figures) and profile.empty_s > 0
+    assert all(math.isfinite(value) and value >= 0 for value in figures)
     assert json.dumps(figures) and np.isfinite([link.latency_s for link in profile.collectives]).all()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from efflaunch.errors import ConfigError
 from efflaunch.estimate.optimizer_residency import IN_FLIGHT
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.optimizer_side import Run
 from efflaunch.tests.training.small import backward, plain_model, shard
@@ -194,7 +195,7 @@ def _an_update_that_waits_for_the_next_layer() -> bool:
     run.model.layers[0].gate.register_post_accumulate_grad_hook(lambda parameter: went_on.set())
 
     def step() -> None:
-        waited.append(went_on.wait(60))
+        waited.append(went_on.wait(ENDS_S))
         update()
 
     run.updater.optimizer.step = step  # type: ignore[method-assign, assignment]

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from efflaunch.model.build import build_model, write_shard
+from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.solve import solve_static
+from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity import objective_reference
 from efflaunch.tests.parity.ranks_side import POLICIES
@@ -33,7 +34,7 @@ PAIRS = ((4, 9, 3), (2, 30, 11), (6, 5, 5), (3, 60, 61), (1, 8, 8))
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=240) as pool:
+    with RankPool() as pool:
         yield pool
 
 

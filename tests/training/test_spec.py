@@ -15,7 +15,7 @@ import yaml
 from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
-from efflaunch.model.spec import check_model, layer_parameters, model_spec, num_parameters
+from efflaunch.model.spec import LayerParameters, active_layer_parameters, check_model, layer_parameters, model_spec, num_parameters
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -92,7 +92,9 @@ def hf_windows(hf: Any) -> tuple[int | None, ...]:
 @pytest.mark.parametrize("config", [*map(preset, PRESETS), *(tiny(**v) for v in VARIANTS)], ids=lambda c: f"{c.name}-{c.family.value}")
 def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
     spec, hf = model_spec(config), hugging_face(config)
-    assert (num_parameters(spec), layer_parameters(spec)) == count_on_meta(hf)
+    total, layer = count_on_meta(hf)
+    assert (num_parameters(spec), layer_parameters(spec)) == (total, (LayerParameters(layer, layer),) * spec.num_layers)
+    assert active_layer_parameters(spec) == layer
     assert spec.windows == hf_windows(hf)
     assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
         getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from efflaunch.errors import ConfigError
@@ -25,6 +27,9 @@ def test_refused(changes: dict[str, object], message: str) -> None:
         check_train(TrainConfig(**{"steps": 1, **changes}))  # type: ignore[arg-type]
 
 
-def test_accepted() -> None:
+def test_accepted_up_to_the_edge() -> None:
+    """z-loss goes with the objectives that have logits of every token; a clip of one is the largest there is."""
     check_train(TrainConfig(steps=1, z_loss=0.1))
     check_train(TrainConfig(steps=1, objective=Objective.GRPO, grpo_clip_low=1.0))
+    with pytest.raises(ConfigError, match=r"train.grpo_clip_low: found 1.0\d+; expected more than 0, at most 1"):
+        check_train(TrainConfig(steps=1, objective=Objective.GRPO, grpo_clip_low=math.nextafter(1.0, 2.0)))

@@ -1,7 +1,7 @@
 """W&B in a process of its own: nothing it does (a slow connection, an exit hook, a crash) reaches the trainer.
 
 The trainer's end writes JSON lines to the child's standard input: the arguments of `wandb.init`, then one line per step.
-End of input, also when the trainer is killed, means finish; a child that cannot in FINISH_S seconds ends itself.
+End of input, also when the trainer is killed, means finish; a child that cannot in FINISH_S seconds (its argument) ends itself.
 This file is run as a script by the child, so it imports nothing of the package.
 """
 
@@ -20,6 +20,8 @@ from typing import Any
 
 FINISH_S = 8.0
 """Longest time to bring the files in order, or to send the rest, at the end of a run."""
+_MARGIN_S = 1.0
+"""The trainer's end waits so much longer, for the child's last words."""
 
 
 class SinkError(Exception):
@@ -38,7 +40,7 @@ class WandbSink:
         quiet = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
         with stop_signals_blocked():
             self._child = subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, __file__, str(FINISH_S)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._words,
@@ -53,7 +55,7 @@ class WandbSink:
         assert self._child.stdin is not None
         try:
             self._child.stdin.close()
-            code = self._child.wait(FINISH_S + 1)
+            code = self._child.wait(FINISH_S + _MARGIN_S)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self._child.kill()
             code = self._child.wait()
@@ -75,15 +77,15 @@ class WandbSink:
         return lines[-1] if lines else f"ended with exit code {self._child.returncode}"
 
 
-def main() -> None:
-    """The child's life."""
+def main(finish_s: float) -> None:
+    """The child's life; `finish_s`: what it has from the end of its input on."""
     # The trainer decides when it is over; a Ctrl-C on the terminal reaches the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Held since it was started; also by what wandb starts itself, unless they are released here.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    threading.Thread(target=_read, args=(lines, finish_s), daemon=True).start()
     import wandb
 
     arguments = lines.get()
@@ -98,7 +100,7 @@ def main() -> None:
     run.finish()
 
 
-def _read(lines: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+def _read(lines: queue.SimpleQueue[dict[str, Any] | None], finish_s: float) -> None:
     """Takes every line at once, so that the trainer's end never waits, and limits what comes after the last one."""
     try:
         for line in sys.stdin:
@@ -108,13 +110,13 @@ def _read(lines: queue.SimpleQueue[dict[str, Any] | None]) -> None:
         pass
     finally:
         lines.put(None)
-        limit = threading.Timer(FINISH_S, _give_up)
+        limit = threading.Timer(finish_s, _give_up, (finish_s,))
         limit.daemon = True
         limit.start()
 
 
-def _give_up() -> None:
-    sys.stderr.write(f"not finished {FINISH_S:.0f} s after the end of the run\n")
+def _give_up(finish_s: float) -> None:
+    sys.stderr.write(f"not finished {finish_s:.0f} s after the end of the run\n")
     sys.stderr.flush()
     os._exit(1)
 
@@ -127,4 +129,4 @@ def _until_end(lines: queue.SimpleQueue[dict[str, Any] | None]) -> Iterator[dict
 if __name__ == "__main__":
     # A script's own folder comes first on its path: `import wandb` must not look among our modules.
     sys.path.pop(0)
-    main()
+    main(float(sys.argv[1]))

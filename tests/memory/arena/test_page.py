@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from efflaunch.tests.pages import run_page
 
 
-@pytest.mark.timeout(300)
 def test_arena_page(tmp_path: Path) -> None:
     printed = run_page("arena.md", tmp_path)
     assert "arena of 7.0 KiB for 4 allocations, the least there is" in printed

@@ -18,8 +18,9 @@ from efflaunch.memory.arena.plan import OUTSIDE, ArenaPlan, check_plan, plan_are
 from efflaunch.memory.arena.search import Budget
 from efflaunch.memory.arena.simulate import MIB, reserved_bytes
 from efflaunch.memory.arena.trace import Trace, trace_of
+from efflaunch.tests.limits import ENDS_S
 
-SMALL = Budget(work=200_000, wall_s=60.0)
+SMALL = Budget(work=200_000, wall_s=ENDS_S)
 BLOCKS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=24)
 
 
@@ -84,11 +85,11 @@ def test_a_gap_that_greedy_orders_leave_is_closed() -> None:
     generator = random.Random(2)
     trace = blocks([(generator.randint(1, 60), generator.randint(0, 18), generator.randint(1, 22)) for _ in range(30)])
     greedy = plan_arena(trace, budget=Budget(work=0))
-    searched = plan_arena(trace, budget=Budget(work=5_000_000, wall_s=120.0))
+    searched = plan_arena(trace, budget=Budget(work=5_000_000, wall_s=ENDS_S))
     assert searched.height < greedy.height and searched.ratio == 1.0
     assert "local search" in searched.method and "the least there is" in searched.describe()
     assert greedy.work > 0 and "above the least" in greedy.describe()
-    assert searched == plan_arena(trace, budget=Budget(work=5_000_000, wall_s=120.0)), "the same every time"
+    assert searched == plan_arena(trace, budget=Budget(work=5_000_000, wall_s=ENDS_S)), "the same every time"
 
 
 def test_many_pairs_are_planned_without_lists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from efflaunch.memory.arena.build import COMPILERS
 from efflaunch.tests.launcher.runs import environment
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.training.data.writer import IndexedWriter
 
 BASE = (
@@ -26,12 +27,11 @@ BASE = (
 
 def events(directory: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "efflaunch", "train", *BASE, f"run.id={name}", *overrides]
-    done = subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return [json.loads(line) for line in (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 def test_a_planned_run_is_the_default_run(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)

@@ -11,6 +11,7 @@ from efflaunch.bench.flexsp import flexsp_a100_7b
 from efflaunch.errors import PlanError
 from efflaunch.parallel.sequence.flexsp import blaster, bucket_runs, flexsp_plan
 from efflaunch.parallel.sequence.plan import check_plan
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.parallel.sequence.tiny import cost_of, optimum
 
 ORDERED = np.array([90, 70, 65, 40, 12, 11, 10, 3])
@@ -43,7 +44,7 @@ def test_buckets_add_the_fewest_tokens(count: int) -> None:
 def test_a_micro_batch_is_solved_exactly() -> None:
     cost = cost_of(4, beta_s=5.0)
     lengths = [900, 700, 300, 200]
-    found = flexsp_plan(lengths, cost, time_limit_s=20.0, tries=1)
+    found = flexsp_plan(lengths, cost, time_limit_s=ENDS_S, tries=1)
     check_plan(found.plan)
     assert found.timeouts == 0
     # One bucket a sequence, and so large a beta that one micro-batch is best: nothing is lost to its restrictions.
