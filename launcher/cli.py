@@ -5,6 +5,7 @@ Imports nothing heavy at module level: `efflaunch --help` and shell completion m
 
 from __future__ import annotations
 
+import os
 import sys
 
 from .. import __version__
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != DEBUG]
     try:
-        return _dispatch(words)
+        return _dispatch([_with_home(word) for word in words])
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr)
         return error.exit_code
@@ -45,6 +46,12 @@ def _dispatch(words: list[str]) -> int:
     if "=" not in words[0] and not words[0].startswith("-"):
         raise _unknown_command(words[0])
     return command_module("train").main(words)
+
+
+def _with_home(word: str) -> str:
+    """A word with `~` written out where a shell leaves it: `--out=~/x`, and a path in quotes. Overrides have their own way."""
+    option, separator, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{separator}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
 def _unknown_command(word: str) -> ConfigError:

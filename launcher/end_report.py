@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
+from ..training.optimizers.config import ScheduleOnResume
+from ..training.optimizers.lr_schedule import ends_at_zero
 from .rundir.metrics_reader import MetricsFollower
 from .rundir.progress import RunProgress, summary_lines
+from .rundir.run_dir import read_run
 from .rundir.state import read_state
 
 
@@ -28,6 +31,8 @@ def report_end(run_dir: Path, code: int) -> None:
 
 def _next_commands(run_dir: Path, code: int, progress: RunProgress) -> list[tuple[str, str]]:
     more = f" train.steps={2 * progress.steps}" if code == EXIT_DONE and progress.steps else ""
+    if more and ends_at_zero(read_run(run_dir).config.optim, progress.steps):
+        more += f" optim.schedule_on_resume={ScheduleOnResume.REWARM.value}"
     rows = [("go on", f"efflaunch resume {run_dir}{more}"), ("look", f"efflaunch status {run_dir}")]
     if progress.checkpoint is not None:
         rows.append(("export", f"efflaunch export {run_dir} OUT"))

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, ConfigError
-from .checks import check_data, check_memory_plan
-from .config.compose import changed
+from ..training.data.config import DataChanged
+from .checks import check_data, check_memory_plan, check_resumed, report_model
 from .config.overrides import parse_overrides
-from .config.run_config import Config
+from .config.run_config import Backend, Config
 from .config.schema import dump_config
 from .rundir.run_dir import RUN_FILE, make_run_id, place_of, read_run
 from .rundir.state import ACTIVE, read_state
@@ -29,7 +29,11 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
 
 def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
     """Go on in `run_dir`, with `overrides` on top of its stored configuration."""
+    from .config.compose import changed
+
     config = read_run(run_dir).config
+    # What was accepted was accepted for that start.
+    config = replace(config, data=replace(config.data, changed=DataChanged.REFUSE))
     if overrides:
         config = changed(config, parse_overrides(overrides, config_dir), config_dir)
     return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
@@ -55,7 +59,12 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     launcher.check(config)
     check_elsewhere(config, run_dir)
     check_memory_plan(config)
+    report_model(config)
     check_data(config)
+    changes = check_resumed(config, run_dir)
+    if config.launcher.backend is not Backend.LOCAL:
+        # Ranks say so where they start, which is elsewhere.
+        print(*changes, sep="\n", end="\n" if changes else "", flush=True)
     return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
 
@@ -65,12 +74,15 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
     from .slurm.launcher import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-        check_elsewhere(config, place_of(config))
-        check_memory_plan(config)
-        check_data(config)
-    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+    launches = [Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs]
+    for launch in launches:
+        launcher.check(launch.config)
+        check_elsewhere(launch.config, launch.run_dir)
+        check_memory_plan(launch.config)
+        check_data(launch.config)
+        check_resumed(launch.config, launch.run_dir)
+    report_model(configs[0])
+    return launcher.submit_array(launches, folder)
 
 
 def show_array(configs: list[Config], folder: Path) -> int:
@@ -79,9 +91,10 @@ def show_array(configs: list[Config], folder: Path) -> int:
     from .slurm.launcher import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-    print(launcher.describe_array([Launch(config=config, run_dir=place_of(config)) for config in configs], folder), end="")
+    launches = [Launch(config=config, run_dir=place_of(config)) for config in configs]
+    for launch in launches:
+        launcher.check(launch.config)
+    print(launcher.describe_array(launches, folder), end="")
     return EXIT_DONE
 
 
@@ -90,9 +103,9 @@ def show_launch(config: Config, run_dir: Path | None = None) -> int:
     from .backend import Launch
     from .backend_registry import launcher_of
 
-    launcher = launcher_of(config.launcher.backend)
+    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
     launcher.check(config)
-    print(launcher.describe(Launch(config=config, run_dir=run_dir or place_of(config))), end="")
+    print(launcher.describe(Launch(config=config, run_dir=run_dir)), end="")
     return EXIT_DONE
 
 

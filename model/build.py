@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from ..memory.executor.compiled_steps import Graphs
 from ..memory.executor.layer import LayerExecutor
 from ..memory.executor.saved import HostStore
@@ -24,7 +26,8 @@ from ..memory.position import Position
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
 from .chunked_loss import LossOptions
-from .families import layer_adapter
+from .families import FACTS, family_of, layer_adapter
+from .families.facts import READ_BY_ALL
 from .stage import Stage, stage_of
 
 
@@ -34,9 +37,28 @@ def position_of(model: PreTrainedModel) -> Position:
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
-    """The Hugging Face config from `training.spec.hf_config_dict` (its `model_type` and fields)."""
-    fields = dict(arguments)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    """The Hugging Face config of `hf_config_dict`'s arguments. ConfigError where transformers makes something else of them."""
+    fields = copy.deepcopy(arguments)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    for name, asked in arguments.items():
+        if name in _ARRIVES and _plain(getattr(config, name, None)) != _plain(asked) and asked is not None:
+            raise ConfigError(
+                f"model, {name}",
+                found=f"{getattr(config, name, None)} in the configuration that transformers {transformers.__version__} makes",
+                expected=f"{asked}, as asked for",
+                hint="the version of transformers in constraints.txt",
+            )
+    return config
+
+
+# Qwen's configs drop a window that is switched off, and no layer reads it then.
+_ARRIVES = (READ_BY_ALL | frozenset().union(*(facts.fields for facts in FACTS.values()))) - {"sliding_window"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -52,9 +74,16 @@ def install(
     graphs = None if policy.compile is None else Graphs(policy.compile)
     for index, layer in enumerate(model.model.layers):
         layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index, graphs)
-    options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
+    options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
     whole = range(len(model.model.layers))
     model.forward = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)  # type: ignore[method-assign]
+
+
+def _logit_softcap(config: PretrainedConfig) -> float | None:
+    """The softcap of logits, of families whose head has one: others may carry the field and do not read it."""
+    family = family_of(config.model_type)
+    has_softcap = family is not None and FACTS[family].has_logit_softcap
+    return getattr(config, "final_logit_softcapping", None) if has_softcap else None
 
 
 def build_model(

@@ -34,6 +34,7 @@ from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
 from .agreed_ledger import agreed_ledger
+from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
 from .engines import builder_of
 from .oom import memory_errors_named
@@ -59,6 +60,8 @@ class Session:
     ledger: Ledger
     spec: ModelSpec
     source: DataSource
+    data: dict[str, Any]
+    """What the data is (data.identity), as checkpoints keep it."""
     trained: Trained
     """The model, its weights and updater, as the engine built them."""
     checkpointer: CheckpointEngine
@@ -115,6 +118,7 @@ def build_session(
     """
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
+    data = data_identity(source.corpora, settings_of(config.data, config.train.seed), source.fingerprint())
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
@@ -128,7 +132,7 @@ def build_session(
         config.checkpoint,
         run_dir / "checkpoints",
         state=trained.state,
-        metadata=_metadata(config, trained.model, layout, source),
+        metadata=_metadata(config, trained.model, layout, source, data),
         on_save=on_save,
         on_replica=on_replica,
     )
@@ -141,6 +145,7 @@ def build_session(
         ledger=ledger,
         spec=spec,
         source=source,
+        data=data,
         trained=trained,
         checkpointer=checkpointer,
         step_setup=step_setup(trained.model, topology, ledger.inputs.parallel, device),
@@ -189,13 +194,13 @@ def plain_config(config: RunSettings) -> dict[str, Any]:
     return plain
 
 
-def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
+def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "hf_config": model.config.to_dict(),
         "layout": str(layout),
         "seed": config.train.seed,
         "config": plain_config(config),
-        "data": source.fingerprint(),
+        "data": data,
         "tokenizer": source.tokenizer,
     }

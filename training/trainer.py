@@ -30,11 +30,12 @@ from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
-from .non_finite import RowWatch, non_finite
+from .data.identity import DataChanges, check_data_changes, data_changes
+from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
-from .optimizers.lr_schedule import learning_rate
+from .optimizers.lr_course import Course, first_course, load_course, resumed_course
 from .optimizers.updater import Gradients
 from .reporting.events import start_fields, step_fields, straggler_rows
 from .reporting.metrics import Metrics
@@ -87,6 +88,23 @@ def _plan_service(config: RunSettings) -> PlanService | None:
     return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
 
 
+def _data_changes(config: RunSettings, session: Session, restored: Restored | None) -> DataChanges:
+    """What is different from the data of the checkpoint; DataError where nobody asked for it."""
+    if restored is None:
+        return DataChanges((), ())
+    changes = data_changes(restored.metadata.get("data"), session.data)
+    check_data_changes(changes, config.data.changed, restored.step)
+    return changes
+
+
+def _course(config: RunSettings, extra: dict[str, Any], done: int) -> tuple[Course, str | None]:
+    """The learning rate's schedule from here on, and a line on it where it is another than it was."""
+    saved = load_course(extra.get("schedule", {}), config.optim)
+    if saved is None:
+        return first_course(config.optim, config.train.steps), None
+    return resumed_course(config.optim, saved, done, config.train.steps)
+
+
 class _Run:
     def __init__(
         self,
@@ -104,7 +122,9 @@ class _Run:
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
+        self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
+        self.course, self.course_change = _course(config, extra, self.done)
         self.first_loss: float | None = extra.get("first_loss")
         self.last_loss: float | None = extra.get("last_loss")
         self.total_tokens: int = extra.get("total_tokens", 0)
@@ -211,7 +231,7 @@ class _Run:
         targets = count_targets(works, session.topology, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
-        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        rate = self.course.rate(self.config.optim, step)
         updater.start(rate, session.checkpointer.wait_for_snapshot)
         if updater.measures_first:
             shares = self._backward(works, self._objective(plan, targets), watch)
@@ -262,6 +282,8 @@ class _Run:
                     self.done,
                     layer=found.first_bad,
                     partly_applied=found.partly_applied,
+                    # Where modules before were updated with bad numbers, weights say nothing of where those came from.
+                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model),
                 )
 
     def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
@@ -316,7 +338,7 @@ class _Run:
         """What a checkpoint holds beside the state."""
         return {
             "train": {"seed": self.config.train.seed, "step": self.done},
-            "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
+            "schedule": self.course.dump(self.config.optim, self.done),
             "layout": str(self.session.layout),
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
@@ -339,7 +361,8 @@ class _Run:
 
     def _write_start(self, restored: Restored | None) -> None:
         fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)
-        self.metrics.write("start", step=self.done, **fields)
+        schedule = {**self.course.dump(self.config.optim, self.done), "change": self.course_change}
+        self.metrics.write("start", step=self.done, **fields, schedule=schedule, data_changes=list(self.data_changes.lines))
 
     def _write_end(self) -> None:
         self.metrics.write(

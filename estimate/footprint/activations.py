@@ -185,8 +185,6 @@ def graph_row(inputs: PlanInputs) -> int:
 
 def norm_bytes(inputs: PlanInputs) -> int:
     """Bytes per number that an RMS norm and the product after it save: float32 copy, normalised value and output."""
-    from ...model.config import Family
-
-    if inputs.spec.family in (Family.GEMMA2, Family.GEMMA3):
+    if inputs.spec.norm_product_in_float32:
         return {2: 10, 4: 8, 8: 20}[inputs.width]
     return {2: 8, 4: 8, 8: 20}[inputs.width]

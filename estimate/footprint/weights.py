@@ -110,8 +110,5 @@ def head_gradient(inputs: PlanInputs) -> Term:
 
 def batch(inputs: PlanInputs) -> Term:
     """Token, target and position ids, document lengths, and rotary tables."""
-    from ...model.config import Family
-
-    tables = 1 + (inputs.spec.family is Family.GEMMA3)
-    per_token = 4 * 8 + 1 + 2 * tables * inputs.spec.head_dim * inputs.width
+    per_token = 4 * 8 + 1 + 2 * inputs.spec.rotary_tables * inputs.spec.head_dim * inputs.width
     return term("batch and rotary tables", "ids of the micro-batch, cos and sin", inputs.in_flight * per_token * inputs.tokens, COMPUTE)

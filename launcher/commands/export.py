@@ -49,4 +49,10 @@ def export_run(run_dir: Path, out_dir: Path, *, step: int | None, dtype: str, as
         return EXIT_DONE
     print(f"wrote {report.path}: step {report.step}, {report.num_parameters:,} weights in {dtype}, {format_bytes(report.num_bytes)}")
     print(f"tokenizer: {report.tokenizer or 'none known on this machine, copy it there yourself'}")
+    if report.chat_template is not None:
+        whose = {"tokenizer": "the tokenizer's own", "corpus": "the one the corpus was made with"}[report.chat_template]
+        stops = "" if report.end_of_turn is None else f"; generation stops at {report.end_of_turn}"
+        print(f"chat template: {whose}{stops}")
+    for note in report.notes:
+        print(f"note: {note}")
     return EXIT_DONE

@@ -16,7 +16,7 @@ from ...estimate.suggestions import Suggestion, suggest
 from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
 from ...estimate.timing.step import Timing
 from ...training.optimizers.check import inexact
-from ...units import format_tokens
+from ..config.checks import model_notes
 from ..config.ledger import plan
 from ..config.run_config import Config
 from .arguments import CommandParser, add_certify, add_config_arguments, add_json, add_lengths, composed
@@ -89,13 +89,8 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
     """What a person should know that is no mistake."""
-    positions, length = ledger.inputs.spec.max_positions, config.data.max_seq_len
-    found = []
-    if length > positions:
-        found.append(
-            f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows: "
-            "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
-        )
+    length = config.data.max_seq_len
+    found = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:

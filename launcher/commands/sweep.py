@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ..config.paths import expand_home
 from ..config.run_config import Backend, Config
 from ..rundir.run_dir import make_run_id
 from .arguments import CommandParser, add_dry_run, add_own_files
-
-_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +78,8 @@ def _is_array(configs: Sequence[Config]) -> bool:
 
 
 def expand(overrides: Sequence[str]) -> list[Point]:
-    """The combinations of all values, the last key varying fastest. ConfigError where nothing has several. Pure."""
-    choices = [[(key, value) for value in split_values(values)] for key, _, values in (text.partition("=") for text in overrides)]
+    """The combinations of all values, the last key varying fastest. ConfigError where nothing has several."""
+    choices = [[(text.partition("=")[0], value) for value in _values(text)] for text in overrides]
     if all(len(values) == 1 for values in choices):
         hint = "efflaunch sweep +experiment=quickstart optim.lr=1e-3,1e-4 train.seed=0,1"
         raise ConfigError("sweep", found="one value for every key", expected="several for one at least, as key=a,b", hint=hint)
@@ -95,16 +94,12 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     return points
 
 
-def split_values(text: str) -> list[str]:
-    """Values between commas; those inside brackets or quotes belong to one value."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote or letter in _QUOTES:
-            quote = "" if letter == quote else quote or letter
-        elif letter in _OPENING or letter in _CLOSING:
-            depth += 1 if letter in _OPENING else -1
-        elif letter == "," and depth == 0:
-            parts.append("")
-            continue
-        parts[-1] += letter
-    return parts
+def _values(argument: str) -> list[str]:
+    """The values of one `key=a,b`, as every command reads them."""
+    from ..config.compose import sweep_values
+
+    key, _, value = argument.partition("=")
+    value = expand_home(key.lstrip("+"), value)
+    # What is no override at all is refused with every other point.
+    several = sweep_values(f"{key}={value}") if key.strip("+~") else None
+    return [value] if several is None else several

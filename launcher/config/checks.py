@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
-from ...model.spec import model_spec
+from ...model.model_check import check_weights
+from ...model.spec import longer_positions, model_spec
 from ...parallel.layout import solve_layout
 from ...training.config import check_train
 from ...units import format_tokens
@@ -28,3 +29,13 @@ def check_config(config: Config) -> None:
         max_seq_len=config.data.max_seq_len,
         global_batch_tokens=config.data.global_batch_tokens,
     )
+
+
+def model_notes(config: Config) -> list[str]:
+    """What a person should know of the model and its files: parts that are not read, and lengths beyond its positions."""
+    positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
+    found = check_weights(config.model)
+    if length > positions:
+        beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"
+        found.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
+    return found

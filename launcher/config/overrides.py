@@ -1,4 +1,4 @@
-"""What a person types after the command, sorted: group choices, values, and their mistakes. Pure."""
+"""What a person types after the command, sorted: group choices, values, and their mistakes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ...errors import ConfigError
 from .conf_groups import EXPERIMENT, GROUPS, check_option
 from .own_files import not_hydras
+from .paths import expand_home
+
+_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,4 +57,22 @@ def _parse(argument: str, config_dir: str | None) -> Override:
     if name in GROUPS:
         check_option(name, value, config_dir)
         return Override(key=name, value=value, text=f"{name}={value}", is_group=True)
+    value = expand_home(name, value)
     return Override(key=name, value=value, text=f"++{name}={value}", is_group=False)
+
+
+def split_values(text: str) -> list[str]:
+    """Values between commas as they are typed; those inside brackets or quotes, or after a backslash, belong to one value."""
+    parts, depth, quote, escaped = [""], 0, "", False
+    for letter in text:
+        if escaped or letter == "\\":
+            escaped = not escaped
+        elif quote or letter in _QUOTES:
+            quote = "" if letter == quote else quote or letter
+        elif letter in _OPENING or letter in _CLOSING:
+            depth += 1 if letter in _OPENING else -1
+        elif letter == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return parts

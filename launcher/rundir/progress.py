@@ -155,8 +155,10 @@ def start_line(event: Event) -> str:
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
     lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
-    if event.get("data_changed"):
-        lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
+    if event.get("data_changes"):
+        lines.append(f"the data is not what the checkpoint was trained on, other documents follow: {'; '.join(event['data_changes'])}")
+    if (event.get("schedule") or {}).get("change"):
+        lines.append(event["schedule"]["change"])
     if event.get("memory"):
         lines.append(f"memory: {'; '.join(event['memory'])}")
     if event.get("certificate"):

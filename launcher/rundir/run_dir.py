@@ -20,6 +20,8 @@ from typing import Any
 from ... import __version__
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.stored_paths import base_of
+from ..config.paths import absolute_paths
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
 
@@ -72,7 +74,7 @@ def read_run(run_dir: Path) -> StoredRun:
     if not isinstance(data, dict) or not isinstance(data.get("revision"), int) or not isinstance(data.get("efflaunch_version"), str):
         found = "contents that do not match run.sha256" if data is None else "no revision and version"
         raise ConfigError(str(path), found=found, expected="the file as efflaunch wrote it", hint=hint)
-    config = load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS})
+    config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
 
 
@@ -116,12 +118,17 @@ def read_attempt(run_dir: Path, attempt: int) -> Config:
     if not path.is_file():
         return stored
     try:
-        return load_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return _located(run_dir, load_config(yaml.safe_load(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         hint = f"efflaunch resume {run_dir} begins another attempt"
         raise ConfigError(
             str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
         ) from error
+
+
+def _located(run_dir: Path, config: Config) -> Config:
+    # Runs of earlier versions hold relative paths.
+    return absolute_paths(config, base_of(run_dir, config.run.root, config.run.id))
 
 
 def write_run(run_dir: Path, config: Config, revision: int) -> None:
@@ -168,7 +175,11 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
-    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held."""
+    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held.
+
+    Relative paths become absolute here: later commands are typed in other directories.
+    """
+    config = absolute_paths(config)
     if not (run_dir / RUN_FILE).is_file():
         write_run(run_dir, config, 1)
         return 1, []

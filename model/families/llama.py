@@ -1,4 +1,4 @@
-"""Llama and the families that share its layer: norm, attention, residual, norm, MLP, residual."""
+"""Llama's layer, which other families share: norm, attention, residual, norm, MLP, residual."""
 
 from __future__ import annotations
 
@@ -50,17 +50,6 @@ class LlamaLayer(LayerAdapter):
         return (torch.tensor(heads).unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
-class MistralLayer(LlamaLayer):
-    """Mistral: the same window in every layer, kept in the config."""
-
-    def _window(self) -> int | None:
-        return getattr(self.attention.config, "sliding_window", None)
-
-
-class Qwen2Layer(LlamaLayer):
-    """Qwen2: biases on q, k, v; a window in the layers that have one."""
-
-
 class HeadNormLayer(LlamaLayer):
     """Queries and keys are normalised per head before rotation, so their gradients need the projections' values."""
 
@@ -74,5 +63,4 @@ class HeadNormLayer(LlamaLayer):
         return self.attention.k_norm(k), self.project("self_attn.v_proj", h, heads, graph)  # type: ignore[operator]
 
 
-class Qwen3Layer(HeadNormLayer):
-    """Qwen3: Llama's layer with norms per head."""
+LAYER = LlamaLayer

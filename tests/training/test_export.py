@@ -44,6 +44,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+OLD: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 1e4, "rope_scaling": None},
+    "qwen3": {"rope_theta": 1e4, "rope_scaling": None},
+    "llama-tied": {"rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": True},
+    "gemma3-tied": {"rope_theta": 1e6, "rope_scaling": None, "rope_local_base_freq": 1e4, "layer_types": ["sliding_attention"] * 2},
+    "llama-yarn": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+}
+"""What transformers 4.57 reads in config.json, in its own words."""
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     with RankPool() as pool:
@@ -106,6 +116,7 @@ def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path
     again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
     assert {key for key in saved if again[key] != saved[key]} <= {"architectures", "dtype", "use_cache", "_name_or_path"}
     assert config["use_cache"] is True
+    assert {key: config.get(key) for key in OLD[name]} == OLD[name] and config["torch_dtype"] == "float32"
     assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 

@@ -47,7 +47,9 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64},
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
@@ -129,6 +131,9 @@ def test_rope_arrives_where_transformers_reads_it(family: Family, scaling: dict[
     wanted = dict(scaling or {})
     wanted["rope_type"] = wanted.pop("rope_type", None) or wanted.pop("type", None) or "default"
     wanted.pop("type", None)
+    if wanted["rope_type"] == "dynamic":  # takes the original length from max_position_embeddings
+        assert hugging_face(config).max_position_embeddings == wanted.pop("original_max_position_embeddings")
+        assert model_spec(config).max_positions == 256
     assert full == {**wanted, "rope_theta": 12345.0}
     if family is Family.GEMMA3:
         assert found["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
@@ -194,10 +199,14 @@ BAD: list[tuple[ModelConfig, str, str]] = [
     ),
     (
         tiny(family=Family.LLAMA, rope_scaling={"rope_type": "yarn"}),
-        "model.rope_scaling.factor: found no factor for rope_type yarn",
+        "model.rope_scaling.factor: found no factor, original_max_position_embeddings for rope_type yarn",
         "+model.rope_scaling.factor",
     ),
-    (ModelConfig(name="t", path="/nowhere/at/all"), "model.path /nowhere/at/all: found no readable config.json", "model.path=DIRECTORY"),
+    (
+        ModelConfig(name="t", path="/nowhere/at/all"),
+        "model.path /nowhere/at/all: found no such directory (/nowhere/at/all)",
+        "model.path=DIRECTORY",
+    ),
 ]
 
 

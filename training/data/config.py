@@ -18,6 +18,13 @@ class LongDocuments(Enum):
     DROP = "drop"
 
 
+class DataChanged(Enum):
+    """What happens where corpora were replaced since the checkpoint that is resumed, and no setting says so."""
+
+    REFUSE = "refuse"
+    ACCEPT = "accept"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which documents are trained on and how many per optimizer step."""
@@ -38,6 +45,8 @@ class DataConfig:
     long_documents: LongDocuments = LongDocuments.SPLIT
     global_batch_tokens: Tokens
     """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
+    changed: DataChanged = DataChanged.REFUSE
+    """Corpora that hold something else than when the run's checkpoint was written: accept trains on with them, for this start."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "vocab_size": Range(257, 1 << 28),

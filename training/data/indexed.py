@@ -140,6 +140,10 @@ class IndexedCorpus:
         first = int(self._first_parts[document])
         return first, int(self.lengths[document]) - first
 
+    def columns(self) -> dict[str, np.ndarray | None]:
+        """The numbers of the whole corpus as they are stored: tokens, loss mask, rewards and advantages; None: it has none."""
+        return {"tokens": self._tokens, "mask": self._mask, "scalars": self._scalars}
+
     def advantage(self, document: int) -> float:
         """Of a completion: how much better than its group it was rewarded."""
         assert self._scalars is not None, f"{self.prefix} holds {self.kind.value}"

@@ -21,11 +21,14 @@ from ...errors import DataError
 from ...utils.atomic_files import write_atomic
 from ...utils.decode import decode, set_aside
 from ..config import Objective, TrainConfig
+from .identity import corpus_content
 from .indexed import IndexedCorpus, Kind, open_companion
 from .source import DataSource
 
 log = logging.getLogger(__name__)
 ORIGINS = "origins.json"
+_CONTENT = "content:"
+"""Begins digests of what a corpus holds."""
 MEANING = {
     Kind.PAIRS: "log-probabilities of both answers of each document",
     Kind.COMPLETIONS: "the log-probability of each token",
@@ -45,10 +48,18 @@ def run_scores(run_dir: Path, index: int, corpus: IndexedCorpus) -> Path:
 
 
 def corpus_digest(corpus: IndexedCorpus) -> str:
-    """Changes with the corpus: of what it was prepared from, where that is known, and its documents' lengths."""
-    digest = hashlib.sha256(repr((corpus.metadata or {}).get("fingerprint")).encode())
-    digest.update(np.ascontiguousarray(corpus.lengths).data)
-    return digest.hexdigest()
+    """Changes with what the corpus holds (identity.corpus_content)."""
+    content = json.dumps(corpus_content(corpus), sort_keys=True)
+    return _CONTENT + hashlib.sha256(content.encode()).hexdigest()
+
+
+def _is_of(corpus: IndexedCorpus, digest: str | None) -> bool:
+    if digest is None or digest.startswith(_CONTENT):
+        return digest == corpus_digest(corpus)
+    # Of an earlier version: by what the corpus was prepared from.
+    earlier = hashlib.sha256(repr((corpus.metadata or {}).get("fingerprint")).encode())
+    earlier.update(np.ascontiguousarray(corpus.lengths).data)
+    return digest == earlier.hexdigest()
 
 
 def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
@@ -106,7 +117,7 @@ class Scores:
             return _Columns(None, None)
         path = run_scores(run_dir, index, corpus)
         origin = _read_origins(run_dir).get(path.name, {})
-        fits = origin.get("corpus") == corpus_digest(corpus) and self._weights in (None, origin.get("weights"))
+        fits = _is_of(corpus, origin.get("corpus")) and self._weights in (None, origin.get("weights"))
         own = _own(path, corpus) if fits else None
         old, reference = (_open(f"{corpus.prefix}.{name}.bin", corpus) for name in ("old", "ref"))
         return _Columns(own if old is None else old, own if reference is None else reference)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError
-
-_HUB_NAME = re.compile(r"(?=.{1,96}$)(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?<!\.git)(?<!\.json)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,9 @@ def load_tokenizer(tokenizer: str) -> Any:
 
 def _check_place(tokenizer: str) -> None:
     """DataError for what is neither a directory nor a name the hub could have: the hub is not asked for a mistyped path."""
-    if not os.path.isdir(tokenizer) and _HUB_NAME.fullmatch(tokenizer) is None:
+    from ...model.model_files import is_hub_name
+
+    if not os.path.isdir(tokenizer) and (not is_hub_name(tokenizer) or tokenizer.endswith(".json")):
         raise _unreadable(tokenizer, "no such file or directory")
 
 

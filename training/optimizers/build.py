@@ -100,7 +100,7 @@ def build_trained(
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, told)
     if load and config.model.path is not None:
-        load_weights(weights, config.model.path, told)
+        load_weights(weights, config.model, config.train.seed, told, mesh.get_all_groups())
     updater = build_updater(model, weights, config.optim, device)
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
 

@@ -1,14 +1,11 @@
-"""Gemma 2 and 3: norms before and after both halves, alternating windows, softcap (2) or per-head norms and two rotary tables (3)."""
+"""Gemma 2: norms before and after both halves, alternating windows, softcaps."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...parallel.sequence.attention import AttentionSpec
-from .llama import HeadNormLayer, LlamaLayer
+from .llama import LlamaLayer
 
 
 class Gemma2Layer(LlamaLayer):
@@ -39,15 +36,4 @@ class Gemma2Layer(LlamaLayer):
         return x + norm(down(self.layer.mlp.act_fn(gate) * up))  # type: ignore[no-any-return,union-attr,operator]
 
 
-class Gemma3Layer(Gemma2Layer, HeadNormLayer):
-    """Adds per-head norms of q and k, and a rotary table per kind of layer."""
-
-    norms = (*Gemma2Layer.norms, "self_attn.q_norm", "self_attn.k_norm")
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
-        self.rope_key = self.attention.layer_type
-
-    def _spec(self) -> AttentionSpec:
-        # Hugging Face's Gemma 3 never applies a softcap to scores, whatever its config holds.
-        return replace(super()._spec(), softcap=None)
+LAYER = Gemma2Layer
