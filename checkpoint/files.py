@@ -311,7 +311,7 @@ def _finished(temporary: Path, wait_s: float) -> bool:
         try:
             _votes_on_disk(temporary, None)
             return True
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # A vote is missing. It may come while somebody still writes.
             if given_up or not any(busy.values()) or time.monotonic() > deadline:
                 return False

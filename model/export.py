@@ -84,7 +84,7 @@ def _saved_metadata(path: Path) -> dict[str, Any]:
         if not isinstance(metadata, dict):
             raise TypeError(f"metadata is a {type(metadata).__name__}")
         return metadata
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         hint = f"efflaunch checkpoints {path.parent.parent} --verify finds a whole one; --step takes it"
         raise CheckpointError(str(path / files.STATE_FILE), found=str(error), expected="the file as it was written", hint=hint) from error
 

@@ -114,7 +114,7 @@ def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
     problems = tier.damage(step) if verify else []
     try:
         record = tier.record(step)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return _row(step, tier.address, [*problems, str(error)], verify) | {"num_bytes": 0, "time": 0.0, "world_size": 0, "pinned": False}
     size = {"num_bytes": sum(record["files"].values()), "time": record["time"], "world_size": record["world_size"]}
     return _row(step, tier.address, problems, verify) | size | {"pinned": False, "path": f"{tier.address}/step-{step:08d}"}

@@ -29,7 +29,7 @@ DAMAGE = (b"", b"\x00" * 20, b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"
 def run_dir(tmp_path: Path) -> Path:
     run_dir = tmp_path / "run"
     make_run_dir(run_dir)
-    write_run(run_dir, compose(["+experiment=quickstart", "run.id=run"]), 1)
+    write_run(run_dir, compose(["+experiment=quickstart", "run.id=run", f"run.root={tmp_path}"]), 1)
     failure = Failure(rank=0, message="why", traceback="", log="logs/rank-0.log")
     attempts = (Attempt(number=1, started=1.0, ended=2.0, failure=failure, hosts=("a", "b"), blamed={"a": "slow"}),)
     write_state(run_dir, new_state(world_size=4, revision=1, attempts=attempts))
@@ -79,7 +79,10 @@ def test_a_state_with_another_meaning_is_refused(run_dir: Path, change: dict[str
 
 
 def test_a_kill_between_two_files_of_a_revision_is_repaired(run_dir: Path) -> None:
-    first, second = read_run(run_dir).config, compose(["+experiment=quickstart", "run.id=run", "train.steps=30"])
+    first, second = (
+        read_run(run_dir).config,
+        compose(["+experiment=quickstart", "run.id=run", f"run.root={run_dir.parent}", "train.steps=30"]),
+    )
     old_hash = (run_dir / HASH_FILE).read_bytes()
     assert store_config(run_dir, second) == (2, ["train.steps: 20 -> 30"])
     new_hash = (run_dir / HASH_FILE).read_bytes()
