@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_launch, report_memory
+from . import report_checkpoint, report_fuzz, report_launch, report_memory
 
 HEADER = """# Benchmarks
 
@@ -244,6 +244,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "scale": _scale,
     "startup": _startup,
     "launch": report_launch.launch,
+    "fuzz": report_fuzz.fuzz,
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,

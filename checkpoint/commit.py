@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..units import format_seconds
+from ..utils.helper_thread import HelperThread
 from . import files
 from .attempt import Attempt, Flushed
 from .catalog import Catalog
@@ -85,7 +86,7 @@ class Committer:
         """Results that every rank has read once it votes again."""
         self._num_open = 0
         self._closed_one = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "committer")
         self._thread.start()
 
     def add(self, attempt: Attempt) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from ..errors import ConfigError
 from ..units import Bytes, Seconds
 from ..utils.names import check_path
+from ..utils.ranges import BYTES, LONG_S, STEPS, WAIT_S, Range
 
 
 class OnSaveError(Enum):
@@ -77,6 +80,18 @@ class CheckpointConfig:
     """`peer`: each snapshot also goes into memory that outlives the ranks: a restart goes on from there, even where storage was
     not done. Takes host memory: twice the state with one node, four times it with several."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "every_steps": Range(1, STEPS),
+        "mean_time_to_failure_s": Range(1, LONG_S),
+        "keep_last": Range(1, 1_000_000),
+        "keep_every": Range(1, STEPS, example=1000),
+        "delete_bytes_per_s": Range(1, BYTES),
+        "pool_bytes": Range(1, BYTES),
+        "max_slowdown": Range(0.0, 10.0),
+        "commit_timeout_s": Range(0, WAIT_S, above=True),
+        "mirror_keep_last": Range(1, 1_000_000),
+    }
+
 
 def check_checkpoint(config: CheckpointConfig) -> None:
     """ConfigError for a second place that is none: where it is empty, libraries take the current directory."""
@@ -92,6 +107,3 @@ def check_checkpoint(config: CheckpointConfig) -> None:
             expected="a folder of its own for this run, or null",
             hint="checkpoint.mirror=/archive/my-run, or checkpoint.mirror=s3://bucket/my-run",
         )
-    if config.mirror_keep_last < 1:
-        found, hint = str(config.mirror_keep_last), "checkpoint.mirror_keep_last=1, or checkpoint.mirror=null"
-        raise ConfigError("checkpoint.mirror_keep_last", found=found, expected="1 or more", hint=hint)

@@ -81,7 +81,7 @@ def inspect(path: Path, step: int) -> CheckpointInfo:
         if int(record["step"]) != step:
             problem = f"{COMMIT_FILE} is of step {record['step']}"
         return CheckpointInfo(path, step, sum(files.values()), float(record["time"]), int(record["world_size"]), problem, pinned)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
         return CheckpointInfo(path, step, 0, 0.0, 0, found, pinned)
 
@@ -314,7 +314,7 @@ def _finished(temporary: Path, wait_s: float) -> bool:
         try:
             _votes_on_disk(temporary, None)
             return True
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # A vote is missing. It may come while somebody still writes.
             if given_up or not any(busy.values()) or time.monotonic() > deadline:
                 return False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..units import format_seconds
+from ..utils.helper_thread import HelperThread
 from . import files
 from .progress import RestoreProgress
 from .rank_coordination import Peers
@@ -47,7 +48,7 @@ class Mirror:
         self._current: Path | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "mirror")
         self._thread.start()
 
     def add(self, path: Path) -> None:
@@ -83,6 +84,13 @@ class Mirror:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._mirror_all()
+        except RuntimeError as failure:
+            # The store is gone, and with it rank 0: the run is over.
+            log.debug("mirroring ended", exc_info=failure)
+
+    def _mirror_all(self) -> None:
         number = 0
         while not self._closing:
             path = self._next(number)
@@ -100,12 +108,7 @@ class Mirror:
     def _next(self, number: int) -> Path | None:
         """Rank 0 takes the newest that waits; others hear of it."""
         if self.peers.rank != 0:
-            try:
-                told = self._votes.collect([f"mirror/{number}"], _POLL_S)
-            except RuntimeError:
-                # Rank 0 is gone, and with it the store: the run is over.
-                self._closing = True
-                return None
+            told = self._votes.collect([f"mirror/{number}"], _POLL_S)
             return Path(told[f"mirror/{number}"]) if told else None
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)

@@ -160,7 +160,7 @@ class Tier:
             for rank in range(int(record["world_size"])):
                 manifest = self.manifest(step, record, rank)
                 problems += [text for file in manifest.files if (text := self._file_damage(step, file.name, manifest))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             problems.append(f"{type(error).__name__}: {error}")
         return problems
 

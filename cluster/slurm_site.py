@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..units import Seconds
+from ..utils.ranges import LONG_S, Range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,3 +33,8 @@ class SlurmSite:
     """Shell lines ahead of everything: `module load cuda`, `source /shared/venv/bin/activate`."""
     srun: list[str] = field(default_factory=list)
     """More options of every srun, such as those that name a container."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "time_s": Range(60, LONG_S),
+        "cpus_per_node": Range(1, 65_536),
+    }

@@ -74,6 +74,11 @@ def chosen_variables(names: list[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
+def set_variables(names: list[str]) -> dict[str, str]:
+    """Those of this process's variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def ray_mode() -> str | None:
     """What the user says about tokens."""
     return os.environ.get("RAY_AUTH_MODE")

@@ -30,7 +30,7 @@ from .rundir.metrics_reader import MetricsFollower
 from .rundir.notices import Notices
 from .rundir.run_dir import RUN_FILE, make_run_dir, store_config
 from .rundir.small_files import tail_lines
-from .rundir.state import RunState, new_state, read_state, write_state
+from .rundir.state import RunState, mend_state, new_state, read_state, write_state
 
 AGENT_LOG = "logs/agent.log"
 _POLL_S = 0.1
@@ -60,6 +60,9 @@ class LocalLauncher:
         with steady_output() as output, stop_signals_kept():
             with holding(run_dir) as lock:
                 goes_on = (run_dir / RUN_FILE).is_file()
+                mended = mend_state(run_dir)
+                if mended is not None:
+                    print(mended, flush=True)
                 revision, changes = store_config(run_dir, launch.config)
                 announce(run_dir, goes_on, revision, changes)
                 code = run(launch.config, run_dir, revision=revision, lock=lock, output=output, entry=launch.entry)

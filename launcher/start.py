@@ -127,7 +127,11 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
     """ConfigError where the run waits or runs under another backend, which has its own ways to refuse a second start."""
     from .backend_registry import launcher_of
 
-    known = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
+    try:
+        known = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
+    except ConfigError:
+        # Set aside under the run's lock, before anything is written.
+        return
     if known is None or known.state not in ACTIVE:
         return
     backend = read_run(run_dir).config.launcher.backend

@@ -67,7 +67,7 @@ def export(
     `out_dir` in use, or not writable.
     """
     info = choose_checkpoint(Path(run_dir), step)
-    metadata = files.read_state(info.path)["metadata"]
+    metadata = _saved_metadata(info.path)
     with _appearing(Path(out_dir)) as temporary:
         num_parameters, num_bytes, num_files = _write_weights(info.path, temporary, dtype, max_shard_bytes, on_progress)
         unsaid = _write_config(metadata, temporary, dtype, info.path)
@@ -75,6 +75,18 @@ def export(
     notes = (*written.notes, *([] if unsaid is None else [unsaid]))
     weights = (num_parameters, num_bytes, num_files)
     return ExportReport(Path(out_dir), info.step, *weights, written.tokenizer, written.chat_template, written.end_of_turn, notes)
+
+
+def _saved_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; CheckpointError where that is damaged."""
+    try:
+        metadata = files.read_state(path)["metadata"]
+        if not isinstance(metadata, dict):
+            raise TypeError(f"metadata is a {type(metadata).__name__}")
+        return metadata
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = f"efflaunch checkpoints {path.parent.parent} --verify finds a whole one; --step takes it"
+        raise CheckpointError(str(path / files.STATE_FILE), found=str(error), expected="the file as it was written", hint=hint) from error
 
 
 def choose_checkpoint(run_dir: Path, step: int | None) -> files.CheckpointInfo:

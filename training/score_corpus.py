@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.runtime import sequence_attention
 from ..utils.atomic_files import sync, write_atomic
+from ..utils.decode import decode, set_aside
 from .data.indexed import Kind
 from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource
@@ -30,6 +33,7 @@ from .step import MicroBatchWork, read_step, to_tokens
 
 COMMIT_EVERY_S = 5.0
 STATE = "progress.json"
+log = logging.getLogger(__name__)
 ScoredTokens = tuple[int, int, np.ndarray]
 """(corpus, first number in its file, values to put or add there)."""
 
@@ -118,6 +122,14 @@ def _pieces(source: DataSource, step: int, work: MicroBatchWork, values: np.ndar
         yield sequence.corpus, span.start, mine[: span.stop - span.start]
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """What progress.json holds."""
+
+    identity: str
+    rows_done: int
+
+
 class _Store:
     """The files while they grow, on rank 0."""
 
@@ -129,6 +141,7 @@ class _Store:
             if index in missing
         }
         self._state.parent.mkdir(parents=True, exist_ok=True)
+        self._corpora = source.corpora
         self._paths = {index: run_scores(run_dir, index, source.corpora[index]) for index in missing}
         self.rows_done, self._committed = self._resumed(), time.monotonic()
         self._arrays = {index: self._open(path, *score_shape(source.corpora[index])) for index, path in self._paths.items()}
@@ -136,10 +149,20 @@ class _Store:
     def _resumed(self) -> int:
         if not self._state.exists():
             return 0
-        told = json.loads(self._state.read_text(encoding="utf-8"))
-        if not all(_part(path).exists() for path in self._paths.values()):
+        try:
+            kept = decode(_Progress, json.loads(self._state.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            log.warning("%s", set_aside(self._state, error))
             return 0
-        return int(told["rows_done"]) if told["identity"] == self._identity else 0
+        if kept.identity != self._identity or kept.rows_done < 0 or not all(self._is_whole(index) for index in self._paths):
+            return 0
+        return kept.rows_done
+
+    def _is_whole(self, index: int) -> bool:
+        """Whether the unfinished file of a corpus has its length."""
+        dtype, count = score_shape(self._corpora[index])
+        part = _part(self._paths[index])
+        return part.is_file() and part.stat().st_size == count * dtype.itemsize
 
     def _open(self, path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
         array = np.memmap(_part(path), dtype=dtype, mode="r+" if self.rows_done else "w+", shape=(count,))

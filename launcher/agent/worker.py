@@ -21,6 +21,7 @@ from typing import Any
 from ...errors import EXIT_RETRY, EXIT_USER, UserError
 from ...utils.atomic_files import write_atomic
 from ...utils.heartbeat import Heartbeat, join
+from ...utils.helper_thread import ends_with_helpers
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import secrets
@@ -54,7 +55,8 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     _print_to(logs / f"rank-{rank}.log")
     _keep_log()
     try:
-        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
+        with ends_with_helpers(lambda died: _record(logs, rank, died, EXIT_USER if isinstance(died.__cause__, UserError) else EXIT_RETRY)):
+            return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:

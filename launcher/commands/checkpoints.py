@@ -16,7 +16,7 @@ from ...units import format_bytes, format_seconds
 from ..rundir.lock import is_locked
 from ..rundir.metrics_index import read_progress
 from ..rundir.run_dir import keep_private, read_run
-from .arguments import CommandParser, add_json, add_run_dir
+from .arguments import STEP, CommandParser, add_json, add_run_dir, number_in
 
 if TYPE_CHECKING:
     from ...checkpoint.tier import Tier
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch checkpoints`."""
     add_run_dir(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
-    parser.add_argument("--pin", type=int, metavar="STEP", help="never let retention remove this one")
-    parser.add_argument("--unpin", type=int, metavar="STEP", help="let it again")
+    parser.add_argument("--pin", type=number_in(int, STEP), metavar="STEP", help="never let retention remove this one")
+    parser.add_argument("--unpin", type=number_in(int, STEP), metavar="STEP", help="let it again")
     add_json(parser)
 
 
@@ -135,7 +135,7 @@ def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
     problems = tier.damage(step) if verify else []
     try:
         record = tier.record(step)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return _row(step, tier.address, [*problems, str(error)], verify) | {"num_bytes": 0, "time": 0.0, "world_size": 0, "pinned": False}
     size = {"num_bytes": sum(record["files"].values()), "time": record["time"], "world_size": record["world_size"]}
     return _row(step, tier.address, problems, verify) | size | {"pinned": False, "path": f"{tier.address}/step-{step:08d}"}

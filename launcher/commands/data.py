@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, DataError
 from ...units import format_bytes
-from .arguments import CommandParser
+from ...utils.ranges import Range
+from .arguments import CommandParser, number_in
 
 _EPILOG = """\
 inputs: text files (one document each; directories are searched), .jsonl, .json (a list), .csv, .tsv, .parquet, .arrow, each also as .gz,
@@ -37,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_prepare_arguments(prepare)
     tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text files")
     tokenizer.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, or directories of them")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the 256 bytes and the end token included")
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=number_in(int, Range(257, 1 << 28)),
+        required=True,
+        metavar="N",
+        help="tokens, the 256 bytes and the end token included",
+    )
     tokenizer.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
 
 

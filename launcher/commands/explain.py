@@ -20,7 +20,7 @@ from ..config.run_config import Config
 from ..rundir.metrics_index import step_events
 from ..rundir.metrics_reader import Event
 from ..rundir.run_dir import read_run
-from .arguments import CommandParser, add_certify, add_json, add_run_dir
+from .arguments import STEP, CommandParser, add_certify, add_json, add_run_dir, number_in
 from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost, with_bound
 
 Measured = dict[tuple[int, int], float]
@@ -44,7 +44,7 @@ DESCRIPTION = "Who held which sequences in a step, why, what bounds it, and what
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch explain`."""
     add_run_dir(parser)
-    parser.add_argument("--step", type=int, help="counted from 1; the newest if not given")
+    parser.add_argument("--step", type=number_in(int, STEP), help="counted from 1; the newest if not given")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the step, as .svg, .png or .pdf")
     add_certify(parser)
     add_json(parser)

@@ -12,7 +12,7 @@ from ...errors import EXIT_DONE
 from ...training.config import Dtype
 from ...units import format_bytes
 from ..rundir.run_dir import read_run
-from .arguments import CommandParser, add_json, add_run_dir
+from .arguments import STEP, CommandParser, add_json, add_run_dir, number_in
 
 DESCRIPTION = "Write a checkpoint as a directory that Hugging Face's from_pretrained loads."
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch export`."""
     add_run_dir(parser)
     parser.add_argument("out_dir", type=Path, metavar="OUT")
-    parser.add_argument("--step", type=int, help="of which checkpoint; the newest if not given")
+    parser.add_argument("--step", type=number_in(int, STEP), help="of which checkpoint; the newest if not given")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
     add_json(parser, "what was written, as JSON")
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ...errors import EXIT_DONE, ConfigError
 from ...utils.names import inside
+from ...utils.ranges import Range
 from ...utils.text import typed
 from ..backend_registry import launcher_of
 from ..rundir.run_dir import attempt_dir, read_run
 from ..rundir.small_files import plain_lines, tail_lines
 from ..rundir.state import STATE_FILE, Failure, read_state
-from .arguments import CommandParser, add_run_dir
+from .arguments import CommandParser, add_run_dir, number_in
 
 DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full."
 
@@ -22,7 +23,9 @@ DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that fai
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch logs`."""
     add_run_dir(parser)
-    parser.add_argument("--lines", type=int, default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument(
+        "--lines", type=number_in(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20"
+    )
     parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
 
 
@@ -52,7 +55,8 @@ def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
 
 def _rank_logs(run_dir: Path) -> list[Path]:
     """Of the newest attempt that has any, by rank."""
-    numbers = sorted(int(path.name.partition("-")[2]) for path in (run_dir / "logs").glob("attempt-*"))
+    named = (path.name.partition("-")[2] for path in (run_dir / "logs").glob("attempt-*"))
+    numbers = sorted(int(number) for number in named if number.isdecimal())
     for number in reversed(numbers):
         found = sorted(attempt_dir(run_dir, number).glob("rank-*.log"), key=_rank_of)
         if found:

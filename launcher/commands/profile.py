@@ -16,7 +16,7 @@ from ...units import format_bytes, format_seconds
 from ..agent.signals import stop_signals_kept
 from ..config.run_config import Config, RunConfig
 from ..output import steady_output
-from .arguments import CommandParser, add_config_arguments, add_json, composed
+from .arguments import SEARCH_S, CommandParser, add_config_arguments, add_json, composed, number_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch profile`."""
     add_config_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes, beside what is there")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the probes may take (60)")
+    parser.add_argument("--seconds", type=number_in(float, SEARCH_S), default=60.0, help="about how long the probes may take (60)")
     add_json(parser, "print the profile as JSON")
 
 

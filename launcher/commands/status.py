@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...errors import EXIT_DONE, ConfigError
+from ...errors import EXIT_DONE
 from ...units import format_seconds
 from ...utils.text import typed
 from ..agent.hang_verdict import silence_lines
@@ -52,11 +52,7 @@ def print_status(run_dir: Path, *, as_json: bool) -> int:
 def status(run_dir: Path, summary: Summary | None = None) -> dict[str, Any]:
     """Everything `--json` prints. ConfigError where `run_dir` is not a run directory. `summary`: of its metrics, where read already."""
     stored = read_run(run_dir)
-    try:
-        state = read_state(run_dir)
-    except (ValueError, TypeError, KeyError) as error:
-        hint = f"remove it: {typed('resume', run_dir)} writes it anew"
-        raise ConfigError(str(run_dir / "state.json"), found=str(error), expected="a file efflaunch wrote", hint=hint) from error
+    state = read_state(run_dir)
     summary = read_summary(run_dir) if summary is None else summary
     progress, forecast = summary.progress(), summary.forecast(stored.config.launcher.grace_s)
     return {

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
 from ...utils.names import check_identifier, check_path
-from .conf_groups import check_config_dir, conf_dir, options
+from .conf_groups import check_config_dir, conf_dir, option_file, options
 from .node_range import resolve_nodes
 from .overrides import Override, parse_overrides, split_values
+from .own_files import check_own_files
 from .paths import expand_homes
 from .run_config import Config
 from .schema import dump_config, load_config, missing_key
@@ -29,6 +32,8 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
     check_config_dir(config_dir)
     parsed = parse_overrides(overrides, config_dir)
+    if config_dir is not None:
+        check_own_files(config_dir, [item.value for item in parsed if item.is_group])
     return _checked(_run_hydra([text for item in parsed for text in _whole(item)], config_dir), parsed)
 
 
@@ -99,10 +104,14 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 
 
 def _group(group: str, option: str, config_dir: str | None, *, resolve: bool = True) -> dict[str, Any]:
+    if config_dir is not None:
+        check_own_files(config_dir, [option])
     data = _run_hydra([], config_dir, f"{group}/{option}", resolve=resolve)
-    value = data.get(group, data)
-    assert isinstance(value, dict)
-    return value
+    if set(data) != {group} or not isinstance(data[group], dict):
+        found = f"keys of {', '.join(sorted(data)) or 'nothing'}"
+        hint = "remove its `# @package` line, or type the keys it sets"
+        raise ConfigError(f"{group}={option}", found=found, expected=f"keys of {group} alone", hint=hint)
+    return data[group]
 
 
 def check_config(config: Config) -> None:
@@ -134,28 +143,32 @@ def _run_hydra(
     overrides: list[str], config_dir: str | None, config_name: str = "config", *, folder: Path | None = None, resolve: bool = True
 ) -> dict[str, Any]:
     # The one place that knows Hydra: a later version is a change of this function.
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with initialize_config_dir(str(folder or conf_dir()), version_base="1.3"):
+        with _search_places(config_dir, config_name, folder) as (first, search), initialize_config_dir(first, version_base="1.3"):
             composed = hydra_compose(config_name, overrides=[*overrides, *search])
         data = OmegaConf.to_container(composed, resolve=resolve, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise _translated(error) from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, OSError, yaml.YAMLError) as error:
+        # Hydra and OmegaConf let through what their parsers raise; all they are given is the user's.
+        raise _untranslated(error, config_dir) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
 
 def _translated(error: Exception) -> ConfigError:
-    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", first)
     argument = getattr(error, "override", None) or (ambiguous[1] if ambiguous else None)
     if argument:
-        return _unparsed(str(argument), "several values" if ambiguous else str(error).splitlines()[0])
+        return _unparsed(str(argument), "several values" if ambiguous else first)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     choice = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
     if choice is not None:
@@ -173,6 +186,33 @@ def _translated(error: Exception) -> ConfigError:
         expected="overrides and files that compose",
         hint="efflaunch train --help lists keys and groups",
     )
+
+
+@contextmanager
+def _search_places(config_dir: str | None, config_name: str, folder: Path | None) -> Iterator[tuple[str, list[str]]]:
+    """The directory Hydra starts from, and the override that names the others. The first that has an option wins: the user's own.
+
+    Hydra has to find what it is asked for in its first directory, and searches that before all others: with a user's directory
+    the first holds this one file alone. `folder`: holds all of a configuration, which refers to no other file.
+    """
+    if folder is not None or config_dir is None:
+        yield str(folder or conf_dir()), []
+        return
+    with tempfile.TemporaryDirectory(prefix="efflaunch-") as first:
+        group, _, option = config_name.rpartition("/")
+        target = Path(first) / f"{config_name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(option_file(group, option, config_dir) if group else conf_dir() / target.name, target)
+        quoted = (str(place).replace("\\", "\\\\").replace("'", "\\'") for place in (Path(config_dir).resolve(), conf_dir()))
+        listed = ",".join(f"'file://{place}'" for place in quoted)
+        yield first, [f"hydra.searchpath=[{listed}]"]
+
+
+def _untranslated(error: Exception, config_dir: str | None) -> ConfigError:
+    where = f"command line or files of {config_dir}" if config_dir else "command line"
+    reason = "groups nested without end" if isinstance(error, RecursionError) else (str(error).splitlines() or [""])[0][:200]
+    hint = "efflaunch train --help lists keys and groups"
+    return ConfigError(where, found=f"{reason} ({type(error).__name__})", expected="overrides and files that compose", hint=hint)
 
 
 def _unparsed(argument: str, found: str) -> ConfigError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ...errors import ConfigError
 from .conf_groups import EXPERIMENT, GROUPS, check_option
+from .own_files import not_hydras
 from .paths import expand_home
 
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
@@ -33,7 +35,16 @@ def parse_overrides(arguments: list[str], config_dir: str | None = None) -> list
 def _parse(argument: str, config_dir: str | None) -> Override:
     key, separator, value = argument.partition("=")
     name = key.lstrip("+")
-    if not separator or not name or key.startswith("~") or "@" in key:
+    if key.startswith("~"):
+        raise ConfigError(
+            f"argument {argument!r}",
+            found="a deletion",
+            expected="key=value: every key has its place, and null stands for none",
+            hint=f"{key.lstrip('~').partition('=')[0] or 'key'}=null, where that is a value of it",
+        )
+    if re.split(r"[./=@]", name)[0] == "hydra":
+        raise not_hydras(f"argument {argument!r}")
+    if not separator or not name or "@" in key or len(key) - len(name) > 2:
         raise ConfigError(
             f"argument {argument!r}",
             found="neither a command, an option nor key=value",

@@ -16,7 +16,7 @@ from ...utils.text import typed
 from ..agent.signals import on_stop_signals, stop_signals_kept
 from ..backend import Launch, Standing, announce, job_exists, note_refused, tell_submitted
 from ..config.run_config import Config
-from ..env import chosen_variables, ray_server
+from ..env import chosen_variables, ray_server, set_variables
 from ..live_display import Display, NoDisplay, make_display
 from ..nodes.outcome import store_queued
 from ..output import lenient_file, steady_output
@@ -41,7 +41,7 @@ class RayLauncher:
     """See backends.Launcher."""
 
     def check(self, config: Config) -> None:
-        check_ray(config, ray_server())
+        check_ray(config, ray_server(), set_variables(config.launcher.ray.env))
         if config.launcher.ray.local:
             from ..machine_checks import check_machine
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...units import format_seconds
+from ...utils.decode import decode
 from ...utils.text import typed
 from .state import read_state
 
@@ -170,8 +171,8 @@ def _take(file: int, kind: int, patience_s: float = 0.0) -> bool | None:
 def _owner(file: int) -> Owner | None:
     """What the lock says; None where it says nothing, or is being written."""
     try:
-        return Owner(**json.loads(os.pread(file, 4096, 0)))
-    except (ValueError, TypeError):
+        return decode(Owner, json.loads(os.pread(file, 4096, 0)))
+    except (ValueError, RecursionError):
         return None
 
 

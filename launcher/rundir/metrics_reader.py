@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.text import plain_data
+from .metrics_events import is_sound
 
 METRICS_FILE = "metrics.jsonl"
 _ESCAPES = re.compile(rb"\\u|[\x7f-\xff]")
@@ -43,12 +44,12 @@ def _events(data: bytes) -> Iterator[Event]:
 
 
 def parse_line(line: bytes) -> Event | None:
-    """The event of a line, without terminal escapes; None where it is torn: a rank was killed in the middle, and the next starts on it."""
+    """The event of a line, without terminal escapes; None where it is torn or damaged: a rank killed in the middle, or somebody's edit."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or "event" not in event:
+    if not is_sound(event):
         return None
     return plain_data(event) if _ESCAPES.search(line) else event  # type: ignore[no-any-return]
 

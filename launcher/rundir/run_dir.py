@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import stat
 import time
@@ -68,14 +69,37 @@ def read_run(run_dir: Path) -> StoredRun:
             expected="a run directory",
             hint="efflaunch status runs/NAME, with a directory that efflaunch made",
         )
-    text = path.read_text(encoding="utf-8")
-    expected = (run_dir / HASH_FILE).read_text().split()[0] if (run_dir / HASH_FILE).is_file() else ""
-    if hashlib.sha256(text.encode()).hexdigest() != expected:
-        hint = f"undo the edit (revisions/ holds every version), then: {typed('resume', run_dir, 'key=value')}"
-        raise ConfigError(str(path), found="contents that do not match run.sha256", expected="the file as efflaunch wrote it", hint=hint)
-    data = yaml.safe_load(text)
+    hint = f"undo the edit (revisions/ holds every version), then: {typed('resume', run_dir, 'key=value')}"
+    try:
+        text = path.read_bytes()
+        data = yaml.safe_load(text) if is_as_written(run_dir, text) else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("revision"), int) or not isinstance(data.get("efflaunch_version"), str):
+        found = "contents that do not match run.sha256" if data is None else "no revision and version"
+        raise ConfigError(str(path), found=found, expected="the file as efflaunch wrote it", hint=hint)
     config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def is_as_written(run_dir: Path, text: bytes) -> bool:
+    """Whether `text`, of run.yaml, is what efflaunch wrote: its hash is in run.sha256, or a revision is the same byte by byte.
+
+    The second holds where a start was killed between the two files (the hash is written last), and where the hash is lost.
+    """
+    try:
+        recorded = (run_dir / HASH_FILE).read_text(encoding="utf-8", errors="replace").split()[:1]
+    except OSError:
+        recorded = []
+    if recorded == [hashlib.sha256(text).hexdigest()]:
+        return True
+    named = re.search(rb"^revision: (\d{1,9})$", text, re.MULTILINE)
+    if named is None:
+        return False
+    revision = run_dir / "revisions" / f"{int(named[1])}.yaml"
+    return revision.is_file() and revision.read_bytes() == text
 
 
 def write_attempt(run_dir: Path, attempt: int, config: Config) -> list[str]:
@@ -97,7 +121,15 @@ def read_attempt(run_dir: Path, attempt: int) -> Config:
 
     path = attempt_dir(run_dir, attempt) / RUN_FILE
     stored = read_run(run_dir).config
-    return _located(run_dir, load_config(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else stored
+    if not path.is_file():
+        return stored
+    try:
+        return _located(run_dir, load_config(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        hint = f"efflaunch resume {run_dir} begins another attempt"
+        raise ConfigError(
+            str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
+        ) from error
 
 
 def _located(run_dir: Path, config: Config) -> Config:
@@ -114,7 +146,18 @@ def write_run(run_dir: Path, config: Config, revision: int) -> None:
     (run_dir / "revisions").mkdir(exist_ok=True)
     write_atomic(run_dir / "revisions" / f"{revision}.yaml", text)
     write_atomic(run_dir / RUN_FILE, text)
-    write_atomic(run_dir / HASH_FILE, f"{hashlib.sha256(text.encode()).hexdigest()}  {RUN_FILE}\n")
+    write_atomic(run_dir / HASH_FILE, _hash_line(text.encode()))
+
+
+def _hash_line(text: bytes) -> str:
+    return f"{hashlib.sha256(text).hexdigest()}  {RUN_FILE}\n"
+
+
+def _mend_hash(run_dir: Path) -> None:
+    """Write run.sha256 of a run.yaml that is as written, where it is missing or of the revision before. The lock must be held."""
+    expected, path = _hash_line((run_dir / RUN_FILE).read_bytes()), run_dir / HASH_FILE
+    if not path.is_file() or path.read_bytes() != expected.encode():
+        write_atomic(path, expected)
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
@@ -149,6 +192,7 @@ def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     stored = read_run(run_dir)
     changes = config_diff(stored.config, config)
     if not changes:
+        _mend_hash(run_dir)
         return stored.revision, []
     write_run(run_dir, config, stored.revision + 1)
     return stored.revision + 1, changes

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
+
+from ...utils.ranges import STEPS, Range
 
 
 class States(Enum):
@@ -87,3 +91,14 @@ class OptimConfig:
     """Which norm grad_clip means. previous_norm is not exact."""
     state_dtype: StateDtype = StateDtype.FLOAT32
     """Of the moments. bfloat16 and 8bit are not exact."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "lr": Range(0, 1000, above=True, example=3e-4),
+        "betas": Range(0, 1, below=True),
+        "eps": Range(0, 1, above=True),
+        "weight_decay": Range(0, 1000),
+        "grad_clip": Range(0, 1e30, above=True),
+        "warmup_steps": Range(0, STEPS),
+        "decay_steps": Range(1, STEPS),
+        "min_lr_ratio": Range(0, 1),
+    }

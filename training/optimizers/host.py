@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...parallel.sharding.parts import like, local
+from ...utils.helper_thread import HelperThread
 from .adamw import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
 from .config import OptimConfig, Update
@@ -71,7 +72,7 @@ class HostUpdater:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._room = threading.Semaphore(IN_FLIGHT)
         self._failure: BaseException | None = None
-        self._worker = threading.Thread(target=self._work, name="optimizer", daemon=True)
+        self._worker = HelperThread(self._work, "optimizer")
         self._worker.start()
         watch(self._live, self._reduced)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ...errors import ConfigError
+from ...utils.ranges import check_ranges
 from .config import OptimConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -57,7 +58,7 @@ def check_optim(config: OptimConfig, total_steps: int) -> None:
     _check_numbers(config)
     if config.schedule not in SCHEDULES:
         raise _wrong("schedule", f"`{config.schedule}`", f"one of {', '.join(SCHEDULES)}", "optim.schedule=cosine")
-    if not 0 <= warmup_steps(config, total_steps) <= total_steps:
+    if warmup_steps(config, total_steps) > total_steps:
         expected = f"0 to train.steps = {total_steps}, or null for as many as fit"
         raise _wrong("warmup_steps", str(config.warmup_steps), expected, f"optim.warmup_steps={max(1, total_steps // 10)}")
     if config.schedule == "wsd":
@@ -75,18 +76,9 @@ def _check_wsd(config: OptimConfig, total_steps: int) -> None:
 
 
 def _check_numbers(config: OptimConfig) -> None:
-    if not (config.lr > 0 and math.isfinite(config.lr)):
-        raise _wrong("lr", str(config.lr), "a finite number above 0", "optim.lr=3e-4")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+    check_ranges(config, "optim")
+    if len(config.betas) != 2:
         raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
-    if not config.eps > 0:
-        raise _wrong("eps", str(config.eps), "a number above 0", "optim.eps=1e-8")
-    if not config.weight_decay >= 0:
-        raise _wrong("weight_decay", str(config.weight_decay), "0 or more", "optim.weight_decay=0.1")
-    if config.grad_clip is not None and not config.grad_clip > 0:
-        raise _wrong("grad_clip", str(config.grad_clip), "a number above 0, or null for no clipping", "optim.grad_clip=1.0")
-    if not 0 <= config.min_lr_ratio <= 1:
-        raise _wrong("min_lr_ratio", str(config.min_lr_ratio), "0 to 1", "optim.min_lr_ratio=0.1")
 
 
 def _wrong(key: str, found: str, expected: str, hint: str) -> ConfigError:
