@@ -29,8 +29,8 @@ MODEL = (
 CASES = {
     "on the device, after backward": (),
     "on the device, in backward": ("optim.update=backward",),
-    "on the host, after backward": ("optim.states=host",),
-    "on the host, in backward": ("optim.states=host", "optim.update=backward"),
+    "on the host, after backward": ("optim.state_device=host",),
+    "on the host, in backward": ("optim.state_device=host", "optim.update=backward"),
 }
 
 

@@ -20,7 +20,7 @@ class OnSaveError(Enum):
     STOP = "stop"
 
 
-class WhileFlushing(Enum):
+class OnBusy(Enum):
     """What a save does that comes while the one before is not yet durable."""
 
     WAIT = "wait"
@@ -64,7 +64,7 @@ class CheckpointConfig:
     delete_bytes_per_s: Bytes | None = None
     """Fastest that older checkpoints are deleted, in the background. None: at once; slower is kinder to a shared file system."""
     on_error: OnSaveError = OnSaveError.CONTINUE
-    while_flushing: WhileFlushing = WhileFlushing.WAIT
+    on_busy: OnBusy = OnBusy.WAIT
     pool_bytes: Bytes | None = None
     """Host memory of a rank for snapshots. None: the rank's whole state, or half of what is free where that is less."""
     max_slowdown: float = 0.02

@@ -30,7 +30,7 @@ from .archive import FileLayout, fingerprint, plan_files
 from .attempt import Attempt
 from .commit import CommitOutcome, Committer, Retention
 from .components import Parts, device_of, not_mirrored, stopped, wait_until_seen
-from .config import CheckpointConfig, OnSaveError, Replica, WhileFlushing
+from .config import CheckpointConfig, OnBusy, OnSaveError, Replica
 from .mirror import Mirror, MirrorReport
 from .pacing import Pacing
 from .rank_coordination import Peers
@@ -133,7 +133,7 @@ class CheckpointEngine:
 
         A later call of any method reports how it went. A save that fails on any rank leaves nothing half-written, older
         checkpoints are untouched, and `config.on_error` decides: `on_save` and the log hear of it, or every rank raises
-        CheckpointError. `final`: never skipped, whatever `config.while_flushing` says.
+        CheckpointError. `final`: never skipped, whatever `config.on_busy` says.
         """
         started = time.monotonic()
         tensors = self._tensors()
@@ -278,12 +278,10 @@ class CheckpointEngine:
 
     def _admit(self, step: int) -> bool:
         """Whether to save while another save is on its way (every rank comes to the same answer)."""
-        if self.config.while_flushing is WhileFlushing.SKIP:
-            self._log(
-                logging.INFO, "no checkpoint of step %d: the one before is still being written (checkpoint.while_flushing=skip)", step
-            )
+        if self.config.on_busy is OnBusy.SKIP:
+            self._log(logging.INFO, "no checkpoint of step %d: the one before is still being written (checkpoint.on_busy=skip)", step)
             return False
-        if self.config.while_flushing is WhileFlushing.SUPERSEDE and self._saver is not None:
+        if self.config.on_busy is OnBusy.SUPERSEDE and self._saver is not None:
             for attempt in self._pending:
                 self._saver.cancel(attempt)
         return True

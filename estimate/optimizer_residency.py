@@ -54,7 +54,7 @@ def residency_of(optim: OptimConfig, checkpoint: CheckpointConfig | None = None)
         kept = {"snapshot_bytes": checkpoint.pool_bytes, "replicas": checkpoint.replica.value == "peer"}
     return Residency(
         **kept,
-        on_host=optim.states.value == "host",
+        on_host=optim.state_device.value == "host",
         in_backward=optim.update.value == "backward",
         moment_bytes=MOMENT_BYTES[optim.state_dtype.value],
         clipped=optim.grad_clip is not None,

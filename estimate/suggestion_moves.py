@@ -60,7 +60,7 @@ def _states_on_host(inputs: PlanInputs) -> Iterator[Change]:
     if not inputs.residency.on_host:
         moved = replace(inputs, residency=replace(inputs.residency, on_host=True))
         unknown = "; the time of that is not in the estimate" if host_update_rate(moved).bytes_per_s is None else ""
-        yield Change(("optim.states=host",), f"float32 weights and moments on the host and updated there{unknown}", moved)
+        yield Change(("optim.state_device=host",), f"float32 weights and moments on the host and updated there{unknown}", moved)
 
 
 def _in_backward(inputs: PlanInputs) -> Iterator[Change]:

@@ -107,7 +107,7 @@ def check_budget(ledger: Ledger) -> None:
     raise PlanError(
         "memory.host_budget",
         found=format_bytes(budget.capacity_bytes),
-        expected=f"at least {format_bytes(budget.peak_bytes)} for what memory={ledger.inputs.memory.name} and optim.states put there "
+        expected=f"at least {format_bytes(budget.peak_bytes)} for what memory={ledger.inputs.memory.name} and optim.state_device put there "
         f"({', '.join(f'{entry.name} {format_bytes(entry.num_bytes)}' for entry in budget.terms)})",
         hint=", or ".join([f"memory.host_budget={least}MiB", *options]),
     )

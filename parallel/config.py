@@ -64,7 +64,7 @@ class ParallelConfig:
     """Ranks meet once a step instead of once a micro-batch: whole weights and gradients stay on every rank within the step."""
     profile: str | None = None
     """File of measured times (`efflaunch profile`); None: profile.yaml of the working directory, where it is of this machine and model."""
-    plan_patience_s: Seconds = 0.25
+    plan_timeout_s: Seconds = 0.25
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -73,7 +73,7 @@ class ParallelConfig:
         "sp_degree": Range(1, 1 << 26),
         "ulysses_degree": Range(1, 1 << 26),
         "tokens_per_rank": Range(1, TOKENS),
-        "plan_patience_s": Range(0, WAIT_S),
+        "plan_timeout_s": Range(0, WAIT_S),
     }
 
 

@@ -16,7 +16,7 @@ from efflaunch.tests import test_real_runs as runs
 from efflaunch.tests.launcher.runs import descendants, is_alive
 
 STEPS = 16
-ADAPTIVE = ("parallel.sequence=adaptive", "parallel.plan_patience_s=60")
+ADAPTIVE = ("parallel.sequence=adaptive", "parallel.plan_timeout_s=60")
 """So patient that no plan is late: late plans change the order of sums."""
 
 

@@ -232,7 +232,7 @@ def test_everything_killed_then_resumed_is_bit_equal(place, reference):
 
 def test_a_stopped_rank_costs_nothing_but_time(place, reference):
     """It is noticed, named and killed, and the loss curve is that of a run nothing happened to, bit by bit."""
-    soon = ("launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_long_s=1h")
+    soon = ("launcher.hang_factor=2", "launcher.hang_min_s=10", "launcher.hang_startup_s=1h")
     stopped = {"STOP_RANK": "1", "STOP_STEP": "8", "FAKE_CLOCK": "rest"}
     finish(start(place, "train", *BASE, "train.steps=12", *soon, script=SIDE, **stopped), place)
     assert losses(place) == {step: loss for step, loss in losses(reference).items() if step <= 12}

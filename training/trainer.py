@@ -88,7 +88,7 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
 
 def _plan_service(config: RunSettings) -> PlanService | None:
     adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank(whole_world()) == 0
-    return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
+    return PlanService(patience_s=config.parallel.plan_timeout_s) if adaptive else None
 
 
 def _data_changes(config: RunSettings, session: Session, restored: Restored | None) -> DataChanges:

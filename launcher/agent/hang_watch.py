@@ -166,7 +166,7 @@ class HangWatch:
 
 def limits_of(config: LauncherConfig) -> Limits:
     """What the configuration allows."""
-    return Limits(factor=config.hang_factor, min_s=config.hang_min_s, long_s=config.hang_long_s)
+    return Limits(factor=config.hang_factor, min_s=config.hang_min_s, long_s=config.hang_startup_s)
 
 
 def read_hang(run_dir: Path, number: int) -> Failure | None:

@@ -185,8 +185,10 @@ def _rates(ledger: Ledger) -> dict[str, Any]:
 
 def _policy(ledger: Ledger) -> dict[str, Any]:
     policy = ledger.inputs.policy
+    clauses = list(describe_policy(policy, ledger.inputs))
     return {
-        "words": list(describe_policy(policy, ledger.inputs)),
+        "description": "; ".join(clauses),
+        "words": clauses,
         "graph": policy.graph,
         "classes": {name: {"keep": split.keep, "host": split.host} for name, split in class_splits(ledger.inputs).items()},
         "segment_layers": policy.segment_layers,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from ...utils.names import as_identifier
+from ..config.overrides import current_arguments
 from ..config.paths import expand_home
 from ..config.run_config import Backend, Config
 from ..output import steady_output
@@ -95,6 +96,9 @@ def _is_array(configs: Sequence[Config]) -> bool:
 
 def expand(overrides: Sequence[str]) -> list[Point]:
     """The combinations of all values, the last key varying fastest. ConfigError where nothing has several."""
+    # Names of runs keep the keys as typed: a sweep typed as before goes on with its runs.
+    names = [text.partition("=")[0].lstrip("+").rpartition(".")[2] for text in overrides]
+    overrides = current_arguments(list(overrides))
     choices = [[(text.partition("=")[0], value) for value in _values(text)] for text in overrides]
     if all(len(values) == 1 for values in choices):
         hint = "efflaunch sweep +experiment=quickstart optim.lr=1e-3,1e-4 train.seed=0,1"
@@ -102,7 +106,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     varied = [index for index, values in enumerate(choices) if len(values) > 1]
     points = []
     for combination in itertools.product(*choices):
-        named = "-".join(f"{combination[index][0].lstrip('+').rpartition('.')[2]}-{combination[index][1]}" for index in varied)
+        named = "-".join(f"{names[index]}-{combination[index][1]}" for index in varied)
         texts = tuple(f"{key}={value}" for key, value in combination)
         points.append(Point(suffix=as_identifier(named), overrides=texts))
     if len({point.suffix for point in points}) < len(points):

@@ -10,9 +10,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import ConfigError
@@ -20,7 +21,7 @@ from ...utils.names import check_identifier, check_path
 from .conf_groups import check_config_dir, conf_dir, option_file, options
 from .node_range import resolve_nodes
 from .overrides import Override, parse_overrides, split_values
-from .own_files import check_own_files
+from .own_aliases import current_own_files
 from .paths import expand_homes
 from .run_config import Config
 from .schema import dump_config, load_config, missing_key
@@ -32,9 +33,8 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
     check_config_dir(config_dir)
     parsed = parse_overrides(overrides, config_dir)
-    if config_dir is not None:
-        check_own_files(config_dir, [item.value for item in parsed if item.is_group])
-    return _checked(_run_hydra([text for item in parsed for text in _whole(item)], config_dir), parsed)
+    rewritten = current_own_files(config_dir, [item.value for item in parsed if item.is_group]) if config_dir is not None else {}
+    return _checked(_run_hydra([text for item in parsed for text in _whole(item)], config_dir, rewritten=rewritten), parsed)
 
 
 def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
@@ -104,9 +104,8 @@ def compose_group(group: str, option: str, config_dir: str | None = None) -> dic
 
 
 def _group(group: str, option: str, config_dir: str | None, *, resolve: bool = True) -> dict[str, Any]:
-    if config_dir is not None:
-        check_own_files(config_dir, [option])
-    data = _run_hydra([], config_dir, f"{group}/{option}", resolve=resolve)
+    rewritten = current_own_files(config_dir, [option]) if config_dir is not None else {}
+    data = _run_hydra([], config_dir, f"{group}/{option}", resolve=resolve, rewritten=rewritten)
     if set(data) != {group} or not isinstance(data[group], dict):
         found = f"keys of {', '.join(sorted(data)) or 'nothing'}"
         hint = "remove its `# @package` line, or type the keys it sets"
@@ -140,7 +139,13 @@ def check_config(config: Config) -> None:
 
 
 def _run_hydra(
-    overrides: list[str], config_dir: str | None, config_name: str = "config", *, folder: Path | None = None, resolve: bool = True
+    overrides: list[str],
+    config_dir: str | None,
+    config_name: str = "config",
+    *,
+    folder: Path | None = None,
+    resolve: bool = True,
+    rewritten: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     # The one place that knows Hydra: a later version is a change of this function.
     import yaml
@@ -151,7 +156,8 @@ def _run_hydra(
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with _search_places(config_dir, config_name, folder) as (first, search), initialize_config_dir(first, version_base="1.3"):
+        places = _search_places(config_dir, config_name, folder, rewritten)
+        with places as (first, search), initialize_config_dir(first, version_base="1.3"):
             composed = hydra_compose(config_name, overrides=[*overrides, *search])
         data = OmegaConf.to_container(composed, resolve=resolve, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
@@ -189,11 +195,14 @@ def _translated(error: Exception) -> ConfigError:
 
 
 @contextmanager
-def _search_places(config_dir: str | None, config_name: str, folder: Path | None) -> Iterator[tuple[str, list[str]]]:
+def _search_places(
+    config_dir: str | None, config_name: str, folder: Path | None, rewritten: Mapping[str, str]
+) -> Iterator[tuple[str, list[str]]]:
     """The directory Hydra starts from, and the override that names the others. The first that has an option wins: the user's own.
 
     Hydra has to find what it is asked for in its first directory, and searches that before all others: with a user's directory
-    the first holds this one file alone. `folder`: holds all of a configuration, which refers to no other file.
+    the first holds this one file, and those of the user's that are `rewritten`. `folder`: holds all of a configuration, which
+    refers to no other file.
     """
     if folder is not None or config_dir is None:
         yield str(folder or conf_dir()), []
@@ -203,6 +212,9 @@ def _search_places(config_dir: str | None, config_name: str, folder: Path | None
         target = Path(first) / f"{config_name}.yaml"
         target.parent.mkdir(exist_ok=True)
         shutil.copy(option_file(group, option, config_dir) if group else conf_dir() / target.name, target)
+        for name, text in rewritten.items():
+            (Path(first) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(first) / name).write_text(text, encoding="utf-8")
         quoted = (str(place).replace("\\", "\\\\").replace("'", "\\'") for place in (Path(config_dir).resolve(), conf_dir()))
         listed = ",".join(f"'file://{place}'" for place in quoted)
         yield first, [f"hydra.searchpath=[{listed}]"]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ...errors import ConfigError
+from .aliases import RENAMED, check_both, current_key, current_references, notify, old_references
 from .conf_groups import EXPERIMENT, GROUPS, check_option
 from .own_files import not_hydras
 from .paths import expand_home
@@ -27,9 +28,22 @@ def parse_overrides(arguments: list[str], config_dir: str | None = None) -> list
     """Each argument as an Override. ConfigError for what is neither `key=value` nor `~key`, and for unknown options.
 
     `+` is neither needed nor refused: keys are checked against the dataclasses after composing, so a typo is
-    found whether or not it was typed with a plus.
+    found whether or not it was typed with a plus. Old names of renamed keys become the new ones, with a notice on stderr.
     """
-    return [_parse(argument, config_dir) for argument in arguments]
+    return [_parse(argument, config_dir) for argument in current_arguments(arguments)]
+
+
+def current_arguments(arguments: list[str]) -> list[str]:
+    """The arguments under the names of this version; a notice on stderr for each old one, ConfigError for both names of a key."""
+    split = [argument.partition("=") for argument in arguments]
+    keys = [key.lstrip("+") for key, _, _ in split]
+    check_both(keys, "command line")
+    notify([*(key for key in keys if key in RENAMED), *(old for _, _, value in split for old in old_references(value))])
+    pluses = [key[: len(key) - len(key.lstrip("+"))] for key, _, _ in split]
+    return [
+        f"{plus}{current_key(key)}{separator}{current_references(value)}"
+        for plus, key, (_, separator, value) in zip(pluses, keys, split, strict=True)
+    ]
 
 
 def _parse(argument: str, config_dir: str | None) -> Override:

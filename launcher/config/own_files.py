@@ -23,16 +23,19 @@ _HYDRA = "hydra"
 _PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))
 
 
-def check_own_files(config_dir: str, chosen: list[str]) -> None:
-    """ConfigError for files of `config_dir` that would be ignored, and for used ones that cannot be read as options.
+def check_own_files(config_dir: str, chosen: list[str]) -> list[Path]:
+    """The files of `config_dir` that may take part; ConfigError for files that would be ignored, and for used ones that are no options.
 
     `chosen`: option names typed on the command line; what they and the shipped files name in their defaults counts as used.
     """
     folder = Path(config_dir)
     _check_places(folder)
     shipped = [path.stem for path in conf_dir().rglob("*.yaml")]
+    used = []
     for path, data in _used(folder, [*chosen, *shipped]):
         _check_contents(path, folder, data)
+        used.append(path)
+    return used
 
 
 def _check_places(folder: Path) -> None:

@@ -134,7 +134,7 @@ class LauncherConfig:
     """Ranks that say nothing for so many times as a step is expected to take hang: stacks are written, all start again; null: never."""
     hang_min_s: Seconds = 300.0
     """Silence that is never taken for a hang, however short steps are."""
-    hang_long_s: Seconds = 1800.0
+    hang_startup_s: Seconds = 1800.0
     """The same for phases that do not depend on a step's time: start, the first step, saves, scoring."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -147,7 +147,7 @@ class LauncherConfig:
         "nodes": Range(1, 65_536),
         "hang_factor": Range(0, 1e6, above=True),
         "hang_min_s": Range(0, LONG_S, above=True),
-        "hang_long_s": Range(0, LONG_S, above=True),
+        "hang_startup_s": Range(0, LONG_S, above=True),
     }
 
 

@@ -23,6 +23,7 @@ from ...utils.atomic_files import write_atomic
 from ...utils.names import as_identifier
 from ...utils.stored_paths import base_of
 from ...utils.text import typed
+from ..config.aliases import current_data
 from ..config.paths import absolute_paths
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
@@ -80,7 +81,8 @@ def read_run(run_dir: Path) -> StoredRun:
     if not isinstance(data, dict) or not isinstance(data.get("revision"), int) or not isinstance(data.get("efflaunch_version"), str):
         found = "contents that do not match run.sha256" if data is None else "no revision and version"
         raise ConfigError(str(path), found=found, expected="the file as efflaunch wrote it", hint=hint)
-    config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
+    stored = current_data({key: value for key, value in data.items() if key not in _EXTRA_KEYS}, str(path))
+    config = _located(run_dir, load_config(stored))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
 
 
@@ -124,7 +126,7 @@ def read_attempt(run_dir: Path, attempt: int) -> Config:
     if not path.is_file():
         return stored
     try:
-        return _located(run_dir, load_config(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        return _located(run_dir, load_config(current_data(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         hint = f"efflaunch resume {run_dir} begins another attempt"
         raise ConfigError(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from efflaunch.bench.chaos import State
 from efflaunch.checkpoint import files
-from efflaunch.checkpoint.config import CheckpointConfig, Interval, OnSaveError, WhileFlushing
+from efflaunch.checkpoint.config import CheckpointConfig, Interval, OnBusy, OnSaveError
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.interval import solve_interval
 from efflaunch.checkpoint.verify import damage
@@ -135,7 +135,7 @@ def test_a_save_that_comes_too_early_is_skipped_but_the_last_one_never(pool: Ran
 
 def _skipping(folder: Path) -> list[int]:
     state = State()
-    engine = state.engine(folder, while_flushing=WhileFlushing.SKIP, fault=f"before_fsync=until:{folder / 'go'}")
+    engine = state.engine(folder, on_busy=OnBusy.SKIP, fault=f"before_fsync=until:{folder / 'go'}")
     _steps(engine, state, 1, 2)
     engine.wait_for_snapshot()
     state.set(3)
@@ -154,7 +154,7 @@ def test_a_newer_save_supersedes_one_that_is_not_yet_voted_for(pool: RankPool, t
 def _superseding(folder: Path) -> tuple[list[int], list[int]]:
     state = State()
     last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
-    engine = state.engine(folder, while_flushing=WhileFlushing.SUPERSEDE, fault=f"before_fsync=until:{folder / 'go'}" if last else "")
+    engine = state.engine(folder, on_busy=OnBusy.SUPERSEDE, fault=f"before_fsync=until:{folder / 'go'}" if last else "")
     _steps(engine, state, 1, 1)
     engine.wait_for_snapshot()
     state.set(2)

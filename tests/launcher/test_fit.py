@@ -134,7 +134,7 @@ def test_too_many_ranks_for_the_memory() -> None:
     check_machine(compose(["+experiment=quickstart", *caught.value.hint.split()]), Machine((), 8, int(3.1 * each)))
 
 
-@pytest.mark.parametrize("words", [["memory=memo", "memory.host_fraction=1.0"], ["optim.states=host"]])
+@pytest.mark.parametrize("words", [["memory=memo", "memory.host_fraction=1.0"], ["optim.state_device=host"]])
 def test_what_waits_on_the_host_is_this_machines_memory_too(words: list[str]) -> None:
     """Ranks without a GPU share one memory with what they move out of their own."""
     config = compose(["+experiment=quickstart", *words])

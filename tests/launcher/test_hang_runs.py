@@ -25,7 +25,7 @@ from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.tests.launcher.runs import Run, environment, train
 from efflaunch.tests.limits import ENDS_S, wait_until
 
-SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_long_s=1h")
+SOON = ("launcher.hang_factor=1", "launcher.hang_min_s=5", "launcher.hang_startup_s=1h")
 
 
 def losses(run: Run) -> dict[int, float]:

@@ -31,7 +31,7 @@ TAKES_ZERO = {
         "optim.warmup_steps",
         "optim.min_lr_ratio",
     ),
-    *("parallel.plan_patience_s", "memory.host_fraction", "memory.host_budget", "checkpoint.max_slowdown"),
+    *("parallel.plan_timeout_s", "memory.host_fraction", "memory.host_budget", "checkpoint.max_slowdown"),
     *("launcher.max_restarts", "launcher.slurm.max_preemptions", "launcher.slurm.max_excluded", "launcher.ray.max_preemptions"),
     *("launcher.ray.max_excluded", "launcher.ray.placement_timeout_s", "launcher.ray.max_upload_bytes", "launcher.ray.driver_cpus"),
 }

@@ -77,7 +77,7 @@ def test_a_rank_that_never_spoke_is_starting() -> None:
     assert silences.hang(LIMITS) and not silences.hang(Limits(factor=None, min_s=300.0, long_s=1800.0))
 
 
-@pytest.mark.parametrize("override", ["launcher.hang_factor=0", "launcher.hang_min_s=0", "launcher.hang_long_s=0s"])
+@pytest.mark.parametrize("override", ["launcher.hang_factor=0", "launcher.hang_min_s=0", "launcher.hang_startup_s=0s"])
 def test_limits_that_are_none_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="more than 0"):
         check_config(compose(["+experiment=quickstart", override]))

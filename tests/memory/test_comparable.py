@@ -10,7 +10,7 @@ from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.ledger import plan
 
 
-@pytest.mark.parametrize("words", [["memory=recompute"], ["memory=memo"], ["memory=alst", "optim.states=host"]])
+@pytest.mark.parametrize("words", [["memory=recompute"], ["memory=memo"], ["memory=alst", "optim.state_device=host"]])
 def test_a_rank_without_a_gpu_is_seen_with_what_it_moved_to_the_host(words: list[str]) -> None:
     """Resident memory has the arena and the optimizer's states in it, wherever the ledger books them."""
     ledger = plan(compose(["+experiment=quickstart", *words]))

@@ -90,7 +90,7 @@ def test_nothing_is_promised_where_nothing_fits():
     text = str(
         oom_report(ledger, numbers(active=GIB, reserved=GIB, requested=0, total=2 * GIB), at("start"), rank=0, step=0, resume=RESUME)
     )
-    assert "certified" not in text or "cluster.num_nodes" in text or "optim.states=host" in text
+    assert "certified" not in text or "cluster.num_nodes" in text or "optim.state_device=host" in text
 
 
 def test_a_host_that_runs_out_is_named_before_the_kernel_kills():

@@ -81,7 +81,8 @@ def test_a_host_that_is_too_small_is_refused_before_anything_is_taken() -> None:
     needed = 8 * host_optimizer_bytes(s)
     check_update_memory(s, FreeMemory(needed, "test"))
     check_update_memory(setting(Residency()), FreeMemory(0, "test"))
-    with pytest.raises(ConfigError, match=r"(?s)optim\.states=host.*of host memory free.*optimizer of 8 ranks.*optim\.update=backward"):
+    refusal = r"(?s)optim\.state_device=host.*of host memory free.*optimizer of 8 ranks.*optim\.update=backward"
+    with pytest.raises(ConfigError, match=refusal):
         check_update_memory(s, FreeMemory(needed - 1, "test"))
 
 

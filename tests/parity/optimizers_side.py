@@ -13,7 +13,7 @@ from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build import build_updater
-from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDtype, States, Update
+from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
 
@@ -21,7 +21,7 @@ RATES = (3e-3, 2e-3, 4e-3)
 
 
 def optim_config(**fields):
-    kinds = {"states": States, "update": Update, "clip_mode": ClipMode, "state_dtype": StateDtype}
+    kinds = {"state_device": StateDevice, "update": Update, "clip_mode": ClipMode, "state_dtype": StateDtype}
     return OptimConfig(
         **{"name": "test", "lr": RATES[0], "weight_decay": 0.3, "grad_clip": None}
         | {key: kinds[key](value) if key in kinds else value for key, value in fields.items()}
@@ -40,7 +40,7 @@ class Trainer:
         dtype, device = getattr(torch, case["dtype"]), torch.device("cpu")
         self.case, self.plan, self.config = case, plan, optim_config(**optim)
         self.topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
-        on_host = self.config.states is States.HOST
+        on_host = self.config.state_device is StateDevice.HOST
         self.model = build_empty(
             hf_config(case["family"]),
             POLICIES[case.get("policy", "recompute")],

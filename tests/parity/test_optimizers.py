@@ -35,10 +35,10 @@ EXACT = {
     "device, step, clipped": {"grad_clip": CLIP},
     "device, backward": {"update": "backward"},
     "device, backward, two passes": {"update": "backward", "grad_clip": CLIP, "clip_mode": "two_pass"},
-    "host, step": {"states": "host"},
-    "host, step, clipped": {"states": "host", "grad_clip": CLIP},
-    "host, backward": {"states": "host", "update": "backward"},
-    "host, backward, two passes": {"states": "host", "update": "backward", "grad_clip": CLIP, "clip_mode": "two_pass"},
+    "host, step": {"state_device": "host"},
+    "host, step, clipped": {"state_device": "host", "grad_clip": CLIP},
+    "host, backward": {"state_device": "host", "update": "backward"},
+    "host, backward, two passes": {"state_device": "host", "update": "backward", "grad_clip": CLIP, "clip_mode": "two_pass"},
 }
 
 
@@ -103,7 +103,7 @@ def test_three_steps_equal_plain_adamw(pool, layout, mode):
 def test_the_previous_norm_is_exact_in_the_first_step_and_says_what_it_does_after(pool):
     _, losses, norms, trained = plain("llama", "float64", CLIP, True)
     for states in ("device", "host"):
-        optim = {"states": states, "update": "backward", "grad_clip": CLIP, "clip_mode": "previous_norm"}
+        optim = {"state_device": states, "update": "backward", "grad_clip": CLIP, "clip_mode": "previous_norm"}
         got_losses, got_norms, weights, _, _ = run(pool, "two ranks", optim)
         assert got_losses == pytest.approx(losses, rel=1e-10) and got_norms == pytest.approx(norms, rel=1e-10)
         assert worst(weights, trained)[0] <= 1e-10
@@ -116,12 +116,12 @@ def test_host_and_device_and_every_exact_mode_are_bit_equal(pool, layout, dtype,
     """bfloat16: the device then has bfloat16 weights only, and gradients come to the host in float32 all the same."""
     want = run(pool, layout, {"grad_clip": clip}, dtype)
     backward = {"update": "backward", "grad_clip": clip, "clip_mode": "two_pass" if clip else "global"}
-    for optim in ({"states": "host", "grad_clip": clip}, backward, {"states": "host", **backward}):
+    for optim in ({"state_device": "host", "grad_clip": clip}, backward, {"state_device": "host", **backward}):
         got = run(pool, layout, optim, dtype)
         assert got[0] == want[0] and got[1] == want[1], optim
         for mine, theirs in ((got[2], want[2]), (got[4], want[4])):
             assert mine.keys() == theirs.keys()
             assert all(mine[key].dtype == theirs[key].dtype and np.array_equal(mine[key], theirs[key]) for key in theirs), optim
-        if optim.get("states") == "host":
+        if optim.get("state_device") == "host":
             rounded = {name: torch.from_numpy(w).to(getattr(torch, dtype)).float().numpy() for name, w in got[2].items()}
             assert all(np.array_equal(got[3][name], rounded[name]) for name in rounded)

@@ -16,7 +16,7 @@ from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.parallel.sharding.parts import local
 from efflaunch.tests.training.small import backward, full, plain_model, shard
 from efflaunch.training.optimizers.build import build_updater
-from efflaunch.training.optimizers.config import OptimConfig, States
+from efflaunch.training.optimizers.config import OptimConfig, StateDevice
 from efflaunch.training.optimizers.masters import host_weights
 from efflaunch.training.optimizers.updater import Gradients
 
@@ -27,7 +27,7 @@ class Run:
     def __init__(self, config: OptimConfig, *, folder: Path | None = None, replicate: int = 1, seed: int = 0) -> None:
         self.model = shard(plain_model(seed=seed), replicate) if dist.is_initialized() else plain_model(seed=seed)
         self.weights: nn.Module = self.model
-        if config.states is States.HOST:
+        if config.state_device is StateDevice.HOST:
             self.weights = host_weights(self.model, torch.float32)
             with torch.no_grad():
                 for host, own in zip(self.weights.parameters(), self.model.parameters(), strict=True):

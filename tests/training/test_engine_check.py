@@ -11,7 +11,7 @@ from efflaunch.parallel.config import GradReduce
 from efflaunch.parallel.sharding.engine import FSDP2, EngineFacts, Refused
 from efflaunch.training.config import TrainConfig
 from efflaunch.training.engines import BUILDERS
-from efflaunch.training.optimizers.config import OptimConfig, States, Update
+from efflaunch.training.optimizers.config import OptimConfig, StateDevice, Update
 from efflaunch.training.optimizers.engine_check import check_engine, engine_facts
 
 LACKING = EngineFacts(
@@ -62,7 +62,7 @@ def test_all_refused_settings_are_named_at_once() -> None:
 
 
 def test_what_is_not_refused_is_accepted() -> None:
-    check_engine(LACKING, Config(optim=OptimConfig(name="test", lr=1e-3, states=States.HOST), parallel=Parallel(replicate=3)))
+    check_engine(LACKING, Config(optim=OptimConfig(name="test", lr=1e-3, state_device=StateDevice.HOST), parallel=Parallel(replicate=3)))
 
 
 def test_every_engine_that_can_be_chosen_can_be_built() -> None:

@@ -24,7 +24,7 @@ from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import full
 from efflaunch.training.optimizers.adamw import build_optimizer, set_learning_rate
 from efflaunch.training.optimizers.build import build_updater
-from efflaunch.training.optimizers.config import OptimConfig, StateDtype, States, Update
+from efflaunch.training.optimizers.config import OptimConfig, StateDevice, StateDtype, Update
 from efflaunch.training.optimizers.masters import host_weights
 
 LOW = [StateDtype.BFLOAT16, StateDtype.INT8]
@@ -103,7 +103,7 @@ class _Trained:
         fully_shard(self.model, mesh=mesh)
         settings = config(**fields)
         self.weights: nn.Module = self.model
-        if settings.states is States.HOST:
+        if settings.state_device is StateDevice.HOST:
             self.weights = host_weights(self.model, torch.float32)
             with torch.no_grad():
                 for mine, own in zip(self.weights.parameters(), self.model.parameters(), strict=True):
@@ -147,10 +147,10 @@ def _run(fields: dict[str, Any], folder: Path, steps: int, *, resume: bool = Fal
 
 
 @pytest.mark.parametrize("kind", LOW, ids=lambda kind: kind.value)
-@pytest.mark.parametrize("states", list(States), ids=lambda states: states.value)
-def test_checkpoints_hold_float32_and_a_run_goes_on(pool: RankPool, tmp_path: Path, kind: StateDtype, states: States) -> None:
+@pytest.mark.parametrize("states", list(StateDevice), ids=lambda states: states.value)
+def test_checkpoints_hold_float32_and_a_run_goes_on(pool: RankPool, tmp_path: Path, kind: StateDtype, states: StateDevice) -> None:
     """Bit-equal with bfloat16. The 8-bit grid is not symmetric: a block whose largest number is negative is rounded once more."""
-    fields = {"state_dtype": kind, "states": states, "update": Update.BACKWARD}
+    fields = {"state_dtype": kind, "state_device": states, "update": Update.BACKWARD}
     whole = pool.run(_run, fields, tmp_path / "whole", 4, ranks=2)[0]
     saved = pool.run(_run, fields, tmp_path / "run", 2, ranks=2)[0]
     assert all(value.dtype == torch.float32 for value in saved.values())
@@ -188,4 +188,4 @@ def test_the_ledger_counts_what_there_is() -> None:
     held = sum(state[key].codes.numel() + 4 * state[key].scale.numel() for key in ("exp_avg", "exp_avg_sq"))
     assert residency_of(config(state_dtype=StateDtype.INT8)).state_bytes(4) * model.weight.numel() == held
     assert residency_of(config(state_dtype=StateDtype.BFLOAT16)).state_bytes(4) == 4
-    assert residency_of(config(states=States.HOST)).state_bytes(4) == 12
+    assert residency_of(config(state_device=StateDevice.HOST)).state_bytes(4) == 12

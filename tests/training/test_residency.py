@@ -22,15 +22,15 @@ from efflaunch.training.config import Dtype
 from efflaunch.training.optimizers import host
 from efflaunch.training.optimizers.buckets import find_buckets
 from efflaunch.training.optimizers.check import check_residency, describe, inexact
-from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDtype, States, Update
+from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
 from efflaunch.training.optimizers.transfer import Link, Staging, cut
 
-HOST, DEVICE = States.HOST, States.DEVICE
+HOST, DEVICE = StateDevice.HOST, StateDevice.DEVICE
 MODES = {
     "device": {},
     "device, backward": {"update": Update.BACKWARD},
-    "host": {"states": HOST},
-    "host, backward": {"states": HOST, "update": Update.BACKWARD},
+    "host": {"state_device": HOST},
+    "host, backward": {"state_device": HOST, "update": Update.BACKWARD},
 }
 
 
@@ -49,7 +49,7 @@ def pool() -> Iterator[RankPool]:
     [
         ({"update": Update.BACKWARD, "grad_clip": 1.0}, r"optim\.update: found backward .*grad_clip=1 .*Try: optim\.clip_mode=two_pass"),
         ({"clip_mode": ClipMode.TWO_PASS, "grad_clip": 1.0}, r"optim\.clip_mode: found two_pass with optim\.update=step"),
-        ({"clip_mode": ClipMode.PREVIOUS_NORM, "grad_clip": 1.0, "states": HOST}, r"found previous_norm with optim\.update=step"),
+        ({"clip_mode": ClipMode.PREVIOUS_NORM, "grad_clip": 1.0, "state_device": HOST}, r"found previous_norm with optim\.update=step"),
         ({"clip_mode": ClipMode.TWO_PASS, "update": Update.BACKWARD}, r"found two_pass with optim\.grad_clip=null"),
     ],
 )
@@ -170,8 +170,8 @@ def test_another_number_of_ranks_finds_the_same_numbers(pool: RankPool, tmp_path
 
 
 @pytest.mark.parametrize("states", [DEVICE, HOST], ids=["device", "host"])
-def test_the_previous_norm_survives_a_restart(pool: RankPool, tmp_path: Path, states: States) -> None:
-    fields = {"states": states, "update": Update.BACKWARD, "grad_clip": 0.3, "clip_mode": ClipMode.PREVIOUS_NORM}
+def test_the_previous_norm_survives_a_restart(pool: RankPool, tmp_path: Path, states: StateDevice) -> None:
+    fields = {"state_device": states, "update": Update.BACKWARD, "grad_clip": 0.3, "clip_mode": ClipMode.PREVIOUS_NORM}
     wanted = pool.run(_all_steps, fields, ranks=2)[0]
     pool.run(_train_and_save, tmp_path / "run", fields, 1, ranks=2)
     _equal(pool.run(_resume, tmp_path / "run", fields, 1, ranks=2)[0][1], wanted)

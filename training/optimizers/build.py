@@ -24,7 +24,7 @@ from ...parallel.sharding.engine import Weights
 from ...parallel.sharding.fsdp2 import Fsdp2State
 from ..config import TrainConfig
 from .adamw import build_optimizer
-from .config import OptimConfig, States, Update
+from .config import OptimConfig, StateDevice, Update
 from .device import BackwardUpdater, StepUpdater
 from .host import HostUpdater
 from .masters import host_weights
@@ -85,7 +85,7 @@ def build_trained(
     """
     if policy.compile == "inductor":
         check_compiler(device)
-    compute, on_host = getattr(torch, config.train.dtype.value), config.optim.states is States.HOST
+    compute, on_host = getattr(torch, config.train.dtype.value), config.optim.state_device is StateDevice.HOST
     model = build_empty(
         build_config(hf_config_dict(config.model)),
         policy,
@@ -111,7 +111,7 @@ def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, dev
     Call once the weights are filled: the model gets them.
     """
     optimizer = build_optimizer(model, config, weights)
-    if config.states is States.HOST:
+    if config.state_device is StateDevice.HOST:
         updater = HostUpdater(model, weights, optimizer, config, device)
         updater.weights_changed()
         return updater

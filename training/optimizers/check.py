@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ..config import Dtype
-from .config import ClipMode, OptimConfig, StateDtype, States, Update
+from .config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
 
 
 def check_residency(optim: OptimConfig, dtype: Dtype) -> None:
@@ -58,7 +58,7 @@ def inexact(optim: OptimConfig) -> tuple[str, ...]:
 
 def describe(optim: OptimConfig) -> str:
     """One line: where the states live, when they change, what is not exact."""
-    place = "host memory, weights on the device in compute precision" if optim.states is States.HOST else "device memory"
+    place = "host memory, weights on the device in compute precision" if optim.state_device is StateDevice.HOST else "device memory"
     when = "each layer in backward" if optim.update is Update.BACKWARD else "after backward"
     extra = {ClipMode.GLOBAL: "", ClipMode.TWO_PASS: ", one more backward pass for the norm"}.get(optim.clip_mode, "")
     rest = "".join(f"; NOT EXACT: {line}" for line in inexact(optim))

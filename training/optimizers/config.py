@@ -10,7 +10,7 @@ from typing import ClassVar
 from ...utils.ranges import STEPS, Range
 
 
-class States(Enum):
+class StateDevice(Enum):
     """Where the optimizer's numbers live."""
 
     DEVICE = "device"
@@ -83,7 +83,7 @@ class OptimConfig:
     """cosine only: last learning rate as a share of the peak."""
     schedule_on_resume: ScheduleOnResume = ScheduleOnResume.KEEP
     """Where train.steps is another than before. keep never changes the rate of a step; stretch and rewarm do, and say so."""
-    states: States = States.DEVICE
+    state_device: StateDevice = StateDevice.DEVICE
     """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
     update: Update = Update.STEP
     """backward frees each layer's gradient as soon as it is applied, and overlaps a host update with the backward of the next layer."""

@@ -26,10 +26,11 @@ def check_update_memory(inputs: PlanInputs, free: FreeMemory | None = None) -> N
     if ranks * (states + moved) > free.num_bytes:
         beside = f" beside {format_bytes(ranks * moved)} of activations" if moved else ""
         raise ConfigError(
-            "optim.states=host",
+            "optim.state_device=host",
             found=f"{format_bytes(free.num_bytes)} of host memory free on this node ({free.limited_by})",
             expected=f"{format_bytes(ranks * states)} for the optimizer of {ranks} rank{'s' * (ranks != 1)}{beside}",
-            hint="optim.update=backward (no gradients wait there), optim.state_dtype=8bit (not exact), more nodes, or optim.states=device",
+            hint="optim.update=backward (no gradients wait there), optim.state_dtype=8bit (not exact), more nodes, or "
+            "optim.state_device=device",
         )
     if dist.is_initialized():
         dist.barrier(group=whole_world())

@@ -72,10 +72,10 @@ class Link:
             status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel() * buffer.element_size(), 0)
             if int(status) != 0:
                 raise ConfigError(
-                    "optim.states=host",
+                    "optim.state_device=host",
                     found=f"no {format_bytes(buffer.numel() * buffer.element_size())} of page-locked memory (CUDA error {int(status)})",
                     expected="room for the gradients and weights that travel between host and device",
-                    hint="raise the limit of locked memory (ulimit -l), fewer ranks a node, or optim.states=device",
+                    hint="raise the limit of locked memory (ulimit -l), fewer ranks a node, or optim.state_device=device",
                 )
         return buffer
 
