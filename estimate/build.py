@@ -1,4 +1,4 @@
-"""From inputs to the ledger, its memory policy solved where that is asked for. Pure, no torch."""
+"""Builds the ledger from its inputs, with the memory policy solved where that is asked for. Pure, no torch."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Check:
 
     predicted_bytes: int
     measured_bytes: tuple[int, ...]
-    """Of each rank."""
+    """Bytes that each rank measured."""
     compared: str
 
     @property
@@ -88,19 +88,19 @@ def _comparable(ledger: Ledger) -> int:
     phases = {phase for term in ledger.device.terms for phase in term.by_phase}
     most = max(sum(term.by_phase.get(phase, 0) for term in ledger.device.terms if term.name not in unseen) for phase in phases)
     # A rank without a GPU has what waits on the host in its own resident memory. (Mapped files do not stay there.)
-    held = 0 if s.policy.offload_dir is not None else arena_bytes(s)
+    waiting = 0 if s.policy.offload_dir is not None else arena_bytes(s)
     beside = sum(term.num_bytes for term in ledger.host.terms if term.name in _IN_RANKS) // s.layout.ranks_per_node
-    return most if s.on_gpu else most + held + host_optimizer_bytes(s) + beside
+    return most if s.on_gpu else most + waiting + host_optimizer_bytes(s) + beside
 
 
 def _assumptions(ledger: Ledger) -> tuple[str, ...]:
     s = ledger.inputs
-    found = [
+    reasons = [
         f"sequences have up to {format_tokens(s.data.max_seq_len)} tokens, and a rank up to {format_tokens(s.tokens)} in a micro-batch",
         "one rank a GPU, and nothing else on it" if s.on_gpu else "the ranks share the memory of the machine with nothing large",
     ]
-    found += [f"{term.name}: {term.note}" for term in ledger.device.terms if term.name in OUTSIDE]
-    return tuple(found)
+    reasons += [f"{term.name}: {term.note}" for term in ledger.device.terms if term.name in OUTSIDE]
+    return tuple(reasons)
 
 
 def bound_line(certificate: Certificate) -> str:

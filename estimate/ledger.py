@@ -51,7 +51,7 @@ class Ledger:
     """The memory of one rank and of one node, and the time of a step, for one configuration."""
 
     asked: PlanInputs
-    """As configured; `inputs` is the same with what was left to `auto` decided."""
+    """Inputs as configured; `inputs` is the same with what was left to `auto` decided."""
     inputs: PlanInputs
     device: Account
     host: Account
@@ -78,7 +78,7 @@ class Ledger:
 
 
 def resolve_grad_reduce(inputs: PlanInputs) -> PlanInputs:
-    """With `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
+    """Resolves `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
     if inputs.parallel.grad_reduce is not GradReduce.AUTO:
         return inputs
     per_step = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))

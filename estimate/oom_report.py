@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 _MARGIN = 0.02
-"""Of what a device turned out to hold, left free."""
+"""Share left free of what a device turned out to hold."""
 _SIZE = re.compile(r"tried to allocate ([0-9.]+)\s*(bytes|B|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
 _UNITS = {"BYTES": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -42,19 +42,19 @@ class Numbers:
     requested: int
     """That could not be had."""
     active: int
-    """In tensors. On a CPU: by how much resident memory has grown since the run had built its model, and the weights."""
+    """Bytes in tensors. On a CPU: by how much resident memory has grown since the run had built its model, and the weights."""
     reserved: int
-    """By the allocator in all; on a CPU the same as active."""
+    """Bytes the allocator has reserved; on a CPU the same as active."""
     total: int
-    """Of the device; on a CPU a rank's share."""
+    """Bytes of the device; on a CPU a rank's share."""
     others: int = 0
-    """Of the device, held by neither this rank's allocator nor its context as planned."""
+    """Bytes of the device used by neither this rank's allocator nor its context as planned."""
 
 
 def requested_bytes(message: str) -> int:
     """What an allocator's error says was asked for; 0 where it does not say."""
-    found = _SIZE.search(message)
-    return int(float(found[1]) * _UNITS[(found[2] or "bytes").upper()]) if found else 0
+    size = _SIZE.search(message)
+    return int(float(size[1]) * _UNITS[(size[2] or "bytes").upper()]) if size else 0
 
 
 def oom_report(ledger: Ledger, numbers: Numbers, position: Position, *, rank: int, step: int, resume: str) -> OutOfMemory:
@@ -68,13 +68,13 @@ def oom_report(ledger: Ledger, numbers: Numbers, position: Position, *, rank: in
     asked = f"{format_bytes(numbers.requested)} more were asked for, with " if numbers.requested else ""
     return OutOfMemory(
         f"out of memory on rank {rank}, step {step}, {position}",
-        found=f"{asked}{_held(ledger, numbers)} on a {place} of {format_bytes(numbers.total)}{unplanned}",
+        found=f"{asked}{_resident(ledger, numbers)} on a {place} of {format_bytes(numbers.total)}{unplanned}",
         expected=f"at most {format_bytes(planned)} there, by the ledger: {_largest_terms(ledger, position)}",
         hint=_cure(ledger, smaller, f"cluster.device_memory_bytes={size // MIB}MiB", resume),
     )
 
 
-def _held(ledger: Ledger, numbers: Numbers) -> str:
+def _resident(ledger: Ledger, numbers: Numbers) -> str:
     if not ledger.inputs.on_gpu:
         return f"about {format_bytes(numbers.active)} in tensors"
     between = numbers.reserved - numbers.active
@@ -84,12 +84,12 @@ def _held(ledger: Ledger, numbers: Numbers) -> str:
 
 
 def _phases(position: Position) -> tuple[Phase, ...]:
-    known = {"forward": (Phase.FORWARD,), "loss": (Phase.LOSS,), "backward": (*BACKWARD, Phase.REDUCE), "optimizer": (Phase.OPTIMIZER,)}
-    return known.get(position.phase, tuple(Phase))
+    phases = {"forward": (Phase.FORWARD,), "loss": (Phase.LOSS,), "backward": (*BACKWARD, Phase.REDUCE), "optimizer": (Phase.OPTIMIZER,)}
+    return phases.get(position.phase, tuple(Phase))
 
 
 def _planned_bytes(ledger: Ledger, position: Position) -> int:
-    """Of what the allocator sees, at most, in the phase of the position."""
+    """Most bytes that the plan gives the allocator in the phase of the position."""
     seen = [term for term in ledger.device.terms if term.name not in OUTSIDE]
     return max(sum(term.by_phase.get(phase, 0) for term in seen) for phase in _phases(position))
 
@@ -103,7 +103,7 @@ def _largest_terms(ledger: Ledger, position: Position) -> str:
 
 def _largest_unplanned(ledger: Ledger, numbers: Numbers, planned: int) -> tuple[str, int]:
     reserve = sum(term.num_bytes for term in ledger.device.terms if term.name == "allocator reserve")
-    found = {
+    excess = {
         "tensors beyond the ledger's" if ledger.inputs.on_gpu else "memory beyond the ledger's": numbers.active
         + numbers.requested
         - planned,
@@ -111,7 +111,7 @@ def _largest_unplanned(ledger: Ledger, numbers: Numbers, planned: int) -> tuple[
         "held by others on the device": numbers.others,
         "less room than cluster.device_memory_bytes": ledger.device.capacity_bytes - numbers.total,
     }
-    return max(found.items(), key=lambda item: item[1])
+    return max(excess.items(), key=lambda item: item[1])
 
 
 def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:

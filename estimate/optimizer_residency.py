@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..training.optimizers.config import OptimConfig
 
 MOMENT_BYTES = {"float32": None, "bfloat16": 2.0, "8bit": 1.0 + 4.0 / 256}
-"""Of one number of one moment; 8bit: a code, and a float32 scale for 256 of them."""
+"""Bytes of one number of one moment; 8bit: a code, and a float32 scale for 256 of them."""
 IN_FLIGHT = 2
 """Modules whose gradients are on their way to the host at one time (training/optimizers/host.py)."""
 
@@ -28,7 +28,7 @@ class Residency:
     in_backward: bool = False
     """A layer's gradients are gone once it is updated."""
     moment_bytes: float | None = None
-    """Of one number; None: the master precision."""
+    """Bytes of one number of a moment; None: the master precision."""
     snapshot_bytes: int | None = None
     """Host memory of a rank for snapshots (checkpoint.pool_bytes); None: found by itself."""
     replicas: bool = False
@@ -39,7 +39,7 @@ class Residency:
     """Forward and backward run once more, before, for the norm alone."""
 
     def state_bytes(self, master: int) -> float:
-        """Of one parameter: both moments, and the master weight where it is not the model's own."""
+        """Bytes of state of one parameter: both moments, and the master weight where it is not the model's own."""
         return 2 * (self.moment_bytes or master) + master * self.on_host
 
 

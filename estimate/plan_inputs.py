@@ -59,7 +59,7 @@ class PlanInputs:
     spec: ModelSpec
     parallel: ParallelConfig
     memory: MemoryConfig
-    """As configured; `policy` is what it comes to."""
+    """Memory options as configured; `policy` is what they come to."""
     policy: MemoryPolicy
     train: TrainConfig
     data: DataConfig
@@ -72,7 +72,7 @@ class PlanInputs:
     measured: MeasuredRates | None = None
     """Rates that stand in place of the cluster's."""
     packed: float = 1.0
-    """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
+    """Share of a rank's tokens in two documents that attention walks one after the other; 0: every pack is one document."""
     in_flight: int = 1
     """Micro-batches that went forward and wait for their backward, at most at one time, the live one counted."""
     has_embedding: bool = True
@@ -80,7 +80,7 @@ class PlanInputs:
     """False: another stage has it; this one sends its last layer's output on."""
 
     def stage(self, layers: range, *, in_flight: int = 1, has_embedding: bool | None = None, has_head: bool | None = None) -> PlanInputs:
-        """The same for ranks that hold the decoder layers `layers` alone, numbered from 0 to L - 1 in the whole model.
+        """These inputs for ranks that hold the decoder layers `layers` alone, numbered from 0 to L - 1 in the whole model.
 
         `has_embedding`, `has_head`: also the embedding, also last norm and head; None: with the first layer, with the last. A tied
         matrix counts on each stage that uses it. `in_flight`: as the field. ValueError for layers the model does not have.

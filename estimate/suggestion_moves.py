@@ -36,7 +36,7 @@ Move = Callable[[PlanInputs], Iterator[Change]]
 OPEN = ("layer_input", "attention_output", "activations", "host_fraction", "segment_layers", "chunk_tokens", "attention", "head_groups")
 """Fields of MemoryConfig that the solver decides where they are null."""
 _BESIDE = ("segment_layers", "chunk_tokens", "attention", "head_groups")
-"""Of those, the ones an experiment sets beside its memory preset."""
+"""Fields that an experiment sets beside its memory preset."""
 
 
 def _auto(inputs: PlanInputs) -> Iterator[Change]:
@@ -219,7 +219,7 @@ def shorter(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def format_exact(num_tokens: int) -> str:
-    """As a person types it: 128K where exact, plain digits otherwise."""
+    """Tokens as a person types them: 128K where exact, plain digits otherwise."""
     return format_tokens(num_tokens).replace(",", "")
 
 
@@ -241,6 +241,6 @@ OTHERWISE: tuple[Move, ...] = (_more_nodes, _in_backward, _files, _larger_host, 
 TOGETHER: tuple[Move, ...] = (_auto, _recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more, _states_on_host)
 """Made one after the other where none is enough by itself."""
 LAST: tuple[Move, ...] = (_spread, *OTHERWISE)
-"""On top of those, where even together they are not enough."""
+"""Moves on top of TOGETHER, where even those at once are not enough."""
 HARDWARE: tuple[Move, ...] = (_files, _larger_host, _larger_device)
-"""Not for a run that has just ended on the machines there are."""
+"""Moves that need other machines: not for a run that has just ended on those there are."""

@@ -40,21 +40,21 @@ def suggest(ledger: Ledger, *, most: int = 4, elsewhere: bool = True) -> tuple[S
     if ledger.fits:
         return ()
     asked, barred = ledger.asked, () if elsewhere else HARDWARE
-    found = list(islice(_proven(asked, SETTINGS), most))
+    suggestions = list(islice(_proven(asked, SETTINGS), most))
     base = _all_together(asked)
-    if not found and base.overrides:
-        found += filter(None, [_prove(base)])
-    found += islice(_proven(asked, [move for move in OTHERWISE if move not in barred]), most - len(found))
-    if not found:
-        found += islice(_proven(asked, [move for move in LAST if move not in barred], base), most)
-    return tuple(found)
+    if not suggestions and base.overrides:
+        suggestions += filter(None, [_prove(base)])
+    suggestions += islice(_proven(asked, [move for move in OTHERWISE if move not in barred]), most - len(suggestions))
+    if not suggestions:
+        suggestions += islice(_proven(asked, [move for move in LAST if move not in barred], base), most)
+    return tuple(suggestions)
 
 
 def _proven(asked: PlanInputs, moves: Iterable[Move], base: Change | None = None) -> Iterator[Suggestion]:
-    """Of each kind of change the first that fits, by itself or on top of `base`."""
+    """The first that fits of each kind of change, by itself or on top of `base`."""
     start = Change((), "", asked) if base is None else base
     for move in moves:
-        fitting = (found for change in move(start.inputs) if (found := _prove(start.then(change))) is not None)
+        fitting = (suggestion for change in move(start.inputs) if (suggestion := _prove(start.then(change))) is not None)
         yield from islice(fitting, 1)
 
 

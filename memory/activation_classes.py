@@ -46,7 +46,7 @@ class ActivationClass:
     recompute_flops: Callable[[LayerSizes, ForwardFlops], float]
     """FLOPs of making one token's numbers from what the class is made from."""
     made_from: tuple[ActivationClass, ...] = ()
-    """In the order they are read. Of nothing: the layer below made it."""
+    """Classes it is made from, in the order they are read. Empty: the layer below made it."""
     wide_numbers_per_token: Callable[[LayerSizes], int] = lambda sizes: 0
     """Numbers of one token in the precision of accumulations, beside the others."""
     num_tensors: int = 1

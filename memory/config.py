@@ -16,9 +16,9 @@ class ActivationPlace(Enum):
     """Where a class of activations waits between forward and backward."""
 
     KEEP = "keep"
-    """On the device."""
+    """Stays on the device."""
     HOST = "host"
-    """In host memory (or in files under memory.offload_dir), copied there and back while the device computes."""
+    """Waits in host memory (or in files under memory.offload_dir), copied there and back while the device computes."""
     RECOMPUTE = "recompute"
     """Nowhere: it is made again."""
 

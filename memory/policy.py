@@ -72,7 +72,7 @@ class MemoryPolicy:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """By class, in the order they are made."""
+        """Splits by class, in the order they are made."""
         return {kind.name: getattr(self, kind.name) for kind in CLASSES}
 
     def split(self, kind: ActivationClass) -> Split:
@@ -83,7 +83,7 @@ class MemoryPolicy:
         return split
 
     def with_splits(self, splits: Mapping[str, Split]) -> MemoryPolicy:
-        """The same with other shares of the classes named."""
+        """A copy with other shares of the classes named."""
         changes: dict[str, Any] = dict(splits)
         return replace(self, **changes)
 

@@ -16,10 +16,10 @@ class Position:
     """The decoder layer that runs, from 0."""
 
     listener: Callable[[str, int | None], None] | None = None
-    """Told of every change."""
+    """Called at every change."""
 
     def at(self, phase: str, layer: int | None = None) -> None:
-        """From now on."""
+        """Set where the rank is from now on."""
         self.phase, self.layer = phase, layer
         if self.listener is not None:
             self.listener(phase, layer)

@@ -28,7 +28,7 @@ def group_ranges(tokens: Sequence[int], policy: MemoryPolicy) -> tuple[tuple[Ran
 
 
 def _cuts(num_tokens: int, num_chunks: int, policy: MemoryPolicy) -> list[int]:
-    """As many for any number of tokens: two may be equal."""
+    """Rows where pieces begin and end, as many for any number of tokens: two may be equal."""
     chunk = policy.chunk_tokens or num_tokens
     grid = [min(index * chunk, num_tokens) for index in range(num_chunks)]
     changes = [row for split in policy.splits.values() for row in split.rows(num_tokens)]

@@ -23,7 +23,7 @@ class Layout:
     tokens_per_rank: int
     """Most tokens of a rank in one micro-batch."""
     num_micro_batches: int
-    """Of a step whose sequences all have the longest length."""
+    """Micro-batches of a step whose sequences all have the longest length."""
     sequences_per_group: int
     """Longest sequences one group holds in one micro-batch of that step."""
 

@@ -74,7 +74,7 @@ def simulate(
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Step]:
     """Every contestant's plan of every step, judged by `cost`. PlanError where a step cannot be planned by anyone."""
-    found = []
+    steps_made = []
     for index, lengths in enumerate(steps):
         plans: dict[str, SimulatedStep] = {}
         bounds: list[float] = []
@@ -99,10 +99,10 @@ def simulate(
             lower_bound_s=max(bounds, default=None),
             outcomes=plans,
         )
-        found.append(step)
+        steps_made.append(step)
         if on_step is not None:
             on_step(step)
-    return found
+    return steps_made
 
 
 def _ask(contestant: Contestant, lengths: Sequence[int], cost: CostModel) -> tuple[StepPlan, SimulatedStep]:
@@ -147,6 +147,6 @@ def gaps(steps: Sequence[Step], ours: str) -> list[float]:
 
 
 def best_static(steps: Sequence[Step], names: Mapping[str, int]) -> str | None:
-    """Of the static planners (name -> degree), the one with the least time over all steps that all others planned too."""
+    """The best of the static planners (name -> degree), the one with the least time over all steps that all others planned too."""
     whole = [name for name in names if all(name in step.outcomes for step in steps)]
     return min(whole, key=lambda name: sum(step.outcomes[name].step_s for step in steps), default=None)

@@ -46,12 +46,12 @@ class Topology:
     """
 
     rank: int
-    """In the run."""
+    """Number of this rank in the run."""
     world_size: int
     """Ranks of the run."""
     device: str
     mesh: DeviceMesh
-    """Of the stage: `(replicate, shard)` where there are replicas, else `(shard,)`."""
+    """Mesh of the stage: `(replicate, shard)` where there are replicas, else `(shard,)`."""
     world: ProcessGroup
     """All ranks of the run."""
     stage: ProcessGroup
@@ -115,7 +115,7 @@ def build_topology(*, replicate: int, device: str, stages: int = 1, timeout_s: f
 
 
 def _mesh(device: str, stages: int, replicate: int, size: int) -> DeviceMesh:
-    """Of this rank's stage."""
+    """Mesh of this rank's stage."""
     from torch.distributed.device_mesh import init_device_mesh
 
     axes = {"stage": stages, "replicate": replicate, "shard": size // replicate}

@@ -32,7 +32,7 @@ def class_bytes(inputs: PlanInputs) -> dict[str, int]:
 
 
 def class_layers(inputs: PlanInputs) -> dict[str, int]:
-    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own.
+    """Most layers in which each class waits at one time: layer inputs one a segment and the live segment's own.
 
     A layer counts once for each micro-batch in flight.
     """
@@ -66,27 +66,27 @@ def layer_inputs(inputs: PlanInputs, layer: int) -> Term:
     note = f"{first} of {inputs.spec.num_layers} layers" + f" and {inputs.segment_layers - 1} of the live segment" * (
         inputs.segment_layers > 1
     )
-    held = {phase: first * per_layer for phase in (Phase.FORWARD, Phase.LOSS)} | dict.fromkeys(
+    by_phase = {phase: first * per_layer for phase in (Phase.FORWARD, Phase.LOSS)} | dict.fromkeys(
         BACKWARD, inputs_at(inputs, layer) * per_layer
     )
-    held[Phase.LAYER_REDUCE] -= per_layer
-    return _in_flight_too(inputs, Term("layer inputs", f"{note}, one hidden vector a token", held))
+    by_phase[Phase.LAYER_REDUCE] -= per_layer
+    return _in_flight_too(inputs, Term("layer inputs", f"{note}, one hidden vector a token", by_phase))
 
 
 def attention_outputs(inputs: PlanInputs, layer: int) -> Term:
     """Output and log-sum-exp."""
     rows = 0 if inputs.policy.graph else inputs.policy.attention_output.rows(inputs.tokens)[0]
-    held = _while_kept(inputs, layer, rows * class_bytes(inputs)[ATTENTION_OUTPUT.name])
-    return _in_flight_too(inputs, Term("attention outputs kept", "output and log-sum-exp of every layer", held))
+    by_phase = _while_kept(inputs, layer, rows * class_bytes(inputs)[ATTENTION_OUTPUT.name])
+    return _in_flight_too(inputs, Term("attention outputs kept", "output and log-sum-exp of every layer", by_phase))
 
 
 def activations(inputs: PlanInputs, layer: int) -> Term:
     """Kept of everything else. With a graph: all that the other layers' backward needs (the last is the live layer)."""
     if inputs.policy.graph:
         others = {phase: (inputs.spec.num_layers - 1) * graph_row(inputs) * inputs.tokens for phase in (Phase.FORWARD, Phase.LOSS)}
-        held = others | dict.fromkeys(BACKWARD, layer * graph_row(inputs) * inputs.tokens)
-        held[Phase.LOSS] += graph_row(inputs) * inputs.tokens
-        return _in_flight_too(inputs, Term("activations kept", "all that the other layers' backward needs", held))
+        by_phase = others | dict.fromkeys(BACKWARD, layer * graph_row(inputs) * inputs.tokens)
+        by_phase[Phase.LOSS] += graph_row(inputs) * inputs.tokens
+        return _in_flight_too(inputs, Term("activations kept", "all that the other layers' backward needs", by_phase))
     stored = [kind.name for kind in activation_classes(inputs.spec) if kind not in (LAYER_INPUT, ATTENTION_OUTPUT)]
     splits, size = class_splits(inputs), class_bytes(inputs)
     kept = {name: splits[name].rows(inputs.tokens)[0] * size[name] for name in stored}
@@ -108,15 +108,16 @@ def between_stages(inputs: PlanInputs) -> Term:
     row, ends = class_bytes(inputs)[LAYER_INPUT.name], (not inputs.has_embedding) + (not inputs.has_head)
     kept = inputs.tokens if inputs.policy.graph else inputs.policy.layer_input.rows(inputs.tokens)[0]
     shared = kept * (not inputs.has_embedding)
-    held = inputs.in_flight * row * (inputs.tokens * ends - shared)
+    by_phase = inputs.in_flight * row * (inputs.tokens * ends - shared)
     gradient = row * inputs.tokens * (ends > 0)
-    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, held) | {Phase.REDUCE: gradient})
+    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, by_phase) | {Phase.REDUCE: gradient})
 
 
 def _while_kept(inputs: PlanInputs, layer: int, per_layer: int) -> dict[Phase, int]:
-    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS), inputs.spec.num_layers * per_layer) | dict.fromkeys(BACKWARD, (layer + 1) * per_layer)
-    held[Phase.LAYER_REDUCE] = layer * per_layer
-    return held
+    by_phase = dict.fromkeys((Phase.FORWARD, Phase.LOSS), inputs.spec.num_layers * per_layer)
+    by_phase |= dict.fromkeys(BACKWARD, (layer + 1) * per_layer)
+    by_phase[Phase.LAYER_REDUCE] = layer * per_layer
+    return by_phase
 
 
 def in_flight(inputs: PlanInputs, layer: int) -> Term:
@@ -132,13 +133,13 @@ def in_flight(inputs: PlanInputs, layer: int) -> Term:
     ahead = _ahead(inputs, layer, rows)
     leaving = sum(size[name] * count for name, count in rows.items())
     largest = max((size[name] for name in rows), default=0) * inputs.piece_tokens
-    held = {Phase.FORWARD: min(leaving, max(IN_FLIGHT_BYTES, largest)) * inputs.on_gpu}
-    held |= dict.fromkeys(BACKWARD, inputs.piece_tokens * (ahead + sum(size[name] for name in piece)))
-    held[Phase.BACKWARD_MLP] -= inputs.piece_tokens * sum(size[name] for name in piece & late)
+    by_phase = {Phase.FORWARD: min(leaving, max(IN_FLIGHT_BYTES, largest)) * inputs.on_gpu}
+    by_phase |= dict.fromkeys(BACKWARD, inputs.piece_tokens * (ahead + sum(size[name] for name in piece)))
+    by_phase[Phase.BACKWARD_MLP] -= inputs.piece_tokens * sum(size[name] for name in piece & late)
     # The live layer's own rows have its input in them already.
-    held[Phase.SEGMENT] -= inputs.piece_tokens * sum(size[name] for name in piece & {LAYER_INPUT.name})
-    held[Phase.LAYER_REDUCE] = inputs.piece_tokens * ahead
-    return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", held)
+    by_phase[Phase.SEGMENT] -= inputs.piece_tokens * sum(size[name] for name in piece & {LAYER_INPUT.name})
+    by_phase[Phase.LAYER_REDUCE] = inputs.piece_tokens * ahead
+    return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", by_phase)
 
 
 def _ahead(inputs: PlanInputs, layer: int, rows: Mapping[str, int]) -> int:
@@ -166,7 +167,7 @@ def _first(
 
 
 IN_FLIGHT_BYTES = 1 << 30
-"""Of memory/offload/open.py: rows whose copy to the host may not be done hold at most so much, or one piece."""
+"""Limit of memory/offload/open.py: rows whose copy to the host may not be done hold at most so much, or one piece."""
 
 
 def graph_row(inputs: PlanInputs) -> int:

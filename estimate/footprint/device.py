@@ -30,7 +30,7 @@ def context(inputs: PlanInputs) -> Term:
 
 
 def reserve_share(inputs: PlanInputs) -> float:
-    """Of a device, what its allocator loses between blocks."""
+    """Share of a device that its allocator loses between blocks."""
     return 0.03 if inputs.on_gpu else 0.0
 
 

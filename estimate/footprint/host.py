@@ -12,7 +12,7 @@ from .term import KEEPING, Term, term
 
 
 def host_terms(inputs: PlanInputs, device_peak_bytes: int) -> tuple[Term, ...]:
-    """Of one node; terms of no bytes left out. On a machine without GPUs the ranks' own memory is the node's."""
+    """Terms of one node's host memory; those of no bytes are left out. On a machine without GPUs the ranks' own memory is the node's."""
     ranks = inputs.layout.ranks_per_node
     made = (
         _processes(inputs, ranks, device_peak_bytes),
@@ -30,8 +30,8 @@ def moved_activations(inputs: PlanInputs) -> Term:
     """Rows that wait in host memory for their layer's backward, in whole blocks of the arena."""
     ranks = inputs.layout.ranks_per_node
     names = ", ".join(name.replace("_", " ") for name, num_bytes in moved_by_class(inputs).items() if num_bytes)
-    held = 0 if inputs.policy.offload_dir else ranks * arena_bytes(inputs)
-    return term("activations on the host", f"{names} of {ranks} ranks", held, KEEPING)
+    num_bytes = 0 if inputs.policy.offload_dir else ranks * arena_bytes(inputs)
+    return term("activations on the host", f"{names} of {ranks} ranks", num_bytes, KEEPING)
 
 
 def moved_bytes(inputs: PlanInputs) -> int:
@@ -40,7 +40,7 @@ def moved_bytes(inputs: PlanInputs) -> int:
 
 
 def file_bytes(inputs: PlanInputs) -> int:
-    """Of one node, under memory.offload_dir."""
+    """Bytes of one node's files under memory.offload_dir."""
     return inputs.layout.ranks_per_node * moved_bytes(inputs) if inputs.policy.offload_dir else 0
 
 
@@ -81,9 +81,9 @@ def state_bytes(inputs: PlanInputs) -> int:
 def replicas(inputs: PlanInputs) -> Term:
     """Images of ranks in keepers' memory (checkpoint.replica)."""
     ranks, nodes = inputs.layout.ranks_per_node, inputs.cluster.num_nodes
-    held = replica_bytes(state_bytes(inputs), ranks, several_nodes=nodes > 1) if inputs.residency.replicas else 0
+    num_bytes = replica_bytes(state_bytes(inputs), ranks, several_nodes=nodes > 1) if inputs.residency.replicas else 0
     which = "those of this node's ranks and of another's" if nodes > 1 else "those of this node's ranks"
-    return term("checkpoint replicas", f"{which}, two of each", held)
+    return term("checkpoint replicas", f"{which}, two of each", num_bytes)
 
 
 def _processes(inputs: PlanInputs, ranks: int, device_peak_bytes: int) -> Term:

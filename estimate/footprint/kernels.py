@@ -51,10 +51,10 @@ def masked_scores(inputs: PlanInputs) -> Term:
     mask = 8 * queries * keys
     forward = max(5 + 3 * before, 6) if softcap else max(2 + 2 * before, 3)
     backward = max(5 + 4 * before, 7) if softcap else max(2 + 3 * before, 5)
-    held = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if inputs.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
-    held[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
-    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", held)
+    by_phase = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if inputs.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
+    by_phase[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
+    return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", by_phase)
 
 
 MASKED_QUERY_CHUNK = 512
-"""Of parallel/sequence/attention.py."""
+"""Queries of a chunk of masked attention, as in parallel/sequence/attention.py."""

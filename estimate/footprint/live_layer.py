@@ -28,7 +28,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Of one row, by the legend; `norm`: what a norm's graph holds."""
+    """Numbers of one row, by the legend; `norm`: what a norm's graph holds."""
 
     H: int
     Q: int
@@ -58,8 +58,8 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     """What the live layer holds of all rows, and of one piece."""
     moments = graph_moments(inputs) if inputs.policy.graph else streamed_moments(inputs) if inputs.by_chunks else whole_moments(inputs)
     largest = {
-        phase: max(found, key=lambda moment: moment.whole * inputs.tokens + moment.piece * inputs.piece_tokens + moment.fixed)
-        for phase, found in moments.items()
+        phase: max(candidates, key=lambda moment: moment.whole * inputs.tokens + moment.piece * inputs.piece_tokens + moment.fixed)
+        for phase, candidates in moments.items()
     }
     whole = {phase: int(moment.whole * inputs.tokens) for phase, moment in largest.items()}
     piece = {phase: int(moment.piece * inputs.piece_tokens + moment.fixed) for phase, moment in largest.items()}
@@ -83,7 +83,7 @@ def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     return {
         Phase.FORWARD: [Moment(own + m.whole, m.piece) for m in forward],
         Phase.SEGMENT: [Moment(own + w.H + m.whole, m.piece) for m in forward] if inputs.segment_layers > 1 else [Moment(0)],
-        Phase.BACKWARD_MLP: after_backward(inputs, w, _held(inputs, w, part) + w.H + w.Q * inputs.in_pieces),
+        Phase.BACKWARD_MLP: after_backward(inputs, w, _resident(inputs, w, part) + w.H + w.Q * inputs.in_pieces),
         Phase.BACKWARD_ATTENTION: [*projected, *_attention_backward(inputs, w, part)],
         Phase.BACKWARD_PROJECTIONS: [
             Moment(w.H + part.Q + part.K + (2 * w.Q + w.E) * (inputs.policy.head_groups > 1), before_backward_row(inputs, part))
@@ -113,7 +113,7 @@ def _forward_moments(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment
     return moments
 
 
-def _held(inputs: PlanInputs, w: Widths, part: Widths) -> float:
+def _resident(inputs: PlanInputs, w: Widths, part: Widths) -> float:
     """Beside the gradients while the second half goes backward: attention's output, and what it read where that was made for it."""
     sides, cut = inputs.layout.ulysses > 1, inputs.in_pieces
     if _stored(inputs):
@@ -190,12 +190,14 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     sides = inputs.layout.ulysses > 1
     read = w.Q + w.X
     before = w.norm + w.Q + w.K + head_norms(inputs)
-    held = before + read * sides + w.Q * (1 + sides) + w.E
+    resident = before + read * sides + w.Q * (1 + sides) + w.E
     return {
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
-        Phase.BACKWARD_ATTENTION: [Moment(held + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + flash_workspace(inputs, w))],
+        Phase.BACKWARD_ATTENTION: [
+            Moment(resident + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + flash_workspace(inputs, w))
+        ],
         Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
         Phase.LAYER_REDUCE: [Moment(w.H)],
     }

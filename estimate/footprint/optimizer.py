@@ -8,12 +8,12 @@ from .term import BACKWARD, Phase, Term, term
 
 
 def weight_bytes(inputs: PlanInputs) -> int:
-    """Of one weight on the device, sharded: the master, or in compute precision where masters live on the host."""
+    """Bytes of one weight on the device, sharded: the master, or in compute precision where masters live on the host."""
     return inputs.width if inputs.residency.on_host else inputs.master
 
 
 def optimizer_states(inputs: PlanInputs) -> Term:
-    """On the device, of one rank."""
+    """Optimizer states of one rank on the device."""
     each = 0.0 if inputs.residency.on_host else inputs.residency.state_bytes(inputs.master)
     kind = (
         f"two float{8 * inputs.master} moments"
@@ -29,15 +29,15 @@ def adds_up(inputs: PlanInputs) -> bool:
 
 
 def gradients_left(inputs: PlanInputs, all_of_them: Term) -> Term:
-    """Of sharded gradients that stay on the device to the end of the step, those that are still there."""
+    """Sharded gradients that are still on the device, of those that stay there to the end of the step."""
     layer, root = (
         inputs.master * inputs.layer_parameters // inputs.layout.shard,
         inputs.master * inputs.root_parameters // inputs.layout.shard,
     )
     if inputs.residency.on_host:
         cast = inputs.width * inputs.layer_parameters // inputs.layout.shard if inputs.width < inputs.master else 0
-        held = dict.fromkeys(BACKWARD, min(IN_FLIGHT * layer, inputs.spec.num_layers * layer) + cast) | {Phase.REDUCE: root + layer}
-        return Term(all_of_them.name, "on their way to the host, a few layers at a time", held)
+        by_phase = dict.fromkeys(BACKWARD, min(IN_FLIGHT * layer, inputs.spec.num_layers * layer) + cast) | {Phase.REDUCE: root + layer}
+        return Term(all_of_them.name, "on their way to the host, a few layers at a time", by_phase)
     if inputs.residency.in_backward:
         if adds_up(inputs):
             return Term(all_of_them.name, all_of_them.note, all_of_them.by_phase | {Phase.OPTIMIZER: 0})
@@ -46,9 +46,9 @@ def gradients_left(inputs: PlanInputs, all_of_them: Term) -> Term:
 
 
 def host_optimizer_bytes(inputs: PlanInputs) -> int:
-    """On the host, of one rank: weights, moments, gradients that wait or add up, and page-locked buffers for what travels."""
+    """Host bytes of one rank's optimizer: weights, moments, gradients that wait or add up, and page-locked buffers for what travels."""
     if not inputs.residency.on_host:
         return 0
-    held = inputs.master if not inputs.residency.in_backward or adds_up(inputs) else 0
+    waiting = inputs.master if not inputs.residency.in_backward or adds_up(inputs) else 0
     moving = (inputs.master + inputs.width) * (IN_FLIGHT * inputs.layer_parameters + inputs.root_parameters)
-    return int((inputs.parameters * (inputs.residency.state_bytes(inputs.master) + held) + moving) / inputs.layout.shard)
+    return int((inputs.parameters * (inputs.residency.state_bytes(inputs.master) + waiting) + moving) / inputs.layout.shard)

@@ -12,13 +12,13 @@ class Phase(Enum):
     FORWARD = "forward"
     """The last layer's."""
     LOSS = "loss"
-    SEGMENT = "segment again"
+    SEGMENT = "segment recompute"
     """Layers of a segment run forward again for their inputs; only with segments of several layers."""
     BACKWARD_MLP = "backward mlp"
     """A layer from its output back to attention's."""
     BACKWARD_ATTENTION = "backward attention"
     BACKWARD_PROJECTIONS = "backward projections"
-    """From queries, keys and values back to the layer's input."""
+    """Backward from queries, keys and values to the layer's input."""
     LAYER_REDUCE = "layer reduction"
     """A layer's gradients are done and go over the ranks."""
     REDUCE = "reduce"
@@ -44,7 +44,7 @@ BACKWARD = (Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.B
 
 
 KEEPING = (Phase.FORWARD, Phase.LOSS, *BACKWARD)
-"""While activations wait for their backward."""
+"""Phases in which activations wait for their backward."""
 
 
 ALL = tuple(Phase)
@@ -54,5 +54,5 @@ COMPUTE = (*KEEPING, Phase.REDUCE)
 
 
 def term(name: str, note: str, num_bytes: float, phases: tuple[Phase, ...] = ALL) -> Term:
-    """The same number of bytes in each of `phases`."""
+    """A term with the same number of bytes in each of `phases`."""
     return Term(name, note, {phase: int(num_bytes) for phase in phases})

@@ -23,17 +23,17 @@ def gradients(inputs: PlanInputs, layer: int) -> Term:
     total = inputs.master * inputs.parameters // inputs.layout.shard
     early = total if inputs.layout.num_micro_batches > 1 and not reduces_once(inputs) else 0
     done = inputs.master * inputs.decoder_parameters(layer + 1) // inputs.layout.shard
-    held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(inputs)))
+    by_phase = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(inputs)))
     layers = early or inputs.master * inputs.decoder_parameters() // inputs.layout.shard
-    whole = held | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
+    whole = by_phase | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
     return gradients_left(inputs, Term("gradients", f"float{8 * inputs.master}, 1/{inputs.layout.shard} of each", whole))
 
 
 def whole_gradients(inputs: PlanInputs) -> Term:
     """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
     whole = inputs.master * inputs.parameters * reduces_once(inputs)
-    held = dict.fromkeys(KEEPING, whole) | {Phase.REDUCE: inputs.master * inputs.root_parameters * reduces_once(inputs)}
-    return Term("gradients, whole", "kept over micro-batches, reduced once a step", held)
+    by_phase = dict.fromkeys(KEEPING, whole) | {Phase.REDUCE: inputs.master * inputs.root_parameters * reduces_once(inputs)}
+    return Term("gradients, whole", "kept over micro-batches, reduced once a step", by_phase)
 
 
 def gathered_root(inputs: PlanInputs) -> Term:
@@ -53,11 +53,11 @@ def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
         return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), KEEPING)
     # The layer below is gathered ahead; where its input is made again from its segment's, that gather is used up by then.
     ahead = one * (several and layer > 0 and not inputs_made_again(inputs, layer))
-    held = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
-    held |= dict.fromkeys((Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS), one + ahead)
+    by_phase = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
+    by_phase |= dict.fromkeys((Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS), one + ahead)
     if inputs_made_again(inputs, layer):
-        held[Phase.SEGMENT] = (2 + several) * one
-    return Term("layers, gathered", "the running layer" + ", and a gather's buffer" * several + ", in compute precision", held)
+        by_phase[Phase.SEGMENT] = (2 + several) * one
+    return Term("layers, gathered", "the running layer" + ", and a gather's buffer" * several + ", in compute precision", by_phase)
 
 
 def inputs_made_again(inputs: PlanInputs, layer: int) -> bool:
@@ -73,39 +73,39 @@ def reduction(inputs: PlanInputs, layer: int) -> Term:
     # Of the micro-batch before, as long as this one has reduced nothing.
     earlier = root * (inputs.layout.num_micro_batches > 1) * (not reduces_once(inputs))
     own = inputs.width * inputs.layer_parameters
-    held = dict.fromkeys((Phase.FORWARD, Phase.LOSS), earlier)
-    held |= dict.fromkeys(BACKWARD, one * (not reduces_once(inputs)) if layer < inputs.spec.num_layers - 1 else earlier)
-    held[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // inputs.layout.shard)
+    by_phase = dict.fromkeys((Phase.FORWARD, Phase.LOSS), earlier)
+    by_phase |= dict.fromkeys(BACKWARD, one * (not reduces_once(inputs)) if layer < inputs.spec.num_layers - 1 else earlier)
+    by_phase[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // inputs.layout.shard)
     copied = root * (1 + only) + root // inputs.layout.shard
-    held[Phase.REDUCE] = max(root + inputs.width * inputs.root_parameters * (not reduces_once(inputs)), copied)
-    return Term("reduction", "one layer's gradients on their way; last those of embedding and head", held)
+    by_phase[Phase.REDUCE] = max(root + inputs.width * inputs.root_parameters * (not reduces_once(inputs)), copied)
+    return Term("reduction", "one layer's gradients on their way; last those of embedding and head", by_phase)
 
 
 def layer_gradients(inputs: PlanInputs) -> Term:
-    """As pieces of rows add to them: in compute precision after the first, in master precision after more."""
+    """Gradients of the live layer while pieces of rows add to them: compute precision after one, master precision after more."""
     spec = inputs.spec
     mlp = 3 * spec.hidden_size * spec.intermediate_size
     output = spec.hidden_size * spec.query_size
     down = spec.hidden_size * spec.intermediate_size
     wide = inputs.master if inputs.in_pieces else inputs.width
-    held = {
+    by_phase = {
         # One piece alone: those of the last product. More: all sums, and a part of one.
         Phase.BACKWARD_MLP: wide * (mlp + output) + inputs.width * down if inputs.in_pieces else inputs.width * down,
         Phase.BACKWARD_ATTENTION: wide * (mlp + output),
         Phase.BACKWARD_PROJECTIONS: wide * inputs.layer_parameters,
     }
     if inputs.policy.graph or inputs.by_chunks:
-        held[Phase.BACKWARD_ATTENTION] = wide * (inputs.layer_parameters if inputs.by_chunks and inputs.in_pieces else mlp + output)
+        by_phase[Phase.BACKWARD_ATTENTION] = wide * (inputs.layer_parameters if inputs.by_chunks and inputs.in_pieces else mlp + output)
     if inputs.by_chunks and inputs.in_pieces:
-        held[Phase.BACKWARD_MLP] = wide * inputs.layer_parameters + inputs.width * down
-    return Term("layer gradients", f"of one layer, summed in float{8 * wide}", held)
+        by_phase[Phase.BACKWARD_MLP] = wide * inputs.layer_parameters + inputs.width * down
+    return Term("layer gradients", f"of one layer, summed in float{8 * wide}", by_phase)
 
 
 def head_gradient(inputs: PlanInputs) -> Term:
     """Summed in master precision over chunks, each chunk's part beside it; then in compute precision to the end of backward."""
     head = inputs.head_parameters
-    held = {Phase.LOSS: inputs.master * head} | dict.fromkeys(BACKWARD, inputs.width * head)
-    return Term("head gradient", f"summed in float{8 * inputs.master} over chunks", held)
+    by_phase = {Phase.LOSS: inputs.master * head} | dict.fromkeys(BACKWARD, inputs.width * head)
+    return Term("head gradient", f"summed in float{8 * inputs.master} over chunks", by_phase)
 
 
 def batch(inputs: PlanInputs) -> Term:

@@ -25,13 +25,13 @@ def find_rates(
     if not path.exists():
         return None
     try:
-        known = load_profiles(path)
+        stored = load_profiles(path)
     except ConfigError as error:
         if wanted is not None:
             raise
         log.warning("%s is not used: found %s", path, error.found)
         return None
-    fitting = [profile for profile in known if _is_of(profile, cluster, hardware)]
+    fitting = [profile for profile in stored if _is_of(profile, cluster, hardware)]
     if not fitting:
         return None
     best = max(fitting, key=lambda profile: (_has_disk(profile, offload_dir), profile.taken))

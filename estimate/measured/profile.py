@@ -37,7 +37,7 @@ class ProfileKey:
     """What a profile is of; one taken of anything else says nothing about a run."""
 
     hardware: str
-    """Of one rank: the GPU's name, or the processor's with its cores."""
+    """Hardware of one rank: the GPU's name, or the processor's with its cores."""
     ranks: str
     """`2 nodes x 8 ranks`."""
     model: str
@@ -94,20 +94,20 @@ class Profile:
     key: ProfileKey
     degrees: tuple[FittedDegree, ...]
     overhead_s: float
-    """Of a group and micro-batch, whatever it holds."""
+    """Seconds that a group takes in a micro-batch, whatever it holds."""
     gather_s: float
-    """Of a micro-batch: collectives over all ranks, as far as compute did not hide them."""
+    """Seconds of a micro-batch for collectives over all ranks, as far as compute did not hide them."""
     empty_s: float
-    """Of a micro-batch without tokens: the same collectives with nothing to hide behind."""
+    """Seconds of a micro-batch without tokens: the same collectives with nothing to hide behind."""
     step_s: float
-    """Of a step: reductions that are made once, clipping and the optimizer."""
+    """Seconds of a step for reductions that are made once, clipping and the optimizer."""
     reduce_s: float = 0.0
-    """Of these, the reductions."""
+    """The reductions' part of step_s."""
     collectives: tuple[FittedCollective, ...] = ()
     taken: str = ""
     """When, for people."""
     rates: MachineRates | None = None
-    """Of the host's links, of the disk and of the update; None where they were not measured."""
+    """Rates of the host's links, the disk and the update; None where they were not measured."""
 
     @property
     def beta_s(self) -> float:
@@ -120,34 +120,34 @@ class Profile:
 
     def refine(self, cost: CostModel) -> CostModel:
         """`cost` with what was measured in place of arithmetic; degrees that were not probed keep theirs."""
-        degrees = tuple(_refined(known, self.degree(known.degree, known.ulysses)) for known in cost.degrees)
+        degrees = tuple(_refined(modelled, self.degree(modelled.degree, modelled.ulysses)) for modelled in cost.degrees)
         least = max(0.0, self.empty_s - self.beta_s)
         return replace(cost, degrees=degrees, beta_s=self.beta_s, gather_s=least, step_s=self.step_s, source="profile")
 
 
-def _refined(known: DegreeCost, fitted: FittedDegree | None) -> DegreeCost:
+def _refined(modelled: DegreeCost, fitted: FittedDegree | None) -> DegreeCost:
     if fitted is None:
-        return known
-    share = fitted.attention_s / squares_s(known)
+        return modelled
+    share = fitted.attention_s / squares_s(modelled)
     return replace(
-        known,
-        attention_s=known.attention_s * share,
-        windowed_s=tuple((window, pair_s * share) for window, pair_s in known.windowed_s),
+        modelled,
+        attention_s=modelled.attention_s * share,
+        windowed_s=tuple((window, pair_s * share) for window, pair_s in modelled.windowed_s),
         linear_s=fitted.linear_s,
         exchange_s=fitted.exchange_s,
         ring_s=0.0,
     )
 
 
-def attention_units(known: DegreeCost, lengths: Any) -> Any:
+def attention_units(modelled: DegreeCost, lengths: Any) -> Any:
     """The legend's n^2 of each sequence, by the proportions of full and windowed layers in an arithmetic cost."""
-    bare = replace(known, linear_s=0.0, exchange_s=0.0, ring_s=0.0)
-    return bare.sequence_s(lengths) / squares_s(known)
+    bare = replace(modelled, linear_s=0.0, exchange_s=0.0, ring_s=0.0)
+    return bare.sequence_s(lengths) / squares_s(modelled)
 
 
-def squares_s(known: DegreeCost) -> float:
+def squares_s(modelled: DegreeCost) -> float:
     """Seconds per n^2 of all layers for sequences no window cuts."""
-    return known.attention_s + sum(pair_s for _, pair_s in known.windowed_s) / 2
+    return modelled.attention_s + sum(pair_s for _, pair_s in modelled.windowed_s) / 2
 
 
 def least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -161,11 +161,11 @@ def least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> 
     active = [column for column in range(x.shape[1]) if scale[column] > 0]
     out = np.zeros(x.shape[1])
     while active:
-        found = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(t)), rcond=None)[0]
-        if found.min() >= 0:
-            out[active] = found / scale[active]
+        solution = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(t)), rcond=None)[0]
+        if solution.min() >= 0:
+            out[active] = solution / scale[active]
             break
-        active.pop(int(found.argmin()))
+        active.pop(int(solution.argmin()))
     return [float(value) for value in out]
 
 
@@ -197,8 +197,8 @@ def _kept(memory: MemoryConfig) -> str:
 
     free = ("name", "solve", "host_budget", "offload_dir", "arena")
     given = ((field.name, getattr(memory, field.name)) for field in fields(memory) if field.name not in free)
-    told = [f"{name} {value.value if isinstance(value, Enum) else value}" for name, value in given if value is not None]
-    return ", ".join(["solved", *told] if memory.solve else told)
+    clauses = [f"{name} {value.value if isinstance(value, Enum) else value}" for name, value in given if value is not None]
+    return ", ".join(["solved", *clauses] if memory.solve else clauses)
 
 
 def processor_name() -> str:
@@ -216,21 +216,21 @@ def processor_name() -> str:
 def _versions() -> str:
     from importlib import metadata
 
-    found = []
+    versions = []
     for name in ("torch", "efflaunch"):
         try:
             # `2.9.0+cu128` and `2.9.0+cpu` run different kernels.
-            found.append(f"{name} {metadata.version(name)}")
+            versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(versions)
 
 
 def save_profile(path: Path, profile: Profile) -> None:
     """Put the profile into the file, whole or not at all; what the file has of other machines and models stays."""
     import yaml
 
-    others = [_plain(known) for known in _kept_profiles(path) if known.key != profile.key]
+    others = [_plain(other) for other in _kept_profiles(path) if other.key != profile.key]
     text = yaml.safe_dump({"efflaunch_profile": FORMAT, "entries": [*others, _plain(profile)]}, sort_keys=False, width=120)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
@@ -271,25 +271,25 @@ def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None
             raise ConfigError("parallel.profile", found=f"no file {path}", expected="a profile of this machine", hint=_make(path))
         return None, "arithmetic on data sheets: nothing was measured here (efflaunch profile does)"
     try:
-        known = load_profiles(path)
+        stored = load_profiles(path)
     except ConfigError as error:
         if wanted is not None:
             raise
         return None, f"arithmetic on data sheets: {path} is damaged ({error.found}); {_make(path)}"
-    match = next((profile for profile in known if not profile.key.differences(key)), None)
+    match = next((profile for profile in stored if not profile.key.differences(key)), None)
     if match is not None:
         return match, str(path)
-    reason = _nearest_difference(known, key)
+    reason = _nearest_difference(stored, key)
     if wanted is not None:
         found = f"a profile of something else ({reason})"
         raise ConfigError(f"parallel.profile={wanted}", found=found, expected="one of this machine and model", hint=_make(path))
     return None, f"arithmetic on data sheets: {path} is of something else ({reason})"
 
 
-def _nearest_difference(known: list[Profile], key: ProfileKey) -> str:
-    if not known:
+def _nearest_difference(stored: list[Profile], key: ProfileKey) -> str:
+    if not stored:
         return "it is empty"
-    differences = [list(profile.key.differences(key)) for profile in known]
+    differences = [list(profile.key.differences(key)) for profile in stored]
     nearest = min(differences, key=len)
     return "; ".join(nearest)
 

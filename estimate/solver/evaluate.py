@@ -25,7 +25,7 @@ def measure_of(inputs: PlanInputs) -> Evaluate:
 
 
 def measures(inputs: PlanInputs) -> PolicyCost:
-    """Of one setting as it is. Rows begin with `device` or `host`."""
+    """Cost of one setting as it is. Rows begin with `device` or `host`."""
     layers = inputs.passes * inputs.spec.num_layers
     forward, backward = layers * layer_forward_s(inputs), layers * (layer_backward_s(inputs) + layer_recompute_s(inputs))
     timing = estimate_time(inputs)

@@ -95,17 +95,19 @@ def solve_program(program: PolicyProgram, within_s: float | None = None) -> LpSo
     rows, limits = _matrices(program, size)
     seconds, moved = _objectives(program)
     if within_s is not None:
+        # seconds(x) <= within_s: constants of the step moved to the right.
         rows.append(seconds)
         limits.append(within_s - program.fixed_s - program.forward_s.constant - program.backward_s.constant)
         seconds, moved = moved, seconds
     cost = [a + _MOVED_S * b for a, b in zip(seconds, moved, strict=True)]
-    found = linprog(cost, A_ub=rows, b_ub=limits, bounds=_bounds(size), method="highs-ds")
-    if found.status == 2:
+    solution = linprog(cost, A_ub=rows, b_ub=limits, bounds=_bounds(size), method="highs-ds")
+    if solution.status == 2:
         return None
-    assert found.status == 0, f"the solver stopped: {found.message}"
-    x = tuple(min(1.0, max(0.0, float(share))) for share in found.x[:size])
+    assert solution.status == 0, f"the solver stopped: {solution.message}"
+    x = tuple(min(1.0, max(0.0, float(share))) for share in solution.x[:size])
+    # Marginals are per unit of a scaled limit and at most 0; rows of one name are pieces of one maximum, whose prices add up.
     prices: dict[str, float] = {}
-    for row, marginal in zip(program.rows, found.ineqlin.marginals, strict=False):
+    for row, marginal in zip(program.rows, solution.ineqlin.marginals, strict=False):
         prices[row.name] = prices.get(row.name, 0.0) - float(marginal) / _scale(row)
     return LpSolution(x, program.time_s(x), prices)
 
@@ -125,15 +127,19 @@ def _matrices(program: PolicyProgram, size: int) -> tuple[list[list[float]], lis
     compute = program.forward_s + program.backward_s
     rows, limits = [], []
     for row in program.rows:
+        # bytes_r(x) <= limit_r, for each memory.
         # In shares of the limit: bytes are too large for a solver's tolerances.
         scale = _scale(row)
         rows.append([a / scale for a in row.num_bytes.slope] + [0.0] * 3)
         limits.append((row.limit - row.num_bytes.constant) / scale)
+    # Each pair: busy(x) <= beside(x) + stall, the two directions of the link beside forward and backward; last
+    # hidden <= forward(x) + backward(x) + exposed, whose busy time does not depend on x. `stall` is minimised, so it is the excess.
     nothing = Affine(0.0, (0.0,) * size)
     pairs = ((program.to_host_s, program.forward_s), (program.from_host_s, program.backward_s), (nothing, compute))
     for index, (busy, beside) in enumerate(pairs):
         rows.append([a - b for a, b in zip(busy.slope, beside.slope, strict=True)] + [-float(index == stall) for stall in range(3)])
         limits.append(beside.constant - busy.constant - (program.hidden_s if index == 2 else 0.0))
+    # keep + host <= 1 of each class: a token is stored once at most, and recomputed for the rest.
     for together in program.exclusive:
         rows.append([1.0 if index in together else 0.0 for index in range(size)] + [0.0] * 3)
         limits.append(1.0)
@@ -155,8 +161,9 @@ def least_growth(program: PolicyProgram, memory: str) -> tuple[float, tuple[floa
     rows, limits = _matrices(program, size)
     for names in ((memory,), ("device", "host")):
         growth = [[-float(row.name.startswith(names))] for row in program.rows] + [[0.0]] * (len(rows) - len(program.rows))
+        # bytes_r(x) - t limit_r <= limit_r, in shares of the limit; t is the last variable, and all that is minimised.
         together = [row + extra for row, extra in zip(rows, growth, strict=True)]
-        found = linprog([0.0] * (size + 3) + [1.0], A_ub=together, b_ub=limits, bounds=[*_bounds(size), (None, None)], method="highs-ds")
-        if found.status == 0:
-            return float(found.x[-1]), tuple(min(1.0, max(0.0, float(share))) for share in found.x[:size])
+        solution = linprog([0.0] * (size + 3) + [1.0], A_ub=together, b_ub=limits, bounds=[*_bounds(size), (None, None)], method="highs-ds")
+        if solution.status == 0:
+            return float(solution.x[-1]), tuple(min(1.0, max(0.0, float(share))) for share in solution.x[:size])
     raise AssertionError("limits that grow without end hold anything")

@@ -20,7 +20,7 @@ class ShadowPrice:
     saved_s: float
     """The steps of both policies compared, each the one the solver would take."""
     saved_share: float
-    """Of the step."""
+    """Share of the step's time that is saved."""
     slope_s: float | None
     """What the first byte saves, times the bytes of the change, by the program's duals: no shape changed, it could not save more.
     None for a faster link."""
@@ -34,7 +34,7 @@ class SolveReport:
     """How memory=auto was decided."""
 
     policy: tuple[str, ...]
-    """In words, one clause each."""
+    """The policy in words, one clause each."""
     feasible: bool
     """False: nothing fits, and the policy is the one that needs least of what is missing."""
     gap: float
@@ -50,7 +50,7 @@ class SolveReport:
     recompute_s: float
     """The step if every layer ran again in backward (memory=recompute), whether that fits or not."""
     fixed_bytes: int
-    """On the device at its fullest phase whatever the policy."""
+    """Bytes on the device at its fullest phase whatever the policy."""
     fixed_terms: tuple[tuple[str, int], ...]
     """The largest of them, in bytes."""
     least_budget: str | None

@@ -25,7 +25,7 @@ MIN_SHARE = 0.05
 _NEAREST = 4
 """Shapes that are solved for where none fits: those that come nearest with nothing kept."""
 _ROUNDS = 12
-"""Of cuts and smaller limits until a rounded solution fits the ledger."""
+"""Most rounds of cuts and smaller limits until a rounded solution fits the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class ExtraCapacity:
     """What is changed for a question like: what would more memory save?"""
 
     device_bytes: float = 0.0
-    """Of each rank, besides what the allocator loses of them."""
+    """Bytes added to each rank's device, besides what the allocator loses of them."""
     host_bytes: float = 0.0
-    """Of each node."""
+    """Bytes added to each node's host memory."""
     budget_bytes: float = 0.0
-    """Of memory.host_budget."""
+    """Bytes added to memory.host_budget."""
     link: float = 1.0
     """Factor on the bandwidth of the way to the host, or to files."""
 
@@ -96,7 +96,7 @@ class Candidate:
 
     @property
     def program(self) -> PolicyProgram:
-        """Of the shares, from differences; later with cuts."""
+        """The linear program of the shares, from differences; later with cuts."""
         if self._program is None:
             self._program = linearise(self.measure, self.policy, self.variables, [0.0] * len(self.variables))
         return self._program
@@ -125,9 +125,9 @@ class SearchResult:
     prices: dict[str, float]
     """Seconds one more byte would save, by row, in this shape."""
     time_s: float
-    """Of the policy with rounded shares."""
+    """Seconds of the policy with rounded shares."""
     least_s: float
-    """Of the fastest shares found, whatever they move."""
+    """Seconds of the fastest shares, whatever they move."""
     bound_s: float
     """No policy of any shape takes less."""
     num_solved: int
@@ -145,7 +145,7 @@ class PolicySearch:
         """`tokens` of a rank; `ranks` share a node."""
         self.candidates, self.tokens, self.ranks = candidates, tokens, ranks
         self.smallest: dict[tuple[object, ...], Candidate] = {}
-        """Of each family of shapes the member with the smallest chunks: the others need more."""
+        """For each family of shapes, the member with the smallest chunks: the others need more."""
         for entry in sorted(candidates, key=lambda entry: entry.complexity):
             self.smallest[entry.family] = entry
         self._can_hold_minimum: dict[tuple[object, ...], bool] = {}
@@ -170,11 +170,11 @@ class PolicySearch:
             candidate, answer = min(
                 (pair for pair in answers if pair[1].time_s <= within), key=lambda pair: (pair[0].complexity, pair[1].time_s)
             )
-            known = len(candidate.program.rows)
+            num_rows = len(candidate.program.rows)
             settled = self._settle(candidate, within, room)
             if settled is None:
                 broken.add(id(candidate))
-            elif settled[1] <= within * (1.0 + PREFERENCE / 2) or len(candidate.program.rows) == known or again >= _ROUNDS:
+            elif settled[1] <= within * (1.0 + PREFERENCE / 2) or len(candidate.program.rows) == num_rows or again >= _ROUNDS:
                 policy, time_s = settled
                 return SearchResult(candidate, policy, answer.prices, time_s, least, bound, len(answers))
             # Else the shape needs more than its first tangents said, and another may be better.
@@ -198,18 +198,18 @@ class PolicySearch:
 
     def _answers(self, room: ExtraCapacity, broken: set[int]) -> tuple[list[tuple[Candidate, LpSolution]], float]:
         """Optima of the shapes that can matter, and what the others take at least."""
-        found: list[tuple[Candidate, LpSolution]] = []
+        solutions: list[tuple[Candidate, LpSolution]] = []
         least = float("inf")
         for candidate in self.in_order:
             if candidate.bound_s * (1.0 + PREFERENCE) >= least:
-                return found, candidate.bound_s
+                return solutions, candidate.bound_s
             if id(candidate) in broken or not self._has_room(candidate, room):
                 continue
             answer = solve_program(room.of(candidate.program))
             if answer is not None:
-                found.append((candidate, answer))
+                solutions.append((candidate, answer))
                 least = min(least, answer.time_s)
-        return found, float("inf")
+        return solutions, float("inf")
 
     def _settle(self, candidate: Candidate, within_s: float, room: ExtraCapacity) -> tuple[MemoryPolicy, float] | None:
         """Rounded shares that the ledger says fit, of those within the time the ones that move least."""
@@ -301,11 +301,11 @@ def memory_of(row: str) -> str:
 
 def overflows(measured: PolicyCost, room: ExtraCapacity = NO_EXTRA) -> dict[str, float]:
     """Bytes by which each memory that is too small is."""
-    found: dict[str, float] = {}
+    overruns: dict[str, float] = {}
     for name, (used, limit) in measured.rows.items():
         if (over := used - limit - room.extra(name)) > 0:
-            found[memory_of(name)] = max(over, found.get(memory_of(name), 0.0))
-    return found
+            overruns[memory_of(name)] = max(over, overruns.get(memory_of(name), 0.0))
+    return overruns
 
 
 def overflow(measured: PolicyCost, room: ExtraCapacity = NO_EXTRA) -> float:

@@ -22,25 +22,25 @@ _FULL = 0.98
 """A memory that is fuller than this is called full."""
 
 
-def report_of(solved: PlanInputs, search: PolicySearch, found: SearchResult | None) -> SolveReport:
+def report_of(solved: PlanInputs, search: PolicySearch, result: SearchResult | None) -> SolveReport:
     """Everything about an answer of the search; `found` None: nothing fits."""
     keep = measures(replace(solved, policy=KEEP_ALL)).step_s(link=float("inf"))
     again = measures(replace(solved, policy=MemoryPolicy(layer_input=KEPT, attention_output=RECOMPUTED))).step_s(link=float("inf"))
     fixed = fixed_terms(solved)
     return SolveReport(
         policy=describe_policy(solved.policy, solved),
-        feasible=found is not None,
-        gap=found.gap if found is not None else 0.0,
+        feasible=result is not None,
+        gap=result.gap if result is not None else 0.0,
         num_shapes=len(search.candidates),
-        num_solved=found.num_solved if found is not None else 0,
+        num_solved=result.num_solved if result is not None else 0,
         binding=_binding(solved),
-        prices=_prices(solved, search, found) if found is not None else (),
+        prices=_prices(solved, search, result) if result is not None else (),
         step_s=measures(solved).step_s(),
         keep_s=keep,
         recompute_s=again,
         fixed_bytes=sum(size for _, size in fixed),
         fixed_terms=fixed[:5],
-        least_budget=least_budget(solved) if found is None else None,
+        least_budget=least_budget(solved) if result is None else None,
     )
 
 
@@ -77,16 +77,16 @@ class _Change:
     room: ExtraCapacity
 
 
-def _prices(solved: PlanInputs, search: PolicySearch, found: SearchResult) -> tuple[ShadowPrice, ...]:
+def _prices(solved: PlanInputs, search: PolicySearch, result: SearchResult) -> tuple[ShadowPrice, ...]:
     """What more memory and a faster link would save; nothing is asked where the bound says it could not count."""
-    if found.least_s <= search.in_order[0].bound_s * (1.0 + PREFERENCE):
+    if result.least_s <= search.in_order[0].bound_s * (1.0 + PREFERENCE):
         return ()
-    made = [_first_that_counts(search, found, changes) for changes in _changes(solved)]
+    made = [_first_that_counts(search, result, changes) for changes in _changes(solved)]
     return tuple(price for price in made if price is not None)
 
 
 def _changes(inputs: PlanInputs) -> Iterator[list[_Change]]:
-    """By kind, the small change before the large one."""
+    """Changes of the machine by kind, the small one before the large one."""
     place, ranks, budget = "GPU" if inputs.on_gpu else "rank", inputs.layout.ranks_per_node, inputs.memory.host_budget
     kept = 1.0 - reserve_share(inputs)
     yield [
@@ -111,17 +111,17 @@ def _changes(inputs: PlanInputs) -> Iterator[list[_Change]]:
     yield [_Change("link", words, 0.0, ExtraCapacity(link=2.0))]
 
 
-def _first_that_counts(search: PolicySearch, found: SearchResult, changes: Sequence[_Change]) -> ShadowPrice | None:
+def _first_that_counts(search: PolicySearch, result: SearchResult, changes: Sequence[_Change]) -> ShadowPrice | None:
     """The smallest of the changes that saves something, by solving again with it."""
     for change in changes:
         again = search.best(change.room)
-        if again is None or found.least_s - again.least_s < PREFERENCE * found.least_s:
+        if again is None or result.least_s - again.least_s < PREFERENCE * result.least_s:
             continue
         # What a person would see: the policies taken may be slower than the fastest by a little.
-        saved = found.time_s - again.time_s
-        if saved >= PREFERENCE * found.time_s:
-            slope = sum(price for name, price in found.prices.items() if name.startswith(change.memory)) * change.num_bytes
-            share = saved / found.time_s
+        saved = result.time_s - again.time_s
+        if saved >= PREFERENCE * result.time_s:
+            slope = sum(price for name, price in result.prices.items() if name.startswith(change.memory)) * change.num_bytes
+            share = saved / result.time_s
             return ShadowPrice(change=change.words, saved_s=saved, saved_share=share, slope_s=None if change.memory == "link" else slope)
     return None
 

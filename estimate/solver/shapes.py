@@ -76,12 +76,15 @@ class PolicyCost:
 
     @cached_property
     def rows(self) -> dict[str, tuple[float, float]]:
-        """By name: bytes, and how many there may be. Asked for last: a bound of the time needs none."""
+        """Rows by name: bytes, and how many there may be. Asked for last: a bound of the time needs none."""
         return self.read_rows()
 
     @cached_property
     def rounding(self) -> dict[str, float]:
-        """By row: bytes that are there for rows wait in whole blocks of the arena. None where nothing waits, so no tangent has them."""
+        """Rounding by row: bytes that are there for rows wait in whole blocks of the arena.
+
+        None where nothing waits, so no tangent has them.
+        """
         return self.read_rounding()
 
     def smooth(self, name: str) -> float:
@@ -135,16 +138,16 @@ def shares(memory: MemoryConfig, shape: Shape) -> list[Share]:
     """What is left to be chosen inside a shape."""
     if shape.graph:
         return []
-    found = []
+    shares = []
     if memory.layer_input is None:
-        found.append(Share((LAYER_INPUT.name,), keep=True, rest=True))
+        shares.append(Share((LAYER_INPUT.name,), keep=True, rest=True))
     if shape.stored and memory.attention_output is None:
-        found.append(Share((ATTENTION_OUTPUT.name,), keep=True, rest=True))
+        shares.append(Share((ATTENTION_OUTPUT.name,), keep=True, rest=True))
     if memory.activations is None:
-        found += [Share((name,), keep) for name in _FREE for keep in (True, False)]
+        shares += [Share((name,), keep) for name in _FREE for keep in (True, False)]
     elif memory.activations is ActivationPlace.HOST and memory.host_fraction is None:
-        found.append(Share(_FREE, keep=False))
-    return found
+        shares.append(Share(_FREE, keep=False))
+    return shares
 
 
 def policy_of(memory: MemoryConfig, shape: Shape, variables: Sequence[Share], x: Sequence[float]) -> MemoryPolicy:

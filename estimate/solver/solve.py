@@ -79,10 +79,10 @@ def solve_memory(inputs: PlanInputs) -> tuple[PlanInputs, SolveReport]:
     policy that needs least of what is missing, and the report says so.
     """
     search = search_of(inputs)
-    found = search.best() or search.last_resort()
-    decided = (found.candidate, found.policy) if found is not None else search.least()
+    result = search.best() or search.last_resort()
+    decided = (result.candidate, result.policy) if result is not None else search.least()
     solved = solved_setting(inputs, *decided)
-    return solved, report_of(solved, search, found)
+    return solved, report_of(solved, search, result)
 
 
 def can_fit(inputs: PlanInputs) -> bool:

@@ -16,7 +16,7 @@ class Link:
     """One rank's share of a link or a disk, in bytes per second."""
 
     out: float
-    """From the device."""
+    """Bytes per second from the device."""
     back: float
     shared: float
     """What of the shorter of two transfers adds to the longer when both are under way: 0, each way has its own; 1, they take turns."""
@@ -24,13 +24,13 @@ class Link:
     """Where the figures are from."""
 
     def seconds(self, out_bytes: float, back_bytes: float = 0.0) -> float:
-        """Of so many bytes out and so many back, started together."""
+        """Seconds for so many bytes out and so many back, started together."""
         out, back = out_bytes / self.out, back_bytes / self.back
         return max(out, back) + self.shared * min(out, back)
 
     @property
     def both(self) -> float:
-        """Of each direction, while as much goes the other way."""
+        """Bytes per second of each direction, while as much goes the other way."""
         return 1.0 / self.seconds(1.0, 1.0)
 
 
@@ -89,7 +89,7 @@ class UpdateRate:
 
 
 def device_update_rate(inputs: PlanInputs) -> UpdateRate:
-    """Of an update on the device."""
+    """Rate of an update on the device."""
     if inputs.measured is not None:
         return UpdateRate(inputs.measured.rates.device_update, inputs.measured.source)
     if inputs.cluster.device_memory_bandwidth is not None or inputs.on_gpu:
@@ -98,7 +98,7 @@ def device_update_rate(inputs: PlanInputs) -> UpdateRate:
 
 
 def host_update_rate(inputs: PlanInputs) -> UpdateRate:
-    """Of an update on a rank's part of its node's processors."""
+    """Rate of an update on a rank's part of its node's processors."""
     if inputs.measured is not None:
         return UpdateRate(inputs.measured.rates.host_update, inputs.measured.source)
     whole, ranks = inputs.cluster.host_memory_bandwidth, inputs.layout.ranks_per_node

@@ -86,15 +86,15 @@ def from_host_s(inputs: PlanInputs) -> float:
 
 
 def forward_stall_s(inputs: PlanInputs) -> float:
-    """Of one layer of one micro-batch."""
+    """Seconds that forward waits in one layer of one micro-batch."""
     return max(0.0, to_host_s(inputs) - layer_forward_s(inputs))
 
 
 def backward_stall_s(inputs: PlanInputs) -> float:
-    """Of one layer of one micro-batch; both directions run side by side."""
+    """Seconds that backward waits in one layer of one micro-batch; both directions run side by side."""
     return max(0.0, from_host_s(inputs) - layer_backward_s(inputs) - layer_recompute_s(inputs))
 
 
 def host_stall_s(inputs: PlanInputs) -> float:
-    """Of all layers of one micro-batch."""
+    """Seconds that all layers of one micro-batch wait."""
     return inputs.spec.num_layers * (forward_stall_s(inputs) + backward_stall_s(inputs))

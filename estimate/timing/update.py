@@ -26,9 +26,9 @@ class UpdateTime:
     """One step's update on one rank."""
 
     busy_s: float
-    """Of the processor or the device that makes it; 0 where its speed is not known."""
+    """Seconds that the processor or the device computes it; 0 where its speed is not known."""
     link_s: float
-    """Of gradients and weights between device and host, both directions one after the other."""
+    """Seconds that move gradients and weights between device and host, both directions one after the other."""
     shown_s: float
     """What the step takes longer."""
     assumption: str
@@ -36,7 +36,7 @@ class UpdateTime:
 
 
 def update_time(inputs: PlanInputs) -> UpdateTime:
-    """Of a step of the setting."""
+    """Seconds of one step's optimizer update."""
     return _host_update(inputs) if inputs.residency.on_host else _device_update(inputs)
 
 

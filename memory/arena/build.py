@@ -82,10 +82,10 @@ def build(recipe: Recipe, cache: Path, *, compilers: Sequence[str] = COMPILERS) 
 def find_compiler(compilers: Iterable[str] = COMPILERS) -> str:
     """ConfigError naming the package to install where there is none."""
     names = tuple(compilers)
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
         raise _failed(f"no C++ compiler (looked for {', '.join(names)})", "one, to build the arena's allocator on first use", PACKAGE)
-    return found
+    return compiler
 
 
 def _compile(compiler: str, recipe: Recipe, library: Path) -> None:

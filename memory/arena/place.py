@@ -24,8 +24,11 @@ FEW = 48
 def gap_at(taken: Any, ends: Any, count: int, size: int, fit: int) -> int:
     """Address for `size` units beside `count` ranges [taken, ends) in ascending order; they may overlap each other."""
     edge, best, best_gap = 0, -1, 0
+    # `edge` is the highest end so far, not the last one's: ranges of blocks that never live together overlap, and a gap
+    # between two of them may lie under a third.
     for k in range(count):
         gap = taken[k] - edge
+        # Strictly less: of equal gaps the lowest wins, compiled or not.
         if gap >= size and (best < 0 or gap < best_gap):
             best, best_gap = edge, gap
             if fit == 0:
@@ -35,7 +38,7 @@ def gap_at(taken: Any, ends: Any, count: int, size: int, fit: int) -> int:
 
 
 def sort_few(lows: Any, ends: Any, count: int) -> None:
-    """By insertion, in place."""
+    """Sort ranges by insertion, in place: an argsort would allocate for each block."""
     for k in range(1, count):
         low, end, j = lows[k], ends[k], k - 1
         while j >= 0 and lows[j] > low:
@@ -58,6 +61,7 @@ def put_block(block: int, fit: int, sizes: Any, starts: Any, neighbours: Any, of
         sort_few(lows, ends, count)
         offsets[block] = gap_at(lows, ends, count, sizes[block], fit)
     else:
+        # Equal lows may come in any order: gap_at takes the highest end before it, so the address is the same.
         order = np.argsort(lows[:count])
         taken[:count] = lows[order]
         lows[:count] = ends[order]
@@ -70,6 +74,7 @@ def put_all(order: Any, first: int, fit: int, limit: int, sizes: Any, starts: An
     height, work = 0, 0
     for k in range(first):
         height = max(height, offsets[order[k]] + sizes[order[k]])
+    # All addresses go before the first is given: a later block's old one must not be in an earlier block's way.
     for k in range(first, len(order)):
         offsets[order[k]] = -1
     for k in range(first, len(order)):
@@ -84,6 +89,7 @@ def put_all(order: Any, first: int, fit: int, limit: int, sizes: Any, starts: An
 def next_random(state: Any) -> int:
     """xorshift with 31 bits of result: the same numbers compiled or not."""
     x = state[0]
+    # The masks keep Python's unbounded integers within what int64 holds, so that both make the same plan.
     x ^= (x << 13) & 0x7FFFFFFFFFFFFFFF
     x ^= x >> 7
     x ^= (x << 17) & 0x7FFFFFFFFFFFFFFF
@@ -109,6 +115,7 @@ def search(
             if offsets[block] + sizes[block] >= edge:
                 tries[high] = k
                 high += 1
+        # Three in four sources reach too high; the rest, and targets behind their source, keep every order within reach.
         work += n // 8 + 1
         source = tries[next_random(state) % high] if high > 0 and next_random(state) % 4 else next_random(state) % n
         target = next_random(state) % (source + 1) if next_random(state) % 8 else next_random(state) % n
@@ -121,6 +128,7 @@ def search(
         else:
             trial[source:target] = order[source + 1 : target + 1]
         trial[target] = block
+        # Blocks before the first change see the same neighbours, and keep their addresses.
         first = min(source, target)
         before[:] = offsets
         # Now and then something a little worse is kept: the way out of a dead end.

@@ -50,7 +50,7 @@ class ArenaPlan:
         return sum(offset != OUTSIDE for offset in self.offsets)
 
     def describe(self) -> str:
-        """In words."""
+        """The plan in words."""
         proven = "the least there is" if self.height == self.max_live else f"at most {self.ratio - 1:.2%} above the least"
         outside = len(self.sizes) - self.num_planned
         rest = f"; {outside} more outlive the step and stay outside" if outside else ""

@@ -23,15 +23,15 @@ class Counts:
     """What became of the requests of one step; the order is that of guard.h."""
 
     served: int
-    """From the plan, in its order."""
+    """Requests served from the plan, in its order."""
     out_of_order: int
-    """From the plan, at the address of an entry further on or passed over, found free."""
+    """Requests served from the plan, at the address of an entry further on or passed over, found free."""
     outside: int
     """Left out of the arena by the plan: they outlive the step."""
     foreign: int
-    """Of other threads (CPU) or streams (CUDA), which never use the arena."""
+    """Requests of other threads (CPU) or streams (CUDA), which never use the arena."""
     fallback: int
-    """Of a size the plan does not have there, or whose address was taken: served by the default allocator."""
+    """Requests of a size the plan does not have there, or whose address was taken: served by the default allocator."""
     fallback_bytes: int
     fallback_peak_bytes: int
     """Most bytes outside the arena live at one time."""
@@ -73,7 +73,7 @@ class Arena:
             self._library.arena_end()
 
     def trace(self) -> Trace:
-        """Of the last recording."""
+        """The trace of the last recording."""
         events = np.empty((int(self._library.arena_num_events()), 2), dtype=np.int64)
         self._library.arena_events(_pointer(events))
         return trace_of((number, size) for number, size in events.tolist())
@@ -103,7 +103,7 @@ class Arena:
             self._library.arena_end()
 
     def counts(self) -> Counts:
-        """Of the last recording or replay."""
+        """Counts of the last recording or replay."""
         numbers = np.zeros(len(fields(Counts)), dtype=np.int64)
         self._library.arena_counts(_pointer(numbers))
         return Counts(*numbers.tolist())

@@ -17,7 +17,7 @@ from .trace import Trace, trace_of
 
 
 def read_snapshot(path: Path, device: int = 0) -> Trace:
-    """From a file of torch.cuda.memory._dump_snapshot. DataError for any other, and for one that holds more than plain data."""
+    """Reads a file of torch.cuda.memory._dump_snapshot. DataError for any other, and for one that holds more than plain data."""
     try:
         with path.open("rb") as file:
             snapshot = _PlainData(file).load()

@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 MAX_PLANS = 16
 """Shapes that get a plan; further ones use the default allocator."""
 MAX_RECORDINGS = 3
-"""Of one shape."""
+"""Most recordings of one shape."""
 POOR = 0.1
 """Share of a step's requests the guard turned away from which its plan is made anew."""
 COMPILED_BUDGET, PLAIN_BUDGET = Budget(work=300_000_000, wall_s=20.0), Budget(work=3_000_000, wall_s=10.0)
-"""With and without numba; without it planning slows the steps beside it, so it looks at less."""
+"""Budgets with and without numba; without it planning slows the steps beside it, so it looks at less."""
 Report = Callable[..., None]
 
 
@@ -93,7 +93,7 @@ class StepArena:
             with self._arena.replaying(state.plan):
                 yield
             self._replayed(state, state.plan)
-        elif self._wants(state):
+        elif self._should_record(state):
             with self._arena.recording():
                 yield
             self._recorded(state)
@@ -108,7 +108,7 @@ class StepArena:
         return self._outcome
 
     def wait(self) -> None:
-        """For plans that are being made."""
+        """Waits for plans that are being made."""
         for state in self._shapes.values():
             if state.pending is not None:
                 state.pending.exception()
@@ -118,12 +118,12 @@ class StepArena:
         self._closing.set()
         self._planner.shutdown(cancel_futures=True)
 
-    def _wants(self, state: _Shape) -> bool:
+    def _should_record(self, state: _Shape) -> bool:
         """Whether this step is recorded; the first of all warms up, and so does the first of a shape once another has a plan."""
-        known = [other for other in self._shapes.values() if other.recordings]
+        recorded = [other for other in self._shapes.values() if other.recordings]
         if self._steps == 1 or state.pending is not None or state.recordings >= MAX_RECORDINGS:
             return False
-        return not known or (state.seen > 1 and (state.recordings > 0 or len(known) < MAX_PLANS))
+        return not recorded or (state.seen > 1 and (state.recordings > 0 or len(recorded) < MAX_PLANS))
 
     def _recorded(self, state: _Shape) -> None:
         trace = self._arena.trace()
@@ -161,7 +161,7 @@ class StepArena:
 
 
 def replay_numbers(plan: ArenaPlan, counts: Counts) -> dict[str, int]:
-    """Of a replayed step, as metrics.jsonl has them."""
+    """Numbers of a replayed step, as metrics.jsonl has them."""
     return {
         "height_bytes": plan.height,
         "max_live_bytes": plan.max_live,

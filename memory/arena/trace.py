@@ -57,12 +57,12 @@ class Trace:
         return Trace(sizes, births, deaths, self.num_events)
 
     def digest(self) -> str:
-        """Of every size, birth and death: two traces are the same, or they are not."""
+        """A hash of every size, birth and death: two traces are the same, or they are not."""
         return hashlib.sha256(repr((self.sizes, self.births, self.deaths, self.num_events)).encode()).hexdigest()[:16]
 
 
 def trace_of(events: Iterable[tuple[int, int]]) -> Trace:
-    """From (key, bytes) for an allocation and (key, 0) for its release, in order; a key may be used again after its release.
+    """Makes a trace from (key, bytes) for an allocation and (key, 0) for its release, in order; a key may be used again after its release.
 
     Releases of keys that were never allocated belong to what was there before, and take no time.
     """

@@ -13,12 +13,12 @@ from ...errors import ConfigError
 
 KEY = "memory.compile"
 LEAST_ROWS = 2
-"""Of a piece that goes through a compiled graph: torch makes constants of 0 and 1."""
+"""Least rows of a piece that goes through a compiled graph: torch makes constants of 0 and 1."""
 _LENGTHS = (2, 3, 1000, (1 << 20) + 1, 1 << 30)
 """Numbers of tokens that must take the same way through a step as the number it was traced with."""
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
-"""Of (weights, rows)."""
+"""A function of (weights, rows)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +37,24 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        found, missing, hint = has_triton(), "no Triton that works with this GPU", "pip install triton"
+        available, missing, hint = has_triton(), "no Triton that works with this GPU", "pip install triton"
     else:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
         missing, hint = "no C++ compiler", "install g++, or name a compiler in the environment variable CXX"
         try:
-            found = bool(get_cpp_compiler())
+            available = bool(get_cpp_compiler())
         except InvalidCxxCompiler:
-            found = False
-    if not found:
+            available = False
+    if not available:
         raise ConfigError(
             KEY, found=f"true, and {missing}", expected="a compiler for what torch.compile writes", hint=f"{hint}; or {KEY}=false"
         )
 
 
 def refusal(name: str, reason: object) -> ConfigError:
-    """For what cannot be compiled."""
+    """The error for what cannot be compiled."""
     return ConfigError(
         KEY, found=f"true, and {name} cannot be compiled: {reason}", expected="steps that torch.compile takes", hint=f"{KEY}=false"
     )

@@ -30,16 +30,16 @@ class Graphs:
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
-        self._known: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._graphs)
 
     def find(self, name: str, key: Hashable, traced: Callable[[], Traced]) -> Graph:
         """The graph of `key`; compiled of what `traced` gives if there is none yet."""
-        if key not in self._known:
-            self._known[key] = Graph(name, traced(), self._backend)
-        return self._known[key]
+        if key not in self._graphs:
+            self._graphs[key] = Graph(name, traced(), self._backend)
+        return self._graphs[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,10 @@ class CompiledSteps:
 
         graph = self._graphs.find(str(step), self._key(step, "backward", weights, rows), traced)
         with torch.no_grad():
-            found = graph(weights.plain, rows)
-        for index, part in zip(graph.reached, found[len(inputs) :], strict=True):
+            gradients = graph(weights.plain, rows)
+        for index, part in zip(graph.reached, gradients[len(inputs) :], strict=True):
             sums.add(index, part)
-        return found[: len(inputs)]
+        return gradients[: len(inputs)]
 
     def _forward(self, step: Step, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if rows[0].shape[0] < LEAST_ROWS:
@@ -166,8 +166,8 @@ class _Forward:
 
     def __call__(self, weights: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         named = {f"layer.{name}": weight for name, weight in zip(self._weights.names, weights, strict=True)}
-        found: tuple[Tensor, ...] = functional_call(self._holder, named, (self._run, *rows))
-        return found
+        outputs: tuple[Tensor, ...] = functional_call(self._holder, named, (self._run, *rows))
+        return outputs
 
     def _run(self, *rows: Tensor) -> tuple[Tensor, ...]:
         return self._step.run(self._adapter, rows, graph=self.graph)
@@ -190,6 +190,6 @@ class _Backward(_Forward):
             leaves = [t.detach().requires_grad_() for t in rows[:count]]
             own = [t.detach().requires_grad_(index in trained) for index, t in enumerate(weights)]
             outputs = super().__call__(own, [*leaves, *rows[count:behind]])
-        found = torch.autograd.grad(outputs, [*leaves, *(own[index] for index in trained)], rows[behind:], allow_unused=True)
-        self.reached[:] = [index for index, part in enumerate(found[count:]) if part is not None]
-        return tuple(part for index, part in enumerate(found) if index < count or part is not None)  # type: ignore[misc]
+        gradients = torch.autograd.grad(outputs, [*leaves, *(own[index] for index in trained)], rows[behind:], allow_unused=True)
+        self.reached[:] = [index for index, part in enumerate(gradients[count:]) if part is not None]
+        return tuple(part for index, part in enumerate(gradients) if index < count or part is not None)  # type: ignore[misc]

@@ -21,12 +21,12 @@ Visit = list[Key]
 
 
 def backward_reads(run: LayerRun) -> list[Key]:
-    """Of a layer's backward."""
+    """Reads of a layer's backward, in order."""
     return _in_order(run, _streamed_backward(run) if run.streamed else _whole_backward(run))
 
 
 def recompute_reads(run: LayerRun) -> list[Key]:
-    """Of a layer's forward that runs once more for the next layer's input."""
+    """Reads of a layer's forward that runs once more for the next layer's input."""
     if run.attention_stored:
         return _in_order(run, (_after(run, index, RESIDUAL.made_from) for index in run.indices))
     return _in_order(run, _streamed_again(run) if run.streamed else _whole_again(run))
@@ -44,13 +44,13 @@ def _keys_of(kinds: Iterable[ActivationClass], index: int, group: int = 0) -> Vi
 
 
 def _after(run: LayerRun, index: int, sources: Sequence[ActivationClass] = (LAYER_INPUT,)) -> Visit:
-    """Of the second half, forward: the sum after attention, or what of its `sources` attention has not just made."""
+    """Reads of the second half, forward: the sum after attention, or what of its `sources` attention has not just made."""
     start = (RESIDUAL,) if run.has(RESIDUAL, index) else sources
     return _keys_of((*start, *run.feed_forward.classes), index)
 
 
 def _projected(run: LayerRun, kinds: Sequence[ActivationClass], index: int, group: int = 0) -> Visit:
-    """Of queries, keys and values: what is stored of them, and the layer input where something is not."""
+    """Reads of queries, keys and values: what is stored of them, and the layer input where something is not."""
     inputs = () if all(run.has(kind, index, group) for kind in kinds) else _keys_of((LAYER_INPUT,), index)
     return [*_keys_of(kinds, index, group), *inputs]
 
@@ -86,7 +86,7 @@ def _whole_again(run: LayerRun) -> Iterator[Visit]:
 
 
 def _keys(run: LayerRun) -> Iterator[Visit]:
-    """Of keys and values of all rows."""
+    """Reads of keys and values of all rows."""
     yield from (_keys_of((KEY_VALUE if run.has(KEY_VALUE, index) else LAYER_INPUT,), index) for index in run.indices)
 
 

@@ -75,7 +75,7 @@ class Tape:
             self._prefetch(layer - 1, again=False)
 
     def prefetch_above(self, layer: int) -> None:
-        """The same once this layer has run again."""
+        """Start bringing back what the layer above reads first, once this layer was recomputed."""
         self._prefetch(layer + 1, again=layer + 1 != self._restoring)
 
     def _prefetch(self, layer: int, *, again: bool) -> None:

@@ -137,18 +137,18 @@ class GradientSums:
 
     def grad(self, outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], upstream: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of `inputs`; those of the parameters are added to the sums."""
-        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], upstream, allow_unused=True)
-        for index, part in enumerate(found[len(inputs) :]):
+        gradients = torch.autograd.grad(outputs, [*inputs, *self.parameters], upstream, allow_unused=True)
+        for index, part in enumerate(gradients[len(inputs) :]):
             if part is not None:
                 self.add(index, part)
-        return found[: len(inputs)]
+        return gradients[: len(inputs)]
 
     def add(self, index: int, part: Tensor) -> None:
         """Part of the gradient of one of `parameters`; it may be added to in place."""
         self._totals[index] = _add_wide(self._totals[index], part)
 
     def result(self) -> list[Tensor | None]:
-        """In each parameter's dtype; None where nothing reached it."""
+        """The sums in each parameter's dtype; None where nothing reached it."""
         return [None if total is None else total.to(p.dtype) for total, p in zip(self._totals, self.parameters, strict=True)]
 
 

@@ -58,28 +58,28 @@ def free_memory(proc: Path = Path("/proc/self"), cgroups: Path = CGROUPS) -> Fre
     """
     import psutil
 
-    found = [FreeMemory(int(psutil.virtual_memory().available), "available on the machine")]
+    limits = [FreeMemory(int(psutil.virtual_memory().available), "available on the machine")]
     for line in (proc / "cgroup").read_text().splitlines() if (proc / "cgroup").exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             roots = [cgroups, cgroups / "unified"]
-            found += [free for root in roots for free in _limits(root, path, "memory.max", "memory.current", "inactive_file")]
+            limits += [free for root in roots for free in _limits(root, path, "memory.max", "memory.current", "inactive_file")]
         elif "memory" in controllers.split(","):
             root = cgroups / "memory"
-            found += _limits(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    return min(found, key=lambda free: free.num_bytes)
+            limits += _limits(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return min(limits, key=lambda free: free.num_bytes)
 
 
 def _limits(root: Path, path: str, limit_name: str, usage_name: str, cache_name: str) -> list[FreeMemory]:
-    """Of the group at `path` and of those above it; a container may see its own group as the root."""
-    group, found = root / path.lstrip("/"), []
+    """Limits of the group at `path` and of those above it; a container may see its own group as the root."""
+    group, limits = root / path.lstrip("/"), []
     for folder in [group, *group.parents]:
         limit = _read(folder / limit_name)
         if limit is not None and folder.is_relative_to(root) and limit.isdigit():
             stat = dict(line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
             used = int(_read(folder / usage_name) or 0) - int(stat.get(cache_name, 0))
-            found.append(FreeMemory(max(0, int(limit) - max(0, used)), f"limit of the control group {folder}"))
-    return found
+            limits.append(FreeMemory(max(0, int(limit) - max(0, used)), f"limit of the control group {folder}"))
+    return limits
 
 
 def _read(path: Path) -> str | None:

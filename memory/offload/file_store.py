@@ -233,7 +233,7 @@ class FileStore:
             self._wait_s += time.perf_counter() - start
 
     def _write(self, piece: Piece, slot: Extent, copied: Mark) -> None:
-        """In a worker. Writes were submitted before the reads that wait for them, so workers never wait in a circle."""
+        """Runs in a worker. Writes were submitted before the reads that wait for them, so workers never wait in a circle."""
         try:
             copied.synchronize()
             with self.meter:

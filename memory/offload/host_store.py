@@ -36,7 +36,7 @@ class Stats:
     high_water_bytes: int
     """Most host memory, or file, in use at once, ends of blocks included."""
     waste_bytes: int
-    """Of what is in use now: ends of blocks that hold nothing."""
+    """Bytes lost of what is in use now: ends of blocks that hold nothing."""
 
 
 class HostStore(Protocol):
@@ -55,7 +55,7 @@ class HostStore(Protocol):
         ...
 
     def get(self, parcel: Parcel) -> Tensor:
-        """On the device, for work enqueued after this; the same tensor until done(), a new one after it."""
+        """The rows on the device, for work enqueued after this; the same tensor until done(), a new one after it."""
         ...
 
     def done(self, parcel: Parcel) -> None:

@@ -19,7 +19,7 @@ from .open import device_for
 
 COPY_BYTES = 64 << 20
 ROUNDS = 3
-"""Of each direction, taken in turns: the median counts, for what disturbs one of them is not the machine's."""
+"""Rounds of each direction, taken in turns: the median counts, for what disturbs one of them is not the machine's."""
 
 
 class Both:
@@ -74,10 +74,10 @@ def _medians(starts: Sequence[Callable[[int], Mark]], copy_bytes: int, seconds: 
     """The median rate of each over ROUNDS rounds that take turns."""
     rates: list[list[float]] = [[] for _ in starts]
     for _ in range(ROUNDS):
-        for found, start in zip(rates, starts, strict=True):
+        for samples, start in zip(rates, starts, strict=True):
             together()
-            found.append(rate_of(start, copy_bytes, seconds / (ROUNDS * len(starts))))
-    return tuple(statistics.median(found) for found in rates)
+            samples.append(rate_of(start, copy_bytes, seconds / (ROUNDS * len(starts))))
+    return tuple(statistics.median(samples) for samples in rates)
 
 
 def rate_of(start: Callable[[int], Mark], copy_bytes: int, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -48,12 +48,12 @@ class Transfers:
     def _let_go(self) -> None:
         while self._leaving and self._leaving[0].mark.query():
             self._leaving.popleft()
-        held = sum(copy.num_bytes for copy in self._leaving)
-        while len(self._leaving) > 1 and held > self.in_flight_bytes:
+        in_flight = sum(copy.num_bytes for copy in self._leaving)
+        while len(self._leaving) > 1 and in_flight > self.in_flight_bytes:
             oldest = self._leaving.popleft()
             # Compute waits, not the host: only compute can write to that memory again.
             self.device.hold(oldest.mark)
-            held -= oldest.num_bytes
+            in_flight -= oldest.num_bytes
 
     def bring(self, sources: Sequence[Tensor], target: Tensor, after: Sequence[Mark]) -> Mark:
         """Start copying the sources one after the other into `target` (flat uint8, a landing buffer)."""

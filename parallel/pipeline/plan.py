@@ -44,7 +44,7 @@ Schedule = tuple[Action, ...]
 
 
 def describe(schedule: Schedule) -> str:
-    """On one line: `F0 B0 F1 B1 R1`."""
+    """The schedule on one line: `F0 B0 F1 B1 R1`."""
     return " ".join(map(str, schedule))
 
 

@@ -44,9 +44,9 @@ def adaptive_plan(lengths: Sequence[int], cost: CostModel, *, budget: int | None
         enough_s=bound.value_s - cost.step_s,
         expired=None if until is None else (lambda: time.monotonic() > until),
     )
-    found = search.run(tuple(shelf.load_s for shelf in shelves))
-    if found is not None:
-        shelves, source = found, "adaptive"
+    improved = search.run(tuple(shelf.load_s for shelf in shelves))
+    if improved is not None:
+        shelves, source = improved, "adaptive"
     else:
         shelves = [squeezed(batch, shelf) for shelf in shelves]
     plan = batch.plan(shelves, source)

@@ -73,7 +73,7 @@ def _pair(q: Slice, q_row: int, k: Slice, k_row: int, window: int | None) -> Ite
 
 
 def split_keys(blocks: Blocks, most: int, window: int | None) -> Blocks:
-    """The same pairs in blocks of at most `most` keys each, so that one block's key gradients are small. Causal squares stay whole
+    """Splits blocks into ones of at most `most` keys each, so that one block's key gradients are small. Causal squares stay whole
     up to `most` rows; larger ones become smaller squares and the rectangles below them."""
     out: list[Block] = []
     for block in blocks:

@@ -34,12 +34,12 @@ class Bound:
 
 
 def staircase_bound(lengths: Sequence[int], cost: CostModel) -> Bound:
-    """In closed form: milliseconds. PlanError for lengths that no plan holds."""
+    """The bound in closed form: takes milliseconds. PlanError for lengths that no plan holds."""
     return staircase_of(Batch(lengths, cost, use_compiled=False))
 
 
 def staircase_of(batch: Batch) -> Bound:
-    """The same, of a batch whose tables are there already."""
+    """The staircase bound of a batch whose tables are there already."""
     name, reason = "staircase", _fault(batch)
     if reason:
         return Bound(0.0, name, False, reason)
@@ -62,7 +62,7 @@ def tightened_by(batch: Batch, closed: Bound, plan_s: float) -> Bound:
 def class_milp_bound(
     lengths: Sequence[int], cost: CostModel, *, plan_s: float, time_limit_s: float = 10.0, effort: Effort = FINE, integer: bool = True
 ) -> Bound:
-    """By a mixed-integer program over classes of duration (HiGHS): seconds. At least the staircase bound, at most `plan_s`.
+    """The bound by a mixed-integer program over classes of duration (HiGHS): seconds. At least the staircase bound, at most `plan_s`.
 
     `plan_s` is the predicted_s of a plan that exists; a tighter one makes a tighter program. `integer=False` is its relaxation.
     """

@@ -132,14 +132,19 @@ class ClassProgram:
         return cost
 
     def _every_sequence(self) -> None:
+        # sum over j, d of z[b, j, d] = count[b]: every sequence is in one group.
         self.rows.add(len(self.buckets.counts), self.buckets.counts, self.buckets.counts, (self.zb, self.z, 1.0))
 
     def _shelves(self) -> None:
         """Durations are of their class; groups of a class fit beside and after one another on its shelves."""
         n, ranks, degrees = np.arange(self.num_classes), float(self.batch.cost.world_size), self.batch.degrees
+        # T[j] >= theta[j] y[j]: a shelf of the class lasts at least its lower edge.
         self.rows.add(len(n), 0, np.inf, (n, self.total, 1.0), (n, self.y, -self.theta[:-1]))
+        # T[j] <= theta[j + 1] y[j]: and at most its upper one.
         self.rows.add(len(n), -np.inf, 0, (n, self.total, 1.0), (n, self.y, -self.theta[1:]))
+        # sum over d of degree[d] g[j, d] <= ranks y[j]: groups of a shelf run side by side.
         self.rows.add(len(n), -np.inf, 0, (n[:, None], self.g, degrees), (n, self.y, -ranks))
+        # sum over d of degree[d] L[j, d] <= ranks T[j]: no rank is busy for longer than its shelves last.
         self.rows.add(len(n), -np.inf, 0, (n[:, None], self.load, degrees), (n, self.total, -ranks))
 
     def _groups(self) -> None:
@@ -148,8 +153,11 @@ class ClassProgram:
         g, load, of = self.g.ravel(), self.load.ravel(), self.zj * self.num_degrees + self.zd
         longest = np.repeat(self.theta[1:], self.num_degrees)
         capacity = np.tile(self.batch.capacity, self.num_classes)
+        # L[j, d] <= theta[j + 1] g[j, d]: no group outlasts its class.
         self.rows.add(len(pair), -np.inf, 0, (pair, load, 1.0), (pair, g, -longest))
+        # sum over b of time[b, d] z[b, j, d] <= L[j, d]: a group's load is that of its sequences, or more.
         self.rows.add(len(pair), -np.inf, 0, (of, self.z, self.z_time), (pair, load, -1.0))
+        # sum over b of tokens[b] z[b, j, d] <= capacity[d] g[j, d]: what a group's memory holds.
         self.rows.add(len(pair), -np.inf, 0, (of, self.z, self.z_tokens), (pair, g, -capacity))
 
     def _cuts(self) -> None:
@@ -158,6 +166,8 @@ class ClassProgram:
         shares = (self.z_tokens / self.batch.capacity[self.zd], self.z_time / self.theta[1:][self.zj])
         for share in shares:
             for k in range(1, self.effort.cuts + 1):
+                # sum over b of f_k(share) z[b, j, d] <= g[j, d], f_k(s) = floor((k + 1) s) / k: shares of one group add up to at
+                # most 1, and so do their images. Epsilon rounds down, which weakens the row and keeps it true.
                 part = np.clip(np.floor((k + 1) * share - EPSILON) / k, 0.0, 1.0)
                 some = part > 0
                 used = np.unique(of[some])
@@ -171,8 +181,11 @@ class ClassProgram:
         batch, zero_j = self.batch, np.zeros_like(self.g)
         degrees = batch.degrees.astype(np.float64)
         work = (np.zeros_like(self.z), self.z, -degrees[self.zd] * self.z_time)
+        # sum of degree L >= sum of degree time z + residual: work, with what bucketing left out.
         self.rows.add(1, self.buckets.residual, np.inf, (zero_j, self.load, degrees), work)
+        # sum of capacity g >= all tokens, exact where buckets count the fewest of each.
         self.rows.add(1, float(batch.lengths.sum()), np.inf, (zero_j, self.g, batch.capacity))
+        # sum over j of y[j] >= num_shelves, the fewest that hold all tokens.
         self.rows.add(1, batch.num_shelves, np.inf, (np.zeros_like(self.y), self.y, 1.0))
 
     def _stairs(self) -> None:
@@ -181,6 +194,7 @@ class ClassProgram:
         for j in range(1, self.num_classes):
             tokens = float(batch.lengths[batch.fastest > self.theta[j]].sum())
             if tokens > 0:
+                # sum over i >= j of y[i] >= ceil(their tokens / what a shelf holds); epsilon so that a whole number stays one.
                 self.rows.add(1, np.ceil(tokens / room - EPSILON), np.inf, (np.zeros(self.num_classes - j, int), self.y[j:], 1.0))
 
 
@@ -190,6 +204,7 @@ def solve_program(program: ClassProgram, *, integer: bool, time_limit_s: float, 
     from scipy.sparse import csr_array
 
     rows = program.rows
+    # beta sum of y + sum of T >= floor_s: a bound that is proven already, below which nothing need be searched.
     rows.add(
         1,
         floor_s,
@@ -200,16 +215,16 @@ def solve_program(program: ClassProgram, *, integer: bool, time_limit_s: float, 
     matrix = csr_array((value, (row, column)), shape=(rows.count, program.num_variables))
     integrality = np.zeros(program.num_variables)
     integrality[program.y] = integer
-    found = milp(
+    result = milp(
         program.cost,
         integrality=integrality,
         bounds=Bounds(0, np.inf),
         constraints=LinearConstraint(matrix, np.concatenate(rows.low), np.concatenate(rows.high)),
         options={"time_limit": time_limit_s, "mip_rel_gap": 1e-3, "presolve": True},
     )
-    if found.status == 2:
+    if result.status == 2:
         return float("inf")
     if integer:
-        proved = found.mip_dual_bound
+        proved = result.mip_dual_bound
         return float(proved) if proved is not None and np.isfinite(proved) else None
-    return float(found.fun) if found.status == 0 else None
+    return float(result.fun) if result.status == 0 else None

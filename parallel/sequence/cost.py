@@ -63,20 +63,20 @@ class CostModel:
     excluded: tuple[tuple[int, str], ...] = ()
     """Degrees that model or topology forbid, and why."""
     beta_s: float = 0.0
-    """Of every micro-batch, whatever it holds."""
+    """Seconds of every micro-batch, whatever it holds."""
     gather_s: float = 0.0
     """Collectives on weights and gradients beside a micro-batch's compute: it takes at least this, and beta_s."""
     step_s: float = 0.0
-    """Of every step, whatever its plan."""
+    """Seconds of every step, whatever its plan."""
     source: str = "arithmetic"
     """Where the figures come from: "arithmetic", "profile" or a publication."""
 
     def __post_init__(self) -> None:
-        found = [cost.degree for cost in self.degrees]
-        if not found or found != sorted(set(found)) or found[-1] > self.world_size or self.tokens_per_rank < 1:
+        degrees = [cost.degree for cost in self.degrees]
+        if not degrees or degrees != sorted(set(degrees)) or degrees[-1] > self.world_size or self.tokens_per_rank < 1:
             raise PlanError(
                 "cost model",
-                found=f"degrees {found} over {self.world_size} ranks of {self.tokens_per_rank} tokens",
+                found=f"degrees {degrees} over {self.world_size} ranks of {self.tokens_per_rank} tokens",
                 expected="ascending degrees no larger than the world, and room for a token",
                 hint=f"degrees that can be had: {'; '.join(f'{d}: {why}' for d, why in self.excluded) or 'all powers of two'}",
             )
@@ -134,12 +134,12 @@ class CostModel:
         return max(ready, default=0.0)
 
     def priced(self, plan: StepPlan) -> StepPlan:
-        """The same plan with predicted_s of the step and of every group."""
+        """A copy of the plan with predicted_s of the step and of every group."""
 
-        def group(held: Group) -> Group:
-            return replace(held, predicted_s=self.group_s([plan.lengths[i] for i in held.sequences], held.degree))
+        def group(bare: Group) -> Group:
+            return replace(bare, predicted_s=self.group_s([plan.lengths[i] for i in bare.sequences], bare.degree))
 
-        batches = tuple(MicroBatch(tuple(group(held) for held in batch.groups)) for batch in plan.micro_batches)
+        batches = tuple(MicroBatch(tuple(group(bare) for bare in batch.groups)) for batch in plan.micro_batches)
         return replace(plan, micro_batches=batches, predicted_s=self.plan_s(plan))
 
     def is_monotone(self) -> bool:

@@ -63,7 +63,7 @@ class Observed:
         return self.groups >= ENOUGH and abs(math.log(self.ratio)) > math.log(THRESHOLD)
 
     def multipliers(self) -> tuple[float, float]:
-        """Of attention and linear seconds, never below a tenth."""
+        """Multipliers of attention and linear seconds, never below a tenth."""
         aa, al, ll, a, linear = self.products
         p, q, r = aa + PRIOR, al, ll + PRIOR
         det = p * r - q * q
@@ -77,44 +77,44 @@ class Drift:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self.by_degree: dict[int, Observed] = {}
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
     def add(self, lengths: Sequence[int], degree: int, measured_s: float) -> None:
         """A group held sequences of these lengths for so long."""
         if measured_s <= 0 or not lengths:
             return
-        known = self.cost.of(degree)
-        linear_s = sum(lengths) * (known.linear_s + known.exchange_s)
+        modelled = self.cost.of(degree)
+        linear_s = sum(lengths) * (modelled.linear_s + modelled.exchange_s)
         total_s = self.cost.group_s(lengths, degree)
         self.by_degree.setdefault(degree, Observed()).add(total_s - linear_s, linear_s, measured_s)
 
     def news(self) -> dict[int, float]:
         """Degrees that have drifted since the last call, with measured over modelled time; each is told once until it is back."""
         drifted = {degree for degree, seen in self.by_degree.items() if seen.has_drifted}
-        fresh, self._told = drifted - self._told, drifted
+        fresh, self._reported = drifted - self._reported, drifted
         return {degree: self.by_degree[degree].ratio for degree in sorted(fresh)}
 
     def refitted(self) -> CostModel:
         """The cost model that follows the measurements."""
-        degrees = tuple(self._refitted(known) for known in self.cost.degrees)
+        degrees = tuple(self._refitted(modelled) for modelled in self.cost.degrees)
         return replace(self.cost, degrees=degrees, source="profile")
 
-    def _refitted(self, known: DegreeCost) -> DegreeCost:
-        seen = self.by_degree.get(known.degree)
+    def _refitted(self, modelled: DegreeCost) -> DegreeCost:
+        seen = self.by_degree.get(modelled.degree)
         if seen is None:
-            return known
+            return modelled
         attention, linear = seen.multipliers()
         return replace(
-            known,
-            attention_s=known.attention_s * attention,
-            windowed_s=tuple((window, pair_s * attention) for window, pair_s in known.windowed_s),
-            linear_s=known.linear_s * linear,
-            exchange_s=known.exchange_s * linear,
-            ring_s=known.ring_s * attention,
+            modelled,
+            attention_s=modelled.attention_s * attention,
+            windowed_s=tuple((window, pair_s * attention) for window, pair_s in modelled.windowed_s),
+            linear_s=modelled.linear_s * linear,
+            exchange_s=modelled.exchange_s * linear,
+            ring_s=modelled.ring_s * attention,
         )
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for checkpoints."""
+        """The monitor's state as JSON, for checkpoints."""
         return {str(d): [s.groups, s.weight, s.log_ratio, s.error, *s.products] for d, s in self.by_degree.items()}
 
     def load(self, data: dict[str, Any]) -> None:

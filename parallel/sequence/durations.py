@@ -23,9 +23,9 @@ class Relaxation:
         self.batch = batch
         self.taus = _grid(batch)
         self.starts = np.unique(np.linspace(0, len(batch), min(len(batch), POSITIONS) + 1).astype(np.int64))
-        held = np.concatenate([[0], np.cumsum(batch.lengths)])
-        room = held[self.starts] + batch.cost.world_size * batch.cost.tokens_per_rank
-        self.by_room = np.searchsorted(held, room, side="right") - 1
+        tokens_before = np.concatenate([[0], np.cumsum(batch.lengths)])
+        room = tokens_before[self.starts] + batch.cost.world_size * batch.cost.tokens_per_rank
+        self.by_room = np.searchsorted(tokens_before, room, side="right") - 1
         self.spent, self.fits = zip(*(_work(batch, float(tau)) for tau in self.taus), strict=True)
 
         self.choices: list[np.ndarray] = []
@@ -56,11 +56,11 @@ class Relaxation:
             rest[place] = total[choice[place]]
         self.choices.append(choice)
         self.rests.append(rest)
-        found, place = [], 0
+        durations, place = [], 0
         while place < last and np.isfinite(rest[place]):
-            found.append(float(self.taus[choice[place]]))
+            durations.append(float(self.taus[choice[place]]))
             place = int(ends[choice[place], place])
-        return tuple(found)
+        return tuple(durations)
 
     def _reach(self, i: int, efficiency: float) -> np.ndarray:
         """For each start, the index in `starts` up to which one shelf gets; its own where its first sequence does not fit."""
@@ -72,7 +72,7 @@ class Relaxation:
 
 
 def _grid(batch: Batch) -> np.ndarray:
-    """From a shelf that only short sequences allow to the longest that can be of use."""
+    """A grid of durations, from a shelf that only short sequences allow to the longest that can be of use."""
     exact = batch.times[0, int(batch.first[0]) :]
     mean = float(batch.work.sum()) / batch.cost.world_size / batch.num_shelves
     high = max(1.3 * float(exact[0]), 2 * mean)

@@ -100,7 +100,7 @@ def explain(
     choices = degree_choices(plan.lengths[longest], group.degree, cost)
     next_best = _next_best(plan, cost, solver, longest, group.degree, barrier_free) if _has_another(choices) else None
     alternatives = tuple(_alternative(name, other, cost, longest, barrier_free) for name, other in others.items())
-    found = Explanation(
+    explanation = Explanation(
         plan=plan,
         line=line,
         longest=longest,
@@ -111,23 +111,23 @@ def explain(
         adaptive=adaptive,
         words=(),
     )
-    return replace(found, words=tuple(_words(found)))
+    return replace(explanation, words=tuple(_words(explanation)))
 
 
 def degree_choices(length: int, chosen: int, cost: CostModel) -> tuple[Choice, ...]:
     """Every degree, excluded ones too, with what it would mean for one sequence."""
-    found = [Choice(degree, None, Verdict.EXCLUDED, reason) for degree, reason in cost.excluded]
+    choices = [Choice(degree, None, Verdict.EXCLUDED, reason) for degree, reason in cost.excluded]
     for shape in cost.degrees:
         room = shape.degree * cost.tokens_per_rank
         seconds = float(shape.sequence_s(length))
         if shape.degree == chosen:
-            found.append(Choice(shape.degree, shape.ulysses, Verdict.CHOSEN, _shape(shape), seconds))
+            choices.append(Choice(shape.degree, shape.ulysses, Verdict.CHOSEN, _shape(shape), seconds))
         elif room < length:
             reason = f"{shape.degree} x {cost.tokens_per_rank:,} = {room:,} tokens cannot hold it"
-            found.append(Choice(shape.degree, shape.ulysses, Verdict.TOO_SMALL, reason))
+            choices.append(Choice(shape.degree, shape.ulysses, Verdict.TOO_SMALL, reason))
         else:
-            found.append(Choice(shape.degree, shape.ulysses, Verdict.POSSIBLE, _shape(shape), seconds))
-    return tuple(sorted(found, key=lambda choice: choice.degree))
+            choices.append(Choice(shape.degree, shape.ulysses, Verdict.POSSIBLE, _shape(shape), seconds))
+    return tuple(sorted(choices, key=lambda choice: choice.degree))
 
 
 def _shape(shape: DegreeCost) -> str:
@@ -162,11 +162,11 @@ def bar(cost: CostModel, degree: int, length: int, penalty_s: float) -> CostMode
 
 
 def _next_best(plan: StepPlan, cost: CostModel, solver: Solver, longest: int, degree: int, barrier_free: bool) -> Alternative | None:
-    """The same solver, where the longest sequence may not have its degree; judged by the unchanged model."""
+    """The plan of the same solver where the longest sequence may not have its degree; judged by the unchanged model."""
     penalty = 100.0 * max(cost.plan_s(plan), 1e-6)
     name = f"the longest sequence not on {degree} rank{'s' * (degree > 1)}"
-    found = _alternative(name, lambda _: solver(bar(cost, degree, plan.lengths[longest], penalty)), cost, longest, barrier_free)
-    return None if found.longest_degree == degree or found.predicted_s is None else found
+    alternative = _alternative(name, lambda _: solver(bar(cost, degree, plan.lengths[longest], penalty)), cost, longest, barrier_free)
+    return None if alternative.longest_degree == degree or alternative.predicted_s is None else alternative
 
 
 def _alternative(name: str, solver: Solver, cost: CostModel, longest: int, barrier_free: bool) -> Alternative:
@@ -178,15 +178,16 @@ def _alternative(name: str, solver: Solver, cost: CostModel, longest: int, barri
     return Alternative(name, cost.plan_s(plan, barrier_free=barrier_free), degree)
 
 
-def _words(found: Explanation) -> list[str]:
-    return [*_bound_words(found), *_longest_words(found), *_next_words(found), *_other_words(found), *_time_words(found)]
+def _words(explanation: Explanation) -> list[str]:
+    parts = (_bound_words, _longest_words, _next_words, _other_words, _time_words)
+    return [clause for part in parts for clause in part(explanation)]
 
 
-def _bound_words(found: Explanation) -> list[str]:
-    plan = found.plan
+def _bound_words(explanation: Explanation) -> list[str]:
+    plan = explanation.plan
     if plan.lower_bound_s is None:
-        return ["No lower bound: " + _why_unbounded(found.line.barrier_free)]
-    share = max(0.0, found.line.step_s / plan.lower_bound_s - 1)
+        return ["No lower bound: " + _why_unbounded(explanation.line.barrier_free)]
+    share = max(0.0, explanation.line.step_s / plan.lower_bound_s - 1)
     least = f"No plan of these sequences takes less than {format_precise(plan.lower_bound_s)} ({plan.bound} bound)"
     return [f"{least}: this one is at most {share:.1%} above the best there can be."]
 
@@ -197,19 +198,19 @@ def _why_unbounded(barrier_free: bool) -> str:
     return "the cost model gives some sequences no time, or none that is finite."
 
 
-def _longest_words(found: Explanation) -> list[str]:
-    group, length = found.group, found.plan.lengths[found.longest]
-    chosen = next(choice for choice in found.choices if choice.verdict is Verdict.CHOSEN)
+def _longest_words(explanation: Explanation) -> list[str]:
+    group, length = explanation.group, explanation.plan.lengths[explanation.longest]
+    chosen = next(choice for choice in explanation.choices if choice.verdict is Verdict.CHOSEN)
     assert chosen.sequence_s is not None and chosen.rank_s is not None
     ranks = f"rank {group.first_rank}" if group.degree == 1 else f"ranks {group.first_rank}-{group.first_rank + group.degree - 1}"
     lines = [
-        f"The longest sequence, {length:,} tokens (number {found.longest}), runs on {ranks}: "
+        f"The longest sequence, {length:,} tokens (number {explanation.longest}), runs on {ranks}: "
         f"{group.degree} rank{'s' * (group.degree > 1)}, {chosen.reason}, {format_precise(chosen.sequence_s)}."
     ]
-    small = [choice for choice in found.choices if choice.verdict is Verdict.TOO_SMALL]
+    small = [choice for choice in explanation.choices if choice.verdict is Verdict.TOO_SMALL]
     if small:
         lines.append(f"Fewer ranks are no choice: {small[-1].reason}.")
-    for choice in found.choices:
+    for choice in explanation.choices:
         if choice.verdict is Verdict.POSSIBLE and choice.sequence_s is not None and choice.rank_s is not None:
             lines.append(_compared(choice, chosen.sequence_s, chosen.rank_s))
         elif choice.verdict is Verdict.EXCLUDED:
@@ -231,13 +232,13 @@ def _compared(choice: Choice, seconds: float, rank_s: float) -> str:
     return f"{on} and {cost}: {'later for nothing' if ratio > 1 + _SAME else 'no gain'}."
 
 
-def _next_words(found: Explanation) -> list[str]:
-    other = found.next_best
+def _next_words(explanation: Explanation) -> list[str]:
+    other = explanation.next_best
     if other is None or other.predicted_s is None:
         return []
     return [
-        f"Next best: kept off {found.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
-        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / found.line.step_s - 1, found.adaptive)}."
+        f"Next best: kept off {explanation.group.degree}, it gets {other.longest_degree} ranks and the whole step, planned again, "
+        f"takes {format_precise(other.predicted_s)}, {_more(other.predicted_s / explanation.line.step_s - 1, explanation.adaptive)}."
     ]
 
 
@@ -249,17 +250,17 @@ def _more(slower: float, adaptive: bool) -> str:
     return f"{-slower:.1%} less: " + ("the search missed it" if adaptive else "this plan has one degree for all, that one has not")
 
 
-def _other_words(found: Explanation) -> list[str]:
+def _other_words(explanation: Explanation) -> list[str]:
     parts = [
-        f"{other.name} {format_precise(other.predicted_s)} ({other.predicted_s / found.line.step_s - 1:+.1%})"
-        for other in found.alternatives
+        f"{other.name} {format_precise(other.predicted_s)} ({other.predicted_s / explanation.line.step_s - 1:+.1%})"
+        for other in explanation.alternatives
         if other.predicted_s is not None
     ]
     return [f"Other plans of this step: {', '.join(parts)}."] if parts else []
 
 
-def _time_words(found: Explanation) -> list[str]:
-    line = found.line
+def _time_words(explanation: Explanation) -> list[str]:
+    line = explanation.line
     parts = [f"work in groups {line.busy_share:.0%} of the step", f"wait for slower groups {line.waiting_share:.0%}"]
     if line.gather_share >= 0.005:
         why = "once, before anything runs" if line.barrier_free else "they take longer to gather than the groups to compute"

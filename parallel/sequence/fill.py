@@ -27,6 +27,7 @@ KEYS, IDS, COUNT, GROUP_DEGREE, GROUP_TOKENS, GROUP_LOAD = range(6)
 TRIES = 12
 """Groups looked at from the best fit upwards, for one whose time is not used up."""
 WIDEST = 9.0e15
+"""Below 2**53: a float that becomes an integer key without loss, where a token takes next to no time."""
 
 
 def lower_bound(keys: Any, low: int, high: int, value: int) -> int:
@@ -82,6 +83,8 @@ def put(k: int, group: int, limit: float, tables: Any, space: Any) -> float:
     d = group_degree[group]
     group_tokens[group] += lengths[k]
     group_load[group] += times[k * len(degrees) + d]
+    # A key may say too much, never too little: by time it is what the cheapest tokens would take, rounded up. take_best_fit
+    # checks the true time, so a sequence that fits is never missed for its key.
     room = min((limit - group_load[group]) / rates[d], WIDEST)
     key = min(capacity[d] - group_tokens[group], int(room) + 1)
     base = offsets[d]
@@ -118,12 +121,14 @@ def choose(k: int, limit: float, free: int, groups: int, tables: Any, space: Any
     times, first, degrees = tables[TIMES], tables[FIRST], tables[DEGREES]
     count, group_degree, group_tokens, group_load = space[COUNT], space[GROUP_DEGREE], space[GROUP_TOKENS], space[GROUP_LOAD]
     wanted = first[k]
+    # Memory allows degrees from first[k] on; of those, the first that is fast enough alone in its group.
     while wanted < len(degrees) and times[k * len(degrees) + wanted] > limit:
         wanted += 1
     for d in range(wanted, len(degrees)):
         group = take_best_fit(k, d, limit, tables, space) if count[d] > 0 and times[k * len(degrees) + d] <= limit else -1
         if group >= 0:
             return group
+        # A new group only of the smallest degree: larger ones spend more rank-seconds, and are only filled up.
         if d == wanted and degrees[d] <= free:
             group_degree[groups], group_tokens[groups], group_load[groups] = d, 0, 0.0
             return groups
@@ -141,6 +146,7 @@ def fill(rem: Any, num: int, tau: float, world: int, tables: Any, space: Any, le
     count, group_degree = space[COUNT], space[GROUP_DEGREE]
     for d in range(len(degrees)):
         count[d] = 0
+    # tau is often the very time of one sequence; sums in another order must not push it over.
     limit, slowest = tau * (1.0 + 1e-12), 0.0
     free, groups, num_left, looked, q = world, 0, 0, 0, 0
     while q < num:
@@ -196,6 +202,7 @@ def greedy_reach(limit: float, groups: int, tables: Any, space: Any) -> float:
     for group in range(groups):
         d = group_degree[group]
         room = float(capacity[d] - group_tokens[group])
+        # One token more than the root: it may round down, and a sequence let through is judged again by greedy_choice.
         most = max(most, min(room, (max(0.0, limit - group_work[group]) * degrees[d]) ** 0.5 + 1.0))
     return most
 

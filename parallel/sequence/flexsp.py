@@ -44,11 +44,11 @@ def flexsp_plan(lengths: Sequence[int], cost: CostModel, *, time_limit_s: float 
     for count in range(fewest, fewest + tries):
         batches = []
         for part in blaster(ordered, count):
-            found = solve_micro_batch(ordered[part], cost, time_limit_s=time_limit_s, buckets=buckets)
-            if found is None:
+            solved_batch = solve_micro_batch(ordered[part], cost, time_limit_s=time_limit_s, buckets=buckets)
+            if solved_batch is None:
                 break
-            solved.append(found)
-            batches.append(_placed(found.groups, order[part], cost))
+            solved.append(solved_batch)
+            batches.append(_placed(solved_batch.groups, order[part], cost))
         else:
             plan = cost.priced(StepPlan(cost.world_size, tuple(int(s) for s in lengths), tuple(batches), source="FlexSP"))
             best = plan if best is None or cost.plan_s(plan) < cost.plan_s(best) else best
@@ -132,11 +132,11 @@ def solve_micro_batch(ordered: np.ndarray, cost: CostModel, *, time_limit_s: flo
     of = np.repeat(np.arange(len(degrees)), cost.world_size // degrees)
     warm = _warm_start(tops, counts, times, degrees, of, cost)
     limit = float("inf") if warm is None else float((warm * times[:, of]).sum(axis=0).max())
-    found, timed_out = _program(tops, counts, times, degrees, of, cost, limit, time_limit_s)
-    chosen = warm if found is None else found
+    solution, timed_out = _program(tops, counts, times, degrees, of, cost, limit, time_limit_s)
+    chosen = warm if solution is None else solution
     if chosen is None:
         return None
-    return _Solved(_unpacked(chosen, runs, of), timed_out, found is None)
+    return _Solved(_unpacked(chosen, runs, of), timed_out, solution is None)
 
 
 def _program(
@@ -169,15 +169,15 @@ def _program(
     low = np.concatenate([np.full(3 * p + 1, -np.inf), counts])
     fits = (tops[:, None] <= capacity[None, :]).ravel()
     upper = np.concatenate([np.where(fits, np.repeat(counts, p), 0), np.ones(p), [limit]])
-    found = milp(
+    result = milp(
         np.concatenate([np.zeros(q * p + p), [1.0]]),
         integrality=np.concatenate([np.ones(q * p + p), [0]]),
         bounds=Bounds(0, upper),
         constraints=LinearConstraint(matrix, low, high),
         options={"time_limit": time_limit_s},
     )
-    chosen = None if found.x is None else np.rint(found.x[: q * p]).astype(np.int64).reshape(q, p)
-    return chosen, found.status == 1
+    chosen = None if result.x is None else np.rint(result.x[: q * p]).astype(np.int64).reshape(q, p)
+    return chosen, result.status == 1
 
 
 def _warm_start(
@@ -188,15 +188,15 @@ def _warm_start(
     for d, degree in enumerate(degrees):
         groups = np.flatnonzero(of == d)
         tokens = np.zeros(len(groups), dtype=np.int64)
-        held = np.zeros((len(tops), len(of)), dtype=np.int64)
+        assigned = np.zeros((len(tops), len(of)), dtype=np.int64)
         for bucket, top in enumerate(tops):
             for _ in range(counts[bucket]):
                 least = int(tokens.argmin())
                 tokens[least] += top
-                held[bucket, groups[least]] += 1
-        seconds = float((held * times[:, of]).sum(axis=0).max())
+                assigned[bucket, groups[least]] += 1
+        seconds = float((assigned * times[:, of]).sum(axis=0).max())
         if tokens.max() <= degree * cost.tokens_per_rank and seconds < best_s:
-            best, best_s = held, seconds
+            best, best_s = assigned, seconds
     return best
 
 

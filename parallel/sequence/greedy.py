@@ -44,7 +44,7 @@ def widened(batch: Batch, shelf: Shelf) -> Shelf:
 
 
 def static_shelves(batch: Batch) -> Iterator[list[Shelf]]:
-    """For every degree that holds the longest sequence: best-fit packs of like load together, and balanced packs."""
+    """Shelves for every degree that holds the longest sequence: best-fit packs of like load together, and balanced packs."""
     for d in range(int(batch.first[0]), len(batch.degrees)):
         yield from (_row(batch, packs, d) for packs in (best_fit(batch, d), balanced(batch, d)))
 

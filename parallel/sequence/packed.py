@@ -33,8 +33,8 @@ def pack_plan(plan: StepPlan) -> np.ndarray:
     rows = [(index, group.first_rank, group.degree, group.ulysses, len(group.sequences)) for index, group in groups]
     table = out[_HEADER : _HEADER + _GROUP * len(groups)].reshape(-1, _GROUP)
     table[:, :5], table[:, 5] = np.array(rows, dtype=np.int64).reshape(-1, 5), bits[2:]
-    held = [sequence for _, group in groups for sequence in group.sequences]
-    out[_HEADER + _GROUP * len(groups) :][: len(held)] = held
+    members = [sequence for _, group in groups for sequence in group.sequences]
+    out[_HEADER + _GROUP * len(groups) :][: len(members)] = members
     return out
 
 
@@ -45,13 +45,13 @@ def unpack_plan(packed: np.ndarray, world_size: int, lengths: Sequence[int]) -> 
     num_groups, source, bound = (int(value) for value in packed[:3])
     table = packed[_HEADER : _HEADER + _GROUP * num_groups].reshape(num_groups, _GROUP)
     seconds = np.concatenate((packed[3:5], table[:, 5])).view(np.float64).tolist()
-    held = packed[_HEADER + _GROUP * num_groups :].tolist()
+    members = packed[_HEADER + _GROUP * num_groups :].tolist()
     batches: list[list[Group]] = []
     start = 0
     for (batch, first, degree, ulysses, count, _), predicted in zip(table.tolist(), seconds[2:], strict=True):
         if batch == len(batches):
             batches.append([])
-        batches[-1].append(Group(first, degree, ulysses, tuple(held[start : start + count]), predicted_s=_or_none(predicted)))
+        batches[-1].append(Group(first, degree, ulysses, tuple(members[start : start + count]), predicted_s=_or_none(predicted)))
         start += count
     return StepPlan(
         world_size,

@@ -20,7 +20,7 @@ _WIDTH_IN = 12.0
 _INK, _PAPER, _IDLE, _OVERHEAD = "#22272e", "#ffffff", "#eceff2", "#c9d0d8"
 _MEASURED, _BOUND, _DASHES = "#0b0f14", "#0f766e", (0, (5, 3))
 _COLOURS = ("#fde68a", "#fbbf77", "#f48c6a", "#e0607e", "#b04a9a", "#7748a8", "#4a4fb0", "#2f6db5", "#1f8aa8", "#1aa08a", "#3f8f4f")
-"""Of degree 1, 2, 4, ...: light to dark, warm to cold."""
+"""Colours of degree 1, 2, 4, ...: light to dark, warm to cold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

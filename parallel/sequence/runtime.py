@@ -112,7 +112,7 @@ class SequenceAttention:
         return (dk, dv) if exchange is None else exchange.scatter_keys(dk, dv)
 
     def gather_rows(self, t: Tensor, rows: Rows, spec: AttentionSpec) -> Tensor:
-        """Of each member its `rows`: (rows of mine, all query heads, D) -> (rows of all members, local heads, D)."""
+        """Gathers the `rows` of each member: (rows of mine, all query heads, D) -> (rows of all members, local heads, D)."""
         exchange = self._exchange(spec, rows)
         return t if exchange is None else exchange.gather_output(t)
 
@@ -140,7 +140,7 @@ class SequenceAttention:
         return UlyssesExchange(communicator, tokens, self.ulysses_index, spec, self.clock.waiting)
 
     def _blocks_of_rows(self, rows: Rows, window: int | None, key_block: int = 0) -> Blocks:
-        """Of each member's `rows` against all keys; with `key_block`, cut so that no block has more keys."""
+        """Blocks of each member's `rows` against all keys; with `key_block`, cut so that no block has more keys."""
         key = window, rows, key_block
         if key not in self._chunk_blocks:
             if self.layout is None:

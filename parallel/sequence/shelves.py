@@ -26,7 +26,7 @@ MOST_SHELVES = 24
 EFFICIENCIES = (0.97, 0.93, 1.0, 0.89, 0.95, 0.91)
 """Shares of a shelf's rank-seconds the relaxation may use."""
 BEAM_SHARE = 0.8
-"""Of the budget, for the beam and all before it; the rest goes to random changes."""
+"""Share of the budget for the beam and all before it; the rest goes to random changes."""
 ENOUGH = 1e-3
 """A plan this close to the bound, as a share, ends the search."""
 STRETCH = ((1.0, 1.1, 1.45), (1.0, 1.04, 1.12, 1.3, 1.7), (1.0, 1.03, 1.08, 1.16, 1.3, 1.6, 2.2))
@@ -58,14 +58,14 @@ class ShelfSearch:
         self.expired = expired
         self.relaxed: Relaxation | None = None
 
-    def run(self, known: tuple[float, ...] = ()) -> list[Shelf] | None:
-        """The best shelves found, or None where nothing beat the limit. `known`: durations of a plan that exists."""
+    def run(self, first_taus: tuple[float, ...] = ()) -> list[Shelf] | None:
+        """The best shelves found, or None where nothing beat the limit. `first_taus`: durations of a plan that exists."""
         start = State(0.0, self.batch.everything(), ())
-        if known:
-            self._follow(start, known)
+        if first_taus:
+            self._follow(start, first_taus)
             if not self.taus:
                 # Nothing is better yet, but something has to be changed: the known plan is where random changes start.
-                self.taus = known
+                self.taus = first_taus
         self._equal(start)
         self._likely(start)
         if self.batch.num_shelves <= MOST_SHELVES:
@@ -75,6 +75,7 @@ class ShelfSearch:
 
     def _fill(self, rem: Any, tau: float) -> tuple[Any, float]:
         before = self.batch.looked
+        # Never less than the longest sequence takes at its fastest: a shelf that holds nothing would never end the search.
         left, load, _ = self.batch.run(self.batch.fill, rem, max(tau, float(self.batch.fastest[rem[0]])))
         self.spent += self.batch.looked - before + FILL_WORK
         return left, self.batch.shelf_s(load)
@@ -85,6 +86,7 @@ class ShelfSearch:
         return self.expired is not None and self.expired()
 
     def _keep(self, seconds: float, taus: tuple[float, ...]) -> None:
+        # By more than rounding: else sums in another order pass for progress, and random changes never settle.
         if seconds < self.best_s * (1 - 1e-12):
             self.best_s, self.taus, self.improved = seconds, taus, True
 
@@ -120,9 +122,9 @@ class ShelfSearch:
         for level in range(8):
             states = [start]
             while states and not self._over(BEAM_SHARE):
-                found = [after for state in states for after in self._successors(state, STRETCH[min(level, 2)])]
-                found.sort(key=lambda state: (state.score, len(state.rem)))
-                states = found[:width]
+                successors = [after for state in states for after in self._successors(state, STRETCH[min(level, 2)])]
+                successors.sort(key=lambda state: (state.score, len(state.rem)))
+                states = successors[:width]
                 for state in states:
                     self._equal(state)
             width *= 2
@@ -144,6 +146,7 @@ class ShelfSearch:
             if not len(rem):
                 self._keep(after, taus)
                 continue
+            # The staircase is a bound: a state it rules out has no plan below the best. The relaxation only ranks the others.
             score = after + staircase(batch, np.asarray(rem)).rest_s
             if score < self.best_s:
                 if self.relaxed is not None and self.relaxed.rests:
@@ -164,6 +167,8 @@ class ShelfSearch:
                 self._bisect(state, shelves, least)
 
     def _bisect(self, state: State, shelves: int, low: float) -> None:
+        # Upwards in growing steps until it suffices, then halved: packing is not monotone in the duration, so that what is
+        # kept is the best plan seen (_row_fits), whatever the interval ends at.
         high, step, enough = low, 1.03, False
         for _ in range(16):
             if (enough and high - low < 0.004 * high) or self._over():
@@ -232,7 +237,7 @@ def _changed(taus: tuple[float, ...], chance: random.Random) -> tuple[tuple[floa
 
 
 def squeezed(batch: Batch, shelf: Shelf) -> Shelf:
-    """The same sequences packed to the shortest duration that bisection finds, never longer than they were."""
+    """The shelf's sequences packed to the shortest duration that bisection finds, never longer than they were."""
     members = shelf.members
     area = float(batch.work[members].sum()) / batch.cost.world_size
     low, high, best = max(area, float(batch.fastest[members].max())), shelf.load_s, shelf
@@ -245,6 +250,7 @@ def squeezed(batch: Batch, shelf: Shelf) -> Shelf:
         if len(left):
             low = middle
             continue
+        # The packing's own load, which may be well below the duration that was allowed.
         high = min(high, load)
         if load < best.load_s:
             best = batch.shelf(rem, groups, load)

@@ -1,4 +1,4 @@
-"""From the lengths of a step to its StepPlan: one sequence-parallel degree for all, or groups that suit each sequence. Pure."""
+"""Plans a step from its lengths: one sequence-parallel degree for all, or groups that suit each sequence. Pure."""
 
 from __future__ import annotations
 
@@ -57,10 +57,11 @@ def solve_static(
         )
     work = [s * s + linear_cost_tokens * s for s in lengths]
     bins = _pack(lengths, work, capacity, per_batch)
-    bins.sort(key=lambda held: (-sum(work[i] for i in held), held))
+    bins.sort(key=lambda members: (-sum(work[i] for i in members), members))
     groups = [tuple(bins[i : i + per_batch]) for i in range(0, len(bins), per_batch)]
     batches = tuple(
-        MicroBatch(tuple(Group(slot * degree, degree, ulysses, tuple(sorted(held))) for slot, held in enumerate(batch))) for batch in groups
+        MicroBatch(tuple(Group(slot * degree, degree, ulysses, tuple(sorted(members))) for slot, members in enumerate(batch)))
+        for batch in groups
     )
     return StepPlan(world_size, tuple(int(s) for s in lengths), batches)
 
@@ -71,7 +72,7 @@ def _pack(lengths: Sequence[int], work: Sequence[float], capacity: int, per_batc
     while True:
         bins = _least_loaded(lengths, work, capacity, opened)
         if bins is not None:
-            return [held for held in bins if held]
+            return [members for members in bins if members]
         opened += per_batch
 
 

@@ -24,7 +24,7 @@ class Shelf:
     groups: np.ndarray
     degrees: tuple[int, ...]
     load_s: float
-    """Of the slowest group."""
+    """Seconds of the slowest group."""
 
 
 class Batch:
@@ -114,11 +114,11 @@ class Batch:
     def _micro_batch(self, shelf: Shelf) -> MicroBatch:
         by_group = np.argsort(shelf.groups, kind="stable")
         cuts = np.searchsorted(shelf.groups[by_group], np.arange(1, len(shelf.degrees)))
-        held = [np.sort(self.order[part]) for part in np.split(shelf.members[by_group], cuts)]
+        members = [np.sort(self.order[part]) for part in np.split(shelf.members[by_group], cuts)]
         loads = np.bincount(shelf.groups, self.times[shelf.members, np.asarray(shelf.degrees)[shelf.groups]], len(shelf.degrees))
         groups, rank = [], 0
-        for g in sorted(range(len(held)), key=lambda g: (-shelf.degrees[g], -loads[g], held[g][0])):
+        for g in sorted(range(len(members)), key=lambda g: (-shelf.degrees[g], -loads[g], members[g][0])):
             cost = self.cost.degrees[shelf.degrees[g]]
-            groups.append(Group(rank, cost.degree, cost.ulysses, tuple(held[g].tolist()), predicted_s=float(loads[g])))
+            groups.append(Group(rank, cost.degree, cost.ulysses, tuple(members[g].tolist()), predicted_s=float(loads[g])))
             rank += cost.degree
         return MicroBatch(tuple(groups))

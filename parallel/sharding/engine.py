@@ -79,7 +79,7 @@ class Refused:
     """A setting that an engine cannot run."""
 
     key: str
-    """As typed: `optim.update`, `parallel.barrier_free`."""
+    """The key as typed: `optim.update`, `parallel.barrier_free`."""
     values: tuple[str, ...]
     """Those it cannot run, as typed."""
     reason: str
