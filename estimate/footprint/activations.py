@@ -60,7 +60,7 @@ def inputs_at(inputs: PlanInputs, layer: int) -> int:
 
 
 def layer_inputs(inputs: PlanInputs, layer: int) -> Term:
-    """With segments the inner inputs of the live one come in backward only."""
+    """Layer inputs that wait; with segments the inner inputs of the live one come in backward only."""
     per_layer = inputs.policy.layer_input.rows(inputs.tokens)[0] * class_bytes(inputs)[LAYER_INPUT.name]
     first = -(-inputs.spec.num_layers // inputs.segment_layers)
     note = f"{first} of {inputs.spec.num_layers} layers" + f" and {inputs.segment_layers - 1} of the live segment" * (

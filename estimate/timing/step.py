@@ -158,7 +158,7 @@ def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
 
 
 def _host_line(inputs: PlanInputs) -> str:
-    """At which rates rows wait, and where those are from."""
+    """States at which rates rows move, and where those are from."""
     way, place = offload_link(inputs), f"files under {inputs.policy.offload_dir}" if inputs.policy.offload_dir else "the host"
     rates = gb_per_s(way.out) if way.out == way.back else f"{gb_per_s(way.out)}, back at {gb_per_s(way.back)}"
     both = f", both ways at once {gb_per_s(way.both)} each" if way.both < 0.98 * min(way.out, way.back) else ""

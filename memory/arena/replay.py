@@ -56,7 +56,7 @@ class Arena:
         return 0
 
     def device_peak_bytes(self) -> int | None:
-        """On CUDA the most bytes ever in use, arena included: torch's own statistics end with its allocator. None on CPU."""
+        """Most bytes ever in use on CUDA, arena included: torch's own statistics end with its allocator. None on CPU."""
         return None
 
     @property

@@ -82,17 +82,17 @@ class CompiledSteps:
         return self._forward(Step("residual"), (x, o))[0]
 
     def feed_forward(self, steps: LayerSteps) -> FeedForward:
-        """As `LayerSteps.feed_forward`."""
+        """Implements `LayerSteps.feed_forward`."""
         return self._adapter.feed_forward(steps)
 
     def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As `LayerSteps.run_step`."""
+        """Implements `LayerSteps.run_step`."""
         return self._forward(step, tuple(tensors))
 
     def pull_back(
         self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
     ) -> tuple[Tensor, ...]:
-        """As `LayerSteps.pull_back`."""
+        """Implements `LayerSteps.pull_back`."""
         if inputs[0].shape[0] < LEAST_ROWS:
             return self._adapter.pull_back(step, inputs, constants, upstream, sums)
         weights, rows = self._weights(), [_alone(tensor) for tensor in (*inputs, *constants, *upstream)]

@@ -26,13 +26,13 @@ class DenseFeedForward:
         self._steps = steps
 
     def forward(self, rows: Tensor, saved: SavedPiece) -> Tensor:
-        """As `FeedForward.forward`."""
+        """Implements `FeedForward.forward`."""
         gate, up = self._gate_up(rows, saved)
         saved.put(GATE_UP, (gate, up))
         return self._steps.run_step(MLP_OUT, (rows, gate, up))[0]
 
     def backward(self, rows: Tensor, dy: Tensor, saved: SavedPiece, sums: GradientSums) -> Tensor:
-        """As `FeedForward.backward`."""
+        """Implements `FeedForward.backward`."""
         with torch.no_grad():
             gate, up = self._gate_up(rows, saved)
         d_rows, *d_inner = self._steps.pull_back(MLP_OUT, (rows, gate, up), (), (dy,), sums)

@@ -168,14 +168,14 @@ class PieceOfRun:
     run: LayerRun
     index: int
     save: bool
-    """In the forward pass: what the feed-forward puts is left for the others."""
+    """Whether this is the forward pass: what the feed-forward puts is left for the others."""
 
     def get(self, kind: ActivationClass) -> tuple[Tensor, ...] | None:
-        """As `SavedPiece.get`."""
+        """Implements `SavedPiece.get`."""
         return self.run.get(kind, self.index) if self.run.has(kind, self.index) else None
 
     def put(self, kind: ActivationClass, tensors: Sequence[Tensor]) -> None:
-        """As `SavedPiece.put`."""
+        """Implements `SavedPiece.put`."""
         if self.save:
             self.run.save(kind, self.index, tensors)
 

@@ -52,7 +52,7 @@ class Filed:
 
 
 class FileStore:
-    """As ArenaStore, with a file instead of host memory; calls may wait for the disk, which `stats` counts.
+    """An ArenaStore with a file instead of host memory; calls may wait for the disk, which `stats` counts.
 
     A read that is done goes on to the device with the next call of any kind, so prefetch needs calls to follow it.
     Whatever fails in a worker is raised by the next call.

@@ -94,7 +94,7 @@ class HostArena:
         return views
 
     def buffer(self, extent: Extent) -> memoryview:
-        """The same memory for reads and writes of files; aligned as the extent is, and at most to a page."""
+        """The extent's memory for reads and writes of files; aligned as the extent is, and at most to a page."""
         slab = bisect_right(self._starts, extent.start) - 1
         start = extent.start - self._starts[slab]
         return memoryview(self._maps[slab])[start : start + extent.num_bytes]
