@@ -23,6 +23,8 @@ PLAIN_THREADS = {
     "bench": "measures",
     "tests": "tests",
     "training/reporting/wandb_sink.py": "runs as a script of its own; its thread says the end whatever happens",
+    "launcher/output.py": "a display that fails ends no run",
+    "checkpoint/tier.py": "a probe with a time limit: an answer that does not come is a mirror that does not answer",
     "checkpoint/replica/keeper.py": "a conversation that fails is hung up on; what is kept stays",
 }
 
