@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -64,6 +65,8 @@ class ParallelConfig:
     """File of measured times (`efflaunch profile`); None: profile.yaml of the working directory, where it is of this machine and model."""
     plan_patience_s: Seconds = 0.25
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
+    probe_s: Seconds = 10.0
+    """adaptive: how long a run measures this machine before its first step, where no profile is of it; 0: plans go by arithmetic."""
 
 
 class AttentionHeads(Protocol):
@@ -93,6 +96,8 @@ def _check_counts(parallel: ParallelConfig, cluster: Machines) -> None:
     for key, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(key, found=str(value), expected="1 or more", hint=f"{key}=1")
+    if not 0 <= parallel.probe_s < math.inf:
+        raise ConfigError("parallel.probe_s", found=f"{parallel.probe_s:g}", expected="seconds, 0 for no probe", hint="parallel.probe_s=10")
 
 
 def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:

@@ -34,6 +34,7 @@ from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
 from .optimizers.lr_schedule import learning_rate
 from .optimizers.updater import Gradients
+from .profiling.first_probe import probe_before_training
 from .reporting.events import start_fields, step_fields, straggler_rows
 from .reporting.metrics import Metrics
 from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
@@ -116,7 +117,8 @@ class _Run:
         self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
         self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
-        self.costs: Costs = settle_costs(config, self.session.ledger.inputs, device, extra.get("costs"))
+        self.position: Position = position_of(self.session.model)
+        self.costs: Costs = self._settle_costs(extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = StepComparison(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
@@ -124,12 +126,20 @@ class _Run:
         self.stragglers = Stragglers(self.costs.model)
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self.certified = PeakMemoryCheck(self.session.ledger, device, self.metrics.write)
-        self.position: Position = position_of(self.session.model)
         self.position.listener = pulse.at
         self.low_on_host: tuple[int, int] | None = None
         """The first rank whose node has next to nothing left, and the bytes it has."""
         self.hosts = host_names()
         self._write_start(restored)
+
+    def _settle_costs(self, stored: dict[str, Any] | None) -> Costs:
+        """What a checkpoint stored, a profile of this machine, or what a probe finds now. Collective."""
+        costs = settle_costs(self.config, self.session.ledger.inputs, self.session.device, stored)
+        if self.done == self.config.train.steps:
+            return costs
+        self.position.at("probing this machine")
+        with self.pulse.long("probing this machine"), self._memory_errors_named():
+            return probe_before_training(self.config, self.session, costs, self.run_dir, step=self.done + 1, beat=self.pulse.at)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
         layout = self.session.layout

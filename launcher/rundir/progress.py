@@ -41,6 +41,8 @@ class RunProgress:
     sequence: str = "static"
     """parallel.sequence of the run."""
     planner_error: str | None = None
+    modelled: dict[int, float] = field(default_factory=dict)
+    """What each step was to take by its plan's model, seconds; of plans that say so."""
     drift: dict[str, float] = field(default_factory=dict)
     """Measured over modelled time of the group degrees for which it is far from one."""
     stragglers: list[dict[str, Any]] = field(default_factory=list)
@@ -77,13 +79,15 @@ class RunProgress:
         self.memory, self.certificate, self.stragglers = event.get("memory", []), None, []
         self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
         kept = self.resumed_from or 0
-        for values in (self.losses, self.durations):
+        for values in (self.losses, self.durations, self.modelled):
             for step in [step for step in values if step > kept]:
                 del values[step]
 
     def _step(self, event: Event) -> None:
         step = event["step"]
         self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
+        if event.get("predicted_s"):
+            self.modelled[step] = event["predicted_s"]
         self.total_tokens = event["total_tokens"]
         for rank in event["ranks"]:
             number = rank["rank"]
@@ -122,6 +126,13 @@ class RunProgress:
         return sum(recent) / len(recent) if recent else None
 
     @property
+    def measured_over_modelled(self) -> float | None:
+        """Seconds that steps took over those their plans' model said, without the first step, which also warms up."""
+        steps = sorted(step for step in self.modelled if step in self.durations)[1:]
+        modelled_s = sum(self.modelled[step] for step in steps)
+        return sum(self.durations[step] for step in steps) / modelled_s if modelled_s > 0 else None
+
+    @property
     def time_left_s(self) -> float | None:
         """Of the steps that are left at the present pace."""
         pace = self.seconds_per_step
@@ -155,6 +166,8 @@ def start_line(event: Event) -> str:
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
     lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
+    if event.get("sequence") == "adaptive" and event.get("costs"):
+        lines.append(f"step times are modelled: {event['costs']}")
     if event.get("data_changed"):
         lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
     if event.get("memory"):
@@ -226,7 +239,10 @@ def checkpoints_text(progress: RunProgress) -> str:
 
 
 def plans_text(progress: RunProgress) -> str:
-    """What adaptive planning came to: the model's seconds against the static plan's, and what went wrong; empty for static runs."""
+    """What adaptive planning came to, and what went wrong; empty for static runs.
+
+    No run takes static steps beside its own: what was saved is modelled, and the same sentence says how far the model is off.
+    """
     totals = (progress.last or {}).get("plan_totals")
     if progress.sequence != "adaptive" or not totals:
         return ""
@@ -234,8 +250,10 @@ def plans_text(progress: RunProgress) -> str:
     parts = ["adaptive", f"{late} of {progress.step}"]
     if totals["steps"] and totals["predicted_s"] > 0:
         ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
-        saved = f"{format_seconds(ours)} a step in the model, {format_seconds(static)} with static groups: {static / ours:.2f} x"
-        parts.insert(1, saved)
+        ratio = progress.measured_over_modelled
+        off = "" if ratio is None else f"; measured steps took {ratio:.2f} x the modelled time"
+        seconds = f"{format_seconds(ours)} a step, {format_seconds(static)} with static groups"
+        parts.insert(1, f"{static / ours:.2f} x as fast as static groups in the model ({seconds}, both modelled{off})")
     if progress.planner_error:
         parts.append(f"{progress.planner_error}, greedy plans since")
     return "; ".join(parts)

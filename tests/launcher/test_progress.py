@@ -16,7 +16,7 @@ from efflaunch.launcher.live_display import LiveDisplay, PlainDisplay
 from efflaunch.launcher.rundir import state as states
 from efflaunch.launcher.rundir.lock import lock_run
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
-from efflaunch.launcher.rundir.progress import RunProgress, step_line, summary_lines
+from efflaunch.launcher.rundir.progress import RunProgress, start_line, step_line, summary_lines
 from efflaunch.launcher.rundir.run_dir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
 
@@ -61,6 +61,27 @@ def test_summary() -> None:
         "peak memory": "rank 0 3.0 GiB, rank 1 2.0 GiB",
     }
     assert summary_lines(RunProgress()) == []
+
+
+def test_savings_are_called_modelled_beside_how_far_the_model_is_off() -> None:
+    """Three steps of 4 s; the first, twice as slow, is warming up."""
+    totals = {"late": 0, "steps": 3, "predicted_s": 9.0, "static_s": 18.0}
+    events = [{**step(number, 9.0, step_s=8.0 if number == 1 else 4.0), "predicted_s": 3.2, "plan_totals": totals} for number in (1, 2, 3)]
+    progress = RunProgress().apply([{**start(), "sequence": "adaptive"}, *events])
+    assert dict(summary_lines(progress))["plans"] == (
+        "adaptive; 2.00 x as fast as static groups in the model (3.00 s a step, 6.00 s with static groups, both modelled; "
+        "measured steps took 1.25 x the modelled time); none late of 3"
+    )
+    only = RunProgress().apply([{**start(), "sequence": "adaptive"}, events[0]])
+    assert dict(summary_lines(only))["plans"].endswith("6.00 s with static groups, both modelled); none late of 1")
+    lost = progress.apply([{**start(3, resumed_from=2), "sequence": "adaptive"}])
+    assert lost.measured_over_modelled == pytest.approx(1.25) and sorted(lost.modelled) == [1, 2]
+
+
+def test_a_start_says_where_its_times_are_from() -> None:
+    event = {**start(), "resumed_from": None, "costs": "probed before step 1"}
+    assert "step times are modelled: probed before step 1" in start_line({**event, "sequence": "adaptive"}).splitlines()
+    assert "probed" not in start_line({**event, "sequence": "static"})
 
 
 def test_follower_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
