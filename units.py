@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated
 
@@ -32,6 +33,8 @@ def parse_quantity(value: object, unit: str) -> int | float:
     if match is None or match[2].upper() not in _SCALES[unit]:
         raise ValueError(f"{expected}, not {value!r}")
     amount = float(match[1].replace("_", "")) * _SCALES[unit][match[2].upper()]
+    if not math.isfinite(amount):
+        raise ValueError(f"{expected}, not {value!r}")
     if unit == "seconds":
         return amount
     if amount != int(amount):

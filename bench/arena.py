@@ -166,8 +166,8 @@ class OneRank:
         import torch
         from torch._subclasses.fake_tensor import FakeTensor
 
-        from ..model.build import Tokens
         from ..model.chunked_loss import cross_entropy
+        from ..model.stage import Tokens
         from ..parallel.sequence.clock import BusyClock
         from ..parallel.sequence.layout import group_layout
         from ..parallel.sequence.plan import Group

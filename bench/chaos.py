@@ -372,6 +372,7 @@ class State:
     ) -> Any:
         from ..checkpoint.config import CheckpointConfig
         from ..checkpoint.engine import CheckpointEngine, SaveReport
+        from ..parallel.sharding.fsdp2 import Fsdp2State
 
         def saved(report: SaveReport) -> None:
             self.reports.append(report)
@@ -383,8 +384,7 @@ class State:
         return CheckpointEngine(
             config,
             folder,
-            model=self.model,
-            optimizer=self.optimizer,
+            state=Fsdp2State(self.model, self.optimizer),
             metadata={},
             on_save=saved,
             segment_bytes=SEGMENT_BYTES,
@@ -398,9 +398,9 @@ def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
     """This rank's memory of a tensor, and what it holds after `step`: other numbers at every place, tensor and step."""
     import torch
 
-    from ..checkpoint.reader import local_part
+    from ..parallel.sharding.parts import part as part_of
 
-    part, offsets = local_part(tensor)
+    part, offsets = part_of(tensor)
     whole = (torch.arange(tensor.numel(), dtype=torch.float32) % 997 + 1000 * (step % 4096) + number / 8).reshape(tensor.shape)
     slices = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
     return part, whole[slices]

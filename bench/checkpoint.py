@@ -186,6 +186,7 @@ class _Contestants:
     def __init__(self, state: _State, folder: Path) -> None:
         from ..checkpoint.config import CheckpointConfig, Replica
         from ..checkpoint.engine import CheckpointEngine
+        from ..parallel.sharding.fsdp2 import Fsdp2State
 
         self.state, self.folder, self.scratch = state, folder, folder / "theirs"
         self.step = 0
@@ -195,8 +196,7 @@ class _Contestants:
             name: CheckpointEngine(
                 CheckpointConfig(name="bench", keep_last=1, replica=replica),
                 folder / name,
-                model=state.model,
-                optimizer=state.optimizer,
+                state=Fsdp2State(state.model, state.optimizer),
                 metadata={},
                 on_save=self.reports.append,
                 fault=fault,
@@ -338,9 +338,10 @@ def restore_times(state: _State, folder: Path, rounds: int) -> dict[str, Any]:
 
     from ..checkpoint.config import CheckpointConfig
     from ..checkpoint.engine import CheckpointEngine
+    from ..parallel.sharding.fsdp2 import Fsdp2State
 
     config = CheckpointConfig(name="bench", keep_last=1)
-    engine = CheckpointEngine(config, folder / "ours", model=state.model, optimizer=state.optimizer, metadata={})
+    engine = CheckpointEngine(config, folder / "ours", state=Fsdp2State(state.model, state.optimizer), metadata={})
     engine.save(1, {})
     engine.wait()
     dcp.save(state.tensors(), checkpoint_id=str(folder / "dcp"), no_dist=True)
@@ -374,11 +375,12 @@ def training_steps(folder: Path, steps: int) -> dict[str, Any]:
 
     from ..checkpoint.config import CheckpointConfig
     from ..checkpoint.engine import CheckpointEngine
+    from ..parallel.sharding.fsdp2 import Fsdp2State
 
     config = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, vocab_size=8192)
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    engine = CheckpointEngine(CheckpointConfig(name="bench", keep_last=1), folder, model=model, optimizer=optimizer, metadata={})
+    engine = CheckpointEngine(CheckpointConfig(name="bench", keep_last=1), folder, state=Fsdp2State(model, optimizer), metadata={})
     ids = torch.randint(0, 8192, (1, 256))
     times: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(-4, 2 * steps):

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..memory.policy import MemoryPolicy
-from ..model.build import build_model, write_shard
+from ..model.build import build_model
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
+from ..parallel.sharding.parts import write_shard
 from ..parallel.topology import Topology
-from ..training.step import backward_step, count_targets, read_step
+from ..training.objectives.heads import LanguageModelling
+from ..training.step import StepSetup, backward_step, count_targets, read_step
 
 DEVICE = torch.device("cpu")
 IGNORE = -100
@@ -94,7 +96,7 @@ class Ours:
     def __init__(
         self, workload: Workload, policy: MemoryPolicy, topology: Topology, weights: Mapping[str, Tensor], *, sp_degree: int = 1
     ) -> None:
-        self._topology, self._kernel = topology, block_kernel(DEVICE)
+        self._topology = topology
         self.model = build_model(
             workload.config(),
             policy,
@@ -104,6 +106,7 @@ class Ours:
             seed=0,
             loss_chunk_tokens=workload.loss_chunk_tokens,
         )
+        self._setup = StepSetup(model=self.model, topology=topology, kernel=block_kernel(DEVICE), device=DEVICE, reduce_each=False)
         for name, parameter in self.model.named_parameters():
             write_shard(parameter, weights[name])
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -113,8 +116,8 @@ class Ours:
 
     def step(self) -> float:
         works = read_step(self._source, 0, self._plan, self._topology.rank)
-        count = count_targets(works, DEVICE)
-        shares = backward_step(self.model, self._topology, self._kernel, works, num_targets=count, reduce_each=False, device=DEVICE)
+        count = count_targets(works, self._topology, DEVICE)
+        shares = backward_step(self._setup, works, LanguageModelling(count, DEVICE))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(shares.sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..memory.activation_classes import LAYER_INPUT, activation_classes
 from ..memory.arena.tracer import StorageTracer
 from ..memory.config import AttentionTiling
 from ..memory.offload.checks import check_host_memory
@@ -140,14 +141,30 @@ def _store(policy: MemoryPolicy, model: Any, num_tokens: int, device: torch.devi
         store.close()
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """memory/activation_classes.py's, of a Hugging Face config without a head dim of its own."""
+
+    hidden_size: int
+    query_size: int
+    kv_size: int
+    intermediate_size: int
+    num_heads: int
+
+    @classmethod
+    def of(cls, config: Any) -> _Sizes:
+        width, heads = config.hidden_size, config.num_attention_heads
+        return cls(width, width, width // heads * config.num_key_value_heads, config.intermediate_size, heads)
+
+
 def host_bytes(policy: MemoryPolicy, config: Any, num_tokens: int) -> int:
     """Enough for what the policy moves: 2 bytes a number, and the ends of blocks."""
-    layers, width = config.num_hidden_layers, config.hidden_size
-    kv = width // config.num_attention_heads * config.num_key_value_heads
-    widths = {"layer_input": width, "residual": width, "query": width, "attention_output": width + 2 * config.num_attention_heads}
-    widths |= {"key_value": 2 * kv, "mlp": 2 * config.intermediate_size}
+    layers, sizes = config.num_hidden_layers, _Sizes.of(config)
     inputs = -(-layers // policy.segment_layers) + policy.segment_layers - 1
-    numbers = sum(split.host * widths[name] * (inputs if name == "layer_input" else layers) for name, split in policy.splits.items())
+    numbers = 0.0
+    for kind in activation_classes(sizes):
+        width = kind.numbers_per_token(sizes) + 2 * kind.wide_numbers_per_token(sizes)
+        numbers += policy.split(kind).host * width * (inputs if kind is LAYER_INPUT else layers)
     chunks = -(-num_tokens // (policy.chunk_tokens or num_tokens)) + 6
     return int(2 * numbers * num_tokens) + layers * chunks * 12 * (64 << 10)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_launch, report_memory
+from . import report_checkpoint, report_fuzz, report_launch, report_memory
 
 HEADER = """# Benchmarks
 
@@ -66,6 +66,25 @@ def _startup(result: dict[str, Any]) -> list[str]:
             runs = ", ".join(f"{value:.2f}" for value in result["seconds"][key])
             lines.append(f"| {name} | {result[key]:.2f} | {result['targets'][key]:g} | {runs} |")
     return lines
+
+
+def _scale(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Long runs and many checkpoints",
+        "",
+        f"`efflaunch status` on {result['steps']:,} steps, imports left out: the first look ever, then the next.",
+        "",
+    ]
+    lines += [
+        "| ranks | metrics.jsonl, MiB | first look, s | next look, s | bytes read again | peak memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["looks"]:
+        seconds = f"{row['status_s']:.2f} | {row['status_again_s']:.2f} | {row['bytes_again']:,}"
+        lines.append(f"| {row['ranks']} | {row['file_bytes'] / MIB:.0f} | {seconds} | {row['peak_bytes'] / MIB:.0f} |")
+    lines += ["", "A small save until it is durable and retention is done (median), and the checkpoints whose files it reads.", ""]
+    lines += ["| checkpoints kept | ms a save | checkpoints looked at |", "|---|---|---|"]
+    return [*lines, *(f"| {row['kept']} | {1000 * row['save_s']:.1f} | {row['inspected']:g} |" for row in result["saves"])]
 
 
 def _step(result: dict[str, Any]) -> list[str]:
@@ -222,8 +241,10 @@ def _median(rows: list[dict[str, Any]], key: str) -> float:
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "checkpoint": report_checkpoint.checkpoint,
     "chaos": report_checkpoint.chaos,
+    "scale": _scale,
     "startup": _startup,
     "launch": report_launch.launch,
+    "fuzz": report_fuzz.fuzz,
     "step": _step,
     "adaptive": _adaptive,
     "planner": _planner,

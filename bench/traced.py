@@ -112,9 +112,10 @@ def build_case(case: Case) -> Any:
     from ..parallel.sequence.attention import CpuKernel
     from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
     from ..parallel.topology import build_topology
+    from ..training.objectives.heads import LanguageModelling
     from ..training.optimizers.adamw import build_optimizer
     from ..training.optimizers.config import OptimConfig
-    from ..training.step import backward_step, read_step
+    from ..training.step import StepSetup, backward_step, read_step
 
     torch.set_num_threads(1)
     ledger = case_ledger(case)
@@ -133,7 +134,8 @@ def build_case(case: Case) -> Any:
     def step() -> None:
         works = read_step(_Source(plan.lengths, ids, case.documents), 0, plan, topology.rank)  # type: ignore[arg-type]
         each = ledger.inputs.parallel.grad_reduce is not GradReduce.STEP
-        backward_step(model, topology, CpuKernel(), works, num_targets=case.length * count, reduce_each=each, device=device)
+        setup = StepSetup(model=model, topology=topology, kernel=CpuKernel(), device=device, reduce_each=each)
+        backward_step(setup, works, LanguageModelling(case.length * count, device))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -195,6 +197,6 @@ def profiled_peak(case: Case) -> int:
 
 
 def _storages(tensor: Any) -> list[Any]:
-    from torch.distributed.tensor import DTensor
+    from ..parallel.sharding.parts import local
 
-    return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()]
+    return [local(tensor).untyped_storage()]

@@ -15,7 +15,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.tensor import DTensor
 from torch.serialization import skip_data
 
 from .sizes import BLOCK_BYTES, segment_bytes
@@ -84,25 +83,9 @@ class FileLayout:
     """`.metadata` and `index.json`, on rank 0."""
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> int:
+def fingerprint(tensors: dict[str, Tensor], sharding: Callable[[Tensor], Hashable]) -> int:
     """Names, shapes, dtypes and sharding: the plan is made anew when it changes. Sources are looked up at every save anyway."""
-    meshes: dict[int, tuple[int, ...]] = {}
-
-    def sharding(value: Tensor) -> object:
-        if not isinstance(value, DTensor):
-            return value.device.type
-        mesh = value.device_mesh
-        if id(mesh) not in meshes:
-            meshes[id(mesh)] = tuple(mesh.shape)
-        return (value.placements, meshes[id(mesh)], tuple(local(value).shape))
-
     return hash(tuple((key, tuple(value.shape), value.dtype, sharding(value)) for key, value in tensors.items()))
-
-
-def local(value: Tensor) -> Tensor:
-    """This rank's own memory of a tensor."""
-    # What to_local() returns; but that is an operation of autograd, which takes longer than all the rest of a save.
-    return (value._local_tensor if isinstance(value, DTensor) else value).detach()
 
 
 def plan_files(tensors: dict[str, Tensor], *, rank: int, largest_chunk: int, gather: Gather, scatter: Scatter) -> FileLayout:

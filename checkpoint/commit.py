@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..units import format_seconds
+from ..utils.helper_thread import HelperThread
 from . import files
 from .attempt import Attempt, Flushed
+from .catalog import Catalog
 from .deletion import Trash
 from .faults import Faults
 from .rank_coordination import Peers
@@ -76,6 +78,7 @@ class Committer:
         self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[CommitOutcome] = queue.SimpleQueue()
         self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
+        self._catalog: Catalog | None = None
         self._faults, self._clock = Faults(fault), clock
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
@@ -83,7 +86,7 @@ class Committer:
         """Results that every rank has read once it votes again."""
         self._num_open = 0
         self._closed_one = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "committer")
         self._thread.start()
 
     def add(self, attempt: Attempt) -> None:
@@ -192,7 +195,9 @@ class Committer:
             keep = self.retention
             try:
                 self._faults.at("before_prune")
-                files.prune(final.parent, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
+                if self._catalog is None:
+                    self._catalog = Catalog(final.parent)
+                self._catalog.prune(attempt.step, keep.keep_last, keep.keep_every, in_use=self._in_use(), discard=self._trash.put)
             except OSError as failure:
                 log.error("older checkpoints stay in %s: %s", final.parent, failure)
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .commit import CommitOutcome, Committer
-from .mirror import Mirror
+from .mirror import Mirror, MirrorReport
 from .replica.replicas import Replicas
 from .saver import Saver
-from .tier import Tier
 
 SEEN_S = 10.0
 """Network file systems show a new directory to other nodes some seconds late."""
@@ -56,16 +55,14 @@ def stopped(outcome: CommitOutcome | None, directory: Path) -> CheckpointError:
     )
 
 
-def open_tier(address: str) -> Tier:
-    try:
-        return Tier(address)
-    except (ImportError, ValueError, OSError) as error:
-        raise CheckpointError(
-            "checkpoint.mirror",
-            found=f"{address} ({error})",
-            expected="a directory or an fsspec address",
-            hint="checkpoint.mirror=DIRECTORY",
-        ) from error
+def not_mirrored(report: MirrorReport, address: str) -> CheckpointError:
+    """Why training stops where `checkpoint.mirror_on_error=stop`."""
+    return CheckpointError(
+        f"checkpoint of step {report.step} at {address}",
+        found=str(report.error),
+        expected="it there too, as checkpoint.mirror_on_error=stop asks; it is whole in the run directory",
+        hint="mend the place and resume, or train on without with checkpoint.mirror_on_error=continue",
+    )
 
 
 def device_of(tensors: dict[str, Tensor]) -> torch.device:

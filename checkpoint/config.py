@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
+from ..errors import ConfigError
 from ..units import Bytes, Seconds
+from ..utils.names import check_path
+from ..utils.ranges import BYTES, LONG_S, STEPS, WAIT_S, Range
 
 
 class OnSaveError(Enum):
@@ -67,8 +72,38 @@ class CheckpointConfig:
     commit_timeout_s: Seconds = 600.0
     """Longest silence of storage or of another rank before an attempt is given up."""
     mirror: str | None = None
-    """A second place for committed checkpoints: a directory, or an fsspec address as s3://bucket/run."""
+    """A second place for committed checkpoints, of this run alone: a directory, or an fsspec address as s3://bucket/run."""
+    mirror_on_error: OnSaveError = OnSaveError.CONTINUE
+    """What training does where a checkpoint does not arrive there; `stop`: all ranks stop at the next save, or at the end."""
     mirror_keep_last: int = 2
     replica: Replica = Replica.NONE
     """`peer`: each snapshot also goes into memory that outlives the ranks: a restart goes on from there, even where storage was
     not done. Takes host memory: twice the state with one node, four times it with several."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "every_steps": Range(1, STEPS),
+        "mean_time_to_failure_s": Range(1, LONG_S),
+        "keep_last": Range(1, 1_000_000),
+        "keep_every": Range(1, STEPS, example=1000),
+        "delete_bytes_per_s": Range(1, BYTES),
+        "pool_bytes": Range(1, BYTES),
+        "max_slowdown": Range(0.0, 10.0),
+        "commit_timeout_s": Range(0, WAIT_S, above=True),
+        "mirror_keep_last": Range(1, 1_000_000),
+    }
+
+
+def check_checkpoint(config: CheckpointConfig) -> None:
+    """ConfigError for a second place that is none: where it is empty, libraries take the current directory."""
+    if config.mirror is None:
+        return
+    check_path("checkpoint.mirror", config.mirror)
+    scheme, separator, rest = config.mirror.partition("://")
+    place = (rest if separator else config.mirror).strip().strip("/")
+    if place in ("", ".", "..") or (separator and not scheme):
+        raise ConfigError(
+            "checkpoint.mirror",
+            found=repr(config.mirror),
+            expected="a folder of its own for this run, or null",
+            hint="checkpoint.mirror=/archive/my-run, or checkpoint.mirror=s3://bucket/my-run",
+        )

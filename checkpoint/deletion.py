@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ..utils.helper_thread import HelperThread
 from . import files
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class Trash:
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._left, self._hurry = 0, False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "deletion")
         self._thread.start()
 
     def put(self, path: Path) -> None:

@@ -20,24 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..units import format_seconds
-from . import files, state
+from . import files
 from . import provenance as facts_of
-from .archive import FileLayout, fingerprint, local, plan_files
+from .archive import FileLayout, fingerprint, plan_files
 from .attempt import Attempt
 from .commit import CommitOutcome, Committer, Retention
-from .components import Parts, device_of, open_tier, stopped, wait_until_seen
+from .components import Parts, device_of, not_mirrored, stopped, wait_until_seen
 from .config import CheckpointConfig, OnSaveError, Replica, WhileFlushing
-from .mirror import Mirror
+from .mirror import Mirror, MirrorReport
 from .pacing import Pacing
 from .rank_coordination import Peers
 from .replica.replicas import ReplicaReport, Replicas
 from .restore import Restored, Restorer
 from .saver import Saver
 from .sizes import SEGMENT_BYTES, snapshot_pool_bytes
+from .state import State, rng_tensors, weights_of
+from .tier import open_tier, reach
 
 log = logging.getLogger(__name__)
 CLOSE_S = 5.0
@@ -80,24 +82,25 @@ class CheckpointEngine:
         config: CheckpointConfig,
         directory: Path,
         *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        state: State,
         metadata: dict[str, Any],
         on_save: Callable[[SaveReport], None] | None = None,
         on_replica: Callable[[ReplicaReport], None] | None = None,
+        on_mirror: Callable[[MirrorReport], None] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         fault: str = "",
         node: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`metadata` is JSON: describes the run (hf_config, config, layout, seed, tokenizer). `on_save` hears of every save,
-        `on_replica` of every replica.
+        """`state`: what is saved, and restored in place. `metadata` is JSON: describes the run (hf_config, config, layout, seed,
+        tokenizer). `on_save` hears of every save, `on_replica` of every replica, `on_mirror` (of rank 0) of every copy in the second place.
 
         `segment_bytes` (a multiple of 4096), `fault` (faults.Faults), `node` (instead of the host's name) and `clock` (by which
         storage's silence is timed) are for tests.
         """
         self.config, self.directory, self.metadata = config, Path(directory).absolute(), metadata
-        self._model, self._optimizer, self._on_save, self._on_replica = model, optimizer, on_save, on_replica
+        self._state = state
+        self._on_save, self._on_replica, self._on_mirror = on_save, on_replica, on_mirror
         self._peers = Peers(config.commit_timeout_s)
         self._segment_bytes, self._fault, self._clock = segment_bytes, fault, clock
         self._layout: FileLayout | None = None
@@ -108,6 +111,10 @@ class CheckpointEngine:
         self._mirror: Mirror | None = None
         self._pending: list[Attempt] = []
         self._latest: Attempt | None = None
+        self._not_mirrored: MirrorReport | None = None
+        """As `_failure`, of the second place; on rank 0."""
+        self._stops_for_mirror = False
+        """Whether rank 0 has one: known to all alike."""
         self._failure: CommitOutcome | None = None
         """Not yet raised, where a failed save stops training."""
         self._maybe_pending = False
@@ -130,7 +137,7 @@ class CheckpointEngine:
         """
         started = time.monotonic()
         tensors = self._tensors()
-        found = fingerprint(tensors)
+        found = fingerprint(tensors, self._state.sharding)
         replan = self._layout is None or found != self._fingerprint
         changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._pacing.measured)
         if (plan := self._pacing.saving(step, *times)) is not None:
@@ -148,6 +155,9 @@ class CheckpointEngine:
         if self._pacing.is_eager:
             attempt.enqueued.wait()
         attempt.stall_s += time.monotonic() - started
+        if self._stops_for_mirror:
+            # Training stops here, with this save on disk.
+            self.wait()
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` updates; the same answer on every rank."""
@@ -182,11 +192,15 @@ class CheckpointEngine:
             self._deliver(block=True)
         if self._committer is not None:
             self._committer.wait_idle()
-        if mirrored and self._mirror is not None and not self._mirror.wait(self.config.commit_timeout_s):
-            self._log(logging.ERROR, "the newest checkpoint is not at %s yet", self.config.mirror)
+        if mirrored and self._mirror is not None:
+            # Where that takes too long it says so as a failure.
+            self._mirror.wait(self.config.commit_timeout_s)
         if replicated and self._replicas is not None:
             self._replicas.wait(self.config.commit_timeout_s)
         self._agree()
+        if self._stops_for_mirror:
+            report, self._not_mirrored = self._peers.share(self._not_mirrored), None
+            raise not_mirrored(report, str(self.config.mirror))
 
     def close(self) -> None:
         """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet go on by themselves."""
@@ -227,7 +241,7 @@ class CheckpointEngine:
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
         tier = open_tier(self.config.mirror) if self.config.mirror is not None else None
-        where = (self.directory, self._peers, self._model, self._optimizer, self.metadata)
+        where = (self.directory, self._peers, self._state, self.metadata)
         restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), heard).restore()
         if self._replicas is not None and self._replicas.found is not None:
             self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.found.attempt else "")
@@ -239,14 +253,13 @@ class CheckpointEngine:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Live tensors; generators as they are now."""
-        tensors = state.model_tensors(self._model) | state.optimizer_tensors(self._model, self._optimizer)
-        return tensors | state.rng_tensors(self._peers.rank)
+        return self._state.tensors() | rng_tensors(self._peers.rank)
 
     def _attempt(self, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Attempt:
         assert self._layout is not None
         self._num_attempts += 1
         name = f"{self._peers.session}-{self._num_attempts}"
-        at_once = state.changing_in_forward(self._model)
+        at_once, local = self._state.changing_in_forward(), self._state.local
         sources = [
             local(tensors[piece.key]).clone() if piece.key in at_once else local(tensors[piece.key]) for piece in self._layout.pieces
         ]
@@ -277,7 +290,7 @@ class CheckpointEngine:
 
     def _warm_up(self) -> None:
         tensors = self._tensors()
-        self._plan(tensors, fingerprint(tensors))
+        self._plan(tensors, fingerprint(tensors, self._state.sharding))
 
     def _plan(self, tensors: dict[str, Tensor], found: int) -> None:
         """Layout, pool and threads for a state of this shape; collective."""
@@ -287,7 +300,7 @@ class CheckpointEngine:
         self._layout = plan_files(
             tensors, rank=peers.rank, largest_chunk=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
         )
-        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(state.model_tensors(self._model))
+        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(weights_of(tensors))
         if self._saver is not None:
             self._saver.close(CLOSE_S)
         segment = self._layout.chunk_bytes
@@ -321,9 +334,10 @@ class CheckpointEngine:
     def _agree(self, *flags: float) -> list[float]:
         """Meets all ranks: the largest of each flag; raises on all where a failed save stops training."""
         self._deliver()
-        mine = [float(self._failure is not None), float(bool(self._pending)), *flags]
-        failed, pending, *largest = self._peers.largest(mine)
+        mine = [float(self._failure is not None), float(self._not_mirrored is not None), float(bool(self._pending)), *flags]
+        failed, not_there, pending, *largest = self._peers.largest(mine)
         self._maybe_pending = pending > 0
+        self._stops_for_mirror = not_there > 0
         if failed and self.config.on_error is OnSaveError.STOP:
             while self._failure is None and self._pending:
                 self._deliver(block=True)
@@ -338,6 +352,8 @@ class CheckpointEngine:
             report = self._replicas.reports.get()
             if self._on_replica is not None:
                 self._on_replica(report)
+        while self._mirror is not None and not self._mirror.reports.empty():
+            self._heard_of_mirror(self._mirror.reports.get())
         while self._pending and self._committer is not None:
             try:
                 outcome = self._committer.outcomes.get(block=block)
@@ -346,6 +362,12 @@ class CheckpointEngine:
             block = False
             self._pending.remove(outcome.attempt)
             self._report(outcome)
+
+    def _heard_of_mirror(self, report: MirrorReport) -> None:
+        if report.error is not None and self.config.mirror_on_error is OnSaveError.STOP:
+            self._not_mirrored = self._not_mirrored or report
+        if self._on_mirror is not None:
+            self._on_mirror(report)
 
     def _report(self, outcome: CommitOutcome) -> None:
         attempt = outcome.attempt
@@ -387,8 +409,19 @@ class CheckpointEngine:
                 str(self.directory), found=failure, expected="a directory all ranks can write", hint="run.root=DIRECTORY on shared storage"
             )
         if self.config.mirror is not None:
-            # An address nobody can open is a mistake of now, not of the first save.
-            open_tier(self.config.mirror)
+            # A place nobody can write to is a mistake of now, not of the first save.
+            self._reach_mirror(self.config.mirror)
+
+    def _reach_mirror(self, address: str) -> None:
+        """CheckpointError on every rank where one of them cannot write there; each puts its own files."""
+        error: CheckpointError | None = None
+        try:
+            reach(address, self.directory)
+        except CheckpointError as failure:
+            error = failure
+        error = next((one for one in self._peers.gather(error) if one is not None), None)
+        if error is not None:
+            raise error
 
     def _settle_leftovers(self, wait_s: float | None) -> None:
         """None: without waiting, and what is still being written is left alone."""

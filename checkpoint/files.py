@@ -22,14 +22,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import sync, write_atomic
-from .manifest import Manifest, digest, manifest_name
+from .manifest import Manifest, check_file_name, digest, manifest_name
 
 COMMIT_FILE, STATE_FILE, PINNED_FILE, DAMAGED_FILE = "COMMIT", "state.json", "PINNED", "DAMAGED"
 FOLDER = "checkpoints"
@@ -68,10 +68,11 @@ def scan(directory: Path) -> list[CheckpointInfo]:
     if not directory.is_dir():
         return []
     found = ((int(match[1]), entry) for entry in directory.iterdir() if (match := _NAME.match(entry.name)))
-    return [_inspect(path, step) for step, path in sorted(found)]
+    return [inspect(path, step) for step, path in sorted(found)]
 
 
-def _inspect(path: Path, step: int) -> CheckpointInfo:
+def inspect(path: Path, step: int) -> CheckpointInfo:
+    """What the files of one committed directory tell; tensors are not read."""
     pinned = (path / PINNED_FILE).exists()
     try:
         record = read_commit(path)
@@ -80,7 +81,7 @@ def _inspect(path: Path, step: int) -> CheckpointInfo:
         if int(record["step"]) != step:
             problem = f"{COMMIT_FILE} is of step {record['step']}"
         return CheckpointInfo(path, step, sum(files.values()), float(record["time"]), int(record["world_size"]), problem, pinned)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
         return CheckpointInfo(path, step, 0, 0.0, 0, found, pinned)
 
@@ -98,6 +99,8 @@ def parse_commit(data: bytes) -> dict[str, Any]:
     claimed = record.pop("hash")
     if claimed != _hash_of(record):
         raise ValueError("its own hash does not match")
+    for name in (*record["files"], *record["manifests"]):
+        check_file_name(name)
     return record
 
 
@@ -311,7 +314,7 @@ def _finished(temporary: Path, wait_s: float) -> bool:
         try:
             _votes_on_disk(temporary, None)
             return True
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # A vote is missing. It may come while somebody still writes.
             if given_up or not any(busy.values()) or time.monotonic() > deadline:
                 return False
@@ -337,26 +340,6 @@ def _is_locked(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-def prune(
-    directory: Path,
-    keep_last: int,
-    keep_every: int | None = None,
-    *,
-    in_use: Collection[Path] = (),
-    discard: Callable[[Path], None] | None = None,
-) -> list[int]:
-    """Lets go of what retention does not keep (see retained), damaged ones too, but none `in_use`; the steps let go.
-
-    `discard` removes what has been renamed already; None: at once.
-    """
-    infos = scan(directory)
-    kept = retained(infos, keep_last, keep_every)
-    removed = [info for info in infos if info.path not in kept and info.path not in in_use] if kept else []
-    for info in removed:
-        (discard or remove_tree)(throw_away(info.path))
-    return [info.step for info in removed]
 
 
 def retained(infos: list[CheckpointInfo], keep_last: int, keep_every: int | None = None) -> set[Path]:

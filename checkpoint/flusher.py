@@ -17,11 +17,11 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from ..utils.helper_thread import HelperThread, ends_with_helpers, print_death
 from ..utils.signal_mask import ignore_stop_signals
 from .disk_attempt import DiskAttempt
 from .faults import Faults
@@ -70,7 +70,7 @@ class Flusher:
 
     def run(self) -> None:
         """Until the trainer's end is closed and all that was handed over is written."""
-        writer = threading.Thread(target=self._write_all_or_end)
+        writer = HelperThread(self._write_all, "writer")
         writer.start()
         while True:
             message, descriptor = receive(self.sock)
@@ -89,14 +89,6 @@ class Flusher:
             if message is None:
                 break
         writer.join()
-
-    def _write_all_or_end(self) -> None:
-        try:
-            self._write_all()
-        except BaseException:
-            # A mistake of ours: the trainer hears of a dead process, not of nothing.
-            traceback.print_exc()
-            os._exit(1)
 
     def _write_all(self) -> None:
         while (message := self.work.get()) is not None:
@@ -202,7 +194,9 @@ def main(arguments: list[str]) -> int:
     """`SOCKET [FAULT]`: the descriptor of the socket's end, and a fault for tests."""
     ignore_stop_signals()
     sock = socket.socket(fileno=int(arguments[0]))
-    Flusher(sock, Faults(arguments[1] if len(arguments) > 1 else "")).run()
+    # Whatever ends a thread of it ends all: the trainer hears of a dead process, not of nothing.
+    with ends_with_helpers(print_death):
+        Flusher(sock, Faults(arguments[1] if len(arguments) > 1 else "")).run()
     return 0
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+from ..utils.helper_thread import HelperThread
 from ..utils.signal_mask import stop_signals_blocked
 from .attempt import Attempt, Flushed
 from .flusher_protocol import Message, make_pair, receive, send
@@ -43,7 +44,7 @@ class FlusherProcess:
         far.close()
         self.last_heard = time.monotonic()
         self.send({"do": "pool", "num_bytes": pool.num_bytes, "segment_bytes": segment_bytes}, pool.descriptor)
-        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener = HelperThread(self._listen, "flusher listener")
         self._listener.start()
 
     @property

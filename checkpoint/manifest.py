@@ -13,6 +13,8 @@ from typing import Any
 
 import xxhash
 
+from ..utils.names import is_file_name
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -51,6 +53,8 @@ class Manifest:
         """ValueError, KeyError or TypeError where the bytes are no manifest."""
         fields: dict[str, Any] = json.loads(data)
         files = tuple(FileRecord(str(f["name"]), int(f["num_bytes"]), tuple(map(str, f["chunks"]))) for f in fields.pop("files"))
+        for file in files:
+            check_file_name(file.name)
         return cls(**fields, files=files)
 
     def file(self, name: str) -> FileRecord:
@@ -59,6 +63,12 @@ class Manifest:
             if record.name == name:
                 return record
         raise KeyError(name)
+
+
+def check_file_name(name: str) -> None:
+    """ValueError for a name that leads out of its folder."""
+    if not is_file_name(name):
+        raise ValueError(f"{name!r} is no name of a file in a checkpoint")
 
 
 def manifest_name(rank: int) -> str:

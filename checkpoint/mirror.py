@@ -6,11 +6,14 @@ Where the second place is slower than saves come, the newest is taken and those 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..units import format_seconds
+from ..utils.helper_thread import HelperThread
 from . import files
 from .progress import RestoreProgress
 from .rank_coordination import Peers
@@ -18,6 +21,16 @@ from .tier import Tier, own_files
 
 log = logging.getLogger(__name__)
 _POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorReport:
+    """How one copy went, as rank 0 knows."""
+
+    step: int
+    error: str | None
+    """None: it counts there."""
+    mirror_s: float
 
 
 class Mirror:
@@ -28,12 +41,14 @@ class Mirror:
         self.mirrored: int | None = None
         self.error: str | None = None
         """Why the newest attempt failed; None: it did not."""
+        self.reports: queue.SimpleQueue[MirrorReport] = queue.SimpleQueue()
+        """Of rank 0: every attempt, and every wait that was too short."""
         self._votes = peers.votes()
         self._waiting: list[Path] = []
         self._current: Path | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "mirror")
         self._thread.start()
 
     def add(self, path: Path) -> None:
@@ -50,7 +65,12 @@ class Mirror:
     def wait(self, timeout_s: float) -> bool:
         """Rank 0: until everything is there or has failed; False where that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and self._current is None, timeout_s)
+            if self._changed.wait_for(lambda: not self._waiting and self._current is None, timeout_s):
+                return True
+            path = self._waiting[-1] if self._waiting else self._current
+        assert path is not None, "waited for"
+        self._report(MirrorReport(_step_of(path), f"not there within {format_seconds(timeout_s)}", timeout_s))
+        return False
 
     def close(self) -> None:
         """What is under way is given up; the next start takes it up again."""
@@ -64,6 +84,13 @@ class Mirror:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._mirror_all()
+        except RuntimeError as failure:
+            # The store is gone, and with it rank 0: the run is over.
+            log.debug("mirroring ended", exc_info=failure)
+
+    def _mirror_all(self) -> None:
         number = 0
         while not self._closing:
             path = self._next(number)
@@ -71,9 +98,8 @@ class Mirror:
                 continue
             started = time.monotonic()
             self.error = self._copy(path, number)
-            step = int(path.name.removeprefix("step-"))
             if self.peers.rank == 0:
-                self._tell(step, time.monotonic() - started)
+                self._report(MirrorReport(_step_of(path), self.error, time.monotonic() - started))
             number += 1
             with self._changed:
                 self._current = None
@@ -82,12 +108,7 @@ class Mirror:
     def _next(self, number: int) -> Path | None:
         """Rank 0 takes the newest that waits; others hear of it."""
         if self.peers.rank != 0:
-            try:
-                told = self._votes.collect([f"mirror/{number}"], _POLL_S)
-            except RuntimeError:
-                # Rank 0 is gone, and with it the store: the run is over.
-                self._closing = True
-                return None
+            told = self._votes.collect([f"mirror/{number}"], _POLL_S)
             return Path(told[f"mirror/{number}"]) if told else None
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -100,7 +121,7 @@ class Mirror:
 
     def _copy(self, path: Path, number: int) -> str | None:
         """What went wrong, on any rank (known to rank 0) or on this one."""
-        step, rank = int(path.name.removeprefix("step-")), self.peers.rank
+        step, rank = _step_of(path), self.peers.rank
         error = None
         try:
             self.tier.put(path, step, own_files(path, rank))
@@ -120,17 +141,26 @@ class Mirror:
     def _commit(self, path: Path, step: int) -> str | None:
         try:
             self.tier.commit(path, step)
-            self.tier.prune(self.keep_last)
         except Exception as failure:  # as above
             return f"{type(failure).__name__}: {failure}"
+        try:
+            self.tier.prune(self.keep_last)
+        except Exception as failure:  # as above; the new one counts all the same
+            log.error("older checkpoints stay at %s: %s: %s", self.tier.address, type(failure).__name__, failure)
         return None
 
-    def _tell(self, step: int, seconds: float) -> None:
-        if self.error is None:
-            self.mirrored = step
-            log.info("checkpoint of step %d: durable at %s too, after %s more", step, self.tier.address, format_seconds(seconds))
+    def _report(self, report: MirrorReport) -> None:
+        if report.error is None:
+            self.mirrored = report.step
+            text = "checkpoint of step %d: durable at %s too, after %s more"
+            log.info(text, report.step, self.tier.address, format_seconds(report.mirror_s))
         else:
-            log.error("checkpoint of step %d is not at %s: %s", step, self.tier.address, self.error)
+            log.error("checkpoint of step %d is not at %s: %s", report.step, self.tier.address, report.error)
+        self.reports.put(report)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def fetch(tier: Tier, step: int, directory: Path, peers: Peers, progress: RestoreProgress) -> str | None:

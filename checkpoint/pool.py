@@ -7,10 +7,11 @@ import logging
 import mmap
 import os
 import tempfile
-import threading
 
 import torch
 from torch import Tensor
+
+from ..utils.helper_thread import HelperThread
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Pool:
         self.view: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.view.data_ptr()
         self._pinned = False
-        self._ready = threading.Thread(target=self._prepare, daemon=True)
+        self._ready = HelperThread(self._prepare, "snapshot pool")
         self._ready.start()
 
     def wait_ready(self) -> None:

@@ -27,8 +27,10 @@ class Peers:
     """A world of one needs neither group nor store."""
 
     def __init__(self, timeout_s: float) -> None:
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        # A checkpoint is of the whole run.
+        world = dist.group.WORLD
+        self.rank = dist.get_rank(world) if world is not None else 0
+        self.world_size = dist.get_world_size(world) if world is not None else 1
         self.timeout_s = timeout_s
         self.session = uuid.uuid4().hex[:8]
         self._group: Any = None

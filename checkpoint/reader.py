@@ -11,7 +11,7 @@ import logging
 import math
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .archive import INDEX_FILE
 from .manifest import Manifest, digest
@@ -33,6 +31,17 @@ from .source import DirectorySource, Source
 log = logging.getLogger(__name__)
 BATCH_BYTES = 256 << 20
 THREADS = 3
+
+
+Part = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+"""From a tensor to this rank's memory of it and where that starts in the whole."""
+
+
+def whole(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The `Part` of a tensor that nobody shards: all of it. TypeError for one that is of a kind of its own, which may be sharded."""
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(f"a {type(value).__name__} may be a part of a tensor: say by `part` which")
+    return value.detach(), (0,) * value.ndim
 
 
 class DamageError(Exception):
@@ -90,18 +99,18 @@ class Reader:
         self._manifests: dict[int, Manifest] = {}
         self.tensors = self._read_index()
 
-    def read(self, targets: dict[str, Tensor]) -> None:
-        """Fills each target (a DTensor: this rank's part of it) from its key, cast to its dtype. No communication."""
+    def read(self, targets: dict[str, Tensor], part: Part = whole) -> None:
+        """Fills of each target this rank's `part` from its key, cast to its dtype. No communication."""
         spans: list[_Span] = []
         later: list[tuple[Tensor, Tensor]] = []
         waiting = 0
-        parts = [local_part(value)[0] for value in targets.values()]
-        self.progress.begin(f"reading {self.source.name}", sum(part.numel() * part.element_size() for part in parts))
+        parts = {key: part(value) for key, value in targets.items()}
+        self.progress.begin(f"reading {self.source.name}", sum(own.numel() * own.element_size() for own, _ in parts.values()))
         with _Files(self) as opened:
-            for key, value in targets.items():
+            for key, (own, offsets) in parts.items():
                 known = len(later)
-                if local_part(value)[0].numel():
-                    self._plan(key, value, spans, later)
+                if own.numel():
+                    self._plan(key, own, offsets, spans, later)
                 waiting += sum(source.numel() * source.element_size() for _, source in later[known:])
                 if waiting > BATCH_BYTES:
                     self._run(spans, later, opened)
@@ -136,9 +145,8 @@ class Reader:
     def _read_index(self) -> dict[str, SavedTensor]:
         return {key: _saved(entry) for key, entry in json.loads(self.small(INDEX_FILE))["tensors"].items()}
 
-    def _plan(self, key: str, value: Tensor, spans: list[_Span], later: list[tuple[Tensor, Tensor]]) -> None:
+    def _plan(self, key: str, target: Tensor, offsets: tuple[int, ...], spans: list[_Span], later: list[tuple[Tensor, Tensor]]) -> None:
         saved = self.tensors[key]
-        target, offsets = local_part(value)
         covered = 0
         for piece in saved.pieces:
             box = _overlap(piece.offsets, piece.shape, offsets, tuple(target.shape))
@@ -189,14 +197,6 @@ def _saved(entry: dict[str, Any]) -> SavedTensor:
 
 def _inner(box: list[tuple[int, int]], piece: SavedPiece) -> Iterator[tuple[tuple[int, int], int, int]]:
     return zip(box[1:], piece.offsets[1:], piece.shape[1:], strict=True)
-
-
-def local_part(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's memory of a tensor and where it starts in the whole."""
-    if not isinstance(value, DTensor):
-        return value.detach(), (0,) * value.ndim
-    _, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-    return value.to_local().detach(), tuple(offsets)
 
 
 def _overlap(

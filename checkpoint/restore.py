@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 from . import files, state
@@ -57,21 +58,22 @@ class Restorer:
         self,
         directory: Path,
         peers: Peers,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        own: state.State,
         metadata: dict[str, Any],
         tier: Tier | None = None,
         replicas: Replicas | None = None,
         settle: Callable[[], None] = lambda: None,
         heard: Callable[[], None] = lambda: None,
     ) -> None:
-        """`tier`: a second place, asked for what is not whole here. `replicas`: memory of hosts, asked first; where it has
+        """`own`: what is filled.
+
+        `tier`: a second place, asked for what is not whole here. `replicas`: memory of hosts, asked first; where it has
         nothing after all, rank 0 calls `settle`, which waits for writers of a life before. `heard` is called for whatever is read.
         """
         self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
         self._progress = RestoreProgress(heard, says=peers.rank == 0)
-        self._model, self._optimizer = model, optimizer
+        self._state = own
         self._skipped: list[str] = []
         self._failed_replicas: list[str] = []
 
@@ -167,15 +169,18 @@ class Restorer:
         if failure is not None:
             return None, failure
         reader, contents = opened[0]
-        model = state.model_tensors(self._model)
+        model = state.weights_of(self._state.tensors())
         self._check_model(reader.source.name, self._differences(model, reader.tensors))
-        state.allocate_optimizer(self._model, self._optimizer, reader.tensors)
+        self._state.allocate(reader.tensors)
         rng = _rng_targets(reader.tensors, self.peers.rank)
-        tensors = model | state.optimizer_tensors(self._model, self._optimizer) | rng
-        failure = self.peers.agreed(lambda: reader.read(tensors))
+        tensors = self._state.tensors() | rng
+        failure = self.peers.agreed(lambda: reader.read(tensors, self._part))
         if failure is not None:
             return None, failure
         return self._finish(reader, contents, rng), None
+
+    def _part(self, value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return self._state.local(value), self._state.offsets(value)
 
     def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
         """The same on every rank: of the first that finds any. Weights may live on some ranks only (stages of a pipeline)."""
@@ -241,7 +246,7 @@ class Restorer:
             str(self.directory),
             found="only damaged checkpoints:\n    " + "\n    ".join(self._skipped) + "\n  ",
             expected="at least one whole checkpoint",
-            hint=f"bring the files back (and remove DAMAGED there), or rm -r {self.directory} to start again from step 0",
+            hint=f"bring the files back (and remove DAMAGED there), or rm -r {shlex.quote(str(self.directory))} to start again from step 0",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.helper_thread import HelperThread
 from .archive import Copy
 from .attempt import Attempt, Flushed
 from .flusher_process import FlusherDiedError, FlusherProcess
@@ -54,7 +54,7 @@ class Saver:
         """Pause after each chunk; set by the throttle."""
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "snapshots")
         self._thread.start()
 
     def start(self, attempt: Attempt) -> None:

@@ -8,26 +8,55 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Hashable, Iterable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from .reader import SavedTensor
 
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
 
 
+class State(Protocol):
+    """What a checkpoint engine saves and restores of one rank, whoever shards it. Every rank calls every method, in the same order."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live tensors by key (`model.NAME`, `optimizer.NAME.STATE`), no copies; of sharded ones this rank's part is meant."""
+        ...
+
+    def changing_in_forward(self) -> set[str]:
+        """Keys of what a forward may change (statistics, router biases): saved as it is at the call, not later."""
+        ...
+
+    def allocate(self, saved: dict[str, SavedTensor]) -> None:
+        """Empty the optimizer and give it the states that `saved` names, unset, for a restore to fill."""
+        ...
+
+    def local(self, value: Tensor) -> Tensor:
+        """This rank's own memory of one of the tensors. Called for each at every save: fast."""
+        ...
+
+    def offsets(self, value: Tensor) -> tuple[int, ...]:
+        """Where that memory starts in the whole tensor, by dim."""
+        ...
+
+    def sharding(self, value: Tensor) -> Hashable:
+        """Changes when the tensor lies over the ranks in another way: files are planned anew then."""
+        ...
+
+
+def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's among a state's tensors: parameters and buffers, without the optimizer's states."""
+    return {key: value for key, value in tensors.items() if key.startswith(MODEL)}
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters once each (tied ones under their first name) and persistent buffers; the live tensors, no copies."""
     buffers: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            # After a forward without backward FSDP2 leaves whole parameters in place of its shards.
-            module.reshard()
         for name, value in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 buffers[name] = value

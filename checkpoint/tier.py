@@ -5,15 +5,56 @@ An object store has no rename: a checkpoint counts there once COMMIT is, which i
 
 from __future__ import annotations
 
-import json
 import os
+import queue
+import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from ..utils.atomic_files import sync
 from . import files
 from .manifest import Manifest, chunk_spans, digest
 from .progress import RestoreProgress
+
+REACH_S = 60.0
+OWNER_FILE = "RUN"
+_PROBE = b"efflaunch"
+
+
+def open_tier(address: str) -> Tier:
+    """The place behind an address; CheckpointError where nobody can tell what it is. Nothing is reached yet."""
+    try:
+        return Tier(address)
+    except (ImportError, ValueError, OSError) as error:
+        raise _unusable(address, str(error), "a directory or an fsspec address") from error
+
+
+def reach(address: str, directory: Path) -> Tier:
+    """open_tier, for a run that keeps its checkpoints in `directory`; makes the place, and proves that it keeps what is put there.
+
+    CheckpointError where it does not, or does not answer within REACH_S, or is the run's own or the current directory, or
+    another run's: each would remove the other's checkpoints, and go on from them.
+    """
+    tier = open_tier(address)
+    own = tier.local_path
+    if own is not None and (own == Path.cwd() or own.is_relative_to(directory.resolve()) or directory.resolve().is_relative_to(own)):
+        raise _unusable(address, f"{own}, which holds other things", "a folder of its own for this run, outside of the run directory")
+    answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answer.put(tier.trouble(directory.absolute().parent.name)), name="mirror probe", daemon=True).start()
+    try:
+        trouble = answer.get(timeout=REACH_S)
+    except queue.Empty:
+        trouble = f"no answer within {REACH_S:.0f} s"
+    if trouble is not None:
+        raise _unusable(address, trouble, "a place that can be reached and written")
+    return tier
+
+
+def _unusable(address: str, found: str, expected: str) -> CheckpointError:
+    hint = "checkpoint.mirror=DIRECTORY, its credentials, or checkpoint.mirror=null to go without"
+    return CheckpointError("checkpoint.mirror", found=f"{address} ({found})", expected=expected, hint=hint)
 
 
 class Tier:
@@ -26,6 +67,33 @@ class Tier:
         self._fs: Any
         self._fs, self._root = url_to_fs(address)
         self._is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where it is on this machine's file systems; None: it is elsewhere."""
+        return Path(self._root).resolve() if self._is_local else None
+
+    def trouble(self, run: str) -> str | None:
+        """Writes, reads and removes a small object, and makes the place the run's; what went wrong, None: nothing."""
+        path = f"{self._root}/.probe-{uuid.uuid4().hex}"
+        try:
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(path, _PROBE)
+            kept = self._fs.cat_file(path)
+            self._fs.rm_file(path)
+            owner = self._owner(run)
+        except Exception as error:  # whatever a store raises, none of it ends well
+            return f"{type(error).__name__}: {error}"
+        if kept != _PROBE:
+            return "what is written there is not what is read"
+        return None if owner == run else f"it belongs to the run {owner!r}, by the file {OWNER_FILE} there"
+
+    def _owner(self, run: str) -> str:
+        """The name of the run whose place this is: `run`, where it was nobody's."""
+        path = f"{self._root}/{OWNER_FILE}"
+        if not self._fs.exists(path):
+            self._fs.pipe_file(path, run.encode())
+        return str(self._fs.cat_file(path).decode("utf-8", "replace")).strip()
 
     def steps(self) -> list[int]:
         """Of the checkpoints committed here, oldest first; an empty list where there are none."""
@@ -92,7 +160,7 @@ class Tier:
             for rank in range(int(record["world_size"])):
                 manifest = self.manifest(step, record, rank)
                 problems += [text for file in manifest.files if (text := self._file_damage(step, file.name, manifest))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             problems.append(f"{type(error).__name__}: {error}")
         return problems
 
@@ -125,5 +193,5 @@ class Tier:
 def own_files(folder: Path, rank: int) -> list[str]:
     """What a rank puts there: its files and its manifest."""
     name = f"rank-{rank}.json"
-    content = json.loads((folder / name).read_bytes())
-    return [*(str(file["name"]) for file in content["files"]), name]
+    content = (folder / name).read_bytes()
+    return [*(file.name for file in Manifest.from_bytes(content).files), name]

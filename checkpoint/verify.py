@@ -16,7 +16,7 @@ def damage(path: Path) -> list[str]:
     try:
         record = files.read_commit(path)
         manifests = [files.read_manifest(path, record, rank) for rank in range(int(record["world_size"]))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{type(error).__name__}: {error}"]
 
     def check(work: tuple[FileRecord, int]) -> str | None:

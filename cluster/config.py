@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from ..errors import ConfigError
 from ..units import Bytes
+from ..utils.ranges import BYTES, PER_S, Range, check_ranges
 from .slurm_site import SlurmSite
 
 
@@ -55,6 +55,23 @@ class ClusterConfig:
     """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_nodes": Range(1, 65_536),
+        "ranks_per_node": Range(1, 1024),
+        "device_memory_bytes": Range(1, BYTES),
+        "host_memory_bytes": Range(1, BYTES),
+        "peak_flops": Range(0, 1e21, above=True),
+        "efficiency": Range(0, 1, above=True),
+        "intra_node_bandwidth": Range(0, PER_S, above=True),
+        "inter_node_bandwidth": Range(0, PER_S, above=True),
+        "host_link_bandwidth": Range(0, PER_S, above=True),
+        "device_memory_bandwidth": Range(0, PER_S, above=True),
+        "host_memory_bandwidth": Range(0, PER_S, above=True),
+        "disk_write_bandwidth": Range(0, PER_S, above=True),
+        "disk_read_bandwidth": Range(0, PER_S, above=True),
+        "storage_bandwidth": Range(0, PER_S, above=True),
+    }
+
 
 class Machines(Protocol):
     """What a layout has to know of the cluster."""
@@ -66,26 +83,6 @@ class Machines(Protocol):
     def ranks_per_node(self) -> int: ...
 
 
-_SPEEDS = (
-    "device_memory_bytes",
-    "host_memory_bytes",
-    "peak_flops",
-    "efficiency",
-    "intra_node_bandwidth",
-    "inter_node_bandwidth",
-    "host_link_bandwidth",
-    "device_memory_bandwidth",
-    "host_memory_bandwidth",
-    "disk_write_bandwidth",
-    "disk_read_bandwidth",
-)
-
-
 def check_cluster(cluster: ClusterConfig) -> None:
-    """ConfigError where a speed or a memory is none."""
-    for key in _SPEEDS:
-        value = getattr(cluster, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(
-                f"cluster.{key}", found=f"{value:g}", expected="more than 0", hint="the figure of its data sheet, as in conf/cluster/"
-            )
+    """ConfigError where a count, a speed or a memory is out of its range."""
+    check_ranges(cluster, "cluster")

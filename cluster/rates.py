@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +43,3 @@ class MeasuredRates:
     rates: MachineRates
     source: str
     """For people: the file, the hardware and when."""
-
-
-def rates_from(data: Mapping[str, Any]) -> MachineRates:
-    """The inverse of dataclasses.asdict; KeyError or TypeError where `data` is something else."""
-    given = dict(data)
-    link, disk = (tuple(Copies(**row) for row in given.pop(name)) for name in ("link", "disk"))
-    return MachineRates(link=link, disk=disk, **given)

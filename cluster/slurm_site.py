@@ -1,10 +1,16 @@
-"""What a SLURM site asks of every job: plain data, kept with the cluster it describes."""
+"""What a SLURM site asks of every job (cluster.slurm): plain data, kept with the cluster it describes.
+
+The code that talks to SLURM is launcher/slurm/; batch scripts for people to copy are slurm/.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..units import Seconds
+from ..utils.ranges import LONG_S, Range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,3 +36,8 @@ class SlurmSite:
     """Shell lines ahead of everything: `module load cuda`, `source /shared/venv/bin/activate`."""
     srun: list[str] = field(default_factory=list)
     """More options of every srun, such as those that name a container."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "time_s": Range(60, LONG_S),
+        "cpus_per_node": Range(1, 65_536),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
-from ..model.spec import layer_parameters, model_spec, num_parameters
+from ..model.spec import LayerParameters, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
 from .optimizer_residency import ON_DEVICE, Residency, residency_of
@@ -65,13 +65,43 @@ class PlanInputs:
     data: DataConfig
     cluster: ClusterConfig
     layout: Layout
-    layer_parameters: int
+    layers: tuple[LayerParameters, ...]
+    """Weights of each decoder layer."""
     parameters: int
     residency: Residency = field(default_factory=Residency)
     measured: MeasuredRates | None = None
     """Rates that stand in place of the cluster's."""
     packed: float = 1.0
     """Of a rank's tokens, the share of two documents that attention walks one after the other; 0: every pack is one document."""
+    in_flight: int = 1
+    """Micro-batches that went forward and wait for their backward, at most at one time, the live one counted."""
+    has_embedding: bool = True
+    has_head: bool = True
+    """False: another stage has it; this one sends its last layer's output on."""
+
+    def stage(self, layers: range, *, in_flight: int = 1, has_embedding: bool | None = None, has_head: bool | None = None) -> PlanInputs:
+        """The same for ranks that hold the decoder layers `layers` alone, numbered from 0 to L - 1 in the whole model.
+
+        `has_embedding`, `has_head`: also the embedding, also last norm and head; None: with the first layer, with the last. A tied
+        matrix counts on each stage that uses it. `in_flight`: as the field. ValueError for layers the model does not have.
+        """
+        count = self.spec.num_layers
+        if not layers or layers.step != 1 or layers.start < 0 or layers.stop > count or in_flight < 1:
+            raise ValueError(f"a stage of {layers} with {in_flight} micro-batches in flight, of a model of {count} layers")
+        embedding = layers.start == 0 if has_embedding is None else has_embedding
+        head = layers.stop == count if has_head is None else has_head
+        matrix, both_tied = self.spec.vocab_size * self.spec.hidden_size, self.spec.tie_embeddings and embedding and head
+        ends = matrix * (embedding + head - both_tied) + self.spec.hidden_size * head
+        own = self.layers[layers.start : layers.stop]
+        return replace(
+            self,
+            spec=replace(self.spec, num_layers=len(layers), windows=self.spec.windows[layers.start : layers.stop]),
+            layers=own,
+            parameters=sum(layer.total for layer in own) + ends,
+            in_flight=in_flight,
+            has_embedding=embedding,
+            has_head=head,
+        )
 
     @classmethod
     def of(cls, config: Configured, measured: MeasuredRates | None = None) -> PlanInputs:
@@ -114,7 +144,7 @@ class PlanInputs:
             data=data,
             cluster=cluster,
             layout=solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens),
-            layer_parameters=layer_parameters(spec),
+            layers=layer_parameters(spec),
             parameters=num_parameters(spec),
             residency=residency,
             measured=measured,
@@ -168,9 +198,33 @@ class PlanInputs:
         return not self.policy.graph and self.policy.attention is AttentionTiling.CHUNKS and self.layout.ring == 1
 
     @property
+    def head_parameters(self) -> int:
+        """The output matrix, where it is here, tied or not."""
+        return self.spec.vocab_size * self.spec.hidden_size * self.has_head
+
+    @property
     def root_parameters(self) -> int:
-        """Embedding, head and last norm: what is not in a decoder layer."""
-        return self.parameters - self.spec.num_layers * self.layer_parameters
+        """Embedding, head and last norm, as far as they are here: what is not in a decoder layer."""
+        return self.parameters - self.decoder_parameters()
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the largest decoder layer: what gathers, reductions and sums of one layer need room for."""
+        return max(layer.total for layer in self.layers)
+
+    def decoder_parameters(self, first: int = 0) -> int:
+        """Weights of the decoder layers from `first` on."""
+        return sum(layer.total for layer in self.layers[first:])
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights of all decoder layers that one token is multiplied with."""
+        return sum(layer.active for layer in self.layers)
+
+    @property
+    def active_layer_parameters(self) -> float:
+        """The mean of them over the layers."""
+        return self.active_parameters / self.spec.num_layers
 
     @property
     def on_gpu(self) -> bool:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ConfigError
+from ..utils.text import typed
 from .config.run_config import Config
 from .rundir import state
-from .rundir.metrics_reader import MetricsFollower
+from .rundir.metrics_index import read_summary
 from .rundir.state import RunState, read_state, write_state
-from .stop_forecast import measured, planned
+from .stop_forecast import planned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ def tell_submitted(news: str, launch: Launch) -> None:
     if note:
         print(f"  {note}")
     for name, command in (("look", "status"), ("logs", "logs"), ("stop", "cancel")):
-        print(f"  {name:<12}efflaunch {command} {launch.run_dir}")
+        print(f"  {name:<12}{typed(command, launch.run_dir)}")
 
 
 def note_refused(run_dir: Path) -> None:
@@ -89,12 +90,12 @@ def note_refused(run_dir: Path) -> None:
 
 def job_exists(run_dir: Path, found: str) -> ConfigError:
     """A job of this run already waits or runs."""
-    hint = f"efflaunch cancel {run_dir} first, or another run.id"
+    hint = f"{typed('cancel', run_dir)} first, or another run.id"
     return ConfigError(str(run_dir), found=found, expected="one job per run directory", hint=hint)
 
 
 def grace_note(launch: Launch) -> str:
     """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
     config = launch.config
-    forecast = measured(MetricsFollower(launch.run_dir).read(), config.launcher.grace_s) or planned(config)
+    forecast = read_summary(launch.run_dir).forecast(config.launcher.grace_s) or planned(config)
     return "" if forecast is None or forecast.fits else str(forecast)

@@ -1,7 +1,12 @@
-"""Checks before a start that need the estimator or the data: what does not fit or cannot be trained on is refused here."""
+"""Checks before a start that need the estimator, the data or a checkpoint: what does not fit or cannot be trained on is refused here."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import list_checkpoints, read_state
+from ..training.optimizers.lr_course import load_course, resumed_course
 from .config.run_config import Config
 
 
@@ -19,6 +24,14 @@ def check_memory_plan(config: Config) -> None:
         check_budget(ledger)
 
 
+def report_model(config: Config) -> None:
+    """Say what `efflaunch plan` says of the model; ConfigError where its files do not make one."""
+    from .config.checks import model_notes
+
+    for note in model_notes(config):
+        print(f"note: {note}", flush=True)
+
+
 def check_data(config: Config) -> None:
     """DataError where the corpora cannot be trained on. A built-in corpus is made here, where one can say so."""
     from ..model.spec import model_spec
@@ -30,3 +43,42 @@ def check_data(config: Config) -> None:
         return
     print(f"data: {config.data.builtin}, made once for this machine, in less than a minute", flush=True)
     print(f"data: {open_data(config.data, config.train.seed, vocab_size, config.train.objective).summary()}", flush=True)
+
+
+def check_resumed(config: Config, run_dir: Path) -> list[str]:
+    """What a resume changes about the learning rate and the data, a line each.
+
+    ConfigError where no schedule reaches the last step, DataError where corpora were replaced (data.changed).
+    Looks at the newest whole checkpoint of the run directory; the ranks look again at the one they restore.
+    """
+    found = _newest_state(run_dir)
+    if found is None:
+        return []
+    step, saved = found
+    course = load_course(saved["extra"].get("schedule", {}), config.optim)
+    change = None if course is None else resumed_course(config.optim, course, step, config.train.steps)[1]
+    replaced = () if config.data.builtin else _check_data(config, saved["metadata"].get("data"), step)
+    return [*([] if change is None else [change]), *(f"data: {line}" for line in replaced)]
+
+
+def _newest_state(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
+    """Step and state.json of the newest checkpoint that has one; None where there is none."""
+    for info in reversed(list_checkpoints(run_dir)):
+        try:
+            if info.is_whole:
+                return info.step, read_state(info.path)
+        except (OSError, ValueError, KeyError):
+            # The ranks read every byte of it, and say what is damaged.
+            continue
+    return None
+
+
+def _check_data(config: Config, saved: Any, step: int) -> tuple[str, ...]:
+    from ..training.data.identity import check_data_changes, data_changes, data_identity, settings_of
+    from ..training.data.indexed import IndexedCorpus
+
+    corpora = [IndexedCorpus(prefix) for prefix in config.data.prefixes]
+    now = data_identity(corpora, settings_of(config.data, config.train.seed), None)
+    changes = data_changes(saved, now)
+    check_data_changes(changes, config.data.changed, step)
+    return changes.lines

@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
-from .rundir.metrics_reader import MetricsFollower
+from ..training.optimizers.config import ScheduleOnResume
+from ..training.optimizers.lr_schedule import ends_at_zero
+from ..utils.text import typed
+from .rundir.metrics_index import read_progress
 from .rundir.progress import RunProgress, summary_lines
+from .rundir.run_dir import read_run
 from .rundir.state import read_state
 
 
 def report_end(run_dir: Path, code: int) -> None:
     """Say how it ended and what to type next; the error of a failed run comes last and in full, on stderr."""
-    progress = RunProgress().apply(MetricsFollower(run_dir).read())
+    progress = read_progress(run_dir)
     titles = {EXIT_DONE: "done", EXIT_PREEMPTED: "stopped and saved"}
     state = read_state(run_dir)
     reason = state.attempts[-1].decision if state and state.attempts else ""
@@ -27,10 +31,12 @@ def report_end(run_dir: Path, code: int) -> None:
 
 
 def _next_commands(run_dir: Path, code: int, progress: RunProgress) -> list[tuple[str, str]]:
-    more = f" train.steps={2 * progress.steps}" if code == EXIT_DONE and progress.steps else ""
-    rows = [("go on", f"efflaunch resume {run_dir}{more}"), ("look", f"efflaunch status {run_dir}")]
+    more = [f"train.steps={2 * progress.steps}"] if code == EXIT_DONE and progress.steps else []
+    if more and ends_at_zero(read_run(run_dir).config.optim, progress.steps):
+        more.append(f"optim.schedule_on_resume={ScheduleOnResume.REWARM.value}")
+    rows = [("go on", typed("resume", run_dir, *more)), ("look", typed("status", run_dir))]
     if progress.checkpoint is not None:
-        rows.append(("export", f"efflaunch export {run_dir} OUT"))
+        rows.append(("export", typed("export", run_dir, "OUT")))
     return rows
 
 

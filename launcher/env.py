@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..cluster.config import Device
 from ..errors import ConfigError
 from ..memory.config import Arena
+from ..utils.names import check_text
 from .config.run_config import Backend, Config
 from .config.secrets import secrets_of
 
@@ -68,7 +69,14 @@ def chosen_variables(names: list[str]) -> dict[str, str]:
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError("launcher.ray.env", found=f"no {', '.join(missing)} here", expected="variables of this shell", hint="export them")
+    for name in names:
+        check_text(f"launcher.ray.env: {name}", os.environ[name])
     return {name: os.environ[name] for name in names}
+
+
+def set_variables(names: list[str]) -> dict[str, str]:
+    """Those of this process's variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def ray_mode() -> str | None:

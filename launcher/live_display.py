@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from ..training.reporting.config import Display as Mode
 from ..units import format_bytes, format_seconds
+from ..utils.text import plain
 from .rundir.metrics_reader import Event
 from .rundir.progress import (
     RunProgress,
     certificate_line,
     drift_line,
+    mirror_line,
     plans_text,
     score_line,
     start_line,
@@ -48,6 +52,19 @@ def make_display(mode: Mode, title: str, every_steps: int) -> Display:
     if mode is Mode.LIVE or (mode is Mode.AUTO and sys.stdout.isatty()):
         return LiveDisplay(title)
     return PlainDisplay(every_steps=every_steps)
+
+
+class NoDisplay:
+    """Shows nothing: in place of one that failed."""
+
+    def show(self, events: list[Event]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class PlainDisplay:
@@ -95,10 +112,12 @@ class LiveDisplay:
     def __init__(self, title: str, console: Console | None = None) -> None:
         from rich.console import Console as RichConsole
         from rich.live import Live as RichLive
+        from rich.markup import escape
 
-        self.title = title
+        self.title = escape(title)
         self.progress = RunProgress()
-        self.console = console or RichConsole()
+        # Named, for rich puts itself in front of sys.stdout while it draws.
+        self.console = console or RichConsole(file=getattr(sys.stdout, "rich_proxied_file", sys.stdout))
         self.live: Live = RichLive(self.render(), console=self.console, refresh_per_second=4, transient=False)
         self._restore = quiet_control_keys()
         self.live.start()
@@ -115,7 +134,7 @@ class LiveDisplay:
         self.live.update(self.render())
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(plain(text), markup=False, highlight=False)
 
     def close(self) -> None:
         self.live.update(self.render())
@@ -190,17 +209,28 @@ def quiet_control_keys() -> Callable[[], None]:
 
     try:
         before = termios.tcgetattr(sys.stdin)
+        if os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
+            # In the background: the terminal is another program's.
+            return lambda: None
+        # TCSANOW: draining would wait for a terminal that is stopped.
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]])
     except (termios.error, ValueError, OSError):
         return lambda: None
-    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    return lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+    def restore() -> None:
+        # A terminal that is gone has nothing to restore.
+        with suppress(termios.error, OSError):
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    return restore
 
 
 def _bad_news(event: Event) -> str | None:
     """What a person should hear of, whatever the display."""
     if event["event"] == "checkpoint_failed":
         return f"checkpoint of step {event['step']} failed: {event['error']}"
+    if event["event"] == "mirror_failed":
+        return mirror_line(event)
     if event["event"] == "certificate":
         return None if event["ok"] else certificate_line(event)
     if event["event"] == "planner_failed":

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EXIT_DONE, ConfigError
-from .checks import check_data, check_memory_plan
-from .config.compose import changed
+from ..training.data.config import DataChanged
+from ..utils.names import check_path
+from ..utils.text import typed
+from .checks import check_data, check_memory_plan, check_resumed, report_model
 from .config.overrides import parse_overrides
-from .config.run_config import Config
+from .config.run_config import Backend, Config
 from .config.schema import dump_config
+from .output import steady_output
 from .rundir.run_dir import RUN_FILE, make_run_id, place_of, read_run
 from .rundir.state import ACTIVE, read_state
 
@@ -29,7 +32,11 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
 
 def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
     """Go on in `run_dir`, with `overrides` on top of its stored configuration."""
+    from .config.compose import changed
+
     config = read_run(run_dir).config
+    # What was accepted was accepted for that start.
+    config = replace(config, data=replace(config.data, changed=DataChanged.REFUSE))
     if overrides:
         config = changed(config, parse_overrides(overrides, config_dir), config_dir)
     return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
@@ -51,12 +58,19 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
     from .backend import Launch
     from .backend_registry import launcher_of
 
-    launcher, run_dir = launcher_of(config.launcher.backend), run_dir or place_of(config)
-    launcher.check(config)
-    check_elsewhere(config, run_dir)
-    check_memory_plan(config)
-    check_data(config)
-    return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
+    launcher, run_dir = launcher_of(config.launcher.backend), checked_place(config, run_dir)
+    with steady_output():
+        launcher.check(config)
+        check_elsewhere(config, run_dir)
+        check_memory_plan(config)
+        check_mirror(config, run_dir)
+        report_model(config)
+        check_data(config)
+        changes = check_resumed(config, run_dir)
+        if config.launcher.backend is not Backend.LOCAL:
+            # Ranks say so where they start, which is elsewhere.
+            print(*changes, sep="\n", end="\n" if changes else "", flush=True)
+        return launcher.submit(Launch(config=config, run_dir=run_dir, entry=entry))
 
 
 def launch_array(configs: list[Config], folder: Path, *, entry: str | None = None) -> int:
@@ -65,12 +79,16 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
     from .slurm.launcher import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-        check_elsewhere(config, place_of(config))
-        check_memory_plan(config)
-        check_data(config)
-    return launcher.submit_array([Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs], folder)
+    launches = [Launch(config=config, run_dir=place_of(config), entry=entry) for config in configs]
+    with steady_output():
+        for launch in launches:
+            launcher.check(launch.config)
+            check_elsewhere(launch.config, launch.run_dir)
+            check_memory_plan(launch.config)
+            check_data(launch.config)
+            check_resumed(launch.config, launch.run_dir)
+        report_model(configs[0])
+        return launcher.submit_array(launches, folder)
 
 
 def show_array(configs: list[Config], folder: Path) -> int:
@@ -79,9 +97,10 @@ def show_array(configs: list[Config], folder: Path) -> int:
     from .slurm.launcher import SlurmLauncher
 
     launcher = SlurmLauncher()
-    for config in configs:
-        launcher.check(config)
-    print(launcher.describe_array([Launch(config=config, run_dir=place_of(config)) for config in configs], folder), end="")
+    launches = [Launch(config=config, run_dir=place_of(config)) for config in configs]
+    for launch in launches:
+        launcher.check(launch.config)
+    print(launcher.describe_array(launches, folder), end="")
     return EXIT_DONE
 
 
@@ -90,17 +109,29 @@ def show_launch(config: Config, run_dir: Path | None = None) -> int:
     from .backend import Launch
     from .backend_registry import launcher_of
 
-    launcher = launcher_of(config.launcher.backend)
+    launcher, run_dir = launcher_of(config.launcher.backend), checked_place(config, run_dir)
     launcher.check(config)
-    print(launcher.describe(Launch(config=config, run_dir=run_dir or place_of(config))), end="")
+    print(launcher.describe(Launch(config=config, run_dir=run_dir)), end="")
     return EXIT_DONE
+
+
+def checked_place(config: Config, run_dir: Path | None) -> Path:
+    """The run directory, given or the configuration's. ConfigError where it, or the directory this is, is more than one line."""
+    run_dir = run_dir or place_of(config)
+    check_path("run directory", run_dir)
+    check_path("current directory", Path.cwd())
+    return run_dir
 
 
 def check_elsewhere(config: Config, run_dir: Path) -> None:
     """ConfigError where the run waits or runs under another backend, which has its own ways to refuse a second start."""
     from .backend_registry import launcher_of
 
-    known = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
+    try:
+        known = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
+    except ConfigError:
+        # Set aside under the run's lock, before anything is written.
+        return
     if known is None or known.state not in ACTIVE:
         return
     backend = read_run(run_dir).config.launcher.backend
@@ -112,5 +143,14 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
             str(run_dir),
             found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
             expected="one start of a run at a time",
-            hint=f"efflaunch cancel {run_dir}, where that launcher is; or another run.id",
+            hint=f"{typed('cancel', run_dir)}, where that launcher is; or another run.id",
         )
+
+
+def check_mirror(config: Config, run_dir: Path) -> None:
+    """CheckpointError where the second place cannot be written; on other machines the ranks look for themselves."""
+    if config.checkpoint.mirror is not None and config.launcher.backend is Backend.LOCAL:
+        from ..checkpoint.files import FOLDER
+        from ..checkpoint.tier import reach
+
+        reach(config.checkpoint.mirror, run_dir / FOLDER)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from ..errors import ConfigError
 from ..units import Bytes, Tokens
+from ..utils.ranges import BYTES, TOKENS, Range, check_ranges
 
 
 class ActivationPlace(Enum):
@@ -71,10 +74,19 @@ class MemoryConfig:
     rounding only; the first step takes longer. Off, for it has not been run on a GPU yet."""
     arena: Arena = Arena.DEFAULT
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "host_fraction": Range(0.0, 1.0),
+        "segment_layers": Range(1, 10_000),
+        "chunk_tokens": Range(1, TOKENS),
+        "head_groups": Range(1, 65_536),
+        "host_budget": Range(0, BYTES),
+    }
+
 
 def check_memory(memory: MemoryConfig) -> None:
     """ConfigError for values that are out of range and combinations that save nothing or mean nothing."""
-    _check_ranges(memory)
+    check_ranges(memory, "memory")
+    _check_layer_input(memory)
     if not memory.solve:
         _check_given(memory)
     kept = memory.activations is ActivationPlace.KEEP
@@ -109,16 +121,7 @@ def check_memory(memory: MemoryConfig) -> None:
         )
 
 
-def _check_ranges(memory: MemoryConfig) -> None:
-    if memory.chunk_tokens is not None and memory.chunk_tokens < 1:
-        raise ConfigError(
-            "memory.chunk_tokens", found=str(memory.chunk_tokens), expected="1 or more, or null", hint="memory.chunk_tokens=16K"
-        )
-    for key, value in (("segment_layers", memory.segment_layers), ("head_groups", memory.head_groups)):
-        if value is not None and value < 1:
-            raise ConfigError(f"memory.{key}", found=str(value), expected="1 or more, or null", hint=f"memory.{key}=1")
-    if memory.host_fraction is not None and not 0.0 <= memory.host_fraction <= 1.0:
-        raise ConfigError("memory.host_fraction", found=f"{memory.host_fraction:g}", expected="0 to 1", hint="memory.host_fraction=0.5")
+def _check_layer_input(memory: MemoryConfig) -> None:
     if memory.layer_input is ActivationPlace.RECOMPUTE:
         raise ConfigError(
             "memory.layer_input",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .activation_classes import CLASSES, ActivationClass
 from .config import ActivationPlace, AttentionTiling, MemoryConfig
 
 
@@ -46,9 +47,8 @@ KEPT, MOVED, RECOMPUTED = Split(keep=1.0), Split(host=1.0), Split()
 class MemoryPolicy:
     """What every decoder layer does with its activations.
 
-    Widths per token, in numbers (query_size = heads x head dim, kv_size = key/value heads x head dim): layer_input and
-    residual: hidden; attention_output: query_size, and one float32 log-sum-exp a head; query: query_size; key_value:
-    2 kv_size; mlp: 2 intermediate (gate and up). Norm outputs and the activation product are always made again.
+    One split for each class of activation_classes.py, under its name; that table has widths and costs. Norm outputs and the
+    activation product are always recomputed.
     """
 
     graph: bool = False
@@ -73,14 +73,14 @@ class MemoryPolicy:
     @property
     def splits(self) -> dict[str, Split]:
         """By class, in the order they are made."""
-        return {
-            "layer_input": self.layer_input,
-            "query": self.query,
-            "key_value": self.key_value,
-            "attention_output": self.attention_output,
-            "residual": self.residual,
-            "mlp": self.mlp,
-        }
+        return {kind.name: getattr(self, kind.name) for kind in CLASSES}
+
+    def split(self, kind: ActivationClass) -> Split:
+        """The shares of one class. Decisions are kept whatever the policy."""
+        if kind.decision:
+            return KEPT
+        split: Split = getattr(self, kind.name)
+        return split
 
     def with_splits(self, splits: Mapping[str, Split]) -> MemoryPolicy:
         """The same with other shares of the classes named."""
@@ -92,7 +92,7 @@ class MemoryPolicy:
         return any(split.host > 0 for split in self.splits.values())
 
 
-KEEP_ALL = MemoryPolicy(graph=True, attention_output=KEPT, query=KEPT, key_value=KEPT, residual=KEPT, mlp=KEPT)
+KEEP_ALL = MemoryPolicy(graph=True).with_splits({kind.name: KEPT for kind in CLASSES})
 """The preset `keep`."""
 AHEAD = 2
 """Pieces that are on their way back from the host while one is used."""
@@ -106,14 +106,10 @@ def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:
     layer_input, attention_output, activations = (shares[place] for place in places if place is not None)
     if memory.activations is ActivationPlace.HOST and memory.host_fraction is not None:
         activations = Split(host=memory.host_fraction)
-    return MemoryPolicy(
+    policy = MemoryPolicy(
         graph=set(places) == {ActivationPlace.KEEP},
         layer_input=layer_input,
         attention_output=attention_output,
-        query=activations,
-        key_value=activations,
-        residual=activations,
-        mlp=activations,
         segment_layers=memory.segment_layers or 1,
         chunk_tokens=memory.chunk_tokens,
         attention=memory.attention or AttentionTiling.WHOLE,
@@ -121,6 +117,7 @@ def explicit_policy(memory: MemoryConfig) -> MemoryPolicy:
         offload_dir=memory.offload_dir,
         compile=compiler(memory),
     )
+    return policy.with_splits({kind.name: activations for kind in CLASSES if kind.by_token})
 
 
 def compiler(memory: MemoryConfig) -> str | None:

@@ -8,93 +8,57 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from ..memory.executor.compiled_steps import Graphs
 from ..memory.executor.layer import LayerExecutor
-from ..memory.executor.layer_pass import AttentionRuntime
 from ..memory.executor.saved import HostStore
-from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
-from ..parallel.sharding import gathered_weights, shard_model
-from .chunked_loss import Head, LossOptions
-from .families import layer_adapter
-from .families.rope import rotary_tables
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One rank's rows of a micro-batch, on its device; each (T,) int64. `document_lengths`: tokens of each row's whole document."""
-
-    token_ids: Tensor
-    target_ids: Tensor
-    position_ids: Tensor
-    document_lengths: Tensor
-    not_finite: Tensor | None = None
-    """(T,) bool, set by the loss where a row's loss is not a finite number."""
-
-
-class Trunk:
-    """Stands in for the causal LM's `forward`: embedding -> decoder layers -> objective, by chunks from the norm on."""
-
-    def __init__(self, model: PreTrainedModel, options: LossOptions, policy: MemoryPolicy, store: HostStore | None) -> None:
-        self._model, self._options, self._policy, self._store = model, options, policy, store
-        self.position = Position()
-        """Where this rank is, for reports."""
-
-    def __call__(self, tokens: Tokens, attention: AttentionRuntime, objective: Callable[[Head], Tensor]) -> Tensor:
-        """What `objective` makes of the last layer's output."""
-        base = self._model.model
-        self.position.at("embedding")
-        x = base.embed_tokens(tokens.token_ids)
-        tables = rotary_tables(base.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
-        context = self._context(tables, attention)
-        for layer in base.layers:
-            x = layer(x, context)
-        self.position.at("loss")
-        with attention.busy():
-            # The last layer's output is nobody's but the loss's: its gradient takes its place.
-            weight = self._model.lm_head.weight
-            return objective(Head(x, base.norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
-
-    def forget(self) -> None:
-        """Drop what an aborted pass left with the host store."""
-        if self._store is not None:
-            self._store.reset()
-
-    def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
-        """What the layers of one micro-batch share."""
-        layers = self._model.model.layers
-        tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
-        return LayerContext(tables, attention, tape, lambda index: gathered_weights(layers[index]), self.position)
-
-
-def trunk_of(model: PreTrainedModel) -> Trunk:
-    """Our forward, once `install` put it there."""
-    trunk = model.forward
-    assert isinstance(trunk, Trunk)
-    return trunk
+from ..parallel.sharding.fsdp2 import shard_model
+from ..parallel.sharding.parts import memory_of, write_shard
+from .chunked_loss import LossOptions
+from .families import FACTS, family_of, layer_adapter
+from .families.facts import READ_BY_ALL
+from .stage import Stage, stage_of
 
 
 def position_of(model: PreTrainedModel) -> Position:
     """Where the rank is that runs `model`."""
-    return trunk_of(model).position
+    return stage_of(model).position
 
 
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
-    """The Hugging Face config from `training.spec.hf_config_dict` (its `model_type` and fields)."""
-    fields = dict(arguments)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    """The Hugging Face config of `hf_config_dict`'s arguments. ConfigError where transformers makes something else of them."""
+    fields = copy.deepcopy(arguments)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    for name, asked in arguments.items():
+        if name in _ARRIVES and _plain(getattr(config, name, None)) != _plain(asked) and asked is not None:
+            raise ConfigError(
+                f"model, {name}",
+                found=f"{getattr(config, name, None)} in the configuration that transformers {transformers.__version__} makes",
+                expected=f"{asked}, as asked for",
+                hint="the version of transformers in constraints.txt",
+            )
+    return config
+
+
+# Qwen's configs drop a window that is switched off, and no layer reads it then.
+_ARRIVES = (READ_BY_ALL | frozenset().union(*(facts.fields for facts in FACTS.values()))) - {"sliding_window"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -110,8 +74,16 @@ def install(
     graphs = None if policy.compile is None else Graphs(policy.compile)
     for index, layer in enumerate(model.model.layers):
         layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index, graphs)
-    options = LossOptions(loss_chunk_tokens, getattr(model.config, "final_logit_softcapping", None), z_loss)
-    model.forward = Trunk(model, options, policy, store)  # type: ignore[method-assign]
+    options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
+    whole = range(len(model.model.layers))
+    model.forward = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)  # type: ignore[method-assign]
+
+
+def _logit_softcap(config: PretrainedConfig) -> float | None:
+    """The softcap of logits, of families whose head has one: others may carry the field and do not read it."""
+    family = family_of(config.model_type)
+    has_softcap = family is not None and FACTS[family].has_logit_softcap
+    return getattr(config, "final_logit_softcapping", None) if has_softcap else None
 
 
 def build_model(
@@ -156,7 +128,8 @@ def build_empty(
         # Parameters only: buffers keep the precision Hugging Face made them in.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(compute_dtype)
-    shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype, reduce_dtype=master_dtype(compute_dtype))
+    reduced = master_dtype(compute_dtype)
+    stage_of(model).weights = shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype, reduce_dtype=reduced)
     model.to_empty(device=device)
     return model
 
@@ -196,24 +169,8 @@ def _shadow(
             continue
         done.add(id(parameter))
         target = parameter if into is None else into[f"{prefix}.{name}" if prefix else name]
-        local = target.to_local() if isinstance(target, DTensor) else target
-        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=local.dtype, device=parameter.device))
+        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=memory_of(target).dtype, device=parameter.device))
         copies.append((target, parameters[name]))
     shadow = copy.copy(module)
     shadow.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}
     return shadow, copies
-
-
-@torch.no_grad()
-def write_shard(target: nn.Parameter, full: Tensor) -> None:
-    """This rank's part of `full` into a sharded (or plain) parameter."""
-    if isinstance(target, DTensor):
-        target.to_local().copy_(full[local_slices(target)])
-    else:
-        target.copy_(full)
-
-
-def local_slices(target: DTensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds."""
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from ..units import Tokens
+from ..utils.ranges import TOKENS, Range
 
 
 class Family(Enum):
@@ -46,3 +48,16 @@ class ModelConfig:
     tie_embeddings: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the Hugging Face config of this family, passed on as they are."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_layers": Range(1, 1000),
+        "hidden_size": Range(1, 1 << 20),
+        "intermediate_size": Range(1, 1 << 24),
+        "num_heads": Range(1, 65_536),
+        "num_kv_heads": Range(1, 65_536),
+        "head_dim": Range(1, 65_536),
+        "vocab_size": Range(1, 1 << 28),
+        "max_positions": Range(1, TOKENS),
+        "rope_theta": Range(0, 1e15, above=True),
+        "sliding_window": Range(1, TOKENS),
+    }

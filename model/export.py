@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face directory: config.json, safetensors, tokenizer. One process, no process group.
+"""A checkpoint as a Hugging Face directory: config.json, safetensors, and what export_files adds. One process, no process group.
 
 Every byte is checked against its hash. Memory: one output shard (`max_shard_bytes`) and a read buffer (reader.BATCH_BYTES, or the
 largest single piece). The directory appears whole, by a
@@ -20,6 +20,8 @@ from ..checkpoint import files
 from ..errors import CheckpointError
 from ..training.config import Dtype
 from ..utils.atomic_files import sync
+from .export_files import origins_of, write_files
+from .portable_config import unsaid_to_old, with_old_fields
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
     from ..checkpoint.reader import Reader, SavedTensor
 
 MAX_SHARD_BYTES = 4 << 30
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,12 @@ class ExportReport:
     """Of weights."""
     tokenizer: str | None
     """Where the copied tokenizer came from; None: the run has none that is on this machine."""
+    chat_template: str | None = None
+    """Whose it is: `tokenizer` or `corpus`; None: there is none."""
+    end_of_turn: str | None = None
+    """The token that ends the assistant's turn, among what generation stops at."""
+    notes: tuple[str, ...] = ()
+    """What a person should know, a line each."""
 
 
 def export(
@@ -63,12 +67,26 @@ def export(
     `out_dir` in use, or not writable.
     """
     info = choose_checkpoint(Path(run_dir), step)
-    metadata = files.read_state(info.path)["metadata"]
+    metadata = _saved_metadata(info.path)
     with _appearing(Path(out_dir)) as temporary:
         num_parameters, num_bytes, num_files = _write_weights(info.path, temporary, dtype, max_shard_bytes, on_progress)
-        _write_config(metadata, temporary, dtype, info.path)
-        tokenizer = _copy_tokenizer(metadata.get("tokenizer"), temporary)
-    return ExportReport(Path(out_dir), info.step, num_parameters, num_bytes, num_files, tokenizer)
+        unsaid = _write_config(metadata, temporary, dtype, info.path)
+        written = write_files(origins_of(Path(run_dir), metadata), temporary)
+    notes = (*written.notes, *([] if unsaid is None else [unsaid]))
+    weights = (num_parameters, num_bytes, num_files)
+    return ExportReport(Path(out_dir), info.step, *weights, written.tokenizer, written.chat_template, written.end_of_turn, notes)
+
+
+def _saved_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; CheckpointError where that is damaged."""
+    try:
+        metadata = files.read_state(path)["metadata"]
+        if not isinstance(metadata, dict):
+            raise TypeError(f"metadata is a {type(metadata).__name__}")
+        return metadata
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = f"efflaunch checkpoints {path.parent.parent} --verify finds a whole one; --step takes it"
+        raise CheckpointError(str(path / files.STATE_FILE), found=str(error), expected="the file as it was written", hint=hint) from error
 
 
 def choose_checkpoint(run_dir: Path, step: int | None) -> files.CheckpointInfo:
@@ -94,7 +112,7 @@ def _appearing(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             sync(path)
         temporary.rename(out_dir)
         sync(out_dir.parent)
@@ -178,7 +196,8 @@ def _out_dtype(entry: SavedTensor, dtype: Dtype) -> torch.dtype:
     return chosen if saved.is_floating_point else saved
 
 
-def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> None:
+def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> str | None:
+    """Write config.json in the new form and the old; what the old form has no words for."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -193,35 +212,11 @@ def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source:
     config.dtype = dtype.value
     config.use_cache = True  # off in training; generation is quadratic without
     config.save_pretrained(out_dir)
-
-
-def _copy_tokenizer(tokenizer: str | None, out_dir: Path) -> str | None:
-    """From a directory, a tokenizer.json, or a hub name that is in the local cache."""
-    if tokenizer is None:
-        return None
-    path = Path(tokenizer)
-    if path.is_dir() and (names := [name for name in _TOKENIZER_FILES if (path / name).is_file()]):
-        for name in names:
-            shutil.copyfile(path / name, out_dir / name)
-        if "tokenizer_config.json" not in names and (path / "tokenizer.json").is_file():
-            _from_file(path / "tokenizer.json", out_dir)
-        return tokenizer
-    if path.is_file():
-        _from_file(path, out_dir)
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(out_dir)
-    except (OSError, ValueError):
-        return None
-    return tokenizer
-
-
-def _from_file(path: Path, out_dir: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(tokenizer_file=str(path)).save_pretrained(out_dir)
+    saved = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+    # What equals a class's default is left out of the file, and the defaults of versions differ.
+    saved.setdefault("rope_parameters", config.to_dict().get("rope_parameters"))
+    _write_json(out_dir / "config.json", with_old_fields(saved))
+    return unsaid_to_old(saved)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

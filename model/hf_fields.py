@@ -1,41 +1,40 @@
-"""Our model config as the fields of a Hugging Face config, and back from a config.json. Pure but for reading that file."""
+"""The fields of a model's Hugging Face config: from our own config or from a config.json, overrides in place. Pure but for reading it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError
 from .config import Family, ModelConfig
+from .config_checks import check_fields
+from .families import FACTS, facts_of, family_of, wrapped_family
+from .families.facts import LABELS, READ_BY_ALL, FamilyFacts
+from .model_files import read_config_json
+from .plain_weights import quantised
+from .rope_fields import LEGACY_KEYS, RopeFields, rope_fields
 
-MODEL_TYPES: Mapping[Family, str] = MappingProxyType(
-    {
-        Family.LLAMA: "llama",
-        Family.MISTRAL: "mistral",
-        Family.QWEN2: "qwen2",
-        Family.QWEN3: "qwen3",
-        Family.GEMMA2: "gemma2",
-        Family.GEMMA3: "gemma3_text",
-    }
-)
+MODEL_TYPES: Mapping[Family, str] = MappingProxyType({family: facts.model_type for family, facts in FACTS.items()})
 """What `AutoConfig.for_model` calls each family; Gemma 3 is its text model."""
 
-ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+# What the Hugging Face classes assume where a config.json leaves a field out (save_pretrained leaves defaults out).
+_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "sliding_window_pattern": 6,
     }
 )
-"""Rotary scaling types and the parameters each cannot do without."""
-
-_DEFAULT_THETA = 10_000.0
-_GEMMA3_GLOBAL_THETA = 1_000_000.0
+_OWN_NAMES = MappingProxyType({"rope_scaling": "rope_scaling", "rope_theta": "rope_theta", "max_position_embeddings": "max_positions"})
+"""Fields of a Hugging Face config that have a key here, which says more than the field."""
+_MAKE_LAYER_TYPES = ("sliding_window_pattern", "max_window_layers", "use_sliding_window")
+"""Fields that layer types are made from where they are not listed."""
 _SIZES = (
     "family",
     "num_layers",
@@ -44,11 +43,8 @@ _SIZES = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
-    "vocab_size",
     "sliding_window",
 )
-# Labels of a file on disk that say nothing about the architecture.
-_LABELS = ("architectures", "transformers_version", "_name_or_path", "auto_map")
 
 
 def model_family(config: ModelConfig) -> Family:
@@ -58,24 +54,74 @@ def model_family(config: ModelConfig) -> Family:
             raise _missing(config, "family")
         return config.family
     found = read_config_json(config.path).get("model_type")
-    for family, model_type in MODEL_TYPES.items():
-        if model_type == found:
-            return family
+    family = family_of(found) or wrapped_family(found)
+    if family is not None:
+        return family
     raise ConfigError(
         f"model.path {config.path}",
         found=f"model_type {found!r}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
-        hint=f"a supported model, or write its adapter: model/families/{found}.py",
+        hint=f"a supported model, or write its facts and adapter: model/families/{found}_facts.py and model/families/{found}.py",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFields:
+    """A model as fields of its Hugging Face config, and what is known of its family."""
+
+    facts: FamilyFacts
+    given: dict[str, Any]
+    """What the Hugging Face config is built from: `model_type` and the fields of that family's class."""
+    full: dict[str, Any]
+    """The same with the defaults of the family's class in place of what is left out."""
+    rope: RopeFields
+    file: dict[str, Any] = field(default_factory=dict)
+    """The fields of the config.json as it is; nothing for a model from scratch."""
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     """Arguments for `AutoConfig.for_model(model_type, **others)`: `model_type` and the fields of that family's class."""
-    if config.path is not None:
-        return _fields_from_path(config)
-    family = model_family(config)
-    fields: dict[str, Any] = {
-        "model_type": MODEL_TYPES[family],
+    return model_fields(config).given
+
+
+def model_fields(config: ModelConfig) -> ModelFields:
+    """The fields of the config.json at `config.path`, or of the config itself, with everything that is asked for in its place."""
+    facts = facts_of(model_family(config))
+    check_extra(config, facts)
+    file = {} if config.path is None else file_fields(read_config_json(config.path), facts)
+    _check_plain_numbers(config, file)
+    fields = _from_scratch(config, facts) if config.path is None else {**file, "use_cache": False}
+    fields |= {name: value for name, value in config.extra.items() if name not in (*LEGACY_KEYS, "rope_parameters")}
+    if config.path is not None and config.vocab_size is not None:
+        _check_growth(config, {**facts.defaults, **file}["vocab_size"])
+        fields["vocab_size"] = config.vocab_size
+    if "layer_types" not in config.extra and any(name in config.extra for name in _MAKE_LAYER_TYPES):
+        # Saved files list every layer's type, and transformers then reads no pattern.
+        fields.pop("layer_types", None)
+    where = "model.extra." if config.path is None else f"model.path {config.path}: "
+    full = {**_DEFAULTS, **facts.defaults, **fields}
+    check_fields(full, facts, where)
+    heads = full["num_attention_heads"]
+    rope = rope_fields(config, facts, file, full.get("head_dim") or full["hidden_size"] // heads, full["max_position_embeddings"])
+    settled = {"rope_parameters": rope.parameters, "max_position_embeddings": rope.positions}
+    fields = {name: value for name, value in fields.items() if name not in LEGACY_KEYS} | settled
+    return ModelFields(facts, fields, {**full, **settled}, rope, file)
+
+
+def file_fields(found: Mapping[str, Any], facts: FamilyFacts) -> dict[str, Any]:
+    """The fields of a config.json that describe the language model: its own, or those under `text_config`."""
+    if facts.wrapped_by is None or found.get("model_type") != facts.wrapped_by:
+        return {key: value for key, value in found.items() if key not in LABELS - {"model_type"}}
+    inner = found.get("text_config") or {}
+    # The whole model ties its head by its own switch; ids of the end and the beginning may be given there alone.
+    shared = {key: found[key] for key in ("bos_token_id", "eos_token_id", "quantization_config") if found.get(key) is not None}
+    fields = {**shared, **{key: value for key, value in inner.items() if key not in LABELS}}
+    return {**fields, "model_type": facts.model_type, "tie_word_embeddings": found.get("tie_word_embeddings", True)}
+
+
+def _from_scratch(config: ModelConfig, facts: FamilyFacts) -> dict[str, Any]:
+    return {
+        "model_type": facts.model_type,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -85,14 +131,50 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "head_dim": head_dim(config),
-        "rope_parameters": _rope_parameters(config, family),
         "use_cache": False,
         # A padding id zeroes one embedding row and its gradient, and packs have no padding.
         "pad_token_id": None,
+        **facts.window_fields(config.sliding_window),
     }
-    fields.update(_window_fields(config, family))
-    extra = {key: value for key, value in config.extra.items() if key != "rope_local_base_freq"}
-    return {**fields, **extra}
+
+
+def _check_plain_numbers(config: ModelConfig, file: Mapping[str, Any]) -> None:
+    kind = file.get("quantization_config") or file.get("compression_config")
+    if kind:
+        method = kind.get("quant_method", "unknown method") if isinstance(kind, Mapping) else kind
+        raise quantised(str(config.path), f"quantization_config in config.json ({method}): quantised weights")
+
+
+def _check_growth(config: ModelConfig, rows: Any) -> None:
+    """ConfigError where the vocabulary asked for is smaller than the file's: rows that are there are kept."""
+    assert config.vocab_size is not None
+    if isinstance(rows, int) and config.vocab_size < rows:
+        raise ConfigError(
+            "model.vocab_size",
+            found=f"{config.vocab_size} beside model.path={config.path}, whose vocabulary has {rows}",
+            expected=f"{rows}, or more for tokens that were added",
+            hint="model.vocab_size=null",
+        )
+
+
+def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
+    """ConfigError for a key of `model.extra` that has a name of its own, or that no layer of the family reads."""
+    readable = READ_BY_ALL | facts.fields
+    for name in config.extra:
+        if name in _OWN_NAMES:
+            key = _OWN_NAMES[name]
+            raise ConfigError(f"model.extra.{name}", found="a second name", expected=f"model.{key}", hint=f"model.{key}=VALUE")
+        if name == "vocab_size" and config.path is not None:
+            raise ConfigError("model.extra.vocab_size", found="a second name", expected="model.vocab_size", hint="model.vocab_size=VALUE")
+        known = name in readable or (name == "rope_local_base_freq" and facts.rope_per_layer_type)
+        if not known and not (name in facts.unread and config.extra[name] is None):
+            near = get_close_matches(name, readable, 1)
+            raise ConfigError(
+                f"model.extra.{name}",
+                found=f"a field that no {facts.model_type} layer reads",
+                expected=f"one of {', '.join(sorted(readable))}",
+                hint=f"did you mean model.extra.{near[0]}?" if near else f"no model.extra.{name}",
+            )
 
 
 def head_dim(config: ModelConfig) -> int:
@@ -108,95 +190,6 @@ def given_sizes(config: ModelConfig) -> list[str]:
     """Fields that a config.json decides and that this config states all the same."""
     given = [name for name in _SIZES if getattr(config, name) is not None]
     return given + (["tie_embeddings"] if config.tie_embeddings else [])
-
-
-def read_config_json(path: str) -> dict[str, Any]:
-    """The config.json of a local directory or of a hub name; ConfigError when there is none to read."""
-    file = _config_file(path)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path {path}",
-            found=f"no readable config.json ({error})",
-            expected="a Hugging Face model directory",
-            hint="model.path=DIRECTORY with config.json and *.safetensors in it",
-        ) from error
-    if not isinstance(found, dict):
-        raise ConfigError(
-            f"model.path {path}", found="a config.json that is no object", expected="a Hugging Face config", hint="check model.path"
-        )
-    return found
-
-
-def _config_file(path: str) -> Path:
-    local = Path(path)
-    if local.exists() or path.startswith((".", "/", "~")):
-        return local.expanduser() / "config.json"
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(path, "config.json"))
-    except (OSError, ValueError) as error:  # the hub's own errors are both
-        raise ConfigError(
-            f"model.path {path}",
-            found="neither a directory here nor a hub name that can be reached",
-            expected="a directory with config.json, or a cached or reachable hub model",
-            hint="model.path=DIRECTORY, or download the model on a machine with a network first",
-        ) from error
-
-
-def _fields_from_path(config: ModelConfig) -> dict[str, Any]:
-    assert config.path is not None
-    fields = {key: value for key, value in read_config_json(config.path).items() if key not in _LABELS}
-    fields["use_cache"] = False
-    if config.max_positions is not None:
-        fields["max_position_embeddings"] = config.max_positions
-    if config.rope_theta is not None or config.rope_scaling is not None:
-        _override_rope(fields, config)
-    return {**fields, **config.extra}
-
-
-def _override_rope(fields: dict[str, Any], config: ModelConfig) -> None:
-    """Context extension of existing weights: `rope_theta` and `rope_scaling` replace what the file says."""
-    old = fields.pop("rope_parameters", None) or {}
-    scaling_before = fields.pop("rope_scaling", None)
-    theta_before = fields.pop("rope_theta", None)
-    nested = old.get("full_attention")
-    full = dict(nested or old or scaling_before or {})
-    theta = config.rope_theta or full.get("rope_theta") or theta_before or _default_theta(model_family(config))
-    rope = _rope_dict(config.rope_scaling, theta) if config.rope_scaling is not None else {**full, "rope_theta": theta}
-    fields["rope_parameters"] = {**old, "full_attention": rope} if nested else rope
-
-
-def _rope_parameters(config: ModelConfig, family: Family) -> dict[str, Any]:
-    theta = config.rope_theta if config.rope_theta is not None else _default_theta(family)
-    rope = _rope_dict(config.rope_scaling, theta)
-    if family is not Family.GEMMA3:
-        return rope
-    local = config.extra.get("rope_local_base_freq", _DEFAULT_THETA)
-    return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
-
-
-def _default_theta(family: Family) -> float:
-    return _GEMMA3_GLOBAL_THETA if family is Family.GEMMA3 else _DEFAULT_THETA
-
-
-def _rope_dict(scaling: dict[str, Any] | None, theta: float) -> dict[str, Any]:
-    # Older config files say `type`; transformers 5 reads `rope_type` and wants theta inside.
-    fields = dict(scaling or {})
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)
-    return {"rope_type": kind, **fields, "rope_theta": theta}
-
-
-def _window_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family is Family.LLAMA:
-        return {}
-    fields: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if family in (Family.QWEN2, Family.QWEN3):
-        fields["use_sliding_window"] = config.sliding_window is not None
-    return fields
 
 
 def _missing(config: ModelConfig, name: str) -> ConfigError:

@@ -2,67 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import ConfigError
 from .config import Family, ModelConfig
-from .hf_fields import ROPE_KEYS, given_sizes, head_dim, hf_config_dict, model_family
-
-_GEMMA = (Family.GEMMA2, Family.GEMMA3)
-_QWEN = (Family.QWEN2, Family.QWEN3)
-# What the Hugging Face classes assume where a config.json leaves a field out (save_pretrained leaves defaults out).
-_DEFAULTS: Mapping[str, Any] = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "sliding_window_pattern": 6,
-}
-_FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = {
-    Family.LLAMA: {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    Family.MISTRAL: {
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    Family.QWEN2: {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "sliding_window": 4096},
-    Family.QWEN3: {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-    },
-    Family.GEMMA2: {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-    },
-    Family.GEMMA3: {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-    },
-}
+from .families import facts_of
+from .families.facts import FULL
+from .hf_fields import ModelFields, given_sizes, head_dim, model_family, model_fields
+from .rope_fields import ORIGINAL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +37,15 @@ class ModelSpec:
     """On the attention's output projection."""
     mlp_bias: bool
     norms_per_layer: int
-    """RMS norms over the hidden size in one decoder layer: 2, or 4 in Gemma."""
+    """RMS norms over the hidden size in one decoder layer."""
+    norm_product_in_float32: bool
+    """Norms multiply with their weight before they return to the compute precision."""
+    has_score_softcap: bool
+    """Scores go through tanh before their softmax."""
+    has_logit_softcap: bool
+    """Logits do."""
+    rotary_tables: int
+    """Rotary tables of one micro-batch: one, or one per kind of layer."""
 
     @property
     def query_size(self) -> int:
@@ -102,8 +57,28 @@ class ModelSpec:
         return self.num_kv_heads * self.head_dim
 
 
-def layer_parameters(spec: ModelSpec) -> int:
+@dataclass(frozen=True, slots=True)
+class LayerParameters:
     """Weights of one decoder layer."""
+
+    total: int
+    """All that are there: bytes follow from them."""
+    active: int
+    """Those one token is multiplied with: FLOPs follow from them. Fewer than `total` where a token visits some experts only."""
+
+
+def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
+    """Weights of each decoder layer, from the first to the last."""
+    dense = _dense_layer_parameters(spec)
+    return (LayerParameters(total=dense, active=dense),) * spec.num_layers
+
+
+def active_layer_parameters(spec: ModelSpec) -> float:
+    """Weights of a decoder layer that one token is multiplied with, the layers' mean."""
+    return sum(layer.active for layer in layer_parameters(spec)) / spec.num_layers
+
+
+def _dense_layer_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
     matrices = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias + (2 * inner + hidden) * spec.mlp_bias
@@ -113,18 +88,16 @@ def layer_parameters(spec: ModelSpec) -> int:
 def num_parameters(spec: ModelSpec) -> int:
     """All weights; a tied head counts once."""
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    return spec.num_layers * layer_parameters(spec) + embeddings + spec.hidden_size
+    return sum(layer.total for layer in layer_parameters(spec)) + embeddings + spec.hidden_size
 
 
 def model_spec(config: ModelConfig) -> ModelSpec:
     """The sizes of a checked config: from its own fields, or from the config.json at its path."""
-    check_model(config)
-    family = model_family(config)
-    fields = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **hf_config_dict(config)}
-    _check_dropout(fields)
-    heads, bias = fields["num_attention_heads"], bool(fields.get("attention_bias"))
+    known = _checked(config)
+    facts, fields = known.facts, known.full
+    heads = fields["num_attention_heads"]
     return ModelSpec(
-        family=family,
+        family=facts.family,
         num_layers=fields["num_hidden_layers"],
         hidden_size=fields["hidden_size"],
         intermediate_size=fields["intermediate_size"],
@@ -133,37 +106,46 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
         vocab_size=fields["vocab_size"],
         tie_embeddings=bool(fields.get("tie_word_embeddings")),
-        max_positions=fields["max_position_embeddings"],
-        windows=_windows(family, fields),
-        qk_norm=family in (Family.QWEN3, Family.GEMMA3),
-        attention_bias=family is Family.QWEN2 or (bias and family is not Family.MISTRAL),
-        output_bias=bias and family not in (Family.QWEN2, Family.MISTRAL),
-        mlp_bias=family is Family.LLAMA and bool(fields.get("mlp_bias")),
-        norms_per_layer=4 if family in _GEMMA else 2,
+        max_positions=known.rope.reach,
+        windows=facts.windows(fields),
+        qk_norm=facts.qk_norm,
+        attention_bias=facts.qkv_bias(fields),
+        output_bias=facts.output_bias(fields),
+        mlp_bias=facts.mlp_bias(fields),
+        norms_per_layer=facts.norms_per_layer,
+        norm_product_in_float32=facts.norm_product_in_float32,
+        has_score_softcap=facts.has_score_softcap and fields.get("attn_logit_softcapping") is not None,
+        has_logit_softcap=facts.has_logit_softcap and fields.get("final_logit_softcapping") is not None,
+        rotary_tables=facts.rotary_tables,
     )
 
 
 def check_model(config: ModelConfig) -> None:
     """ConfigError unless the config names one model this package can train."""
+    _checked(config)
+
+
+def _checked(config: ModelConfig) -> ModelFields:
     if config.path is not None:
         _check_path(config)
     else:
         _check_present(config)
         _check_heads(config)
-        _check_window(config)
-    _check_rope(config)
+    known = model_fields(config)
+    _check_window(config, known)
+    return known
 
 
-def _check_dropout(fields: Mapping[str, Any]) -> None:
-    # Refused here for a message before anything starts; the layer adapters rely on it.
-    dropout = float(fields.get("attention_dropout") or 0.0)
-    if dropout > 0:
-        raise ConfigError(
-            "model.extra.attention_dropout",
-            found=f"{dropout:g}",
-            expected="0: block-wise attention has no dropout",
-            hint="model.extra.attention_dropout=0.0",
-        )
+def longer_positions(config: ModelConfig, length: int) -> list[str]:
+    """Overrides that extend a model to `length` positions: YaRN from the length it was made for; none is needed from scratch."""
+    known = _checked(config)
+    raised = f"model.max_positions={length}"
+    block = known.rope.parameters.get(FULL, known.rope.parameters)
+    if config.path is None and block["rope_type"] == "default":
+        return [raised]
+    original = block.get(ORIGINAL) or known.rope.positions
+    factor = max(-(-length // original), 1)
+    return [raised, f"'model.rope_scaling={{rope_type: yarn, factor: {factor}.0, {ORIGINAL}: {original}}}'"]
 
 
 def _check_path(config: ModelConfig) -> None:
@@ -180,7 +162,7 @@ def _check_path(config: ModelConfig) -> None:
 
 def _check_present(config: ModelConfig) -> None:
     needed = ["family", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size", "max_positions"]
-    if config.family in _GEMMA and "layer_types" not in config.extra:
+    if config.family is not None and facts_of(config.family).needs_window and "layer_types" not in config.extra:
         needed.append("sliding_window")
     missing = [name for name in needed if getattr(config, name) is None]
     if missing:
@@ -223,64 +205,31 @@ def _check_heads(config: ModelConfig) -> None:
         )
 
 
-def _check_window(config: ModelConfig) -> None:
-    if config.sliding_window is None:
+def _check_window(config: ModelConfig, known: ModelFields) -> None:
+    """ConfigError where a window is asked for and no layer has it."""
+    key = "model.sliding_window" if config.sliding_window is not None else "model.extra.sliding_window"
+    window = config.sliding_window if config.sliding_window is not None else config.extra.get("sliding_window")
+    if window is None or any(known.facts.windows(known.full)):
         return
-    assert config.family is not None
-    if config.family is Family.LLAMA:
+    family, layers = known.facts.family.value, known.full["num_hidden_layers"]
+    if not known.facts.has_window:
         raise ConfigError(
-            "model.sliding_window",
-            found=f"{config.sliding_window} for a llama model",
+            key,
+            found=f"{window} for a {family} model",
             expected="null: this family has no sliding window",
-            hint="model.sliding_window=null or model.family=mistral",
+            hint=f"{key}=null or model.family=mistral",
         )
-    if config.family in _QWEN and not any(_windows(config.family, {**_DEFAULTS, **hf_config_dict(config)})):
+    if "max_window_layers" not in known.facts.fields:
         raise ConfigError(
-            "model.sliding_window",
-            found=f"{config.sliding_window}, but no layer uses it: layers from max_window_layers ({_DEFAULTS['max_window_layers']}) on do",
-            expected=f"model.extra.max_window_layers below {config.num_layers}",
-            hint="+model.extra.max_window_layers=0",
+            key, found=f"{window}, but no layer uses it", expected="a layer of type sliding_attention in layer_types", hint=f"{key}=null"
         )
-
-
-def _check_rope(config: ModelConfig) -> None:
-    if config.rope_scaling is None:
-        return
-    kind = str(config.rope_scaling.get("rope_type", config.rope_scaling.get("type")))
-    if kind not in ROPE_KEYS:
-        raise ConfigError(
-            "model.rope_scaling.rope_type",
-            found=repr(kind),
-            expected=f"one of {', '.join(ROPE_KEYS)}",
-            hint="model.rope_scaling.rope_type=linear",
-        )
-    missing = [key for key in ROPE_KEYS[kind] if key not in config.rope_scaling]
-    if missing:
-        raise ConfigError(
-            f"model.rope_scaling.{missing[0]}",
-            found=f"no {', '.join(missing)} for rope_type {kind}",
-            expected=f"{', '.join(ROPE_KEYS[kind])}",
-            hint=" ".join(f"+model.rope_scaling.{key}=VALUE" for key in missing),
-        )
-
-
-def _windows(family: Family, fields: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Per layer, as the family's Hugging Face class reads its config."""
-    window: int | None = fields.get("sliding_window")
-    num_layers: int = fields["num_hidden_layers"]
-    if family is Family.LLAMA or (family in _QWEN and not fields.get("use_sliding_window")):
-        return (None,) * num_layers
-    if family is Family.MISTRAL:
-        return (window,) * num_layers
-    types = fields.get("layer_types") or [_slides(family, layer, fields) for layer in range(num_layers)]
-    return tuple(window if kind in (True, "sliding_attention") else None for kind in types)
-
-
-def _slides(family: Family, layer: int, fields: Mapping[str, Any]) -> bool:
-    if family in _QWEN:
-        return bool(layer >= fields["max_window_layers"])
-    period = 2 if family is Family.GEMMA2 else fields["sliding_window_pattern"]
-    return bool((layer + 1) % period)
+    first = known.full["max_window_layers"]
+    raise ConfigError(
+        key,
+        found=f"{window}, but no layer uses it: layers from max_window_layers ({first}) on do",
+        expected=f"model.extra.max_window_layers below {layers}, and model.extra.use_sliding_window=true",
+        hint="+model.extra.max_window_layers=0" + " +model.extra.use_sliding_window=true" * (config.path is not None),
+    )
 
 
 def _shown(value: object) -> str:

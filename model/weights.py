@@ -4,50 +4,100 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .build import local_slices
+from ..parallel.sharding.parts import memory_of, slices
+from .config import ModelConfig
+from .families.facts import FamilyFacts
+from .hf_fields import model_fields
+from .load_plan import EMBEDDING, HEAD, LoadPlan, Wanted, plan_load
+from .model_check import file_vocabulary
+from .model_files import local_folder
+from .new_rows import new_rows
+from .weight_files import read_headers
+
+Progress = Callable[[str], None]
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: str, told: Callable[[str], None] | None = None) -> None:
-    """Fill every parameter from a directory of safetensors, or a hub name where there is a network.
+def load_weights(
+    model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None, groups: Sequence[dist.ProcessGroup] = ()
+) -> None:
+    """Fill every parameter from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
 
-    ConfigError where files are missing, or a tensor is missing or has another shape: all of them named, nothing half-loaded is used.
-    `told` hears of each tensor that is read.
+    ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
+    none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:
+    those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any.
     """
-    folder = _folder(path)
-    files = _index(folder)
+    assert config.path is not None
+    folder, known = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
     parameters = dict(model.named_parameters())
-    missing = [name for name in parameters if name not in files]
-    if missing:
-        raise _wrong(
-            folder, f"no tensor for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}", "every weight of the model"
-        )
+    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, known.facts, file_vocabulary(known))
+    plan = plan_load(wanted, read_headers(folder), folder)
+    bad: list[str] = []
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(set(files.values()))}
+        files = {stored.file for stored in plan.sources.values()}
+        opened = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(files)}
         for name, parameter in parameters.items():
-            if told is not None:
-                told("reading weights")
-            saved = opened[files[name]].get_slice(name)
-            if list(saved.get_shape()) != list(parameter.shape):
-                raise _wrong(folder, f"{name} of shape {saved.get_shape()}", f"{list(parameter.shape)}")
-            if isinstance(parameter, DTensor):
-                part = local_slices(parameter)
-                # safetensors slices must not be empty: a rank beyond the last row holds none.
-                if all(piece.start < piece.stop for piece in part):
-                    parameter.to_local().copy_(saved[part])
-            else:
-                parameter.copy_(saved[:])
+            if on_progress is not None:
+                on_progress("reading weights")
+            saved = opened[plan.sources[name].file].get_slice(plan.names[name])
+            _fill(parameter, name, plan, saved, seed)
+            bad += _faults(parameter, name, saved, known.facts)
+    _refuse_faults(bad, folder, groups)
+
+
+def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
+    """This rank's part of one parameter, new rows included."""
+    local, part = memory_of(parameter), slices(parameter)
+    # safetensors slices must not be empty: a rank beyond the last row holds none.
+    if any(piece.start >= piece.stop for piece in part):
+        return
+    rows = plan.sources[name].shape[0]
+    if name not in (EMBEDDING, HEAD) or part[0].stop <= rows:
+        local.copy_(saved[part])
+        return
+    there = max(0, rows - part[0].start)
+    if there:
+        local[:there].copy_(saved[(slice(part[0].start, rows), *part[1:])])
+    made = new_rows(saved, rows, parameter.shape[0] - rows, f"{seed}:{name}")
+    local[there:].copy_(made[max(part[0].start - rows, 0) : part[0].stop - rows, part[1]])
+
+
+def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
+    """What is wrong with the numbers of this rank's part, or of a whole norm."""
+    local: Tensor = memory_of(parameter)
+    if not bool(torch.isfinite(local).all()):
+        return [f"NaN or infinite numbers in {name}"]
+    if name.endswith("norm.weight") and not bool((saved[:].float() + facts.norm_offset).any()):
+        return [f"zeros only in {name}"]
+    return []
+
+
+def _refuse_faults(mine: list[str], folder: Path, groups: Sequence[dist.ProcessGroup]) -> None:
+    """ConfigError on every rank where any of them read numbers that cannot be trained."""
+    for group in groups:
+        everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+        mine = [fault for faults in everyone for fault in faults or ()]
+    found = list(dict.fromkeys(mine))
+    if found:
+        more = f" and in {len(found) - 5} more tensors" if len(found) > 5 else ""
+        raise ConfigError(
+            f"model.path {folder}",
+            found=f"{'; '.join(found[:5])}{more}",
+            expected="finite weights, and norms that are not zero: no document can be learnt with these",
+            hint="the weights as they were published, or of an earlier checkpoint",
+        )
 
 
 EDGE_BYTES = 4096
@@ -59,11 +109,11 @@ def weights_fingerprint(path: str) -> str:
 
     Of each file: name, size, header, and both ends of the data of every tensor. ConfigError as for `load_weights`.
     """
-    folder = _folder(path)
+    folder = _whole_folder(path)
     digest = hashlib.sha256()
     config = folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
-    for name in sorted(set(_index(folder).values())):
+    for name in sorted({stored.file for stored in read_headers(folder).values()}):
         digest.update(f"{name} {(folder / name).stat().st_size}".encode())
         with (folder / name).open("rb") as file:
             for part in _telling_parts(file):
@@ -86,9 +136,11 @@ def _telling_parts(file: BinaryIO) -> Iterator[bytes]:
             yield file.read(min(EDGE_BYTES, stop - place))
 
 
-def _folder(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
+def _whole_folder(path: str) -> Path:
+    """The directory with all files: those of a hub name are fetched where they are not in the cache."""
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
@@ -100,22 +152,3 @@ def _folder(path: str) -> Path:
             expected="a directory of safetensors, or a hub name and a network",
             hint="model.path=DIRECTORY",
         ) from error
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return names
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise _wrong(folder, "neither model.safetensors nor model.safetensors.index.json", "one of them")
-    with safe_open(single, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), single.name)
-
-
-def _wrong(folder: Path, found: str, expected: str) -> ConfigError:
-    return ConfigError(
-        f"model.path={folder}", found=found, expected=expected, hint="a directory written by save_pretrained, or model.path=null"
-    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ..cluster.config import Machines
 from ..errors import ConfigError
 from ..units import Seconds, Tokens
+from ..utils.ranges import TOKENS, WAIT_S, Range, check_ranges
 
 
 class SequenceMode(Enum):
@@ -68,6 +69,16 @@ class ParallelConfig:
     probe_s: Seconds = 10.0
     """adaptive: how long a run measures this machine before its first step, where no profile is of it; 0: plans go by arithmetic."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "replicate": Range(1, 1 << 26),
+        "shard": Range(1, 1 << 26),
+        "sp_degree": Range(1, 1 << 26),
+        "ulysses_degree": Range(1, 1 << 26),
+        "tokens_per_rank": Range(1, TOKENS),
+        "plan_patience_s": Range(0, WAIT_S),
+        "probe_s": Range(0, WAIT_S),
+    }
+
 
 class AttentionHeads(Protocol):
     """What a layout has to know of the model."""
@@ -78,26 +89,11 @@ class AttentionHeads(Protocol):
 
 def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: AttentionHeads) -> None:
     """ConfigError unless the axes multiply to the world and the sequence groups suit world and heads."""
-    _check_counts(parallel, cluster)
+    check_ranges(parallel, "parallel")
     _check_world(parallel, cluster)
     _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
     _check_scheme(parallel, spec.num_heads)
     _check_barrier_free(parallel)
-
-
-def _check_counts(parallel: ParallelConfig, cluster: Machines) -> None:
-    counts = {
-        "cluster.num_nodes": cluster.num_nodes,
-        "cluster.ranks_per_node": cluster.ranks_per_node,
-        "parallel.replicate": parallel.replicate,
-        "parallel.shard": parallel.shard,
-        "parallel.tokens_per_rank": parallel.tokens_per_rank,
-    }
-    for key, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(key, found=str(value), expected="1 or more", hint=f"{key}=1")
-    if not 0 <= parallel.probe_s < math.inf:
-        raise ConfigError("parallel.probe_s", found=f"{parallel.probe_s:g}", expected="seconds, 0 for no probe", hint="parallel.probe_s=10")
 
 
 def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:

@@ -37,33 +37,88 @@ def aligned_blocks(world_size: int) -> tuple[AlignedBlock, ...]:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place and the communicators it may use; made once, by every rank in the same order."""
+    """This rank's place and the communicators it may use; made once, by every rank in the same order.
+
+    Note: which ranks. The run's ranks are cut into stages of equally many, next to each other; a stage's ranks hold the same layers.
+    Step plans, groups and blocks count the ranks of a stage (`stage_rank`), everything between processes those of the run (`rank`).
+    With one stage the two are the same. Every collective names its group: `world`, `stage`, a sequence group (`group`), or those
+    of `mesh` for weights; none goes to torch's default group.
+    """
 
     rank: int
+    """In the run."""
     world_size: int
+    """Ranks of the run."""
     device: str
     mesh: DeviceMesh
-    """`(replicate, shard)` where there are replicas, else `(shard,)`."""
+    """Of the stage: `(replicate, shard)` where there are replicas, else `(shard,)`."""
+    world: ProcessGroup
+    """All ranks of the run."""
+    stage: ProcessGroup
+    """Ranks that hold the same layers; `world` itself where there is one stage."""
     groups: dict[AlignedBlock, ProcessGroup] = field(default_factory=dict)
+    """Sequence groups this rank is in, by their ranks in the stage."""
+    num_stages: int = 1
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of each stage."""
+        return self.world_size // self.num_stages
+
+    @property
+    def stage_index(self) -> int:
+        """Which stage this rank is in."""
+        return self.rank // self.stage_size
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank in its stage: what step plans count."""
+        return self.rank % self.stage_size
 
     def group(self, first: int, degree: int) -> ProcessGroup | None:
-        """The communicator of an aligned block this rank belongs to; None for a block of one."""
+        """The communicator of an aligned block of the stage this rank belongs to; None for a block of one."""
         return None if degree == 1 else self.groups[AlignedBlock(first, degree)]
 
 
-def build_topology(*, replicate: int, device: str, timeout_s: float = 600.0) -> Topology:
-    """Make the mesh and every aligned group. Collective: all ranks call it at the same point, after init_process_group."""
+def whole_world() -> ProcessGroup:
+    """The group of all ranks of the run, for collectives that come before there is a topology; after init_process_group."""
     import torch.distributed as dist
+
+    world = dist.group.WORLD
+    assert world is not None, "init_process_group comes first"
+    return world
+
+
+def build_topology(*, replicate: int, device: str, stages: int = 1, timeout_s: float = 600.0) -> Topology:
+    """Make the mesh and every aligned group of every stage. Collective: all ranks call it at the same point, after init_process_group.
+
+    `replicate`: copies of a stage's weights. The world is a multiple of `stages` x `replicate`.
+    """
+    import torch.distributed as dist
+
+    world = whole_world()
+    rank, world_size = dist.get_rank(world), dist.get_world_size(world)
+    size, timeout = world_size // stages, timedelta(seconds=timeout_s)
+    assert size * stages == world_size and size % replicate == 0, "ranks divide over stages and replicas"
+    mesh, stage, groups = _mesh(device, stages, replicate, size), world, {}
+    # Every rank takes part in making every group, its own or not.
+    for first in range(0, world_size, size):
+        mine = first <= rank < first + size
+        if stages > 1:
+            made = dist.new_group(list(range(first, first + size)), timeout=timeout)
+            stage = made if mine else stage
+        for block in aligned_blocks(size):
+            made = dist.new_group([first + member for member in block.ranks], timeout=timeout)
+            if mine and rank - first in block.ranks:
+                groups[block] = made
+    return Topology(rank, world_size, device, mesh, world, stage, groups, stages)
+
+
+def _mesh(device: str, stages: int, replicate: int, size: int) -> DeviceMesh:
+    """Of this rank's stage."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if replicate > 1:
-        mesh = init_device_mesh(device, (replicate, world_size // replicate), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
-    groups = {}
-    for block in aligned_blocks(world_size):
-        made = dist.new_group(list(block.ranks), timeout=timedelta(seconds=timeout_s))
-        if rank in block.ranks:
-            groups[block] = made
-    return Topology(rank, world_size, device, mesh, groups)
+    axes = {"stage": stages, "replicate": replicate, "shard": size // replicate}
+    used = {name: length for name, length in axes.items() if length > 1 or name == "shard"}
+    mesh = init_device_mesh(device, tuple(used.values()), mesh_dim_names=tuple(used))
+    return mesh[tuple(name for name in used if name != "stage")] if stages > 1 else mesh

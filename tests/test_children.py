@@ -14,8 +14,8 @@ from efflaunch.utils.signal_mask import STOP_SIGNALS, stop_signals_blocked
 CHILD = """
 import sys
 sys.stdin.readline()
-from efflaunch.children import stay_deaf
-stay_deaf()
+from efflaunch.utils.signal_mask import ignore_stop_signals
+ignore_stop_signals()
 print("ready", flush=True)
 sys.stdin.readline()
 print("alive", flush=True)

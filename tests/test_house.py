@@ -133,6 +133,10 @@ def test_folders_import_one_way() -> None:
     assert packages == {folder for floor in ORDER for folder in floor} - {"units", "errors"}, "every folder has its place in the order"
 
 
+def test_the_root_holds_folders_and_four_files() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "units.py"}
+
+
 def test_only_the_launcher_knows_hydra_and_ray() -> None:
     for path in sources("training", "estimate", "model", "parallel", "memory", "checkpoint", "cluster", "utils"):
         heads = {module.partition(".")[0] for module in imported_modules(ast.parse(path.read_text()), path)}
@@ -155,6 +159,7 @@ PURE_FOLDERS = ("launcher", "estimate", "cluster", "utils")
 PURE_FILES = (
     *("model/config.py", "model/spec.py", "model/hf_fields.py", "memory/config.py", "memory/policy.py", "memory/ranges.py"),
     *("parallel/config.py", "parallel/layout.py", "parallel/sequence/plan.py", "parallel/sequence/degrees.py"),
+    *("parallel/sharding/engine.py", "parallel/pipeline/plan.py", "training/optimizers/engine_check.py"),
     *("checkpoint/config.py", "checkpoint/interval.py", "checkpoint/throttle.py", "checkpoint/sizes.py", "checkpoint/replica/plan.py"),
     *("training/config.py", "training/data/config.py", "training/optimizers/config.py", "training/reporting/config.py"),
 )
@@ -233,3 +238,89 @@ def test_sources_are_ascii_in_comments() -> None:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.lstrip().startswith("#"):
                 assert line.isascii(), f"{name(path)}:{number}"
+
+
+ENGINE_NAMES = {"DTensor", "FSDPModule", "fully_shard", "distribute_tensor", "_StridedShard"}
+ENGINE_MODULES = ("torch.distributed.tensor", "torch.distributed.fsdp")
+MAY_NAME_ENGINES = {
+    "parallel/sharding/engine.py": "which modules are imported before ranks are forked",
+    "parallel/sharding/fsdp2.py": "the engine itself",
+    "parallel/sharding/parts.py": "which part of a tensor a rank holds",
+    "bench/bare_rank.py": "a plain loop to be measured against",
+    "bench/contestants.py": "a plain loop to be measured against",
+    "bench/chaos.py": "sharded tensors without any of our engines",
+}
+"""Everybody else asks these: a second engine touches parallel/sharding/ and training/engines.py."""
+
+
+def engine_names(path: Path) -> set[str]:
+    """What a source names of an engine: imports (also late ones, also by their name as text), names and attributes."""
+    tree = ast.parse(path.read_text())
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    modules = {module for module in (*imported_modules(tree, path), *texts) if module.startswith(ENGINE_MODULES)}
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return modules | (names & ENGINE_NAMES)
+
+
+def test_what_engines_are_made_of_is_named_in_few_files() -> None:
+    folders = [folder for folder in CODE_FOLDERS if folder != "tests"]
+    found = {name(path) for path in sources(*folders) if engine_names(path)}
+    assert found == set(MAY_NAME_ENGINES)
+
+
+COLLECTIVES = re.compile(
+    r"^(all_gather|all_reduce|all_to_all|barrier|broadcast|gather|irecv|isend|monitored_barrier|recv|reduce|reduce_scatter|scatter|send)"
+    r"(_object|_object_list|_single|_into_tensor|_tensor|_coalesced)?$"
+)
+ASKS = {"get_rank", "get_world_size"}
+"""Of a group, too: what is as long as a group must not be as long as the world."""
+
+
+def unnamed_groups(path: Path) -> list[str]:
+    """Uses of torch.distributed's collectives that go to its default group because none is named, and such functions passed on."""
+    tree = ast.parse(path.read_text())
+    parents = {id(child): node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    out = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("dist", "torch.distributed")):
+            continue
+        if not (COLLECTIVES.match(node.attr) or node.attr in ASKS):
+            continue
+        call = parents[id(node)]
+        if not isinstance(call, ast.Call):
+            out.append(f"{name(path)}:{node.lineno}: {node.attr} without a call")
+        elif call.func is node:
+            # What is asked of a group has it as its only argument.
+            if not (any(keyword.arg == "group" for keyword in call.keywords) or (node.attr in ASKS and call.args)):
+                out.append(f"{name(path)}:{node.lineno}: {node.attr} of no group")
+        elif not (ast.unparse(call.func).endswith("P2POp") and any(keyword.arg == "group" for keyword in call.keywords)):
+            out.append(f"{name(path)}:{node.lineno}: {node.attr} passed on without a group")
+    return out
+
+
+@pytest.mark.parametrize("path", sources("training", "model", "parallel", "memory", "checkpoint", "utils"), ids=name)
+def test_every_collective_names_its_group(path: Path) -> None:
+    assert not unnamed_groups(path)
+
+
+def test_the_walk_over_collectives_sees_what_it_is_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    lines = {
+        "dist.all_reduce(x)": 1,
+        "dist.all_reduce(x, dist.ReduceOp.MAX, group=g)": 0,
+        "dist.barrier()": 1,
+        "measure(together=dist.barrier)": 1,
+        "torch.distributed.broadcast_object_list(x, 0, device=d)": 1,
+        "dist.P2POp(dist.isend, x, 1)": 1,
+        "dist.P2POp(dist.isend, x, group=g, group_peer=1)": 0,
+        "dist.get_world_size()": 1,
+        "dist.get_world_size(g)": 0,
+        "dist.all_gather_object(rows, x)": 1,
+        "dist.is_initialized()": 0,
+        "self.all_reduce(x)": 0,
+    }
+    path = tmp_path / "one.py"
+    for line, count in lines.items():
+        path.write_text(line)
+        assert len(unnamed_groups(path)) == count, line

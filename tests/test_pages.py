@@ -12,12 +12,13 @@ def test_runs_page(tmp_path: Path) -> None:
     printed = run_page("runs.md", tmp_path)
     run = tmp_path / "work" / "runs" / "demo"
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 11))
     there = {path.name for path in run.iterdir()}
     assert {"run.yaml", "run.sha256", "revisions", "metrics.jsonl", "logs", "checkpoints", "state.json"} <= there
     for exported in ("exported", "exported-float32"):
         assert (tmp_path / "work" / exported / "model.safetensors").is_file()
-    assert "train.steps: 6 -> 8" in printed
+    assert "train.steps: 6 -> 8" in printed and "schedule kept as it was, over 6 steps" in printed
+    assert "schedule begun anew" in printed
 
 
 def test_launching_page(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ..estimate.certificate import Certificate, Check, certify
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.suggestions import check_fits
+from ..parallel.topology import whole_world
 from .agreed_rates import settled_rates
 from .step_planner import this_hardware
 
@@ -32,7 +33,8 @@ def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | Non
     """
     told: list[Ledger | UserError | str | None] = [None]
     failure: Exception | None = None
-    if dist.get_rank() == 0:
+    world = whole_world()
+    if dist.get_rank(world) == 0:
         try:
             ledger = build_ledger(PlanInputs.of(config, settled_rates(config, this_hardware(device), run_dir)))
             check_fits(ledger)
@@ -41,7 +43,7 @@ def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | Non
             told[0] = error
         except Exception as error:  # the others wait in the broadcast
             told[0], failure = f"{type(error).__name__}: {error}", error
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(told, 0, group=world, device=torch.device("cpu"))
     answer = told[0]
     if isinstance(answer, UserError):
         raise answer

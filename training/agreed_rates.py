@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..cluster.rates import MeasuredRates, rates_from
+from ..cluster.rates import MachineRates, MeasuredRates
 from ..estimate.measured.find_rates import find_rates
 from ..utils.atomic_files import write_atomic
+from ..utils.decode import decode, set_aside
 
 if TYPE_CHECKING:
     from .run_settings import RunSettings
 
 RATES_FILE = "rates.json"
+log = logging.getLogger(__name__)
 
 
 def settled_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> MeasuredRates | None:
@@ -25,11 +28,31 @@ def settled_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> M
     made_for = [config.parallel.profile, hardware, config.cluster.ranks_per_node, config.memory.offload_dir]
     path = None if run_dir is None else run_dir / RATES_FILE
     if path is not None and path.exists():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if told["for"] == made_for:
-            return None if told["rates"] is None else MeasuredRates(rates=rates_from(told["rates"]), source=told["source"])
+        try:
+            kept = _Kept.parsed(path.read_bytes())
+            if kept.made_for == made_for:
+                return kept.measured
+        except (ValueError, RecursionError) as error:
+            log.warning("%s", set_aside(path, error))
     found = find_rates(config.parallel.profile, config.cluster, hardware, config.memory.offload_dir)
     if path is not None:
-        kept = {"rates": None, "source": ""} if found is None else {"rates": asdict(found.rates), "source": found.source}
-        write_atomic(path, json.dumps({"for": made_for, **kept}, indent=1))
+        values = {"rates": None, "source": ""} if found is None else {"rates": asdict(found.rates), "source": found.source}
+        write_atomic(path, json.dumps({"for": made_for, **values}, indent=1))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What RATES_FILE holds."""
+
+    made_for: Any
+    measured: MeasuredRates | None
+
+    @classmethod
+    def parsed(cls, text: bytes) -> _Kept:
+        """ValueError where it is not what was written."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or not {"for", "rates", "source"} <= data.keys() or not isinstance(data["source"], str):
+            raise ValueError("it lacks what it is for, the rates or their source")
+        rates = data["rates"]
+        return cls(data["for"], None if rates is None else MeasuredRates(rates=decode(MachineRates, rates, "rates"), source=data["source"]))

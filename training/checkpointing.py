@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..errors import CheckpointError
 
@@ -59,6 +60,13 @@ class Saves:
     def replicated(self, report: ReplicaReport) -> None:
         """How its replica went. It counts for nothing here: what is in memory is on no disk."""
         self._report("replica", step=report.step, error=report.error, replica_s=report.replica_s)
+
+    def mirrored(self, report: MirrorReport) -> None:
+        """How its copy in the second place went, which may be of a step of a while ago."""
+        if report.error is None:
+            self._report("mirrored", step=report.step, mirror_s=report.mirror_s)
+        else:
+            self._report("mirror_failed", step=report.step, error=report.error)
 
 
 def _nobody(event: str, **fields: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from ..errors import ConfigError
 from ..units import Tokens
+from ..utils.ranges import STEPS, TOKENS, Range, check_ranges
 
 
 class Dtype(Enum):
@@ -47,12 +50,21 @@ class TrainConfig:
     grpo_kl_weight: float = 0.0
     """grpo only: weight of the divergence from the reference, per token."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "steps": Range(1, STEPS, example=100),
+        "seed": Range(0, 1 << 63),
+        "z_loss": Range(0, 1000),
+        "loss_chunk_tokens": Range(1, TOKENS),
+        "dpo_beta": Range(0, 1e6, above=True),
+        "grpo_clip_low": Range(0, 1, above=True),
+        "grpo_clip_high": Range(0, 1e6, above=True),
+        "grpo_kl_weight": Range(0, 1e6),
+    }
+
 
 def check_train(config: TrainConfig) -> None:
     """ConfigError where a length is none, or the settings of the objective make no sense."""
-    for key, count, hint in (("steps", config.steps, 100), ("loss_chunk_tokens", config.loss_chunk_tokens, 2048)):
-        if count < 1:
-            raise ConfigError(f"train.{key}", found=str(count), expected="1 or more", hint=f"train.{key}={hint}")
+    check_ranges(config, "train")
     if config.objective is not Objective.LANGUAGE_MODELLING and config.z_loss:
         raise ConfigError(
             "train.z_loss",
@@ -60,12 +72,3 @@ def check_train(config: TrainConfig) -> None:
             expected="it with language modelling only",
             hint="train.z_loss=0",
         )
-    for key, value, valid, expected in (
-        ("dpo_beta", config.dpo_beta, config.dpo_beta > 0, "more than 0"),
-        ("grpo_clip_low", config.grpo_clip_low, 0 < config.grpo_clip_low <= 1, "more than 0, at most 1"),
-        ("grpo_clip_high", config.grpo_clip_high, config.grpo_clip_high > 0, "more than 0"),
-        ("grpo_kl_weight", config.grpo_kl_weight, config.grpo_kl_weight >= 0, "0 or more"),
-    ):
-        if not valid:
-            default = TrainConfig.__dataclass_fields__[key].default
-            raise ConfigError(f"train.{key}", found=str(value), expected=expected, hint=f"train.{key}={default}")

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import NonFiniteLossError
+from ..parallel.topology import whole_world
 from .data.shard import PackedShard
 
 NUM_NAMED = 8
@@ -65,20 +67,31 @@ def non_finite(
     *,
     layer: str | None = None,
     partly_applied: bool = False,
+    bad_weights: Sequence[str] = (),
 ) -> NonFiniteLossError:
     """The error for a step whose loss or gradient norm is `value`: ranks, documents and their tokens. Collective over all ranks.
 
     `shares`: this rank's loss of each micro-batch. Where none is to blame alone, the gradients are. `layer`: the first in backward
-    whose gradients are not finite; `partly_applied`: those before it have been updated.
+    whose gradients are not finite; `partly_applied`: those before it have been updated. `bad_weights` (`weights_at_fault`): with
+    any, it is those and no document.
     """
+    if bad_weights:
+        more = f" and {len(bad_weights) - NUM_NAMED} more" if len(bad_weights) > NUM_NAMED else ""
+        return NonFiniteLossError(
+            f"step {step + 1}",
+            found=f"a loss or gradient norm of {value}: NaN or infinite weights in {', '.join(bad_weights[:NUM_NAMED])}{more}",
+            expected="finite weights before the step; no document is at fault",
+            hint="an earlier checkpoint or other weights at model.path, and a lower optim.lr if they became so in training",
+        )
     mine = [
         found
         for index, share in enumerate(shares.tolist())
         if not math.isfinite(share)
         for found in _tokens_of(works[index], watch.spans(index, works[index].shard))
     ]
-    everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    world = whole_world()
+    everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size(world)
+    dist.all_gather_object(everyone, mine, group=world)
     ranks = ", ".join(str(rank) for rank, found in enumerate(everyone) if found)
     documents = [source.describe(step, *span) for span in _merged([span for found in everyone for span in found or ()])]
     more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""
@@ -94,6 +107,18 @@ def non_finite(
         expected=f"finite numbers; {kept}",
         hint="a lower optim.lr or a smaller optim.grad_clip, or take the documents named out of the corpus",
     )
+
+
+def weights_at_fault(model: nn.Module) -> list[str]:
+    """Names of parameters with numbers that are not finite, on any rank. Collective over all ranks."""
+    mine = []
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not bool(torch.isfinite(local).all()):
+            mine.append(name)
+    everyone: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return list(dict.fromkeys(name for names in everyone for name in names or ()))
 
 
 def _tokens_of(work: _Work, spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int | None]]:

@@ -15,6 +15,7 @@ from ..estimate.ledger import Ledger
 from ..estimate.oom_report import Numbers, OutOfMemory, host_report, oom_report, requested_bytes
 from ..memory.offload.checks import free_memory
 from ..memory.position import Position
+from ..parallel.topology import whole_world
 
 LOW_HOST_BYTES = 64 << 20
 """Of each rank of a node: with less than this left between two steps, the run saves and ends before the kernel ends it."""
@@ -34,15 +35,16 @@ def memory_errors_named(
         numbers = numbers_of(ledger, device, requested_bytes(str(error)), resident)
         # The frames hold the step's tensors; what follows needs room of its own.
         traceback.clear_frames(error.__traceback__)
-        raise oom_report(ledger, numbers, position, rank=dist.get_rank(), step=step(), resume=resume) from error
+        raise oom_report(ledger, numbers, position, rank=dist.get_rank(whole_world()), step=step(), resume=resume) from error
 
 
 def host_error(ledger: Ledger, rank: int, free_bytes: int, *, step: int, resume: str) -> OutOfMemory:
     """The error where the node of `rank` has only `free_bytes` left. That node says its name and what limits it. Collective."""
     told: list[tuple[str, str] | None] = [None]
-    if dist.get_rank() == rank:
+    world = whole_world()
+    if dist.get_rank(world) == rank:
         told[0] = socket.gethostname(), free_memory().limited_by
-    dist.broadcast_object_list(told, rank, device=torch.device("cpu"))
+    dist.broadcast_object_list(told, rank, group=world, device=torch.device("cpu"))
     assert told[0] is not None
     node, limited_by = told[0]
     return host_report(ledger, free_bytes, limited_by, rank=rank, node=node, step=step, resume=resume)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.runtime import sequence_attention
 from ..utils.atomic_files import sync, write_atomic
+from ..utils.decode import decode, set_aside
 from .data.indexed import Kind
 from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource
@@ -30,6 +33,7 @@ from .step import MicroBatchWork, read_step, to_tokens
 
 COMMIT_EVERY_S = 5.0
 STATE = "progress.json"
+log = logging.getLogger(__name__)
 ScoredTokens = tuple[int, int, np.ndarray]
 """(corpus, first number in its file, values to put or add there)."""
 
@@ -54,37 +58,37 @@ def fill_scores(
     `weights`: a name of the weights the model has now; an unfinished attempt with others, or other documents, is begun anew.
     `plan`: from the lengths of some sequences to who computes which. `report` is told how far it is. Collective over all ranks.
     """
-    rows = np.flatnonzero(np.isin(session.source.table.corpus, missing))
-    store = _Store(session.source, run_dir, missing, weights) if dist.get_rank() == 0 else None
+    rows, world = np.flatnonzero(np.isin(session.source.table.corpus, missing)), session.topology
+    store = _Store(session.source, run_dir, missing, weights) if world.rank == 0 else None
     first = torch.tensor(store.rows_done if store is not None else 0, device=session.device)
-    dist.broadcast(first, 0)
+    dist.broadcast(first, 0, group=world.world)
     done, total = int(first), int(session.source.table.lengths_of(rows).sum())
     tokens_done, source = int(session.source.table.lengths_of(rows[:done]).sum()), session.source.in_order(rows[done:])
     begun = time.monotonic()
     for step in range(source.sampler.num_steps):  # type: ignore[union-attr]
         lengths = source.lengths(step)
         found = _score_step(session, source, step, plan(lengths))
-        gathered: list[Any] | None = [None] * dist.get_world_size() if store is not None else None
-        dist.gather_object(found, gathered)
+        gathered: list[Any] | None = [None] * world.world_size if store is not None else None
+        dist.gather_object(found, gathered, dst=0, group=world.world)
         done, tokens_done = done + len(lengths), tokens_done + sum(lengths)
         if store is not None and gathered is not None:
             store.add([piece for pieces in gathered for piece in pieces], done)
             if store.is_due or done == len(rows):
                 store.commit()
                 report("score", done_tokens=tokens_done, total_tokens=total, elapsed_s=time.monotonic() - begun)
-        if _any_rank(stop.requested, session.device) and done < len(rows):
+        if _any_rank(stop.requested, session) and done < len(rows):
             if store is not None:
                 store.commit()
             return False
     if store is not None:
         store.finish()
-    dist.barrier()
+    dist.barrier(group=world.world)
     return True
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    told = torch.tensor(int(flag), device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
+def _any_rank(flag: bool, session: Session) -> bool:
+    told = torch.tensor(int(flag), device=session.device)
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=session.topology.world)
     return bool(told)
 
 
@@ -92,7 +96,7 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
 def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan) -> list[ScoredTokens]:
     """This rank's part of the sequences of a step."""
     found: list[ScoredTokens] = []
-    for work in read_step(source, step, plan, session.topology.rank):
+    for work in read_step(source, step, plan, session.topology.stage_rank):
         attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, BusyClock(session.device))
         values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
         found += _pieces(source, step, work, values)
@@ -118,6 +122,14 @@ def _pieces(source: DataSource, step: int, work: MicroBatchWork, values: np.ndar
         yield sequence.corpus, span.start, mine[: span.stop - span.start]
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """What progress.json holds."""
+
+    identity: str
+    rows_done: int
+
+
 class _Store:
     """The files while they grow, on rank 0."""
 
@@ -129,6 +141,7 @@ class _Store:
             if index in missing
         }
         self._state.parent.mkdir(parents=True, exist_ok=True)
+        self._corpora = source.corpora
         self._paths = {index: run_scores(run_dir, index, source.corpora[index]) for index in missing}
         self.rows_done, self._committed = self._resumed(), time.monotonic()
         self._arrays = {index: self._open(path, *score_shape(source.corpora[index])) for index, path in self._paths.items()}
@@ -136,10 +149,20 @@ class _Store:
     def _resumed(self) -> int:
         if not self._state.exists():
             return 0
-        told = json.loads(self._state.read_text(encoding="utf-8"))
-        if not all(_part(path).exists() for path in self._paths.values()):
+        try:
+            kept = decode(_Progress, json.loads(self._state.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            log.warning("%s", set_aside(self._state, error))
             return 0
-        return int(told["rows_done"]) if told["identity"] == self._identity else 0
+        if kept.identity != self._identity or kept.rows_done < 0 or not all(self._is_whole(index) for index in self._paths):
+            return 0
+        return kept.rows_done
+
+    def _is_whole(self, index: int) -> bool:
+        """Whether the unfinished file of a corpus has its length."""
+        dtype, count = score_shape(self._corpora[index])
+        part = _part(self._paths[index])
+        return part.is_file() and part.stat().st_size == count * dtype.itemsize
 
     def _open(self, path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
         array = np.memmap(_part(path), dtype=dtype, mode="r+" if self.rows_done else "w+", shape=(count,))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ..checkpoint.engine import CheckpointEngine, SaveReport
+from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
 from ..estimate.footprint.host import arena_bytes
@@ -26,21 +27,25 @@ from ..memory.offload.checks import check_offload_space
 from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
 from ..memory.position import Position
-from ..model.spec import ModelSpec, layer_parameters, model_spec
-from ..parallel.config import GradReduce
+from ..model.spec import ModelSpec, active_layer_parameters, model_spec
+from ..parallel.config import GradReduce, ParallelConfig
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
-from ..parallel.topology import Topology, build_topology
+from ..parallel.topology import Topology, build_topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
+from ..utils.text import typed
 from .agreed_ledger import agreed_ledger
+from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
+from .engines import builder_of
 from .oom import memory_errors_named
-from .optimizers.build import build_trained
+from .optimizers.build import Trained
 from .optimizers.config import Update
 from .optimizers.room import check_update_memory
 from .optimizers.updater import Updater
 from .run_settings import RunSettings
+from .step import StepSetup
 
 log = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -57,20 +62,35 @@ class Session:
     ledger: Ledger
     spec: ModelSpec
     source: DataSource
-    model: PreTrainedModel
-    updater: Updater
-    """Owns the optimizer, and the weights that checkpoints hold."""
-    engine: CheckpointEngine
-    kernel: BlockKernel
+    data: dict[str, Any]
+    """What the data is (data.identity), as checkpoints keep it."""
+    trained: Trained
+    """The model, its weights and updater, as the engine built them."""
+    checkpointer: CheckpointEngine
+    step_setup: StepSetup
+    """What all steps have in common."""
     store: HostStore | None
     """Where activations wait that the memory policy moves off the device."""
-    reduce_each: bool
-    """Gradients are reduced after every micro-batch, not once per step."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The trained model; weights and names are Hugging Face's."""
+        return self.trained.model
+
+    @property
+    def updater(self) -> Updater:
+        """Who owns the optimizer."""
+        return self.trained.updater
+
+    @property
+    def kernel(self) -> BlockKernel:
+        """Attention of one block on this device."""
+        return self.step_setup.kernel
 
     @property
     def linear_cost_tokens(self) -> float:
         """Tokens of attention span whose cost equals the layer's token-local work: 2 P / (2 H D) per token and layer."""
-        return layer_parameters(self.spec) / self.spec.query_size
+        return active_layer_parameters(self.spec) / self.spec.query_size
 
 
 def join_ranks(cluster: ClusterConfig) -> torch.device:
@@ -81,7 +101,7 @@ def join_ranks(cluster: ClusterConfig) -> torch.device:
         dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         return torch.device("cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    device = torch.device("cuda", dist.get_rank() % cluster.ranks_per_node)
+    device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
     return device
 
@@ -92,14 +112,16 @@ def build_session(
     device: torch.device,
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
+    on_mirror: Callable[[MirrorReport], None] | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Session:
-    """Data first, for its errors come soonest; then layout, communicators, model, optimizer, checkpoint engine. Collective.
+    """Data first, for its errors come soonest; then layout, communicators, what is trained, checkpoints. Collective.
 
     `told` hears of what goes on.
     """
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
+    data = data_identity(source.corpora, settings_of(config.data, config.train.seed), source.fingerprint())
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
@@ -107,18 +129,18 @@ def build_session(
     topology = build_topology(replicate=layout.replicate, device=device.type)
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)
-    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=f"efflaunch resume {run_dir}"):
-        model, updater = build_trained(config, ledger.inputs.policy, topology.mesh, device, store, told=told)
-    engine = CheckpointEngine(
+    with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
+        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, told=told)
+    checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
-        model=updater.weights,
-        optimizer=updater.optimizer,
-        metadata=_metadata(config, model, layout, source),
+        state=trained.state,
+        metadata=_metadata(config, trained.model, layout, source, data),
         on_save=on_save,
         on_replica=on_replica,
+        on_mirror=on_mirror,
     )
-    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and dist.get_rank() == 0:
+    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and topology.rank == 0:
         log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
     return Session(
         topology=topology,
@@ -127,12 +149,23 @@ def build_session(
         ledger=ledger,
         spec=spec,
         source=source,
-        model=model,
-        updater=updater,
-        engine=engine,
-        kernel=block_kernel(device),
+        data=data,
+        trained=trained,
+        checkpointer=checkpointer,
+        step_setup=step_setup(trained.model, topology, ledger.inputs.parallel, device),
         store=store,
-        reduce_each=ledger.inputs.parallel.grad_reduce is not GradReduce.STEP,
+    )
+
+
+def step_setup(model: PreTrainedModel, topology: Topology, parallel: ParallelConfig, device: torch.device) -> StepSetup:
+    """How the rank's steps run by the ledger's own `parallel`, in which nothing is left open."""
+    return StepSetup(
+        model=model,
+        topology=topology,
+        kernel=block_kernel(device),
+        device=device,
+        reduce_each=parallel.grad_reduce is not GradReduce.STEP,
+        barrier_free=parallel.barrier_free,
     )
 
 
@@ -153,7 +186,7 @@ def host_store(inputs: PlanInputs, device: torch.device) -> HostStore | None:
     capacity, directory = arena_bytes(inputs), inputs.policy.offload_dir
     check_offload_space(capacity, inputs.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
-    dist.barrier()
+    dist.barrier(group=whole_world())
     # A disk that is slower than the estimate, and with it the solver, take it to be is named.
     expected = None if directory is None else offload_link(inputs).out
     return open_store(device=device, capacity_bytes=capacity, offload_dir=directory, expected_write_bytes_per_s=expected)
@@ -165,13 +198,13 @@ def plain_config(config: RunSettings) -> dict[str, Any]:
     return plain
 
 
-def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource) -> dict[str, Any]:
+def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "hf_config": model.config.to_dict(),
         "layout": str(layout),
         "seed": config.train.seed,
         "config": plain_config(config),
-        "data": source.fingerprint(),
+        "data": data,
         "tokenizer": source.tokenizer,
     }

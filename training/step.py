@@ -11,19 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.build import Tokens, trunk_of
 from ..model.chunked_loss import IGNORE
+from ..model.stage import StagePass, Tokens, stage_of
+from ..parallel.pipeline.plan import Action, Kind, Schedule, barrier_free, check_schedule, single_stage
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.layout import GroupLayout
 from ..parallel.sequence.plan import Group, StepPlan
-from ..parallel.sequence.runtime import SequenceAttention, sequence_attention
-from ..parallel.sharding import forget_pass, gather_weights, keep_weights, prepare_backward
+from ..parallel.sequence.runtime import sequence_attention
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard
 from .data.source import DataSource
 from .non_finite import RowWatch
-from .objectives.heads import HeadLoss, LanguageModelling, StepObjective
+from .objectives.heads import HeadLoss, StepObjective
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,64 +67,119 @@ def step_shape(works: Sequence[MicroBatchWork]) -> Hashable:
     )
 
 
-def count_targets(works: Sequence[MicroBatchWork], device: torch.device) -> int:
-    """Target tokens of the whole step over all ranks: the one divisor of its loss. Collective."""
+def count_targets(works: Sequence[MicroBatchWork], topology: Topology, device: torch.device) -> int:
+    """Target tokens of the whole step over all ranks of a stage: the one divisor of its loss. Collective over the stage."""
     local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in works)
     total = torch.tensor(local, dtype=torch.int64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=topology.stage)
     return int(total)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSetup:
+    """What all steps of a rank have in common."""
+
+    model: PreTrainedModel
+    topology: Topology
+    kernel: BlockKernel
+    device: torch.device
+    reduce_each: bool
+    """Gradients are reduced after every micro-batch (least memory), else once at the end."""
+    barrier_free: bool = False
+    """Ranks of different groups do not wait for each other within the step; a rank passes over micro-batches without its groups."""
+
+    def schedule(self, works: Sequence[MicroBatchWork]) -> Schedule:
+        """What this rank does in a step of `works`."""
+        if self.barrier_free:
+            return barrier_free(index for index, work in enumerate(works) if work.group is not None)
+        return single_stage(len(works), reduce_each=self.reduce_each)
+
+
 def backward_step(
-    model: PreTrainedModel,
-    topology: Topology,
-    kernel: BlockKernel,
+    setup: StepSetup,
     works: Sequence[MicroBatchWork],
+    objective: StepObjective,
     *,
-    num_targets: int,
-    reduce_each: bool,
-    device: torch.device,
-    barrier_free: bool = False,
+    schedule: Schedule | None = None,
     clocks: Sequence[BusyClock] | None = None,
     watch: RowWatch | None = None,
-    objective: StepObjective | None = None,
     on_last: Callable[[], None] | None = None,
 ) -> Tensor:
     """Leave the step's gradients in the parameters; returns this rank's share of the mean loss per micro-batch, float64.
 
-    The sum over micro-batches and ranks is the loss. `objective`: of this step; None: language modelling over `num_targets`.
-
-    `reduce_each`: reduce gradients after every micro-batch (least memory), else once at the end. `barrier_free`: ranks of
-    different groups do not wait for each other within the step (Note below). `clocks`: one per micro-batch, to be filled.
-    After an exception nothing is as it was before `abandon_step`.
-    `watch`: learns which rows' losses are not finite. `on_last` is called before the backward that completes the gradients.
-
-    Note: without barriers, all weights are gathered first and stay; a rank passes over micro-batches in which it has no group.
-    Reductions cannot ride on a rank's last micro-batch: its partners may have more to do first, and need it. They ride on one
-    more pass, of no tokens, that all ranks make at the end.
+    The sum over micro-batches and ranks is the loss. After an exception nothing is as it was before `abandon_step`.
+    `schedule`: another order of the same passes than `setup.schedule`; PlanError where it is none. `clocks`: one per micro-batch,
+    to be filled. `watch`: learns which rows' losses are not finite. `on_last` is called before the backward that completes the
+    gradients.
     """
-    clocks = clocks or [BusyClock(device) for _ in works]
-    objective = objective or LanguageModelling(num_targets, device)
-    shares = torch.zeros(len(works), dtype=torch.float64, device=device)
-    if barrier_free:
-        keep_weights(model, keep=True)
-        gather_weights(model)
-    for index, work in enumerate(works):
-        if barrier_free and work.group is None:
-            continue
-        last = index == len(works) - 1 and not barrier_free
-        prepare_backward(model, reduce=last or reduce_each, last=last)
-        attention = sequence_attention(topology, kernel, work.group, work.layout, clocks[index])
-        tokens = to_tokens(work, device, None if watch is None else watch.flags(index, work.shard.num_tokens))
-        share = _head_loss(objective, work, topology, clocks[index])
-        shares[index] = _micro_batch(model, attention, tokens, share, on_last if last else None)
-    if barrier_free:
-        keep_weights(model, keep=False)
-        prepare_backward(model, reduce=True, last=True)
-        clock = BusyClock(device)
-        nothing = sequence_attention(topology, kernel, None, None, clock)
-        _micro_batch(model, nothing, to_tokens(EMPTY, device), _head_loss(objective, EMPTY, topology, clock), on_last)
-    return shares
+    own = schedule or setup.schedule(works)
+    done = {index for index, work in enumerate(works) if work.group is not None or not setup.barrier_free}
+    check_schedule(own, done)
+    clocks = clocks or [BusyClock(setup.device) for _ in works]
+    return _StepPasses(setup, works, objective, clocks, watch, on_last or _nothing).run(own)
+
+
+class _StepPasses:
+    """Executes the actions of one step; the micro-batches in flight wait here for their backward."""
+
+    def __init__(
+        self,
+        setup: StepSetup,
+        works: Sequence[MicroBatchWork],
+        objective: StepObjective,
+        clocks: Sequence[BusyClock],
+        watch: RowWatch | None,
+        on_last: Callable[[], None],
+    ) -> None:
+        self._setup, self._works, self._objective, self._clocks = setup, works, objective, clocks
+        self._watch, self._on_last, self._stage = watch, on_last, stage_of(setup.model)
+        self._in_flight: dict[int, StagePass] = {}
+        self._shares = torch.zeros(len(works), dtype=torch.float64, device=setup.device)
+
+    def run(self, schedule: Schedule) -> Tensor:
+        """This rank's share of the loss per micro-batch."""
+        for index, action in enumerate(schedule):
+            behind = schedule[index + 1 :]
+            if action.kind is Kind.GATHER:
+                self._stage.weights.keep_whole(keep=True)
+            elif action.kind is Kind.REDUCE_EMPTY:
+                self._reduce_empty()
+            elif action.micro_batch is not None and action.kind is Kind.FORWARD:
+                self._forward(action.micro_batch)
+            elif action.micro_batch is not None and action.kind is Kind.BACKWARD:
+                reduce = bool(behind) and behind[0] == Action(Kind.REDUCE, action.micro_batch)
+                self._backward(action.micro_batch, reduce=reduce, last=reduce and len(behind) == 1)
+        return self._shares
+
+    def _forward(self, index: int) -> None:
+        work, clock = self._works[index], self._clocks[index]
+        flags = None if self._watch is None else self._watch.flags(index, work.shard.num_tokens)
+        self._in_flight[index] = self._pass(work, clock, flags)
+        self._shares[index] = self._in_flight[index].output.detach()
+
+    def _pass(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> StagePass:
+        setup = self._setup
+        attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock)
+        head_loss = _head_loss(self._objective, work, setup.topology, clock)
+        return self._stage.forward(to_tokens(work, setup.device, flags), attention, head_loss)
+
+    def _backward(self, index: int, *, reduce: bool, last: bool) -> None:
+        self._stage.weights.prepare(reduce=reduce, last=last)
+        if last:
+            self._on_last()
+        self._stage.backward(self._in_flight.pop(index))
+
+    def _reduce_empty(self) -> None:
+        weights = self._stage.weights
+        weights.keep_whole(keep=False)
+        weights.prepare(reduce=True, last=True)
+        empty = self._pass(EMPTY, BusyClock(self._setup.device))
+        self._on_last()
+        self._stage.backward(empty)
+
+
+def _nothing() -> None:
+    return None
 
 
 def abandon_step(model: PreTrainedModel) -> None:
@@ -132,23 +187,10 @@ def abandon_step(model: PreTrainedModel) -> None:
 
     Every rank that raised calls it; none waits for another. An updater's own part of the step is for `Updater.discard`.
     """
-    forget_pass(model)
-    trunk_of(model).forget()
+    stage = stage_of(model)
+    stage.weights.forget()
+    stage.forget()
     model.zero_grad()
-
-
-def _micro_batch(
-    model: PreTrainedModel,
-    attention: SequenceAttention,
-    tokens: Tokens,
-    head_loss: HeadLoss,
-    before_backward: Callable[[], None] | None = None,
-) -> Tensor:
-    loss: Tensor = model(tokens, attention, head_loss)
-    if before_backward is not None:
-        before_backward()
-    loss.backward()
-    return loss.detach()
 
 
 def _head_loss(objective: StepObjective, work: MicroBatchWork, topology: Topology, clock: BusyClock) -> HeadLoss:
@@ -162,7 +204,7 @@ def _head_loss(objective: StepObjective, work: MicroBatchWork, topology: Topolog
                 dist.all_reduce(value, group=communicator)
         return value
 
-    return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.rank, group_sum=group_sum)
+    return objective.head_loss(work.shard, leads=group is not None and group.first_rank == topology.stage_rank, group_sum=group_sum)
 
 
 def to_tokens(work: MicroBatchWork, device: torch.device, not_finite: Tensor | None = None) -> Tokens:

@@ -26,6 +26,7 @@ from ..parallel.sequence.packed import pack_plan, packed_size, unpack_plan
 from ..parallel.sequence.plan import StepPlan, check_plan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..parallel.sequence.stored import load_cost
+from ..parallel.topology import whole_world
 
 if TYPE_CHECKING:
     from ..estimate.plan_inputs import PlanInputs
@@ -81,7 +82,7 @@ class StepPlanner:
                 packed[1:] = torch.from_numpy(pack_plan(self._checked(self._decide(step, lengths))))
             except Exception as found:  # the others wait for it in the broadcast
                 packed[0], error = 1, found
-        dist.broadcast(packed, 0)
+        dist.broadcast(packed, 0, group=whole_world())
         if error is not None:
             raise error
         if packed[0]:

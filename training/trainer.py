@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -25,14 +26,18 @@ from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..parallel.sharding.engine import FSDP2
+from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
+from ..utils.text import typed
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
-from .non_finite import RowWatch, non_finite
+from .data.identity import DataChanges, check_data_changes, data_changes
+from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
-from .optimizers.lr_schedule import learning_rate
+from .optimizers.lr_course import Course, first_course, load_course, resumed_course
 from .optimizers.updater import Gradients
 from .profiling.first_probe import probe_before_training
 from .reporting.events import start_fields, step_fields, straggler_rows
@@ -46,7 +51,8 @@ from .session import Session, build_session, closing_store, join_ranks, plain_co
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
 from .step_planner import Costs, StepPlanner, Totals, settle_costs
 
-PRELOAD = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor")
+log = logging.getLogger(__name__)
+PRELOAD = ("torch.distributed.checkpoint.state_dict", *FSDP2.preload)
 """What the agent imports once, before it forks the ranks."""
 
 
@@ -73,7 +79,7 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
         code = run.loop(stop)
         with pulse.long("closing"):
             # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
-            run.session.engine.close()
+            run.session.checkpointer.close()
         return code
     finally:
         if service is not None:
@@ -82,8 +88,25 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
 
 
 def _plan_service(config: RunSettings) -> PlanService | None:
-    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank() == 0
+    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE and dist.get_rank(whole_world()) == 0
     return PlanService(patience_s=config.parallel.plan_patience_s) if adaptive else None
+
+
+def _data_changes(config: RunSettings, session: Session, restored: Restored | None) -> DataChanges:
+    """What is different from the data of the checkpoint; DataError where nobody asked for it."""
+    if restored is None:
+        return DataChanges((), ())
+    changes = data_changes(restored.metadata.get("data"), session.data)
+    check_data_changes(changes, config.data.changed, restored.step)
+    return changes
+
+
+def _course(config: RunSettings, extra: dict[str, Any], done: int) -> tuple[Course, str | None]:
+    """The learning rate's schedule from here on, and a line on it where it is another than it was."""
+    saved = load_course(extra.get("schedule", {}), config.optim)
+    if saved is None:
+        return first_course(config.optim, config.train.steps), None
+    return resumed_course(config.optim, saved, done, config.train.steps)
 
 
 class _Run:
@@ -96,14 +119,17 @@ class _Run:
         pulse: Heartbeat,
         arena: Arena | None = None,
     ) -> None:
-        self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(), run_dir, pulse
+        self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(whole_world()), run_dir, pulse
         self.saves = Saves()
         pulse.at("building the model")
-        self.session: Session = build_session(config, run_dir, device, self.saves.heard, self.saves.replicated, pulse.at)
+        saves = self.saves
+        self.session: Session = build_session(config, run_dir, device, saves.heard, saves.replicated, saves.mirrored, told=pulse.at)
         pulse.at("looking for a checkpoint")
-        restored = self.session.engine.restore(lambda: pulse.at("reading a checkpoint"))
+        restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
+        self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
+        self.course, self.course_change = _course(config, extra, self.done)
         self.first_loss: float | None = extra.get("first_loss")
         self.last_loss: float | None = extra.get("last_loss")
         self.total_tokens: int = extra.get("total_tokens", 0)
@@ -114,7 +140,9 @@ class _Run:
         self.step_s: list[float] = []
         self.pace = Pace()
         self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
-        self.saves.begin(self.session.engine, self.metrics.write, None if restored is None or not restored.is_durable else restored.step)
+        self.saves.begin(
+            self.session.checkpointer, self.metrics.write, None if restored is None or not restored.is_durable else restored.step
+        )
         self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         self.position: Position = position_of(self.session.model)
@@ -129,7 +157,7 @@ class _Run:
         self.position.listener = pulse.at
         self.low_on_host: tuple[int, int] | None = None
         """The first rank whose node has next to nothing left, and the bytes it has."""
-        self.hosts = host_names()
+        self.hosts = host_names(self.session.topology.world)
         self._write_start(restored)
 
     def _settle_costs(self, stored: dict[str, Any] | None) -> Costs:
@@ -172,15 +200,15 @@ class _Run:
             while self.done < self.config.train.steps:
                 stopping = self._step(stop)
                 last = self.done == self.config.train.steps
-                if stopping or last or self.session.engine.due(self.done):
+                if stopping or last or self.session.checkpointer.due(self.done):
                     self._save(final=stopping or last)
                 if stopping or last:
                     with self.pulse.long("waiting for the checkpoint"):
                         self.saves.check(self.done, mirrored=last)
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
-                    self.session.engine.wait()
-                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=f"efflaunch resume {self.run_dir}")
+                    self.session.checkpointer.wait()
+                    raise host_error(self.session.ledger, *self.low_on_host, step=self.done, resume=typed("resume", self.run_dir))
                 if stopping and not last:
                     self.metrics.write("stop", step=self.done, reason="signal")
                     return EXIT_PREEMPTED
@@ -189,7 +217,7 @@ class _Run:
 
     def _memory_errors_named(self) -> AbstractContextManager[None]:
         return memory_errors_named(
-            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=f"efflaunch resume {self.run_dir}"
+            self.session.ledger, self.position, self.session.device, step=lambda: self.done + 1, resume=typed("resume", self.run_dir)
         )
 
     def _ready(self, stop: Stop) -> bool:
@@ -205,7 +233,7 @@ class _Run:
         plan = self.planner.plan(self.done)
         self.pulse.expect(self.pace.expected_s(plan.predicted_s))
         self.position.at("reading data")
-        works = read_step(self.session.source, self.done, plan, self.rank)
+        works = read_step(self.session.source, self.done, plan, self.session.topology.stage_rank)
         with self.allocator.step(step_shape(works)):
             told, numbers, backward_s = self._update(plan, works, stop)
         self._finish_step(told, plan, numbers, started, backward_s)
@@ -214,11 +242,11 @@ class _Run:
     def _update(self, plan: StepPlan, works: list[MicroBatchWork], stop: Stop) -> tuple[Results, dict[str, Any], float]:
         """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
         step, session, updater = self.done, self.session, self.session.updater
-        targets = count_targets(works, session.device)
+        targets = count_targets(works, session.topology, session.device)
         assert targets == session.source.num_target_tokens(step), "ranks and lengths disagree about the step's target tokens"
         clocks, watch, begun = [BusyClock(session.device) for _ in works], RowWatch(session.device), time.monotonic()
-        rate = learning_rate(self.config.optim, step, self.config.train.steps)
-        updater.start(rate, session.engine.wait_for_snapshot)
+        rate = self.course.rate(self.config.optim, step)
+        updater.start(rate, session.checkpointer.wait_for_snapshot)
         if updater.measures_first:
             shares = self._backward(works, self._objective(plan, targets), watch)
             self._check_finite(updater.finish_measuring(), shares, works, watch)
@@ -226,7 +254,9 @@ class _Run:
         shares = self._backward(works, objective, watch, clocks)
         self.position.at("gathering results")
         tokens = sum(work.shard.num_tokens for work in works)
-        told = gather_results(shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested)
+        told = gather_results(
+            session.topology.world, shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested
+        )
         backward_s = time.monotonic() - begun
         self.position.at("optimizer")
         found = updater.finish()
@@ -243,21 +273,8 @@ class _Run:
         self, works: list[MicroBatchWork], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
     ) -> torch.Tensor:
         """One pass over the step: this rank's losses; gradients go where the updater takes them."""
-        session = self.session
-        return backward_step(
-            session.model,
-            session.topology,
-            session.kernel,
-            works,
-            num_targets=objective.count,
-            reduce_each=session.reduce_each,
-            device=session.device,
-            barrier_free=self.config.parallel.barrier_free,
-            clocks=clocks,
-            watch=watch,
-            objective=objective,
-            on_last=session.updater.last,
-        )
+        on_last = self.session.updater.last
+        return backward_step(self.session.step_setup, works, objective, clocks=clocks, watch=watch, on_last=on_last)
 
     def _peak(self) -> int:
         """The most this rank has taken so far: with a planned arena of the plan, else what the certificate is held against."""
@@ -279,6 +296,8 @@ class _Run:
                     self.done,
                     layer=found.first_bad,
                     partly_applied=found.partly_applied,
+                    # Where modules before were updated with bad numbers, weights say nothing of where those came from.
+                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model),
                 )
 
     def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
@@ -327,13 +346,17 @@ class _Run:
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
                 known = self.session.ledger.inputs.measured
-                save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                try:
+                    save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                except OSError as error:
+                    # A full disk costs what was measured, and no step.
+                    log.warning("%s cannot be written: %s", DEFAULT_FILE, error)
 
     def _extra(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
         return {
             "train": {"seed": self.config.train.seed, "step": self.done},
-            "schedule": {"name": self.config.optim.schedule, "total_steps": self.config.train.steps},
+            "schedule": self.course.dump(self.config.optim, self.done),
             "layout": str(self.session.layout),
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
@@ -356,7 +379,8 @@ class _Run:
 
     def _write_start(self, restored: Restored | None) -> None:
         fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)
-        self.metrics.write("start", step=self.done, **fields)
+        schedule = {**self.course.dump(self.config.optim, self.done), "change": self.course_change}
+        self.metrics.write("start", step=self.done, **fields, schedule=schedule, data_changes=list(self.data_changes.lines))
 
     def _write_end(self) -> None:
         self.metrics.write(

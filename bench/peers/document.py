@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...model.build import Tokens
 from ...model.chunked_loss import IGNORE, cross_entropy
+from ...model.stage import Tokens
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.kernels import block_kernel
 from ...parallel.sequence.layout import group_layout
@@ -25,7 +25,7 @@ def one_document(ids: Tensor) -> Tokens:
 
 def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
     """The attention of one document on one rank."""
-    topology = Topology(0, 1, device.type, None)  # type: ignore[arg-type]
+    topology = Topology(0, 1, device.type, None, None, None)  # type: ignore[arg-type]
     layout = group_layout((num_tokens,), ulysses=1, ring=1)
     return sequence_attention(topology, block_kernel(device), Group(0, 1, 1, (0,)), layout, BusyClock(device))
 

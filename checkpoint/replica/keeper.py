@@ -80,6 +80,7 @@ class ReplicaKeeper:
         trusted = listener is self.here
         with self._lock:
             self.num_callers += 1
+        # No HelperThread: what ends one conversation is not the end of what is kept.
         threading.Thread(target=_Connection(self, Stream(sock), trusted).run, daemon=True).start()
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...units import format_bytes, format_seconds
+from ...utils.helper_thread import HelperThread
 from ..attempt import Attempt
 from ..provenance import free_memory
 from ..rank_coordination import Peers, Votes
@@ -57,7 +58,7 @@ class Replicas:
         self._last: _Vote | None = None
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Vote | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: HelperThread | None = None
         self._votes: Votes | None = None
         self._num_open, self._settled = 0, threading.Condition()
         self._folder = Path()
@@ -155,7 +156,7 @@ class Replicas:
         """After the store of votes is open."""
         if self.off is None and self._thread is None:
             self._votes = self.peers.votes()
-            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread = HelperThread(self._run, "replicas")
             self._thread.start()
 
     def begin(self, attempt: Attempt) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...utils.helper_thread import HelperThread
 from .stream import Address, Message, Stream, connect
 
 STUCK_S = 1.0
@@ -113,7 +114,7 @@ class Sender:
         self._interrupted = False
         """The connection is of no use any more, whether or not somebody has noticed."""
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = HelperThread(self._run, "replica sender")
         self._thread.start()
 
     def put(self, item: _Item) -> None:

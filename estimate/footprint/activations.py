@@ -1,44 +1,57 @@
 """What waits between forward and backward, by class of activation: on the device, on the host, or nowhere. Pure.
 
-`class_bytes` is the one place that says what a token of each class takes; terms, times and the solver (estimate/solver/solve.py)
-all start from it. Splits are shares of a rank's tokens (memory/policy.py).
+What a token of each class takes follows from the table of activation_classes.py; terms, times and the solver (estimate/solver/solve.py)
+all start from `class_bytes`. Splits are shares of a rank's tokens (memory/policy.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...memory.policy import AHEAD
+from ...memory.activation_classes import (
+    ATTENTION_OUTPUT,
+    KEY_VALUE,
+    LAYER_INPUT,
+    QUERY,
+    RESIDUAL,
+    ActivationClass,
+    activation_classes,
+    after_attention,
+)
+from ...memory.policy import AHEAD, Split
 from ..plan_inputs import PlanInputs
-from .term import BACKWARD, Phase, Term
+from .term import BACKWARD, KEEPING, Phase, Term
 
 
 def class_bytes(inputs: PlanInputs) -> dict[str, int]:
     """Bytes of one token in one layer, by class."""
-    spec, width = inputs.spec, inputs.width
     return {
-        "layer_input": spec.hidden_size * width,
-        "query": spec.query_size * width,
-        "key_value": 2 * spec.kv_size * width,
-        "attention_output": spec.query_size * width + spec.num_heads * inputs.master,
-        "residual": spec.hidden_size * width,
-        "mlp": 2 * spec.intermediate_size * width,
+        kind.name: kind.numbers_per_token(inputs.spec) * inputs.width + kind.wide_numbers_per_token(inputs.spec) * inputs.master
+        for kind in activation_classes(inputs.spec)
     }
 
 
 def class_layers(inputs: PlanInputs) -> dict[str, int]:
-    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own."""
-    return {name: inputs.stored_inputs if name == "layer_input" else inputs.spec.num_layers for name in class_bytes(inputs)}
+    """In how many layers each class waits at most at one time: layer inputs one a segment and the live segment's own.
+
+    A layer counts once for each micro-batch in flight.
+    """
+    layers = {
+        kind.name: inputs.stored_inputs if kind is LAYER_INPUT else inputs.spec.num_layers for kind in activation_classes(inputs.spec)
+    }
+    return {name: inputs.in_flight * count for name, count in layers.items()}
+
+
+def class_splits(inputs: PlanInputs) -> dict[str, Split]:
+    """The policy's shares of each class that the model's layers have."""
+    return {kind.name: inputs.policy.split(kind) for kind in activation_classes(inputs.spec)}
 
 
 def moved_by_class(inputs: PlanInputs) -> dict[str, int]:
     """Bytes of one rank that wait on the host (or in files), all layers."""
-    rows = {name: split.rows(inputs.tokens) for name, split in inputs.policy.splits.items()}
-    return {name: 0 if inputs.policy.graph else _all_layers(inputs, name, moved - kept) for name, (kept, moved) in rows.items()}
-
-
-def _all_layers(inputs: PlanInputs, name: str, rows: int) -> int:
-    return class_layers(inputs)[name] * class_bytes(inputs)[name] * rows
+    layers, size = class_layers(inputs), class_bytes(inputs)
+    rows = {name: split.rows(inputs.tokens) for name, split in class_splits(inputs).items()}
+    return {name: 0 if inputs.policy.graph else layers[name] * size[name] * (moved - kept) for name, (kept, moved) in rows.items()}
 
 
 def inputs_at(inputs: PlanInputs, layer: int) -> int:
@@ -48,7 +61,7 @@ def inputs_at(inputs: PlanInputs, layer: int) -> int:
 
 def layer_inputs(inputs: PlanInputs, layer: int) -> Term:
     """With segments the inner inputs of the live one come in backward only."""
-    per_layer = inputs.policy.layer_input.rows(inputs.tokens)[0] * class_bytes(inputs)["layer_input"]
+    per_layer = inputs.policy.layer_input.rows(inputs.tokens)[0] * class_bytes(inputs)[LAYER_INPUT.name]
     first = -(-inputs.spec.num_layers // inputs.segment_layers)
     note = f"{first} of {inputs.spec.num_layers} layers" + f" and {inputs.segment_layers - 1} of the live segment" * (
         inputs.segment_layers > 1
@@ -57,14 +70,14 @@ def layer_inputs(inputs: PlanInputs, layer: int) -> Term:
         BACKWARD, inputs_at(inputs, layer) * per_layer
     )
     held[Phase.LAYER_REDUCE] -= per_layer
-    return Term("layer inputs", f"{note}, one hidden vector a token", held)
+    return _in_flight_too(inputs, Term("layer inputs", f"{note}, one hidden vector a token", held))
 
 
 def attention_outputs(inputs: PlanInputs, layer: int) -> Term:
     """Output and log-sum-exp."""
     rows = 0 if inputs.policy.graph else inputs.policy.attention_output.rows(inputs.tokens)[0]
-    held = _while_kept(inputs, layer, rows * class_bytes(inputs)["attention_output"])
-    return Term("attention outputs kept", "output and log-sum-exp of every layer", held)
+    held = _while_kept(inputs, layer, rows * class_bytes(inputs)[ATTENTION_OUTPUT.name])
+    return _in_flight_too(inputs, Term("attention outputs kept", "output and log-sum-exp of every layer", held))
 
 
 def activations(inputs: PlanInputs, layer: int) -> Term:
@@ -73,14 +86,31 @@ def activations(inputs: PlanInputs, layer: int) -> Term:
         others = {phase: (inputs.spec.num_layers - 1) * graph_row(inputs) * inputs.tokens for phase in (Phase.FORWARD, Phase.LOSS)}
         held = others | dict.fromkeys(BACKWARD, layer * graph_row(inputs) * inputs.tokens)
         held[Phase.LOSS] += graph_row(inputs) * inputs.tokens
-        return Term("activations kept", "all that the other layers' backward needs", held)
-    kept = {name: split.rows(inputs.tokens)[0] * class_bytes(inputs)[name] for name, split in inputs.policy.splits.items() if name in FREE}
+        return _in_flight_too(inputs, Term("activations kept", "all that the other layers' backward needs", held))
+    stored = [kind.name for kind in activation_classes(inputs.spec) if kind not in (LAYER_INPUT, ATTENTION_OUTPUT)]
+    splits, size = class_splits(inputs), class_bytes(inputs)
+    kept = {name: splits[name].rows(inputs.tokens)[0] * size[name] for name in stored}
     names = ", ".join(name.replace("_", " and ") for name, num_bytes in kept.items() if num_bytes)
-    return Term("activations kept", f"{names} of every layer", _while_kept(inputs, layer, sum(kept.values())))
+    return _in_flight_too(inputs, Term("activations kept", f"{names} of every layer", _while_kept(inputs, layer, sum(kept.values()))))
 
 
-FREE = ("query", "key_value", "residual", "mlp")
-"""Classes that may be recomputed in part."""
+def _in_flight_too(inputs: PlanInputs, live: Term) -> Term:
+    """`live` is of the micro-batch that runs; of each other in flight all layers hold what their forward left."""
+    waiting = (inputs.in_flight - 1) * live.by_phase[Phase.LOSS]
+    return Term(live.name, live.note, live.by_phase | {phase: live.by_phase[phase] + waiting for phase in KEEPING}) if waiting else live
+
+
+def between_stages(inputs: PlanInputs) -> Term:
+    """What a stage received and what it sends on, whole until its backward, of each micro-batch in flight; and the live one's gradient.
+
+    Received rows that are kept as the first layer's input are there once.
+    """
+    row, ends = class_bytes(inputs)[LAYER_INPUT.name], (not inputs.has_embedding) + (not inputs.has_head)
+    kept = inputs.tokens if inputs.policy.graph else inputs.policy.layer_input.rows(inputs.tokens)[0]
+    shared = kept * (not inputs.has_embedding)
+    held = inputs.in_flight * row * (inputs.tokens * ends - shared)
+    gradient = row * inputs.tokens * (ends > 0)
+    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, held) | {Phase.REDUCE: gradient})
 
 
 def _while_kept(inputs: PlanInputs, layer: int, per_layer: int) -> dict[Phase, int]:
@@ -94,10 +124,10 @@ def in_flight(inputs: PlanInputs, layer: int) -> Term:
 
     A class that is only in part on the host is made where it is not: its live rows are the live layer's.
     """
-    splits = {} if inputs.policy.graph else {name: split for name, split in inputs.policy.splits.items() if split.host > 0}
+    splits = {} if inputs.policy.graph else {name: split for name, split in class_splits(inputs).items() if split.host > 0}
     size, rows = class_bytes(inputs), {name: split.rows(inputs.tokens)[1] - split.rows(inputs.tokens)[0] for name, split in splits.items()}
-    whole = set() if inputs.by_chunks or not inputs.in_pieces else {"query", "key_value", "attention_output"}
-    late = {"query", "key_value"} if not inputs.by_chunks and inputs.policy.attention_output.complete else set()
+    whole = set() if inputs.by_chunks or not inputs.in_pieces else {QUERY.name, KEY_VALUE.name, ATTENTION_OUTPUT.name}
+    late = {QUERY.name, KEY_VALUE.name} if not inputs.by_chunks and inputs.policy.attention_output.complete else set()
     piece = {name for name, split in splits.items() if split.complete} - whole
     ahead = _ahead(inputs, layer, rows)
     leaving = sum(size[name] * count for name, count in rows.items())
@@ -106,30 +136,33 @@ def in_flight(inputs: PlanInputs, layer: int) -> Term:
     held |= dict.fromkeys(BACKWARD, inputs.piece_tokens * (ahead + sum(size[name] for name in piece)))
     held[Phase.BACKWARD_MLP] -= inputs.piece_tokens * sum(size[name] for name in piece & late)
     # The live layer's own rows have its input in them already.
-    held[Phase.SEGMENT] -= inputs.piece_tokens * sum(size[name] for name in piece & {"layer_input"})
+    held[Phase.SEGMENT] -= inputs.piece_tokens * sum(size[name] for name in piece & {LAYER_INPUT.name})
     held[Phase.LAYER_REDUCE] = inputs.piece_tokens * ahead
     return Term("host copies in flight", "rows on their way to the host, and back a few pieces ahead", held)
 
 
 def _ahead(inputs: PlanInputs, layer: int, rows: Mapping[str, int]) -> int:
     """Bytes a row of what is asked for before its use (memory/executor/saved.py): of this layer's next piece or of the layer below."""
-    middle = ("query", "attention_output") if inputs.by_chunks else ()
-    visits = [("layer_input", *middle, "residual", "mlp"), *([] if inputs.by_chunks else [("query", "key_value", "layer_input")])]
+    middle, after = (QUERY, ATTENTION_OUTPUT) if inputs.by_chunks else (), after_attention(activation_classes(inputs.spec))
+    visits = [(LAYER_INPUT, *middle, *after), *([] if inputs.by_chunks else [(QUERY, KEY_VALUE, LAYER_INPUT)])]
     here = max(_first(inputs, visit, rows, several=True) for visit in visits)
     if layer == 0:
         return here
     # A segment below runs again first: what its layers have to make is not read.
-    again = inputs.segment_layers > 1 and layer % inputs.segment_layers == 0 and "residual" in rows
-    below = ("residual", "mlp") if again else ("attention_output", "layer_input", "key_value", "query", "residual", "mlp")
+    again = inputs.segment_layers > 1 and layer % inputs.segment_layers == 0 and RESIDUAL.name in rows
+    below = after if again else (ATTENTION_OUTPUT, LAYER_INPUT, KEY_VALUE, QUERY, *after)
     # With one class a piece, the layer below is asked for while another piece is still to come.
-    alone = sum(name in rows for name in below) == 1 and inputs.in_pieces
+    alone = sum(kind.name in rows for kind in below) == 1 and inputs.in_pieces
     return max(here, _first(inputs, below, rows, AHEAD + alone))
 
 
-def _first(inputs: PlanInputs, names: Sequence[str], rows: Mapping[str, int], count: int = AHEAD, *, several: bool = False) -> int:
+def _first(
+    inputs: PlanInputs, kinds: Sequence[ActivationClass], rows: Mapping[str, int], count: int = AHEAD, *, several: bool = False
+) -> int:
     """Bytes a row of the first `count` of the classes that come back, over and over; `several`: in more than one piece."""
-    coming = ([name for name in names if name in rows] * count)[:count]
-    return sum(class_bytes(inputs)[name] for name in coming if not several or rows[name] > inputs.piece_tokens)
+    coming = ([kind.name for kind in kinds if kind.name in rows] * count)[:count]
+    size = class_bytes(inputs)
+    return sum(size[name] for name in coming if not several or rows[name] > inputs.piece_tokens)
 
 
 IN_FLIGHT_BYTES = 1 << 30
@@ -144,7 +177,7 @@ def graph_row(inputs: PlanInputs) -> int:
     )
     residual = spec.hidden_size * width if width == 4 else 0  # bfloat16 norms save a float32 copy instead
     projected = width * (spec.query_size + 2 * spec.kv_size)
-    attention = class_bytes(inputs)["attention_output"]
+    attention = class_bytes(inputs)[ATTENTION_OUTPUT.name]
     if inputs.layout.ulysses > 1:
         attention += width * (2 * spec.query_size + 2 * inputs.kv_copies * spec.kv_size)
     return norms + residual + projected + attention + 4 * spec.intermediate_size * width
@@ -152,8 +185,6 @@ def graph_row(inputs: PlanInputs) -> int:
 
 def norm_bytes(inputs: PlanInputs) -> int:
     """Bytes per number that an RMS norm and the product after it save: float32 copy, normalised value and output."""
-    from ...model.config import Family
-
-    if inputs.spec.family in (Family.GEMMA2, Family.GEMMA3):
+    if inputs.spec.norm_product_in_float32:
         return {2: 10, 4: 8, 8: 20}[inputs.width]
     return {2: 8, 4: 8, 8: 20}[inputs.width]

@@ -6,7 +6,7 @@ tests/memory/test_ledger_measured.py and `python -m efflaunch.bench.predicted` c
 from __future__ import annotations
 
 from ..plan_inputs import GIB, PlanInputs
-from .activations import activations, attention_outputs, in_flight, layer_inputs
+from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs
 from .kernels import loss_chunk, masked_scores, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states
@@ -43,7 +43,7 @@ def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
         weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
-        masked_scores, scratch, batch, communicators, context, reserve,
+        masked_scores, scratch, batch, between_stages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...checkpoint.sizes import replica_bytes, snapshot_pool_bytes
+from ...memory.activation_classes import activation_classes
 from ...memory.ranges import group_ranges
 from ..plan_inputs import GIB, PlanInputs
 from .activations import class_layers, moved_by_class
@@ -47,8 +48,6 @@ MOMENTS = 2
 """AdamW's, of each weight."""
 ARENA_BLOCK_BYTES = 64 << 10
 """What the arena hands out at least (memory/offload/host_pool.py)."""
-_TENSORS = {"key_value": 2, "mlp": 2, "attention_output": 2}
-"""Of one piece of a class, where it is not one: keys and values, gate and up, output and log-sum-exp."""
 
 
 def arena_bytes(inputs: PlanInputs) -> int:
@@ -58,8 +57,11 @@ def arena_bytes(inputs: PlanInputs) -> int:
         return 0
     pieces = len(group_ranges((inputs.tokens,), inputs.policy))
     layers = class_layers(inputs)
-    groups = {"query": inputs.policy.head_groups, "key_value": inputs.policy.head_groups, "attention_output": inputs.policy.head_groups}
-    parcels = sum(layers[name] * _TENSORS.get(name, 1) * groups.get(name, 1) for name, num_bytes in moved.items() if num_bytes)
+    parcels = sum(
+        layers[kind.name] * kind.num_tensors * (inputs.policy.head_groups if kind.of_heads else 1)
+        for kind in activation_classes(inputs.spec)
+        if moved[kind.name]
+    )
     return sum(moved.values()) + pieces * parcels * ARENA_BLOCK_BYTES
 
 

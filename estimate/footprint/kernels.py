@@ -12,9 +12,11 @@ from .term import Phase, Term
 
 def loss_chunk(inputs: PlanInputs) -> Term:
     """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
+    if not inputs.has_head:
+        return Term("loss chunk", "", {Phase.LOSS: 0})
     chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
     narrow, wide = inputs.width * words * chunk, inputs.master * words * chunk
-    bent = 3 * wide * _softcap(inputs)
+    bent = 3 * wide * inputs.spec.has_logit_softcap
     made = wide + bent + narrow * (inputs.width < inputs.master)
     most = max(made, narrow + inputs.width * words * inputs.spec.hidden_size)
     rows = chunk * inputs.spec.hidden_size * (norm_bytes(inputs) + inputs.width)
@@ -24,21 +26,15 @@ def loss_chunk(inputs: PlanInputs) -> Term:
 def scratch(inputs: PlanInputs) -> Term:
     """What kernels allocate inside, where no count of tensors sees it: exponentials of a chunk's logits."""
     chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
-    exponentials = inputs.master * words * chunk
-    beside = inputs.master * words * chunk * (1 + 3 * _softcap(inputs))
+    exponentials = inputs.master * words * chunk * inputs.has_head
+    beside = exponentials * (1 + 3 * inputs.spec.has_logit_softcap)
     counted = loss_chunk(inputs).by_phase[Phase.LOSS]
     return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
 
 
-def _softcap(inputs: PlanInputs) -> bool:
-    from ...model.config import Family
-
-    return inputs.spec.family is Family.GEMMA2
-
-
 def masked_scores(inputs: PlanInputs) -> Term:
     """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
-    softcap = _softcap(inputs)
+    softcap = inputs.spec.has_score_softcap
     windows = [window for window in inputs.spec.windows if window is not None]
     if inputs.on_gpu and inputs.width == 2:
         return Term("masked scores", "", {})

@@ -1,14 +1,17 @@
 """The layer that runs: rows of all tokens, and one piece of them at a time. Pure.
 
-The formulas follow memory/{local,whole,streamed,graph}.py and parallel/sequence/{ulysses,ring}.py, moment by
-moment: a phase holds the most that one of its moments does. Legend, bytes of one row: H hidden, Q queries, K keys and values,
-X keys and values between the exchanges, F feed-forward, E log-sum-exp.
+The formulas follow memory/executor/{token_local,feed_forward,attention_whole,attention_chunked,kept_graph}.py and
+parallel/sequence/{ulysses,ring}.py, moment by moment: a phase holds the most that one of its moments does.
+
+Legend, bytes of one row: H hidden, Q queries, K keys and values, X keys and values between the exchanges, F feed-forward,
+E log-sum-exp.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
 from ..plan_inputs import PlanInputs
 from .activations import graph_row, norm_bytes
 from .term import Phase, Term
@@ -74,7 +77,7 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
 def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     """memory/executor/attention_whole.py: attention over all rows at once, or over groups of heads one after the other."""
     w, part = Widths.of(inputs), Widths.of(inputs, inputs.policy.head_groups)
-    own = 0 if _kept(inputs, "layer_input") else w.H
+    own = 0 if _kept(inputs, LAYER_INPUT) else w.H
     forward = _forward_moments(inputs, w, part)
     projected = [Moment(w.H + w.Q * inputs.in_pieces * _stored(inputs) + m.whole, m.piece) for m in forward[:-1]]
     return {
@@ -93,11 +96,11 @@ def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
 def _forward_moments(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment]:
     """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
     cut, sides, groups = inputs.in_pieces, inputs.layout.ulysses > 1, inputs.policy.head_groups > 1
-    made = part.Q * (not _kept(inputs, "query")) + part.K * (not _kept(inputs, "key_value"))
+    made = part.Q * (not _kept(inputs, QUERY)) + part.K * (not _kept(inputs, KEY_VALUE))
     read = part.Q + part.X if sides else made
     ring = 3 * w.X + w.wide * w.Q if inputs.layout.ring > 1 else 0
     documents = inputs.packed * (part.Q + part.E) + w.wide * part.Q * _windows(inputs)
-    output = (w.Q + w.E) * (not _kept(inputs, "attention_output"))
+    output = (w.Q + w.E) * (not _kept(inputs, ATTENTION_OUTPUT))
     others = output * groups
     moments = [
         Moment(others + made * cut, before_row(part)),
@@ -124,7 +127,7 @@ def _read(inputs: PlanInputs, w: Widths) -> float:
     """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
     if inputs.layout.ulysses > 1:
         return w.Q + w.X
-    return w.Q * (inputs.in_pieces or _made(inputs, "query")) + w.K * (inputs.in_pieces or _made(inputs, "key_value"))
+    return w.Q * (inputs.in_pieces or _made(inputs, QUERY)) + w.K * (inputs.in_pieces or _made(inputs, KEY_VALUE))
 
 
 def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment]:
@@ -153,11 +156,11 @@ def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Mom
 def streamed_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     """memory/executor/attention_chunked.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
     w, sides = Widths.of(inputs), inputs.layout.ulysses > 1
-    own = 0 if _kept(inputs, "layer_input") else w.H
+    own = 0 if _kept(inputs, LAYER_INPUT) else w.H
     totals = w.wide * w.X
-    keys = w.X if sides else w.K * (inputs.in_pieces or _made(inputs, "key_value"))
-    kept = w.K * _kept(inputs, "key_value") * (not sides)
-    query, output = w.Q * _made(inputs, "query"), (w.Q + w.E) * _made(inputs, "attention_output")
+    keys = w.X if sides else w.K * (inputs.in_pieces or _made(inputs, KEY_VALUE))
+    kept = w.K * _kept(inputs, KEY_VALUE) * (not sides)
+    query, output = w.Q * _made(inputs, QUERY), (w.Q + w.E) * _made(inputs, ATTENTION_OUTPUT)
     project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
     attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
     forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(inputs, w))]
@@ -205,7 +208,7 @@ def before_row(w: Widths) -> float:
 
 def after_row(inputs: PlanInputs, w: Widths) -> float:
     """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
-    return _made(inputs, "residual") * w.H + _made(inputs, "mlp") * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+    return _made(inputs, RESIDUAL) * w.H + _made(inputs, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
 
 
 def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
@@ -214,10 +217,10 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
     up's gradients and their weights' beside its own work.
     """
-    total = piece + w.H * _made(inputs, "residual")
+    total = piece + w.H * _made(inputs, RESIDUAL)
     weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size
     return [
-        Moment(whole, total + 2 * w.F * _made(inputs, "mlp") + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F * _made(inputs, GATE_UP) + 4 * w.F + w.H),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
     ]
 
@@ -252,14 +255,14 @@ def _windows(inputs: PlanInputs) -> bool:
     return any(window is not None for window in inputs.spec.windows)
 
 
-def _kept(inputs: PlanInputs, name: str) -> bool:
+def _kept(inputs: PlanInputs, kind: ActivationClass) -> bool:
     """Whether all of a class stays on the device, so that the live layer's is counted there."""
-    return inputs.policy.splits[name].keep >= 1.0
+    return inputs.policy.split(kind).keep >= 1.0
 
 
-def _made(inputs: PlanInputs, name: str) -> bool:
+def _made(inputs: PlanInputs, kind: ActivationClass) -> bool:
     """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
-    return not inputs.policy.splits[name].complete
+    return not inputs.policy.split(kind).complete
 
 
 def _stored(inputs: PlanInputs) -> bool:

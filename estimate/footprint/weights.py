@@ -1,6 +1,6 @@
 """Weights and their gradients on one rank: sharded, gathered and on their way. Pure.
 
-The formulas follow FSDP2 as parallel/sharding.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
+The formulas follow FSDP2 as parallel/sharding/fsdp2.py uses it (torch/distributed/fsdp/_fully_shard): in forward the flat buffer of
 a gather lives until the next layer's copies are made, in backward the next layer's is on its way; the input of a reduction
 lives until the next one starts. `layer` is the layer whose backward the backward phases describe, of those from 0 to L - 1.
 """
@@ -22,9 +22,9 @@ def gradients(inputs: PlanInputs, layer: int) -> Term:
     """Sharded: of the layers done; of all from the first micro-batch on where each is reduced."""
     total = inputs.master * inputs.parameters // inputs.layout.shard
     early = total if inputs.layout.num_micro_batches > 1 and not reduces_once(inputs) else 0
-    done = inputs.master * inputs.layer_parameters * (inputs.spec.num_layers - 1 - layer) // inputs.layout.shard
+    done = inputs.master * inputs.decoder_parameters(layer + 1) // inputs.layout.shard
     held = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(inputs)))
-    layers = early or inputs.master * inputs.spec.num_layers * inputs.layer_parameters // inputs.layout.shard
+    layers = early or inputs.master * inputs.decoder_parameters() // inputs.layout.shard
     whole = held | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
     return gradients_left(inputs, Term("gradients", f"float{8 * inputs.master}, 1/{inputs.layout.shard} of each", whole))
 
@@ -50,7 +50,7 @@ def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     one, several = inputs.width * inputs.layer_parameters, inputs.layout.shard > 1
     if inputs.parallel.barrier_free:
         note = "all layers, in compute precision, from the first micro-batch to the last"
-        return term("layers, gathered", note, inputs.spec.num_layers * one, KEEPING)
+        return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), KEEPING)
     # The layer below is gathered ahead; where its input is made again from its segment's, that gather is used up by then.
     ahead = one * (several and layer > 0 and not inputs_made_again(inputs, layer))
     held = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
@@ -103,15 +103,12 @@ def layer_gradients(inputs: PlanInputs) -> Term:
 
 def head_gradient(inputs: PlanInputs) -> Term:
     """Summed in master precision over chunks, each chunk's part beside it; then in compute precision to the end of backward."""
-    head = inputs.spec.vocab_size * inputs.spec.hidden_size
+    head = inputs.head_parameters
     held = {Phase.LOSS: inputs.master * head} | dict.fromkeys(BACKWARD, inputs.width * head)
     return Term("head gradient", f"summed in float{8 * inputs.master} over chunks", held)
 
 
 def batch(inputs: PlanInputs) -> Term:
     """Token, target and position ids, document lengths, and rotary tables."""
-    from ...model.config import Family
-
-    tables = 1 + (inputs.spec.family is Family.GEMMA3)
-    per_token = 4 * 8 + 1 + 2 * tables * inputs.spec.head_dim * inputs.width
-    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", per_token * inputs.tokens, COMPUTE)
+    per_token = 4 * 8 + 1 + 2 * inputs.spec.rotary_tables * inputs.spec.head_dim * inputs.width
+    return term("batch and rotary tables", "ids of the micro-batch, cos and sin", inputs.in_flight * per_token * inputs.tokens, COMPUTE)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from ...cluster.config import ClusterConfig
 from ...cluster.rates import MeasuredRates
+from ...errors import ConfigError
 from .profile import DEFAULT_FILE, Profile, load_profiles
+
+log = logging.getLogger(__name__)
 
 
 def find_rates(
@@ -15,12 +19,19 @@ def find_rates(
     """Those of the newest entry for `hardware` (empty: any) with as many ranks a node; None where no profile has them.
 
     Links, disks and memory do not depend on the model, so entries of other models and policies serve as well. Of entries that are
-    alike in that, one whose disk is `offload_dir` goes before the others. ConfigError where the file is no profile.
+    alike in that, one whose disk is `offload_dir` goes before the others. ConfigError where the file that `wanted` names is no profile.
     """
     path = (folder or Path()) / (wanted or DEFAULT_FILE)
     if not path.exists():
         return None
-    fitting = [profile for profile in load_profiles(path) if _is_of(profile, cluster, hardware)]
+    try:
+        known = load_profiles(path)
+    except ConfigError as error:
+        if wanted is not None:
+            raise
+        log.warning("%s is not used: found %s", path, error.found)
+        return None
+    fitting = [profile for profile in known if _is_of(profile, cluster, hardware)]
     if not fitting:
         return None
     best = max(fitting, key=lambda profile: (_has_disk(profile, offload_dir), profile.taken))

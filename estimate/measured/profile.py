@@ -8,13 +8,15 @@ and at least `empty_s`. Coefficients are of the whole group: already divided by 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cluster.rates import MachineRates, rates_from
+from ...cluster.rates import MachineRates
 from ...errors import ConfigError
+from ...utils.decode import decode, set_aside
 
 if TYPE_CHECKING:
     from ...cluster.config import ClusterConfig
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ...parallel.sequence.cost import CostModel, DegreeCost
     from ...training.config import TrainConfig
 
+log = logging.getLogger(__name__)
 DEFAULT_FILE = "profile.yaml"
 FORMAT = 2
 READABLE = (1, 2)
@@ -227,7 +230,7 @@ def save_profile(path: Path, profile: Profile) -> None:
     """Put the profile into the file, whole or not at all; what the file has of other machines and models stays."""
     import yaml
 
-    others = [entry for entry in _read(path) if entry.get("key") != asdict(profile.key)] if path.exists() else []
+    others = [_plain(known) for known in _kept_profiles(path) if known.key != profile.key]
     text = yaml.safe_dump({"efflaunch_profile": FORMAT, "entries": [*others, _plain(profile)]}, sort_keys=False, width=120)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
@@ -235,12 +238,25 @@ def save_profile(path: Path, profile: Profile) -> None:
     partial.replace(path)
 
 
+def _kept_profiles(path: Path) -> list[Profile]:
+    """What the file has; a damaged one is set aside, for what is put into it can be measured again."""
+    if not path.exists():
+        return []
+    try:
+        return load_profiles(path)
+    except ConfigError as error:
+        if "newer efflaunch" in error.found:
+            raise
+        log.warning("%s", set_aside(path, error.found))
+        return []
+
+
 def load_profiles(path: Path) -> list[Profile]:
     """All the file has; ConfigError where it is no profile."""
     try:
-        return [_parsed(entry) for entry in _read(path)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(path, f"an entry that cannot be read ({type(error).__name__}: {error})") from error
+        return [_checked(decode(Profile, entry, f"entries[{index}]")) for index, entry in enumerate(_read(path))]
+    except ValueError as error:
+        raise _unreadable(path, f"an entry that cannot be read ({error})") from error
 
 
 def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None) -> tuple[Profile | None, str]:
@@ -254,7 +270,12 @@ def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None
         if wanted is not None:
             raise ConfigError("parallel.profile", found=f"no file {path}", expected="a profile of this machine", hint=_make(path))
         return None, "arithmetic on data sheets: nothing was measured here (efflaunch profile does)"
-    known = load_profiles(path)
+    try:
+        known = load_profiles(path)
+    except ConfigError as error:
+        if wanted is not None:
+            raise
+        return None, f"arithmetic on data sheets: {path} is damaged ({error.found}); {_make(path)}"
     match = next((profile for profile in known if not profile.key.differences(key)), None)
     if match is not None:
         return match, str(path)
@@ -283,7 +304,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
     try:
         data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise _unreadable(path, type(error).__name__) from error
     kind = data.get("efflaunch_profile") if isinstance(data, dict) else None
     if type(kind) is int and kind > FORMAT:
@@ -303,15 +324,16 @@ def _plain(profile: Profile) -> dict[str, Any]:
     return {**data, "degrees": list(data["degrees"]), "collectives": list(data["collectives"]), "rates": rates}
 
 
-def _parsed(entry: dict[str, Any]) -> Profile:
-    data = dict(entry)
-    degrees = tuple(FittedDegree(**{**row, "fit": Fit(**row["fit"])}) for row in data.pop("degrees"))
-    collectives = tuple(FittedCollective(**{**row, "fit": Fit(**row["fit"])}) for row in data.pop("collectives"))
-    rates = data.pop("rates", None)
-    return Profile(
-        key=ProfileKey(**data.pop("key")),
-        degrees=degrees,
-        collectives=collectives,
-        rates=None if rates is None else rates_from(rates),
-        **data,
-    )
+def _checked(profile: Profile) -> Profile:
+    """ValueError where a time is negative, or a speed, a degree or a number of ranks is none."""
+    times = [profile.overhead_s, profile.gather_s, profile.empty_s, profile.step_s, profile.reduce_s]
+    times += [value for row in profile.degrees for value in (row.attention_s, row.linear_s, row.exchange_s)]
+    times += [value for row in profile.collectives for value in (row.latency_s, row.bytes_per_s)]
+    counts: list[float] = [value for row in profile.degrees for value in (row.degree, row.ulysses)]
+    counts += [row.degree for row in profile.collectives]
+    if (rates := profile.rates) is not None:
+        counts += [rates.ranks_per_node, rates.device_update, rates.host_update]
+        counts += [value for copies in (*rates.link, *rates.disk) for value in asdict(copies).values()]
+    if min(times, default=0) < 0 or min(counts, default=1) <= 0:
+        raise ValueError("a time below zero, or a speed or a count that is not above it")
+    return profile

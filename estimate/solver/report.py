@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...memory.activation_classes import activation_classes
 from ...memory.config import AttentionTiling
 from ...memory.policy import MemoryPolicy, Split
 from ...units import format_bytes, format_tokens
 from ..plan_inputs import PlanInputs
-
-_NAMES = {
-    "query": "queries",
-    "key_value": "keys and values",
-    "residual": "sums after attention",
-    "mlp": "gate and up",
-}
-"""As a person calls the classes of memory/policy.py; layer inputs and attention outputs have sentences of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +75,7 @@ def describe_policy(policy: MemoryPolicy, inputs: PlanInputs) -> tuple[str, ...]
     compiled = ("norms, projections and MLP compiled",) if policy.compile else ()
     if policy.graph:
         return (f"every activation is kept on the {place}; no layer runs again", *compiled)
-    clauses = [_inputs(policy, place, host), _attention(policy, place, host), *_others(policy, place, host)]
+    clauses = [_inputs(policy, place, host), _attention(policy, place, host), *_others(policy, inputs, place, host)]
     return (*clauses, _pieces(policy, inputs), *compiled)
 
 
@@ -97,11 +90,12 @@ def _attention(policy: MemoryPolicy, place: str, host: str) -> str:
     return f"attention outputs {_where(policy.attention_output, place, host)}"
 
 
-def _others(policy: MemoryPolicy, place: str, host: str) -> list[str]:
-    """Classes of one treatment in one clause."""
+def _others(policy: MemoryPolicy, inputs: PlanInputs, place: str, host: str) -> list[str]:
+    """Classes of one treatment in one clause; layer inputs and attention outputs have clauses of their own."""
     by_split: dict[Split, list[str]] = {}
-    for name, words in _NAMES.items():
-        by_split.setdefault(policy.splits[name], []).append(words)
+    for kind in activation_classes(inputs.spec):
+        if kind.by_token:
+            by_split.setdefault(policy.split(kind), []).append(kind.description)
     if len(by_split) == 1:
         (split,) = by_split
         return ["everything else recomputed" if split == Split() else f"everything else {_where(split, place, host)}"]

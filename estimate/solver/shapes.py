@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ...memory.activation_classes import ATTENTION_OUTPUT, CLASSES, LAYER_INPUT
 from ...memory.config import ActivationPlace, AttentionTiling, MemoryConfig
 from ...memory.policy import KEEP_ALL, KEPT, MOVED, RECOMPUTED, MemoryPolicy, Split, compiler
 from .linear_program import Affine, PolicyProgram, Row, step_s
@@ -23,7 +24,7 @@ BUDGET = "host budget"
 """The row of memory.host_budget."""
 _STEP = 1 / 16
 """Shares differ by this much between the two looks of a difference."""
-_FREE = ("query", "key_value", "residual", "mlp")
+_FREE = tuple(kind.name for kind in CLASSES if kind.by_token)
 """The classes memory.activations speaks of."""
 
 
@@ -136,9 +137,9 @@ def shares(memory: MemoryConfig, shape: Shape) -> list[Share]:
         return []
     found = []
     if memory.layer_input is None:
-        found.append(Share(("layer_input",), keep=True, rest=True))
+        found.append(Share((LAYER_INPUT.name,), keep=True, rest=True))
     if shape.stored and memory.attention_output is None:
-        found.append(Share(("attention_output",), keep=True, rest=True))
+        found.append(Share((ATTENTION_OUTPUT.name,), keep=True, rest=True))
     if memory.activations is None:
         found += [Share((name,), keep) for name in _FREE for keep in (True, False)]
     elif memory.activations is ActivationPlace.HOST and memory.host_fraction is None:
@@ -175,7 +176,7 @@ def _given(memory: MemoryConfig, shape: Shape) -> dict[str, Split]:
     if memory.activations is ActivationPlace.HOST:
         activations = Split(host=memory.host_fraction or 0.0)
     attention = places[memory.attention_output] if shape.stored else RECOMPUTED
-    return {"layer_input": places[memory.layer_input], "attention_output": attention} | dict.fromkeys(_FREE, activations)
+    return {LAYER_INPUT.name: places[memory.layer_input], ATTENTION_OUTPUT.name: attention} | dict.fromkeys(_FREE, activations)
 
 
 def linearise(

@@ -2,12 +2,22 @@
 
 Per token and layer (width d, query size q, key/value size k, feed-forward f): a forward pass takes 2 FLOPs a weight and
 4 q a query-key pair; a class that is neither kept nor moved costs the products that make it once more.
+
+Note: mirrors what backward recomputes: memory/executor/{layer_pass,token_local,feed_forward,attention_whole,attention_chunked}.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...memory.activation_classes import (
+    ATTENTION_OUTPUT,
+    LAYER_INPUT,
+    ForwardFlops,
+    activation_classes,
+    after_attention,
+    feed_forward_costs,
+)
 from ..plan_inputs import PlanInputs
 
 
@@ -30,14 +40,8 @@ def class_recompute_flops(inputs: PlanInputs) -> dict[str, float]:
     """
     spec, length = inputs.spec, inputs.data.max_seq_len
     attention = forward_attention_flops(spec.windows, spec.query_size, length) / (spec.num_layers * length)
-    return {
-        "layer_input": 2.0 * inputs.layer_parameters + attention,
-        "query": 2.0 * spec.hidden_size * spec.query_size,
-        "key_value": 4.0 * spec.hidden_size * spec.kv_size,
-        "attention_output": attention,
-        "residual": 2.0 * spec.hidden_size * spec.query_size,
-        "mlp": 4.0 * spec.hidden_size * spec.intermediate_size,
-    }
+    forward = ForwardFlops(linear=2.0 * inputs.active_layer_parameters, attention=attention)
+    return {kind.name: kind.recompute_flops(spec, forward) for kind in activation_classes(spec)}
 
 
 def remade_flops(inputs: PlanInputs) -> float:
@@ -45,10 +49,9 @@ def remade_flops(inputs: PlanInputs) -> float:
     if inputs.policy.graph:
         return 0.0
     costs = class_recompute_flops(inputs)
-    shares = {name: split.recompute for name, split in inputs.policy.splits.items() if name not in ("layer_input", "attention_output")}
-    for name in ("query", "key_value"):
-        shares[name] *= projections(inputs)
-    return sum(costs[name] * share for name, share in shares.items()) + norm_flops(inputs)
+    made = [kind for kind in activation_classes(inputs.spec) if kind.by_token]
+    times = {kind: projections(inputs) if kind.of_heads else 1 for kind in made}
+    return sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in made) + norm_flops(inputs)
 
 
 def projections(inputs: PlanInputs) -> int:
@@ -59,8 +62,8 @@ def projections(inputs: PlanInputs) -> int:
 def norm_flops(inputs: PlanInputs) -> float:
     """A norm after a product needs the product for its gradient, whatever is stored: per-head norms, and those that end Gemma's halves."""
     heads = 2.0 * inputs.spec.hidden_size * (inputs.spec.query_size + inputs.spec.kv_size) * inputs.spec.qk_norm
-    ends = 2.0 * inputs.spec.hidden_size * (inputs.spec.intermediate_size + inputs.spec.query_size) * (inputs.spec.norms_per_layer > 2)
-    return heads + ends
+    ends = 2.0 * inputs.spec.hidden_size * inputs.spec.query_size + feed_forward_costs(inputs.spec).output_flops(inputs.spec)
+    return heads + ends * (inputs.spec.norms_per_layer > 2)
 
 
 def segment_flops(inputs: PlanInputs) -> float:
@@ -69,9 +72,12 @@ def segment_flops(inputs: PlanInputs) -> float:
     With the attention output stored neither attention nor its projections run.
     """
     costs = class_recompute_flops(inputs)
-    names = ("residual", "mlp") if inputs.policy.attention_output.recompute == 0 else ("query", "key_value", "residual", "mlp")
-    splits = inputs.policy.splits
-    return sum(costs[name] * splits[name].recompute for name in names) + 2.0 * inputs.spec.hidden_size * inputs.spec.intermediate_size
+    made = activation_classes(inputs.spec)
+    if inputs.policy.attention_output.recompute == 0:
+        made = after_attention(made)
+    return sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in made if kind.by_token) + feed_forward_costs(
+        inputs.spec
+    ).output_flops(inputs.spec)
 
 
 def inner_share(inputs: PlanInputs) -> float:
@@ -88,8 +94,8 @@ def attention_passes(inputs: PlanInputs) -> float:
 
 def linear_flops(inputs: PlanInputs) -> float:
     """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
-    head = inputs.spec.vocab_size * inputs.spec.hidden_size
-    layer = 6 * inputs.layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
+    head = inputs.head_parameters
+    layer = 6 * inputs.active_layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
     return inputs.spec.num_layers * layer + 6 * head
 
 
@@ -101,7 +107,7 @@ def sequence_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
 
 def matrix_parameters(inputs: PlanInputs) -> int:
     """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
-    return inputs.spec.num_layers * inputs.layer_parameters + inputs.spec.vocab_size * inputs.spec.hidden_size
+    return inputs.active_parameters + inputs.head_parameters
 
 
 def batch_tokens(inputs: PlanInputs) -> float:
@@ -111,18 +117,18 @@ def batch_tokens(inputs: PlanInputs) -> float:
 
 def layer_forward_s(inputs: PlanInputs) -> float:
     """Seconds of one layer's forward on one rank: a micro-batch of longest sequences, the layers' mean."""
-    return batch_tokens(inputs) * class_recompute_flops(inputs)["layer_input"] / _rate(inputs)
+    return batch_tokens(inputs) * class_recompute_flops(inputs)[LAYER_INPUT.name] / _rate(inputs)
 
 
 def layer_backward_s(inputs: PlanInputs) -> float:
     """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
-    attention = class_recompute_flops(inputs)["attention_output"]
-    return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.layer_parameters) / _rate(inputs)
+    attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
+    return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.active_layer_parameters) / _rate(inputs)
 
 
 def layer_recompute_s(inputs: PlanInputs) -> float:
     """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
-    attention = (attention_passes(inputs) - 3.5) * class_recompute_flops(inputs)["attention_output"]
+    attention = (attention_passes(inputs) - 3.5) * class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
     return batch_tokens(inputs) * (attention + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)) / _rate(inputs)
 
 

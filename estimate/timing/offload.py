@@ -2,11 +2,14 @@
 
 The executor starts a layer's copies as it makes the rows, and fetches rows ahead of the chunk that needs them (memory/offload):
 a direction stalls by what its transfer takes longer than the layer's computation.
+
+Note: `returning_bytes` mirrors what the executor reads: memory/executor/{read_order,attention_whole,attention_chunked}.py.
 """
 
 from __future__ import annotations
 
-from ..footprint.activations import class_bytes
+from ...memory.activation_classes import KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, activation_classes, after_attention
+from ..footprint.activations import class_bytes, class_splits
 from ..plan_inputs import PlanInputs
 from .bandwidth import offload_link
 from .flops import batch_tokens, inner_share, layer_backward_s, layer_forward_s, layer_recompute_s, projections
@@ -22,23 +25,19 @@ def returning_bytes(inputs: PlanInputs) -> float:
 
     At most: the piece that ends one walk over the tokens and begins the next comes once.
     """
-    reads = {
-        "layer_input": input_reads(inputs),
-        "query": projections(inputs) if inputs.in_pieces else 1,
-        "key_value": projections(inputs) if inputs.in_pieces else 1,
-    }
+    projected = projections(inputs) if inputs.in_pieces else 1
+    reads = {LAYER_INPUT.name: input_reads(inputs), QUERY.name: projected, KEY_VALUE.name: projected}
     once = sum(reads.get(name, 1) * num_bytes for name, num_bytes in _host_bytes(inputs).items())
     return batch_tokens(inputs) * (once + inner_share(inputs) * _again_reads(inputs))
 
 
 def _again_reads(inputs: PlanInputs) -> float:
     """Bytes per token that a segment's layer reads to run again for the next one's input."""
-    host, splits = _host_bytes(inputs), inputs.policy.splits
-    summed = splits["residual"].recompute
-    found = host["residual"] + host["mlp"]
+    host = _host_bytes(inputs)
+    summed, query, keys = (inputs.policy.split(kind).recompute for kind in (RESIDUAL, QUERY, KEY_VALUE))
+    after = sum(host[kind.name] for kind in after_attention(activation_classes(inputs.spec)))
     if inputs.policy.attention_output.complete:
-        return found + summed * (host["attention_output"] + host["layer_input"])
-    query, keys = splits["query"].recompute, splits["key_value"].recompute
+        return after + summed * sum(host[kind.name] for kind in RESIDUAL.made_from)
     if not inputs.by_chunks:
         walks = inputs.policy.head_groups * max(query, keys) + summed
     elif inputs.layout.ulysses > 1:
@@ -46,7 +45,7 @@ def _again_reads(inputs: PlanInputs) -> float:
     else:
         walks = max(query, keys, summed)
     # One piece alone is not let go before the layer's output is there.
-    return found + host["query"] + host["key_value"] + host["layer_input"] * (walks if inputs.in_pieces else min(1.0, walks))
+    return after + host[QUERY.name] + host[KEY_VALUE.name] + host[LAYER_INPUT.name] * (walks if inputs.in_pieces else min(1.0, walks))
 
 
 def input_reads(inputs: PlanInputs) -> float:
@@ -66,13 +65,14 @@ def _forward_bytes(inputs: PlanInputs) -> float:
 
 def inner_bytes(inputs: PlanInputs) -> float:
     """Inputs of a segment's inner layers leave in backward, when they are made again."""
-    return inner_share(inputs) * batch_tokens(inputs) * _host_bytes(inputs)["layer_input"]
+    return inner_share(inputs) * batch_tokens(inputs) * _host_bytes(inputs)[LAYER_INPUT.name]
 
 
 def _host_bytes(inputs: PlanInputs) -> dict[str, float]:
     """Per token and layer."""
     moved = 0.0 if inputs.policy.graph else 1.0
-    return {name: moved * inputs.policy.splits[name].host * num_bytes for name, num_bytes in class_bytes(inputs).items()}
+    splits = class_splits(inputs)
+    return {name: moved * splits[name].host * num_bytes for name, num_bytes in class_bytes(inputs).items()}
 
 
 def to_host_s(inputs: PlanInputs) -> float:

@@ -25,8 +25,9 @@ from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import rank_environment, secrets
+from ..output import lenient_output
 from ..rundir import state
-from ..rundir.metrics_reader import newest_step
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, keep_private, read_run
 from ..rundir.small_files import tail_lines
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
     parser.add_argument("--parent", type=int, default=os.getppid(), help="process whose death ends this one")
     options = parser.parse_args(arguments)
+    lenient_output()
     die_with_parent(options.parent)
     return Agent(options.run_dir, options.entry).run()
 
@@ -209,7 +211,12 @@ class Agent:
             self._write(attempts=(*earlier, replace(last, **changes)))
 
     def _write(self, **changes: Any) -> None:
-        self.state = write_state(self.run_dir, replace(self.state, **changes))
+        """Change the state, and state.json as far as there is room for it: ranks do not end because a disk is full."""
+        self.state = replace(self.state, **changes)
+        try:
+            self.state = write_state(self.run_dir, self.state)
+        except OSError as error:
+            print(f"{self.run_dir / state.STATE_FILE} cannot be written: {error}", file=sys.stderr, flush=True)
 
 
 def read_failure(run_dir: Path, number: int, report: RankReport) -> Failure:

@@ -11,14 +11,16 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...utils.heartbeat import STACKS_SIGNAL, Beat, HeartbeatBoard, catches
+from ...utils.text import plain_data
 from ..config.run_config import LauncherConfig
 from ..rundir.run_dir import attempt_dir
-from ..rundir.small_files import read_json, write_json
+from ..rundir.small_files import read_json, write_if_room
 from ..rundir.state import Failure
 from .hang_verdict import Frame, Limits, RankFacts, Silences, blame, describe_hang, parse_stacks, short_file, training_frames
 from .procfs import kernel_view, native_stacks, process_state
@@ -98,7 +100,7 @@ class HangWatch:
         message = describe_hang(facts, blamed, allowance_s=allowance_s, missing=missing, stacks=str(logs / "stacks-*.txt"))
         stack = next((_text(fact) for fact in facts if fact.rank == first), "")
         failure = Failure(rank=first if blamed.ranks else -1, message=message, traceback=stack, log=str(logs / _stacks_name(first)))
-        write_json(self._run_dir / logs / HANG_FILE, asdict(failure))
+        write_if_room(self._run_dir / logs / HANG_FILE, asdict(failure))
         return failure
 
     def _local(self, rank: int) -> int:
@@ -118,7 +120,7 @@ class HangWatch:
         ]
         node = self._ranks.start // len(self._ranks)
         value = {"time": time.time(), "host": socket.gethostname(), "allowed_s": self._silences.allowance_s(self._limits), "ranks": rows}
-        write_json(attempt_dir(self._run_dir, self._number) / f"pulse-{node}.json", value | {"stuck": quiet})
+        write_if_room(attempt_dir(self._run_dir, self._number) / f"pulse-{node}.json", value | {"stuck": quiet})
 
     def _dump(self, pids: Mapping[int, int]) -> list[RankFacts]:
         """stacks-R.txt of every rank of this node."""
@@ -133,7 +135,8 @@ class HangWatch:
         for rank, pid in pids.items():
             facts.append(self._facts(rank, pid, texts[rank], native.frames.get(rank, ())))
             text = _page(facts[-1], pid, texts[rank], _why_none(facts[-1], rank in asked), kernel_view(pid), native.texts[rank])
-            (attempt_dir(self._run_dir, self._number) / _stacks_name(rank)).write_text(text, encoding="utf-8")
+            with suppress(OSError):  # a full disk
+                (attempt_dir(self._run_dir, self._number) / _stacks_name(rank)).write_text(text, encoding="utf-8")
         return facts
 
     def _wait_for(self, lengths: Mapping[int, int]) -> None:
@@ -182,7 +185,7 @@ def read_pulses(run_dir: Path, number: int) -> list[dict[str, Any]]:
         since = max(0.0, time.time() - told["time"])
         more = {"host": told["host"], "allowed_s": told["allowed_s"]}
         rows += [{**row, "silent_s": row["silent_s"] + since, **more} for row in told["ranks"]]
-    return sorted(rows, key=lambda row: row["rank"])
+    return sorted(plain_data(rows), key=lambda row: int(row["rank"]))
 
 
 def _phase(beat: Beat | None) -> str:

@@ -50,6 +50,17 @@ def stop_signals_held() -> Iterator[None]:
         release_stop_signals()
 
 
+@contextmanager
+def stop_signals_kept() -> Iterator[None]:
+    """What handles stop signals at the start does so again from the end on; in between they may be handled anew."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def release_stop_signals() -> None:
     """Deliver the stop signals held since the fork: called once the process has its own handlers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

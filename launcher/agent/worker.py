@@ -21,9 +21,11 @@ from typing import Any
 from ...errors import EXIT_RETRY, EXIT_USER, UserError
 from ...utils.atomic_files import write_atomic
 from ...utils.heartbeat import Heartbeat, join
+from ...utils.helper_thread import ends_with_helpers
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import secrets
+from ..output import lenient_output
 from ..rundir.run_dir import attempt_dir, read_attempt
 from .procfs import permit_tracing
 from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
@@ -53,7 +55,8 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     _print_to(logs / f"rank-{rank}.log")
     _keep_log()
     try:
-        return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
+        with ends_with_helpers(lambda died: _record(logs, rank, died, EXIT_USER if isinstance(died.__cause__, UserError) else EXIT_RETRY)):
+            return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
         raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
     except Exception as error:
@@ -81,8 +84,7 @@ def _print_to(log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    lenient_output()
 
 
 def _keep_log() -> None:
@@ -103,7 +105,11 @@ def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:
         "traceback": redact("".join(traceback.format_exception(error)), hidden),
     }
     print(record["message"] if exit_code == EXIT_USER else record["traceback"], file=sys.stderr, flush=True)
-    write_atomic(error_file(logs, rank), json.dumps(record))
+    try:
+        write_atomic(error_file(logs, rank), json.dumps(record))
+    except OSError as failure:
+        # The exit code still says what kind of an end it was.
+        print(f"{error_file(logs, rank)}: {failure}", file=sys.stderr, flush=True)
     return exit_code
 
 

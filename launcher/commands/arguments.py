@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from ...errors import ConfigError
+from ...utils.ranges import LONG_S, STEPS, Range
 from ..config.run_config import Config
+
+STEP, SEARCH_S = Range(0, STEPS), Range(0, LONG_S, above=True)
+
+
+def number_in(kind: type[int] | type[float], allowed: Range) -> Callable[[str], int | float]:
+    """A reader of an option's number for argparse; the error says its range."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number, ' if kind is int else ''}{allowed}")
+        return value
+
+    return read
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -53,13 +72,20 @@ def add_lengths(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Adds the sequence lengths of a step: --lengths, --sequences, --seed."""
     text = "wikipedia, commoncrawl, github, lognormal:MEDIAN:SIGMA, PREFIX.idx or a file of lengths"
     parser.add_argument("--lengths", metavar="FILE|DISTRIBUTION", required=required, help=text)
-    parser.add_argument("--sequences", type=int, metavar="N", help="sequences of a step; without it data.global_batch_tokens decides")
-    parser.add_argument("--seed", type=int, default=0, help="of the lengths that are drawn")
+    parser.add_argument(
+        "--sequences",
+        type=number_in(int, Range(1, 1_000_000)),
+        metavar="N",
+        help="sequences of a step; without it data.global_batch_tokens decides",
+    )
+    parser.add_argument("--seed", type=number_in(int, Range(0, 1 << 63)), default=0, help="of the lengths that are drawn")
 
 
 def add_certify(parser: argparse.ArgumentParser) -> None:
     """Adds --certify."""
-    parser.add_argument("--certify", type=float, metavar="S", help="look for a tighter lower bound, for up to so many seconds")
+    parser.add_argument(
+        "--certify", type=number_in(float, SEARCH_S), metavar="S", help="look for a tighter lower bound, for up to so many seconds"
+    )
 
 
 def composed(options: argparse.Namespace) -> Config | None:

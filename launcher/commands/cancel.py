@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import EXIT_DONE, ConfigError
+from ...utils.text import typed
 from ..backend_registry import launcher_of
 from ..rundir.run_dir import keep_private, read_run
 from ..rundir.state import RunState, read_state
@@ -39,5 +40,5 @@ def cancel(run_dir: Path, *, now: bool) -> int:
 def _state_of(run_dir: Path) -> RunState:
     state = read_state(run_dir)
     if state is None:
-        raise ConfigError(str(run_dir), found="a run that never started", expected="one that runs", hint=f"efflaunch resume {run_dir}")
+        raise ConfigError(str(run_dir), found="a run that never started", expected="one that runs", hint=typed("resume", run_dir))
     return state

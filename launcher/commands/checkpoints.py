@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import files
-from ...errors import EXIT_DONE, EXIT_USER, CheckpointError, ConfigError
+from ...errors import EXIT_DONE, EXIT_USER, CheckpointError
 from ...units import format_bytes, format_seconds
+from ..rundir.lock import is_locked
+from ..rundir.metrics_index import read_progress
 from ..rundir.run_dir import keep_private, read_run
-from .arguments import CommandParser, add_json, add_run_dir
+from .arguments import STEP, CommandParser, add_json, add_run_dir, number_in
 
 if TYPE_CHECKING:
     from ...checkpoint.tier import Tier
 
 HERE = "here"
+DAMAGED, MISSING, UNREACHABLE = "damaged", "missing", "unreachable"
+"""States of what is not well; the last two of the second place."""
+_BAD = (DAMAGED, MISSING, UNREACHABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +37,15 @@ class CheckpointsRequest:
     as_json: bool
 
 
-DESCRIPTION = "Checkpoints of a run: state, age, size, place. Exit code 0: all is well; 93: one is damaged."
+DESCRIPTION = "Checkpoints of a run: state, age, size, place. Exit code 0: all is well; 93: one is damaged, or not in the mirror."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch checkpoints`."""
     add_run_dir(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
-    parser.add_argument("--pin", type=int, metavar="STEP", help="never let retention remove this one")
-    parser.add_argument("--unpin", type=int, metavar="STEP", help="let it again")
+    parser.add_argument("--pin", type=number_in(int, STEP), metavar="STEP", help="never let retention remove this one")
+    parser.add_argument("--unpin", type=number_in(int, STEP), metavar="STEP", help="let it again")
     add_json(parser)
 
 
@@ -53,7 +59,10 @@ def main(words: list[str]) -> int:
 
 
 def print_checkpoints(run_dir: Path, request: CheckpointsRequest) -> int:
-    """Print the list; exit code 0 where all is well, 93 where a checkpoint is damaged or none is whole."""
+    """Print the list; exit code 0 where all is well.
+
+    93 where a checkpoint is damaged, none is whole, or the second place cannot be read or lacks what it should have.
+    """
     config = read_run(run_dir).config
     keep_private(config.run.private)
     mirror = config.checkpoint.mirror
@@ -62,15 +71,15 @@ def print_checkpoints(run_dir: Path, request: CheckpointsRequest) -> int:
             _set_pinned(run_dir, step, pinned)
     rows = [_row_here(info, request.verify) for info in files.list_checkpoints(run_dir)]
     if mirror is not None:
-        rows += _rows_there(mirror, request.verify)
+        rows += _rows_there(run_dir, mirror, [row["step"] for row in rows if row["state"] != DAMAGED], request.verify)
     replicas = _rows_in_memory(run_dir)
     if request.as_json:
         print(json.dumps([*rows, *replicas], indent=1))
     else:
         print("\n".join(_lines([*rows, *replicas], request.verify)))
     # What is in memory alone is no checkpoint.
-    well = any(row["state"] != "damaged" for row in rows) and all(row["state"] != "damaged" for row in rows)
-    return EXIT_DONE if well or not rows else EXIT_USER
+    well = all(row["state"] not in _BAD for row in rows)
+    return EXIT_DONE if well else EXIT_USER
 
 
 def _set_pinned(run_dir: Path, step: int, pinned: bool) -> None:
@@ -84,7 +93,9 @@ def _set_pinned(run_dir: Path, step: int, pinned: bool) -> None:
         else:
             (path / files.PINNED_FILE).unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(str(path), found=str(error), expected="a directory you can write", hint=f"ls -ld {path}") from error
+        raise CheckpointError(
+            str(path), found=str(error), expected="a directory you can write", hint=shlex.join(["ls", "-ld", str(path)])
+        ) from error
 
 
 def _row_here(info: files.CheckpointInfo, verify: bool) -> dict[str, Any]:
@@ -98,23 +109,33 @@ def _row_here(info: files.CheckpointInfo, verify: bool) -> dict[str, Any]:
     return row | size | {"pinned": info.is_pinned, "path": str(info.path)}
 
 
-def _rows_there(mirror: str, verify: bool) -> list[dict[str, Any]]:
+def _rows_there(run_dir: Path, mirror: str, here: list[int], verify: bool) -> list[dict[str, Any]]:
+    """`here`: the whole ones that this place should have the newest of, once nothing runs."""
     from ...checkpoint.tier import Tier
 
     try:
         tier = Tier(mirror)
-        return [_row_there(tier, step, verify) for step in tier.steps()]
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            "checkpoint.mirror", found=f"{mirror} ({error})", expected="a place that can be read from here", hint="its credentials"
-        ) from error
+        steps = tier.steps()
+    except Exception as error:  # whatever a store raises: what is here is listed all the same
+        return [_problem(None, mirror, UNREACHABLE, f"{type(error).__name__}: {error}")]
+    rows = [_row_there(tier, step, verify) for step in steps]
+    lacking = [step for step in here[-1:] if step not in steps]
+    said = read_progress(run_dir).mirror_error
+    if said is not None or (lacking and not is_locked(run_dir)):
+        rows += [_problem(step, tier.address, MISSING, said or "it was never copied there") for step in lacking or here[-1:]]
+    return rows
+
+
+def _problem(step: int | None, where: str, state: str, text: str) -> dict[str, Any]:
+    none = {"num_bytes": 0, "time": 0.0, "world_size": 0, "pinned": False}
+    return {"step": step, "where": where, "state": state, "problems": [text]} | none
 
 
 def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
     problems = tier.damage(step) if verify else []
     try:
         record = tier.record(step)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return _row(step, tier.address, [*problems, str(error)], verify) | {"num_bytes": 0, "time": 0.0, "world_size": 0, "pinned": False}
     size = {"num_bytes": sum(record["files"].values()), "time": record["time"], "world_size": record["world_size"]}
     return _row(step, tier.address, problems, verify) | size | {"pinned": False, "path": f"{tier.address}/step-{step:08d}"}
@@ -139,19 +160,19 @@ def _rows_in_memory(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _row(step: int, where: str, problems: list[str], verified: bool) -> dict[str, Any]:
-    state = "damaged" if problems else ("verified" if verified else "committed")
+    state = DAMAGED if problems else ("verified" if verified else "committed")
     return {"step": step, "where": where, "state": state, "problems": problems}
 
 
 def _lines(rows: list[dict[str, Any]], verify: bool) -> list[str]:
     if not rows:
         return ["no checkpoints"]
-    lines = [f"{'step':>8}  {'state':<10}{'size':>10}  {'age':>14}  {'ranks':>5}  where"]
+    lines = [f"{'step':>8}  {'state':<11}{'size':>10}  {'age':>14}  {'ranks':>5}  where"]
     for row in rows:
         age = f"{format_seconds(max(0.0, time.time() - row['time']))} ago" if row["time"] else "?"
         pinned = "  pinned" if row["pinned"] else ""
         size = format_bytes(row["num_bytes"]) if row["num_bytes"] else "-"
-        lines.append(f"{row['step']:>8}  {row['state']:<10}{size:>10}  {age:>14}  {row['world_size']:>5}  {row['where']}{pinned}")
+        lines.append(f"{row['step'] or '-':>8}  {row['state']:<11}{size:>10}  {age:>14}  {row['world_size']:>5}  {row['where']}{pinned}")
         lines += [f"          {problem}" for problem in row["problems"]]
     if not verify:
         lines.append("states are from sizes and commit records; --verify reads every byte")

@@ -10,12 +10,15 @@ from typing import Any, NoReturn
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, DataError
 from ...units import format_bytes
-from .arguments import CommandParser
+from ...utils.ranges import Range
+from .arguments import CommandParser, number_in
 
 _EPILOG = """\
-inputs: text files (one document each; directories are searched), .jsonl, .parquet, and directories of datasets' save_to_disk
-records: a text field, or prompt and completion (the completion is learnt), or chat messages (the assistant's turns are learnt),
-  or prompt, chosen and rejected (for train.objective=dpo), or prompt and completions with rewards (for train.objective=grpo)
+inputs: text files (one document each; directories are searched), .jsonl, .json (a list), .csv, .tsv, .parquet, .arrow, each also as .gz,
+  .bz2, .xz or .zst where it is text, and directories of datasets' save_to_disk
+records: a text field, or prompt and completion (the completion is learnt), or a chat in messages or conversations (the assistant's turns
+  are learnt), or instruction, input and output, or prompt, chosen and rejected (for train.objective=dpo), or prompt and completions with
+  rewards (for train.objective=grpo); prompts and answers are texts or lists of messages
 output: PREFIX.bin and PREFIX.idx (Megatron's indexed format), PREFIX.mask.bin where there is a loss mask, PREFIX.json
 
 Stopped or killed, the same command goes on where it was. Train on it with: data.prefixes=[PREFIX]
@@ -35,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_prepare_arguments(prepare)
     tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text files")
     tokenizer.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, or directories of them")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the 256 bytes and the end token included")
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=number_in(int, Range(257, 1 << 28)),
+        required=True,
+        metavar="N",
+        help="tokens, the 256 bytes and the end token included",
+    )
     tokenizer.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
 
 
@@ -56,7 +65,7 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", required=True, metavar="TOKENIZER", help="directory, tokenizer.json, or hub name where there is a network"
     )
     parser.add_argument("--out", required=True, metavar="PREFIX", help="where to write: PREFIX.bin, PREFIX.idx, ...")
-    formats = ("auto", "text", "jsonl", "parquet", "datasets")
+    formats = ("auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "datasets")
     parser.add_argument("--format", choices=formats, default="auto", help="how inputs are read; auto goes by the file name")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column of plain documents (text)")
     end = parser.add_mutually_exclusive_group()
@@ -64,6 +73,20 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     end.add_argument("--no-eos", dest="append_eos", action="store_false", help="end token after none (the default: all but chats)")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end token, where the tokenizer does not name one")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template instead of the tokenizer's own")
+    parser.add_argument(
+        "--turns",
+        choices=("auto", "all", "each", "last"),
+        default="auto",
+        help="assistant's turns that are learnt in one document: as many as the chat template leaves as they were (auto), "
+        "all of a conversation, one, or only its last",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("parse", "text"),
+        default="parse",
+        help="what special tokens written in texts and messages are: themselves (parse), or plain text",
+    )
+    parser.add_argument("--date", metavar="YYYY-MM-DD", help="today's date for chat templates that ask (2025-01-01)")
     parser.add_argument("--skip-bad", action="store_true", help="count and leave out records that cannot be used, instead of stopping")
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenise (one per core, fewer for small inputs)")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished earlier attempt")
@@ -86,9 +109,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from ...training.data.chat import DATE, Turns
     from ...training.data.encode import EncodeOptions
     from ...training.data.inputs import Format
     from ...training.data.prepare import PrepareRequest, prepare
+    from ...training.data.token_ids import SpecialTokens
     from .data_progress import show_progress
 
     encode = EncodeOptions(
@@ -98,6 +123,9 @@ def _prepare(options: argparse.Namespace) -> int:
         eos_token=options.eos_token,
         chat_template=_read_template(options.chat_template),
         skip_bad=options.skip_bad,
+        special_tokens=SpecialTokens(options.special_tokens),
+        turns=Turns(options.turns),
+        date=options.date or DATE,
     )
     request = PrepareRequest(
         inputs=options.inputs,
@@ -128,14 +156,14 @@ def _read_template(path: str | None) -> str | None:
         return None
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--chat-template {path}", found=str(error.strerror), expected="a Jinja file", hint="--chat-template FILE.jinja"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        found = str(error.strerror) if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise ConfigError(f"--chat-template {path}", found=found, expected="a Jinja file", hint="--chat-template FILE.jinja") from error
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from ...training.data.builtin import read_texts, train_tokenizer
+    from ...training.data.builtin import train_tokenizer
+    from ...training.data.encode import read_text
     from ...training.data.inputs import Format, find_inputs
 
     out = Path(options.out)
@@ -144,7 +172,7 @@ def _tokenizer(options: argparse.Namespace) -> int:
     if options.vocab_size < 257:
         raise ConfigError("--vocab-size", found=str(options.vocab_size), expected="at least 257", hint="--vocab-size 8192")
     inputs = find_inputs(options.inputs, Format.TEXT)
-    train_tokenizer(read_texts(Path(entry.path) for entry in inputs), options.vocab_size, out)
+    train_tokenizer((read_text(entry.path) for entry in inputs), options.vocab_size, out)
     print(f"{out}: byte-level BPE trained on {len(inputs)} files")
     return EXIT_DONE
 
@@ -163,6 +191,10 @@ def summary_text(prefix: str, metadata: dict[str, Any]) -> str:
         lines.append(f"  {metadata['loss_tokens']:,} tokens are learnt, the rest is context")
     for reason, entry in metadata["skipped"].items():
         lines.append(f"  skipped {entry['count']:,}: {reason} (first: {entry['first']})")
+    for warning, entry in metadata.get("warnings", {}).items():
+        lines.append(f"  warning, {entry['count']:,} times: {warning} (first: {entry['first']})")
+    if metadata.get("date"):
+        lines.append(f"  the chat template asks for the date: it was {metadata['date']} (--date)")
     wanted = f" train.objective={objective}" if objective else ""
     lines.append(f"Train on it: data.prefixes=[{prefix}] data.tokenizer={metadata['tokenizer']['path']}{wanted}")
     return "\n".join(lines)

@@ -15,10 +15,12 @@ from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.explain import Explanation
 from ...parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from ...parallel.sequence.stored import load_cost
+from ...utils.text import typed
 from ..config.run_config import Config
-from ..rundir.metrics_reader import Event, MetricsFollower
+from ..rundir.metrics_index import step_events
+from ..rundir.metrics_reader import Event
 from ..rundir.run_dir import read_run
-from .arguments import CommandParser, add_certify, add_json, add_run_dir
+from .arguments import STEP, CommandParser, add_certify, add_json, add_run_dir, number_in
 from .sequence_plan import certified, draw_step, explain_plan, explanation_dict, plan_name, plan_step, step_cost, with_bound
 
 Measured = dict[tuple[int, int], float]
@@ -42,7 +44,7 @@ DESCRIPTION = "Who held which sequences in a step, why, what bounds it, and what
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch explain`."""
     add_run_dir(parser)
-    parser.add_argument("--step", type=int, help="counted from 1; the newest if not given")
+    parser.add_argument("--step", type=number_in(int, STEP), help="counted from 1; the newest if not given")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the step, as .svg, .png or .pdf")
     add_certify(parser)
     add_json(parser)
@@ -59,7 +61,7 @@ def main(words: list[str]) -> int:
 def explain(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
     """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
     config = read_run(run_dir).config
-    events = MetricsFollower(run_dir).read()
+    events = step_events(run_dir, step)
     cost = _run_cost(events, config)
     found = find_step(run_dir, config, cost, step, events)
     explanation = explain_plan(config, certified(found.plan, cost, certify_s), cost, found.measured)
@@ -102,7 +104,7 @@ def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, 
     steps = {int(event["step"]): event for event in events if event["event"] == "step"}
     if step is None and not steps:
         raise ConfigError(
-            str(run_dir), found="no finished step in metrics.jsonl", expected="one to explain", hint=f"efflaunch explain {run_dir} --step 1"
+            str(run_dir), found="no finished step in metrics.jsonl", expected="one to explain", hint=typed("explain", run_dir, "--step", 1)
         )
     number = max(steps) if step is None else step
     if not 1 <= number <= config.train.steps:

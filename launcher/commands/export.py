@@ -12,7 +12,7 @@ from ...errors import EXIT_DONE
 from ...training.config import Dtype
 from ...units import format_bytes
 from ..rundir.run_dir import read_run
-from .arguments import CommandParser, add_json, add_run_dir
+from .arguments import STEP, CommandParser, add_json, add_run_dir, number_in
 
 DESCRIPTION = "Write a checkpoint as a directory that Hugging Face's from_pretrained loads."
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch export`."""
     add_run_dir(parser)
     parser.add_argument("out_dir", type=Path, metavar="OUT")
-    parser.add_argument("--step", type=int, help="of which checkpoint; the newest if not given")
+    parser.add_argument("--step", type=number_in(int, STEP), help="of which checkpoint; the newest if not given")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
     add_json(parser, "what was written, as JSON")
 
@@ -49,4 +49,10 @@ def export_run(run_dir: Path, out_dir: Path, *, step: int | None, dtype: str, as
         return EXIT_DONE
     print(f"wrote {report.path}: step {report.step}, {report.num_parameters:,} weights in {dtype}, {format_bytes(report.num_bytes)}")
     print(f"tokenizer: {report.tokenizer or 'none known on this machine, copy it there yourself'}")
+    if report.chat_template is not None:
+        whose = {"tokenizer": "the tokenizer's own", "corpus": "the one the corpus was made with"}[report.chat_template]
+        stops = "" if report.end_of_turn is None else f"; generation stops at {report.end_of_turn}"
+        print(f"chat template: {whose}{stops}")
+    for note in report.notes:
+        print(f"note: {note}")
     return EXIT_DONE

@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any, cast, get_type_hints
 
+from ...utils.ranges import ranges_of
 from ..config.conf_groups import EXPERIMENT, GROUPS, first_comment, option_file, options
 from ..config.run_config import Config
 from ..config.schema import describe_type
@@ -42,14 +43,15 @@ def _options(group: str, config_dir: str | None, indent: int = 2) -> Iterator[st
 def keys_help(kind: type = Config, path: str = "") -> Iterator[str]:
     """Two lines a key: name, type and default; what it means. Groups in order, their own line first."""
     hints = get_type_hints(kind, include_extras=True)
-    meanings = field_docs(kind)
+    meanings, allowed = field_docs(kind), ranges_of(kind)
     for field in fields(kind):
         key, hint = f"{path}{field.name}", hints[field.name]
         if is_dataclass(hint):
             yield f"\n  {key}: {(inspect.getdoc(cast(type, hint)) or '').splitlines()[0]}"
             yield from keys_help(cast(type, hint), f"{key}.")
         else:
-            yield f"    {key:<34} {describe_type(hint)}{_default(field)}"
+            accepted = f"; {allowed[field.name]}" if field.name in allowed else ""
+            yield f"    {key:<34} {describe_type(hint)}{_default(field)}{accepted}"
             yield from textwrap.wrap(meanings.get(field.name, ""), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 

@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import EXIT_DONE
+from ...errors import EXIT_DONE, ConfigError
+from ...utils.names import inside
+from ...utils.ranges import Range
+from ...utils.text import typed
 from ..backend_registry import launcher_of
 from ..rundir.run_dir import attempt_dir, read_run
-from ..rundir.small_files import tail_lines
-from ..rundir.state import Failure, read_state
-from .arguments import CommandParser, add_run_dir
+from ..rundir.small_files import plain_lines, tail_lines
+from ..rundir.state import STATE_FILE, Failure, read_state
+from .arguments import CommandParser, add_run_dir, number_in
 
 DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full."
 
@@ -20,7 +23,9 @@ DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that fai
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch logs`."""
     add_run_dir(parser)
-    parser.add_argument("--lines", type=int, default=20, metavar="N", help="of every log but that rank's; 20")
+    parser.add_argument(
+        "--lines", type=number_in(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20"
+    )
     parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
 
 
@@ -39,7 +44,7 @@ def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
     for path in launcher_of(stored.config.launcher.backend).logs(run_dir)[-1:]:
         _show(path, tail_lines(path, num_lines))
     for path in _rank_logs(run_dir):
-        is_wanted = every_rank or _rank_of(path) in (0, failure.rank if failure else 0)
+        is_wanted = _is_inside(run_dir, path) and (every_rank or _rank_of(path) in (0, failure.rank if failure else 0))
         # In full below; of a rank that hung that is its stacks, not its log.
         if is_wanted and not (failure and path == run_dir / failure.log):
             _show(path, tail_lines(path, num_lines))
@@ -50,7 +55,8 @@ def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
 
 def _rank_logs(run_dir: Path) -> list[Path]:
     """Of the newest attempt that has any, by rank."""
-    numbers = sorted(int(path.name.partition("-")[2]) for path in (run_dir / "logs").glob("attempt-*"))
+    named = (path.name.partition("-")[2] for path in (run_dir / "logs").glob("attempt-*"))
+    numbers = sorted(int(number) for number in named if number.isdecimal())
     for number in reversed(numbers):
         found = sorted(attempt_dir(run_dir, number).glob("rank-*.log"), key=_rank_of)
         if found:
@@ -68,7 +74,11 @@ def _show(path: Path, lines: list[str]) -> None:
 
 
 def _show_failure(run_dir: Path, failure: Failure) -> None:
-    log = run_dir / failure.log
+    try:
+        log = inside(run_dir, failure.log)
+    except ValueError as error:
+        where = str(run_dir / STATE_FILE)
+        raise ConfigError(where, found=f"a log elsewhere: {error}", expected="one of the run's", hint=typed("status", run_dir)) from error
     if log.is_file():
         print(f"== {log}, in full", *_lines(log), "", sep="\n")
     elif failure.traceback:
@@ -77,6 +87,11 @@ def _show_failure(run_dir: Path, failure: Failure) -> None:
 
 
 def _lines(log: Path) -> Iterator[str]:
-    with log.open(encoding="utf-8", errors="replace") as file:
+    with log.open("rb") as file:
         for line in file:
-            yield line.rstrip("\n")
+            yield from plain_lines(line) or [""]
+
+
+def _is_inside(run_dir: Path, path: Path) -> bool:
+    """Whether a file is the run's own, and no link to somebody else's."""
+    return path.resolve().is_relative_to(run_dir.resolve())

@@ -9,13 +9,14 @@ from typing import Any
 
 from ...errors import EXIT_DONE
 from ...estimate.certificate import RECORD, certify
+from ...estimate.footprint.activations import class_splits
 from ...estimate.ledger import Account, Ledger
 from ...estimate.solver.report import SolveReport, describe_policy
 from ...estimate.suggestions import Suggestion, suggest
 from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
 from ...estimate.timing.step import Timing
 from ...training.optimizers.check import inexact
-from ...units import format_tokens
+from ..config.checks import model_notes
 from ..config.ledger import plan
 from ..config.run_config import Config
 from .arguments import CommandParser, add_certify, add_config_arguments, add_json, add_lengths, composed
@@ -88,13 +89,8 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
     """What a person should know that is no mistake."""
-    positions, length = ledger.inputs.spec.max_positions, config.data.max_seq_len
-    found = []
-    if length > positions:
-        found.append(
-            f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows: "
-            "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
-        )
+    length = config.data.max_seq_len
+    found = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
@@ -192,7 +188,7 @@ def _policy(ledger: Ledger) -> dict[str, Any]:
     return {
         "words": list(describe_policy(policy, ledger.inputs)),
         "graph": policy.graph,
-        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in policy.splits.items()},
+        "classes": {name: {"keep": split.keep, "host": split.host} for name, split in class_splits(ledger.inputs).items()},
         "segment_layers": policy.segment_layers,
         "chunk_tokens": policy.chunk_tokens,
         "attention": policy.attention.value,

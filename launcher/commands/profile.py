@@ -13,8 +13,10 @@ from ...errors import EXIT_DONE
 from ...estimate.timing.bandwidth import gb_per_s
 from ...training.reporting.config import Display
 from ...units import format_bytes, format_seconds
+from ..agent.signals import stop_signals_kept
 from ..config.run_config import Config, RunConfig
-from .arguments import CommandParser, add_config_arguments, add_json, composed
+from ..output import steady_output
+from .arguments import SEARCH_S, CommandParser, add_config_arguments, add_json, composed, number_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch profile`."""
     add_config_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="where it goes, beside what is there")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the probes may take (60)")
+    parser.add_argument("--seconds", type=number_in(float, SEARCH_S), default=60.0, help="about how long the probes may take (60)")
     add_json(parser, "print the profile as JSON")
 
 
@@ -84,7 +86,8 @@ def _probe(config: Config, run_dir: Path, seconds: float) -> int:
     (run_dir / "probe.json").write_text(json.dumps({"seconds": seconds}))
     lock = lock_run(run_dir)
     revision, _ = store_config(run_dir, quiet)
-    code = local.run(quiet, run_dir, revision=revision, lock=lock, entry=ENTRY)
+    with steady_output() as output, stop_signals_kept():
+        code = local.run(quiet, run_dir, revision=revision, lock=lock, output=output, entry=ENTRY)
     if code != EXIT_DONE:
         print_failure(run_dir)
     return code

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 from ...estimate.measured.profile import find_profile, profile_key
 from ...estimate.timing.sequence import cost_model_of
-from ...model.spec import layer_parameters, model_spec
+from ...model.spec import active_layer_parameters, model_spec
 from ...parallel.config import SequenceMode
 from ...parallel.layout import solve_layout
 from ...parallel.sequence.cost import CostModel
@@ -54,7 +54,7 @@ def static_step(config: Config, lengths: Sequence[int]) -> StepPlan:
         degree=layout.sp_degree,
         ulysses=layout.ulysses,
         tokens_per_rank=layout.tokens_per_rank,
-        linear_cost_tokens=layer_parameters(spec) / spec.query_size,
+        linear_cost_tokens=active_layer_parameters(spec) / spec.query_size,
     )
 
 

@@ -16,8 +16,9 @@ from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.simulate import Contestant, Row, Step, gaps, rows, simulate
 from ...training.data.lengths import open_lengths
+from ...utils.ranges import Range
 from ..config.run_config import Config
-from .arguments import CommandParser, add_config_arguments, add_json, add_lengths, composed
+from .arguments import SEARCH_S, CommandParser, add_config_arguments, add_json, add_lengths, composed, number_in
 from .sequence_plan import step_cost
 
 OURS = "efflaunch"
@@ -43,9 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch simulate`."""
     add_config_arguments(parser)
     add_lengths(parser, required=True)
-    parser.add_argument("--steps", type=int, default=40, help="how many steps; 40")
-    parser.add_argument("--flexsp-steps", type=int, default=1, metavar="N", help="steps FlexSP's slow solver is asked for; 1, 0: none")
-    parser.add_argument("--flexsp-seconds", type=float, default=10.0, metavar="S", help="its limit for each MILP; 10")
+    parser.add_argument("--steps", type=number_in(int, Range(1, 1_000_000)), default=40, help="how many steps; 40")
+    parser.add_argument(
+        "--flexsp-steps",
+        type=number_in(int, Range(0, 1_000_000)),
+        default=1,
+        metavar="N",
+        help="steps FlexSP's slow solver is asked for; 1, 0: none",
+    )
+    parser.add_argument("--flexsp-seconds", type=number_in(float, SEARCH_S), default=10.0, metavar="S", help="its limit for each MILP; 10")
     add_json(parser)
 
 

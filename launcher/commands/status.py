@@ -8,18 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...errors import EXIT_DONE, ConfigError
+from ...errors import EXIT_DONE
 from ...units import format_seconds
+from ...utils.text import typed
 from ..agent.hang_verdict import silence_lines
 from ..agent.hang_watch import read_pulses
 from ..backend_registry import launcher_of
 from ..config.node_range import node_range
 from ..config.run_config import Backend, Config
-from ..rundir.metrics_reader import MetricsFollower, checkpoint_steps
-from ..rundir.progress import RunProgress, summary_lines
+from ..rundir.metrics_index import Summary, read_summary
+from ..rundir.metrics_reader import checkpoint_steps
+from ..rundir.notices import read_notices
+from ..rundir.progress import summary_lines
 from ..rundir.run_dir import read_run
 from ..rundir.state import ACTIVE, RunState, read_state
-from ..stop_forecast import measured
 from .arguments import CommandParser, add_json, add_run_dir
 
 DESCRIPTION = "Where a run stands: state, step, loss, speed, time to go, checkpoints, last error."
@@ -41,21 +43,18 @@ def main(words: list[str]) -> int:
 
 def print_status(run_dir: Path, *, as_json: bool) -> int:
     """Print it; exit code 0 whatever the run's own state is."""
-    facts = status(run_dir)
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts, run_dir)))
+    summary = read_summary(run_dir)
+    facts = status(run_dir, summary)
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts, run_dir, summary)))
     return EXIT_DONE
 
 
-def status(run_dir: Path) -> dict[str, Any]:
-    """Everything `--json` prints. ConfigError where `run_dir` is not a run directory."""
+def status(run_dir: Path, summary: Summary | None = None) -> dict[str, Any]:
+    """Everything `--json` prints. ConfigError where `run_dir` is not a run directory. `summary`: of its metrics, where read already."""
     stored = read_run(run_dir)
-    try:
-        state = read_state(run_dir)
-    except (ValueError, TypeError, KeyError) as error:
-        hint = f"remove it: efflaunch resume {run_dir} writes it anew"
-        raise ConfigError(str(run_dir / "state.json"), found=str(error), expected="a file efflaunch wrote", hint=hint) from error
-    events = MetricsFollower(run_dir).read()
-    progress, forecast = RunProgress().apply(events), measured(events, stored.config.launcher.grace_s)
+    state = read_state(run_dir)
+    summary = read_summary(run_dir) if summary is None else summary
+    progress, forecast = summary.progress(), summary.forecast(stored.config.launcher.grace_s)
     return {
         "run_dir": str(run_dir),
         "experiment": stored.config.experiment,
@@ -74,8 +73,11 @@ def status(run_dir: Path) -> dict[str, Any]:
         "peak_bytes": [progress.peak_bytes[rank] for rank in sorted(progress.peak_bytes)],
         "checkpoints": checkpoint_steps(run_dir),
         "checkpoint_error": progress.checkpoint_error,
+        "mirror": stored.config.checkpoint.mirror,
+        "mirror_error": progress.mirror_error,
         "stragglers": progress.stragglers,
         "silent": _silent(run_dir, state),
+        "notices": [] if state is None else read_notices(run_dir, state.started),
     }
 
 
@@ -121,10 +123,10 @@ def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
     return read_pulses(run_dir, state.attempts[-1].number)
 
 
-def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
+def describe(facts: dict[str, Any], run_dir: Path, summary: Summary | None = None) -> list[str]:
     """The same for people."""
     rows = [("run", f"{facts['run_dir']} ({facts['experiment']}, revision {facts['revision']})"), ("state", _state_line(facts))]
-    progress = RunProgress().apply(MetricsFollower(run_dir).read())
+    progress = (read_summary(run_dir) if summary is None else summary).progress()
     progress.steps = facts["steps"]
     rows += summary_lines(progress)
     if facts["state"] in ACTIVE and facts["tokens_per_s"] is not None:
@@ -139,10 +141,11 @@ def describe(facts: dict[str, Any], run_dir: Path) -> list[str]:
     rows.append(("checkpoints", ", ".join(f"step {step}" for step in facts["checkpoints"]) or "none"))
     if facts["checkpoint_error"]:
         rows.append(("save failed", facts["checkpoint_error"]))
+    rows += [("" if index else "notice", notice["text"]) for index, notice in enumerate(facts["notices"])]
     if facts["last_error"]:
         rows.append(("last error", f"{facts['last_error']['message']} (log: {run_dir / facts['last_error']['log']})"))
     if facts["state"] not in ACTIVE:
-        rows.append(("go on", f"efflaunch resume {run_dir}"))
+        rows.append(("go on", typed("resume", run_dir)))
     return [f"{name:<12}{value}" for name, value in rows]
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from ...utils.names import as_identifier
+from ..config.paths import expand_home
 from ..config.run_config import Backend, Config
+from ..output import steady_output
 from ..rundir.run_dir import make_run_id
 from .arguments import CommandParser, add_dry_run, add_own_files
-
-_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +55,29 @@ def sweep(overrides: list[str], config_dir: str | None, *, dry_run: bool) -> int
     points = expand(overrides)
     configs = [compose(list(point.overrides), config_dir) for point in points]
     base = configs[0].run.id or make_run_id(configs[0].experiment)
-    configs = [replace(config, run=replace(config.run, id=f"{base}-{point.suffix}")) for point, config in zip(points, configs, strict=True)]
+    # Long lists of values make long names: those are cut, and stay apart.
+    names = [as_identifier(f"{base}-{point.suffix}") for point in points]
+    configs = [replace(config, run=replace(config.run, id=name)) for name, config in zip(names, configs, strict=True)]
     if _is_array(configs):
         folder = Path(configs[0].run.root) / f"{base}-array"
         return start.show_array(configs, folder) if dry_run else start.launch_array(configs, folder)
+    if dry_run:
+        for config in configs:
+            print(f"\n# {config.run.id}", flush=True)
+            start.show_launch(config)
+        return EXIT_DONE
+    with steady_output():
+        return _run_all(configs)
+
+
+def _run_all(configs: Sequence[Config]) -> int:
+    """The first exit code that is not 0."""
+    from .. import start
+
     worst = EXIT_DONE
     for config in configs:
         print(f"\n# {config.run.id}", flush=True)
-        code = start.show_launch(config) if dry_run else start.launch(config)
+        code = start.launch(config)
         worst = worst or code
         if code == EXIT_PREEMPTED:
             break
@@ -79,8 +94,8 @@ def _is_array(configs: Sequence[Config]) -> bool:
 
 
 def expand(overrides: Sequence[str]) -> list[Point]:
-    """The combinations of all values, the last key varying fastest. ConfigError where nothing has several. Pure."""
-    choices = [[(key, value) for value in split_values(values)] for key, _, values in (text.partition("=") for text in overrides)]
+    """The combinations of all values, the last key varying fastest. ConfigError where nothing has several."""
+    choices = [[(text.partition("=")[0], value) for value in _values(text)] for text in overrides]
     if all(len(values) == 1 for values in choices):
         hint = "efflaunch sweep +experiment=quickstart optim.lr=1e-3,1e-4 train.seed=0,1"
         raise ConfigError("sweep", found="one value for every key", expected="several for one at least, as key=a,b", hint=hint)
@@ -89,22 +104,18 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     for combination in itertools.product(*choices):
         named = "-".join(f"{combination[index][0].lstrip('+').rpartition('.')[2]}-{combination[index][1]}" for index in varied)
         texts = tuple(f"{key}={value}" for key, value in combination)
-        points.append(Point(suffix=re.sub(r"[^A-Za-z0-9._-]+", "_", named), overrides=texts))
+        points.append(Point(suffix=as_identifier(named), overrides=texts))
     if len({point.suffix for point in points}) < len(points):
         points = [replace(point, suffix=f"{index}-{point.suffix}") for index, point in enumerate(points)]
     return points
 
 
-def split_values(text: str) -> list[str]:
-    """Values between commas; those inside brackets or quotes belong to one value."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote or letter in _QUOTES:
-            quote = "" if letter == quote else quote or letter
-        elif letter in _OPENING or letter in _CLOSING:
-            depth += 1 if letter in _OPENING else -1
-        elif letter == "," and depth == 0:
-            parts.append("")
-            continue
-        parts[-1] += letter
-    return parts
+def _values(argument: str) -> list[str]:
+    """The values of one `key=a,b`, as every command reads them."""
+    from ..config.compose import sweep_values
+
+    key, _, value = argument.partition("=")
+    value = expand_home(key.lstrip("+"), value)
+    # What is no override at all is refused with every other point.
+    several = sweep_values(f"{key}={value}") if key.strip("+~") else None
+    return [value] if several is None else several

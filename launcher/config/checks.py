@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
-from ...model.spec import model_spec
+from ...model.model_check import check_weights
+from ...model.spec import longer_positions, model_spec
 from ...parallel.layout import solve_layout
 from ...training.config import check_train
 from ...units import format_tokens
@@ -13,7 +14,6 @@ from .run_config import Config
 def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
-    check_limits(config.launcher.hang_factor, config.launcher.hang_min_s, config.launcher.hang_long_s)
     spec = model_spec(config.model)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
@@ -31,9 +31,11 @@ def check_config(config: Config) -> None:
     )
 
 
-def check_limits(factor: float | None, min_s: float, long_s: float) -> None:
-    """ConfigError where a limit is none."""
-    wrong = [("hang_min_s", min_s, "5m"), ("hang_long_s", long_s, "30m"), *([] if factor is None else [("hang_factor", factor, "5")])]
-    for key, value, hint in wrong:
-        if value <= 0:
-            raise ConfigError(f"launcher.{key}", found=f"{value:g}", expected="more than 0", hint=f"launcher.{key}={hint}")
+def model_notes(config: Config) -> list[str]:
+    """What a person should know of the model and its files: parts that are not read, and lengths beyond its positions."""
+    positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
+    found = check_weights(config.model)
+    if length > positions:
+        beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"
+        found.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
+    return found

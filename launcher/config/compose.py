@@ -1,16 +1,27 @@
-"""Command line -> checked Config. Hydra runs here, once, in one process, and nowhere else."""
+"""Command line -> checked Config. Hydra runs here, in one process, and nowhere else.
+
+Every command reads overrides here, on top of the configuration files (train, plan, sweep, ...) or of a run's stored
+configuration (resume), by the same rules: groups are chosen first, values are set in their order, mappings are merged.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from .conf_groups import check_config_dir, conf_dir, options
+from ...utils.names import check_identifier, check_path
+from .conf_groups import check_config_dir, conf_dir, option_file, options
 from .node_range import resolve_nodes
-from .overrides import Override, parse_overrides
+from .overrides import Override, parse_overrides, split_values
+from .own_files import check_own_files
+from .paths import expand_homes
 from .run_config import Config
 from .schema import dump_config, load_config, missing_key
 
@@ -21,27 +32,95 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration a command line asks for; ConfigError says where, what was found, expected and what to type."""
     check_config_dir(config_dir)
     parsed = parse_overrides(overrides, config_dir)
-    data = _run_hydra([item.text for item in parsed], config_dir)
+    if config_dir is not None:
+        check_own_files(config_dir, [item.value for item in parsed if item.is_group])
+    return _checked(_run_hydra([text for item in parsed for text in _whole(item)], config_dir), parsed)
+
+
+def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
+    """`config`, a run's own, with `overrides` on top of it; ConfigError as compose's, and for what a run cannot change."""
+    for item in overrides:
+        if item.key in ("experiment", "run.id", "run.root"):
+            raise ConfigError(
+                item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME"
+            )
+    data = _escaped(dump_config(config))
+    # As in a first start, whatever the order: values that are typed count, also for a group chosen after them.
+    data.update({item.key: _group(item.key, item.value, config_dir, resolve=False) for item in overrides if item.is_group})
+    with tempfile.TemporaryDirectory() as folder:
+        # JSON, which is YAML with every text in quotes.
+        (Path(folder) / "stored.yaml").write_text(json.dumps(data), encoding="utf-8")
+        texts = [text for item in overrides if not item.is_group for text in _whole(item)]
+        composed = _run_hydra(texts, config_dir, "stored", folder=Path(folder))
+    return _checked(composed, overrides)
+
+
+def _checked(data: dict[str, Any], overrides: list[Override]) -> Config:
     missing = list(_missing_keys(data))
     if missing:
-        raise _missing_choice(missing[0], parsed)
-    config = resolve_nodes(load_config(data), [item.key for item in parsed])
+        raise _missing_choice(missing[0], overrides)
+    config = resolve_nodes(expand_homes(load_config(data)), [item.key for item in overrides])
     check_config(config)
+    if config.run.id is not None:
+        check_identifier("run.id", config.run.id)
     return config
+
+
+def _whole(item: Override) -> list[str]:
+    """The override as Hydra is given it. A mapping replaces the one that stood there, which Hydra would add it to."""
+    return [f"++{item.key}=null", item.text] if not item.is_group and item.value.lstrip().startswith("{") else [item.text]
+
+
+def _escaped(data: Any) -> Any:
+    """Plain values whose texts stay what they are when interpolations are resolved."""
+    if isinstance(data, dict):
+        return {key: _escaped(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_escaped(value) for value in data]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", data) if isinstance(data, str) else data
+
+
+def sweep_values(argument: str) -> list[str] | None:
+    """Each value of a `key=a,b` as text, where Hydra reads it as several (also `range(0,4)`, `choice(a,b)`); None: it is one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ValueType
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise _unparsed(argument, str(error).splitlines()[0]) from error
+    if not parsed.is_sweep_override():
+        return None
+    if parsed.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
+        # As typed: the values name the runs.
+        return split_values(argument.partition("=")[2])
+    return [str(value) for value in parsed.sweep_string_iterator()]
 
 
 def compose_group(group: str, option: str, config_dir: str | None = None) -> dict[str, Any]:
     """The plain values of one group option by itself; the option must exist."""
-    data = _run_hydra([], config_dir, f"{group}/{option}")
-    value = data.get(group, data)
-    assert isinstance(value, dict)
-    return value
+    return _group(group, option, config_dir)
+
+
+def _group(group: str, option: str, config_dir: str | None, *, resolve: bool = True) -> dict[str, Any]:
+    if config_dir is not None:
+        check_own_files(config_dir, [option])
+    data = _run_hydra([], config_dir, f"{group}/{option}", resolve=resolve)
+    if set(data) != {group} or not isinstance(data[group], dict):
+        found = f"keys of {', '.join(sorted(data)) or 'nothing'}"
+        hint = "remove its `# @package` line, or type the keys it sets"
+        raise ConfigError(f"{group}={option}", found=found, expected=f"keys of {group} alone", hint=hint)
+    return data[group]
 
 
 def check_config(config: Config) -> None:
     """ConfigError where values that are right by themselves do not go together. Rules live beside their fields."""
+    from ...checkpoint.config import check_checkpoint
     from ...memory.config import check_memory
+    from ...model.model_check import check_weights
     from ...training.optimizers.check import check_residency
+    from ...training.optimizers.engine_check import check_engine, engine_facts
     from ...training.optimizers.lr_schedule import check_optim
     from ...training.reporting.metrics import check_logging
     from ..env import secrets
@@ -49,45 +128,47 @@ def check_config(config: Config) -> None:
     from .secrets import check_secrets
 
     check_secrets(dump_config(config), secrets())
+    check_path("run.root", config.run.root)
+    check_checkpoint(config.checkpoint)
     checks.check_config(config)
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)
     check_residency(config.optim, config.train.dtype)
+    check_engine(engine_facts(config), config)
     check_logging(config.logging)
+    check_weights(config.model)
 
 
-def _run_hydra(overrides: list[str], config_dir: str | None, config_name: str = "config") -> dict[str, Any]:
+def _run_hydra(
+    overrides: list[str], config_dir: str | None, config_name: str = "config", *, folder: Path | None = None, resolve: bool = True
+) -> dict[str, Any]:
     # The one place that knows Hydra: a later version is a change of this function.
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with _search_places(config_dir, config_name, folder) as (first, search), initialize_config_dir(first, version_base="1.3"):
             composed = hydra_compose(config_name, overrides=[*overrides, *search])
-        data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        data = OmegaConf.to_container(composed, resolve=resolve, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise _translated(error) from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, OSError, yaml.YAMLError) as error:
+        # Hydra and OmegaConf let through what their parsers raise; all they are given is the user's.
+        raise _untranslated(error, config_dir) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
 
 def _translated(error: Exception) -> ConfigError:
-    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", first)
     argument = getattr(error, "override", None) or (ambiguous[1] if ambiguous else None)
     if argument:
-        # `++` is ours.
-        typed = str(argument).lstrip("+")
-        hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
-        return ConfigError(
-            f"argument {typed!r}",
-            found="several values" if ambiguous else str(error).splitlines()[0],
-            expected="a value that can be parsed",
-            hint=hint,
-        )
+        return _unparsed(str(argument), "several values" if ambiguous else first)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     choice = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
     if choice is not None:
@@ -107,6 +188,39 @@ def _translated(error: Exception) -> ConfigError:
     )
 
 
+@contextmanager
+def _search_places(config_dir: str | None, config_name: str, folder: Path | None) -> Iterator[tuple[str, list[str]]]:
+    """The directory Hydra starts from, and the override that names the others. The first that has an option wins: the user's own.
+
+    Hydra has to find what it is asked for in its first directory, and searches that before all others: with a user's directory
+    the first holds this one file alone. `folder`: holds all of a configuration, which refers to no other file.
+    """
+    if folder is not None or config_dir is None:
+        yield str(folder or conf_dir()), []
+        return
+    with tempfile.TemporaryDirectory(prefix="efflaunch-") as first:
+        group, _, option = config_name.rpartition("/")
+        target = Path(first) / f"{config_name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(option_file(group, option, config_dir) if group else conf_dir() / target.name, target)
+        quoted = (str(place).replace("\\", "\\\\").replace("'", "\\'") for place in (Path(config_dir).resolve(), conf_dir()))
+        listed = ",".join(f"'file://{place}'" for place in quoted)
+        yield first, [f"hydra.searchpath=[{listed}]"]
+
+
+def _untranslated(error: Exception, config_dir: str | None) -> ConfigError:
+    where = f"command line or files of {config_dir}" if config_dir else "command line"
+    reason = "groups nested without end" if isinstance(error, RecursionError) else (str(error).splitlines() or [""])[0][:200]
+    hint = "efflaunch train --help lists keys and groups"
+    return ConfigError(where, found=f"{reason} ({type(error).__name__})", expected="overrides and files that compose", hint=hint)
+
+
+def _unparsed(argument: str, found: str) -> ConfigError:
+    hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
+    # `++` is ours.
+    return ConfigError(f"argument {argument.lstrip('+')!r}", found=found, expected="a value that can be parsed", hint=hint)
+
+
 def _missing_keys(data: Any, path: str = "") -> Iterator[str]:
     if isinstance(data, dict):
         for key, value in data.items():
@@ -122,33 +236,3 @@ def _missing_choice(key: str, given: list[Override]) -> ConfigError:
     return ConfigError(
         error.where, found=error.found, expected=error.expected, hint=f"{key}=..., or an experiment that sets it: +experiment=quickstart"
     )
-
-
-def changed(config: Config, overrides: list[Override], config_dir: str | None) -> Config:
-    """`config` with group options and values replaced, checked again."""
-    import yaml
-
-    data = dump_config(config)
-    for item in overrides:
-        if item.key in ("experiment", "run.id", "run.root"):
-            raise ConfigError(
-                item.key, found="a change of it", expected="the run's own", hint="start another run: efflaunch +experiment=NAME"
-            )
-        if item.is_group:
-            data[item.key] = compose_group(item.key, item.value, config_dir)
-        else:
-            # YAML reads 2:4 as minutes and seconds.
-            _set(data, item.key, item.value if item.key == "launcher.nodes" else yaml.safe_load(item.value))
-    result = resolve_nodes(load_config(data), [item.key for item in overrides])
-    check_config(result)
-    return result
-
-
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        inner = data.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            inner = data[parent] = {}
-        data = inner
-    data[leaf] = value

@@ -20,7 +20,7 @@ def conf_dir() -> Path:
 def options(group: str, config_dir: str | None = None) -> list[str]:
     """Names that `group=NAME` accepts, sorted."""
     directories = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
-    return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml")})
+    return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml") if path.is_file()})
 
 
 def option_file(group: str, option: str, config_dir: str | None = None) -> Path:
@@ -31,7 +31,7 @@ def option_file(group: str, option: str, config_dir: str | None = None) -> Path:
 
 def first_comment(path: Path) -> str:
     """The comment line at the top of a configuration file: what it is for."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("# @package"):
             continue
         return line.lstrip("# ").strip() if line.startswith("#") else ""

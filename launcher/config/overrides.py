@@ -1,11 +1,16 @@
-"""What a person types after the command, sorted: group choices, values, and their mistakes. Pure."""
+"""What a person types after the command, sorted: group choices, values, and their mistakes."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ...errors import ConfigError
 from .conf_groups import EXPERIMENT, GROUPS, check_option
+from .own_files import not_hydras
+from .paths import expand_home
+
+_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +35,16 @@ def parse_overrides(arguments: list[str], config_dir: str | None = None) -> list
 def _parse(argument: str, config_dir: str | None) -> Override:
     key, separator, value = argument.partition("=")
     name = key.lstrip("+")
-    if not separator or not name or key.startswith("~") or "@" in key:
+    if key.startswith("~"):
+        raise ConfigError(
+            f"argument {argument!r}",
+            found="a deletion",
+            expected="key=value: every key has its place, and null stands for none",
+            hint=f"{key.lstrip('~').partition('=')[0] or 'key'}=null, where that is a value of it",
+        )
+    if re.split(r"[./=@]", name)[0] == "hydra":
+        raise not_hydras(f"argument {argument!r}")
+    if not separator or not name or "@" in key or len(key) - len(name) > 2:
         raise ConfigError(
             f"argument {argument!r}",
             found="neither a command, an option nor key=value",
@@ -43,4 +57,22 @@ def _parse(argument: str, config_dir: str | None) -> Override:
     if name in GROUPS:
         check_option(name, value, config_dir)
         return Override(key=name, value=value, text=f"{name}={value}", is_group=True)
+    value = expand_home(name, value)
     return Override(key=name, value=value, text=f"++{name}={value}", is_group=False)
+
+
+def split_values(text: str) -> list[str]:
+    """Values between commas as they are typed; those inside brackets or quotes, or after a backslash, belong to one value."""
+    parts, depth, quote, escaped = [""], 0, "", False
+    for letter in text:
+        if escaped or letter == "\\":
+            escaped = not escaped
+        elif quote or letter in _QUOTES:
+            quote = "" if letter == quote else quote or letter
+        elif letter in _OPENING or letter in _CLOSING:
+            depth += 1 if letter in _OPENING else -1
+        elif letter == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return parts

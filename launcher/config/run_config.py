@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from ...checkpoint.config import CheckpointConfig
 from ...cluster.config import ClusterConfig
@@ -15,6 +17,7 @@ from ...training.data.config import DataConfig
 from ...training.optimizers.config import OptimConfig
 from ...training.reporting.config import LoggingConfig
 from ...units import Bytes, Nodes, Seconds
+from ...utils.ranges import BYTES, LONG_S, WAIT_S, Range
 
 
 class Backend(Enum):
@@ -50,6 +53,12 @@ class SlurmConfig:
     """Points of an array that run at the same time; None: as many as there is room for."""
     python: str | None = None
     """Python of the nodes; None: the one that submits, by its path."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "max_preemptions": Range(0, 1_000_000),
+        "max_excluded": Range(0, 65_536),
+        "array_limit": Range(1, 1_000_000),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +102,17 @@ class RayConfig:
     usage_stats: bool = False
     """Whether a Ray started here may report its use to Ray's makers."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "max_preemptions": Range(0, 1_000_000),
+        "placement_timeout_s": Range(0, WAIT_S),
+        "time_limit_s": Range(0, LONG_S, above=True),
+        "cpus_per_node": Range(0, 65_536, above=True),
+        "resources": Range(0, 1e12, above=True),
+        "max_excluded": Range(0, 65_536),
+        "max_upload_bytes": Range(0, BYTES),
+        "driver_cpus": Range(0, 65_536),
+    }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LauncherConfig:
@@ -118,6 +138,17 @@ class LauncherConfig:
     """The same for phases that do not depend on a step's time: start, the first step, saves, scoring."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "max_restarts": Range(0, 1_000_000),
+        "grace_s": Range(0, WAIT_S, above=True),
+        "threads_per_rank": Range(1, 4096),
+        "start_timeout_s": Range(0, WAIT_S, above=True),
+        "nodes": Range(1, 65_536),
+        "hang_factor": Range(0, 1e6, above=True),
+        "hang_min_s": Range(0, LONG_S, above=True),
+        "hang_long_s": Range(0, LONG_S, above=True),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,13 +15,20 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ...errors import ConfigError
 from ...units import parse_nodes, parse_quantity
+from ...utils.names import check_text, texts_of
+from ...utils.ranges import check_finite, check_ranges, range_hint, ranges_of
 from .run_config import Config
 
+PROLOGUE = "cluster.slurm.prologue"
+_SHOWN_CHARACTERS = 200
 _PLAIN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def load_config(data: Mapping[str, Any]) -> Config:
-    """The checked configuration behind plain `data`; ConfigError on an unknown, missing or mistyped key."""
+    """The checked configuration behind plain `data`; ConfigError on an unknown, missing or mistyped key, and on control characters."""
+    for key, text in texts_of(data):
+        # A prologue is a script already, and may be indented by tabs; it is a line an item all the same.
+        check_text(key, text.replace("\t", " ") if key.startswith(PROLOGUE) else text)
     config = load(Config, data)
     assert isinstance(config, Config)
     return config
@@ -39,10 +46,25 @@ def load(kind: type, data: Any, path: str = "") -> Any:
     values = {}
     for name, field in known.items():
         if name in data:
-            values[name] = _value(hints[name], data[name], _join(path, name))
+            values[name] = _ranged_value(kind, name, hints[name], data[name], _join(path, name))
         elif is_required(field):
             raise missing_key(_join(path, name))
-    return kind(**values)
+    group = kind(**values)
+    check_ranges(group, path)
+    return group
+
+
+def _ranged_value(kind: type, name: str, hint: Any, data: Any, path: str) -> Any:
+    """As _value; for a field with a declared range the error names the range too."""
+    allowed = ranges_of(kind).get(name)
+    try:
+        return _value(hint, data, path)
+    except ConfigError as error:
+        if allowed is None:
+            raise
+        raise ConfigError(
+            error.where, found=error.found, expected=f"{error.expected}, {allowed}", hint=range_hint(kind, name, path)
+        ) from error
 
 
 def is_required(field: Field[Any]) -> bool:
@@ -53,6 +75,7 @@ def is_required(field: Field[Any]) -> bool:
 def _value(hint: Any, data: Any, path: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
+        check_finite(data, path)
         return data
     if origin is Annotated:
         return _quantity(arguments[1], data, path)
@@ -107,7 +130,7 @@ def _scalar(kind: type, data: Any, path: str) -> Any:
         try:
             # YAML 1.1 reads `3e-4` as a text.
             return float(data)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise _mistyped(path, data, _PLAIN[float]) from error
     if isinstance(data, kind) and (kind is bool or not isinstance(data, bool)):
         return data
@@ -206,7 +229,13 @@ def _shown(data: Any) -> str:
     if data is None:
         return "null"
     kinds = {str: "text", bool: "truth value", int: "number", float: "number", list: "list", dict: "group of keys"}
-    return f"the {kinds.get(type(data), type(data).__name__)} {data!r}"
+    try:
+        text = repr(data)
+    except (ValueError, RecursionError):  # digits beyond what Python prints; nesting beyond its stack
+        text = "that is too large to show"
+    return (
+        f"the {kinds.get(type(data), type(data).__name__)} {text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + '...'}"
+    )
 
 
 def _join(path: str, key: str) -> str:

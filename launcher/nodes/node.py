@@ -26,7 +26,8 @@ from ..agent.signals import StopFlag
 from ..env import rank_environment
 from ..rundir import state
 from ..rundir.lock import Presence, lock_in_time, release
-from ..rundir.metrics_reader import MetricsFollower, newest_step
+from ..rundir.metrics_index import newest_step
+from ..rundir.metrics_reader import MetricsFollower
 from ..rundir.run_dir import attempt_dir, read_attempt
 from ..rundir.small_files import write_json
 from ..rundir.state import Failure

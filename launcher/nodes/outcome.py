@@ -17,10 +17,10 @@ from ..agent.hang_watch import read_hang
 from ..agent.restart_policy import RankReport, first_failure, lost_a_peer
 from ..config.run_config import Config
 from ..rundir import state
-from ..rundir.metrics_reader import newest_step
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, store_config
 from ..rundir.small_files import tail_lines
-from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
+from ..rundir.state import Attempt, Failure, RunState, mend_state, read_state, write_state
 from .next_action import Decision, Verdict
 
 _LOG_TAIL_LINES = 30
@@ -29,6 +29,9 @@ _STATES = {Verdict.DONE: state.DONE, Verdict.STOP: state.PREEMPTED, Verdict.REQU
 
 def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     """Make `config` the run's, and state.json that of one about to be started; (revision, what changed)."""
+    mended = mend_state(run_dir)
+    if mended is not None:
+        print(mended, flush=True)
     revision, changes = store_config(run_dir, config)
     known = read_state(run_dir)
     attempts = known.attempts if known else ()

@@ -25,7 +25,7 @@ from ..nodes.next_action import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
-from ..rundir.metrics_reader import newest_step
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import keep_private, read_run, write_attempt
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from .files import NOW, SAVE, told_to_stop

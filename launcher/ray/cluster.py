@@ -54,6 +54,8 @@ def started(config: Config) -> Iterator[dict[str, str]]:
         values = {"HOME": str(home)}
         if not config.launcher.ray.usage_stats:
             values |= ray_quiet_variables()
+        # Ray makes 127.0.0.1 the machine's outer address again, and then listens on all of them, unless told that there are no others.
+        values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if ray_mode() is None:
             values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         own = home_variables()

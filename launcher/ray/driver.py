@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 from ...errors import ConfigError, EfflaunchError
 from ..agent.signals import on_stop_signals
+from ..output import lenient_file, lenient_output
 from ..rundir.run_dir import HASH_FILE, keep_private, read_run
 from .attempts import Driver
 from .cluster import joined
@@ -27,13 +27,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--work-dir", required=True)
     parser.add_argument("--entry", help="training function as module:function")
     options = parser.parse_args(arguments)
+    lenient_output()
     try:
         check_shared(options.run_dir, Path.cwd())
         keep_private(read_run(options.run_dir).config.run.private)
         submission = read_submission(options.run_dir)
         assert submission is not None, "written before the job was submitted"
-        with only_driver(options.run_dir), joined(), output_file(options.run_dir, submission.job).open("a") as file:
-            say = Both(sys.stdout, file)
+        with only_driver(options.run_dir), joined(), lenient_file(output_file(options.run_dir, submission.job)) as keep:
+
+            def say(line: str) -> None:
+                print(line, flush=True)
+                keep(line)
+
             driver = Driver(options.run_dir, job=submission.job, entry=options.entry, work_dir=options.work_dir, say=say, tick=lambda: None)
             take_stops(driver)
             return driver.run()
@@ -67,17 +72,6 @@ def take_stops(driver: Driver) -> None:
         driver.stop()
 
     on_stop_signals(stop)
-
-
-class Both:
-    """Lines to a stream and a file."""
-
-    def __init__(self, *files: TextIO) -> None:
-        self.files = files
-
-    def __call__(self, line: str) -> None:
-        for file in self.files:
-            print(line, file=file, flush=True)
 
 
 if __name__ == "__main__":

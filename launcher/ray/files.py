@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.decode import decode
+from ...utils.text import typed
 from ..rundir.small_files import write_json
 from ..rundir.state import read_state
 from .request import FOLDER
@@ -37,10 +39,14 @@ def write_submission(run_dir: Path, submission: Submission) -> None:
 
 def read_submission(run_dir: Path) -> Submission | None:
     """None where there was none."""
+    path = run_dir / FOLDER / "job.json"
     try:
-        return Submission(**json.loads((run_dir / FOLDER / "job.json").read_text()))
+        return decode(Submission, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        hint = f"`ray job list` finds the job; rm {path} where there is none any more"
+        raise ConfigError(str(path), found=str(error), expected="the job that was submitted last", hint=hint) from error
 
 
 def output_file(run_dir: Path, job: str) -> Path:
@@ -75,7 +81,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             known = read_state(run_dir)
             who = f"process {known.pid} on {known.host}" if known else "another process"
-            hint = f"efflaunch status {run_dir}; efflaunch cancel {run_dir} to stop it; or another run.id"
+            hint = f"{typed('status', run_dir)}; {typed('cancel', run_dir)} to stop it; or another run.id"
             expected = "one efflaunch per run directory"
             raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,19 @@ from types import FrameType
 from ... import __version__
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from ...utils.atomic_files import write_atomic
-from ..agent.signals import STOP_SIGNALS, on_stop_signals
+from ...utils.text import typed
+from ..agent.signals import on_stop_signals, stop_signals_kept
 from ..backend import Launch, Standing, announce, job_exists, note_refused, tell_submitted
 from ..config.run_config import Config
-from ..env import chosen_variables, ray_server
-from ..live_display import Display, make_display
+from ..env import chosen_variables, ray_server, set_variables
+from ..live_display import Display, NoDisplay, make_display
 from ..nodes.outcome import store_queued
+from ..output import lenient_file, steady_output
+from ..run_watcher import Guard, note_output, stop_notice
 from ..rundir import state
 from ..rundir.lock import holding
 from ..rundir.metrics_reader import MetricsFollower
+from ..rundir.notices import Notices
 from ..rundir.run_dir import RUN_FILE, make_run_dir
 from ..rundir.state import RunState
 from . import client, files
@@ -36,7 +41,7 @@ class RayLauncher:
     """See backends.Launcher."""
 
     def check(self, config: Config) -> None:
-        check_ray(config, ray_server())
+        check_ray(config, ray_server(), set_variables(config.launcher.ray.env))
         if config.launcher.ray.local:
             from ..machine_checks import check_machine
 
@@ -86,7 +91,7 @@ class RayLauncher:
         submission = files.read_submission(run_dir)
         standing = self.status(run_dir, known)
         if submission is None or standing.state not in state.ACTIVE:
-            hint = f"efflaunch status {run_dir}"
+            hint = typed("status", run_dir)
             raise ConfigError(str(run_dir), found=f"nothing running, state {standing.state}", expected="a run to stop", hint=hint)
         # The driver reads it, so it also works where the job server is not to be reached.
         files.tell_to_stop(run_dir, submission.job, files.NOW if now else files.SAVE)
@@ -178,11 +183,12 @@ def _describe_foreground(launch: Launch) -> str:
     config = launch.config
     bundle = ", ".join(f"{name} {amount:g}" for name, amount in demand(config).items())
     where = "a Ray cluster started here, and ended with the run" if config.launcher.ray.local else "the Ray cluster around this process"
+    words = ["python", "-m", "efflaunch.launcher.ray.task", str(launch.run_dir.resolve()), "ATTEMPT@ADDRESS:PORT+TIMEOUT"]
+    words += ["--entry", launch.entry] if launch.entry else []
     return (
         f"# in the foreground, on {where}, with run.yaml as --print-config shows it\n"
         f"# {config.cluster.num_nodes} nodes (STRICT_SPREAD), reserved on each: {bundle}\n"
-        f"python -m efflaunch.launcher.ray.task {launch.run_dir.resolve()} ATTEMPT@ADDRESS:PORT+TIMEOUT"
-        f"{f' --entry {launch.entry}' if launch.entry else ''} # on each\n"
+        f"{shlex.join(words)} # on each\n"
     )
 
 
@@ -198,28 +204,36 @@ def _run_here(launch: Launch) -> int:
             number = _prepare(launch, run_dir)
         job = f"foreground-{number}"
         files.write_submission(run_dir, Submission(job=job, address="", number=number))
-        display = make_display(config.logging.display, f"{config.experiment} - {launch.run_dir}", config.logging.every_steps)
+        notices = Notices(run_dir, files.output_file(run_dir, job))
+        guard = Guard("the display", notices)
+        title = f"{config.experiment} - {launch.run_dir}"
+        display: Display = guard(make_display, config.logging.display, title, config.logging.every_steps) or NoDisplay()
         try:
-            with files.output_file(run_dir, job).open("a") as output:
+            with steady_output() as output, lenient_file(files.output_file(run_dir, job)) as keep:
 
                 def say(line: str) -> None:
-                    print(line, file=output, flush=True)
-                    display.note(line)
+                    keep(line)
+                    guard(display.note, line)
 
-                code = _drive(launch, run_dir, job, say, display)
+                def tick() -> None:
+                    note_output(output, notices)
+                    guard(lambda: display.show(follower.read()))
+
+                follower = MetricsFollower(run_dir, from_end=True)
+                code = _drive(launch, run_dir, job, say, tick, notices)
         finally:
-            display.close()
-    report_end(launch.run_dir, code)
+            Guard("the end of the display", notices)(display.close)
+    Guard("the report of the end", notices)(report_end, launch.run_dir, code)
     return code
 
 
-def _drive(launch: Launch, run_dir: Path, job: str, say: Callable[[str], None], display: Display) -> int:
-    follower = MetricsFollower(run_dir, from_end=True)
+def _drive(launch: Launch, run_dir: Path, job: str, say: Callable[[str], None], tick: Callable[[], None], notices: Notices) -> int:
     work_dir = launch.config.launcher.ray.work_dir or str(Path.cwd())
     with _cluster(launch.config) as variables:
-        driver = Driver(run_dir, job=job, entry=launch.entry, work_dir=work_dir, say=say, tick=lambda: display.show(follower.read()))
+        driver = Driver(run_dir, job=job, entry=launch.entry, work_dir=work_dir, say=say, tick=tick)
         driver.variables = {**variables, **chosen_variables(launch.config.launcher.ray.env)}
-        with _stops_go_to(driver):
+        with stop_signals_kept():
+            _take_stops(driver, notices)
             return driver.run()
 
 
@@ -233,17 +247,13 @@ def _cluster(config: Config) -> Iterator[dict[str, str]]:
             yield {}
 
 
-@contextmanager
-def _stops_go_to(driver: Driver) -> Iterator[None]:
+def _take_stops(driver: Driver, notices: Notices) -> None:
     """The first stop signal has the run save and end, a second Ctrl-C ends it now."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if driver.wish is None:
+            # Two short writes: nothing else of this process writes there in between.
+            notices.add(stop_notice(number))
         driver.stop(files.NOW if driver.wish and number == signal.SIGINT else files.SAVE)
 
     on_stop_signals(stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

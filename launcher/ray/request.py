@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 from ...cluster.config import Device
 from ...errors import ConfigError
 from ..config.run_config import Config, RayConfig
-from ..config.secrets import is_secret_name
+from ..config.secrets import find_secret, is_secret_name
 
 FOLDER = "ray"
 """What Ray's part of a run leaves, inside the run directory."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 HERE = "auto"
 """The address that means: the cluster around this process."""
 STOP_MARGIN_S = 30
@@ -110,17 +111,21 @@ def demand(config: Config) -> dict[str, float]:
     return bundle | ray.resources
 
 
-def check_ray(config: Config, server: str | None) -> None:
-    """ConfigError where the options cannot make a job. `server`: what RAY_API_SERVER_ADDRESS has."""
+def check_ray(config: Config, server: str | None, variables: Mapping[str, str] | None = None) -> None:
+    """ConfigError where the options cannot make a job. `server`: what RAY_API_SERVER_ADDRESS has; `variables`: of this shell, by name."""
     ray = config.launcher.ray
-    for error in _mistakes(config, ray, server):
+    for error in _mistakes(config, ray, server, variables or {}):
         raise error
     if not ray.local:
         check_address(ray.address or server or "")
 
 
-def _mistakes(config: Config, ray: RayConfig, server: str | None) -> Iterator[ConfigError]:
-    secrets = [name for name in ray.env if is_secret_name(name)]
+def _mistakes(config: Config, ray: RayConfig, server: str | None, variables: Mapping[str, str]) -> Iterator[ConfigError]:
+    for index, name in enumerate(ray.env):
+        if _VARIABLE.fullmatch(name) is None:
+            where, expected = f"launcher.ray.env[{index}]", "the name of a variable"
+            yield ConfigError(where, found=repr(name), expected=expected, hint="launcher.ray.env=[HOME]")
+    secrets = [name for name in ray.env if is_secret_name(name) or find_secret(variables.get(name, ""), {}) is not None]
     if secrets:
         yield ConfigError(
             "launcher.ray.env",
@@ -136,10 +141,6 @@ def _mistakes(config: Config, ray: RayConfig, server: str | None) -> Iterator[Co
     if not ray.local and ray.address is None and server is None:
         hint = "launcher.ray.address=http://head:8265, or launcher.ray.local=true to start a cluster here"
         yield ConfigError("launcher.ray.address", found="none, and no RAY_API_SERVER_ADDRESS", expected="a cluster", hint=hint)
-    wrong = [name for name, amount in demand(config).items() if amount <= 0]
-    if wrong:
-        hint = f"launcher.ray.resources={{{wrong[0]}: 1}}"
-        yield ConfigError("launcher.ray.resources", found=f"{demand(config)[wrong[0]]:g} of {wrong[0]}", expected="more than 0", hint=hint)
 
 
 def check_address(address: str) -> None:

@@ -11,6 +11,7 @@ from ..agent.signals import StopFlag, die_with_parent, on_stop_signals, release_
 from ..nodes.meeting import Meeting
 from ..nodes.node import take_part
 from ..nodes.node_place import NodePlace
+from ..output import lenient_output
 from .request import FOLDER
 
 
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
     parser.add_argument("--parent", type=int, required=True, help="process whose death ends this one")
     options = parser.parse_args(arguments)
+    lenient_output()
     die_with_parent(options.parent)
     early = StopFlag()
     on_stop_signals(early)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...units import format_bytes
+from ...utils.names import check_text
 from ..rundir.run_dir import HASH_FILE, RUN_FILE
 
 _LEFT_OUT = ("__pycache__",)
@@ -26,6 +27,7 @@ def measure(code: Sequence[str], max_bytes: int) -> dict[str, int]:
         if not path.exists():
             hint = "launcher.ray.code=[my_package,my_file.py]"
             raise ConfigError(f"launcher.ray.code[{index}]", found=f"no {name} in {Path.cwd()}", expected="a file or folder", hint=hint)
+        check_text(f"launcher.ray.code[{index}]", path.resolve().name)
         if path.resolve().name in sizes:
             raise ConfigError(f"launcher.ray.code[{index}]", found=f"a second {path.name}", expected="names that differ", hint="rename one")
         sizes[path.resolve().name] = sum(size for _, size in _files(path))

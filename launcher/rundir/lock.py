@@ -22,6 +22,8 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...units import format_seconds
+from ...utils.decode import decode
+from ...utils.text import typed
 from .state import read_state
 
 LOCK_FILE = ".lock"
@@ -169,8 +171,8 @@ def _take(file: int, kind: int, patience_s: float = 0.0) -> bool | None:
 def _owner(file: int) -> Owner | None:
     """What the lock says; None where it says nothing, or is being written."""
     try:
-        return Owner(**json.loads(os.pread(file, 4096, 0)))
-    except (ValueError, TypeError):
+        return decode(Owner, json.loads(os.pread(file, 4096, 0)))
+    except (ValueError, RecursionError):
         return None
 
 
@@ -205,11 +207,11 @@ def _refusal(run_dir: Path, owner: Owner | None, age_s: float) -> ConfigError:
     else:
         found = f"process {state.pid} on {state.host}" if state else "another process"
     away = owner is not None and owner.machine != this_machine_id()
-    stop = f"efflaunch cancel {run_dir}{f' on {owner.host}' if away and owner else ''} to stop it"
+    stop = f"{typed('cancel', run_dir)}{f' on {owner.host}' if away and owner else ''} to stop it"
     dead = f" (if {owner.host} is down: in {STALE_S - age_s:.0f} s)" if away and owner and age_s <= STALE_S else ""
     return ConfigError(
         str(run_dir),
         found=f"{found} running in it",
         expected="one efflaunch per run directory",
-        hint=f"efflaunch status {run_dir}; {stop}{dead}; or another run.id",
+        hint=f"{typed('status', run_dir)}; {stop}{dead}; or another run.id",
     )

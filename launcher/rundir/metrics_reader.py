@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...utils.text import plain_data
+from .metrics_events import is_sound
+
 METRICS_FILE = "metrics.jsonl"
+_ESCAPES = re.compile(rb"\\u|[\x7f-\xff]")
+"""What a line has that is more than printable ASCII."""
 Event = dict[str, Any]
 
 
@@ -32,19 +38,20 @@ class MetricsFollower:
 
 def _events(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            # A rank killed in the middle of a line; the next one starts on it.
-            continue
-        if isinstance(event, dict) and "event" in event:
+        event = parse_line(line)
+        if event is not None:
             yield event
 
 
-def newest_step(run_dir: Path) -> int:
-    """The furthest step the run ever finished, by its metrics and its committed checkpoints; 0 before the first."""
-    steps = [int(event["step"]) for event in MetricsFollower(run_dir).read() if event["event"] == "step"]
-    return max([0, *steps, *checkpoint_steps(run_dir)])
+def parse_line(line: bytes) -> Event | None:
+    """The event of a line, without terminal escapes; None where it is torn or damaged: a rank killed in the middle, or somebody's edit."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not is_sound(event):
+        return None
+    return plain_data(event) if _ESCAPES.search(line) else event  # type: ignore[no-any-return]
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:

@@ -34,6 +34,8 @@ class RunProgress:
     """Most memory of each rank, over all steps."""
     checkpoint: Event | None = None
     checkpoint_error: str | None = None
+    mirror_error: str | None = None
+    """Why the newest copy did not arrive in the second place; None: it did, or none was due."""
     stalls: list[float] = field(default_factory=list)
     """What training waited for each checkpoint, seconds."""
     durable: list[float] = field(default_factory=list)
@@ -61,6 +63,8 @@ class RunProgress:
             "step": self._step,
             "checkpoint": self._saved,
             "checkpoint_failed": self._not_saved,
+            "mirrored": self._mirrored,
+            "mirror_failed": self._not_mirrored,
             "planner_failed": self._planner_failed,
             "drift": self._drifted,
             "certificate": self._checked,
@@ -88,8 +92,8 @@ class RunProgress:
         self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
         if event.get("predicted_s"):
             self.modelled[step] = event["predicted_s"]
-        self.total_tokens = event["total_tokens"]
-        for rank in event["ranks"]:
+        self.total_tokens = event.get("total_tokens", self.total_tokens)
+        for rank in event.get("ranks", ()):
             number = rank["rank"]
             self.peak_bytes[number] = max(self.peak_bytes.get(number, 0), rank["peak_bytes"])
 
@@ -101,6 +105,12 @@ class RunProgress:
 
     def _not_saved(self, event: Event) -> None:
         self.checkpoint_error = event["error"]
+
+    def _mirrored(self, event: Event) -> None:
+        self.mirror_error = None
+
+    def _not_mirrored(self, event: Event) -> None:
+        self.mirror_error = mirror_line(event)
 
     def _planner_failed(self, event: Event) -> None:
         self.planner_error = event["error"]
@@ -168,8 +178,10 @@ def start_line(event: Event) -> str:
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
     if event.get("sequence") == "adaptive" and event.get("costs"):
         lines.append(f"step times are modelled: {event['costs']}")
-    if event.get("data_changed"):
-        lines.append("the data is not what the checkpoint was trained on (corpora, seed, lengths or batch): other documents follow")
+    if event.get("data_changes"):
+        lines.append(f"the data is not what the checkpoint was trained on, other documents follow: {'; '.join(event['data_changes'])}")
+    if (event.get("schedule") or {}).get("change"):
+        lines.append(event["schedule"]["change"])
     if event.get("memory"):
         lines.append(f"memory: {'; '.join(event['memory'])}")
     if event.get("certificate"):
@@ -218,6 +230,8 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
         rows.append(("plans", plans))
     if progress.stalls:
         rows.append(("checkpoints", checkpoints_text(progress)))
+    if progress.mirror_error:
+        rows.append(("mirror", progress.mirror_error))
     if progress.memory:
         rows.append(("memory", "; ".join(progress.memory)))
     if progress.bound:
@@ -229,6 +243,11 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
         shares = ", ".join(f"rank {rank} {format_bytes(size)}" for rank, size in sorted(progress.peak_bytes.items()))
         rows.append(("peak memory", shares))
     return rows
+
+
+def mirror_line(event: Event) -> str:
+    """Which checkpoint is not in the second place, and why."""
+    return f"checkpoint of step {event['step']} is not in the second place: {event['error']}"
 
 
 def checkpoints_text(progress: RunProgress) -> str:

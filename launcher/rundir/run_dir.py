@@ -20,13 +20,22 @@ from typing import Any
 from ... import __version__
 from ...errors import ConfigError
 from ...utils.atomic_files import write_atomic
+from ...utils.names import as_identifier
+from ...utils.stored_paths import base_of
+from ...utils.text import typed
+from ..config.paths import absolute_paths
 from ..config.run_config import Config
 from ..config.schema import dump_config, load_config
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")
+_MAX_EXPERIMENT = 80
 _OTHERS = 0o077
 """What a private run keeps from everybody but its owner."""
+
+
+_OWN = ("logs", "revisions", "slurm", "ray", "checkpoints", "metrics.jsonl", "state.json", "scores", "profile.yaml", "rates.json")
+"""What a run directory may hold where a start was cut off before run.yaml, or run.yaml was lost. Hidden names are locks and probes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +49,7 @@ class StoredRun:
 
 def make_run_id(experiment: str) -> str:
     """`quickstart-20260131-142501-3f9c`: made once, in one process; the suffix keeps two starts in a second apart."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment) or "run"
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{as_identifier(experiment)[:_MAX_EXPERIMENT]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def attempt_dir(run_dir: Path, attempt: int) -> Path:
@@ -61,14 +69,37 @@ def read_run(run_dir: Path) -> StoredRun:
             expected="a run directory",
             hint="efflaunch status runs/NAME, with a directory that efflaunch made",
         )
-    text = path.read_text(encoding="utf-8")
-    expected = (run_dir / HASH_FILE).read_text().split()[0] if (run_dir / HASH_FILE).is_file() else ""
-    if hashlib.sha256(text.encode()).hexdigest() != expected:
-        hint = f"undo the edit (revisions/ holds every version), then: efflaunch resume {run_dir} key=value"
-        raise ConfigError(str(path), found="contents that do not match run.sha256", expected="the file as efflaunch wrote it", hint=hint)
-    data = yaml.safe_load(text)
-    config = load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS})
+    hint = f"undo the edit (revisions/ holds every version), then: {typed('resume', run_dir, 'key=value')}"
+    try:
+        text = path.read_bytes()
+        data = yaml.safe_load(text) if is_as_written(run_dir, text) else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("revision"), int) or not isinstance(data.get("efflaunch_version"), str):
+        found = "contents that do not match run.sha256" if data is None else "no revision and version"
+        raise ConfigError(str(path), found=found, expected="the file as efflaunch wrote it", hint=hint)
+    config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def is_as_written(run_dir: Path, text: bytes) -> bool:
+    """Whether `text`, of run.yaml, is what efflaunch wrote: its hash is in run.sha256, or a revision is the same byte by byte.
+
+    The second holds where a start was killed between the two files (the hash is written last), and where the hash is lost.
+    """
+    try:
+        recorded = (run_dir / HASH_FILE).read_text(encoding="utf-8", errors="replace").split()[:1]
+    except OSError:
+        recorded = []
+    if recorded == [hashlib.sha256(text).hexdigest()]:
+        return True
+    named = re.search(rb"^revision: (\d{1,9})$", text, re.MULTILINE)
+    if named is None:
+        return False
+    revision = run_dir / "revisions" / f"{int(named[1])}.yaml"
+    return revision.is_file() and revision.read_bytes() == text
 
 
 def write_attempt(run_dir: Path, attempt: int, config: Config) -> list[str]:
@@ -90,7 +121,20 @@ def read_attempt(run_dir: Path, attempt: int) -> Config:
 
     path = attempt_dir(run_dir, attempt) / RUN_FILE
     stored = read_run(run_dir).config
-    return load_config(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else stored
+    if not path.is_file():
+        return stored
+    try:
+        return _located(run_dir, load_config(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        hint = f"efflaunch resume {run_dir} begins another attempt"
+        raise ConfigError(
+            str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
+        ) from error
+
+
+def _located(run_dir: Path, config: Config) -> Config:
+    # Runs of earlier versions hold relative paths.
+    return absolute_paths(config, base_of(run_dir, config.run.root, config.run.id))
 
 
 def write_run(run_dir: Path, config: Config, revision: int) -> None:
@@ -102,7 +146,18 @@ def write_run(run_dir: Path, config: Config, revision: int) -> None:
     (run_dir / "revisions").mkdir(exist_ok=True)
     write_atomic(run_dir / "revisions" / f"{revision}.yaml", text)
     write_atomic(run_dir / RUN_FILE, text)
-    write_atomic(run_dir / HASH_FILE, f"{hashlib.sha256(text.encode()).hexdigest()}  {RUN_FILE}\n")
+    write_atomic(run_dir / HASH_FILE, _hash_line(text.encode()))
+
+
+def _hash_line(text: bytes) -> str:
+    return f"{hashlib.sha256(text).hexdigest()}  {RUN_FILE}\n"
+
+
+def _mend_hash(run_dir: Path) -> None:
+    """Write run.sha256 of a run.yaml that is as written, where it is missing or of the revision before. The lock must be held."""
+    expected, path = _hash_line((run_dir / RUN_FILE).read_bytes()), run_dir / HASH_FILE
+    if not path.is_file() or path.read_bytes() != expected.encode():
+        write_atomic(path, expected)
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
@@ -126,13 +181,18 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def store_config(run_dir: Path, config: Config) -> tuple[int, list[str]]:
-    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held."""
+    """Make `config` the run's: (its revision, what differs from the revision before). The lock must be held.
+
+    Relative paths become absolute here: later commands are typed in other directories.
+    """
+    config = absolute_paths(config)
     if not (run_dir / RUN_FILE).is_file():
         write_run(run_dir, config, 1)
         return 1, []
     stored = read_run(run_dir)
     changes = config_diff(stored.config, config)
     if not changes:
+        _mend_hash(run_dir)
         return stored.revision, []
     write_run(run_dir, config, stored.revision + 1)
     return stored.revision + 1, changes
@@ -169,6 +229,8 @@ def _make_dirs(run_dir: Path, *, private: bool) -> None:
     if not run_dir.parent.exists():
         run_dir.parent.mkdir(parents=True, exist_ok=True)
     was_there = run_dir.exists()
+    if was_there:
+        _check_ours(run_dir)
     keep_private(private)
     run_dir.mkdir(exist_ok=True)
     mode = stat.S_IMODE(run_dir.stat().st_mode)
@@ -176,6 +238,22 @@ def _make_dirs(run_dir: Path, *, private: bool) -> None:
         _close(run_dir, mode)
     elif not private and was_there and not mode & _OTHERS:
         _open_to_others(run_dir)
+
+
+def _check_ours(run_dir: Path) -> None:
+    """ConfigError for a folder of something else: neither its mode nor its files are ours to change."""
+    if not run_dir.is_dir():
+        raise ConfigError("run.id", found=f"{run_dir}, which is no directory", expected="a new name", hint="another run.id")
+    if (run_dir / RUN_FILE).is_file():
+        return
+    other = sorted(path.name for path in run_dir.iterdir() if path.name not in _OWN and not path.name.startswith("."))
+    if other:
+        raise ConfigError(
+            "run.id",
+            found=f"{run_dir}, a directory without run.yaml that holds {other[0]!r}" + (" and more" if other[1:] else ""),
+            expected="a new or empty directory, or one of a run",
+            hint="another run.id, or another run.root",
+        )
 
 
 def _close(run_dir: Path, mode: int) -> None:

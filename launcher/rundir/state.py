@@ -8,8 +8,10 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from ...errors import ConfigError
+from ...utils.decode import decode, set_aside
+from ...utils.text import plain_data, typed
 from .small_files import write_json
 
 STATE_FILE = "state.json"
@@ -123,15 +125,28 @@ def write_state(run_dir: Path, state: RunState) -> RunState:
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """None where the run never started. ValueError for a file that is not ours."""
+    """None where the run never started. ConfigError for a file that is damaged."""
+    path = run_dir / STATE_FILE
     try:
-        data = json.loads((run_dir / STATE_FILE).read_text())
+        known = decode(RunState, plain_data(json.loads(path.read_text(encoding="utf-8"))))
+        if known.pid < 1:
+            raise ValueError(f"pid is {known.pid}, not that of a process")
+        return known
     except FileNotFoundError:
         return None
-    return RunState(**{**data, "attempts": tuple(_attempt(item) for item in data["attempts"])})
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(
+            str(path),
+            found=str(error).splitlines()[0],
+            expected="the state as efflaunch wrote it",
+            hint=f"mv {path} {path}.damaged: {typed('resume', run_dir)} writes it anew, without the history of attempts",
+        ) from error
 
 
-def _attempt(data: dict[str, Any]) -> Attempt:
-    failure = data["failure"]
-    names: dict[str, Any] = {key: tuple(data[key]) for key in ("hosts", "lost") if key in data}
-    return Attempt(**{**data, **names, "failure": Failure(**failure) if failure else None})
+def mend_state(run_dir: Path) -> str | None:
+    """Set a damaged state.json aside, so that the next start writes it anew; a sentence that says so. The lock must be held."""
+    try:
+        read_state(run_dir)
+    except ConfigError as error:
+        return set_aside(run_dir / STATE_FILE, error.found)
+    return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from ...errors import ConfigError
 from ..env import SlurmPlace
 from ..rundir.small_files import write_json
 from .script import JOB_DIR
@@ -18,11 +20,18 @@ def write_submission(run_dir: Path, job: str) -> None:
 
 def submitted_job(run_dir: Path) -> str | None:
     """The job that was submitted last; None where none was."""
+    path = run_dir / JOB_DIR / "job.json"
     try:
-        data: dict[str, Any] = json.loads((run_dir / JOB_DIR / "job.json").read_text())
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        job = data["job"]
+        if not isinstance(job, str) or re.fullmatch(r"\d+(_\d+)?", job) is None:
+            raise ValueError(f"the job {job!r}")
+        return job
     except FileNotFoundError:
         return None
-    return str(data["job"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        hint = f"squeue --me finds the job; rm {path} where there is none any more"
+        raise ConfigError(str(path), found=str(error), expected="the job that was submitted last", hint=hint) from error
 
 
 def cancel_file(run_dir: Path, job: str) -> Path:

@@ -30,9 +30,10 @@ from ..nodes.faulty_nodes import blame, exclusions, is_refused
 from ..nodes.meeting import Meeting
 from ..nodes.next_action import Decision, Limits, Verdict, decide
 from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
+from ..output import lenient_output
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
-from ..rundir.metrics_reader import newest_step
+from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, keep_private, make_run_dir, read_run, write_attempt
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from .control import partition_nodes
@@ -44,6 +45,8 @@ from .script import JOB_DIR
 def main(arguments: list[str]) -> int:
     """Run one of the three; the return value is the exit code."""
     what, *rest = arguments
+    # What `prepare` and `start` print is for the script, which has to have it.
+    lenient_output(*(("stdout", "stderr") if what == "settle" else ("stderr",)))
     try:
         place = slurm_place()
         if what == "prepare":

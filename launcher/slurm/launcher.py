@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from ...utils.atomic_files import write_atomic
+from ...utils.text import typed
 from ..backend import Launch, Standing, announce, grace_note, job_exists, note_refused, tell_submitted
 from ..config.run_config import Config
 from ..elastic_nodes import usable
@@ -76,7 +77,7 @@ class SlurmLauncher:
         print(f"job array {job} of SLURM submitted: {len(launches)} runs, {job}_0 to {job}_{len(launches) - 1}")
         for note in filter(None, map(grace_note, launches[:1])):
             print(f"  {note}")
-        print(f"  look        efflaunch status {launches[0].run_dir}, and so on")
+        print(f"  look        {typed('status', launches[0].run_dir)}, and so on")
         print(f"  stop all    scancel {job}")
         return EXIT_DONE
 
@@ -94,9 +95,7 @@ class SlurmLauncher:
         job = submitted_job(run_dir)
         facts = control.find_job(job) if job is not None else None
         if job is None or facts is None or not facts.is_alive:
-            raise ConfigError(
-                str(run_dir), found="no job of it in SLURM", expected="one that waits or runs", hint=f"efflaunch status {run_dir}"
-            )
+            raise ConfigError(str(run_dir), found="no job of it in SLURM", expected="one that waits or runs", hint=typed("status", run_dir))
         # Before the signal: `job settle` must not requeue what it finds stopped.
         cancel_file(run_dir, job).touch()
         if now or facts.state in control.WAITING:

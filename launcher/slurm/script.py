@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...cluster.config import Device
 from ...errors import ConfigError
+from ...utils.names import check_text
 from ..config.node_range import NodeRange, node_range
 from ..config.run_config import Config
 
@@ -44,6 +45,9 @@ def render_sbatch(job: BatchJob, template: str) -> str:
 def assemble(job: BatchJob, options: Sequence[str], target: Sequence[str], template: str) -> str:
     """A script of these #SBATCH options; the lines of `target` set its run directory."""
     mark = template.index(MARK)
+    for line in (*options, *target, job.python, str(job.work_dir), job.entry or ""):
+        # The one way into the script: a line more would be a command more, wherever its text comes from.
+        check_text("batch script", line)
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
     prologue = job.config.cluster.slurm.prologue
     lines += [*prologue, ""] if prologue else []

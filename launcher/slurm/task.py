@@ -16,6 +16,7 @@ from ..env import slurm_place
 from ..nodes.meeting import Meeting
 from ..nodes.node import take_part
 from ..nodes.node_place import NodePlace
+from ..output import lenient_output
 from .files import stop_asked
 from .script import JOB_DIR
 
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("meeting", type=Meeting.parse, metavar="ATTEMPT@ADDRESS:PORT")
     parser.add_argument("--entry", default=worker.TRAIN, help="training function as module:function")
     options = parser.parse_args(arguments)
+    lenient_output()
     early = StopFlag()
     on_stop_signals(early)
     try:

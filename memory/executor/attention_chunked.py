@@ -9,6 +9,9 @@ StreamBP (2506.03077, sec. 3) without projecting the keys of the whole prefix ag
 
 Where Ulysses ranks hold other parts of the same sequences, later queries of a rank are not the latest of all: keys are
 final only at the end, and their projections are differentiated in one more pass.
+
+Note: mirrored, moment by moment, in estimate/footprint/live_layer.py (streamed_moments), in the order of reads in read_order.py, and in
+estimate/timing/{offload,flops}.py (how often rows come back, what is recomputed). A change here is a change there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..activation_classes import ATTENTION_OUTPUT, KEY_VALUE, QUERY
 from ..heads import ALL_HEADS, KEYS, QUERIES, Heads
 from .layer_pass import Gathered, Inputs, LayerRun
 from .token_local import GradientSums
@@ -37,12 +41,12 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
             kv.put(index, made)
             _save_keys(run, kv, index, made, save=save)
         if save:
-            run.save("query", index, [q])
+            run.save(QUERY, index, [q])
         k, v = kv.whole if keys is None else keys
         o, lse = attention.rows_forward(attention.gather_rows(q, rows, spec), k, v, rows, spec)
         o = attention.scatter_rows(o, rows, spec)
         if save:
-            run.save("attention_output", index, [o, lse])
+            run.save(ATTENTION_OUTPUT, index, [o, lse])
         del q, made, lse
         yield index, o
         run.release()
@@ -53,6 +57,7 @@ def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
     attention, spec = run.attention, run.spec
     with torch.no_grad():
         keys = _all_keys(run, run.input_rows)
+    # One addition a chunk of queries: in bfloat16 late ones would be lost against the sum.
     wide = torch.promote_types(dy.dtype, torch.float32)
     totals = torch.zeros_like(keys[0], dtype=wide), torch.zeros_like(keys[1], dtype=wide)
     for index in reversed(run.indices):
@@ -102,8 +107,8 @@ def _key_block(run: LayerRun) -> int:
 def _output(run: LayerRun, index: int, q: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's output of a piece before and after its exchange, and the log-sum-exp: as stored, or made again."""
     attention, spec, rows = run.attention, run.spec, run.pieces[index]
-    if run.has("attention_output", index):
-        o, lse = run.get("attention_output", index)
+    if run.has(ATTENTION_OUTPUT, index):
+        o, lse = run.get(ATTENTION_OUTPUT, index)
         return o, attention.gather_rows(o, rows, spec), lse
     gathered, lse = attention.rows_forward(q, *keys, rows, spec)
     return attention.scatter_rows(gathered, rows, spec), gathered, lse
@@ -123,4 +128,4 @@ def _all_keys(run: LayerRun, inputs: Inputs, *, save: bool = False) -> tuple[Ten
 def _save_keys(run: LayerRun, kv: Gathered, index: int, made: Sequence[Tensor], *, save: bool) -> None:
     if save:
         shared = run.policy.key_value.keep == 1.0
-        run.save("key_value", index, [t[run.rows(index)] for t in kv.whole] if shared else made, share=True)
+        run.save(KEY_VALUE, index, [t[run.rows(index)] for t in kv.whole] if shared else made, share=True)

@@ -2,6 +2,9 @@
 
 Norms, projections and MLP go by pieces of rows. With groups of heads (Untied Ulysses, 2602.21196) only one group's
 queries, keys and values exist at a time; attention's output, and its gradient, are whole.
+
+Note: mirrored, moment by moment, in estimate/footprint/live_layer.py (whole_moments), in the order of reads in read_order.py, and in
+estimate/timing/{offload,flops}.py (how often rows come back, what is recomputed). A change here is a change there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activation_classes import ATTENTION_OUTPUT, KEY_VALUE, LOG_SUM_EXP, QUERY
 from ..config import ActivationPlace
 from ..heads import Heads, head_groups
 from .layer_pass import QKV, Gathered, Inputs, LayerRun
@@ -45,7 +49,7 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
     for index in run.indices:
         rows = o[run.rows(index)]
         if save:
-            run.save("attention_output", index, [rows], share=True)
+            run.save(ATTENTION_OUTPUT, index, [rows], share=True)
         yield index, rows
         run.release()
 
@@ -54,13 +58,13 @@ def _save_lse(run: LayerRun, lse: Tensor, group: int) -> None:
     """Log-sum-exp (T, H of the group) waits where attention's output does: its first rows kept, the others moved."""
     kept, moved = run.policy.attention_output.rows(lse.shape[0])
     if kept or not moved:
-        run.saved.put(("log_sum_exp", 0, group), [lse[:kept]], ActivationPlace.KEEP)
+        run.saved.put((LOG_SUM_EXP, 0, group), [lse[:kept]], ActivationPlace.KEEP)
     if kept < moved:
-        run.saved.put(("log_sum_exp", 1, group), [lse[kept:]], ActivationPlace.HOST)
+        run.saved.put((LOG_SUM_EXP, 1, group), [lse[kept:]], ActivationPlace.HOST)
 
 
 def _stored_lse(run: LayerRun, group: int) -> Tensor:
-    parts = [run.get("log_sum_exp", part, group)[0] for part in (0, 1) if run.has("log_sum_exp", part, group)]
+    parts = [run.saved.get(key)[0] for key in ((LOG_SUM_EXP, part, group) for part in (0, 1)) if key in run.saved]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -110,8 +114,8 @@ def _project(run: LayerRun, inputs: Inputs, group: int, walked: HeadGroupState, 
         made.put(index, (q, k, v))
         if save:
             rows = run.rows(index)
-            run.save("query", index, [_rows_of(made, 0, q, rows, run)], group, share=True)
-            run.save("key_value", index, [_rows_of(made, 1, k, rows, run), _rows_of(made, 2, v, rows, run)], group, share=True)
+            run.save(QUERY, index, [_rows_of(made, 0, q, rows, run)], group, share=True)
+            run.save(KEY_VALUE, index, [_rows_of(made, 1, k, rows, run), _rows_of(made, 2, v, rows, run)], group, share=True)
         run.release()
     q, k, v = made.whole
     return run.attention.exchange_in(q, k, v, walked.spec)
@@ -119,8 +123,8 @@ def _project(run: LayerRun, inputs: Inputs, group: int, walked: HeadGroupState, 
 
 def _rows_of(made: Gathered, which: int, part: Tensor, rows: slice, run: LayerRun) -> Tensor:
     """A piece as part of the whole where the whole stays, else by itself."""
-    kind = "query" if which == 0 else "key_value"
-    return made.whole[which][rows] if run.policy.splits[kind].keep == 1.0 else part
+    kind = QUERY if which == 0 else KEY_VALUE
+    return made.whole[which][rows] if run.policy.split(kind).keep == 1.0 else part
 
 
 def _with_group(o: Tensor | None, part: Tensor, heads: Heads, num_heads: int) -> Tensor:
@@ -142,7 +146,7 @@ def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
     if run.attention_stored:
         stored = Gathered(run)
         for index in run.indices:
-            stored.put(index, [run.get("attention_output", index)[0]])
+            stored.put(index, [run.get(ATTENTION_OUTPUT, index)[0]])
             run.release()
         return stored.whole[0]
     o = None

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from ..heads import ALL_HEADS, Heads
 from .compiled_graph import LEAST_ROWS, Graph, Traced, refusal, trace
-from .token_local import GradientSums, LayerSteps, Rope, Step
+from .token_local import FeedForward, GradientSums, LayerSteps, Rope, Step
 
 
 class Graphs:
@@ -82,12 +81,13 @@ class CompiledSteps:
     def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
         return self._forward(Step("residual"), (x, o))[0]
 
-    def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
-        gate, up = self._forward(Step("mlp_in"), (x,))
-        return gate, up
+    def feed_forward(self, steps: LayerSteps) -> FeedForward:
+        """As `LayerSteps.feed_forward`."""
+        return self._adapter.feed_forward(steps)
 
-    def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
-        return self._forward(Step("mlp_out"), (x, gate, up))[0]
+    def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """As `LayerSteps.run_step`."""
+        return self._forward(step, tuple(tensors))
 
     def pull_back(
         self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
@@ -124,7 +124,8 @@ class CompiledSteps:
 
     def _weights(self) -> _Weights:
         tensors = tuple(getattr(owner, attribute) for _, owner, attribute in self._places)
-        if any(isinstance(tensor, DTensor) for tensor in tensors):
+        # Parts of tensors are of kinds of their own, whichever engine they are from.
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             raise refusal("a layer", "its weights are sharded: they are to be whole while it runs")
         return _Weights(tuple(name for name, _, _ in self._places), tensors)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...errors import ConfigError
+from ..activation_classes import ATTENTION_OUTPUT, RESIDUAL
 from ..policy import MemoryPolicy
 from . import attention_chunked as streamed
 from . import attention_whole as whole
@@ -39,6 +40,7 @@ class LayerExecutor:
         """`graphs`: of the model, where the policy has its token-local steps compiled."""
         self._layer, self.policy, self.index = layer, policy, index
         self.adapter = adapter if graphs is None else CompiledSteps(adapter, layer, graphs)
+        self.feed_forward = adapter.feed_forward(self.adapter)
 
     def __call__(self, x: Tensor, context: LayerContext) -> Tensor:
         _check_autocast(x)
@@ -54,7 +56,7 @@ class LayerExecutor:
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:
         """This layer on one rank's rows of a micro-batch."""
         rope = context.tables[self.adapter.rope_key]
-        return layer_run(self.adapter, self.policy, context.attention, rope, saved, num_tokens)
+        return layer_run(self.adapter, self.feed_forward, self.policy, context.attention, rope, saved, num_tokens)
 
 
 def _check_autocast(x: Tensor) -> None:
@@ -129,14 +131,14 @@ def _forward(run: LayerRun, inputs: Inputs, *, save: bool) -> Tensor:
 
 def _attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor | None]]:
     """(piece, attention's output of its rows), None where the sum after it is stored as well."""
-    if all(run.has("attention_output", index) for index in run.indices):
+    if all(run.has(ATTENTION_OUTPUT, index) for index in run.indices):
         return _stored_rows(run)
     return (streamed if run.streamed else whole).attention_rows(run, inputs, save=save)
 
 
 def _stored_rows(run: LayerRun) -> Iterator[tuple[int, Tensor | None]]:
     for index in run.indices:
-        yield index, None if run.has("residual", index) else run.get("attention_output", index)[0]
+        yield index, None if run.has(RESIDUAL, index) else run.get(ATTENTION_OUTPUT, index)[0]
         run.release()
 
 

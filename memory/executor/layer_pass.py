@@ -1,4 +1,8 @@
-"""One layer in one micro-batch: its steps, its attention, its rows and what it leaves."""
+"""One layer in one micro-batch: its steps, its attention, its rows and what it leaves.
+
+Note: mirrored in read_order.py (what `after`, `after_backward` and `projected` read, in this order), estimate/footprint/live_layer.py
+(after_row, after_backward) and estimate/timing/{offload,flops}.py. A change here is a change there.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..activation_classes import KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
 from ..config import ActivationPlace, AttentionTiling
 from ..heads import Heads
 from ..policy import MemoryPolicy
 from ..ranges import Range, group_ranges, place_of
 from .saved import Saved
-from .token_local import GradientSums, LayerSteps, Rope, after_backward, before_backward
+from .token_local import FeedForward, GradientSums, LayerSteps, Rope, Step, before_backward
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Rows = tuple[Range, ...]
@@ -57,6 +62,7 @@ class LayerRun:
     """All that the passes of one layer need; `pieces` are the ranges of rows in ascending order, for every Ulysses rank."""
 
     adapter: LayerSteps
+    feed_forward: FeedForward
     policy: MemoryPolicy
     attention: AttentionRuntime
     rope: Rope
@@ -87,20 +93,20 @@ class LayerRun:
         rows = self.rows(index)
         return self.rope[0][rows], self.rope[1][rows]
 
-    def place(self, kind: str, index: int) -> ActivationPlace:
+    def place(self, kind: ActivationClass, index: int) -> ActivationPlace:
         rows = self.rows(index)
-        return place_of(self.policy.splits[kind], (rows.start, rows.stop), self.num_tokens)
+        return place_of(self.policy.split(kind), (rows.start, rows.stop), self.num_tokens)
 
-    def save(self, kind: str, index: int, tensors: Sequence[Tensor], group: int = 0, *, share: bool = False) -> None:
+    def save(self, kind: ActivationClass, index: int, tensors: Sequence[Tensor], group: int = 0, *, share: bool = False) -> None:
         """Leave one class of one piece where the policy has it. `share`: the tensors are rows of one that holds all tokens."""
-        split = self.policy.splits[kind]
-        self.saved.put((kind, index, group), tensors, self.place(kind, index), share=share and split.keep == 1.0)
+        share = share and self.policy.split(kind).keep == 1.0
+        self.saved.put((kind.name, index, group), tensors, self.place(kind, index), share=share)
 
-    def has(self, kind: str, index: int, group: int = 0) -> bool:
-        return (kind, index, group) in self.saved
+    def has(self, kind: ActivationClass, index: int, group: int = 0) -> bool:
+        return (kind.name, index, group) in self.saved
 
-    def get(self, kind: str, index: int, group: int = 0) -> tuple[Tensor, ...]:
-        return self.saved.get((kind, index, group))
+    def get(self, kind: ActivationClass, index: int, group: int = 0) -> tuple[Tensor, ...]:
+        return self.saved.get((kind.name, index, group))
 
     @property
     def attention_stored(self) -> bool:
@@ -113,12 +119,12 @@ class LayerRun:
 
     def input_rows(self, index: int) -> Tensor:
         """The layer input's rows of a piece, from what was saved."""
-        return self.get("layer_input", index)[0]
+        return self.get(LAYER_INPUT, index)[0]
 
     def projected(self, index: int, inputs: Inputs, heads: Heads, group: int = 0) -> tuple[Tensor, ...]:
         """Queries, keys and values of one piece, of those `heads` asks for: stored ones as they are, the others made."""
-        q = self.get("query", index, group) if heads.queries != () and self.has("query", index, group) else None
-        kv = self.get("key_value", index, group) if heads.keys != () and self.has("key_value", index, group) else None
+        q = self.get(QUERY, index, group) if heads.queries != () and self.has(QUERY, index, group) else None
+        kv = self.get(KEY_VALUE, index, group) if heads.keys != () and self.has(KEY_VALUE, index, group) else None
         missing = Heads(heads.queries if q is None else (), heads.keys if kv is None else ())
         if missing == Heads((), ()):
             return (*(q or ()), *(kv or ()))
@@ -128,39 +134,65 @@ class LayerRun:
     def save_input(self, x: Tensor) -> None:
         """Leave the layer input (T, M) where the policy has it."""
         for index in self.indices:
-            self.save("layer_input", index, [x[self.rows(index)]], share=True)
+            self.save(LAYER_INPUT, index, [x[self.rows(index)]], share=True)
 
     def after(self, index: int, inputs: Inputs, o: Tensor | None, *, save: bool) -> Tensor:
         """The second half of one piece. What was stored of it is used where there is such; `o` may be None where the sum is."""
-        if self.has("residual", index):
-            total = self.get("residual", index)[0]
+        if self.has(RESIDUAL, index):
+            total = self.get(RESIDUAL, index)[0]
         else:
             assert o is not None
             total = self.adapter.residual(inputs(index), o)
-        gate, up = self.get("mlp", index) if self.has("mlp", index) else self.adapter.mlp_in(total)
         if save:
-            self.save("residual", index, [total])
-            self.save("mlp", index, [gate, up])
-        return self.adapter.mlp_out(total, gate, up)
+            self.save(RESIDUAL, index, [total])
+        return self.feed_forward.forward(total, PieceOfRun(self, index, save))
 
     def after_backward(self, index: int, x: Tensor, o: Tensor, dy: Tensor, sums: GradientSums) -> tuple[Tensor, Tensor]:
-        """dx and do of one piece's second half."""
-        residual = self.get("residual", index)[0] if self.has("residual", index) else None
-        mlp = self.get("mlp", index) if self.has("mlp", index) else None
-        return after_backward(self.adapter, (x, o), dy, sums, residual=residual, mlp=mlp)
+        """dx and do of one piece's second half, which may share memory with dy."""
+        with torch.no_grad():
+            total = self.get(RESIDUAL, index)[0] if self.has(RESIDUAL, index) else self.adapter.residual(x, o)
+        d_total = self.feed_forward.backward(total, dy, PieceOfRun(self, index, False), sums)
+        del total
+        dx, do = self.adapter.pull_back(Step("residual"), (x, o), (), (d_total,), sums)
+        return dx, do
 
     def before_backward(self, index: int, x: Tensor, heads: Heads, upstream: Sequence[Tensor], sums: GradientSums) -> Tensor:
         """dx of one piece's projections."""
         return before_backward(self.adapter, x, self.rope_rows(index), heads, upstream, sums)
 
 
+@dataclass(frozen=True, slots=True)
+class PieceOfRun:
+    """One piece of a run, as its feed-forward sees it."""
+
+    run: LayerRun
+    index: int
+    save: bool
+    """In the forward pass: what the feed-forward puts is left for the others."""
+
+    def get(self, kind: ActivationClass) -> tuple[Tensor, ...] | None:
+        """As `SavedPiece.get`."""
+        return self.run.get(kind, self.index) if self.run.has(kind, self.index) else None
+
+    def put(self, kind: ActivationClass, tensors: Sequence[Tensor]) -> None:
+        """As `SavedPiece.put`."""
+        if self.save:
+            self.run.save(kind, self.index, tensors)
+
+
 def layer_run(
-    adapter: LayerSteps, policy: MemoryPolicy, attention: AttentionRuntime, rope: Rope, saved: Saved, num_tokens: int
+    adapter: LayerSteps,
+    feed_forward: FeedForward,
+    policy: MemoryPolicy,
+    attention: AttentionRuntime,
+    rope: Rope,
+    saved: Saved,
+    num_tokens: int,
 ) -> LayerRun:
     """The run of a layer on `num_tokens` rows of this rank. Chunks of queries are for groups without a ring."""
     streamed = policy.attention is AttentionTiling.CHUNKS and attention.ring == 1
     tokens = attention.member_tokens if streamed else (num_tokens,)
-    return LayerRun(adapter, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, streamed)
+    return LayerRun(adapter, feed_forward, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, streamed)
 
 
 class Gathered:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..activation_classes import LAYER_INPUT
 from ..policy import MemoryPolicy
 from ..position import Position
 from .saved import HostStore, Key, Saved
@@ -63,7 +64,7 @@ class Tape:
         """Layers of the segment that ends in `layer` whose output is the input of another and is not stored."""
         base = layer - layer % self.policy.segment_layers
         inner = (below for below in range(base, layer) if below in self._again)
-        return [below for below in inner if ("layer_input", 0, 0) not in self.saved[below + 1]]
+        return [below for below in inner if (LAYER_INPUT.name, 0, 0) not in self.saved[below + 1]]
 
     def prefetch_below(self, layer: int) -> None:
         """Start bringing back what is read first once this layer's backward is done: for a segment to run again, or the next backward."""

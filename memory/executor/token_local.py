@@ -2,6 +2,9 @@
 
 Backward makes nothing again that was stored, and no matrix product whose value no gradient needs: projections, the sum
 after attention, and gate and up are differentiated without being computed (adapter methods with `graph`).
+
+Note: mirrored in estimate/footprint/live_layer.py (before_row, before_backward_row) and estimate/timing/flops.py (which products
+are recomputed). A change here is a change there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..activation_classes import ActivationClass
 from ..heads import ALL_HEADS, Heads
 
 Rope = tuple[Tensor, Tensor]
@@ -27,8 +31,14 @@ class LayerSteps(Protocol):
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ..., *, graph: bool = ...) -> tuple[Tensor, ...]: ...
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor: ...
     def residual(self, x: Tensor, o: Tensor, graph: bool = ...) -> Tensor: ...
-    def mlp_in(self, x: Tensor, graph: bool = ...) -> tuple[Tensor, Tensor]: ...
-    def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = ...) -> Tensor: ...
+    def feed_forward(self, steps: LayerSteps) -> FeedForward:
+        """What follows the sum after attention; its token-local steps are run by `steps`: these, or a compiled stand-in."""
+        ...
+
+    def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The results of one step; builds autograd's graph where gradients are enabled."""
+        ...
+
     def pull_back(
         self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
     ) -> tuple[Tensor, ...]:
@@ -40,12 +50,58 @@ class LayerSteps(Protocol):
         ...
 
 
+class SavedPiece(Protocol):
+    """What a layer leaves of one piece of rows, as a feed-forward sees it."""
+
+    def get(self, kind: ActivationClass) -> tuple[Tensor, ...] | None:
+        """The tensors of a class as they were put; None where the policy has them recomputed."""
+        ...
+
+    def put(self, kind: ActivationClass, tensors: Sequence[Tensor]) -> None:
+        """Leave the tensors of a class for backward, where the policy has it; in a pass that leaves nothing, nothing is done."""
+        ...
+
+
+class FeedForward(Protocol):
+    """The part of a layer between the sum after attention and the layer's output, for one piece of rows at a time.
+
+    Note: three passes. `forward` runs for the output, again for the output where a segment's inner inputs are recomputed, and
+    `backward` recomputes what it needs. All must compute the same function: whatever was decided (which expert takes a token) is
+    a class with `decision` set, put in the first pass and got in the others. Decided again it may come out otherwise: ties and
+    roundings differ with the shape of a product, and gradients would be those of another function.
+    """
+
+    @property
+    def classes(self) -> tuple[ActivationClass, ...]:
+        """What `forward` puts and `backward` gets, in this order: how read_order.py knows what to fetch."""
+        ...
+
+    def forward(self, rows: Tensor, saved: SavedPiece) -> Tensor:
+        """The sum after attention (T, M) -> the layer's output (T, M). What was put before is used as it is."""
+        ...
+
+    def backward(self, rows: Tensor, dy: Tensor, saved: SavedPiece, sums: GradientSums) -> Tensor:
+        """Gradient of `rows` (T, M), given that of the output; the weights' go to `sums`. It may share memory with dy."""
+        ...
+
+
+class NothingSaved:
+    """A `SavedPiece` of a pass without a policy: autograd's own graph keeps everything."""
+
+    def get(self, kind: ActivationClass) -> tuple[Tensor, ...] | None:
+        """None of anything."""
+        return None
+
+    def put(self, kind: ActivationClass, tensors: Sequence[Tensor]) -> None:
+        """Leave it to the graph."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One token-local step of a layer."""
 
     name: str
-    """The method of LayerSteps."""
+    """The method of the adapter."""
     heads: Heads = ALL_HEADS
 
     def run(self, steps: LayerSteps, tensors: Sequence[Tensor], *, graph: bool = False) -> tuple[Tensor, ...]:
@@ -54,8 +110,8 @@ class Step:
             x, cos, sin = tensors
             return steps.before_attention(x, (cos, sin), self.heads, graph=graph)
         more = {} if self.name == "after_attention" else {"graph": graph}
-        found = getattr(steps, self.name)(*tensors, **more)
-        return found if isinstance(found, tuple) else (found,)
+        results = getattr(steps, self.name)(*tensors, **more)
+        return results if isinstance(results, tuple) else (results,)
 
     def __str__(self) -> str:
         which = "" if self.heads == ALL_HEADS else f" of {self.heads}"
@@ -99,32 +155,6 @@ class GradientSums:
 def _add_wide(total: Tensor | None, part: Tensor) -> Tensor:
     # One part alone needs no more digits than it has.
     return part if total is None else total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
-
-
-def after_backward(
-    adapter: LayerSteps,
-    rows: tuple[Tensor, Tensor],
-    dy: Tensor,
-    sums: GradientSums,
-    *,
-    residual: Tensor | None,
-    mlp: tuple[Tensor, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the layer input x and of the attention output o through the second half; `rows` is (x, o).
-
-    `residual` and `mlp` (gate, up) are what was stored of these rows. The result may share memory with dy.
-    """
-    x, o = rows
-    with torch.no_grad():
-        total = adapter.residual(x, o) if residual is None else residual
-        gate, up = adapter.mlp_in(total) if mlp is None else mlp
-    d_total, *d_inner = adapter.pull_back(Step("mlp_out"), (total, gate, up), (), (dy,), sums)
-    del gate, up, mlp
-    (through_mlp,) = adapter.pull_back(Step("mlp_in"), (total,), (), d_inner, sums)
-    del d_inner, total
-    d_total = through_mlp.add_(d_total)
-    dx, do = adapter.pull_back(Step("residual"), (x, o), (), (d_total,), sums)
-    return dx, do
 
 
 def before_backward(adapter: LayerSteps, x: Tensor, rope: Rope, heads: Heads, upstream: Sequence[Tensor], sums: GradientSums) -> Tensor:

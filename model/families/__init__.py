@@ -1,38 +1,56 @@
 """What is a decoder layer of this family?
 
-Adapters that cut a Hugging Face layer into token-local steps, one for each family, chosen by the Hugging Face model type.
+Two files for each: what is known of it (`NAME_facts.py`, no torch) and its layer adapter (`NAME.py`), listed here, once.
+Import `facts_of` for a family's facts, `layer_adapter` for the adapter of one decoder layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
+from ..config import Family
+from . import gemma2_facts, gemma3_facts, llama_facts, mistral_facts, qwen2_facts, qwen3_facts
+from .facts import FamilyFacts
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .adapter import LayerAdapter
 
+FACTS: Mapping[Family, FamilyFacts] = MappingProxyType(
+    {entry.FACTS.family: entry.FACTS for entry in (llama_facts, mistral_facts, qwen2_facts, qwen3_facts, gemma2_facts, gemma3_facts)}
+)
+"""Every family; `NAME.py` beside its facts holds the adapter, as `LAYER`."""
+
+
+def facts_of(family: Family) -> FamilyFacts:
+    """What is known of `family`."""
+    return FACTS[family]
+
+
+def family_of(model_type: object) -> Family | None:
+    """The family that Hugging Face calls `model_type`; None for one without an adapter."""
+    return next((family for family, facts in FACTS.items() if facts.model_type == model_type), None)
+
+
+def wrapped_family(model_type: object) -> Family | None:
+    """The family whose config lies under `text_config` in a config of `model_type`."""
+    return next((family for family, facts in FACTS.items() if facts.wrapped_by == model_type and model_type is not None), None)
+
 
 def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
-    """The adapter of one decoder layer; ConfigError names the file to write for a family that has none."""
-    from .gemma import Gemma2Layer, Gemma3Layer
-    from .llama import LlamaLayer, MistralLayer, Qwen2Layer, Qwen3Layer
-
-    adapters: dict[str, type[LayerAdapter]] = {
-        "llama": LlamaLayer,
-        "mistral": MistralLayer,
-        "qwen2": Qwen2Layer,
-        "qwen3": Qwen3Layer,
-        "gemma2": Gemma2Layer,
-        "gemma3_text": Gemma3Layer,
-    }
-    if model_type not in adapters:
+    """The adapter of one decoder layer; ConfigError names the files to write for a family that has none."""
+    family = family_of(model_type)
+    if family is None:
         raise ConfigError(
             "model",
             found=f"model type {model_type!r}",
-            expected=f"one of {', '.join(adapters)}",
-            hint=f"an adapter in model/families/{model_type}.py with the steps of adapter.py, as llama.py has",
+            expected=f"one of {', '.join(facts.model_type for facts in FACTS.values())}",
+            hint=f"model/families/{model_type}_facts.py as llama_facts.py, and model/families/{model_type}.py as llama.py",
         )
-    return adapters[model_type](layer)
+    adapter: type[LayerAdapter] = import_module(f".{family.value}", __package__).LAYER
+    return adapter(layer)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
-from ...memory.executor.token_local import GradientSums, Step, pull_back
+from ...memory.executor.feed_forward import DenseFeedForward
+from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
+from .projection import Projection, check_modules, projection_of
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (T, D)."""
@@ -23,7 +26,13 @@ Rope = tuple[Tensor, Tensor]
 class LayerAdapter(ABC):
     """Reads the modules of one Hugging Face decoder layer; owns no weights."""
 
+    projections: ClassVar[tuple[str, ...]]
+    """Modules whose products the steps make (projection.py): their weights and biases are read, they are not called."""
+    norms: ClassVar[tuple[str, ...]]
+    """Modules that the steps call. Every parameter of the layer is one of these or of a projection."""
+
     def __init__(self, layer: nn.Module) -> None:
+        check_modules(layer, self.projections, self.norms)
         self.layer, self.attention = layer, layer.self_attn
         if float(getattr(self.attention, "attention_dropout", 0.0)) > 0:
             raise ConfigError(
@@ -36,6 +45,10 @@ class LayerAdapter(ABC):
 
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
+
+    def projection(self, name: str) -> Projection:
+        """One of `projections`, with its weights as they are now."""
+        return projection_of(self.layer, name)
 
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
         """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated; of the heads asked for, those of no head left out.
@@ -55,8 +68,15 @@ class LayerAdapter(ABC):
 
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
-        x = self.residual(x, o)
-        return self.mlp_out(x, *self.mlp_in(x))
+        return self.feed_forward(self).forward(self.residual(x, o), NothingSaved())
+
+    def feed_forward(self, steps: LayerSteps) -> FeedForward:
+        """The layer's feed-forward, run by `steps`: dense, of `mlp_in` and `mlp_out`."""
+        return DenseFeedForward(steps)
+
+    def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The results of one of these steps (memory/executor/token_local.py)."""
+        return step.run(self, tensors)
 
     def pull_back(
         self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums

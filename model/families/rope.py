@@ -1,6 +1,12 @@
-"""Rotary tables for packed documents. Every scaling variant is Hugging Face's own; nothing here depends on the plan."""
+"""Rotary tables for packed documents. Every scaling variant is Hugging Face's own; nothing here depends on the plan.
+
+Note: "dynamic" and "longrope" tables depend on the length seen. Here that is always the document's own, as if it had been run
+alone, whichever rank holds it and whatever shares its pack.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +14,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .adapter import Rope
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary types whose tables depend on the length seen."""
+
 
 def rotary_tables(rotary: nn.Module, like: Tensor, position_ids: Tensor, document_lengths: Tensor) -> dict[str | None, Rope]:
     """cos and sin (T, D) in `like`'s dtype per kind of layer (None where all layers share one).
 
-    position_ids (T,): position in the document; document_lengths (T,): the whole document's tokens. "dynamic" scaling
-    depends on the length seen: here always the document's own, as if it had been run alone, whichever rank holds it.
+    position_ids (T,): position in the document; document_lengths (T,): the whole document's tokens.
     """
     keys: list[str | None] = list(rotary.layer_types) if isinstance(rotary.rope_type, dict) else [None]
     return {key: _table(rotary, key, like, position_ids, document_lengths) for key in keys}
@@ -21,24 +29,32 @@ def rotary_tables(rotary: nn.Module, like: Tensor, position_ids: Tensor, documen
 
 def _table(rotary: nn.Module, key: str | None, like: Tensor, position_ids: Tensor, document_lengths: Tensor) -> Rope:
     rope_type = rotary.rope_type if key is None else rotary.rope_type[key]
-    if "dynamic" in rope_type:
-        return _dynamic_table(rotary, key, like, position_ids, document_lengths)
+    if rope_type in BY_LENGTH:
+        return _table_by_length(rotary, rope_type, key, like, position_ids, document_lengths)
     layer_type = {} if key is None else {"layer_type": key}
     cos, sin = rotary(like, position_ids.unsqueeze(0), **layer_type)
     return cos[0], sin[0]
 
 
-def _dynamic_table(rotary: nn.Module, key: str | None, like: Tensor, position_ids: Tensor, document_lengths: Tensor) -> Rope:
-    config = rotary.config
+def _table_by_length(
+    rotary: nn.Module, rope_type: str, key: str | None, like: Tensor, position_ids: Tensor, document_lengths: Tensor
+) -> Rope:
+    config: Any = rotary.config
+    layer_type = {} if key is None else {"layer_type": key}
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    angles = position_ids.new_zeros((len(position_ids), 0), dtype=wide)
-    for length in torch.unique(document_lengths.clamp(min=config.max_position_embeddings)).tolist() or [config.max_position_embeddings]:
-        init = ROPE_INIT_FUNCTIONS["dynamic"]
-        inv_freq, _ = init(
-            config, like.device, seq_len=torch.tensor(length, device=like.device), **({} if key is None else {"layer_type": key})
-        )
+    # Of all lengths up to the original one the tables are the same; of longer ones they are too in longrope.
+    block = config.rope_parameters if key is None else config.rope_parameters[key]
+    original = config.max_position_embeddings if rope_type == "dynamic" else block["original_max_position_embeddings"]
+    classes = document_lengths.clamp(min=original, max=original + 1 if rope_type == "longrope" else None)
+    angles, factor = position_ids.new_zeros((len(position_ids), 0), dtype=wide), 1.0
+    for length in torch.unique(classes).tolist() or [original]:
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](config, like.device, seq_len=_seen(rope_type, length, like), **layer_type)
         part = position_ids.unsqueeze(-1).to(wide) * inv_freq.to(wide)
-        rows = (document_lengths.clamp(min=config.max_position_embeddings) == length).unsqueeze(-1)
-        angles = part if angles.shape[1] == 0 else torch.where(rows, part, angles)
+        angles = part if angles.shape[1] == 0 else torch.where((classes == length).unsqueeze(-1), part, angles)
     both = torch.cat((angles, angles), -1)
-    return both.cos().to(like.dtype), both.sin().to(like.dtype)
+    return (both.cos() * factor).to(like.dtype), (both.sin() * factor).to(like.dtype)
+
+
+def _seen(rope_type: str, length: int, like: Tensor) -> Any:
+    # As Hugging Face's modules pass it: a tensor makes "dynamic" compute the new base in float32.
+    return torch.tensor(length, device=like.device) if rope_type == "dynamic" else length

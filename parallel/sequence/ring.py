@@ -18,7 +18,7 @@ from .blocks import Blocks
 
 
 class Ring:
-    """Neighbour exchange among `ranks` (global ranks in ring order) over `group`, this rank at `index`.
+    """Neighbour exchange among `members` of `group` (their ranks in it, in ring order), this rank at `index` of them.
 
     `waiting`: entered around what waits for the neighbours (BusyClock.waiting).
     """
@@ -26,12 +26,12 @@ class Ring:
     def __init__(
         self,
         group: dist.ProcessGroup | None,
-        ranks: Sequence[int],
+        members: Sequence[int],
         index: int,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._group, self.size, self.index, self._waiting = group, len(ranks), index, waiting
-        self._next, self._previous = ranks[(index + 1) % len(ranks)], ranks[index - 1]
+        self._group, self.size, self.index, self._waiting = group, len(members), index, waiting
+        self._next, self._previous = members[(index + 1) % len(members)], members[index - 1]
         self._pending: list[dist.Work] = []
 
     def visitor(self, step: int) -> int:
@@ -42,9 +42,9 @@ class Ring:
         """Post one hop: send `outgoing` on, receive into `incoming`; both must live until `wait`. Empty tensors are not sent."""
         operations = []
         if outgoing.numel():
-            operations.append(dist.P2POp(dist.isend, outgoing, self._next, self._group))
+            operations.append(dist.P2POp(dist.isend, outgoing, group=self._group, group_peer=self._next))
         if incoming.numel():
-            operations.append(dist.P2POp(dist.irecv, incoming, self._previous, self._group))
+            operations.append(dist.P2POp(dist.irecv, incoming, group=self._group, group_peer=self._previous))
         self._pending += dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:

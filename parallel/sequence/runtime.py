@@ -43,7 +43,7 @@ class SequenceAttention:
 
     @property
     def member(self) -> int:
-        return 0 if self.group is None else self.topology.rank - self.group.first_rank
+        return 0 if self.group is None else self.topology.stage_rank - self.group.first_rank
 
     def busy(self) -> AbstractContextManager[None]:
         return self.clock.running()
@@ -154,8 +154,8 @@ class SequenceAttention:
 
     def _ring(self, group: Group) -> Ring:
         index, inner = divmod(self.member, group.ulysses)
-        ranks = [group.first_rank + i * group.ulysses + inner for i in range(group.ring)]
-        return Ring(self.topology.group(group.first_rank, group.degree), ranks, index, self.clock.waiting)
+        members = [i * group.ulysses + inner for i in range(group.ring)]
+        return Ring(self.topology.group(group.first_rank, group.degree), members, index, self.clock.waiting)
 
     def _ring_tokens(self) -> Sequence[int]:
         assert self.layout is not None

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ...utils.helper_thread import HelperThread
 from ...utils.signal_mask import ignore_stop_signals, stop_signals_blocked
 from .cost import CostModel
 from .packed import pack_plan, unpack_plan
@@ -116,7 +117,7 @@ class PlanService:
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._process, self._connection = _start_process()
         for name, run in (("plan requests", self._send), ("plans", self._receive)):
-            threading.Thread(target=run, name=name, daemon=True).start()
+            HelperThread(run, name).start()
 
     def begin(self, lengths_of: Callable[[int], Sequence[int]], num_steps: int, request: PlanRequest) -> None:
         """Say what to plan: `lengths_of(step)` for steps below `num_steps`. Once."""
@@ -160,6 +161,8 @@ class PlanService:
                 self._connection.send(message)
         except OSError:
             pass  # the receiving thread learns of it, and tells
+        except Exception as error:  # what cannot be sent ends the planning, not the run: greedy plans follow
+            self._fail(f"a request for plans cannot be sent: {type(error).__name__}: {error}")
 
     def _receive(self) -> None:
         try:
@@ -174,6 +177,8 @@ class PlanService:
             self._fail(str(error))
         except (EOFError, OSError):
             self._fail(f"the planning process {self._death()}")
+        except Exception as error:  # as above
+            self._fail(f"the planning process sent what is no plan: {type(error).__name__}: {error}")
 
     def _death(self) -> str:
         try:

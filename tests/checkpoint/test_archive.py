@@ -22,6 +22,8 @@ from efflaunch.checkpoint.archive import Piece, cut, frame
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.reader import Reader
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
+from efflaunch.parallel.sharding.parts import part
 from efflaunch.tests.ranks import RankPool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64)
@@ -90,7 +92,7 @@ def _whole(value: Tensor) -> Tensor:
 def _save(folder: Path) -> dict[str, Tensor]:
     model = Model(sharded=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    engine = CheckpointEngine(CheckpointConfig(name="test"), folder, model=model, optimizer=optimizer, metadata={}, segment_bytes=65536)
+    engine = CheckpointEngine(CheckpointConfig(name="test"), folder, state=Fsdp2State(model, optimizer), metadata={}, segment_bytes=65536)
     engine.save(3, {})
     engine.wait()
     engine.close()
@@ -112,7 +114,7 @@ def _our_load(path: Path, dim: int) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
     for value in tensors.values():
         value.zero_()
-    Reader(path).read(tensors)
+    Reader(path).read(tensors, part)
     return {key: _whole(value) for key, value in tensors.items()}
 
 

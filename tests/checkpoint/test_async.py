@@ -23,6 +23,7 @@ from efflaunch.checkpoint.interval import solve_interval
 from efflaunch.checkpoint.verify import damage
 from efflaunch.errors import CheckpointError
 from efflaunch.launcher.agent.procfs import process_state
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.limits import wait_until
 from efflaunch.tests.ranks import RankPool
 
@@ -71,10 +72,10 @@ def _many_saves(folder: Path, pool_bytes: int | None) -> bool:
     for step in range(1, 7):
         again = State()
         from efflaunch.checkpoint.reader import Reader
-        from efflaunch.checkpoint.state import model_tensors, optimizer_tensors
+        from efflaunch.parallel.sharding.parts import part
 
-        tensors = model_tensors(again.model) | optimizer_tensors(again.model, again.optimizer)
-        Reader(files.step_path(folder, step)).read(tensors)
+        tensors = Fsdp2State(again.model, again.optimizer).tensors()
+        Reader(files.step_path(folder, step)).read(tensors, part)
         assert again.wrong(step) == ""
     return True
 
@@ -326,7 +327,7 @@ class Stage(torch.nn.Module):
 def _stage_engine(folder: Path, layers: list[int], value: float) -> tuple[Stage, CheckpointEngine]:
     stage = Stage(layers, value)
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
-    return stage, CheckpointEngine(CheckpointConfig(name="test"), folder, model=stage, optimizer=optimizer, metadata={})
+    return stage, CheckpointEngine(CheckpointConfig(name="test"), folder, state=Fsdp2State(stage, optimizer), metadata={})
 
 
 def _save_stages(folder: Path) -> None:

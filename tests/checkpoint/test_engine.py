@@ -24,6 +24,7 @@ from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError
 from efflaunch.checkpoint.engine import CheckpointEngine, SaveReport
 from efflaunch.checkpoint.restore import Restored
 from efflaunch.errors import CheckpointError
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import Small, backward, full, plain_model, shard
 from efflaunch.training.optimizers.adamw import build_optimizer, clip_gradients
@@ -61,8 +62,7 @@ class Run:
         self.engine = CheckpointEngine(
             config,
             folder,
-            model=self.model,
-            optimizer=self.optimizer,
+            state=Fsdp2State(self.model, self.optimizer),
             metadata=METADATA,
             on_save=self.reports.append,
             segment_bytes=SEGMENT_BYTES,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.checkpoint import files
+from efflaunch.checkpoint.catalog import Catalog
 from efflaunch.checkpoint.manifest import FileRecord, Manifest, digest, manifest_name
 from efflaunch.checkpoint.verify import damage
 from efflaunch.tests.limits import ENDS_S
@@ -79,12 +80,12 @@ def test_pruning_keeps_the_newest_whole_ones_and_never_none(tmp_path: Path) -> N
     for step in (1, 2, 3, 4):
         _commit(tmp_path, step)
     (tmp_path / "step-00000004" / "__0_0.distcp").write_bytes(b"")
-    files.prune(tmp_path, 2)
+    Catalog(tmp_path).prune(3, 2)
     assert [info.step for info in files.scan(tmp_path)] == [2, 3]
-    files.prune(tmp_path, 0)
+    Catalog(tmp_path).prune(3, 0)
     assert [info.step for info in files.scan(tmp_path)] == [3]
     (tmp_path / "step-00000003" / "__0_0.distcp").write_bytes(b"")
-    files.prune(tmp_path, 1)
+    Catalog(tmp_path).prune(3, 1)
     assert [info.step for info in files.scan(tmp_path)] == [3]
 
 
@@ -165,7 +166,7 @@ def test_pinned_ones_and_multiples_stay(tmp_path: Path) -> None:
     for step in range(1, 8):
         _commit(tmp_path, step)
     (tmp_path / "step-00000001" / "PINNED").touch()
-    assert files.prune(tmp_path, 2, 3) == [2, 4, 5]
+    assert Catalog(tmp_path).prune(7, 2, 3) == [2, 4, 5]
     assert [info.step for info in files.scan(tmp_path)] == [1, 3, 6, 7]
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from efflaunch.checkpoint import files
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.ranks import RankDiedError, RankPool
 from efflaunch.tests.training.small import Small, full, shard
 from efflaunch.training.optimizers.adamw import build_optimizer
@@ -24,7 +25,7 @@ from efflaunch.training.optimizers.config import OptimConfig
 def _engine(folder: Path) -> tuple[Small, CheckpointEngine]:
     model = shard(Small())
     optimizer = build_optimizer(model, OptimConfig(name="test", lr=1e-3))
-    return model, CheckpointEngine(CheckpointConfig(name="test"), folder, model=model, optimizer=optimizer, metadata={})
+    return model, CheckpointEngine(CheckpointConfig(name="test"), folder, state=Fsdp2State(model, optimizer), metadata={})
 
 
 def _fill(model: Small, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch.distributed as dist
 
 from efflaunch.bench.chaos import State
 from efflaunch.checkpoint import files
-from efflaunch.checkpoint.tier import Tier
-from efflaunch.errors import CheckpointError
+from efflaunch.checkpoint import tier as tier_module
+from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError, check_checkpoint
+from efflaunch.checkpoint.mirror import MirrorReport
+from efflaunch.checkpoint.tier import Tier, reach
+from efflaunch.errors import CheckpointError, ConfigError
 from efflaunch.tests.ranks import RankPool
 
 
@@ -87,13 +91,83 @@ def test_damage_there_is_found_while_fetching(tmp_path: Path, memory: str) -> No
     assert "__0_0.distcp" in Tier(memory).damage(2)[0]
 
 
-def test_a_place_that_fails_is_told_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("in the way")
-    _save(tmp_path / "here", str(tmp_path / "file" / "there"), 1)
-    assert "checkpoint of step 1 is not at" in caplog.text
-    assert [info.problem for info in files.scan(tmp_path / "here")] == [None]
-
-
 def test_an_address_nobody_can_open_is_an_error_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint.mirror: found nosuch://bucket .*expected a directory or an fsspec address"):
         State().engine(tmp_path, mirror="nosuch://bucket")
+
+
+@pytest.mark.parametrize("mirror", ["", " ", ".", "./", "s3://", "file:///", "://x", "a\nb"])
+def test_a_place_that_is_none_is_refused(mirror: str) -> None:
+    """An empty path is the current directory to fsspec: checkpoints would be written there, and others' removed."""
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror: found"):
+        check_checkpoint(CheckpointConfig(name="c", mirror=mirror))
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror_keep_last: found 0; expected 1 or more"):
+        check_checkpoint(CheckpointConfig(name="c", mirror="there", mirror_keep_last=0))
+
+
+def test_a_place_that_holds_other_things_or_keeps_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "runs" / "run" / "checkpoints"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "step-00000001").mkdir()
+    for place in (tmp_path, own, own / "inside", tmp_path / "runs" / "run"):
+        with pytest.raises(CheckpointError, match="expected a folder of its own for this run"):
+            reach(str(place), own)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="expected a place that can be reached and written"):
+        reach(str(tmp_path / "file" / "there"), own)
+    assert reach(str(tmp_path / "there"), own).steps() == [] and [path.name for path in (tmp_path / "there").iterdir()] == ["RUN"]
+    reach(str(tmp_path / "there"), own)
+    with pytest.raises(CheckpointError, match="it belongs to the run 'run', by the file RUN there"):
+        reach(str(tmp_path / "there"), tmp_path / "runs" / "other" / "checkpoints")
+    assert (tmp_path / "step-00000001").is_dir()
+
+
+class _Slow(Tier):
+    def trouble(self, run: str) -> str | None:
+        threading.Event().wait()
+        return None
+
+
+def test_a_place_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_module, "REACH_S", 0.01)
+    monkeypatch.setattr(tier_module, "Tier", _Slow)
+    with pytest.raises(CheckpointError, match="no answer within 0 s"):
+        reach(str(tmp_path / "there"), tmp_path / "own")
+
+
+def _save_where_it_fails(folder: Path, there: Path, policy: OnSaveError) -> tuple[list[MirrorReport], str]:
+    """Three saves; the second place is lost after the first. With `stop` nobody waits for the second, as in training."""
+    state, reports, error = State(), list[MirrorReport](), ""
+    engine = state.engine(folder, mirror=str(there), mirror_on_error=policy)
+    engine._on_mirror = reports.append
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    for step in (1, 2, 3):
+        state.set(step)
+        try:
+            engine.save(step, {})
+            if step != 2 or policy is OnSaveError.CONTINUE:
+                engine.wait(mirrored=True)
+            elif first:
+                engine._mirror.wait(60.0)
+        except CheckpointError as failure:
+            error = str(failure)
+            break
+        if step == 1 and first:
+            shutil.rmtree(there)
+            there.write_text("in the way")
+    if dist.is_initialized():
+        dist.barrier()
+    engine.close()
+    return reports, error
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_place_that_is_lost_is_a_failure_by_policy(pool: RankPool, tmp_path: Path, ranks: int) -> None:
+    results = pool.run(_save_where_it_fails, tmp_path / "a", tmp_path / "there-a", OnSaveError.CONTINUE, ranks=ranks)
+    assert all(error == "" for _, error in results)
+    reports = results[0][0]
+    assert [report.step for report in reports] == [1, 2, 3] and [report.error is None for report in reports] == [True, False, False]
+    results = pool.run(_save_where_it_fails, tmp_path / "b", tmp_path / "there-b", OnSaveError.STOP, ranks=ranks)
+    assert all("checkpoint of step 2 at" in error and "mirror_on_error=stop asks" in error for _, error in results)
+    # What was reached is saved before training stops.
+    assert [info.step for info in files.scan(tmp_path / "b")] == [2, 3]

@@ -97,7 +97,7 @@ def test_advantages() -> None:
         ({"prompt": "a", "chosen": "b"}, r"rows.jsonl line 2: found nothing in 'rejected'; expected 'prompt', 'chosen' and 'rejected'"),
         ({"prompt": "a", "rejected": "b"}, r"line 2: found nothing in 'chosen'"),
         ({"chosen": "a", "rejected": "b"}, r"line 2: found nothing in 'prompt'"),
-        ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, r"line 2: found a list in 'chosen'"),
+        ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, r"line 2: found 'chosen' that are no conversation"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, r"line 2: found no token to learn in 'rejected'"),
         (
             {"prompt": "a", "completions": [{"text": "b", "reward": 1}]},
@@ -107,7 +107,7 @@ def test_advantages() -> None:
         ({"prompt": "a", "completions": [{"text": "b", "reward": 1}, {"text": "c"}]}, r"line 2 completion 2: found no reward"),
         ({"prompt": "a", "completions": [{"text": "b", "reward": "x"}] * 2}, r"line 2 completion 1: found 'x' in 'reward'"),
         ({"prompt": "a", "completions": [{"text": "b", "reward": float("nan")}] * 2}, r"completion 1: found nan in 'reward'"),
-        ({"prompt": "a", "completions": [{"text": 7, "reward": 1}] * 2}, r"completion 1: found a int in 'text'"),
+        ({"prompt": "a", "completions": [{"text": 7, "reward": 1}] * 2}, r"completion 1: found an int in 'text'"),
         ({"prompt": "a", "completions": [], "chosen": "b"}, r"line 2: found 'completions' beside 'chosen' or 'rejected'"),
         ({"text": "Two plus two is four."}, r"line 2: found documents after pairs; expected records of one kind"),
         (GROUPS[0], r"line 2: found completions after pairs"),

@@ -58,7 +58,7 @@ def test_the_summary_as_json(inputs: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 BAD = [
-    ([], "efflaunch data: found arguments it does not understand (the following arguments are required"),
+    ([], "efflaunch data: found the following arguments are required: {prepare,tokenizer}"),
     (
         ["prepare", "in"],
         "efflaunch data prepare: found arguments it does not understand (the following arguments are required: --tokenizer, --out)",
@@ -105,6 +105,26 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--text-field NAME" in done.stdout and "goes on where it was" in done.stdout
 
 
+def test_what_the_command_line_says_is_kept(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content if loop.last else '' }}<|endoftext|>{% endfor %}"
+    Path("t.jinja").write_text(template)
+    answer = {"role": "assistant", "content": "the fox"}
+    Path("c.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "quick"}, answer]}) + "\n")
+    arguments = ["data", "prepare", "c.jsonl", "--tokenizer", "tok", "--out", "c", "--chat-template", "t.jinja", "--date", "2024-02-03"]
+    assert main([*arguments, "--turns", "last", "--special-tokens", "text"]) == 93
+    assert "renders what is before turn 2 differently" in capsys.readouterr().err
+    Path("t.jinja").write_text(template.replace(" if loop.last else ''", "").replace("<|endoftext|>", "."))
+    assert main([*arguments, "--turns", "last", "--special-tokens", "text"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("  warning, 1 times: the chat template ends the assistant's turn with no special token")
+    assert lines[-2] == "  the chat template asks for the date: it was 2024-02-03 (--date)"
+    kept = json.loads(Path("c.json").read_text())
+    assert kept["chat_template"] == Path("t.jinja").read_text() and kept["tokenizer"]["eos_token"] == "<|endoftext|>"
+    assert [kept[name] for name in ("date", "turns", "special_tokens", "end_of_turn")] == ["2024-02-03", "last", "text", None]
+    assert main([*arguments, "--date", "soon"]) == 93
+    assert "--date: found 'soon'" in capsys.readouterr().err
+
+
 def test_progress_counts_this_attempt_alone() -> None:
     progress = PrepareProgress(
         done_bytes=600, total_bytes=1000, resumed_bytes=200, resumed_tokens=50, documents=7, tokens=250, elapsed_s=20.0
@@ -132,10 +152,10 @@ def test_a_bar_on_a_terminal() -> None:
 
 
 def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
-    assert len(bash_blocks("data.md")) == 5
+    assert len(bash_blocks("data.md")) == 8
     printed = run_page("data.md", tmp_path)
     shown = re.search(r"^```\n(corpus/texts.*?)^Train", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert shown is not None and shown[1] in printed
     names = {path.name for path in (tmp_path / "work" / "corpus").iterdir()}
-    assert {f"{name}.idx" for name in ("texts", "mixed", "rows", "bare", "open", "some")} <= names
+    assert {f"{name}.idx" for name in ("texts", "mixed", "rows", "csv", "think", "last", "bare", "open", "about", "some")} <= names
     assert "mixed.mask.bin" in names and "texts.mask.bin" not in names

@@ -186,6 +186,13 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
         r"c\.mask\.bin: found no file; expected the loss mask that .*c\.json",
     ),
     ("json", lambda p: (p / "c.json").write_text("{"), r"c\.json: found a file that is not JSON"),
+    ("deep json", lambda p: (p / "c.json").write_text("[" * 9000), r"c\.json: found a file that is not JSON"),
+    ("json folder", lambda p: (p / "c.json").mkdir(), r"c\.json: found Is a directory"),
+    ("kind", lambda p: (p / "c.json").write_text('{"kind": ["x"]}'), r"c\.json: found the kind \['x'\]; expected one of documents, pairs"),
+    ("mask word", lambda p: (p / "c.json").write_text('{"loss_mask": 3}'), r"c\.json: found the loss_mask 3; expected true or false"),
+    ("tokenizer", lambda p: (p / "c.json").write_text('{"tokenizer": "x"}'), r"c\.json: found the tokenizer 'x'"),
+    ("words", lambda p: (p / "c.json").write_text('{"tokenizer": {"vocab_size": "9"}}'), r"c\.json: found the tokenizer"),
+    ("folder", lambda p: ((p / "c.bin").unlink(), (p / "c.bin").mkdir()), r"c\.bin: found no plain file"),
 ]
 
 

@@ -265,7 +265,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[str, Format, str]]:
     import datasets
 
     (folder / "empty").mkdir()
-    (folder / "x.json").write_text("[]")
+    (folder / "x.json").write_text("{}")
     (folder / "bad.parquet").write_bytes(b"no parquet")
     table = datasets.Dataset.from_dict({"body": ["a"], "id": [1]})
     table.save_to_disk(str(folder / "columns"))

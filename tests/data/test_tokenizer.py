@@ -56,3 +56,26 @@ def test_a_broken_configuration_is_named(tokenizer: Path, tmp_path: Path) -> Non
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer .*: found nothing that can be loaded \(.+\); expected a tokenizer\.json, a directory"):
         load_tokenizer(str(tmp_path))
+
+
+def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself transformers asks on the terminal, and waits 15 s for the answer."""
+    mark = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: ...\n")
+    names = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Own"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", **names}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", **names}))
+    monkeypatch.setattr("builtins.input", lambda *given: pytest.fail("asked a person"))
+    monkeypatch.setattr("signal.alarm", lambda seconds: pytest.fail("waits for a person"))
+    with pytest.raises(DataError, match="nothing that can be loaded"):
+        load_tokenizer(str(tmp_path))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("place", ["./missing/tokenizer.json", "/no/such/dir", "../up", "a/b/c", "missing.json", "~/x", "a--b/c"])
+def test_what_can_be_no_hub_name_is_not_asked_for(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *given, **named: pytest.fail("asked the hub"))
+    with pytest.raises(DataError, match="no such file or directory"):
+        load_tokenizer(place)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.launcher.rundir.state import RunState, read_state
 from efflaunch.tests.launcher.runs import HERE, environment

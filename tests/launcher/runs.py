@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import efflaunch
-from efflaunch.launcher.rundir.metrics_reader import newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.state import RunState, read_state
 from efflaunch.tests.limits import ENDS_S, wait_until
 

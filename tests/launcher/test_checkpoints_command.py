@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from efflaunch.checkpoint import files
 from efflaunch.checkpoint.config import Replica
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.config.compose import compose
-from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
+from efflaunch.launcher.rundir.lock import holding
+from efflaunch.launcher.rundir.run_dir import make_run_dir, read_run, store_config
 
 
 @pytest.fixture
@@ -82,10 +86,10 @@ def test_listing_imports_nothing_heavy(run_dir: Path) -> None:
 
 def test_what_is_in_memory_alone_is_listed_and_is_no_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = State()
-    engine = state.engine(run_dir / "checkpoints", replica=Replica.PEER)
+    engine = state.engine(run_dir / "checkpoints", replica=Replica.PEER, mirror=str(run_dir.parent.parent / "there"))
     state.set(3)
     engine.save(3, {})
-    engine.wait(replicated=True)
+    engine.wait(replicated=True, mirrored=True)
     rows = [row for row in _rows(capsys, str(run_dir)) if str(row["where"]).startswith("memory of")]
     assert [(row["step"], row["state"]) for row in rows] == [(3, "replicated")] and "(1 of 1 ranks)" in str(rows[0]["where"])
     for step in (2, 3):
@@ -96,3 +100,40 @@ def test_what_is_in_memory_alone_is_listed_and_is_no_checkpoint(run_dir: Path, c
     assert "replicated" in capsys.readouterr().out
     engine.close()
     assert not [row for row in _rows(capsys, str(run_dir), expect=93) if row["state"] == "replicated"]
+
+
+def test_a_mirror_that_lacks_the_newest_is_no_success(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = run_dir.parent.parent / "there"
+    shutil.rmtree(there / "step-00000002")
+    (row,) = (row for row in _rows(capsys, str(run_dir), expect=93) if row["state"] == "missing")
+    assert (row["step"], row["where"], row["problems"]) == (2, str(there), ["it was never copied there"])
+    with holding(run_dir):
+        # It may be on its way, unless the run has said that it is not.
+        _rows(capsys, str(run_dir))
+        event = {"event": "mirror_failed", "step": 2, "error": "OSError: away"}
+        (run_dir / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+        rows = _rows(capsys, str(run_dir), expect=93)
+    assert "OSError: away" in str(rows[-1]["problems"])
+    assert main(["status", str(run_dir), "--json"]) == 0
+    assert "OSError: away" in json.loads(capsys.readouterr().out)["mirror_error"]
+
+
+def test_a_mirror_that_cannot_be_read_hides_nothing_of_what_is_here(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_run(run_dir).config
+    checkpoint = replace(config.checkpoint, mirror="nosuch://bucket/run")
+    store_config(run_dir, replace(config, checkpoint=checkpoint))
+    rows = _rows(capsys, str(run_dir), expect=93)
+    assert [(row["step"], row["state"]) for row in rows] == [(1, "committed"), (2, "committed"), (None, "unreachable")]
+    assert main(["checkpoints", str(run_dir)]) == 93 and "nosuch" in capsys.readouterr().out
+
+
+def test_a_mirror_that_cannot_be_written_is_refused_before_a_run_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for mirror, found in (("file/there", "NotADirectoryError"), ("''", "found ''"), (str(tmp_path), "which holds other things")):
+        assert main(["+experiment=quickstart", "run.id=run", f"checkpoint.mirror={mirror}"]) == 93
+        told = capsys.readouterr().err
+        assert told.startswith("efflaunch: checkpoint.mirror: found") and found in told, told
+    assert os.listdir(tmp_path) == ["file"]

@@ -113,7 +113,7 @@ def test_nothing_chosen() -> None:
     ("argument", "start"),
     [
         ("stray", "argument 'stray': found neither a command, an option nor key=value"),
-        ("~model", "argument '~model': found neither"),
+        ("~model", "argument '~model': found a deletion"),
         ("data.prefixes=[a,", "argument 'data.prefixes=[a,': found no viable alternative"),
         ("train.steps=1,2", "argument 'train.steps=1,2': found several values; expected a value that can be parsed."),
         ("train.steps=${nowhere}", "command line or configuration file: found "),

@@ -15,7 +15,7 @@ from rich.text import Text
 from efflaunch.estimate.footprint.term import Phase, Term
 from efflaunch.estimate.ledger import Account
 from efflaunch.launcher import cli
-from efflaunch.launcher.commands.plan import main
+from efflaunch.launcher.commands.plan import print_plan as main
 from efflaunch.launcher.commands.plan_view import _spare
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.ledger import plan
@@ -124,10 +124,7 @@ def test_tables_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_sequence_beyond_the_models_positions_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, "+experiment=quickstart", "model.max_positions=4K")
-    assert found["notes"] == [
-        "data.max_seq_len=8K is beyond the 4K positions the model knows: "
-        "extend it with model.rope_scaling or model.rope_theta, and model.max_positions"
-    ]
+    assert found["notes"] == ["data.max_seq_len=8K is beyond the 4K positions the model knows: extend it with model.max_positions=8192"]
     assert plan_json(capsys, "+experiment=quickstart")["notes"] == []
 
 

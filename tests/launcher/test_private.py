@@ -44,7 +44,8 @@ def test_an_open_one_is_closed_and_keeps_its_group_bit(tmp_path: Path) -> None:
 
 def test_a_private_one_is_opened(tmp_path: Path) -> None:
     make_run_dir(tmp_path / "one")
-    (tmp_path / "one" / "program").touch()
+    for name in ("run.yaml", "program"):
+        (tmp_path / "one" / name).touch()
     (tmp_path / "one" / "program").chmod(0o700)
     (tmp_path / "one" / "link").symlink_to("/etc/hostname")
     os.umask(0o027)

@@ -9,7 +9,7 @@ import pytest
 from efflaunch.cluster.rates import Copies, MachineRates
 from efflaunch.estimate.measured.profile import Profile, ProfileKey, save_profile
 from efflaunch.estimate.timing.bandwidth import gb_per_s, host_link, offload_link
-from efflaunch.launcher.commands.plan import main
+from efflaunch.launcher.commands.plan import print_plan
 from efflaunch.launcher.commands.profile import show
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.ledger import hardware_of, plan
@@ -55,7 +55,7 @@ def test_a_plan_goes_by_the_profile_and_says_so(
     save_profile(tmp_path / "profile.yaml", measured("/local"))
     s = plan(compose(words)).inputs
     assert (host_link(s).out, host_link(s).back) == (2.5e9, 4e9)
-    assert main(compose(words), False) == 0
+    assert print_plan(compose(words), False) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "copies to the host run at 2.5 GB/s, back at 4 GB/s a rank, both ways at once 2 GB/s each" in shown
     assert "measured of 2026-01-01 00:00 UTC on" in shown and "a rank (measured" in shown and "profile.yaml" in shown

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from efflaunch.launcher.commands import status
 from efflaunch.launcher.config.compose import changed, compose
+from efflaunch.launcher.config.paths import absolute_paths
 from efflaunch.launcher.live_display import LiveDisplay, PlainDisplay
 from efflaunch.launcher.rundir import state as states
 from efflaunch.launcher.rundir.lock import lock_run
-from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress, start_line, step_line, summary_lines
 from efflaunch.launcher.rundir.run_dir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
@@ -158,7 +160,7 @@ def test_revisions(run_dir: Path) -> None:
     other = compose(["+experiment=quickstart", "run.id=run", "train.steps=99", "memory=recompute"])
     revision, changes = store_config(run_dir, other)
     assert revision == 2 and f"train.steps: {config.train.steps} -> 99" in changes and "memory.name: auto -> recompute" in changes
-    assert read_run(run_dir).config == other and (run_dir / "revisions" / "1.yaml").is_file()
+    assert read_run(run_dir).config == absolute_paths(other) and (run_dir / "revisions" / "1.yaml").is_file()
     assert config_diff(other, other) == []
 
 

@@ -88,8 +88,8 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (("launcher.ray.local=true", "launcher.ray.address=auto"), r"found an address as well"),
         (("launcher.ray.local=true", "cluster.num_nodes=2"), r"found cluster\.num_nodes=2; expected one node"),
         ((*AWAY, "launcher.ray.env=[WANDB_API_KEY,HF_HOME]"), r"launcher\.ray\.env: found WANDB_API_KEY; expected no secrets"),
-        ((*AWAY, "launcher.ray.resources={tpu: -1}"), r"found -1 of tpu; expected more than 0"),
-        ((*AWAY, "launcher.ray.cpus_per_node=0"), r"found 0 of CPU"),
+        ((*AWAY, "launcher.ray.resources={tpu: -1}"), r"launcher\.ray\.resources\.tpu: found -1; expected more than 0"),
+        ((*AWAY, "launcher.ray.cpus_per_node=0"), r"launcher\.ray\.cpus_per_node: found 0; expected more than 0"),
     ],
 )
 def test_what_cannot_be_a_job(words: tuple[str, ...], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.tests.launcher.runs import BASE, Run, descendants, is_alive
+from efflaunch.tests.launcher.test_security import open_sockets
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='no ray: pip install "efflaunch[ray]"'),
@@ -27,6 +29,9 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert "raylet" in names and any(name.startswith("ray::Keeper") for name in names)
     rank = next(pid for pid in below if "efflaunch.launcher.ray.task" in " ".join(psutil.Process(pid).cmdline()))
     given = psutil.Process(rank).environ()
+    # Ray's own daemons, its metrics and ours.
+    addresses = set(open_sockets([run.process.pid, *below]))
+    assert addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
     assert "RAY_AUTH_TOKEN" not in given and given["HOME"] == psutil.Process().environ()["HOME"]
     daemon = psutil.Process(below[names.index("raylet")])
     token, home = daemon.environ()["RAY_AUTH_TOKEN"], Path(daemon.environ()["HOME"])

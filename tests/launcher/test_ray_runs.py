@@ -14,7 +14,7 @@ import pytest
 from efflaunch.bench.clusters.ray import RayCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.ray.files import read_submission
-from efflaunch.launcher.rundir.metrics_reader import newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.tests.launcher.cluster_jobs import FAKE as FAKE_TRAINING
 from efflaunch.tests.launcher.cluster_jobs import HELD, ClusterJob, losses, run_efflaunch
 from efflaunch.tests.launcher.runs import environment

@@ -13,7 +13,8 @@ from efflaunch.bench.clusters.ray import why_not as why_no_ray
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
 from efflaunch.launcher.ray.on_slurm import ray_command
-from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import HERE, environment

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import random
 import signal
 import socket
 import stat
+import string
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,8 +22,9 @@ from efflaunch.errors import ConfigError
 from efflaunch.launcher.agent import worker
 from efflaunch.launcher.config.compose import changed, compose
 from efflaunch.launcher.config.overrides import parse_overrides
-from efflaunch.launcher.config.secrets import find_secret, is_secret_name, redact, secrets_of
-from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps, newest_step
+from efflaunch.launcher.config.secrets import find_secret, is_secret_name, looks_random, redact, secrets_of
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps
 from efflaunch.launcher.start import show_launch
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.limits import ENDS_S, wait_until
@@ -98,10 +101,60 @@ def test_there_is_no_key_for_a_secret() -> None:
         "eos_token=</s></s></s>",
         "--container-image=registry.example:5000/torch@sha256-0123",
         "tokens_per_rank=1048576000",
+        "/cache/hub/models--x/snapshots/0123456789abcdef0123456789abcdef01234567",
+        "registry.example/torch@sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "Qwen3ForCausalLMMoE30BA3BInstruct2507 Wav2Vec2BertEncoderLayer MetaLlama31Instruct8BLongContext128k",
+        "quickstart-20260131-142501-3f9c node[001-128,200-256] GPU-8a56a4bc-d184-a047-2620-be19fdf913d5",
+        "dc1n0001gpu8h100sxm5highmemory 20261130T224501Z20261130T224501Z s3://bucket-123/some/key2024/run",
     ],
 )
 def test_what_is_no_secret(text: str) -> None:
     assert find_secret(text, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("xoxb-123456789012-abcdefABCDEF", "a Slack token"),
+        ("glpat-abcdefghijklmnopqrst", "a GitLab token"),
+        ("AIza" + "Sy" * 17 + "A", "a Google key"),
+        ("npm_" + "a1B2" * 9, "an npm or PyPI token"),
+        ("dckr_pat_" + "aB3" * 9, "a Docker token"),
+        ("ASIA" + "ABCD1234" * 2, "an AWS key"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abc", "a JSON web token"),
+        ("curl -H 'Authorization: Bearer abcdefghij0123456789'", "a bearer token"),
+        ("0123456789abcdef0123456789abcdef01234567", "a random token"),
+        ("wandb login 0123456789abcdef0123456789abcdef01234567", "a random token"),
+        ("7fKq2ZrX9vB4tLmW8sYc3NhJ6dPaQ1eG5uRw0TkV", "a random token"),
+        ("q7d1k8z3m5x0c2v9b4n6a8s1d3f5g7h9", "a random token"),
+    ],
+)
+def test_values_that_look_like_tokens_whatever_their_name(text: str, kind: str) -> None:
+    assert find_secret(text, {}) == kind
+    for key in ("run.id", "model.name", "logging.wandb_project"):
+        with pytest.raises(ConfigError, match=f"^{key}: found what looks like {kind}") as caught:
+            compose(["+experiment=quickstart", f"{key}='{text}'" if "'" not in text else f'{key}="{text}"'])
+        assert text not in str(caught.value)
+
+
+def test_random_words_are_found_and_few_others() -> None:
+    draw = random.Random(0)
+    for alphabet, length in (
+        (string.ascii_letters + string.digits, 40),
+        (string.ascii_lowercase + string.digits, 40),
+        ("0123456789abcdef", 40),
+    ):
+        words = ["".join(draw.choice(alphabet) for _ in range(length)) for _ in range(500)]
+        assert sum(looks_random(word) for word in words) > 400
+
+
+def test_variables_that_go_along_are_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efflaunch.launcher.ray.launcher import RayLauncher
+
+    monkeypatch.setenv("MY_SETTING", "hf_abcdefghijklmnopqrstuvwxyz0123")
+    config = compose(["+experiment=quickstart", "launcher=ray", "launcher.ray.address=http://head:8265", "launcher.ray.env=[MY_SETTING]"])
+    with pytest.raises(ConfigError, match="launcher.ray.env: found MY_SETTING; expected no secrets"):
+        RayLauncher().check(config)
 
 
 def test_dry_runs_show_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

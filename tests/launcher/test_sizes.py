@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from efflaunch.errors import ConfigError, PlanError
-from efflaunch.launcher import start
-from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.compose import changed, compose
 from efflaunch.launcher.config.ledger import plan
 from efflaunch.launcher.config.node_range import NodeRange, node_range
 from efflaunch.launcher.config.overrides import parse_overrides
 from efflaunch.launcher.config.run_config import Config
 from efflaunch.launcher.config.schema import dump_config, load_config
 from efflaunch.launcher.elastic_nodes import MemoryCheck, check_nodes_memory, size_for, sized, usable
-from efflaunch.launcher.rundir.run_dir import make_run_dir, read_attempt, store_config, write_attempt
+from efflaunch.launcher.rundir.run_dir import make_run_dir, read_attempt, read_run, store_config, write_attempt
 from efflaunch.units import parse_nodes
 
 BASE = ("+experiment=quickstart", "launcher=slurm", "cluster.ranks_per_node=2")
@@ -75,10 +74,10 @@ def test_what_cannot_be_asked_for(overrides: tuple[str, ...], message: str) -> N
 
 
 def test_a_run_goes_on_with_another_range() -> None:
-    config = start.changed(make("launcher.nodes=2:4"), parse_overrides(["launcher.nodes=1:3"]), None)
+    config = changed(make("launcher.nodes=2:4"), parse_overrides(["launcher.nodes=1:3"]), None)
     assert config.launcher.nodes == "1:3" and config.cluster.num_nodes == 3
     with pytest.raises(ConfigError, match=r"cluster\.num_nodes: found 2 with launcher\.nodes=2:4"):
-        start.changed(make("launcher.nodes=2:4"), parse_overrides(["cluster.num_nodes=2"]), None)
+        changed(make("launcher.nodes=2:4"), parse_overrides(["cluster.num_nodes=2"]), None)
 
 
 @pytest.mark.parametrize(("available", "num_nodes"), [(9, 4), (4, 4), (3, 3), (2, 2), (1, 0), (0, 0)])
@@ -153,6 +152,7 @@ def test_what_an_attempt_keeps(tmp_path: Path) -> None:
     config = make("launcher.nodes=1:3")
     make_run_dir(tmp_path)
     store_config(tmp_path, config)
+    config = read_run(tmp_path).config
     smaller = sized(config, 2, roomy)
     assert write_attempt(tmp_path, 1, config) == [] and write_attempt(tmp_path, 2, smaller) == ["cluster.num_nodes: 3 -> 2"]
     assert read_attempt(tmp_path, 1) == config and read_attempt(tmp_path, 2) == smaller and read_attempt(tmp_path, 3) == config

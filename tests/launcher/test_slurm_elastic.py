@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.run_dir import read_attempt, read_run
 from efflaunch.tests.launcher.cluster_jobs import losses
 from efflaunch.tests.launcher.runs import HERE, environment

@@ -12,7 +12,8 @@ import pytest
 
 from efflaunch.bench.clusters.slurm import SlurmCluster, why_not
 from efflaunch.bench.clusters.spaces import TIMEOUT_S, wait_until
-from efflaunch.launcher.rundir.metrics_reader import MetricsFollower, newest_step
+from efflaunch.launcher.rundir.metrics_index import newest_step
+from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.tests.launcher.cluster_jobs import HELD, losses
 from efflaunch.tests.launcher.runs import HERE, environment
 from efflaunch.tests.launcher.slurm_jobs import ENDED, FAKE, Job, efflaunch, submit

@@ -8,7 +8,8 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.commands.sweep import expand, split_values
+from efflaunch.launcher.commands.sweep import expand
+from efflaunch.launcher.config.overrides import split_values
 from efflaunch.launcher.config.run_config import Config
 
 
@@ -31,7 +32,7 @@ def test_points() -> None:
     points = expand(["+experiment=quickstart", "optim.lr=1e-3,1e-4", "train.seed=0,1"])
     assert [point.suffix for point in points] == ["lr-1e-3-seed-0", "lr-1e-3-seed-1", "lr-1e-4-seed-0", "lr-1e-4-seed-1"]
     assert points[2].overrides == ("+experiment=quickstart", "optim.lr=1e-4", "train.seed=0")
-    alike = expand(["data.prefixes=[a,b],[a;b]"])
+    alike = expand(["data.prefixes=[a/b],[a:b]"])
     assert len({point.suffix for point in alike}) == 2
     with pytest.raises(ConfigError, match="sweep: found one value for every key"):
         expand(["+experiment=quickstart"])

@@ -29,7 +29,7 @@ SITE = "/venv/lib/python3.11/site-packages"
 OURS = "/home/me/efflaunch"
 HERE = Path(watch.__file__).parents[1]
 COLLECTIVE = Frame(f"{SITE}/torch/distributed/distributed_c10d.py", 10, "all_reduce")
-GATHER = Frame(f"{OURS}/training/results.py", 50, "gather_results")
+GATHER = Frame(f"{OURS}/training/reporting/step_results.py", 50, "gather_results")
 READ = Frame(f"{OURS}/training/data/shard.py", 7, "build_shard")
 
 
@@ -116,7 +116,7 @@ def test_a_backward_runs_in_a_thread_of_its_own() -> None:
 
 
 def test_files_are_named_from_the_package_on() -> None:
-    assert short_file(f"{OURS}/training/run.py") == "training/trainer.py"
+    assert short_file(f"{OURS}/training/trainer.py") == "training/trainer.py"
     assert short_file(f"{SITE}/torch/distributed/distributed_c10d.py") == "torch/distributed/distributed_c10d.py"
     assert short_file("/home/me/my_code/train.py") == "my_code/train.py"
 
@@ -179,9 +179,9 @@ def test_the_message_names_all_that_matters() -> None:
 def test_files_of_the_package_wherever_it_is_installed():
     """A checkout may have any name and hold its virtual environment; a package may be installed beside torch."""
     for file, name in (
-        (f"{HERE}/training/run.py", "training/trainer.py"),
-        (f"{OURS}/training/run.py", "training/trainer.py"),
-        (f"{SITE}/efflaunch/training/run.py", "training/trainer.py"),
+        (f"{HERE}/training/trainer.py", "training/trainer.py"),
+        (f"{OURS}/training/trainer.py", "training/trainer.py"),
+        (f"{SITE}/efflaunch/training/trainer.py", "training/trainer.py"),
         (f"{HERE}/.venv/lib/python3.11/site-packages/torch/distributed/x.py", "torch/distributed/x.py"),
         (f"{OURS}/.venv/lib/python3.11/site-packages/torch/distributed/x.py", "torch/distributed/x.py"),
     ):

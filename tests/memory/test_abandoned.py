@@ -15,13 +15,14 @@ from efflaunch.memory.executor.layer_pass import LayerRun
 from efflaunch.memory.policy import MOVED, MemoryPolicy
 from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
-from efflaunch.parallel.sharding import gathered_weights, shard_model
+from efflaunch.parallel.sharding.fsdp2 import shard_model
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import ListSource, StrictStore
 from efflaunch.tests.parity.reference import hf_config
 from efflaunch.tests.parity.test_parity import LENGTHS, batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.step import abandon_step, backward_step, count_targets, read_step
+from efflaunch.training.objectives.heads import LanguageModelling
+from efflaunch.training.step import StepSetup, abandon_step, backward_step, count_targets, read_step
 
 POLICY = MemoryPolicy(
     layer_input=MOVED, attention_output=MOVED, mlp=MOVED, segment_layers=3, chunk_tokens=9, attention=AttentionTiling.CHUNKS
@@ -75,10 +76,11 @@ def interrupted(name: str, turn: int, barrier_free: bool, reduce_each: bool) -> 
 
     def step() -> list[Tensor]:
         works = read_step(source, 0, PLAN, topology.rank)
-        count = count_targets(works, CPU)
-        backward_step(
-            model, topology, CpuKernel(), works, num_targets=count, reduce_each=reduce_each, device=CPU, barrier_free=barrier_free
+        count = count_targets(works, topology, CPU)
+        setup = StepSetup(
+            model=model, topology=topology, kernel=CpuKernel(), device=CPU, reduce_each=reduce_each, barrier_free=barrier_free
         )
+        backward_step(setup, works, LanguageModelling(count, CPU))
         found = [parameter.grad.full_tensor() for parameter in model.parameters()]  # type: ignore[union-attr]
         model.zero_grad()
         return found
@@ -110,9 +112,9 @@ def test_the_next_step_is_as_if_nothing_had_been(pool: RankPool, case: str) -> N
 def gathered_and_failed() -> list[bool]:
     """On a rank: whether weights are sharded again when what needed them whole has failed; inside they were whole."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    shard_model(model, list(model), build_topology(replicate=1, device="cpu").mesh, compute_dtype=torch.float32)
+    weights = shard_model(model, list(model), build_topology(replicate=1, device="cpu").mesh, compute_dtype=torch.float32)
     found = []
-    with pytest.raises(ValueError, match="inside"), gathered_weights(model[0]):
+    with pytest.raises(ValueError, match="inside"), weights.gathered(model[0]):
         found.append(not is_sharded(model[0]))
         raise ValueError("inside")
     return [*found, is_sharded(model)]

@@ -25,32 +25,41 @@ from .settings import GIB, Ledgers, cluster, make_ledger, policy
 M = 1 << 20
 K = 1 << 10
 AUTO = MemoryConfig(name="auto", solve=True)
-TOO_LARGE = Ledgers({
-    "1M on eight": partial(make_ledger, length=M, tokens_per_rank=128 * K),
-    "4M on eight": partial(make_ledger, length=4 * M, tokens_per_rank=512 * K),
-    "keep": partial(make_ledger, length=128 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
-    "whole gradients": partial(
-        make_ledger,
-        length=32 * K, tokens_per_rank=16 * K, batch=M, grad_reduce=GradReduce.STEP, machines=cluster(device_memory_bytes=50 * GIB)
-    ),
-    "replicas": partial(make_ledger, length=8 * K, tokens_per_rank=8 * K, replicate=8, machines=cluster(num_nodes=1)),
-    "loss": partial(make_ledger, length=8 * K, tokens_per_rank=8 * K, loss_chunk=8 * K, machines=cluster(device_memory_bytes=28 * GIB)),
-    "few ranks used": partial(
-        make_ledger, length=128 * K, tokens_per_rank=128 * K, sp_degree=1, machines=cluster(device_memory_bytes=40 * GIB)
-    ),
-    "solved": partial(make_ledger, length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=18 * GIB)),
-    "solved with given chunks": partial(
-        make_ledger,
-        length=M, tokens_per_rank=128 * K, memory=replace(AUTO, chunk_tokens=64 * K), machines=cluster(device_memory_bytes=36 * GIB)
-    ),
-    "host budget": partial(
-        make_ledger,
-        length=M,
-        tokens_per_rank=128 * K,
-        memory=replace(AUTO, host_budget=GIB, chunk_tokens=16 * K),
-        machines=cluster(device_memory_bytes=34 * GIB),
-    ),
-})
+TOO_LARGE = Ledgers(
+    {
+        "1M on eight": partial(make_ledger, length=M, tokens_per_rank=128 * K),
+        "4M on eight": partial(make_ledger, length=4 * M, tokens_per_rank=512 * K),
+        "keep": partial(make_ledger, length=128 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
+        "whole gradients": partial(
+            make_ledger,
+            length=32 * K,
+            tokens_per_rank=16 * K,
+            batch=M,
+            grad_reduce=GradReduce.STEP,
+            machines=cluster(device_memory_bytes=50 * GIB),
+        ),
+        "replicas": partial(make_ledger, length=8 * K, tokens_per_rank=8 * K, replicate=8, machines=cluster(num_nodes=1)),
+        "loss": partial(make_ledger, length=8 * K, tokens_per_rank=8 * K, loss_chunk=8 * K, machines=cluster(device_memory_bytes=28 * GIB)),
+        "few ranks used": partial(
+            make_ledger, length=128 * K, tokens_per_rank=128 * K, sp_degree=1, machines=cluster(device_memory_bytes=40 * GIB)
+        ),
+        "solved": partial(make_ledger, length=M, tokens_per_rank=128 * K, memory=AUTO, machines=cluster(device_memory_bytes=18 * GIB)),
+        "solved with given chunks": partial(
+            make_ledger,
+            length=M,
+            tokens_per_rank=128 * K,
+            memory=replace(AUTO, chunk_tokens=64 * K),
+            machines=cluster(device_memory_bytes=36 * GIB),
+        ),
+        "host budget": partial(
+            make_ledger,
+            length=M,
+            tokens_per_rank=128 * K,
+            memory=replace(AUTO, host_budget=GIB, chunk_tokens=16 * K),
+            machines=cluster(device_memory_bytes=34 * GIB),
+        ),
+    }
+)
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)

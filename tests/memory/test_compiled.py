@@ -18,9 +18,10 @@ from efflaunch.memory.config import ActivationPlace, Arena, AttentionTiling, Mem
 from efflaunch.memory.executor.compiled_graph import check_compiler
 from efflaunch.memory.executor.compiled_steps import Graphs
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MemoryPolicy, Split, explicit_policy
-from efflaunch.model.build import Tokens, install
+from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
 from efflaunch.model.families.llama import LlamaLayer
+from efflaunch.model.stage import Tokens
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.executor.saved import Key, Saved
 from efflaunch.memory.policy import KEPT, MOVED, RECOMPUTED, MemoryPolicy, Split
 from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
+from efflaunch.model.families.llama import LlamaLayer
 from efflaunch.tests.memory.test_saved import micro_batch
 from efflaunch.tests.parity.ranks_side import StrictStore
 from efflaunch.tests.parity.reference import reference_model
@@ -86,14 +88,20 @@ def test_reads_are_those_predicted(policy: MemoryPolicy) -> None:
         assert read == said
 
 
-def test_what_is_stored_is_not_projected_again() -> None:
+def test_what_is_stored_is_not_projected_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a segment that runs again for its inputs: queries, keys and values come from where they are."""
     policy = MemoryPolicy(query=KEPT, key_value=MOVED, attention=AttentionTiling.CHUNKS, chunk_tokens=11, segment_layers=5)
     model = reference_model("llama_deep", torch.float32)
     install(model, policy, loss_chunk_tokens=16, store=StrictStore())
     calls: list[str] = []
-    for name in ("q_proj", "k_proj", "v_proj"):
-        model.model.layers[1].self_attn.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    original = LlamaLayer.project
+
+    def project(self: LlamaLayer, name: str, h: Tensor, heads: Any, graph: bool) -> Tensor:
+        if self.layer is model.model.layers[1] and not graph:
+            calls.append(name.removeprefix("self_attn."))
+        return original(self, name, h, heads, graph)
+
+    monkeypatch.setattr(LlamaLayer, "project", project)
     loss = model(*micro_batch(), lambda head: cross_entropy(head, 1.0))
     assert calls == ["q_proj", "k_proj", "v_proj"] * 6
     loss.backward()

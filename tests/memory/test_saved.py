@@ -13,8 +13,9 @@ from efflaunch.memory.executor.saved import Saved
 from efflaunch.memory.executor.tape import Tape
 from efflaunch.memory.policy import KEEP_ALL, KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.memory.position import Position
-from efflaunch.model.build import Tokens, install
+from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
+from efflaunch.model.stage import Tokens
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.clock import BusyClock
 from efflaunch.parallel.sequence.layout import group_layout
@@ -41,7 +42,7 @@ POLICIES = {
 
 
 class Alone:
-    rank = 0
+    stage_rank = 0
     world_size = 1
 
 
@@ -133,12 +134,12 @@ def test_weights_for_a_segment_are_not_gathered_on_the_groups_time(monkeypatch):
         inside[0] -= 1
 
     @contextmanager
-    def gather(module):
+    def gather(weights, module):
         gathered.append(inside[0])
         yield
 
     monkeypatch.setattr(BusyClock, "running", running)
-    monkeypatch.setattr("efflaunch.model.build.gathered_weights", gather)
+    monkeypatch.setattr("efflaunch.parallel.sharding.engine.PlainWeights.gathered", gather)
     _, _, loss = run(MemoryPolicy(segment_layers=3), monkeypatch)
     loss.backward()
     assert gathered == [0, 0, 0] and inside == [0]

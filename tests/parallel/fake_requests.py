@@ -8,9 +8,7 @@ from efflaunch.parallel.sequence.service import PlanRequest
 
 def cost_of_four(tokens_per_rank: int) -> CostModel:
     """Exchanges cost something on groups of several ranks."""
-    degrees = tuple(
-        DegreeCost(degree=d, ulysses=1, attention_s=1e-6 / d, linear_s=1e-4 / d, exchange_s=1e-5 * (d > 1)) for d in (1, 2, 4)
-    )
+    degrees = tuple(DegreeCost(degree=d, ulysses=1, attention_s=1e-6 / d, linear_s=1e-4 / d, exchange_s=1e-5 * (d > 1)) for d in (1, 2, 4))
     return CostModel(world_size=4, tokens_per_rank=tokens_per_rank, degrees=degrees, beta_s=1e-3)
 
 

@@ -24,7 +24,6 @@ def machines(nodes: int, ranks: int) -> Any:
 BAD: list[tuple[dict[str, Any], tuple[int, int], int, str, str]] = [
     ({"replicate": 0}, (1, 4), 8, "parallel.replicate: found 0; expected 1 or more", "parallel.replicate=1"),
     ({"tokens_per_rank": 0}, (1, 4), 8, "parallel.tokens_per_rank: found 0; expected 1 or more", "parallel.tokens_per_rank=1"),
-    ({}, (0, 4), 8, "cluster.num_nodes: found 0; expected 1 or more", "cluster.num_nodes=1"),
     (
         {"shard": 2},
         (1, 4),

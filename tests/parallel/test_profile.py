@@ -142,7 +142,10 @@ def test_planning_elsewhere_takes_a_profile_of_any_hardware(tmp_path):
 def test_files_that_are_no_profile(tmp_path, text):
     (tmp_path / "profile.yaml").write_text(text)
     with pytest.raises(ConfigError, match="written by efflaunch profile"):
-        find_profile(None, KEY, tmp_path)
+        find_profile("profile.yaml", KEY, tmp_path)
+    # One that nobody named never stands in the way.
+    found, origin = find_profile(None, KEY, tmp_path)
+    assert found is None and "is damaged" in origin
 
 
 def test_a_named_file_must_exist(tmp_path):

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from efflaunch.model.build import build_model, write_shard
+from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES
 from efflaunch.training.objectives.heads import Preference, Rollout
 from efflaunch.training.objectives.rollout import RolloutOptions
-from efflaunch.training.step import backward_step, count_targets, read_step
+from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
 
 CPU = torch.device("cpu")
 
@@ -65,12 +66,13 @@ def run_objective(objective, case, weights, told, plan):
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
     works = read_step(UnitSource(_units(objective, told)), 0, plan, topology.rank)
-    count = count_targets(works, CPU)
+    count = count_targets(works, topology, CPU)
     step = _objective(objective, told, count)
-    loss = backward_step(
-        model, topology, CpuKernel(), works,
-        num_targets=count, reduce_each=False, device=CPU, barrier_free=case.get("barrier_free", False), objective=step,
-    ).sum()  # fmt: skip
+    setup = StepSetup(
+        model=model, topology=topology, kernel=CpuKernel(), device=CPU,
+        reduce_each=False, barrier_free=case.get("barrier_free", False),
+    )  # fmt: skip
+    loss = backward_step(setup, works, step).sum()
     sums = torch.cat([loss.reshape(1), step.stats])
     dist.all_reduce(sums)
     gradients = {name: np.array(parameter.grad.full_tensor()) for name, parameter in model.named_parameters()}

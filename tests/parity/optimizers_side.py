@@ -6,14 +6,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from efflaunch.model.build import build_empty, master_dtype, write_shard
+from efflaunch.model.build import build_empty, master_dtype
 from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
+from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build import build_updater
 from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.masters import host_weights
-from efflaunch.training.step import backward_step, count_targets, read_step
+from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
 
 RATES = (3e-3, 2e-3, 4e-3)
 
@@ -58,11 +60,12 @@ class Trainer:
     def backward(self):
         works = read_step(self.source, 0, self.plan, self.topology.rank)
         device = torch.device("cpu")
-        loss = backward_step(
-            self.model, self.topology, CpuKernel(), works,
-            num_targets=count_targets(works, device), reduce_each=self.case.get("reduce_each", False), device=device,
-            barrier_free=self.case.get("barrier_free", False), on_last=self.updater.last,
-        ).sum()  # fmt: skip
+        setup = StepSetup(
+            model=self.model, topology=self.topology, kernel=CpuKernel(), device=device,
+            reduce_each=self.case.get("reduce_each", False), barrier_free=self.case.get("barrier_free", False),
+        )  # fmt: skip
+        objective = LanguageModelling(count_targets(works, self.topology, device), device)
+        loss = backward_step(setup, works, objective, on_last=self.updater.last).sum()
         dist.all_reduce(loss)
         return float(loss)
 

@@ -13,10 +13,12 @@ from efflaunch.errors import ConfigError
 from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
-from efflaunch.model.build import build_model, write_shard
+from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
-from efflaunch.training.step import backward_step, count_targets, read_step
+from efflaunch.training.objectives.heads import LanguageModelling
+from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
 
 
 class ListSource:
@@ -182,12 +184,13 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
 
 def _gradients(model, topology, source, plan, case):
     works = read_step(source, 0, plan, topology.rank)
-    count = count_targets(works, torch.device("cpu"))
+    count = count_targets(works, topology, torch.device("cpu"))
     reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
-    loss = backward_step(
-        model, topology, CpuKernel(), works,
-        num_targets=count, reduce_each=reduce_each, device=device, barrier_free=case.get("barrier_free", False),
-    ).sum()  # fmt: skip
+    setup = StepSetup(
+        model=model, topology=topology, kernel=CpuKernel(), device=device,
+        reduce_each=reduce_each, barrier_free=case.get("barrier_free", False),
+    )  # fmt: skip
+    loss = backward_step(setup, works, LanguageModelling(count, device)).sum()
     dist.all_reduce(loss)
     return float(loss)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
+from efflaunch.parallel.sharding.parts import local
 from efflaunch.tests.training.small import backward, full, plain_model, shard
 from efflaunch.training.optimizers.build import build_updater
 from efflaunch.training.optimizers.config import OptimConfig, States
 from efflaunch.training.optimizers.masters import host_weights
-from efflaunch.training.optimizers.norm import local
 from efflaunch.training.optimizers.updater import Gradients
 
 
@@ -38,7 +39,7 @@ class Run:
         if folder is not None:
             settings = CheckpointConfig(name="test")
             self.engine = CheckpointEngine(
-                settings, folder, model=self.weights, optimizer=self.updater.optimizer, metadata={"seed": 0, "layout": "test"}
+                settings, folder, state=Fsdp2State(self.weights, self.updater.optimizer), metadata={"seed": 0, "layout": "test"}
             )
 
     def restore(self) -> int:

@@ -30,7 +30,7 @@ def pool():
 def _agree(words: list[str], failure: str) -> Any:
     """On a rank: the ledger's policy, or what it raised; rank 0 fails with `failure`, if any is given."""
     config = compose(words)
-    real = certified._ledger
+    real = certified.build_ledger
 
     def failing(*arguments: Any) -> Any:
         if failure and dist.get_rank() == 0:
@@ -38,13 +38,13 @@ def _agree(words: list[str], failure: str) -> Any:
         assert dist.get_rank() == 0, "the others are told"
         return real(*arguments)
 
-    certified._ledger = failing
+    certified.build_ledger = failing
     try:
         return certified.agreed_ledger(config, torch.device("cpu")).inputs.policy
     except (RuntimeError, ValueError, PlanError) as error:
         return type(error).__name__, str(error)
     finally:
-        certified._ledger = real
+        certified.build_ledger = real
 
 
 @pytest.mark.parametrize("memory", ["auto", "recompute"])

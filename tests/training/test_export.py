@@ -15,6 +15,7 @@ from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import CheckpointError
 from efflaunch.model.export import export, plan_shards
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.config import Dtype
 from efflaunch.training.optimizers.adamw import build_optimizer
@@ -43,6 +44,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+OLD: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 1e4, "rope_scaling": None},
+    "qwen3": {"rope_theta": 1e4, "rope_scaling": None},
+    "llama-tied": {"rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": True},
+    "gemma3-tied": {"rope_theta": 1e6, "rope_scaling": None, "rope_local_base_freq": 1e4, "layer_types": ["sliding_attention"] * 2},
+    "llama-yarn": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+}
+"""What transformers 4.57 reads in config.json, in its own words."""
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     with RankPool() as pool:
@@ -64,7 +75,7 @@ def _train_and_save(run_dir: Path, fields: dict[str, Any], steps: tuple[int, ...
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = build_optimizer(model, OptimConfig(name="test", lr=0.05))
-    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", model=model, optimizer=optimizer, metadata=metadata)
+    engine = CheckpointEngine(CheckpointConfig(name="test"), run_dir / "checkpoints", state=Fsdp2State(model, optimizer), metadata=metadata)
     for step in steps:
         model(_ids(), use_cache=False).logits.float().square().mean().backward()
         optimizer.step()
@@ -105,6 +116,7 @@ def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path
     again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
     assert {key for key in saved if again[key] != saved[key]} <= {"architectures", "dtype", "use_cache", "_name_or_path"}
     assert config["use_cache"] is True
+    assert {key: config.get(key) for key in OLD[name]} == OLD[name] and config["torch_dtype"] == "float32"
     assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 

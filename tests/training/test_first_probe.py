@@ -11,7 +11,6 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
-from efflaunch.launcher.config.ledger import plan
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.test_probe import TINY
@@ -97,7 +96,7 @@ def test_longer_sequences_are_expected_to_take_longer_but_gathers_are_not():
 def test_seconds_must_be_seconds():
     for wrong in ("-1", "inf", "nan"):
         with pytest.raises(ConfigError, match=r"parallel\.probe_s"):
-            plan(compose([*ADAPTIVE, f"parallel.probe_s={wrong}"]))
+            compose([*ADAPTIVE, f"parallel.probe_s={wrong}"])
 
 
 class _TimedProber:
@@ -181,7 +180,6 @@ def _left_alone(words, folder):
         device=device,
         topology=prober.topology,
         ledger=SimpleNamespace(inputs=prober.inputs),
-        kernel=prober.kernel,
         model=prober.model,
         updater=prober.updater,
     )

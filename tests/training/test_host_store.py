@@ -18,8 +18,9 @@ def test_a_disk_slower_than_the_plan_thinks_will_be_named(directory, speeds, exp
     """Held against the rate the estimate goes by: a rank's share of the disk, or the link's where that is less or nothing is known."""
     opened = []
     monkeypatch.setattr(setup, "open_store", lambda **settings: opened.append(settings))
-    monkeypatch.setattr(setup, "check_host_room", lambda *_: None)
-    monkeypatch.setattr(setup.dist, "barrier", lambda: None)
+    monkeypatch.setattr(setup, "check_offload_space", lambda *_: None)
+    monkeypatch.setattr(setup, "whole_world", lambda: None)
+    monkeypatch.setattr(setup.dist, "barrier", lambda group: None)
     memory = MemoryConfig(
         name="m",
         layer_input=ActivationPlace.HOST,

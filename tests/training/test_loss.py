@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efflaunch.memory.arena.tracer import StorageTracer
-from efflaunch.model.chunked_loss import LossOptions, chunked_cross_entropy
+from efflaunch.model.chunked_loss import Head, LossOptions, chunked_cross_entropy, chunked_log_probs
 
 
 class Norm(nn.Module):
@@ -171,3 +171,17 @@ def test_rows_whose_loss_is_not_finite_are_marked():
     loss = chunked_cross_entropy(x, norm, weight, targets, scale=1.0, options=LossOptions(4), not_finite=flags)
     assert not loss.isfinite()
     assert flags.nonzero().squeeze(1).tolist() == [9, 30]
+
+
+def test_chunks_call_the_norm_without_its_hooks():
+    """An engine that gathers weights counts a module's calls, and ranks have different numbers of chunks."""
+    x, norm, weight, targets = made()
+    calls = []
+    norm.register_forward_pre_hook(lambda *_: calls.append("before"))
+    norm.register_forward_hook(lambda *_: calls.append("after"))
+    options = LossOptions(7)
+    gradients(lambda a, w: chunked_cross_entropy(a, norm, w, targets, scale=0.25, options=options), x, norm, weight)
+    chunked_log_probs(Head(x, norm, weight, targets, options))
+    assert not calls
+    norm(x)
+    assert calls == ["before", "after"]

@@ -18,13 +18,14 @@ from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.errors import ConfigError
 from efflaunch.estimate.optimizer_residency import residency_of
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
+from efflaunch.parallel.sharding.parts import local
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.small import full
 from efflaunch.training.optimizers.adamw import build_optimizer, set_learning_rate
 from efflaunch.training.optimizers.build import build_updater
 from efflaunch.training.optimizers.config import OptimConfig, StateDtype, States, Update
 from efflaunch.training.optimizers.masters import host_weights
-from efflaunch.training.optimizers.norm import local
 
 LOW = [StateDtype.BFLOAT16, StateDtype.INT8]
 
@@ -110,7 +111,7 @@ class _Trained:
         self.updater = build_updater(self.model, self.weights, settings, torch.device("cpu"))
         self.optimizer: Any = self.updater.optimizer
         self.engine: Any = CheckpointEngine(
-            CheckpointConfig(name="test"), folder, model=self.weights, optimizer=self.optimizer, metadata={"seed": 0, "layout": "test"}
+            CheckpointConfig(name="test"), folder, state=Fsdp2State(self.weights, self.optimizer), metadata={"seed": 0, "layout": "test"}
         )
 
     def step(self, step: int) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from efflaunch.errors import ConfigError
 from efflaunch.memory.policy import MemoryPolicy
 from efflaunch.model.build import build_model
+from efflaunch.model.config import ModelConfig
 from efflaunch.model.families import layer_adapter
 from efflaunch.model.weights import load_weights
 from efflaunch.parallel.topology import build_topology
@@ -32,7 +33,7 @@ def _build(family, seed, path=None):
         hf_config(family), KEEP, topology.mesh, device=torch.device("cpu"), compute_dtype=torch.float32, seed=seed, loss_chunk_tokens=8
     )
     if path is not None:
-        load_weights(model, path)
+        load_weights(model, ModelConfig(name="t", path=path), seed)
     whole = {name: np.array(parameter.full_tensor().detach()) for name, parameter in model.named_parameters()}
     tables = {name: np.array(buffer) for name, buffer in model.named_buffers()}
     return (whole, tables) if dist.get_rank() == 0 else None
@@ -79,14 +80,16 @@ def test_weights_from_safetensors_shard_by_shard(pool, tmp_path):
     [("nothing", "neither model.safetensors nor model.safetensors.index.json"), ("llama_4kv", "of shape"), ("gemma2", "no tensor for")],
 )
 def test_weights_of_another_model_are_refused(pool, tmp_path, saved, message):
-    if saved != "nothing":
+    if saved == "nothing":
+        hf_config("llama").save_pretrained(tmp_path)
+    else:
         reference_model(saved, torch.float32).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message):
         pool.run(_build, "qwen2" if saved == "gemma2" else "llama", 0, str(tmp_path), ranks=1)
 
 
 def test_unknown_family_names_the_adapter_to_write():
-    with pytest.raises(ConfigError, match=r"model/families/opt\.py"):
+    with pytest.raises(ConfigError, match=r"model/families/opt_facts\.py"):
         layer_adapter(torch.nn.Module(), "opt")
 
 

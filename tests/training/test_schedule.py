@@ -9,7 +9,7 @@ import torch
 
 from efflaunch.errors import ConfigError
 from efflaunch.training.optimizers.config import OptimConfig
-from efflaunch.training.optimizers.lr_schedule import check_optim, learning_rate
+from efflaunch.training.optimizers.lr_schedule import check_optim, ends_at_zero, learning_rate, warmup_steps
 
 BASE = OptimConfig(name="test", lr=3e-4)
 STEPS = 40
@@ -78,13 +78,13 @@ def test_the_longest_warm_up_ends_with_the_run() -> None:
         ({"schedule": "wsd", "warmup_steps": 30, "decay_steps": 11}, r"optim.decay_steps: found 11; expected 1 to 10 steps"),
         ({"decay_steps": 5}, r"optim.decay_steps: found 5 with schedule cosine"),
         ({"min_lr_ratio": 1.5}, r"optim.min_lr_ratio: found 1.5; expected 0 to 1"),
-        ({"lr": 0.0}, r"optim.lr: found 0.0"),
-        ({"lr": float("nan")}, r"optim.lr: found nan"),
+        ({"lr": 0.0}, r"optim.lr: found 0; expected more than 0"),
+        ({"lr": float("nan")}, r"optim.lr: found a number that is not one \(NaN\)"),
         ({"betas": [0.9]}, r"optim.betas: found \[0.9\]"),
         ({"betas": [0.9, 1.0]}, r"optim.betas"),
         ({"eps": 0.0}, r"optim.eps"),
         ({"weight_decay": -0.1}, r"optim.weight_decay"),
-        ({"grad_clip": 0.0}, r"optim.grad_clip.*null for no clipping"),
+        ({"grad_clip": 0.0}, r"optim.grad_clip: found 0.*or optim.grad_clip=null"),
     ],
     ids=str,
 )
@@ -99,3 +99,21 @@ def test_good_numbers_make_a_schedule() -> None:
         check_optim(optim, STEPS)
         rates = [learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)]
         assert max(rates) == pytest.approx(optim.lr, rel=0.01) and min(rates) >= 0 and max(rates) <= optim.lr, change
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (3, 0), (4, 1), (6, 1), (20, 5), (79, 19), (80, 20), (1000, 20)])
+def test_the_default_warm_up_fits_short_runs(steps: int, warmup: int) -> None:
+    config = replace(BASE, warmup_steps=None)
+    check_optim(config, steps)
+    assert warmup_steps(config, steps) == warmup and warmup_steps(BASE, steps) == 0
+    assert _rates(config, steps) == _rates(replace(BASE, warmup_steps=warmup), steps)
+
+
+def test_after_its_end_a_schedule_keeps_its_last_rate() -> None:
+    assert learning_rate(replace(BASE, min_lr_ratio=0.1), 55, STEPS) == pytest.approx(3e-5)
+    assert [learning_rate(replace(BASE, schedule="wsd", decay_steps=4), step, STEPS) for step in (36, 39, 40, 41)] == pytest.approx(
+        [3e-4, 0.75e-4, 0.0, 0.0]
+    )
+    ends = {"cosine": True, "linear": True, "constant": False}
+    assert {name: ends_at_zero(replace(BASE, schedule=name), STEPS) for name in ends} == ends
+    assert not ends_at_zero(replace(BASE, min_lr_ratio=0.1), STEPS) and ends_at_zero(replace(BASE, schedule="wsd", decay_steps=4), STEPS)

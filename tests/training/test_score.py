@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from efflaunch.model.build import build_model, write_shard
+from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.solve import solve_static
+from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity import objective_reference
 from efflaunch.tests.parity.ranks_side import POLICIES

@@ -15,7 +15,7 @@ import yaml
 from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
-from efflaunch.model.spec import check_model, layer_parameters, model_spec, num_parameters
+from efflaunch.model.spec import LayerParameters, active_layer_parameters, check_model, layer_parameters, model_spec, num_parameters
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -47,7 +47,9 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64},
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
@@ -92,7 +94,9 @@ def hf_windows(hf: Any) -> tuple[int | None, ...]:
 @pytest.mark.parametrize("config", [*map(preset, PRESETS), *(tiny(**v) for v in VARIANTS)], ids=lambda c: f"{c.name}-{c.family.value}")
 def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
     spec, hf = model_spec(config), hugging_face(config)
-    assert (num_parameters(spec), layer_parameters(spec)) == count_on_meta(hf)
+    total, layer = count_on_meta(hf)
+    assert (num_parameters(spec), layer_parameters(spec)) == (total, (LayerParameters(layer, layer),) * spec.num_layers)
+    assert active_layer_parameters(spec) == layer
     assert spec.windows == hf_windows(hf)
     assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
         getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),
@@ -127,6 +131,9 @@ def test_rope_arrives_where_transformers_reads_it(family: Family, scaling: dict[
     wanted = dict(scaling or {})
     wanted["rope_type"] = wanted.pop("rope_type", None) or wanted.pop("type", None) or "default"
     wanted.pop("type", None)
+    if wanted["rope_type"] == "dynamic":  # takes the original length from max_position_embeddings
+        assert hugging_face(config).max_position_embeddings == wanted.pop("original_max_position_embeddings")
+        assert model_spec(config).max_positions == 256
     assert full == {**wanted, "rope_theta": 12345.0}
     if family is Family.GEMMA3:
         assert found["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
@@ -192,10 +199,14 @@ BAD: list[tuple[ModelConfig, str, str]] = [
     ),
     (
         tiny(family=Family.LLAMA, rope_scaling={"rope_type": "yarn"}),
-        "model.rope_scaling.factor: found no factor for rope_type yarn",
+        "model.rope_scaling.factor: found no factor, original_max_position_embeddings for rope_type yarn",
         "+model.rope_scaling.factor",
     ),
-    (ModelConfig(name="t", path="/nowhere/at/all"), "model.path /nowhere/at/all: found no readable config.json", "model.path=DIRECTORY"),
+    (
+        ModelConfig(name="t", path="/nowhere/at/all"),
+        "model.path /nowhere/at/all: found no such directory (/nowhere/at/all)",
+        "model.path=DIRECTORY",
+    ),
 ]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from ...units import Tokens
+from ...utils.ranges import TOKENS, Range
 
 
 class LongDocuments(Enum):
@@ -13,6 +16,13 @@ class LongDocuments(Enum):
 
     SPLIT = "split"
     DROP = "drop"
+
+
+class DataChanged(Enum):
+    """What happens where corpora were replaced since the checkpoint that is resumed, and no setting says so."""
+
+    REFUSE = "refuse"
+    ACCEPT = "accept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,3 +45,11 @@ class DataConfig:
     long_documents: LongDocuments = LongDocuments.SPLIT
     global_batch_tokens: Tokens
     """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
+    changed: DataChanged = DataChanged.REFUSE
+    """Corpora that hold something else than when the run's checkpoint was written: accept trains on with them, for this start."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "vocab_size": Range(257, 1 << 28),
+        "max_seq_len": Range(2, TOKENS),
+        "global_batch_tokens": Range(2, 1 << 50),
+    }

@@ -1,31 +1,29 @@
 """From raw records to token ids and loss masks. One Encoder per process.
 
 Note: what is learnt
-    Text: every token. Prompt and completion: the completion, tokenised by itself so that the border is exact.
+    Text: every token. Prompt and completion: the completion (token_ids.py says where it begins).
     Pairs and completions (answers.py): the answers, each after its prompt.
-    Chat: the assistant's turns. Where the chat template has {% generation %} tags they say which tokens those are;
-    otherwise the conversation is rendered turn by turn, and what an assistant turn adds after the generation
-    prompt (its end-of-turn token included) is learnt. That needs each rendering to be a prefix of the next:
-    a template that rewrites earlier turns is refused.
+    Chat: the assistant's turns (chat.py). A token is learnt where any character of it is: the offsets say which.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from .answers import Document, answer_documents, has_answers
+from .answers import Document, answer_documents
+from .chat import DATE, ChatRenderer, Rendering, Turns
 from .indexed import Kind
 from .inputs import Format, RawBatch
+from .messages import Chat, bad_record, check_characters
+from .records import Exchange, Group, Preference, Record, read_record
+from .streams import csv_row, opened
+from .token_ids import NotText, SpecialTokens, TokenIds
 from .tokenizer import load_tokenizer
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +39,23 @@ class EncodeOptions:
     """Jinja text; None: the tokenizer's own."""
     skip_bad: bool = False
     """Records that cannot be used are counted and left out instead of stopping the work."""
+    special_tokens: SpecialTokens = SpecialTokens.PARSE
+    turns: Turns = Turns.AUTO
+    date: str = DATE
+    """What date functions in chat templates give."""
 
 
 @dataclass(slots=True)
 class Encoded:
-    """Documents of one batch in order, all of one kind, and (reason, where) of what was left out."""
+    """Documents of one batch in order, all of one kind, and (reason, where) of what was left out or is doubtful."""
 
     documents: list[Document] = field(default_factory=list)
     first: str = ""
     """Where the first document is from."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    turn_ends: set[str] = field(default_factory=set)
+    """Special tokens that the assistant's turns end with."""
 
 
 class Encoder:
@@ -60,17 +65,36 @@ class Encoder:
         self.options = options
         self.tokenizer = load_tokenizer(options.tokenizer)
         self._backend: Any = self.tokenizer.backend_tokenizer
-        # A tokenizer.json may carry the truncation and padding of the run that saved it.
-        self._backend.no_truncation()
-        self._backend.no_padding()
         if options.chat_template is not None:
             self.tokenizer.chat_template = options.chat_template
         self._eos = self._eos_id()
+        ends = options.append_eos is not False
+        self._ids = TokenIds(self._backend, SpecialTokens(options.special_tokens), self._eos, ends=ends)
+        self._chats = ChatRenderer(self.tokenizer, self._ids, turns=Turns(options.turns), date=options.date, name=options.tokenizer)
+        if options.chat_template is not None:
+            self._chats.check()
+        self._turn_ends: set[str] = set()
 
     @property
     def vocab_size(self) -> int:
         """Largest token id + 1."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja text chats are rendered with; several by name where the tokenizer has several."""
+        template: str | dict[str, str] | None = self.tokenizer.chat_template
+        return template
+
+    @property
+    def eos_token(self) -> str | None:
+        """The end token, as text."""
+        return self.options.eos_token or self.tokenizer.eos_token
+
+    @property
+    def template_uses_date(self) -> bool:
+        """Whether `date` changes what chats are rendered to."""
+        return self._chats.uses_date
 
     def identity(self) -> str:
         """Text that changes with anything that could change what is written."""
@@ -79,32 +103,29 @@ class Encoder:
     def encode(self, batch: RawBatch) -> Encoded:
         """Tokenise a batch. DataError for the first record that cannot be used, unless told to skip."""
         out = Encoded()
-        slots: list[list[Document] | int] = []
-        texts: list[str] = []
+        slots: list[list[Document] | str] = []
         for where, raw in batch.records:
             try:
-                content = self._content(batch.format, where, raw)
-                if isinstance(content, str):
-                    slots.append(len(texts))
-                    texts.append(content)
-                elif has_answers(content):
-                    slots.append(answer_documents(self, where, content))
-                else:
-                    slots.append([Document(*self._masked(where, content))])
+                slots.append(self._slot(batch.format, where, raw))
             except DataError as error:
                 slots.append([])
                 self._refuse(error, where, out)
-        plain = self._texts(texts)
+        plain = iter(self._ids.whole([slot for slot in slots if isinstance(slot, str)]))
         for (where, _), slot in zip(batch.records, slots, strict=True):
-            for document in slot if isinstance(slot, list) else [Document(plain[slot], None)]:
-                self._keep(where, document, out)
+            for document in [next(plain)] if isinstance(slot, str) else slot:
+                if isinstance(document, NotText):
+                    self._refuse(_not_text(where, document), where, out)
+                else:
+                    self._keep(where, document if isinstance(document, Document) else Document(document, None), out)
+        out.warnings, self._chats.warnings = self._chats.warnings, []
+        out.turn_ends, self._turn_ends = self._turn_ends, set()
         return out
 
     def _keep(self, where: str, document: Document, out: Encoded) -> None:
         if len(document.ids) < 2:
             out.skipped.append(("fewer than 2 tokens", where))
         elif document.mask is not None and not document.mask[1:].any():
-            self._refuse(_bad(where, "no token to learn", "a completion or an assistant turn that is not empty"), where, out)
+            self._refuse(bad_record(where, "no token to learn", "a completion or an assistant turn that is not empty"), where, out)
         elif out.documents and out.documents[0].kind is not document.kind:
             self._refuse(other_kind(where, document.kind, out.documents[0].kind), where, out)
         else:
@@ -116,123 +137,79 @@ class Encoder:
             raise error
         out.skipped.append((error.found, where))
 
-    def _content(self, kind: Format, where: str, raw: Any) -> str | dict[str, Any]:
-        """The text of a record, or its row if it needs a mask."""
-        if kind is Format.TEXT:
-            return _read_text(raw)
-        row = _parse_line(where, raw) if kind is Format.JSONL else raw
-        if row.get("messages") is not None or has_answers(row) or (row.get("prompt") is not None and row.get("completion") is not None):
-            return dict(row)
-        text = row.get(self.options.text_field)
-        if isinstance(text, str):
-            return text
-        expected = f"a string in '{self.options.text_field}', or 'messages', or 'prompt' and 'completion', a pair or 'completions'"
-        found = (
-            f"{type(text).__name__} in '{self.options.text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
-        )
-        raise _bad(where, found, expected, "--text-field NAME")
+    def _slot(self, kind: Format, where: str, raw: Any) -> list[Document] | str:
+        """A record's documents, or its text: those are tokenised together."""
+        try:
+            record = self._record(kind, where, raw)
+            if isinstance(record, str):
+                if record:
+                    self._check_end()
+                return record
+            return self._documents(where, record)
+        except RecursionError as error:
+            raise bad_record(where, "values nested too deeply", "some hundred levels at most") from error
 
-    def _masked(self, where: str, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if row.get("messages") is not None:
-            return self._chat(where, row["messages"], row.get("tools"))
-        prompt, completion = row["prompt"], row["completion"]
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            found = f"{type(prompt).__name__} and {type(completion).__name__} in 'prompt' and 'completion'"
-            raise _bad(where, found, "two strings (conversations go into 'messages')")
-        first = self.prompt_ids(prompt)
-        ids = np.array([*first, *self.answer_ids(completion)], dtype=np.int32)
+    def _record(self, kind: Format, where: str, raw: Any) -> Record:
+        if kind is Format.TEXT:
+            return read_text(raw)
+        if kind is Format.JSONL:
+            row = _parse_line(where, raw)
+        elif kind is Format.CSV:
+            row = csv_row(where, raw, self.options.text_field)
+        else:
+            row = raw
+            if kind is Format.JSON:
+                check_characters(where, row)
+        return read_record(where, row, self.options.text_field)
+
+    def _documents(self, where: str, record: Exchange | Chat | Preference | Group) -> list[Document]:
+        if isinstance(record, (Preference, Group)):
+            return answer_documents(self, where, record)
+        if isinstance(record, Exchange):
+            return [Document(*self.answer(where, record))]
+        return [self._chat_document(where, rendering) for rendering in self._chats.renderings(where, record)]
+
+    def answer(self, where: str, record: Exchange | Chat) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (int32) and what is learnt of them (bool) of one answer after its prompt."""
+        if isinstance(record, Chat):
+            (rendering,) = self._chats.renderings(where, record, one=True)
+            document = self._chat_document(where, rendering)
+            assert document.mask is not None
+            return document.ids, document.mask
+        self._check_end()
+        try:
+            first, second = self._ids.continued(record.prompt, record.completion)
+        except NotText as error:
+            raise _not_text(where, error) from error
+        ids = np.array([*first, *second], dtype=np.int32)
         return ids, np.arange(len(ids)) >= len(first)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """What comes before an answer."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
-        # An end token is added by some tokenizers, as if the prompt were all.
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-
-    def answer_ids(self, text: str) -> list[int]:
-        """An answer, tokenised by itself, and the end token; nothing for an empty one."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return [*ids, *self._end()] if ids else []
-
-    def _texts(self, texts: list[str]) -> list[np.ndarray]:
-        out = []
-        for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=True):
-            ids = encoding.ids
-            end = self._end() if ids else []
-            # Some tokenizers add the end token themselves.
-            out.append(np.array(ids if ids[-1:] == end else [*ids, *end], dtype=np.int32))
-        return out
-
-    def _chat(self, where: str, messages: Any, tools: Any) -> tuple[np.ndarray, np.ndarray]:
-        _check_messages(where, messages)
-        template = self.tokenizer.chat_template
-        if template is None:
-            found = "no chat template, and a chat to render"
-            raise ConfigError(
-                f"{where}, tokenizer {self.options.tokenizer}", found=found, expected="one", hint="--chat-template FILE.jinja"
-            )
-        spans: list[tuple[int, int]]
-        if _GENERATION_TAG.search(template if isinstance(template, str) else json.dumps(template)):
-            ids, mask = self._tagged_chat(where, messages, tools)
-        else:
-            text, spans = self._rendered_spans(where, messages, tools)
-            encoding = self._backend.encode(text, add_special_tokens=False)
-            ids = np.array(encoding.ids, dtype=np.int32)
-            starts = np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)
-            mask = np.zeros(len(ids), dtype=bool)
-            for begin, end in spans:
-                mask |= (starts >= begin) & (starts < end)
-        if self.options.append_eos and self._eos is not None:
-            ids = np.append(ids, np.int32(self._eos))
-            mask = np.append(mask, messages[-1]["role"] == "assistant")
-        return ids, mask
-
-    def _tagged_chat(self, where: str, messages: Any, tools: Any) -> tuple[np.ndarray, np.ndarray]:
-        wanted = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        out = self._apply(where, messages, tools, **wanted)
-        return np.array(out["input_ids"], dtype=np.int32), np.array(out["assistant_masks"], dtype=bool)
-
-    def _rendered_spans(self, where: str, messages: Any, tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the characters of each assistant turn in it."""
-        full = self._apply(where, messages, tools, tokenize=False)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._apply(where, messages[:turn], tools, tokenize=False, add_generation_prompt=True)
-            after = self._apply(where, messages[: turn + 1], tools, tokenize=False)
-            if not (full.startswith(after) and after.startswith(before)):
-                raise _bad(
-                    where,
-                    f"a chat template that renders turn {turn + 1} differently once other turns follow",
-                    "each turn to be added at the end",
-                    "--chat-template FILE.jinja with {% generation %} tags around the assistant's tokens",
-                )
-            spans.append((len(before), len(after)))
-        return full, spans
-
-    def _apply(self, where: str, messages: Any, tools: Any, **wanted: Any) -> Any:
-        import jinja2
-
+    def _chat_document(self, where: str, rendering: Rendering) -> Document:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools or None, **wanted)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise _bad(where, f"messages the chat template refuses ({error})", "roles and contents it knows") from error
+            ids, starts, ends = self._ids.rendered(rendering.text)
+        except NotText as error:
+            raise _not_text(where, error) from error
+        mask = np.zeros(len(ids), dtype=bool)
+        for begin, end in rendering.spans:
+            mask |= (starts < end) & (np.maximum(ends, starts + 1) > begin)
+        if self.options.append_eos and self._eos is not None:
+            ids = self._ids.ended(rendering.text, ids)
+            mask = np.append(mask, [rendering.ends_learnt] * (len(ids) - len(mask)))
+        if rendering.ends_learnt and (token := self._ids.ending(rendering.text.rstrip())):
+            self._turn_ends.add(token)
+        return Document(ids, mask)
 
     def _eos_id(self) -> int | None:
+        """The token that ends documents; None: none does."""
         token = self.options.eos_token
-        found = self.tokenizer.eos_token_id if token is None else self._backend.token_to_id(token)
-        if found is None and (token is not None or self.options.append_eos):
+        known = self.tokenizer.eos_token_id if token is None else self._backend.token_to_id(token)
+        if known is None and (token is not None or self.options.append_eos):
             raise self._no_eos()
-        return None if found is None or self.options.append_eos is False else int(found)
+        return None if known is None or self.options.append_eos is False else int(known)
 
-    def _end(self) -> list[int]:
-        """What follows a text or a completion."""
-        if self.options.append_eos is False:
-            return []
-        if self._eos is None:
+    def _check_end(self) -> None:
+        if self.options.append_eos is not False and not self._ids.has_end:
             raise self._no_eos()
-        return [self._eos]
 
     def _no_eos(self) -> ConfigError:
         token = self.options.eos_token
@@ -244,38 +221,33 @@ class Encoder:
         )
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text of a file, compressed or not. DataError where it is not UTF-8."""
     try:
-        with open(path, "rb") as stream:
+        with opened(path) as (stream, _):
             return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _bad(path, f"a file that is not UTF-8 (byte {error.start})", "UTF-8 text") from error
+        raise bad_record(path, f"a file that is not UTF-8 (byte {error.start})", "UTF-8 text") from error
 
 
 def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise _bad(where, f"a line that is not JSON ({error})", "one JSON object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise bad_record(where, f"a line that is not JSON ({error})", "one JSON object a line") from error
     if not isinstance(row, dict):
-        raise _bad(where, f"a JSON {type(row).__name__}", "one JSON object a line")
-    if b"\\ud" in line.lower() and _LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-        raise _bad(where, "half of a \\u surrogate pair, which is no character", "whole characters")
+        raise bad_record(where, f"a JSON {type(row).__name__}", "one JSON object a line")
+    if b"\\ud" in line.lower():
+        check_characters(where, row)
     return row
-
-
-def _check_messages(where: str, messages: Any) -> None:
-    valid = isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-    if not valid:
-        raise _bad(where, "'messages' that are no conversation", "a list of objects with 'role' and 'content'")
-    if messages[0]["role"] == "assistant":
-        raise _bad(where, "a conversation that starts with the assistant", "a system or user turn first")
 
 
 def other_kind(where: str, found: Kind, expected: Kind) -> DataError:
     """The error for a record that does not belong to the corpus the others make."""
-    return _bad(where, f"{found.value} after {expected.value}", "records of one kind in one corpus", "one --out for each kind of record")
+    return bad_record(
+        where, f"{found.value} after {expected.value}", "records of one kind in one corpus", "one --out for each kind of record"
+    )
 
 
-def _bad(where: str, found: str, expected: str, hint: str = "mend it, or leave such records out with --skip-bad") -> DataError:
-    return DataError(where, found=found, expected=expected, hint=hint)
+def _not_text(where: str, error: NotText) -> DataError:
+    return bad_record(where, str(error), "text that can be tokenised as text", "mend it, --skip-bad, or --special-tokens parse")

@@ -140,6 +140,10 @@ class IndexedCorpus:
         first = int(self._first_parts[document])
         return first, int(self.lengths[document]) - first
 
+    def columns(self) -> dict[str, np.ndarray | None]:
+        """The numbers of the whole corpus as they are stored: tokens, loss mask, rewards and advantages; None: it has none."""
+        return {"tokens": self._tokens, "mask": self._mask, "scalars": self._scalars}
+
     def advantage(self, document: int) -> float:
         """Of a completion: how much better than its group it was rewarded."""
         assert self._scalars is not None, f"{self.prefix} holds {self.kind.value}"
@@ -188,9 +192,30 @@ def read_metadata(prefix: str) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as stream:
             content = json.load(stream)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"a file that is not JSON ({error})", "what efflaunch data prepare wrote") from error
-    return content if isinstance(content, dict) else None
+    except OSError as error:
+        raise _damaged(path, str(error.strerror), "a file that can be read") from error
+    if not isinstance(content, dict):
+        # Not ours: a corpus made by something else.
+        return None
+    _check_metadata(path, content)
+    return content
+
+
+def _check_metadata(path: str, content: dict[str, Any]) -> None:
+    """DataError where what is read of PREFIX.json later on is of another type."""
+    kinds = [kind.value for kind in Kind]
+    if content.get("kind", kinds[0]) not in kinds:
+        raise _damaged(path, f"the kind {content['kind']!r}"[:200], f"one of {', '.join(kinds)}")
+    if not isinstance(content.get("loss_mask", False), bool):
+        raise _damaged(path, f"the loss_mask {content['loss_mask']!r}"[:200], "true or false")
+    tokenizer = content.get("tokenizer")
+    if tokenizer is None:
+        return
+    size = tokenizer.get("vocab_size", 0) if isinstance(tokenizer, dict) else None
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 40:
+        raise _damaged(path, f"the tokenizer {tokenizer!r}"[:200], "its path, vocab_size and vocab_sha256")
 
 
 def _checked_prefix(prefix: str) -> str:
@@ -204,6 +229,8 @@ def _checked_prefix(prefix: str) -> str:
 def _size(path: str) -> int:
     if not os.path.exists(path):
         raise _damaged(path, "no file", "a Megatron indexed corpus (PREFIX.idx and PREFIX.bin)")
+    if not os.path.isfile(path):
+        raise _damaged(path, "no plain file", "a Megatron indexed corpus (PREFIX.idx and PREFIX.bin)")
     size = os.path.getsize(path)
     if size == 0:
         raise _damaged(path, "an empty file", "a Megatron indexed corpus")

@@ -6,7 +6,6 @@ the formats that need them. Text files are read by whoever encodes them, so one 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from .streams import csv_rows, inner_suffix, opened
+from .tables import Rows, known_columns, open_arrow, open_dataset, open_json, open_parquet, unusable
 
-RECORD_FIELDS = ("messages", "tools", "prompt", "completion", "chosen", "rejected", "completions")
-"""Columns that mean something besides the text field."""
 _BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 512
 
@@ -28,8 +27,19 @@ class Format(Enum):
     AUTO = "auto"
     TEXT = "text"
     JSONL = "jsonl"
+    JSON = "json"
+    CSV = "csv"
     PARQUET = "parquet"
+    ARROW = "arrow"
     DATASETS = "datasets"
+
+
+_FORMATS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), Format.JSONL),
+    **dict.fromkeys((".csv", ".tsv"), Format.CSV),
+    **dict.fromkeys((".parquet", ".pq"), Format.PARQUET),
+    **dict.fromkeys((".arrow", ".feather"), Format.ARROW),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where reading goes on: `offset` is a byte in JSONL and a row in tables; `record` counts from 1 in messages."""
+    """Where reading resumes: `offset` is a byte of (uncompressed) JSONL and a row of tables; `record` counts from 1 in messages."""
 
     input: int = 0
     offset: int = 0
@@ -53,7 +63,7 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class RawBatch:
-    """Records as they were found: (where, content). Content is a path (text), a line (JSONL) or a row."""
+    """Records as they are read: (where, content). Content is a path (text), a line (JSONL), a header and cells (CSV) or a row."""
 
     format: Format
     records: list[tuple[str, Any]]
@@ -68,13 +78,12 @@ def find_inputs(arguments: list[str], wanted: Format) -> list[Input]:
     for argument in arguments:
         path = Path(argument)
         if not path.exists():
-            raise _unusable(argument, "nothing there", "a file or a directory")
-        if path.suffix.lower() == ".json" and path.is_file() and wanted is Format.AUTO:
-            kind = "a .json file, which may be lines of JSON or one text"
-            raise DataError(f"input {argument}", found=kind, expected="a format", hint="--format jsonl, or --format text")
+            raise unusable(argument, "nothing there", "a file or a directory")
         inside = list(_walk(path, wanted))
         if not inside:
-            raise _unusable(argument, "a directory without files", "at least one file to read")
+            raise unusable(argument, "a directory without files", "at least one file to read")
+        if wanted is Format.AUTO and path.is_dir():
+            _check_mixture(argument, inside)
         found += inside
     return found
 
@@ -98,12 +107,37 @@ def _is_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
+def _check_mixture(argument: str, inside: list[Input]) -> None:
+    """DataError for a directory where some files are records and others are texts: a README is no document of a table's."""
+    records = next((entry.path for entry in inside if entry.format is not Format.TEXT), None)
+    text = next((entry.path for entry in inside if entry.format is Format.TEXT), None)
+    if records is not None and text is not None:
+        raise DataError(
+            f"input {argument}",
+            found=f"records ({records}) beside texts ({text})",
+            expected="a directory of one kind",
+            hint=f"name the files ({argument}/*{inner_suffix(records)}), or --format text to take each file as one text",
+        )
+
+
 def _format_of(path: Path, wanted: Format) -> Format:
     if wanted is Format.DATASETS:
-        raise _unusable(str(path), "a file", "a directory written by datasets' save_to_disk")
+        raise unusable(str(path), "a file", "a directory written by datasets' save_to_disk")
     if wanted is not Format.AUTO:
         return wanted
-    return {".jsonl": Format.JSONL, ".ndjson": Format.JSONL, ".parquet": Format.PARQUET}.get(path.suffix.lower(), Format.TEXT)
+    suffix = inner_suffix(path)
+    if suffix == ".json":
+        return _format_of_json(path)
+    return _FORMATS.get(suffix, Format.TEXT)
+
+
+def _format_of_json(path: Path) -> Format:
+    with opened(str(path)) as (stream, _):
+        head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head[:1] == b"[":
+        return Format.JSON
+    kind = "a .json file, which may be lines of JSON or one text"
+    raise DataError(f"input {path}", found=kind, expected="a format", hint="--format jsonl, or --format text")
 
 
 def _input(path: Path, kind: Format, files: list[Path]) -> Input:
@@ -122,6 +156,8 @@ def read_batches(inputs: list[Input], text_field: str, start: Cursor) -> Iterato
             batches = [_text_batch(inputs, here.input, starts)]
         elif entry.format is Format.JSONL:
             batches = _jsonl_batches(entry, here, starts[here.input])
+        elif entry.format is Format.CSV:
+            batches = _csv_batches(entry, text_field, here, starts[here.input])
         else:
             batches = _table_batches(entry, text_field, here, starts[here.input])
         for batch in batches:
@@ -143,20 +179,37 @@ def _text_batch(inputs: list[Input], first: int, starts: list[int]) -> RawBatch:
 def _jsonl_batches(entry: Input, start: Cursor, before: int) -> Iterator[RawBatch]:
     records: list[tuple[str, bytes]] = []
     size, offset, number = 0, start.offset, start.record
-    with open(entry.path, "rb") as stream:
-        stream.seek(offset)
+    with opened(entry.path, offset) as (stream, raw):
         for line in stream:
             offset, number, size = offset + len(line), number + 1, size + len(line)
             if line.strip():
                 records.append((f"{entry.path} line {number}", line))
             if size >= _BATCH_BYTES or len(records) >= _BATCH_RECORDS:
-                yield RawBatch(Format.JSONL, records, Cursor(start.input, offset, number), before + offset)
+                done = min(offset if stream is raw else raw.tell(), entry.size_bytes)
+                yield RawBatch(Format.JSONL, records, Cursor(start.input, offset, number), before + done)
                 records, size = [], 0
     yield RawBatch(Format.JSONL, records, Cursor(start.input + 1), before + entry.size_bytes)
 
 
+def _csv_batches(entry: Input, text_field: str, start: Cursor, before: int) -> Iterator[RawBatch]:
+    records: list[tuple[str, Any]] = []
+    size = row = 0
+    for line, (header, cells), done in csv_rows(entry.path):
+        if row == 0:
+            known_columns(entry.path, header, text_field)
+        row += 1
+        if row <= start.offset:
+            continue
+        records.append((f"{entry.path} line {line}", (header, cells)))
+        size += sum(map(len, cells))
+        if size >= _BATCH_BYTES or len(records) >= _BATCH_RECORDS:
+            yield RawBatch(Format.CSV, records, Cursor(start.input, row, row), before + min(done, entry.size_bytes))
+            records, size = [], 0
+    yield RawBatch(Format.CSV, records, Cursor(start.input + 1), before + entry.size_bytes)
+
+
 def _table_batches(entry: Input, text_field: str, start: Cursor, before: int) -> Iterator[RawBatch]:
-    total, rows = _open_parquet(entry, text_field) if entry.format is Format.PARQUET else _open_dataset(entry, text_field)
+    total, rows = _open_table(entry, text_field)
     for first, chunk in rows(start.offset):
         records = [(f"{entry.path} row {first + k + 1}", row) for k, row in enumerate(chunk)]
         stop = first + len(chunk)
@@ -164,66 +217,8 @@ def _table_batches(entry: Input, text_field: str, start: Cursor, before: int) ->
     yield RawBatch(entry.format, [], Cursor(start.input + 1), before + entry.size_bytes)
 
 
-def _open_parquet(entry: Input, text_field: str) -> tuple[int, Any]:
-    """Number of rows, and a function from a first row to an iterator of (row number, rows)."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(entry.path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unusable(entry.path, f"no Parquet file ({str(error).splitlines()[0]})", "a file written as Parquet") from error
-    columns = _known_columns(entry, file.schema_arrow.names, text_field)
-
-    def rows(first: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        at = 0
-        for group in range(file.num_row_groups):
-            stop = at + file.metadata.row_group(group).num_rows
-            # Whole row groups before the first wanted row are not read at all.
-            for batch in file.iter_batches(batch_size=_BATCH_RECORDS, row_groups=[group], columns=columns) if stop > first else ():
-                skip = max(first - at, 0)
-                if skip < batch.num_rows:
-                    yield at + skip, batch.slice(skip).to_pylist()
-                at += batch.num_rows
-            at = stop
-
-    return file.metadata.num_rows, rows
-
-
-def _open_dataset(entry: Input, text_field: str) -> tuple[int, Any]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(entry.path)
-    except Exception as error:  # the library raises many kinds for damaged directories
-        found = f"no readable dataset ({str(error).splitlines()[0]})"
-        raise _unusable(entry.path, found, "a directory written by datasets' save_to_disk") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        found = f"several splits ({', '.join(loaded)})"
-        raise DataError(f"input {entry.path}", found=found, expected="one split", hint=os.path.join(entry.path, next(iter(loaded))))
-    table = loaded.select_columns(_known_columns(entry, loaded.column_names, text_field))
-
-    def rows(first: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        for start in range(first, len(table), _BATCH_RECORDS):
-            columns = table[start : start + _BATCH_RECORDS]
-            yield start, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    return len(table), rows
-
-
-def _known_columns(entry: Input, names: list[str], text_field: str) -> list[str]:
-    known = [name for name in names if name == text_field or name in RECORD_FIELDS]
-    if not known:
-        raise DataError(
-            f"input {entry.path}",
-            found=f"columns {', '.join(names)}",
-            expected=f"'{text_field}', or 'messages', or 'prompt' and 'completion'",
-            hint=f"--text-field {names[0] if names else 'NAME'}",
-        )
-    return known
-
-
-def _unusable(path: str, found: str, expected: str) -> DataError:
-    return DataError(
-        f"input {path}", found=found, expected=expected, hint="efflaunch data prepare INPUT ... (see efflaunch data prepare --help)"
-    )
+def _open_table(entry: Input, text_field: str) -> tuple[int, Rows]:
+    if entry.format is Format.JSON:
+        return open_json(entry.path)
+    opens = {Format.PARQUET: open_parquet, Format.ARROW: open_arrow, Format.DATASETS: open_dataset}
+    return opens[entry.format](entry.path, text_field)

@@ -27,6 +27,7 @@ from .tokenizer import read_vocabulary
 from .workers import encode_all
 from .writer import FINAL_SUFFIXES, IndexedWriter, WriterState, discard, document_lengths, publish
 
+_MAX_REASONS = 100
 _BYTES_PER_WORKER = 8 << 20
 """Below this much input another process costs more than it saves."""
 
@@ -71,6 +72,8 @@ class _State:
     writer: WriterState = field(default_factory=WriterState)
     done_bytes: int = 0
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    turn_ends: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         write_atomic(path, (json.dumps(asdict(self)) + "\n").encode())
@@ -80,9 +83,14 @@ class _State:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**raw, "cursor": Cursor(**raw["cursor"]), "writer": WriterState(**raw["writer"])})
 
-    def skip(self, encoded: Encoded) -> None:
-        for reason, where in encoded.skipped:
-            self.skipped.setdefault(reason, {"count": 0, "first": where})["count"] += 1
+    def note(self, encoded: Encoded) -> None:
+        """Count what was left out, what is doubtful and how turns end."""
+        for counts, entries in ((self.skipped, encoded.skipped), (self.warnings, encoded.warnings)):
+            for reason, where in entries:
+                # Reasons may hold what is in the record: there could be as many as records.
+                reason = reason if reason in counts or len(counts) < _MAX_REASONS else "other reasons"
+                counts.setdefault(reason, {"count": 0, "first": where})["count"] += 1
+        self.turn_ends = sorted({*self.turn_ends, *encoded.turn_ends})
 
 
 def prepare(request: PrepareRequest, report: Callable[[PrepareProgress], None]) -> dict[str, Any]:
@@ -143,7 +151,7 @@ class _Attempt:
                 if writer.documents and document.kind is not writer.kind:
                     raise other_kind(encoded.first, document.kind, writer.kind)
                 writer.add_document(document)
-            state.skip(encoded)
+            state.note(encoded)
             state.cursor, state.done_bytes = batch.after, batch.done_bytes
             if time.monotonic() - committed >= request.commit_every_s:
                 self.commit()
@@ -244,7 +252,14 @@ def _metadata(attempt: _Attempt, encoder: Encoder) -> dict[str, Any]:
             "path": os.path.abspath(request.encode.tokenizer) if os.path.exists(request.encode.tokenizer) else request.encode.tokenizer,
             "vocab_size": max(encoder.vocab_size, vocabulary.size),
             "vocab_sha256": vocabulary.sha256,
+            "eos_token": encoder.eos_token,
         },
+        "chat_template": encoder.chat_template,
+        "end_of_turn": state.turn_ends[0] if len(state.turn_ends) == 1 else None,
+        "date": str(request.encode.date) if encoder.template_uses_date else None,
+        "special_tokens": request.encode.special_tokens,
+        "turns": request.encode.turns,
+        "warnings": state.warnings,
         "fingerprint": _fingerprint(state.identity),
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ import numpy as np
 
 from ...errors import DataError
 from ...utils.atomic_files import write_atomic
+from ...utils.decode import decode, set_aside
 from ..config import Objective, TrainConfig
+from .identity import corpus_content
 from .indexed import IndexedCorpus, Kind, open_companion
 from .source import DataSource
 
+log = logging.getLogger(__name__)
 ORIGINS = "origins.json"
+_CONTENT = "content:"
+"""Begins digests of what a corpus holds."""
 MEANING = {
     Kind.PAIRS: "log-probabilities of both answers of each document",
     Kind.COMPLETIONS: "the log-probability of each token",
@@ -42,10 +48,18 @@ def run_scores(run_dir: Path, index: int, corpus: IndexedCorpus) -> Path:
 
 
 def corpus_digest(corpus: IndexedCorpus) -> str:
-    """Changes with the corpus: of what it was prepared from, where that is known, and its documents' lengths."""
-    digest = hashlib.sha256(repr((corpus.metadata or {}).get("fingerprint")).encode())
-    digest.update(np.ascontiguousarray(corpus.lengths).data)
-    return digest.hexdigest()
+    """Changes with what the corpus holds (identity.corpus_content)."""
+    content = json.dumps(corpus_content(corpus), sort_keys=True)
+    return _CONTENT + hashlib.sha256(content.encode()).hexdigest()
+
+
+def _is_of(corpus: IndexedCorpus, digest: str | None) -> bool:
+    if digest is None or digest.startswith(_CONTENT):
+        return digest == corpus_digest(corpus)
+    # Of an earlier version: by what the corpus was prepared from.
+    earlier = hashlib.sha256(repr((corpus.metadata or {}).get("fingerprint")).encode())
+    earlier.update(np.ascontiguousarray(corpus.lengths).data)
+    return digest == earlier.hexdigest()
 
 
 def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
@@ -56,8 +70,21 @@ def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
 
 def _read_origins(run_dir: Path) -> dict[str, dict[str, str]]:
     path = run_dir / "scores" / ORIGINS
-    found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    if not path.exists():
+        return {}
+    try:
+        return decode(_Origins, {"files": json.loads(path.read_text(encoding="utf-8"))}).files
+    except (ValueError, RecursionError) as error:
+        # Scores of unknown origin are computed again.
+        log.warning("%s", set_aside(path, error))
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """What origins.json holds."""
+
+    files: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +117,8 @@ class Scores:
             return _Columns(None, None)
         path = run_scores(run_dir, index, corpus)
         origin = _read_origins(run_dir).get(path.name, {})
-        fits = origin.get("corpus") == corpus_digest(corpus) and self._weights in (None, origin.get("weights"))
-        own = _open(str(path), corpus) if fits else None
+        fits = _is_of(corpus, origin.get("corpus")) and self._weights in (None, origin.get("weights"))
+        own = _own(path, corpus) if fits else None
         old, reference = (_open(f"{corpus.prefix}.{name}.bin", corpus) for name in ("old", "ref"))
         return _Columns(own if old is None else old, own if reference is None else reference)
 
@@ -133,6 +160,15 @@ def wanted(train: TrainConfig) -> tuple[bool, bool]:
     """Whether the objective needs (old, reference) log-probabilities."""
     grpo = train.objective is Objective.GRPO
     return grpo, train.objective is Objective.DPO or (grpo and train.grpo_kl_weight > 0)
+
+
+def _own(path: Path, corpus: IndexedCorpus) -> np.ndarray | None:
+    """As _open, for a file the run made: one of another length is set aside and made again."""
+    try:
+        return _open(str(path), corpus)
+    except DataError as error:
+        log.warning("%s", set_aside(path, error.found))
+        return None
 
 
 def _open(path: str, corpus: IndexedCorpus) -> np.ndarray | None:

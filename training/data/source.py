@@ -158,14 +158,13 @@ def open_data(config: DataConfig, seed: int, model_vocab_size: int, objective: O
     return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
 
 
-def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> None:
-    """DataError where corpora or tokenizer cannot be used, or are not for the objective. Opens the prefixes only: built-in ones are
-    made by the run."""
-    if config.builtin is None:
-        prefixes, tokenizer = _located(config)
-        corpora = [IndexedCorpus(prefix) for prefix in prefixes]
-        check_vocabularies(corpora, tokenizer, model_vocab_size)
-        check_kinds(corpora, objective)
+def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> list[IndexedCorpus]:
+    """The corpora of the prefixes, opened; DataError where they or the tokenizer cannot be used, or are not for the objective."""
+    prefixes, tokenizer = _located(config)
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    check_vocabularies(corpora, tokenizer, model_vocab_size)
+    check_kinds(corpora, objective)
+    return corpora
 
 
 def _located(config: DataConfig) -> tuple[list[str], str | None]:

@@ -53,12 +53,24 @@ def load_tokenizer(tokenizer: str) -> Any:
         elif _names_no_class(tokenizer):
             loaded = from_file.from_pretrained(tokenizer)
         else:
-            loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+            _check_place(tokenizer)
+            # False, not unset: transformers would ask a person whether to run the directory's code, and wait for the answer.
+            loaded = transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except DataError:
+        raise
     except Exception as error:  # anything from OSError to a JSON error of the Rust side, all meaning the same to a person
         raise _unreadable(tokenizer, error) from error
     if not getattr(loaded, "is_fast", False):
         raise _unreadable(tokenizer, "it has no fast (Rust) version")
     return loaded
+
+
+def _check_place(tokenizer: str) -> None:
+    """DataError for what is neither a directory nor a name the hub could have: the hub is not asked for a mistyped path."""
+    from ...model.model_files import is_hub_name
+
+    if not os.path.isdir(tokenizer) and (not is_hub_name(tokenizer) or tokenizer.endswith(".json")):
+        raise _unreadable(tokenizer, "no such file or directory")
 
 
 def _names_no_class(tokenizer: str) -> bool:

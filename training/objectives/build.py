@@ -15,6 +15,7 @@ from ...errors import DataError
 from ...model.config import ModelConfig
 from ...model.weights import weights_fingerprint
 from ...parallel.sequence.plan import StepPlan
+from ...parallel.topology import Topology
 from ..config import Objective, TrainConfig
 from ..data.scores import Scores, wanted
 from ..score_corpus import Stop, fill_scores
@@ -37,7 +38,7 @@ class RunObjective:
         """`resumed`: the weights are from a checkpoint."""
         self._train, self._session, self._run_dir, self._resumed = config.train, session, run_dir, resumed
         needed = not resumed and any(wanted(config.train))
-        self._weights = _agreed(initial_weights(config)) if needed else None
+        self._weights = _agreed(initial_weights(config), session.topology) if needed else None
         self._scores = Scores(session.source, run_dir, config.train, self._weights)
 
     def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, stop: Stop, report: Callable[..., None]) -> bool:
@@ -83,10 +84,10 @@ def initial_weights(config: _Config) -> str:
     return hashlib.sha256(repr([model, config.train.dtype, origin]).encode()).hexdigest()
 
 
-def _agreed(name: str) -> str:
+def _agreed(name: str, topology: Topology) -> str:
     """Rank 0's: nodes may have other copies of the files, and what is missing has to be missing for all. Collective."""
     told = [name]
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(told, 0, group=topology.world, device=torch.device("cpu"))
     return told[0]
 
 

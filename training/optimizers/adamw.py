@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...parallel.sharding.parts import local
 from .config import OptimConfig, StateDtype
-from .norm import NormMeter, clip_scale, local
+from .norm import NormMeter, clip_scale
 
 
 def is_decayed(module: nn.Module, parameter: Tensor) -> bool:

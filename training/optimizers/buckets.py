@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from .norm import local
+from ...parallel.sharding.fsdp2 import on_reduction, reduces_together
+from ...parallel.sharding.parts import local
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ def find_buckets(model: nn.Module) -> list[Bucket]:
     seen: set[nn.Parameter] = set()
 
     def visit(module: nn.Module, name: str, owner: nn.Module, owner_name: str) -> None:
-        if isinstance(module, FSDPModule):
+        if reduces_together(module):
             owner, owner_name = module, name
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
@@ -89,13 +89,9 @@ def _arrival(bucket: Bucket, on_reduced: Callable[[Bucket], None]) -> Callable[[
 
 
 def keep_wide(buckets: list[Bucket]) -> None:
-    """Where weights are stored in less precision than gradients are reduced in: keep the reduction's own result for the hooks.
-
-    FSDP2 casts a reduced gradient to its parameter's dtype before hooks see it; its all-reduce hook runs before that.
-    """
+    """Where weights are stored in less precision than gradients are reduced in: keep the reduction's own result for the hooks."""
     for bucket in buckets:
-        assert isinstance(bucket.module, FSDPModule)
-        bucket.module.set_all_reduce_hook(_keeper(bucket))
+        on_reduction(bucket.module, _keeper(bucket))
 
 
 def _keeper(bucket: Bucket) -> Callable[[Tensor], None]:

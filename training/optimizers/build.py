@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,13 +11,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from ...checkpoint.state import State
 from ...memory.executor.compiled_graph import check_compiler
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.build import build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
+from ...model.stage import stage_of
 from ...model.weights import load_weights
+from ...parallel.sharding.engine import Weights
+from ...parallel.sharding.fsdp2 import Fsdp2State
 from ..config import TrainConfig
 from .adamw import build_optimizer
 from .config import OptimConfig, States, Update
@@ -37,6 +42,32 @@ class Settings(Protocol):
     def optim(self) -> OptimConfig: ...
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What an engine makes of a configuration: a model, who holds its weights, who updates them, what checkpoints hold."""
+
+    model: PreTrainedModel
+    weights: Weights
+    updater: Updater
+    state: State
+
+
+class BuildTrained(Protocol):
+    """An engine's way from a configuration to what is trained: `build_trained` is FSDP2's. Collective over the mesh."""
+
+    def __call__(
+        self,
+        config: Settings,
+        policy: MemoryPolicy,
+        mesh: DeviceMesh,
+        device: torch.device,
+        store: HostStore | None = None,
+        *,
+        load: bool = True,
+        told: Callable[[str], None] | None = None,
+    ) -> Trained: ...
+
+
 def build_trained(
     config: Settings,
     policy: MemoryPolicy,
@@ -46,8 +77,8 @@ def build_trained(
     *,
     load: bool = True,
     told: Callable[[str], None] | None = None,
-) -> tuple[PreTrainedModel, Updater]:
-    """The sharded model with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
+) -> Trained:
+    """The model sharded by FSDP2, with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
     `told` hears of what goes on, tensor by tensor: it may take long.
@@ -69,8 +100,9 @@ def build_trained(
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, told)
     if load and config.model.path is not None:
-        load_weights(weights, config.model.path, told)
-    return model, build_updater(model, weights, config.optim, device)
+        load_weights(weights, config.model, config.train.seed, told, mesh.get_all_groups())
+    updater = build_updater(model, weights, config.optim, device)
+    return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
 
 
 def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, device: torch.device) -> Updater:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
+
+from ...utils.ranges import STEPS, Range
 
 
 class States(Enum):
@@ -45,6 +49,17 @@ class StateDtype(Enum):
     """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
 
 
+class ScheduleOnResume(Enum):
+    """What becomes of the learning rate's schedule where a run is resumed with another train.steps."""
+
+    KEEP = "keep"
+    """It stays as it was: every step has the rate it would have had; steps after its end have its last rate."""
+    STRETCH = "stretch"
+    """It is taken over the new train.steps, so the rate of the next step changes at once."""
+    REWARM = "rewarm"
+    """A new one over the steps that are left: warm-up from the last rate to the peak, then the decay."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW on float32 master weights, and its schedule."""
@@ -60,11 +75,14 @@ class OptimConfig:
     """Largest global gradient norm; None: no clipping."""
     schedule: str = "cosine"
     """cosine, linear (to zero), wsd (warm-up, stable, linear decay) or constant."""
-    warmup_steps: int = 0
+    warmup_steps: int | None = 0
+    """Steps in which the rate rises to its peak; null: 20, or a quarter of the steps where that is less."""
     decay_steps: int | None = None
     """wsd only: steps of the final decay."""
     min_lr_ratio: float = 0.0
     """cosine only: last learning rate as a share of the peak."""
+    schedule_on_resume: ScheduleOnResume = ScheduleOnResume.KEEP
+    """Where train.steps is another than before. keep never changes the rate of a step; stretch and rewarm do, and say so."""
     states: States = States.DEVICE
     """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
     update: Update = Update.STEP
@@ -73,3 +91,14 @@ class OptimConfig:
     """Which norm grad_clip means. previous_norm is not exact."""
     state_dtype: StateDtype = StateDtype.FLOAT32
     """Of the moments. bfloat16 and 8bit are not exact."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "lr": Range(0, 1000, above=True, example=3e-4),
+        "betas": Range(0, 1, below=True),
+        "eps": Range(0, 1, above=True),
+        "weight_decay": Range(0, 1000),
+        "grad_clip": Range(0, 1e30, above=True),
+        "warmup_steps": Range(0, STEPS),
+        "decay_steps": Range(1, STEPS),
+        "min_lr_ratio": Range(0, 1),
+    }

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ...parallel.sharding.parts import local
+from ...parallel.topology import whole_world
 from .adamw import clip_gradients, set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, watch
 from .config import ClipMode, OptimConfig
-from .norm import NormMeter, clip_scale, local
+from .norm import NormMeter, clip_scale
 from .updater import Gradients
 
 
@@ -202,7 +204,7 @@ def first_bad(finite: Sequence[tuple[Bucket, torch.Tensor]], buckets: Sequence[B
     mine = next((place for place, (_, good) in enumerate(finite) if not bool(good)), len(order))
     place = torch.tensor(mine, dtype=torch.int64, device=finite[0][1].device if finite else "cpu")
     if dist.is_initialized():
-        dist.all_reduce(place, dist.ReduceOp.MIN)
+        dist.all_reduce(place, dist.ReduceOp.MIN, group=whole_world())
     return order[min(int(place), len(order) - 1)].label if order else buckets[0].label
 
 

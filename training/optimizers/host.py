@@ -20,11 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...parallel.sharding.parts import like, local
+from ...utils.helper_thread import HelperThread
 from .adamw import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
 from .config import OptimConfig, Update
 from .device import ClipByKnown, first_bad, only
-from .norm import NormMeter, clip_scale, local
+from .norm import NormMeter, clip_scale
 from .transfer import Copied, Link, Staging, cut
 from .updater import Gradients
 
@@ -70,7 +72,7 @@ class HostUpdater:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._room = threading.Semaphore(IN_FLIGHT)
         self._failure: BaseException | None = None
-        self._worker = threading.Thread(target=self._work, name="optimizer", daemon=True)
+        self._worker = HelperThread(self._work, "optimizer")
         self._worker.start()
         watch(self._live, self._reduced)
 
@@ -259,13 +261,3 @@ class HostUpdater:
         norm = self._meter.total(self.weights.parameters())
         bad = first_bad(self._finite, self._live, norm)
         return Gradients(norm, bad, partly_applied=partly and bad is not None)
-
-
-def like(parameter: Tensor, part: Tensor) -> Tensor:
-    """`part` as this rank's part of a tensor that is sharded as `parameter` is."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
-        return part
-    # Not from_local: it would move the part to the mesh's device.
-    return DTensor(part, parameter._spec, requires_grad=False)  # type: ignore[call-arg]

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ...errors import ConfigError
+from ...parallel.sharding.parts import like, memory_of
 from .config import OptimConfig, StateDtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -80,23 +80,18 @@ class PortableMoments:
         narrow: Tensor = self._new_buffer(parameter, key == "exp_avg")
         if _is_wide(narrow):
             return value
-        _local(narrow).copy_(_local(value))
+        memory_of(narrow).copy_(memory_of(value))
         return narrow
 
     def plain_state(self, value: Tensor) -> Tensor:
         """A state as a plain float32 tensor of the same sharding: what a checkpoint holds. The tensor itself where it is one."""
-        part = _local(value)
+        part = memory_of(value)
         wide = part.dequantize() if hasattr(part, "codes") else part.float()
         if wide is part:
             return value
-        return DTensor(wide, value._spec, requires_grad=False) if isinstance(value, DTensor) else wide  # type: ignore[call-arg]
+        return like(value, wide)
 
 
 def _is_wide(value: Tensor) -> bool:
-    part = _local(value)
+    part = memory_of(value)
     return not hasattr(part, "codes") and part.dtype == torch.float32
-
-
-def _local(value: Tensor) -> Tensor:
-    # Not to_local(), which wraps the part once more and loses its class.
-    return value._local_tensor if isinstance(value, DTensor) else value

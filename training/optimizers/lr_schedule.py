@@ -5,34 +5,52 @@ from __future__ import annotations
 import math
 
 from ...errors import ConfigError
+from ...utils.ranges import check_ranges
 from .config import OptimConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of update `step` (0-based, as the sampler counts) of `total_steps`.
+MAX_DEFAULT_WARMUP = 20
+"""Updates of the warm-up where none is given: for runs that are long enough, and a quarter of shorter ones."""
 
-    Warm-up rises in equal steps and reaches the peak at its last update. After it, with x the share of the remaining
-    updates already made: cosine falls from the peak to min_lr_ratio, linear to zero, wsd stays and falls to zero over
-    the last `decay_steps`, constant stays. x is 1 only after the last update, so no update has rate zero.
+
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Updates of the warm-up of a schedule over `total_steps`."""
+    return min(MAX_DEFAULT_WARMUP, total_steps // 4) if config.warmup_steps is None else config.warmup_steps
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, *, start: int = 0, base: float = 0.0) -> float:
+    """The rate of update `step` (0-based, as the sampler counts) of a schedule over the updates from `start` to `total_steps`.
+
+    Warm-up rises in equal steps from `base` and reaches the peak at its last update. After it, with x the share of the
+    remaining updates already made: cosine falls from the peak to min_lr_ratio, linear to zero, wsd stays and falls to zero over
+    the last `decay_steps`, constant stays. x is 1 only after the last update, so no update of the schedule has rate zero.
+    Updates after `total_steps` have the rate of x = 1.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    return config.lr * _decay(config, step, max(total_steps, step + 1))
+    done, length = step - start, total_steps - start
+    warmup = warmup_steps(config, length)
+    if done < warmup:
+        return base + (config.lr - base) * (done + 1) / warmup
+    return config.lr * _decay(config, done, warmup, length)
 
 
-def _decay(config: OptimConfig, step: int, total_steps: int) -> float:
-    done = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
+def _decay(config: OptimConfig, done: int, warmup: int, length: int) -> float:
+    share = min(1.0, (done - warmup) / (length - warmup)) if length > warmup else 1.0
     if config.schedule == "cosine":
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
     if config.schedule == "linear":
-        return 1 - done
+        return 1 - share
     if config.schedule == "wsd":
         assert config.decay_steps is not None
-        return min(1.0, (total_steps - step) / config.decay_steps)
+        return min(1.0, max(0.0, (length - done) / config.decay_steps))
     assert config.schedule == "constant", config.schedule
     return 1.0
+
+
+def ends_at_zero(config: OptimConfig, total_steps: int) -> bool:
+    """Whether updates after the schedule's end would have rate zero."""
+    return learning_rate(config, total_steps, total_steps) == 0
 
 
 def check_optim(config: OptimConfig, total_steps: int) -> None:
@@ -40,8 +58,8 @@ def check_optim(config: OptimConfig, total_steps: int) -> None:
     _check_numbers(config)
     if config.schedule not in SCHEDULES:
         raise _wrong("schedule", f"`{config.schedule}`", f"one of {', '.join(SCHEDULES)}", "optim.schedule=cosine")
-    if not 0 <= config.warmup_steps <= total_steps:
-        expected = f"0 to train.steps = {total_steps}"
+    if warmup_steps(config, total_steps) > total_steps:
+        expected = f"0 to train.steps = {total_steps}, or null for as many as fit"
         raise _wrong("warmup_steps", str(config.warmup_steps), expected, f"optim.warmup_steps={max(1, total_steps // 10)}")
     if config.schedule == "wsd":
         _check_wsd(config, total_steps)
@@ -51,25 +69,16 @@ def check_optim(config: OptimConfig, total_steps: int) -> None:
 
 
 def _check_wsd(config: OptimConfig, total_steps: int) -> None:
-    rest = total_steps - config.warmup_steps
+    rest = total_steps - warmup_steps(config, total_steps)
     if config.decay_steps is None or not 1 <= config.decay_steps <= rest:
         expected = f"1 to {rest} steps for the final decay (train.steps - optim.warmup_steps)"
         raise _wrong("decay_steps", str(config.decay_steps), expected, f"optim.decay_steps={max(1, rest // 5)}")
 
 
 def _check_numbers(config: OptimConfig) -> None:
-    if not (config.lr > 0 and math.isfinite(config.lr)):
-        raise _wrong("lr", str(config.lr), "a finite number above 0", "optim.lr=3e-4")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+    check_ranges(config, "optim")
+    if len(config.betas) != 2:
         raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
-    if not config.eps > 0:
-        raise _wrong("eps", str(config.eps), "a number above 0", "optim.eps=1e-8")
-    if not config.weight_decay >= 0:
-        raise _wrong("weight_decay", str(config.weight_decay), "0 or more", "optim.weight_decay=0.1")
-    if config.grad_clip is not None and not config.grad_clip > 0:
-        raise _wrong("grad_clip", str(config.grad_clip), "a number above 0, or null for no clipping", "optim.grad_clip=1.0")
-    if not 0 <= config.min_lr_ratio <= 1:
-        raise _wrong("min_lr_ratio", str(config.min_lr_ratio), "0 to 1", "optim.min_lr_ratio=0.1")
 
 
 def _wrong(key: str, found: str, expected: str, hint: str) -> ConfigError:

@@ -28,7 +28,7 @@ def _fill(shell: nn.Module, module: nn.Module, made: dict[Tensor, nn.Parameter],
             shell.register_parameter(name, None)
             continue
         if parameter not in made:
-            # A DTensor keeps its mesh; only its local part is on the host, as FSDP2 has it with CPU offload.
+            # A sharded tensor keeps its mesh; only this rank's part is on the host.
             host = torch.empty_like(parameter.detach(), dtype=dtype, device="cpu")
             made[parameter] = nn.Parameter(host, requires_grad=parameter.requires_grad)
         shell.register_parameter(name, made[parameter])

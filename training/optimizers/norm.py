@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
+
+from ...parallel.sharding.parts import groups_of_parts
 
 
 class NormMeter:
@@ -27,38 +28,24 @@ class NormMeter:
     def total(self, parameters: Iterable[Tensor]) -> float:
         """The norm over those of `parameters` that were measured, summed in their order: bit-equal however they came. Collective.
 
-        Counts each element of the full gradient once: squares are summed over the mesh axes a gradient is sharded on, never over
-        those it is replicated on.
+        Counts each element of the full gradient once: squares are summed over the groups that hold different elements of a
+        gradient, never over those it is replicated on.
         """
-        alike: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+        alike: dict[tuple[ProcessGroup, ...], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             if parameter in self._norms:
-                alike[sharding(parameter)].append(self._norms[parameter])
+                alike[groups_of_parts(parameter)].append(self._norms[parameter])
         total = 0.0
-        for (mesh, axes), norms in alike.items():
+        for groups, norms in alike.items():
             squares = torch.stack(norms).square().sum()
-            for axis in axes:
-                assert mesh is not None
-                dist.all_reduce(squares, group=mesh.get_group(axis))
+            for group in groups:
+                dist.all_reduce(squares, group=group)
             total += squares.item()
         return math.sqrt(total)
 
     def is_finite(self, parameters: Sequence[Tensor]) -> Tensor:
         """Whether the local gradients of `parameters` are all finite: a scalar on their device."""
         return torch.stack([self._norms[parameter] for parameter in parameters]).isfinite().all()
-
-
-def sharding(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
-    """The mesh and those of its axes that hold different elements; (None, ()) for a plain tensor."""
-    if not isinstance(tensor, DTensor):
-        return None, ()
-    assert not any(placement.is_partial() for placement in tensor.placements), "gradients are reduced before they are clipped"
-    return tensor.device_mesh, tuple(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, without a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_scale(norm: float, max_norm: float | None) -> float:

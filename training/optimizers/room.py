@@ -9,6 +9,7 @@ from ...estimate.footprint.host import arena_bytes
 from ...estimate.footprint.optimizer import host_optimizer_bytes
 from ...estimate.plan_inputs import PlanInputs
 from ...memory.offload.checks import FreeMemory, free_memory
+from ...parallel.topology import whole_world
 from ...units import format_bytes
 
 
@@ -31,4 +32,4 @@ def check_update_memory(inputs: PlanInputs, free: FreeMemory | None = None) -> N
             hint="optim.update=backward (no gradients wait there), optim.state_dtype=8bit (not exact), more nodes, or optim.states=device",
         )
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=whole_world())

@@ -15,7 +15,8 @@ SIZES = tuple(1 << exponent for exponent in (14, 16, 18, 20, 22))
 """Bytes one rank sends."""
 REPEATS = 5
 
-Operation = Callable[[dist.ProcessGroup, torch.Tensor, Sequence[int], int], None]
+Operation = Callable[[dist.ProcessGroup, torch.Tensor, int, int], None]
+"""Takes a group, a message, the ranks of the group and which of them this one is."""
 
 
 def probe_collectives(topology: Topology, device: torch.device, degrees: Sequence[int]) -> tuple[FittedCollective, ...]:
@@ -33,48 +34,54 @@ def _probe(topology: Topology, device: torch.device, degree: int, kind: str, ope
 
 def _seconds(topology: Topology, device: torch.device, degree: int, size: int, operation: Operation) -> float:
     """The slowest rank's, the least of the repeats. Ranks outside every aligned block of this size only wait."""
-    first = topology.rank // degree * degree
-    takes_part = first + degree <= topology.world_size
+    first = topology.stage_rank // degree * degree
+    takes_part = first + degree <= topology.stage_size
     message = torch.ones(size // 4 // degree * degree, dtype=torch.float32, device=device)
     times = []
     for _ in range(REPEATS + 1):
-        dist.barrier()
+        dist.barrier(group=topology.stage)
         begun = time.perf_counter()
         if takes_part:
             group = topology.group(first, degree)
             assert group is not None, "a degree of one sends nothing"
-            operation(group, message, range(first, first + degree), topology.rank - first)
+            operation(group, message, degree, topology.stage_rank - first)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         spent = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
-        dist.all_reduce(spent, dist.ReduceOp.MAX)
+        dist.all_reduce(spent, dist.ReduceOp.MAX, group=topology.stage)
         times.append(float(spent))
     return min(times[1:])
 
 
-def _all_to_all(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
+def _all_to_all(group: dist.ProcessGroup, message: torch.Tensor, ranks: int, member: int) -> None:
     dist.all_to_all_single(torch.empty_like(message), message, group=group)
 
 
-def _neighbours(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
+def _neighbours(group: dist.ProcessGroup, message: torch.Tensor, ranks: int, member: int) -> None:
     received = torch.empty_like(message)
     operations = [
-        dist.P2POp(dist.isend, message, ranks[(member + 1) % len(ranks)], group),
-        dist.P2POp(dist.irecv, received, ranks[member - 1], group),
+        dist.P2POp(dist.isend, message, group=group, group_peer=(member + 1) % ranks),
+        dist.P2POp(dist.irecv, received, group=group, group_peer=(member - 1) % ranks),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
 
 
-def _gather(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
-    # Newer torch has other names for these two.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(message.new_empty(len(ranks) * message.numel()), message, group=group)
+def _gather(group: dist.ProcessGroup, message: torch.Tensor, ranks: int, member: int) -> None:
+    gathered = message.new_empty(ranks * message.numel())
+    # Newer torch has other names for this and for `_reduce`.
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(gathered, message, group=group)
+    else:
+        dist.all_gather_into_tensor(gathered, message, group=group)
 
 
-def _reduce(group: dist.ProcessGroup, message: torch.Tensor, ranks: Sequence[int], member: int) -> None:
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    scatter(message.new_empty(message.numel() // len(ranks)), message, group=group)
+def _reduce(group: dist.ProcessGroup, message: torch.Tensor, ranks: int, member: int) -> None:
+    part = message.new_empty(message.numel() // ranks)
+    if hasattr(dist, "reduce_scatter_single"):
+        dist.reduce_scatter_single(part, message, group=group)
+    else:
+        dist.reduce_scatter_tensor(part, message, group=group)
 
 
 OPERATIONS: dict[str, Operation] = {"all-to-all": _all_to_all, "neighbours": _neighbours, "gather": _gather, "reduce": _reduce}

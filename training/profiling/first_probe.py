@@ -55,15 +55,16 @@ def probe_before_training(
     """
     if config.parallel.sequence is not SequenceMode.ADAPTIVE or config.parallel.probe_s == 0:
         return costs
-    known = _of_rank_0(_settled(costs, run_dir) if dist.get_rank() == 0 else None)
+    leads, world = built.topology.rank == 0, built.topology.world
+    known = _of_rank_0(_settled(costs, run_dir) if leads else None, world)
     if known is not None:
         return known
     if config.optim.update is Update.BACKWARD:
         return replace(costs, origin=f"{costs.origin}; not probed: with optim.update=backward a probe would move the optimizer's states")
     measured = QuickProbe(config, built, beat).measure()
-    found = _of_rank_0(measured.applied(costs, step))
+    found = _of_rank_0(measured.applied(costs, step), world)
     assert found is not None
-    if dist.get_rank() == 0:
+    if leads:
         log.info("step times: %s", found.origin)
         write_atomic(run_dir / COSTS_FILE, json.dumps(found.dump(), indent=1))
     return found
@@ -77,9 +78,9 @@ def _settled(costs: Costs, run_dir: Path) -> Costs | None:
     return load_costs(json.loads(path.read_text(encoding="utf-8")), costs.key, costs.fingerprint) if path.exists() else None
 
 
-def _of_rank_0(costs: Costs | None) -> Costs | None:
+def _of_rank_0(costs: Costs | None, world: dist.ProcessGroup) -> Costs | None:
     held = [costs]
-    dist.broadcast_object_list(held, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(held, 0, group=world, device=torch.device("cpu"))
     return held[0]
 
 

@@ -13,6 +13,7 @@ from ...cluster.rates import Copies, MachineRates
 from ...estimate.timing.update import adam_bytes
 from ...memory.offload.checks import check_offload_dir
 from ...memory.offload.measure_bandwidth import COPY_BYTES, ROUNDS, measure_directory, measure_host_link
+from ...parallel.topology import whole_world
 
 NUMBERS = 8 << 20
 """Weights of a timed update: with gradient and moments more than a processor's caches hold."""
@@ -25,15 +26,20 @@ def measure_rates(device: torch.device, ranks_per_node: int, directory: str | No
 
     ConfigError where the directory cannot be used.
     """
+    world = whole_world()
+
+    def together() -> None:
+        dist.barrier(group=world)
+
     share = seconds / (4 if directory is not None else 3)
     # A process that stands for a GPU has a small share of the machine's memory.
     copy_bytes = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 4
-    link = measure_host_link(device, share, copy_bytes=copy_bytes, together=dist.barrier)
-    disk = None if directory is None else _measure_disk(directory, ranks_per_node, share, seconds)
-    on_device = measure_update(device, share / 2, together=dist.barrier)
-    on_host = on_device if device.type == "cpu" else measure_update(torch.device("cpu"), share / 2, together=dist.barrier)
-    rows: list[tuple[Copies, Copies | None, float, float]] = [(link, disk, on_device, on_host)] * dist.get_world_size()
-    dist.all_gather_object(rows, rows[0])
+    link = measure_host_link(device, share, copy_bytes=copy_bytes, together=together)
+    disk = None if directory is None else _measure_disk(directory, ranks_per_node, share, seconds, together)
+    on_device = measure_update(device, share / 2, together=together)
+    on_host = on_device if device.type == "cpu" else measure_update(torch.device("cpu"), share / 2, together=together)
+    rows: list[tuple[Copies, Copies | None, float, float]] = [(link, disk, on_device, on_host)] * dist.get_world_size(world)
+    dist.all_gather_object(rows, rows[0], group=world)
     return MachineRates(
         device=device.type,
         ranks_per_node=ranks_per_node,
@@ -45,11 +51,11 @@ def measure_rates(device: torch.device, ranks_per_node: int, directory: str | No
     )
 
 
-def _measure_disk(directory: str, ranks: int, share: float, seconds: float) -> Copies:
+def _measure_disk(directory: str, ranks: int, share: float, seconds: float, together: Callable[[], object]) -> Copies:
     file_bytes = max(2 * COPY_BYTES, min(1 << 30, int(seconds * FILE_BYTES)))
     check_offload_dir(directory, file_bytes, ranks)
-    dist.barrier()
-    return measure_directory(directory, share, file_bytes=file_bytes, together=dist.barrier)
+    together()
+    return measure_directory(directory, share, file_bytes=file_bytes, together=together)
 
 
 def measure_update(

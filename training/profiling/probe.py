@@ -39,28 +39,27 @@ from ...estimate.measured.profile import (
 from ...estimate.timing.sequence import cost_model_of
 from ...model.build import position_of
 from ...model.spec import model_spec
-from ...parallel.config import GradReduce
 from ...parallel.layout import solve_layout
-from ...parallel.sequence.attention import BlockKernel
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.cost import CostModel
-from ...parallel.sequence.kernels import block_kernel
 from ...parallel.sequence.plan import Group, MicroBatch, StepPlan
+from ...parallel.sharding.engine import FSDP2
 from ...parallel.topology import Topology, build_topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
-from ..optimizers.build import build_trained
+from ..engines import builder_of
+from ..objectives.heads import LanguageModelling
 from ..optimizers.room import check_update_memory
 from ..optimizers.updater import Updater
 from ..run_settings import RunSettings
-from ..session import host_store, join_ranks
+from ..session import host_store, join_ranks, step_setup
 from ..step import EMPTY, MicroBatchWork, backward_step, read_step
 from ..step_planner import this_hardware
 from .collectives import probe_collectives
 from .node_rates import measure_rates
 
 log = logging.getLogger(__name__)
-PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor")
+PRELOAD = FSDP2.preload
 REQUEST_FILE = "probe.json"
 RATES_SHARE = 0.15
 """Of the time, for links, disk and updates."""
@@ -108,7 +107,7 @@ def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Heartbeat) ->
         prober = Prober.of(config, device)
         position_of(prober.model).listener = pulse.at
         profile = prober.profile(float(request["seconds"]))
-        if dist.get_rank() == 0:
+        if prober.topology.rank == 0:
             save_profile(run_dir / DEFAULT_FILE, profile)
     finally:
         dist.destroy_process_group()
@@ -125,8 +124,6 @@ class Probed(Protocol):
     @property
     def ledger(self) -> Ledger: ...
     @property
-    def kernel(self) -> BlockKernel: ...
-    @property
     def model(self) -> PreTrainedModel: ...
     @property
     def updater(self) -> Updater: ...
@@ -139,7 +136,6 @@ class Built:
     device: torch.device
     topology: Topology
     ledger: Ledger
-    kernel: BlockKernel
     model: PreTrainedModel
     updater: Updater
 
@@ -149,9 +145,11 @@ class Prober:
 
     def __init__(self, config: RunSettings, built: Probed) -> None:
         self.config, self.device, self.topology = config, built.device, built.topology
-        self.kernel, self.model, self.updater, self.inputs = built.kernel, built.model, built.updater, built.ledger.inputs
+        self.model, self.updater, self.inputs = built.model, built.updater, built.ledger.inputs
         self.spec = self.inputs.spec
-        self.reduce_each = self.inputs.parallel.grad_reduce is not GradReduce.STEP
+        # Barriers stay: what is fitted are micro-batches that all ranks run together.
+        parallel = replace(self.inputs.parallel, barrier_free=False)
+        self.setup = step_setup(self.model, self.topology, parallel, self.device)
         self.cost: CostModel = cost_model_of(self.inputs)
 
     @classmethod
@@ -165,8 +163,8 @@ class Prober:
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.inputs)
         store = host_store(ledger.inputs, device)
-        model, updater = build_trained(config, ledger.inputs.policy, topology.mesh, device, store, load=False)
-        return cls(config, Built(device, topology, ledger, block_kernel(device), model, updater))
+        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, load=False)
+        return cls(config, Built(device, topology, ledger, trained.model, trained.updater))
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""
@@ -231,13 +229,13 @@ class Prober:
 
     def sample(self, degree: int, ulysses: int, lengths: tuple[int, ...]) -> Sample:
         """One micro-batch of random tokens, in which every group of that degree holds sequences of these lengths. Collective."""
-        world, count = self.topology.world_size, len(lengths)
+        world, count = self.topology.stage_size, len(lengths)
         firsts = range(0, world - degree + 1, degree)
         groups = tuple(
             Group(first, degree, ulysses, tuple(range(index * count, (index + 1) * count))) for index, first in enumerate(firsts)
         )
         plan = StepPlan(world, lengths * len(groups), (MicroBatch(groups),))
-        works = read_step(_Documents(plan.lengths, self.spec.vocab_size), 0, plan, self.topology.rank)  # type: ignore[arg-type]
+        works = read_step(_Documents(plan.lengths, self.spec.vocab_size), 0, plan, self.topology.stage_rank)  # type: ignore[arg-type]
         run = self.run(works)
         busy = tuple(max(run.busy_s[rank][0] for rank in range(group.first_rank, group.first_rank + degree)) for group in groups)
         return Sample(degree, ulysses, lengths, busy, run.wall_s - max(busy))
@@ -245,7 +243,7 @@ class Prober:
     def run(self, works: Sequence[MicroBatchWork], num_targets: int | None = None) -> Run:
         """One step's gradients, thrown away. Collective."""
         clocks = [BusyClock(self.device) for _ in works]
-        dist.barrier()
+        dist.barrier(group=self.topology.world)
         self._synchronize()
         begun = time.perf_counter()
         shares = self._backward(works, clocks, num_targets)
@@ -254,7 +252,7 @@ class Prober:
         self.updater.discard()
         mine = torch.tensor([float(shares.sum()), *(clock.seconds() for clock in clocks)], dtype=torch.float64)
         table = [torch.zeros_like(mine) for _ in range(self.topology.world_size)]
-        dist.all_gather(table, mine)
+        dist.all_gather(table, mine, group=self.topology.world)
         losses, *_ = rows = torch.stack(table).T.tolist()
         return Run(wall_s, [list(times) for times in zip(*rows[1:], strict=True)], sum(losses))
 
@@ -263,17 +261,8 @@ class Prober:
     ) -> torch.Tensor:
         # A rate of zero: where layers are updated in backward, that takes its time and changes no weight.
         self.updater.start(0.0, lambda: None)
-        return backward_step(
-            self.model,
-            self.topology,
-            self.kernel,
-            works,
-            num_targets=num_targets or max(1, sum(work.shard.num_tokens for work in works)),
-            reduce_each=self.reduce_each,
-            device=self.device,
-            clocks=clocks,
-            on_last=self.updater.last,
-        )
+        objective = LanguageModelling(num_targets or max(1, sum(work.shard.num_tokens for work in works)), self.device)
+        return backward_step(self.setup, works, objective, clocks=clocks, on_last=self.updater.last)
 
     def _optimizer_s(self) -> float:
         """From the end of backward to the new weights, on gradients of zero."""
@@ -281,7 +270,7 @@ class Prober:
         for _ in range(REPEATS + 1):
             self._backward([EMPTY], None)
             self._synchronize()
-            dist.barrier()
+            dist.barrier(group=self.topology.world)
             begun = time.perf_counter()
             if not self.updater.measures_first:
                 self.updater.finish()
@@ -297,7 +286,7 @@ class Prober:
     def agreed(self, value: float) -> float:
         """Collective. The largest of all ranks: decisions must be the same everywhere."""
         largest = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.topology.world)
         return float(largest)
 
 

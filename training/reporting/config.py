@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
+
+from ...utils.ranges import STEPS, Range
 
 
 class WandbMode(Enum):
@@ -33,3 +37,7 @@ class LoggingConfig:
     tensorboard: bool = False
     wandb: WandbMode = WandbMode.OFF
     wandb_project: str = "efflaunch"
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "every_steps": Range(1, STEPS),
+    }

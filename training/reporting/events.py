@@ -40,7 +40,6 @@ def start_fields(
         "resumed_from": restored.step if restored is not None else None,
         "restored_from": restored.origin if restored is not None else None,
         "skipped_checkpoints": list(restored.skipped) if restored is not None else [],
-        "data_changed": restored is not None and restored.metadata.get("data") != session.source.fingerprint(),
     }
 
 

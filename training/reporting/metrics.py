@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ...errors import ConfigError
+from ...utils.helper_thread import HelperThread
+from ...utils.ranges import check_ranges
 from .config import LoggingConfig, WandbMode
 from .wandb_sink import SinkError, WandbSink
 
@@ -42,8 +44,7 @@ class Sink(Protocol):
 
 def check_logging(config: LoggingConfig) -> None:
     """ConfigError unless the packages of the chosen sinks are installed and the numbers make sense."""
-    if config.every_steps < 1:
-        raise ConfigError("logging.every_steps", found=str(config.every_steps), expected="1 or more", hint="logging.every_steps=1")
+    check_ranges(config, "logging")
     if config.wandb is not WandbMode.OFF:
         _check_installed("wandb", f"logging.wandb={config.wandb.value}", "logging.wandb=off")
     if config.tensorboard:
@@ -175,7 +176,7 @@ class _SinkThread:
         self._opener, self._failed = opener, failed
         self._queue: queue.Queue[tuple[dict[str, float], int]] = queue.Queue(QUEUE_EVENTS)
         self._closing, self._dead, self._reported = threading.Event(), threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=f"{name} sink", daemon=True)
+        self._thread = HelperThread(self._run, f"{name} sink")
         self._thread.start()
 
     def put(self, scalars: dict[str, float], step: int) -> None:
@@ -203,7 +204,7 @@ class _SinkThread:
             sink.close()
         except SinkError as error:
             self._fail(str(error))
-        except Exception as error:  # whatever a logging package raises is its own failure, reported, not the run's
+        except BaseException as error:  # whatever a logging package raises, SystemExit too, is its own failure, reported, not the run's
             self._fail(f"{type(error).__name__}: {error}")
 
     def _next(self) -> tuple[dict[str, float], int] | None:

@@ -32,14 +32,23 @@ class Results:
 
 
 def gather_results(
-    share: torch.Tensor, stats: torch.Tensor, clocks: Sequence[BusyClock], *, tokens: int, peak_bytes: int, stop: bool
+    world: dist.ProcessGroup,
+    share: torch.Tensor,
+    stats: torch.Tensor,
+    clocks: Sequence[BusyClock],
+    *,
+    tokens: int,
+    peak_bytes: int,
+    stop: bool,
 ) -> Results:
-    """`share` (scalar) of the loss, `stats` of the objective: this rank's, on its device. Summed in rank order, so bit-equal everywhere."""
+    """Gather what each rank of `world` has. Collective.
+
+    `share` (scalar) of the loss, `stats` of the objective: this rank's, on its device. Summed in rank order, so bit-equal everywhere."""
     row = [float(share), float(tokens), float(peak_bytes), float(stop), float(free_memory().num_bytes)]
     row += [sum(clock.own_seconds() for clock in clocks), *stats.tolist(), *(clock.seconds() for clock in clocks)]
     mine = torch.tensor(row, dtype=torch.float64, device=share.device)
-    table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(table, mine)
+    table = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))]
+    dist.all_gather(table, mine, group=world)
     losses, held, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
     sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
     return Results(
@@ -54,8 +63,8 @@ def gather_results(
     )
 
 
-def host_names() -> list[str]:
-    """Of every rank's machine. Collective."""
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
+def host_names(world: dist.ProcessGroup) -> list[str]:
+    """The name of every rank's machine, in rank order. Collective over `world`."""
+    names: list[str] = [""] * dist.get_world_size(world)
+    dist.all_gather_object(names, socket.gethostname(), group=world)
     return names

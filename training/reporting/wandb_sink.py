@@ -102,12 +102,17 @@ def main(finish_s: float) -> None:
 
 def _read(lines: queue.SimpleQueue[dict[str, Any] | None], finish_s: float) -> None:
     """Takes every line at once, so that the trainer's end never waits, and limits what comes after the last one."""
-    for line in sys.stdin:
-        lines.put(json.loads(line))
-    lines.put(None)
-    limit = threading.Timer(finish_s, _give_up, (finish_s,))
-    limit.daemon = True
-    limit.start()
+    try:
+        for line in sys.stdin:
+            lines.put(json.loads(line))
+    except ValueError:
+        # The trainer was killed in the middle of a line: that is the end.
+        pass
+    finally:
+        lines.put(None)
+        limit = threading.Timer(finish_s, _give_up, (finish_s,))
+        limit.daemon = True
+        limit.start()
 
 
 def _give_up(finish_s: float) -> None:

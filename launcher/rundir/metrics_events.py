@@ -1,0 +1,79 @@
+"""Which lines of metrics.jsonl are what a run writes: a line that somebody or a crash damaged is passed over, not stumbled on. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Event = dict[str, Any]
+_NUMBER, _COUNT, _TEXT, _LIST, _GROUP, _TRUTH = "number", "count", "text", "list", "group", "truth"
+_NEEDED: dict[str, dict[str, str]] = {
+    "start": {"steps": _COUNT, "world_size": _COUNT, "parameters": _COUNT},
+    "step": {"step": _COUNT, "loss": _NUMBER, "step_s": _NUMBER},
+    "checkpoint": {"step": _COUNT},
+    "checkpoint_failed": {"step": _COUNT, "error": _TEXT},
+    "planner_failed": {"error": _TEXT},
+    "drift": {"measured_over_predicted": _GROUP},
+    "certificate": {"predicted_bytes": _NUMBER, "measured_bytes": _LIST, "compared": _TEXT},
+    "stragglers": {"step": _COUNT, "ranks": _LIST},
+    "score": {"done_tokens": _COUNT, "total_tokens": _COUNT, "elapsed_s": _NUMBER},
+}
+_OPTIONAL: dict[str, dict[str, str]] = {
+    "start": {"resumed_from": _COUNT, "memory": _LIST, "certificate": _GROUP, "sequence": _TEXT, "cost_model": _GROUP},
+    "step": {
+        "total_tokens": _COUNT,
+        "tokens_per_s": _NUMBER,
+        "lr": _NUMBER,
+        "plan": _TEXT,
+        "ranks": _LIST,
+        "grad_norm": _NUMBER,
+        "plan_totals": _GROUP,
+        "groups": _LIST,
+        "lower_bound_s": _NUMBER,
+        "bound": _TEXT,
+        "planned_by": _TEXT,
+        **dict.fromkeys(("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl"), _NUMBER),
+    },
+    "checkpoint": {"stall_s": _NUMBER, "save_s": _NUMBER, "snapshot_s": _NUMBER, "num_bytes": _COUNT},
+}
+_MEMBERS: dict[tuple[str, str], dict[str, str]] = {
+    ("step", "ranks"): {"rank": _COUNT, "peak_bytes": _COUNT},
+    ("stragglers", "ranks"): {"rank": _COUNT, "host": _TEXT, "ratio": _NUMBER},
+}
+_PARTS: dict[tuple[str, str], dict[str, str]] = {
+    ("start", "certificate"): {
+        "place": _TEXT,
+        "device_phase": _TEXT,
+        "fits": _TRUTH,
+        **dict.fromkeys(("device_bytes", "device_capacity_bytes", "host_bytes", "host_capacity_bytes"), _NUMBER),
+    },
+    ("step", "plan_totals"): dict.fromkeys(("late", "steps", "predicted_s", "static_s"), _NUMBER),
+}
+
+
+def is_sound(event: Any) -> bool:
+    """Whether it is an event whose known fields have their types; kinds and fields of other versions are taken as they are."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    kind = event["event"]
+    if not _has(event, _NEEDED.get(kind, {})):
+        return False
+    optional = _OPTIONAL.get(kind, {})
+    if not all(event.get(name) is None or _is(event[name], wanted) for name, wanted in optional.items()):
+        return False
+    if not all(_has(member, wanted) for (of, name), wanted in _MEMBERS.items() if of == kind for member in event.get(name) or ()):
+        return False
+    if not all(_has(event[name], wanted) for (of, name), wanted in _PARTS.items() if of == kind and event.get(name)):
+        return False
+    return kind != "drift" or all(_is(ratio, _NUMBER) for ratio in event["measured_over_predicted"].values())
+
+
+def _has(group: Any, wanted: dict[str, str]) -> bool:
+    return isinstance(group, dict) and all(name in group and _is(group[name], kind) for name, kind in wanted.items())
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in (_NUMBER, _COUNT):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and abs(value) < 1e300 and math.isfinite(value) and (kind == _NUMBER or (value >= 0 and value == int(value)))
+    return isinstance(value, {_TEXT: str, _LIST: list, _GROUP: dict, _TRUTH: bool}[kind])

@@ -1,0 +1,108 @@
+"""Whether the fields of a Hugging Face config make a model: every number in its range, before anything is built from them. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from .families.facts import FULL, SLIDING, FamilyFacts
+
+_RANGES: Mapping[str, tuple[int, int]] = {
+    "num_hidden_layers": (1, 1 << 10),
+    "hidden_size": (1, 1 << 20),
+    "intermediate_size": (1, 1 << 24),
+    "num_attention_heads": (1, 1 << 14),
+    "num_key_value_heads": (1, 1 << 14),
+    "head_dim": (2, 1 << 14),
+    "vocab_size": (1, 1 << 27),
+    "max_position_embeddings": (1, 1 << 40),
+    "max_window_layers": (0, 1 << 20),
+    "sliding_window_pattern": (1, 1 << 20),
+    "sliding_window": (1, 1 << 40),
+}
+"""Sizes, both ends included: larger ones are no model of this decade but a damaged or hostile file."""
+_NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
+_POSITIVE = ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention")
+ACTIVATIONS = frozenset(
+    {
+        *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh"),
+        *("hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu"),
+        *("sqrtsoftplus", "swish", "tanh"),
+    }
+)
+"""What transformers knows by name, but for activations with weights of their own."""
+
+
+def check_fields(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> None:
+    """ConfigError for the first of `fields` (defaults filled in) that no model has; `where` names their source, as `model.path DIR: `."""
+    _check_sizes(fields, where)
+    _check_shapes(fields, facts, where)
+    _check_layer_types(fields, where)
+    for name in _POSITIVE:
+        value = fields.get(name)
+        if value is not None and not (_is_number(value) and math.isfinite(value) and value > 0):
+            raise _wrong(where, name, value, "a finite number above 0, or nothing")
+    for name in _SWITCHES:
+        if not isinstance(fields.get(name), (bool, type(None))):
+            raise _wrong(where, name, fields[name], "true or false")
+    activation = fields.get(facts.activation_field)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise _wrong(where, facts.activation_field, activation, f"one of {', '.join(sorted(ACTIVATIONS))}")
+    if fields.get("use_bidirectional_attention") and "use_bidirectional_attention" in facts.fields:
+        raise _wrong(where, "use_bidirectional_attention", True, "false: causal attention, for this trains language models")
+    dropout = fields.get("attention_dropout") or 0.0
+    if dropout != 0:
+        raise _wrong(where, "attention_dropout", dropout, "0: block-wise attention has no dropout")
+    spread = fields.get("initializer_range", 0.02)
+    if not (_is_number(spread) and math.isfinite(spread) and spread >= 0):
+        raise _wrong(where, "initializer_range", spread, "a finite number, 0 or more")
+
+
+def _check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = fields.get(name)
+        if value is None and (name in _NULLABLE or name not in fields):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise _wrong(where, name, value, f"a whole number from {least:,} to {most:,}")
+
+
+def _check_shapes(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> None:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    kv_heads = fields.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise _wrong(where, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
+    if hidden % heads and (facts.heads_divide_hidden or not fields.get("head_dim")):
+        raise _wrong(where, "num_attention_heads", heads, f"a divisor of the hidden size {hidden}")
+    size = fields.get("head_dim") or hidden // heads
+    if size % 2:
+        raise _wrong(where, "head_dim", size, "an even number, for rotary embeddings turn pairs")
+    pad = fields.get("pad_token_id")
+    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -fields["vocab_size"] <= pad < fields["vocab_size"]):
+        raise _wrong(where, "pad_token_id", pad, f"a token id below the vocabulary's {fields['vocab_size']}, or null")
+
+
+def _check_layer_types(fields: Mapping[str, Any], where: str) -> None:
+    types = fields.get("layer_types")
+    if types is None:
+        return
+    layers = fields["num_hidden_layers"]
+    if not isinstance(types, (list, tuple)) or len(types) != layers:
+        found = f"{len(types)} entries" if isinstance(types, (list, tuple)) else repr(types)
+        raise _wrong(where, "layer_types", found, f"one for each of the {layers} layers")
+    unknown = [kind for kind in types if kind not in (FULL, SLIDING)]
+    if unknown:
+        raise _wrong(where, "layer_types", unknown[0], f"{FULL} or {SLIDING}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _wrong(where: str, name: str, found: object, expected: str) -> ConfigError:
+    shown = found if isinstance(found, str) else repr(found)
+    hint = f"model.extra.{name}=VALUE, or the file as it was published" if where.startswith("model.path") else f"model.extra.{name}=VALUE"
+    return ConfigError(f"{where}{name}", found=shown[:80], expected=expected, hint=hint)

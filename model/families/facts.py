@@ -1,0 +1,98 @@
+"""What is known of a model family without torch: names, defaults, norms, biases, windows, rotary tables. Pure.
+
+Estimates and checks ask these facts (through `ModelSpec`, whose numbers come from here) and never compare with a family's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import Family
+
+Windows = tuple[int | None, ...]
+"""Per layer: tokens attention looks back over, None for all of them."""
+
+DEFAULT_THETA = 10_000.0
+"""Base of the rotary angles where nothing else is given."""
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+
+READ_BY_ALL = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "max_position_embeddings", "rope_parameters", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+        *("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+    }
+)
+"""Fields of a config that every family reads."""
+LABELS = frozenset(
+    {
+        *("architectures", "transformers_version", "_name_or_path", "auto_map", "model_type", "dtype", "torch_dtype", "use_cache"),
+        *("id2label", "label2id", "is_encoder_decoder", "output_hidden_states", "output_attentions", "problem_type", "return_dict"),
+        *("chunk_size_feed_forward", "cache_implementation", "_attn_implementation_autoset", "torchscript", "use_bfloat16"),
+    }
+)
+"""Fields of a config that say nothing about the architecture."""
+
+
+def no_windows(fields: Mapping[str, Any]) -> Windows:
+    """Every layer attends to everything before a token."""
+    return (None,) * int(fields["num_hidden_layers"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilyFacts:
+    """One family, as its Hugging Face classes have it. `fields` below are those of a config.json, defaults filled in."""
+
+    family: Family
+    model_type: str
+    """What `AutoConfig.for_model` calls it."""
+    defaults: Mapping[str, Any]
+    """Of the Hugging Face config class, for fields that a config.json may leave out (`save_pretrained` leaves defaults out)."""
+    fields: frozenset[str]
+    """Fields of its config that its layers read, besides READ_BY_ALL."""
+    unread: frozenset[str] = frozenset()
+    """Fields its config class has and none of its layers reads."""
+    wrapped_by: str | None = None
+    """Model type of configs that hold this family's under `text_config`, beside other parts that are not trained here."""
+    activation_field: str = "hidden_act"
+    heads_divide_hidden: bool = False
+    """Whether the Hugging Face config refuses a hidden size that the heads do not divide, whatever the head dim."""
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Of the norms over the hidden size in one decoder layer."""
+    norm_offset: float = 0.0
+    """What norms add to their weight before they multiply."""
+    qk_norm: bool = False
+    """RMS norm over the head dim of queries and keys."""
+    norm_product_in_float32: bool = False
+    """Norms multiply with their weight before they return to the compute precision: more is saved for backward."""
+    qkv_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: bool(fields.get("attention_bias")))
+    output_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: bool(fields.get("attention_bias")))
+    mlp_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: False)
+    has_window: bool = True
+    """Whether there are sliding windows at all."""
+    needs_window: bool = False
+    """Whether some layers have one whatever the config says: `model.sliding_window` must be given."""
+    windows: Callable[[Mapping[str, Any]], Windows] = no_windows
+    window_fields: Callable[[int | None], dict[str, Any]] = field(default=lambda window: {"sliding_window": window})
+    """`model.sliding_window` as fields of the Hugging Face config."""
+    has_score_softcap: bool = False
+    """Scores go through tanh before their softmax where `attn_logit_softcapping` is set."""
+    has_logit_softcap: bool = False
+    """Logits do where `final_logit_softcapping` is set."""
+    rope_per_layer_type: bool = False
+    """A rotary table for layers with a window and one for the others."""
+    default_theta: float = DEFAULT_THETA
+    """Base of the rotary angles (of layers without a window, where there are two tables)."""
+
+    @property
+    def norms_per_layer(self) -> int:
+        """RMS norms over the hidden size in one decoder layer."""
+        return len(self.layer_norms)
+
+    @property
+    def rotary_tables(self) -> int:
+        return 2 if self.rope_per_layer_type else 1

@@ -1,0 +1,22 @@
+"""Mistral: the same window in every layer, no biases."""
+
+from __future__ import annotations
+
+from ..config import Family
+from .facts import FamilyFacts
+
+FACTS = FamilyFacts(
+    family=Family.MISTRAL,
+    model_type="mistral",
+    defaults={
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    fields=frozenset({"hidden_act", "sliding_window"}),
+    qkv_bias=lambda fields: False,
+    output_bias=lambda fields: False,
+    windows=lambda fields: (fields.get("sliding_window"),) * int(fields["num_hidden_layers"]),
+)

@@ -1,0 +1,106 @@
+"""The matrix products of a layer: each goes through a `Projection`, the one place that knows what a product is made of.
+
+Note: why modules are read and not called. Backward computes gradients of products whose values it does not make again, and of some
+heads' rows only, so a product is a function of weight and bias. Whatever else a module does (an adapter beside its weight, a
+quantised weight, a hook) would be missing from the gradient, and nothing would say so. Such modules are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ...errors import ConfigError
+
+Rows = slice | Tensor | None
+"""Rows of a weight (M, I), which are columns of its product; None: all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One product x W^T + b: W (M, I), b (M,) or None, as they are in this pass."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, *, graph: bool = False, rows: Rows = None) -> Tensor:
+        """(T, I) -> (T, M), of the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
+        weight, bias = self.weight, self.bias
+        if rows is not None:
+            rows = rows.to(weight.device) if isinstance(rows, Tensor) else rows
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        return LinearGraph.apply(x, weight, bias) if graph else F.linear(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def projection_of(layer: nn.Module, name: str) -> Projection:
+    """The projection at `name` in `layer`. Read anew for every product: FSDP2 and compiled steps put other tensors in place.
+
+    ConfigError unless the module there is torch's own Linear.
+    """
+    module = layer.get_submodule(name)
+    # A subclass may compute anything in its forward, so the class itself is asked for.
+    if type(module) is not nn.Linear:
+        raise _refusal(name, f"a {type(module).__qualname__}", "gradients of anything it adds would be lost")
+    return Projection(module.weight, module.bias)
+
+
+def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...]) -> None:
+    """ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
+    for name in (*projections, *norms):
+        _check_present(layer, name)
+    for name in projections:
+        projection_of(layer, name)
+        _check_plain(layer.get_submodule(name), name)
+    known = (*projections, *norms)
+    for name, _ in layer.named_parameters():
+        if not any(name.startswith(f"{owner}.") for owner in known):
+            raise _refusal(name, "a parameter that no step of a layer reads", "its gradient would be lost")
+
+
+def _check_plain(module: nn.Module, name: str) -> None:
+    """Nothing is hung on a Linear before training. An engine's hooks come later, and it gathers whole layers."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise _refusal(name, "a Linear with hooks", "they would not run")
+    if "forward" in vars(module):
+        raise _refusal(name, "a Linear with a forward of its own", "it would not run")
+
+
+def _check_present(layer: nn.Module, name: str) -> None:
+    try:
+        layer.get_submodule(name)
+    except AttributeError as error:
+        raise _refusal(name, "no such module", "the layer would be computed without it") from error
+
+
+def _refusal(name: str, found: str, otherwise: str) -> ConfigError:
+    return ConfigError(
+        "model",
+        found=f"{found} at {name} of a decoder layer",
+        expected=f"the family's own modules, projections of class torch.nn.Linear without hooks: {otherwise}",
+        hint="a model without adapters, quantised or parametrised weights: merge them into plain weights first",
+    )
+
+
+class LinearGraph(torch.autograd.Function):
+    """The backward of x W^T + b for x (T, I), W (M, I), b (M,) or None; forward returns no values, and takes no memory.
+
+    Where the product's gradient needs not the product (it goes into a sum, a rotation, or was stored), a third of a
+    recomputation's matrix products need not be made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(()).expand(x.shape[0], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return dy @ weight if needs_x else None, dy.T @ x if needs_weight else None, dy.sum(0) if needs_bias else None

@@ -1,0 +1,196 @@
+"""Which stored tensor fills which parameter of a model, and what in the files is not used: a load report, from headers alone. Pure.
+
+Note: names are resolved as transformers does (a prefix `model.` may be missing, a tied head stands in for a missing embedding), and
+text models inside larger ones are found by theirs (`language_model.`). What transformers would drop with a warning although it changes
+what the model computes (biases, norms, scales, layers) is refused; the rest is reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .families import facts_of
+from .families.facts import FamilyFacts
+from .plain_weights import PLAIN_DTYPES, is_quantised, quantised
+from .spec import ModelSpec
+from .weight_files import StoredTensor
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_PREFIXES = (("", ""), ("", "model."), ("language_model.", ""), ("model.language_model.", "model."), ("language_model.", "model."))
+"""(of the stored name, in its place): first that gives a parameter's name."""
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
+"""Constants that older versions of transformers saved; it ignores them as well."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """Where each parameter is read, and what is not read at all."""
+
+    sources: Mapping[str, StoredTensor]
+    """By parameter name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
+    names: Mapping[str, str]
+    """By parameter name: the name in the file."""
+    unused: tuple[str, ...]
+    """Names in the files that no parameter is filled from, but for constants of older versions."""
+    shared_head: tuple[StoredTensor, StoredTensor] | None
+    """Embedding and head where the model ties them and the files have both: they should hold the same."""
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the Hugging Face model, once, in its order; a tied head has none of its own."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(spec)}
+    shapes["model.norm.weight"] = (spec.hidden_size,)
+    return shapes if spec.tie_embeddings else {**shapes, HEAD: (spec.vocab_size, spec.hidden_size)}
+
+
+def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    linears = [
+        ("self_attn.q_proj", spec.query_size, hidden, spec.attention_bias),
+        ("self_attn.k_proj", spec.kv_size, hidden, spec.attention_bias),
+        ("self_attn.v_proj", spec.kv_size, hidden, spec.attention_bias),
+        ("self_attn.o_proj", hidden, spec.query_size, spec.output_bias),
+        ("mlp.gate_proj", inner, hidden, spec.mlp_bias),
+        ("mlp.up_proj", inner, hidden, spec.mlp_bias),
+        ("mlp.down_proj", hidden, inner, spec.mlp_bias),
+    ]
+    for name, rows, columns, has_bias in linears:
+        yield f"{name}.weight", (rows, columns)
+        if has_bias:
+            yield f"{name}.bias", (rows,)
+    if spec.qk_norm:
+        yield from ((f"self_attn.{name}.weight", (spec.head_dim,)) for name in ("q_norm", "k_norm"))
+    yield from ((f"{name}.weight", (hidden,)) for name in facts_of(spec.family).layer_norms)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a model asks of the files."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """By parameter name; without a head of its own where that is tied to the embedding."""
+    facts: FamilyFacts
+    file_vocabulary: int
+    """Rows of embedding and head by the file's config.json; the model may have more."""
+
+    @property
+    def is_tied(self) -> bool:
+        return HEAD not in self.shapes
+
+    @property
+    def num_layers(self) -> int:
+        return 1 + max(int(found[1]) for found in map(_LAYER.match, self.shapes) if found is not None)
+
+
+def plan_load(wanted: Wanted, stored: Mapping[str, StoredTensor], folder: Path) -> LoadPlan:
+    """The plan for a model of these sizes; ConfigError where the files are quantised, lack something or hold something else."""
+    shapes = wanted.shapes
+    names, unused = _resolve(shapes, stored, folder)
+    if wanted.is_tied and EMBEDDING not in names and HEAD in unused:
+        names[EMBEDDING] = unused.pop(HEAD)
+    _check_plain(names, unused, stored, folder)
+    _check_missing(wanted, names, stored, folder)
+    _check_unused(wanted, unused, folder)
+    sources = {name: stored[names[name]] for name in shapes}
+    for name, shape in shapes.items():
+        expected = (wanted.file_vocabulary, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+        if sources[name].shape != expected:
+            found = f"{names[name]} of shape {list(sources[name].shape)}"
+            raise _wrong(folder, found, str(list(expected)), "weights and config.json of one model")
+    head = unused.pop(HEAD, None)
+    both = None if head is None else (sources[EMBEDDING], stored[head])
+    return LoadPlan(sources, names, tuple(sorted(unused.values())), both)
+
+
+def _resolve(shapes: Mapping[str, Any], stored: Mapping[str, StoredTensor], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Stored name by parameter, and stored name by what it would be called for all the others."""
+    wanted = {*shapes, HEAD}
+    names: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for name in stored:
+        target = next((new + name[len(old) :] for old, new in _PREFIXES if name.startswith(old) and new + name[len(old) :] in wanted), None)
+        if target is None:
+            if not _BUFFERS.search(name):
+                others[_as_parameter(name)] = name
+        elif target in names:
+            found = f"{names[target]} and {name} for {target}"
+            raise _wrong(folder, found, "each weight once", "the weights of one model, in one form")
+        else:
+            names[target] = name
+    if HEAD not in shapes and HEAD in names:
+        others[HEAD] = names.pop(HEAD)
+    return names, others
+
+
+def _as_parameter(name: str) -> str:
+    """The name with the prefixes of ours, so that a layer's is known as one."""
+    for old, new in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(old):
+            name = new + name[len(old) :]
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+
+
+def _check_plain(names: Mapping[str, str], unused: Mapping[str, str], stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    """ConfigError where weights are stored in anything but plain floating point."""
+    marked = [name for name in unused.values() if is_quantised(name)]
+    odd = [name for name in names.values() if stored[name].dtype not in PLAIN_DTYPES]
+    if marked or odd:
+        what = f"{odd[0]} stored as {stored[odd[0]].dtype}" if odd else f"{marked[0]}"
+        raise quantised(folder, f"{what}: quantised weights" + f" ({len(marked)} tensors of scales and the like)" * bool(marked))
+
+
+def _check_missing(wanted: Wanted, names: Mapping[str, str], stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    missing = [name for name in wanted.shapes if name not in names]
+    if not missing:
+        return
+    switch = _bias_switch(missing, wanted.facts)
+    hint = "weights and config.json of one model, or model.path=null"
+    if missing == [HEAD]:
+        hint = "+model.extra.tie_word_embeddings=true, if the head is the embedding; or the file with lm_head"
+    elif switch is not None:
+        hint = f"+model.extra.{switch}=false, if the model has no such biases; or the file that has them"
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    others = [name for name in stored if name not in names.values()][:3]
+    beside = f" (of {len(stored)} tensors{', as ' + ', '.join(others) if others else ''})"
+    raise _wrong(folder, f"no tensor for {', '.join(missing[:5])}{more}{beside}", "every weight of the model", hint)
+
+
+def _check_unused(wanted: Wanted, unused: Mapping[str, str], folder: Path) -> None:
+    """ConfigError for what belongs to the model's own modules and has no place in it."""
+    modules = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+    inside = [name for name in unused if name.startswith(modules) and not (name == HEAD and wanted.is_tied)]
+    if not inside:
+        return
+    layer, switch = _LAYER.match(inside[0]), _bias_switch(inside, wanted.facts)
+    expected, hint = f"weights of a {wanted.facts.model_type} model with this config.json", "the config.json of these weights"
+    if layer is not None and int(layer[1]) >= wanted.num_layers:
+        expected = f"num_hidden_layers={wanted.num_layers}, as config.json has it"
+    elif switch is not None:
+        expected, hint = f"no biases: config.json has {switch}=false", f"+model.extra.{switch}=true"
+    more = f" and {len(inside) - 1} more like it" if len(inside) > 1 else ""
+    raise _wrong(folder, f"{unused[inside[0]]}{more}, which no part of the model reads", expected, hint)
+
+
+_BIASES = {
+    "attention_bias": frozenset(f"self_attn.{name}_proj.bias" for name in "qkvo"),
+    "mlp_bias": frozenset(f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")),
+}
+"""All biases that come with a switch: with some of them alone no setting of it is right."""
+
+
+def _bias_switch(names: Sequence[str], facts: FamilyFacts) -> str | None:
+    """The field of config.json that speaks of exactly these parameters, where the family has it."""
+    kinds = {_LAYER.sub("", name) for name in names}
+    return next((switch for switch, biases in _BIASES.items() if biases == kinds and switch in facts.fields), None)
+
+
+def _wrong(folder: Path, found: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"model.path {folder}", found=found, expected=expected, hint=hint)

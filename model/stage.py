@@ -1,0 +1,144 @@
+"""Stages: a run of a model's decoder layers as one callable, with the embedding before the first and the objective behind the last.
+
+Between two stages goes one tensor per micro-batch, the activations of this rank's rows (T, M), and back its gradient. A model in
+one piece is one stage that is first and last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..memory.executor.layer_pass import AttentionRuntime
+from ..memory.executor.saved import HostStore
+from ..memory.executor.tape import LayerContext, Tables, Tape
+from ..memory.policy import MemoryPolicy
+from ..memory.position import Position
+from ..parallel.sharding.engine import PlainWeights, Weights
+from .chunked_loss import Head, LossOptions
+from .families.rope import rotary_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One rank's rows of a micro-batch, on its device; each (T,) int64. `document_lengths`: tokens of each row's whole document."""
+
+    token_ids: Tensor
+    target_ids: Tensor
+    position_ids: Tensor
+    document_lengths: Tensor
+    not_finite: Tensor | None = None
+    """(T,) bool, set by the loss where a row's loss is not a finite number."""
+
+
+Objective = Callable[[Head], Tensor]
+"""From the last layer's output to a loss, or to whatever else is wanted of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePass:
+    """One micro-batch that went forward through a stage: what backward starts from and ends at."""
+
+    output: Tensor
+    """Activations (T, M) for the next stage, in its graph; of the last stage what the objective made."""
+    received: Tensor | None
+    """The activations of the stage before, whose gradient backward fills; None in the first stage."""
+
+
+class Stage:
+    """Stands in for a causal LM's `forward`: embedding -> `layers` -> objective, by chunks from the norm on.
+
+    Only the first stage reads token ids, only the last one targets; all of them read positions.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: range,
+        *,
+        first: bool,
+        last: bool,
+        options: LossOptions,
+        policy: MemoryPolicy,
+        store: HostStore | None,
+    ) -> None:
+        """`layers`: numbers of the model's own. `store` must have room for the micro-batches in flight at one time."""
+        self._model, self._options, self._policy, self._store = model, options, policy, store
+        self.layers, self.first, self.last = layers, first, last
+        self.position = Position()
+        """Where this rank is, for reports."""
+        self.weights: Weights = PlainWeights(model)
+        """Who holds the model's weights; an engine puts itself here."""
+
+    def __call__(
+        self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
+    ) -> Tensor:
+        """What `objective` makes of the last layer's output (last stage), or that output (T, M).
+
+        `received` (T, M): the output of the stage before; None in the first stage.
+        """
+        assert self.first == (received is None) and self.last == (objective is not None), "what enters and leaves follows from the place"
+        x = self.embed(tokens) if received is None else received
+        x = self.run_layers(x, self._context(self._tables(x, tokens), attention))
+        return x if objective is None else self.head(x, tokens, attention, objective)
+
+    def forward(
+        self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
+    ) -> StagePass:
+        """The same through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
+        if received is not None:
+            received = received.detach().requires_grad_()
+        return StagePass(self.weights.forward(tokens, attention, objective, received), received)
+
+    def backward(self, stage_pass: StagePass, gradient: Tensor | None = None) -> Tensor | None:
+        """Add the stage's gradients; returns that of what it received (T, M), for the stage before. Collective.
+
+        `gradient` (T, M): of the output, from the stage behind; it may be overwritten. None in the last stage.
+        """
+        self.weights.backward(stage_pass.output, gradient)
+        return None if stage_pass.received is None else stage_pass.received.grad
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Activations (T, M) that the first layer starts from."""
+        self.position.at("embedding")
+        x: Tensor = self._model.model.embed_tokens(tokens.token_ids)
+        return x
+
+    def run_layers(self, x: Tensor, context: LayerContext) -> Tensor:
+        """This stage's layers, one after the other, on x (T, M)."""
+        for index in self.layers:
+            x = self._model.model.layers[index](x, context)
+        return x
+
+    def head(self, x: Tensor, tokens: Tokens, attention: AttentionRuntime, objective: Objective) -> Tensor:
+        """What `objective` makes of the last layer's output x (T, M)."""
+        self.position.at("loss")
+        with attention.busy():
+            # The last layer's output is nobody's but the loss's: its gradient takes its place.
+            norm, weight = self._model.model.norm, self._model.lm_head.weight
+            return objective(Head(x, norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
+
+    def forget(self) -> None:
+        """Drop what aborted passes left with the host store, of every micro-batch in flight."""
+        if self._store is not None:
+            self._store.reset()
+
+    def _tables(self, x: Tensor, tokens: Tokens) -> Tables:
+        return rotary_tables(self._model.model.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
+
+    def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
+        """What the layers of one micro-batch share: each micro-batch in flight has a tape of its own."""
+        layers = self._model.model.layers
+        tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
+        return LayerContext(tables, attention, tape, lambda index: self.weights.gathered(layers[index]), self.position)
+
+
+def stage_of(model: PreTrainedModel) -> Stage:
+    """The stage that stands in for the forward of `model`, once `install` put it there."""
+    stage = model.forward
+    assert isinstance(stage, Stage)
+    return stage

@@ -1,0 +1,100 @@
+"""The protocol of an engine: who holds one rank's weights, when its collectives run, and what it can be combined with. Pure.
+
+Note: what an engine is not. Every engine runs the same layers, step plans and losses. It owns where weights, gradients and states
+lie, the collectives between ranks that hold parts of them, and the update (training/optimizers/updater.py, `Updater`); what it
+saves is a `checkpoint.state.State`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Weights(Protocol):
+    """One rank's weights and gradients. Every rank of a stage calls every method, in the same order, unless it says otherwise."""
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The model's own forward of `inputs`, its weights gathered as it goes. Collective where weights are sharded."""
+        ...
+
+    def prepare(self, *, reduce: bool, last: bool) -> None:
+        """Set up the next `backward`: `reduce` gradients over the ranks, or add to whole local ones; `last` of the step."""
+        ...
+
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Add the gradients of `output`, given its `gradient` (None: it is a scalar loss). Collective where weights are sharded."""
+        ...
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Hold one module's weights whole inside, in backward too. Collective where they are sharded."""
+        ...
+
+    def keep_whole(self, *, keep: bool) -> None:
+        """Gather all weights now and leave them whole after every pass, until it is called with False. Collective."""
+        ...
+
+    def forget(self) -> None:
+        """Start anew after an exception inside a pass: weights sharded, gradients that no rank has reduced gone. Sends nothing."""
+        ...
+
+
+class PlainWeights:
+    """Weights that lie whole on this rank, gradients that nobody else has: a model no engine has taken yet."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The model's own forward."""
+        output: Tensor = self._model(*inputs)
+        return output
+
+    def prepare(self, *, reduce: bool, last: bool) -> None:
+        """Nothing: there is nobody to reduce with."""
+
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Autograd's own backward."""
+        output.backward(gradient)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Weights are whole already."""
+        yield
+
+    def keep_whole(self, *, keep: bool) -> None:
+        """Nothing: they are whole."""
+
+    def forget(self) -> None:
+        """Nothing is left of an aborted pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A setting that an engine cannot run."""
+
+    key: str
+    """As typed: `optim.update`, `parallel.barrier_free`."""
+    values: tuple[str, ...]
+    """Those it cannot run, as typed."""
+    reason: str
+    """What the engine does or lacks, as the end of "the engine ..."."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What is known of an engine before anything is built; read by training/optimizers/engine_check.py."""
+
+    name: str
+    preload: tuple[str, ...]
+    """Modules it is made of, for the agent to import once before it forks the ranks."""
+    refused: tuple[Refused, ...] = ()
+
+
+FSDP2 = EngineFacts("fsdp2", ("torch.distributed.fsdp", "torch.distributed.tensor"))
+"""torch's own, per decoder layer (fsdp2.py): it runs everything that can be configured."""

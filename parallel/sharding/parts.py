@@ -1,0 +1,82 @@
+"""Which part of a whole tensor this rank holds, whichever engine sharded it. A plain tensor is whole.
+
+Note: strided shards. With a tensor axis and a shard axis on one dim, torch has `_StridedShard` in place of `Shard`, whose
+`is_shard()` is False. So what is asked here is whether a tensor is replicated on a mesh axis, never whether it is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether an engine gave this rank a part of the tensor; the part may be all of it, or nothing."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, without a copy; autograd sees it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """This rank's part, without a copy, of its own class and outside any graph."""
+    # What to_local() returns; but that is an operation of autograd: slow where many are asked for, and it wraps the part once more.
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def offsets(tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's part starts in the whole tensor, by dim."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(start)
+
+
+def part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's memory of a tensor and where it starts in the whole: a `checkpoint.reader.Part`."""
+    return memory_of(tensor), offsets(tensor)
+
+
+def slices(tensor: Tensor) -> tuple[slice, ...]:
+    """This rank's part of the whole tensor, as an index; also right for `_StridedShard`."""
+    return tuple(slice(start, start + size) for start, size in zip(offsets(tensor), memory_of(tensor).shape, strict=True))
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """`part` as this rank's part of a whole that is sharded as `tensor` is, on the part's own device."""
+    if not isinstance(tensor, DTensor):
+        return part
+    # Not from_local: it would move the part to the mesh's device.
+    return DTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+@torch.no_grad()
+def write_shard(target: Tensor, full: Tensor) -> None:
+    """This rank's part of `full` into a sharded (or plain) tensor."""
+    memory_of(target).copy_(full[slices(target)] if is_sharded(target) else full)
+
+
+def groups_of_parts(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+    """Groups of ranks that hold different elements, one for each such mesh axis; summing over all counts each element once.
+
+    The groups of one mesh are the same objects for all its tensors. AssertionError for sums that are not reduced yet.
+    """
+    if not isinstance(tensor, DTensor):
+        return ()
+    assert not any(placement.is_partial() for placement in tensor.placements), "a sum over ranks is not reduced yet"
+    split = (axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return tuple(tensor.device_mesh.get_group(axis) for axis in split)
+
+
+def sharding(tensor: Tensor) -> Hashable:
+    """Changes with how a tensor lies over the ranks, or its device where it is whole; the same for alike tensors."""
+    if not isinstance(tensor, DTensor):
+        return tensor.device.type
+    return (tensor.placements, tuple(tensor.device_mesh.shape), tuple(memory_of(tensor).shape))

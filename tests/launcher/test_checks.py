@@ -1,0 +1,57 @@
+"""What a resume is refused for before anything is started, and what it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from efflaunch.errors import ConfigError, DataError
+from efflaunch.launcher import checks
+from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.run_config import Config
+from efflaunch.tests.data.test_identity import make
+from efflaunch.training.data.identity import data_identity, settings_of
+from efflaunch.training.optimizers.lr_course import first_course
+
+
+def config_of(tmp_path: Path, *overrides: str) -> Config:
+    return compose(["+experiment=quickstart", "data.builtin=null", f"data.prefixes=[{tmp_path}/c]", *overrides])
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """A run with a checkpoint after step 20 of 20, and a newer one whose state cannot be read."""
+    config, corpus = config_of(tmp_path), make(tmp_path / "c", [1, 2, 3, 4, 5], [2, 3])
+    data = data_identity([corpus], settings_of(config.data, config.train.seed), "s")
+    states = {20: {"extra": {"schedule": first_course(config.optim, 20).dump(config.optim, 20)}, "metadata": {"data": data}}}
+    infos = [SimpleNamespace(step=step, path=step, is_whole=step != 19) for step in (19, 20, 21)]
+    monkeypatch.setattr(checks, "list_checkpoints", lambda run_dir: infos)
+    monkeypatch.setattr(checks, "read_state", states.__getitem__)
+    return states
+
+
+def test_a_resume_that_changes_nothing_is_told_nothing(tmp_path: Path, saved: dict[int, Any]) -> None:
+    assert checks.check_resumed(config_of(tmp_path), tmp_path) == []
+    (line,) = checks.check_resumed(config_of(tmp_path, "train.steps=40"), tmp_path)
+    assert "cosine schedule kept as it was, over 20 steps" in line
+    lines = checks.check_resumed(config_of(tmp_path, "train.seed=1"), tmp_path)
+    assert lines == ["data: train.seed: 0 -> 1"]
+
+
+def test_a_schedule_that_has_ended_at_zero_is_asked_about(tmp_path: Path, saved: dict[int, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)optim.schedule_on_resume: .*=stretch .*=rewarm"):
+        checks.check_resumed(config_of(tmp_path, "train.steps=40", "optim.min_lr_ratio=0"), tmp_path)
+
+
+def test_a_replaced_corpus_is_asked_about(tmp_path: Path, saved: dict[int, Any]) -> None:
+    make(tmp_path / "c", [1, 2, 3, 4, 6], [2, 3])
+    with pytest.raises(DataError, match=r"step 20: found something else now: corpus .*/c: other tokens"):
+        checks.check_resumed(config_of(tmp_path), tmp_path)
+    assert checks.check_resumed(config_of(tmp_path, "data.changed=accept"), tmp_path) == [f"data: corpus {tmp_path}/c: other tokens"]
+
+
+def test_a_run_without_checkpoints_has_nothing_to_compare(tmp_path: Path) -> None:
+    assert checks.check_resumed(config_of(tmp_path), tmp_path) == []

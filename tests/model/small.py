@@ -1,0 +1,63 @@
+"""Small models of every family as directories: what a user's model.path is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from efflaunch.model.config import ModelConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 11},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 7, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 7, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def save_model(folder: Path, model_type: str = "llama", shard: str = "1GB", **changes: Any) -> Path:
+    """Random weights everywhere, norms and biases included."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **FAMILIES[model_type], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def edit_config(folder: Path, *removed: str, **changes: Any) -> None:
+    """Change fields of config.json."""
+    file = folder / "config.json"
+    fields = {key: value for key, value in json.loads(file.read_text()).items() if key not in removed}
+    file.write_text(json.dumps({**fields, **changes}))
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    """Put what `change` makes of the tensors of model.safetensors in their place."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def of(folder: Path, **overrides: Any) -> ModelConfig:
+    """The configuration of `model=pretrained model.path=FOLDER`."""
+    return ModelConfig(name="m", path=str(folder), **overrides)

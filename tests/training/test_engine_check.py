@@ -1,0 +1,69 @@
+"""What an engine cannot run is refused by the key that asks for it, before anything starts; FSDP2 runs everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from efflaunch.errors import ConfigError
+from efflaunch.parallel.config import GradReduce
+from efflaunch.parallel.sharding.engine import FSDP2, EngineFacts, Refused
+from efflaunch.training.config import TrainConfig
+from efflaunch.training.engines import BUILDERS
+from efflaunch.training.optimizers.config import OptimConfig, States, Update
+from efflaunch.training.optimizers.engine_check import check_engine, engine_facts
+
+LACKING = EngineFacts(
+    "lacking",
+    (),
+    (
+        Refused("optim.update", ("backward",), "reduces gradients out of reach of an update in backward"),
+        Refused("train.dtype", ("float64",), "has float32 masters"),
+        Refused("parallel.barrier_free", ("true",), "gathers weights in every micro-batch"),
+        Refused("parallel.replicate", ("2", "4"), "shards over all ranks"),
+    ),
+)
+
+
+@dataclass
+class Parallel:
+    barrier_free: bool = False
+    replicate: int = 1
+    grad_reduce: GradReduce = GradReduce.AUTO
+
+
+@dataclass
+class Config:
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="test", lr=1e-3))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1))
+    parallel: Parallel = field(default_factory=Parallel)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "hint"),
+    [
+        (Config(optim=OptimConfig(name="test", lr=1e-3, update=Update.BACKWARD)), "optim.update", "optim.update=step"),
+        (Config(parallel=Parallel(barrier_free=True)), "parallel.barrier_free", "parallel.barrier_free=false"),
+        (Config(parallel=Parallel(replicate=2)), "parallel.replicate", "another parallel.replicate"),
+    ],
+)
+def test_the_refused_setting_is_named(config: Config, key: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_engine(LACKING, config)
+    assert error.value.where == key and "engine lacking" in str(error.value) and hint in str(error.value)
+    check_engine(FSDP2, config)
+
+
+def test_all_refused_settings_are_named_at_once() -> None:
+    both = Config(optim=OptimConfig(name="test", lr=1e-3, update=Update.BACKWARD), parallel=Parallel(barrier_free=True, replicate=4))
+    with pytest.raises(ConfigError, match=r"backward, and parallel\.barrier_free=true, and parallel\.replicate=4"):
+        check_engine(LACKING, both)
+
+
+def test_what_is_not_refused_is_accepted() -> None:
+    check_engine(LACKING, Config(optim=OptimConfig(name="test", lr=1e-3, states=States.HOST), parallel=Parallel(replicate=3)))
+
+
+def test_every_engine_that_can_be_chosen_can_be_built() -> None:
+    assert engine_facts(Config()).name in BUILDERS

@@ -1,0 +1,262 @@
+"""What a record is, decided by its fields: a text, an exchange, a chat, a preference, or rewarded completions.
+
+Note: order of the rules
+    `chosen`/`rejected`, then `completions`, then a conversation, then `prompt` and `completion`, then `instruction` and `output`,
+    then the text field. Prompts and answers are texts, or messages; where one of them is messages the others become turns of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .messages import Chat, bad_record, kind_of, read_chat, read_template_kwargs, read_tools, shown
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+ANSWERS = ("chosen", "rejected", "completions")
+"""Fields that make a record a preference or a group of completions."""
+MAIN_FIELDS = (*CONVERSATIONS, *ANSWERS, "prompt", "completion", "instruction")
+"""Any of these, or the text field, makes a record."""
+FIELDS = (*MAIN_FIELDS, "tools", "functions", "chat_template_kwargs", "system", "input", "output", "history", "rewards", "label")
+"""Every field that means something besides the text field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A prompt and what is learnt to follow it, both as they stand."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, each with it."""
+
+    chosen: Exchange | Chat
+    rejected: Exchange | Chat
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Completions of one prompt, each with it, and their rewards."""
+
+    completions: list[Exchange | Chat]
+    rewards: list[float]
+
+
+Record = str | Exchange | Chat | Preference | Group
+
+
+def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
+    """What the row is. DataError for fields that are missing or are not what they should be."""
+    row = {name: value for name, value in row.items() if value is not None}
+    if any(name in row for name in ANSWERS):
+        return _group(where, row) if "completions" in row else _preference(where, row)
+    if any(name in row for name in CONVERSATIONS):
+        return _conversation(where, row)
+    if "prompt" in row and "completion" in row:
+        if isinstance(row.get("label"), bool):
+            # Unpaired preferences: a completion labelled as bad must not be learnt.
+            raise bad_record(where, f"{row['label']} in 'label' of a completion", "no label: pairs and rewards are what is learnt from")
+        return _exchange(where, row)
+    if "instruction" in row and text_field not in ("instruction", "input", "output") and not isinstance(row.get(text_field), str):
+        return _answered(where, _instruction(where, row), _string(where, row, "output"))
+    text = row.get(text_field)
+    if isinstance(text, str):
+        return text
+    expected = f"a string in '{text_field}', or 'messages', or 'prompt' and 'completion', a pair or 'completions'"
+    found = f"{type(text).__name__} in '{text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
+    raise bad_record(where, found, expected, "--text-field NAME")
+
+
+def _conversation(where: str, row: dict[str, Any]) -> Chat:
+    given = [name for name in CONVERSATIONS if name in row]
+    if len(given) > 1:
+        raise bad_record(where, f"'{given[0]}' beside '{given[1]}'", "one conversation")
+    chat = read_chat(where, row[given[0]], given[0])
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise bad_record(where, f"{kind_of(system)} in 'system'", "a string")
+    if system:
+        if chat.messages[0]["role"] == "system":
+            if chat.messages[0].get("content") != system:
+                raise bad_record(where, "a system turn beside another text in 'system'", "one of them")
+        else:
+            chat = _joined(_turn("system", system), chat)
+    return _with_context(where, row, chat)
+
+
+def _with_context(where: str, row: dict[str, Any], chat: Chat) -> Chat:
+    tools = read_tools(where, row.get("tools"))
+    if tools is None and (functions := read_tools(where, row.get("functions"))):
+        tools = [{"type": "function", "function": function} for function in functions]
+    return replace(chat, tools=tools, template_kwargs=read_template_kwargs(where, row.get("chat_template_kwargs")))
+
+
+def _instruction(where: str, row: dict[str, Any]) -> Chat:
+    """`instruction` and `input` as the user's turn, after `system` and the exchanges of `history`, whose answers are learnt."""
+    chat = Chat([], [])
+    if row.get("system"):
+        chat = _joined(chat, _turn("system", _string(where, row, "system")))
+    history = row.get("history", [])
+    if not isinstance(history, list):
+        raise bad_record(where, f"{kind_of(history)} in 'history'", "a list of pairs: what the user said, what was answered")
+    for pair in history:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise bad_record(where, f"{shown(pair)} in 'history'", "pairs of strings: what the user said, what was answered")
+        chat = _joined(_joined(chat, _turn("user", pair[0])), _turn("assistant", pair[1]))
+    given = _string(where, row, "input") if row.get("input") else ""
+    text = _string(where, row, "instruction")
+    user = _turn("user", f"{text}\n{given}" if text and given else text or given)
+    return _with_context(where, row, _joined(chat, user))
+
+
+def _exchange(where: str, row: dict[str, Any]) -> Exchange | Chat:
+    prompt = _prompt(where, row)
+    assert prompt is not None
+    return _answered(where, prompt, _answer(where, row["completion"], "completion"))
+
+
+def _prompt(where: str, row: dict[str, Any]) -> str | Chat | None:
+    """The prompt of a record with answers, wherever it is; None: it has none."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        # Rendered with a template only where the answers are messages.
+        return prompt
+    if prompt is not None:
+        if not isinstance(prompt, (list, dict)):
+            raise bad_record(where, f"{kind_of(prompt)} in 'prompt'", "a string, or a list of messages")
+        return (
+            _with_context(where, row, _unlearnt(read_chat(where, prompt, "prompt"))) if prompt else _with_context(where, row, Chat([], []))
+        )
+    if any(name in row for name in CONVERSATIONS):
+        return _unlearnt(_conversation(where, row))
+    if "instruction" in row:
+        return _unlearnt(_instruction(where, row))
+    return None
+
+
+def _answer(where: str, raw: Any, name: str) -> str | Chat:
+    if isinstance(raw, str):
+        return raw
+    if not isinstance(raw, (list, dict)):
+        raise bad_record(where, f"{kind_of(raw)} in '{name}'", "a string, or a list of messages")
+    return read_chat(where, raw, name)
+
+
+def _answered(where: str, prompt: str | Chat, answer: str | Chat) -> Exchange | Chat:
+    """The answer after its prompt; both are texts, or both become turns of one conversation."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return Exchange(prompt, answer)
+    before = _turn("user", prompt) if isinstance(prompt, str) else prompt
+    after = _turn("assistant", answer) if isinstance(answer, str) else answer
+    if before.messages and before.messages[-1]["role"] == after.messages[0]["role"] == "assistant":
+        raise bad_record(
+            where, "a prompt that ends with an assistant's turn, and an answer that begins with one", "a prompt that ends before the answer"
+        )
+    return _joined(before, after)
+
+
+def _preference(where: str, row: dict[str, Any]) -> Preference:
+    answers = []
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise bad_record(where, f"nothing in '{name}'", "'prompt', 'chosen' and 'rejected', texts or messages")
+        answers.append(_answer(where, row[name], name))
+    chosen, rejected = answers
+    prompt: str | Chat | None
+    if isinstance(chosen, Chat) and isinstance(rejected, Chat) and chosen.messages[0]["role"] not in ("assistant", "tool"):
+        prompt, chosen, rejected = _common_prompt(where, row, chosen, rejected)
+    else:
+        prompt = _prompt(where, row)
+    if prompt is None:
+        raise bad_record(where, "nothing in 'prompt'", "a string, or messages (in 'prompt', or at the beginning of both answers)")
+    return Preference(_answered(where, prompt, chosen), _answered(where, prompt, rejected))
+
+
+def _common_prompt(where: str, row: dict[str, Any], chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
+    """Of answers that are whole conversations: what both begin with, and what is left of each."""
+    prompt = _prompt(where, row)
+    if isinstance(prompt, Chat) and prompt.messages and chosen.messages[: len(prompt.messages)] != prompt.messages:
+        # The answers go on with turns of others: they are no whole conversations.
+        return prompt, chosen, rejected
+    pairs = zip(chosen.messages, rejected.messages, strict=False)
+    same = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(chosen.messages), len(rejected.messages)))
+    same = min(same, len(chosen.messages) - 1, len(rejected.messages) - 1)
+    if same == 0:
+        raise bad_record(where, "'chosen' and 'rejected' that begin with different turns", "two answers to one prompt")
+    if isinstance(prompt, str) and not any(m.get("content", "").strip() == prompt.strip() for m in chosen.messages[:same]):
+        raise bad_record(where, "a 'prompt' that is not among the turns 'chosen' and 'rejected' begin with", "the same prompt")
+    head = _unlearnt(_part(chosen, 0, same))
+    return _with_context(where, row, head), _part(chosen, same, None), _part(rejected, same, None)
+
+
+def _group(where: str, row: dict[str, Any]) -> Group:
+    if any(name in row for name in ("chosen", "rejected")):
+        raise bad_record(where, "'completions' beside 'chosen' or 'rejected'", "a pair, or a group of completions")
+    prompt, entries = _prompt(where, row), row["completions"]
+    if prompt is None:
+        raise bad_record(where, "nothing in 'prompt'", "a string, or a list of messages")
+    if not isinstance(entries, list) or len(entries) < 2:
+        what = f"{len(entries)} of them" if isinstance(entries, list) else kind_of(entries)
+        raise bad_record(where, f"{what} in 'completions'", "a list of two or more: an advantage is over the others of the group")
+    rewards = row.get("rewards", [None] * len(entries))
+    if not isinstance(rewards, list) or len(rewards) != len(entries):
+        found = f"{len(rewards)} of them" if isinstance(rewards, list) else kind_of(rewards)
+        raise bad_record(where, f"{found} in 'rewards'", f"a list of {len(entries)} numbers, one for each completion")
+    group = Group([], [])
+    for number, (entry, reward) in enumerate(zip(entries, rewards, strict=True), 1):
+        place = f"{where} completion {number}"
+        raw = entry
+        if isinstance(entry, dict):
+            reward = entry.get("reward") if reward is None else reward
+            raw = {name: value for name, value in entry.items() if name != "reward"}
+            if "role" not in raw and "from" not in raw:
+                raw = next((raw[name] for name in ("text", "content", "completion", *CONVERSATIONS) if raw.get(name) is not None), None)
+        if raw is None:
+            raise bad_record(place, "nothing in 'text'", "an object with a string 'text' (or 'messages') and a number 'reward'")
+        group.completions.append(_answered(place, prompt, _answer(place, raw, "text")))
+        group.rewards.append(_reward(place, reward))
+    return group
+
+
+def _reward(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise bad_record(where, "no reward" if value is None else f"{shown(value)} in 'reward'", "a finite number")
+    return float(value)
+
+
+def _string(where: str, row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise bad_record(where, f"{kind_of(value)} in '{name}'", "a string")
+    return value
+
+
+def _turn(role: str, content: str) -> Chat:
+    return Chat([{"role": role, "content": content}], [role == "assistant"])
+
+
+def _unlearnt(chat: Chat) -> Chat:
+    return replace(chat, learnt=[False] * len(chat.learnt))
+
+
+def _part(chat: Chat, start: int, stop: int | None) -> Chat:
+    verbatim = None if chat.verbatim is None else chat.verbatim[start:stop]
+    return Chat(chat.messages[start:stop], chat.learnt[start:stop], verbatim)
+
+
+def _joined(first: Chat, second: Chat) -> Chat:
+    """One conversation; tools and template arguments are those of the one that has them."""
+    verbatim = None
+    if first.verbatim is not None or second.verbatim is not None:
+        verbatim = [*(first.verbatim or first.messages), *(second.verbatim or second.messages)]
+    return Chat(
+        [*first.messages, *second.messages],
+        [*first.learnt, *second.learnt],
+        verbatim,
+        first.tools or second.tools,
+        {**first.template_kwargs, **second.template_kwargs},
+    )

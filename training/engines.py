@@ -1,0 +1,14 @@
+"""How each engine builds what is trained; which one a run has is chosen by `optimizers/engine_check.py`, `engine_facts`."""
+
+from __future__ import annotations
+
+from ..parallel.sharding.engine import FSDP2
+from .optimizers.build import BuildTrained, Settings, build_trained
+from .optimizers.engine_check import engine_facts
+
+BUILDERS: dict[str, BuildTrained] = {FSDP2.name: build_trained}
+
+
+def builder_of(config: Settings) -> BuildTrained:
+    """From a configuration to a model, its weights, updater and state; what the engine cannot run was refused before the run."""
+    return BUILDERS[engine_facts(config).name]

@@ -1,0 +1,51 @@
+"""Which settings an engine cannot run, refused in the words of the configuration before anything starts. Pure, no torch."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ...errors import ConfigError
+from ...parallel.sharding.engine import FSDP2, EngineFacts, Refused
+
+
+def engine_facts(config: object) -> EngineFacts:
+    """The engine that `config` is trained with. There is one, so no key chooses yet; a second is chosen here and nowhere else."""
+    return FSDP2
+
+
+def check_engine(engine: EngineFacts, config: object) -> None:
+    """ConfigError for the first setting of `config` (dataclasses of dataclasses) that `engine` cannot run; all of them are named."""
+    refused = [(pair, text) for pair in engine.refused if (text := _typed(config, pair.key)) in pair.values]
+    if not refused:
+        return
+    pair, text = refused[0]
+    others = "".join(f", and {other.key}={value}" for other, value in refused[1:])
+    raise ConfigError(
+        pair.key,
+        found=f"{text}{others} with the engine {engine.name}",
+        expected=f"something else: the engine {pair.reason}",
+        hint=_hint(config, pair),
+    )
+
+
+def _typed(config: object, key: str) -> str:
+    """The value of a key as a person types it."""
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, Enum):
+        return str(value.value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _hint(config: object, pair: Refused) -> str:
+    """The values of the same key that are not refused, where it has a list of them."""
+    value = config
+    for part in pair.key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, Enum):
+        kept = [str(other.value) for other in type(value) if str(other.value) not in pair.values]
+        return " or ".join(f"{pair.key}={text}" for text in kept) or f"another engine for {pair.key}"
+    if isinstance(value, bool):
+        return f"{pair.key}={str(not value).lower()}"
+    return f"another {pair.key}"
