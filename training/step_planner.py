@@ -46,6 +46,10 @@ class Totals:
     """Steps with a static plan to compare with; the two sums are over these."""
     predicted_s: float = 0.0
     static_s: float = 0.0
+    timed_s: float = 0.0
+    """What steps took, but for each attempt's first, which also warms up."""
+    timed_predicted_s: float = 0.0
+    """Of the same steps, by the model."""
 
 
 class StepPlanner:

@@ -332,6 +332,9 @@ class _Run:
         """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
         static_s, plan = self.planner.known_by_now(self.done - 1, plan)
         self.measured.add(plan, times)
+        if plan.predicted_s is not None and self.done - 1 > self.began:
+            self.planner.totals.timed_s += times.step_s
+            self.planner.totals.timed_predicted_s += plan.predicted_s
         drifted = self.measured.drift.news()
         if drifted:
             self.metrics.write("drift", step=self.done, measured_over_predicted={str(d): ratio for d, ratio in drifted.items()})

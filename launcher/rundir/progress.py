@@ -43,8 +43,6 @@ class RunProgress:
     sequence: str = "static"
     """parallel.sequence of the run."""
     planner_error: str | None = None
-    modelled: dict[int, float] = field(default_factory=dict)
-    """What each step was to take by its plan's model, seconds; of plans that say so."""
     drift: dict[str, float] = field(default_factory=dict)
     """Measured over modelled time of the group degrees for which it is far from one."""
     stragglers: list[dict[str, Any]] = field(default_factory=list)
@@ -83,15 +81,13 @@ class RunProgress:
         self.memory, self.certificate, self.stragglers = event.get("memory", []), None, []
         self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
         kept = self.resumed_from or 0
-        for values in (self.losses, self.durations, self.modelled):
+        for values in (self.losses, self.durations):
             for step in [step for step in values if step > kept]:
                 del values[step]
 
     def _step(self, event: Event) -> None:
         step = event["step"]
         self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
-        if event.get("predicted_s"):
-            self.modelled[step] = event["predicted_s"]
         self.total_tokens = event.get("total_tokens", self.total_tokens)
         for rank in event.get("ranks", ()):
             number = rank["rank"]
@@ -134,13 +130,6 @@ class RunProgress:
         """Mean of the latest steps, without the first of the run, which also warms up."""
         recent = [self.durations[step] for step in sorted(self.durations)[1:][-_RECENT_STEPS:]]
         return sum(recent) / len(recent) if recent else None
-
-    @property
-    def measured_over_modelled(self) -> float | None:
-        """Seconds that steps took over those their plans' model said, without the first step, which also warms up."""
-        steps = sorted(step for step in self.modelled if step in self.durations)[1:]
-        modelled_s = sum(self.modelled[step] for step in steps)
-        return sum(self.durations[step] for step in steps) / modelled_s if modelled_s > 0 else None
 
     @property
     def time_left_s(self) -> float | None:
@@ -269,8 +258,8 @@ def plans_text(progress: RunProgress) -> str:
     parts = ["adaptive", f"{late} of {progress.step}"]
     if totals["steps"] and totals["predicted_s"] > 0:
         ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
-        ratio = progress.measured_over_modelled
-        off = "" if ratio is None else f"; measured steps took {ratio:.2f} x the modelled time"
+        timed_s = totals.get("timed_predicted_s", 0.0)
+        off = f"; measured steps took {totals['timed_s'] / timed_s:.2f} x the modelled time" if timed_s > 0 else ""
         seconds = f"{format_seconds(ours)} a step, {format_seconds(static)} with static groups"
         parts.insert(1, f"{static / ours:.2f} x as fast as static groups in the model ({seconds}, both modelled{off})")
     if progress.planner_error:
