@@ -84,7 +84,7 @@ class _Bench:
         from ..training.data.source import open_data
         from ..training.profiling.probe import Prober
 
-        self.prober = Prober(config, torch.device("cpu"))
+        self.prober = Prober.of(config, torch.device("cpu"))
         self.profile = self.prober.profile(seconds)
         self.source = open_data(config.data, config.train.seed, self.prober.spec.vocab_size)
         self.cost = self._same_everywhere(self.profile.refine(self.prober.cost))

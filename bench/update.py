@@ -74,7 +74,7 @@ def _measured(words: list[str], rounds: int) -> dict[str, Any]:
     from ..launcher.config.compose import compose
     from ..training.profiling.probe import Prober
 
-    probers = {name: Prober(compose([*MODEL, *words, *changes]), torch.device("cpu")) for name, changes in CASES.items()}
+    probers = {name: Prober.of(compose([*MODEL, *words, *changes]), torch.device("cpu")) for name, changes in CASES.items()}
     plain = next(iter(probers.values()))
     seen: list[Any] = []
     passes: list[float] = []
@@ -150,7 +150,7 @@ def _least_s(prober: Any, end: Callable[[], None]) -> float:
         begun = time.process_time()
         prober._backward([EMPTY], None)
         end()
-        seconds.append(prober._agreed(time.process_time() - begun))
+        seconds.append(prober.agreed(time.process_time() - begun))
     return min(seconds)
 
 

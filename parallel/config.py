@@ -66,6 +66,8 @@ class ParallelConfig:
     """File of measured times (`efflaunch profile`); None: profile.yaml of the working directory, where it is of this machine and model."""
     plan_timeout_s: Seconds = 0.25
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
+    probe_s: Seconds = 10.0
+    """adaptive: how long a run measures this machine before its first step, where no profile is of it; 0: plans go by arithmetic."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "replicate": Range(1, 1 << 26),
@@ -74,6 +76,7 @@ class ParallelConfig:
         "ulysses_degree": Range(1, 1 << 26),
         "tokens_per_rank": Range(1, TOKENS),
         "plan_timeout_s": Range(0, WAIT_S),
+        "probe_s": Range(0, WAIT_S),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,8 +17,10 @@ from efflaunch.tests import test_real_runs as runs
 from efflaunch.tests.launcher.runs import descendants, is_alive
 
 STEPS = 16
-ADAPTIVE = ("parallel.sequence=adaptive", "parallel.plan_timeout_s=60")
+PATIENT = ("parallel.sequence=adaptive", "parallel.plan_timeout_s=60")
 """So patient that no plan is late: late plans change the order of sums."""
+ADAPTIVE = (*PATIENT, "parallel.probe_s=0")
+"""By arithmetic: runs that are compared plan by the same costs."""
 
 
 def train(directory, *overrides):
@@ -69,7 +72,7 @@ def test_what_each_step_says_of_its_plan(reference):
     assert totals["steps"] > 0 and totals["static_s"] >= totals["predicted_s"] * (1 - 1e-9)
     assert {group["degree"] for event in events(reference, "step") for group in event["groups"]} == {1, 2}
     text = (reference / "output").read_text()
-    assert "adaptive; " in text and "with static groups" in text and "none late" in text
+    assert "x as fast as static groups in the model (" in text and "both modelled; measured steps took " in text and "none late" in text
     (end,) = events(reference, "end")
     assert {row["degree"] for row in end["drift"]} == {1, 2} and end["late_plans"] == 0
 
@@ -123,6 +126,25 @@ def test_without_barriers_the_losses_are_the_same_up_to_rounding(place, referenc
     assert all(abs(ours[step] - theirs[step]) < 1e-5 * theirs[step] for step in range(1, 11))
     # Bounds are of steps with barriers.
     assert all(event["lower_bound_s"] is None and event["predicted_s"] > 0 for event in events(place, "step"))
+
+
+def test_a_probe_changes_nothing_but_plans_and_is_made_once(place):
+    """Attempt 1 probes and is killed before it saved anything; attempt 2 starts anew, by the same costs without a probe."""
+    process = runs.hold(place, 3, *PATIENT, "parallel.probe_s=5", steps=4)
+    os.kill([pid for pid in descendants(process.pid) if psutil.Process(pid).memory_info().rss > 1 << 28][-1], signal.SIGKILL)
+    runs.finish(process, place)
+    first, second = events(place, "start")
+    assert first["cost_model"] == second["cost_model"] and first["costs"] == second["costs"]
+    # A loaded machine may hide what tokens cost: then the event has the reason, and arithmetic stays.
+    assert first["costs"].startswith("probed before step 1 (") or "a probe before step 1 changed nothing: " in first["costs"]
+    kept = json.loads((place / "runs" / "run" / "costs.json").read_text())
+    assert kept["origin"] == first["costs"] and kept["model"] == first["cost_model"]
+    steps = events(place, "step")
+    before = {event["step"]: event for event in steps if event["time"] < second["time"]}
+    again = {event["step"]: event for event in steps if event["time"] > second["time"]}
+    assert sorted(before) == [1, 2] and sorted(again) == [1, 2, 3, 4]
+    for step, event in before.items():
+        assert all(event[key] == again[step][key] for key in ("plan", "loss", "grad_norm"))
 
 
 def test_a_profile_is_taken_used_and_refused_elsewhere(place):

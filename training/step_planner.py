@@ -46,6 +46,10 @@ class Totals:
     """Steps with a static plan to compare with; the two sums are over these."""
     predicted_s: float = 0.0
     static_s: float = 0.0
+    timed_s: float = 0.0
+    """What steps took, but for each attempt's first, which also warms up."""
+    timed_predicted_s: float = 0.0
+    """Of the same steps, by the model."""
 
 
 class StepPlanner:
@@ -155,6 +159,8 @@ class Costs:
     """Where the figures come from, for people."""
     fingerprint: str
     """Of the settings it was made from: the same settings go on with the same model."""
+    is_assumed: bool = False
+    """Arithmetic, for want of a profile, and not settled yet: a probe may replace it."""
 
     def dump(self) -> dict[str, Any]:
         """As JSON, exactly; for checkpoints."""
@@ -172,12 +178,20 @@ def settle_costs(config: Any, inputs: PlanInputs, device: torch.device, stored: 
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))
     text = json.dumps([asdict(arithmetic), config.parallel.profile, asdict(key)])
     made_from = hashlib.sha256(text.encode()).hexdigest()[:16]
-    if stored is not None and stored["fingerprint"] == made_from:
-        return Costs(load_cost(stored["model"]), stored["overhead_s"], key, stored["origin"], made_from)
+    known = None if stored is None else load_costs(stored, key, made_from)
+    if known is not None:
+        return known
     profile, origin = find_profile(config.parallel.profile, key)
     if profile is None:
-        return Costs(arithmetic, 0.0, key, origin, made_from)
+        return Costs(arithmetic, 0.0, key, origin, made_from, is_assumed=True)
     return Costs(profile.refine(arithmetic), profile.overhead_s, key, origin, made_from)
+
+
+def load_costs(stored: dict[str, Any], key: ProfileKey, fingerprint: str) -> Costs | None:
+    """The inverse of `Costs.dump`; None where they were made from other settings than those of `fingerprint`."""
+    if stored["fingerprint"] != fingerprint:
+        return None
+    return Costs(load_cost(stored["model"]), stored["overhead_s"], key, stored["origin"], fingerprint)
 
 
 def this_hardware(device: torch.device) -> str:

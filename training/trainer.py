@@ -39,6 +39,7 @@ from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
 from .optimizers.lr_course import Course, first_course, load_course, resumed_course
 from .optimizers.updater import Gradients
+from .profiling.first_probe import probe_before_training
 from .reporting.events import start_fields, step_fields, straggler_rows
 from .reporting.metrics import Metrics
 from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
@@ -144,7 +145,8 @@ class _Run:
         )
         self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
-        self.costs: Costs = settle_costs(config, self.session.ledger.inputs, device, extra.get("costs"))
+        self.position: Position = position_of(self.session.model)
+        self.costs: Costs = self._settle_costs(extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = StepComparison(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
@@ -152,12 +154,20 @@ class _Run:
         self.stragglers = Stragglers(self.costs.model)
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self.certified = PeakMemoryCheck(self.session.ledger, device, self.metrics.write)
-        self.position: Position = position_of(self.session.model)
         self.position.listener = pulse.at
         self.low_on_host: tuple[int, int] | None = None
         """The first rank whose node has next to nothing left, and the bytes it has."""
         self.hosts = host_names(self.session.topology.world)
         self._write_start(restored)
+
+    def _settle_costs(self, stored: dict[str, Any] | None) -> Costs:
+        """What a checkpoint stored, a profile of this machine, or what a probe finds now. Collective."""
+        costs = settle_costs(self.config, self.session.ledger.inputs, self.session.device, stored)
+        if self.done == self.config.train.steps:
+            return costs
+        self.position.at("probing this machine")
+        with self.pulse.long("probing this machine"), self._memory_errors_named():
+            return probe_before_training(self.config, self.session, costs, self.run_dir, step=self.done + 1, beat=self.pulse.at)
 
     def _planner(self, service: PlanService | None, extra: dict[str, Any]) -> StepPlanner:
         layout = self.session.layout
@@ -322,6 +332,9 @@ class _Run:
         """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
         static_s, plan = self.planner.known_by_now(self.done - 1, plan)
         self.measured.add(plan, times)
+        if plan.predicted_s is not None and self.done - 1 > self.began:
+            self.planner.totals.timed_s += times.step_s
+            self.planner.totals.timed_predicted_s += plan.predicted_s
         drifted = self.measured.drift.news()
         if drifted:
             self.metrics.write("drift", step=self.done, measured_over_predicted={str(d): ratio for d, ratio in drifted.items()})

@@ -165,6 +165,8 @@ def start_line(event: Event) -> str:
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
     lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
     lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
+    if event.get("sequence") == "adaptive" and event.get("costs"):
+        lines.append(f"step times are modelled: {event['costs']}")
     if event.get("data_changes"):
         lines.append(f"the data is not what the checkpoint was trained on, other documents follow: {'; '.join(event['data_changes'])}")
     if (event.get("schedule") or {}).get("change"):
@@ -245,7 +247,10 @@ def checkpoints_text(progress: RunProgress) -> str:
 
 
 def plans_text(progress: RunProgress) -> str:
-    """What adaptive planning came to: the model's seconds against the static plan's, and what went wrong; empty for static runs."""
+    """What adaptive planning came to, and what went wrong; empty for static runs.
+
+    No run takes static steps beside its own: what was saved is modelled, and the same sentence says how far the model is off.
+    """
     totals = (progress.last or {}).get("plan_totals")
     if progress.sequence != "adaptive" or not totals:
         return ""
@@ -253,8 +258,10 @@ def plans_text(progress: RunProgress) -> str:
     parts = ["adaptive", f"{late} of {progress.step}"]
     if totals["steps"] and totals["predicted_s"] > 0:
         ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
-        saved = f"{format_seconds(ours)} a step in the model, {format_seconds(static)} with static groups: {static / ours:.2f} x"
-        parts.insert(1, saved)
+        timed_s = totals.get("timed_predicted_s", 0.0)
+        off = f"; measured steps took {totals['timed_s'] / timed_s:.2f} x the modelled time" if timed_s > 0 else ""
+        seconds = f"{format_seconds(ours)} a step, {format_seconds(static)} with static groups"
+        parts.insert(1, f"{static / ours:.2f} x as fast as static groups in the model ({seconds}, both modelled{off})")
     if progress.planner_error:
         parts.append(f"{progress.planner_error}, greedy plans since")
     return "; ".join(parts)

@@ -18,7 +18,7 @@ from efflaunch.launcher.rundir import state as states
 from efflaunch.launcher.rundir.lock import lock_run
 from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
-from efflaunch.launcher.rundir.progress import RunProgress, step_line, summary_lines
+from efflaunch.launcher.rundir.progress import RunProgress, start_line, step_line, summary_lines
 from efflaunch.launcher.rundir.run_dir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
 
@@ -63,6 +63,24 @@ def test_summary() -> None:
         "peak memory": "rank 0 3.0 GiB, rank 1 2.0 GiB",
     }
     assert summary_lines(RunProgress()) == []
+
+
+def test_savings_are_called_modelled_beside_how_far_the_model_is_off() -> None:
+    totals = {"late": 0, "steps": 3, "predicted_s": 9.0, "static_s": 18.0}
+
+    def plans(**timed: float) -> str:
+        events = [{**start(), "sequence": "adaptive"}, {**step(1, 9.0), "plan_totals": {**totals, **timed}}]
+        return dict(summary_lines(RunProgress().apply(events)))["plans"]
+
+    saved = "adaptive; 2.00 x as fast as static groups in the model (3.00 s a step, 6.00 s with static groups, both modelled"
+    assert plans(timed_s=8.0, timed_predicted_s=6.4) == f"{saved}; measured steps took 1.25 x the modelled time); none late of 1"
+    assert plans(timed_s=0.0, timed_predicted_s=0.0) == plans() == f"{saved}); none late of 1", "one step, or a run of another version"
+
+
+def test_a_start_says_where_its_times_are_from() -> None:
+    event = {**start(), "resumed_from": None, "costs": "probed before step 1"}
+    assert "step times are modelled: probed before step 1" in start_line({**event, "sequence": "adaptive"}).splitlines()
+    assert "probed" not in start_line({**event, "sequence": "static"})
 
 
 def test_follower_waits_for_the_end_of_a_line(tmp_path: Path) -> None:

@@ -68,12 +68,12 @@ def _probed(arguments, folder):
     from efflaunch.training.profiling.probe import Prober
 
     class Steady(Prober):
-        def _sample(self, degree, ulysses, lengths):
-            sample = super()._sample(degree, ulysses, lengths)
+        def sample(self, degree, ulysses, lengths):
+            sample = super().sample(degree, ulysses, lengths)
             assert all(busy_s > 0 for busy_s in sample.group_s)
             return replace(sample, group_s=(0.01 + 3e-6 * sum(lengths) / degree,) * len(sample.group_s))
 
-    profile = Steady(compose(arguments), torch.device("cpu")).profile(1.0)
+    profile = Steady.of(compose(arguments), torch.device("cpu")).profile(1.0)
     if dist.get_rank() == 0:
         save_profile(pathlib.Path(folder) / "profile.yaml", profile)
     return profile.overhead_s

@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from ...errors import ConfigError
+from ...estimate.ledger import Ledger
 from ...estimate.measured.profile import (
     DEFAULT_FILE,
     Fit,
@@ -47,6 +50,7 @@ from ..agreed_ledger import agreed_ledger
 from ..engines import builder_of
 from ..objectives.heads import LanguageModelling
 from ..optimizers.room import check_update_memory
+from ..optimizers.updater import Updater
 from ..run_settings import RunSettings
 from ..session import host_store, join_ranks, step_setup
 from ..step import EMPTY, MicroBatchWork, backward_step, read_step
@@ -100,7 +104,7 @@ def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Heartbeat) ->
     request = json.loads((run_dir / REQUEST_FILE).read_text())
     device = join_ranks(config.cluster)
     try:
-        prober = Prober(config, device)
+        prober = Prober.of(config, device)
         position_of(prober.model).listener = pulse.at
         profile = prober.profile(float(request["seconds"]))
         if prober.topology.rank == 0:
@@ -110,27 +114,57 @@ def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Heartbeat) ->
     return 0
 
 
+class Probed(Protocol):
+    """What is probed: one rank's built model and what runs it. A training session is one."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def updater(self) -> Updater: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model built to be probed, and for nothing else."""
+
+    device: torch.device
+    topology: Topology
+    ledger: Ledger
+    model: PreTrainedModel
+    updater: Updater
+
+
 class Prober:
     """The real model of a configuration, and documents of any lengths."""
 
-    def __init__(self, config: RunSettings, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.spec = model_spec(config.model)
+    def __init__(self, config: RunSettings, built: Probed) -> None:
+        self.config, self.device, self.topology = config, built.device, built.topology
+        self.model, self.updater, self.inputs = built.model, built.updater, built.ledger.inputs
+        self.spec = self.inputs.spec
+        # Barriers stay: what is fitted are micro-batches that all ranks run together.
+        parallel = replace(self.inputs.parallel, barrier_free=False)
+        self.setup = step_setup(self.model, self.topology, parallel, self.device)
+        self.cost: CostModel = cost_model_of(self.inputs)
+
+    @classmethod
+    def of(cls, config: RunSettings, device: torch.device) -> Self:
+        """One with a model of its own, its weights random. Collective."""
         parallel, data = config.parallel, config.data
         layout = solve_layout(
-            parallel, config.cluster, self.spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
+            parallel, config.cluster, model_spec(config.model), max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
-        self.topology: Topology = build_topology(replicate=layout.replicate, device=device.type)
+        topology = build_topology(replicate=layout.replicate, device=device.type)
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.inputs)
         store = host_store(ledger.inputs, device)
-        trained = builder_of(config)(config, ledger.inputs.policy, self.topology.mesh, device, store, load=False)
-        self.model, self.updater = trained.model, trained.updater
-        # Barriers stay: what is fitted are micro-batches that all ranks run together.
-        parallel = replace(ledger.inputs.parallel, barrier_free=False)
-        self.setup = step_setup(self.model, self.topology, parallel, device)
-        self.inputs = ledger.inputs
-        self.cost: CostModel = cost_model_of(ledger.inputs)
+        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, load=False)
+        return cls(config, Built(device, topology, ledger, trained.model, trained.updater))
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""
@@ -174,26 +208,27 @@ class Prober:
 
         Degrees take turns and passes are apart in time, so that a slow moment of the machine hits all degrees, and few samples twice.
         """
-        kept, ends = [], self._agreed(time.monotonic()) + seconds / REPEATS
+        kept, ends = [], self.agreed(time.monotonic()) + seconds / REPEATS
         pace: dict[int, float] = {}
         for index, shape in enumerate(SHAPES):
             for cost in self.cost.degrees:
-                lengths = tuple(max(1, cost.degree * self.cost.tokens_per_rank // shape[0]) for _ in range(shape[1]))
+                lengths = lengths_of(shape, cost.degree * self.cost.tokens_per_rank)
                 work = float(cost.sequence_s(lengths).sum())
-                if index >= LEAST_SHAPES and self._agreed(time.monotonic()) + pace[cost.degree] * work > ends:
+                if index >= LEAST_SHAPES and self.agreed(time.monotonic()) + pace[cost.degree] * work > ends:
                     continue
                 begun = time.monotonic()
-                kept.append(self._sample(cost.degree, cost.ulysses, lengths))
-                pace[cost.degree] = self._agreed((time.monotonic() - begun) / work)
+                kept.append(self.sample(cost.degree, cost.ulysses, lengths))
+                pace[cost.degree] = self.agreed((time.monotonic() - begun) / work)
         for _ in range(REPEATS - 1):
             kept = self._again(kept)
         return kept
 
     def _again(self, samples: Sequence[Sample]) -> list[Sample]:
         """Another pass over the same shapes, each time the lesser of both."""
-        return [known.least(self._sample(known.degree, known.ulysses, known.lengths)) for known in samples]
+        return [known.least(self.sample(known.degree, known.ulysses, known.lengths)) for known in samples]
 
-    def _sample(self, degree: int, ulysses: int, lengths: tuple[int, ...]) -> Sample:
+    def sample(self, degree: int, ulysses: int, lengths: tuple[int, ...]) -> Sample:
+        """One micro-batch of random tokens, in which every group of that degree holds sequences of these lengths. Collective."""
         world, count = self.topology.stage_size, len(lengths)
         firsts = range(0, world - degree + 1, degree)
         groups = tuple(
@@ -213,7 +248,7 @@ class Prober:
         begun = time.perf_counter()
         shares = self._backward(works, clocks, num_targets)
         self._synchronize()
-        wall_s = self._agreed(time.perf_counter() - begun)
+        wall_s = self.agreed(time.perf_counter() - begun)
         self.updater.discard()
         mine = torch.tensor([float(shares.sum()), *(clock.seconds() for clock in clocks)], dtype=torch.float64)
         table = [torch.zeros_like(mine) for _ in range(self.topology.world_size)]
@@ -241,15 +276,15 @@ class Prober:
                 self.updater.finish()
             self.updater.apply()
             self._synchronize()
-            seconds.append(self._agreed(time.perf_counter() - begun))
+            seconds.append(self.agreed(time.perf_counter() - begun))
         return statistics.median(seconds[1:])
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _agreed(self, value: float) -> float:
-        """The largest of all ranks: decisions must be the same everywhere."""
+    def agreed(self, value: float) -> float:
+        """Collective. The largest of all ranks: decisions must be the same everywhere."""
         largest = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.topology.world)
         return float(largest)
@@ -270,6 +305,12 @@ class _Documents:
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.random.default_rng(index).integers(0, self._vocab_size, stop - start)
         return ids, ids
+
+
+def lengths_of(shape: tuple[int, int], capacity: int) -> tuple[int, ...]:
+    """The sequences of a shape (see SHAPES) in a group that holds `capacity` tokens."""
+    fraction, count = shape
+    return (max(1, capacity // fraction),) * count
 
 
 def _grows(row: FittedDegree) -> bool:
