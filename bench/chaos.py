@@ -108,18 +108,18 @@ class Record:
 
     def load(self) -> None:
         """Goes on from the file; ValueError where it is of another seed."""
-        known = json.loads(self.path.read_text())
-        if known["seed"] != self.seed:
-            raise ValueError(f"{self.path} is of seed {known['seed']}, not {self.seed}")
-        self._before_s = known["seconds"]
-        self.kills, self.faults = (Tally(**known["tallies"][kind]) for kind in ("kills", "faults"))
+        saved = json.loads(self.path.read_text())
+        if saved["seed"] != self.seed:
+            raise ValueError(f"{self.path} is of seed {saved['seed']}, not {self.seed}")
+        self._before_s = saved["seconds"]
+        self.kills, self.faults = (Tally(**saved["tallies"][kind]) for kind in ("kills", "faults"))
 
     def result(self) -> dict[str, Any]:
         problems = self.kills.problems + self.faults.problems
-        found = {"benchmark": "chaos", **self.facts, "seed": self.seed, "kills": self.kills.done, "faults": self.faults.done}
-        found |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
-        found |= {"seconds": self._before_s + time.monotonic() - self._started, "restored_from_memory": self.kills.from_memory}
-        return found | {"tallies": {"kills": asdict(self.kills), "faults": asdict(self.faults)}}
+        result = {"benchmark": "chaos", **self.facts, "seed": self.seed, "kills": self.kills.done, "faults": self.faults.done}
+        result |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
+        result |= {"seconds": self._before_s + time.monotonic() - self._started, "restored_from_memory": self.kills.from_memory}
+        return result | {"tallies": {"kills": asdict(self.kills), "faults": asdict(self.faults)}}
 
     def write(self) -> None:
         write_json(self.path, self.result())
@@ -150,13 +150,13 @@ def kill_trials(
         every, last = REPLICA_LIVES
         replicas = trial % every >= every - last if replica is None else replica
         life = _Life(folder, trial, random.Random(f"{seed} {trial}"), replicas, points[trial] if trial < len(points) else "")
-        found = life.run(last=trial == number)
-        for text in found["problems"]:
+        outcome = life.run(last=trial == number)
+        for text in outcome["problems"]:
             tally.problems.append({"kind": text.partition(":")[0], "trial": trial, "text": text})
-        if found["restored"] < durable:
-            tally.problems.append({"kind": "lost", "trial": trial, "text": f"step {durable} was durable, {found['restored']} found"})
-        durable = max(found["restored"] if found["is_durable"] else 0, found["durable"], durable)
-        tally.from_memory += found["from_memory"]
+        if outcome["restored"] < durable:
+            tally.problems.append({"kind": "lost", "trial": trial, "text": f"step {durable} was durable, {outcome['restored']} found"})
+        durable = max(outcome["restored"] if outcome["is_durable"] else 0, outcome["durable"], durable)
+        tally.from_memory += outcome["from_memory"]
         if trial < number:
             tally.add(f"kill {life.kind}" if life.kind != "point" else f"kill at {life.point}")
         after()
@@ -204,9 +204,9 @@ class _Life:
             for rank in ranks:
                 rank.kill()
                 rank.join()
-        found = self._read()
+        facts = self._read()
         shutil.rmtree(self.notes)
-        return found
+        return facts
 
     def _end(self, ranks: list[Any], last: bool) -> None:
         deadline = time.monotonic() + _LIFE_S
@@ -257,11 +257,11 @@ class _Life:
         restored = self.notes / "restored"
         log = self.notes / "durable"
         steps = [int(line) for line in log.read_text().split()] if log.exists() else []
-        found, is_durable, origin = json.loads(restored.read_text()) if restored.exists() else (-1, True, "")
+        restored_step, is_durable, origin = json.loads(restored.read_text()) if restored.exists() else (-1, True, "")
         problems = [path.read_text() for path in self.notes.glob("problem-*")]
-        if found < 0:
+        if restored_step < 0:
             problems.append("failed: no restore")
-        what = {"restored": found, "is_durable": is_durable, "from_memory": int("memory" in origin)}
+        what = {"restored": restored_step, "is_durable": is_durable, "from_memory": int("memory" in origin)}
         return what | {"durable": max(steps, default=0), "steps": steps, "problems": problems}
 
 

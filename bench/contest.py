@@ -67,10 +67,10 @@ def gradient_error(build: Build, task: Task = CHECK) -> float:
     """The worst relative distance of a parameter's gradient from plain Hugging Face's."""
     plain, mine = Stock(task), build(task)
     losses = plain.step(), mine.step()
-    expected, found = plain.gradients(), mine.gradients()
-    if set(expected) != set(found):
-        raise RuntimeError(f"gradients of other parameters than plain Hugging Face's: {sorted(set(expected) ^ set(found))}")
-    errors = [float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()]
+    expected, computed = plain.gradients(), mine.gradients()
+    if set(expected) != set(computed):
+        raise RuntimeError(f"gradients of other parameters than plain Hugging Face's: {sorted(set(expected) ^ set(computed))}")
+    errors = [float((computed[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()]
     return max(*errors, abs(losses[1] - losses[0]) / losses[0])
 
 

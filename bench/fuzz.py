@@ -203,9 +203,9 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.monotonic()
 
-    def on_progress(found: Findings) -> None:
-        if found.inputs % 100 == 0:
-            print(found.summary(), file=sys.stderr, flush=True)
+    def on_progress(so_far: Findings) -> None:
+        if so_far.inputs % 100 == 0:
+            print(so_far.summary(), file=sys.stderr, flush=True)
 
     findings = fuzz(options.inputs, options.seed, on_progress)
     summary = findings.summary()

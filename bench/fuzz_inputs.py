@@ -51,11 +51,11 @@ class Input:
 
 def ranges(kind: type = Config, path: str = "") -> dict[str, Range]:
     """Every declared range of the configuration, by dotted key."""
-    found = {f"{path}{name}": allowed for name, allowed in ranges_of(kind).items()}
+    allowed_by_key = {f"{path}{name}": allowed for name, allowed in ranges_of(kind).items()}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if hasattr(hint, "__dataclass_fields__"):
-            found |= ranges(typing.cast(type, hint), f"{path}{name}.")
-    return found
+            allowed_by_key |= ranges(typing.cast(type, hint), f"{path}{name}.")
+    return allowed_by_key
 
 
 def _is_plain_number(hint: Any) -> bool:

@@ -71,8 +71,8 @@ def _sdpa(qkv: QKV, do: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
     return o.detach(), *torch.autograd.grad(o, leaves, do)
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.float() - exact).norm() / exact.norm())
+def _error(computed: Tensor, exact: Tensor) -> float:
+    return float((computed.float() - exact).norm() / exact.norm())
 
 
 def executor(job: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def _plain_gradients(job: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> di
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _worst(found: dict[str, Any], exact: dict[str, Tensor]) -> float:
-    return max(_error(found[name], gradient) for name, gradient in exact.items())
+def _worst(computed: dict[str, Any], exact: dict[str, Tensor]) -> float:
+    return max(_error(computed[name], gradient) for name, gradient in exact.items())
 
 
 def _model(job: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -183,10 +183,10 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
         ids = torch.randint(0, model.config.vocab_size, (num_tokens,), device=device)
         short = ids[: min(num_tokens, 2 * job["chunk"])]
         _one_step(model, short, alone(len(short), device))
-        found = _measured(model, ids, device, store)
+        figures = _measured(model, ids, device, store)
         stats = None if store is None else store.stats
     moved = {} if stats is None else {"waits": stats.waits, "wait_s": stats.wait_s, "host_bytes": stats.high_water_bytes}
-    return found | moved | {"parameter_bytes": sum(p.nbytes for p in model.parameters())}
+    return figures | moved | {"parameter_bytes": sum(p.nbytes for p in model.parameters())}
 
 
 def _model_in_bfloat16(job: dict[str, Any]) -> Any:

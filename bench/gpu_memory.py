@@ -120,10 +120,10 @@ def _row(rows: Rows, job: Job) -> dict[str, Any] | None:
 
 def _guess_s(rows: Rows, num_tokens: int, layers: int) -> float:
     """Seconds of a step from the nearest measured one: at most as tokens squared and as layers."""
-    known = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
-    if not known:
+    timed = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
+    if not timed:
         return START_S
-    nearest = min(known, key=lambda row: (abs(row["job"]["tokens"] - num_tokens), abs(row["job"]["layers"] - layers)))
+    nearest = min(timed, key=lambda row: (abs(row["job"]["tokens"] - num_tokens), abs(row["job"]["layers"] - layers)))
     times = num_tokens / nearest["job"]["tokens"]
     return float(nearest["seconds"]) * max(times, times**2) * layers / nearest["job"]["layers"]
 
@@ -192,29 +192,29 @@ def summary(rows: Rows, peak_flops: float | None = None) -> dict[str, Any]:
     steps = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
     plain = [row for row in steps if not row["job"]["keep_inputs"] and row["job"]["allocator"] == "expandable"]
     lengths = sorted({row["job"]["tokens"] for row in plain})
-    found: dict[str, Any] = {row["job"]["kind"]: row["worst_ratio"] for row in rows if "worst_ratio" in row}
-    found["lengths"] = [_length([row for row in plain if row["job"]["tokens"] == tokens], peak_flops) for tokens in lengths]
+    figures: dict[str, Any] = {row["job"]["kind"]: row["worst_ratio"] for row in rows if "worst_ratio" in row}
+    figures["lengths"] = [_length([row for row in plain if row["job"]["tokens"] == tokens], peak_flops) for tokens in lengths]
     for row in steps:
         like = _row(plain, row["job"] | {"keep_inputs": False, "allocator": "expandable"})
         if like is not None and row["job"]["keep_inputs"]:
-            found["offload_over_kept_s"] = like["seconds"] / row["seconds"]
+            figures["offload_over_kept_s"] = like["seconds"] / row["seconds"]
         if like is not None and row["job"]["allocator"] == "default" and row["reserved_bytes"]:
-            found["reserved_default_over_expandable"] = row["reserved_bytes"] / like["reserved_bytes"]
-    return found
+            figures["reserved_default_over_expandable"] = row["reserved_bytes"] / like["reserved_bytes"]
+    return figures
 
 
 def _length(rows: Rows, peak_flops: float | None) -> dict[str, Any]:
     """One length: the most layers measured, and 32 layers on the line through all layer counts."""
     most = max(rows, key=lambda row: row["job"]["layers"])
     shape, tokens, layers = Shape(*most["job"]["shape"]), most["job"]["tokens"], most["job"]["layers"]
-    found = {"tokens": tokens, "layers": layers, **{key: most[key] for key in ("seconds", "peak_bytes", "reserved_bytes", "host_bytes")}}
+    entry = {"tokens": tokens, "layers": layers, **{key: most[key] for key in ("seconds", "peak_bytes", "reserved_bytes", "host_bytes")}}
     flops = peak_flops or next((value for name, value in PEAK_FLOPS.items() if name in most["device_name"]), None)
-    found["mfu"] = model_flops(shape, tokens, layers) / most["seconds"] / flops if flops else None
+    entry["mfu"] = model_flops(shape, tokens, layers) / most["seconds"] / flops if flops else None
     if len({row["job"]["layers"] for row in rows}) > 1:
         for key in ("seconds", "peak_bytes", "host_bytes"):
             line = fit_line([(row["job"]["layers"], row[key]) for row in rows])
-            found[f"{key}_32_layers"] = line.offset + LLAMA_8B_LAYERS * line.slope
-    return found
+            entry[f"{key}_32_layers"] = line.offset + LLAMA_8B_LAYERS * line.slope
+    return entry
 
 
 def _line(row: dict[str, Any]) -> str:

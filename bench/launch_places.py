@@ -166,8 +166,8 @@ class Handed:
             self.process.check()
         state = read_state(self.run_dir)
         if state is not None and state.exit_code is not None:
-            told = "".join(path.read_text()[-4000:] for path in sorted(self.run_dir.glob("*/*.out")))
-            raise RuntimeError(f"the run ended with {state.exit_code}:\n{told}")
+            output = "".join(path.read_text()[-4000:] for path in sorted(self.run_dir.glob("*/*.out")))
+            raise RuntimeError(f"the run ended with {state.exit_code}:\n{output}")
 
 
 def rank_process(run_dir: Path, rank: int) -> int:
@@ -175,16 +175,16 @@ def rank_process(run_dir: Path, rank: int) -> int:
     import psutil
 
     logs = sorted(run_dir.glob(f"logs/attempt-*/rank-{rank}.log"), key=lambda path: path.stat().st_mtime)
-    found = []
+    candidates = []
     for process in psutil.process_iter():
         try:
             if logs and os.readlink(f"/proc/{process.pid}/fd/1") == str(logs[-1].resolve()):
-                found.append((process.create_time(), process.pid))
+                candidates.append((process.create_time(), process.pid))
         except (OSError, psutil.Error):
             continue
-    if not found:
+    if not candidates:
         raise LookupError(f"no process of rank {rank} of {run_dir}")
-    return min(found)[1]
+    return min(candidates)[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

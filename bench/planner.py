@@ -153,20 +153,20 @@ def _bound_of(plan: StepPlan) -> Bound:
 
 
 def _flexsp(lengths: list[int], cost: CostModel, options: argparse.Namespace) -> FlexspResult:
-    found = flexsp_plan(lengths, cost, time_limit_s=options.flexsp_s, tries=options.flexsp_tries)
-    check_plan(found.plan)
-    return found
+    solved = flexsp_plan(lengths, cost, time_limit_s=options.flexsp_s, tries=options.flexsp_tries)
+    check_plan(solved.plan)
+    return solved
 
 
-def _flexsp_row(found: FlexspResult, lengths: list[int], cost: CostModel) -> dict[str, Any]:
+def _flexsp_row(solved: FlexspResult, lengths: list[int], cost: CostModel) -> dict[str, Any]:
     """Also against groups of 64, which is what 384K positions need in the paper's static baseline, whatever this batch needs."""
     widest = cost.plan_s(solve_best_static(lengths, replace(cost, degrees=cost.degrees[-1:])))
     return {
-        "flexsp_over_static": widest / cost.plan_s(found.plan),
-        "flexsp_wall_s": found.wall_s,
-        "flexsp_programs": found.programs,
-        "flexsp_timeouts": found.timeouts,
-        "flexsp_from_warm_start": found.from_warm_start,
+        "flexsp_over_static": widest / cost.plan_s(solved.plan),
+        "flexsp_wall_s": solved.wall_s,
+        "flexsp_programs": solved.programs,
+        "flexsp_timeouts": solved.timeouts,
+        "flexsp_from_warm_start": solved.from_warm_start,
     }
 
 

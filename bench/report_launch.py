@@ -33,8 +33,8 @@ def launch(result: dict[str, Any]) -> list[str]:
     return lines + [f"- failed: {text.splitlines()[0]}" for text in result["failures"]]
 
 
-def _cell(found: dict[str, float] | None) -> str:
-    if found is None:
+def _cell(times: dict[str, float] | None) -> str:
+    if times is None:
         return ""
-    over = f" ({found['over_elastic']:+.1f})" if "over_elastic" in found else ""
-    return f"{found['median']:.1f} / {found['min']:.1f}{over}"
+    over = f" ({times['over_elastic']:+.1f})" if "over_elastic" in times else ""
+    return f"{times['median']:.1f} / {times['min']:.1f}{over}"

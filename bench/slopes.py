@@ -97,13 +97,13 @@ def max_tokens_by_segments(device_bytes: float) -> dict[str, dict[str, Any]]:
 
     Host bytes are 2 x hidden for each of the L / k segments and the live one's other inputs; more layers to a segment take time.
     """
-    found = {}
+    largest = {}
     for name, host in HOSTS.items():
         stored = {k: -(-LLAMA_8B_LAYERS // k) + k - 1 for k in range(1, 9)}
         bounds = {k: _bound(device_bytes, 2 * LLAMA_8B.hidden_size * inputs, *host) for k, inputs in stored.items()}
         best = max(bounds, key=lambda k: (bounds[k]["tokens"], -k))
-        found[name] = bounds[best] | {"segment_layers": best}
-    return found
+        largest[name] = bounds[best] | {"segment_layers": best}
+    return largest
 
 
 def _bound(device_bytes: float, host_bytes: float, host_gib: float, states: float) -> dict[str, Any]:

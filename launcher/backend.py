@@ -64,9 +64,9 @@ class Launcher(Protocol):
         ...
 
 
-def announce(run_dir: Path, goes_on: bool, revision: int, changes: list[str]) -> None:
+def announce(run_dir: Path, is_resumed: bool, revision: int, changes: list[str]) -> None:
     """Say where the run is, and what is new in its configuration."""
-    print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
+    print(f"{'going on in' if is_resumed else 'run directory'} {run_dir}", flush=True)
     if changes:
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
 
@@ -83,15 +83,15 @@ def tell_submitted(news: str, launch: Launch) -> None:
 
 def note_refused(run_dir: Path) -> None:
     """The scheduler did not take it: the run, queued a moment ago, has failed."""
-    known = read_state(run_dir)
-    assert known is not None, "just written"
-    write_state(run_dir, replace(known, state=state.FAILED))
+    run_state = read_state(run_dir)
+    assert run_state is not None, "just written"
+    write_state(run_dir, replace(run_state, state=state.FAILED))
 
 
-def job_exists(run_dir: Path, found: str) -> ConfigError:
+def job_exists(run_dir: Path, existing: str) -> ConfigError:
     """A job of this run already waits or runs."""
     hint = f"{typed('cancel', run_dir)} first, or another run.id"
-    return ConfigError(str(run_dir), found=found, expected="one job per run directory", hint=hint)
+    return ConfigError(str(run_dir), found=existing, expected="one job per run directory", hint=hint)
 
 
 def grace_note(launch: Launch) -> str:

@@ -58,9 +58,9 @@ def size_for(config: Config, available: int, room: MemoryCheck | None = None) ->
         return Sizing(num_nodes=wanted.most, config=config, reason=_nodes(wanted.most))
     passed: list[str] = []
     for num_nodes in range(min(available, wanted.most), wanted.least - 1, -1):
-        found = _tried(config, num_nodes, room, passed)
-        if found is not None:
-            return Sizing(num_nodes=num_nodes, config=found, reason=_chosen(num_nodes, wanted, available, passed))
+        planned = _tried(config, num_nodes, room, passed)
+        if planned is not None:
+            return Sizing(num_nodes=num_nodes, config=planned, reason=_chosen(num_nodes, wanted, available, passed))
     for num_nodes in range(max(available + 1, wanted.least), wanted.most + 1):
         if _tried(config, num_nodes, room, passed) is not None:
             beside = f"; {passed[0]}" if passed else ""
@@ -152,8 +152,8 @@ def check_nodes_memory(config: Config) -> None:
         # Without the suggestions of check_fits, which are made for one size and take a while.
         worst = short[0]
         fixed = f": {fixed_line(ledger.report)}" if ledger.report is not None else ""
-        found = f"{format_bytes(worst.peak_bytes)} at least on each {worst.name} of {format_bytes(worst.capacity_bytes)}{fixed}"
-        raise ConfigError("memory", found=found, expected="a plan that fits", hint="memory=auto, or a larger MIN of launcher.nodes")
+        shortfall = f"{format_bytes(worst.peak_bytes)} at least on each {worst.name} of {format_bytes(worst.capacity_bytes)}{fixed}"
+        raise ConfigError("memory", found=shortfall, expected="a plan that fits", hint="memory=auto, or a larger MIN of launcher.nodes")
 
 
 def _tried(config: Config, num_nodes: int, room: MemoryCheck, passed: list[str]) -> Config | None:
@@ -173,9 +173,11 @@ def _chosen(num_nodes: int, wanted: NodeRange, available: int, passed: list[str]
 
 
 def _impossible(wanted: NodeRange, passed: list[str]) -> ConfigError:
-    found = "; ".join(passed[:3]) + ("; ..." if len(passed) > 3 else "")
+    reasons = "; ".join(passed[:3]) + ("; ..." if len(passed) > 3 else "")
     hint = "efflaunch plan +experiment=... cluster.num_nodes=N shows what takes the room; memory=auto, or a larger MAX"
-    return ConfigError("launcher.nodes", found=f"{wanted}, where {found}", expected="a number of nodes the run can be laid over", hint=hint)
+    return ConfigError(
+        "launcher.nodes", found=f"{wanted}, where {reasons}", expected="a number of nodes the run can be laid over", hint=hint
+    )
 
 
 def _nodes(count: int) -> str:

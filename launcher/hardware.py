@@ -53,10 +53,10 @@ def find_gpus() -> list[Gpu]:
 def _gpus_by_smi() -> list[Gpu]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # no driver, no tool or a tool without a driver: no GPU to use
         return []
-    rows = [line.rsplit(",", 2) for line in found.splitlines() if line.strip()]
+    rows = [line.rsplit(",", 2) for line in output.splitlines() if line.strip()]
     return [Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20) for name, total, free in rows]
 
 

@@ -171,14 +171,14 @@ class SteadyOutput:
     def __init__(self, files: list[BackgroundFile], closed: list[str]) -> None:
         self.files = files
         self._news = [f"{name} was closed when efflaunch started" for name in closed]
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
 
     def news(self) -> list[str]:
         """Troubles since the last call, a sentence each; every stream is told of once."""
         for file in self.files:
             file.look()
-            if file.trouble is not None and file.name not in self._told:
-                self._told.add(file.name)
+            if file.trouble is not None and file.name not in self._announced:
+                self._announced.add(file.name)
                 self._news.append(file.trouble)
         news, self._news = self._news, []
         return news

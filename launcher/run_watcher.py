@@ -29,14 +29,14 @@ class Watcher:
     def __init__(self, run_dir: Path, display: Display, follower: MetricsFollower, num_known_attempts: int, grace_s: float) -> None:
         self.grace = GraceWatch(grace_s)
         self.run_dir, self.display, self.follower = run_dir, display, follower
-        self.num_told = num_known_attempts
-        self.told_stop = self.told_silence = False
+        self.num_reported = num_known_attempts
+        self.stop_reported = self.silence_reported = False
         self.looked = 0.0
 
     def look(self, *, stopping: bool) -> None:
         """Show what is new since the last call."""
-        if stopping and not self.told_stop:
-            self.told_stop = True
+        if stopping and not self.stop_reported:
+            self.stop_reported = True
             self.display.note("stopping: the step is finished and saved first (Ctrl-C again: kill the ranks now)")
         events = self.follower.read()
         self.display.show(events)
@@ -44,10 +44,10 @@ class Watcher:
         if note:
             self.display.note(note)
         current = read_state(self.run_dir)
-        for attempt in current.attempts[self.num_told :] if current else ():
+        for attempt in current.attempts[self.num_reported :] if current else ():
             if attempt.ended is None or not attempt.decision:
                 break
-            self.num_told += 1
+            self.num_reported += 1
             if attempt.failure is not None and attempt.restarted:
                 self.display.note(f"attempt {attempt.number} failed after step {attempt.last_step}: {attempt.failure.message}")
                 self.display.note(f"  {attempt.decision}; log: {self.run_dir / attempt.failure.log}")
@@ -58,11 +58,11 @@ class Watcher:
     def _look_for_silence(self, attempt: state.Attempt) -> None:
         """Once when ranks begin to look stuck, and once when they go on."""
         rows = read_pulses(self.run_dir, attempt.number) if attempt.ended is None else []
-        if rows and not self.told_silence:
+        if rows and not self.silence_reported:
             self.display.note("\n".join(["ranks are silent:", *(f"  {line}" for line in silence_lines(rows))]))
-        if not rows and self.told_silence and attempt.ended is None:
+        if not rows and self.silence_reported and attempt.ended is None:
             self.display.note("the ranks go on")
-        self.told_silence = bool(rows)
+        self.silence_reported = bool(rows)
 
 
 class Guard:

@@ -128,20 +128,20 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
     from .backend_registry import launcher_of
 
     try:
-        known = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
+        run_state = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
     except ConfigError:
         # Set aside under the run's lock, before anything is written.
         return
-    if known is None or known.state not in ACTIVE:
+    if run_state is None or run_state.state not in ACTIVE:
         return
     backend = read_run(run_dir).config.launcher.backend
     if backend is config.launcher.backend:
         return
-    standing = launcher_of(backend).status(run_dir, known)
+    standing = launcher_of(backend).status(run_dir, run_state)
     if standing.state in ACTIVE:
         raise ConfigError(
             str(run_dir),
-            found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
+            found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or run_state.host}",
             expected="one start of a run at a time",
             hint=f"{typed('cancel', run_dir)}, where that launcher is; or another run.id",
         )

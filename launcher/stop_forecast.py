@@ -59,7 +59,7 @@ class GraceWatch:
         """The first step of a start, which also warms up."""
         self.steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.save_s: float | None = None
-        self.told_s = 0.0
+        self.reported_s = 0.0
 
     def add(self, events: Iterable[Event]) -> GraceWatch:
         """Take in new events, in order; returns itself."""
@@ -86,9 +86,9 @@ class GraceWatch:
     def news(self) -> str | None:
         """What to tell a person now, if anything."""
         forecast = self.forecast
-        if forecast is None or forecast.fits or forecast.needed_s < _WORSE * self.told_s:
+        if forecast is None or forecast.fits or forecast.needed_s < _WORSE * self.reported_s:
             return None
-        self.told_s = forecast.needed_s
+        self.reported_s = forecast.needed_s
         return str(forecast)
 
 

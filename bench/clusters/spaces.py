@@ -165,13 +165,13 @@ def processes(node: subprocess.Popen[bytes]) -> list[tuple[int, str]]:
     """(id as seen from here, command line) of all in the node's process namespace."""
     import psutil
 
-    found = []
+    processes = []
     for process in psutil.Process(node.pid).children(recursive=True):
         try:
-            found.append((process.pid, " ".join(process.cmdline())))
+            processes.append((process.pid, " ".join(process.cmdline())))
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def _sh(*command: str) -> None:

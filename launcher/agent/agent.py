@@ -74,9 +74,9 @@ class Agent:
         for number in (signal.SIGALRM, signal.SIGQUIT):
             signal.signal(number, self._kill_now)
         release_stop_signals()
-        known = read_state(run_dir)
-        assert known is not None, "whoever starts an agent writes state.json first"
-        self.state: RunState = known
+        run_state = read_state(run_dir)
+        assert run_state is not None, "whoever starts an agent writes state.json first"
+        self.state: RunState = run_state
 
     def run(self) -> int:
         """The job's exit code, with state.json saying the same."""

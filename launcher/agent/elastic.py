@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from .signals import stop_signals_held
+from .signals import stop_signals_deferred
 
 LOOPBACK = "127.0.0.1"
 _PEERS_GRACE_S = 5.0
@@ -108,7 +108,7 @@ class RankAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # Held signals reach a rank only once it has its own handlers, and the agent once it knows its ranks.
-        with stop_signals_held():
+        with stop_signals_deferred():
             pids = super()._start_workers(worker_group)
             children = {process.pid: process for process in multiprocessing.active_children()}
             self.processes = {worker_group.workers[local].global_rank: children[pid] for local, pid in pids.items() if pid in children}

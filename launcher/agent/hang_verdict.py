@@ -123,8 +123,8 @@ def short_file(path: str) -> str:
     if own is not None:
         return own
     for root in _INSTALLED:
-        _, found, rest = path.rpartition(root)
-        if found:
+        _, separator, rest = path.rpartition(root)
+        if separator:
             return rest
     return "/".join(path.split("/")[-2:])
 
@@ -132,13 +132,13 @@ def short_file(path: str) -> str:
 def _path_in_package(path: str) -> str | None:
     """From the package on, wherever it is installed; None for what is not its own. A checkout may hold the environment."""
     for root in _INSTALLED:
-        _, found, rest = path.rpartition(root)
-        if found:
+        _, separator, rest = path.rpartition(root)
+        if separator:
             return rest.removeprefix("efflaunch/") if rest.startswith("efflaunch/") else None
     if path.startswith(_PACKAGE):
         return path.removeprefix(_PACKAGE)
-    _, found, rest = path.rpartition("/efflaunch/")
-    return rest if found else None
+    _, separator, rest = path.rpartition("/efflaunch/")
+    return rest if separator else None
 
 
 def _is_ours(frame: Frame) -> bool:
@@ -185,9 +185,9 @@ def blame(facts: Sequence[RankFacts]) -> Blame:
         (_elsewhere, ""),
         (_behind, ""),
     ):
-        found = pick(facts)
-        if found and len(found) < len(facts):
-            return Blame(ranks=tuple(fact.rank for fact in found), reason=_sentence(found, facts, why))
+        suspects = pick(facts)
+        if suspects and len(suspects) < len(facts):
+            return Blame(ranks=tuple(fact.rank for fact in suspects), reason=_sentence(suspects, facts, why))
     if facts and all(fact.is_stopped for fact in facts):
         return Blame(ranks=tuple(fact.rank for fact in facts), reason="all ranks are stopped and cannot run")
     places = Counter(str(fact.own) for fact in facts if fact.own is not None)
@@ -225,10 +225,10 @@ def _behind(facts: Sequence[RankFacts]) -> list[RankFacts]:
     return [fact for fact in facts if (fact.step, fact.count) == least]
 
 
-def _sentence(found: Sequence[RankFacts], facts: Sequence[RankFacts], why: str) -> str:
-    named = "; ".join(_named(fact, why) for fact in found[:_NAMED])
-    more = f"; {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    others = Counter(str(fact.own) for fact in facts if fact not in found and fact.own is not None)
+def _sentence(suspects: Sequence[RankFacts], facts: Sequence[RankFacts], why: str) -> str:
+    named = "; ".join(_named(fact, why) for fact in suspects[:_NAMED])
+    more = f"; {len(suspects) - _NAMED} more" if len(suspects) > _NAMED else ""
+    others = Counter(str(fact.own) for fact in facts if fact not in suspects and fact.own is not None)
     rest = f"; the others wait at {others.most_common(1)[0][0]}" if others else ""
     return f"{named}{more}{rest}"
 

@@ -66,7 +66,7 @@ class HangWatch:
         self._limits, self._clock = limits_of(config), clock
         self._board = HeartbeatBoard(len(ranks))
         self._silences = Silences()
-        self._told: float | None = None
+        self._quiet_written_at: float | None = None
 
     def place(self) -> str:
         """What the ranks need to join."""
@@ -83,9 +83,9 @@ class HangWatch:
         asked = self._others is not None and self._others.asked()
         if not asked and not self._silences.hang(self._limits):
             return None
-        return self._found(pids, asked=asked)
+        return self._investigate(pids, asked=asked)
 
-    def _found(self, pids: Mapping[int, int], *, asked: bool) -> Failure:
+    def _investigate(self, pids: Mapping[int, int], *, asked: bool) -> Failure:
         if self._others is not None and not asked:
             self._others.ask()
         facts = self._dump(pids)
@@ -109,11 +109,11 @@ class HangWatch:
     def _tell(self, now: float) -> None:
         """pulse-N.json: while something looks stuck, and once more when it goes on."""
         quiet = self._silences.quiet(self._limits)
-        if not quiet and self._told is None:
+        if not quiet and self._quiet_written_at is None:
             return
-        if quiet and self._told is not None and now - self._told < _TELL_S:
+        if quiet and self._quiet_written_at is not None and now - self._quiet_written_at < _TELL_S:
             return
-        self._told = now if quiet else None
+        self._quiet_written_at = now if quiet else None
         rows = [
             {"rank": rank, "silent_s": round(self._silences.silent_s[rank], 1), "doing": str(self._silences.beats[rank] or "starting")}
             for rank in self._ranks
@@ -171,20 +171,20 @@ def limits_of(config: LauncherConfig) -> Limits:
 
 def read_hang(run_dir: Path, number: int) -> Failure | None:
     """The failure that the agents of an attempt agreed on, where its ranks hung."""
-    found = read_json(attempt_dir(run_dir, number) / HANG_FILE)
-    return None if found is None else Failure(**found)
+    record = read_json(attempt_dir(run_dir, number) / HANG_FILE)
+    return None if record is None else Failure(**record)
 
 
 def read_pulses(run_dir: Path, number: int) -> list[dict[str, Any]]:
     """What looks stuck in an attempt, by rank: rank, host, silent_s (by now), allowed_s, doing. Of the nodes that last said so."""
     rows = []
     for path in sorted(attempt_dir(run_dir, number).glob("pulse-*.json")):
-        told = read_json(path)
-        if told is None or not told["stuck"]:
+        report = read_json(path)
+        if report is None or not report["stuck"]:
             continue
-        since = max(0.0, time.time() - told["time"])
-        more = {"host": told["host"], "allowed_s": told["allowed_s"]}
-        rows += [{**row, "silent_s": row["silent_s"] + since, **more} for row in told["ranks"]]
+        since = max(0.0, time.time() - report["time"])
+        more = {"host": report["host"], "allowed_s": report["allowed_s"]}
+        rows += [{**row, "silent_s": row["silent_s"] + since, **more} for row in report["ranks"]]
     return sorted(plain_data(rows), key=lambda row: int(row["rank"]))
 
 

@@ -113,8 +113,8 @@ def _finish(process: subprocess.Popen[str]) -> str:
 
 def spied_frames(text: str) -> tuple[Frame, ...]:
     """The main thread's Python frames in py-spy's text."""
-    _, found, rest = text.partition('"MainThread"')
-    if not found:
+    _, separator, rest = text.partition('"MainThread"')
+    if not separator:
         return ()
     lines = rest.splitlines()[1:]
     end = next((index for index, line in enumerate(lines) if not line.startswith("    ")), len(lines))

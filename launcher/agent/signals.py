@@ -41,7 +41,7 @@ def on_stop_signals(handler: Handler) -> None:
 
 
 @contextmanager
-def stop_signals_held() -> Iterator[None]:
+def stop_signals_deferred() -> Iterator[None]:
     """Stop signals that arrive inside are delivered at its end; a process forked inside starts with them held."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

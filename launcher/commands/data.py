@@ -157,8 +157,8 @@ def _read_template(path: str | None) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        found = str(error.strerror) if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"--chat-template {path}", found=found, expected="a Jinja file", hint="--chat-template FILE.jinja") from error
+        problem = str(error.strerror) if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise ConfigError(f"--chat-template {path}", found=problem, expected="a Jinja file", hint="--chat-template FILE.jinja") from error
 
 
 def _tokenizer(options: argparse.Namespace) -> int:

@@ -143,9 +143,9 @@ def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
                 f"[bold red]does not fit[/bold red]: {_gib(missing)} GiB too much on each {account.name}; "
                 f"largest: {account.largest.name}, {_gib(account.largest.by_phase[account.peak_phase])} GiB"
             )
-    found = list(suggestions)
-    lines.append("any of these would make it fit:" if found else "no single set of overrides this planner knows makes it fit")
-    for entry in found:
+    listed = list(suggestions)
+    lines.append("any of these would make it fit:" if listed else "no single set of overrides this planner knows makes it fit")
+    for entry in listed:
         peak, time = _gib(entry.ledger.device.peak_bytes), format_seconds(entry.ledger.timing.step_s)
         lines.append(f"  {' '.join(entry.overrides)}\n    {entry.reason}: {peak} GiB, step {time}")
     return lines

@@ -22,14 +22,14 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
 
 
-def show_explanation(found: Explanation, heading: str, notes: Iterable[str] = ()) -> None:
+def show_explanation(explanation: Explanation, heading: str, notes: Iterable[str] = ()) -> None:
     """Heading, who holds what, the longest sequence's choices, and why in words."""
     console = make_console()
     console.print(f"[bold]{heading}[/bold]")
-    console.print(groups_table(found.line))
-    console.print(choices_table(found.choices, found.plan.lengths[found.longest]))
+    console.print(groups_table(explanation.line))
+    console.print(choices_table(explanation.choices, explanation.plan.lengths[explanation.longest]))
     console.print()
-    for text in found.words:
+    for text in explanation.words:
         console.print(text)
     for note in notes:
         console.print(f"note: {note}")

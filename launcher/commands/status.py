@@ -83,8 +83,8 @@ def status(run_dir: Path, summary: Summary | None = None) -> dict[str, Any]:
 
 def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> dict[str, Any]:
     if state is None:
-        told = dict.fromkeys(("pid", "host", "job", "detail", "exit_code", "updated", "last_error"))
-        return {"state": "not started", "attempts": 0, **told}
+        empty = dict.fromkeys(("pid", "host", "job", "detail", "exit_code", "updated", "last_error"))
+        return {"state": "not started", "attempts": 0, **empty}
     standing, failure = launcher_of(backend).status(run_dir, state), state.failure
     return {
         "state": standing.state,

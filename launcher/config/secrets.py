@@ -78,11 +78,11 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
 def check_secrets(data: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
     """ConfigError, which does not repeat it, for a value that is, holds or looks like a secret. `data`: the plain configuration."""
     for key, text in _texts(data, ""):
-        found = find_secret(text, secrets)
-        if found is not None:
+        secret = find_secret(text, secrets)
+        if secret is not None:
             raise ConfigError(
                 key,
-                found=f"what looks like {found}; run.yaml and batch scripts would show it",
+                found=f"what looks like {secret}; run.yaml and batch scripts would show it",
                 expected="no secret in the configuration",
                 hint="export it where efflaunch (on Ray: its nodes) is started, export WANDB_API_KEY=...; ranks inherit it",
             )

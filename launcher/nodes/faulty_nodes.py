@@ -30,13 +30,13 @@ def blame(failure: Failure | None, *, hosts: Sequence[str], lost: Sequence[str],
     """Node -> why, for what looks like its hardware: nodes that are gone, and that of a rank that was killed or named a broken device."""
     if failure is not None and failure.is_user_error:
         return {}
-    found = dict.fromkeys(lost, "ended without a word")
+    blamed = dict.fromkeys(lost, "ended without a word")
     if failure is None or not 0 <= failure.rank < len(hosts) * ranks_per_node:
-        return found
+        return blamed
     killed = failure.exit_code is not None and -failure.exit_code in _DEADLY
     if killed or any(text in failure.message.lower() for text in _HARDWARE):
-        found.setdefault(hosts[failure.rank // ranks_per_node], failure.message.splitlines()[0])
-    return found
+        blamed.setdefault(hosts[failure.rank // ranks_per_node], failure.message.splitlines()[0])
+    return blamed
 
 
 def exclusions(attempts: Sequence[Attempt], excluded: Mapping[str, str], limit: int) -> dict[str, str]:
@@ -46,16 +46,16 @@ def exclusions(attempts: Sequence[Attempt], excluded: Mapping[str, str], limit: 
     REPEATS attempts failed on. Not more than `limit` with those in `excluded`; nothing where it would be more.
     """
     last = attempts[-1]
-    found: dict[str, str] = {}
+    suspects: dict[str, str] = {}
     if is_refused(last):
         if 2 * len(last.blamed) <= len(last.hosts):
-            found = {host: f"failed the preflight: {why}" for host, why in last.blamed.items()}
+            suspects = {host: f"failed the preflight: {why}" for host, why in last.blamed.items()}
     else:
         for host, why in last.blamed.items():
             times = sum(host in attempt.blamed for attempt in attempts)
             if times >= REPEATS:
-                found[host] = f"{times} attempts failed on it, the last one: {why}"
-    new = {host: why for host, why in found.items() if host not in excluded}
+                suspects[host] = f"{times} attempts failed on it, the last one: {why}"
+    new = {host: why for host, why in suspects.items() if host not in excluded}
     return new if len(excluded) + len(new) <= limit else {}
 
 

@@ -114,10 +114,10 @@ def check_nodes(facts: Sequence[NodeFacts | None], *, marks: Sequence[bool], num
     head = facts[0]
     assert head is not None, "the head asks"
     rows = [
-        _row(node, told, head, marked)
-        if told is not None
+        _row(node, answer, head, marked)
+        if answer is not None
         else Row(host=f"node {node} of the job", problems=("did not answer",), details="", node=node)
-        for node, (told, marked) in enumerate(zip(facts, marks, strict=True))
+        for node, (answer, marked) in enumerate(zip(facts, marks, strict=True))
     ]
     if len(facts) != num_nodes:
         problem = f"the job has {len(facts)} nodes, cluster.num_nodes={num_nodes}"
@@ -125,20 +125,20 @@ def check_nodes(facts: Sequence[NodeFacts | None], *, marks: Sequence[bool], num
     return sorted(rows, key=lambda row: not row.problems)
 
 
-def _row(node: int, told: NodeFacts, head: NodeFacts, marked: bool) -> Row:
-    problems = [told.problem] if told.problem else []
-    if told.run and told.run != head.run:
+def _row(node: int, answer: NodeFacts, head: NodeFacts, marked: bool) -> Row:
+    problems = [answer.problem] if answer.problem else []
+    if answer.run and answer.run != head.run:
         problems.append("sees another run.yaml: the run directory is not shared")
-    elif not marked and not told.problem:
+    elif not marked and not answer.problem:
         problems.append("what it wrote is not seen by the head: the run directory is not shared")
-    if told.package != head.package:
+    if answer.package != head.package:
         problems.append("has another version of efflaunch's files")
-    if told.node != node:
-        problems.append(f"answered as node {told.node}")
-    if abs(told.clock_s) > MAX_CLOCK_SKEW_S:
-        problems.append(f"its clock is {told.clock_s:+.0f} s off the head's")
-    details = f"{told.address} on {told.interface}, {told.machine or 'machine not looked at'}, clock {told.clock_s:+.1f} s"
-    return Row(host=told.host, problems=tuple(problems), details=details, node=node)
+    if answer.node != node:
+        problems.append(f"answered as node {answer.node}")
+    if abs(answer.clock_s) > MAX_CLOCK_SKEW_S:
+        problems.append(f"its clock is {answer.clock_s:+.0f} s off the head's")
+    details = f"{answer.address} on {answer.interface}, {answer.machine or 'machine not looked at'}, clock {answer.clock_s:+.1f} s"
+    return Row(host=answer.host, problems=tuple(problems), details=details, node=node)
 
 
 def table(rows: Sequence[Row]) -> str:

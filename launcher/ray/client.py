@@ -118,9 +118,9 @@ def _translated(address: str) -> Iterator[None]:
         hint = "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=FILE or RAY_AUTH_TOKEN"
         raise ConfigError(f"Ray at {address}", found=said, expected="the cluster's token", hint=hint) from error
     except (ConnectionError, requests.RequestException) as error:
-        found = f"no answer ({type(error).__name__})"
+        problem = f"no answer ({type(error).__name__})"
         hint = "launcher.ray.address=http://HEAD:8265; `ray start --head` and the cluster's operator print the dashboard's address"
-        raise ConfigError(f"Ray at {address}", found=found, expected="a running job server", hint=hint) from error
+        raise ConfigError(f"Ray at {address}", found=problem, expected="a running job server", hint=hint) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())[:500]
         raise ConfigError(f"Ray at {address}", found=said, expected="the request to be accepted", hint="mend what it names") from error

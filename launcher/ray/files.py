@@ -63,7 +63,7 @@ def tell_to_stop(run_dir: Path, job: str, how: str) -> None:
     write_atomic(_stop_file(run_dir, job), how)
 
 
-def told_to_stop(run_dir: Path, job: str) -> str | None:
+def requested_stop(run_dir: Path, job: str) -> str | None:
     """The word left for it, if any."""
     try:
         return _stop_file(run_dir, job).read_text()
@@ -79,8 +79,8 @@ def only_driver(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            known = read_state(run_dir)
-            who = f"process {known.pid} on {known.host}" if known else "another process"
+            run_state = read_state(run_dir)
+            who = f"process {run_state.pid} on {run_state.host}" if run_state else "another process"
             hint = f"{typed('status', run_dir)}; {typed('cancel', run_dir)} to stop it; or another run.id"
             expected = "one efflaunch per run directory"
             raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error

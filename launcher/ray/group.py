@@ -69,9 +69,9 @@ class Group:
         The agents look closer, but a head without it could not even say so.
         """
         expected = (run_dir / HASH_FILE).read_text()
-        told = _ask_all([member.actor.sees.remote(str(run_dir)) for member in self.members], timeout_s)
+        answers = _ask_all([member.actor.sees.remote(str(run_dir)) for member in self.members], timeout_s)
         problems = [
-            problem or ("" if seen == expected else "sees another run.yaml: the run directory is not shared") for seen, problem in told
+            problem or ("" if seen == expected else "sees another run.yaml: the run directory is not shared") for seen, problem in answers
         ]
         rows = [
             Row(host=member.name, problems=(why,) if why else (), details="") for member, why in zip(self.members, problems, strict=True)

@@ -65,15 +65,15 @@ def no_placement(
     """The error for a run that got no nodes in time."""
     able = fitting(offers, bundle, exclude)
     if len(able) < num_nodes:
-        found = f"{len(able)} nodes that could hold it"
+        offered = f"{len(able)} nodes that could hold it"
         hint = f"cluster.num_nodes={max(1, len(able))}, fewer resources for each, or more nodes in the cluster"
     else:
-        found = f"{sum(offer.can(bundle) for offer in able)} nodes that are free"
+        offered = f"{sum(offer.can(bundle) for offer in able)} nodes that are free"
         hint = "a larger launcher.ray.placement_timeout_s, or end what holds them: ray list placement-groups"
     table = demand_table(offers, bundle, num_nodes, exclude)
     return ConfigError(
         f"nodes of the Ray cluster, after {timeout_s:g} s",
-        found=found,
+        found=offered,
         expected=f"{num_nodes} that are free for this run\n{table}\n",
         hint=hint,
     )
@@ -116,7 +116,7 @@ def reserve(
     left_out = [offer.id for offer in node_offers() if any(offer.is_called(name) for name in exclude)]
     selector = [{"ray.io/node-id": f"!in({','.join(left_out)})"}] * num_nodes if left_out else None
     group = placement_group([dict(bundle)] * num_nodes, strategy="STRICT_SPREAD", bundle_label_selector=selector)
-    start, told = time.monotonic(), False
+    start, is_announced = time.monotonic(), False
     while not group.wait(_LOOK_S):
         waited = time.monotonic() - start
         if waited > timeout_s or is_over():
@@ -124,8 +124,8 @@ def reserve(
             if waited > timeout_s:
                 raise no_placement(node_offers(), bundle, num_nodes, exclude, timeout_s)
             return None
-        if not told and waited > _PATIENCE_S:
-            told = True
+        if not is_announced and waited > _PATIENCE_S:
+            is_announced = True
             say(f"waiting for nodes, at most {timeout_s:g} s\n{demand_table(node_offers(), bundle, num_nodes, exclude)}")
     return group
 

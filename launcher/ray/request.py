@@ -136,8 +136,8 @@ def _mistakes(config: Config, ray: RayConfig, server: str | None, variables: Map
     if ray.local and ray.address is not None:
         yield ConfigError("launcher.ray.local", found="an address as well", expected="one of the two", hint="launcher.ray.address=null")
     if ray.local and config.cluster.num_nodes > 1:
-        found = f"cluster.num_nodes={config.cluster.num_nodes}"
-        yield ConfigError("launcher.ray.local", found=found, expected="one node, this one", hint="launcher.ray.address=http://head:8265")
+        nodes = f"cluster.num_nodes={config.cluster.num_nodes}"
+        yield ConfigError("launcher.ray.local", found=nodes, expected="one node, this one", hint="launcher.ray.address=http://head:8265")
     if not ray.local and ray.address is None and server is None:
         hint = "launcher.ray.address=http://head:8265, or launcher.ray.local=true to start a cluster here"
         yield ConfigError("launcher.ray.address", found="none, and no RAY_API_SERVER_ADDRESS", expected="a cluster", hint=hint)

@@ -144,9 +144,9 @@ class Presence:
         if time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + SHOW_S
-        found = _owner(self._lock)
-        if found is not None and self._mine is not None and found.key != self._mine.key:
-            return found
+        owner = _owner(self._lock)
+        if owner is not None and self._mine is not None and owner.key != self._mine.key:
+            return owner
         os.utime(self._lock)
         return None
 
@@ -203,15 +203,15 @@ def _refusal(run_dir: Path, owner: Owner | None, age_s: float) -> ConfigError:
     """The kernel's lock or a young sign of life says that somebody is there."""
     state = read_state(run_dir)
     if owner is not None:
-        found = f"{owner.describe(time.time())}, heard of {format_seconds(age_s)} ago,"
+        holder = f"{owner.describe(time.time())}, heard of {format_seconds(age_s)} ago,"
     else:
-        found = f"process {state.pid} on {state.host}" if state else "another process"
+        holder = f"process {state.pid} on {state.host}" if state else "another process"
     away = owner is not None and owner.machine != this_machine_id()
     stop = f"{typed('cancel', run_dir)}{f' on {owner.host}' if away and owner else ''} to stop it"
     dead = f" (if {owner.host} is down: in {STALE_S - age_s:.0f} s)" if away and owner and age_s <= STALE_S else ""
     return ConfigError(
         str(run_dir),
-        found=f"{found} running in it",
+        found=f"{holder} running in it",
         expected="one efflaunch per run directory",
         hint=f"{typed('status', run_dir)}; {stop}{dead}; or another run.id",
     )

@@ -141,9 +141,9 @@ def _brief(line: bytes) -> Event | None:
 
 
 def _number(pattern: re.Pattern[bytes], line: bytes) -> float | None:
-    found = pattern.search(line)
+    match = pattern.search(line)
     try:
-        return None if found is None or found[1] == b"null" else float(found[1])
+        return None if match is None or match[1] == b"null" else float(match[1])
     except ValueError:
         return None
 

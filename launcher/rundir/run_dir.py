@@ -78,8 +78,8 @@ def read_run(run_dir: Path) -> StoredRun:
             str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("revision"), int) or not isinstance(data.get("efflaunch_version"), str):
-        found = "contents that do not match run.sha256" if data is None else "no revision and version"
-        raise ConfigError(str(path), found=found, expected="the file as efflaunch wrote it", hint=hint)
+        problem = "contents that do not match run.sha256" if data is None else "no revision and version"
+        raise ConfigError(str(path), found=problem, expected="the file as efflaunch wrote it", hint=hint)
     config = _located(run_dir, load_config({key: value for key, value in data.items() if key not in _EXTRA_KEYS}))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
 

@@ -128,10 +128,10 @@ def read_state(run_dir: Path) -> RunState | None:
     """None where the run never started. ConfigError for a file that is damaged."""
     path = run_dir / STATE_FILE
     try:
-        known = decode(RunState, plain_data(json.loads(path.read_text(encoding="utf-8"))))
-        if known.pid < 1:
-            raise ValueError(f"pid is {known.pid}, not that of a process")
-        return known
+        run_state = decode(RunState, plain_data(json.loads(path.read_text(encoding="utf-8"))))
+        if run_state.pid < 1:
+            raise ValueError(f"pid is {run_state.pid}, not that of a process")
+        return run_state
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError, OSError) as error:

@@ -75,8 +75,8 @@ def parse_job(line: str) -> JobFacts:
     """One line of `scontrol show job -o`."""
 
     def value(name: str) -> str:
-        found = re.search(rf"(?:^|\s){name}=(\S*)", line)
-        return found[1] if found else ""
+        match = re.search(rf"(?:^|\s){name}=(\S*)", line)
+        return match[1] if match else ""
 
     return JobFacts(
         job=int(value("JobId")),
