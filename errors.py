@@ -6,7 +6,7 @@ EXIT_DONE = 0
 EXIT_RETRY = 1
 """Anything unexpected: the agent retries it within its budget."""
 EXIT_PREEMPTED = 75
-"""Told to stop, and saved: run the same command again to go on."""
+"""Told to stop, and saved: run the same command again to resume."""
 EXIT_USER = 93
 """Will fail again in the same way: never restarted, never requeued."""
 

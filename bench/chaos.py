@@ -8,7 +8,7 @@ before, unchanged.
 
 Headline keys: `lost` (a durable step was not found again), `torn` (restored numbers of another step), `silent` (damaged bytes
 that were taken for good), each with the number of trials done in `kills` and `faults`. FILE is written after every trial, and
-the same command with --resume goes on where it ended.
+the same command with --resume continues where it ended.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Tally:
     by_kind: dict[str, int] = field(default_factory=dict)
     problems: list[dict[str, Any]] = field(default_factory=list)
     from_memory: int = 0
-    """Lives that went on from a replica."""
+    """Number of lives that resumed from a replica."""
 
     def add(self, kind: str) -> None:
         self.done += 1
@@ -216,7 +216,7 @@ class _Life:
                 time.sleep(self.delay_s)
                 self._kill(ranks)
                 if self.kind in ("flusher", "keeper"):
-                    # Both are survived: the same ranks go on and save again.
+                    # Both are survived: the same ranks continue and save again.
                     self._wait_for_more(ranks, len(steps), deadline)
                 return
             if self.kind == "point" and self._flusher_died():

@@ -2,8 +2,8 @@
 
 Needs torch 2.11 or newer and transformers, and nothing else of the project's dependencies. Each job runs in a process of its
 own, so that one that fails or takes too long costs no other; after each the file is written, and a job that is in the file is
-not run again: start it again to go on. `--seconds` is the time it may take; a job that is expected to take longer than what is
-left is not begun.
+not run again: start it again to resume. `--seconds` is the time it may take; a job that is expected to take longer than what is
+left is not started.
 
 Jobs, in order: attention blocks and the executor in bfloat16 against SDPA and Hugging Face in float32; then for each length one
 layer of Llama-3-8B's shape, and as many layers as time and memories allow; at the first length also with layer inputs kept on

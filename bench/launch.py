@@ -41,7 +41,7 @@ OVERRIDES = (
     "checkpoint.every_steps=2",
 )
 _STEPS_BETWEEN = 3
-"""Awaited after each start, so that there is a checkpoint to go on from."""
+"""Awaited after each start, so that there is a checkpoint to resume from."""
 
 
 def main(arguments: list[str] | None = None) -> int:

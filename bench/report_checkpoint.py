@@ -43,7 +43,7 @@ def chaos(result: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{key} **{result[key]}**" for key in ("lost", "torn", "silent", "failed"))
     asked = result["asked"]
     tried = f"{result['kills']} of {asked['kills']} kills, {result['faults']} of {asked['faults']} damaged checkpoints"
-    memory = f"{result['restored_from_memory']} lives went on from memory (checkpoint.replica=peer), the rest from disk."
+    memory = f"{result['restored_from_memory']} lives resumed from memory (checkpoint.replica=peer), the rest from disk."
     kinds = {kind: number for tally in result["tallies"].values() for kind, number in tally["by_kind"].items()}
     lines = ["## Checkpoints under kills and damage", "", f"{tried}: {counts}. {memory}", "", "| trial | number |", "|---|---|"]
     return [*lines, *(f"| {kind} | {number} |" for kind, number in sorted(kinds.items()))]

@@ -20,7 +20,7 @@ def launch(result: dict[str, Any]) -> list[str]:
         f"Seconds of {result['ranks']} gloo ranks on one machine (on SLURM and Ray as many nodes, each a namespace), "
         f"{result['rounds']} interleaved rounds:",
         "median / minimum, and the median difference to bare torch elastic in the same round. The peer trains a plain model of the",
-        "same sizes and saves nothing: after a death it begins again at step 1, at a stop signal it just ends. Ours go on from the last",
+        "same sizes and saves nothing: after a death it begins again at step 1, at a stop signal it just ends. Ours resume from the last",
         "checkpoint, and save before they end. A node's death includes the time its scheduler takes to notice it.",
         "",
         f"| | {' | '.join(_METRICS.values())} |",

@@ -66,7 +66,7 @@ class Launcher(Protocol):
 
 def announce(run_dir: Path, is_resumed: bool, revision: int, changes: list[str]) -> None:
     """Say where the run is, and what is new in its configuration."""
-    print(f"{'going on in' if is_resumed else 'run directory'} {run_dir}", flush=True)
+    print(f"{'resuming' if is_resumed else 'run directory'} {run_dir}", flush=True)
     if changes:
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
 

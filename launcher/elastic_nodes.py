@@ -54,7 +54,7 @@ def size_for(config: Config, available: int, room: MemoryCheck | None = None) ->
     wanted, room = node_range(config), room or check_nodes_memory
     if wanted.least == wanted.most:
         if available < wanted.most:
-            return _wait(config, f"{_nodes(available)} to be had, {wanted} needed")
+            return _wait(config, f"{_nodes(available)} available, {wanted} needed")
         return Sizing(num_nodes=wanted.most, config=config, reason=_nodes(wanted.most))
     passed: list[str] = []
     for num_nodes in range(min(available, wanted.most), wanted.least - 1, -1):
@@ -64,7 +64,7 @@ def size_for(config: Config, available: int, room: MemoryCheck | None = None) ->
     for num_nodes in range(max(available + 1, wanted.least), wanted.most + 1):
         if _tried(config, num_nodes, room, passed) is not None:
             beside = f"; {passed[0]}" if passed else ""
-            return _wait(config, f"{_nodes(available)} to be had, {num_nodes} needed at least{beside}")
+            return _wait(config, f"{_nodes(available)} available, {num_nodes} needed at least{beside}")
     raise _impossible(wanted, passed)
 
 
@@ -169,7 +169,7 @@ def _wait(config: Config, reason: str) -> Sizing:
 
 
 def _chosen(num_nodes: int, wanted: NodeRange, available: int, passed: list[str]) -> str:
-    return "; ".join([f"{_nodes(num_nodes)} of launcher.nodes={wanted}, {available} to be had", *passed[:1]])
+    return "; ".join([f"{_nodes(num_nodes)} of launcher.nodes={wanted}, {available} available", *passed[:1]])
 
 
 def _impossible(wanted: NodeRange, passed: list[str]) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run: what cannot be shown is lost, said elsewhere, and training goes on.
+"""Standard output and error that never end a run: what cannot be shown is lost, said elsewhere, and training continues.
 
 Note: three kinds of streams. `plain_output` is for every command: what is printed has no terminal escapes of its own.
 `steady_output` is for commands that start or follow a run: a thread of each stream writes, so a reader that is slow or

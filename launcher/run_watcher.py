@@ -56,17 +56,17 @@ class Watcher:
             self._look_for_silence(current.attempts[-1])
 
     def _look_for_silence(self, attempt: state.Attempt) -> None:
-        """Once when ranks begin to look stuck, and once when they go on."""
+        """Note it once when ranks begin to look stuck, and once when they make progress again."""
         rows = read_pulses(self.run_dir, attempt.number) if attempt.ended is None else []
         if rows and not self.silence_reported:
             self.display.note("\n".join(["ranks are silent:", *(f"  {line}" for line in silence_lines(rows))]))
         if not rows and self.silence_reported and attempt.ended is None:
-            self.display.note("the ranks go on")
+            self.display.note("the ranks make progress again")
         self.silence_reported = bool(rows)
 
 
 class Guard:
-    """Runs what only shows a run or looks at it: whatever it raises is noted once, and the run goes on without it.
+    """Runs what only shows a run or looks at it: whatever it raises is noted once, and the run continues without it.
 
     `tries_again`: what failed is called again the next time all the same, as where a file server was away.
     """
@@ -82,7 +82,7 @@ class Guard:
             return action(*arguments, **named)
         except Exception as error:  # whatever it is: the ranks are not to end with it
             if not self.failed:
-                text = f"{self.what} failed ({type(error).__name__}: {error}): training goes on without"
+                text = f"{self.what} failed ({type(error).__name__}: {error}): training continues without"
                 self.notices.add(text, traceback.format_exc())
                 complain(text)
             self.failed = True
@@ -92,8 +92,8 @@ class Guard:
 def note_output(output: SteadyOutput, notices: Notices) -> None:
     """Say what became of standard output and error: in the run's log and status, and on the other of the two."""
     for text in output.news():
-        notices.add(f"{text}; the run goes on")
-        print(f"efflaunch: {text}; the run goes on", file=sys.stderr, flush=True)
+        notices.add(f"{text}; the run continues")
+        print(f"efflaunch: {text}; the run continues", file=sys.stderr, flush=True)
 
 
 def stop_notice(number: int) -> str:

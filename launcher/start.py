@@ -1,4 +1,4 @@
-"""Start a run, or go on with one: from a checked configuration to a backend."""
+"""Start or resume a run: from a checked configuration to a backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rundir.state import ACTIVE, read_state
 
 
 def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False, dry_run: bool = False) -> int:
-    """Train what the command line asks for; a known run.id goes on. Returns the job's exit code."""
+    """Train what the command line asks for; the run of a known run.id is resumed. Returns the job's exit code."""
     from .config.compose import compose
 
     config = compose(overrides, config_dir)

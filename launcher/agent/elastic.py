@@ -33,7 +33,7 @@ _PEERS_GRACE_S = 5.0
 class LoopbackRendezvous(StaticTCPRendezvous):
     """The ranks of one machine meet at a port the kernel chose, which nobody outside the machine can reach.
 
-    Made anew for each attempt: after a rank was killed, its store may hold half of an exchange.
+    Created for each attempt: after a rank was killed, its store may hold half of an exchange.
     """
 
     def __init__(self, run_id: str, timeout_s: int) -> None:

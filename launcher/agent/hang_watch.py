@@ -107,7 +107,7 @@ class HangWatch:
         return rank - self._ranks.start
 
     def _tell(self, now: float) -> None:
-        """pulse-N.json: while something looks stuck, and once more when it goes on."""
+        """Write pulse-N.json while something looks stuck, and once more when it makes progress again."""
         quiet = self._silences.quiet(self._limits)
         if not quiet and self._quiet_written_at is None:
             return

@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
 
 
 def explain(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
-    """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
+    """Print the explanation; with `out`, draw it as well. Works on a run that has not ended yet."""
     config = read_run(run_dir).config
     events = step_events(run_dir, step)
     cost = _run_cost(events, config)
@@ -129,7 +129,7 @@ def _replanned(plan: StepPlan, event: Event | None) -> tuple[str, ...]:
         return ("the metrics do not hold this step: it was planned again, and nothing of it is measured",)
     if event.get("plan") not in (None, str(plan)):
         return ("the run used another plan for this step: its configuration, or what it was planned with, has changed since",)
-    return ("the metrics hold no groups: the plan was made again, and is the one the run used",)
+    return ("the metrics hold no groups: the plan was solved again: it is the one the run used",)
 
 
 def _as_run(plan: StepPlan, event: Event, cost: CostModel) -> StepPlan:

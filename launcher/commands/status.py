@@ -117,7 +117,7 @@ def _nodes_line(facts: dict[str, Any]) -> str:
 
 
 def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
-    """How long each rank has said nothing, and what it said last; none while all goes on."""
+    """How long each rank has said nothing, and what it said last; none while all of them make progress."""
     if state is None or state.state not in ACTIVE or not state.attempts or state.attempts[-1].ended is not None:
         return []
     return read_pulses(run_dir, state.attempts[-1].number)
@@ -145,7 +145,7 @@ def describe(facts: dict[str, Any], run_dir: Path, summary: Summary | None = Non
     if facts["last_error"]:
         rows.append(("last error", f"{facts['last_error']['message']} (log: {run_dir / facts['last_error']['log']})"))
     if facts["state"] not in ACTIVE:
-        rows.append(("go on", typed("resume", run_dir)))
+        rows.append(("resume", typed("resume", run_dir)))
     return [f"{name:<12}{value}" for name, value in rows]
 
 

@@ -36,7 +36,7 @@ class SlurmConfig:
     """How a run lives in SLURM; what the site asks of a job stands in cluster.slurm."""
 
     requeue: bool = True
-    """A job that was preempted, or lost a node, goes back into the queue and goes on."""
+    """A job that was preempted, or lost a node, goes back into the queue and resumes."""
     max_preemptions: int = 100
     """Times one submission may be requeued after a preemption; failures count by launcher.max_restarts."""
     interface: str | None = None
@@ -70,9 +70,9 @@ class RayConfig:
     local: bool = False
     """Start a Ray cluster of this machine alone and run on it, in the foreground."""
     requeue: bool = True
-    """A run that was preempted, or lost a node, is formed anew on what the cluster has and goes on."""
+    """A run that was preempted, or lost a node, is restarted on what the cluster has and resumes."""
     max_preemptions: int = 100
-    """Times one submission may be formed anew after a preemption; failures count by launcher.max_restarts."""
+    """Times one submission may be restarted after a preemption; failures count by launcher.max_restarts."""
     placement_timeout_s: Seconds = 600.0
     """Longest wait for nodes that have what the run needs."""
     time_limit_s: Seconds | None = None
@@ -129,7 +129,7 @@ class LauncherConfig:
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
     nodes: Nodes | None = None
-    """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned anew for as many; None: cluster.num_nodes."""
+    """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned for as many; None: cluster.num_nodes."""
     hang_factor: float | None = 5.0
     """Ranks that say nothing for so many times as a step is expected to take hang: stacks are written, all start again; null: never."""
     hang_min_s: Seconds = 300.0

@@ -1,6 +1,6 @@
 """Attempt after attempt on a Ray cluster this process is connected to.
 
-Reserves nodes, starts an agent on each, watches them, settles what became of the attempt and forms the group anew
+Reserves nodes, starts an agent on each, watches them, decides what follows the attempt and restarts the group
 where that helps.
 """
 
@@ -247,7 +247,7 @@ class Driver:
         code = error.exit_code if is_first else EXIT_RETRY
         failure = Failure(rank=-1, message=str(error), traceback="", log=FOLDER, is_user_error=True)
         run_state = state.end_attempt(run_state, exit_code=code, failure=failure, last_step=newest_step(self.run_dir))
-        reason = "would fail again in the same way" if is_first else "could not be formed anew"
+        reason = "would fail again in the same way" if is_first else "could not be restarted"
         decision = Decision(verdict=Verdict(code), reason=reason)
         conclude(self.run_dir, decided(run_state, decision), decision)
         self._tell(run_state.attempts[-1], decision)

@@ -3,7 +3,7 @@
 Note: the index. Of a step only `step`, `loss` and `step_s` matter once the next one is there, so these are cut out of its line
 by pattern; the last step of every start is parsed whole, as is everything else. What was made of a long file is kept in
 INDEX_FILE with the offset it reaches to, and the next reader begins there. It is a cache: where it does not fit the
-file it is made anew, and a reader who may not write goes without.
+file it is rebuilt, and a reader who may not write goes without.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _number(pattern: re.Pattern[bytes], line: bytes) -> float | None:
 
 
 def _read_index(run_dir: Path, file: BinaryIO) -> tuple[int, list[Event]]:
-    """(offset to go on from, the events before it); (0, []) where there is no index or it is of another file."""
+    """Return (offset to read on from, the events before it); (0, []) where there is no index or it is of another file."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         index = json.loads((run_dir / INDEX_FILE).read_bytes())
         offset = int(index["offset"])

@@ -139,7 +139,7 @@ def read_state(run_dir: Path) -> RunState | None:
             str(path),
             found=str(error).splitlines()[0],
             expected="the state as efflaunch wrote it",
-            hint=f"mv {path} {path}.damaged: {typed('resume', run_dir)} writes it anew, without the history of attempts",
+            hint=f"mv {path} {path}.damaged: {typed('resume', run_dir)} writes a new one, without the history of attempts",
         ) from error
 
 

@@ -104,7 +104,7 @@ def _remembered(job: str) -> JobFacts | None:
 
 
 def partition_nodes(partition: str) -> set[str] | None:
-    """Names of all its nodes, whatever they do now; None where SLURM's commands are not to be had, as inside a container."""
+    """Return the partition's nodes by name, whatever they do now; None where SLURM's commands are missing, as in a container."""
     if not partition or shutil.which("sinfo") is None:
         return None
     done = _run("sinfo", "-h", "-N", "-p", partition, "-o", "%N")

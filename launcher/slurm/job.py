@@ -130,7 +130,7 @@ def start(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Meeting:
         _refuse(run_dir, run_state, place, Failure(rank=-1, message=str(error), traceback="", log=JOB_DIR, is_user_error=True))
         raise
     if sizing.waits:
-        failure = Failure(rank=-1, message=f"not begun: {sizing.reason}", traceback="", log=JOB_DIR)
+        failure = Failure(rank=-1, message=f"not started: {sizing.reason}", traceback="", log=JOB_DIR)
         raise _NotHere(failure.message, _refuse(run_dir, run_state, place, failure))
     return _begin(run_dir, run_state, place, sizing, hosts, address)
 
@@ -266,7 +266,7 @@ def _others(config: Config, place: SlurmPlace, excluded: Mapping[str, str]) -> b
 
 
 def _enough_left(config: Config, run_state: RunState, place: SlurmPlace, nodes: str) -> bool:
-    """Whether the run can go on at once, on the nodes that are left of this job."""
+    """Tell whether the run can resume at once, on the nodes that are left of this job."""
     return node_range(config).least < node_range(config).most and not _sizing(config, run_state, place, nodes)[0].waits
 
 

@@ -73,7 +73,7 @@ def sbatch_options(job: BatchJob) -> Iterator[str]:
     else:
         # With a number of tasks SLURM gives no more nodes than the least; srun says one task on each.
         yield f"--nodes={wanted.least}-{wanted.most}"
-        # A node that goes down does not end the job: it goes on with the others, where the batch script still runs.
+        # A node that goes down does not end the job: it continues on the others, where the batch script still runs.
         yield "--no-kill"
     if site.gres is not None:
         yield f"--gres={_word(site.gres)}"

@@ -215,14 +215,14 @@ def test_too_few_are_left(run_dir: Path, tmp_path: Path) -> None:
     wide = ranged(tmp_path)
     begin(wide, THREE)
     assert job.settle(wide, THREE, "n0") is Verdict.REQUEUE
-    with pytest.raises(EfflaunchError, match="not begun: 1 node to be had, 2 needed at least; failed 2 times") as caught:
+    with pytest.raises(EfflaunchError, match="not started: 1 node available, 2 needed at least; failed 2 times") as caught:
         job.start(wide, THREE, "n0")
     assert caught.value.exit_code == 1 and state(wide).state == "failed"
 
 
 def test_a_job_without_the_nodes_it_needs_goes_back(run_dir: Path, tmp_path: Path) -> None:
     wide = ranged(tmp_path)
-    with pytest.raises(EfflaunchError, match="not begun: 1 node to be had, 2 needed at least; requeued 1 of 1") as caught:
+    with pytest.raises(EfflaunchError, match="not started: 1 node available, 2 needed at least; requeued 1 of 1") as caught:
         job.start(wide, THREE, "n0")
     assert caught.value.exit_code == Verdict.REQUEUE and state(wide).state == "queued"
 
