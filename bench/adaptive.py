@@ -76,7 +76,7 @@ def _rank_main(rank: int, ranks: int, store: Path, config: Any, rounds: int, sec
 
 
 class _Bench:
-    """One rank's side."""
+    """One rank's side of the benchmark: its model, its planner and its measured steps."""
 
     def __init__(self, config: Any, seconds: float) -> None:
         import torch

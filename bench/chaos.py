@@ -50,7 +50,7 @@ _LIFE_S = 600.0
 """Longest time from the start of a life to its first durable save: only whether it ends at all, on a machine as busy as may be."""
 KILLS = ("rank 0", "rank 1", "all ranks", "flusher", "point")
 REPLICA_LIVES = (20, 10)
-"""Of every so many lives, the last so many keep replicas."""
+"""(period, number): of every `period` lives the last `number` keep replicas."""
 DAMAGES = ("flip", "zero", "truncate", "missing", "swap", "stale", "append")
 
 
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a series of trials."""
+    """Results of a series of trials: how many were done, by kind, and the problems."""
 
     done: int = 0
     by_kind: dict[str, int] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def kill_trials(
     points: Sequence[str] = (),
     replica: bool | None = None,
 ) -> Tally:
-    """One run of many lives in `folder`; each life ends with a kill, the next one checks. Goes on from `tally`.
+    """Run one training of many lives in `folder`, continuing from `tally`; each life ends with a kill, the next one checks.
 
     `points`: kill at these, in order. `replica`: whether lives keep replicas; None: some of them.
     """
@@ -228,7 +228,7 @@ class _Life:
             time.sleep(0.005)
 
     def _flusher_died(self) -> bool:
-        """That of the victim, by the fault it was given."""
+        """Return whether the victim's flusher died of the fault that it was given."""
         path = self.notes / f"flusher-{self.victim}"
         if path.exists():
             pid = int(path.read_text())
@@ -253,7 +253,7 @@ class _Life:
             time.sleep(0.005)
 
     def _read(self) -> dict[str, Any]:
-        """What the ranks wrote down."""
+        """Return what the ranks wrote down in this life."""
         restored = self.notes / "restored"
         log = self.notes / "durable"
         steps = [int(line) for line in log.read_text().split()] if log.exists() else []
@@ -282,7 +282,7 @@ def live(rank: int, folder: Path, notes: Path, fault: str, last: bool, replica: 
 
 
 def _note(path: Path, text: str) -> None:
-    """There whole or not at all, for a reader in another process."""
+    """Write a note that a reader in another process sees whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)
     part.rename(path)
@@ -395,7 +395,7 @@ class State:
 
 
 def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
-    """This rank's memory of a tensor, and what it holds after `step`: other numbers at every place, tensor and step."""
+    """Return this rank's part of a tensor and what it holds after `step`: other numbers at every place, tensor and step."""
     import torch
 
     from ..parallel.sharding.parts import part as part_of
@@ -433,7 +433,7 @@ def fault_trials(folder: Path, number: int, seed: int, tally: Tally | None = Non
 
 
 def _judge(state: State, place: Path, name: str) -> str | None:
-    """What is wrong with how a restore takes the damage; None: nothing."""
+    """Restore from the damaged checkpoint and return what is wrong with the result; None: nothing."""
     state.set(9)
     restored = state.engine(place).restore()
     if restored is None or (wrong := state.wrong(restored.step)):

@@ -286,7 +286,7 @@ class _Contestants:
         return _nothing, _stamp(future)
 
     def _raw(self) -> Waits:
-        """The same bytes from memory, direct, in 16 MiB writes: what the disk takes."""
+        """Write the same bytes from memory, direct, in 16 MiB writes: the disk's own speed."""
         if self.buffer is None:
             self.buffer = mmap.mmap(-1, PIECE_BYTES)
             self.buffer.write(os.urandom(PIECE_BYTES))

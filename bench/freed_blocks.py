@@ -59,7 +59,7 @@ def _trained(name: str, tokens: int) -> dict[str, float]:
 
 
 def run_rank(name: str, tokens: int) -> dict[str, float]:
-    """One process without peers: processor seconds of STEPS warm steps, and resident bytes they leave."""
+    """Run one process without peers and return processor seconds of STEPS warm steps, and resident bytes they leave."""
     import torch.distributed as dist
 
     from .traced import Case, build_case, memory_config

@@ -48,7 +48,7 @@ class HangError(BaseException):
 
 @dataclass(slots=True)
 class Findings:
-    """What became of all inputs so far."""
+    """Counts and faults of all inputs so far."""
 
     inputs: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -140,7 +140,7 @@ def _act(words: list[str], base: Config, folder: Path) -> int:
 
 
 def _open_corpus(base: Config, folder: Path) -> None:
-    """As a run opens it, and the first step of it."""
+    """Open the corpus as a run does, and read its first step."""
     from ..launcher.checks import check_data
     from ..training.data.source import open_data
 

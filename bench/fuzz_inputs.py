@@ -38,15 +38,15 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One thing to try."""
+    """One command to try, with the files it reads."""
 
     kind: str
     words: tuple[str, ...]
     """A command line; `data` alone: open the corpus {HERE}/corpus."""
     files: Files = field(default_factory=dict)
-    """By path below the input's folder."""
+    """Contents of the input's files, by path below its folder."""
     must_fail: bool = False
-    """It is wrong, however it is looked at: exit code 0 would be a fault."""
+    """True for an input that is wrong by construction: exit code 0 would be a fault."""
 
 
 def ranges(kind: type = Config, path: str = "") -> dict[str, Range]:

@@ -92,7 +92,7 @@ def executor(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def policies(chunk: int) -> dict[str, MemoryPolicy]:
-    """One policy for each way through the executor."""
+    """Return one policy for each way through the executor, by name."""
     whole = MemoryPolicy(chunk_tokens=chunk)
     streamed = replace(whole, attention=AttentionTiling.CHUNKS)
     half = Split(host=0.5)
@@ -170,7 +170,7 @@ def host_bytes(policy: MemoryPolicy, config: Any, num_tokens: int) -> int:
 
 
 def step(job: dict[str, Any]) -> dict[str, Any]:
-    """One forward and backward of a sequence, after a short one that warms up: seconds, peaks, what went over the link.
+    """Measure one forward and backward of a sequence, after a short one that warms up: seconds, peaks, bytes over the link.
 
     job: policy (a name of `policies`), keep_inputs (layer inputs stay on the device), segment_layers.
     """

@@ -34,7 +34,7 @@ Rows = list[dict[str, Any]]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bfloat16, by data sheet."""
 START_S = 45.0
-"""What a process takes until its step begins (assumed), weights of many layers included."""
+"""Seconds a process takes until its step begins (assumed), weights of many layers included."""
 LAYER_COUNTS = (32, 24, 16, 8, 4, 2)
 
 
@@ -129,7 +129,7 @@ def _guess_s(rows: Rows, num_tokens: int, layers: int) -> float:
 
 
 def _most_layers(options: argparse.Namespace, one: dict[str, Any]) -> int:
-    """As many layers as fit device, host and about half of the whole time; 1 where not even two do."""
+    """Return how many layers fit device, host and about half of the whole time; 1 where not even two do."""
     shape, num_tokens = Shape(*options.shape), one["job"]["tokens"]
     weights = 2 * layer_parameters(shape) * 2  # and their gradients
     inputs = 2 * shape.hidden_size * num_tokens
@@ -176,19 +176,19 @@ def _run_here(job: Job) -> int:
 
 
 def layer_parameters(shape: Shape) -> int:
-    """Of one decoder layer's matrices."""
+    """Count the parameters of one decoder layer's matrices."""
     width, kv = shape.hidden_size, shape.hidden_size // 4
     return width * (2 * width + 2 * kv) + 3 * width * (width * 7 // 2)
 
 
 def model_flops(shape: Shape, num_tokens: int, layers: int) -> float:
-    """Of forward and backward, causal attention, nothing recomputed."""
+    """Count the FLOPs of forward and backward with causal attention and nothing recomputed."""
     linear = 6.0 * (layers * layer_parameters(shape) + shape.vocab_size * shape.hidden_size) * num_tokens
     return linear + layers * 7.0 / 2.0 * 2 * num_tokens**2 * shape.hidden_size
 
 
 def summary(rows: Rows, peak_flops: float | None = None) -> dict[str, Any]:
-    """What the rows come to: correctness, one entry per length, and what offload and the allocator change."""
+    """Summarize the rows: correctness, one entry per length, and the effect of offload and of the allocator."""
     steps = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
     plain = [row for row in steps if not row["job"]["keep_inputs"] and row["job"]["allocator"] == "expandable"]
     lengths = sorted({row["job"]["tokens"] for row in plain})
@@ -204,7 +204,7 @@ def summary(rows: Rows, peak_flops: float | None = None) -> dict[str, Any]:
 
 
 def _length(rows: Rows, peak_flops: float | None) -> dict[str, Any]:
-    """One length: the most layers measured, and 32 layers on the line through all layer counts."""
+    """Summarize one length: the most layers measured, and 32 layers on the line through all layer counts."""
     most = max(rows, key=lambda row: row["job"]["layers"])
     shape, tokens, layers = Shape(*most["job"]["shape"]), most["job"]["tokens"], most["job"]["layers"]
     entry = {"tokens": tokens, "layers": layers, **{key: most[key] for key in ("seconds", "peak_bytes", "reserved_bytes", "host_bytes")}}

@@ -25,7 +25,7 @@ from .launch_places import CONTESTANTS, Contestant, Place
 from .record import machine, write_json
 
 LIMIT_S = 600.0
-"""For any one thing that is awaited."""
+"""Longest wait for any one event, in seconds."""
 BASE = "elastic"
 METRICS = ("start_s", "rank_death_s", "node_death_s", "stop_s")
 OVERRIDES = (
@@ -127,7 +127,7 @@ def life(place: Place, ranks: int, *, whole: bool) -> dict[str, float]:
 
 
 def next_step(place: Place, since: float, *, after_start: bool = False) -> float:
-    """When the first step after `since` was finished; `after_start`: by ranks that were started after it."""
+    """Return when the first step after `since` was finished; `after_start`: by ranks that were started after it."""
 
     def newer_step() -> float | None:
         place.check()

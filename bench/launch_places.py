@@ -40,7 +40,7 @@ class Place(Protocol):
         ...
 
     def ended(self) -> float | None:
-        """When it ended, in seconds since 1970; None while it runs."""
+        """Return when the run ended, in seconds since 1970; None while it runs."""
         ...
 
     def check(self) -> None:
@@ -189,13 +189,13 @@ def rank_process(run_dir: Path, rank: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
-    """How a run is started; `kind` decides."""
+    """One way of starting a run, chosen by `kind`."""
 
     name: str
     kind: str
 
     def why_not(self) -> str | None:
-        """Why it cannot be measured here; None where it can."""
+        """Return why this contestant cannot be measured here; None where it can."""
         if self.kind in ("bare", "local"):
             return None
         if self.kind not in _backends():
@@ -210,7 +210,7 @@ class Contestant:
 
     @contextmanager
     def place(self, folder: Path, overrides: list[str], ranks: int) -> Iterator[Place]:
-        """Where one life is led; clusters are started before and stopped after it."""
+        """Yield a started run for one life; clusters are started before and stopped after it."""
         run_dir = folder / "runs" / "run"
         run_dir.parent.mkdir(parents=True)
         mine = [*overrides, f"run.root={run_dir.parent}", "run.id=run", STEPS]

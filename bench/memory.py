@@ -65,7 +65,7 @@ def _shape(text: str) -> Shape:
 
 
 def measured_bytes(options: argparse.Namespace, auto: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything about bytes; prints a line per contestant."""
+    """Measure everything about bytes; prints a line per contestant."""
     from .contest import contestants, describe
 
     details = {}
@@ -128,7 +128,7 @@ def _slope(build: Any, task: Task, lengths: list[int]) -> dict[str, Any]:
 
 
 def _forward_mask(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What released StreamBP's dense mask adds as shipped, in bytes per token squared: the second difference of peaks."""
+    """Measure what released StreamBP's dense mask adds as shipped, in bytes per token squared: the second difference of peaks."""
     from .contest import peak
     from .peers.streambp import ReleasedStreamBP
 

@@ -39,7 +39,7 @@ def checkpoint(result: dict[str, Any]) -> list[str]:
 
 
 def chaos(result: dict[str, Any]) -> list[str]:
-    """How much was tried, and what came of it."""
+    """Return the section on kills and damage: how much was tried, and the outcome."""
     counts = ", ".join(f"{key} **{result[key]}**" for key in ("lost", "torn", "silent", "failed"))
     asked = result["asked"]
     tried = f"{result['kills']} of {asked['kills']} kills, {result['faults']} of {asked['faults']} damaged checkpoints"

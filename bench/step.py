@@ -134,7 +134,7 @@ def _policies() -> dict[str, Any]:
 
 
 def _loss(contestant: Any) -> float:
-    """Of the first step, which also warms up."""
+    """Return the loss of the first step, which also warms up."""
     from .contestants import global_loss
 
     return global_loss(contestant.step())

@@ -68,7 +68,7 @@ def _rank_main(rank: int, ranks: int, store: Path, words: list[str], rounds: int
 
 
 def _measured(words: list[str], rounds: int) -> dict[str, Any]:
-    """On a rank. Collective."""
+    """Measure updates of every residency on a rank. Collective."""
     import torch
 
     from ..launcher.config.compose import compose

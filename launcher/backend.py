@@ -27,7 +27,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """A run's state as its scheduler has it; `detail` is for people."""
+    """A run's state as its scheduler has it; `detail` is a sentence."""
 
     state: str
     detail: str = ""
@@ -37,7 +37,7 @@ class Standing:
 
 
 class Launcher(Protocol):
-    """What every backend can do. Errors are EfflaunchError."""
+    """The protocol of a backend. Errors are EfflaunchError."""
 
     def check(self, config: Config) -> None:
         """ConfigError where the configuration cannot be launched from here."""
@@ -52,7 +52,7 @@ class Launcher(Protocol):
         ...
 
     def status(self, run_dir: Path, state: RunState) -> Standing:
-        """Where it stands, by the scheduler and not by what a dead process wrote last."""
+        """Return where the run stands, by the scheduler and not by what a dead process wrote last."""
         ...
 
     def cancel(self, run_dir: Path, state: RunState, *, now: bool) -> str:
@@ -95,7 +95,7 @@ def job_exists(run_dir: Path, existing: str) -> ConfigError:
 
 
 def grace_note(launch: Launch) -> str:
-    """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
+    """Return a warning where a stop will not end in launcher.grace_s, as far as is known before the job runs; else an empty text."""
     config = launch.config
     forecast = read_summary(launch.run_dir).forecast(config.launcher.grace_s) or planned(config)
     return "" if forecast is None or forecast.fits else str(forecast)

@@ -46,7 +46,7 @@ def check_data(config: Config) -> None:
 
 
 def check_resumed(config: Config, run_dir: Path) -> list[str]:
-    """What a resume changes about the learning rate and the data, a line each.
+    """List what a resume changes about the learning rate and the data, a line each.
 
     ConfigError where no schedule reaches the last step, DataError where corpora were replaced (data.changed).
     Looks at the newest whole checkpoint of the run directory; the ranks look again at the one they restore.

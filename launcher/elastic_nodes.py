@@ -1,4 +1,4 @@
-"""How many nodes an attempt runs on: launcher.nodes=MIN:MAX, and a layout and a memory plan that work there. Pure.
+"""Chooses how many nodes an attempt runs on: launcher.nodes=MIN:MAX, and a layout and a memory plan that work there. Pure.
 
 Note: what an attempt does with it. Whoever begins one (`launcher/slurm/job.py`, the driver of `launcher/ray/`)
 
@@ -36,9 +36,9 @@ class Sizing:
     num_nodes: int
     """0: wait for more."""
     config: Config
-    """What the attempt runs with: the run's own, with layout and memory plan of this many nodes; the run's own while waiting."""
+    """Configuration of the attempt: the run's, with layout and memory plan of this many nodes; the run's own while waiting."""
     reason: str
-    """For people."""
+    """Why this number of nodes was chosen, as a sentence."""
 
     @property
     def waits(self) -> bool:

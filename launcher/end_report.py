@@ -1,4 +1,4 @@
-"""What a finished run prints: how it ended, what to type next, and the error of a failed one."""
+"""Prints the end of a run: how it ended, what to type next, and the error of a failed one."""
 
 from __future__ import annotations
 

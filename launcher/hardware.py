@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, GPUs."""
+"""Detects what this machine has: cores, memory, GPUs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Gpu:
     name: str
     memory_bytes: int
     free_bytes: int | None = None
-    """Not in use by any process; None where nothing says."""
+    """Bytes not in use by any process; None where unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is here."""
+    """GPUs, cores and memory of this machine."""
 
     gpus: tuple[Gpu, ...]
     num_cores: int
     memory_bytes: int
-    """That new processes can still have."""
+    """Host memory that new processes can still have, in bytes."""
 
 
 def this_machine(device: Device) -> Machine:

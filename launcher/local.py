@@ -36,7 +36,7 @@ AGENT_LOG = "logs/agent.log"
 _POLL_S = 0.1
 _FINAL_STATES = {EXIT_DONE: state.DONE, EXIT_PREEMPTED: state.PREEMPTED, EXIT_USER: state.FAILED}
 _SECOND_STOP_S = 0.5
-"""One Ctrl-C reaches a process group once, but a terminal and a scheduler may both pass it on."""
+"""Seconds in which a second stop signal counts as the first: a terminal and a scheduler may both pass one Ctrl-C on."""
 
 
 class LocalLauncher:

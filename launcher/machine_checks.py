@@ -1,4 +1,4 @@
-"""Whether this machine can run a configuration, and what to type where it cannot. Imports no torch."""
+"""Checks whether this machine can run a configuration, and says what to type where it cannot. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the process beside a local run does while the agent works: shows progress, keeps the lock fresh, notes what goes wrong."""
+"""Runs beside a local run while the agent works: shows progress, keeps the lock fresh, notes what goes wrong."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Guard:
         self.what, self.notices, self.tries_again, self.failed = what, notices, tries_again, False
 
     def __call__(self, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """What `action` returns; None where it failed, now or (unless it is tried again) before."""
+        """Return what `action` returns; None where it failed, now or (unless it is tried again) before."""
         if self.failed and not self.tries_again:
             return None
         try:
@@ -97,6 +97,6 @@ def note_output(output: SteadyOutput, notices: Notices) -> None:
 
 
 def stop_notice(number: int) -> str:
-    """Why a run was told to stop, by the signal."""
+    """Describe why a run was asked to stop, by the signal."""
     name = signal.Signals(number).name
     return f"told to save and stop by {name}" + (": its terminal was closed" if number == signal.SIGHUP else "")

@@ -68,7 +68,7 @@ def _mistyped(path: str, data: Any, expected: str) -> ValueError:
 
 
 def set_aside(path: Path, reason: object) -> str:
-    """Rename a damaged file to NAME.damaged (replacing an older one), so that it is made again; a sentence that says so.
+    """Rename a damaged file to NAME.damaged (replacing an older one), so that it is written again; returns a sentence that says so.
 
     OSError where it cannot be renamed.
     """

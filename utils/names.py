@@ -72,7 +72,7 @@ def texts_of(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether it names something directly inside a folder: no separator, not `.` or `..`, not empty."""
+    """Return whether `name` is that of something directly inside a folder: no separator, not `.` or `..`, not empty."""
     return _FOLDER.fullmatch(name) is not None and name not in (".", "..")
 
 

@@ -18,7 +18,7 @@ WAIT_S = 14 * 86400.0
 """A socket takes at most 2**31 ms."""
 LONG_S = 100 * 365 * 86400.0
 _CAP = 10_000
-"""From here on an upper end is there for arithmetic's sake, and nobody's choice."""
+"""Upper ends from here on exist for arithmetic's sake, and are nobody's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Range:
     above: bool = False
     below: bool = False
     example: float | None = None
-    """What to type for a key without a default, where `low` is no sensible value."""
+    """Value to type for a key without a default, where `low` is no sensible one."""
 
     def __contains__(self, value: float) -> bool:
         if isinstance(value, float) and not math.isfinite(value):
@@ -61,7 +61,7 @@ def check_ranges(group: Any, path: str) -> None:
 
 
 def range_hint(group: type, name: str, key: str) -> str:
-    """What to type for a key whose value is outside its range: its default, else an end of the range."""
+    """Return what to type for a key whose value is outside its range: its default, else an end of the range."""
     field = cast(Any, group).__dataclass_fields__[name]
     allowed = ranges_of(group)[name]
     default = field.default_factory() if callable(field.default_factory) else field.default

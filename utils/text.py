@@ -1,4 +1,4 @@
-"""Text for people: without terminal escapes, and commands as a shell reads them. Pure."""
+"""Text to show: without terminal escapes, and commands as a shell reads them. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plain(text: str) -> str:
 
 
 def plain_data(value: Any) -> Any:
-    """The same for every text in nested lists and mappings, keys included."""
+    """Apply `plain` to every text in nested lists and mappings, keys included."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, Mapping):

@@ -27,7 +27,7 @@ from .signals import stop_signals_deferred
 
 LOOPBACK = "127.0.0.1"
 _PEERS_GRACE_S = 5.0
-"""How long the others may take to notice a dead rank and write down their own errors."""
+"""Seconds the other ranks may take to notice a dead rank and write down their own errors."""
 
 
 class LoopbackRendezvous(StaticTCPRendezvous):
@@ -98,7 +98,7 @@ class OwnLogs(LogsSpecs):
 
 
 class RankAgent(LocalElasticAgent):
-    """One attempt. `processes` are the ranks by rank; `killed` those that were killed because another had failed."""
+    """Starts and watches the ranks of one attempt. `processes`: by rank; `killed`: those killed because another had failed."""
 
     def __init__(self, spec: WorkerSpec, start_method: str, on_start: Callable[[], None], on_poll: Callable[[], None]) -> None:
         super().__init__(spec, OwnLogs(), start_method=start_method)

@@ -26,7 +26,7 @@ from .hang_verdict import Frame, Limits, RankFacts, Silences, blame, describe_ha
 from .procfs import kernel_view, native_stacks, process_state
 
 _ANSWER_S = 5.0
-"""How long a rank may take to write its Python stacks."""
+"""Seconds a rank may take to write its Python stacks."""
 _TELL_S = 10.0
 """Between two words on who is silent."""
 _MAIN = ("launcher/agent/worker.py", "main")
@@ -37,7 +37,7 @@ class Others(Protocol):
     """The agents of the other nodes of the run."""
 
     def asked(self) -> bool:
-        """Whether one of them has found a hang and asks for stacks."""
+        """Return whether another agent has detected a hang and asks for stacks."""
         ...
 
     def ask(self) -> None:
@@ -45,12 +45,12 @@ class Others(Protocol):
         ...
 
     def exchange(self, mine: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-        """What all nodes answered, this one's too, and the nodes that gave no answer in time."""
+        """Return the answers of all nodes, this one's too, and the nodes that gave none in time."""
         ...
 
 
 class HangWatch:
-    """One attempt of the ranks of one node. To be closed."""
+    """Detects hangs among one node's ranks during one attempt. To be closed."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class HangWatch:
         self._quiet_written_at: float | None = None
 
     def place(self) -> str:
-        """What the ranks need to join."""
+        """Return the address by which the ranks attach to the heartbeat board."""
         return self._board.place()
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class HangWatch:
         return facts
 
     def _wait_for(self, lengths: Mapping[int, int]) -> None:
-        """Until the ranks have written all of their stacks, or do not."""
+        """Wait until the ranks have written all of their stacks, or time is up."""
         deadline, seen = time.monotonic() + _ANSWER_S, dict(lengths)
         while time.monotonic() < deadline:
             time.sleep(0.1)
@@ -165,7 +165,7 @@ class HangWatch:
 
 
 def limits_of(config: LauncherConfig) -> Limits:
-    """What the configuration allows."""
+    """Return the limits on silence that the configuration sets."""
     return Limits(factor=config.hang_factor, min_s=config.hang_min_s, long_s=config.hang_long_s)
 
 
@@ -176,7 +176,7 @@ def read_hang(run_dir: Path, number: int) -> Failure | None:
 
 
 def read_pulses(run_dir: Path, number: int) -> list[dict[str, Any]]:
-    """What looks stuck in an attempt, by rank: rank, host, silent_s (by now), allowed_s, doing. Of the nodes that last said so."""
+    """Read which ranks of an attempt look stuck: rank, host, silent_s (by now), allowed_s, doing, as their nodes last wrote."""
     rows = []
     for path in sorted(attempt_dir(run_dir, number).glob("pulse-*.json")):
         report = read_json(path)

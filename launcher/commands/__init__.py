@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 class CommandModule(Protocol):
-    """What a module of this folder has."""
+    """The protocol of a command's module in this folder."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
     def main(self, words: list[str]) -> int: ...

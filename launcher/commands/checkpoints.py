@@ -29,7 +29,7 @@ _BAD = (DAMAGED, MISSING, UNREACHABLE)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointsRequest:
-    """What the command line asks for."""
+    """Parsed command line of `efflaunch checkpoints`."""
 
     verify: bool
     pin: int | None
@@ -142,7 +142,7 @@ def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
 
 
 def _rows_in_memory(run_dir: Path) -> list[dict[str, Any]]:
-    """What keepers on this host hold of the run's newest snapshots (checkpoint.replica): images of ranks. Not checkpoints."""
+    """List the images of ranks (checkpoint.replica) that keepers on this host hold of the run's newest snapshots. Not checkpoints."""
     import socket
 
     from ...checkpoint.replica.keeper_process import look, meeting_path

@@ -26,7 +26,7 @@ Stopped or killed, the same command resumes where it was. Train on it with: data
 
 
 OBJECTIVES = {"pairs": "dpo", "completions": "grpo"}
-"""What corpora of a kind are for, where it is not language modelling."""
+"""Objective that corpora of a kind are for, where it is not language modelling."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

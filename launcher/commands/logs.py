@@ -54,7 +54,7 @@ def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
 
 
 def _rank_logs(run_dir: Path) -> list[Path]:
-    """Of the newest attempt that has any, by rank."""
+    """Return the rank logs of the newest attempt that has any, by rank."""
     named = (path.name.partition("-")[2] for path in (run_dir / "logs").glob("attempt-*"))
     numbers = sorted(int(number) for number in named if number.isdecimal())
     for number in reversed(numbers):
@@ -93,5 +93,5 @@ def _lines(log: Path) -> Iterator[str]:
 
 
 def _is_inside(run_dir: Path, path: Path) -> bool:
-    """Whether a file is the run's own, and no link to somebody else's."""
+    """Return whether a file is the run's own, and no link to somebody else's."""
     return path.resolve().is_relative_to(run_dir.resolve())

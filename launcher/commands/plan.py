@@ -88,7 +88,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
-    """What a person should know that is no mistake."""
+    """List facts about the plan that are no mistakes but surprise."""
     length = config.data.max_seq_len
     lines = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:

@@ -19,12 +19,12 @@ class PlanStepRequest:
 
     lengths: str
     sequences: int | None
-    """None: a whole file, or as many as data.global_batch_tokens takes."""
+    """Number of sequences; None: a whole file, or as many as data.global_batch_tokens takes."""
     seed: int
     certify_s: float | None
     """Seconds to look for a tighter bound."""
     out: Path | None
-    """Where to draw the step."""
+    """File to draw the step into; None: it is not drawn."""
 
 
 def print_step_plan(config: Config, request: PlanStepRequest, *, as_json: bool) -> int:

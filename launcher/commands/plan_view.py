@@ -17,7 +17,7 @@ from ...units import format_precise, format_seconds, format_tokens
 from ..config.run_config import Config
 
 NARROW = 0.01
-"""Of a device's memory: less to spare than this is worth saying."""
+"""Share of a device's memory: less to spare than this is worth a warning."""
 MIB = 1 << 20
 
 
@@ -109,7 +109,7 @@ def _time_lines(timing: Timing) -> list[str]:
 
 
 def _policy_lines(config: Config, ledger: Ledger) -> list[str]:
-    """What the memory policy is, and with memory.solve how it was found."""
+    """Describe the memory policy, and with memory.solve how it was solved."""
     certificate = certify(ledger)
     lines = [f"memory policy {config.memory.name}: {'; '.join(certificate.policy)}"]
     return lines + ([f"  {line}" for line in describe_report(ledger.report)] if ledger.report is not None else [])

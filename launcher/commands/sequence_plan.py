@@ -79,7 +79,7 @@ def certified(plan: StepPlan, cost: CostModel, seconds: float | None) -> StepPla
 
 
 def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapping[tuple[int, int], float] | None = None) -> Explanation:
-    """What there is to say about a plan, with the other plans a person would think of."""
+    """Explain a plan, with the other plans a person would think of."""
     from ...parallel.sequence.solve import solve_adaptive
 
     adaptive = config.parallel.sequence is not SequenceMode.STATIC
@@ -107,7 +107,7 @@ def _others(plan: StepPlan, adaptive: bool) -> dict[str, Solver]:
 
 
 def plan_name(explanation: Explanation) -> str:
-    """What kind of plan it is, for headings."""
+    """Name the kind of plan, for headings."""
     source = explanation.plan.source
     if source == "late":
         return "greedy plan (the planner was late)"

@@ -36,7 +36,7 @@ def show_explanation(explanation: Explanation, heading: str, notes: Iterable[str
 
 
 def groups_table(line: Timeline) -> Table:
-    """One row a group, or a degree of a micro-batch where there are many."""
+    """Build the table of groups: one row a group, or a degree of a micro-batch where there are many."""
     measured = any(bar.measured_s is not None for bar in line.bars)
     table = Table(title="who holds which sequences", title_justify="left", title_style="bold")
     for name, right in (("ranks", False), ("degree", True), ("sequences", True), ("tokens", True), ("full", True), ("modelled", True)):
@@ -89,7 +89,7 @@ def _span(seconds: Sequence[float]) -> str:
 
 
 def choices_table(choices: Iterable[Choice], tokens: int) -> Table:
-    """What each degree would mean for the longest sequence."""
+    """Build the table of degrees for the longest sequence, with seconds of each."""
     table = Table(title=f"degrees for the longest sequence, {tokens:,} tokens", title_justify="left", title_style="bold")
     for name, right in (("degree", True), ("", False), ("seconds", True), ("rank-seconds", True), ("", False)):
         table.add_column(name, justify="right" if right else "left")

@@ -26,7 +26,7 @@ OURS = "efflaunch"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulateRequest:
-    """What to simulate besides the configuration."""
+    """Parsed command line of `efflaunch simulate`."""
 
     lengths: str
     sequences: int | None
@@ -108,7 +108,7 @@ def step_lengths(config: Config, request: SimulateRequest) -> Iterator[tuple[int
 
 
 def contestants(cost: CostModel, request: SimulateRequest) -> list[Contestant]:
-    """Who is compared, ours last."""
+    """Return the planners to compare, ours last."""
     from ...parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 
     compared = [Contestant(name="best static degree", plan=solve_best_static), Contestant(name="greedy", plan=solve_greedy)]
@@ -160,7 +160,7 @@ def _step(step: Step) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any], rows: list[Row]) -> None:
-    """The same for people."""
+    """Print the facts and rows as tables."""
     from rich.table import Table
 
     from ...units import format_precise

@@ -32,7 +32,7 @@ def check_config(config: Config) -> None:
 
 
 def model_notes(config: Config) -> list[str]:
-    """What a person should know of the model and its files: parts that are not read, and lengths beyond its positions."""
+    """List surprises of the model and its files: parts that are not read, and lengths beyond its positions."""
     positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
     lines = check_weights(config.model)
     if length > positions:

@@ -24,7 +24,7 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def option_file(group: str, option: str, config_dir: str | None = None) -> Path:
-    """Where the option is written down; the user's own directory comes first."""
+    """Return the file of an option; the user's own directory comes first."""
     directories = [*([Path(config_dir)] if config_dir else []), conf_dir()]
     return next(path for directory in directories if (path := directory / group / f"{option}.yaml").is_file())
 

@@ -24,7 +24,7 @@ class NodeRange:
 
 
 def node_range(config: Config) -> NodeRange:
-    """What launcher.nodes asks for; without it cluster.num_nodes and nothing else."""
+    """Parse launcher.nodes; without it the range is cluster.num_nodes alone."""
     if config.launcher.nodes is None:
         return NodeRange(config.cluster.num_nodes, config.cluster.num_nodes)
     least, _, most = config.launcher.nodes.partition(":")

@@ -36,7 +36,7 @@ def check_own_files(config_dir: str, chosen: list[str]) -> None:
 
 
 def _check_places(folder: Path) -> None:
-    """Nothing that looks like configuration lies where it is not read."""
+    """Raise ConfigError where a file that looks like configuration lies where it is not read."""
     for name in ("config.yaml", "config.yml"):
         if (folder / name).is_file():
             hint = f"move what it sets to {folder}/experiment/NAME.yaml, with `# @package _global_` on top, and type +experiment=NAME"

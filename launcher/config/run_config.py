@@ -1,4 +1,4 @@
-"""Where it runs, and the whole configuration. Imports neither torch nor Hydra."""
+"""Configuration of the launcher, and of a run as a whole. Imports neither torch nor Hydra."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ...utils.ranges import BYTES, LONG_S, WAIT_S, Range
 
 
 class Backend(Enum):
-    """What starts the agents."""
+    """The backend that starts the agents."""
 
     LOCAL = "local"
-    """This machine, in the foreground."""
+    """Run on this machine, in the foreground."""
     SLURM = "slurm"
     """A batch job of launcher.nodes nodes."""
     RAY = "ray"
@@ -80,7 +80,7 @@ class RayConfig:
     cpus_per_node: float | None = None
     """CPUs to reserve on every node; None: one a rank. GPUs: one a rank where cluster.device=cuda."""
     resources: dict[str, float] = field(default_factory=dict)
-    """What else to reserve on every node, as {accelerator_type:H100: 0.001}."""
+    """Further resources to reserve on every node, as {accelerator_type:H100: 0.001}."""
     exclude: list[str] = field(default_factory=list)
     """Nodes not to use: host names, addresses or beginnings of Ray's node ids."""
     max_excluded: int = 2
@@ -135,7 +135,7 @@ class LauncherConfig:
     hang_min_s: Seconds = 300.0
     """Silence that is never taken for a hang, however short steps are."""
     hang_long_s: Seconds = 1800.0
-    """The same for phases that do not depend on a step's time: start, the first step, saves, scoring."""
+    """Longest silence in phases that do not depend on a step's time: start, the first step, saves, scoring."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -157,17 +157,17 @@ class RunConfig:
 
     root: str = "runs"
     id: str | None = None
-    """None: made from the experiment's name, the time and a random suffix."""
+    """Name of the run; None: made from the experiment's name, the time and a random suffix."""
     private: bool = True
     """The run directory is for its owner alone (0700, files 0600); false: the umask decides, as for a group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Everything, resolved and checked: what run.yaml holds and workers read."""
+    """The whole configuration, resolved and checked: what run.yaml holds and workers read."""
 
     experiment: str
-    """Name of the experiment file, for people."""
+    """Name of the experiment file, for display."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig
     data: DataConfig

@@ -55,7 +55,7 @@ def load(kind: type, data: Any, path: str = "") -> Any:
 
 
 def _ranged_value(kind: type, name: str, hint: Any, data: Any, path: str) -> Any:
-    """As _value; for a field with a declared range the error names the range too."""
+    """Check a value as _value does; for a field with a declared range the error names the range too."""
     allowed = ranges_of(kind).get(name)
     try:
         return _value(hint, data, path)
@@ -68,7 +68,7 @@ def _ranged_value(kind: type, name: str, hint: Any, data: Any, path: str) -> Any
 
 
 def is_required(field: Field[Any]) -> bool:
-    """Whether the field has no default of its own."""
+    """Return whether the field has no default of its own."""
     return field.default is MISSING and field.default_factory is MISSING
 
 
@@ -191,7 +191,7 @@ def describe_type(hint: Any) -> str:
 
 
 def enum_values(hint: Any) -> list[str]:
-    """What can be typed for a key of this type where that is a short list."""
+    """List what can be typed for a key of this type; empty where the list would be long."""
     if get_origin(hint) in (Union, types.UnionType):
         return [*enum_values(_without_none(get_args(hint))), "null"]
     if isinstance(hint, type) and issubclass(hint, Enum):

@@ -1,4 +1,4 @@
-"""Where the nodes of a job meet: an address other nodes can reach, and a port that is free."""
+"""Finds where the nodes of a job meet: an address other nodes can reach, and a port that is free."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def head_port(job_id: int, address: str) -> int:
 
 
 def address_towards(head: str) -> str:
-    """This node's address on the way to `head`. Nothing is sent."""
+    """Return this node's address on the way to `head`. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((head, 9))
         return str(probe.getsockname()[0])

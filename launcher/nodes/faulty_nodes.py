@@ -1,4 +1,4 @@
-"""On which nodes an attempt failed, as far as that can be told, and which of them a run stops using. Pure."""
+"""Finds the nodes an attempt failed on, as far as that can be told, and which of them a run stops using. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..rundir.state import Attempt, Failure
 REPEATS = 2
 """Attempts of one launch that have to fail on a node before it is left out. One may be chance; a preflight is none."""
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-"""Not SIGABRT: NCCL's watchdog ends healthy ranks with it, where another one is stuck."""
+"""Signals that count against a node. Not SIGABRT: NCCL's watchdog ends healthy ranks with it, where another one is stuck."""
 _HARDWARE = (
     "ecc error",
     "hardware stack error",
@@ -23,7 +23,7 @@ _HARDWARE = (
     "cuda driver initialization failed",
     "input/output error",
 )
-"""What CUDA, its driver and the kernel say of devices that break."""
+"""Words of CUDA, its driver and the kernel about devices that break."""
 
 
 def blame(failure: Failure | None, *, hosts: Sequence[str], lost: Sequence[str], ranks_per_node: int) -> dict[str, str]:
@@ -60,5 +60,5 @@ def exclusions(attempts: Sequence[Attempt], excluded: Mapping[str, str], limit: 
 
 
 def is_refused(attempt: Attempt) -> bool:
-    """Whether the preflight ended it."""
+    """Return whether the preflight ended the attempt."""
     return attempt.exit_code == EXIT_USER and bool(attempt.blamed)

@@ -48,7 +48,7 @@ _LOOK_S = 5.0
 
 
 def take_part(run_dir: Path, meeting: Meeting, place: NodePlace, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
-    """One attempt of this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
+    """Run one attempt on this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
 
     `early` takes stop signals from the start of the process on; `stop_asked`: whether one came, or a person spoke,
     before any agent could hear it.
@@ -93,7 +93,7 @@ class Visit:
             raise EfflaunchError(message) from error
 
     def verdict(self, stop_asked: Callable[[], bool]) -> int | None:
-        """None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
+        """Return None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
         facts = look(
             self.run_dir,
             place=self.place,
@@ -180,7 +180,7 @@ def _record(run_dir: Path, exit_code: int, failure: Failure | None, unfit_nodes:
 
 
 class NodeAgent(Agent):
-    """One attempt of the ranks of one node. The head (node 0) alone writes state.json."""
+    """Runs the ranks of one node for one attempt. The head (node 0) alone writes state.json."""
 
     def __init__(self, visit: Visit, entry: str, early: StopFlag) -> None:
         self.visit, self.place, self.ended_for_others = visit, visit.place, False

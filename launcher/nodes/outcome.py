@@ -1,4 +1,4 @@
-"""What became of an attempt on several nodes, from what their agents and ranks left in its directory, and state.json with it."""
+"""Gathers how an attempt on several nodes ended, from what their agents and ranks left in its directory, and state.json with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
 
 
 def is_open(run_state: RunState) -> bool:
-    """Whether an attempt of this launch was begun and never ended."""
+    """Return whether an attempt of this launch was started and never ended."""
     return len(run_state.attempts) > run_state.attempts_before and run_state.attempts[-1].ended is None
 
 
@@ -120,7 +120,7 @@ def _rank_reports(logs: Path, answers: dict[int, dict[str, object] | None], rank
 
 
 def describe_end(run_dir: Path, attempt: Attempt, reason: str) -> list[str]:
-    """What happened, the error last and in full."""
+    """Describe how the attempt ended, the error last and in full."""
     if attempt.failure is None:
         return [f"attempt {attempt.number}: {reason}, after step {attempt.last_step}"]
     lines = [f"attempt {attempt.number} failed after step {attempt.last_step}: {reason}"]

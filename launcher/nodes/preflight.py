@@ -1,4 +1,4 @@
-"""Before ranks are started: whether all nodes of a job are fit for it, as a table, failures first.
+"""Checks before ranks are started that all nodes of a job are fit for it: a table, failures first.
 
 Every node tells the head the same facts over the store that the ranks will use, so the network is tried as well.
 """
@@ -21,7 +21,7 @@ MAX_CLOCK_SKEW_S = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeFacts:
-    """What one node says of itself."""
+    """Facts that one node reports of itself."""
 
     node: int
     host: str
@@ -34,14 +34,14 @@ class NodeFacts:
     machine: str
     """Devices and memory in words."""
     problem: str = ""
-    """Why it cannot do its part, by its own account."""
+    """Why the node cannot do its part, by its own account; empty where it can."""
     clock_s: float = 0.0
-    """Its clock less the head's, measured when the head said so."""
+    """The node's clock minus the head's, measured when the head sent its time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One node's line of the table."""
 
     host: str
     problems: tuple[str, ...]
@@ -50,7 +50,7 @@ class Row:
 
 
 def look(run_dir: Path, *, place: NodePlace, address: str, interface: str | None, attempt: int) -> NodeFacts:
-    """This node's facts. Leaves a mark in the run directory that the head looks for."""
+    """Return this node's facts. Leaves a mark in the run directory that the head looks for."""
     run, machine, problem = "", "", ""
     try:
         run = _run_hash(run_dir, attempt)
@@ -71,13 +71,13 @@ def look(run_dir: Path, *, place: NodePlace, address: str, interface: str | None
 
 
 def _run_hash(run_dir: Path, attempt: int) -> str:
-    """Of run.yaml, and of what the attempt has beside it. OSError where this node cannot read them."""
+    """Hash run.yaml and the attempt's own configuration, if it has one. OSError where this node cannot read them."""
     own = attempt_dir(run_dir, attempt) / RUN_FILE
     return hashlib.sha256((run_dir / RUN_FILE).read_bytes() + (own.read_bytes() if own.is_file() else b"")).hexdigest()
 
 
 def _machine(run_dir: Path, attempt: int) -> tuple[str, str]:
-    """What the node has, in words, and why that is not enough."""
+    """Describe what the node has, and why that is not enough; the second is empty where it is."""
     from ..hardware import this_machine
     from ..machine_checks import check_free, check_node
 
@@ -100,7 +100,7 @@ def mark(run_dir: Path, folder: str, attempt: int, node: int) -> Path:
 
 
 def package_hash() -> str:
-    """Of every source file of efflaunch, with its path."""
+    """Hash every source file of efflaunch with its path."""
     root = Path(__file__).resolve().parent.parent.parent
     folders = ("checkpoint", "launcher", "memory", "parallel", "training")
     total = hashlib.sha256()
@@ -142,7 +142,7 @@ def _row(node: int, answer: NodeFacts, head: NodeFacts, marked: bool) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lines for people."""
+    """Format the table as lines of text."""
     width = max(len(row.host) for row in rows)
     return "\n".join(
         f"{'ok' if not row.problems else 'FAIL':<5} {row.host:<{width}}  {'; '.join((*row.problems, row.details)).strip('; ')}"

@@ -36,7 +36,7 @@ from .request import FOLDER, demand
 _LOOK_AROUND_S = 1.0
 """Between looks at what people and the cluster want."""
 _GATHER_S = 10.0
-"""How long nodes up to the MAX of launcher.nodes are waited for where MIN are there."""
+"""Seconds to wait for nodes up to the MAX of launcher.nodes where MIN are there."""
 
 
 class Driver:
@@ -48,18 +48,18 @@ class Driver:
         self.run_dir, self.job, self.entry, self.work_dir, self.tick = run_dir, job, entry, work_dir, tick
         self.say: Callable[[str], None] = lambda line: say(redact(line, secrets()))
         self.variables: dict[str, str] = {}
-        """For the agents, beside what Ray's workers have."""
+        """Variables for the agents, beside what Ray's workers have."""
         self.config: Config = read_run(run_dir).config
         keep_private(self.config.run.private)
         self.offers = node_offers
         self.started = time.monotonic()
         self.wish: str | None = None
-        """Whether a person wants it to save and end, or to end now."""
+        """SAVE or NOW once a person asked the run to stop; None before."""
         self.is_draining = False
         self.looked_at = 0.0
 
     def stop(self, how: str = SAVE) -> None:
-        """From a signal handler: end, for good."""
+        """End the run for good; called from a signal handler."""
         self.wish = NOW if NOW in (how, self.wish) else SAVE
 
     def run(self) -> int:
@@ -89,7 +89,7 @@ class Driver:
         return self._conclude(gone, is_formed=group is not None)
 
     def _sizing(self) -> Sizing | None:
-        """How many nodes the attempt takes; None where a stop came first. ConfigError where none come in time."""
+        """Choose how many nodes the attempt takes; None where a stop came first. ConfigError where none come in time."""
         wanted, bundle, timeout_s = node_range(self.config), demand(self.config), self.config.launcher.ray.placement_timeout_s
         if wanted.least == wanted.most:
             return Sizing(num_nodes=wanted.most, config=self.config, reason=f"{wanted.most} nodes")
@@ -155,7 +155,7 @@ class Driver:
                 return
 
     def _look_around(self, mine: set[str] | None = None) -> bool:
-        """Whether the run is to stop, by a person's word, by its time limit or because a node of `mine` is taken away."""
+        """Return whether the run is to stop: by a person's word, by its time limit or because a node of `mine` is taken away."""
         if time.monotonic() - self.looked_at >= _LOOK_AROUND_S:
             self.looked_at = time.monotonic()
             how = requested_stop(self.run_dir, self.job)

@@ -44,7 +44,7 @@ def check_installed() -> None:
 
 
 class JobServer:
-    """A connection to the job server of a cluster. Ray's token, where it wants one, is read by Ray itself."""
+    """A connection to the job server of a cluster. Ray's token, where one is needed, is read by Ray itself."""
 
     def __init__(self, address: str) -> None:
         """ConfigError where nobody answers, the token is not taken, or the cluster has another Ray."""
@@ -70,7 +70,7 @@ class JobServer:
             self.client.submit_job(**request.to_dict())
 
     def find(self, job: str) -> JobFacts | None:
-        """None where the server knows no such job: it forgets all of them when the cluster ends."""
+        """Return the job's facts; None where the server knows no such job: it forgets all of them when the cluster ends."""
         try:
             with _translated(self.address):
                 details = self.client.get_job_info(job)
@@ -88,7 +88,7 @@ class JobServer:
             self.client.stop_job(job)
 
     def logs(self, job: str) -> str:
-        """What the driver printed."""
+        """Return what the driver printed."""
         with _translated(self.address):
             return str(self.client.get_job_logs(job))
 

@@ -170,7 +170,7 @@ def _standing_here(run_dir: Path, run_state: RunState, job: str) -> Standing:
 
 
 def _fetch_log(run_dir: Path, submission: Submission) -> None:
-    """What the driver said before it could write into the run directory, or instead of that: Ray keeps it."""
+    """Fetch from Ray what the driver printed before, or instead of, writing into the run directory."""
     server, kept = client.reach(submission.address), files.output_file(run_dir, submission.job)
     if isinstance(server, EfflaunchError) or kept.is_file() or server.find(submission.job) is None:
         return

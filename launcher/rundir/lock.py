@@ -37,12 +37,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """Who has the run directory."""
+    """The process that has the run directory's lock."""
 
     host: str
     pid: int
     machine: str
-    """The same for processes under one kernel, among which locks can be trusted."""
+    """Identity of the running kernel: equal for processes among which locks can be trusted."""
     since: float
     key: str
     """Tells this holder from every other."""
@@ -54,7 +54,7 @@ class Owner:
 
 
 def this_machine_id() -> str:
-    """Of the running kernel; the host's name where there is none."""
+    """Return the boot id of the running kernel; the host's name where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -80,7 +80,7 @@ def lock_run(run_dir: Path) -> int:
 
 
 def is_held(owner: Owner | None, age_s: float, *, machine: str, trusted: bool) -> bool:
-    """Whether `owner`, heard of `age_s` ago, is still there though this process got the kernel's lock. Pure.
+    """Return whether `owner`, heard of `age_s` ago, is still there though this process got the kernel's lock. Pure.
 
     `trusted`: the file system has locks. They always count among processes of one machine.
     """
@@ -120,7 +120,7 @@ def holding(run_dir: Path) -> Iterator[int]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether some process of the run is alive."""
+    """Return whether some process of the run is alive."""
     try:
         file = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
     except OSError:
@@ -169,7 +169,7 @@ def _take(file: int, kind: int, patience_s: float = 0.0) -> bool | None:
 
 
 def _owner(file: int) -> Owner | None:
-    """What the lock says; None where it says nothing, or is being written."""
+    """Read the owner in the lock file; None where it is empty, or is being written."""
     try:
         return decode(Owner, json.loads(os.pread(file, 4096, 0)))
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """What stands between the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     depth, part = 0, ""
     for letter in text:
         depth += {"[": 1, "]": -1}.get(letter, 0)

@@ -1,4 +1,4 @@
-"""What a batch script asks on its first node: `python -m efflaunch.launcher.slurm.job prepare|start|settle`.
+"""Answers a batch script on its first node: `python -m efflaunch.launcher.slurm.job prepare|start|settle`.
 
 prepare OVERRIDES: make the run directory of a script submitted by hand; prints it.
 start RUN_DIR NODES: begin an attempt; prints where its nodes meet, how many they are, and which. 77: other nodes are needed.
@@ -136,7 +136,7 @@ def start(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Meeting:
 
 
 class _NotHere(EfflaunchError):
-    """These nodes will not do; the exit code says what follows."""
+    """Raised where these nodes will not do; the exit code says what follows."""
 
     def __init__(self, message: str, decision: Decision) -> None:
         super().__init__(f"{message}; {decision.reason}")
@@ -144,7 +144,7 @@ class _NotHere(EfflaunchError):
 
 
 def _sizing(config: Config, run_state: RunState, place: SlurmPlace, nodes: str) -> tuple[Sizing, list[str]]:
-    """How many nodes the attempt takes, and which. ConfigError where the job has not as many as were asked for."""
+    """Choose how many nodes the attempt takes, and which. ConfigError where the job has fewer or more than were asked for."""
     wanted = node_range(config)
     if place.num_nodes not in wanted:
         available, hint = (
@@ -259,7 +259,7 @@ def _leave_out(run_dir: Path, config: Config, run_state: RunState, place: SlurmP
 
 
 def _others(config: Config, place: SlurmPlace, excluded: Mapping[str, str]) -> bool:
-    """Whether the partition has nodes enough without these; yes where SLURM cannot be asked from here."""
+    """Return whether the partition has nodes enough without these; True where SLURM cannot be asked from here."""
     names = partition_nodes(place.partition)
     left = None if names is None else names - set(excluded) - set(config.launcher.slurm.exclude)
     return left is None or len(left) >= node_range(config).least

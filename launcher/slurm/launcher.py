@@ -109,7 +109,7 @@ class SlurmLauncher:
 
 
 def batch_job(launch: Launch) -> BatchJob:
-    """The submission as render_sbatch wants it, with this process's directory and Python."""
+    """Build the submission for render_sbatch, with this process's directory and Python."""
     python = launch.config.launcher.slurm.python or sys.executable
     return BatchJob(
         config=launch.config,
