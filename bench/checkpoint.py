@@ -135,7 +135,7 @@ class _State:
 
 
 Waits = tuple[Callable[[], Any], Callable[[], float | None]]
-"""What the update waits for; and what waits until durable and says when that was (None: before the step went on)."""
+"""Two functions of a save: one waits until the update may run; one waits until durable and returns when (None: before that)."""
 Turn = Callable[[], Waits]
 """Starts a save."""
 

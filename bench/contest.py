@@ -1,4 +1,4 @@
-"""Who is measured in bench/memory.py and how: peak device and host bytes of one step, gradients against plain, step times."""
+"""Defines who is measured in bench/memory.py, and measures: peak device and host bytes of one step, gradients against plain, step times."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from ..launcher.config.schema import walk_fields
 from ..utils.ranges import Range, ranges_of
 
 HERE = "@HERE@"
-"""In words and files: the folder that the input's files lie in."""
+"""Placeholder in words and files for the folder that the input's files lie in."""
 BASE = (
     "model=tiny",
     "data=stdlib",

@@ -1,4 +1,4 @@
-"""What one process of bench/gpu_memory.py does: check attention, check the executor, or time one training step.
+"""Does the work of one process of bench/gpu_memory.py: check attention, check the executor, or time one training step.
 
 Every function returns plain data. On the CPU the same code runs with exact live bytes in place of the CUDA allocator's figures.
 """

@@ -1,4 +1,4 @@
-"""One configuration twice: what the ledger says its step takes, and what a traced step of it takes.
+"""Compares what the ledger says a configuration's step takes with what a traced step of it takes.
 
 Shared by `python -m efflaunch.bench.predicted` and tests/memory. The tracer counts every storage of one warm step on rank 0:
 weights, states, gradients, gathered copies, activations and buffers, as on a GPU: rows that wait on the host do not count, the

@@ -119,7 +119,7 @@ class HeartbeatBoard:
         self._stacks = [_nameless(f"efflaunch-stacks-{rank}", 0) for rank in range(num_ranks)]
 
     def place(self) -> str:
-        """Return what a rank needs to `join`, on a command line or through a fork: the descriptors of this process."""
+        """Return what a rank needs to `attach`, on a command line or through a fork: the descriptors of this process."""
         return " ".join(_reachable(file) for file in (self._file, *self._stacks))
 
     def beat(self, local_rank: int) -> Beat | None:
@@ -137,7 +137,7 @@ class HeartbeatBoard:
             os.close(file)
 
 
-def join(place: str, local_rank: int) -> Heartbeat:
+def attach(place: str, local_rank: int) -> Heartbeat:
     """A rank's pulse on its agent's board, with its stacks ready to be asked for. The descriptors stay open with the process."""
     board, *stacks = place.split()
     file = os.open(board, os.O_RDWR)

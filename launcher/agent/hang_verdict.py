@@ -105,7 +105,7 @@ class RankFacts:
 
     @property
     def waits(self) -> bool:
-        """Return whether the rank is inside a collective: below this package's innermost frame, or in one of ours that does nothing else."""
+        """Return whether the rank is inside a collective: below this package's innermost frame, or in one that does nothing else."""
         below = itertools.takewhile(lambda frame: not _is_ours(frame), self.frames)
         return any("torch/distributed/" in frame.file for frame in below) or any(frame.function in _WAITING for frame in self.frames[:1])
 

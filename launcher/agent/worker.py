@@ -20,7 +20,7 @@ from typing import Any
 
 from ...errors import EXIT_RETRY, EXIT_USER, UserError
 from ...utils.atomic_files import write_atomic
-from ...utils.heartbeat import Heartbeat, join
+from ...utils.heartbeat import Heartbeat, attach
 from ...utils.helper_thread import ends_with_helpers
 from ..config.run_config import Config
 from ..config.secrets import redact
@@ -43,7 +43,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     """
     die_with_parent(agent_pid)
     permit_tracing(agent_pid)
-    pulse = join(board, int(os.environ["LOCAL_RANK"]))
+    pulse = attach(board, int(os.environ["LOCAL_RANK"]))
     stop = StopFlag()
     on_stop_signals(stop)
     for number in (signal.SIGQUIT, signal.SIGALRM):

@@ -15,7 +15,7 @@ from .sequence_plan import certified, draw_step, explain_plan, explanation_dict,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanStepRequest:
-    """Which step to plan, and what to make of it."""
+    """Parsed command line of `efflaunch plan` for one step: which to plan, and what to print or draw."""
 
     lengths: str
     sequences: int | None

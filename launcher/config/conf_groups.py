@@ -1,4 +1,4 @@
-"""Which configuration groups, options and experiments exist: a listing of conf/ and of the user's own directory."""
+"""Lists which configuration groups, options and experiments exist: those of conf/ and of the user's own directory."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class RayConfig:
     work_dir: str | None = None
     """Directory of the nodes where relative paths of the configuration start; None: the one this is submitted from."""
     usage_stats: bool = False
-    """Whether a Ray started here may report its use to Ray's makers."""
+    """True lets a Ray started here report its use to Ray's makers."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "max_preemptions": Range(0, 1_000_000),
