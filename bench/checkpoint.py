@@ -135,7 +135,7 @@ class _State:
 
 
 Waits = tuple[Callable[[], Any], Callable[[], float | None]]
-"""Two functions of a save: one waits until the update may run; one waits until durable and returns when (None: before that)."""
+"""Two functions of a save: one waits until the update may run; one waits until durable and returns when (None: before the update)."""
 Turn = Callable[[], Waits]
 """Starts a save."""
 
