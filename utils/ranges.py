@@ -57,7 +57,7 @@ def check_ranges(group: Any, path: str) -> None:
         whole = f"{path}.{name}" if path else name
         for key, value in _numbers(getattr(group, name), whole):
             if value not in allowed:
-                raise ConfigError(key, found=_shown(value), expected=str(allowed), hint=range_hint(type(group), name, whole))
+                raise ConfigError(key, found=_in_words(value), expected=str(allowed), hint=range_hint(type(group), name, whole))
 
 
 def range_hint(group: type, name: str, key: str) -> str:
@@ -80,7 +80,7 @@ def check_finite(value: Any, key: str) -> None:
     """ConfigError for NaN or an infinite number anywhere inside free-form values (mappings, lists)."""
     for where, number in _numbers(value, key):
         if isinstance(number, float) and not math.isfinite(number):
-            raise ConfigError(where, found=_shown(number), expected="a finite number", hint=f"{where}=1.0, or leave the key out")
+            raise ConfigError(where, found=_in_words(number), expected="a finite number", hint=f"{where}=1.0, or leave the key out")
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
@@ -101,7 +101,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
                 yield from _numbers(item, f"{key}[{index}]")
 
 
-def _shown(value: float) -> str:
+def _in_words(value: float) -> str:
     if isinstance(value, float):
         return "a number that is not one (NaN)" if math.isnan(value) else f"{value:g}"
     return str(value) if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits" if abs(value) < 10**1000 else "a huge number"
