@@ -165,13 +165,13 @@ def processes(node: subprocess.Popen[bytes]) -> list[tuple[int, str]]:
     """(id as seen from here, command line) of all in the node's process namespace."""
     import psutil
 
-    processes = []
+    listed = []
     for process in psutil.Process(node.pid).children(recursive=True):
         try:
-            processes.append((process.pid, " ".join(process.cmdline())))
+            listed.append((process.pid, " ".join(process.cmdline())))
         except psutil.Error:
             continue
-    return processes
+    return listed
 
 
 def _sh(*command: str) -> None:

@@ -159,8 +159,8 @@ def _step(step: Step) -> dict[str, Any]:
     }
 
 
-def show(facts: dict[str, Any], rows: list[Row]) -> None:
-    """Print the facts and rows as tables."""
+def show(facts: dict[str, Any], results: list[Row]) -> None:
+    """Print the facts and results as tables."""
     from rich.table import Table
 
     from ...units import format_precise
@@ -183,7 +183,7 @@ def show(facts: dict[str, Any], rows: list[Row]) -> None:
         f"{OURS} is faster",
     ):
         table.add_column(name, justify="left" if name == "planner" else "right")
-    for row in rows:
+    for row in results:
         faster = "" if row.name == OURS else f"{row.speedup:.2f}x"
         seconds = [f"{value:.4g}" for value in (row.mean_s, row.median_s, row.worst_s)]
         table.add_row(
