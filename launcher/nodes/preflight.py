@@ -17,6 +17,8 @@ from .node_place import NodePlace
 
 MAX_CLOCK_SKEW_S = 30.0
 """Errors are put in order by the clocks of their nodes."""
+CODE_FOLDERS = ("checkpoint", "cluster", "estimate", "launcher", "memory", "model", "parallel", "training", "utils")
+"""Folders whose code must be the same on every node. Not a listing: a checkout may hold other folders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +104,8 @@ def mark(run_dir: Path, folder: str, attempt: int, node: int) -> Path:
 def package_hash() -> str:
     """Hash every source file of efflaunch with its path."""
     root = Path(__file__).resolve().parent.parent.parent
-    folders = ("checkpoint", "launcher", "memory", "parallel", "training")
     total = hashlib.sha256()
-    for path in [*sorted(root.glob("*.py")), *sorted(path for folder in folders for path in (root / folder).rglob("*.py"))]:
+    for path in [*sorted(root.glob("*.py")), *sorted(path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py"))]:
         total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return total.hexdigest()
 

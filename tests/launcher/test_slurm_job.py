@@ -151,7 +151,7 @@ def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:
     assert not stop_asked(run_dir, PLACE)
 
 
-def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_place(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     for name, value in (("SLURM_JOB_ID", "17"), ("SLURM_NODEID", "0"), ("SLURM_JOB_NUM_NODES", "2"), ("SLURMD_NODENAME", "n0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[0-1]")
@@ -163,7 +163,7 @@ def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert slurm_place().word == "15_2"
     monkeypatch.delenv("SLURM_NODEID")
     assert job.main(["start", "nowhere"]) == 93
-    assert "found no SLURM_NODEID; expected a task started by srun" in capsys.readouterr().err
+    assert "found no SLURM_NODEID; expected a task started by srun" in capfd.readouterr().err
 
 
 def test_run_directories_are_their_owners(run_dir: Path) -> None:

@@ -27,7 +27,7 @@ from efflaunch.utils.heartbeat import Beat
 LIMITS = Limits(factor=5.0, min_s=300.0, long_s=1800.0)
 SITE = "/venv/lib/python3.11/site-packages"
 OURS = "/home/me/efflaunch"
-HERE = Path(watch.__file__).parents[1]
+HERE = Path(watch.__file__).parents[2]
 COLLECTIVE = Frame(f"{SITE}/torch/distributed/distributed_c10d.py", 10, "all_reduce")
 GATHER = Frame(f"{OURS}/training/reporting/step_results.py", 50, "gather_results")
 READ = Frame(f"{OURS}/training/data/shard.py", 7, "build_shard")
