@@ -4,9 +4,9 @@ from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_RETRY = 1
-"""Anything unexpected: the agent retries it within its budget."""
+"""Exit code of anything unexpected: the agent retries it within its budget."""
 EXIT_PREEMPTED = 75
-"""Told to stop, and saved: run the same command again to go on."""
+"""Exit code of a run that saved and stopped when it was asked to: run the same command again to resume."""
 EXIT_USER = 93
 """Will fail again in the same way: never restarted, never requeued."""
 

@@ -35,9 +35,9 @@ OVERRIDES = (
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    found = measure((*OVERRIDES, *options.overrides), rounds=options.rounds, seconds=options.seconds)
-    write_json(options.json, {"benchmark": "adaptive", **machine(), **found})
-    headline = "  ".join(f"{key} {found[key]:.3f}" for key in ("speedup_vs_best_static", "prediction_error"))
+    figures = measure((*OVERRIDES, *options.overrides), rounds=options.rounds, seconds=options.seconds)
+    write_json(options.json, {"benchmark": "adaptive", **machine(), **figures})
+    headline = "  ".join(f"{key} {figures[key]:.3f}" for key in ("speedup_vs_best_static", "prediction_error"))
     print(f"{headline}  -> {options.json}")
     return 0
 
@@ -57,8 +57,8 @@ def measure(overrides: tuple[str, ...], *, rounds: int, seconds: float) -> dict[
 
     config = compose(list(overrides))
     ranks = config.cluster.ranks_per_node
-    found = on_fresh_ranks(_rank_main, ranks, config, rounds, seconds)
-    return {"overrides": list(overrides), "ranks": ranks, "rounds": rounds, **found}
+    figures = on_fresh_ranks(_rank_main, ranks, config, rounds, seconds)
+    return {"overrides": list(overrides), "ranks": ranks, "rounds": rounds, **figures}
 
 
 def _rank_main(rank: int, ranks: int, store: Path, config: Any, rounds: int, seconds: float, results: Any) -> None:
@@ -68,15 +68,15 @@ def _rank_main(rank: int, ranks: int, store: Path, config: Any, rounds: int, sec
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found = _Bench(config, seconds).run(rounds)
+    figures = _Bench(config, seconds).run(rounds)
     if rank == 0:
-        results.put(found)
+        results.put(figures)
     dist.barrier()
     dist.destroy_process_group()
 
 
 class _Bench:
-    """One rank's side."""
+    """One rank's side of the benchmark: its model, its planner and its measured steps."""
 
     def __init__(self, config: Any, seconds: float) -> None:
         import torch
@@ -93,9 +93,9 @@ class _Bench:
         """Rank 0's: measured times differ a little between ranks."""
         import torch.distributed as dist
 
-        held = [cost]
-        dist.broadcast_object_list(held, 0)
-        return held[0]
+        payload = [cost]
+        dist.broadcast_object_list(payload, 0)
+        return payload[0]
 
     def _sum(self, value: float) -> float:
         import torch

@@ -20,7 +20,7 @@ from ..memory.arena.trace import Trace
 from .record import machine, write_json
 
 ALIGNMENT = 512
-"""Of torch's allocator on CUDA."""
+"""Alignment of blocks in torch's CUDA allocator, in bytes."""
 TARGETS = {"worst_ratio": 1.01, "slowest_plan_s": 20.0}
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -77,7 +77,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(name: str, make: Callable[[], Trace], seconds: float, *, alignment: int = ALIGNMENT) -> dict[str, Any]:
-    """One trace, planned and checked."""
+    """Plan an arena for one trace, check the plan and return its figures."""
     from ..memory.arena.plan import check_plan, plan_arena
     from ..memory.arena.search import Budget
     from ..memory.arena.simulate import reserved_bytes
@@ -106,7 +106,7 @@ def measure(name: str, make: Callable[[], Trace], seconds: float, *, alignment: 
 
 
 def own_traces(layers: int) -> dict[str, Callable[[], Trace]]:
-    """By name: how to trace one step of each setting."""
+    """Return functions that trace one step of a setting each, by the setting's name."""
     from ..memory.config import AttentionTiling
     from ..memory.policy import KEPT, MemoryPolicy
 

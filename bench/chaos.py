@@ -8,7 +8,7 @@ before, unchanged.
 
 Headline keys: `lost` (a durable step was not found again), `torn` (restored numbers of another step), `silent` (damaged bytes
 that were taken for good), each with the number of trials done in `kills` and `faults`. FILE is written after every trial, and
-the same command with --resume goes on where it ended.
+the same command with --resume continues where it ended.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LIFE_S = 600.0
 """Longest time from the start of a life to its first durable save: only whether it ends at all, on a machine as busy as may be."""
 KILLS = ("rank 0", "rank 1", "all ranks", "flusher", "point")
 REPLICA_LIVES = (20, 10)
-"""Of every so many lives, the last so many keep replicas."""
+"""(period, number): of every `period` lives the last `number` keep replicas."""
 DAMAGES = ("flip", "zero", "truncate", "missing", "swap", "stale", "append")
 
 
@@ -85,13 +85,13 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a series of trials."""
+    """Results of a series of trials: how many were done, by kind, and the problems."""
 
     done: int = 0
     by_kind: dict[str, int] = field(default_factory=dict)
     problems: list[dict[str, Any]] = field(default_factory=list)
     from_memory: int = 0
-    """Lives that went on from a replica."""
+    """Number of lives that resumed from a replica."""
 
     def add(self, kind: str) -> None:
         self.done += 1
@@ -108,18 +108,18 @@ class Record:
 
     def load(self) -> None:
         """Goes on from the file; ValueError where it is of another seed."""
-        known = json.loads(self.path.read_text())
-        if known["seed"] != self.seed:
-            raise ValueError(f"{self.path} is of seed {known['seed']}, not {self.seed}")
-        self._before_s = known["seconds"]
-        self.kills, self.faults = (Tally(**known["tallies"][kind]) for kind in ("kills", "faults"))
+        saved = json.loads(self.path.read_text())
+        if saved["seed"] != self.seed:
+            raise ValueError(f"{self.path} is of seed {saved['seed']}, not {self.seed}")
+        self._before_s = saved["seconds"]
+        self.kills, self.faults = (Tally(**saved["tallies"][kind]) for kind in ("kills", "faults"))
 
     def result(self) -> dict[str, Any]:
         problems = self.kills.problems + self.faults.problems
-        found = {"benchmark": "chaos", **self.facts, "seed": self.seed, "kills": self.kills.done, "faults": self.faults.done}
-        found |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
-        found |= {"seconds": self._before_s + time.monotonic() - self._started, "restored_from_memory": self.kills.from_memory}
-        return found | {"tallies": {"kills": asdict(self.kills), "faults": asdict(self.faults)}}
+        result = {"benchmark": "chaos", **self.facts, "seed": self.seed, "kills": self.kills.done, "faults": self.faults.done}
+        result |= {kind: sum(problem["kind"] == kind for problem in problems) for kind in ("lost", "torn", "silent", "failed")}
+        result |= {"seconds": self._before_s + time.monotonic() - self._started, "restored_from_memory": self.kills.from_memory}
+        return result | {"tallies": {"kills": asdict(self.kills), "faults": asdict(self.faults)}}
 
     def write(self) -> None:
         write_json(self.path, self.result())
@@ -139,7 +139,7 @@ def kill_trials(
     points: Sequence[str] = (),
     replica: bool | None = None,
 ) -> Tally:
-    """One run of many lives in `folder`; each life ends with a kill, the next one checks. Goes on from `tally`.
+    """Run one training of many lives in `folder`, continuing from `tally`; each life ends with a kill, the next one checks.
 
     `points`: kill at these, in order. `replica`: whether lives keep replicas; None: some of them.
     """
@@ -150,13 +150,13 @@ def kill_trials(
         every, last = REPLICA_LIVES
         replicas = trial % every >= every - last if replica is None else replica
         life = _Life(folder, trial, random.Random(f"{seed} {trial}"), replicas, points[trial] if trial < len(points) else "")
-        found = life.run(last=trial == number)
-        for text in found["problems"]:
+        outcome = life.run(last=trial == number)
+        for text in outcome["problems"]:
             tally.problems.append({"kind": text.partition(":")[0], "trial": trial, "text": text})
-        if found["restored"] < durable:
-            tally.problems.append({"kind": "lost", "trial": trial, "text": f"step {durable} was durable, {found['restored']} found"})
-        durable = max(found["restored"] if found["is_durable"] else 0, found["durable"], durable)
-        tally.from_memory += found["from_memory"]
+        if outcome["restored"] < durable:
+            tally.problems.append({"kind": "lost", "trial": trial, "text": f"step {durable} was durable, {outcome['restored']} found"})
+        durable = max(outcome["restored"] if outcome["is_durable"] else 0, outcome["durable"], durable)
+        tally.from_memory += outcome["from_memory"]
         if trial < number:
             tally.add(f"kill {life.kind}" if life.kind != "point" else f"kill at {life.point}")
         after()
@@ -204,9 +204,9 @@ class _Life:
             for rank in ranks:
                 rank.kill()
                 rank.join()
-        found = self._read()
+        facts = self._read()
         shutil.rmtree(self.notes)
-        return found
+        return facts
 
     def _end(self, ranks: list[Any], last: bool) -> None:
         deadline = time.monotonic() + _LIFE_S
@@ -216,7 +216,7 @@ class _Life:
                 time.sleep(self.delay_s)
                 self._kill(ranks)
                 if self.kind in ("flusher", "keeper"):
-                    # Both are survived: the same ranks go on and save again.
+                    # Both are survived: the same ranks continue and save again.
                     self._wait_for_more(ranks, len(steps), deadline)
                 return
             if self.kind == "point" and self._flusher_died():
@@ -228,7 +228,7 @@ class _Life:
             time.sleep(0.005)
 
     def _flusher_died(self) -> bool:
-        """That of the victim, by the fault it was given."""
+        """Return whether the victim's flusher died of the fault that it was given."""
         path = self.notes / f"flusher-{self.victim}"
         if path.exists():
             pid = int(path.read_text())
@@ -253,15 +253,15 @@ class _Life:
             time.sleep(0.005)
 
     def _read(self) -> dict[str, Any]:
-        """What the ranks wrote down."""
+        """Return what the ranks wrote down in this life."""
         restored = self.notes / "restored"
         log = self.notes / "durable"
         steps = [int(line) for line in log.read_text().split()] if log.exists() else []
-        found, is_durable, origin = json.loads(restored.read_text()) if restored.exists() else (-1, True, "")
+        restored_step, is_durable, origin = json.loads(restored.read_text()) if restored.exists() else (-1, True, "")
         problems = [path.read_text() for path in self.notes.glob("problem-*")]
-        if found < 0:
+        if restored_step < 0:
             problems.append("failed: no restore")
-        what = {"restored": found, "is_durable": is_durable, "from_memory": int("memory" in origin)}
+        what = {"restored": restored_step, "is_durable": is_durable, "from_memory": int("memory" in origin)}
         return what | {"durable": max(steps, default=0), "steps": steps, "problems": problems}
 
 
@@ -282,7 +282,7 @@ def live(rank: int, folder: Path, notes: Path, fault: str, last: bool, replica: 
 
 
 def _note(path: Path, text: str) -> None:
-    """There whole or not at all, for a reader in another process."""
+    """Write a note that a reader in another process sees whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)
     part.rename(path)
@@ -395,7 +395,7 @@ class State:
 
 
 def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
-    """This rank's memory of a tensor, and what it holds after `step`: other numbers at every place, tensor and step."""
+    """Return this rank's part of a tensor and what it holds after `step`: other numbers at every place, tensor and step."""
     import torch
 
     from ..parallel.sharding.parts import part as part_of
@@ -433,7 +433,7 @@ def fault_trials(folder: Path, number: int, seed: int, tally: Tally | None = Non
 
 
 def _judge(state: State, place: Path, name: str) -> str | None:
-    """What is wrong with how a restore takes the damage; None: nothing."""
+    """Restore from the damaged checkpoint and return what is wrong with the result; None: nothing."""
     state.set(9)
     restored = state.engine(place).restore()
     if restored is None or (wrong := state.wrong(restored.step)):

@@ -135,7 +135,7 @@ class _State:
 
 
 Waits = tuple[Callable[[], Any], Callable[[], float | None]]
-"""What the update waits for; and what waits until durable and says when that was (None: before the step went on)."""
+"""Two functions of a save: one waits until the update may run; one waits until durable and returns when (None: before the update)."""
 Turn = Callable[[], Waits]
 """Starts a save."""
 
@@ -230,10 +230,10 @@ class _Contestants:
         import torch
         import torch.distributed.checkpoint as dcp
 
-        found = {key: torch.empty_like(value, device="cpu") for key, value in self.state.tensors().items()}
-        dcp.load(found, checkpoint_id=str(self.folder / "ours" / f"step-{self.step:08d}"), no_dist=True)
+        loaded = {key: torch.empty_like(value, device="cpu") for key, value in self.state.tensors().items()}
+        dcp.load(loaded, checkpoint_id=str(self.folder / "ours" / f"step-{self.step:08d}"), no_dist=True)
         for key, value in self.state.tensors().items():
-            assert torch.equal(found[key] + 1, value.cpu()), f"{key} is torn"
+            assert torch.equal(loaded[key] + 1, value.cpu()), f"{key} is torn"
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -286,7 +286,7 @@ class _Contestants:
         return _nothing, _stamp(future)
 
     def _raw(self) -> Waits:
-        """The same bytes from memory, direct, in 16 MiB writes: what the disk takes."""
+        """Write the same bytes from memory, direct, in 16 MiB writes: the disk's own speed."""
         if self.buffer is None:
             self.buffer = mmap.mmap(-1, PIECE_BYTES)
             self.buffer.write(os.urandom(PIECE_BYTES))
@@ -406,7 +406,7 @@ def summary(rows: dict[str, Any], restores: dict[str, Any], training: dict[str, 
         return rows[name][key]["median"] / rows[other][key]["median"] if name in rows and other in rows else None
 
     hashed = ratio("ours", "ours_unhashed", "durable_s")
-    found = {
+    figures = {
         "hash_cost": None if hashed is None else hashed - 1,
         "stall_vs_sync": ratio("ours", "dcp", "stall_s"),
         "stall_vs_async": ratio("ours", "async_thread", "stall_s"),
@@ -416,8 +416,8 @@ def summary(rows: dict[str, Any], restores: dict[str, Any], training: dict[str, 
         "hash_share": _hash_s(num_bytes) / rows["ours"]["durable_s"]["median"],
     }
     if training:
-        found["step_inflation_training"] = training["with"]["median"] / training["without"]["median"] - 1
-    return found
+        figures["step_inflation_training"] = training["with"]["median"] / training["without"]["median"] - 1
+    return figures
 
 
 def _hash_s(num_bytes: int) -> float:

@@ -1,4 +1,4 @@
-"""Who is measured in bench/memory.py and how: peak device and host bytes of one step, gradients against plain, step times."""
+"""Defines who is measured in bench/memory.py, and measures: peak device and host bytes of one step, gradients against plain, step times."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Entry:
 
     build: Build
     policy: MemoryPolicy | None = None
-    """Ours only."""
+    """Memory policy of the entry; None for peers."""
 
     @property
     def segment_layers(self) -> int:
@@ -53,7 +53,7 @@ class Entry:
 
 
 def contestants(chunk_tokens: int, auto: Mapping[str, MemoryPolicy], *, compiled: bool = False) -> dict[str, Entry]:
-    """By name. `auto`: more of our policies by name, such as `auto_policies`. `compiled`: each of ours once more, with compiled steps."""
+    """Return all entries by name. `auto`: more of our policies, as of `auto_policies`; `compiled`: adds ours with compiled steps."""
     solved = {name: preset(name) for name in PRESETS} | dict(auto)
     if compiled:
         solved |= {f"{name}{COMPILED}": replace(policy, compile="inductor") for name, policy in solved.items()}
@@ -67,10 +67,10 @@ def gradient_error(build: Build, task: Task = CHECK) -> float:
     """The worst relative distance of a parameter's gradient from plain Hugging Face's."""
     plain, mine = Stock(task), build(task)
     losses = plain.step(), mine.step()
-    expected, found = plain.gradients(), mine.gradients()
-    if set(expected) != set(found):
-        raise RuntimeError(f"gradients of other parameters than plain Hugging Face's: {sorted(set(expected) ^ set(found))}")
-    errors = [float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()]
+    expected, computed = plain.gradients(), mine.gradients()
+    if set(expected) != set(computed):
+        raise RuntimeError(f"gradients of other parameters than plain Hugging Face's: {sorted(set(expected) ^ set(computed))}")
+    errors = [float((computed[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()]
     return max(*errors, abs(losses[1] - losses[0]) / losses[0])
 
 
@@ -83,7 +83,7 @@ class Peak:
 
 
 def peak(contestant: Contestant) -> Peak:
-    """Of a second step. Gradients go into buffers that are there already; embedding and head are frozen.
+    """Measure the peak of a second step. Gradients go into buffers that are there already; embedding and head are frozen.
 
     So lengths differ in activations alone: the gradients of embedding and head, which do not depend on the length, would be the
     peak of models as small as these, and hide the slope that decides at real lengths.

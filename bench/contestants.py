@@ -37,7 +37,7 @@ class Workload:
 
     model: dict[str, Any]
     lengths: tuple[int, ...]
-    """Of the documents of one rank; every rank has as many."""
+    """Token counts of one rank's documents; every rank has as many."""
     loss_chunk_tokens: int
     seed: int = 0
 
@@ -59,7 +59,7 @@ class Contestant(Protocol):
 
 
 def initial_weights(workload: Workload) -> dict[str, Tensor]:
-    """The same on every rank."""
+    """Return weights that are the same on every rank."""
     torch.manual_seed(workload.seed)
     return {name: value.detach().clone() for name, value in AutoModelForCausalLM.from_config(workload.config()).named_parameters()}
 

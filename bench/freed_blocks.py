@@ -54,12 +54,12 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 def _trained(name: str, tokens: int) -> dict[str, float]:
     command = [sys.executable, "-m", "efflaunch.bench.freed_blocks", "--rank", name, "--tokens", str(tokens)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def run_rank(name: str, tokens: int) -> dict[str, float]:
-    """One process without peers: processor seconds of STEPS warm steps, and resident bytes they leave."""
+    """Run one process without peers and return processor seconds of STEPS warm steps, and resident bytes they leave."""
     import torch.distributed as dist
 
     from .traced import Case, build_case, memory_config
@@ -73,9 +73,9 @@ def run_rank(name: str, tokens: int) -> dict[str, float]:
     begun = time.process_time()
     for _ in range(STEPS):
         step()
-    found = {"processor_s": time.process_time() - begun, "resident_bytes": float(psutil.Process().memory_info().rss - before)}
+    figures = {"processor_s": time.process_time() - begun, "resident_bytes": float(psutil.Process().memory_info().rss - before)}
     dist.destroy_process_group()
-    return found
+    return figures
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class HangError(BaseException):
 
 @dataclass(slots=True)
 class Findings:
-    """What became of all inputs so far."""
+    """Counts and faults of all inputs so far."""
 
     inputs: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -140,7 +140,7 @@ def _act(words: list[str], base: Config, folder: Path) -> int:
 
 
 def _open_corpus(base: Config, folder: Path) -> None:
-    """As a run opens it, and the first step of it."""
+    """Open the corpus as a run does, and read its first step."""
     from ..launcher.checks import check_data
     from ..training.data.source import open_data
 
@@ -203,9 +203,9 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.monotonic()
 
-    def on_progress(found: Findings) -> None:
-        if found.inputs % 100 == 0:
-            print(found.summary(), file=sys.stderr, flush=True)
+    def on_progress(so_far: Findings) -> None:
+        if so_far.inputs % 100 == 0:
+            print(so_far.summary(), file=sys.stderr, flush=True)
 
     findings = fuzz(options.inputs, options.seed, on_progress)
     summary = findings.summary()

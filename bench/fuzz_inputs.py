@@ -22,7 +22,7 @@ from ..launcher.config.schema import walk_fields
 from ..utils.ranges import Range, ranges_of
 
 HERE = "@HERE@"
-"""In words and files: the folder that the input's files lie in."""
+"""Placeholder in words and files for the folder that the input's files lie in."""
 BASE = (
     "model=tiny",
     "data=stdlib",
@@ -38,24 +38,24 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One thing to try."""
+    """One command to try, with the files it reads."""
 
     kind: str
     words: tuple[str, ...]
     """A command line; `data` alone: open the corpus {HERE}/corpus."""
     files: Files = field(default_factory=dict)
-    """By path below the input's folder."""
+    """Contents of the input's files, by path below its folder."""
     must_fail: bool = False
-    """It is wrong, however it is looked at: exit code 0 would be a fault."""
+    """True for an input that is wrong by construction: exit code 0 would be a fault."""
 
 
 def ranges(kind: type = Config, path: str = "") -> dict[str, Range]:
     """Every declared range of the configuration, by dotted key."""
-    found = {f"{path}{name}": allowed for name, allowed in ranges_of(kind).items()}
+    allowed_by_key = {f"{path}{name}": allowed for name, allowed in ranges_of(kind).items()}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if hasattr(hint, "__dataclass_fields__"):
-            found |= ranges(typing.cast(type, hint), f"{path}{name}.")
-    return found
+            allowed_by_key |= ranges(typing.cast(type, hint), f"{path}{name}.")
+    return allowed_by_key
 
 
 def _is_plain_number(hint: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What one process of bench/gpu_memory.py does: check attention, check the executor, or time one training step.
+"""Does the work of one process of bench/gpu_memory.py: check attention, check the executor, or time one training step.
 
 Every function returns plain data. On the CPU the same code runs with exact live bytes in place of the CUDA allocator's figures.
 """
@@ -71,8 +71,8 @@ def _sdpa(qkv: QKV, do: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
     return o.detach(), *torch.autograd.grad(o, leaves, do)
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.float() - exact).norm() / exact.norm())
+def _error(computed: Tensor, exact: Tensor) -> float:
+    return float((computed.float() - exact).norm() / exact.norm())
 
 
 def executor(job: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def executor(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def policies(chunk: int) -> dict[str, MemoryPolicy]:
-    """One policy for each way through the executor."""
+    """Return one policy for each way through the executor, by name."""
     whole = MemoryPolicy(chunk_tokens=chunk)
     streamed = replace(whole, attention=AttentionTiling.CHUNKS)
     half = Split(host=0.5)
@@ -114,8 +114,8 @@ def _plain_gradients(job: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> di
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _worst(found: dict[str, Any], exact: dict[str, Tensor]) -> float:
-    return max(_error(found[name], gradient) for name, gradient in exact.items())
+def _worst(computed: dict[str, Any], exact: dict[str, Tensor]) -> float:
+    return max(_error(computed[name], gradient) for name, gradient in exact.items())
 
 
 def _model(job: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -170,7 +170,7 @@ def host_bytes(policy: MemoryPolicy, config: Any, num_tokens: int) -> int:
 
 
 def step(job: dict[str, Any]) -> dict[str, Any]:
-    """One forward and backward of a sequence, after a short one that warms up: seconds, peaks, what went over the link.
+    """Measure one forward and backward of a sequence, after a short one that warms up: seconds, peaks, bytes over the link.
 
     job: policy (a name of `policies`), keep_inputs (layer inputs stay on the device), segment_layers.
     """
@@ -183,10 +183,10 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
         ids = torch.randint(0, model.config.vocab_size, (num_tokens,), device=device)
         short = ids[: min(num_tokens, 2 * job["chunk"])]
         _one_step(model, short, alone(len(short), device))
-        found = _measured(model, ids, device, store)
+        figures = _measured(model, ids, device, store)
         stats = None if store is None else store.stats
     moved = {} if stats is None else {"waits": stats.waits, "wait_s": stats.wait_s, "host_bytes": stats.high_water_bytes}
-    return found | moved | {"parameter_bytes": sum(p.nbytes for p in model.parameters())}
+    return figures | moved | {"parameter_bytes": sum(p.nbytes for p in model.parameters())}
 
 
 def _model_in_bfloat16(job: dict[str, Any]) -> Any:

@@ -2,8 +2,8 @@
 
 Needs torch 2.11 or newer and transformers, and nothing else of the project's dependencies. Each job runs in a process of its
 own, so that one that fails or takes too long costs no other; after each the file is written, and a job that is in the file is
-not run again: start it again to go on. `--seconds` is the time it may take; a job that is expected to take longer than what is
-left is not begun.
+not run again: start it again to resume. `--seconds` is the time it may take; a job that is expected to take longer than what is
+left is not started.
 
 Jobs, in order: attention blocks and the executor in bfloat16 against SDPA and Hugging Face in float32; then for each length one
 layer of Llama-3-8B's shape, and as many layers as time and memories allow; at the first length also with layer inputs kept on
@@ -34,7 +34,7 @@ Rows = list[dict[str, Any]]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bfloat16, by data sheet."""
 START_S = 45.0
-"""What a process takes until its step begins (assumed), weights of many layers included."""
+"""Seconds a process takes until its step begins (assumed), weights of many layers included."""
 LAYER_COUNTS = (32, 24, 16, 8, 4, 2)
 
 
@@ -120,16 +120,16 @@ def _row(rows: Rows, job: Job) -> dict[str, Any] | None:
 
 def _guess_s(rows: Rows, num_tokens: int, layers: int) -> float:
     """Seconds of a step from the nearest measured one: at most as tokens squared and as layers."""
-    known = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
-    if not known:
+    timed = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
+    if not timed:
         return START_S
-    nearest = min(known, key=lambda row: (abs(row["job"]["tokens"] - num_tokens), abs(row["job"]["layers"] - layers)))
+    nearest = min(timed, key=lambda row: (abs(row["job"]["tokens"] - num_tokens), abs(row["job"]["layers"] - layers)))
     times = num_tokens / nearest["job"]["tokens"]
     return float(nearest["seconds"]) * max(times, times**2) * layers / nearest["job"]["layers"]
 
 
 def _most_layers(options: argparse.Namespace, one: dict[str, Any]) -> int:
-    """As many layers as fit device, host and about half of the whole time; 1 where not even two do."""
+    """Return how many layers fit device, host and about half of the whole time; 1 where not even two do."""
     shape, num_tokens = Shape(*options.shape), one["job"]["tokens"]
     weights = 2 * layer_parameters(shape) * 2  # and their gradients
     inputs = 2 * shape.hidden_size * num_tokens
@@ -176,45 +176,45 @@ def _run_here(job: Job) -> int:
 
 
 def layer_parameters(shape: Shape) -> int:
-    """Of one decoder layer's matrices."""
+    """Count the parameters of one decoder layer's matrices."""
     width, kv = shape.hidden_size, shape.hidden_size // 4
     return width * (2 * width + 2 * kv) + 3 * width * (width * 7 // 2)
 
 
 def model_flops(shape: Shape, num_tokens: int, layers: int) -> float:
-    """Of forward and backward, causal attention, nothing recomputed."""
+    """Count the FLOPs of forward and backward with causal attention and nothing recomputed."""
     linear = 6.0 * (layers * layer_parameters(shape) + shape.vocab_size * shape.hidden_size) * num_tokens
     return linear + layers * 7.0 / 2.0 * 2 * num_tokens**2 * shape.hidden_size
 
 
 def summary(rows: Rows, peak_flops: float | None = None) -> dict[str, Any]:
-    """What the rows come to: correctness, one entry per length, and what offload and the allocator change."""
+    """Summarize the rows: correctness, one entry per length, and the effect of offload and of the allocator."""
     steps = [row for row in rows if row["job"]["kind"] == "step" and "seconds" in row]
     plain = [row for row in steps if not row["job"]["keep_inputs"] and row["job"]["allocator"] == "expandable"]
     lengths = sorted({row["job"]["tokens"] for row in plain})
-    found: dict[str, Any] = {row["job"]["kind"]: row["worst_ratio"] for row in rows if "worst_ratio" in row}
-    found["lengths"] = [_length([row for row in plain if row["job"]["tokens"] == tokens], peak_flops) for tokens in lengths]
+    figures: dict[str, Any] = {row["job"]["kind"]: row["worst_ratio"] for row in rows if "worst_ratio" in row}
+    figures["lengths"] = [_length([row for row in plain if row["job"]["tokens"] == tokens], peak_flops) for tokens in lengths]
     for row in steps:
         like = _row(plain, row["job"] | {"keep_inputs": False, "allocator": "expandable"})
         if like is not None and row["job"]["keep_inputs"]:
-            found["offload_over_kept_s"] = like["seconds"] / row["seconds"]
+            figures["offload_over_kept_s"] = like["seconds"] / row["seconds"]
         if like is not None and row["job"]["allocator"] == "default" and row["reserved_bytes"]:
-            found["reserved_default_over_expandable"] = row["reserved_bytes"] / like["reserved_bytes"]
-    return found
+            figures["reserved_default_over_expandable"] = row["reserved_bytes"] / like["reserved_bytes"]
+    return figures
 
 
 def _length(rows: Rows, peak_flops: float | None) -> dict[str, Any]:
-    """One length: the most layers measured, and 32 layers on the line through all layer counts."""
+    """Summarize one length: the most layers measured, and 32 layers on the line through all layer counts."""
     most = max(rows, key=lambda row: row["job"]["layers"])
     shape, tokens, layers = Shape(*most["job"]["shape"]), most["job"]["tokens"], most["job"]["layers"]
-    found = {"tokens": tokens, "layers": layers, **{key: most[key] for key in ("seconds", "peak_bytes", "reserved_bytes", "host_bytes")}}
+    entry = {"tokens": tokens, "layers": layers, **{key: most[key] for key in ("seconds", "peak_bytes", "reserved_bytes", "host_bytes")}}
     flops = peak_flops or next((value for name, value in PEAK_FLOPS.items() if name in most["device_name"]), None)
-    found["mfu"] = model_flops(shape, tokens, layers) / most["seconds"] / flops if flops else None
+    entry["mfu"] = model_flops(shape, tokens, layers) / most["seconds"] / flops if flops else None
     if len({row["job"]["layers"] for row in rows}) > 1:
         for key in ("seconds", "peak_bytes", "host_bytes"):
             line = fit_line([(row["job"]["layers"], row[key]) for row in rows])
-            found[f"{key}_32_layers"] = line.offset + LLAMA_8B_LAYERS * line.slope
-    return found
+            entry[f"{key}_32_layers"] = line.offset + LLAMA_8B_LAYERS * line.slope
+    return entry
 
 
 def _line(row: dict[str, Any]) -> str:

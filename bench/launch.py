@@ -25,7 +25,7 @@ from .launch_places import CONTESTANTS, Contestant, Place
 from .record import machine, write_json
 
 LIMIT_S = 600.0
-"""For any one thing that is awaited."""
+"""Longest wait for any one event, in seconds."""
 BASE = "elastic"
 METRICS = ("start_s", "rank_death_s", "node_death_s", "stop_s")
 OVERRIDES = (
@@ -41,7 +41,7 @@ OVERRIDES = (
     "checkpoint.every_steps=2",
 )
 _STEPS_BETWEEN = 3
-"""Awaited after each start, so that there is a checkpoint to go on from."""
+"""Awaited after each start, so that there is a checkpoint to resume from."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,44 +92,44 @@ def rounds(
         for name, entry in entered.items():
             try:
                 with entry.place(folder / f"{name}-{turn}", overrides, ranks) as place:
-                    found = life(place, ranks, whole=turn >= 0)
+                    times = life(place, ranks, whole=turn >= 0)
             except (RuntimeError, TimeoutError, LookupError) as error:
                 failures.append(f"{name}, round {turn}: {error}")
                 continue
-            seconds = "  ".join(f"{metric} {value:.2f}" for metric, value in found.items())
+            seconds = "  ".join(f"{metric} {value:.2f}" for metric, value in times.items())
             when = f"round {turn + 1} of {number}" if turn >= 0 else "warm-up"
             print(f"{when}, {name}: {seconds}", file=sys.stderr, flush=True)
             if turn >= 0:
-                lives[name].append(found)
+                lives[name].append(times)
     return lives, failures
 
 
 def life(place: Place, ranks: int, *, whole: bool) -> dict[str, float]:
     """Seconds by METRICS of one run, from its start to its end; not `whole`: only to warm files."""
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     began = time.time()
     place.start()
-    found["start_s"] = next_step(place, began) - began
-    settle(place)
+    times["start_s"] = next_step(place, began) - began
+    wait_for_steps(place)
     if whole:
         died = time.time()
         os.kill(place.pid(ranks - 1), signal.SIGKILL)
-        found["rank_death_s"] = next_step(place, died, after_start=True) - died
-        settle(place)
+        times["rank_death_s"] = next_step(place, died, after_start=True) - died
+        wait_for_steps(place)
         died = time.time()
         if place.lose_node():
-            found["node_death_s"] = next_step(place, died, after_start=True) - died
-            settle(place)
-    told = time.time()
+            times["node_death_s"] = next_step(place, died, after_start=True) - died
+            wait_for_steps(place)
+    stop_sent = time.time()
     place.stop()
-    found["stop_s"] = _until(place.ended, "the end") - told
-    return found
+    times["stop_s"] = _until(place.ended, "the end") - stop_sent
+    return times
 
 
 def next_step(place: Place, since: float, *, after_start: bool = False) -> float:
-    """When the first step after `since` was finished; `after_start`: by ranks that were started after it."""
+    """Return when the first step after `since` was finished; `after_start`: by ranks that were started after it."""
 
-    def found() -> float | None:
+    def newer_step() -> float | None:
         place.check()
         started = not after_start
         for event in _events(place.run_dir):
@@ -139,18 +139,18 @@ def next_step(place: Place, since: float, *, after_start: bool = False) -> float
                     return float(event["time"])
         return None
 
-    return _until(found, "a step")
+    return _until(newer_step, "a step")
 
 
-def settle(place: Place) -> None:
+def wait_for_steps(place: Place) -> None:
     """Some steps on, as in the middle of a run."""
     before = len(_steps(place))
 
-    def found() -> float | None:
+    def enough_steps() -> float | None:
         place.check()
         return time.time() if len(_steps(place)) >= before + _STEPS_BETWEEN else None
 
-    _until(found, "more steps")
+    _until(enough_steps, "more steps")
 
 
 def _steps(place: Place) -> list[dict[str, Any]]:
@@ -166,26 +166,26 @@ def _events(run_dir: Path) -> list[dict[str, Any]]:
 def _until(look: Callable[[], float | None], what: str) -> float:
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
-        found = look()
-        if found is not None:
-            return found
+        value = look()
+        if value is not None:
+            return value
         time.sleep(0.02)
     raise TimeoutError(f"waited {LIMIT_S:g} s for {what}")
 
 
 def summary(lives: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
     """Median and minimum of each metric; `over_elastic`: of the differences within a round, their median. Pure."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    medians: dict[str, dict[str, dict[str, float]]] = {}
     for name, rows in lives.items():
-        found[name] = {}
+        medians[name] = {}
         for metric in METRICS:
             values = [row[metric] for row in rows if metric in row]
             if values:
-                found[name][metric] = {"median": statistics.median(values), "min": min(values)}
+                medians[name][metric] = {"median": statistics.median(values), "min": min(values)}
                 pairs = _differences(rows, lives.get(BASE, []), metric)
                 if name != BASE and pairs:
-                    found[name][metric]["over_elastic"] = statistics.median(pairs)
-    return found
+                    medians[name][metric]["over_elastic"] = statistics.median(pairs)
+    return medians
 
 
 def _differences(rows: Iterable[dict[str, float]], base: Iterable[dict[str, float]], metric: str) -> list[float]:

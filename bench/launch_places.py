@@ -40,7 +40,7 @@ class Place(Protocol):
         ...
 
     def ended(self) -> float | None:
-        """When it ended, in seconds since 1970; None while it runs."""
+        """Return when the run ended, in seconds since 1970; None while it runs."""
         ...
 
     def check(self) -> None:
@@ -166,8 +166,8 @@ class Handed:
             self.process.check()
         state = read_state(self.run_dir)
         if state is not None and state.exit_code is not None:
-            told = "".join(path.read_text()[-4000:] for path in sorted(self.run_dir.glob("*/*.out")))
-            raise RuntimeError(f"the run ended with {state.exit_code}:\n{told}")
+            output = "".join(path.read_text()[-4000:] for path in sorted(self.run_dir.glob("*/*.out")))
+            raise RuntimeError(f"the run ended with {state.exit_code}:\n{output}")
 
 
 def rank_process(run_dir: Path, rank: int) -> int:
@@ -175,27 +175,27 @@ def rank_process(run_dir: Path, rank: int) -> int:
     import psutil
 
     logs = sorted(run_dir.glob(f"logs/attempt-*/rank-{rank}.log"), key=lambda path: path.stat().st_mtime)
-    found = []
+    candidates = []
     for process in psutil.process_iter():
         try:
             if logs and os.readlink(f"/proc/{process.pid}/fd/1") == str(logs[-1].resolve()):
-                found.append((process.create_time(), process.pid))
+                candidates.append((process.create_time(), process.pid))
         except (OSError, psutil.Error):
             continue
-    if not found:
+    if not candidates:
         raise LookupError(f"no process of rank {rank} of {run_dir}")
-    return min(found)[1]
+    return min(candidates)[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
-    """How a run is started; `kind` decides."""
+    """One way of starting a run, chosen by `kind`."""
 
     name: str
     kind: str
 
     def why_not(self) -> str | None:
-        """Why it cannot be measured here; None where it can."""
+        """Return why this contestant cannot be measured here; None where it can."""
         if self.kind in ("bare", "local"):
             return None
         if self.kind not in _backends():
@@ -210,7 +210,7 @@ class Contestant:
 
     @contextmanager
     def place(self, folder: Path, overrides: list[str], ranks: int) -> Iterator[Place]:
-        """Where one life is led; clusters are started before and stopped after it."""
+        """Yield a started run for one life; clusters are started before and stopped after it."""
         run_dir = folder / "runs" / "run"
         run_dir.parent.mkdir(parents=True)
         mine = [*overrides, f"run.root={run_dir.parent}", "run.id=run", STEPS]

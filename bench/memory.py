@@ -65,7 +65,7 @@ def _shape(text: str) -> Shape:
 
 
 def measured_bytes(options: argparse.Namespace, auto: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything about bytes; prints a line per contestant."""
+    """Measure everything about bytes; prints a line per contestant."""
     from .contest import contestants, describe
 
     details = {}
@@ -128,7 +128,7 @@ def _slope(build: Any, task: Task, lengths: list[int]) -> dict[str, Any]:
 
 
 def _forward_mask(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What released StreamBP's dense mask adds as shipped, in bytes per token squared: the second difference of peaks."""
+    """Measure what released StreamBP's dense mask adds as shipped, in bytes per token squared: the second difference of peaks."""
     from .contest import peak
     from .peers.streambp import ReleasedStreamBP
 
@@ -175,17 +175,17 @@ def _auto(options: argparse.Namespace) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> dict[str, float]:
     """The figures that have targets, as far as they were measured."""
     device, wall = result.get("bytes_per_token", {}), result.get("time_ratio", {})
-    found = {}
+    figures = {}
     if "auto" in device:
-        found["auto_kib"] = device["auto"] / 1024
+        figures["auto_kib"] = device["auto"] / 1024
         if "deepspeed_alst" in device:
-            found["alst_over_auto"] = device["deepspeed_alst"] / device["auto"]
+            figures["alst_over_auto"] = device["deepspeed_alst"] / device["auto"]
     if {"streambp", "streambp_released"} <= set(device):
-        found["streambp_over_released"] = device["streambp"] / device["streambp_released"]
+        figures["streambp_over_released"] = device["streambp"] / device["streambp_released"]
     for key, name in (("time_streambp", "streambp"), ("time_auto", "auto_with_room")):
         if name in wall:
-            found[key] = wall[name]
-    return found
+            figures[key] = wall[name]
+    return figures
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[int, int, str, int]]:
 
 
 def row(gpus: int, sequences: int, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One batch, planned by everyone."""
+    """Plan one batch with every planner, and compare."""
     cost = flexsp_a100_7b(gpus)
     lengths = open_lengths(name, max_seq_len=MAX_SEQ_LEN).draw(sequences, seed).tolist()
     plan, wall, processor = timed(lengths, cost, options.repeats)
@@ -128,7 +128,7 @@ def timed(lengths: list[int], cost: CostModel, repeats: int) -> tuple[StepPlan, 
 
 
 def certificate(lengths: list[int], cost: CostModel, plan: StepPlan, limit_s: float) -> dict[str, Any] | None:
-    """What the background finds: a better plan by ten times the work, and the class MILP's bound for it."""
+    """Run what the background planner does: a better plan by ten times the work, and the class MILP's bound for it."""
     if limit_s <= 0:
         return None
     started = time.perf_counter()
@@ -153,20 +153,20 @@ def _bound_of(plan: StepPlan) -> Bound:
 
 
 def _flexsp(lengths: list[int], cost: CostModel, options: argparse.Namespace) -> FlexspResult:
-    found = flexsp_plan(lengths, cost, time_limit_s=options.flexsp_s, tries=options.flexsp_tries)
-    check_plan(found.plan)
-    return found
+    solved = flexsp_plan(lengths, cost, time_limit_s=options.flexsp_s, tries=options.flexsp_tries)
+    check_plan(solved.plan)
+    return solved
 
 
-def _flexsp_row(found: FlexspResult, lengths: list[int], cost: CostModel) -> dict[str, Any]:
-    """Also against groups of 64, which is what 384K positions need in the paper's static baseline, whatever this batch needs."""
+def _flexsp_row(solved: FlexspResult, lengths: list[int], cost: CostModel) -> dict[str, Any]:
+    """Compare also with groups of 64: what 384K positions need in the paper's static baseline, whatever this batch needs."""
     widest = cost.plan_s(solve_best_static(lengths, replace(cost, degrees=cost.degrees[-1:])))
     return {
-        "flexsp_over_static": widest / cost.plan_s(found.plan),
-        "flexsp_wall_s": found.wall_s,
-        "flexsp_programs": found.programs,
-        "flexsp_timeouts": found.timeouts,
-        "flexsp_from_warm_start": found.from_warm_start,
+        "flexsp_over_static": widest / cost.plan_s(solved.plan),
+        "flexsp_wall_s": solved.wall_s,
+        "flexsp_programs": solved.programs,
+        "flexsp_timeouts": solved.timeouts,
+        "flexsp_from_warm_start": solved.from_warm_start,
     }
 
 

@@ -68,7 +68,7 @@ def _rank_main(rank: int, ranks: int, store: Path, cases: list[Case], results: A
 
 
 def _measured(case: Case) -> dict[str, Any]:
-    """On a rank. Collective."""
+    """Compare predicted and measured peaks of one case on a rank. Collective."""
     ledger = case_ledger(case)
     predicted = predicted_by_phase(case)
     phase = max(predicted, key=lambda phase: predicted[phase])

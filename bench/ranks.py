@@ -24,8 +24,8 @@ def on_fresh_ranks(main: Callable[..., None], ranks: int, *arguments: Any) -> di
             failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
             if failed:
                 raise RuntimeError(f"ranks {failed} failed; their tracebacks are above")
-            found: dict[str, Any] = results.get()
-            return found
+            result: dict[str, Any] = results.get()
+            return result
         finally:
             for worker in workers:
                 worker.kill()

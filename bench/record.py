@@ -1,4 +1,4 @@
-"""What every benchmark writes down beside its figures. Imports nothing heavy."""
+"""Facts that every benchmark writes down beside its figures. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Where and when: a result without them cannot be compared with anything."""
+    """Return where and when this process measures: a result without them cannot be compared with anything."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),

@@ -25,11 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("page", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
     results = [json.loads(file.read_text()) for file in sorted(options.folder.glob("*.json"))]
-    known = [result for result in results if result.get("benchmark") in SECTIONS]
-    if not known:
+    reported = [result for result in results if result.get("benchmark") in SECTIONS]
+    if not reported:
         parser.error(f"no result of a known benchmark ({', '.join(SECTIONS)}) in {options.folder}")
-    options.page.write_text(page(known))
-    print(f"{len(known)} benchmarks -> {options.page}")
+    options.page.write_text(page(reported))
+    print(f"{len(reported)} benchmarks -> {options.page}")
     return 0
 
 
@@ -156,8 +156,8 @@ def _planner(result: dict[str, Any]) -> list[str]:
         alike = [row for row in rows if (row["gpus"], row["sequences"], row["distribution"]) == (gpus, sequences, name)]
         plan = f"{_median(alike, 'plan_s_p50') * 1e3:.0f} ms ({_median(alike, 'plan_cpu_s_p50') * 1e3:.0f})"
         worst = f"{max(row['plan_s_p99'] for row in alike) * 1e3:.0f} ms"
-        gaps = [f"{_median(alike, key):.1%}" if _known(alike, key) else "" for key in ("gap_inline", "gap_certificate")]
-        speedups = [f"{_median(alike, f'speedup_vs_{peer}'):.3f}" if _known(alike, f"speedup_vs_{peer}") else "" for peer in PEERS]
+        gaps = [f"{_median(alike, key):.1%}" if _values(alike, key) else "" for key in ("gap_inline", "gap_certificate")]
+        speedups = [f"{_median(alike, f'speedup_vs_{peer}'):.3f}" if _values(alike, f"speedup_vs_{peer}") else "" for peer in PEERS]
         lines.append(f"| {gpus} / {sequences} | {name} | {plan} | {worst} | {' | '.join(gaps + speedups)} |")
     return [*lines, "", "Aims: " + ", ".join(f"{name} {value:g}" for name, value in targets.items()) + "."]
 
@@ -230,12 +230,12 @@ def _arena(result: dict[str, Any]) -> list[str]:
 PEERS = ("static", "greedy", "flexsp")
 
 
-def _known(rows: list[dict[str, Any]], key: str) -> list[float]:
+def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None]
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float:
-    return statistics.median(_known(rows, key))
+    return statistics.median(_values(rows, key))
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {

@@ -39,11 +39,11 @@ def checkpoint(result: dict[str, Any]) -> list[str]:
 
 
 def chaos(result: dict[str, Any]) -> list[str]:
-    """How much was tried, and what came of it."""
-    found = ", ".join(f"{key} **{result[key]}**" for key in ("lost", "torn", "silent", "failed"))
+    """Return the section on kills and damage: how much was tried, and the outcome."""
+    counts = ", ".join(f"{key} **{result[key]}**" for key in ("lost", "torn", "silent", "failed"))
     asked = result["asked"]
     tried = f"{result['kills']} of {asked['kills']} kills, {result['faults']} of {asked['faults']} damaged checkpoints"
-    memory = f"{result['restored_from_memory']} lives went on from memory (checkpoint.replica=peer), the rest from disk."
+    memory = f"{result['restored_from_memory']} lives resumed from memory (checkpoint.replica=peer), the rest from disk."
     kinds = {kind: number for tally in result["tallies"].values() for kind, number in tally["by_kind"].items()}
-    lines = ["## Checkpoints under kills and damage", "", f"{tried}: {found}. {memory}", "", "| trial | number |", "|---|---|"]
+    lines = ["## Checkpoints under kills and damage", "", f"{tried}: {counts}. {memory}", "", "| trial | number |", "|---|---|"]
     return [*lines, *(f"| {kind} | {number} |" for kind, number in sorted(kinds.items()))]

@@ -20,7 +20,7 @@ def launch(result: dict[str, Any]) -> list[str]:
         f"Seconds of {result['ranks']} gloo ranks on one machine (on SLURM and Ray as many nodes, each a namespace), "
         f"{result['rounds']} interleaved rounds:",
         "median / minimum, and the median difference to bare torch elastic in the same round. The peer trains a plain model of the",
-        "same sizes and saves nothing: after a death it begins again at step 1, at a stop signal it just ends. Ours go on from the last",
+        "same sizes and saves nothing: after a death it begins again at step 1, at a stop signal it just ends. Ours resume from the last",
         "checkpoint, and save before they end. A node's death includes the time its scheduler takes to notice it.",
         "",
         f"| | {' | '.join(_METRICS.values())} |",
@@ -33,8 +33,8 @@ def launch(result: dict[str, Any]) -> list[str]:
     return lines + [f"- failed: {text.splitlines()[0]}" for text in result["failures"]]
 
 
-def _cell(found: dict[str, float] | None) -> str:
-    if found is None:
+def _cell(times: dict[str, float] | None) -> str:
+    if times is None:
         return ""
-    over = f" ({found['over_elastic']:+.1f})" if "over_elastic" in found else ""
-    return f"{found['median']:.1f} / {found['min']:.1f}{over}"
+    over = f" ({times['over_elastic']:+.1f})" if "over_elastic" in times else ""
+    return f"{times['median']:.1f} / {times['min']:.1f}{over}"

@@ -53,9 +53,11 @@ def _bytes(result: dict[str, Any]) -> list[str]:
         longest = " | ".join(f"{_tokens(budget['tokens'])} ({budget['binds']})" for budget in result["max_tokens_derived"][name].values())
         lines.append(f"| {_name(name)} | {device['kib']:.1f} | {device['per_layer'] / KIB:.1f} | {host['kib']:.1f} | {longest} |")
     best = result["max_tokens_derived_auto"] or {}
-    told = [f"{_tokens(row['tokens'])} with {name} ({row['segment_layers']} layers to a stored input)" for name, row in best.items()]
+    phrases = [f"{_tokens(row['tokens'])} with {name} ({row['segment_layers']} layers to a stored input)" for name, row in best.items()]
     return lines + (
-        ["", f"With the number of layers that share a stored input chosen for each budget, auto reaches {', '.join(told)}."] if told else []
+        ["", f"With the number of layers that share a stored input chosen for each budget, auto reaches {', '.join(phrases)}."]
+        if phrases
+        else []
     )
 
 

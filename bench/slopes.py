@@ -1,4 +1,4 @@
-"""From peaks at several lengths, widths and layer counts to bytes per token of Llama-3-8B. Pure.
+"""Fits peaks at several lengths, widths and layer counts, and gives bytes per token of Llama-3-8B. Pure.
 
 A peak is fixed bytes + slope x tokens. A slope is linear in what a token owns: numbers per hidden unit, per head (log-sum-exp),
 per head dim (rotary tables), and the rest (ids, masks); and linear in the number of layers. Both are fitted and
@@ -40,7 +40,7 @@ class PerToken:
     per_layer: float
     independent: float
     residual: float
-    """Of the fit over widths, the worst over layer counts, relative."""
+    """Relative residual of the fit over widths, the worst over layer counts."""
 
     @property
     def total(self) -> float:
@@ -93,17 +93,17 @@ def max_tokens(device_bytes: float, host_bytes: float) -> dict[str, dict[str, An
 
 
 def max_tokens_by_segments(device_bytes: float) -> dict[str, dict[str, Any]]:
-    """The same for a scheme whose layer inputs are on the host, with as many layers to a stored input as is best for each budget.
+    """Largest lengths of a scheme with layer inputs on the host and as many layers to a stored input as is best for each budget.
 
     Host bytes are 2 x hidden for each of the L / k segments and the live one's other inputs; more layers to a segment take time.
     """
-    found = {}
+    largest = {}
     for name, host in HOSTS.items():
         stored = {k: -(-LLAMA_8B_LAYERS // k) + k - 1 for k in range(1, 9)}
         bounds = {k: _bound(device_bytes, 2 * LLAMA_8B.hidden_size * inputs, *host) for k, inputs in stored.items()}
         best = max(bounds, key=lambda k: (bounds[k]["tokens"], -k))
-        found[name] = bounds[best] | {"segment_layers": best}
-    return found
+        largest[name] = bounds[best] | {"segment_layers": best}
+    return largest
 
 
 def _bound(device_bytes: float, host_bytes: float, host_gib: float, states: float) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def command_s(*arguments: str) -> float:
 
 
 def first_step_s(overrides: list[str]) -> float:
-    """From starting the quickstart to its first finished step; the run is then told to stop, and awaited."""
+    """Measure seconds from starting the quickstart to its first finished step; the run is then stopped, and awaited."""
     with tempfile.TemporaryDirectory(prefix="efflaunch-bench-") as folder:
         metrics = Path(folder) / "first" / "metrics.jsonl"
         arguments = ["+experiment=quickstart", f"run.root={folder}", "run.id=first", "logging.display=quiet", *overrides]
@@ -91,7 +91,7 @@ def first_step_s(overrides: list[str]) -> float:
 
 
 def has_step(metrics: Path) -> bool:
-    """Whether metrics.jsonl holds a whole line that reports a step."""
+    """Return whether metrics.jsonl holds a whole line that reports a step."""
     if not metrics.exists():
         return False
     lines = metrics.read_text().splitlines(keepends=True)

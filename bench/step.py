@@ -92,9 +92,9 @@ def _rank_main(rank: int, ranks: int, store: Path, model: dict[str, Any], length
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     workload = Workload(model, lengths, loss_chunk_tokens=1024)
-    found = _compete(workload, build_topology(replicate=1, device="cpu"), rounds)
+    figures = _compete(workload, build_topology(replicate=1, device="cpu"), rounds)
     if rank == 0:
-        results.put({**found, "workload": asdict(workload)})
+        results.put({**figures, "workload": asdict(workload)})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -134,7 +134,7 @@ def _policies() -> dict[str, Any]:
 
 
 def _loss(contestant: Any) -> float:
-    """Of the first step, which also warms up."""
+    """Return the loss of the first step, which also warms up."""
     from .contestants import global_loss
 
     return global_loss(contestant.step())

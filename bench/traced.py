@@ -1,4 +1,4 @@
-"""One configuration twice: what the ledger says its step takes, and what a traced step of it takes.
+"""Compares what the ledger says a configuration's step takes with what a traced step of it takes.
 
 Shared by `python -m efflaunch.bench.predicted` and tests/memory. The tracer counts every storage of one warm step on rank 0:
 weights, states, gradients, gathered copies, activations and buffers, as on a GPU: rows that wait on the host do not count, the
@@ -56,7 +56,7 @@ class Case:
     grad_reduce: str = "micro_batch"
     loss_chunk: int = 256
     documents: int = 1
-    """In each sequence, of equal length: attention goes block by block."""
+    """Number of documents in each sequence, of equal length: attention is block-diagonal over them."""
 
     @property
     def length(self) -> int:
@@ -103,7 +103,7 @@ def predicted_by_phase(case: Case) -> dict[Phase, int]:
 
 
 def build_case(case: Case) -> Any:
-    """On a rank: (step, tensors, store): runs one step; lists weights and states; where the policy moves activations. Collective."""
+    """Build (step, tensors, store) on a rank: runs one step; lists weights and states; takes what the policy moves. Collective."""
     import numpy as np
     import torch
 
@@ -166,7 +166,7 @@ class _Source:
 
 
 def traced_peak(case: Case) -> int:
-    """On a rank: peak live bytes of the second step. Collective."""
+    """Trace the second step on a rank and return its peak live bytes. Collective."""
     from ..memory.arena.tracer import StorageTracer
 
     step, tensors, store = build_case(case)
@@ -179,7 +179,7 @@ def traced_peak(case: Case) -> int:
 
 
 def profiled_peak(case: Case) -> int:
-    """On a rank: the same as the CPU allocator counts it, whoever asks: compiled graphs allocate where no tracer looks. Collective.
+    """Peak live bytes of the second step by the CPU allocator's count, which sees compiled graphs where no tracer looks. Collective.
 
     Scratch of kernels is in it too. Rows that wait on the host are not: their arena is there before the step.
     """

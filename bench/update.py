@@ -41,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the model")
     options, origin = parser.parse_args(arguments), machine()
-    found = on_fresh_ranks(_rank_main, options.ranks, [f"cluster.ranks_per_node={options.ranks}", *options.overrides], options.rounds)
-    result = {"benchmark": "update", **origin, "ranks": options.ranks, "rounds": options.rounds, **found, **summary(found["rows"])}
+    figures = on_fresh_ranks(_rank_main, options.ranks, [f"cluster.ranks_per_node={options.ranks}", *options.overrides], options.rounds)
+    result = {"benchmark": "update", **origin, "ranks": options.ranks, "rounds": options.rounds, **figures, **summary(figures["rows"])}
     write_json(options.json, result)
-    print(f"worst error {result['worst_error']:.0%} over {len(found['rows'])} residencies  -> {options.json}")
+    print(f"worst error {result['worst_error']:.0%} over {len(figures['rows'])} residencies  -> {options.json}")
     return 0
 
 
@@ -60,15 +60,15 @@ def _rank_main(rank: int, ranks: int, store: Path, words: list[str], rounds: int
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found = _measured(words, rounds)
+    figures = _measured(words, rounds)
     if rank == 0:
-        results.put(found)
+        results.put(figures)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _measured(words: list[str], rounds: int) -> dict[str, Any]:
-    """On a rank. Collective."""
+    """Measure updates of every residency on a rank. Collective."""
     import torch
 
     from ..launcher.config.compose import compose

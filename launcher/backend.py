@@ -27,7 +27,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """A run's state as its scheduler has it; `detail` is for people."""
+    """A run's state as its scheduler has it; `detail` is a sentence."""
 
     state: str
     detail: str = ""
@@ -37,7 +37,7 @@ class Standing:
 
 
 class Launcher(Protocol):
-    """What every backend can do. Errors are EfflaunchError."""
+    """The protocol of a backend. Errors are EfflaunchError."""
 
     def check(self, config: Config) -> None:
         """ConfigError where the configuration cannot be launched from here."""
@@ -52,7 +52,7 @@ class Launcher(Protocol):
         ...
 
     def status(self, run_dir: Path, state: RunState) -> Standing:
-        """Where it stands, by the scheduler and not by what a dead process wrote last."""
+        """Return where the run stands, by the scheduler and not by what a dead process wrote last."""
         ...
 
     def cancel(self, run_dir: Path, state: RunState, *, now: bool) -> str:
@@ -64,9 +64,9 @@ class Launcher(Protocol):
         ...
 
 
-def announce(run_dir: Path, goes_on: bool, revision: int, changes: list[str]) -> None:
+def announce(run_dir: Path, is_resumed: bool, revision: int, changes: list[str]) -> None:
     """Say where the run is, and what is new in its configuration."""
-    print(f"{'going on in' if goes_on else 'run directory'} {run_dir}", flush=True)
+    print(f"{'resuming' if is_resumed else 'run directory'} {run_dir}", flush=True)
     if changes:
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
 
@@ -83,19 +83,19 @@ def tell_submitted(news: str, launch: Launch) -> None:
 
 def note_refused(run_dir: Path) -> None:
     """The scheduler did not take it: the run, queued a moment ago, has failed."""
-    known = read_state(run_dir)
-    assert known is not None, "just written"
-    write_state(run_dir, replace(known, state=state.FAILED))
+    run_state = read_state(run_dir)
+    assert run_state is not None, "just written"
+    write_state(run_dir, replace(run_state, state=state.FAILED))
 
 
-def job_exists(run_dir: Path, found: str) -> ConfigError:
+def job_exists(run_dir: Path, existing: str) -> ConfigError:
     """A job of this run already waits or runs."""
     hint = f"{typed('cancel', run_dir)} first, or another run.id"
-    return ConfigError(str(run_dir), found=found, expected="one job per run directory", hint=hint)
+    return ConfigError(str(run_dir), found=existing, expected="one job per run directory", hint=hint)
 
 
 def grace_note(launch: Launch) -> str:
-    """What to say where a stop will not end in launcher.grace_s, as far as that can be known before the job runs; else nothing."""
+    """Return a warning where a stop will not end in launcher.grace_s, as far as is known before the job runs; else an empty text."""
     config = launch.config
     forecast = read_summary(launch.run_dir).forecast(config.launcher.grace_s) or planned(config)
     return "" if forecast is None or forecast.fits else str(forecast)

@@ -46,15 +46,15 @@ def check_data(config: Config) -> None:
 
 
 def check_resumed(config: Config, run_dir: Path) -> list[str]:
-    """What a resume changes about the learning rate and the data, a line each.
+    """List what a resume changes about the learning rate and the data, a line each.
 
     ConfigError where no schedule reaches the last step, DataError where corpora were replaced (data.changed).
     Looks at the newest whole checkpoint of the run directory; the ranks look again at the one they restore.
     """
-    found = _newest_state(run_dir)
-    if found is None:
+    newest = _newest_state(run_dir)
+    if newest is None:
         return []
-    step, saved = found
+    step, saved = newest
     course = load_course(saved["extra"].get("schedule", {}), config.optim)
     change = None if course is None else resumed_course(config.optim, course, step, config.train.steps)[1]
     replaced = () if config.data.builtin else _check_data(config, saved["metadata"].get("data"), step)

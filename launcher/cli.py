@@ -92,7 +92,7 @@ examples:
   efflaunch +experiment=quickstart               train a small model here, without a GPU
   efflaunch +experiment=quickstart train.steps=20 memory=keep
   efflaunch plan +experiment=llama8b_1M          what eight GPUs would have to hold
-  efflaunch resume runs/NAME train.steps=200     go on, with more steps
+  efflaunch resume runs/NAME train.steps=200     resume, with more steps
   efflaunch explain runs/NAME --out step.svg     why the last step was planned as it was
 
 efflaunch COMMAND --help says more; efflaunch train --help lists experiments, groups and every key.

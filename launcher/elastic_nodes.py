@@ -1,4 +1,4 @@
-"""How many nodes an attempt runs on: launcher.nodes=MIN:MAX, and a layout and a memory plan that work there. Pure.
+"""Chooses how many nodes an attempt runs on: launcher.nodes=MIN:MAX, and a layout and a memory plan that work there. Pure.
 
 Note: what an attempt does with it. Whoever begins one (`launcher/slurm/job.py`, the driver of `launcher/ray/`)
 
@@ -36,9 +36,9 @@ class Sizing:
     num_nodes: int
     """0: wait for more."""
     config: Config
-    """What the attempt runs with: the run's own, with layout and memory plan of this many nodes; the run's own while waiting."""
+    """Configuration of the attempt: the run's, with layout and memory plan of this many nodes; the run's own while waiting."""
     reason: str
-    """For people."""
+    """Why this number of nodes was chosen, as a sentence."""
 
     @property
     def waits(self) -> bool:
@@ -54,17 +54,17 @@ def size_for(config: Config, available: int, room: MemoryCheck | None = None) ->
     wanted, room = node_range(config), room or check_nodes_memory
     if wanted.least == wanted.most:
         if available < wanted.most:
-            return _wait(config, f"{_nodes(available)} to be had, {wanted} needed")
+            return _wait(config, f"{_nodes(available)} available, {wanted} needed")
         return Sizing(num_nodes=wanted.most, config=config, reason=_nodes(wanted.most))
     passed: list[str] = []
     for num_nodes in range(min(available, wanted.most), wanted.least - 1, -1):
-        found = _tried(config, num_nodes, room, passed)
-        if found is not None:
-            return Sizing(num_nodes=num_nodes, config=found, reason=_chosen(num_nodes, wanted, available, passed))
+        planned = _tried(config, num_nodes, room, passed)
+        if planned is not None:
+            return Sizing(num_nodes=num_nodes, config=planned, reason=_chosen(num_nodes, wanted, available, passed))
     for num_nodes in range(max(available + 1, wanted.least), wanted.most + 1):
         if _tried(config, num_nodes, room, passed) is not None:
             beside = f"; {passed[0]}" if passed else ""
-            return _wait(config, f"{_nodes(available)} to be had, {num_nodes} needed at least{beside}")
+            return _wait(config, f"{_nodes(available)} available, {num_nodes} needed at least{beside}")
     raise _impossible(wanted, passed)
 
 
@@ -152,8 +152,8 @@ def check_nodes_memory(config: Config) -> None:
         # Without the suggestions of check_fits, which are made for one size and take a while.
         worst = short[0]
         fixed = f": {fixed_line(ledger.report)}" if ledger.report is not None else ""
-        found = f"{format_bytes(worst.peak_bytes)} at least on each {worst.name} of {format_bytes(worst.capacity_bytes)}{fixed}"
-        raise ConfigError("memory", found=found, expected="a plan that fits", hint="memory=auto, or a larger MIN of launcher.nodes")
+        shortfall = f"{format_bytes(worst.peak_bytes)} at least on each {worst.name} of {format_bytes(worst.capacity_bytes)}{fixed}"
+        raise ConfigError("memory", found=shortfall, expected="a plan that fits", hint="memory=auto, or a larger MIN of launcher.nodes")
 
 
 def _tried(config: Config, num_nodes: int, room: MemoryCheck, passed: list[str]) -> Config | None:
@@ -169,13 +169,15 @@ def _wait(config: Config, reason: str) -> Sizing:
 
 
 def _chosen(num_nodes: int, wanted: NodeRange, available: int, passed: list[str]) -> str:
-    return "; ".join([f"{_nodes(num_nodes)} of launcher.nodes={wanted}, {available} to be had", *passed[:1]])
+    return "; ".join([f"{_nodes(num_nodes)} of launcher.nodes={wanted}, {available} available", *passed[:1]])
 
 
 def _impossible(wanted: NodeRange, passed: list[str]) -> ConfigError:
-    found = "; ".join(passed[:3]) + ("; ..." if len(passed) > 3 else "")
+    reasons = "; ".join(passed[:3]) + ("; ..." if len(passed) > 3 else "")
     hint = "efflaunch plan +experiment=... cluster.num_nodes=N shows what takes the room; memory=auto, or a larger MAX"
-    return ConfigError("launcher.nodes", found=f"{wanted}, where {found}", expected="a number of nodes the run can be laid over", hint=hint)
+    return ConfigError(
+        "launcher.nodes", found=f"{wanted}, where {reasons}", expected="a number of nodes the run can be laid over", hint=hint
+    )
 
 
 def _nodes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What a finished run prints: how it ended, what to type next, and the error of a failed one."""
+"""Prints the end of a run: how it ended, what to type next, and the error of a failed one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _next_commands(run_dir: Path, code: int, progress: RunProgress) -> list[tupl
     more = [f"train.steps={2 * progress.steps}"] if code == EXIT_DONE and progress.steps else []
     if more and ends_at_zero(read_run(run_dir).config.optim, progress.steps):
         more.append(f"optim.schedule_on_resume={ScheduleOnResume.REWARM.value}")
-    rows = [("go on", typed("resume", run_dir, *more)), ("look", typed("status", run_dir))]
+    rows = [("resume", typed("resume", run_dir, *more)), ("look", typed("status", run_dir))]
     if progress.checkpoint is not None:
         rows.append(("export", typed("export", run_dir, "OUT")))
     return rows

@@ -16,7 +16,7 @@ from .config.run_config import Backend, Config
 from .config.secrets import secrets_of
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Where a user sets torch's CUDA allocator, today and before."""
+"""Variables by which a user sets torch's CUDA allocator, today's and the older one."""
 
 
 def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
@@ -53,9 +53,9 @@ def _loopback() -> dict[str, str]:
 
 
 RAY_SERVER = "RAY_API_SERVER_ADDRESS"
-"""Where Ray's own commands look for a job server."""
+"""Variable in which Ray's own commands look for a job server."""
 _RAY_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/"}
-"""Without the second, a head still sends word that reports are off."""
+"""Variables that keep Ray from reporting use. Without the second, a head still sends word that reports are off."""
 _RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -65,7 +65,7 @@ def ray_server() -> str | None:
 
 
 def chosen_variables(names: list[str]) -> dict[str, str]:
-    """Those of this process's variables; ConfigError where one is not set."""
+    """Return these variables of this process; ConfigError where one is not set."""
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError("launcher.ray.env", found=f"no {', '.join(missing)} here", expected="variables of this shell", hint="export them")
@@ -75,27 +75,27 @@ def chosen_variables(names: list[str]) -> dict[str, str]:
 
 
 def set_variables(names: list[str]) -> dict[str, str]:
-    """Those of this process's variables that are set."""
+    """Return those of these variables that are set in this process."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def ray_mode() -> str | None:
-    """What the user says about tokens."""
+    """Return RAY_AUTH_MODE as the user set it; None where unset."""
     return os.environ.get("RAY_AUTH_MODE")
 
 
 def home_variables() -> dict[str, str]:
-    """Where the user's own files are."""
+    """Return the variables that say where the user's own files are."""
     return {name: os.environ[name] for name in ("HOME",) if name in os.environ}
 
 
 def ray_quiet_variables() -> dict[str, str]:
-    """With these a Ray that is started calls nobody."""
+    """Return variables with which a Ray that is started calls nobody."""
     return dict(_RAY_QUIET)
 
 
 def agent_variables(*, with_secrets: bool = False) -> dict[str, str]:
-    """What a process that Ray started hands on: all but Ray's own secrets; `with_secrets` for one that starts Ray."""
+    """Return what a process that Ray started hands on: all but Ray's own secrets; `with_secrets` for one that starts Ray."""
     return {name: value for name, value in os.environ.items() if with_secrets or name not in _RAY_SECRETS}
 
 
@@ -129,12 +129,12 @@ class SlurmPlace:
     node: int
     """Among the nodes of the job step, from 0."""
     num_nodes: int
-    """Of the job."""
+    """Number of nodes of the job."""
     name: str
     step_nodes: int = 1
-    """Of the job step."""
+    """Number of nodes of the job step."""
     array: str = ""
-    """Where the job is one of an array: the array's number and its index, 100_2."""
+    """The array's number and this job's index in it, 100_2; empty for a job of no array."""
     hosts: str = ""
     """The job's nodes when it started, as SLURM writes lists of them."""
     partition: str = ""
@@ -146,7 +146,7 @@ class SlurmPlace:
 
     @property
     def life(self) -> str:
-        """This start of the job."""
+        """Name of this start of the job: number and restart count."""
         return f"{self.word}.{self.restart}"
 
 

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, GPUs."""
+"""Detects what this machine has: cores, memory, GPUs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Gpu:
     name: str
     memory_bytes: int
     free_bytes: int | None = None
-    """Not in use by any process; None where nothing says."""
+    """Bytes not in use by any process; None where unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is here."""
+    """GPUs, cores and memory of this machine."""
 
     gpus: tuple[Gpu, ...]
     num_cores: int
     memory_bytes: int
-    """That new processes can still have."""
+    """Host memory that new processes can still have, in bytes."""
 
 
 def this_machine(device: Device) -> Machine:
@@ -53,10 +53,10 @@ def find_gpus() -> list[Gpu]:
 def _gpus_by_smi() -> list[Gpu]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # no driver, no tool or a tool without a driver: no GPU to use
         return []
-    rows = [line.rsplit(",", 2) for line in found.splitlines() if line.strip()]
+    rows = [line.rsplit(",", 2) for line in output.splitlines() if line.strip()]
     return [Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20) for name, total, free in rows]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while ranks run: a live table on a terminal, plain lines elsewhere. Follows metrics.jsonl."""
+"""Shows progress while ranks run: a live table on a terminal, plain lines elsewhere. Follows metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NoDisplay:
 
 
 class PlainDisplay:
-    """One line per shown step; `every_steps` None: notes only."""
+    """Prints one line per shown step; `every_steps` None: notes only."""
 
     def __init__(self, every_steps: int | None) -> None:
         self.every_steps = every_steps
@@ -226,7 +226,7 @@ def quiet_control_keys() -> Callable[[], None]:
 
 
 def _bad_news(event: Event) -> str | None:
-    """What a person should hear of, whatever the display."""
+    """Return the event as a warning that is shown on any display; None where it is none."""
     if event["event"] == "checkpoint_failed":
         return f"checkpoint of step {event['step']} failed: {event['error']}"
     if event["event"] == "mirror_failed":

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ConfigError
 from ..utils.text import typed
-from .agent.signals import on_stop_signals, stop_signals_held, stop_signals_kept
+from .agent.signals import on_stop_signals, stop_signals_deferred, stop_signals_kept
 from .backend import Launch, Standing, announce
 from .config.run_config import Config
 from .live_display import Display, NoDisplay, make_display
@@ -34,9 +34,9 @@ from .rundir.state import RunState, mend_state, new_state, read_state, write_sta
 
 AGENT_LOG = "logs/agent.log"
 _POLL_S = 0.1
-_SETTLED = {EXIT_DONE: state.DONE, EXIT_PREEMPTED: state.PREEMPTED, EXIT_USER: state.FAILED}
+_FINAL_STATES = {EXIT_DONE: state.DONE, EXIT_PREEMPTED: state.PREEMPTED, EXIT_USER: state.FAILED}
 _SECOND_STOP_S = 0.5
-"""One Ctrl-C reaches a process group once, but a terminal and a scheduler may both pass it on."""
+"""Seconds in which a second stop signal counts as the first: a terminal and a scheduler may both pass one Ctrl-C on."""
 
 
 class LocalLauncher:
@@ -59,12 +59,12 @@ class LocalLauncher:
         make_run_dir(run_dir, private=launch.config.run.private)
         with steady_output() as output, stop_signals_kept():
             with holding(run_dir) as lock:
-                goes_on = (run_dir / RUN_FILE).is_file()
+                is_resumed = (run_dir / RUN_FILE).is_file()
                 mended = mend_state(run_dir)
                 if mended is not None:
                     print(mended, flush=True)
                 revision, changes = store_config(run_dir, launch.config)
-                announce(run_dir, goes_on, revision, changes)
+                announce(run_dir, is_resumed, revision, changes)
                 code = run(launch.config, run_dir, revision=revision, lock=lock, output=output, entry=launch.entry)
             notices = Notices(run_dir, run_dir / AGENT_LOG)
             Guard("the report of the end", notices)(report_end, run_dir, code)
@@ -72,26 +72,26 @@ class LocalLauncher:
             note_output(output, notices)
         return code
 
-    def status(self, run_dir: Path, known: RunState) -> Standing:
-        if known.state not in state.ACTIVE:
-            return Standing(state=known.state)
+    def status(self, run_dir: Path, run_state: RunState) -> Standing:
+        if run_state.state not in state.ACTIVE:
+            return Standing(state=run_state.state)
         if not is_locked(run_dir):
             return Standing(state="died", detail="ended without a word, killed or the machine went down")
-        return Standing(state=known.state, detail=f"process {known.pid} on {known.host}", pid=known.pid)
+        return Standing(state=run_state.state, detail=f"process {run_state.pid} on {run_state.host}", pid=run_state.pid)
 
-    def cancel(self, run_dir: Path, known: RunState, *, now: bool) -> str:
-        if self.status(run_dir, known).pid is None:
+    def cancel(self, run_dir: Path, run_state: RunState, *, now: bool) -> str:
+        if self.status(run_dir, run_state).pid is None:
             hint = typed("status", run_dir)
-            raise ConfigError(str(run_dir), found=f"nothing running, state {known.state}", expected="a run to stop", hint=hint)
-        if known.host != socket.gethostname():
-            hint = f"on {known.host}: {typed('cancel', run_dir)}"
-            raise ConfigError(str(run_dir), found=f"a run on {known.host}", expected="one of this machine", hint=hint)
-        os.kill(known.pid, signal.SIGTERM)
+            raise ConfigError(str(run_dir), found=f"nothing running, state {run_state.state}", expected="a run to stop", hint=hint)
+        if run_state.host != socket.gethostname():
+            hint = f"on {run_state.host}: {typed('cancel', run_dir)}"
+            raise ConfigError(str(run_dir), found=f"a run on {run_state.host}", expected="one of this machine", hint=hint)
+        os.kill(run_state.pid, signal.SIGTERM)
         if not now:
-            return f"process {known.pid} is told to finish its step, save and stop"
+            return f"process {run_state.pid} is told to finish its step, save and stop"
         time.sleep(2 * _SECOND_STOP_S)
-        os.kill(known.pid, signal.SIGINT)
-        return f"the ranks of process {known.pid} are killed; the last checkpoint stands"
+        os.kill(run_state.pid, signal.SIGINT)
+        return f"the ranks of process {run_state.pid} are killed; the last checkpoint stands"
 
     def logs(self, run_dir: Path) -> list[Path]:
         return [path for path in (run_dir / AGENT_LOG,) if path.is_file()]
@@ -102,8 +102,8 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, output: Stea
 
     Nothing that is shown, or cannot be, ends it. `entry` (module:function) replaces the training function, for tests of the launcher.
     """
-    known = read_state(run_dir)
-    initial = new_state(world_size=config.cluster.ranks_per_node, revision=revision, attempts=known.attempts if known else ())
+    run_state = read_state(run_dir)
+    initial = new_state(world_size=config.cluster.ranks_per_node, revision=revision, attempts=run_state.attempts if run_state else ())
     write_state(run_dir, initial)
     follower, notices = MetricsFollower(run_dir, from_end=True), Notices(run_dir, run_dir / AGENT_LOG)
     guard, guard_lock = Guard("the display", notices), Guard("the sign of life in the run's lock", notices, tries_again=True)
@@ -124,7 +124,7 @@ def run(config: Config, run_dir: Path, *, revision: int, lock: int, output: Stea
             _look(watcher, relay, guard)
     finally:
         Guard("the end of the display", notices)(display.close)
-    return _settled(run_dir, agent.returncode)
+    return _final_state(run_dir, agent.returncode)
 
 
 def _look(watcher: Watcher, relay: _Relay, guard: Guard) -> None:
@@ -141,7 +141,7 @@ def _yield_to(other: Owner | None, agent: subprocess.Popen[bytes], guard: Guard,
 @contextmanager
 def _started(run_dir: Path, lock: int, entry: str | None) -> Iterator[tuple[subprocess.Popen[bytes], _Relay]]:
     # The agent is born with stop signals held, and takes them once it has its handlers; so does this process.
-    with stop_signals_held():
+    with stop_signals_deferred():
         agent = _start_agent(run_dir, lock, entry)
         relay = _Relay(agent)
         on_stop_signals(relay)
@@ -196,16 +196,16 @@ class _Relay:
             self.agent.send_signal(signal.SIGQUIT)
 
 
-def _settled(run_dir: Path, returncode: int) -> int:
+def _final_state(run_dir: Path, returncode: int) -> int:
     """The exit code, with state.json made true where the agent could not."""
     current = read_state(run_dir)
     assert current is not None, "written before the agent was started"
     if current.exit_code is not None:
         return current.exit_code
-    if returncode in _SETTLED:
+    if returncode in _FINAL_STATES:
         # The agent had no room to write it down.
         with suppress(OSError):
-            write_state(run_dir, replace(current, state=_SETTLED[returncode], exit_code=returncode, ended=time.time()))
+            write_state(run_dir, replace(current, state=_FINAL_STATES[returncode], exit_code=returncode, ended=time.time()))
         return returncode
     lines = tail_lines(run_dir / AGENT_LOG, 40)
     message = f"the agent ended with {returncode} before its ranks did; the end of {run_dir / AGENT_LOG}:"

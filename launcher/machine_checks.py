@@ -1,4 +1,4 @@
-"""Whether this machine can run a configuration, and what to type where it cannot. Imports no torch."""
+"""Checks whether this machine can run a configuration, and says what to type where it cannot. Imports no torch."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def check_free(config: Config, machine: Machine) -> None:
     if config.cluster.device is Device.CPU or len(free) >= config.cluster.ranks_per_node:
         return
     least = min(gpu.free_bytes for gpu in machine.gpus if gpu.free_bytes is not None)
-    found = f"{len(free)} free; one of the others has {format_bytes(least)} left: another process is on it"
+    shortfall = f"{len(free)} free; one of the others has {format_bytes(least)} left: another process is on it"
     expected = f"{config.cluster.ranks_per_node} with nothing on them"
-    raise MachineError("GPUs", found=found, expected=expected, hint="nvidia-smi names it")
+    raise MachineError("GPUs", found=shortfall, expected=expected, hint="nvidia-smi names it")
 
 
 def _gpus_in_words(machine: Machine) -> str:
@@ -119,7 +119,7 @@ def _instead(config: Config) -> str:
 
 def local_overrides(config: Config) -> list[str]:
     """Overrides that turn any experiment into one that runs on CPU ranks: a tiny model on built-in text."""
-    found = [
+    overrides = [
         "model=tiny",
         "data=stdlib",
         "cluster=local_cpu",
@@ -132,12 +132,12 @@ def local_overrides(config: Config) -> list[str]:
     ]
     parallel = config.parallel
     if parallel.replicate != 1 or parallel.shard is not None:
-        found += ["parallel.replicate=1", "parallel.shard=null"]
+        overrides += ["parallel.replicate=1", "parallel.shard=null"]
     if parallel.sp_degree is not None or parallel.ulysses_degree is not None:
-        found += ["parallel.sp_degree=null", "parallel.ulysses_degree=null", "parallel.scheme=auto"]
+        overrides += ["parallel.sp_degree=null", "parallel.ulysses_degree=null", "parallel.scheme=auto"]
     if config.model.path is not None:
-        found.append("model.path=null")
-    return found
+        overrides.append("model.path=null")
+    return overrides
 
 
 def _check_cores(config: Config, machine: Machine) -> None:

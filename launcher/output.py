@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run: what cannot be shown is lost, said elsewhere, and training goes on.
+"""Standard output and error that never end a run: what cannot be shown is lost, said elsewhere, and training continues.
 
 Note: three kinds of streams. `plain_output` is for every command: what is printed has no terminal escapes of its own.
 `steady_output` is for commands that start or follow a run: a thread of each stream writes, so a reader that is slow or
@@ -30,7 +30,7 @@ MAX_PENDING = 1 << 20
 STUCK_S = 10.0
 """A reader that took nothing for so long is said not to read."""
 PATIENCE_S = 5.0
-"""How long the end of a command waits for a reader that takes nothing."""
+"""Seconds the end of a command waits for a reader that takes nothing."""
 _ORDER_S = 0.5
 _SLICE = 4096
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ENODEV)
@@ -43,7 +43,7 @@ class LenientFile(io.RawIOBase):
         super().__init__()
         self.name, self.lost = name, 0
         self.trouble: str | None = None
-        """Why something was lost first, for people; None: nothing was."""
+        """Why output was lost for the first time; None: nothing was."""
         self._fd = fd
 
     def writable(self) -> bool:
@@ -72,7 +72,7 @@ class LenientFile(io.RawIOBase):
 
 
 class BackgroundFile(LenientFile):
-    """The same, written by a thread: `write` never waits either."""
+    """A lenient file that a thread writes: `write` never waits either."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, name)
@@ -105,7 +105,7 @@ class BackgroundFile(LenientFile):
 
     @property
     def is_stuck(self) -> bool:
-        """Whether something waits that nobody has read for a while."""
+        """Return whether output waits that nobody has read for a while."""
         return self._num_pending > 0 and time.monotonic() - self._moved > _ORDER_S
 
     def look(self) -> None:
@@ -143,7 +143,7 @@ class BackgroundFile(LenientFile):
                 self._changed.notify_all()
 
     def _write_slowly(self, data: bytes) -> None:
-        """In slices, so that a slow reader is told from a stopped one."""
+        """Write in slices, so that a slow reader is distinguished from a stopped one."""
         for start in range(0, len(data), _SLICE):
             try:
                 _write_all(self._fd, data[start : start + _SLICE])
@@ -166,19 +166,19 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 class SteadyOutput:
-    """What became of the streams of a command that must not end with them."""
+    """The streams of a command that must not end with them, and what became of each."""
 
     def __init__(self, files: list[BackgroundFile], closed: list[str]) -> None:
         self.files = files
         self._news = [f"{name} was closed when efflaunch started" for name in closed]
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
 
     def news(self) -> list[str]:
         """Troubles since the last call, a sentence each; every stream is told of once."""
         for file in self.files:
             file.look()
-            if file.trouble is not None and file.name not in self._told:
-                self._told.add(file.name)
+            if file.trouble is not None and file.name not in self._announced:
+                self._announced.add(file.name)
                 self._news.append(file.trouble)
         news, self._news = self._news, []
         return news
@@ -198,7 +198,7 @@ class PlainText:
     def __init__(self, stream: TextIO, steady: SteadyOutput | None = None) -> None:
         self.stream, self.steady = stream, steady
         self.rich_proxied_file = stream
-        """Where rich, which makes escapes of its own, writes instead."""
+        """Stream to which rich, which makes escapes of its own, writes instead."""
 
     def write(self, text: str) -> int:
         try:
@@ -221,7 +221,7 @@ class PlainText:
 
 
 class OutputError(EfflaunchError):
-    """What a command was asked to print cannot be written."""
+    """Raised where the result of a command cannot be written."""
 
 
 def _unprintable(error: OSError) -> Exception:
@@ -230,7 +230,7 @@ def _unprintable(error: OSError) -> Exception:
 
 
 class _ClosedText(io.TextIOWrapper):
-    """In place of a stream that was closed before the process began."""
+    """Stands in for a stream that was closed before the process began."""
 
 
 def open_closed_streams() -> None:
@@ -306,7 +306,7 @@ def _background_writes_allowed() -> Iterator[None]:
 
 
 def _descriptor(stream: TextIO) -> int | None:
-    """Of a stream, flushed; None where it has none, as within tests."""
+    """Return the descriptor of a stream, flushed; None where it has none, as within tests."""
     try:
         fd = stream.fileno()
         stream.flush()
@@ -328,7 +328,7 @@ def lenient_text(fd: int, name: str) -> TextIO:
 
 
 def lenient_output(*names: str) -> None:
-    """For agents and ranks: from here on a full disk under standard output or error loses lines, and raises nothing."""
+    """Make a full disk under standard output or error lose lines from here on and raise nothing: for agents and ranks."""
     open_closed_streams()
     for name in names or STREAMS:
         with suppress(OSError):
@@ -378,7 +378,7 @@ def complain(text: str) -> None:
 
 
 def _drop(fd: int) -> None:
-    """Nothing more is written there: the interpreter would try once more at its end, and exit with 120."""
+    """Write nothing more to the descriptor: the interpreter would try once more at its end, and exit with 120."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, fd)
     os.close(null)

@@ -1,4 +1,4 @@
-"""Start a run, or go on with one: from a checked configuration to a backend."""
+"""Start or resume a run: from a checked configuration to a backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rundir.state import ACTIVE, read_state
 
 
 def train(overrides: list[str], config_dir: str | None, *, print_config: bool = False, dry_run: bool = False) -> int:
-    """Train what the command line asks for; a known run.id goes on. Returns the job's exit code."""
+    """Train what the command line asks for; the run of a known run.id is resumed. Returns the job's exit code."""
     from .config.compose import compose
 
     config = compose(overrides, config_dir)
@@ -128,20 +128,20 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
     from .backend_registry import launcher_of
 
     try:
-        known = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
+        run_state = read_state(run_dir) if (run_dir / RUN_FILE).is_file() else None
     except ConfigError:
         # Set aside under the run's lock, before anything is written.
         return
-    if known is None or known.state not in ACTIVE:
+    if run_state is None or run_state.state not in ACTIVE:
         return
     backend = read_run(run_dir).config.launcher.backend
     if backend is config.launcher.backend:
         return
-    standing = launcher_of(backend).status(run_dir, known)
+    standing = launcher_of(backend).status(run_dir, run_state)
     if standing.state in ACTIVE:
         raise ConfigError(
             str(run_dir),
-            found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or known.host}",
+            found=f"the run {standing.state} under launcher={backend.value}: {standing.detail or run_state.host}",
             expected="one start of a run at a time",
             hint=f"{typed('cancel', run_dir)}, where that launcher is; or another run.id",
         )

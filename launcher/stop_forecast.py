@@ -1,4 +1,4 @@
-"""Whether a stop will end in time: the rest of a step and a save, against launcher.grace_s. Pure.
+"""Forecasts whether a stop will end in time: the rest of a step and a save, against launcher.grace_s. Pure.
 
 A stop signal that comes right after a step began waits for the whole of it; then the state is saved, and the run ends
 when that save is durable. What a run has measured of both is the best forecast; before its first checkpoint the ledger's
@@ -23,7 +23,7 @@ _WORSE = 1.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """Seconds; `source`: where they are from, for people."""
+    """Seconds that a stop takes; `source`: what they are derived from."""
 
     step_s: float
     save_s: float
@@ -59,7 +59,7 @@ class GraceWatch:
         """The first step of a start, which also warms up."""
         self.steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.save_s: float | None = None
-        self.told_s = 0.0
+        self.reported_s = 0.0
 
     def add(self, events: Iterable[Event]) -> GraceWatch:
         """Take in new events, in order; returns itself."""
@@ -77,28 +77,28 @@ class GraceWatch:
 
     @property
     def forecast(self) -> Forecast | None:
-        """By what was measured; None before the first checkpoint."""
+        """Forecast by what was measured; None before the first checkpoint."""
         if self.save_s is None:
             return None
         step_s = max(self.steps, default=self.first_s or 0.0)
         return Forecast(step_s=step_s, save_s=self.save_s, grace_s=self.grace_s, source="measured in this run")
 
     def news(self) -> str | None:
-        """What to tell a person now, if anything."""
+        """Return a warning that is due now; None where there is none, or nothing new."""
         forecast = self.forecast
-        if forecast is None or forecast.fits or forecast.needed_s < _WORSE * self.told_s:
+        if forecast is None or forecast.fits or forecast.needed_s < _WORSE * self.reported_s:
             return None
-        self.told_s = forecast.needed_s
+        self.reported_s = forecast.needed_s
         return str(forecast)
 
 
 def measured(events: Iterable[Event], grace_s: float) -> Forecast | None:
-    """By a run's own steps and saves; None before its first checkpoint."""
+    """Forecast a stop by a run's own steps and saves; None before its first checkpoint."""
     return GraceWatch(grace_s).add(events).forecast
 
 
 def planned(config: Config) -> Forecast | None:
-    """By the ledger and cluster.storage_bandwidth; None where that is not given."""
+    """Forecast a stop by the ledger and cluster.storage_bandwidth; None where that is not given."""
     bandwidth = config.cluster.storage_bandwidth
     if bandwidth is None:
         return None

@@ -16,7 +16,10 @@ DEBUG = "--debug"
 
 
 def explain_unexpected(error: BaseException, words: list[str], *, debug: bool) -> str:
-    """What to print. Without `debug` the trace goes to a file of its own, for its owner alone, and the text says where it is."""
+    """Return what to print about an unexpected error.
+
+    Without `debug` the trace goes to a file of its own, for its owner alone, and the text says where it is.
+    """
     trace = redact("".join(traceback.format_exception(error)), secrets())
     lines = redact(str(error), secrets()).strip().splitlines()
     reason = f"{type(error).__name__}{f': {lines[0][:300]}' if lines else ''}"

@@ -15,7 +15,7 @@ import pytest
 
 from efflaunch.tests.limits import wait_until
 from efflaunch.utils import heartbeat as pulse
-from efflaunch.utils.heartbeat import Heartbeat, HeartbeatBoard, catches, join, read_beat
+from efflaunch.utils.heartbeat import Heartbeat, HeartbeatBoard, attach, catches, read_beat
 
 
 def test_a_beat_comes_back_as_it_was_said() -> None:
@@ -56,7 +56,7 @@ def test_long_names_are_cut() -> None:
 
 
 def _rank(place: str, local_rank: int, ready: Path) -> None:
-    mine = join(place, local_rank)
+    mine = attach(place, local_rank)
     mine.begin_step(local_rank, expected_s=0.0)
     ready.touch()
     time.sleep(600)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Put a file's bytes, or a folder's names, on disk before going on."""
+    """Put a file's bytes, or a folder's names, on disk before returning."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

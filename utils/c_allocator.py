@@ -1,4 +1,4 @@
-"""What the C library's allocator does with blocks that were freed. Only glibc can be told; elsewhere nothing changes."""
+"""Sets what the C library's allocator does with freed blocks. Only glibc has such settings; elsewhere nothing changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def return_freed_blocks(large_bytes: int = LARGE_BYTES) -> bool:
 
     By itself glibc raises its threshold to the largest block that was ever freed, up to 32 MiB, and keeps what is smaller in heaps:
     a process of training on a CPU then holds far more than its tensors, and more with every step. The price is that pages of
-    large blocks are mapped anew: `python -m efflaunch.bench.freed_blocks` measures it.
+    large blocks are mapped again: `python -m efflaunch.bench.freed_blocks` measures it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

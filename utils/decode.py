@@ -16,12 +16,12 @@ def decode(kind: type[T], data: Any, where: str = "") -> T:
     """An instance of the dataclass `kind`. ValueError with the path of the first field that is missing, unknown or of another type."""
     if not isinstance(data, Mapping):
         raise _mistyped(where or kind.__name__, data, "an object")
-    hints, known = get_type_hints(kind), {field.name: field for field in fields(cast(Any, kind))}
-    unknown = [str(key) for key in data if key not in known]
+    hints, by_name = get_type_hints(kind), {field.name: field for field in fields(cast(Any, kind))}
+    unknown = [str(key) for key in data if key not in by_name]
     if unknown:
         raise ValueError(f"{where}{'.' if where else ''}{unknown[0]} is no field that this version knows")
     values = {}
-    for name, field in known.items():
+    for name, field in by_name.items():
         path = f"{where}.{name}" if where else name
         if name in data:
             values[name] = _value(hints[name], data[name], path)
@@ -68,7 +68,7 @@ def _mistyped(path: str, data: Any, expected: str) -> ValueError:
 
 
 def set_aside(path: Path, reason: object) -> str:
-    """Rename a damaged file to NAME.damaged (replacing an older one), so that it is made again; a sentence that says so.
+    """Rename a damaged file to NAME.damaged (replacing an older one), so that it is written again; returns a sentence that says so.
 
     OSError where it cannot be renamed.
     """

@@ -1,4 +1,4 @@
-"""Where a rank is, readable without its help: a block of shared memory for each rank of a node, and a file for its stacks.
+"""Position of a rank, readable without its help: a block of shared memory for each rank of a node, and a file for its stacks.
 
 A rank writes a beat whenever it enters another phase, layer or step: one copy of some bytes into memory, one or two microseconds,
 with no file, lock or message. Its node's agent reads beats and times their silence itself, so a rank that is blocked, stopped or
@@ -35,7 +35,7 @@ Memory = bytearray | mmap.mmap
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
-    """What a rank said last."""
+    """Last beat of a rank: step, phase, layer, and how long it may take."""
 
     count: int
     """Beats of this rank so far."""
@@ -43,9 +43,9 @@ class Beat:
     """Finished updates."""
     layer: int | None
     is_long: bool
-    """In a phase that may take long whatever a step takes: starting, the first step, saving, scoring."""
+    """True in a phase that may take long whatever a step takes: starting, the first step, saving, scoring."""
     expected_s: float
-    """Of a step; zero where nothing is known yet."""
+    """Expected seconds of a step; zero where unknown yet."""
     thread: int
     """threading.get_ident() of its main thread, as stacks name it."""
     phase: str
@@ -65,7 +65,7 @@ class Heartbeat:
         self._thread = threading.get_ident()
 
     def at(self, phase: str, layer: int | None = None) -> None:
-        """From now on. In a long phase it stays one."""
+        """Announce the phase, and layer, the rank is in from now on. A long phase stays one."""
         self._count += 1
         count, where = self._count, -1 if layer is None else layer
         beat = (count, self._step, where, self._is_long, self._expected_s, self._thread, phase.encode()[:64], count)
@@ -77,7 +77,7 @@ class Heartbeat:
         self.at("planning")
 
     def expect(self, step_s: float) -> None:
-        """What this step is expected to take, once its plan says; said with the next beat."""
+        """Set how long this step is expected to take, once its plan says; sent with the next beat."""
         self._expected_s = step_s
 
     @contextmanager
@@ -119,7 +119,7 @@ class HeartbeatBoard:
         self._stacks = [_nameless(f"efflaunch-stacks-{rank}", 0) for rank in range(num_ranks)]
 
     def place(self) -> str:
-        """What a rank needs to `join`, on a command line or through a fork: the descriptors of this process."""
+        """Return what a rank needs to `attach`, on a command line or through a fork: the descriptors of this process."""
         return " ".join(_reachable(file) for file in (self._file, *self._stacks))
 
     def beat(self, local_rank: int) -> Beat | None:
@@ -137,7 +137,7 @@ class HeartbeatBoard:
             os.close(file)
 
 
-def join(place: str, local_rank: int) -> Heartbeat:
+def attach(place: str, local_rank: int) -> Heartbeat:
     """A rank's pulse on its agent's board, with its stacks ready to be asked for. The descriptors stay open with the process."""
     board, *stacks = place.split()
     file = os.open(board, os.O_RDWR)
@@ -152,7 +152,7 @@ def join(place: str, local_rank: int) -> Heartbeat:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler for the signal, without which it would die of it. False where nothing says."""
+    """Return whether the process has a handler for the signal, without which it would die of it. False where unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

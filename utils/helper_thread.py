@@ -58,6 +58,6 @@ def ends_with_helpers(record: Callable[[HelperDiedError], int]) -> Iterator[None
 
 
 def print_death(error: HelperDiedError) -> int:
-    """For processes whose parent notices their end: the reason goes to standard error; exit code 1."""
+    """Print the reason to standard error and return exit code 1, in processes whose parent notices their end."""
     traceback.print_exception(error)
     return 1

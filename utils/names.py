@@ -24,9 +24,9 @@ def check_identifier(key: str, name: str) -> None:
     """ConfigError unless `name` is one path component that needs no quotes anywhere: letters, digits, `.`, `_` and `-`."""
     fits = len(name) <= MAX_IDENTIFIER and _IDENTIFIER.fullmatch(name) is not None and ".." not in name
     if not fits:
-        found = f"{name!r}" if len(name) <= MAX_IDENTIFIER else f"{len(name)} characters, {name[:20]!r}..."
+        shown = f"{name!r}" if len(name) <= MAX_IDENTIFIER else f"{len(name)} characters, {name[:20]!r}..."
         expected = f"up to {MAX_IDENTIFIER} letters, digits, '.', '_' and '-', without '..', a letter or digit first"
-        raise ConfigError(key, found=found, expected=expected, hint=f"{key}=my-run-1")
+        raise ConfigError(key, found=shown, expected=expected, hint=f"{key}=my-run-1")
 
 
 def as_identifier(text: str) -> str:
@@ -72,7 +72,7 @@ def texts_of(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether it names something directly inside a folder: no separator, not `.` or `..`, not empty."""
+    """Return whether `name` is that of something directly inside a folder: no separator, not `.` or `..`, not empty."""
     return _FOLDER.fullmatch(name) is not None and name not in (".", "..")
 
 

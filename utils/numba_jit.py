@@ -27,6 +27,6 @@ def compile_functions(
         try:
             names[function.__name__] = numba.njit(cache=True, nogil=nogil)(copy)
         except RuntimeError:
-            # No folder to keep machine code in: it is made again in every process.
+            # No folder to keep machine code in: it is compiled again in every process.
             names[function.__name__] = numba.njit(nogil=nogil)(copy)
     return names

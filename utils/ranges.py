@@ -18,7 +18,7 @@ WAIT_S = 14 * 86400.0
 """A socket takes at most 2**31 ms."""
 LONG_S = 100 * 365 * 86400.0
 _CAP = 10_000
-"""From here on an upper end is there for arithmetic's sake, and nobody's choice."""
+"""Upper ends from here on exist for arithmetic's sake, and are nobody's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Range:
     above: bool = False
     below: bool = False
     example: float | None = None
-    """What to type for a key without a default, where `low` is no sensible value."""
+    """Value to type for a key without a default, where `low` is no sensible one."""
 
     def __contains__(self, value: float) -> bool:
         if isinstance(value, float) and not math.isfinite(value):
@@ -57,11 +57,11 @@ def check_ranges(group: Any, path: str) -> None:
         whole = f"{path}.{name}" if path else name
         for key, value in _numbers(getattr(group, name), whole):
             if value not in allowed:
-                raise ConfigError(key, found=_found(value), expected=str(allowed), hint=range_hint(type(group), name, whole))
+                raise ConfigError(key, found=_in_words(value), expected=str(allowed), hint=range_hint(type(group), name, whole))
 
 
 def range_hint(group: type, name: str, key: str) -> str:
-    """What to type for a key whose value is outside its range: its default, else an end of the range."""
+    """Return what to type for a key whose value is outside its range: its default, else an end of the range."""
     field = cast(Any, group).__dataclass_fields__[name]
     allowed = ranges_of(group)[name]
     default = field.default_factory() if callable(field.default_factory) else field.default
@@ -80,7 +80,7 @@ def check_finite(value: Any, key: str) -> None:
     """ConfigError for NaN or an infinite number anywhere inside free-form values (mappings, lists)."""
     for where, number in _numbers(value, key):
         if isinstance(number, float) and not math.isfinite(number):
-            raise ConfigError(where, found=_found(number), expected="a finite number", hint=f"{where}=1.0, or leave the key out")
+            raise ConfigError(where, found=_in_words(number), expected="a finite number", hint=f"{where}=1.0, or leave the key out")
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
@@ -101,7 +101,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
                 yield from _numbers(item, f"{key}[{index}]")
 
 
-def _found(value: float) -> str:
+def _in_words(value: float) -> str:
     if isinstance(value, float):
         return "a number that is not one (NaN)" if math.isnan(value) else f"{value:g}"
     return str(value) if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits" if abs(value) < 10**1000 else "a huge number"

@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, s
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """A process started inside cannot be ended by these signals before it says what it wants of them: see `ignore_stop_signals`.
+    """A process started inside cannot be ended by stop signals before it installs its handlers: see `ignore_stop_signals`.
 
     Without it the signal that asks for a save would kill the process that is about to write it, if it has just been
     started. The mask is this thread's, and what arrives for it inside is delivered at the end.
@@ -24,7 +24,7 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """For the first line of such a process: ignore these signals, also those that have come already."""
+    """Ignore stop signals, also those that have come already; for the first line of such a process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,4 +1,4 @@
-"""Where the relative paths of a stored run start: runs of earlier versions hold some."""
+"""Resolves the relative paths of a stored run: runs of earlier versions hold some."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for people: without terminal escapes, and commands as a shell reads them. Pure."""
+"""Text to show: without terminal escapes, and commands as a shell reads them. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 
 def plain(text: str) -> str:
     """`text` with every character that a terminal would act on, but newline and tab, spelled out as `\\x1b`."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def plain_data(value: Any) -> Any:
-    """The same for every text in nested lists and mappings, keys included."""
+    """Apply `plain` to every text in nested lists and mappings, keys included."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, Mapping):

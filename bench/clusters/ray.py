@@ -32,11 +32,11 @@ FAST = {
     "health_check_timeout_ms": 1000,
 }
 NO_CLOUD = "provider:\n  type: local\n"
-"""Without it a head asks the clouds' metadata servers which of them it is on."""
+"""Provider setting of a head: without it a head asks the clouds' metadata servers which of them it is on."""
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Return why no cluster can be started here; None where one can."""
     if importlib.util.find_spec("ray") is None:
         return 'no ray: pip install "efflaunch[ray]"'
     return spaces.why_not()
@@ -50,7 +50,7 @@ class RayCluster(spaces.Network):
     num_nodes: int = 3
     cpus: int = 4
     variables: dict[str, str] = field(default_factory=dict)
-    """For Ray's own processes and all they start."""
+    """Environment variables for Ray's own processes and all they start."""
     nodes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     private: dict[int, Path] = field(default_factory=dict)
     """Node -> directory of which that node has an empty one of its own."""
@@ -69,7 +69,7 @@ class RayCluster(spaces.Network):
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's, with the token, and without what would point elsewhere."""
+        """Return this process's environment with the token, and without what would point to another cluster."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / ".ray" / "auth_token")}
 
@@ -130,7 +130,7 @@ class RayCluster(spaces.Network):
         return self.ask("/api/version") is not None
 
     def ask(self, path: str, method: str = "GET") -> dict[str, Any] | None:
-        """What the job server answers; None where it does not, or not well."""
+        """Return the job server's answer; None where it gives none, or an error."""
         request = urllib.request.Request(f"{self.server}{path}", headers={"Authorization": f"Bearer {self.token}"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -160,7 +160,7 @@ class RayCluster(spaces.Network):
         subprocess.run([sys.executable, ray, "drain-node", *where, *reason], env=self.environment, check=True, capture_output=True)
 
     def wait_for_nodes(self, number: int) -> None:
-        """Until so many are alive."""
+        """Wait until `number` Ray nodes are alive."""
         wait_until(lambda: len(self.alive()) == number, f"{number} Ray nodes")
 
     def processes(self) -> list[tuple[int, str]]:
@@ -168,7 +168,7 @@ class RayCluster(spaces.Network):
         return [entry for node in self.nodes for entry in self.on_node(node)]
 
     def on_node(self, node: int) -> list[tuple[int, str]]:
-        """The same of one node."""
+        """Return the processes of one node, as (pid, command line)."""
         return spaces.processes(self.nodes[node])
 
     def down(self) -> None:

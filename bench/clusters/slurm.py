@@ -64,7 +64,7 @@ NODE = (
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Return why no cluster can be started here; None where one can."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)}: apt-get install --no-install-recommends slurm-wlm munge iproute2"
@@ -161,12 +161,12 @@ class SlurmCluster(spaces.Network):
         return [line.split()[3].rpartition(":")[0] for line in lines if '"python' in line or '"pt_' in line]
 
     def states(self) -> list[str]:
-        """What SLURM says of each node; nothing while it does not answer."""
+        """Return the state of each node by SLURM; empty while SLURM does not answer."""
         command = ("sinfo", "-h", "-N", "-o", "%T")
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_S).stdout.split()
 
     def run(self, *command: str) -> str:
-        """One of SLURM's commands; what it printed. AssertionError where it failed."""
+        """Run one of SLURM's commands and return what it printed. AssertionError where it failed."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
@@ -177,7 +177,7 @@ class SlurmCluster(spaces.Network):
         return next(word.partition("=")[2] for word in line.split() if word.startswith("JobState="))
 
     def wait_for(self, job: int | str, *states: str) -> str:
-        """Until the job is in one of these states."""
+        """Wait until the job is in one of these states, and return which."""
         wait_until(lambda: self.job_state(job) in states, f"job {job} to be {' or '.join(states)}")
         return self.job_state(job)
 

@@ -30,11 +30,11 @@ while :; do wait; sleep 1; done
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """One node."""
+    """Name and address of one node, which is a set of namespaces."""
 
     name: str
     directory: Path
-    """Of the cluster; has its hosts file, and the node's output."""
+    """Directory of the cluster, with its hosts file and the node's output."""
     address: str
     bridge: str
     link: str
@@ -43,7 +43,7 @@ class Space:
 
 
 def why_not() -> str | None:
-    """Why there can be no such nodes here; None where there can."""
+    """Return why there can be no such nodes here; None where there can."""
     if sys.platform != "linux":
         return "nodes in namespaces need Linux"
     if os.geteuid() != 0:
@@ -126,7 +126,7 @@ def make_bridge(bridge: str, address: str) -> None:
 
 
 def remove_bridge(bridge: str) -> None:
-    """Whether or not it is there."""
+    """Remove the bridge, if there is one."""
     subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
 
@@ -154,7 +154,7 @@ def start(space: Space, command: Sequence[str], environment: Mapping[str, str]) 
 
 
 def kill(node: subprocess.Popen[bytes], link: str) -> None:
-    """As in a power cut: everything on the node is gone at once."""
+    """End everything on the node at once, as a power cut does."""
     node.kill()
     node.wait()
     # The kernel takes it away with the name space, but not at once.
@@ -165,13 +165,13 @@ def processes(node: subprocess.Popen[bytes]) -> list[tuple[int, str]]:
     """(id as seen from here, command line) of all in the node's process namespace."""
     import psutil
 
-    found = []
+    listed = []
     for process in psutil.Process(node.pid).children(recursive=True):
         try:
-            found.append((process.pid, " ".join(process.cmdline())))
+            listed.append((process.pid, " ".join(process.cmdline())))
         except psutil.Error:
             continue
-    return found
+    return listed
 
 
 def _sh(*command: str) -> None:

@@ -31,7 +31,7 @@ def alone(num_tokens: int, device: torch.device) -> SequenceAttention:
 
 
 def mean_loss(model: Any, ids: Tensor, runtime: SequenceAttention) -> Tensor:
-    """Of a model with our forward on a document of `ids`, whose last token has no target."""
+    """Compute the mean loss of a model with our forward on a document of `ids`, whose last token has no target."""
     scale = 1.0 / (len(ids) - 1)
     loss: Tensor = model(one_document(ids), runtime, lambda head: cross_entropy(head, scale))
     return loss

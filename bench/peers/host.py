@@ -33,7 +33,7 @@ class HostMemory:
         return buffer
 
     def owns(self, address: int) -> bool:
-        """Whether a storage at this address is one of the buffers."""
+        """Return whether a storage at this address is one of the buffers."""
         return address in self._sizes
 
     def _gone(self, address: int) -> None:

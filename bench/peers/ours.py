@@ -43,12 +43,12 @@ def preset(name: str) -> MemoryPolicy:
 
 
 def with_chunks(policy: MemoryPolicy, chunk_tokens: int) -> MemoryPolicy:
-    """The same, its chunks (where it has any) of `chunk_tokens`."""
+    """Return the policy with chunks (where it has any) of `chunk_tokens`."""
     return policy if policy.chunk_tokens is None else replace(policy, chunk_tokens=chunk_tokens)
 
 
 def auto_policies(task: Task) -> dict[str, MemoryPolicy]:
-    """What memory=auto is solved to.
+    """Return the policies that memory=auto is solved to, by name.
 
     auto: for Llama-3-8B and LONGEST tokens on eight 80 GB GPUs, where everything is full; auto_with_room: for `task` itself on this
     kind of machine with memory to spare.
@@ -93,7 +93,7 @@ def _load(kind: type, file: str) -> Any:
 
 
 class Ours(Contestant):
-    """What the policy moves goes through the real store, in an arena of plain memory."""
+    """Our executor: what the policy moves goes through the real store, in an arena of plain memory."""
 
     def __init__(self, task: Task, policy: MemoryPolicy) -> None:
         self.model, self.host = stock_model(task), HostMemory()

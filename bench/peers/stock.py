@@ -26,7 +26,7 @@ class Contestant:
         raise NotImplementedError
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of the mean over all targets, after one step from none, under plain Hugging Face's names."""
+        """Return gradients of the mean over all targets after one step from none, under plain Hugging Face's names."""
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
     def tensors(self) -> Iterator[Tensor]:
@@ -37,14 +37,14 @@ class Contestant:
                 yield p.grad
 
     def is_host(self, address: int) -> bool:
-        """Whether a storage at this address stands for host memory."""
+        """Return whether a storage at this address stands for host memory."""
         return self.host.owns(address)
 
     def host_peak_bytes(self) -> int:
         return self.host.peak_bytes
 
     def notes(self) -> str:
-        """What of it is not the peer's own code, and why."""
+        """Describe what of this contestant is not the peer's own code, and why."""
         return ""
 
 

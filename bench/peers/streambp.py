@@ -57,12 +57,12 @@ class ReleasedStreamBP(Contestant):
 
     def gradients(self) -> dict[str, Tensor]:
         wrappers = {".layer.base_layer.": ".", ".self_attn.self_attn.": ".self_attn."}
-        found = {}
+        gradients = {}
         for name, gradient in super().gradients().items():
             for wrapped, plain in wrappers.items():
                 name = name.replace(wrapped, plain)
-            found[name] = gradient * self._scale
-        return found
+            gradients[name] = gradient * self._scale
+        return gradients
 
     def notes(self) -> str:
         shipped = "with the dense T x T mask of its forward" if self._as_shipped else "better than released: forward without its T x T mask"

@@ -66,7 +66,7 @@ class Agent:
         self.ranks: RankAgent | None = None
         self.watch: HangWatch | None = None
         self.hang: Failure | None = None
-        """What was found where the ranks of this attempt hung."""
+        """The failure that the hang watch reported for this attempt; None while nothing hangs."""
         self.stopping = False
         self.out_of_time = 0
         """The signal that ended the ranks' time to save."""
@@ -74,9 +74,9 @@ class Agent:
         for number in (signal.SIGALRM, signal.SIGQUIT):
             signal.signal(number, self._kill_now)
         release_stop_signals()
-        known = read_state(run_dir)
-        assert known is not None, "whoever starts an agent writes state.json first"
-        self.state: RunState = known
+        run_state = read_state(run_dir)
+        assert run_state is not None, "whoever starts an agent writes state.json first"
+        self.state: RunState = run_state
 
     def run(self) -> int:
         """The job's exit code, with state.json saying the same."""
@@ -227,7 +227,7 @@ def read_failure(run_dir: Path, number: int, report: RankReport) -> Failure:
 
 
 def describe_failure(report: RankReport, log: str, log_tail: list[str]) -> Failure:
-    """What a person is told about the rank that failed first."""
+    """Describe the rank that failed first, for a person."""
     if report.record is None:
         hints = {-signal.SIGKILL: ", from outside or because the machine ran out of memory", 0: " in the middle of training"}
         message = f"rank {report.rank} {describe_exit(report.exit_code)}{hints.get(report.exit_code or 0, '')}"

@@ -23,17 +23,17 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from .signals import stop_signals_held
+from .signals import stop_signals_deferred
 
 LOOPBACK = "127.0.0.1"
 _PEERS_GRACE_S = 5.0
-"""How long the others may take to notice a dead rank and write down their own errors."""
+"""Seconds the other ranks may take to notice a dead rank and write down their own errors."""
 
 
 class LoopbackRendezvous(StaticTCPRendezvous):
     """The ranks of one machine meet at a port the kernel chose, which nobody outside the machine can reach.
 
-    Made anew for each attempt: after a rank was killed, its store may hold half of an exchange.
+    Created for each attempt: after a rank was killed, its store may hold half of an exchange.
     """
 
     def __init__(self, run_id: str, timeout_s: int) -> None:
@@ -98,7 +98,7 @@ class OwnLogs(LogsSpecs):
 
 
 class RankAgent(LocalElasticAgent):
-    """One attempt. `processes` are the ranks by rank; `killed` those that were killed because another had failed."""
+    """Starts and watches the ranks of one attempt. `processes`: by rank; `killed`: those killed because another had failed."""
 
     def __init__(self, spec: WorkerSpec, start_method: str, on_start: Callable[[], None], on_poll: Callable[[], None]) -> None:
         super().__init__(spec, OwnLogs(), start_method=start_method)
@@ -108,7 +108,7 @@ class RankAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # Held signals reach a rank only once it has its own handlers, and the agent once it knows its ranks.
-        with stop_signals_held():
+        with stop_signals_deferred():
             pids = super()._start_workers(worker_group)
             children = {process.pid: process for process in multiprocessing.active_children()}
             self.processes = {worker_group.workers[local].global_rank: children[pid] for local, pid in pids.items() if pid in children}

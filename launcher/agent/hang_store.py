@@ -1,4 +1,4 @@
-"""How the agents of several nodes look at a hang together: through the store they share anyway."""
+"""Lets the agents of several nodes look at a hang together, through the store they share anyway."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 1.0
 _ANSWER_S = 90.0
-"""How long agents wait for each other's answers: writing stacks takes some seconds, py-spy longer."""
+"""Seconds agents wait for each other's answers: writing stacks takes some seconds, py-spy longer."""
 
 
 class StoreOthers:

@@ -1,4 +1,4 @@
-"""Whether ranks hang, and which of them is to blame. Pure: beats and stacks in, a verdict out."""
+"""Decides whether ranks hang, and which of them is at fault. Pure: beats and stacks in, a verdict out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...units import format_seconds
 from ...utils.heartbeat import Beat
 
 _LOOK_S = 30.0
-"""Of the time between two looks so much counts at most: an agent that was suspended with its ranks, or a laptop that slept, is no hang."""
+"""Seconds that count at most between two looks: an agent that was suspended with its ranks, or a laptop that slept, is no hang."""
 _QUIET = 0.25
 """Share of the allowance after which people are told how long a rank has been silent."""
 
@@ -28,7 +28,7 @@ class Limits:
     long_s: float
 
     def allowance_s(self, beat: Beat | None) -> float:
-        """How long a rank that spoke last like this may stay silent; as if factor were 0 where there is none."""
+        """Return seconds a rank may stay silent after this beat; without a factor as if it were 0."""
         if beat is None:
             return max(self.min_s, self.long_s)
         in_steps = max(self.min_s, (self.factor or 0.0) * beat.expected_s)
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Silences:
-    """How long each rank of a node has said nothing, by the clock of who looks."""
+    """Seconds since the last new beat of each rank of a node, by the watcher's clock."""
 
     beats: dict[int, Beat | None] = field(default_factory=dict)
     silent_s: dict[int, float] = field(default_factory=dict)
@@ -57,11 +57,11 @@ class Silences:
         return max((limits.allowance_s(beat) for beat in self.beats.values()), default=limits.long_s)
 
     def hang(self, limits: Limits) -> bool:
-        """Whether some rank has been silent for too long."""
+        """Return whether some rank has been silent for too long."""
         return limits.factor is not None and max(self.silent_s.values(), default=0.0) > self.allowance_s(limits)
 
     def quiet(self, limits: Limits) -> bool:
-        """Whether something looks stuck, long before it counts as a hang."""
+        """Return whether something looks stuck, long before it counts as a hang."""
         return max(self.silent_s.values(), default=0.0) > _QUIET * self.allowance_s(limits)
 
 
@@ -79,7 +79,7 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFacts:
-    """What is known of one rank of a hang."""
+    """Evidence about one rank of a hang: beat, kernel state, stack."""
 
     rank: int
     host: str
@@ -87,12 +87,12 @@ class RankFacts:
     step: int
     """Finished updates; -1 where it never said."""
     phase: str
-    """Its last beat, for people."""
+    """The rank's last beat, as text."""
     count: int = 0
     process: str = ""
-    """Its state by the kernel, as `T (stopped)`; empty where nothing says."""
+    """The process's state by the kernel, as `T (stopped)`; empty where unknown."""
     frames: tuple[Frame, ...] = ()
-    """Of the thread that trains, innermost first; empty where it gave no stacks."""
+    """Stack of the training thread, innermost first; empty where the rank wrote none."""
 
     @property
     def is_stopped(self) -> bool:
@@ -105,7 +105,7 @@ class RankFacts:
 
     @property
     def waits(self) -> bool:
-        """Whether it is inside a collective: below the innermost frame of this package, or one of ours that does nothing else."""
+        """Return whether the rank is inside a collective: below this package's innermost frame, or in one that does nothing else."""
         below = itertools.takewhile(lambda frame: not _is_ours(frame), self.frames)
         return any("torch/distributed/" in frame.file for frame in below) or any(frame.function in _WAITING for frame in self.frames[:1])
 
@@ -123,22 +123,22 @@ def short_file(path: str) -> str:
     if own is not None:
         return own
     for root in _INSTALLED:
-        _, found, rest = path.rpartition(root)
-        if found:
+        _, separator, rest = path.rpartition(root)
+        if separator:
             return rest
     return "/".join(path.split("/")[-2:])
 
 
 def _path_in_package(path: str) -> str | None:
-    """From the package on, wherever it is installed; None for what is not its own. A checkout may hold the environment."""
+    """Return the path from the package on, wherever it is installed; None for foreign files. A checkout may hold the environment."""
     for root in _INSTALLED:
-        _, found, rest = path.rpartition(root)
-        if found:
+        _, separator, rest = path.rpartition(root)
+        if separator:
             return rest.removeprefix("efflaunch/") if rest.startswith("efflaunch/") else None
     if path.startswith(_PACKAGE):
         return path.removeprefix(_PACKAGE)
-    _, found, rest = path.rpartition("/efflaunch/")
-    return rest if found else None
+    _, separator, rest = path.rpartition("/efflaunch/")
+    return rest if separator else None
 
 
 def _is_ours(frame: Frame) -> bool:
@@ -166,14 +166,14 @@ def training_frames(threads: Mapping[int, tuple[Frame, ...]], main: int) -> tupl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blame:
-    """Ranks that the others wait for, worst first; none where nothing tells them apart. `reason` is a sentence for people."""
+    """Ranks that the others wait for, worst first; none where nothing tells them apart. `reason` is a sentence."""
 
     ranks: tuple[int, ...]
     reason: str
 
 
 def blame(facts: Sequence[RankFacts]) -> Blame:
-    """Who is behind a hang, from strong signs to weak ones.
+    """Choose the faulty ranks of a hang, from strong signs to weak ones.
 
     A process that cannot run; a rank that has not entered the collective the others wait in; one that is elsewhere than most; one
     that has come less far.
@@ -185,9 +185,9 @@ def blame(facts: Sequence[RankFacts]) -> Blame:
         (_elsewhere, ""),
         (_behind, ""),
     ):
-        found = pick(facts)
-        if found and len(found) < len(facts):
-            return Blame(ranks=tuple(fact.rank for fact in found), reason=_sentence(found, facts, why))
+        suspects = pick(facts)
+        if suspects and len(suspects) < len(facts):
+            return Blame(ranks=tuple(fact.rank for fact in suspects), reason=_sentence(suspects, facts, why))
     if facts and all(fact.is_stopped for fact in facts):
         return Blame(ranks=tuple(fact.rank for fact in facts), reason="all ranks are stopped and cannot run")
     places = Counter(str(fact.own) for fact in facts if fact.own is not None)
@@ -225,10 +225,10 @@ def _behind(facts: Sequence[RankFacts]) -> list[RankFacts]:
     return [fact for fact in facts if (fact.step, fact.count) == least]
 
 
-def _sentence(found: Sequence[RankFacts], facts: Sequence[RankFacts], why: str) -> str:
-    named = "; ".join(_named(fact, why) for fact in found[:_NAMED])
-    more = f"; {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    others = Counter(str(fact.own) for fact in facts if fact not in found and fact.own is not None)
+def _sentence(suspects: Sequence[RankFacts], facts: Sequence[RankFacts], why: str) -> str:
+    named = "; ".join(_named(fact, why) for fact in suspects[:_NAMED])
+    more = f"; {len(suspects) - _NAMED} more" if len(suspects) > _NAMED else ""
+    others = Counter(str(fact.own) for fact in facts if fact not in suspects and fact.own is not None)
     rest = f"; the others wait at {others.most_common(1)[0][0]}" if others else ""
     return f"{named}{more}{rest}"
 
@@ -254,7 +254,7 @@ def silence_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def describe_hang(facts: Sequence[RankFacts], blamed: Blame, *, allowance_s: float, missing: Sequence[int], stacks: str) -> str:
-    """What a person is told; `missing`: nodes whose agents gave no answer."""
+    """Describe the hang for a person; `missing`: nodes whose agents gave no answer."""
     silent = max((fact.silent_s for fact in facts), default=0.0)
     parts = [
         f"no progress for {format_seconds(silent)}, more than the {format_seconds(allowance_s)} allowed (launcher.hang_*): {blamed.reason}"

@@ -26,7 +26,7 @@ from .hang_verdict import Frame, Limits, RankFacts, Silences, blame, describe_ha
 from .procfs import kernel_view, native_stacks, process_state
 
 _ANSWER_S = 5.0
-"""How long a rank may take to write its Python stacks."""
+"""Seconds a rank may take to write its Python stacks."""
 _TELL_S = 10.0
 """Between two words on who is silent."""
 _MAIN = ("launcher/agent/worker.py", "main")
@@ -37,7 +37,7 @@ class Others(Protocol):
     """The agents of the other nodes of the run."""
 
     def asked(self) -> bool:
-        """Whether one of them has found a hang and asks for stacks."""
+        """Return whether another agent has detected a hang and asks for stacks."""
         ...
 
     def ask(self) -> None:
@@ -45,12 +45,12 @@ class Others(Protocol):
         ...
 
     def exchange(self, mine: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-        """What all nodes answered, this one's too, and the nodes that gave no answer in time."""
+        """Return the answers of all nodes, this one's too, and the nodes that gave none in time."""
         ...
 
 
 class HangWatch:
-    """One attempt of the ranks of one node. To be closed."""
+    """Detects hangs among one node's ranks during one attempt. To be closed."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class HangWatch:
         self._limits, self._clock = limits_of(config), clock
         self._board = HeartbeatBoard(len(ranks))
         self._silences = Silences()
-        self._told: float | None = None
+        self._quiet_written_at: float | None = None
 
     def place(self) -> str:
-        """What the ranks need to join."""
+        """Return the address by which the ranks attach to the heartbeat board."""
         return self._board.place()
 
     def close(self) -> None:
@@ -83,9 +83,9 @@ class HangWatch:
         asked = self._others is not None and self._others.asked()
         if not asked and not self._silences.hang(self._limits):
             return None
-        return self._found(pids, asked=asked)
+        return self._investigate(pids, asked=asked)
 
-    def _found(self, pids: Mapping[int, int], *, asked: bool) -> Failure:
+    def _investigate(self, pids: Mapping[int, int], *, asked: bool) -> Failure:
         if self._others is not None and not asked:
             self._others.ask()
         facts = self._dump(pids)
@@ -107,13 +107,13 @@ class HangWatch:
         return rank - self._ranks.start
 
     def _tell(self, now: float) -> None:
-        """pulse-N.json: while something looks stuck, and once more when it goes on."""
+        """Write pulse-N.json while something looks stuck, and once more when it makes progress again."""
         quiet = self._silences.quiet(self._limits)
-        if not quiet and self._told is None:
+        if not quiet and self._quiet_written_at is None:
             return
-        if quiet and self._told is not None and now - self._told < _TELL_S:
+        if quiet and self._quiet_written_at is not None and now - self._quiet_written_at < _TELL_S:
             return
-        self._told = now if quiet else None
+        self._quiet_written_at = now if quiet else None
         rows = [
             {"rank": rank, "silent_s": round(self._silences.silent_s[rank], 1), "doing": str(self._silences.beats[rank] or "starting")}
             for rank in self._ranks
@@ -140,7 +140,7 @@ class HangWatch:
         return facts
 
     def _wait_for(self, lengths: Mapping[int, int]) -> None:
-        """Until the ranks have written all of their stacks, or do not."""
+        """Wait until the ranks have written all of their stacks, or time is up."""
         deadline, seen = time.monotonic() + _ANSWER_S, dict(lengths)
         while time.monotonic() < deadline:
             time.sleep(0.1)
@@ -165,26 +165,26 @@ class HangWatch:
 
 
 def limits_of(config: LauncherConfig) -> Limits:
-    """What the configuration allows."""
+    """Return the limits on silence that the configuration sets."""
     return Limits(factor=config.hang_factor, min_s=config.hang_min_s, long_s=config.hang_startup_s)
 
 
 def read_hang(run_dir: Path, number: int) -> Failure | None:
     """The failure that the agents of an attempt agreed on, where its ranks hung."""
-    found = read_json(attempt_dir(run_dir, number) / HANG_FILE)
-    return None if found is None else Failure(**found)
+    record = read_json(attempt_dir(run_dir, number) / HANG_FILE)
+    return None if record is None else Failure(**record)
 
 
 def read_pulses(run_dir: Path, number: int) -> list[dict[str, Any]]:
-    """What looks stuck in an attempt, by rank: rank, host, silent_s (by now), allowed_s, doing. Of the nodes that last said so."""
+    """Read which ranks of an attempt look stuck: rank, host, silent_s (by now), allowed_s, doing, as their nodes last wrote."""
     rows = []
     for path in sorted(attempt_dir(run_dir, number).glob("pulse-*.json")):
-        told = read_json(path)
-        if told is None or not told["stuck"]:
+        report = read_json(path)
+        if report is None or not report["stuck"]:
             continue
-        since = max(0.0, time.time() - told["time"])
-        more = {"host": told["host"], "allowed_s": told["allowed_s"]}
-        rows += [{**row, "silent_s": row["silent_s"] + since, **more} for row in told["ranks"]]
+        since = max(0.0, time.time() - report["time"])
+        more = {"host": report["host"], "allowed_s": report["allowed_s"]}
+        rows += [{**row, "silent_s": row["silent_s"] + since, **more} for row in report["ranks"]]
     return sorted(plain_data(rows), key=lambda row: int(row["rank"]))
 
 

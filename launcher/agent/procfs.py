@@ -1,4 +1,4 @@
-"""What can be learned of a process from outside: its state and kernel stack from /proc, its stacks from py-spy where that is installed."""
+"""Inspects a process from outside: its state and kernel stack from /proc, its stacks from py-spy where that is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .hang_verdict import Frame
 
 _PR_SET_PTRACER = 0x59616D61
 _SPY_S = 60.0
-"""For all ranks of a node together: the first look at large libraries takes its time."""
+"""Seconds for all ranks of a node together: the first look at large libraries takes its time."""
 _STATUS = (
     "Name",
     "State",
@@ -35,7 +35,7 @@ NOT_INSTALLED = (
 
 
 def process_state(pid: int) -> str:
-    """As `S (sleeping)` or `T (stopped)`; empty where nothing says."""
+    """Read a process's state by the kernel, as `S (sleeping)` or `T (stopped)`; empty where unknown."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -64,11 +64,11 @@ def _read(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Spied:
-    """By rank."""
+    """Stacks that py-spy took, by rank."""
 
     texts: dict[int, str]
     frames: dict[int, tuple[Frame, ...]]
-    """Of the main thread, innermost first; only where py-spy found them."""
+    """Frames of the main thread, innermost first; only of ranks whose stack py-spy got."""
 
 
 def native_stacks(pids: Mapping[int, int]) -> Spied:
@@ -90,7 +90,7 @@ def permit_tracing(agent_pid: int) -> None:
 
 
 def find_spy() -> str | None:
-    """Beside this Python, or on PATH."""
+    """Return the path of py-spy, beside this Python or on PATH; None where it is not installed."""
     beside = Path(sys.executable).with_name("py-spy")
     return str(beside) if beside.is_file() else shutil.which("py-spy")
 
@@ -113,8 +113,8 @@ def _finish(process: subprocess.Popen[str]) -> str:
 
 def spied_frames(text: str) -> tuple[Frame, ...]:
     """The main thread's Python frames in py-spy's text."""
-    _, found, rest = text.partition('"MainThread"')
-    if not found:
+    _, separator, rest = text.partition('"MainThread"')
+    if not separator:
         return ()
     lines = rest.splitlines()[1:]
     end = next((index for index, line in enumerate(lines) if not line.startswith("    ")), len(lines))

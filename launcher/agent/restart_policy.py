@@ -1,4 +1,4 @@
-"""What to do when an attempt has ended, and which rank ended it. Pure."""
+"""Decides what to do when an attempt has ended, and which rank ended it. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AttemptOutcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-    """Start again, or exit with `exit_code`; `reason` is for people."""
+    """Start again, or exit with `exit_code`; `reason` is a sentence."""
 
     restart: bool
     exit_code: int
@@ -29,7 +29,7 @@ class Action:
 def next_action(
     outcome: AttemptOutcome, history: Sequence[AttemptOutcome], *, start_step: int, max_restarts: int, stopping: bool
 ) -> Action:
-    """What follows `outcome`, given the earlier outcomes of this launch, which began at `start_step`.
+    """Decide what follows `outcome`, given the earlier outcomes of this launch, which began at `start_step`.
 
     A crash is retried `max_restarts` times in a row; an attempt that got further than any before it gives the
     whole budget back. The same mistake of a user is never retried, and nothing is once a stop was asked for.
@@ -87,7 +87,7 @@ _LOST_PEER_TYPES = ("DistNetworkError", "DistBackendError", "DistStoreError")
 
 
 def lost_a_peer(record: dict[str, Any]) -> bool:
-    """Whether this error only says that some other rank went away."""
+    """Return whether this error only says that some other rank went away."""
     message = str(record.get("message", "")).lower()
     return record.get("type") in _LOST_PEER_TYPES or any(text in message for text in _LOST_PEER)
 

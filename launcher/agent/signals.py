@@ -41,8 +41,8 @@ def on_stop_signals(handler: Handler) -> None:
 
 
 @contextmanager
-def stop_signals_held() -> Iterator[None]:
-    """Stop signals that arrive inside are delivered at its end; a process forked inside starts with them held."""
+def stop_signals_deferred() -> Iterator[None]:
+    """Stop signals that arrive inside are delivered at its end; a process forked inside starts with them blocked."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -52,7 +52,7 @@ def stop_signals_held() -> Iterator[None]:
 
 @contextmanager
 def stop_signals_kept() -> Iterator[None]:
-    """What handles stop signals at the start does so again from the end on; in between they may be handled anew."""
+    """Restore the handlers of stop signals on leaving; inside, other handlers may be installed."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What each rank runs: run.yaml -> the training function -> an exit code, with its error on record.
+"""Runs one rank: run.yaml -> the training function -> an exit code, with its error on record.
 
 The training function is named as `module:function` and called with (config, run_dir, stop, pulse); it returns 0 when
 done and 75 when stopped and saved, and beats the pulse on its way. Ranks never draw on the terminal: all they print goes to their own log.
@@ -20,7 +20,7 @@ from typing import Any
 
 from ...errors import EXIT_RETRY, EXIT_USER, UserError
 from ...utils.atomic_files import write_atomic
-from ...utils.heartbeat import Heartbeat, join
+from ...utils.heartbeat import Heartbeat, attach
 from ...utils.helper_thread import ends_with_helpers
 from ..config.run_config import Config
 from ..config.secrets import redact
@@ -43,7 +43,7 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
     """
     die_with_parent(agent_pid)
     permit_tracing(agent_pid)
-    pulse = join(board, int(os.environ["LOCAL_RANK"]))
+    pulse = attach(board, int(os.environ["LOCAL_RANK"]))
     stop = StopFlag()
     on_stop_signals(stop)
     for number in (signal.SIGQUIT, signal.SIGALRM):
@@ -88,7 +88,7 @@ def _print_to(log: Path) -> None:
 
 
 def _keep_log() -> None:
-    """What this package has to say goes to the rank's log, with times; of other packages what is at least a warning."""
+    """Send this package's messages to the rank's log, with times, and warnings and worse of other packages."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
 
@@ -114,12 +114,12 @@ def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:
 
 
 def error_file(logs: Path, rank: int) -> Path:
-    """Where a rank of the attempt writes why it failed."""
+    """Return the file in which a rank of the attempt writes why it failed."""
     return logs / f"rank-{rank}.error.json"
 
 
 def read_error(logs: Path, rank: int) -> dict[str, Any] | None:
-    """What the rank wrote about its failure; None where it could not."""
+    """Read what the rank wrote about its failure; None where it could not."""
     path = error_file(logs, rank)
     record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return record

@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import Protocol, cast
 
 COMMANDS = {
-    "train": "train, or go on with the run of the same run.id (the default command)",
+    "train": "train, or resume the run of the same run.id (the default command)",
     "sweep": "one run for every combination of key=a,b values",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
-    "resume": "go on with a run directory, with changes if wanted",
+    "resume": "resume a run directory, with changes if wanted",
     "status": "where a run stands",
     "logs": "what its ranks printed, the one that failed first last and in full",
     "cancel": "have a run save and stop",
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 class CommandModule(Protocol):
-    """What a module of this folder has."""
+    """The protocol of a command's module in this folder."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
     def main(self, words: list[str]) -> int: ...

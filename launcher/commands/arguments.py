@@ -1,4 +1,4 @@
-"""What commands share of their command lines: a parser whose errors are ours, and arguments that several of them take."""
+"""Parts that command lines share: a parser whose errors are ours, and arguments that several of them take."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ..rundir.run_dir import keep_private, read_run
 from ..rundir.state import RunState, read_state
 from .arguments import CommandParser, add_run_dir
 
-DESCRIPTION = "Have a run finish its step, save and stop; a waiting job is taken from the queue. resume goes on."
+DESCRIPTION = "Have a run finish its step, save and stop; a waiting job is taken from the queue. `efflaunch resume` continues it."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

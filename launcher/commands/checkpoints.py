@@ -29,7 +29,7 @@ _BAD = (DAMAGED, MISSING, UNREACHABLE)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointsRequest:
-    """What the command line asks for."""
+    """Parsed command line of `efflaunch checkpoints`."""
 
     verify: bool
     pin: int | None
@@ -142,17 +142,17 @@ def _row_there(tier: Tier, step: int, verify: bool) -> dict[str, Any]:
 
 
 def _rows_in_memory(run_dir: Path) -> list[dict[str, Any]]:
-    """What keepers on this host hold of the run's newest snapshots (checkpoint.replica): images of ranks. Not checkpoints."""
+    """List the images of ranks (checkpoint.replica) that keepers on this host hold of the run's newest snapshots. Not checkpoints."""
     import socket
 
     from ...checkpoint.replica.keeper_process import look, meeting_path
 
     node = socket.gethostname()
     folder = meeting_path(run_dir / files.FOLDER, node)
-    held = look(folder, node, "")[0] if folder.is_dir() else []
+    images = look(folder, node, "")[0] if folder.is_dir() else []
     rows = []
-    for step, attempt, world_size in sorted({(image.step, image.attempt, image.world_size) for image in held}):
-        ranks = {image.rank for image in held if image.attempt == attempt and image.manifest}
+    for step, attempt, world_size in sorted({(image.step, image.attempt, image.world_size) for image in images}):
+        ranks = {image.rank for image in images if image.attempt == attempt and image.manifest}
         state = "replicated" if len(ranks) == world_size else "partial"
         row = _row(step, f"memory of {node} ({len(ranks)} of {world_size} ranks)", [], False)
         rows.append({**row, "state": state, "num_bytes": 0, "time": 0.0, "world_size": world_size, "pinned": False})

@@ -21,12 +21,12 @@ records: a text field, or prompt and completion (the completion is learnt), or a
   rewards (for train.objective=grpo); prompts and answers are texts or lists of messages
 output: PREFIX.bin and PREFIX.idx (Megatron's indexed format), PREFIX.mask.bin where there is a loss mask, PREFIX.json
 
-Stopped or killed, the same command goes on where it was. Train on it with: data.prefixes=[PREFIX]
+Stopped or killed, the same command resumes where it was. Train on it with: data.prefixes=[PREFIX]
 """
 
 
 OBJECTIVES = {"pairs": "dpo", "completions": "grpo"}
-"""What corpora of a kind are for, where it is not language modelling."""
+"""Objective that corpora of a kind are for, where it is not language modelling."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,11 +139,11 @@ def _prepare(options: argparse.Namespace) -> int:
         with show_progress(sys.stderr) as report:
             metadata = prepare(request, report)
     except KeyboardInterrupt:
-        print("Stopped. The same command again goes on from here.", file=sys.stderr)
+        print("Stopped. The same command again resumes from here.", file=sys.stderr)
         return EXIT_PREEMPTED
     except OSError as error:
         where = error.filename or options.out
-        hint = "make room or another --out; the same command goes on where it was"
+        hint = "make room or another --out; the same command resumes where it was"
         raise DataError(
             f"file {where}", found=str(error.strerror or error), expected="files that can be read and written", hint=hint
         ) from error
@@ -157,8 +157,8 @@ def _read_template(path: str | None) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        found = str(error.strerror) if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"--chat-template {path}", found=found, expected="a Jinja file", hint="--chat-template FILE.jinja") from error
+        problem = str(error.strerror) if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise ConfigError(f"--chat-template {path}", found=problem, expected="a Jinja file", hint="--chat-template FILE.jinja") from error
 
 
 def _tokenizer(options: argparse.Namespace) -> int:

@@ -59,35 +59,35 @@ def main(words: list[str]) -> int:
 
 
 def explain(run_dir: Path, *, step: int | None, certify_s: float | None, out: Path | None, as_json: bool) -> int:
-    """Print the explanation; with `out`, draw it as well. Works on a run that is still going on."""
+    """Print the explanation; with `out`, draw it as well. Works on a run that has not ended yet."""
     config = read_run(run_dir).config
     events = step_events(run_dir, step)
     cost = _run_cost(events, config)
-    found = find_step(run_dir, config, cost, step, events)
-    explanation = explain_plan(config, certified(found.plan, cost, certify_s), cost, found.measured)
+    recorded = find_step(run_dir, config, cost, step, events)
+    explanation = explain_plan(config, certified(recorded.plan, cost, certify_s), cost, recorded.measured)
     if out is not None:
-        draw_step(explanation, f"Step {found.step} of {run_dir.name}", out)
-    measured_s = None if found.event is None else found.event.get("step_s")
+        draw_step(explanation, f"Step {recorded.step} of {run_dir.name}", out)
+    measured_s = None if recorded.event is None else recorded.event.get("step_s")
     if as_json:
-        facts = {"run_dir": str(run_dir), "step": found.step, "measured_s": measured_s, "cost_source": cost.source}
-        print(json.dumps({**facts, **explanation_dict(explanation), "notes": list(found.notes)}, indent=1))
+        facts = {"run_dir": str(run_dir), "step": recorded.step, "measured_s": measured_s, "cost_source": cost.source}
+        print(json.dumps({**facts, **explanation_dict(explanation), "notes": list(recorded.notes)}, indent=1))
         return EXIT_DONE
     from .sequence_view import show_explanation
 
-    show_explanation(explanation, _heading(found.step, explanation, measured_s), found.notes)
+    show_explanation(explanation, _heading(recorded.step, explanation, measured_s), recorded.notes)
     if out is not None:
         print(f"wrote {out}")
     return EXIT_DONE
 
 
-def _heading(step: int, found: Explanation, measured_s: float | None) -> str:
+def _heading(step: int, explanation: Explanation, measured_s: float | None) -> str:
     from ...units import format_precise
 
-    plan = found.plan
+    plan = explanation.plan
     measured = "" if measured_s is None else f", measured {format_precise(measured_s)}"
     return (
         f"step {step}: {len(plan.lengths):,} sequences, {sum(plan.lengths):,} tokens on {plan.world_size} ranks, "
-        f"{plan_name(found)}, modelled {format_precise(found.line.step_s)}{measured}"
+        f"{plan_name(explanation)}, modelled {format_precise(explanation.line.step_s)}{measured}"
     )
 
 
@@ -129,7 +129,7 @@ def _replanned(plan: StepPlan, event: Event | None) -> tuple[str, ...]:
         return ("the metrics do not hold this step: it was planned again, and nothing of it is measured",)
     if event.get("plan") not in (None, str(plan)):
         return ("the run used another plan for this step: its configuration, or what it was planned with, has changed since",)
-    return ("the metrics hold no groups: the plan was made again, and is the one the run used",)
+    return ("the metrics hold no groups: the plan was solved again: it is the one the run used",)
 
 
 def _as_run(plan: StepPlan, event: Event, cost: CostModel) -> StepPlan:
@@ -153,8 +153,8 @@ def recorded_plan(entries: Any, cost: CostModel, where: str, all_lengths: Callab
         for entry in entries:
             batches.setdefault(int(entry["micro_batch"]), []).append(_group(entry))
         if all("lengths" in entry for entry in entries):
-            known = {i: int(n) for entry in entries for i, n in zip(entry["sequences"], entry["lengths"], strict=True)}
-            lengths = tuple(known[i] for i in range(len(known)))
+            length_of = {i: int(n) for entry in entries for i, n in zip(entry["sequences"], entry["lengths"], strict=True)}
+            lengths = tuple(length_of[i] for i in range(len(length_of)))
         else:
             lengths = all_lengths()
         plan = StepPlan(cost.world_size, lengths, tuple(MicroBatch(tuple(batches[index])) for index in range(len(batches))))

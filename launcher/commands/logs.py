@@ -39,8 +39,8 @@ def main(words: list[str]) -> int:
 
 def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
     """Print them; exit code 0 whatever became of the run."""
-    stored, known = read_run(run_dir), read_state(run_dir)
-    failure = known.failure if known else None
+    stored, run_state = read_run(run_dir), read_state(run_dir)
+    failure = run_state.failure if run_state else None
     for path in launcher_of(stored.config.launcher.backend).logs(run_dir)[-1:]:
         _show(path, tail_lines(path, num_lines))
     for path in _rank_logs(run_dir):
@@ -54,19 +54,19 @@ def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
 
 
 def _rank_logs(run_dir: Path) -> list[Path]:
-    """Of the newest attempt that has any, by rank."""
+    """Return the rank logs of the newest attempt that has any, by rank."""
     named = (path.name.partition("-")[2] for path in (run_dir / "logs").glob("attempt-*"))
     numbers = sorted(int(number) for number in named if number.isdecimal())
     for number in reversed(numbers):
-        found = sorted(attempt_dir(run_dir, number).glob("rank-*.log"), key=_rank_of)
-        if found:
-            return found
+        paths = sorted(attempt_dir(run_dir, number).glob("rank-*.log"), key=_rank_of)
+        if paths:
+            return paths
     return []
 
 
 def _rank_of(path: Path) -> int:
-    found = re.fullmatch(r"rank-(\d+)\.log", path.name)
-    return int(found[1]) if found else -1
+    match = re.fullmatch(r"rank-(\d+)\.log", path.name)
+    return int(match[1]) if match else -1
 
 
 def _show(path: Path, lines: list[str]) -> None:
@@ -93,5 +93,5 @@ def _lines(log: Path) -> Iterator[str]:
 
 
 def _is_inside(run_dir: Path, path: Path) -> bool:
-    """Whether a file is the run's own, and no link to somebody else's."""
+    """Return whether a file is the run's own, and no link to somebody else's."""
     return path.resolve().is_relative_to(run_dir.resolve())

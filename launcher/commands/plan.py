@@ -88,14 +88,14 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
 
 
 def notes(config: Config, ledger: Ledger) -> list[str]:
-    """What a person should know that is no mistake."""
+    """List facts about the plan that are no mistakes but surprise."""
     length = config.data.max_seq_len
-    found = model_notes(config)
+    lines = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
-        found.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
+        lines.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
-        found.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
-    return [*found, *(f"not exact: {line}" for line in inexact(config.optim))]
+        lines.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
+    return [*lines, *(f"not exact: {line}" for line in inexact(config.optim))]
 
 
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:

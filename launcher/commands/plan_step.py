@@ -15,34 +15,34 @@ from .sequence_plan import certified, draw_step, explain_plan, explanation_dict,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanStepRequest:
-    """Which step to plan, and what to make of it."""
+    """Parsed command line of `efflaunch plan` for one step: which to plan, and what to print or draw."""
 
     lengths: str
     sequences: int | None
-    """None: a whole file, or as many as data.global_batch_tokens takes."""
+    """Number of sequences; None: a whole file, or as many as data.global_batch_tokens takes."""
     seed: int
     certify_s: float | None
     """Seconds to look for a tighter bound."""
     out: Path | None
-    """Where to draw the step."""
+    """File to draw the step into; None: it is not drawn."""
 
 
 def print_step_plan(config: Config, request: PlanStepRequest, *, as_json: bool) -> int:
     """Print the plan of one step of these lengths. Keys of the JSON: docs/sequence.md."""
     cost = step_cost(config)
     lengths = draw_step_lengths(config, request.lengths, request.sequences, request.seed)
-    found = explain_plan(config, certified(plan_step(config, lengths, cost), cost, request.certify_s), cost)
+    explanation = explain_plan(config, certified(plan_step(config, lengths, cost), cost, request.certify_s), cost)
     title = f"{config.model.name}, lengths of {request.lengths}"
     if request.out is not None:
-        draw_step(found, title, request.out)
+        draw_step(explanation, title, request.out)
     if as_json:
         facts = {"experiment": config.experiment, "lengths": request.lengths, "seed": request.seed, "cost_source": cost.source}
-        print(json.dumps({**facts, **explanation_dict(found)}, indent=1))
+        print(json.dumps({**facts, **explanation_dict(explanation)}, indent=1))
         return EXIT_DONE
     from .sequence_view import show_explanation
 
     size = f"{len(lengths):,} sequences, {sum(lengths):,} tokens on {cost.world_size} ranks"
-    show_explanation(found, f"{title}: {size}, {plan_name(found)}, modelled {format_precise(found.line.step_s)}")
+    show_explanation(explanation, f"{title}: {size}, {plan_name(explanation)}, modelled {format_precise(explanation.line.step_s)}")
     if request.out is not None:
         print(f"wrote {request.out}")
     return EXIT_DONE

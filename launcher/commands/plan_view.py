@@ -17,7 +17,7 @@ from ...units import format_precise, format_seconds, format_tokens
 from ..config.run_config import Config
 
 NARROW = 0.01
-"""Of a device's memory: less to spare than this is worth saying."""
+"""Share of a device's memory: less to spare than this is worth a warning."""
 MIB = 1 << 20
 
 
@@ -109,7 +109,7 @@ def _time_lines(timing: Timing) -> list[str]:
 
 
 def _policy_lines(config: Config, ledger: Ledger) -> list[str]:
-    """What the memory policy is, and with memory.solve how it was found."""
+    """Describe the memory policy, and with memory.solve how it was solved."""
     certificate = certify(ledger)
     lines = [f"memory policy {config.memory.name}: {'; '.join(certificate.policy)}"]
     return lines + ([f"  {line}" for line in describe_report(ledger.report)] if ledger.report is not None else [])
@@ -143,9 +143,9 @@ def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
                 f"[bold red]does not fit[/bold red]: {_gib(missing)} GiB too much on each {account.name}; "
                 f"largest: {account.largest.name}, {_gib(account.largest.by_phase[account.peak_phase])} GiB"
             )
-    found = list(suggestions)
-    lines.append("any of these would make it fit:" if found else "no single set of overrides this planner knows makes it fit")
-    for entry in found:
+    listed = list(suggestions)
+    lines.append("any of these would make it fit:" if listed else "no single set of overrides this planner knows makes it fit")
+    for entry in listed:
         peak, time = _gib(entry.ledger.device.peak_bytes), format_seconds(entry.ledger.timing.step_s)
         lines.append(f"  {' '.join(entry.overrides)}\n    {entry.reason}: {peak} GiB, step {time}")
     return lines

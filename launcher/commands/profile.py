@@ -94,7 +94,7 @@ def _probe(config: Config, run_dir: Path, seconds: float) -> int:
 
 
 def show(profile: Profile, out: Path) -> None:
-    """What was measured, and how well it fits, as tables."""
+    """Print what was measured, and how well it fits, as tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -124,7 +124,7 @@ def show(profile: Profile, out: Path) -> None:
 
 
 def _rates(rates: MachineRates) -> Table:
-    """What each rank got while all of its node copied."""
+    """Build the table of bandwidths per rank while all ranks of a node copy."""
     from rich.table import Table
 
     title = f"copies, all {rates.ranks_per_node} ranks of a node at once"

@@ -1,4 +1,4 @@
-"""`efflaunch resume RUN_DIR`: go on with a run directory, with changes if wanted."""
+"""`efflaunch resume RUN_DIR`: resume a run directory, with changes if wanted."""
 
 from __future__ import annotations
 

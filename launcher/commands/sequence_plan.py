@@ -79,7 +79,7 @@ def certified(plan: StepPlan, cost: CostModel, seconds: float | None) -> StepPla
 
 
 def explain_plan(config: Config, plan: StepPlan, cost: CostModel, measured: Mapping[tuple[int, int], float] | None = None) -> Explanation:
-    """What there is to say about a plan, with the other plans a person would think of."""
+    """Explain a plan, with the other plans a person would think of."""
     from ...parallel.sequence.solve import solve_adaptive
 
     adaptive = config.parallel.sequence is not SequenceMode.STATIC
@@ -106,19 +106,19 @@ def _others(plan: StepPlan, adaptive: bool) -> dict[str, Solver]:
     return {name: solver for name, solver in others.items() if name != ("adaptive" if adaptive else None)}
 
 
-def plan_name(found: Explanation) -> str:
-    """What kind of plan it is, for headings."""
-    source = found.plan.source
+def plan_name(explanation: Explanation) -> str:
+    """Name the kind of plan, for headings."""
+    source = explanation.plan.source
     if source == "late":
         return "greedy plan (the planner was late)"
-    if found.adaptive and source in ("static", "greedy"):
+    if explanation.adaptive and source in ("static", "greedy"):
         return f"adaptive plan (the best {source} one, which no search beat)"
     return f"{source} plan"
 
 
-def explanation_dict(found: Explanation) -> dict[str, Any]:
+def explanation_dict(explanation: Explanation) -> dict[str, Any]:
     """The stable form of an explanation; docs/sequence.md lists the keys."""
-    plan, line = found.plan, found.line
+    plan, line = explanation.plan, explanation.line
     return {
         "world_size": plan.world_size,
         "sequences": len(plan.lengths),
@@ -142,9 +142,9 @@ def explanation_dict(found: Explanation) -> dict[str, Any]:
             for index, shelf in enumerate(line.shelves)
         ],
         "longest": {
-            "sequence": found.longest,
-            "tokens": plan.lengths[found.longest],
-            "degree": found.group.degree,
+            "sequence": explanation.longest,
+            "tokens": plan.lengths[explanation.longest],
+            "degree": explanation.group.degree,
             "choices": [
                 {
                     "degree": choice.degree,
@@ -154,12 +154,12 @@ def explanation_dict(found: Explanation) -> dict[str, Any]:
                     "sequence_s": choice.sequence_s,
                     "rank_s": choice.rank_s,
                 }
-                for choice in found.choices
+                for choice in explanation.choices
             ],
         },
-        "next_best": None if found.next_best is None else _alternative(found.next_best, line.step_s),
-        "alternatives": [_alternative(other, line.step_s) for other in found.alternatives],
-        "words": list(found.words),
+        "next_best": None if explanation.next_best is None else _alternative(explanation.next_best, line.step_s),
+        "alternatives": [_alternative(other, line.step_s) for other in explanation.alternatives],
+        "words": list(explanation.words),
     }
 
 
@@ -186,12 +186,12 @@ def _alternative(other: Any, step_s: float) -> dict[str, Any]:
     }
 
 
-def draw_step(found: Explanation, title: str, path: Path) -> None:
+def draw_step(explanation: Explanation, title: str, path: Path) -> None:
     """The picture of a step, under its title."""
     from ...parallel.sequence.picture import Caption, draw
     from ...units import format_precise
 
-    plan, line = found.plan, found.line
+    plan, line = explanation.plan, explanation.line
     gap = (
         ""
         if plan.lower_bound_s is None

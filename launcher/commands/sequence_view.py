@@ -22,21 +22,21 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
 
 
-def show_explanation(found: Explanation, heading: str, notes: Iterable[str] = ()) -> None:
+def show_explanation(explanation: Explanation, heading: str, notes: Iterable[str] = ()) -> None:
     """Heading, who holds what, the longest sequence's choices, and why in words."""
     console = make_console()
     console.print(f"[bold]{heading}[/bold]")
-    console.print(groups_table(found.line))
-    console.print(choices_table(found.choices, found.plan.lengths[found.longest]))
+    console.print(groups_table(explanation.line))
+    console.print(choices_table(explanation.choices, explanation.plan.lengths[explanation.longest]))
     console.print()
-    for text in found.words:
+    for text in explanation.words:
         console.print(text)
     for note in notes:
         console.print(f"note: {note}")
 
 
 def groups_table(line: Timeline) -> Table:
-    """One row a group, or a degree of a micro-batch where there are many."""
+    """Build the table of groups: one row a group, or a degree of a micro-batch where there are many."""
     measured = any(bar.measured_s is not None for bar in line.bars)
     table = Table(title="who holds which sequences", title_justify="left", title_style="bold")
     for name, right in (("ranks", False), ("degree", True), ("sequences", True), ("tokens", True), ("full", True), ("modelled", True)):
@@ -89,7 +89,7 @@ def _span(seconds: Sequence[float]) -> str:
 
 
 def choices_table(choices: Iterable[Choice], tokens: int) -> Table:
-    """What each degree would mean for the longest sequence."""
+    """Build the table of degrees for the longest sequence, with seconds of each."""
     table = Table(title=f"degrees for the longest sequence, {tokens:,} tokens", title_justify="left", title_style="bold")
     for name, right in (("degree", True), ("", False), ("seconds", True), ("rank-seconds", True), ("", False)):
         table.add_column(name, justify="right" if right else "left")

@@ -26,7 +26,7 @@ OURS = "efflaunch"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulateRequest:
-    """What to simulate besides the configuration."""
+    """Parsed command line of `efflaunch simulate`."""
 
     lengths: str
     sequences: int | None
@@ -108,13 +108,13 @@ def step_lengths(config: Config, request: SimulateRequest) -> Iterator[tuple[int
 
 
 def contestants(cost: CostModel, request: SimulateRequest) -> list[Contestant]:
-    """Who is compared, ours last."""
+    """Return the planners to compare, ours last."""
     from ...parallel.sequence.solve import solve_adaptive, solve_best_static, solve_greedy
 
-    found = [Contestant(name="best static degree", plan=solve_best_static), Contestant(name="greedy", plan=solve_greedy)]
+    compared = [Contestant(name="best static degree", plan=solve_best_static), Contestant(name="greedy", plan=solve_greedy)]
     if request.flexsp_steps > 0:
-        found.append(Contestant(name="FlexSP's MILP", plan=partial(_flexsp, limit_s=request.flexsp_s), max_steps=request.flexsp_steps))
-    return [*found, Contestant(name=OURS, plan=solve_adaptive)]
+        compared.append(Contestant(name="FlexSP's MILP", plan=partial(_flexsp, limit_s=request.flexsp_s), max_steps=request.flexsp_steps))
+    return [*compared, Contestant(name=OURS, plan=solve_adaptive)]
 
 
 def _flexsp(lengths: Sequence[int], cost: CostModel, *, limit_s: float) -> StepPlan:
@@ -159,8 +159,8 @@ def _step(step: Step) -> dict[str, Any]:
     }
 
 
-def show(facts: dict[str, Any], found: list[Row]) -> None:
-    """The same for people."""
+def show(facts: dict[str, Any], results: list[Row]) -> None:
+    """Print the facts and results as tables."""
     from rich.table import Table
 
     from ...units import format_precise
@@ -183,7 +183,7 @@ def show(facts: dict[str, Any], found: list[Row]) -> None:
         f"{OURS} is faster",
     ):
         table.add_column(name, justify="left" if name == "planner" else "right")
-    for row in found:
+    for row in results:
         faster = "" if row.name == OURS else f"{row.speedup:.2f}x"
         seconds = [f"{value:.4g}" for value in (row.mean_s, row.median_s, row.worst_s)]
         table.add_row(

@@ -50,7 +50,7 @@ def print_status(run_dir: Path, *, as_json: bool) -> int:
 
 
 def status(run_dir: Path, summary: Summary | None = None) -> dict[str, Any]:
-    """Everything `--json` prints. ConfigError where `run_dir` is not a run directory. `summary`: of its metrics, where read already."""
+    """Return everything `--json` prints. ConfigError where `run_dir` is not a run directory. `summary`: its metrics, if read already."""
     stored = read_run(run_dir)
     state = read_state(run_dir)
     summary = read_summary(run_dir) if summary is None else summary
@@ -83,8 +83,8 @@ def status(run_dir: Path, summary: Summary | None = None) -> dict[str, Any]:
 
 def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> dict[str, Any]:
     if state is None:
-        told = dict.fromkeys(("pid", "host", "job", "detail", "exit_code", "updated", "last_error"))
-        return {"state": "not started", "attempts": 0, **told}
+        empty = dict.fromkeys(("pid", "host", "job", "detail", "exit_code", "updated", "last_error"))
+        return {"state": "not started", "attempts": 0, **empty}
     standing, failure = launcher_of(backend).status(run_dir, state), state.failure
     return {
         "state": standing.state,
@@ -100,7 +100,7 @@ def _process_facts(run_dir: Path, state: RunState | None, backend: Backend) -> d
 
 
 def _node_facts(state: RunState | None, config: Config) -> dict[str, Any]:
-    """Where the newest attempt runs or ran, and what was asked for."""
+    """Return where the newest attempt runs or ran, and what was asked for."""
     last = state.attempts[-1] if state is not None and state.attempts else None
     return {
         "nodes_asked": str(node_range(config)),
@@ -117,14 +117,14 @@ def _nodes_line(facts: dict[str, Any]) -> str:
 
 
 def _silent(run_dir: Path, state: RunState | None) -> list[dict[str, Any]]:
-    """How long each rank has said nothing, and what it said last; none while all goes on."""
+    """Return how long each rank has sent no beat, and its last one; none while all of them make progress."""
     if state is None or state.state not in ACTIVE or not state.attempts or state.attempts[-1].ended is not None:
         return []
     return read_pulses(run_dir, state.attempts[-1].number)
 
 
 def describe(facts: dict[str, Any], run_dir: Path, summary: Summary | None = None) -> list[str]:
-    """The same for people."""
+    """Return the facts as lines of text."""
     rows = [("run", f"{facts['run_dir']} ({facts['experiment']}, revision {facts['revision']})"), ("state", _state_line(facts))]
     progress = (read_summary(run_dir) if summary is None else summary).progress()
     progress.steps = facts["steps"]
@@ -145,7 +145,7 @@ def describe(facts: dict[str, Any], run_dir: Path, summary: Summary | None = Non
     if facts["last_error"]:
         rows.append(("last error", f"{facts['last_error']['message']} (log: {run_dir / facts['last_error']['log']})"))
     if facts["state"] not in ACTIVE:
-        rows.append(("go on", typed("resume", run_dir)))
+        rows.append(("resume", typed("resume", run_dir)))
     return [f"{name:<12}{value}" for name, value in rows]
 
 

@@ -86,7 +86,7 @@ def _run_all(configs: Sequence[Config]) -> int:
 
 
 def _is_array(configs: Sequence[Config]) -> bool:
-    """Whether the sweep is one job array. ConfigError where its points disagree."""
+    """Return whether the sweep is one job array. ConfigError where its points disagree."""
     wanted = {config.launcher.backend is Backend.SLURM and config.launcher.slurm.array for config in configs}
     if len(wanted) > 1:
         hint = "launcher=slurm launcher.slurm.array=true, or neither"

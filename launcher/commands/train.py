@@ -1,4 +1,4 @@
-"""`efflaunch train`: train, or go on with the run of the same run.id."""
+"""`efflaunch train`: train, or resume the run of the same run.id."""
 
 from __future__ import annotations
 

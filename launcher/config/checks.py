@@ -32,10 +32,10 @@ def check_config(config: Config) -> None:
 
 
 def model_notes(config: Config) -> list[str]:
-    """What a person should know of the model and its files: parts that are not read, and lengths beyond its positions."""
+    """List surprises of the model and its files: parts that are not read, and lengths beyond its positions."""
     positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
-    found = check_weights(config.model)
+    lines = check_weights(config.model)
     if length > positions:
         beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"
-        found.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
-    return found
+        lines.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
+    return lines

@@ -107,9 +107,9 @@ def _group(group: str, option: str, config_dir: str | None, *, resolve: bool = T
     rewritten = current_own_files(config_dir, [option]) if config_dir is not None else {}
     data = _run_hydra([], config_dir, f"{group}/{option}", resolve=resolve, rewritten=rewritten)
     if set(data) != {group} or not isinstance(data[group], dict):
-        found = f"keys of {', '.join(sorted(data)) or 'nothing'}"
+        contents = f"keys of {', '.join(sorted(data)) or 'nothing'}"
         hint = "remove its `# @package` line, or type the keys it sets"
-        raise ConfigError(f"{group}={option}", found=found, expected=f"keys of {group} alone", hint=hint)
+        raise ConfigError(f"{group}={option}", found=contents, expected=f"keys of {group} alone", hint=hint)
     return data[group]
 
 
@@ -227,10 +227,10 @@ def _untranslated(error: Exception, config_dir: str | None) -> ConfigError:
     return ConfigError(where, found=f"{reason} ({type(error).__name__})", expected="overrides and files that compose", hint=hint)
 
 
-def _unparsed(argument: str, found: str) -> ConfigError:
+def _unparsed(argument: str, problem: str) -> ConfigError:
     hint = "a list is [a,b]; quote special characters: 'data.prefixes=[\"/data/my corpus\"]'"
     # `++` is ours.
-    return ConfigError(f"argument {argument.lstrip('+')!r}", found=found, expected="a value that can be parsed", hint=hint)
+    return ConfigError(f"argument {argument.lstrip('+')!r}", found=problem, expected="a value that can be parsed", hint=hint)
 
 
 def _missing_keys(data: Any, path: str = "") -> Iterator[str]:

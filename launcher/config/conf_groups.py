@@ -1,4 +1,4 @@
-"""Which configuration groups, options and experiments exist: a listing of conf/ and of the user's own directory."""
+"""Lists which configuration groups, options and experiments exist: those of conf/ and of the user's own directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def option_file(group: str, option: str, config_dir: str | None = None) -> Path:
-    """Where the option is written down; the user's own directory comes first."""
+    """Return the file of an option; the user's own directory comes first."""
     directories = [*([Path(config_dir)] if config_dir else []), conf_dir()]
     return next(path for directory in directories if (path := directory / group / f"{option}.yaml").is_file())
 
@@ -40,13 +40,13 @@ def first_comment(path: Path) -> str:
 
 def check_option(group: str, option: str, config_dir: str | None = None) -> None:
     """ConfigError that lists the options unless `group` has one of this name."""
-    known = options(group, config_dir)
-    if option in known:
+    existing = options(group, config_dir)
+    if option in existing:
         return
-    near = difflib.get_close_matches(option, known, 1)
+    near = difflib.get_close_matches(option, existing, 1)
     typed = f"+{group}" if group == EXPERIMENT else group
-    hint = f"{typed}={near[0]}" if near else f"{typed}={known[0]}" if known else f"--config-dir DIR with {group}/{option}.yaml"
-    raise ConfigError(typed, found=f"{option!r}", expected=f"one of {', '.join(known)}", hint=hint)
+    hint = f"{typed}={near[0]}" if near else f"{typed}={existing[0]}" if existing else f"--config-dir DIR with {group}/{option}.yaml"
+    raise ConfigError(typed, found=f"{option!r}", expected=f"one of {', '.join(existing)}", hint=hint)
 
 
 def check_config_dir(config_dir: str | None) -> None:

@@ -18,5 +18,5 @@ def plan(config: Config) -> Ledger:
 
 
 def hardware_of(config: Config) -> str:
-    """What a rank computes on, as profiles call it; empty for GPUs: which ones a cluster has is not looked up here."""
+    """Name what a rank computes on, as profiles call it; empty for GPUs: which ones a cluster has is not looked up here."""
     return processor_name() if config.cluster.device is Device.CPU else ""

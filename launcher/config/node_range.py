@@ -24,7 +24,7 @@ class NodeRange:
 
 
 def node_range(config: Config) -> NodeRange:
-    """What launcher.nodes asks for; without it cluster.num_nodes and nothing else."""
+    """Parse launcher.nodes; without it the range is cluster.num_nodes alone."""
     if config.launcher.nodes is None:
         return NodeRange(config.cluster.num_nodes, config.cluster.num_nodes)
     least, _, most = config.launcher.nodes.partition(":")
@@ -39,9 +39,11 @@ def resolve_nodes(config: Config, given: Iterable[str] = ()) -> Config:
         hint = f"launcher.nodes={max(1, min(wanted.least, wanted.most))}:{max(1, wanted.least, wanted.most)}"
         raise ConfigError("launcher.nodes", found=str(config.launcher.nodes), expected=expected, hint=hint)
     if "cluster.num_nodes" in given and config.cluster.num_nodes != wanted.most:
-        found = f"{config.cluster.num_nodes} with launcher.nodes={wanted}"
+        conflict = f"{config.cluster.num_nodes} with launcher.nodes={wanted}"
         expected = f"{wanted.most}, or only one of the two"
-        raise ConfigError("cluster.num_nodes", found=found, expected=expected, hint="launcher.nodes=MIN:MAX alone, or launcher.nodes=null")
+        raise ConfigError(
+            "cluster.num_nodes", found=conflict, expected=expected, hint="launcher.nodes=MIN:MAX alone, or launcher.nodes=null"
+        )
     return _with_nodes(config, wanted.most)
 
 

@@ -1,4 +1,4 @@
-"""What a person types after the command, sorted: group choices, values, and their mistakes."""
+"""Sorts what is typed after the command: group choices, values, and their mistakes."""
 
 from __future__ import annotations
 

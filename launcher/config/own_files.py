@@ -39,26 +39,26 @@ def check_own_files(config_dir: str, chosen: list[str]) -> list[Path]:
 
 
 def _check_places(folder: Path) -> None:
-    """Nothing that looks like configuration lies where it is not read."""
+    """Raise ConfigError where a file that looks like configuration lies where it is not read."""
     for name in ("config.yaml", "config.yml"):
         if (folder / name).is_file():
             hint = f"move what it sets to {folder}/experiment/NAME.yaml, with `# @package _global_` on top, and type +experiment=NAME"
             raise ConfigError(
                 str(folder / name), found="a main configuration file", expected="options only: DIR/GROUP/NAME.yaml", hint=hint
             )
-    known = (*GROUPS, EXPERIMENT)
+    group_names = (*GROUPS, EXPERIMENT)
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = [path for suffix in ("yaml", "yml") for path in sorted(inner.glob(f"*.{suffix}"))]
         if not files:
             continue
         if inner.name == _HYDRA:
             raise not_hydras(str(inner))
-        near = difflib.get_close_matches(inner.name, known, 1, 0.8)
-        if inner.name not in known and near:
+        near = difflib.get_close_matches(inner.name, group_names, 1, 0.8)
+        if inner.name not in group_names and near:
             raise ConfigError(
-                str(inner), found="a folder of no group", expected=f"one of {', '.join(known)}", hint=f"mv {inner} {folder / near[0]}"
+                str(inner), found="a folder of no group", expected=f"one of {', '.join(group_names)}", hint=f"mv {inner} {folder / near[0]}"
             )
-        wrong = next((path for path in files if path.suffix == ".yml" and inner.name in known), None)
+        wrong = next((path for path in files if path.suffix == ".yml" and inner.name in group_names), None)
         if wrong is not None:
             raise ConfigError(str(wrong), found="the ending .yml", expected=".yaml", hint=f"mv {wrong} {wrong.with_suffix('.yaml')}")
 
@@ -220,6 +220,6 @@ def not_hydras(where: str) -> ConfigError:
     return ConfigError(where, found="a setting of Hydra", expected="keys of efflaunch: Hydra only composes them here", hint=hint)
 
 
-def _wrong(path: Path, line: int, found: str, expected: str) -> ConfigError:
+def _wrong(path: Path, line: int, problem: str, expected: str) -> ConfigError:
     where = f"file {path}, line {line}" if line else f"file {path}"
-    return ConfigError(where, found=found, expected=expected, hint=f"mend {path}, or choose another option")
+    return ConfigError(where, found=problem, expected=expected, hint=f"mend {path}, or choose another option")

@@ -20,7 +20,7 @@ from .run_config import Backend, Config
 
 
 class PathKind(Enum):
-    """What else than a path a value may be."""
+    """Kinds of value that a path key takes: what else than a path it may be."""
 
     FILE = "a file or directory"
     NAME = "a file, a directory or a hub name"
@@ -83,7 +83,7 @@ def absolute_paths(config: Config, base: Path | None = None) -> Config:
 
 
 def _is_name(kind: PathKind, value: str, start: Path) -> bool:
-    """Whether the value is a name and no path: a hub's, a program's, or an address with a protocol."""
+    """Return whether the value is a name and no path: a hub's, a program's, or an address with a protocol."""
     if kind is PathKind.ADDRESS:
         return "://" in value
     if kind is PathKind.COMMAND:

@@ -1,4 +1,4 @@
-"""Where it runs, and the whole configuration. Imports neither torch nor Hydra."""
+"""Configuration of the launcher, and of a run as a whole. Imports neither torch nor Hydra."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ...utils.ranges import BYTES, LONG_S, WAIT_S, Range
 
 
 class Backend(Enum):
-    """What starts the agents."""
+    """The backend that starts the agents."""
 
     LOCAL = "local"
-    """This machine, in the foreground."""
+    """Run on this machine, in the foreground."""
     SLURM = "slurm"
     """A batch job of launcher.nodes nodes."""
     RAY = "ray"
@@ -36,7 +36,7 @@ class SlurmConfig:
     """How a run lives in SLURM; what the site asks of a job stands in cluster.slurm."""
 
     requeue: bool = True
-    """A job that was preempted, or lost a node, goes back into the queue and goes on."""
+    """A job that was preempted, or lost a node, goes back into the queue and resumes."""
     max_preemptions: int = 100
     """Times one submission may be requeued after a preemption; failures count by launcher.max_restarts."""
     interface: str | None = None
@@ -70,9 +70,9 @@ class RayConfig:
     local: bool = False
     """Start a Ray cluster of this machine alone and run on it, in the foreground."""
     requeue: bool = True
-    """A run that was preempted, or lost a node, is formed anew on what the cluster has and goes on."""
+    """A run that was preempted, or lost a node, is restarted on what the cluster has and resumes."""
     max_preemptions: int = 100
-    """Times one submission may be formed anew after a preemption; failures count by launcher.max_restarts."""
+    """Times one submission may be restarted after a preemption; failures count by launcher.max_restarts."""
     placement_timeout_s: Seconds = 600.0
     """Longest wait for nodes that have what the run needs."""
     time_limit_s: Seconds | None = None
@@ -80,7 +80,7 @@ class RayConfig:
     cpus_per_node: float | None = None
     """CPUs to reserve on every node; None: one a rank. GPUs: one a rank where cluster.device=cuda."""
     resources: dict[str, float] = field(default_factory=dict)
-    """What else to reserve on every node, as {accelerator_type:H100: 0.001}."""
+    """Further resources to reserve on every node, as {accelerator_type:H100: 0.001}."""
     exclude: list[str] = field(default_factory=list)
     """Nodes not to use: host names, addresses or beginnings of Ray's node ids."""
     max_excluded: int = 2
@@ -100,7 +100,7 @@ class RayConfig:
     work_dir: str | None = None
     """Directory of the nodes where relative paths of the configuration start; None: the one this is submitted from."""
     usage_stats: bool = False
-    """Whether a Ray started here may report its use to Ray's makers."""
+    """True lets a Ray started here report its use to Ray's makers."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "max_preemptions": Range(0, 1_000_000),
@@ -129,13 +129,13 @@ class LauncherConfig:
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
     nodes: Nodes | None = None
-    """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned anew for as many; None: cluster.num_nodes."""
+    """Nodes to run on, as `4`, or `2:4`: at least 2, up to 4 as there are, planned for as many; None: cluster.num_nodes."""
     hang_factor: float | None = 5.0
     """Ranks that say nothing for so many times as a step is expected to take hang: stacks are written, all start again; null: never."""
     hang_min_s: Seconds = 300.0
     """Silence that is never taken for a hang, however short steps are."""
     hang_startup_s: Seconds = 1800.0
-    """The same for phases that do not depend on a step's time: start, the first step, saves, scoring."""
+    """Longest silence in phases that do not depend on a step's time: start, the first step, saves, scoring."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -157,17 +157,17 @@ class RunConfig:
 
     root: str = "runs"
     id: str | None = None
-    """None: made from the experiment's name, the time and a random suffix."""
+    """Name of the run; None: made from the experiment's name, the time and a random suffix."""
     private: bool = True
     """The run directory is for its owner alone (0700, files 0600); false: the umask decides, as for a group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Everything, resolved and checked: what run.yaml holds and workers read."""
+    """The whole configuration, resolved and checked: what run.yaml holds and workers read."""
 
     experiment: str
-    """Name of the experiment file, for people."""
+    """Name of the experiment file, for display."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig
     data: DataConfig

@@ -39,12 +39,12 @@ def load(kind: type, data: Any, path: str = "") -> Any:
     if not isinstance(data, Mapping):
         raise _mistyped(path or "configuration", data, "a group of keys")
     hints = get_type_hints(kind, include_extras=True)
-    known = {field.name: field for field in fields(kind)}
+    by_name = {field.name: field for field in fields(kind)}
     for key in data:
-        if key not in known:
-            raise unknown_key(_join(path, str(key)), [_join(path, name) for name in known])
+        if key not in by_name:
+            raise unknown_key(_join(path, str(key)), [_join(path, name) for name in by_name])
     values = {}
-    for name, field in known.items():
+    for name, field in by_name.items():
         if name in data:
             values[name] = _ranged_value(kind, name, hints[name], data[name], _join(path, name))
         elif is_required(field):
@@ -55,7 +55,7 @@ def load(kind: type, data: Any, path: str = "") -> Any:
 
 
 def _ranged_value(kind: type, name: str, hint: Any, data: Any, path: str) -> Any:
-    """As _value; for a field with a declared range the error names the range too."""
+    """Check a value as _value does; for a field with a declared range the error names the range too."""
     allowed = ranges_of(kind).get(name)
     try:
         return _value(hint, data, path)
@@ -68,7 +68,7 @@ def _ranged_value(kind: type, name: str, hint: Any, data: Any, path: str) -> Any
 
 
 def is_required(field: Field[Any]) -> bool:
-    """Whether the field has no default of its own."""
+    """Return whether the field has no default of its own."""
     return field.default is MISSING and field.default_factory is MISSING
 
 
@@ -191,7 +191,7 @@ def describe_type(hint: Any) -> str:
 
 
 def enum_values(hint: Any) -> list[str]:
-    """What can be typed for a key of this type where that is a short list."""
+    """List what can be typed for a key of this type; empty where the list would be long."""
     if get_origin(hint) in (Union, types.UnionType):
         return [*enum_values(_without_none(get_args(hint))), "null"]
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -199,14 +199,14 @@ def enum_values(hint: Any) -> list[str]:
     return ["true", "false"] if hint is bool else []
 
 
-def unknown_key(key: str, known: list[str]) -> ConfigError:
+def unknown_key(key: str, valid: list[str]) -> ConfigError:
     """The error for a key no dataclass has, with the nearest one that exists."""
     everywhere = config_keys()
     near = (
-        difflib.get_close_matches(key, known, 1, 0.6) or difflib.get_close_matches(key, everywhere, 1, 0.6) or _same_leaf(key, everywhere)
+        difflib.get_close_matches(key, valid, 1, 0.6) or difflib.get_close_matches(key, everywhere, 1, 0.6) or _same_leaf(key, everywhere)
     )
     parent = key.rpartition(".")[0] or "the configuration"
-    names = ", ".join(name.rpartition(".")[2] for name in known)
+    names = ", ".join(name.rpartition(".")[2] for name in valid)
     hint = f"did you mean {near[0]}?" if near else "efflaunch train --help lists every key"
     return ConfigError(key, found="an unknown key", expected=f"a key of {parent}: {names}", hint=hint)
 

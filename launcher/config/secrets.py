@@ -55,7 +55,7 @@ _ONE_CASE_LENGTH = 32
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an environment variable of this name holds a secret: WANDB_API_KEY, HF_TOKEN, ..."""
+    """Return whether an environment variable of this name holds a secret: WANDB_API_KEY, HF_TOKEN, ..."""
     return bool(_NAME.search(name)) and not _NO_SECRET.search(name)
 
 
@@ -78,18 +78,18 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
 def check_secrets(data: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
     """ConfigError, which does not repeat it, for a value that is, holds or looks like a secret. `data`: the plain configuration."""
     for key, text in _texts(data, ""):
-        found = find_secret(text, secrets)
-        if found is not None:
+        secret = find_secret(text, secrets)
+        if secret is not None:
             raise ConfigError(
                 key,
-                found=f"what looks like {found}; run.yaml and batch scripts would show it",
+                found=f"what looks like {secret}; run.yaml and batch scripts would show it",
                 expected="no secret in the configuration",
                 hint="export it where efflaunch (on Ray: its nodes) is started, export WANDB_API_KEY=...; ranks inherit it",
             )
 
 
 def find_secret(text: str, secrets: Mapping[str, str]) -> str | None:
-    """What secret the text holds, in words that do not repeat it."""
+    """Describe the secret that the text holds without repeating it; None where it holds none."""
     for name, value in secrets.items():
         if value in text:
             return f"the value of {name} in the environment"
@@ -103,7 +103,7 @@ def find_secret(text: str, secrets: Mapping[str, str]) -> str | None:
 
 
 def looks_random(text: str) -> bool:
-    """Whether a word of it looks drawn at random, as tokens without a known beginning do: a hexadecimal one of 32, 40 or 64 digits, or
+    """Return whether a word looks drawn at random, as tokens without a known beginning do: a hexadecimal one of 32, 40 or 64 digits, or
     one that mixes letters and digits more often than names do. Hashes named as such, and parts of paths and addresses, are none."""
     if any(_HEX_NAMED.search(text[: word.start()]) is None for word in _HEX.finditer(text)):
         return True

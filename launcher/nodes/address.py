@@ -1,4 +1,4 @@
-"""Where the nodes of a job meet: an address other nodes can reach, and a port that is free."""
+"""Finds where the nodes of a job meet: an address other nodes can reach, and a port that is free."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def head_address(host: str, interface: str | None, key: str = "launcher.slurm.in
     if interface is not None:
         return address_of(interface, key)
     try:
-        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise _unreachable(host, key, f"no address ({error.strerror})") from error
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = [str(entry[4][0]) for entry in entries]
     usable = [address for address in addresses if not _is_useless(address)]
     if not usable:
         raise _unreachable(host, key, f"only {', '.join(sorted(set(addresses)))}")
@@ -35,10 +35,10 @@ def _is_useless(address: str) -> bool:
     return parsed.is_loopback or parsed.is_unspecified
 
 
-def _unreachable(host: str, key: str, found: str) -> ConfigError:
+def _unreachable(host: str, key: str, problem: str) -> ConfigError:
     return ConfigError(
         f"address of node {host}",
-        found=found,
+        found=problem,
         expected="an IPv4 address that the other nodes can reach",
         hint=f"{key}={next(iter(_interfaces()), 'eth0')}",
     )
@@ -56,12 +56,12 @@ def _interfaces() -> dict[str, str]:
 
 def address_of(interface: str, key: str) -> str:
     """The IPv4 address of a network interface of this node; ConfigError, with those there are, where it has none."""
-    known = _interfaces()
-    if interface not in known:
-        hint = f"{key}={next(iter(known), 'null')}"
-        expected = f"one of {', '.join(known) or 'none: this node has only loopback'}"
+    interfaces = _interfaces()
+    if interface not in interfaces:
+        hint = f"{key}={next(iter(interfaces), 'null')}"
+        expected = f"one of {', '.join(interfaces) or 'none: this node has only loopback'}"
         raise ConfigError(key, found=f"{interface!r}", expected=expected, hint=hint)
-    return known[interface]
+    return interfaces[interface]
 
 
 def head_port(job_id: int, address: str) -> int:
@@ -79,7 +79,7 @@ def head_port(job_id: int, address: str) -> int:
 
 
 def address_towards(head: str) -> str:
-    """This node's address on the way to `head`. Nothing is sent."""
+    """Return this node's address on the way to `head`. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((head, 9))
         return str(probe.getsockname()[0])

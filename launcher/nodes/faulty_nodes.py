@@ -1,4 +1,4 @@
-"""On which nodes an attempt failed, as far as that can be told, and which of them a run stops using. Pure."""
+"""Finds the nodes an attempt failed on, as far as that can be told, and which of them a run stops using. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..rundir.state import Attempt, Failure
 REPEATS = 2
 """Attempts of one launch that have to fail on a node before it is left out. One may be chance; a preflight is none."""
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-"""Not SIGABRT: NCCL's watchdog ends healthy ranks with it, where another one is stuck."""
+"""Signals that count against a node. Not SIGABRT: NCCL's watchdog ends healthy ranks with it, where another one is stuck."""
 _HARDWARE = (
     "ecc error",
     "hardware stack error",
@@ -23,20 +23,20 @@ _HARDWARE = (
     "cuda driver initialization failed",
     "input/output error",
 )
-"""What CUDA, its driver and the kernel say of devices that break."""
+"""Words of CUDA, its driver and the kernel about devices that break."""
 
 
 def blame(failure: Failure | None, *, hosts: Sequence[str], lost: Sequence[str], ranks_per_node: int) -> dict[str, str]:
     """Node -> why, for what looks like its hardware: nodes that are gone, and that of a rank that was killed or named a broken device."""
     if failure is not None and failure.is_user_error:
         return {}
-    found = dict.fromkeys(lost, "ended without a word")
+    blamed = dict.fromkeys(lost, "ended without a word")
     if failure is None or not 0 <= failure.rank < len(hosts) * ranks_per_node:
-        return found
+        return blamed
     killed = failure.exit_code is not None and -failure.exit_code in _DEADLY
     if killed or any(text in failure.message.lower() for text in _HARDWARE):
-        found.setdefault(hosts[failure.rank // ranks_per_node], failure.message.splitlines()[0])
-    return found
+        blamed.setdefault(hosts[failure.rank // ranks_per_node], failure.message.splitlines()[0])
+    return blamed
 
 
 def exclusions(attempts: Sequence[Attempt], excluded: Mapping[str, str], limit: int) -> dict[str, str]:
@@ -46,19 +46,19 @@ def exclusions(attempts: Sequence[Attempt], excluded: Mapping[str, str], limit: 
     REPEATS attempts failed on. Not more than `limit` with those in `excluded`; nothing where it would be more.
     """
     last = attempts[-1]
-    found: dict[str, str] = {}
+    suspects: dict[str, str] = {}
     if is_refused(last):
         if 2 * len(last.blamed) <= len(last.hosts):
-            found = {host: f"failed the preflight: {why}" for host, why in last.blamed.items()}
+            suspects = {host: f"failed the preflight: {why}" for host, why in last.blamed.items()}
     else:
         for host, why in last.blamed.items():
             times = sum(host in attempt.blamed for attempt in attempts)
             if times >= REPEATS:
-                found[host] = f"{times} attempts failed on it, the last one: {why}"
-    new = {host: why for host, why in found.items() if host not in excluded}
+                suspects[host] = f"{times} attempts failed on it, the last one: {why}"
+    new = {host: why for host, why in suspects.items() if host not in excluded}
     return new if len(excluded) + len(new) <= limit else {}
 
 
 def is_refused(attempt: Attempt) -> bool:
-    """Whether the preflight ended it."""
+    """Return whether the preflight ended the attempt."""
     return attempt.exit_code == EXIT_USER and bool(attempt.blamed)

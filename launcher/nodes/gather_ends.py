@@ -1,4 +1,4 @@
-"""How the agents of several nodes end together once ranks of one of them have failed: through the store they share."""
+"""Lets the agents of several nodes end together once ranks of one have failed, through the store they share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.1
 _NOTICE_S = 5.0
-"""How long an agent may take to see that ranks elsewhere have failed."""
+"""Seconds an agent may take to see that ranks elsewhere have failed."""
 _END_S = 30.0
-"""How long it may take from there on to end its own and to write down what became of them."""
+"""Seconds it may take from there on to end its own ranks and to write down what became of them."""
 
 
 class Ends:
-    """What this agent and the others say of their ends. A store that is gone took the head with it, and ends all.
+    """Counters in the store: which agents failed, are ending, have ended. A store that is gone took the head with it, and ends all.
 
     They are counted, not listed: with hundreds of nodes a look costs the head as little as with two.
     """
@@ -35,14 +35,14 @@ class Ends:
             self._say_ending()
 
     def failed_elsewhere(self) -> bool:
-        """Whether another agent told so, or is gone with the store."""
+        """Return whether another agent reported a failure, or is gone with the store."""
         has_failed = self._count("failed") != 0
         if has_failed:
             self._say_ending()
         return has_failed
 
     def wait_for_others(self) -> None:
-        """After a failure, and after this agent's report: until all agents that live have written theirs.
+        """Wait, after a failure and this agent's own report, until all agents that live have written theirs.
 
         An agent that was cut off never says that it is ending; it is waited for no longer than noticing may take.
         """
@@ -62,7 +62,7 @@ class Ends:
         return self._ending_since
 
     def _count(self, word: str, more: int = 0) -> int | None:
-        """How many agents said so, this one now if `more`; None where the store is gone, which the others see by themselves."""
+        """Return how many agents counted under `word`, adding `more`; None where the store is gone, which the others see by themselves."""
         from torch.distributed import DistError
 
         try:

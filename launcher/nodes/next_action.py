@@ -1,4 +1,4 @@
-"""What follows when the agents of a job have ended. Pure."""
+"""Decides what follows when the agents of a job have ended. Pure."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from ..agent.restart_policy import AttemptOutcome
 
 
 class Verdict(IntEnum):
-    """What the launcher does next; the value is what a batch script is told by exit code."""
+    """The launcher's next action; the value is the exit code by which a batch script learns it."""
 
     DONE = EXIT_DONE
     FAIL = EXIT_RETRY
     STOP = EXIT_PREEMPTED
     """Stopped and saved, and not to be started again by itself."""
     AGAIN = 76
-    """On the nodes there are."""
+    """Start again at once, on the nodes there are."""
     REQUEUE = 77
     USER = EXIT_USER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What may be tried again; the newest step at submission is where progress is counted from."""
+    """Budgets of what may be tried again; the newest step at submission is where progress is counted from."""
 
     max_restarts: int
     max_preemptions: int
     requeue: bool
     start_step: int
     keys: str = "launcher.slurm"
-    """Where a user finds `requeue` and `max_preemptions`."""
+    """Config group in which a user finds `requeue` and `max_preemptions`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """`reason` is for people."""
+    """The verdict and its reason, a sentence."""
 
     verdict: Verdict
     reason: str
 
 
 def decide(outcomes: Sequence[AttemptOutcome], limits: Limits, *, cancelled: bool, lost_node: bool) -> Decision:
-    """What follows the last of `outcomes`, all those of one submission, oldest first.
+    """Decide what follows the last of `outcomes`, all those of one submission, oldest first.
 
     Preemptions and failures have budgets of their own. Either is also given up after max_restarts in a row
     without a new step. `lost_node`: an agent ended without a word, so these nodes are not used again as they are.
@@ -82,7 +82,7 @@ def _after_preemption(outcomes: Sequence[AttemptOutcome], limits: Limits, cancel
 
 
 def idle(outcomes: Sequence[AttemptOutcome], start_step: int, exit_code: int) -> int:
-    """How many outcomes of this exit code there were since one that got further than any before it, itself included."""
+    """Count outcomes of this exit code since one that got further than any before it, itself included."""
     count, best = 0, start_step
     for outcome in outcomes:
         if outcome.step > best:

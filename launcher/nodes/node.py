@@ -48,7 +48,7 @@ _LOOK_S = 5.0
 
 
 def take_part(run_dir: Path, meeting: Meeting, place: NodePlace, entry: str, early: StopFlag, stop_asked: Callable[[], bool]) -> int:
-    """One attempt of this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
+    """Run one attempt on this node; returns 0 where its ranks ended together, 75 and 93 where none was to start, else 1.
 
     `early` takes stop signals from the start of the process on; `stop_asked`: whether one came, or a person spoke,
     before any agent could hear it.
@@ -93,7 +93,7 @@ class Visit:
             raise EfflaunchError(message) from error
 
     def verdict(self, stop_asked: Callable[[], bool]) -> int | None:
-        """None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
+        """Return None where all nodes are to start their ranks, else the exit code. The head decides, and prints the table."""
         facts = look(
             self.run_dir,
             place=self.place,
@@ -104,8 +104,8 @@ class Visit:
         self._set(f"facts-{self.place.node}", asdict(facts))
         if self.place.node == 0:
             return self._judge(stop_asked)
-        told = self._get("clock")
-        self._set(f"clock-{self.place.node}", time.time() - told)
+        head_clock = self._get("clock")
+        self._set(f"clock-{self.place.node}", time.time() - head_clock)
         code: int | None = self._get("verdict")
         self._set(f"heard-{self.place.node}", True)
         return code
@@ -114,13 +114,13 @@ class Visit:
         run_dir, nodes = self.run_dir, range(self.place.num_nodes)
         answers = [self._get_or_none(f"facts-{node}") for node in nodes]
         self._set("clock", time.time())
-        told = [
+        all_facts = [
             NodeFacts(**{**answer, "clock_s": (self._get_or_none(f"clock-{node}") or 0.0) if node else 0.0}) if answer else None
             for node, answer in zip(nodes, answers, strict=True)
         ]
         marks = [mark(run_dir, self.place.folder, self.meeting.attempt, node) for node in nodes]
         rows = check_nodes(
-            told, marks=[path.exists() for path in marks], num_nodes=read_attempt(run_dir, self.meeting.attempt).cluster.num_nodes
+            all_facts, marks=[path.exists() for path in marks], num_nodes=read_attempt(run_dir, self.meeting.attempt).cluster.num_nodes
         )
         for path in marks:
             path.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ class Visit:
         self._set("verdict", verdict)
         if verdict is not None:
             # The store ends with the head.
-            for facts in told[1:]:
+            for facts in all_facts[1:]:
                 if facts is not None:
                     self._get_or_none(f"heard-{facts.node}")
         return verdict
@@ -171,16 +171,16 @@ def _refusal(text: str, hosts: list[str], place: NodePlace) -> Failure:
 
 
 def _record(run_dir: Path, exit_code: int, failure: Failure | None, unfit_nodes: dict[int, str] | None = None) -> None:
-    known = state.read_state(run_dir)
-    assert known is not None, "written before agents are started"
-    hosts = dict(enumerate(known.attempts[-1].hosts))
+    run_state = state.read_state(run_dir)
+    assert run_state is not None, "written before agents are started"
+    hosts = dict(enumerate(run_state.attempts[-1].hosts))
     blamed = {hosts[node]: why for node, why in (unfit_nodes or {}).items() if node in hosts}
-    ended = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    ended = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
     state.write_state(run_dir, replace(ended, attempts=(*ended.attempts[:-1], replace(ended.attempts[-1], blamed=blamed))))
 
 
 class NodeAgent(Agent):
-    """One attempt of the ranks of one node. The head (node 0) alone writes state.json."""
+    """Runs the ranks of one node for one attempt. The head (node 0) alone writes state.json."""
 
     def __init__(self, visit: Visit, entry: str, early: StopFlag) -> None:
         self.visit, self.place, self.ended_for_others = visit, visit.place, False

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodePlace:
-    """This agent's node."""
+    """Number, name and folder of this agent's node."""
 
     node: int
-    """Among the nodes of the attempt, from 0: the head."""
+    """Number of the node in the attempt, from 0: the head."""
     num_nodes: int
     name: str
     folder: str
-    """What the launcher's part of a run leaves there, inside the run directory."""
+    """Folder for the launcher's own files, inside the run directory."""
     exclude_key: str
     """The key that leaves nodes out."""
     ends_with_others: bool = False

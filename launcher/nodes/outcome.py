@@ -1,4 +1,4 @@
-"""What became of an attempt on several nodes, from what their agents and ranks left in its directory, and state.json with it."""
+"""Gathers how an attempt on several nodes ended, from what their agents and ranks left in its directory, and state.json with it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     if mended is not None:
         print(mended, flush=True)
     revision, changes = store_config(run_dir, config)
-    known = read_state(run_dir)
-    attempts = known.attempts if known else ()
+    run_state = read_state(run_dir)
+    attempts = run_state.attempts if run_state else ()
     world_size = config.cluster.num_nodes * config.cluster.ranks_per_node
     fresh = state.new_state(world_size=world_size, revision=revision, attempts=attempts)
     step = newest_step(run_dir)
@@ -42,24 +42,24 @@ def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
     return revision, changes
 
 
-def is_open(known: RunState) -> bool:
-    """Whether an attempt of this launch was begun and never ended."""
-    return len(known.attempts) > known.attempts_before and known.attempts[-1].ended is None
+def is_open(run_state: RunState) -> bool:
+    """Return whether an attempt of this launch was started and never ended."""
+    return len(run_state.attempts) > run_state.attempts_before and run_state.attempts[-1].ended is None
 
 
-def decided(known: RunState, decision: Decision) -> RunState:
+def decided(run_state: RunState, decision: Decision) -> RunState:
     """`known` with what follows its last attempt."""
-    *earlier, last = known.attempts
-    goes_on = decision.verdict in (Verdict.AGAIN, Verdict.REQUEUE)
-    return replace(known, attempts=(*earlier, replace(last, decision=decision.reason, restarted=goes_on)))
+    *earlier, last = run_state.attempts
+    starts_again = decision.verdict in (Verdict.AGAIN, Verdict.REQUEUE)
+    return replace(run_state, attempts=(*earlier, replace(last, decision=decision.reason, restarted=starts_again)))
 
 
-def conclude(run_dir: Path, known: RunState, decision: Decision) -> None:
+def conclude(run_dir: Path, run_state: RunState, decision: Decision) -> None:
     """Write state.json for what follows."""
-    known = replace(decided(known, decision), state=_STATES.get(decision.verdict, state.FAILED))
+    run_state = replace(decided(run_state, decision), state=_STATES.get(decision.verdict, state.FAILED))
     if decision.verdict not in (Verdict.AGAIN, Verdict.REQUEUE):
-        known = replace(known, exit_code=int(decision.verdict), ended=time.time())
-    write_state(run_dir, known)
+        run_state = replace(run_state, exit_code=int(decision.verdict), ended=time.time())
+    write_state(run_dir, run_state)
 
 
 def gather(
@@ -109,18 +109,18 @@ def _node_report(path: Path) -> dict[str, object] | None:
 
 def _rank_reports(logs: Path, answers: dict[int, dict[str, object] | None], ranks_per_node: int) -> Iterator[RankReport]:
     for node, answer in answers.items():
-        told: list[dict[str, object]] = list(answer["ranks"]) if answer else []  # type: ignore[call-overload]
-        known = {int(str(item["rank"])): item for item in told}
+        listed: list[dict[str, object]] = list(answer["ranks"]) if answer else []  # type: ignore[call-overload]
+        by_rank = {int(str(item["rank"])): item for item in listed}
         for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
             record = worker.read_error(logs, rank)
-            if rank in known:
-                yield RankReport(**{**known[rank], "record": record})  # type: ignore[arg-type]
+            if rank in by_rank:
+                yield RankReport(**{**by_rank[rank], "record": record})  # type: ignore[arg-type]
             elif record is not None:
                 yield RankReport(rank=rank, exit_code=None, stopped_by_agent=True, record=record)
 
 
 def describe_end(run_dir: Path, attempt: Attempt, reason: str) -> list[str]:
-    """What happened, the error last and in full."""
+    """Describe how the attempt ended, the error last and in full."""
     if attempt.failure is None:
         return [f"attempt {attempt.number}: {reason}, after step {attempt.last_step}"]
     lines = [f"attempt {attempt.number} failed after step {attempt.last_step}: {reason}"]

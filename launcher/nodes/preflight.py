@@ -1,4 +1,4 @@
-"""Before ranks are started: whether all nodes of a job are fit for it, as a table, failures first.
+"""Checks before ranks are started that all nodes of a job are fit for it: a table, failures first.
 
 Every node tells the head the same facts over the store that the ranks will use, so the network is tried as well.
 """
@@ -17,11 +17,13 @@ from .node_place import NodePlace
 
 MAX_CLOCK_SKEW_S = 30.0
 """Errors are put in order by the clocks of their nodes."""
+CODE_FOLDERS = ("checkpoint", "cluster", "estimate", "launcher", "memory", "model", "parallel", "training", "utils")
+"""Folders whose code must be the same on every node. Not a listing: a checkout may hold other folders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeFacts:
-    """What one node says of itself."""
+    """Facts that one node reports of itself."""
 
     node: int
     host: str
@@ -34,14 +36,14 @@ class NodeFacts:
     machine: str
     """Devices and memory in words."""
     problem: str = ""
-    """Why it cannot do its part, by its own account."""
+    """Why the node cannot do its part, by its own account; empty where it can."""
     clock_s: float = 0.0
-    """Its clock less the head's, measured when the head said so."""
+    """The node's clock minus the head's, measured when the head sent its time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One node's line of the table."""
 
     host: str
     problems: tuple[str, ...]
@@ -50,7 +52,7 @@ class Row:
 
 
 def look(run_dir: Path, *, place: NodePlace, address: str, interface: str | None, attempt: int) -> NodeFacts:
-    """This node's facts. Leaves a mark in the run directory that the head looks for."""
+    """Return this node's facts. Leaves a mark in the run directory that the head looks for."""
     run, machine, problem = "", "", ""
     try:
         run = _run_hash(run_dir, attempt)
@@ -71,13 +73,13 @@ def look(run_dir: Path, *, place: NodePlace, address: str, interface: str | None
 
 
 def _run_hash(run_dir: Path, attempt: int) -> str:
-    """Of run.yaml, and of what the attempt has beside it. OSError where this node cannot read them."""
+    """Hash run.yaml and the attempt's own configuration, if it has one. OSError where this node cannot read them."""
     own = attempt_dir(run_dir, attempt) / RUN_FILE
     return hashlib.sha256((run_dir / RUN_FILE).read_bytes() + (own.read_bytes() if own.is_file() else b"")).hexdigest()
 
 
 def _machine(run_dir: Path, attempt: int) -> tuple[str, str]:
-    """What the node has, in words, and why that is not enough."""
+    """Describe what the node has, and why that is not enough; the second is empty where it is."""
     from ..hardware import this_machine
     from ..machine_checks import check_free, check_node
 
@@ -100,11 +102,10 @@ def mark(run_dir: Path, folder: str, attempt: int, node: int) -> Path:
 
 
 def package_hash() -> str:
-    """Of every source file of efflaunch, with its path."""
+    """Hash every source file of efflaunch with its path."""
     root = Path(__file__).resolve().parent.parent.parent
-    folders = ("checkpoint", "launcher", "memory", "parallel", "training")
     total = hashlib.sha256()
-    for path in [*sorted(root.glob("*.py")), *sorted(path for folder in folders for path in (root / folder).rglob("*.py"))]:
+    for path in [*sorted(root.glob("*.py")), *sorted(path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py"))]:
         total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return total.hexdigest()
 
@@ -114,10 +115,10 @@ def check_nodes(facts: Sequence[NodeFacts | None], *, marks: Sequence[bool], num
     head = facts[0]
     assert head is not None, "the head asks"
     rows = [
-        _row(node, told, head, marked)
-        if told is not None
+        _row(node, answer, head, marked)
+        if answer is not None
         else Row(host=f"node {node} of the job", problems=("did not answer",), details="", node=node)
-        for node, (told, marked) in enumerate(zip(facts, marks, strict=True))
+        for node, (answer, marked) in enumerate(zip(facts, marks, strict=True))
     ]
     if len(facts) != num_nodes:
         problem = f"the job has {len(facts)} nodes, cluster.num_nodes={num_nodes}"
@@ -125,24 +126,24 @@ def check_nodes(facts: Sequence[NodeFacts | None], *, marks: Sequence[bool], num
     return sorted(rows, key=lambda row: not row.problems)
 
 
-def _row(node: int, told: NodeFacts, head: NodeFacts, marked: bool) -> Row:
-    problems = [told.problem] if told.problem else []
-    if told.run and told.run != head.run:
+def _row(node: int, answer: NodeFacts, head: NodeFacts, marked: bool) -> Row:
+    problems = [answer.problem] if answer.problem else []
+    if answer.run and answer.run != head.run:
         problems.append("sees another run.yaml: the run directory is not shared")
-    elif not marked and not told.problem:
+    elif not marked and not answer.problem:
         problems.append("what it wrote is not seen by the head: the run directory is not shared")
-    if told.package != head.package:
+    if answer.package != head.package:
         problems.append("has another version of efflaunch's files")
-    if told.node != node:
-        problems.append(f"answered as node {told.node}")
-    if abs(told.clock_s) > MAX_CLOCK_SKEW_S:
-        problems.append(f"its clock is {told.clock_s:+.0f} s off the head's")
-    details = f"{told.address} on {told.interface}, {told.machine or 'machine not looked at'}, clock {told.clock_s:+.1f} s"
-    return Row(host=told.host, problems=tuple(problems), details=details, node=node)
+    if answer.node != node:
+        problems.append(f"answered as node {answer.node}")
+    if abs(answer.clock_s) > MAX_CLOCK_SKEW_S:
+        problems.append(f"its clock is {answer.clock_s:+.0f} s off the head's")
+    details = f"{answer.address} on {answer.interface}, {answer.machine or 'machine not looked at'}, clock {answer.clock_s:+.1f} s"
+    return Row(host=answer.host, problems=tuple(problems), details=details, node=node)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lines for people."""
+    """Format the table as lines of text."""
     width = max(len(row.host) for row in rows)
     return "\n".join(
         f"{'ok' if not row.problems else 'FAIL':<5} {row.host:<{width}}  {'; '.join((*row.problems, row.details)).strip('; ')}"

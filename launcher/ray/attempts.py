@@ -1,6 +1,6 @@
 """Attempt after attempt on a Ray cluster this process is connected to.
 
-Reserves nodes, starts an agent on each, watches them, settles what became of the attempt and forms the group anew
+Reserves nodes, starts an agent on each, watches them, decides what follows the attempt and restarts the group
 where that helps.
 """
 
@@ -28,7 +28,7 @@ from ..rundir.lock import lock_in_time, release
 from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import keep_private, read_run, write_attempt
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
-from .files import NOW, SAVE, told_to_stop
+from .files import NOW, SAVE, requested_stop
 from .group import Group
 from .placement import draining, fitting, no_placement, node_offers, reserve
 from .request import FOLDER, demand
@@ -36,7 +36,7 @@ from .request import FOLDER, demand
 _LOOK_AROUND_S = 1.0
 """Between looks at what people and the cluster want."""
 _GATHER_S = 10.0
-"""How long nodes up to the MAX of launcher.nodes are waited for where MIN are there."""
+"""Seconds to wait for nodes up to the MAX of launcher.nodes where MIN are there."""
 
 
 class Driver:
@@ -48,18 +48,18 @@ class Driver:
         self.run_dir, self.job, self.entry, self.work_dir, self.tick = run_dir, job, entry, work_dir, tick
         self.say: Callable[[str], None] = lambda line: say(redact(line, secrets()))
         self.variables: dict[str, str] = {}
-        """For the agents, beside what Ray's workers have."""
+        """Variables for the agents, beside what Ray's workers have."""
         self.config: Config = read_run(run_dir).config
         keep_private(self.config.run.private)
         self.offers = node_offers
         self.started = time.monotonic()
         self.wish: str | None = None
-        """Whether a person wants it to save and end, or to end now."""
+        """SAVE or NOW once a person asked the run to stop; None before."""
         self.is_draining = False
         self.looked_at = 0.0
 
     def stop(self, how: str = SAVE) -> None:
-        """From a signal handler: end, for good."""
+        """End the run for good; called from a signal handler."""
         self.wish = NOW if NOW in (how, self.wish) else SAVE
 
     def run(self) -> int:
@@ -86,10 +86,10 @@ class Driver:
                 gone = group.lost()
         except EfflaunchError as error:
             return self._refused(error)
-        return self._settle(gone, is_formed=group is not None)
+        return self._conclude(gone, is_formed=group is not None)
 
     def _sizing(self) -> Sizing | None:
-        """How many nodes the attempt takes; None where a stop came first. ConfigError where none come in time."""
+        """Choose how many nodes the attempt takes; None where a stop came first. ConfigError where none come in time."""
         wanted, bundle, timeout_s = node_range(self.config), demand(self.config), self.config.launcher.ray.placement_timeout_s
         if wanted.least == wanted.most:
             return Sizing(num_nodes=wanted.most, config=self.config, reason=f"{wanted.most} nodes")
@@ -109,7 +109,7 @@ class Driver:
         return None
 
     def _exclude(self) -> list[str]:
-        return [*self.config.launcher.ray.exclude, *self._known().excluded]
+        return [*self.config.launcher.ray.exclude, *self._run_state().excluded]
 
     def _form(self, num_nodes: int) -> Group | None:
         """Nodes with an actor on each; None where a stop came first."""
@@ -121,16 +121,16 @@ class Driver:
         return Group.form(placement, bundle, timeout_s=timeout_s, say=self.say)
 
     def _begin(self, group: Group, sizing: Sizing) -> None:
-        launcher, known = self.config.launcher, self._known()
-        number, names = len(known.attempts) + 1, tuple(member.name for member in group.members)
+        launcher, run_state = self.config.launcher, self._run_state()
+        number, names = len(run_state.attempts) + 1, tuple(member.name for member in group.members)
         interface, timeout_s = launcher.ray.interface, launcher.start_timeout_s
         group.check_shared(self.run_dir, timeout_s)
         meeting = group.meet(number, self.job, interface=interface, timeout_s=timeout_s)
         changes = write_attempt(self.run_dir, number, sizing.config)
         world_size = sizing.num_nodes * sizing.config.cluster.ranks_per_node
         attempt = Attempt(number=number, started=time.time(), num_nodes=sizing.num_nodes, world_size=world_size, hosts=names)
-        starting = replace(known, state=state.STARTING, exit_code=None, ended=None, world_size=world_size)
-        write_state(self.run_dir, replace(starting, attempts=(*known.attempts, attempt)))
+        starting = replace(run_state, state=state.STARTING, exit_code=None, ended=None, world_size=world_size)
+        write_state(self.run_dir, replace(starting, attempts=(*run_state.attempts, attempt)))
         self.say(f"attempt {number} on {sizing.reason}: {', '.join(names)}; agents meet at {meeting.address}:{meeting.port}")
         for line in changes:
             self.say(f"  {line}")
@@ -138,27 +138,27 @@ class Driver:
         group.start(arguments, meeting, work_dir=self.work_dir, variables=self.variables, timeout_s=timeout_s)
 
     def _watch(self, group: Group) -> None:
-        told: str | None = None
+        passed_on: str | None = None
         mine = {member.card.id for member in group.members}
         while not group.look():
             self.tick()
             self._look_around(mine)
             if self.wish == SAVE:
                 # From a signal, perhaps: the word that was left before it may say more.
-                self.stop(told_to_stop(self.run_dir, self.job) or SAVE)
+                self.stop(requested_stop(self.run_dir, self.job) or SAVE)
             wish = NOW if self.wish == NOW else SAVE if self.wish or self.is_draining else None
-            if wish != told:
-                told = wish
+            if wish != passed_on:
+                passed_on = wish
                 group.signal(signal.SIGQUIT if wish == NOW else signal.SIGUSR2)
             if group.is_overdue:
                 self.say("agents that did not see that another had failed are ended")
                 return
 
     def _look_around(self, mine: set[str] | None = None) -> bool:
-        """Whether the run is to stop, by a person's word, by its time limit or because a node of `mine` is taken away."""
+        """Return whether the run is to stop: by a person's word, by its time limit or because a node of `mine` is taken away."""
         if time.monotonic() - self.looked_at >= _LOOK_AROUND_S:
             self.looked_at = time.monotonic()
-            how = told_to_stop(self.run_dir, self.job)
+            how = requested_stop(self.run_dir, self.job)
             if how is not None:
                 self.stop(how)
             limit_s = self.config.launcher.ray.time_limit_s
@@ -170,68 +170,68 @@ class Driver:
                 self.say("a node of this run is about to be taken away: the step is finished and saved")
         return self.wish is not None
 
-    def _known(self) -> RunState:
-        known = read_state(self.run_dir)
-        assert known is not None, "whoever starts a run writes state.json first"
-        return replace(known, job=self.job, host=os.uname().nodename, pid=os.getpid())
+    def _run_state(self) -> RunState:
+        run_state = read_state(self.run_dir)
+        assert run_state is not None, "whoever starts a run writes state.json first"
+        return replace(run_state, job=self.job, host=os.uname().nodename, pid=os.getpid())
 
-    def _settle(self, gone: dict[int, str], *, is_formed: bool) -> Decision:
+    def _conclude(self, gone: dict[int, str], *, is_formed: bool) -> Decision:
         """Close the attempt, and say what follows."""
-        known = self._known()
+        run_state = self._run_state()
         lost_node = bool(gone)
         if not is_formed:
             # Nothing ran: the last checkpoint is all there is to save.
-            known = replace(known, attempts=(*known.attempts, Attempt(number=len(known.attempts) + 1, started=time.time())))
-            known = state.end_attempt(known, exit_code=EXIT_PREEMPTED, failure=None, last_step=newest_step(self.run_dir))
-        elif is_open(known):
-            known, lost_node = self._close(known, gone)
-        known, left_out = self._leave_out(known)
-        decision = self._decision(known, lost_node or left_out)
-        conclude(self.run_dir, known, decision)
-        self._tell(known.attempts[-1], decision)
+            run_state = replace(run_state, attempts=(*run_state.attempts, Attempt(number=len(run_state.attempts) + 1, started=time.time())))
+            run_state = state.end_attempt(run_state, exit_code=EXIT_PREEMPTED, failure=None, last_step=newest_step(self.run_dir))
+        elif is_open(run_state):
+            run_state, lost_node = self._close(run_state, gone)
+        run_state, left_out = self._leave_out(run_state)
+        decision = self._decision(run_state, lost_node or left_out)
+        conclude(self.run_dir, run_state, decision)
+        self._tell(run_state.attempts[-1], decision)
         return decision
 
-    def _close(self, known: RunState, gone: dict[int, str]) -> tuple[RunState, bool]:
+    def _close(self, run_state: RunState, gone: dict[int, str]) -> tuple[RunState, bool]:
         """(state with the last attempt ended, whether a node of it is gone) from what its nodes left."""
-        attempt, output = known.attempts[-1], Path(FOLDER) / f"{self.job}.out"
+        attempt, output = run_state.attempts[-1], Path(FOLDER) / f"{self.job}.out"
         exit_code, failure, silent = gather(
             self.run_dir, self.config, attempt.number, num_nodes=attempt.num_nodes, output=output, gone=gone
         )
         lost = [attempt.hosts[node] for node in gone if node < len(attempt.hosts)]
         blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=self.config.cluster.ranks_per_node)
-        known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(self.run_dir))
-        ended = replace(known.attempts[-1], lost=tuple(lost), blamed=blamed)
-        return replace(known, attempts=(*known.attempts[:-1], ended)), silent
+        run_state = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(self.run_dir))
+        ended = replace(run_state.attempts[-1], lost=tuple(lost), blamed=blamed)
+        return replace(run_state, attempts=(*run_state.attempts[:-1], ended)), silent
 
-    def _leave_out(self, known: RunState) -> tuple[RunState, bool]:
+    def _leave_out(self, run_state: RunState) -> tuple[RunState, bool]:
         """(state, whether a node of the last attempt is left out from now on)."""
-        mine = known.attempts[known.attempts_before :]
-        new = exclusions(mine, known.excluded, self.config.launcher.ray.max_excluded)
+        mine = run_state.attempts[run_state.attempts_before :]
+        new = exclusions(mine, run_state.excluded, self.config.launcher.ray.max_excluded)
         if not new:
-            return known, False
-        excluded = {**known.excluded, **new}
+            return run_state, False
+        excluded = {**run_state.excluded, **new}
         names = [*self.config.launcher.ray.exclude, *excluded]
         if len(fitting(self.offers(), demand(self.config), names)) < node_range(self.config).least:
-            return known, False
+            return run_state, False
         for host, why in new.items():
             self.say(f"{host} is left out from now on: {why}")
-        last = known.attempts[-1]
+        last = run_state.attempts[-1]
         if is_refused(last):
             # Without these nodes it does not fail again in the same way.
             assert last.failure is not None, "a preflight says why"
             last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
-        return replace(known, excluded=excluded, attempts=(*known.attempts[:-1], last)), True
+        return replace(run_state, excluded=excluded, attempts=(*run_state.attempts[:-1], last)), True
 
-    def _decision(self, known: RunState, lost_node: bool) -> Decision:
+    def _decision(self, run_state: RunState, lost_node: bool) -> Decision:
         ray = self.config.launcher.ray
         limits = Limits(
             max_restarts=self.config.launcher.max_restarts,
             max_preemptions=ray.max_preemptions,
             requeue=ray.requeue,
-            start_step=known.step_before,
+            start_step=run_state.step_before,
             keys="launcher.ray",
         )
-        mine = known.attempts[known.attempts_before :]
+        mine = run_state.attempts[run_state.attempts_before :]
         outcomes = [
             AttemptOutcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine
         ]
@@ -239,18 +239,18 @@ class Driver:
 
     def _refused(self, error: EfflaunchError) -> Decision:
         """An attempt that did not begin: nothing that is tried again at once would help it."""
-        known = self._known()
-        if not is_open(known):
-            known = replace(known, attempts=(*known.attempts, Attempt(number=len(known.attempts) + 1, started=time.time())))
-        is_first = len(known.attempts) - known.attempts_before == 1
+        run_state = self._run_state()
+        if not is_open(run_state):
+            run_state = replace(run_state, attempts=(*run_state.attempts, Attempt(number=len(run_state.attempts) + 1, started=time.time())))
+        is_first = len(run_state.attempts) - run_state.attempts_before == 1
         # Nodes that were there when the run began may come back: that is no mistake of its configuration.
         code = error.exit_code if is_first else EXIT_RETRY
         failure = Failure(rank=-1, message=str(error), traceback="", log=FOLDER, is_user_error=True)
-        known = state.end_attempt(known, exit_code=code, failure=failure, last_step=newest_step(self.run_dir))
-        reason = "would fail again in the same way" if is_first else "could not be formed anew"
+        run_state = state.end_attempt(run_state, exit_code=code, failure=failure, last_step=newest_step(self.run_dir))
+        reason = "would fail again in the same way" if is_first else "could not be restarted"
         decision = Decision(verdict=Verdict(code), reason=reason)
-        conclude(self.run_dir, decided(known, decision), decision)
-        self._tell(known.attempts[-1], decision)
+        conclude(self.run_dir, decided(run_state, decision), decision)
+        self._tell(run_state.attempts[-1], decision)
         return decision
 
     def _tell(self, attempt: Attempt, decision: Decision) -> None:

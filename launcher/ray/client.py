@@ -44,7 +44,7 @@ def check_installed() -> None:
 
 
 class JobServer:
-    """A connection to the job server of a cluster. Ray's token, where it wants one, is read by Ray itself."""
+    """A connection to the job server of a cluster. Ray's token, where one is needed, is read by Ray itself."""
 
     def __init__(self, address: str) -> None:
         """ConfigError where nobody answers, the token is not taken, or the cluster has another Ray."""
@@ -70,7 +70,7 @@ class JobServer:
             self.client.submit_job(**request.to_dict())
 
     def find(self, job: str) -> JobFacts | None:
-        """None where the server knows no such job: it forgets all of them when the cluster ends."""
+        """Return the job's facts; None where the server knows no such job: it forgets all of them when the cluster ends."""
         try:
             with _translated(self.address):
                 details = self.client.get_job_info(job)
@@ -88,7 +88,7 @@ class JobServer:
             self.client.stop_job(job)
 
     def logs(self, job: str) -> str:
-        """What the driver printed."""
+        """Return what the driver printed."""
         with _translated(self.address):
             return str(self.client.get_job_logs(job))
 
@@ -118,9 +118,9 @@ def _translated(address: str) -> Iterator[None]:
         hint = "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=FILE or RAY_AUTH_TOKEN"
         raise ConfigError(f"Ray at {address}", found=said, expected="the cluster's token", hint=hint) from error
     except (ConnectionError, requests.RequestException) as error:
-        found = f"no answer ({type(error).__name__})"
+        problem = f"no answer ({type(error).__name__})"
         hint = "launcher.ray.address=http://HEAD:8265; `ray start --head` and the cluster's operator print the dashboard's address"
-        raise ConfigError(f"Ray at {address}", found=found, expected="a running job server", hint=hint) from error
+        raise ConfigError(f"Ray at {address}", found=problem, expected="a running job server", hint=hint) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())[:500]
         raise ConfigError(f"Ray at {address}", found=said, expected="the request to be accepted", hint="mend what it names") from error

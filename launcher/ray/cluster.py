@@ -20,7 +20,7 @@ from .request import demand
 
 LOOPBACK = "127.0.0.1"
 NO_CLOUD = "provider:\n  type: local\n"
-"""Without a word on who provides its machines, a head asks the metadata servers of the clouds."""
+"""Provider setting of a head: without a word on who provides its machines, a head asks the metadata servers of the clouds."""
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def check_shared(run_dir: Path, shipped: Path) -> None:
 
 
 def take_stops(driver: Driver) -> None:
-    """After ray.init, which takes SIGTERM for itself."""
+    """Install the stop handlers; called after ray.init, which takes SIGTERM for itself."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         driver.stop()

@@ -1,4 +1,4 @@
-"""What the parts of a run on Ray tell each other: small files below RUN_DIR/ray."""
+"""Small files below RUN_DIR/ray by which the parts of a run on Ray exchange messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..rundir.state import read_state
 from .request import FOLDER
 
 SAVE, NOW = "save", "now"
-"""What a person may tell a run: finish the step, save and end; or end at once."""
+"""The two ways to stop a run: finish the step, save and end; or end at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Submission:
 
     job: str
     address: str
-    """Of the job server; empty for a run in the foreground."""
+    """Address of the job server; empty for a run in the foreground."""
     number: int
 
 
@@ -38,7 +38,7 @@ def write_submission(run_dir: Path, submission: Submission) -> None:
 
 
 def read_submission(run_dir: Path) -> Submission | None:
-    """None where there was none."""
+    """Read the last submission of the run; None where there was none."""
     path = run_dir / FOLDER / "job.json"
     try:
         return decode(Submission, json.loads(path.read_text(encoding="utf-8")))
@@ -63,8 +63,8 @@ def tell_to_stop(run_dir: Path, job: str, how: str) -> None:
     write_atomic(_stop_file(run_dir, job), how)
 
 
-def told_to_stop(run_dir: Path, job: str) -> str | None:
-    """The word left for it, if any."""
+def requested_stop(run_dir: Path, job: str) -> str | None:
+    """Read how the job was asked to stop; None where it was not."""
     try:
         return _stop_file(run_dir, job).read_text()
     except FileNotFoundError:
@@ -79,8 +79,8 @@ def only_driver(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            known = read_state(run_dir)
-            who = f"process {known.pid} on {known.host}" if known else "another process"
+            run_state = read_state(run_dir)
+            who = f"process {run_state.pid} on {run_state.host}" if run_state else "another process"
             hint = f"{typed('status', run_dir)}; {typed('cancel', run_dir)} to stop it; or another run.id"
             expected = "one efflaunch per run directory"
             raise ConfigError(str(run_dir), found=f"{who} running it on Ray", expected=expected, hint=hint) from error
@@ -90,7 +90,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
 
 
 def has_driver(run_dir: Path) -> bool:
-    """Whether a driver lives."""
+    """Return whether a driver of the run is alive."""
     try:
         with only_driver(run_dir):
             return False

@@ -16,20 +16,20 @@ from .keeper import NodeCard, NodeKeeper
 
 _LOOK_S = 0.3
 PEERS_PATIENCE_S = 30.0
-"""How long the others may take to end by themselves once an agent failed or was lost."""
+"""Seconds the others may take to end by themselves once an agent failed or was lost."""
 
 
 @dataclass
 class Member:
-    """One node of the attempt."""
+    """One node of the attempt: its actor and how that ended."""
 
     actor: Any
     card: NodeCard
     name: str
     code: int | None = None
-    """Of its agent, once that has ended."""
+    """Exit code of the node's agent, once that has ended."""
     lost: str = ""
-    """Why nothing will be heard of it any more."""
+    """Why the node will not answer any more; empty while it may."""
     num_read: int = 0
     question: Any = None
     """The answer that is waited for."""
@@ -37,7 +37,7 @@ class Member:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing of it is to be waited for."""
+        """Return whether the agent has ended or is lost, so that nothing is to be waited for."""
         return self.code is not None or bool(self.lost)
 
 
@@ -69,9 +69,9 @@ class Group:
         The agents look closer, but a head without it could not even say so.
         """
         expected = (run_dir / HASH_FILE).read_text()
-        told = _ask_all([member.actor.sees.remote(str(run_dir)) for member in self.members], timeout_s)
+        answers = _ask_all([member.actor.sees.remote(str(run_dir)) for member in self.members], timeout_s)
         problems = [
-            problem or ("" if seen == expected else "sees another run.yaml: the run directory is not shared") for seen, problem in told
+            problem or ("" if seen == expected else "sees another run.yaml: the run directory is not shared") for seen, problem in answers
         ]
         rows = [
             Row(host=member.name, problems=(why,) if why else (), details="") for member, why in zip(self.members, problems, strict=True)
@@ -86,7 +86,7 @@ class Group:
             )
 
     def meet(self, attempt: int, job: str, *, interface: str | None, timeout_s: float) -> Meeting:
-        """Where the agents are to meet. ConfigError for a loopback address that another node was to reach."""
+        """Return where the agents are to meet. ConfigError for a loopback address that another node was to reach."""
         address, port = _ask_all([self.members[0].actor.meeting_point.remote(job, interface)], timeout_s)[0]
         others = {member.card.address for member in self.members[1:]}
         if address.startswith("127.") and not all(other.startswith("127.") for other in others):
@@ -154,11 +154,11 @@ class Group:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether the others were given the time they need to see that one has failed."""
+        """Return whether the others have had the time they need to see that one has failed."""
         return self.failed_at is not None and time.monotonic() - self.failed_at > PEERS_PATIENCE_S
 
     def signal(self, number: int) -> None:
-        """To every agent that runs."""
+        """Send the signal to every agent that runs."""
         for member in self.members:
             if not member.has_ended:
                 member.actor.signal.remote(number)
@@ -173,7 +173,7 @@ class Group:
         remove_placement_group(self.placement)
 
     def lost(self) -> dict[int, str]:
-        """What is known of nodes that went away."""
+        """Return why each node that went away is lost, by its number."""
         return {node: f"{member.name}, {member.lost}" for node, member in enumerate(self.members) if member.lost}
 
 

@@ -27,12 +27,12 @@ _MAX_READ = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeCard:
-    """What the node of an actor is called."""
+    """Id, host name and address of an actor's node."""
 
     id: str
     host: str
     address: str
-    """By which Ray's other nodes reach it."""
+    """Address by which Ray's other nodes reach this one."""
     version: str
     """efflaunch's."""
 
@@ -45,7 +45,7 @@ class NodeKeeper:
         self.output: IO[bytes] | None = None
 
     def introduce(self) -> NodeCard:
-        """Where this is."""
+        """Return the card of the node this actor runs on."""
         import ray
 
         node_id = ray.get_runtime_context().get_node_id()
@@ -91,7 +91,7 @@ class NodeKeeper:
         return code, os.pread(self.output.fileno(), _MAX_READ, offset)
 
     def signal(self, number: int) -> None:
-        """To the agent alone; it tells its ranks."""
+        """Send the signal to the agent alone; it passes it on to its ranks."""
         assert self.process is not None, "started first"
         if self.process.poll() is None:
             self.process.send_signal(signal.Signals(number))

@@ -76,20 +76,20 @@ class RayLauncher:
         tell_submitted(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}", launch)
         return EXIT_DONE
 
-    def status(self, run_dir: Path, known: RunState) -> Standing:
+    def status(self, run_dir: Path, run_state: RunState) -> Standing:
         submission = files.read_submission(run_dir)
         if submission is None:
-            return Standing(state=known.state)
+            return Standing(state=run_state.state)
         if not submission.address:
-            return _standing_here(run_dir, known, submission.job)
+            return _standing_here(run_dir, run_state, submission.job)
         server = client.reach(submission.address)
         if isinstance(server, EfflaunchError):
-            return Standing(state=known.state, detail=f"job {submission.job}; {str(server).splitlines()[0]}", job=submission.job)
-        return reconcile(known, submission.job, server.find(submission.job))
+            return Standing(state=run_state.state, detail=f"job {submission.job}; {str(server).splitlines()[0]}", job=submission.job)
+        return reconcile(run_state, submission.job, server.find(submission.job))
 
-    def cancel(self, run_dir: Path, known: RunState, *, now: bool) -> str:
+    def cancel(self, run_dir: Path, run_state: RunState, *, now: bool) -> str:
         submission = files.read_submission(run_dir)
-        standing = self.status(run_dir, known)
+        standing = self.status(run_dir, run_state)
         if submission is None or standing.state not in state.ACTIVE:
             hint = typed("status", run_dir)
             raise ConfigError(str(run_dir), found=f"nothing running, state {standing.state}", expected="a run to stop", hint=hint)
@@ -131,9 +131,9 @@ def _request(launch: Launch) -> JobRequest:
 
 def _prepare(launch: Launch, run_dir: Path) -> int:
     """Make or revise what the run directory, whose lock is held, says of a launch; returns the number of the launch."""
-    goes_on, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
+    is_resumed, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
     files.clear(run_dir)
-    announce(launch.run_dir, goes_on, *store_queued(run_dir, launch.config))
+    announce(launch.run_dir, is_resumed, *store_queued(run_dir, launch.config))
     return before.number + 1 if before else 1
 
 
@@ -149,28 +149,28 @@ def _check_idle(run_dir: Path) -> None:
         raise job_exists(run_dir, f"job {facts.job}, {facts.state}")
 
 
-def reconcile(known: RunState, job: str, facts: client.JobFacts | None) -> Standing:
+def reconcile(run_state: RunState, job: str, facts: client.JobFacts | None) -> Standing:
     """The run's state by its own file and by Ray, which knows better whether anything lives. Pure."""
     if facts is None:
-        gone = known.state in state.ACTIVE
-        return Standing(state="died" if gone else known.state, detail=f"job {job}, which Ray does not know", job=job)
+        gone = run_state.state in state.ACTIVE
+        return Standing(state="died" if gone else run_state.state, detail=f"job {job}, which Ray does not know", job=job)
     message = f" ({facts.message.splitlines()[0][:200]})" if facts.message and facts.state in ("PENDING", "FAILED") else ""
     detail = f"job {job} {facts.state}{message}"
-    if facts.is_alive or known.state not in state.ACTIVE:
-        return Standing(state=known.state, detail=detail, job=job)
+    if facts.is_alive or run_state.state not in state.ACTIVE:
+        return Standing(state=run_state.state, detail=detail, job=job)
     return Standing(state=_ENDS.get(facts.state, "died"), detail=detail, job=job)
 
 
-def _standing_here(run_dir: Path, known: RunState, job: str) -> Standing:
-    if known.state not in state.ACTIVE:
-        return Standing(state=known.state, job=job)
+def _standing_here(run_dir: Path, run_state: RunState, job: str) -> Standing:
+    if run_state.state not in state.ACTIVE:
+        return Standing(state=run_state.state, job=job)
     if not files.has_driver(run_dir):
         return Standing(state="died", detail="its driver ended without a word", job=job)
-    return Standing(state=known.state, detail=f"process {known.pid} on {known.host}, in the foreground", job=job)
+    return Standing(state=run_state.state, detail=f"process {run_state.pid} on {run_state.host}, in the foreground", job=job)
 
 
 def _fetch_log(run_dir: Path, submission: Submission) -> None:
-    """What the driver said before it could write into the run directory, or instead of that: Ray keeps it."""
+    """Fetch from Ray what the driver printed before, or instead of, writing into the run directory."""
     server, kept = client.reach(submission.address), files.output_file(run_dir, submission.job)
     if isinstance(server, EfflaunchError) or kept.is_file() or server.find(submission.job) is None:
         return

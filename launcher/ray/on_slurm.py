@@ -80,22 +80,22 @@ def _wait(head: str, num_nodes: int) -> int:
     import ray
 
     deadline = time.monotonic() + _JOIN_S
-    found = "no head"
+    seen = "no head"
     while time.monotonic() < deadline:
         try:
             ray.init(address=head, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
-            found = str(error).splitlines()[0]
+            seen = str(error).splitlines()[0]
             time.sleep(_LOOK_S)
             continue
         alive = [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
         if len(alive) >= num_nodes:
             ray.shutdown()
             return EXIT_DONE
-        found = f"{len(alive)} of {num_nodes} nodes: {', '.join(sorted(alive))}"
+        seen = f"{len(alive)} of {num_nodes} nodes: {', '.join(sorted(alive))}"
         ray.shutdown()
         time.sleep(_LOOK_S)
-    print(f"efflaunch: Ray at {head} did not come up within {_JOIN_S:g} s: {found}", file=sys.stderr, flush=True)
+    print(f"efflaunch: Ray at {head} did not come up within {_JOIN_S:g} s: {seen}", file=sys.stderr, flush=True)
     return EXIT_RETRY
 
 

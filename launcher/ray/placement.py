@@ -1,4 +1,4 @@
-"""Which nodes a run gets: what is wanted against what there is, as a table, and the placement group."""
+"""Reserves the nodes of a run: demand against offers, as a table, and the placement group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import ConfigError
 
 _LOOK_S = 0.5
 _PATIENCE_S = 5.0
-"""After so long without nodes a person wants to know why."""
+"""Seconds without nodes after which the reason is printed."""
 _MIN_ID = 6
 """Letters of a node id that name it."""
 
@@ -27,17 +27,17 @@ class NodeOffer:
     free: Mapping[str, float]
 
     def is_called(self, name: str) -> bool:
-        """Whether a person means this node: by host name, address, node id, or host/id where several share a machine."""
+        """Return whether `name` means this node: by host name, address, node id, or host/id where several share a machine."""
         host, _, start = name.rpartition("/")
         is_mine = len(start) >= _MIN_ID and self.id.startswith(start)
         return is_mine if host else is_mine or name in (self.host, self.address)
 
     def has(self, bundle: Mapping[str, float]) -> bool:
-        """Whether it could hold the bundle if it did nothing else."""
+        """Return whether the node could hold the bundle if it did nothing else."""
         return all(self.total.get(name, 0.0) >= amount for name, amount in bundle.items())
 
     def can(self, bundle: Mapping[str, float]) -> bool:
-        """Whether it can hold the bundle now."""
+        """Return whether the node can hold the bundle now."""
         return all(self.free.get(name, 0.0) >= amount for name, amount in bundle.items())
 
 
@@ -47,7 +47,7 @@ def fitting(offers: Sequence[NodeOffer], bundle: Mapping[str, float], exclude: S
 
 
 def demand_table(offers: Sequence[NodeOffer], bundle: Mapping[str, float], num_nodes: int, exclude: Sequence[str]) -> str:
-    """What is wanted, and what every node has of it; those that cannot come first."""
+    """Format the demand and what every node has of it; nodes that cannot hold it come first."""
     wanted = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
     rows = []
     for offer in offers:
@@ -65,15 +65,15 @@ def no_placement(
     """The error for a run that got no nodes in time."""
     able = fitting(offers, bundle, exclude)
     if len(able) < num_nodes:
-        found = f"{len(able)} nodes that could hold it"
+        offered = f"{len(able)} nodes that could hold it"
         hint = f"cluster.num_nodes={max(1, len(able))}, fewer resources for each, or more nodes in the cluster"
     else:
-        found = f"{sum(offer.can(bundle) for offer in able)} nodes that are free"
+        offered = f"{sum(offer.can(bundle) for offer in able)} nodes that are free"
         hint = "a larger launcher.ray.placement_timeout_s, or end what holds them: ray list placement-groups"
     table = demand_table(offers, bundle, num_nodes, exclude)
     return ConfigError(
         f"nodes of the Ray cluster, after {timeout_s:g} s",
-        found=found,
+        found=offered,
         expected=f"{num_nodes} that are free for this run\n{table}\n",
         hint=hint,
     )
@@ -116,7 +116,7 @@ def reserve(
     left_out = [offer.id for offer in node_offers() if any(offer.is_called(name) for name in exclude)]
     selector = [{"ray.io/node-id": f"!in({','.join(left_out)})"}] * num_nodes if left_out else None
     group = placement_group([dict(bundle)] * num_nodes, strategy="STRICT_SPREAD", bundle_label_selector=selector)
-    start, told = time.monotonic(), False
+    start, is_announced = time.monotonic(), False
     while not group.wait(_LOOK_S):
         waited = time.monotonic() - start
         if waited > timeout_s or is_over():
@@ -124,14 +124,14 @@ def reserve(
             if waited > timeout_s:
                 raise no_placement(node_offers(), bundle, num_nodes, exclude, timeout_s)
             return None
-        if not told and waited > _PATIENCE_S:
-            told = True
+        if not is_announced and waited > _PATIENCE_S:
+            is_announced = True
             say(f"waiting for nodes, at most {timeout_s:g} s\n{demand_table(node_offers(), bundle, num_nodes, exclude)}")
     return group
 
 
 def draining() -> set[str]:
-    """Ids of nodes that are about to be taken away: a preemption notice, or an autoscaler that wants them back."""
+    """Ids of nodes that are about to be taken away: a preemption notice, or an autoscaler that takes them back."""
     from ray._private.state import state
 
     return set(state.get_draining_nodes())

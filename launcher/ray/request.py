@@ -1,4 +1,4 @@
-"""What a run asks of Ray: the job that is submitted and what each of its nodes has to have. Pure."""
+"""Builds what a run asks of Ray: the job that is submitted and what each of its nodes has to have. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config.run_config import Config, RayConfig
 from ..config.secrets import find_secret, is_secret_name
 
 FOLDER = "ray"
-"""What Ray's part of a run leaves, inside the run directory."""
+"""Folder of Ray's part of a run, inside the run directory."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 HERE = "auto"
 """The address that means: the cluster around this process."""
@@ -50,15 +50,15 @@ class JobRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """What a submission takes from the process that makes it."""
+    """Facts about the submitting process that go into a submission."""
 
     run_dir: Path
     """Absolute, and the same on every node."""
     work_dir: Path
     number: int
-    """Of the submissions of this run directory, from 1."""
+    """Number of the submission in this run directory, from 1."""
     variables: Mapping[str, str]
-    """Those that launcher.ray.env names, with their values."""
+    """Variables that launcher.ray.env names, with their values."""
     version: str
     """efflaunch's."""
     entry: str | None = None
@@ -82,7 +82,7 @@ def job_request(config: Config, caller: Caller, address: str) -> JobRequest:
 
 
 def job_variables(config: Config) -> dict[str, str]:
-    """What the job's own processes are told about how to behave."""
+    """Return the environment variables of the job's own processes."""
     # `ray job stop` then leaves the time to save, where it would leave 3 s.
     patience_s = math.ceil(config.launcher.grace_s) + STOP_MARGIN_S
     return {"RAY_JOB_STOP_WAIT_TIME_S": str(patience_s)}
@@ -93,7 +93,7 @@ def _word(text: str) -> str:
 
 
 def describe_request(request: JobRequest, files: Mapping[str, int]) -> str:
-    """For people: the request, and what its working directory would hold, in bytes."""
+    """Format the request, and what its working directory would hold, in bytes."""
     import yaml
 
     text = yaml.safe_dump(request.to_dict(), sort_keys=False, width=160)
@@ -103,7 +103,7 @@ def describe_request(request: JobRequest, files: Mapping[str, int]) -> str:
 
 
 def demand(config: Config) -> dict[str, float]:
-    """What a node has to have free: the bundle that is reserved on each."""
+    """Return the bundle that is reserved on each node: what a node has to have free."""
     ray, ranks = config.launcher.ray, config.cluster.ranks_per_node
     bundle = {"CPU": float(ranks if ray.cpus_per_node is None else ray.cpus_per_node)}
     if config.cluster.device is Device.CUDA:
@@ -136,8 +136,8 @@ def _mistakes(config: Config, ray: RayConfig, server: str | None, variables: Map
     if ray.local and ray.address is not None:
         yield ConfigError("launcher.ray.local", found="an address as well", expected="one of the two", hint="launcher.ray.address=null")
     if ray.local and config.cluster.num_nodes > 1:
-        found = f"cluster.num_nodes={config.cluster.num_nodes}"
-        yield ConfigError("launcher.ray.local", found=found, expected="one node, this one", hint="launcher.ray.address=http://head:8265")
+        nodes = f"cluster.num_nodes={config.cluster.num_nodes}"
+        yield ConfigError("launcher.ray.local", found=nodes, expected="one node, this one", hint="launcher.ray.address=http://head:8265")
     if not ray.local and ray.address is None and server is None:
         hint = "launcher.ray.address=http://head:8265, or launcher.ray.local=true to start a cluster here"
         yield ConfigError("launcher.ray.address", found="none, and no RAY_API_SERVER_ADDRESS", expected="a cluster", hint=hint)

@@ -16,7 +16,7 @@ from .request import FOLDER
 
 
 def main(arguments: list[str]) -> int:
-    """One attempt of this node; the return value is its exit code."""
+    """Run one attempt on this node; the return value is its exit code."""
     parser = argparse.ArgumentParser(prog="efflaunch.launcher.ray.task")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("meeting", type=Meeting.parse, metavar="ATTEMPT@ADDRESS:PORT")

@@ -1,4 +1,4 @@
-"""What goes along with a job: run.yaml and the user's own files, and nothing by accident."""
+"""Collects what goes along with a job: run.yaml and the user's own files, and nothing by accident."""
 
 from __future__ import annotations
 

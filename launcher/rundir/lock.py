@@ -37,12 +37,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """Who has the run directory."""
+    """The process that has the run directory's lock."""
 
     host: str
     pid: int
     machine: str
-    """The same for processes under one kernel, among which locks can be trusted."""
+    """Identity of the running kernel: equal for processes among which locks can be trusted."""
     since: float
     key: str
     """Tells this holder from every other."""
@@ -54,7 +54,7 @@ class Owner:
 
 
 def this_machine_id() -> str:
-    """Of the running kernel; the host's name where there is none."""
+    """Return the boot id of the running kernel; the host's name where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -80,7 +80,7 @@ def lock_run(run_dir: Path) -> int:
 
 
 def is_held(owner: Owner | None, age_s: float, *, machine: str, trusted: bool) -> bool:
-    """Whether `owner`, heard of `age_s` ago, is still there though this process got the kernel's lock. Pure.
+    """Return whether `owner`, heard of `age_s` ago, is still there though this process got the kernel's lock. Pure.
 
     `trusted`: the file system has locks. They always count among processes of one machine.
     """
@@ -120,7 +120,7 @@ def holding(run_dir: Path) -> Iterator[int]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether some process of the run is alive."""
+    """Return whether some process of the run is alive."""
     try:
         file = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
     except OSError:
@@ -144,9 +144,9 @@ class Presence:
         if time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + SHOW_S
-        found = _owner(self._lock)
-        if found is not None and self._mine is not None and found.key != self._mine.key:
-            return found
+        owner = _owner(self._lock)
+        if owner is not None and self._mine is not None and owner.key != self._mine.key:
+            return owner
         os.utime(self._lock)
         return None
 
@@ -169,7 +169,7 @@ def _take(file: int, kind: int, patience_s: float = 0.0) -> bool | None:
 
 
 def _owner(file: int) -> Owner | None:
-    """What the lock says; None where it says nothing, or is being written."""
+    """Read the owner in the lock file; None where it is empty, or is being written."""
     try:
         return decode(Owner, json.loads(os.pread(file, 4096, 0)))
     except (ValueError, RecursionError):
@@ -203,15 +203,15 @@ def _refusal(run_dir: Path, owner: Owner | None, age_s: float) -> ConfigError:
     """The kernel's lock or a young sign of life says that somebody is there."""
     state = read_state(run_dir)
     if owner is not None:
-        found = f"{owner.describe(time.time())}, heard of {format_seconds(age_s)} ago,"
+        holder = f"{owner.describe(time.time())}, heard of {format_seconds(age_s)} ago,"
     else:
-        found = f"process {state.pid} on {state.host}" if state else "another process"
+        holder = f"process {state.pid} on {state.host}" if state else "another process"
     away = owner is not None and owner.machine != this_machine_id()
     stop = f"{typed('cancel', run_dir)}{f' on {owner.host}' if away and owner else ''} to stop it"
     dead = f" (if {owner.host} is down: in {STALE_S - age_s:.0f} s)" if away and owner and age_s <= STALE_S else ""
     return ConfigError(
         str(run_dir),
-        found=f"{found} running in it",
+        found=f"{holder} running in it",
         expected="one efflaunch per run directory",
         hint=f"{typed('status', run_dir)}; {stop}{dead}; or another run.id",
     )

@@ -1,4 +1,4 @@
-"""Which lines of metrics.jsonl are what a run writes: a line that somebody or a crash damaged is passed over, not stumbled on. Pure."""
+"""Tells which lines of metrics.jsonl are what a run writes: a line that somebody or a crash damaged is passed over. Pure."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _PARTS: dict[tuple[str, str], dict[str, str]] = {
 
 
 def is_sound(event: Any) -> bool:
-    """Whether it is an event whose known fields have their types; kinds and fields of other versions are taken as they are."""
+    """Return whether this is an event whose known fields have their types; kinds and fields of other versions are taken as they are."""
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return False
     kind = event["event"]

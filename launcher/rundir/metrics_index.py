@@ -1,9 +1,9 @@
-"""Where a run stands by its metrics, without parsing all of them, and without reading again what was read before.
+"""Reads where a run stands from its metrics, without parsing all of them or reading again what was read before.
 
 Note: the index. Of a step only `step`, `loss` and `step_s` matter once the next one is there, so these are cut out of its line
 by pattern; the last step of every start is parsed whole, as is everything else. What was made of a long file is kept in
 INDEX_FILE with the offset it reaches to, and the next reader begins there. It is a cache: where it does not fit the
-file it is made anew, and a reader who may not write goes without.
+file it is rebuilt, and a reader who may not write goes without.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .progress import RunProgress
 INDEX_FILE = ".metrics-index.json"
 _FORMAT = 1
 _LEAST_BYTES = 4 << 20
-"""What has to have been read anew for it to be worth keeping."""
+"""Bytes that have to have been read for the index to be worth rewriting."""
 _CHECKED = 4096
 """Bytes at the beginning and before the offset that must be the same for an index to fit."""
 _BRIEF = re.compile(rb'"event": "step"')
@@ -39,14 +39,14 @@ class Summary:
 
     events: list[Event] = field(default_factory=list)
     bytes_read: int = 0
-    """Of metrics.jsonl, this time."""
+    """Bytes of metrics.jsonl that this look read."""
 
     def progress(self) -> RunProgress:
-        """Where the run stands."""
+        """Return where the run stands."""
         return RunProgress().apply(self.events)
 
     def forecast(self, grace_s: float) -> Forecast | None:
-        """How long a stop takes, by what was measured; None before the first checkpoint."""
+        """Return how long a stop takes, by what was measured; None before the first checkpoint."""
         return GraceWatch(grace_s).add(self.events).forecast
 
     def newest_step(self) -> int:
@@ -55,7 +55,7 @@ class Summary:
 
 
 def read_summary(run_dir: Path) -> Summary:
-    """Of all the metrics there are by now; an empty one where there are none."""
+    """Summarize all the metrics there are by now; the summary is empty where there are none."""
     try:
         with (run_dir / METRICS_FILE).open("rb") as file:
             begin, events = _read_index(run_dir, file)
@@ -69,7 +69,7 @@ def read_summary(run_dir: Path) -> Summary:
 
 
 def read_progress(run_dir: Path) -> RunProgress:
-    """Where the run stands by its metrics."""
+    """Return where the run stands by its metrics."""
     return read_summary(run_dir).progress()
 
 
@@ -141,15 +141,15 @@ def _brief(line: bytes) -> Event | None:
 
 
 def _number(pattern: re.Pattern[bytes], line: bytes) -> float | None:
-    found = pattern.search(line)
+    match = pattern.search(line)
     try:
-        return None if found is None or found[1] == b"null" else float(found[1])
+        return None if match is None or match[1] == b"null" else float(match[1])
     except ValueError:
         return None
 
 
 def _read_index(run_dir: Path, file: BinaryIO) -> tuple[int, list[Event]]:
-    """(offset to go on from, the events before it); (0, []) where there is no index or it is of another file."""
+    """Return (offset to read on from, the events before it); (0, []) where there is no index or it is of another file."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         index = json.loads((run_dir / INDEX_FILE).read_bytes())
         offset = int(index["offset"])
@@ -172,7 +172,7 @@ def _write_index(run_dir: Path, file: BinaryIO, collected: _Collected) -> None:
 
 
 def _check(file: BinaryIO, offset: int) -> str:
-    """What tells this file, up to the offset, from another one."""
+    """Return a digest that distinguishes this file, up to the offset, from another one."""
     file.seek(0)
     head = file.read(min(_CHECKED, offset))
     file.seek(max(0, offset - _CHECKED))

@@ -13,7 +13,7 @@ from .metrics_events import is_sound
 
 METRICS_FILE = "metrics.jsonl"
 _ESCAPES = re.compile(rb"\\u|[\x7f-\xff]")
-"""What a line has that is more than printable ASCII."""
+"""Pattern of escapes and bytes beyond printable ASCII in a line."""
 Event = dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""What happened to the process that started a run, for `efflaunch status` and the run's log: a lost terminal, a stop signal."""
+"""Notices of what happened to the process that started a run, for `efflaunch status` and the run's log: a lost terminal, a stop signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands, folded from its metrics events. Pure."""
+"""Progress of a run, folded from its metrics events. Pure."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class RunProgress:
     mirror_error: str | None = None
     """Why the newest copy did not arrive in the second place; None: it did, or none was due."""
     stalls: list[float] = field(default_factory=list)
-    """What training waited for each checkpoint, seconds."""
+    """Seconds that training waited for each checkpoint."""
     durable: list[float] = field(default_factory=list)
-    """From each save until it was committed on disk."""
+    """Seconds from each save until it was committed on disk."""
     sequence: str = "static"
     """parallel.sequence of the run."""
     planner_error: str | None = None
@@ -50,7 +50,7 @@ class RunProgress:
     memory: list[str] = field(default_factory=list)
     """The memory policy of the run, in clauses."""
     bound: str = ""
-    """What it takes at most, by its certificate."""
+    """Most memory the run takes, by its certificate."""
     certificate: Event | None = None
     """The newest check of a measured step against it."""
 
@@ -133,13 +133,13 @@ class RunProgress:
 
     @property
     def time_left_s(self) -> float | None:
-        """Of the steps that are left at the present pace."""
+        """Seconds that the remaining steps take at the present pace."""
         pace = self.seconds_per_step
         return None if pace is None else pace * (self.steps - self.step)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of the newest step, over all ranks."""
+        """Tokens per second of the newest step, over all ranks."""
         return self.last["tokens_per_s"] if self.last else None
 
 
@@ -158,7 +158,7 @@ def step_line(progress: RunProgress) -> str:
 
 
 def start_line(event: Event) -> str:
-    """How the run starts, and what a person should know of what it starts from."""
+    """Describe how the run starts, and from what."""
     where = "from the beginning" if event.get("resumed_from") is None else f"after step {event['resumed_from']}"
     if str(event.get("restored_from")).startswith("the memory of"):
         where += f", from {event['restored_from']}"
@@ -179,13 +179,13 @@ def start_line(event: Event) -> str:
 
 
 def score_line(event: Event) -> str:
-    """How far the scoring before the first step is."""
+    """Describe how far the scoring before the first step is."""
     done, total = event["done_tokens"], event["total_tokens"]
     return f"log-probabilities under the initial weights: {done:,} of {total:,} tokens, {format_seconds(event['elapsed_s'])}"
 
 
 def bound_text(certificate: Event) -> str:
-    """What a rank and a node take at most, and where that is more than there is."""
+    """Describe what a rank and a node take at most, and where that is more than there is."""
     place, size, room = certificate["place"], certificate["device_bytes"], certificate["device_capacity_bytes"]
     short = (
         ""
@@ -199,7 +199,7 @@ def bound_text(certificate: Event) -> str:
 
 
 def certificate_line(event: Event) -> str:
-    """Whether a measured step kept to the certificate."""
+    """Describe whether a measured step kept to the certificate."""
     return check_line(event["predicted_bytes"], event["measured_bytes"], event["compared"])
 
 
@@ -235,19 +235,19 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
 
 
 def mirror_line(event: Event) -> str:
-    """Which checkpoint is not in the second place, and why."""
+    """Describe which checkpoint is not in the second place, and why."""
     return f"checkpoint of step {event['step']} is not in the second place: {event['error']}"
 
 
 def checkpoints_text(progress: RunProgress) -> str:
-    """How long training waited for checkpoints, and when they counted."""
+    """Describe how long training waited for checkpoints, and when they were durable."""
     stall, durable = statistics.median(progress.stalls), statistics.median(progress.durable)
     waited = f"training waited {format_precise(stall)} for each (median, {format_precise(max(progress.stalls))} at most)"
     return f"{len(progress.stalls)} durable after {format_precise(durable)}; {waited}"
 
 
 def plans_text(progress: RunProgress) -> str:
-    """What adaptive planning came to, and what went wrong; empty for static runs.
+    """Describe what adaptive planning came to, and what went wrong; empty for static runs.
 
     No run takes static steps beside its own: what was saved is modelled, and the same sentence says how far the model is off.
     """
@@ -275,13 +275,13 @@ def stragglers_text(ranks: list[dict[str, Any]]) -> str:
 
 
 def stragglers_line(event: Event) -> str:
-    """Which ranks are steadily slow now."""
+    """Describe which ranks are steadily slow now."""
     if not event["ranks"]:
         return f"no rank is a straggler any more, as of step {event['step']}"
     return f"stragglers, as of step {event['step']}: {stragglers_text(event['ranks'])}"
 
 
 def drift_line(event: Event) -> str:
-    """Which groups do not take the time the cost model says, and what to do about it."""
+    """Describe which groups do not take the time the cost model says, and what to do about it."""
     ratios = ", ".join(f"groups of {degree} take {ratio:.2f} x" for degree, ratio in event["measured_over_predicted"].items())
     return f"the cost model is off: {ratios} the modelled time (efflaunch profile measures this machine)"

@@ -32,16 +32,16 @@ RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")
 _MAX_EXPERIMENT = 80
 _OTHERS = 0o077
-"""What a private run keeps from everybody but its owner."""
+"""Permission bits that a private run takes from everybody but its owner."""
 
 
 _OWN = ("logs", "revisions", "slurm", "ray", "checkpoints", "metrics.jsonl", "state.json", "scores", "profile.yaml", "rates.json")
-"""What a run directory may hold where a start was cut off before run.yaml, or run.yaml was lost. Hidden names are locks and probes."""
+"""Names a run directory may hold where a start was cut off before run.yaml, or run.yaml was lost. Hidden names are locks and probes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredRun:
-    """What run.yaml holds."""
+    """The contents of run.yaml."""
 
     config: Config
     revision: int
@@ -54,7 +54,7 @@ def make_run_id(experiment: str) -> str:
 
 
 def attempt_dir(run_dir: Path, attempt: int) -> Path:
-    """Where the ranks of an attempt log."""
+    """Return the folder in which the ranks of an attempt log."""
     return run_dir / "logs" / f"attempt-{attempt}"
 
 
@@ -79,15 +79,15 @@ def read_run(run_dir: Path) -> StoredRun:
             str(path), found=f"{type(error).__name__}: {error}", expected="the file as efflaunch wrote it", hint=hint
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("revision"), int) or not isinstance(data.get("efflaunch_version"), str):
-        found = "contents that do not match run.sha256" if data is None else "no revision and version"
-        raise ConfigError(str(path), found=found, expected="the file as efflaunch wrote it", hint=hint)
+        problem = "contents that do not match run.sha256" if data is None else "no revision and version"
+        raise ConfigError(str(path), found=problem, expected="the file as efflaunch wrote it", hint=hint)
     stored = current_data({key: value for key, value in data.items() if key not in _EXTRA_KEYS}, str(path))
     config = _located(run_dir, load_config(stored))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
 
 
 def is_as_written(run_dir: Path, text: bytes) -> bool:
-    """Whether `text`, of run.yaml, is what efflaunch wrote: its hash is in run.sha256, or a revision is the same byte by byte.
+    """Return whether `text`, of run.yaml, is what efflaunch wrote: its hash is in run.sha256, or a revision is the same byte by byte.
 
     The second holds where a start was killed between the two files (the hash is written last), and where the hash is lost.
     """
@@ -118,7 +118,7 @@ def write_attempt(run_dir: Path, attempt: int, config: Config) -> list[str]:
 
 
 def read_attempt(run_dir: Path, attempt: int) -> Config:
-    """What an attempt runs with: its own configuration (see sizes), else run.yaml. ConfigError as read_run's."""
+    """Read the configuration of an attempt: its own (see elastic_nodes), else run.yaml. ConfigError as of read_run."""
     import yaml
 
     path = attempt_dir(run_dir, attempt) / RUN_FILE
@@ -163,7 +163,7 @@ def _mend_hash(run_dir: Path) -> None:
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
-    """One line per key that differs, `train.steps: 100 -> 200`."""
+    """Return one line per key that differs, `train.steps: 100 -> 200`."""
     before, after = dict(_flat(dump_config(old))), dict(_flat(dump_config(new)))
     keys = [*before, *(key for key in after if key not in before)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys if before.get(key, ...) != after.get(key, ...)]

@@ -24,7 +24,7 @@ def write_if_room(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What write_json wrote; None where there is no file."""
+    """Read what write_json wrote; None where there is no file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

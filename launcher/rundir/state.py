@@ -1,4 +1,4 @@
-"""state.json: what the launcher knows about a run, for people, `status` and the next start."""
+"""state.json: what the launcher knows about a run, for `status` and the next start."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Failure:
     rank: int
     message: str
     traceback: str
-    """In full; the last lines of its log where it left none."""
+    """The whole traceback of the rank; the last lines of its log where it left none."""
     log: str
     """Path inside the run directory."""
     is_user_error: bool = False
     exit_code: int | None = None
-    """Of that rank's process, where it left no word of its own; negative: killed by that signal."""
+    """Exit code of the rank's process, where it left no error record; negative: killed by that signal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One start of all ranks."""
+    """Record of one start of all ranks, and of its end."""
 
     number: int
     """Counts over the whole life of the run directory, from 1."""
@@ -51,17 +51,17 @@ class Attempt:
     """Newest step the run had reached when the attempt ended."""
     failure: Failure | None = None
     decision: str = ""
-    """What was done next and why."""
+    """The decision that followed, with its reason."""
     restarted: bool = False
     num_nodes: int = 1
     world_size: int | None = None
     """Ranks of this attempt; None: the run's."""
     hosts: tuple[str, ...] = ()
-    """Its nodes by name, in the order of their ranks, where a scheduler gave them."""
+    """Names of the attempt's nodes in the order of their ranks, where a scheduler gave them."""
     lost: tuple[str, ...] = ()
-    """Those that were gone at its end."""
+    """Names of nodes that were gone at the attempt's end."""
     blamed: dict[str, str] = field(default_factory=dict)
-    """Those it failed on, as far as that can be told, each with the reason."""
+    """Nodes the attempt failed on, as far as that can be told, each with the reason."""
     place: str = ""
     """The allocation they are of."""
 
@@ -81,7 +81,7 @@ class RunState:
     exit_code: int | None = None
     attempts: tuple[Attempt, ...] = field(default=())
     job: str | None = None
-    """Of the scheduler that last started it."""
+    """Job name at the scheduler that last started the run."""
     attempts_before: int = 0
     """Attempts of earlier launches; restarts are counted from here."""
     step_before: int = 0
@@ -91,7 +91,7 @@ class RunState:
 
     @property
     def failure(self) -> Failure | None:
-        """Of the last attempt."""
+        """Failure of the last attempt; None where it has none."""
         return self.attempts[-1].failure if self.attempts else None
 
 
@@ -125,13 +125,13 @@ def write_state(run_dir: Path, state: RunState) -> RunState:
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """None where the run never started. ConfigError for a file that is damaged."""
+    """Read state.json; None where the run never started. ConfigError for a file that is damaged."""
     path = run_dir / STATE_FILE
     try:
-        known = decode(RunState, plain_data(json.loads(path.read_text(encoding="utf-8"))))
-        if known.pid < 1:
-            raise ValueError(f"pid is {known.pid}, not that of a process")
-        return known
+        run_state = decode(RunState, plain_data(json.loads(path.read_text(encoding="utf-8"))))
+        if run_state.pid < 1:
+            raise ValueError(f"pid is {run_state.pid}, not that of a process")
+        return run_state
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError, OSError) as error:
@@ -139,7 +139,7 @@ def read_state(run_dir: Path) -> RunState | None:
             str(path),
             found=str(error).splitlines()[0],
             expected="the state as efflaunch wrote it",
-            hint=f"mv {path} {path}.damaged: {typed('resume', run_dir)} writes it anew, without the history of attempts",
+            hint=f"mv {path} {path}.damaged: {typed('resume', run_dir)} writes a new one, without the history of attempts",
         ) from error
 
 

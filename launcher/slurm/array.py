@@ -10,7 +10,7 @@ from ...errors import ConfigError
 from .script import JOB_DIR, BatchJob, assemble, output_option, sbatch_options
 
 _OWN = ("--job-name=", "--output=")
-"""What differs between the points of any sweep."""
+"""Options that differ between the points of any sweep."""
 
 
 def render_array(jobs: Sequence[BatchJob], folder: Path, template: str) -> str:

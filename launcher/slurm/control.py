@@ -35,7 +35,7 @@ class JobFacts:
 
 
 def has_slurm() -> bool:
-    """Whether this machine has SLURM's commands."""
+    """Return whether this machine has SLURM's commands."""
     return shutil.which("sbatch") is not None
 
 
@@ -62,7 +62,7 @@ def submit(script: Path) -> str:
 
 
 def find_job(job: str) -> JobFacts | None:
-    """What SLURM knows of the job; None where it has forgotten it. EfflaunchError where SLURM does not answer."""
+    """Ask SLURM for the facts of a job; None where it has forgotten it. EfflaunchError where SLURM does not answer."""
     done = _run("scontrol", "show", "job", "-o", job)
     if done.returncode == 0:
         return parse_job(done.stdout)
@@ -72,11 +72,11 @@ def find_job(job: str) -> JobFacts | None:
 
 
 def parse_job(line: str) -> JobFacts:
-    """One line of `scontrol show job -o`."""
+    """Parse one line of `scontrol show job -o`."""
 
     def value(name: str) -> str:
-        found = re.search(rf"(?:^|\s){name}=(\S*)", line)
-        return found[1] if found else ""
+        match = re.search(rf"(?:^|\s){name}=(\S*)", line)
+        return match[1] if match else ""
 
     return JobFacts(
         job=int(value("JobId")),
@@ -90,7 +90,7 @@ def parse_job(line: str) -> JobFacts:
 
 
 def _remembered(job: str) -> JobFacts | None:
-    """From the accounting database, where there is one."""
+    """Ask the accounting database for the job; None where there is none."""
     if shutil.which("sacct") is None:
         return None
     done = _run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,Start,Timelimit")
@@ -104,7 +104,7 @@ def _remembered(job: str) -> JobFacts | None:
 
 
 def partition_nodes(partition: str) -> set[str] | None:
-    """Names of all its nodes, whatever they do now; None where SLURM's commands are not to be had, as inside a container."""
+    """Return the partition's nodes by name, whatever they do now; None where SLURM's commands are missing, as in a container."""
     if not partition or shutil.which("sinfo") is None:
         return None
     done = _run("sinfo", "-h", "-N", "-p", partition, "-o", "%N")

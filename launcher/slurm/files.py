@@ -1,4 +1,4 @@
-"""What the parts of a job tell each other: small files below RUN_DIR/slurm."""
+"""Small files below RUN_DIR/slurm by which the parts of a job exchange messages."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def submitted_job(run_dir: Path) -> str | None:
 
 
 def cancel_file(run_dir: Path, job: str) -> Path:
-    """There where a person told the job to stop for good."""
+    """Return the file that exists once a person has told the job to stop for good."""
     return run_dir / JOB_DIR / f"cancelled-{job}"
 
 
 def stop_file(run_dir: Path, job: str, restart: int) -> Path:
-    """There where a stop signal arrived while no agent ran that could take it."""
+    """Return the file that exists once a stop signal arrived while no agent ran that could take it."""
     return run_dir / JOB_DIR / f"stop-{job}-{restart}"
 
 
 def stop_asked(run_dir: Path, place: SlurmPlace) -> bool:
-    """Whether this life of the job is to end before it starts anything."""
+    """Return whether this life of the job is to end before it starts anything."""
     return cancel_file(run_dir, place.word).exists() or stop_file(run_dir, place.word, place.restart).exists()
 
 
@@ -55,7 +55,7 @@ def exclude_file(run_dir: Path) -> Path:
 
 
 def forget_stops(run_dir: Path) -> None:
-    """Remove what earlier jobs were told: a scheduler that starts anew counts from 1 again."""
+    """Remove messages to earlier jobs: a scheduler that was set up again counts jobs from 1."""
     for pattern in ("cancelled-*", "stop-*", "seen-*", "exclude"):
         for path in (run_dir / JOB_DIR).glob(pattern):
             path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """What stands between the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     depth, part = 0, ""
     for letter in text:
         depth += {"[": 1, "]": -1}.get(letter, 0)
@@ -28,11 +28,11 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    found = re.match(r"([^\[]*)\[([^\]]*)\](.*)$", part)
-    if found is None:
+    match = re.match(r"([^\[]*)\[([^\]]*)\](.*)$", part)
+    if match is None:
         yield part
         return
-    before, ranges, after = found.groups()
+    before, ranges, after = match.groups()
     for piece in ranges.split(","):
         first, _, last = piece.partition("-")
         for number in range(int(first), int(last or first) + 1):
@@ -46,5 +46,5 @@ def lost_hosts(hosts: Sequence[str], there: Sequence[str], reported: Sequence[bo
     Where SLURM has noticed a lost node it has also killed what ran on the others, so these leave no report either.
     """
     gone = [host for host in hosts if there and host not in there]
-    silent = [host for host, told in zip(hosts, reported, strict=False) if not told]
+    silent = [host for host, answer in zip(hosts, reported, strict=False) if not answer]
     return gone or (silent if len(silent) < len(hosts) else [])

@@ -1,4 +1,4 @@
-"""What a batch script asks on its first node: `python -m efflaunch.launcher.slurm.job prepare|start|settle`.
+"""Answers a batch script on its first node: `python -m efflaunch.launcher.slurm.job prepare|start|settle`.
 
 prepare OVERRIDES: make the run directory of a script submitted by hand; prints it.
 start RUN_DIR NODES: begin an attempt; prints where its nodes meet, how many they are, and which. 77: other nodes are needed.
@@ -56,9 +56,9 @@ def main(arguments: list[str]) -> int:
         _keep_stop_signals(run_dir, place)
         if what == "settle":
             return settle(run_dir, place, nodes)
-        meeting, known = start(run_dir, place, nodes), read_state(run_dir)
-        assert known is not None, "written by start"
-        print(meeting, known.attempts[-1].num_nodes, ",".join(known.attempts[-1].hosts))
+        meeting, run_state = start(run_dir, place, nodes), read_state(run_dir)
+        assert run_state is not None, "written by start"
+        print(meeting, run_state.attempts[-1].num_nodes, ",".join(run_state.attempts[-1].hosts))
         return EXIT_DONE
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
@@ -86,9 +86,9 @@ def prepare(overrides: list[str], place: SlurmPlace) -> Path:
     config = compose([item for item in mine if item.partition("=")[0] not in given] + overrides)
     assert config.run.id is not None, "given above"
     run_dir = (Path(config.run.root) / config.run.id).resolve()
-    known = read_state(run_dir)
-    if known is None or known.job != place.word:
-        if known is not None:
+    run_state = read_state(run_dir)
+    if run_state is None or run_state.job != place.word:
+        if run_state is not None:
             release(lock_in_time(run_dir))
         stdout, sys.stdout = sys.stdout, sys.stderr  # only the directory is for the script to read
         try:
@@ -118,41 +118,43 @@ def start(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Meeting:
     release(lock_in_time(run_dir))
     config = read_run(run_dir).config
     keep_private(config.run.private)
-    known = read_state(run_dir)
-    assert known is not None, "whoever submits a job writes state.json first"
-    known = replace(known, job=place.word, host=place.name)
-    if is_open(known):
-        known = _close_lost(run_dir, config, known, place)
+    run_state = read_state(run_dir)
+    assert run_state is not None, "whoever submits a job writes state.json first"
+    run_state = replace(run_state, job=place.word, host=place.name)
+    if is_open(run_state):
+        run_state = _close_lost(run_dir, config, run_state, place)
     try:
-        sizing, hosts = _sizing(config, known, place, nodes)
+        sizing, hosts = _sizing(config, run_state, place, nodes)
         address = head_address(place.name, config.launcher.slurm.interface)
     except EfflaunchError as error:
-        _refuse(run_dir, known, place, Failure(rank=-1, message=str(error), traceback="", log=JOB_DIR, is_user_error=True))
+        _refuse(run_dir, run_state, place, Failure(rank=-1, message=str(error), traceback="", log=JOB_DIR, is_user_error=True))
         raise
     if sizing.waits:
-        failure = Failure(rank=-1, message=f"not begun: {sizing.reason}", traceback="", log=JOB_DIR)
-        raise _NotHere(failure.message, _refuse(run_dir, known, place, failure))
-    return _begin(run_dir, known, place, sizing, hosts, address)
+        failure = Failure(rank=-1, message=f"not started: {sizing.reason}", traceback="", log=JOB_DIR)
+        raise _NotHere(failure.message, _refuse(run_dir, run_state, place, failure))
+    return _begin(run_dir, run_state, place, sizing, hosts, address)
 
 
 class _NotHere(EfflaunchError):
-    """These nodes will not do; the exit code says what follows."""
+    """Raised where these nodes will not do; the exit code says what follows."""
 
     def __init__(self, message: str, decision: Decision) -> None:
         super().__init__(f"{message}; {decision.reason}")
         self.exit_code = int(decision.verdict)
 
 
-def _sizing(config: Config, known: RunState, place: SlurmPlace, nodes: str) -> tuple[Sizing, list[str]]:
-    """How many nodes the attempt takes, and which. ConfigError where the job has not as many as were asked for."""
+def _sizing(config: Config, run_state: RunState, place: SlurmPlace, nodes: str) -> tuple[Sizing, list[str]]:
+    """Choose how many nodes the attempt takes, and which. ConfigError where the job has fewer or more than were asked for."""
     wanted = node_range(config)
     if place.num_nodes not in wanted:
-        found, hint = (
+        available, hint = (
             f"a job of {place.num_nodes} nodes",
             f"sbatch --nodes={str(wanted).replace(':', '-')}, or launcher.nodes={place.num_nodes}",
         )
-        raise ConfigError("launcher.nodes" if config.launcher.nodes else "cluster.num_nodes", found=found, expected=str(wanted), hint=hint)
-    hosts = _usable(known, place, nodes)
+        raise ConfigError(
+            "launcher.nodes" if config.launcher.nodes else "cluster.num_nodes", found=available, expected=str(wanted), hint=hint
+        )
+    hosts = _usable(run_state, place, nodes)
     if hosts[:1] != [place.name]:
         # This is where the batch script lives, and where SLURM puts the first task.
         return Sizing(num_nodes=0, config=config, reason=f"the job's first node, {place.name}, is left out"), []
@@ -160,71 +162,71 @@ def _sizing(config: Config, known: RunState, place: SlurmPlace, nodes: str) -> t
     return sizing, hosts[: sizing.num_nodes]
 
 
-def _usable(known: RunState, place: SlurmPlace, nodes: str) -> list[str]:
+def _usable(run_state: RunState, place: SlurmPlace, nodes: str) -> list[str]:
     """The job's nodes but those that are left out, or were lost since SLURM gave them."""
-    mine = known.attempts[known.attempts_before :]
+    mine = run_state.attempts[run_state.attempts_before :]
     lost = {host for attempt in mine if attempt.place == place.life for host in attempt.lost}
     names = expand_hosts(nodes or place.hosts) or [place.name]
-    return [name for name in names if name not in known.excluded and name not in lost]
+    return [name for name in names if name not in run_state.excluded and name not in lost]
 
 
-def _begin(run_dir: Path, known: RunState, place: SlurmPlace, sizing: Sizing, hosts: list[str], address: str) -> Meeting:
-    config, number = sizing.config, len(known.attempts) + 1
+def _begin(run_dir: Path, run_state: RunState, place: SlurmPlace, sizing: Sizing, hosts: list[str], address: str) -> Meeting:
+    config, number = sizing.config, len(run_state.attempts) + 1
     changes = write_attempt(run_dir, number, config)
     world_size = sizing.num_nodes * config.cluster.ranks_per_node
     attempt = Attempt(
         number=number, started=time.time(), num_nodes=sizing.num_nodes, world_size=world_size, hosts=tuple(hosts), place=place.life
     )
-    known = replace(known, state=state.STARTING, exit_code=None, ended=None, world_size=world_size)
-    write_state(run_dir, replace(known, attempts=(*known.attempts, attempt)))
+    run_state = replace(run_state, state=state.STARTING, exit_code=None, ended=None, world_size=world_size)
+    write_state(run_dir, replace(run_state, attempts=(*run_state.attempts, attempt)))
     # What is printed is for the script to read.
     print(f"attempt {number} on {sizing.reason}: {', '.join(hosts)}", *changes, sep="\n  ", file=sys.stderr, flush=True)
     return Meeting(number, address, head_port(place.job, address), int(config.launcher.start_timeout_s))
 
 
-def _refuse(run_dir: Path, known: RunState, place: SlurmPlace, failure: Failure) -> Decision:
+def _refuse(run_dir: Path, run_state: RunState, place: SlurmPlace, failure: Failure) -> Decision:
     """Record an attempt that ended before it began, and what follows."""
-    attempt = Attempt(number=len(known.attempts) + 1, started=time.time(), place=place.life)
-    known = replace(known, attempts=(*known.attempts, attempt))
+    attempt = Attempt(number=len(run_state.attempts) + 1, started=time.time(), place=place.life)
+    run_state = replace(run_state, attempts=(*run_state.attempts, attempt))
     exit_code = EXIT_USER if failure.is_user_error else EXIT_RETRY
-    known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
-    decision = _decision(run_dir, read_run(run_dir).config, known, place, leaves=True)
-    conclude(run_dir, known, decision)
+    run_state = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    decision = _decision(run_dir, read_run(run_dir).config, run_state, place, leaves=True)
+    conclude(run_dir, run_state, decision)
     return decision
 
 
-def _close_lost(run_dir: Path, config: Config, known: RunState, place: SlurmPlace) -> RunState:
+def _close_lost(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace) -> RunState:
     """The attempt of a job that SLURM took away without a word; raises where that was one too many."""
     message = "the job ended without a word from it: a node went down, or SLURM stopped it"
     failure = Failure(rank=-1, message=message, traceback="", log=JOB_DIR)
-    known = state.end_attempt(known, exit_code=EXIT_RETRY, failure=failure, last_step=newest_step(run_dir))
-    decision = _decision(run_dir, config, known, place, leaves=True)
+    run_state = state.end_attempt(run_state, exit_code=EXIT_RETRY, failure=failure, last_step=newest_step(run_dir))
+    decision = _decision(run_dir, config, run_state, place, leaves=True)
     if decision.verdict is not Verdict.REQUEUE:
-        conclude(run_dir, known, decision)
+        conclude(run_dir, run_state, decision)
         raise EfflaunchError(f"{message}; {decision.reason}")
-    return decided(known, decision)
+    return decided(run_state, decision)
 
 
 def settle(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Verdict:
     """Close the attempt that the agents have just run, and say what follows. `nodes`: those the job still has."""
     config = read_run(run_dir).config
     keep_private(config.run.private)
-    known = read_state(run_dir)
-    assert known is not None and known.attempts, "written by start"
+    run_state = read_state(run_dir)
+    assert run_state is not None and run_state.attempts, "written by start"
     lost_node = False
-    if known.attempts[-1].ended is None:
-        known, lost_node = _close(run_dir, config, known, place, nodes)
-    known, left_out = _leave_out(run_dir, config, known, place)
-    leaves = (lost_node or left_out) and not _enough_left(config, known, place, nodes)
-    decision = _decision(run_dir, config, known, place, leaves=leaves)
-    conclude(run_dir, known, decision)
-    tell(run_dir, known.attempts[-1], decision.reason)
+    if run_state.attempts[-1].ended is None:
+        run_state, lost_node = _close(run_dir, config, run_state, place, nodes)
+    run_state, left_out = _leave_out(run_dir, config, run_state, place)
+    leaves = (lost_node or left_out) and not _enough_left(config, run_state, place, nodes)
+    decision = _decision(run_dir, config, run_state, place, leaves=leaves)
+    conclude(run_dir, run_state, decision)
+    tell(run_dir, run_state.attempts[-1], decision.reason)
     return decision.verdict
 
 
-def _close(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, nodes: str) -> tuple[RunState, bool]:
+def _close(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace, nodes: str) -> tuple[RunState, bool]:
     """(state with the last attempt ended, whether a node of it is gone) from what its nodes left."""
-    attempt = known.attempts[-1]
+    attempt = run_state.attempts[-1]
     output = Path(JOB_DIR) / f"{place.job}.out"
     exit_code, failure, silent = gather(run_dir, config, attempt.number, num_nodes=attempt.num_nodes, output=output)
     reported = [(attempt_dir(run_dir, attempt.number) / f"node-{node}.json").is_file() for node in range(attempt.num_nodes)]
@@ -233,51 +235,51 @@ def _close(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, no
         # What the ranks that are left say of it.
         failure = replace(failure, rank=-1, message=f"{', '.join(lost)} ended without a word: lost or killed")
     blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=config.cluster.ranks_per_node)
-    known = state.end_attempt(known, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
-    ended = replace(known.attempts[-1], lost=tuple(lost), blamed=blamed)
-    return replace(known, attempts=(*known.attempts[:-1], ended)), silent
+    run_state = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    ended = replace(run_state.attempts[-1], lost=tuple(lost), blamed=blamed)
+    return replace(run_state, attempts=(*run_state.attempts[:-1], ended)), silent
 
 
-def _leave_out(run_dir: Path, config: Config, known: RunState, place: SlurmPlace) -> tuple[RunState, bool]:
+def _leave_out(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace) -> tuple[RunState, bool]:
     """(state, whether a node of the last attempt is left out from now on); the batch script reads which from a file."""
-    mine = known.attempts[known.attempts_before :]
-    new = exclusions(mine, known.excluded, config.launcher.slurm.max_excluded)
-    excluded = {**known.excluded, **new}
+    mine = run_state.attempts[run_state.attempts_before :]
+    new = exclusions(mine, run_state.excluded, config.launcher.slurm.max_excluded)
+    excluded = {**run_state.excluded, **new}
     if not new or not _others(config, place, excluded):
-        return known, False
+        return run_state, False
     write_atomic(exclude_file(run_dir), ",".join(dict.fromkeys([*config.launcher.slurm.exclude, *excluded])))
     for host, why in new.items():
         print(f"{host} is left out from now on: {why}", flush=True)
-    last = known.attempts[-1]
+    last = run_state.attempts[-1]
     if is_refused(last):
         # Without these nodes it does not fail again in the same way.
         assert last.failure is not None, "a preflight says why"
         last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
-    return replace(known, excluded=excluded, attempts=(*known.attempts[:-1], last)), True
+    return replace(run_state, excluded=excluded, attempts=(*run_state.attempts[:-1], last)), True
 
 
 def _others(config: Config, place: SlurmPlace, excluded: Mapping[str, str]) -> bool:
-    """Whether the partition has nodes enough without these; yes where SLURM cannot be asked from here."""
+    """Return whether the partition has nodes enough without these; True where SLURM cannot be asked from here."""
     names = partition_nodes(place.partition)
     left = None if names is None else names - set(excluded) - set(config.launcher.slurm.exclude)
     return left is None or len(left) >= node_range(config).least
 
 
-def _enough_left(config: Config, known: RunState, place: SlurmPlace, nodes: str) -> bool:
-    """Whether the run can go on at once, on the nodes that are left of this job."""
-    return node_range(config).least < node_range(config).most and not _sizing(config, known, place, nodes)[0].waits
+def _enough_left(config: Config, run_state: RunState, place: SlurmPlace, nodes: str) -> bool:
+    """Tell whether the run can resume at once, on the nodes that are left of this job."""
+    return node_range(config).least < node_range(config).most and not _sizing(config, run_state, place, nodes)[0].waits
 
 
-def _decision(run_dir: Path, config: Config, known: RunState, place: SlurmPlace, *, leaves: bool) -> Decision:
+def _decision(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace, *, leaves: bool) -> Decision:
     """`leaves`: not again on the nodes of this job."""
     slurm = config.launcher.slurm
     limits = Limits(
         max_restarts=config.launcher.max_restarts,
         max_preemptions=slurm.max_preemptions,
         requeue=slurm.requeue,
-        start_step=known.step_before,
+        start_step=run_state.step_before,
     )
-    mine = known.attempts[known.attempts_before :]
+    mine = run_state.attempts[run_state.attempts_before :]
     outcomes = [AttemptOutcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
     return decide(outcomes, limits, cancelled=cancel_file(run_dir, place.word).exists(), lost_node=leaves)
 

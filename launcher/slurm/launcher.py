@@ -39,24 +39,24 @@ class SlurmLauncher:
     def submit(self, launch: Launch) -> int:
         control.check_slurm()
         run_dir = launch.run_dir.resolve()
-        with ExitStack() as held:
-            self._queue(launch, held)
+        with ExitStack() as stack:
+            self._queue(launch, stack)
             text = self.describe(launch)
             job = _hand_over(run_dir / JOB_DIR / SCRIPT, text, [run_dir])
             write_submission(run_dir, job)
         tell_submitted(f"job {job} of SLURM submitted", launch)
         return EXIT_DONE
 
-    def _queue(self, launch: Launch, held: ExitStack) -> None:
+    def _queue(self, launch: Launch, stack: ExitStack) -> None:
         """Make the run directory ready for a job, and keep others out of it until `held` is closed."""
         run_dir = launch.run_dir.resolve()
-        goes_on = (run_dir / RUN_FILE).is_file()
+        is_resumed = (run_dir / RUN_FILE).is_file()
         _check_idle(run_dir)
         make_run_dir(run_dir, private=launch.config.run.private)
-        held.enter_context(holding(run_dir))
+        stack.enter_context(holding(run_dir))
         # Again, now that nobody else can submit: two may have looked at once.
         _check_idle(run_dir)
-        announce(launch.run_dir, goes_on, *queue(run_dir, launch.config))
+        announce(launch.run_dir, is_resumed, *queue(run_dir, launch.config))
 
     def describe_array(self, launches: Sequence[Launch], folder: Path) -> str:
         """Exactly what submit_array would hand over. Touches nothing."""
@@ -68,9 +68,9 @@ class SlurmLauncher:
         text = self.describe_array(launches, folder)
         run_dirs = [launch.run_dir.resolve() for launch in launches]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with ExitStack() as held:
+        with ExitStack() as stack:
             for launch in launches:
-                self._queue(launch, held)
+                self._queue(launch, stack)
             job = _hand_over(folder / SCRIPT, text, run_dirs)
             for index, run_dir in enumerate(run_dirs):
                 write_submission(run_dir, f"{job}_{index}")
@@ -81,17 +81,17 @@ class SlurmLauncher:
         print(f"  stop all    scancel {job}")
         return EXIT_DONE
 
-    def status(self, run_dir: Path, known: RunState) -> Standing:
+    def status(self, run_dir: Path, run_state: RunState) -> Standing:
         job = submitted_job(run_dir)
         if job is None:
-            return Standing(state=known.state)
+            return Standing(state=run_state.state)
         try:
             facts = control.find_job(job)
         except EfflaunchError as error:
-            return Standing(state=known.state, detail=f"job {job}, {error}", job=job)
-        return reconcile(known, job, facts)
+            return Standing(state=run_state.state, detail=f"job {job}, {error}", job=job)
+        return reconcile(run_state, job, facts)
 
-    def cancel(self, run_dir: Path, known: RunState, *, now: bool) -> str:
+    def cancel(self, run_dir: Path, run_state: RunState, *, now: bool) -> str:
         job = submitted_job(run_dir)
         facts = control.find_job(job) if job is not None else None
         if job is None or facts is None or not facts.is_alive:
@@ -109,7 +109,7 @@ class SlurmLauncher:
 
 
 def batch_job(launch: Launch) -> BatchJob:
-    """The submission as render_sbatch wants it, with this process's directory and Python."""
+    """Build the submission for render_sbatch, with this process's directory and Python."""
     python = launch.config.launcher.slurm.python or sys.executable
     return BatchJob(
         config=launch.config,
@@ -137,11 +137,11 @@ def template_text() -> str:
     return (Path(__file__).resolve().parent.parent.parent / "slurm" / "efflaunch.sbatch").read_text()
 
 
-def reconcile(known: RunState, job: str, facts: control.JobFacts | None) -> Standing:
+def reconcile(run_state: RunState, job: str, facts: control.JobFacts | None) -> Standing:
     """The run's state by its own file and by SLURM, which knows better whether anything lives. Pure."""
     if facts is None:
-        gone = known.state in state.ACTIVE
-        return Standing(state="died" if gone else known.state, detail=f"job {job}, which SLURM has forgotten", job=job)
+        gone = run_state.state in state.ACTIVE
+        return Standing(state="died" if gone else run_state.state, detail=f"job {job}, which SLURM has forgotten", job=job)
     parts = [f"job {job} {facts.state}"]
     parts += [f"({facts.reason})"] if facts.reason and facts.state in control.WAITING else []
     parts += [f"on {facts.nodes}"] if facts.nodes and facts.state in control.RUNNING else []
@@ -149,8 +149,8 @@ def reconcile(known: RunState, job: str, facts: control.JobFacts | None) -> Stan
     detail = " ".join(parts)
     if facts.state in control.WAITING:
         return Standing(state=state.QUEUED, detail=detail, job=job)
-    if known.state not in state.ACTIVE or facts.is_alive:
-        return Standing(state=known.state, detail=detail, job=job)
+    if run_state.state not in state.ACTIVE or facts.is_alive:
+        return Standing(state=run_state.state, detail=detail, job=job)
     return Standing(state=_ENDS.get(facts.state, "died"), detail=detail, job=job)
 
 

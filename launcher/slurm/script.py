@@ -18,21 +18,21 @@ MARK = "# --- The same in every job from here on."
 SIGNAL_MARGIN_S = 15
 """Beyond launcher.grace_s: for ranks that had to be killed, and for the word that they were."""
 JOB_DIR = "slurm"
-"""What SLURM's part of a run leaves, inside the run directory."""
+"""Folder of SLURM's part of a run, inside the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchJob:
-    """One submission."""
+    """One submission to SLURM: configuration, directories, nodes."""
 
     config: Config
     run_dir: Path
     """Absolute, and the same on every node."""
     work_dir: Path
-    """Where the job runs: relative paths of the configuration start there."""
+    """Directory in which the job runs: relative paths of the configuration start there."""
     python: str
     nodes: NodeRange | None = None
-    """What of launcher.nodes can be used; None: all of it."""
+    """Part of the range launcher.nodes that can be used; None: all of it."""
     entry: str | None = None
     """Training function in place of the real one, as module:function."""
 
@@ -63,7 +63,7 @@ def assemble(job: BatchJob, options: Sequence[str], target: Sequence[str], templ
 
 
 def sbatch_options(job: BatchJob) -> Iterator[str]:
-    """What stands behind each #SBATCH, in order."""
+    """Yield the option behind each #SBATCH, in order."""
     config, site, slurm = job.config, job.config.cluster.slurm, job.config.launcher.slurm
     yield f"--job-name={_word(f'efflaunch-{job.run_dir.name}')}"
     wanted = job.nodes or node_range(config)
@@ -73,7 +73,7 @@ def sbatch_options(job: BatchJob) -> Iterator[str]:
     else:
         # With a number of tasks SLURM gives no more nodes than the least; srun says one task on each.
         yield f"--nodes={wanted.least}-{wanted.most}"
-        # A node that goes down does not end the job: it goes on with the others, where the batch script still runs.
+        # A node that goes down does not end the job: it continues on the others, where the batch script still runs.
         yield "--no-kill"
     if site.gres is not None:
         yield f"--gres={_word(site.gres)}"

@@ -1,4 +1,4 @@
-"""One node of a SLURM job: `python -m efflaunch.launcher.slurm.task RUN_DIR ATTEMPT@ADDRESS:PORT`, started by srun.
+"""Runs one node of a SLURM job: `python -m efflaunch.launcher.slurm.task RUN_DIR ATTEMPT@ADDRESS:PORT`, started by srun.
 
 Exits 0 where the ranks ended together (done, or stopped and saved), else not, upon which srun ends the other nodes.
 """
@@ -22,7 +22,7 @@ from .script import JOB_DIR
 
 
 def main(arguments: list[str]) -> int:
-    """One attempt of this node; the return value is its exit code."""
+    """Run one attempt on this node; the return value is its exit code."""
     parser = argparse.ArgumentParser(prog="efflaunch.launcher.slurm.task")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("meeting", type=Meeting.parse, metavar="ATTEMPT@ADDRESS:PORT")

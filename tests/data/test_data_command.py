@@ -88,7 +88,7 @@ def test_interrupted(inputs: Path, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(prepare_module, "encode_all", interrupt)
     arguments = ["data", "prepare", "in", "--tokenizer", "tok", "--out", "c"]
     assert main(arguments) == 75
-    assert capsys.readouterr().err == "Stopped. The same command again goes on from here.\n"
+    assert capsys.readouterr().err == "Stopped. The same command again resumes from here.\n"
     monkeypatch.undo()
     os.chdir(inputs)
     assert main(arguments) == 0
@@ -102,7 +102,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENDS_S)
     assert done.stderr.strip() == "set()"
-    assert "--text-field NAME" in done.stdout and "goes on where it was" in done.stdout
+    assert "--text-field NAME" in done.stdout and "resumes where it was" in done.stdout
 
 
 def test_what_the_command_line_says_is_kept(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ class Run:
         assert self.process.poll() is None, self.text()
 
     def release(self) -> None:
-        """Ranks that are held go on."""
+        """Release the ranks that are held."""
         (self.run_dir / "released").touch(0o600)
 
     def send(self, number: signal.Signals) -> None:

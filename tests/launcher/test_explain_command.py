@@ -48,7 +48,7 @@ def test_a_finished_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
         assert found["predicted_s"] == pytest.approx(cost.plan_s(plan)) and found["measured_s"] == 1.5 * step
         assert found["source"] == plan.source and found["tokens"] == sum(plan.lengths) and found["longest"]["tokens"] == max(plan.lengths)
         assert found["lower_bound_s"] <= found["predicted_s"] * (1 + 1e-9) and found["gap"] >= 0
-        assert found["notes"] == ([] if recorded else ["the metrics hold no groups: the plan was made again, and is the one the run used"])
+        assert found["notes"] == ([] if recorded else ["the metrics hold no groups: the plan was solved again: it is the one the run used"])
 
 
 def test_the_newest_step_is_explained_and_one_not_yet_run_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

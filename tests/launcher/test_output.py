@@ -134,7 +134,7 @@ def test_what_fails_in_showing_a_run_is_noted_once(tmp_path: Path, capsys: pytes
 
     guard = Guard("the display", Notices(tmp_path, tmp_path / "logs" / "agent.log"))
     assert guard(lambda: 7) == 7 and guard(look) is None and guard(look) is None
-    assert len(calls) == 1 and capsys.readouterr().err == "efflaunch: the display failed (KeyError: 'loss'): training goes on without\n"
+    assert len(calls) == 1 and capsys.readouterr().err == "efflaunch: the display failed (KeyError: 'loss'): training continues without\n"
     assert "Traceback" in (tmp_path / "logs" / "agent.log").read_text() and "Traceback" not in (tmp_path / NOTICES_FILE).read_text()
     again = Guard("the lock", Notices(tmp_path, tmp_path / "logs" / "agent.log"), tries_again=True)
     assert again(look) is None and again(look) is None and len(calls) == 3 and again(lambda: 7) == 7

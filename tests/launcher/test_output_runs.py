@@ -1,4 +1,4 @@
-"""Runs whose terminal or output goes away: training goes on, or saves and exits 75, and the reason is in the log and in status."""
+"""Runs whose terminal or output goes away: training continues, or saves and exits 75, and the reason is in the log and in status."""
 
 from __future__ import annotations
 
@@ -66,5 +66,5 @@ def test_output_that_nobody_reads_and_errors_that_fill_a_disk(tmp_path: Path) ->
     state = read_state(run_dir)
     assert state is not None and (state.state, state.exit_code, newest_step(run_dir)) == ("done", 0, 12)
     lines = "\n".join(status_command.describe(status_command.status(run_dir), run_dir))
-    assert "notice      standard output is gone (Broken pipe); the run goes on" in lines
+    assert "notice      standard output is gone (Broken pipe); the run continues" in lines
     assert json.loads((run_dir / "logs" / "notices.jsonl").read_text().splitlines()[0])["time"] >= state.started

@@ -254,13 +254,13 @@ def test_a_lost_node_is_the_cause_and_not_the_ranks_that_missed_it(run_dir: Path
     it = driver(run_dir)
     begin(run_dir)
     leave(run_dir, 0, {0: 1, 1: 1}, {0: "Connection closed by peer", 1: "Connection reset by peer"})
-    decision = it._settle({1: "n2, its node has died"}, is_formed=True)
+    decision = it._conclude({1: "n2, its node has died"}, is_formed=True)
     assert decision.verdict is Verdict.REQUEUE and decision.reason == "requeued 1 of 1 since the last progress"
     failure = state(run_dir).failure
     assert failure is not None and failure.message == "node 1 of the job ended without a word: n2, its node has died"
     begin(run_dir)
     leave(run_dir, 0, {0: 1, 1: 1}, {0: "the wheels came off"})
-    assert it._settle({1: "n2, its node has died"}, is_formed=True).verdict is Verdict.FAIL
+    assert it._conclude({1: "n2, its node has died"}, is_formed=True).verdict is Verdict.FAIL
     assert state(run_dir).failure.message == "rank 0: RuntimeError: the wheels came off"  # type: ignore[union-attr]
     assert state(run_dir).exit_code == 1 and state(run_dir).state == "failed"
     assert list(state(run_dir).excluded) == ["n2"] and state(run_dir).attempts[-1].lost == ("n2",)
@@ -285,7 +285,7 @@ def test_preemptions_have_a_budget_of_their_own(run_dir: Path) -> None:
     for verdict in (Verdict.REQUEUE, Verdict.STOP):
         begin(run_dir)
         write_state(run_dir, end_attempt(state(run_dir), exit_code=75, failure=None, last_step=len(state(run_dir).attempts)))
-        assert it._settle({}, is_formed=True).verdict is verdict
+        assert it._conclude({}, is_formed=True).verdict is verdict
     assert state(run_dir).attempts[-1].decision == "preempted 2 times, launcher.ray.max_preemptions=1"
 
 
@@ -293,7 +293,7 @@ def test_stopped_before_it_had_nodes(run_dir: Path) -> None:
     it = driver(run_dir)
     files.tell_to_stop(run_dir, "it-1", files.SAVE)
     assert it._look_around()
-    assert it._settle({}, is_formed=False).verdict is Verdict.STOP
+    assert it._conclude({}, is_formed=False).verdict is Verdict.STOP
     assert (state(run_dir).state, state(run_dir).exit_code) == ("preempted", 75)
 
 
@@ -303,7 +303,7 @@ def test_killed_as_asked(run_dir: Path) -> None:
         leave(run_dir, node, {2 * node: -9, 2 * node + 1: -9}, out_of_time=3)
     it = driver(run_dir)
     it.stop(files.NOW)
-    assert it._settle({}, is_formed=True).verdict is Verdict.FAIL
+    assert it._conclude({}, is_formed=True).verdict is Verdict.FAIL
     assert state(run_dir).failure.message == "the ranks were killed at once, as asked"  # type: ignore[union-attr]
     _, failure, _ = gather(run_dir, it.config, 1, num_nodes=2, output=Path("x"))
     assert failure.message == "the ranks were killed at once, as asked"
@@ -315,9 +315,9 @@ def test_nodes_that_never_came_and_nodes_that_did_not_come_back(run_dir: Path) -
     assert it._refused(error).verdict is Verdict.USER and state(run_dir).exit_code == 93
     store_queued(run_dir, it.config)
     begin(run_dir)
-    assert it._settle({}, is_formed=True).verdict is Verdict.REQUEUE
+    assert it._conclude({}, is_formed=True).verdict is Verdict.REQUEUE
     assert it._refused(error).verdict is Verdict.FAIL and state(run_dir).exit_code == 1
-    assert state(run_dir).attempts[-1].decision == "could not be formed anew"
+    assert state(run_dir).attempts[-1].decision == "could not be restarted"
 
 
 def test_time_is_up(run_dir: Path) -> None:

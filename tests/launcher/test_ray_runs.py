@@ -188,7 +188,7 @@ def test_actor_and_node_lost_and_bit_equal_to_a_local_run(cluster: RayCluster, t
 
 
 def test_a_failing_rank_and_a_mistake(cluster: RayCluster, place: Path) -> None:
-    """One fails once and is formed anew, the other cannot succeed and is not.
+    """One fails once and is restarted, the other cannot succeed and is not.
 
     Where the first fails, the ranks of its other node wait for ever, as they would in a GPU's collective.
     """

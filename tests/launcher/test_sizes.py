@@ -94,14 +94,14 @@ def test_sizes_that_do_not_fit_are_passed_over() -> None:
     passed = size_for(config, 5, never(5))
     assert passed.num_nodes == 4 and "5 nodes would not do (memory: found" not in passed.reason and "5 nodes would not do" in passed.reason
     waits = size_for(config, 3, never(2, 3))
-    assert waits.waits and waits.reason.startswith("3 nodes to be had, 4 needed at least; 3 nodes would not do (memory: too little)")
+    assert waits.waits and waits.reason.startswith("3 nodes available, 4 needed at least; 3 nodes would not do (memory: too little)")
     assert usable(config, never(2, 3, 6)) == NodeRange(4, 5) and usable(config, roomy) == NodeRange(2, 6)
 
 
 def test_one_number_is_taken_as_it_is() -> None:
     config = make("launcher.nodes=3")
     assert usable(config, never(3)) == NodeRange(3, 3) and size_for(config, 4, never(3)).num_nodes == 3
-    assert size_for(config, 2).waits and size_for(config, 2).reason == "2 nodes to be had, 3 needed"
+    assert size_for(config, 2).waits and size_for(config, 2).reason == "2 nodes available, 3 needed"
 
 
 def test_a_range_in_which_nothing_works() -> None:
@@ -142,7 +142,7 @@ def test_memory_is_planned_anew() -> None:
     three = size_for(config, 3)
     assert three.num_nodes == 3 and plan(three.config).fits and plan(three.config).layout.world_size == 24
     waits = size_for(config, 2)
-    assert waits.waits and "2 nodes to be had, 3 needed at least; 2 nodes would not do (memory: " in waits.reason
+    assert waits.waits and "2 nodes available, 3 needed at least; 2 nodes would not do (memory: " in waits.reason
     two = replace(three.config, cluster=replace(config.cluster, num_nodes=2))
     with pytest.raises(ConfigError, match=r"GiB at least on each GPU of 80\.0 GiB: .*optimizer states"):
         check_nodes_memory(two)

@@ -19,7 +19,7 @@ from efflaunch.launcher.config.node_range import NodeRange
 from efflaunch.launcher.nodes import address
 from efflaunch.launcher.nodes.meeting import Meeting
 from efflaunch.launcher.nodes.next_action import Limits, Verdict, decide
-from efflaunch.launcher.nodes.preflight import NodeFacts, bad_hosts, check_nodes, table
+from efflaunch.launcher.nodes.preflight import CODE_FOLDERS, NodeFacts, bad_hosts, check_nodes, table
 from efflaunch.launcher.rundir.state import ACTIVE, new_state
 from efflaunch.launcher.slurm import control
 from efflaunch.launcher.slurm.array import render_array
@@ -207,6 +207,12 @@ def test_a_meeting_is_read_as_it_was_written() -> None:
 def facts(node: int, **changes: object) -> NodeFacts:
     made = NodeFacts(node=node, host=f"n{node}", address=f"10.0.0.{node}", interface="ib0", package="p", run="r", machine="8 GPUs")
     return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_the_code_of_every_folder_is_compared() -> None:
+    root = Path(start.__file__).parents[1]
+    folders = {path.parent.name for path in root.glob("*/__init__.py")}
+    assert set(CODE_FOLDERS) == folders - {"bench", "conf", "slurm", "tests"}
 
 
 def test_the_table_has_failures_first() -> None:

@@ -52,7 +52,7 @@ def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -> None:
-    """A node loses power: the run goes on in the same job on the two that are left. Requeued, it has three again."""
+    """A node loses power: the run continues in the same job on the two that are left. Requeued, it has three again."""
     make_corpus(place)
     words = [word for word in REAL if not word.startswith(("run.id", "cluster.ranks_per_node"))] + [f"train.steps={STEPS}"]
     local = [sys.executable, "-m", "efflaunch", *words, "cluster.ranks_per_node=2", "run.id=local"]
@@ -81,7 +81,7 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
     assert sizes[:2] == [(3, 3, 1), (2, 2, 75)] and sizes[-1] == (3, 3, 0) and set(sizes[2:-1]) <= {(3, 3, 75)}, job.output()
     assert attempts[0].lost == ("node1",) and attempts[1].hosts == ("node0", "node2")
     assert attempts[0].place == attempts[1].place != attempts[2].place
-    assert "cluster.num_nodes: 3 -> 2" in job.output() and "2 nodes of launcher.nodes=2:3, 2 to be had: node0, node2" in job.output()
+    assert "cluster.num_nodes: 3 -> 2" in job.output() and "2 nodes of launcher.nodes=2:3, 2 available: node0, node2" in job.output()
     assert read_run(job.run_dir).config.cluster.num_nodes == 3 and read_attempt(job.run_dir, 2).cluster.num_nodes == 2
     local_dir = place / "runs" / "local"
     assert steps_of(job.run_dir) == steps_of(local_dir) and len(set(steps_of(local_dir).values())) > STEPS // 2
@@ -95,7 +95,7 @@ def test_three_nodes_two_nodes_three_nodes(cluster: SlurmCluster, place: Path) -
 
 @pytest.mark.slow
 def test_nodes_are_left_out(cluster: SlurmCluster, place: Path) -> None:
-    """One that fails the preflight, at once; one on which ranks are killed, the second time. Both jobs go on, on other nodes."""
+    """One that fails the preflight, at once; one on which ranks are killed, the second time. Both jobs continue on other nodes."""
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
     efflaunch(cluster, place, *FAKE, "run.id=apart", f"run.root={place}/private", "train.steps=5")
     unfit = Job(place / "private" / "apart", cluster)

@@ -151,7 +151,7 @@ def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:
     assert not stop_asked(run_dir, PLACE)
 
 
-def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_place(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     for name, value in (("SLURM_JOB_ID", "17"), ("SLURM_NODEID", "0"), ("SLURM_JOB_NUM_NODES", "2"), ("SLURMD_NODENAME", "n0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[0-1]")
@@ -163,7 +163,7 @@ def test_the_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert slurm_place().word == "15_2"
     monkeypatch.delenv("SLURM_NODEID")
     assert job.main(["start", "nowhere"]) == 93
-    assert "found no SLURM_NODEID; expected a task started by srun" in capsys.readouterr().err
+    assert "found no SLURM_NODEID; expected a task started by srun" in capfd.readouterr().err
 
 
 def test_run_directories_are_their_owners(run_dir: Path) -> None:
@@ -215,14 +215,14 @@ def test_too_few_are_left(run_dir: Path, tmp_path: Path) -> None:
     wide = ranged(tmp_path)
     begin(wide, THREE)
     assert job.settle(wide, THREE, "n0") is Verdict.REQUEUE
-    with pytest.raises(EfflaunchError, match="not begun: 1 node to be had, 2 needed at least; failed 2 times") as caught:
+    with pytest.raises(EfflaunchError, match="not started: 1 node available, 2 needed at least; failed 2 times") as caught:
         job.start(wide, THREE, "n0")
     assert caught.value.exit_code == 1 and state(wide).state == "failed"
 
 
 def test_a_job_without_the_nodes_it_needs_goes_back(run_dir: Path, tmp_path: Path) -> None:
     wide = ranged(tmp_path)
-    with pytest.raises(EfflaunchError, match="not begun: 1 node to be had, 2 needed at least; requeued 1 of 1") as caught:
+    with pytest.raises(EfflaunchError, match="not started: 1 node available, 2 needed at least; requeued 1 of 1") as caught:
         job.start(wide, THREE, "n0")
     assert caught.value.exit_code == Verdict.REQUEUE and state(wide).state == "queued"
 
