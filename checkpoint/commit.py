@@ -61,8 +61,8 @@ class Committer:
         timeout_s: float,
         retention: Retention,
         *,
-        heard: Callable[[], float],
-        hung: Callable[[], None],
+        last_message_s: Callable[[], float],
+        on_hang: Callable[[], None],
         committed: Callable[[Path], None],
         in_use: Callable[[], set[Path]],
         fault: str = "",
@@ -77,7 +77,7 @@ class Committer:
         self.peers, self.timeout_s, self.retention = peers, timeout_s, retention
         self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[CommitOutcome] = queue.SimpleQueue()
-        self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
+        self._last_message_s, self._on_hang, self._committed, self._in_use = last_message_s, on_hang, committed, in_use
         self._catalog: Catalog | None = None
         self._faults, self._clock = Faults(fault), clock
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
@@ -142,10 +142,10 @@ class Committer:
         """This rank's own part; storage that is silent for too long has failed."""
         started = self._clock()
         while not attempt.settled.wait(_LOOK_S):
-            silent = self._clock() - max(self._heard(), started)
+            silent = self._clock() - max(self._last_message_s(), started)
             if silent > self.timeout_s:
                 attempt.settle(Flushed(f"storage did not answer for {format_seconds(silent)}"))
-                self._hung()
+                self._on_hang()
         assert attempt.flushed is not None
         return attempt.flushed
 
@@ -168,9 +168,9 @@ class Committer:
     def _votes(self, attempt: Attempt, mine: Flushed) -> tuple[dict[int, str], str | None]:
         """Each rank's manifest hash, or the first reason against."""
         keys = {_vote(attempt, rank): rank for rank in range(1, self.peers.world_size)}
-        found = self._votes_of_all.collect(list(keys), self.timeout_s) if keys else {}
-        votes = {0: mine.manifest_hash} | {keys[key]: vote["hash"] for key, vote in found.items()}
-        against = {0: mine.error} | {keys[key]: vote["error"] for key, vote in found.items()}
+        replies = self._votes_of_all.collect(list(keys), self.timeout_s) if keys else {}
+        votes = {0: mine.manifest_hash} | {keys[key]: vote["hash"] for key, vote in replies.items()}
+        against = {0: mine.error} | {keys[key]: vote["error"] for key, vote in replies.items()}
         for rank in sorted(against):
             if against[rank] is not None:
                 return votes, f"{against[rank]} (rank {rank})" if self.peers.world_size > 1 else against[rank]

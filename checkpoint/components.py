@@ -36,9 +36,9 @@ class Parts:
             if part is not None:
                 part.abandon()
 
-    def last_heard(self) -> float:
+    def last_message_s(self) -> float:
         flusher = self.saver.flusher if self.saver is not None else None
-        return flusher.last_heard if flusher is not None else 0.0
+        return flusher.last_message_s if flusher is not None else 0.0
 
     def end_flusher(self) -> None:
         if self.saver is not None and self.saver.flusher is not None:

@@ -58,7 +58,7 @@ class DiskAttempt:
     def manifest(self) -> Manifest:
         """Once every chunk is hashed."""
         hashed = zip(self.names, self.hashes, strict=True)
-        records = (FileRecord(name, size, tuple(found[at] for at in sorted(found))) for (name, size), found in hashed)
+        records = (FileRecord(name, size, tuple(chunks[at] for at in sorted(chunks))) for (name, size), chunks in hashed)
         return Manifest(**self.facts, files=tuple(records))
 
     def finish(self, threads: Executor, check: Callable[[], None]) -> bytes:

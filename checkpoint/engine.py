@@ -137,15 +137,15 @@ class CheckpointEngine:
         """
         started = time.monotonic()
         tensors = self._tensors()
-        found = fingerprint(tensors, self._state.sharding)
-        replan = self._layout is None or found != self._fingerprint
+        current = fingerprint(tensors, self._state.sharding)
+        replan = self._layout is None or current != self._fingerprint
         changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._pacing.measured)
         if (plan := self._pacing.saving(step, *times)) is not None:
             self._log(logging.INFO, "%s", plan)
         if busy and not final and not self._admit(step):
             return
         if changed:
-            self._plan(tensors, found)
+            self._plan(tensors, current)
         assert self._saver is not None and self._committer is not None
         attempt = self._attempt(step, tensors, extra)
         self._pending.append(attempt)
@@ -233,7 +233,7 @@ class CheckpointEngine:
         keeper = self._replicas.keeper if self._replicas is not None else None
         return keeper.pid if keeper is not None else None
 
-    def restore(self, heard: Callable[[], None] = lambda: None) -> Restored | None:
+    def restore(self, on_progress: Callable[[], None] = lambda: None) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.
 
         `heard` is called for whatever is read: a large one takes long.
@@ -242,9 +242,11 @@ class CheckpointEngine:
         """
         tier = open_tier(self.config.mirror) if self.config.mirror is not None else None
         where = (self.directory, self._peers, self._state, self.metadata)
-        restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), heard).restore()
-        if self._replicas is not None and self._replicas.found is not None:
-            self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.found.attempt else "")
+        restored = Restorer(
+            *where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), on_progress
+        ).restore()
+        if self._replicas is not None and self._replicas.leftover is not None:
+            self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.leftover.attempt else "")
             # What was left alone for the replica's sake.
             failure = self._agreed(lambda: self._settle_leftovers(0.0) if self._peers.rank == 0 else None)
             if failure is not None:
@@ -292,7 +294,7 @@ class CheckpointEngine:
         tensors = self._tensors()
         self._plan(tensors, fingerprint(tensors, self._state.sharding))
 
-    def _plan(self, tensors: dict[str, Tensor], found: int) -> None:
+    def _plan(self, tensors: dict[str, Tensor], current: int) -> None:
         """Layout, pool and threads for a state of this shape; collective."""
         while self._pending:
             self._deliver(block=True)
@@ -300,7 +302,7 @@ class CheckpointEngine:
         self._layout = plan_files(
             tensors, rank=peers.rank, largest_chunk=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
         )
-        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(weights_of(tensors))
+        self._fingerprint, self._weights_hash = current, facts_of.weights_hash(weights_of(tensors))
         if self._saver is not None:
             self._saver.close(CLOSE_S)
         segment = self._layout.chunk_bytes
@@ -323,8 +325,8 @@ class CheckpointEngine:
                 peers,
                 self.config.commit_timeout_s,
                 retention,
-                heard=self._parts.last_heard,
-                hung=self._parts.end_flusher,
+                last_message_s=self._parts.last_message_s,
+                on_hang=self._parts.end_flusher,
                 committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
                 in_use=self._mirror.in_use if self._mirror is not None else set,
                 fault=self._fault,
@@ -353,7 +355,7 @@ class CheckpointEngine:
             if self._on_replica is not None:
                 self._on_replica(report)
         while self._mirror is not None and not self._mirror.reports.empty():
-            self._heard_of_mirror(self._mirror.reports.get())
+            self._deliver_mirrored(self._mirror.reports.get())
         while self._pending and self._committer is not None:
             try:
                 outcome = self._committer.outcomes.get(block=block)
@@ -363,7 +365,7 @@ class CheckpointEngine:
             self._pending.remove(outcome.attempt)
             self._report(outcome)
 
-    def _heard_of_mirror(self, report: MirrorReport) -> None:
+    def _deliver_mirrored(self, report: MirrorReport) -> None:
         if report.error is not None and self.config.mirror_on_error is OnSaveError.STOP:
             self._not_mirrored = self._not_mirrored or report
         if self._on_mirror is not None:
@@ -402,7 +404,7 @@ class CheckpointEngine:
         if failure is None and self.config.replica is Replica.PEER:
             self._replicas = self._parts.replicas = Replicas(self._peers, self.directory, self._node, self.config.commit_timeout_s)
         # Where memory has a whole one, nobody waits for writers that are still at work.
-        wait_s = self.config.commit_timeout_s if self._replicas is None or self._replicas.found is None else None
+        wait_s = self.config.commit_timeout_s if self._replicas is None or self._replicas.leftover is None else None
         failure = failure or self._agreed(lambda: self._settle_leftovers(wait_s) if first else None)
         if failure is not None:
             raise CheckpointError(

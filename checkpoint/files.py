@@ -67,8 +67,8 @@ def scan(directory: Path) -> list[CheckpointInfo]:
     """As list_checkpoints, for the folder that holds the `step-N` directories."""
     if not directory.is_dir():
         return []
-    found = ((int(match[1]), entry) for entry in directory.iterdir() if (match := _NAME.match(entry.name)))
-    return [inspect(path, step) for step, path in sorted(found)]
+    steps = ((int(match[1]), entry) for entry in directory.iterdir() if (match := _NAME.match(entry.name)))
+    return [inspect(path, step) for step, path in sorted(steps)]
 
 
 def inspect(path: Path, step: int) -> CheckpointInfo:
@@ -82,8 +82,8 @@ def inspect(path: Path, step: int) -> CheckpointInfo:
             problem = f"{COMMIT_FILE} is of step {record['step']}"
         return CheckpointInfo(path, step, sum(files.values()), float(record["time"]), int(record["world_size"]), problem, pinned)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
-        return CheckpointInfo(path, step, 0, 0.0, 0, found, pinned)
+        problem = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
+        return CheckpointInfo(path, step, 0, 0.0, 0, problem, pinned)
 
 
 def read_commit(path: Path) -> dict[str, Any]:
@@ -111,11 +111,11 @@ def _hash_of(record: dict[str, Any]) -> str:
 def _wrong_sizes(path: Path, files: dict[str, int]) -> str | None:
     for name, size in files.items():
         try:
-            found = (path / name).stat().st_size
+            num_bytes = (path / name).stat().st_size
         except FileNotFoundError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if num_bytes != size:
+            return f"{name} has {num_bytes} bytes instead of {size}"
     return None
 
 
@@ -214,7 +214,7 @@ def publish(temporary: Path, step: int, at: Callable[[str], None] = lambda point
 def _votes_on_disk(temporary: Path, votes: dict[int, str] | None) -> dict[str, str]:
     """Name to hash of every rank's manifest; ValueError where one is missing, of another attempt, or names files that are not there."""
     first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for rank in range(first.world_size):
         path = temporary / manifest_name(rank)
         if not path.exists():
@@ -223,13 +223,13 @@ def _votes_on_disk(temporary: Path, votes: dict[int, str] | None) -> dict[str, s
         manifest = Manifest.from_bytes(data)
         if (manifest.attempt, manifest.step, manifest.rank) != (first.attempt, first.step, rank):
             raise ValueError(f"{path.name} is of another attempt")
-        found[path.name] = digest(data)
-        if votes is not None and votes[rank] != found[path.name]:
+        hashes[path.name] = digest(data)
+        if votes is not None and votes[rank] != hashes[path.name]:
             raise ValueError(f"{path.name} is not what rank {rank} voted for")
         problem = _wrong_sizes(temporary, {record.name: record.num_bytes for record in manifest.files})
         if problem is not None:
             raise ValueError(problem)
-    return found
+    return hashes
 
 
 @contextmanager
@@ -310,7 +310,7 @@ def _finished(temporary: Path, wait_s: float) -> bool:
     while True:
         busy = {_rank_of(path): _is_locked(path) for path in temporary.glob("__*_0.distcp")}
         # Locks were looked at first: who holds none has given its vote by now, or never will.
-        given_up = any(not held and not (temporary / manifest_name(rank)).exists() for rank, held in busy.items())
+        given_up = any(not is_locked and not (temporary / manifest_name(rank)).exists() for rank, is_locked in busy.items())
         try:
             _votes_on_disk(temporary, None)
             return True

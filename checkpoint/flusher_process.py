@@ -42,7 +42,7 @@ class FlusherProcess:
                 command, pass_fds=(far.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
             )
         far.close()
-        self.last_heard = time.monotonic()
+        self.last_message_s = time.monotonic()
         self.send({"do": "pool", "num_bytes": pool.num_bytes, "segment_bytes": segment_bytes}, pool.descriptor)
         self._listener = HelperThread(self._listen, "flusher listener")
         self._listener.start()
@@ -77,7 +77,7 @@ class FlusherProcess:
             message, _ = receive(self._sock)
             if message is None:
                 break
-            self.last_heard = time.monotonic()
+            self.last_message_s = time.monotonic()
             if message["say"] == "free":
                 self._free(Ticket(*message["ticket"]))
             elif message["say"] == "replicated":

@@ -108,8 +108,8 @@ class Mirror:
     def _next(self, number: int) -> Path | None:
         """Rank 0 takes the newest that waits; others hear of it."""
         if self.peers.rank != 0:
-            told = self._votes.collect([f"mirror/{number}"], _POLL_S)
-            return Path(told[f"mirror/{number}"]) if told else None
+            posted = self._votes.collect([f"mirror/{number}"], _POLL_S)
+            return Path(posted[f"mirror/{number}"]) if posted else None
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:

@@ -108,10 +108,10 @@ class Reader:
         self.progress.begin(f"reading {self.source.name}", sum(own.numel() * own.element_size() for own, _ in parts.values()))
         with _Files(self) as opened:
             for key, (own, offsets) in parts.items():
-                known = len(later)
+                begin = len(later)
                 if own.numel():
                     self._plan(key, own, offsets, spans, later)
-                waiting += sum(source.numel() * source.element_size() for _, source in later[known:])
+                waiting += sum(source.numel() * source.element_size() for _, source in later[begin:])
                 if waiting > BATCH_BYTES:
                     self._run(spans, later, opened)
                     waiting = 0

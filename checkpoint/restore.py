@@ -63,7 +63,7 @@ class Restorer:
         tier: Tier | None = None,
         replicas: Replicas | None = None,
         settle: Callable[[], None] = lambda: None,
-        heard: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """`own`: what is filled.
 
@@ -72,7 +72,7 @@ class Restorer:
         """
         self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
-        self._progress = RestoreProgress(heard, says=peers.rank == 0)
+        self._progress = RestoreProgress(on_progress, logs=peers.rank == 0)
         self._state = own
         self._skipped: list[str] = []
         self._failed_replicas: list[str] = []
@@ -83,10 +83,10 @@ class Restorer:
         restored = self._from_memory(candidates)
         if restored is not None:
             return restored
-        if self._replicas is not None and self._replicas.found is not None:
+        if self._replicas is not None and self._replicas.leftover is not None:
             failure = self.peers.agreed(lambda: self._settle() if self.peers.rank == 0 else None)
             if failure is not None:
-                self._say("leftovers of an earlier start: %s", failure)
+                self._log("leftovers of an earlier start: %s", failure)
             candidates = self._candidates()
         for step, here, there in candidates:
             restored = self._from_here(here) if here is not None else None
@@ -103,25 +103,25 @@ class Restorer:
         if self._replicas is None or self._replicas.off is not None:
             return None
         for line in self._replicas.passed_over:
-            self._say("replica in memory passed over: %s", line)
+            self._log("replica in memory passed over: %s", line)
         source = self._replicas.source()
         if source is None:
             return None
         step = int(source.commit["step"])
         stored = [other for other, here, there in candidates if there or (here is not None and here.is_whole)]
         if any(other > step for other in stored):
-            self._say("replica in memory passed over: %s is older than step %d on disk", source.name, max(stored))
+            self._log("replica in memory passed over: %s is older than step %d on disk", source.name, max(stored))
             return None
         durable = any(here is not None and here.is_whole and _is_of(here.path, source.commit) for at, here, _ in candidates if at == step)
         restored, failure = self._try(source)
         if restored is None:
-            self._say("replica in memory passed over: %s: %s", source.name, failure)
+            self._log("replica in memory passed over: %s: %s", source.name, failure)
             self._failed_replicas.append(f"{source.name}: {failure}")
             return None
-        self._say("restored from %s%s", source.name, "" if durable else ", which is not on disk yet")
+        self._log("restored from %s%s", source.name, "" if durable else ", which is not on disk yet")
         return replace(restored, is_durable=durable)
 
-    def _say(self, text: str, *values: object) -> None:
+    def _log(self, text: str, *values: object) -> None:
         if self.peers.rank == 0:
             log.warning(text, *values)
 
@@ -151,12 +151,12 @@ class Restorer:
 
     def _candidates(self) -> list[_Candidate]:
         """Newest first; what rank 0 sees, on every rank."""
-        found: list[list[_Candidate]] = []
-        failure = self.peers.agreed(lambda: found.append(self._look()) if self.peers.rank == 0 else None)
+        candidates: list[list[_Candidate]] = []
+        failure = self.peers.agreed(lambda: candidates.append(self._look()) if self.peers.rank == 0 else None)
         if failure is not None:
             where = str(self.directory) if self._tier is None else f"{self.directory}, {self._tier.address}"
             raise CheckpointError(where, found=f"what cannot be read ({failure})", expected="checkpoints", hint="ls -l there")
-        return self.peers.share(found[0] if found else None)
+        return self.peers.share(candidates[0] if candidates else None)
 
     def _look(self) -> list[_Candidate]:
         here = {info.step: info for info in files.scan(self.directory)}
@@ -191,7 +191,7 @@ class Restorer:
         lines = state.differences(model, {key: entry for key, entry in saved.items() if key in model or key not in elsewhere})
         if not any(self.peers.largest([float(bool(lines))])):
             return []
-        return next(found for found in self.peers.gather(lines) if found)
+        return next(differing for differing in self.peers.gather(lines) if differing)
 
     def _open(self, place: Path | Source) -> tuple[Reader, dict[str, Any]]:
         reader = Reader(place, progress=self._progress)

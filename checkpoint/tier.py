@@ -52,9 +52,9 @@ def reach(address: str, directory: Path) -> Tier:
     return tier
 
 
-def _unusable(address: str, found: str, expected: str) -> CheckpointError:
+def _unusable(address: str, actual: str, expected: str) -> CheckpointError:
     hint = "checkpoint.mirror=DIRECTORY, its credentials, or checkpoint.mirror=null to go without"
-    return CheckpointError("checkpoint.mirror", found=f"{address} ({found})", expected=expected, hint=hint)
+    return CheckpointError("checkpoint.mirror", found=f"{address} ({actual})", expected=expected, hint=hint)
 
 
 class Tier:

@@ -139,7 +139,9 @@ def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None, told: Callable[[str], None] | None = None) -> None:
+def initialise(
+    model: PreTrainedModel, seed: int, weights: nn.Module | None = None, on_progress: Callable[[str], None] | None = None
+) -> None:
     """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name).
 
     Fills the model's parameters, or those of the same names in `weights`. `told` hears of each module.
@@ -149,8 +151,8 @@ def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = No
     for name, module in model.named_modules():
         if not module._parameters and not module._buffers:
             continue
-        if told is not None:
-            told("initialising weights")
+        if on_progress is not None:
+            on_progress("initialising weights")
         shadow, copies = _shadow(module, done, name, into)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))

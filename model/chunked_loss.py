@@ -129,14 +129,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, job: _Job, *parameters: Tensor) -> Tensor:
         head = job.head
-        wants_x, wants_weight, _, *wants = ctx.needs_input_grad
-        trained = [p for p, wanted in zip(parameters, wants, strict=True) if wanted]
-        sums = _Gradients(x, weight if wants_weight else None, trained, wants_x=wants_x, overwrite=head.overwrite)
+        needs_x, needs_weight, _, *needs = ctx.needs_input_grad
+        trained = [p for p, wanted in zip(parameters, needs, strict=True) if wanted]
+        sums = _Gradients(x, weight if needs_weight else None, trained, needs_x=needs_x, overwrite=head.overwrite)
         total = x.new_zeros((), dtype=head.wide)
         for rows in head.chunks():
             total += _add_chunk(job, rows, weight, sums)
         sums.close(head.targets == IGNORE)
-        ctx.sums, ctx.wants, ctx.factor = sums, wants, None
+        ctx.sums, ctx.needs, ctx.factor = sums, needs, None
         if job.finish is not None:
             total, ctx.factor = job.finish()
         return total
@@ -148,7 +148,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums, ctx.sums = ctx.sums, None
         d_x, d_weight, d_norm = sums.take(upstream if ctx.factor is None else upstream * ctx.factor)
         parts = iter(d_norm)
-        return d_x, d_weight, None, *(next(parts) if wanted else None for wanted in ctx.wants)
+        return d_x, d_weight, None, *(next(parts) if wanted else None for wanted in ctx.needs)
 
 
 def _add_chunk(job: _Job, rows: Tensor, weight: Tensor, sums: _Gradients) -> Tensor:
@@ -174,11 +174,11 @@ class _Gradients:
     float32 (float64 for float64).
     """
 
-    def __init__(self, x: Tensor, weight: Tensor | None, trained: Sequence[Tensor], *, wants_x: bool, overwrite: bool) -> None:
+    def __init__(self, x: Tensor, weight: Tensor | None, trained: Sequence[Tensor], *, needs_x: bool, overwrite: bool) -> None:
         wide = torch.promote_types(x.dtype, torch.float32)
         self._x, self._trained = x.detach(), list(trained)
         self._d_x: Tensor | None = None
-        if wants_x:
+        if needs_x:
             self._d_x = self._x if overwrite else torch.empty_like(x)
         self._d_weight = None if weight is None else torch.zeros_like(weight, dtype=wide)
         self._weight_dtype = None if weight is None else weight.dtype

@@ -122,9 +122,9 @@ def _appearing(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _unusable(out_dir: Path, found: str) -> CheckpointError:
+def _unusable(out_dir: Path, actual: str) -> CheckpointError:
     return CheckpointError(
-        str(out_dir), found=found, expected="a new or empty directory with room for the weights", hint="another directory"
+        str(out_dir), found=actual, expected="a new or empty directory with room for the weights", hint="another directory"
     )
 
 

@@ -102,7 +102,7 @@ def _copy_tokenizer(path: str, origins: Origins, out_dir: Path) -> bool:
         # What lies beside it is of this tokenizer unless that is another file there.
         folder = bare.parent if bare.name == "tokenizer.json" or not (bare.parent / "tokenizer.json").exists() else None
     else:
-        folder = next((found for name in ("tokenizer.json", _CONFIG, "tokenizer.model") if (found := _folder(path, name))), None)
+        folder = next((candidate for name in ("tokenizer.json", _CONFIG, "tokenizer.model") if (candidate := _folder(path, name))), None)
         if folder is None:
             return False
     for source in sorted({file for pattern in _PATTERNS for file in (folder.glob(pattern) if folder else ()) if file.is_file()}):
@@ -154,10 +154,12 @@ def _write_template(origins: Origins, out_dir: Path, notes: list[str]) -> str | 
 def _templates(out_dir: Path) -> dict[str, str]:
     """The templates of a tokenizer's files by name; files go before what tokenizer_config.json holds."""
     inline = _read_json(out_dir / _CONFIG).get("chat_template")
-    found = {entry["name"]: entry["template"] for entry in inline} if isinstance(inline, list) else {"default": inline} if inline else {}
+    templates = (
+        {entry["name"]: entry["template"] for entry in inline} if isinstance(inline, list) else {"default": inline} if inline else {}
+    )
     if (out_dir / _TEMPLATE).is_file():
-        found["default"] = (out_dir / _TEMPLATE).read_text(encoding="utf-8")
-    return {**found, **{file.stem: file.read_text(encoding="utf-8") for file in (out_dir / _OTHER_TEMPLATES).glob("*.jinja")}}
+        templates["default"] = (out_dir / _TEMPLATE).read_text(encoding="utf-8")
+    return {**templates, **{file.stem: file.read_text(encoding="utf-8") for file in (out_dir / _OTHER_TEMPLATES).glob("*.jinja")}}
 
 
 def _end_of_turn(origins: Origins, out_dir: Path, notes: list[str]) -> str | None:

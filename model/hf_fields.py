@@ -53,15 +53,15 @@ def model_family(config: ModelConfig) -> Family:
         if config.family is None:
             raise _missing(config, "family")
         return config.family
-    found = read_config_json(config.path).get("model_type")
-    family = family_of(found) or wrapped_family(found)
+    model_type = read_config_json(config.path).get("model_type")
+    family = family_of(model_type) or wrapped_family(model_type)
     if family is not None:
         return family
     raise ConfigError(
         f"model.path {config.path}",
-        found=f"model_type {found!r}",
+        found=f"model_type {model_type!r}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
-        hint=f"a supported model, or write its facts and adapter: model/families/{found}_facts.py and model/families/{found}.py",
+        hint=f"a supported model, or write its facts and adapter: model/families/{model_type}_facts.py and model/families/{model_type}.py",
     )
 
 
@@ -108,15 +108,15 @@ def model_fields(config: ModelConfig) -> ModelFields:
     return ModelFields(facts, fields, {**full, **settled}, rope, file)
 
 
-def file_fields(found: Mapping[str, Any], facts: FamilyFacts) -> dict[str, Any]:
+def file_fields(config: Mapping[str, Any], facts: FamilyFacts) -> dict[str, Any]:
     """The fields of a config.json that describe the language model: its own, or those under `text_config`."""
-    if facts.wrapped_by is None or found.get("model_type") != facts.wrapped_by:
-        return {key: value for key, value in found.items() if key not in LABELS - {"model_type"}}
-    inner = found.get("text_config") or {}
+    if facts.wrapped_by is None or config.get("model_type") != facts.wrapped_by:
+        return {key: value for key, value in config.items() if key not in LABELS - {"model_type"}}
+    inner = config.get("text_config") or {}
     # The whole model ties its head by its own switch; ids of the end and the beginning may be given there alone.
-    shared = {key: found[key] for key in ("bos_token_id", "eos_token_id", "quantization_config") if found.get(key) is not None}
+    shared = {key: config[key] for key in ("bos_token_id", "eos_token_id", "quantization_config") if config.get(key) is not None}
     fields = {**shared, **{key: value for key, value in inner.items() if key not in LABELS}}
-    return {**fields, "model_type": facts.model_type, "tie_word_embeddings": found.get("tie_word_embeddings", True)}
+    return {**fields, "model_type": facts.model_type, "tie_word_embeddings": config.get("tie_word_embeddings", True)}
 
 
 def _from_scratch(config: ModelConfig, facts: FamilyFacts) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
             raise ConfigError(f"model.extra.{name}", found="a second name", expected=f"model.{key}", hint=f"model.{key}=VALUE")
         if name == "vocab_size" and config.path is not None:
             raise ConfigError("model.extra.vocab_size", found="a second name", expected="model.vocab_size", hint="model.vocab_size=VALUE")
-        known = name in readable or (name == "rope_local_base_freq" and facts.rope_per_layer_type)
-        if not known and not (name in facts.unread and config.extra[name] is None):
+        is_readable = name in readable or (name == "rope_local_base_freq" and facts.rope_per_layer_type)
+        if not is_readable and not (name in facts.unread and config.extra[name] is None):
             near = get_close_matches(name, readable, 1)
             raise ConfigError(
                 f"model.extra.{name}",

@@ -87,7 +87,7 @@ class Wanted:
 
     @property
     def num_layers(self) -> int:
-        return 1 + max(int(found[1]) for found in map(_LAYER.match, self.shapes) if found is not None)
+        return 1 + max(int(match[1]) for match in map(_LAYER.match, self.shapes) if match is not None)
 
 
 def plan_load(wanted: Wanted, stored: Mapping[str, StoredTensor], folder: Path) -> LoadPlan:
@@ -103,8 +103,8 @@ def plan_load(wanted: Wanted, stored: Mapping[str, StoredTensor], folder: Path) 
     for name, shape in shapes.items():
         expected = (wanted.file_vocabulary, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
         if sources[name].shape != expected:
-            found = f"{names[name]} of shape {list(sources[name].shape)}"
-            raise _wrong(folder, found, str(list(expected)), "weights and config.json of one model")
+            actual = f"{names[name]} of shape {list(sources[name].shape)}"
+            raise _wrong(folder, actual, str(list(expected)), "weights and config.json of one model")
     head = unused.pop(HEAD, None)
     both = None if head is None else (sources[EMBEDDING], stored[head])
     return LoadPlan(sources, names, tuple(sorted(unused.values())), both)
@@ -121,8 +121,8 @@ def _resolve(shapes: Mapping[str, Any], stored: Mapping[str, StoredTensor], fold
             if not _BUFFERS.search(name):
                 others[_as_parameter(name)] = name
         elif target in names:
-            found = f"{names[target]} and {name} for {target}"
-            raise _wrong(folder, found, "each weight once", "the weights of one model, in one form")
+            actual = f"{names[target]} and {name} for {target}"
+            raise _wrong(folder, actual, "each weight once", "the weights of one model, in one form")
         else:
             names[target] = name
     if HEAD not in shapes and HEAD in names:
@@ -192,5 +192,5 @@ def _bias_switch(names: Sequence[str], facts: FamilyFacts) -> str | None:
     return next((switch for switch, biases in _BIASES.items() if biases == kinds and switch in facts.fields), None)
 
 
-def _wrong(folder: Path, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(f"model.path {folder}", found=found, expected=expected, hint=hint)
+def _wrong(folder: Path, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"model.path {folder}", found=actual, expected=expected, hint=hint)

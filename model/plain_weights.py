@@ -24,11 +24,11 @@ def is_quantised(name: str) -> bool:
     return _QUANTISED.search(name) is not None
 
 
-def quantised(folder: Path | str, found: str) -> ConfigError:
+def quantised(folder: Path | str, actual: str) -> ConfigError:
     """The error for weights that are not plain numbers, with the way out."""
     return ConfigError(
         f"model.path {folder}",
-        found=found,
+        found=actual,
         expected=f"weights in plain floating point ({', '.join(PLAIN_DTYPES)}), as they are trained",
         hint="dequantise first: AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype='bfloat16').dequantize(), for fp8 and mxfp4 "
         "from_pretrained(DIRECTORY, quantization_config=FineGrainedFP8Config(dequantize=True) or Mxfp4Config(dequantize=True)); "

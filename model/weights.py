@@ -39,9 +39,9 @@ def load_weights(
     those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any.
     """
     assert config.path is not None
-    folder, known = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
+    folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
     parameters = dict(model.named_parameters())
-    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, known.facts, file_vocabulary(known))
+    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, fields.facts, file_vocabulary(fields))
     plan = plan_load(wanted, read_headers(folder), folder)
     bad: list[str] = []
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def load_weights(
                 on_progress("reading weights")
             saved = opened[plan.sources[name].file].get_slice(plan.names[name])
             _fill(parameter, name, plan, saved, seed)
-            bad += _faults(parameter, name, saved, known.facts)
+            bad += _faults(parameter, name, saved, fields.facts)
     _refuse_faults(bad, folder, groups)
 
 
@@ -89,12 +89,12 @@ def _refuse_faults(mine: list[str], folder: Path, groups: Sequence[dist.ProcessG
         everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
         mine = [fault for faults in everyone for fault in faults or ()]
-    found = list(dict.fromkeys(mine))
-    if found:
-        more = f" and in {len(found) - 5} more tensors" if len(found) > 5 else ""
+    faults = list(dict.fromkeys(mine))
+    if faults:
+        more = f" and in {len(faults) - 5} more tensors" if len(faults) > 5 else ""
         raise ConfigError(
             f"model.path {folder}",
-            found=f"{'; '.join(found[:5])}{more}",
+            found=f"{'; '.join(faults[:5])}{more}",
             expected="finite weights, and norms that are not zero: no document can be learnt with these",
             hint="the weights as they were published, or of an earlier checkpoint",
         )

@@ -18,7 +18,7 @@ from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.suggestions import check_fits
 from ..parallel.topology import whole_world
-from .agreed_rates import settled_rates
+from .agreed_rates import frozen_rates
 from .step_planner import this_hardware
 
 if TYPE_CHECKING:
@@ -31,20 +31,20 @@ def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | Non
     `run_dir` keeps the measured rates it goes by, for later attempts.
     PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
     """
-    told: list[Ledger | UserError | str | None] = [None]
+    payload: list[Ledger | UserError | str | None] = [None]
     failure: Exception | None = None
     world = whole_world()
     if dist.get_rank(world) == 0:
         try:
-            ledger = build_ledger(PlanInputs.of(config, settled_rates(config, this_hardware(device), run_dir)))
+            ledger = build_ledger(PlanInputs.of(config, frozen_rates(config, this_hardware(device), run_dir)))
             check_fits(ledger)
-            told[0] = ledger
+            payload[0] = ledger
         except UserError as error:
-            told[0] = error
+            payload[0] = error
         except Exception as error:  # the others wait in the broadcast
-            told[0], failure = f"{type(error).__name__}: {error}", error
-    dist.broadcast_object_list(told, 0, group=world, device=torch.device("cpu"))
-    answer = told[0]
+            payload[0], failure = f"{type(error).__name__}: {error}", error
+    dist.broadcast_object_list(payload, 0, group=world, device=torch.device("cpu"))
+    answer = payload[0]
     if isinstance(answer, UserError):
         raise answer
     if failure is not None:
@@ -65,7 +65,7 @@ class PeakMemoryCheck:
     def __init__(self, ledger: Ledger, device: torch.device, report: Report) -> None:
         self.certificate: Certificate = certify(ledger)
         self._device, self._report = device, report
-        self._told = self._broken = False
+        self._reported = self._broken = False
 
     def peak_bytes(self) -> int:
         """The most this rank has taken so far: of the allocator on a GPU, of the process elsewhere."""
@@ -78,7 +78,7 @@ class PeakMemoryCheck:
         check = Check(
             predicted_bytes=self.certificate.comparable_bytes, measured_bytes=tuple(measured_bytes), compared=self.certificate.compared
         )
-        if self._told and (check.ok or self._broken):
+        if self._reported and (check.ok or self._broken):
             return
-        self._told, self._broken = True, not check.ok
+        self._reported, self._broken = True, not check.ok
         self._report("certificate", step=step, ok=check.ok, **asdict(check))

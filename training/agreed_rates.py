@@ -20,7 +20,7 @@ RATES_FILE = "rates.json"
 log = logging.getLogger(__name__)
 
 
-def settled_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> MeasuredRates | None:
+def frozen_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> MeasuredRates | None:
     """Those in RUN_DIR, where they were settled for the same profile file, machine and disk; else what is found now, put there.
 
     None: no profile has any. Without `run_dir` nothing is kept. On one rank only.
@@ -34,11 +34,11 @@ def settled_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> M
                 return kept.measured
         except (ValueError, RecursionError) as error:
             log.warning("%s", set_aside(path, error))
-    found = find_rates(config.parallel.profile, config.cluster, hardware, config.memory.offload_dir)
+    rates = find_rates(config.parallel.profile, config.cluster, hardware, config.memory.offload_dir)
     if path is not None:
-        values = {"rates": None, "source": ""} if found is None else {"rates": asdict(found.rates), "source": found.source}
+        values = {"rates": None, "source": ""} if rates is None else {"rates": asdict(rates.rates), "source": rates.source}
         write_atomic(path, json.dumps({"for": made_for, **values}, indent=1))
-    return found
+    return rates
 
 
 @dataclass(frozen=True, slots=True)

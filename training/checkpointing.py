@@ -17,24 +17,24 @@ class Saves:
     def __init__(self) -> None:
         self._engine: CheckpointEngine | None = None
         self._report: Callable[..., None] = _nobody
-        self._saved = self._asked = -1
+        self._saved = self._requested = -1
         self._error = ""
 
     def begin(self, engine: CheckpointEngine, report: Callable[..., None], restored: int | None) -> None:
         """`restored`: the step whose checkpoint on disk the run goes on from."""
         self._engine, self._report = engine, report
-        self._saved = self._asked = -1 if restored is None else restored
+        self._saved = self._requested = -1 if restored is None else restored
 
-    def ask(self, step: int, extra: Callable[[], dict[str, Any]], *, final: bool) -> bool:
+    def request(self, step: int, extra: Callable[[], dict[str, Any]], *, final: bool) -> bool:
         """Start writing the state after `step` updates; False where that was done already."""
         assert self._engine is not None
-        if self._asked == step:
+        if self._requested == step:
             return False
-        self._asked = step
+        self._requested = step
         self._engine.save(step, extra(), final=final)
         return True
 
-    def check(self, step: int, *, mirrored: bool) -> None:
+    def ensure_saved(self, step: int, *, mirrored: bool) -> None:
         """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
         assert self._engine is not None
         self._engine.wait(mirrored=mirrored)
@@ -46,7 +46,7 @@ class Saves:
                 hint="make room, then the same command again goes on from the newest checkpoint",
             )
 
-    def heard(self, report: SaveReport) -> None:
+    def on_saved(self, report: SaveReport) -> None:
         """How a save went."""
         if report.error is not None:
             self._error = report.error

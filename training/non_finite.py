@@ -60,7 +60,7 @@ class _Source(Protocol):
 def non_finite(
     value: float,
     shares: Tensor,
-    works: Sequence[_Work],
+    micro_batches: Sequence[_Work],
     watch: RowWatch,
     source: _Source,
     step: int,
@@ -84,16 +84,16 @@ def non_finite(
             hint="an earlier checkpoint or other weights at model.path, and a lower optim.lr if they became so in training",
         )
     mine = [
-        found
+        span
         for index, share in enumerate(shares.tolist())
         if not math.isfinite(share)
-        for found in _tokens_of(works[index], watch.spans(index, works[index].shard))
+        for span in _tokens_of(micro_batches[index], watch.spans(index, micro_batches[index].shard))
     ]
     world = whole_world()
     everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size(world)
     dist.all_gather_object(everyone, mine, group=world)
-    ranks = ", ".join(str(rank) for rank, found in enumerate(everyone) if found)
-    documents = [source.describe(step, *span) for span in _merged([span for found in everyone for span in found or ()])]
+    ranks = ", ".join(str(rank) for rank, spans in enumerate(everyone) if spans)
+    documents = [source.describe(step, *span) for span in _merged([span for spans in everyone for span in spans or ()])]
     more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""
     named = "; ".join(documents[:NUM_NAMED]) + more
     ranks = ranks or "none: every loss is finite, the gradients are not"

@@ -40,13 +40,13 @@ def memory_errors_named(
 
 def host_error(ledger: Ledger, rank: int, free_bytes: int, *, step: int, resume: str) -> OutOfMemory:
     """The error where the node of `rank` has only `free_bytes` left. That node says its name and what limits it. Collective."""
-    told: list[tuple[str, str] | None] = [None]
+    payload: list[tuple[str, str] | None] = [None]
     world = whole_world()
     if dist.get_rank(world) == rank:
-        told[0] = socket.gethostname(), free_memory().limited_by
-    dist.broadcast_object_list(told, rank, group=world, device=torch.device("cpu"))
-    assert told[0] is not None
-    node, limited_by = told[0]
+        payload[0] = socket.gethostname(), free_memory().limited_by
+    dist.broadcast_object_list(payload, rank, group=world, device=torch.device("cpu"))
+    assert payload[0] is not None
+    node, limited_by = payload[0]
     return host_report(ledger, free_bytes, limited_by, rank=rank, node=node, step=step, resume=resume)
 
 
@@ -68,8 +68,8 @@ def numbers_of(ledger: Ledger, device: torch.device, requested: int, resident_be
     planned = sum(term.num_bytes for term in ledger.device.terms if term.name in ("context", "communicators"))
     if torch.cuda.get_allocator_backend() == "pluggable":
         # memory.arena=planned: there are no statistics, and asking for them is an error of its own.
-        held = max(0, total - free - planned)
-        return Numbers(requested=requested, active=held, reserved=held, total=total)
+        in_use = max(0, total - free - planned)
+        return Numbers(requested=requested, active=in_use, reserved=in_use, total=total)
     active, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     others = max(0, total - free - reserved - planned)
     return Numbers(requested=requested, active=active, reserved=reserved, total=total, others=others)

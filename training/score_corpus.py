@@ -67,9 +67,9 @@ def fill_scores(
     begun = time.monotonic()
     for step in range(source.sampler.num_steps):  # type: ignore[union-attr]
         lengths = source.lengths(step)
-        found = _score_step(session, source, step, plan(lengths))
+        scored = _score_step(session, source, step, plan(lengths))
         gathered: list[Any] | None = [None] * world.world_size if store is not None else None
-        dist.gather_object(found, gathered, dst=0, group=world.world)
+        dist.gather_object(scored, gathered, dst=0, group=world.world)
         done, tokens_done = done + len(lengths), tokens_done + sum(lengths)
         if store is not None and gathered is not None:
             store.add([piece for pieces in gathered for piece in pieces], done)
@@ -87,20 +87,20 @@ def fill_scores(
 
 
 def _any_rank(flag: bool, session: Session) -> bool:
-    told = torch.tensor(int(flag), device=session.device)
-    dist.all_reduce(told, dist.ReduceOp.MAX, group=session.topology.world)
-    return bool(told)
+    flags = torch.tensor(int(flag), device=session.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=session.topology.world)
+    return bool(flags)
 
 
 @torch.no_grad()
 def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan) -> list[ScoredTokens]:
     """This rank's part of the sequences of a step."""
-    found: list[ScoredTokens] = []
+    scored: list[ScoredTokens] = []
     for work in read_step(source, step, plan, session.topology.stage_rank):
         attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, BusyClock(session.device))
         values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
-        found += _pieces(source, step, work, values)
-    return found
+        scored += _pieces(source, step, work, values)
+    return scored
 
 
 def _pieces(source: DataSource, step: int, work: MicroBatchWork, values: np.ndarray) -> Iterator[ScoredTokens]:
@@ -171,10 +171,10 @@ class _Store:
             array[:] = np.nan
         return array
 
-    def add(self, found: list[ScoredTokens], rows_done: int) -> None:
+    def add(self, scored: list[ScoredTokens], rows_done: int) -> None:
         """All of some sequences: sums of pairs come in parts, one per slice; tokens once. The same again changes nothing."""
         whole: dict[tuple[int, int, int], np.ndarray] = {}
-        for corpus, first, values in found:
+        for corpus, first, values in scored:
             key = corpus, first, len(values)
             whole[key] = whole[key] + values if key in whole else values
         for (corpus, first, length), values in whole.items():

@@ -113,7 +113,7 @@ def build_session(
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
     on_mirror: Callable[[MirrorReport], None] | None = None,
-    told: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Session:
     """Data first, for its errors come soonest; then layout, communicators, what is trained, checkpoints. Collective.
 
@@ -130,7 +130,7 @@ def build_session(
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
-        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, told=told)
+        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, on_progress=on_progress)
     checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",

@@ -98,8 +98,8 @@ class Images:
         """All is there; RefusedError where it is not what the manifest says, or the image was let go meanwhile."""
         manifest = Manifest.from_bytes(data)
         for file in manifest.files:
-            found = tuple(image.hashes.get((file.name, index * manifest.chunk_bytes), "") for index in range(len(file.chunks)))
-            if file.name not in image.starts or image.starts[file.name][1] != file.num_bytes or found != file.chunks:
+            hashes = tuple(image.hashes.get((file.name, index * manifest.chunk_bytes), "") for index in range(len(file.chunks)))
+            if file.name not in image.starts or image.starts[file.name][1] != file.num_bytes or hashes != file.chunks:
                 raise RefusedError(f"{file.name} of rank {image.rank} did not arrive as it was sent")
         with self._lock:
             if self._images.get((image.attempt, image.rank)) is not image:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...utils.signal_mask import stop_signals_blocked
 from ..manifest import digest
-from .plan import Held
+from .plan import StoredImage
 from .stream import Address, Stream, connect_here
 
 ANSWER_S = 10.0
@@ -33,15 +33,15 @@ def meeting_folder(directory: Path, node: str) -> Path:
     folder = meeting_path(directory, node)
     for path in (folder.parent, folder):
         path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise PermissionError(f"{path} is not a folder of this user alone")
     return folder
 
 
-def look(folder: Path, node: str, host: str) -> tuple[list[Held], int]:
+def look(folder: Path, node: str, host: str) -> tuple[list[StoredImage], int]:
     """What the keepers of this node hold, and how many bytes in all. A keeper that does not answer holds nothing."""
-    held: list[Held] = []
+    images: list[StoredImage] = []
     num_bytes = 0
     for path in sorted(folder.glob("keeper-*")):
         try:
@@ -57,9 +57,9 @@ def look(folder: Path, node: str, host: str) -> tuple[list[Held], int]:
         finally:
             stream.close()
         address = Address(node, str(path), host, int(answer["port"]), str(answer["token"]))
-        held += [Held.from_json(image, address) for image in answer["images"]]
+        images += [StoredImage.from_json(image, address) for image in answer["images"]]
         num_bytes += sum(int(image["num_bytes"]) for image in answer["images"])
-    return held, num_bytes
+    return images, num_bytes
 
 
 def tell(path: Path, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -136,8 +136,8 @@ def _start(path: Path, host: str) -> subprocess.Popen[bytes]:
         if guardian >= 0:
             os.close(guardian)
     with os.fdopen(read_end) as ready:
-        said = ready.read()
-    answer = json.loads(said) if said else {"error": "it ended at once"}
+        reply = ready.read()
+    answer = json.loads(reply) if reply else {"error": "it ended at once"}
     if "error" in answer:
         child.wait()
         raise OSError(f"no keeper at {path}: {answer['error']}")

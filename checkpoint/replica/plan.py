@@ -25,13 +25,13 @@ def keepers_of(rank: int, nodes: Sequence[str]) -> tuple[int, ...]:
     return (rank, there[here.index(rank) % len(there)])
 
 
-def held_bytes(node: str, nodes: Sequence[str], state_bytes: Sequence[int]) -> int:
+def keeper_bytes(node: str, nodes: Sequence[str], state_bytes: Sequence[int]) -> int:
     """Most that keepers of a node hold: two images of every rank they keep, one of which arrives."""
     return sum(2 * size for rank, size in enumerate(state_bytes) for keeper in keepers_of(rank, nodes) if nodes[keeper] == node)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StoredImage:
     """One image in one keeper."""
 
     attempt: str
@@ -43,7 +43,7 @@ class Held:
     address: Address
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any], address: Address) -> Held:
+    def from_json(cls, fields: dict[str, Any], address: Address) -> StoredImage:
         facts = (str(fields["attempt"]), int(fields["step"]), int(fields["rank"]), int(fields["world_size"]))
         return cls(*facts, str(fields["manifest"]), address)
 
@@ -60,14 +60,14 @@ class ReplicaSet:
     """Of each rank's image."""
 
 
-def solve_set(held: Sequence[Held]) -> tuple[ReplicaSet | None, list[str]]:
+def solve_set(stored: Sequence[StoredImage]) -> tuple[ReplicaSet | None, list[str]]:
     """The newest whole set, and why newer ones are none, newest first."""
-    by_attempt: dict[tuple[int, str], list[Held]] = defaultdict(list)
-    for image in held:
+    by_attempt: dict[tuple[int, str], list[StoredImage]] = defaultdict(list)
+    for image in stored:
         by_attempt[image.step, image.attempt].append(image)
     missing: list[str] = []
     for (step, attempt), images in sorted(by_attempt.items(), reverse=True):
-        complete: dict[int, list[Held]] = defaultdict(list)
+        complete: dict[int, list[StoredImage]] = defaultdict(list)
         for image in images:
             if image.manifest and all(other.manifest == image.manifest for other in complete[image.rank]):
                 complete[image.rank].append(image)

@@ -21,7 +21,7 @@ from ..attempt import Attempt
 from ..provenance import free_memory
 from ..rank_coordination import Peers, Votes
 from .keeper_process import KeeperProcess, look, meeting_folder, tell
-from .plan import Held, ReplicaSet, held_bytes, keepers_of, solve_set
+from .plan import ReplicaSet, StoredImage, keeper_bytes, keepers_of, solve_set
 from .source import ReplicaSource
 from .stream import Address
 
@@ -47,7 +47,7 @@ class Replicas:
         """Collective."""
         self.peers, self.node, self.timeout_s = peers, node, timeout_s
         self.off: str | None = None
-        self.found: ReplicaSet | None = None
+        self.leftover: ReplicaSet | None = None
         self.passed_over: list[str] = []
         """Newer ones that are not whole."""
         self.replicated: int | None = None
@@ -68,7 +68,7 @@ class Replicas:
 
     def _open(self, directory: Path) -> None:
         peers, self._host = self.peers, self.peers.own_address()
-        seen: list[tuple[list[Held], int]] = []
+        seen: list[tuple[list[StoredImage], int]] = []
 
         def mine() -> None:
             self._folder = meeting_folder(directory, self.node)
@@ -81,15 +81,15 @@ class Replicas:
             self._turn_off(failure)
             return
         assert self.keeper is not None
-        told = peers.gather((self.node, self.keeper.address.to_json()))
-        self.nodes = [node for node, _ in told]
-        self._addresses = [Address.from_json(fields) for _, fields in told]
-        images, self._held_bytes = seen[0]
+        keepers = peers.gather((self.node, self.keeper.address.to_json()))
+        self.nodes = [node for node, _ in keepers]
+        self._addresses = [Address.from_json(fields) for _, fields in keepers]
+        images, self._stored_bytes = seen[0]
         # One rank of each node tells what its keepers hold.
-        held = [image for found in peers.gather(images if self._is_first() else []) for image in found]
-        self.found, self.passed_over = solve_set(held)
-        if self.found is not None:
-            self._agreed = self.found.attempt
+        stored = [image for of_rank in peers.gather(images if self._is_first() else []) for image in of_rank]
+        self.leftover, self.passed_over = solve_set(stored)
+        if self.leftover is not None:
+            self._agreed = self.leftover.attempt
 
     def _open_keeper(self) -> None:
         self.keeper = KeeperProcess(self._folder, self.node, self.peers.rank, self._host, self.peers.session)
@@ -108,7 +108,7 @@ class Replicas:
 
     def source(self) -> ReplicaSource | None:
         """To restore from."""
-        return ReplicaSource(self.found, self.node, self.timeout_s) if self.found is not None else None
+        return ReplicaSource(self.leftover, self.node, self.timeout_s) if self.leftover is not None else None
 
     def settle(self, attempt: str) -> None:
         """The run goes on from that one (empty: from something else): every other image of a life before goes. Collective."""
@@ -141,7 +141,7 @@ class Replicas:
         if self.off is not None or self._thread is not None:
             return
         sizes = self.peers.gather(state_bytes)
-        needed = held_bytes(self.node, self.nodes, sizes) - self._held_bytes
+        needed = keeper_bytes(self.node, self.nodes, sizes) - self._stored_bytes
         free = free_memory()
 
         def check() -> None:
@@ -240,8 +240,8 @@ class Replicas:
     def _decide(self, attempt: Attempt, mine: str | None) -> str | None:
         assert self._votes is not None
         keys = {_vote_key(attempt, rank): rank for rank in range(1, self.peers.world_size)}
-        found = self._votes.collect(list(keys), self.timeout_s) if keys else {}
-        errors = {0: mine} | {keys[key]: error for key, error in found.items()}
+        errors_of_others = self._votes.collect(list(keys), self.timeout_s) if keys else {}
+        errors = {0: mine} | {keys[key]: error for key, error in errors_of_others.items()}
         against = [f"{error} (rank {rank})" for rank, error in sorted(errors.items()) if error is not None]
         missing = [rank for rank in range(self.peers.world_size) if rank not in errors]
         if missing:

@@ -25,9 +25,9 @@ def _nothing() -> None:
 class Copying:
     """One attempt's image on its way to every one of its keepers; `said(error)` is called once, at its end."""
 
-    def __init__(self, attempt: str, senders: list[Sender], said: Callable[[str | None], None]) -> None:
+    def __init__(self, attempt: str, senders: list[Sender], on_end: Callable[[str | None], None]) -> None:
         self.attempt, self.senders = attempt, senders
-        self._left, self._said = len(senders), said
+        self._left, self._on_end = len(senders), on_end
         self._over = False
         self._items: list[_Item] = []
         self._lock = threading.Lock()
@@ -68,7 +68,7 @@ class Copying:
             if last:
                 self._items.clear()
         if last:
-            self._said(None)
+            self._on_end(None)
 
     def give_up(self, why: str) -> None:
         """No effect on one that is over. Whoever sends it stops."""
@@ -83,7 +83,7 @@ class Copying:
                 item.release()
         for sender in self.senders:
             sender.interrupt(self)
-        self._said(why)
+        self._on_end(why)
 
 
 class _Item:
@@ -186,9 +186,9 @@ class Sender:
 class Senders:
     """Of one flusher: those of the newest attempt's keepers stay connected."""
 
-    def __init__(self, said: Callable[[str, str | None], None]) -> None:
+    def __init__(self, on_end: Callable[[str, str | None], None]) -> None:
         """`said(attempt, error)`: how it went; error None: every keeper has all of it."""
-        self._said = said
+        self._on_end = on_end
         self._senders: dict[Address, Sender] = {}
         self.current: Copying | None = None
 
@@ -207,7 +207,7 @@ class Senders:
         for address in addresses:
             if address not in self._senders:
                 self._senders[address] = Sender(address, str(wanted["node"]), float(wanted["timeout_s"]))
-        self.current = Copying(attempt, [self._senders[a] for a in addresses], lambda error: self._said(attempt, error))
+        self.current = Copying(attempt, [self._senders[a] for a in addresses], lambda error: self._on_end(attempt, error))
         begin = {"do": "begin", "attempt": attempt, "agreed": wanted["agreed"], "files": message["files"]}
         self.current.begin({**begin, "step": facts["step"], "rank": facts["rank"], "world_size": facts["world_size"]})
         return self.current

@@ -56,9 +56,9 @@ def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[s
     for name in projections:
         projection_of(layer, name)
         _check_plain(layer.get_submodule(name), name)
-    known = (*projections, *norms)
+    modules = (*projections, *norms)
     for name, _ in layer.named_parameters():
-        if not any(name.startswith(f"{owner}.") for owner in known):
+        if not any(name.startswith(f"{owner}.") for owner in modules):
             raise _refusal(name, "a parameter that no step of a layer reads", "its gradient would be lost")
 
 
@@ -77,10 +77,10 @@ def _check_present(layer: nn.Module, name: str) -> None:
         raise _refusal(name, "no such module", "the layer would be computed without it") from error
 
 
-def _refusal(name: str, found: str, otherwise: str) -> ConfigError:
+def _refusal(name: str, actual: str, otherwise: str) -> ConfigError:
     return ConfigError(
         "model",
-        found=f"{found} at {name} of a decoder layer",
+        found=f"{actual} at {name} of a decoder layer",
         expected=f"the family's own modules, projections of class torch.nn.Linear without hooks: {otherwise}",
         hint="a model without adapters, quantised or parametrised weights: merge them into plain weights first",
     )

@@ -258,5 +258,5 @@ def open_companion(path: str, dtype: np.dtype[Any], length: int, meaning: str, h
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _damaged(path: str, found: str, expected: str) -> DataError:
-    return DataError(f"corpus file {path}", found=found, expected=expected, hint=MAKE_HINT)
+def _damaged(path: str, actual: str, expected: str) -> DataError:
+    return DataError(f"corpus file {path}", found=actual, expected=expected, hint=MAKE_HINT)

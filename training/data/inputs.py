@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import DataError
 from .streams import csv_rows, inner_suffix, opened
-from .tables import Rows, known_columns, open_arrow, open_dataset, open_json, open_parquet, unusable
+from .tables import Rows, open_arrow, open_dataset, open_json, open_parquet, readable_columns, unusable
 
 _BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 512
@@ -74,7 +74,7 @@ class RawBatch:
 
 def find_inputs(arguments: list[str], wanted: Format) -> list[Input]:
     """Inputs behind the command line, directories recursed in sorted order. DataError where there is nothing to read."""
-    found: list[Input] = []
+    inputs: list[Input] = []
     for argument in arguments:
         path = Path(argument)
         if not path.exists():
@@ -84,8 +84,8 @@ def find_inputs(arguments: list[str], wanted: Format) -> list[Input]:
             raise unusable(argument, "a directory without files", "at least one file to read")
         if wanted is Format.AUTO and path.is_dir():
             _check_mixture(argument, inside)
-        found += inside
-    return found
+        inputs += inside
+    return inputs
 
 
 def _walk(path: Path, wanted: Format) -> Iterator[Input]:
@@ -196,7 +196,7 @@ def _csv_batches(entry: Input, text_field: str, start: Cursor, before: int) -> I
     size = row = 0
     for line, (header, cells), done in csv_rows(entry.path):
         if row == 0:
-            known_columns(entry.path, header, text_field)
+            readable_columns(entry.path, header, text_field)
         row += 1
         if row <= start.offset:
             continue

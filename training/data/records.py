@@ -67,8 +67,8 @@ def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
     if isinstance(text, str):
         return text
     expected = f"a string in '{text_field}', or 'messages', or 'prompt' and 'completion', a pair or 'completions'"
-    found = f"{type(text).__name__} in '{text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
-    raise bad_record(where, found, expected, "--text-field NAME")
+    actual = f"{type(text).__name__} in '{text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
+    raise bad_record(where, actual, expected, "--text-field NAME")
 
 
 def _conversation(where: str, row: dict[str, Any]) -> Chat:
@@ -204,8 +204,8 @@ def _group(where: str, row: dict[str, Any]) -> Group:
         raise bad_record(where, f"{what} in 'completions'", "a list of two or more: an advantage is over the others of the group")
     rewards = row.get("rewards", [None] * len(entries))
     if not isinstance(rewards, list) or len(rewards) != len(entries):
-        found = f"{len(rewards)} of them" if isinstance(rewards, list) else kind_of(rewards)
-        raise bad_record(where, f"{found} in 'rewards'", f"a list of {len(entries)} numbers, one for each completion")
+        actual = f"{len(rewards)} of them" if isinstance(rewards, list) else kind_of(rewards)
+        raise bad_record(where, f"{actual} in 'rewards'", f"a list of {len(entries)} numbers, one for each completion")
     group = Group([], [])
     for number, (entry, reward) in enumerate(zip(entries, rewards, strict=True), 1):
         place = f"{where} completion {number}"

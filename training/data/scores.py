@@ -103,11 +103,11 @@ class Scores:
         """
         self._source, self._weights = source, weights
         self._columns = [self._open(index, corpus, run_dir) for index, corpus in enumerate(source.corpora)]
-        wants_old, wants_reference = wanted(train)
+        needs_old, needs_reference = wanted(train)
         self.missing = [
             index
             for index, column in enumerate(self._columns)
-            if (wants_old and column.old is None) or (wants_reference and column.reference is None)
+            if (needs_old and column.old is None) or (needs_reference and column.reference is None)
         ]
         """Corpora (by index) that the objective needs and has no log-probabilities of."""
         self.has_reference = all(column.reference is not None for column in self._columns)
@@ -127,7 +127,7 @@ class Scores:
         sequence = self._source.sequence(step, index)
         reference = self._columns[sequence.corpus].reference
         assert reference is not None, "scored before the first step"
-        return self._known(np.array(reference[2 * sequence.document : 2 * sequence.document + 2]), step, index)
+        return self._checked(np.array(reference[2 * sequence.document : 2 * sequence.document + 2]), step, index)
 
     def completion(self, step: int, index: int, start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray | None]:
         """Advantage of the step's sequence `index`; log p_old and log p_ref of the tokens after positions `start ... stop - 1`."""
@@ -138,14 +138,14 @@ class Scores:
         span = corpus.span(sequence.document, min(start + 1, end), min(stop + 1, end))
 
         def padded(values: np.ndarray) -> np.ndarray:
-            found = self._known(values[span].astype(np.float64), step, index)
+            log_probs = self._checked(values[span].astype(np.float64), step, index)
             # The last position of a document has no target.
-            return np.append(found, np.zeros(stop - start - len(found)))
+            return np.append(log_probs, np.zeros(stop - start - len(log_probs)))
 
         reference = padded(columns.reference) if self.has_reference and columns.reference is not None else None
         return corpus.advantage(sequence.document), padded(columns.old), reference
 
-    def _known(self, values: np.ndarray, step: int, index: int) -> np.ndarray:
+    def _checked(self, values: np.ndarray, step: int, index: int) -> np.ndarray:
         if len(values) == 0 or not np.isnan(values).all():
             return values
         raise DataError(

@@ -107,9 +107,9 @@ def csv_rows(path: str) -> Iterator[tuple[int, tuple[list[str], list[str]], int]
         reader = csv.reader(lines, delimiter="\t" if inner_suffix(path) == ".tsv" else ",", strict=True)
         header = _next_row(path, reader)
         if not header or len(set(header)) != len(header):
-            found = "no header" if not header else f"a header that names a column twice ({', '.join(header)})"
+            actual = "no header" if not header else f"a header that names a column twice ({', '.join(header)})"
             raise DataError(
-                f"input {path}", found=found, expected="a first line that names the columns", hint="--format text reads it as text"
+                f"input {path}", found=actual, expected="a first line that names the columns", hint="--format text reads it as text"
             )
         while True:
             line = reader.line_num + 1

@@ -184,9 +184,9 @@ def _open_part(path: str, size: int) -> BinaryIO:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         stream.close()
-        found = "another process writing it"
+        actual = "another process writing it"
         raise DataError(
-            f"unfinished corpus file {path}", found=found, expected="one writer", hint="wait for it, or another --out"
+            f"unfinished corpus file {path}", found=actual, expected="one writer", hint="wait for it, or another --out"
         ) from error
     present = os.path.getsize(path)
     if present < size:

@@ -86,9 +86,9 @@ def initial_weights(config: _Config) -> str:
 
 def _agreed(name: str, topology: Topology) -> str:
     """Rank 0's: nodes may have other copies of the files, and what is missing has to be missing for all. Collective."""
-    told = [name]
-    dist.broadcast_object_list(told, 0, group=topology.world, device=torch.device("cpu"))
-    return told[0]
+    payload = [name]
+    dist.broadcast_object_list(payload, 0, group=topology.world, device=torch.device("cpu"))
+    return payload[0]
 
 
 def _lost(prefix: str) -> DataError:

@@ -84,10 +84,10 @@ class Preference:
 
     def judge(self, sums: Tensor, reference: Tensor, *, leads: bool) -> tuple[Tensor, Tensor]:
         """(loss, slopes (P, 2)) of the pairs' complete sums (P, 2), divided by the pairs of the step; counted where it leads."""
-        found = preference_losses(sums, reference, self._beta)
+        pairs = preference_losses(sums, reference, self._beta)
         if leads:
-            self.stats += found.stats.sum(0)
-        return found.losses.sum() * (leads / self.count), found.slopes / self.count
+            self.stats += pairs.stats.sum(0)
+        return pairs.losses.sum() * (leads / self.count), pairs.slopes / self.count
 
 
 class _Pairs:
@@ -141,21 +141,21 @@ class Rollout:
         self._options, self._data = options, data
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
-        known = self._rows(shard)
+        rollout = self._rows(shard)
 
         def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-            found = rollout_terms(log_probs.double(), known.pick(rows), self._options)
-            self.stats += found.stats.sum(0)[: len(self.stats)]
-            return (found.terms / self.count).to(log_probs.dtype), (found.slopes / self.count).to(log_probs.dtype)
+            token_terms = rollout_terms(log_probs.double(), rollout.pick(rows), self._options)
+            self.stats += token_terms.stats.sum(0)[: len(self.stats)]
+            return (token_terms.terms / self.count).to(log_probs.dtype), (token_terms.slopes / self.count).to(log_probs.dtype)
 
         return lambda head: chunked_loss(head, terms)
 
     def _rows(self, shard: PackedShard) -> RolloutRows:
-        found = [(len(piece), *self._data(shard.parts[piece.sequence].sequence, piece.start, piece.stop)) for piece in shard.slices]
+        pieces = [(len(piece), *self._data(shard.parts[piece.sequence].sequence, piece.start, piece.stop)) for piece in shard.slices]
         empty, device = np.zeros(0), self.stats.device
-        advantage = np.concatenate([empty, *(np.full(length, value) for length, value, _, _ in found)])
-        old = np.concatenate([empty, *(values for _, _, values, _ in found)])
-        reference = [values for _, _, _, values in found if values is not None]
-        assert not reference or len(reference) == len(found), "a reference for some sequences only"
+        advantage = np.concatenate([empty, *(np.full(length, value) for length, value, _, _ in pieces)])
+        old = np.concatenate([empty, *(values for _, _, values, _ in pieces)])
+        reference = [values for _, _, _, values in pieces if values is not None]
+        assert not reference or len(reference) == len(pieces), "a reference for some sequences only"
         columns = (torch.from_numpy(advantage).to(device), torch.from_numpy(old).to(device))
         return RolloutRows(*columns, torch.from_numpy(np.concatenate(reference)).to(device) if reference else None)

@@ -64,7 +64,7 @@ class BuildTrained(Protocol):
         store: HostStore | None = None,
         *,
         load: bool = True,
-        told: Callable[[str], None] | None = None,
+        on_progress: Callable[[str], None] | None = None,
     ) -> Trained: ...
 
 
@@ -76,7 +76,7 @@ def build_trained(
     store: HostStore | None = None,
     *,
     load: bool = True,
-    told: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Trained:
     """The model sharded by FSDP2, with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
@@ -98,9 +98,9 @@ def build_trained(
         host_weights=on_host,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
-    initialise(model, config.train.seed, weights, told)
+    initialise(model, config.train.seed, weights, on_progress)
     if load and config.model.path is not None:
-        load_weights(weights, config.model, config.train.seed, told, mesh.get_all_groups())
+        load_weights(weights, config.model, config.train.seed, on_progress, mesh.get_all_groups())
     updater = build_updater(model, weights, config.optim, device)
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
 

@@ -48,12 +48,12 @@ def _check_mode(optim: OptimConfig) -> None:
 
 def inexact(optim: OptimConfig) -> tuple[str, ...]:
     """What makes this optimizer differ from plain AdamW on the same gradients, in words; empty where nothing does."""
-    found = []
+    reasons = []
     if optim.clip_mode is ClipMode.PREVIOUS_NORM:
-        found.append("gradients are clipped by the norm of the step before (optim.clip_mode=previous_norm), not by their own")
+        reasons.append("gradients are clipped by the norm of the step before (optim.clip_mode=previous_norm), not by their own")
     if optim.state_dtype is not StateDtype.FLOAT32:
-        found.append(f"moments are rounded to {optim.state_dtype.value} after every update (optim.state_dtype)")
-    return tuple(found)
+        reasons.append(f"moments are rounded to {optim.state_dtype.value} after every update (optim.state_dtype)")
+    return tuple(reasons)
 
 
 def describe(optim: OptimConfig) -> str:

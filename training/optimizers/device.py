@@ -32,7 +32,7 @@ class StepUpdater:
         set_learning_rate(self.optimizer, rate)
         self._before_update = before_update
 
-    def last(self) -> None:
+    def before_final_backward(self) -> None:
         """Nothing: every gradient waits for `apply`."""
 
     def finish_measuring(self) -> Gradients:
@@ -53,10 +53,10 @@ class StepUpdater:
     def weights_changed(self) -> None:
         """Nothing: they are the model's own."""
 
-    def carry(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return {}
 
-    def resume(self, carried: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Nothing is carried."""
 
     def close(self) -> None:
@@ -90,11 +90,11 @@ class ClipByKnown:
         """The norm this step turned out to have."""
         self._norm = norm if self._by_previous else None
 
-    def carry(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return {"previous_norm": self._norm} if self._by_previous and self._norm is not None else {}
 
-    def resume(self, carried: dict[str, float]) -> None:
-        self._norm = carried.get("previous_norm") if self._by_previous else None
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._norm = state.get("previous_norm") if self._by_previous else None
 
 
 class BackwardUpdater:
@@ -123,22 +123,22 @@ class BackwardUpdater:
         self._before_update, self._measuring = before_update, self.measures_first
         self._clear()
 
-    def last(self) -> None:
+    def before_final_backward(self) -> None:
         self._complete = True
         if not self._measuring:
             self._before_update()
 
     def finish_measuring(self) -> Gradients:
-        found = self._outcome(partly=False)
-        self._clip.measured(found.norm)
+        gradients = self._outcome(partly=False)
+        self._clip.measured(gradients.norm)
         self._measuring = False
         self._clear()
-        return found
+        return gradients
 
     def finish(self) -> Gradients:
-        found = self._outcome(partly=True)
-        self._clip.finished(found.norm)
-        return found
+        gradients = self._outcome(partly=True)
+        self._clip.finished(gradients.norm)
+        return gradients
 
     def apply(self) -> None:
         """Nothing is left to do."""
@@ -150,11 +150,11 @@ class BackwardUpdater:
     def weights_changed(self) -> None:
         """Nothing: they are the model's own."""
 
-    def carry(self) -> dict[str, float]:
-        return self._clip.carry()
+    def state_dict(self) -> dict[str, float]:
+        return self._clip.state_dict()
 
-    def resume(self, carried: dict[str, float]) -> None:
-        self._clip.resume(carried)
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._clip.load_state_dict(state)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -103,8 +103,8 @@ def _check_rewarm(config: OptimConfig, left: int) -> None:
     try:
         check_optim(config, left)
     except ConfigError as error:
-        found = f"rewarm with {left} steps left, which do not hold it ({str(error).splitlines()[0]})"
-        raise ConfigError(_KEY, found=found, expected="room for a warm-up and a decay", hint="a larger train.steps, or keep") from error
+        actual = f"rewarm with {left} steps left, which do not hold it ({str(error).splitlines()[0]})"
+        raise ConfigError(_KEY, found=actual, expected="room for a warm-up and a decay", hint="a larger train.steps, or keep") from error
 
 
 def _without_rate(config: OptimConfig, course: Course, done: int, steps: int) -> ConfigError:

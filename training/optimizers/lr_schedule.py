@@ -64,8 +64,8 @@ def check_optim(config: OptimConfig, total_steps: int) -> None:
     if config.schedule == "wsd":
         _check_wsd(config, total_steps)
     elif config.decay_steps is not None:
-        found = f"{config.decay_steps} with schedule {config.schedule}"
-        raise _wrong("decay_steps", found, "null: only wsd has a decay of its own", "optim.schedule=wsd or optim.decay_steps=null")
+        actual = f"{config.decay_steps} with schedule {config.schedule}"
+        raise _wrong("decay_steps", actual, "null: only wsd has a decay of its own", "optim.schedule=wsd or optim.decay_steps=null")
 
 
 def _check_wsd(config: OptimConfig, total_steps: int) -> None:
@@ -81,5 +81,5 @@ def _check_numbers(config: OptimConfig) -> None:
         raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
 
 
-def _wrong(key: str, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(f"optim.{key}", found=found, expected=expected, hint=hint)
+def _wrong(key: str, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"optim.{key}", found=actual, expected=expected, hint=hint)

@@ -41,7 +41,7 @@ class Updater(Protocol):
         """A step begins. `before_update` is called once in it, when weights and states are about to change."""
         ...
 
-    def last(self) -> None:
+    def before_final_backward(self) -> None:
         """The pass begins in which gradients of the step become complete."""
         ...
 
@@ -65,11 +65,11 @@ class Updater(Protocol):
         """`weights` were written from outside (initialised, loaded, restored): the model gets them."""
         ...
 
-    def carry(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """What the next step needs of this one, for a checkpoint's `extra`."""
         ...
 
-    def resume(self, carried: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """The inverse of `carry`."""
         ...
 

@@ -49,11 +49,11 @@ def gather_results(
     mine = torch.tensor(row, dtype=torch.float64, device=share.device)
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))]
     dist.all_gather(table, mine, group=world)
-    losses, held, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
+    losses, counts, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
     sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
     return Results(
         loss=sum(losses),
-        tokens=[int(n) for n in held],
+        tokens=[int(n) for n in counts],
         peak_bytes=[int(n) for n in peaks],
         stop=any(stops),
         host_free_bytes=[int(n) for n in free],

@@ -72,8 +72,8 @@ class Stragglers:
 
     def _news(self) -> list[Straggler] | None:
         ranks = {rank for window in self._windows for rank in window}
-        now = [found for rank in sorted(ranks) if (found := self._judge(rank)) is not None]
-        named = frozenset(found.rank for found in now)
+        now = [straggler for rank in sorted(ranks) if (straggler := self._judge(rank)) is not None]
+        named = frozenset(straggler.rank for straggler in now)
         changed, self._named = named != self._named, named
         return now if changed else None
 
@@ -90,11 +90,11 @@ def modelled_s(plan: StepPlan, cost: CostModel, degrees: dict[int, int]) -> np.n
     out = np.zeros((plan.world_size, len(degrees), 2))
     for batch in plan.micro_batches:
         for group in batch.groups:
-            known, lengths = cost.of(group.degree), np.asarray([plan.lengths[i] for i in group.sequences], dtype=np.float64)
-            linear_s = float(lengths.sum()) * known.linear_s
+            rates, lengths = cost.of(group.degree), np.asarray([plan.lengths[i] for i in group.sequences], dtype=np.float64)
+            linear_s = float(lengths.sum()) * rates.linear_s
             # Without hops to hide, the model's attention is all attention.
-            attention_s = float(np.sum(known.attention_s * lengths * lengths))
-            for window, pair_s in known.windowed_s:
+            attention_s = float(np.sum(rates.attention_s * lengths * lengths))
+            for window, pair_s in rates.windowed_s:
                 attention_s += float(np.sum(pair_s * np.where(lengths <= window, lengths * lengths / 2, window * (lengths - window / 2))))
             members = slice(group.first_rank, group.first_rank + group.degree)
             out[members, degrees[group.degree]] += (attention_s, linear_s)
