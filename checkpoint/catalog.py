@@ -1,4 +1,4 @@
-"""What retention knows of a folder of checkpoints between two saves, so that a save costs the same however many are kept.
+"""Remembers a folder of checkpoints between two saves, so that a save costs the same however many are kept.
 
 A scan reads the record and the manifests of every checkpoint. One at the start is enough: from then on this process is
 the only one that adds or removes any. What others may do meanwhile is looked at where it matters: whether one that is to go
@@ -18,7 +18,7 @@ _LOOKED_AT = 2
 
 
 class Catalog:
-    """Of the folder that holds the `step-N` directories; one process, one thread."""
+    """The checkpoints of the folder that holds the `step-N` directories; one process, one thread."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -35,7 +35,7 @@ class Catalog:
         in_use: Collection[Path] = (),
         discard: Callable[[Path], None] = files.remove_tree,
     ) -> list[int]:
-        """Lets go of what retention does not keep (see files.retained), damaged ones too, but none `in_use`; the steps let go.
+        """Lets go of what retention does not keep (see files.retained), damaged ones too, but none `in_use`; returns their steps.
 
         `step`: whose checkpoint has just been committed. `discard` removes what has been renamed already.
         """

@@ -1,4 +1,4 @@
-"""The second half of a save, in a background thread: votes of all ranks, one decision, retention. Never a training collective.
+"""Runs the second half of a save in a background thread: votes, one decision, retention. Never a training collective.
 
 Phase one: this rank's flusher has its files and manifest on disk, and the rank posts its vote. Phase two: rank 0 collects
 all votes within the time limit, commits (files.commit) or gives the attempt up, and posts the outcome.
@@ -37,15 +37,15 @@ class CommitOutcome:
     attempt: Attempt
     error: str | None
     num_bytes: int
-    """Of the whole checkpoint."""
+    """Bytes of the whole checkpoint."""
     durable_s: float
-    """From save() to the commit, as this rank saw it."""
+    """Seconds from save() to the commit, as this rank saw it."""
     superseded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What is left after a commit."""
+    """Decides what is left after a commit."""
 
     keep_last: int
     keep_every: int | None = None
@@ -68,9 +68,9 @@ class Committer:
         fault: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`heard`: when this rank's flusher last said something; `hung`: ends it;
+        """Open it; `last_message_s`: when this rank's flusher last sent something; `on_hang`: ends it;
 
-        `committed` is told of every commit;
+        `committed` is called at every commit;
         `in_use`: checkpoints that retention must leave for now;
         `clock`: by which silence is timed, never behind time.monotonic.
         """
@@ -95,7 +95,7 @@ class Committer:
         self._queue.put(attempt)
 
     def wait_idle(self) -> None:
-        """Until retention is done too."""
+        """Wait until retention is done too."""
         with self._closed_one:
             self._closed_one.wait_for(lambda: not self._num_open)
         self._trash.wait_idle()
@@ -105,7 +105,7 @@ class Committer:
         self._thread.join(timeout_s)
 
     def abandon(self) -> None:
-        """As close, without waiting."""
+        """Close without waiting."""
         self._queue.put(None)
         self._trash.close()
 
@@ -139,7 +139,7 @@ class Committer:
         return error, num_bytes
 
     def _wait_flushed(self, attempt: Attempt) -> Flushed:
-        """This rank's own part; storage that is silent for too long has failed."""
+        """Wait for this rank's own part; storage that is silent for too long has failed."""
         started = self._clock()
         while not attempt.settled.wait(_LOOK_S):
             silent = self._clock() - max(self._last_message_s(), started)
@@ -150,7 +150,7 @@ class Committer:
         return attempt.flushed
 
     def _decide(self, attempt: Attempt, mine: Flushed) -> tuple[str | None, int]:
-        """Rank 0: what becomes of the attempt, told to all."""
+        """Decide on rank 0 what becomes of the attempt, for all ranks."""
         votes, error = self._votes(attempt, mine)
         num_bytes = 0
         if error is None:
@@ -166,7 +166,7 @@ class Committer:
         return error, num_bytes
 
     def _votes(self, attempt: Attempt, mine: Flushed) -> tuple[dict[int, str], str | None]:
-        """Each rank's manifest hash, or the first reason against."""
+        """The manifest hash of each rank, or the first reason against."""
         keys = {_vote(attempt, rank): rank for rank in range(1, self.peers.world_size)}
         replies = self._votes_of_all.collect(list(keys), self.timeout_s) if keys else {}
         votes = {0: mine.manifest_hash} | {keys[key]: vote["hash"] for key, vote in replies.items()}
@@ -181,7 +181,7 @@ class Committer:
         return votes, None
 
     def _discard(self, attempt: Attempt, error: str) -> str:
-        """Out of the way, so that no later start takes it for finished."""
+        """Move the attempt out of the way, so that no later start takes it for finished."""
         try:
             files.remove(attempt.folder)
         except OSError as failure:

@@ -55,15 +55,15 @@ class SaveReport:
     step: int
     path: Path
     save_s: float
-    """From save() until durable."""
+    """Seconds from save() until durable."""
     num_bytes: int
-    """On disk, of all ranks; 0 where it failed."""
+    """Bytes on disk, of all ranks; 0 where it failed."""
     error: str | None
     """None: the checkpoint is committed and on disk."""
     stall_s: float = 0.0
-    """What training waited for it, in save() and wait_for_snapshot()."""
+    """Seconds that training waited for it, in save() and wait_for_snapshot()."""
     snapshot_s: float = 0.0
-    """From save() until host memory held it."""
+    """Seconds from save() until host memory held it."""
     mode: str = ""
     """How this rank wrote: `direct`, or `buffered` where the file system refuses direct writes."""
 
@@ -92,7 +92,7 @@ class CheckpointEngine:
         node: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`state`: what is saved, and restored in place. `metadata` is JSON: describes the run (hf_config, config, layout, seed,
+        """Open it; `state`: what is saved, and restored in place. `metadata` is JSON: describes the run (hf_config, config, layout, seed,
         tokenizer). `on_save` hears of every save, `on_replica` of every replica, `on_mirror` (of rank 0) of every copy in the second place.
 
         `segment_bytes` (a multiple of 4096), `fault` (faults.Faults), `node` (instead of the host's name) and `clock` (by which
@@ -203,7 +203,7 @@ class CheckpointEngine:
             raise not_mirrored(report, str(self.config.mirror))
 
     def close(self) -> None:
-        """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet go on by themselves."""
+        """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet end by themselves."""
         if self._committer is not None:
             self._committer.close(CLOSE_S)
         if self._saver is not None:
@@ -236,7 +236,7 @@ class CheckpointEngine:
     def restore(self, on_progress: Callable[[], None] = lambda: None) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.
 
-        `heard` is called for whatever is read: a large one takes long.
+        `on_progress` is called for whatever is read: a large one takes long.
         Every byte is checked against its hash while it is read. Damaged newer ones are passed over, logged and named in the
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
@@ -254,7 +254,7 @@ class CheckpointEngine:
         return restored
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Live tensors; generators as they are now."""
+        """The live tensors; generators as they are now."""
         return self._state.tensors() | rng_tensors(self._peers.rank)
 
     def _attempt(self, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Attempt:
@@ -295,7 +295,7 @@ class CheckpointEngine:
         self._plan(tensors, fingerprint(tensors, self._state.sharding))
 
     def _plan(self, tensors: dict[str, Tensor], current: int) -> None:
-        """Layout, pool and threads for a state of this shape; collective."""
+        """Set up layout, pool and threads for a state of this shape; collective."""
         while self._pending:
             self._deliver(block=True)
         peers = self._peers
@@ -415,7 +415,7 @@ class CheckpointEngine:
             self._reach_mirror(self.config.mirror)
 
     def _reach_mirror(self, address: str) -> None:
-        """CheckpointError on every rank where one of them cannot write there; each puts its own files."""
+        """Raise CheckpointError on every rank where one of them cannot write there; each puts its own files."""
         error: CheckpointError | None = None
         try:
             reach(address, self.directory)
@@ -426,7 +426,7 @@ class CheckpointEngine:
             raise error
 
     def _settle_leftovers(self, wait_s: float | None) -> None:
-        """None: without waiting, and what is still being written is left alone."""
+        """Settle leftovers; `wait_s` None: without waiting, and what is still being written is left alone."""
         for step in files.settle_leftovers(self.directory, wait_s or 0.0, leave_busy=wait_s is None):
             log.warning("checkpoint of step %d: every rank had written it when training stopped; committed now", step)
 

@@ -1,4 +1,4 @@
-"""How far a restore has come: a sign of life for every chunk, and lines for people where it takes long."""
+"""Reports how far a restore has come: a sign of life for every chunk, and log lines where it takes long."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _LOG_EVERY_S = 30.0
 
 
 class RestoreProgress:
-    """Of one rank. `heard` is called for whatever is read, by one thread at a time; `says`: whether it logs."""
+    """Tracks a restore of one rank. `on_read` is called for whatever is read, by one thread at a time; `logs`: whether it logs."""
 
     def __init__(self, on_read: Callable[[], None] = lambda: None, *, logs: bool = False) -> None:
         self._on_read, self._logs = on_read, logs
         self._what, self._began, self._logged, self._read, self._total = "", 0.0, 0.0, 0, 0
 
     def begin(self, what: str, total: int) -> None:
-        """`total`: bytes this rank is about to read; 0: nobody knows."""
+        """Begin a part; `total`: bytes this rank is about to read; 0: nobody knows."""
         self._what, self._read, self._total = what, 0, total
         self._began = self._logged = time.monotonic()
 
     def add(self, num_bytes: int) -> None:
-        """So much more was read."""
+        """Count bytes that were read."""
         self._on_read()
         self._read += num_bytes
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""From the newest checkpoint that proves whole into a model and an optimizer. Collective."""
+"""Restores the newest checkpoint that proves whole into a model and an optimizer. Collective."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Restored:
     step: int
     path: Path
     extra: dict[str, Any]
-    """As given to save, by rank 0."""
+    """Extra state as given to save, by rank 0."""
     metadata: dict[str, Any]
-    """As given to the engine that saved."""
+    """Metadata as given to the engine that saved."""
     same_layout: bool
     """False: saved by another number of ranks; random generators were re-seeded from (seed, step, rank)."""
     skipped: tuple[str, ...]
@@ -46,9 +46,9 @@ class Restored:
     is_durable: bool = True
     """False: it came from the memory of hosts, and no disk has it."""
     attempt: str = ""
-    """Which save it is of."""
+    """Attempt of the save it is from."""
     origin: str = ""
-    """Where it was read from."""
+    """Source it was read from."""
 
 
 class Restorer:
@@ -65,10 +65,10 @@ class Restorer:
         settle: Callable[[], None] = lambda: None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """`own`: what is filled.
+        """Open it; `own`: what is filled.
 
         `tier`: a second place, asked for what is not whole here. `replicas`: memory of hosts, asked first; where it has
-        nothing after all, rank 0 calls `settle`, which waits for writers of a life before. `heard` is called for whatever is read.
+        nothing after all, rank 0 calls `settle`, which waits for writers of a life before. `on_progress` is called for whatever is read.
         """
         self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
@@ -78,7 +78,7 @@ class Restorer:
         self._failed_replicas: list[str] = []
 
     def restore(self) -> Restored | None:
-        """None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
+        """Restore; None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
         candidates = self._candidates()
         restored = self._from_memory(candidates)
         if restored is not None:
@@ -99,7 +99,7 @@ class Restorer:
         return None
 
     def _from_memory(self, candidates: list[_Candidate]) -> Restored | None:
-        """What a life of the run before left in memory, unless storage has a newer one. The log says why it is not taken."""
+        """Restore what a life of the run before left in memory, unless storage has a newer one. The log says why it is not taken."""
         if self._replicas is None or self._replicas.off is not None:
             return None
         for line in self._replicas.passed_over:
@@ -136,7 +136,7 @@ class Restorer:
         return restored
 
     def _from_there(self, step: int) -> Restored | None:
-        """Fetched into the directory first, then as any other."""
+        """Restore from the second place: fetched into the directory first, then as any other."""
         assert self._tier is not None
         failure = fetch(self._tier, step, self.directory, self.peers, self._progress)
         path = files.step_path(self.directory, step)
@@ -150,7 +150,7 @@ class Restorer:
         return None
 
     def _candidates(self) -> list[_Candidate]:
-        """Newest first; what rank 0 sees, on every rank."""
+        """The candidates, newest first: what rank 0 sees, on every rank."""
         candidates: list[list[_Candidate]] = []
         failure = self.peers.agreed(lambda: candidates.append(self._look()) if self.peers.rank == 0 else None)
         if failure is not None:
@@ -183,7 +183,7 @@ class Restorer:
         return self._state.local(value), self._state.offsets(value)
 
     def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
-        """The same on every rank: of the first that finds any. Weights may live on some ranks only (stages of a pipeline)."""
+        """Differences to the model, those of the first rank with any, on all ranks. Weights may be on some ranks only (pipelines)."""
         missing = any(key.startswith(state.MODEL) and key not in model for key in saved)
         elsewhere: set[str] = set()
         if any(self.peers.largest([float(missing)])):
@@ -223,7 +223,7 @@ class Restorer:
             log.warning("checkpoint skipped: %s", line)
 
     def _mark(self, path: Path, failure: str) -> None:
-        """Retention must not count it: older ones would be removed for its sake."""
+        """Mark a damaged one, so that retention does not count it: older ones would be removed for its sake."""
         if self.peers.rank != 0:
             return
         try:

@@ -1,4 +1,4 @@
-"""Whether the fields of a Hugging Face config make a model: every number in its range, before anything is built from them. Pure."""
+"""Checks that the fields of a Hugging Face config make a model: every number in its range. Pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ACTIVATIONS = frozenset(
 
 
 def check_fields(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> None:
-    """ConfigError for the first of `fields` (defaults filled in) that no model has; `where` names their source, as `model.path DIR: `."""
+    """Raise ConfigError for the first of `fields` (defaults filled in) that no model has; `where` is their source: `model.path DIR: `."""
     _check_sizes(fields, where)
     _check_shapes(fields, facts, where)
     _check_layer_types(fields, where)

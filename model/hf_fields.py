@@ -1,4 +1,4 @@
-"""The fields of a model's Hugging Face config: from our own config or from a config.json, overrides in place. Pure but for reading it."""
+"""Reads the fields of a Hugging Face config: our own or a config.json's, overrides in place. Pure but for reading it."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _check_plain_numbers(config: ModelConfig, file: Mapping[str, Any]) -> None:
 
 
 def _check_growth(config: ModelConfig, rows: Any) -> None:
-    """ConfigError where the vocabulary asked for is smaller than the file's: rows that are there are kept."""
+    """Raise ConfigError where the vocabulary asked for is smaller than the file's: rows that are there are kept."""
     assert config.vocab_size is not None
     if isinstance(rows, int) and config.vocab_size < rows:
         raise ConfigError(
@@ -158,7 +158,7 @@ def _check_growth(config: ModelConfig, rows: Any) -> None:
 
 
 def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
-    """ConfigError for a key of `model.extra` that has a name of its own, or that no layer of the family reads."""
+    """Raise ConfigError for a key of `model.extra` that has a name of its own, or that no layer of the family reads."""
     readable = READ_BY_ALL | facts.fields
     for name in config.extra:
         if name in _OWN_NAMES:
@@ -178,7 +178,7 @@ def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
 
 
 def head_dim(config: ModelConfig) -> int:
-    """Given, or hidden_size / num_heads."""
+    """The head dim: as given, or hidden_size / num_heads."""
     if config.head_dim is not None:
         return config.head_dim
     if config.hidden_size is None or config.num_heads is None:

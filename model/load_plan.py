@@ -1,4 +1,4 @@
-"""Which stored tensor fills which parameter of a model, and what in the files is not used: a load report, from headers alone. Pure.
+"""Plans which stored tensor fills which parameter, and what in the files is unused, from headers alone. Pure.
 
 Note: names are resolved as transformers does (a prefix `model.` may be missing, a tied head stands in for a missing embedding), and
 text models inside larger ones are found by theirs (`language_model.`). What transformers would drop with a warning although it changes
@@ -30,12 +30,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """Where each parameter is read, and what is not read at all."""
+    """The source of each parameter, and what is not read at all."""
 
     sources: Mapping[str, StoredTensor]
-    """By parameter name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
+    """Stored tensor by parameter name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
     names: Mapping[str, str]
-    """By parameter name: the name in the file."""
+    """Name in the file by parameter name."""
     unused: tuple[str, ...]
     """Names in the files that no parameter is filled from, but for constants of older versions."""
     shared_head: tuple[StoredTensor, StoredTensor] | None
@@ -73,10 +73,10 @@ def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a model asks of the files."""
+    """The parameters that a model needs from the files."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """By parameter name; without a head of its own where that is tied to the embedding."""
+    """Shape by parameter name; without a head of its own where that is tied to the embedding."""
     facts: FamilyFacts
     file_vocabulary: int
     """Rows of embedding and head by the file's config.json; the model may have more."""
@@ -139,7 +139,7 @@ def _as_parameter(name: str) -> str:
 
 
 def _check_plain(names: Mapping[str, str], unused: Mapping[str, str], stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    """ConfigError where weights are stored in anything but plain floating point."""
+    """Raise ConfigError where weights are stored in anything but plain floating point."""
     marked = [name for name in unused.values() if is_quantised(name)]
     odd = [name for name in names.values() if stored[name].dtype not in PLAIN_DTYPES]
     if marked or odd:
@@ -164,7 +164,7 @@ def _check_missing(wanted: Wanted, names: Mapping[str, str], stored: Mapping[str
 
 
 def _check_unused(wanted: Wanted, unused: Mapping[str, str], folder: Path) -> None:
-    """ConfigError for what belongs to the model's own modules and has no place in it."""
+    """Raise ConfigError for what belongs to the model's own modules and has no place in it."""
     modules = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
     inside = [name for name in unused if name.startswith(modules) and not (name == HEAD and wanted.is_tied)]
     if not inside:

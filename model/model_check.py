@@ -1,4 +1,4 @@
-"""What is known of a model's files before anything starts: `check_weights` refuses or reports. Reads headers; imports no torch.
+"""Checks a model's files before anything starts: `check_weights` refuses or reports. Reads headers; imports no torch.
 
 Ranks read by the same plan (`load_plan.plan_load`), so what passes here loads there.
 """
@@ -24,7 +24,7 @@ _NAMED = 6
 
 
 def check_weights(config: ModelConfig) -> list[str]:
-    """What a person should know of the files at `model.path`; ConfigError where they do not make the model. Nothing for random weights."""
+    """Notes on the files at `model.path`; ConfigError where they do not make the model. Nothing for random weights."""
     if config.path is None:
         return []
     spec, fields, folder = model_spec(config), model_fields(config), model_folder(config.path)

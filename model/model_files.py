@@ -1,4 +1,4 @@
-"""Where a model's files are: `model.path` as a directory of this machine or a name on the hub, and its config.json. Imports no torch.
+"""Finds a model's files: `model.path` as a local directory or a name on the hub, and its config.json. Imports no torch.
 
 Note: a name is looked up on the hub only if it can be one (NAME or NAMESPACE/NAME), once, and only if it is no directory and no
 snapshot of it is in the cache. Anything that looks like a path is a path.

@@ -1,4 +1,4 @@
-"""Rows of embedding and head for tokens that a model's files do not have: near the mean of the others, as transformers adds them.
+"""Makes rows of embedding and head for tokens that a model's files lack: near the mean of the others, as transformers does.
 
 Note: `resize_token_embeddings` (transformers 5, mean_resizing) draws them from the normal distribution with the mean and 1e-9 times
 the covariance of the old rows. So do these, without the covariance (hidden size squared) or its root: with z of V independent

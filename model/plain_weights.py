@@ -1,4 +1,4 @@
-"""Quantised weights: how they are recognised, and what to do first. They are never read as if they were plain numbers. Pure."""
+"""Recognises quantised weights, and says what to do first. They are never read as if they were plain numbers. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position settings, from a config.json of any form and from what is asked for, in the one form transformers 5 reads. Pure.
+"""Brings rotary settings, from a config.json of any form and from overrides, to the form transformers 5 reads. Pure.
 
 Note: what a file says is read as transformers reads it (`convert_rope_params_to_dict`), and refused where transformers would drop a
 part of it. What is asked for then replaces it, and everything the tables depend on is written out: the original length above all,
@@ -46,7 +46,7 @@ Block = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RopeFields:
-    """What the Hugging Face config is given."""
+    """The rotary settings given to the Hugging Face config."""
 
     parameters: dict[str, Any]
     """`rope_parameters`: one block, or one per layer type."""
@@ -185,7 +185,7 @@ def _override(
 def _settle(
     block: Block, key: str | None, where: str, facts: FamilyFacts, head_dim: int, original: int | None, *, strict: bool
 ) -> list[str]:
-    """Write the block in full, as its rotary type reads it; the parameters that it does not read, which `strict` refuses.
+    """Write the block in full for its rotary type; returns the parameters that type does not read, which `strict` refuses.
 
     `original`: the length that stands in where the block gives none; None where nothing can.
     """
@@ -239,7 +239,7 @@ def _check_partial(block: Block, kind: str, where: str, facts: FamilyFacts, head
 
 
 def _check_numbers(block: Block, where: str, head_dim: int) -> None:
-    """Every number a positive finite one, lengths whole, lists as long as there are pairs; texts that are numbers become numbers."""
+    """Check that numbers are positive and finite, lengths whole, lists as long as the pairs; texts that are numbers become numbers."""
     for name, value in list(block.items()):
         place = f"{where}.{name}"
         if name in ("rope_type", "truncate") or value is None:

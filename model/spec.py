@@ -1,4 +1,4 @@
-"""What a model is made of, as numbers: the one source for plans, parameter counts and checks. Imports no torch."""
+"""Describes a model as numbers: the one source for plans, parameter counts and checks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class ModelSpec:
     max_positions: int
     """Positions the rotary table is defined for."""
     windows: tuple[int | None, ...]
-    """Per layer: tokens attention looks back over, None for all of them."""
+    """Tokens that attention looks back over, per layer; None for all of them."""
     qk_norm: bool
     """RMS norm over the head dim of queries and keys."""
     attention_bias: bool
-    """On the query, key and value projections."""
+    """Whether the query, key and value projections have biases."""
     output_bias: bool
-    """On the attention's output projection."""
+    """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     norms_per_layer: int
     """RMS norms over the hidden size in one decoder layer."""
@@ -43,7 +43,7 @@ class ModelSpec:
     has_score_softcap: bool
     """Scores go through tanh before their softmax."""
     has_logit_softcap: bool
-    """Logits do."""
+    """Logits go through tanh."""
     rotary_tables: int
     """Rotary tables of one micro-batch: one, or one per kind of layer."""
 
@@ -62,9 +62,9 @@ class LayerParameters:
     """Weights of one decoder layer."""
 
     total: int
-    """All that are there: bytes follow from them."""
+    """Number of all weights: bytes follow from them."""
     active: int
-    """Those one token is multiplied with: FLOPs follow from them. Fewer than `total` where a token visits some experts only."""
+    """Number of weights one token is multiplied with: FLOPs follow. Fewer than `total` where a token visits some experts only."""
 
 
 def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
@@ -121,7 +121,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
 
 
 def check_model(config: ModelConfig) -> None:
-    """ConfigError unless the config names one model this package can train."""
+    """Raise ConfigError unless the config names one model this package can train."""
     _checked(config)
 
 
@@ -206,7 +206,7 @@ def _check_heads(config: ModelConfig) -> None:
 
 
 def _check_window(config: ModelConfig, model: ModelFields) -> None:
-    """ConfigError where a window is asked for and no layer has it."""
+    """Raise ConfigError where a window is asked for and no layer has it."""
     key = "model.sliding_window" if config.sliding_window is not None else "model.extra.sliding_window"
     window = config.sliding_window if config.sliding_window is not None else config.extra.get("sliding_window")
     if window is None or any(model.facts.windows(model.full)):

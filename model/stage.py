@@ -66,7 +66,7 @@ class Stage:
         policy: MemoryPolicy,
         store: HostStore | None,
     ) -> None:
-        """`layers`: numbers of the model's own. `store` must have room for the micro-batches in flight at one time."""
+        """Build it of the model's `layers`, by number. `store` must have room for the micro-batches in flight at one time."""
         self._model, self._options, self._policy, self._store = model, options, policy, store
         self.layers, self.first, self.last = layers, first, last
         self.position = Position()
@@ -89,7 +89,7 @@ class Stage:
     def forward(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
     ) -> StagePass:
-        """The same through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
+        """Run the stage through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
         if received is not None:
             received = received.detach().requires_grad_()
         return StagePass(self.weights.forward(tokens, attention, objective, received), received)

@@ -1,4 +1,4 @@
-"""What a directory of safetensors holds, from the files' headers alone: names, shapes, types, places. Reads no weights; imports no torch.
+"""Reads what a directory of safetensors holds from headers alone: names, shapes, types, places. Reads no weights; no torch.
 
 Note: a safetensors file is the length of its header (8 bytes, little endian), the header (JSON: name -> dtype, shape, data_offsets),
 and the data. A directory has one file, model.safetensors, or shards that model.safetensors.index.json lists by tensor; with both,
@@ -38,9 +38,9 @@ class StoredTensor:
     """One tensor in a file."""
 
     file: str
-    """Its name in the directory."""
+    """File name in the directory."""
     dtype: str
-    """As safetensors names it: F32, BF16, F8_E4M3, ..."""
+    """Type as safetensors names it: F32, BF16, F8_E4M3, ..."""
     shape: tuple[int, ...]
     start: int
     """First byte in the file, and the one after the last."""
@@ -136,7 +136,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_extent(tensors: Mapping[str, StoredTensor], first: int, size: int) -> None:
-    """The tensors must fill the file, one after the other."""
+    """Check that the tensors fill the file, one after the other."""
     at = first
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if stored.start != at:

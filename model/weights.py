@@ -1,4 +1,4 @@
-"""Pretrained weights from safetensors, each rank reading only its own rows."""
+"""Loads pretrained weights from safetensors, each rank reading only its own rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_weights(
 
 
 def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
-    """This rank's part of one parameter, new rows included."""
+    """Fill this rank's part of one parameter, new rows included."""
     local, part = memory_of(parameter), slices(parameter)
     # safetensors slices must not be empty: a rank beyond the last row holds none.
     if any(piece.start >= piece.stop for piece in part):
@@ -84,7 +84,7 @@ def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) 
 
 
 def _refuse_faults(mine: list[str], folder: Path, groups: Sequence[dist.ProcessGroup]) -> None:
-    """ConfigError on every rank where any of them read numbers that cannot be trained."""
+    """Raise ConfigError on every rank where any of them read numbers that cannot be trained."""
     for group in groups:
         everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
@@ -105,7 +105,7 @@ EDGE_BYTES = 4096
 
 
 def weights_fingerprint(path: str) -> str:
-    """Changes with the weights under `path` and their config.json, not with where they are or when they were written.
+    """A digest that changes with the weights under `path` and their config.json, not with where or when they were written.
 
     Of each file: name, size, header, and both ends of the data of every tensor. ConfigError as for `load_weights`.
     """

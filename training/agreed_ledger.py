@@ -1,4 +1,4 @@
-"""The ledger all ranks of a run go by, and what the run's memory turns out to be against its certificate."""
+"""Agrees on one memory ledger for all ranks of a run, and checks the measured memory against its certificate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | None = None) -> Ledger:
-    """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
+    """Build the run's ledger on rank 0, with a solved policy where one is asked for, and give it to every rank. Collective.
 
     `run_dir` keeps the measured rates it goes by, for later attempts.
     PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
@@ -60,7 +60,7 @@ class Report(Protocol):
 
 
 class PeakMemoryCheck:
-    """Holds measured peaks against the certificate: after the first step, and whenever a later one breaks it for the first time."""
+    """Checks measured peaks against the certificate: after the first step, and when a later one breaks it for the first time."""
 
     def __init__(self, ledger: Ledger, device: torch.device, report: Report) -> None:
         self.certificate: Certificate = certify(ledger)
@@ -68,13 +68,13 @@ class PeakMemoryCheck:
         self._reported = self._broken = False
 
     def peak_bytes(self) -> int:
-        """The most this rank has taken so far: of the allocator on a GPU, of the process elsewhere."""
+        """The most memory this rank has taken so far: the allocator's on a GPU, the process's elsewhere."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def look(self, step: int, measured_bytes: Sequence[int]) -> None:
-        """`measured_bytes`: of every rank, after a step."""
+        """Compare `measured_bytes` of every rank, after a step, with the certificate."""
         check = Check(
             predicted_bytes=self.certificate.comparable_bytes, measured_bytes=tuple(measured_bytes), compared=self.certificate.compared
         )

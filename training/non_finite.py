@@ -1,4 +1,4 @@
-"""Where a loss that is not a finite number came from: rows are marked as they are computed, and read only once something is wrong."""
+"""Finds where a non-finite loss came from: rows are marked as they are computed, and read only once something is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_NAMED = 8
 
 
 class RowWatch:
-    """One flag per row of each micro-batch, on the device: nothing is synchronised before `spans` asks."""
+    """Holds a flag per row of each micro-batch, on the device: nothing is synchronised before `spans` asks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

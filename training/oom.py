@@ -1,4 +1,4 @@
-"""Out-of-memory errors of a rank, turned into a report: who, where, ledger against allocator, and what to type (estimate/oom_report.py)."""
+"""Turns a rank's out-of-memory error into a report: who, where, ledger against allocator, what to type (oom_report.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOW_HOST_BYTES = 64 << 20
 def memory_errors_named(
     ledger: Ledger, position: Position, device: torch.device, *, step: Callable[[], int], resume: str
 ) -> Iterator[None]:
-    """OutOfMemory in place of what an allocator raises inside; every other error passes."""
+    """Raise OutOfMemory in place of what an allocator raises inside; every other error passes."""
     resident = psutil.Process().memory_info().rss
     try:
         yield
@@ -51,7 +51,7 @@ def host_error(ledger: Ledger, rank: int, free_bytes: int, *, step: int, resume:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a device, on the host (pinned or not), in Python itself. Torch's CPU allocator raises a plain RuntimeError."""
+    """Whether memory ran out: on a device, on the host (pinned or not), in Python. Torch's CPU allocator raises RuntimeError."""
     texts = ("can't allocate memory", "out of memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
@@ -59,7 +59,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def numbers_of(ledger: Ledger, device: torch.device, requested: int, resident_before: int) -> Numbers:
-    """What the allocator says now. On a CPU nobody counts tensors: what resident memory has grown by stands for them."""
+    """The allocator's present figures. On a CPU nobody counts tensors: what resident memory has grown by stands for them."""
     if device.type != "cuda":
         weights = sum(term.num_bytes for term in ledger.device.terms if term.name == "weights")
         active = weights + max(0, psutil.Process().memory_info().rss - resident_before)

@@ -1,4 +1,4 @@
-"""Before the first step: log-probabilities of the corpora's answers under the run's initial weights, where an objective needs them.
+"""Scores the corpora's answers under a run's initial weights before the first step, where an objective needs that.
 
 One pass over every document, forward alone, in the order of the corpora, with the same sequence groups as training. Rank 0
 collects and writes; a stop or a crash costs what came after the last commit. Files appear under their names once all is done.
@@ -53,10 +53,10 @@ def fill_scores(
     stop: Stop,
     report: Callable[..., None],
 ) -> bool:
-    """Score the corpora `missing` (by index) into RUN_DIR/scores; False where it was told to stop before the end.
+    """Score the corpora `missing` (by index) into RUN_DIR/scores; False where a stop was requested before the end.
 
     `weights`: a name of the weights the model has now; an unfinished attempt with others, or other documents, is begun anew.
-    `plan`: from the lengths of some sequences to who computes which. `report` is told how far it is. Collective over all ranks.
+    `plan`: from the lengths of some sequences to who computes which. `report` is called with how far it is. Collective over all ranks.
     """
     rows, world = np.flatnonzero(np.isin(session.source.table.corpus, missing)), session.topology
     store = _Store(session.source, run_dir, missing, weights) if world.rank == 0 else None
@@ -104,7 +104,7 @@ def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan)
 
 
 def _pieces(source: DataSource, step: int, work: MicroBatchWork, values: np.ndarray) -> Iterator[ScoredTokens]:
-    """`values` (T,): the log-probability of each row's target."""
+    """Cut `values` (T,), the log-probability of each row's target, into pieces of sequences."""
     row = 0
     for piece in work.shard.slices:
         part, mine = work.shard.parts[piece.sequence], values[row : row + len(piece)]
@@ -172,7 +172,7 @@ class _Store:
         return array
 
     def add(self, scored: list[ScoredTokens], rows_done: int) -> None:
-        """All of some sequences: sums of pairs come in parts, one per slice; tokens once. The same again changes nothing."""
+        """Add some whole sequences: sums of pairs in parts, one per slice; tokens once. Adding the same again changes nothing."""
         whole: dict[tuple[int, int, int], np.ndarray] = {}
         for corpus, first, values in scored:
             key = corpus, first, len(values)
@@ -206,7 +206,7 @@ def _part(path: Path) -> Path:
 
 
 def _identity(source: DataSource, missing: list[int], weights: str) -> str:
-    """Changes with the weights, the corpora scored and the documents trained on."""
+    """A digest that changes with the weights, the corpora scored and the documents trained on."""
     digest = hashlib.sha256(repr([weights, *((index, corpus_digest(source.corpora[index])) for index in missing)]).encode())
     for column in (source.table.corpus, source.table.document):
         digest.update(np.ascontiguousarray(column).data)

@@ -1,4 +1,4 @@
-"""One optimizer step's gradients: execute a StepPlan on this rank. Everything here is decided by the plan."""
+"""Computes one optimizer step's gradients by executing a StepPlan on this rank. Everything here is decided by the plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .objectives.heads import HeadLoss, StepObjective
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchWork:
-    """What this rank does in one micro-batch; without a group it runs with zero rows so that collectives match."""
+    """This rank's work in one micro-batch; without a group it runs with zero rows so that collectives match."""
 
     shard: PackedShard
     layout: GroupLayout | None
@@ -49,7 +49,7 @@ def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[
 
 
 def step_shape(micro_batches: Sequence[MicroBatchWork]) -> Hashable:
-    """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
+    """A key equal for steps whose tensors have the same sizes in the same order on this rank: an arena's plan is made for it.
 
     Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
     """
@@ -89,7 +89,7 @@ class StepSetup:
     """Ranks of different groups do not wait for each other within the step; a rank passes over micro-batches without its groups."""
 
     def schedule(self, micro_batches: Sequence[MicroBatchWork]) -> Schedule:
-        """What this rank does in a step of `works`."""
+        """The schedule of this rank's step of `micro_batches`."""
         if self.barrier_free:
             return barrier_free(index for index, work in enumerate(micro_batches) if work.group is not None)
         return single_stage(len(micro_batches), reduce_each=self.reduce_each)
@@ -137,7 +137,7 @@ class _StepPasses:
         self._shares = torch.zeros(len(micro_batches), dtype=torch.float64, device=setup.device)
 
     def run(self, schedule: Schedule) -> Tensor:
-        """This rank's share of the loss per micro-batch."""
+        """Run the actions and return this rank's share of the loss per micro-batch."""
         for index, action in enumerate(schedule):
             behind = schedule[index + 1 :]
             if action.kind is Kind.GATHER:
@@ -183,7 +183,7 @@ def _nothing() -> None:
 
 
 def abandon_step(model: PreTrainedModel) -> None:
-    """After an exception inside `backward_step`: weights are sharded again, host memory is free, gradients are gone.
+    """Clean up after an exception inside `backward_step`: weights are sharded again, host memory free, gradients gone.
 
     Every rank that raised calls it; none waits for another. An updater's own part of the step is for `Updater.discard`.
     """
@@ -194,7 +194,7 @@ def abandon_step(model: PreTrainedModel) -> None:
 
 
 def _head_loss(objective: StepObjective, work: MicroBatchWork, topology: Topology, clock: BusyClock) -> HeadLoss:
-    """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
+    """The loss of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
     group = work.group
     communicator = None if group is None else topology.group(group.first_rank, group.degree)
 

@@ -1,4 +1,4 @@
-"""Who keeps whose image, and which images make up a checkpoint. Pure."""
+"""Decides who keeps whose image, and which images make up a checkpoint. Pure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StoredImage:
     rank: int
     world_size: int
     manifest: str
-    """Its hash; empty: the image is not complete."""
+    """Hash of its manifest; empty: the image is not complete."""
     address: Address
 
     @classmethod
@@ -55,9 +55,9 @@ class ReplicaSet:
     attempt: str
     step: int
     manifests: tuple[str, ...]
-    """Hash of each rank's."""
+    """Hash of each rank's manifest."""
     keepers: tuple[tuple[Address, ...], ...]
-    """Of each rank's image."""
+    """Addresses of each rank's keepers."""
 
 
 def solve_set(stored: Sequence[StoredImage]) -> tuple[ReplicaSet | None, list[str]]:

@@ -1,4 +1,4 @@
-"""What a family's adapter provides: a decoder layer cut into two token-local halves around the attention core.
+"""The protocol of a family's adapter: a decoder layer cut into two token-local halves around the attention core.
 
 Legend: T local tokens, M model width, H query heads, K key/value heads, D head dim.
 """

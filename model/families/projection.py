@@ -29,7 +29,7 @@ class Projection:
     bias: Tensor | None
 
     def __call__(self, x: Tensor, *, graph: bool = False, rows: Rows = None) -> Tensor:
-        """(T, I) -> (T, M), of the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
+        """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
         weight, bias = self.weight, self.bias
         if rows is not None:
             rows = rows.to(weight.device) if isinstance(rows, Tensor) else rows
@@ -50,7 +50,7 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
 
 
 def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...]) -> None:
-    """ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
+    """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
     for name in (*projections, *norms):
         _check_present(layer, name)
     for name in projections:
@@ -63,7 +63,7 @@ def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[s
 
 
 def _check_plain(module: nn.Module, name: str) -> None:
-    """Nothing is hung on a Linear before training. An engine's hooks come later, and it gathers whole layers."""
+    """Refuse a Linear with hooks before training. An engine's hooks come later, and it gathers whole layers."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise _refusal(name, "a Linear with hooks", "they would not run")
     if "forward" in vars(module):

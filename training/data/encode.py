@@ -1,4 +1,4 @@
-"""From raw records to token ids and loss masks. One Encoder per process.
+"""Encodes raw records as token ids and loss masks. One Encoder per process.
 
 Note: what is learnt
     Text: every token. Prompt and completion: the completion (token_ids.py says where it begins).
@@ -101,7 +101,7 @@ class Encoder:
         return json.dumps([self._backend.to_str(), self.tokenizer.chat_template, self._eos])
 
     def encode(self, batch: RawBatch) -> Encoded:
-        """Tokenise a batch. DataError for the first record that cannot be used, unless told to skip."""
+        """Tokenise a batch. DataError for the first record that cannot be used, unless such records are skipped."""
         out = Encoded()
         slots: list[list[Document] | str] = []
         for where, raw in batch.records:

@@ -108,7 +108,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _check_mixture(argument: str, inside: list[Input]) -> None:
-    """DataError for a directory where some files are records and others are texts: a README is no document of a table's."""
+    """Raise DataError for a directory where some files are records and others are texts: a README is no document of a table's."""
     records = next((entry.path for entry in inside if entry.format is not Format.TEXT), None)
     text = next((entry.path for entry in inside if entry.format is Format.TEXT), None)
     if records is not None and text is not None:
@@ -146,7 +146,7 @@ def _input(path: Path, kind: Format, files: list[Path]) -> Input:
 
 
 def read_batches(inputs: list[Input], text_field: str, start: Cursor) -> Iterator[RawBatch]:
-    """Everything from `start` on, in order. Where batches are cut does not change what is read."""
+    """Yields every batch from `start` on, in order. Where batches are cut does not change what is read."""
     starts = [0, *accumulate(entry.size_bytes for entry in inputs)]
     here = start
     while here.input < len(inputs):

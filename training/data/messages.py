@@ -1,4 +1,4 @@
-"""Conversations as datasets hold them, to the messages that chat templates read. No tokenizer is needed here.
+"""Reads conversations as datasets hold them into the messages that chat templates read. No tokenizer is needed here.
 
 Note: what is accepted
     role/content messages, ShareGPT's from/value, one message alone, a JSON string of any of these, and columns of lists.
@@ -65,7 +65,7 @@ def shown(value: Any) -> str:
 
 
 def check_characters(where: str, value: Any) -> None:
-    """DataError for halves of surrogate pairs, which JSON can write and no tokenizer can read."""
+    """Raise DataError for halves of surrogate pairs, which JSON can write and no tokenizer can read."""
     if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise bad_record(where, "half of a \\u surrogate pair, which is no character", "whole characters")
 

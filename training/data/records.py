@@ -177,7 +177,7 @@ def _preference(where: str, row: dict[str, Any]) -> Preference:
 
 
 def _common_prompt(where: str, row: dict[str, Any], chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
-    """Of answers that are whole conversations: what both begin with, and what is left of each."""
+    """The beginning that two whole conversations share, and what is left of each."""
     prompt = _prompt(where, row)
     if isinstance(prompt, Chat) and prompt.messages and chosen.messages[: len(prompt.messages)] != prompt.messages:
         # The answers go on with turns of others: they are no whole conversations.

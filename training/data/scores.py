@@ -48,7 +48,7 @@ def run_scores(run_dir: Path, index: int, corpus: IndexedCorpus) -> Path:
 
 
 def corpus_digest(corpus: IndexedCorpus) -> str:
-    """Changes with what the corpus holds (identity.corpus_content)."""
+    """A digest that changes with what the corpus holds (identity.corpus_content)."""
     content = json.dumps(corpus_content(corpus), sort_keys=True)
     return _CONTENT + hashlib.sha256(content.encode()).hexdigest()
 
@@ -63,7 +63,7 @@ def _is_of(corpus: IndexedCorpus, digest: str | None) -> bool:
 
 
 def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
-    """Say of which corpus and which weights the files in RUN_DIR/scores are: {file name: {"corpus", "weights"}}."""
+    """Record of which corpus and which weights the files in RUN_DIR/scores are: {file name: {"corpus", "weights"}}."""
     path = run_dir / "scores" / ORIGINS
     write_atomic(path, json.dumps({**_read_origins(run_dir), **origins}, indent=1))
 
@@ -94,10 +94,10 @@ class _Columns:
 
 
 class Scores:
-    """Those of every corpus of a source: from beside the corpora, else the run's own. Memory-mapped."""
+    """Log-probabilities of every corpus of a source: from beside the corpora, else the run's own. Memory-mapped."""
 
     def __init__(self, source: DataSource, run_dir: Path, train: TrainConfig, weights: str | None) -> None:
-        """`weights`: what the run's own must be of, and are not where it was begun anew; None: taken as they are.
+        """Open them; `weights`: what the run's own must be of, and are not where it was begun anew; None: taken as they are.
 
         DataError for a file of another length. What is in neither place is in `missing`.
         """
@@ -163,7 +163,7 @@ def wanted(train: TrainConfig) -> tuple[bool, bool]:
 
 
 def _own(path: Path, corpus: IndexedCorpus) -> np.ndarray | None:
-    """As _open, for a file the run made: one of another length is set aside and made again."""
+    """Open a file that the run made as _open does; one of another length is set aside and recomputed."""
     try:
         return _open(str(path), corpus)
     except DataError as error:

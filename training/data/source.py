@@ -184,7 +184,7 @@ def _located(config: DataConfig) -> tuple[list[str], str | None]:
 
 
 def check_kinds(corpora: list[IndexedCorpus], objective: Objective) -> None:
-    """DataError for a corpus whose documents are not what the objective is about."""
+    """Raise DataError for a corpus whose documents are not what the objective is about."""
     for corpus in corpora:
         if corpus.kind is not KINDS[objective]:
             fitting = next(name for name, kind in KINDS.items() if kind is corpus.kind)
@@ -210,7 +210,7 @@ def _check_lengths(corpora: list[IndexedCorpus], max_seq_len: int) -> None:
 
 
 def check_vocabularies(corpora: list[IndexedCorpus], tokenizer: str | None, model_vocab_size: int) -> None:
-    """DataError unless the tokenizer fits the model and is the one the corpora were prepared with (where they say)."""
+    """Raise DataError unless the tokenizer fits the model and is the one the corpora were prepared with (where they say)."""
     vocabulary = None if tokenizer is None else read_vocabulary(tokenizer)
     if vocabulary is not None and vocabulary.size > model_vocab_size:
         raise _vocab_mismatch(f"tokenizer {tokenizer}", vocabulary.size, model_vocab_size)

@@ -97,7 +97,7 @@ def _skip(stream: BinaryIO, count: int) -> None:
 
 
 def csv_rows(path: str) -> Iterator[tuple[int, tuple[list[str], list[str]], int]]:
-    """Of each row of a CSV or TSV file: its line, the names of the columns with its cells, and the bytes of the file read by then.
+    """Yields for each CSV or TSV row its line, the columns' names with its cells, and the bytes of the file read by then.
 
     Bytes that are no UTF-8 are kept as lone surrogates for `csv_row` to refuse. DataError for a file without a header.
     """

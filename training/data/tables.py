@@ -108,7 +108,7 @@ def open_json(path: str) -> tuple[int, Rows]:
 
 
 def readable_columns(path: str, names: list[str], text_field: str) -> list[str]:
-    """The columns that are read. DataError where none of them makes a record."""
+    """Names of the columns that are read. DataError where none of them makes a record."""
     if not any(name == text_field or name in MAIN_FIELDS for name in names):
         raise DataError(
             f"input {path}",

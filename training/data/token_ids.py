@@ -1,4 +1,4 @@
-"""Texts to token ids: each special token once, answers that continue their prompt, special tokens in plain text or not.
+"""Turns texts into token ids: each special token once, answers that continue their prompt, special tokens in text or not.
 
 Note: how
     The tokenizer's post-processor is taken off and what it adds is learnt from a probe, so that it is added only where a text

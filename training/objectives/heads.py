@@ -1,4 +1,4 @@
-"""Objectives as what a micro-batch does with its last layer's output. One object per step; ranks meet in `group_sum` alone.
+"""Applies an objective to a micro-batch's last layer output. One object per step; ranks meet in `group_sum` alone.
 
 Note: pairs. The two answers of a pair lie in one group of one micro-batch (their unit of planning), as two documents, so a sum
 over the group's ranks completes the margin of each. With one pair in the group, its rows are gone through once: gradients are
@@ -127,7 +127,7 @@ class _Pairs:
 
 class RolloutData(Protocol):
     def __call__(self, sequence: int, start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray | None]:
-        """Of a sequence of the step: its advantage, and for the targets of positions `start ... stop - 1` log p_old and log p_ref
+        """The advantage of a sequence of the step, and log p_old and log p_ref for the targets of positions `start ... stop - 1`
         (None: no reference), float64."""
 
 
@@ -135,7 +135,7 @@ class Rollout:
     """GRPO: the mean over the completion tokens of the step."""
 
     def __init__(self, num_targets: int, device: torch.device, *, options: RolloutOptions, data: RolloutData, kl: bool) -> None:
-        """`kl`: the data has a reference."""
+        """Prepare the step; `kl`: the data has a reference."""
         self.names: tuple[str, ...] = TOKEN_STATS if kl else TOKEN_STATS[:-1]
         self.count, self.stats = num_targets, torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self._options, self._data = options, data

@@ -1,4 +1,4 @@
-"""A model and what updates it, by configuration."""
+"""Builds a model and its updater from a configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .updater import Updater
 
 
 class Settings(Protocol):
-    """What is read of the whole configuration."""
+    """The part of the configuration that is read here."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -53,7 +53,7 @@ class Trained:
 
 
 class BuildTrained(Protocol):
-    """An engine's way from a configuration to what is trained: `build_trained` is FSDP2's. Collective over the mesh."""
+    """Builds a configuration's model as one engine does: `build_trained` is FSDP2's. Collective over the mesh."""
 
     def __call__(
         self,
@@ -81,7 +81,7 @@ def build_trained(
     """The model sharded by FSDP2, with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
-    `told` hears of what goes on, tensor by tensor: it may take long.
+    `on_progress` is called tensor by tensor: it may take long.
     """
     if policy.compile == "inductor":
         check_compiler(device)

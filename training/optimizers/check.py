@@ -1,4 +1,4 @@
-"""Which combinations of residency, update, clipping and precision mean something, in words and in bytes. Pure, no torch."""
+"""Decides which combinations of residency, update, clipping and precision make sense, in words and bytes. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .config import ClipMode, OptimConfig, StateDtype, States, Update
 
 
 def check_residency(optim: OptimConfig, dtype: Dtype) -> None:
-    """ConfigError for combinations of optim.update, grad_clip, clip_mode and state_dtype that cannot be meant."""
+    """Raise ConfigError for combinations of optim.update, grad_clip, clip_mode and state_dtype that cannot be meant."""
     backward = optim.update is Update.BACKWARD
     if backward and optim.grad_clip is not None and optim.clip_mode is ClipMode.GLOBAL:
         raise ConfigError(

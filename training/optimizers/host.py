@@ -1,4 +1,4 @@
-"""Float32 weights, moments and the update in host memory; the device holds weights in compute precision and nothing else.
+"""Keeps float32 weights and moments in host memory and updates them there; the device has weights in compute precision.
 
 Reduced gradients go to the host on a stream of their own while backward goes on. A worker thread adds them up, measures them
 and, with update=backward, updates a module's weights (torch's fused CPU AdamW) and starts their way back while the device works
@@ -42,7 +42,7 @@ class _Job:
     buffer: Tensor
     copied: Copied | None
     is_last: bool
-    """No more is added to them in this step."""
+    """Whether this is the last gradient of the step for its bucket."""
 
 
 class HostUpdater:
@@ -139,7 +139,7 @@ class HostUpdater:
 
     @property
     def staging_bytes(self) -> int:
-        """Page-locked host memory for what is on its way."""
+        """Bytes of page-locked host memory for copies under way."""
         return self._down.num_bytes + self._up.num_bytes
 
     def _clear(self) -> None:
@@ -249,7 +249,7 @@ class HostUpdater:
     # In the training thread.
 
     def _drain(self) -> None:
-        """Returns when the worker has done all it was given; its failure is raised here."""
+        """Wait until the worker has done all it was given; its failure is raised here."""
         self._jobs.join()
         if self._failure is not None:
             raise self._failure

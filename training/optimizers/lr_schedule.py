@@ -12,11 +12,11 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 MAX_DEFAULT_WARMUP = 20
-"""Updates of the warm-up where none is given: for runs that are long enough, and a quarter of shorter ones."""
+"""Number of updates in the warm-up of a schedule over `total_steps`."""
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Updates of the warm-up of a schedule over `total_steps`."""
+    """Number of updates in the warm-up of a schedule over `total_steps`."""
     return min(MAX_DEFAULT_WARMUP, total_steps // 4) if config.warmup_steps is None else config.warmup_steps
 
 
@@ -54,7 +54,7 @@ def ends_at_zero(config: OptimConfig, total_steps: int) -> bool:
 
 
 def check_optim(config: OptimConfig, total_steps: int) -> None:
-    """ConfigError unless the optimizer's numbers can be used for `total_steps` updates."""
+    """Raise ConfigError unless the optimizer's numbers can be used for `total_steps` updates."""
     _check_numbers(config)
     if config.schedule not in SCHEDULES:
         raise _wrong("schedule", f"`{config.schedule}`", f"one of {', '.join(SCHEDULES)}", "optim.schedule=cosine")

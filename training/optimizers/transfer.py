@@ -1,4 +1,4 @@
-"""Copies between a device and host buffers that nothing waits for, except who needs them. On CPU the same code with plain buffers."""
+"""Copies between a device and host buffers without blocking; only users of a copy wait. Plain buffers on CPU."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class Link:
         return Copied(event, pairs)
 
     def join(self) -> None:
-        """The current stream, and what waits for it, goes on after all copies to the device."""
+        """Make the current stream, and what waits for it, wait for all copies to the device."""
         if self._up is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._up)
 
     def host_buffer(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """Page-locked on CUDA, exactly as large as asked: torch's own pinned allocations are rounded up to powers of two."""
+        """A host buffer, page-locked on CUDA, exactly as large as asked: torch rounds pinned allocations up to powers of two."""
         buffer = torch.empty(num_elements, dtype=dtype)
         if self.device.type == "cuda" and num_elements:
             status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel() * buffer.element_size(), 0)
@@ -81,7 +81,7 @@ class Link:
 
 
 class Staging:
-    """Host buffers by size, made when first needed and handed out again. Callable from any thread."""
+    """Keeps host buffers by size, made when first needed and handed out again. Callable from any thread."""
 
     def __init__(self, link: Link, dtype: torch.dtype) -> None:
         self._link, self._dtype = link, dtype

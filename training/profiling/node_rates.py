@@ -22,7 +22,7 @@ FILE_BYTES = 128 << 20
 
 
 def measure_rates(device: torch.device, ranks_per_node: int, directory: str | None, seconds: float) -> MachineRates:
-    """All of it in about `seconds`, every rank at the same time. `directory`: memory.offload_dir. Collective over all ranks.
+    """Measure a node's rates in about `seconds`, every rank at once; `directory`: memory.offload_dir. Collective over all ranks.
 
     ConfigError where the directory cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Ranks that are steadily slower than their plans predict, by the measure of the others. Pure.
+"""Finds ranks that are steadily slower than their plans predict, relative to the others. Pure.
 
 Plans give ranks unequal work on purpose, so times are not compared with each other but each with its prediction: a rank's own
 compute (no waits: BusyClock.own_seconds) against the modelled compute of the groups it was in. The model may be off in known ways:
@@ -38,11 +38,11 @@ _LEAST_MULTIPLIER = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """One rank, over the windows that speak against it."""
+    """A slow rank, over the windows that speak against it."""
 
     rank: int
     ratio: float
-    """Its time over its prediction, by the median rank's; the median of its slow windows."""
+    """The rank's time over its prediction, divided by the median rank's; the median of its slow windows."""
 
 
 class Stragglers:
@@ -58,7 +58,7 @@ class Stragglers:
         self._named: frozenset[int] = frozenset()
 
     def add(self, plan: StepPlan, own_s: Sequence[float]) -> list[Straggler] | None:
-        """A step ran by `plan`; `own_s[rank]`. All stragglers where some came or went, else None."""
+        """Add a step that ran by `plan`; `own_s[rank]`. Returns all stragglers where some came or went, else None."""
         self._seen += 1
         if self._seen <= _WARM_UP or plan.world_size < 2:
             return None
@@ -86,7 +86,7 @@ class Stragglers:
 
 
 def modelled_s(plan: StepPlan, cost: CostModel, degrees: dict[int, int]) -> np.ndarray:
-    """(ranks, degrees, 2): modelled own seconds of attention and of the rest in groups of each degree; nothing that is sent."""
+    """Modelled own seconds (ranks, degrees, 2) of attention and of the rest, by group degree; without communication."""
     out = np.zeros((plan.world_size, len(degrees), 2))
     for batch in plan.micro_batches:
         for group in batch.groups:
@@ -102,7 +102,7 @@ def modelled_s(plan: StepPlan, cost: CostModel, degrees: dict[int, int]) -> np.n
 
 
 def slowness(modelled: np.ndarray, measured: np.ndarray) -> dict[int, float]:
-    """Of each rank with enough work: its seconds over its fitted prediction, by the median rank's.
+    """Slowness of each rank with enough work: its seconds over its fitted prediction, divided by the median rank's.
 
     `modelled` (steps, ranks, degrees, 2), `measured` (steps, ranks). The lower median: of two ranks the faster one is the measure.
     """
