@@ -32,7 +32,7 @@ _LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CommitOutcome:
-    """How one attempt ended; the same on every rank, unless rank 0 is gone."""
+    """Outcome of one attempt; the same on every rank, unless rank 0 is gone."""
 
     attempt: Attempt
     error: str | None

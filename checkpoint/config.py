@@ -36,7 +36,7 @@ class Interval(Enum):
 
     FIXED = "fixed"
     AUTO = "auto"
-    """From the measured stall, flush time and step time, and mean_time_to_failure_s; every_steps is the first guess."""
+    """Interval from the measured stall, flush time and step time, and mean_time_to_failure_s; every_steps is the first guess."""
 
 
 class Replica(Enum):
@@ -49,7 +49,7 @@ class Replica(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When full training state is written, how, where, and how much of it is kept."""
+    """Settings of checkpoints: when full training state is written, how, where, and how much of it is kept."""
 
     name: str
     every_steps: int | None = 100

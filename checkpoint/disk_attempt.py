@@ -25,7 +25,7 @@ class DiskAttempt:
         self.names: list[tuple[str, int]] = [(str(name), int(size)) for name, size in message["files"]]
         self.files: list[DiskFile] = []
         self.hashes: list[dict[int, str]] = [{} for _ in self.names]
-        """Of each file, by offset."""
+        """Hashes of each file's chunks, by offset."""
         self.parts: list[Future[None]] = []
         self.error: str | None = None
         """The first thing that went wrong."""

@@ -112,7 +112,7 @@ class CheckpointEngine:
         self._pending: list[Attempt] = []
         self._latest: Attempt | None = None
         self._not_mirrored: MirrorReport | None = None
-        """As `_failure`, of the second place; on rank 0."""
+        """Failure of the second place, as `_failure`; on rank 0."""
         self._stops_for_mirror = False
         """Whether rank 0 has one: known to all alike."""
         self._failure: CommitOutcome | None = None

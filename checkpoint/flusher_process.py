@@ -31,7 +31,7 @@ class FlusherProcess:
         self._ring = ring
         self._attempts: dict[str, Attempt] = {}
         self._copying: dict[str, Attempt] = {}
-        """Those whose replica is on its way."""
+        """Attempts whose replica is on its way."""
         self._lock = threading.Lock()
         self._condemned = False
         self._sock, far = make_pair()

@@ -42,7 +42,7 @@ class Mirror:
         self.error: str | None = None
         """Why the newest attempt failed; None: it did not."""
         self.reports: queue.SimpleQueue[MirrorReport] = queue.SimpleQueue()
-        """Of rank 0: every attempt, and every wait that was too short."""
+        """Reports, on rank 0, of every attempt and every wait that was too short."""
         self._votes = peers.votes()
         self._waiting: list[Path] = []
         self._current: Path | None = None

@@ -34,7 +34,7 @@ THREADS = 3
 
 
 Part = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
-"""From a tensor to this rank's memory of it and where that starts in the whole."""
+"""Maps a tensor to this rank's memory of it and where that starts in the whole."""
 
 
 def whole(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:

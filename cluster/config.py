@@ -74,7 +74,7 @@ class ClusterConfig:
 
 
 class Machines(Protocol):
-    """What a layout has to know of the cluster."""
+    """Facts of the cluster that a layout has to know."""
 
     @property
     def num_nodes(self) -> int: ...

@@ -10,7 +10,7 @@ class Copies:
     """Bytes per second of one rank, while every other rank of its node copied too."""
 
     out: float
-    """From the device to host memory, or written to a disk."""
+    """Bytes per second from the device to host memory, or written to a disk."""
     back: float
     both_out: float
     """Bytes per second out while copies go both ways at one time."""

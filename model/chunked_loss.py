@@ -44,7 +44,7 @@ class Head:
     overwrite: bool = False
     """x's gradient is written over x: nothing may read x afterwards."""
     not_finite: Tensor | None = None
-    """(T,) bool: set where a row's term is not a finite number; nothing waits for it."""
+    """Flags (T,) bool, set where a row's term is not a finite number; nothing waits for them."""
 
     def chunks(self) -> tuple[Tensor, ...]:
         """Row numbers of those with a target, `options.chunk_tokens` at a time."""

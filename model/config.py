@@ -1,4 +1,4 @@
-"""What model is trained: family, sizes, where its weights come from."""
+"""Settings of the model: family, sizes, where its weights come from."""
 
 from __future__ import annotations
 

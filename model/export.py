@@ -39,13 +39,13 @@ class ExportReport:
     step: int
     num_parameters: int
     num_bytes: int
-    """Number of bytes, or of files, of weights."""
+    """Bytes of weights."""
     num_files: int
-    """Number of bytes, or of files, of weights."""
+    """Number of files of weights."""
     tokenizer: str | None
     """Where the copied tokenizer came from; None: the run has none that is on this machine."""
     chat_template: str | None = None
-    """Whose it is: `tokenizer` or `corpus`; None: there is none."""
+    """Owner of the template: `tokenizer` or `corpus`; None: there is none."""
     end_of_turn: str | None = None
     """The token that ends the assistant's turn, among what generation stops at."""
     notes: tuple[str, ...] = ()

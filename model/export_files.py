@@ -44,9 +44,9 @@ class FilesReport:
     """A report of what was written beside the weights."""
 
     tokenizer: str | None = None
-    """Where it came from; None: it is not on this machine."""
+    """Directory or name it was copied from; None: it is not on this machine."""
     chat_template: str | None = None
-    """Whose it is: `tokenizer` or `corpus`; None: there is none."""
+    """Owner of the template: `tokenizer` or `corpus`; None: there is none."""
     end_of_turn: str | None = None
     """The token that ends the assistant's turn, which generation stops at."""
     notes: tuple[str, ...] = ()

@@ -73,7 +73,7 @@ class ModelFields:
     given: dict[str, Any]
     """What the Hugging Face config is built from: `model_type` and the fields of that family's class."""
     full: dict[str, Any]
-    """The same with the defaults of the family's class in place of what is left out."""
+    """The fields of `given`, with the family's defaults in place of what is left out."""
     rope: RopeFields
     file: dict[str, Any] = field(default_factory=dict)
     """The fields of the config.json as it is; nothing for a model from scratch."""

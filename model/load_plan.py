@@ -22,7 +22,7 @@ from .weight_files import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIXES = (("", ""), ("", "model."), ("language_model.", ""), ("model.language_model.", "model."), ("language_model.", "model."))
-"""(of the stored name, in its place): first that gives a parameter's name."""
+"""Prefixes (of the stored name, in its place): the first that gives a parameter's name counts."""
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
 """Constants that older versions of transformers saved; it ignores them as well."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -22,7 +22,7 @@ CHUNK_NUMBERS = 16 << 20
 
 
 def new_rows(saved: Any, num_rows: int, count: int, name: str) -> Tensor:
-    """(count, width) float32 rows for a table whose `num_rows` old ones `saved` gives by slices. They depend on `name` and those alone."""
+    """Make float32 rows (count, width) for a table whose `num_rows` old ones `saved` gives by slices, from those and `name` alone."""
     width = int(saved.get_shape()[1])
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}:new rows".encode()).digest()[:7], "big"))
     total, mixed = torch.zeros(width, dtype=torch.float64), torch.zeros(count, width, dtype=torch.float64)

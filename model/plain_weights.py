@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Of safetensors: numbers that mean what they say."""
+"""Types of safetensors whose numbers mean what they say."""
 _QUANTISED = re.compile(
     r"\.(weight_scale(_inv)?|weight_scale_2|weight_shape|weight_packed|weight_zero_point|weight_g_idx|weight_global_scale|"
     r"input_scale(_inv)?|input_global_scale|output_scale|activation_scale|[kqv]_scale|qweight|qzeros|g_idx|scales|zeros|scb|"

@@ -49,9 +49,9 @@ class RopeFields:
     """The rotary settings given to the Hugging Face config."""
 
     parameters: dict[str, Any]
-    """`rope_parameters`: one block, or one per layer type."""
+    """Value of `rope_parameters`: one block, or one per layer type."""
     positions: int
-    """`max_position_embeddings`; of "dynamic" tables the original length, which they take from there."""
+    """Value of `max_position_embeddings`; of "dynamic" tables the original length, which they take from there."""
     reach: int
     """Positions the tables are meant for."""
     unread: tuple[str, ...] = ()

@@ -32,11 +32,11 @@ class Tokens:
     position_ids: Tensor
     document_lengths: Tensor
     not_finite: Tensor | None = None
-    """(T,) bool, set by the loss where a row's loss is not a finite number."""
+    """Flags (T,) bool, set by the loss where a row's loss is not a finite number."""
 
 
 Objective = Callable[[Head], Tensor]
-"""From the last layer's output to a loss, or to whatever else is wanted of it."""
+"""Maps the last layer's output to a loss, or to whatever else is wanted of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Stage:
         self.position = Position()
         """Where this rank is, for reports."""
         self.weights: Weights = PlainWeights(model)
-        """Who holds the model's weights; an engine puts itself here."""
+        """The holder of the model's weights; an engine puts itself here."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None

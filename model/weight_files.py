@@ -20,7 +20,7 @@ from ..utils.names import is_file_name
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library has it."""
+"""Limit of a header's length, as the safetensors library has it."""
 MAX_INDEX_BYTES = 1 << 30
 COMPARED_BYTES = 16 << 20
 """Read at one time of each of two tensors that are compared."""

@@ -74,7 +74,7 @@ def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: 
 
 
 def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
-    """What is wrong with the numbers of this rank's part, or of a whole norm."""
+    """Faults of the numbers of this rank's part, or of a whole norm."""
     local: Tensor = memory_of(parameter)
     if not bool(torch.isfinite(local).all()):
         return [f"NaN or infinite numbers in {name}"]
@@ -101,7 +101,7 @@ def _refuse_faults(mine: list[str], folder: Path, groups: Sequence[dist.ProcessG
 
 
 EDGE_BYTES = 4096
-"""Of the data of each tensor, read at both its ends for a fingerprint."""
+"""Bytes of each tensor's data, read at both its ends for a fingerprint."""
 
 
 def weights_fingerprint(path: str) -> str:

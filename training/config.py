@@ -1,4 +1,4 @@
-"""What is trained: model, data, optimizer, logging and the run's own settings. One frozen dataclass per config group."""
+"""Settings of what is trained: model, data, optimizer, logging, run. One frozen dataclass per config group."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ class RowWatch:
         self._flags: dict[int, Tensor] = {}
 
     def flags(self, micro_batch: int, num_rows: int) -> Tensor:
-        """(num_rows,) bool, all False, for the loss to set."""
+        """Flags (num_rows,) bool, all False, for the loss to set."""
         self._flags[micro_batch] = torch.zeros(num_rows, dtype=torch.bool, device=self._device)
         return self._flags[micro_batch]
 
     def spans(self, micro_batch: int, shard: PackedShard) -> list[tuple[int, int, int]]:
-        """(part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
+        """Spans (part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
         if micro_batch not in self._flags:
             return []
         flags, out, row = self._flags[micro_batch].cpu(), [], 0
@@ -122,7 +122,7 @@ def weights_at_fault(model: nn.Module) -> list[str]:
 
 
 def _tokens_of(work: _Work, spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int | None]]:
-    """(sequence of the step, first, last + 1); all of the group's sequences where no single row is to blame (a sum overflowed)."""
+    """Spans (sequence of the step, first, last + 1); all sequences of the group where no row is to blame (a sum overflowed)."""
     if work.group is None:
         return []
     if not spans:

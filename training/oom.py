@@ -18,7 +18,7 @@ from ..memory.position import Position
 from ..parallel.topology import whole_world
 
 LOW_HOST_BYTES = 64 << 20
-"""Of each rank of a node: with less than this left between two steps, the run saves and ends before the kernel ends it."""
+"""Least free host memory, for each rank of a node: with less between two steps, the run saves and ends before the kernel ends it."""
 
 
 @contextmanager

@@ -35,7 +35,7 @@ COMMIT_EVERY_S = 5.0
 STATE = "progress.json"
 log = logging.getLogger(__name__)
 ScoredTokens = tuple[int, int, np.ndarray]
-"""(corpus, first number in its file, values to put or add there)."""
+"""Scores as (corpus, first number in its file, values to put or add there)."""
 
 
 class Stop(Protocol):

@@ -68,7 +68,7 @@ class Session:
     """The model, its weights and updater, as the engine built them."""
     checkpointer: CheckpointEngine
     step_setup: StepSetup
-    """What all steps have in common."""
+    """Settings that all steps have in common."""
     store: HostStore | None
     """Memory for the activations that the policy moves off the device; None: none."""
 

@@ -77,7 +77,7 @@ def count_targets(micro_batches: Sequence[MicroBatchWork], topology: Topology, d
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSetup:
-    """What all steps of a rank have in common."""
+    """Settings that all steps of a rank have in common."""
 
     model: PreTrainedModel
     topology: Topology

@@ -98,7 +98,7 @@ class _Connection:
     def __init__(self, keeper: ReplicaKeeper, stream: Stream, trusted: bool) -> None:
         self.keeper, self.images, self.stream, self.trusted = keeper, keeper.images, stream, trusted
         self.image: Image | None = None
-        """That arrives on this connection."""
+        """Image that arrives on this connection."""
 
     def run(self) -> None:
         try:

@@ -110,7 +110,7 @@ class Sender:
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._stream: Stream | None = None
         self._current: tuple[Copying, float] | None = None
-        """What it sends, and since when."""
+        """Image it sends, and since when."""
         self._interrupted = False
         """The connection is of no use any more, whether or not somebody has noticed."""
         self._lock = threading.Lock()

@@ -71,7 +71,7 @@ class ChatRenderer:
         self._tokenizer, self._token_ids, self._turns, self._name = tokenizer, token_ids, turns, name
         self._date = read_date(date)
         self.warnings: list[tuple[str, str]] = []
-        """(what, where) of what is doubtful; whoever reads it empties it."""
+        """Doubts as (what, where); who reads them empties the list."""
 
     @property
     def uses_date(self) -> bool:

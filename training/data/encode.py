@@ -51,7 +51,7 @@ class Encoded:
 
     documents: list[Document] = field(default_factory=list)
     first: str = ""
-    """Where the first document is from."""
+    """Place that the first document is from."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
     turn_ends: set[str] = field(default_factory=set)

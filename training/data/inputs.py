@@ -166,7 +166,7 @@ def read_batches(inputs: list[Input], text_field: str, start: Cursor) -> Iterato
 
 
 def _text_batch(inputs: list[Input], first: int, starts: list[int]) -> RawBatch:
-    """As many text files in a row as make a batch; at least one."""
+    """The next text files in a row that make a batch; at least one."""
     last = first
     while last < len(inputs) and last - first < _BATCH_RECORDS and starts[last] - starts[first] < _BATCH_BYTES:
         if inputs[last].format is not Format.TEXT:

@@ -33,7 +33,7 @@ WIKIPEDIA_QUANTILES = (
     (0.10, 87), (0.50, 347), (0.75, 862), (0.90, 2_112), (0.95, 3_721),
     (0.99, 10_921), (0.999, 37_367), (0.9999, 102_060), (1 - 1e-6, 1_820_000),
 )  # fmt: skip
-"""(share of documents, their most tokens); the last is the longest of a million."""
+"""Pairs (share of documents, their most tokens); the last is the longest of a million."""
 SURROGATES = {"commoncrawl": (1300.0, 1.6), "github": (1000.0, 1.8)}
 """Median tokens and sigma of the logarithm."""
 DISTRIBUTIONS = ("wikipedia", *SURROGATES)

@@ -36,7 +36,7 @@ MEANING = {
 
 
 def score_shape(corpus: IndexedCorpus) -> tuple[np.dtype[Any], int]:
-    """(type, count) of the log-probabilities of a corpus."""
+    """Type and count of the log-probabilities of a corpus."""
     if corpus.kind is Kind.PAIRS:
         return np.dtype("<f8"), 2 * corpus.num_documents
     return np.dtype("<f4"), corpus.num_tokens
@@ -123,7 +123,7 @@ class Scores:
         return _Columns(own if old is None else old, own if reference is None else reference)
 
     def pair(self, step: int, index: int) -> np.ndarray:
-        """(2,) float64: log-probabilities of the answers of the step's sequence `index` under the reference."""
+        """Log-probabilities (2,) float64 of the answers of the step's sequence `index` under the reference."""
         sequence = self._source.sequence(step, index)
         reference = self._columns[sequence.corpus].reference
         assert reference is not None, "scored before the first step"

@@ -17,7 +17,7 @@ from .answers import Document
 from .indexed import DTYPE_NAMES, HEADER, MAGIC, Kind, stored_dtype
 
 FINAL_SUFFIXES = (".bin", ".mask.bin", ".scalars.bin", ".json", ".idx")
-"""In the order they appear: a reader starts from the .idx, so that one comes last."""
+"""Suffixes in the order they appear: a reader starts from the .idx, so that one comes last."""
 _LENGTHS = ".lengths.part"
 _CHUNK = 1 << 20
 

@@ -59,7 +59,7 @@ class RunObjective:
         return True
 
     def step(self, step: int, *, num_targets: int, num_sequences: int) -> StepObjective:
-        """What step `step` (from 0) trains for."""
+        """The objective of step `step` (from 0)."""
         train, scores, device = self._train, self._scores, self._session.device
         if train.objective is Objective.DPO:
             return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: scores.pair(step, index))

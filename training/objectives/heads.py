@@ -29,11 +29,11 @@ GroupSum = Callable[[Tensor], Tensor]
 
 
 class StepObjective(Protocol):
-    """What one step trains for."""
+    """The objective of one step."""
 
     names: tuple[str, ...]
     stats: Tensor
-    """(len(names),) float64: this rank's sums over the step so far; divided by `count` over all ranks they are means."""
+    """Sums (len(names),) float64 of this rank over the step so far; divided by `count` over all ranks they are means."""
     count: int
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
@@ -57,7 +57,7 @@ class LanguageModelling:
 
 class PairReference(Protocol):
     def __call__(self, sequence: int) -> np.ndarray:
-        """(2,) float64: log-probabilities of the chosen and of the rejected answer under the reference, of a sequence of the step."""
+        """Log-probabilities (2,) float64 of the chosen and the rejected answer of a sequence of the step, under the reference."""
 
 
 class Preference:
@@ -83,7 +83,7 @@ class Preference:
         return pairs.once if len(units) == 1 else pairs.twice
 
     def judge(self, sums: Tensor, reference: Tensor, *, leads: bool) -> tuple[Tensor, Tensor]:
-        """(loss, slopes (P, 2)) of the pairs' complete sums (P, 2), divided by the pairs of the step; counted where it leads."""
+        """Loss and slopes (P, 2) from the pairs' complete sums (P, 2), divided by the step's pairs; counted where it leads."""
         pairs = preference_losses(sums, reference, self._beta)
         if leads:
             self.stats += pairs.stats.sum(0)

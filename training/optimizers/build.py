@@ -44,7 +44,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """What an engine makes of a configuration: a model, who holds its weights, who updates them, what checkpoints hold."""
+    """A configuration's model, the holder of its weights, its updater, and the state that checkpoints hold."""
 
     model: PreTrainedModel
     weights: Weights

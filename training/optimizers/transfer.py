@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...units import format_bytes
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""(target, source) of copies."""
+"""Pairs (target, source) of copies."""
 
 
 class Copied:
@@ -88,7 +88,7 @@ class Staging:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._lock = threading.Lock()
         self.num_bytes = 0
-        """Of all buffers made so far."""
+        """Bytes of all buffers made so far."""
 
     def take(self, num_elements: int) -> Tensor:
         with self._lock:

@@ -18,7 +18,7 @@ from ...parallel.topology import whole_world
 NUMBERS = 8 << 20
 """Weights of a timed update: with gradient and moments more than a processor's caches hold."""
 FILE_BYTES = 128 << 20
-"""Of each rank's file, for a second of these probes; 1 GiB at most."""
+"""Bytes of each rank's file, for a second of these probes; 1 GiB at most."""
 
 
 def measure_rates(device: torch.device, ranks_per_node: int, directory: str | None, seconds: float) -> MachineRates:

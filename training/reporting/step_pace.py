@@ -1,4 +1,4 @@
-"""Expects a step's duration, for whoever judges whether it still moves. No torch."""
+"""Predicts a step's duration, for those that judge whether it still moves. No torch."""
 
 from __future__ import annotations
 

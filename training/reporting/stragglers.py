@@ -121,7 +121,7 @@ def slowness(modelled: np.ndarray, measured: np.ndarray) -> dict[int, float]:
 
 
 def _multipliers(shares: np.ndarray) -> np.ndarray:
-    """(features,): least squares of shares @ m = 1, held to 1 by a prior worth PRIOR rows."""
+    """Multipliers (features,): least squares of shares @ m = 1, held to 1 by a prior worth PRIOR rows."""
     count = shares.shape[1]
     normal = shares.T @ shares + PRIOR * np.eye(count)
     return np.maximum(_LEAST_MULTIPLIER, np.linalg.solve(normal, shares.sum(0) + PRIOR))
