@@ -1,4 +1,17 @@
-"""The training loop of one rank: plan, gradients, update, report, save; until done or told to stop."""
+"""Runs the training loop of one rank: plan, gradients, update, report, save; until done or stopped.
+
+Note: the order of a step, the same on every rank (`_Run._step`, then `loop`). Steps with a star meet all ranks.
+  1. planner.plan *           the step's plan, priced and with its bound; the heartbeat expects its predicted time
+  2. read_step                only the tokens this rank holds; the allocator of the step opens for their shapes
+  3. count_targets *          the divisor of the loss, checked against the lengths
+  4. updater.start            the learning rate; weights change only after the checkpoint's snapshot (wait_for_snapshot)
+  5. [measuring pass] *       where optim.clip_mode needs the norm first: a backward, `finish_measuring`, the finiteness check
+  6. backward_step *          gradients; with update=backward each module is updated here, as its gradients are reduced
+  7. gather_results *         loss, tokens, peaks, busy times and the stop flag of every rank
+  8. updater.finish *         the norm and clipping; a number that is not finite ends the run on every rank, before
+  9. updater.apply            what was not updated in backward is; then the step's allocations are gone
+ 10. _finish_step             counts, certificate, stragglers, drift, metrics; `loop` then saves (*) where one is due, and ends
+"""
 
 from __future__ import annotations
 
