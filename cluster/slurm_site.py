@@ -1,4 +1,7 @@
-"""Lists what a SLURM site asks of every job: plain data, kept with the cluster it describes."""
+"""Lists what a SLURM site asks of every job (cluster.slurm): plain data, kept with the cluster it describes.
+
+The code that talks to SLURM is launcher/slurm/; batch scripts for people to copy are slurm/.
+"""
 
 from __future__ import annotations
 

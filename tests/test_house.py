@@ -133,6 +133,10 @@ def test_folders_import_one_way() -> None:
     assert packages == {folder for floor in ORDER for folder in floor} - {"units", "errors"}, "every folder has its place in the order"
 
 
+def test_the_root_holds_folders_and_four_files() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "units.py"}
+
+
 def test_only_the_launcher_knows_hydra_and_ray() -> None:
     for path in sources("training", "estimate", "model", "parallel", "memory", "checkpoint", "cluster", "utils"):
         heads = {module.partition(".")[0] for module in imported_modules(ast.parse(path.read_text()), path)}

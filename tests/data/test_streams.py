@@ -41,7 +41,7 @@ def test_reading_resumes_in_the_middle_of_every_container(tmp_path: Path, monkey
 DAMAGED = [
     (
         "x.jsonl.gz",
-        gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+        gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
         r"x\.jsonl\.gz: found a damaged compressed file \(.+\); expected a whole one",
     ),
     ("x.jsonl.bz2", b"BZh9 not at all", r"x\.jsonl\.bz2: found a damaged compressed file"),

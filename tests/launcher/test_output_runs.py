@@ -17,7 +17,8 @@ from efflaunch.launcher.commands import status as status_command
 from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps
 from efflaunch.launcher.rundir.state import read_state
-from efflaunch.tests.launcher.runs import BASE, HERE, TIMEOUT_S, environment, wait_until
+from efflaunch.tests.launcher.runs import BASE, HERE, environment
+from efflaunch.tests.limits import ENDS_S, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 COMMAND = [sys.executable, str(HERE / "drive.py"), "train", *BASE[:-1], "run.id=run"]
@@ -43,7 +44,7 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
         wait_until(lambda: newest_step(run_dir) >= 4 or run.poll() is not None)
         assert run.poll() is None
         os.close(mine)
-        assert run.wait(TIMEOUT_S) == 75
+        assert run.wait(ENDS_S) == 75
     finally:
         run.kill()
         run.wait()
@@ -63,7 +64,7 @@ def test_output_that_nobody_reads_and_errors_that_fill_a_disk(tmp_path: Path) ->
     os.close(writer)
     assert os.read(reader, 1)
     os.close(reader)
-    assert run.wait(TIMEOUT_S) == 0
+    assert run.wait(ENDS_S) == 0
     run_dir = tmp_path / "runs" / "run"
     state = read_state(run_dir)
     assert state is not None and (state.state, state.exit_code, newest_step(run_dir)) == ("done", 0, 12)
