@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 import efflaunch
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.rundir.run_dir import attempt_dir, make_run_dir, write_run
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.utils.helper_thread import HelperThread
 
 ROOT = Path(efflaunch.__file__).resolve().parent
@@ -22,6 +23,8 @@ PLAIN_THREADS = {
     "bench": "measures",
     "tests": "tests",
     "training/reporting/wandb_sink.py": "runs as a script of its own; its thread says the end whatever happens",
+    "launcher/output.py": "a display that fails ends no run",
+    "checkpoint/tier.py": "a probe with a time limit: an answer that does not come is a mirror that does not answer",
     "checkpoint/replica/keeper.py": "a conversation that fails is hung up on; what is kept stays",
 }
 
@@ -33,13 +36,13 @@ def dying(config: object, run_dir: Path, stop: object, pulse: object) -> int:
         _ = 1 // int(os.environ["DIVISOR"])
 
     HelperThread(work, "committer").start()
-    time.sleep(120)
+    threading.Event().wait()
     return 0
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), *sys.path])}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENDS_S, env=environment)
 
 
 HEAD = """

@@ -14,7 +14,6 @@ from efflaunch.tests.test_real_runs import BASE, make_corpus, run
 from efflaunch.tests.training.test_export_files import CORPUS, make_tokenizer
 from efflaunch.training.optimizers.lr_schedule import learning_rate
 
-pytestmark = pytest.mark.timeout(600)
 ONE = (*BASE, "cluster.ranks_per_node=1", "parallel.tokens_per_rank=256", "data.global_batch_tokens=256", "checkpoint.every_steps=2")
 
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import NonFiniteLossError
+from ..parallel.sharding.parts import memory_of
 from ..parallel.topology import whole_world
 from .data.shard import PackedShard
 
@@ -109,15 +109,14 @@ def non_finite(
     )
 
 
-def weights_at_fault(model: nn.Module) -> list[str]:
-    """Names of parameters with numbers that are not finite, on any rank. Collective over all ranks."""
+def weights_at_fault(model: nn.Module, group: dist.ProcessGroup) -> list[str]:
+    """Names of parameters with numbers that are not finite, on any rank. Collective over `group`."""
     mine = []
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if not bool(torch.isfinite(local).all()):
+        if not bool(torch.isfinite(memory_of(parameter)).all()):
             mine.append(name)
-    everyone: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
     return list(dict.fromkeys(name for names in everyone for name in names or ()))
 
 

@@ -302,7 +302,7 @@ class _Run:
                     layer=found.first_bad,
                     partly_applied=found.partly_applied,
                     # Where modules before were updated with bad numbers, weights say nothing of where those came from.
-                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model),
+                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model, self.session.topology.world),
                 )
 
     def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:

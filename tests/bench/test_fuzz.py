@@ -12,8 +12,6 @@ from efflaunch.bench.fuzz_inputs import BASE, DRY, Input
 from efflaunch.launcher import cli
 from efflaunch.launcher.config.compose import compose
 
-pytestmark = pytest.mark.timeout(600)
-
 
 def test_a_short_run_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fuzzer.fuzz(60, 7)

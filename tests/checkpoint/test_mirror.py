@@ -18,6 +18,7 @@ from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError, check_che
 from efflaunch.checkpoint.mirror import MirrorReport
 from efflaunch.checkpoint.tier import Tier, reach
 from efflaunch.errors import CheckpointError, ConfigError
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.ranks import RankPool
 
 
@@ -148,7 +149,7 @@ def _save_where_it_fails(folder: Path, there: Path, policy: OnSaveError) -> tupl
             if step != 2 or policy is OnSaveError.CONTINUE:
                 engine.wait(mirrored=True)
             elif first:
-                engine._mirror.wait(60.0)
+                engine._mirror.wait(ENDS_S)
         except CheckpointError as failure:
             error = str(failure)
             break

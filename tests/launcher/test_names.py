@@ -25,6 +25,7 @@ from efflaunch.launcher.ray.request import check_ray
 from efflaunch.launcher.ray.upload import measure
 from efflaunch.launcher.rundir.run_dir import make_run_dir, make_run_id, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
+from efflaunch.tests.limits import ENDS_S
 from efflaunch.utils.names import MAX_IDENTIFIER, as_identifier, check_identifier, check_path, check_text, inside, is_file_name
 
 EVIL = "a\ntouch owned"
@@ -138,7 +139,11 @@ def test_a_root_that_a_shell_would_read_is_quoted(tmp_path: Path, capsys: pytest
     # Everything is there but what it starts.
     stub = "python() { :; }; srun() { :; }; scontrol() { :; }; set +u; "
     subprocess.run(
-        ["bash", "-c", f"{stub} export PATH=/nowhere SLURM_JOB_ID=1\n{text}"], cwd=tmp_path, capture_output=True, timeout=60, check=False
+        ["bash", "-c", f"{stub} export PATH=/nowhere SLURM_JOB_ID=1\n{text}"],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=ENDS_S,
+        check=False,
     )
     assert not (tmp_path / "owned").exists()
 

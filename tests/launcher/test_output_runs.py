@@ -11,8 +11,6 @@ import sys
 import termios
 from pathlib import Path
 
-import pytest
-
 from efflaunch.launcher.commands import status as status_command
 from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import checkpoint_steps
@@ -20,7 +18,6 @@ from efflaunch.launcher.rundir.state import read_state
 from efflaunch.tests.launcher.runs import BASE, HERE, environment
 from efflaunch.tests.limits import ENDS_S, wait_until
 
-pytestmark = pytest.mark.timeout(600)
 COMMAND = [sys.executable, str(HERE / "drive.py"), "train", *BASE[:-1], "run.id=run"]
 
 

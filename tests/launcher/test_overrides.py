@@ -20,7 +20,7 @@ def stored() -> Config:
 
 ALIKE = [
     ("launcher.ray.resources={a:1,c:1.0}",),
-    ("model.extra={a:b,c:1.0,d:[1,x],e:{f:null}}",),
+    ("model.extra={rms_norm_eps:1e-6,tie_word_embeddings:false,eos_token_id:[1,2],pad_token_id:null}",),
     ("model.extra.rms_norm_eps=1e-6",),
     ("optim.lr=1e-3", "optim.betas=[0.8,0.9]"),
     ("train.steps=1_000",),

@@ -32,7 +32,7 @@ THETA = {"rope_theta": 1e4}
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(timeout_s=240) as pool:
+    with RankPool() as pool:
         yield pool
 
 
