@@ -1,4 +1,4 @@
-"""Where every tensor of a rank lies in its file, planned once: torch.distributed.checkpoint's own format, made of memory copies.
+"""Plans where every tensor of a rank lies in its file, once: torch.distributed.checkpoint's format, made of memory copies.
 
 Note: format. A `.distcp` file is a row of `torch.save` archives, one per tensor piece. The bytes around the numbers depend on
 shape and dtype only, so they are made once, for an empty tensor, by torch itself (`skip_data` leaves a hole for the numbers);
@@ -43,13 +43,13 @@ class Piece:
 
     key: str
     offsets: tuple[int, ...]
-    """Of the piece in the whole tensor."""
+    """Offsets of the piece in the whole tensor."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int
     data: int
     num_bytes: int
-    """Of the numbers."""
+    """Bytes of the numbers."""
     end: int
     head: bytes
     tail: bytes
@@ -75,16 +75,16 @@ class FileLayout:
     num_bytes: int
     pieces: tuple[Piece, ...]
     chunks: tuple[tuple[Copy, ...], ...]
-    """Of `chunk_bytes` each, the last one shorter."""
+    """Chunks of `chunk_bytes` each, the last one shorter."""
     chunk_bytes: int
     total_bytes: int
-    """Of all ranks."""
+    """Bytes of all ranks' files."""
     extra_files: tuple[tuple[str, bytes], ...]
     """`.metadata` and `index.json`, on rank 0."""
 
 
 def fingerprint(tensors: dict[str, Tensor], sharding: Callable[[Tensor], Hashable]) -> int:
-    """Names, shapes, dtypes and sharding: the plan is made anew when it changes. Sources are looked up at every save anyway."""
+    """A hash of names, shapes, dtypes and sharding: the plan is made anew when it changes. Sources are looked up at every save."""
     return hash(tuple((key, tuple(value.shape), value.dtype, sharding(value)) for key, value in tensors.items()))
 
 
@@ -192,7 +192,7 @@ def _metadata(metadata: Metadata, placed: list[list[Piece]]) -> bytes:
 
 
 def _index(metadata: Metadata, placed: list[list[Piece]]) -> bytes:
-    """The JSON twin: what read_index and the reader go by."""
+    """The JSON twin of `.metadata`: what read_index and the reader go by."""
     tensors: dict[str, Any] = {}
     for rank, pieces in enumerate(placed):
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""One save under way, as its threads see it."""
+"""Tracks one save under way, as its threads see it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .archive import FileLayout
 
 @dataclass(frozen=True, slots=True)
 class Flushed:
-    """What this rank's flusher says of an attempt."""
+    """The flusher's report on this rank's part of an attempt."""
 
     error: str | None
     manifest_hash: str = ""
@@ -25,13 +25,13 @@ class Flushed:
 
 
 class Attempt:
-    """From save() to the report. Events only ever go from unset to set."""
+    """One save from save() to its report. Events only ever go from unset to set."""
 
     def __init__(self, name: str, step: int, folder: Path, layout: FileLayout, sources: list[Tensor], facts: dict[str, Any]) -> None:
         self.name, self.step, self.folder, self.layout = name, step, folder, layout
         self.sources: list[Tensor] = sources
         self.facts = facts
-        """Of the manifest."""
+        """Fields of the manifest."""
         self.texts: list[tuple[str, bytes]] = []
         """Files beside the tensors: `.metadata`, `index.json`, `state.json`."""
         self.started = time.monotonic()
@@ -42,23 +42,23 @@ class Attempt:
         """Every copy is done, or ordered on the copy stream."""
         self.copied = threading.Event()
         self.settled = threading.Event()
-        """`flushed` is there."""
+        """Set once `flushed` is there."""
         self.flushed: Flushed | None = None
         self.cancelled = False
         self.replica: dict[str, Any] | None = None
-        """What the flusher is told of its keepers; None: no replica is made."""
+        """Addresses of the keepers, for the flusher; None: no replica is made."""
         self.replica_settled = threading.Event()
-        """`replica_error` is there."""
+        """Set once `replica_error` is there."""
         self.replica_error: str | None = None
         self.replica_s = 0.0
-        """From save() until this rank's image was at every keeper."""
+        """Seconds from save() until this rank's image was at every keeper."""
         self.stall_s = 0.0
         self.snapshot_s = 0.0
         self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
-        """That this rank writes, without its manifest."""
+        """Bytes that this rank writes, without its manifest."""
         return self.layout.num_bytes + sum(len(text) for _, text in self.texts)
 
     @property
@@ -66,7 +66,7 @@ class Attempt:
         return [(self.layout.name, self.layout.num_bytes), *((name, len(text)) for name, text in self.texts)]
 
     def settle(self, flushed: Flushed) -> None:
-        """The first word counts; everybody who waits for this rank's part goes on."""
+        """Record how this rank's part ended; the first call counts, and releases everybody who waits for it."""
         with self._lock:
             if self.flushed is None:
                 self.flushed = flushed
@@ -78,7 +78,7 @@ class Attempt:
         self.settled.set()
 
     def settle_replica(self, error: str | None) -> None:
-        """None: this rank's image is at every keeper. The first word counts."""
+        """Record how the image ended; None: it is at every keeper. The first call counts."""
         with self._lock:
             if self.replica_settled.is_set():
                 return

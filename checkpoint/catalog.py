@@ -1,4 +1,4 @@
-"""What retention knows of a folder of checkpoints between two saves, so that a save costs the same however many are kept.
+"""Remembers a folder of checkpoints between two saves, so that a save costs the same however many are kept.
 
 A scan reads the record and the manifests of every checkpoint. One at the start is enough: from then on this process is
 the only one that adds or removes any. What others may do meanwhile is looked at where it matters: whether one that is to go
@@ -18,13 +18,13 @@ _LOOKED_AT = 2
 
 
 class Catalog:
-    """Of the folder that holds the `step-N` directories; one process, one thread."""
+    """The checkpoints of the folder that holds the `step-N` directories; one process, one thread."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.num_inspected = 0
         """Checkpoints whose files were read, in all."""
-        self._known: dict[int, CheckpointInfo] | None = None
+        self._infos: dict[int, CheckpointInfo] | None = None
 
     def prune(
         self,
@@ -35,7 +35,7 @@ class Catalog:
         in_use: Collection[Path] = (),
         discard: Callable[[Path], None] = files.remove_tree,
     ) -> list[int]:
-        """Lets go of what retention does not keep (see files.retained), damaged ones too, but none `in_use`; the steps let go.
+        """Lets go of what retention does not keep (see files.retained), damaged ones too, but none `in_use`; returns their steps.
 
         `step`: whose checkpoint has just been committed. `discard` removes what has been renamed already.
         """
@@ -53,31 +53,31 @@ class Catalog:
 
     def _look(self, step: int) -> list[CheckpointInfo]:
         """Every checkpoint, oldest first, after the one of `step` has come."""
-        if self._known is None:
+        if self._infos is None:
             infos = files.scan(self.directory)
             self.num_inspected += len(infos)
-            self._known = {info.step: info for info in infos}
+            self._infos = {info.step: info for info in infos}
             return infos
-        newest = sorted({*self._known, step})[-_LOOKED_AT:]
+        newest = sorted({*self._infos, step})[-_LOOKED_AT:]
         for number in {*newest, step}:
-            self._inspect(self._known, number)
-        if not all(self._known[number].is_whole for number in newest if number in self._known):
+            self._inspect(self._infos, number)
+        if not all(self._infos[number].is_whole for number in newest if number in self._infos):
             # Somebody or something is at work here: nothing is taken for granted.
-            self._known = None
+            self._infos = None
             return self._look(step)
-        self._known |= {number: _unpinned(info) for number, info in self._known.items() if info.is_pinned}
-        return [self._known[number] for number in sorted(self._known)]
+        self._infos |= {number: _unpinned(info) for number, info in self._infos.items() if info.is_pinned}
+        return [self._infos[number] for number in sorted(self._infos)]
 
-    def _inspect(self, known: dict[int, CheckpointInfo], step: int) -> None:
+    def _inspect(self, infos: dict[int, CheckpointInfo], step: int) -> None:
         path = files.step_path(self.directory, step)
-        known.pop(step, None)
+        infos.pop(step, None)
         if path.is_dir():
             self.num_inspected += 1
-            known[step] = files.inspect(path, step)
+            infos[step] = files.inspect(path, step)
 
     def _forget(self, step: int) -> None:
-        if self._known is not None:
-            self._known.pop(step, None)
+        if self._infos is not None:
+            self._infos.pop(step, None)
 
 
 def _unpinned(info: CheckpointInfo) -> CheckpointInfo:

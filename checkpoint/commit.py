@@ -1,4 +1,4 @@
-"""The second half of a save, in a background thread: votes of all ranks, one decision, retention. Never a training collective.
+"""Runs the second half of a save in a background thread: votes, one decision, retention. Never a training collective.
 
 Phase one: this rank's flusher has its files and manifest on disk, and the rank posts its vote. Phase two: rank 0 collects
 all votes within the time limit, commits (files.commit) or gives the attempt up, and posts the outcome.
@@ -32,20 +32,20 @@ _LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CommitOutcome:
-    """How one attempt ended; the same on every rank, unless rank 0 is gone."""
+    """Outcome of one attempt; the same on every rank, unless rank 0 is gone."""
 
     attempt: Attempt
     error: str | None
     num_bytes: int
-    """Of the whole checkpoint."""
+    """Bytes of the whole checkpoint."""
     durable_s: float
-    """From save() to the commit, as this rank saw it."""
+    """Seconds from save() to the commit, as this rank saw it."""
     superseded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What is left after a commit."""
+    """Decides what is left after a commit."""
 
     keep_last: int
     keep_every: int | None = None
@@ -61,23 +61,23 @@ class Committer:
         timeout_s: float,
         retention: Retention,
         *,
-        heard: Callable[[], float],
-        hung: Callable[[], None],
+        last_message_s: Callable[[], float],
+        on_hang: Callable[[], None],
         committed: Callable[[Path], None],
         in_use: Callable[[], set[Path]],
         fault: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`heard`: when this rank's flusher last said something; `hung`: ends it;
+        """Open it; `last_message_s`: when this rank's flusher last sent something; `on_hang`: ends it;
 
-        `committed` is told of every commit;
+        `committed` is called at every commit;
         `in_use`: checkpoints that retention must leave for now;
         `clock`: by which silence is timed, never behind time.monotonic.
         """
         self.peers, self.timeout_s, self.retention = peers, timeout_s, retention
         self._votes_of_all = peers.votes()
         self.outcomes: queue.SimpleQueue[CommitOutcome] = queue.SimpleQueue()
-        self._heard, self._hung, self._committed, self._in_use = heard, hung, committed, in_use
+        self._last_message_s, self._on_hang, self._committed, self._in_use = last_message_s, on_hang, committed, in_use
         self._catalog: Catalog | None = None
         self._faults, self._clock = Faults(fault), clock
         self._trash = Trash(retention.delete_bytes_per_s, self._faults.at)
@@ -95,7 +95,7 @@ class Committer:
         self._queue.put(attempt)
 
     def wait_idle(self) -> None:
-        """Until retention is done too."""
+        """Wait until retention is done too."""
         with self._closed_one:
             self._closed_one.wait_for(lambda: not self._num_open)
         self._trash.wait_idle()
@@ -105,7 +105,7 @@ class Committer:
         self._thread.join(timeout_s)
 
     def abandon(self) -> None:
-        """As close, without waiting."""
+        """Close without waiting."""
         self._queue.put(None)
         self._trash.close()
 
@@ -139,18 +139,18 @@ class Committer:
         return error, num_bytes
 
     def _wait_flushed(self, attempt: Attempt) -> Flushed:
-        """This rank's own part; storage that is silent for too long has failed."""
+        """Wait for this rank's own part; storage that is silent for too long has failed."""
         started = self._clock()
         while not attempt.settled.wait(_LOOK_S):
-            silent = self._clock() - max(self._heard(), started)
+            silent = self._clock() - max(self._last_message_s(), started)
             if silent > self.timeout_s:
                 attempt.settle(Flushed(f"storage did not answer for {format_seconds(silent)}"))
-                self._hung()
+                self._on_hang()
         assert attempt.flushed is not None
         return attempt.flushed
 
     def _decide(self, attempt: Attempt, mine: Flushed) -> tuple[str | None, int]:
-        """Rank 0: what becomes of the attempt, told to all."""
+        """Decide on rank 0 what becomes of the attempt, for all ranks."""
         votes, error = self._votes(attempt, mine)
         num_bytes = 0
         if error is None:
@@ -166,11 +166,11 @@ class Committer:
         return error, num_bytes
 
     def _votes(self, attempt: Attempt, mine: Flushed) -> tuple[dict[int, str], str | None]:
-        """Each rank's manifest hash, or the first reason against."""
+        """The manifest hash of each rank, or the first reason against."""
         keys = {_vote(attempt, rank): rank for rank in range(1, self.peers.world_size)}
-        found = self._votes_of_all.collect(list(keys), self.timeout_s) if keys else {}
-        votes = {0: mine.manifest_hash} | {keys[key]: vote["hash"] for key, vote in found.items()}
-        against = {0: mine.error} | {keys[key]: vote["error"] for key, vote in found.items()}
+        replies = self._votes_of_all.collect(list(keys), self.timeout_s) if keys else {}
+        votes = {0: mine.manifest_hash} | {keys[key]: vote["hash"] for key, vote in replies.items()}
+        against = {0: mine.error} | {keys[key]: vote["error"] for key, vote in replies.items()}
         for rank in sorted(against):
             if against[rank] is not None:
                 return votes, f"{against[rank]} (rank {rank})" if self.peers.world_size > 1 else against[rank]
@@ -181,7 +181,7 @@ class Committer:
         return votes, None
 
     def _discard(self, attempt: Attempt, error: str) -> str:
-        """Out of the way, so that no later start takes it for finished."""
+        """Move the attempt out of the way, so that no later start takes it for finished."""
         try:
             files.remove(attempt.folder)
         except OSError as failure:

@@ -1,4 +1,4 @@
-"""What an engine is made of besides itself: parts that run without it, and what goes wrong with them."""
+"""Holds an engine's parts, which run without it, and names what goes wrong with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEEN_S = 10.0
 
 
 class Parts:
-    """What runs for an engine, without a reference to it."""
+    """The parts that run for an engine, without a reference to it."""
 
     def __init__(self) -> None:
         self.clear()
@@ -31,14 +31,14 @@ class Parts:
         self.replicas: Replicas | None = None
 
     def abandon(self) -> None:
-        """Threads and the flusher end when they have done what they were given; nobody waits for them."""
+        """Let threads and the flusher end when they have done what they were given; nobody waits for them."""
         for part in (self.committer, self.saver, self.mirror, self.replicas):
             if part is not None:
                 part.abandon()
 
-    def last_heard(self) -> float:
+    def last_message_s(self) -> float:
         flusher = self.saver.flusher if self.saver is not None else None
-        return flusher.last_heard if flusher is not None else 0.0
+        return flusher.last_message_s if flusher is not None else 0.0
 
     def end_flusher(self) -> None:
         if self.saver is not None and self.saver.flusher is not None:
@@ -56,7 +56,7 @@ def stopped(outcome: CommitOutcome | None, directory: Path) -> CheckpointError:
 
 
 def not_mirrored(report: MirrorReport, address: str) -> CheckpointError:
-    """Why training stops where `checkpoint.mirror_on_error=stop`."""
+    """The error that stops training where `checkpoint.mirror_on_error=stop`."""
     return CheckpointError(
         f"checkpoint of step {report.step} at {address}",
         found=str(report.error),
@@ -66,7 +66,7 @@ def not_mirrored(report: MirrorReport, address: str) -> CheckpointError:
 
 
 def device_of(tensors: dict[str, Tensor]) -> torch.device:
-    """Where copies come from: the first device that is not the host."""
+    """The device that copies come from: the first that is not the host."""
     return next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
 
 

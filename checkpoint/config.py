@@ -1,4 +1,4 @@
-"""What survives a stop."""
+"""Settings of checkpoints: what survives a stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Interval(Enum):
 
     FIXED = "fixed"
     AUTO = "auto"
-    """From the measured stall, flush time and step time, and mean_time_to_failure_s; every_steps is the first guess."""
+    """Interval from the measured stall, flush time and step time, and mean_time_to_failure_s; every_steps is the first guess."""
 
 
 class Replica(Enum):
@@ -44,19 +44,19 @@ class Replica(Enum):
 
     NONE = "none"
     PEER = "peer"
-    """Of another rank's host, on another node where there is one; used first when ranks are restarted there."""
+    """Memory of another rank's host, on another node where there is one; used first when ranks are restarted there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When full training state is written, how, where, and how much of it is kept."""
+    """Settings of checkpoints: when full training state is written, how, where, and how much of it is kept."""
 
     name: str
     every_steps: int | None = 100
-    """None: only at the end and when told to stop."""
+    """Updates between saves; null: only at the end and at a stop signal."""
     interval: Interval = Interval.FIXED
     mean_time_to_failure_s: Seconds = 86400.0
-    """Of the whole job; what `interval=auto` weighs the cost of a save against."""
+    """Time between failures of the whole job; `interval=auto` weighs the cost of a save against it."""
     keep_last: int = 2
     """Whole checkpoints kept; disk space for one more is needed while the next is written."""
     keep_every: int | None = None
@@ -77,7 +77,7 @@ class CheckpointConfig:
     """What training does where a checkpoint does not arrive there; `stop`: all ranks stop at the next save, or at the end."""
     mirror_keep_last: int = 2
     replica: Replica = Replica.NONE
-    """`peer`: each snapshot also goes into memory that outlives the ranks: a restart goes on from there, even where storage was
+    """`peer`: each snapshot also goes into memory that outlives the ranks: a restart resumes from there, even where storage was
     not done. Takes host memory: twice the state with one node, four times it with several."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -94,7 +94,7 @@ class CheckpointConfig:
 
 
 def check_checkpoint(config: CheckpointConfig) -> None:
-    """ConfigError for a second place that is none: where it is empty, libraries take the current directory."""
+    """Raise ConfigError for a second place that is none: where it is empty, libraries take the current directory."""
     if config.mirror is None:
         return
     check_path("checkpoint.mirror", config.mirror)

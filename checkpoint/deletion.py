@@ -17,10 +17,10 @@ _STEP_BYTES = 256 << 20
 
 
 class Trash:
-    """One thread. What it has not removed by the end of the process, the next start removes."""
+    """Removes directories in one thread. What is left at the end of the process, the next start removes."""
 
     def __init__(self, bytes_per_s: int | None, at: Callable[[str], None] = lambda point: None) -> None:
-        """`bytes_per_s`: None: as fast as it goes. `at` is told `in_prune` before each removal."""
+        """Start the thread; `bytes_per_s` None: as fast as it goes. `at` is called with `in_prune` before each removal."""
         self.bytes_per_s, self._at = bytes_per_s, at
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._left, self._hurry = 0, False
@@ -29,13 +29,13 @@ class Trash:
         self._thread.start()
 
     def put(self, path: Path) -> None:
-        """A directory that counts for nothing any more."""
+        """Queue a directory that counts for nothing any more."""
         with self._changed:
             self._left += 1
         self._queue.put(path)
 
     def wait_idle(self) -> None:
-        """Until all is removed, now as fast as it goes."""
+        """Wait until all is removed, now as fast as it goes."""
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
@@ -43,7 +43,7 @@ class Trash:
             self._hurry = False
 
     def close(self) -> None:
-        """After what was put; does not wait."""
+        """End after what was put; does not wait."""
         self._queue.put(None)
 
     def _run(self) -> None:
@@ -64,7 +64,7 @@ class Trash:
         files.remove_tree(path)
 
     def _shrink(self, file: Path, bytes_per_s: int) -> None:
-        """From its end, a step at a time."""
+        """Shrink a file from its end, a step at a time."""
         size = file.stat().st_size
         while size > 0 and not self._in_a_hurry():
             step = min(size, _STEP_BYTES)
@@ -74,5 +74,5 @@ class Trash:
                 self._changed.wait_for(self._in_a_hurry, step / bytes_per_s)
 
     def _in_a_hurry(self) -> bool:
-        """Somebody waits for it, or more comes than goes: disk space matters more then."""
+        """Whether somebody waits, or more comes than goes: disk space matters more then."""
         return self._hurry or self._left > 1

@@ -1,4 +1,4 @@
-"""One rank's files of one attempt while a flusher writes them: chunks in any order, then everything durable at once."""
+"""Writes one rank's files of one attempt: chunks in any order, then everything durable at once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .manifest import FileRecord, Manifest, manifest_name
 
 
 class DiskAttempt:
-    """Opened by one thread; `write` is called by several at a time, `finish` after all of them."""
+    """One rank's open files. One thread opens them; several call `write` at a time, `finish` comes after all of them."""
 
     def __init__(self, message: Message, faults: Faults) -> None:
         self.folder, self.facts, self.faults = Path(message["folder"]), message["facts"], faults
         self.names: list[tuple[str, int]] = [(str(name), int(size)) for name, size in message["files"]]
         self.files: list[DiskFile] = []
         self.hashes: list[dict[int, str]] = [{} for _ in self.names]
-        """Of each file, by offset."""
+        """Hashes of each file's chunks, by offset."""
         self.parts: list[Future[None]] = []
         self.error: str | None = None
         """The first thing that went wrong."""
@@ -44,25 +44,25 @@ class DiskAttempt:
             raise
 
     def fail(self, error: str) -> bool:
-        """True for the first failure."""
+        """Record a failure; True for the first."""
         with self._lock:
             first = self.error is None
             self.error = error if first else self.error
             return first
 
     def write(self, file: int, offset: int, data: memoryview, padded: memoryview) -> None:
-        """`padded` is `data` up to the end of its last block."""
+        """Write a chunk; `padded` is `data` up to the end of its last block."""
         self.faults.at("chunk")
         self.files[file].write(offset, data, padded)
 
     def manifest(self) -> Manifest:
-        """Once every chunk is hashed."""
+        """The manifest, once every chunk is hashed."""
         hashed = zip(self.names, self.hashes, strict=True)
-        records = (FileRecord(name, size, tuple(found[at] for at in sorted(found))) for (name, size), found in hashed)
+        records = (FileRecord(name, size, tuple(chunks[at] for at in sorted(chunks))) for (name, size), chunks in hashed)
         return Manifest(**self.facts, files=tuple(records))
 
     def finish(self, threads: Executor, check: Callable[[], None]) -> bytes:
-        """Everything durable; the manifest's bytes. `check` may raise as long as there is no manifest."""
+        """Make everything durable; returns the manifest's bytes. `check` may raise as long as there is no manifest."""
         self.faults.at("before_fsync")
         # At once: a journal takes them all in one turn.
         list(threads.map(DiskFile.finish, self.files))
@@ -86,7 +86,7 @@ class DiskAttempt:
         return data
 
     def close(self) -> None:
-        """After its last write has ended."""
+        """Close the files, after the last write has ended."""
         for file in self.files:
             file.close()
 

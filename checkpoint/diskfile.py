@@ -1,4 +1,4 @@
-"""One file written front to back: past the page cache where the file system allows it, through it and fsynced elsewhere."""
+"""Writes one file front to back: past the page cache where the file system allows it, through it and fsynced elsewhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DiskFile:
             raise
 
     def write(self, offset: int, data: memoryview, padded: memoryview) -> None:
-        """All of `data` at `offset`; direct writes write whole blocks (`padded`), and finish() cuts the rest off."""
+        """Write all of `data` at `offset`; direct writes write whole blocks (`padded`), and finish() cuts the rest off."""
         if self.mode == DIRECT:
             try:
                 _write_all(self.descriptor, padded, offset, align=BLOCK_BYTES)
@@ -58,7 +58,7 @@ class DiskFile:
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
 
     def finish(self) -> None:
-        """Durable and of its size. After a failed fsync nothing of the file may be trusted: the attempt is given up."""
+        """Make the file durable and of its size. After a failed fsync nothing of it may be trusted: the attempt is given up."""
         os.ftruncate(self.descriptor, self.num_bytes)
         os.fsync(self.descriptor)
 
@@ -69,7 +69,7 @@ class DiskFile:
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int, align: int = 1) -> None:
-    """Goes on after short writes, from the last `align`-ed byte that was taken."""
+    """Write on after short writes, from the last `align`-ed byte that was taken."""
     done = 0
     while done < len(data):
         count = os.pwrite(descriptor, data[done:], offset + done)
@@ -80,7 +80,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int, align: int = 1) -
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """fallocate itself: the C library's posix_fallocate writes to every block where a file system cannot reserve."""
+    """Reserve space by fallocate: the C library's posix_fallocate writes every block where a file system cannot reserve."""
     libc = ctypes.CDLL(None, use_errno=True)
     if num_bytes == 0 or not hasattr(libc, "fallocate"):
         return

@@ -55,15 +55,15 @@ class SaveReport:
     step: int
     path: Path
     save_s: float
-    """From save() until durable."""
+    """Seconds from save() until durable."""
     num_bytes: int
-    """On disk, of all ranks; 0 where it failed."""
+    """Bytes on disk, of all ranks; 0 where it failed."""
     error: str | None
     """None: the checkpoint is committed and on disk."""
     stall_s: float = 0.0
-    """What training waited for it, in save() and wait_for_snapshot()."""
+    """Seconds that training waited for it, in save() and wait_for_snapshot()."""
     snapshot_s: float = 0.0
-    """From save() until host memory held it."""
+    """Seconds from save() until host memory held it."""
     mode: str = ""
     """How this rank wrote: `direct`, or `buffered` where the file system refuses direct writes."""
 
@@ -92,7 +92,7 @@ class CheckpointEngine:
         node: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`state`: what is saved, and restored in place. `metadata` is JSON: describes the run (hf_config, config, layout, seed,
+        """Open it; `state`: what is saved, and restored in place. `metadata` is JSON: describes the run (hf_config, config, layout, seed,
         tokenizer). `on_save` hears of every save, `on_replica` of every replica, `on_mirror` (of rank 0) of every copy in the second place.
 
         `segment_bytes` (a multiple of 4096), `fault` (faults.Faults), `node` (instead of the host's name) and `clock` (by which
@@ -112,7 +112,7 @@ class CheckpointEngine:
         self._pending: list[Attempt] = []
         self._latest: Attempt | None = None
         self._not_mirrored: MirrorReport | None = None
-        """As `_failure`, of the second place; on rank 0."""
+        """Failure of the second place, as `_failure`; on rank 0."""
         self._stops_for_mirror = False
         """Whether rank 0 has one: known to all alike."""
         self._failure: CommitOutcome | None = None
@@ -137,15 +137,15 @@ class CheckpointEngine:
         """
         started = time.monotonic()
         tensors = self._tensors()
-        found = fingerprint(tensors, self._state.sharding)
-        replan = self._layout is None or found != self._fingerprint
+        current = fingerprint(tensors, self._state.sharding)
+        replan = self._layout is None or current != self._fingerprint
         changed, busy, *times = self._agree(float(replan), float(bool(self._pending)), *self._pacing.measured)
         if (plan := self._pacing.saving(step, *times)) is not None:
             self._log(logging.INFO, "%s", plan)
         if busy and not final and not self._admit(step):
             return
         if changed:
-            self._plan(tensors, found)
+            self._plan(tensors, current)
         assert self._saver is not None and self._committer is not None
         attempt = self._attempt(step, tensors, extra)
         self._pending.append(attempt)
@@ -203,7 +203,7 @@ class CheckpointEngine:
             raise not_mirrored(report, str(self.config.mirror))
 
     def close(self) -> None:
-        """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet go on by themselves."""
+        """Ends threads and the flusher, each within CLOSE_S; saves that are not reported yet end by themselves."""
         if self._committer is not None:
             self._committer.close(CLOSE_S)
         if self._saver is not None:
@@ -233,18 +233,20 @@ class CheckpointEngine:
         keeper = self._replicas.keeper if self._replicas is not None else None
         return keeper.pid if keeper is not None else None
 
-    def restore(self, heard: Callable[[], None] = lambda: None) -> Restored | None:
+    def restore(self, on_progress: Callable[[], None] = lambda: None) -> Restored | None:
         """Loads the newest whole checkpoint into model and optimizer; None where there is none.
 
-        `heard` is called for whatever is read: a large one takes long.
+        `on_progress` is called for whatever is read: a large one takes long.
         Every byte is checked against its hash while it is read. Damaged newer ones are passed over, logged and named in the
         result. CheckpointError where every one is damaged, or where the weights differ from the model's.
         """
         tier = open_tier(self.config.mirror) if self.config.mirror is not None else None
         where = (self.directory, self._peers, self._state, self.metadata)
-        restored = Restorer(*where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), heard).restore()
-        if self._replicas is not None and self._replicas.found is not None:
-            self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.found.attempt else "")
+        restored = Restorer(
+            *where, tier, self._replicas, lambda: self._settle_leftovers(self.config.commit_timeout_s), on_progress
+        ).restore()
+        if self._replicas is not None and self._replicas.leftover is not None:
+            self._replicas.settle(restored.attempt if restored is not None and restored.attempt == self._replicas.leftover.attempt else "")
             # What was left alone for the replica's sake.
             failure = self._agreed(lambda: self._settle_leftovers(0.0) if self._peers.rank == 0 else None)
             if failure is not None:
@@ -252,7 +254,7 @@ class CheckpointEngine:
         return restored
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Live tensors; generators as they are now."""
+        """The live tensors; generators as they are now."""
         return self._state.tensors() | rng_tensors(self._peers.rank)
 
     def _attempt(self, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Attempt:
@@ -290,15 +292,15 @@ class CheckpointEngine:
         tensors = self._tensors()
         self._plan(tensors, fingerprint(tensors, self._state.sharding))
 
-    def _plan(self, tensors: dict[str, Tensor], found: int) -> None:
-        """Layout, pool and threads for a state of this shape; collective."""
+    def _plan(self, tensors: dict[str, Tensor], current: int) -> None:
+        """Set up layout, pool and threads for a state of this shape; collective."""
         while self._pending:
             self._deliver(block=True)
         peers = self._peers
         self._layout = plan_files(
             tensors, rank=peers.rank, largest_chunk=self._segment_bytes, gather=peers.gather_first, scatter=peers.scatter
         )
-        self._fingerprint, self._weights_hash = found, facts_of.weights_hash(weights_of(tensors))
+        self._fingerprint, self._weights_hash = current, facts_of.weights_hash(weights_of(tensors))
         if self._saver is not None:
             self._saver.close(CLOSE_S)
         segment = self._layout.chunk_bytes
@@ -321,8 +323,8 @@ class CheckpointEngine:
                 peers,
                 self.config.commit_timeout_s,
                 retention,
-                heard=self._parts.last_heard,
-                hung=self._parts.end_flusher,
+                last_message_s=self._parts.last_message_s,
+                on_hang=self._parts.end_flusher,
                 committed=self._mirror.add if self._mirror is not None and peers.rank == 0 else lambda path: None,
                 in_use=self._mirror.in_use if self._mirror is not None else set,
                 fault=self._fault,
@@ -351,7 +353,7 @@ class CheckpointEngine:
             if self._on_replica is not None:
                 self._on_replica(report)
         while self._mirror is not None and not self._mirror.reports.empty():
-            self._heard_of_mirror(self._mirror.reports.get())
+            self._deliver_mirrored(self._mirror.reports.get())
         while self._pending and self._committer is not None:
             try:
                 outcome = self._committer.outcomes.get(block=block)
@@ -361,7 +363,7 @@ class CheckpointEngine:
             self._pending.remove(outcome.attempt)
             self._report(outcome)
 
-    def _heard_of_mirror(self, report: MirrorReport) -> None:
+    def _deliver_mirrored(self, report: MirrorReport) -> None:
         if report.error is not None and self.config.mirror_on_error is OnSaveError.STOP:
             self._not_mirrored = self._not_mirrored or report
         if self._on_mirror is not None:
@@ -400,7 +402,7 @@ class CheckpointEngine:
         if failure is None and self.config.replica is Replica.PEER:
             self._replicas = self._parts.replicas = Replicas(self._peers, self.directory, self._node, self.config.commit_timeout_s)
         # Where memory has a whole one, nobody waits for writers that are still at work.
-        wait_s = self.config.commit_timeout_s if self._replicas is None or self._replicas.found is None else None
+        wait_s = self.config.commit_timeout_s if self._replicas is None or self._replicas.leftover is None else None
         failure = failure or self._agreed(lambda: self._settle_leftovers(wait_s) if first else None)
         if failure is not None:
             raise CheckpointError(
@@ -411,7 +413,7 @@ class CheckpointEngine:
             self._reach_mirror(self.config.mirror)
 
     def _reach_mirror(self, address: str) -> None:
-        """CheckpointError on every rank where one of them cannot write there; each puts its own files."""
+        """Raise CheckpointError on every rank where one of them cannot write there; each puts its own files."""
         error: CheckpointError | None = None
         try:
             reach(address, self.directory)
@@ -422,7 +424,7 @@ class CheckpointEngine:
             raise error
 
     def _settle_leftovers(self, wait_s: float | None) -> None:
-        """None: without waiting, and what is still being written is left alone."""
+        """Settle leftovers; `wait_s` None: without waiting, and what is still being written is left alone."""
         for step in files.settle_leftovers(self.directory, wait_s or 0.0, leave_busy=wait_s is None):
             log.warning("checkpoint of step %d: every rank had written it when training stopped; committed now", step)
 

@@ -1,4 +1,4 @@
-"""Named points of a save at which a test has a process die, stop, wait or fail. Without a fault they cost one comparison.
+"""Names points of a save at which a test has a process die, stop, wait or fail. Without a fault they cost one comparison.
 
 A fault is written `POINT=ACTION` or `POINT=ACTION@N` (the N-th time the point is passed, from 1; 1 if not given).
 Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `until:PATH` (waits for that file), or an errno's name as `EIO`, raised as
@@ -58,7 +58,7 @@ class Faults:
         assert not text or self.point in (*FLUSHER_POINTS, *COMMIT_POINTS), self.point
 
     def at(self, point: str) -> None:
-        """Acts where `point` is the configured one and this is its time."""
+        """Act where `point` is the configured one and this is its time."""
         if point != self.point or self.unhashed:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""Checkpoint directories on disk: which are whole, how one becomes visible, which are removed. Pure files, no torch.
+"""Manages checkpoint directories: which are whole, how one becomes visible, which are removed. Pure files, no torch.
 
     RUN_DIR/checkpoints/step-00000100/
         __R_0.distcp, .metadata   torch.distributed.checkpoint's own format, a file per rank
@@ -64,15 +64,15 @@ def list_checkpoints(run_dir: Path) -> list[CheckpointInfo]:
 
 
 def scan(directory: Path) -> list[CheckpointInfo]:
-    """As list_checkpoints, for the folder that holds the `step-N` directories."""
+    """List checkpoints of the folder that holds the `step-N` directories."""
     if not directory.is_dir():
         return []
-    found = ((int(match[1]), entry) for entry in directory.iterdir() if (match := _NAME.match(entry.name)))
-    return [inspect(path, step) for step, path in sorted(found)]
+    steps = ((int(match[1]), entry) for entry in directory.iterdir() if (match := _NAME.match(entry.name)))
+    return [inspect(path, step) for step, path in sorted(steps)]
 
 
 def inspect(path: Path, step: int) -> CheckpointInfo:
-    """What the files of one committed directory tell; tensors are not read."""
+    """Describe a committed directory from its files; tensors are not read."""
     pinned = (path / PINNED_FILE).exists()
     try:
         record = read_commit(path)
@@ -82,8 +82,8 @@ def inspect(path: Path, step: int) -> CheckpointInfo:
             problem = f"{COMMIT_FILE} is of step {record['step']}"
         return CheckpointInfo(path, step, sum(files.values()), float(record["time"]), int(record["world_size"]), problem, pinned)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
-        return CheckpointInfo(path, step, 0, 0.0, 0, found, pinned)
+        problem = f"{COMMIT_FILE} cannot be read ({type(error).__name__}: {error})"
+        return CheckpointInfo(path, step, 0, 0.0, 0, problem, pinned)
 
 
 def read_commit(path: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_commit(path: Path) -> dict[str, Any]:
 
 
 def parse_commit(data: bytes) -> dict[str, Any]:
-    """As read_commit, from the bytes of the record."""
+    """Read a commit record from its bytes, as read_commit does."""
     record: dict[str, Any] = json.loads(data)
     if record["format"] != FORMAT:
         raise ValueError(f"written in format {record['format']}, this version reads {FORMAT}")
@@ -111,11 +111,11 @@ def _hash_of(record: dict[str, Any]) -> str:
 def _wrong_sizes(path: Path, files: dict[str, int]) -> str | None:
     for name, size in files.items():
         try:
-            found = (path / name).stat().st_size
+            num_bytes = (path / name).stat().st_size
         except FileNotFoundError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if num_bytes != size:
+            return f"{name} has {num_bytes} bytes instead of {size}"
     return None
 
 
@@ -172,16 +172,16 @@ def check_writable(directory: Path) -> None:
 
 
 def free_bytes(directory: Path) -> int:
-    """What an ordinary user may still write there."""
+    """Bytes that an ordinary user may still write there."""
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
 
 
 def commit(temporary: Path, *, votes: dict[int, str] | None = None, at: Callable[[str], None] = lambda point: None) -> int:
-    """Turns a directory in which every rank has voted into `step-N` (see Note: commit); its bytes.
+    """Turns a directory in which every rank has voted into `step-N` (see Note: commit); returns its bytes.
 
     `votes`: the hash of each rank's manifest as the rank gave it; None: as they are on disk (adoption). OSError or
-    ValueError leaves the old state in place. `at` is told the named points (see faults).
+    ValueError leaves the old state in place. `at` is called with the named points (see faults).
     """
     manifests = _votes_on_disk(temporary, votes)
     first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
@@ -199,7 +199,7 @@ def commit(temporary: Path, *, votes: dict[int, str] | None = None, at: Callable
 
 
 def publish(temporary: Path, step: int, at: Callable[[str], None] = lambda point: None) -> None:
-    """The rename that makes a finished directory count."""
+    """Rename a finished directory so that it counts."""
     final = step_path(temporary.parent, step)
     sync(temporary)
     at("folder_synced")
@@ -212,9 +212,9 @@ def publish(temporary: Path, step: int, at: Callable[[str], None] = lambda point
 
 
 def _votes_on_disk(temporary: Path, votes: dict[int, str] | None) -> dict[str, str]:
-    """Name to hash of every rank's manifest; ValueError where one is missing, of another attempt, or names files that are not there."""
+    """Hash of every rank's manifest by name; ValueError where one is missing, of another attempt, or names files that are not there."""
     first = Manifest.from_bytes((temporary / manifest_name(0)).read_bytes())
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for rank in range(first.world_size):
         path = temporary / manifest_name(rank)
         if not path.exists():
@@ -223,18 +223,18 @@ def _votes_on_disk(temporary: Path, votes: dict[int, str] | None) -> dict[str, s
         manifest = Manifest.from_bytes(data)
         if (manifest.attempt, manifest.step, manifest.rank) != (first.attempt, first.step, rank):
             raise ValueError(f"{path.name} is of another attempt")
-        found[path.name] = digest(data)
-        if votes is not None and votes[rank] != found[path.name]:
+        hashes[path.name] = digest(data)
+        if votes is not None and votes[rank] != hashes[path.name]:
             raise ValueError(f"{path.name} is not what rank {rank} voted for")
         problem = _wrong_sizes(temporary, {record.name: record.num_bytes for record in manifest.files})
         if problem is not None:
             raise ValueError(problem)
-    return found
+    return hashes
 
 
 @contextmanager
 def _moved_away(final: Path) -> Iterator[None]:
-    """A directory of the same step (damaged, or written by a run this one repeats) stands aside until the new one is there."""
+    """Move a directory of the same step (damaged, or of a run this one repeats) aside until the new one is there."""
     if not final.exists():
         yield
         return
@@ -250,7 +250,7 @@ def _moved_away(final: Path) -> Iterator[None]:
 
 
 def mark_damaged(path: Path, text: str) -> None:
-    """From now on it counts for nothing; OSError where that cannot be written down."""
+    """Mark a checkpoint so that it counts for nothing; OSError where that cannot be written down."""
     write_atomic(path / DAMAGED_FILE, text + "\n")
 
 
@@ -261,7 +261,7 @@ def remove(path: Path) -> None:
 
 
 def throw_away(path: Path) -> Path:
-    """Renames a checkpoint so that it counts for nothing; where it is now."""
+    """Rename a checkpoint so that it counts for nothing; returns where it is now."""
     if path.name.endswith(".trash"):
         return path
     trash = path.with_name(path.name.partition(".")[0] + ".trash")
@@ -271,7 +271,7 @@ def throw_away(path: Path) -> Path:
 
 
 def remove_tree(path: Path) -> None:
-    """Another process may be removing the same: what is gone already is no error."""
+    """Remove a tree that another process may be removing too: what is gone already is no error."""
 
     def judge(function: object, name: str, info: tuple[type[BaseException], BaseException, object]) -> None:
         if not isinstance(info[1], FileNotFoundError):
@@ -281,7 +281,7 @@ def remove_tree(path: Path) -> None:
 
 
 def settle_leftovers(directory: Path, wait_s: float, *, leave_busy: bool = False) -> list[int]:
-    """What interrupted saves and removals left behind: finished attempts are committed, the rest is removed.
+    """Settle what interrupted saves and removals left behind: finished attempts are committed, the rest is removed.
 
     Returns the steps committed. Waits up to `wait_s` for flushers that outlived their trainers; `leave_busy`: what they still
     write is left alone. OSError as it comes.
@@ -310,7 +310,7 @@ def _finished(temporary: Path, wait_s: float) -> bool:
     while True:
         busy = {_rank_of(path): _is_locked(path) for path in temporary.glob("__*_0.distcp")}
         # Locks were looked at first: who holds none has given its vote by now, or never will.
-        given_up = any(not held and not (temporary / manifest_name(rank)).exists() for rank, held in busy.items())
+        given_up = any(not is_locked and not (temporary / manifest_name(rank)).exists() for rank, is_locked in busy.items())
         try:
             _votes_on_disk(temporary, None)
             return True
@@ -343,7 +343,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def retained(infos: list[CheckpointInfo], keep_last: int, keep_every: int | None = None) -> set[Path]:
-    """The newest `keep_last` whole ones (never fewer than one), whole multiples of `keep_every` steps, and pinned ones."""
+    """Checkpoints to keep: the newest `keep_last` whole ones (at least one), whole multiples of `keep_every`, pinned ones."""
     whole = [info for info in infos if info.is_whole]
     newest = whole[-max(1, keep_last) :]
     kept = {info.path for info in newest}

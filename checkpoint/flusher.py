@@ -1,4 +1,4 @@
-"""The process that hashes and writes one rank's snapshots: `python -m efflaunch.checkpoint.flusher SOCKET`.
+"""Runs the process that hashes and writes one rank's snapshots: `python -m efflaunch.checkpoint.flusher SOCKET`.
 
 It shares the snapshot pool with its trainer and outlives it: when the trainer is killed, attempts whose every chunk has
 been handed over are still written, and the next start commits them (files.adopt). It imports no torch, ignores stop
@@ -34,11 +34,11 @@ WORKERS = 3
 
 
 class CancelledError(Exception):
-    """The trainer gave the attempt up."""
+    """Raised where the trainer gave the attempt up."""
 
 
 class _Countdown:
-    """Calls `then` when it was told `number` times that a part is done."""
+    """Calls `then` after `number` calls that each report a part as done."""
 
     def __init__(self, number: int, then: Callable[[], None]) -> None:
         self._number, self._then = number, then
@@ -69,7 +69,7 @@ class Flusher:
         self._sending = threading.Lock()
 
     def run(self) -> None:
-        """Until the trainer's end is closed and all that was handed over is written."""
+        """Run until the trainer's end is closed and all that was handed over is written."""
         writer = HelperThread(self._write_all, "writer")
         writer.start()
         while True:
@@ -125,7 +125,7 @@ class Flusher:
         attempt.parts.append(self.workers.submit(self._part, name, attempt, message, data, padded, done))
 
     def _part(self, name: str, attempt: DiskAttempt, message: Message, data: memoryview, padded: memoryview, done: _Countdown) -> None:
-        """One chunk, on a worker."""
+        """Hash and write one chunk, on a worker."""
         try:
             if attempt.error is None:
                 self._check_wanted(name)
@@ -162,7 +162,7 @@ class Flusher:
         return self.attempt[1] if self.attempt is not None and self.attempt[0] == name else None
 
     def _let_go(self) -> None:
-        """Of the open attempt, whatever became of it, once nobody writes any more."""
+        """Release the open attempt, whatever became of it, once nobody writes any more."""
         if self.attempt is not None:
             wait(self.attempt[1].parts)
             self.attempt[1].close()
@@ -191,7 +191,7 @@ class Flusher:
 
 
 def main(arguments: list[str]) -> int:
-    """`SOCKET [FAULT]`: the descriptor of the socket's end, and a fault for tests."""
+    """Entry point with arguments `SOCKET [FAULT]`: the descriptor of the socket's end, and a fault for tests."""
     ignore_stop_signals()
     sock = socket.socket(fileno=int(arguments[0]))
     # Whatever ends a thread of it ends all: the trainer hears of a dead process, not of nothing.

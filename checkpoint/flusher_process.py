@@ -1,4 +1,4 @@
-"""The trainer's end of its flusher: starts it, hands it the pool, hears what it says, notices its death."""
+"""Connects a trainer to its flusher: starts it, hands it the pool, receives its messages, notices its death."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class FlusherDiedError(Exception):
 
 
 class FlusherProcess:
-    """One process; `last_heard` is the time of its last word."""
+    """Owns one flusher process; `last_message_s` is the time of its last message."""
 
     def __init__(self, pool: Pool, ring: SegmentPool, segment_bytes: int, fault: str = "") -> None:
         self._ring = ring
         self._attempts: dict[str, Attempt] = {}
         self._copying: dict[str, Attempt] = {}
-        """Those whose replica is on its way."""
+        """Attempts whose replica is on its way."""
         self._lock = threading.Lock()
         self._condemned = False
         self._sock, far = make_pair()
@@ -42,7 +42,7 @@ class FlusherProcess:
                 command, pass_fds=(far.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
             )
         far.close()
-        self.last_heard = time.monotonic()
+        self.last_message_s = time.monotonic()
         self.send({"do": "pool", "num_bytes": pool.num_bytes, "segment_bytes": segment_bytes}, pool.descriptor)
         self._listener = HelperThread(self._listen, "flusher listener")
         self._listener.start()
@@ -56,7 +56,7 @@ class FlusherProcess:
         return self._listener.is_alive() and not self._condemned
 
     def begin(self, attempt: Attempt) -> None:
-        """From here on the attempt is settled whatever happens to the process."""
+        """Take over an attempt, which is settled from here on whatever happens to the process."""
         with self._lock:
             self._attempts[attempt.name] = attempt
             if attempt.replica is not None:
@@ -66,7 +66,7 @@ class FlusherProcess:
         self.send({**message, "facts": attempt.facts, "needs_bytes": needs, "replica": attempt.replica})
 
     def send(self, message: Message, descriptor: int | None = None) -> None:
-        """FlusherDiedError where nobody listens."""
+        """Send a message; FlusherDiedError where nobody listens."""
         try:
             send(self._sock, message, descriptor)
         except OSError as error:
@@ -77,7 +77,7 @@ class FlusherProcess:
             message, _ = receive(self._sock)
             if message is None:
                 break
-            self.last_heard = time.monotonic()
+            self.last_message_s = time.monotonic()
             if message["say"] == "free":
                 self._free(Ticket(*message["ticket"]))
             elif message["say"] == "replicated":
@@ -117,7 +117,7 @@ class FlusherProcess:
         attempt.settle(Flushed(None, message["manifest"], message["mode"], message["write_s"]))
 
     def last_words(self) -> str:
-        """How it ended."""
+        """Describe how the process ended."""
         try:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -126,12 +126,12 @@ class FlusherProcess:
         return f"the flusher process {self.pid} {how}"
 
     def kill(self) -> None:
-        """For one that hangs in the file system. No attempt is given to it any more."""
+        """Kill a process that hangs in the file system. No attempt is given to it any more."""
         self._condemned = True
         self._process.kill()
 
     def close(self, timeout_s: float) -> None:
-        """No more attempts come; returns when it has ended, or after `timeout_s`: it goes on by itself then."""
+        """Take no more attempts; returns when it has ended, or after `timeout_s`: it finishes by itself then."""
         self._sock.shutdown(1)
         self._listener.join(timeout_s)
         if not self._listener.is_alive():

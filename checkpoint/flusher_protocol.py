@@ -1,4 +1,4 @@
-"""Messages between a trainer and its flusher: JSON over a packet socket pair, file descriptors beside. Linux."""
+"""Defines messages between a trainer and its flusher: JSON over a packet socket pair, file descriptors beside. Linux."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def send(sock: socket.socket, message: Message, descriptor: int | None = None) -> None:
-    """OSError (a broken pipe) where the other end is gone."""
+    """Send a message; OSError (a broken pipe) where the other end is gone."""
     data = json.dumps(message).encode()
     assert len(data) <= _MAX_BYTES, "large contents travel through the pool"
     if descriptor is None:

@@ -1,4 +1,4 @@
-"""How many steps from one save to the next. Pure.
+"""Decides how many steps lie between two saves. Pure.
 
 J. W. Young, "A first order approximation to the optimum checkpoint interval" (1974): sqrt(2 x cost x time between failures);
 J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (2006), eq. 37, for its next terms.
@@ -28,7 +28,7 @@ class IntervalPlan:
 
 
 def solve_interval(*, stall_s: float, durable_s: float, step_s: float, mean_time_to_failure_s: float) -> IntervalPlan:
-    """`stall_s`: what training waits per save; `durable_s`: from save() until it counts; `step_s`: of one update."""
+    """Solve for the next save; `stall_s`: what training waits per save; `durable_s`: until it counts; `step_s`: of one update."""
     assert step_s > 0 and mean_time_to_failure_s > 0
     best_s = daly_s(stall_s, mean_time_to_failure_s)
     least_s = durable_s * _ROOM

@@ -1,4 +1,4 @@
-"""`rank-R.json`: what one rank wrote, with a hash of every chunk. No torch: flushers and listings read it.
+"""Describes in `rank-R.json` what one rank wrote, with a hash of every chunk. No torch: flushers and listings read it.
 
 Hashes are xxh3 with 64 bits: they find damage (one flipped bit in 2^64 pairs of chunks slips through), not forgery.
 """
@@ -39,7 +39,7 @@ class Manifest:
 
     step: int
     attempt: str
-    """Of one run of one process group: files of another attempt never pass for this one's."""
+    """Identity of an attempt of one process group: files of another attempt never pass for this one's."""
     rank: int
     world_size: int
     chunk_bytes: int
@@ -50,7 +50,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """ValueError, KeyError or TypeError where the bytes are no manifest."""
+        """Parse a manifest; ValueError, KeyError or TypeError where the bytes are none."""
         fields: dict[str, Any] = json.loads(data)
         files = tuple(FileRecord(str(f["name"]), int(f["num_bytes"]), tuple(map(str, f["chunks"]))) for f in fields.pop("files"))
         for file in files:
@@ -58,7 +58,7 @@ class Manifest:
         return cls(**fields, files=files)
 
     def file(self, name: str) -> FileRecord:
-        """KeyError where this rank wrote no such file."""
+        """The record of a file; KeyError where this rank wrote no such file."""
         for record in self.files:
             if record.name == name:
                 return record
@@ -66,7 +66,7 @@ class Manifest:
 
 
 def check_file_name(name: str) -> None:
-    """ValueError for a name that leads out of its folder."""
+    """Raise ValueError for a name that leads out of its folder."""
     if not is_file_name(name):
         raise ValueError(f"{name!r} is no name of a file in a checkpoint")
 
@@ -76,13 +76,13 @@ def manifest_name(rank: int) -> str:
 
 
 def chunk_spans(num_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of each chunk."""
+    """Offset and length of each chunk."""
     for offset in range(0, num_bytes, chunk_bytes):
         yield offset, min(chunk_bytes, num_bytes - offset)
 
 
 def file_damage(folder: Path, record: FileRecord, chunk_bytes: int) -> str | None:
-    """Reads a whole file; what is wrong with it, None: every chunk has its hash. OSError where it cannot be read."""
+    """Read a whole file and return what is wrong; None: every chunk has its hash. OSError where it cannot be read."""
     with (folder / record.name).open("rb") as file:
         for index, (offset, length) in enumerate(chunk_spans(record.num_bytes, chunk_bytes)):
             data = file.read(length)

@@ -42,7 +42,7 @@ class Mirror:
         self.error: str | None = None
         """Why the newest attempt failed; None: it did not."""
         self.reports: queue.SimpleQueue[MirrorReport] = queue.SimpleQueue()
-        """Of rank 0: every attempt, and every wait that was too short."""
+        """Reports, on rank 0, of every attempt and every wait that was too short."""
         self._votes = peers.votes()
         self._waiting: list[Path] = []
         self._current: Path | None = None
@@ -52,18 +52,18 @@ class Mirror:
         self._thread.start()
 
     def add(self, path: Path) -> None:
-        """Rank 0: a checkpoint that was committed; at once."""
+        """Queue, on rank 0, a checkpoint that was committed; returns at once."""
         with self._changed:
             self._waiting.append(path)
             self._changed.notify_all()
 
     def in_use(self) -> set[Path]:
-        """What retention must leave for now."""
+        """Steps that retention must leave for now."""
         with self._changed:
             return {path for path in (self._current, *self._waiting[-1:]) if path is not None}
 
     def wait(self, timeout_s: float) -> bool:
-        """Rank 0: until everything is there or has failed; False where that takes longer."""
+        """Wait, on rank 0, until everything is there or has failed; False where that takes longer."""
         with self._changed:
             if self._changed.wait_for(lambda: not self._waiting and self._current is None, timeout_s):
                 return True
@@ -73,12 +73,12 @@ class Mirror:
         return False
 
     def close(self) -> None:
-        """What is under way is given up; the next start takes it up again."""
+        """Give up what is under way; the next start takes it up again."""
         self.abandon()
         self._thread.join(_POLL_S * 2)
 
     def abandon(self) -> None:
-        """As close, without waiting."""
+        """Close without waiting."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -106,10 +106,10 @@ class Mirror:
                 self._changed.notify_all()
 
     def _next(self, number: int) -> Path | None:
-        """Rank 0 takes the newest that waits; others hear of it."""
+        """Choose the newest waiting checkpoint on rank 0; others receive it."""
         if self.peers.rank != 0:
-            told = self._votes.collect([f"mirror/{number}"], _POLL_S)
-            return Path(told[f"mirror/{number}"]) if told else None
+            posted = self._votes.collect([f"mirror/{number}"], _POLL_S)
+            return Path(posted[f"mirror/{number}"]) if posted else None
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
@@ -120,7 +120,7 @@ class Mirror:
         return self._current
 
     def _copy(self, path: Path, number: int) -> str | None:
-        """What went wrong, on any rank (known to rank 0) or on this one."""
+        """Copy a checkpoint; returns what went wrong on any rank (known to rank 0) or on this one."""
         step, rank = _step_of(path), self.peers.rank
         error = None
         try:
@@ -164,7 +164,7 @@ def _step_of(path: Path) -> int:
 
 
 def fetch(tier: Tier, step: int, directory: Path, peers: Peers, progress: RestoreProgress) -> str | None:
-    """A checkpoint from there to here, each rank some of its files, every byte checked; what went wrong. Collective."""
+    """Fetch a checkpoint, each rank some of its files, every byte checked; returns what went wrong. Collective."""
     temporary = files.temporary_path(directory, step, "fetched")
     failure = peers.agreed(lambda: _start_fetch(temporary) if peers.rank == 0 else None)
     failure = failure or peers.agreed(lambda: _fetch_share(tier, step, temporary, peers, progress))

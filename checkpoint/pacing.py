@@ -1,4 +1,4 @@
-"""When the next save comes and how fast its copies go: the measured side of interval.py and throttle.py."""
+"""Paces saves and their copies: the measured side of interval.py and throttle.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Pacing:
-    """One engine's. `due` and `saving` are told the same on every rank and so answer the same."""
+    """The pacing of one engine. `due` and `saving` get the same on every rank and so answer the same."""
 
     def __init__(self, config: CheckpointConfig) -> None:
         self.config = config
@@ -28,7 +28,7 @@ class Pacing:
 
     @property
     def measured(self) -> tuple[float, float, float]:
-        """Stall, time until durable and step time, on this rank."""
+        """Measured stall, time until durable and step time, on this rank."""
         return (*self.costs, self._throttle.step_s)
 
     @property
@@ -46,7 +46,7 @@ class Pacing:
         return step >= self._next
 
     def saving(self, step: int, stall_s: float, durable_s: float, step_s: float) -> IntervalPlan | None:
-        """A save begins, with the largest of each time over all ranks; the plan where it has changed."""
+        """Note that a save begins, with the largest of each time over all ranks; returns the plan where it has changed."""
         if self.config.interval is not Interval.AUTO or self.config.every_steps is None:
             return None
         plan = None
@@ -61,7 +61,7 @@ class Pacing:
         return plan
 
     def note_step(self, attempt: Attempt | None, saver: Saver | None) -> None:
-        """An update begins; `attempt`: of the save whose copies ran behind the step that ends here."""
+        """Note that an update begins; `attempt`: of the save whose copies ran behind the step that ends here."""
         now, before = time.monotonic(), self._last_update
         self._last_update = now
         if before is None:

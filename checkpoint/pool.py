@@ -1,4 +1,4 @@
-"""The snapshot pool: anonymous shared memory of one trainer and its flusher. It vanishes with the last of the two."""
+"""Holds the snapshot pool: anonymous shared memory of a trainer and its flusher. It vanishes with the last of the two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Pool:
         self._ready.start()
 
     def wait_ready(self) -> None:
-        """Until every page is there, and pinned on CUDA."""
+        """Wait until every page is there, and pinned on CUDA."""
         self._ready.join()
 
     def _prepare(self) -> None:
@@ -48,7 +48,7 @@ class Pool:
                 )
 
     def close(self) -> None:
-        """The flusher keeps its own mapping for as long as it needs it."""
+        """Close this end; the flusher keeps its own mapping for as long as it needs it."""
         self._ready.join()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
@@ -58,7 +58,7 @@ class Pool:
 
 
 def _anonymous_file() -> int:
-    """Memory that no path names, so that nothing stays behind whoever is killed."""
+    """Create memory that no path names, so that nothing stays behind whoever is killed."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("efflaunch-snapshot")
     with tempfile.TemporaryFile() as file:
@@ -66,5 +66,5 @@ def _anonymous_file() -> int:
 
 
 def copy_memory(target: int, source: int | bytes, num_bytes: int) -> None:
-    """memcpy to an address on this thread alone; other Python threads run meanwhile (torch's copy would start a team)."""
+    """Copy memory to an address on this thread alone; other Python threads run meanwhile (torch's copy would start a team)."""
     ctypes.memmove(target, source, num_bytes)

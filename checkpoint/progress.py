@@ -1,4 +1,4 @@
-"""How far a restore has come: a sign of life for every chunk, and lines for people where it takes long."""
+"""Reports how far a restore has come: a sign of life for every chunk, and log lines where it takes long."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Callable
 from ..units import format_bytes, format_seconds
 
 log = logging.getLogger(__name__)
-_SAY_S = 30.0
+_LOG_EVERY_S = 30.0
 """Between two lines. What is read sooner is not announced at all."""
 
 
 class RestoreProgress:
-    """Of one rank. `heard` is called for whatever is read, by one thread at a time; `says`: whether it logs."""
+    """Tracks a restore of one rank. `on_read` is called for whatever is read, by one thread at a time; `logs`: whether it logs."""
 
-    def __init__(self, heard: Callable[[], None] = lambda: None, *, says: bool = False) -> None:
-        self._heard, self._says = heard, says
-        self._what, self._began, self._told, self._read, self._total = "", 0.0, 0.0, 0, 0
+    def __init__(self, on_read: Callable[[], None] = lambda: None, *, logs: bool = False) -> None:
+        self._on_read, self._logs = on_read, logs
+        self._what, self._began, self._logged, self._read, self._total = "", 0.0, 0.0, 0, 0
 
     def begin(self, what: str, total: int) -> None:
-        """`total`: bytes this rank is about to read; 0: nobody knows."""
+        """Begin a part; `total`: bytes this rank is about to read; 0: nobody knows."""
         self._what, self._read, self._total = what, 0, total
-        self._began = self._told = time.monotonic()
+        self._began = self._logged = time.monotonic()
 
     def add(self, num_bytes: int) -> None:
-        """So much more was read."""
-        self._heard()
+        """Count bytes that were read."""
+        self._on_read()
         self._read += num_bytes
         now = time.monotonic()
-        if self._says and now - self._told > _SAY_S:
-            self._told = now
+        if self._logs and now - self._logged > _LOG_EVERY_S:
+            self._logged = now
             of = f" of {format_bytes(self._total)}" if self._total else ""
             log.warning("%s: this rank has read %s%s in %s", self._what, format_bytes(self._read), of, format_seconds(now - self._began))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about where it comes from, and what this machine has."""
+"""Collects what a checkpoint records about its origin, and what this machine has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def weights_hash(model: dict[str, Tensor]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a step computes."""
+    """Versions of Python and of the packages that decide what a step computes."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 

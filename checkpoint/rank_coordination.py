@@ -1,4 +1,4 @@
-"""How the ranks of one checkpoint engine meet: never on the communicators of training.
+"""Connects the ranks of one checkpoint engine, never on the communicators of training.
 
 In the caller's thread over a gloo group of their own (a few bytes at save, objects at plan and restore); in background
 threads over a TCPStore of their own, whose server lives in rank 0.
@@ -24,7 +24,7 @@ _MEET_S = 300.0
 
 
 class Peers:
-    """A world of one needs neither group nor store."""
+    """The ranks of an engine; a world of one needs neither group nor store."""
 
     def __init__(self, timeout_s: float) -> None:
         # A checkpoint is of the whole run.
@@ -41,7 +41,7 @@ class Peers:
             self.session = self.share(self.session)
 
     def open_store(self) -> None:
-        """Collective; before the first vote."""
+        """Open the store, before the first vote. Collective."""
         if self.world_size == 1 or self._address is not None:
             return
         timeout = timedelta(seconds=_MEET_S)
@@ -64,7 +64,7 @@ class Peers:
         self._address = (host, port)
 
     def own_address(self) -> str:
-        """This rank's, on the way to where the ranks meet; loopback where that is on one machine."""
+        """The address of this rank on the way to where the ranks meet; loopback where that is on one machine."""
         meeting = _own_address() if self.world_size > 1 else "127.0.0.1"
         family, _, _, _, place = socket.getaddrinfo(meeting, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -135,7 +135,7 @@ class Peers:
         return Votes(dist.TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout))
 
     def close(self) -> None:
-        """Each rank for itself; the store's server goes with rank 0."""
+        """Close this rank's connections; the store's server goes with rank 0."""
         self._store = None
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
@@ -143,18 +143,18 @@ class Peers:
 
 
 class Votes:
-    """What background threads of all ranks tell each other. A world of one tells nobody anything."""
+    """Messages between background threads of all ranks. A world of one exchanges none."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
 
     def post(self, key: str, value: object) -> None:
-        """For `collect` on another rank; RuntimeError where the store is gone."""
+        """Post a value for `collect` on another rank; RuntimeError where the store is gone."""
         if self._store is not None:
             self._store.set(key, json.dumps(value))
 
     def collect(self, keys: list[str], timeout_s: float) -> dict[str, Any]:
-        """What was posted under the keys, of those that come within `timeout_s`; RuntimeError where the store is gone."""
+        """Collect what was posted under the keys within `timeout_s`; RuntimeError where the store is gone."""
         if self._store is None or not keys:
             return {}
         try:
@@ -165,20 +165,20 @@ class Votes:
         return {key: json.loads(value) for key, value in zip(there, self._store.multi_get(there) if there else [], strict=True)}
 
     def there(self, keys: list[str]) -> dict[str, Any]:
-        """What has been posted under the keys by now; RuntimeError where the store is gone."""
+        """Return what has been posted under the keys by now; RuntimeError where the store is gone."""
         if self._store is None:
             return {}
         return {key: json.loads(self._store.get(key)) for key in keys if self._store.check([key])}
 
     def forget(self, keys: list[str]) -> None:
-        """Rank 0 keeps the store small."""
+        """Delete keys, on rank 0, to keep the store small."""
         if self._store is not None:
             for key in keys:
                 self._store.delete_key(key)
 
 
 def _own_address() -> str:
-    """Where the ranks already meet; loopback where they meet through a file."""
+    """The address where the ranks already meet; loopback where they meet through a file."""
     store = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store

@@ -1,4 +1,4 @@
-"""Tensors out of a checkpoint, every byte checked against its hash before it is used. Nothing is unpickled.
+"""Reads tensors out of a checkpoint, every byte checked against its hash before it is used. Nothing is unpickled.
 
 Files are read in the chunks their hashes are of, by a few threads. A piece that lies in memory as it lies in the file goes
 there directly; others (another sharding, dtype or device) wait in buffers of BATCH_BYTES and one tensor more at most.
@@ -34,7 +34,7 @@ THREADS = 3
 
 
 Part = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
-"""From a tensor to this rank's memory of it and where that starts in the whole."""
+"""Maps a tensor to this rank's memory of it and where that starts in the whole."""
 
 
 def whole(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -54,7 +54,7 @@ class SavedPiece:
 
     file: str
     begin: int
-    """Where its numbers start in the file."""
+    """First byte of its numbers in the file."""
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -100,7 +100,7 @@ class Reader:
         self.tensors = self._read_index()
 
     def read(self, targets: dict[str, Tensor], part: Part = whole) -> None:
-        """Fills of each target this rank's `part` from its key, cast to its dtype. No communication."""
+        """Fill this rank's `part` of each target from its key, cast to its dtype. No communication."""
         spans: list[_Span] = []
         later: list[tuple[Tensor, Tensor]] = []
         waiting = 0
@@ -108,17 +108,17 @@ class Reader:
         self.progress.begin(f"reading {self.source.name}", sum(own.numel() * own.element_size() for own, _ in parts.values()))
         with _Files(self) as opened:
             for key, (own, offsets) in parts.items():
-                known = len(later)
+                begin = len(later)
                 if own.numel():
                     self._plan(key, own, offsets, spans, later)
-                waiting += sum(source.numel() * source.element_size() for _, source in later[known:])
+                waiting += sum(source.numel() * source.element_size() for _, source in later[begin:])
                 if waiting > BATCH_BYTES:
                     self._run(spans, later, opened)
                     waiting = 0
             self._run(spans, later, opened)
 
     def small(self, name: str) -> bytes:
-        """All of one of rank 0's files; DamageError where it is not what was written."""
+        """Read one of rank 0's files; DamageError where it is not what was written."""
         with _Files(self) as opened:
             return opened.file(name, 0).whole()
 
@@ -137,7 +137,7 @@ class Reader:
         later.clear()
 
     def manifest(self, rank: int) -> Manifest:
-        """What the rank wrote."""
+        """The manifest of what the rank wrote."""
         if rank not in self._manifests:
             self._manifests[rank] = self.source.manifest(rank)
         return self._manifests[rank]
@@ -167,7 +167,7 @@ class Reader:
         spans: list[_Span],
         later: list[tuple[Tensor, Tensor]],
     ) -> None:
-        """`box`: the overlap, in coordinates of the whole tensor. Whole rows of the piece are read."""
+        """Plan a piece; `box`: the overlap, in coordinates of the whole tensor. Whole rows of the piece are read."""
         row_bytes = math.prod(piece.shape[1:]) * dtype.itemsize
         first = box[0][0] - piece.offsets[0] if box else 0
         rows = box[0][1] - box[0][0] if box else 1
@@ -202,7 +202,7 @@ def _inner(box: list[tuple[int, int]], piece: SavedPiece) -> Iterator[tuple[tupl
 def _overlap(
     a_offsets: tuple[int, ...], a_shape: tuple[int, ...], b_offsets: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> list[tuple[int, int]] | None:
-    """(start, stop) per dim of what two boxes share; None where they share nothing."""
+    """The intersection of two boxes, (start, stop) per dim; None where they share nothing."""
     box = []
     for a, a_size, b, b_size in zip(a_offsets, a_shape, b_offsets, b_shape, strict=True):
         start, stop = max(a, b), min(a + a_size, b + b_size)
@@ -239,7 +239,7 @@ class _Files:
             return self._open[name]
 
     def do(self, job: _Job) -> int:
-        """Bytes read."""
+        """Run a job; returns bytes read."""
         file = self.file(job.file, rank_of(job.file))
         buffer = self._buffers.get()
         try:
@@ -258,7 +258,7 @@ class _Files:
 
 
 def rank_of(file: str) -> int:
-    """Which rank wrote a file of tensors."""
+    """The rank that wrote a file of tensors."""
     return int(file.removeprefix("__").partition("_")[0])
 
 
@@ -270,7 +270,7 @@ class _CheckedFile:
         self.opened = source.open(name, self.record.num_bytes)
 
     def whole(self) -> bytes:
-        """For small files."""
+        """Read a whole small file."""
         size = -(-min(self.chunk_bytes, max(1, self.record.num_bytes)) // BLOCK_BYTES) * BLOCK_BYTES
         return b"".join(self.read(chunk, mmap.mmap(-1, size)) for chunk in range(len(self.record.chunks)))
 

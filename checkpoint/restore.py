@@ -1,4 +1,4 @@
-"""From the newest checkpoint that proves whole into a model and an optimizer. Collective."""
+"""Restores the newest checkpoint that proves whole into a model and an optimizer. Collective."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Restored:
     step: int
     path: Path
     extra: dict[str, Any]
-    """As given to save, by rank 0."""
+    """Extra state as given to save, by rank 0."""
     metadata: dict[str, Any]
-    """As given to the engine that saved."""
+    """Metadata as given to the engine that saved."""
     same_layout: bool
     """False: saved by another number of ranks; random generators were re-seeded from (seed, step, rank)."""
     skipped: tuple[str, ...]
@@ -46,9 +46,9 @@ class Restored:
     is_durable: bool = True
     """False: it came from the memory of hosts, and no disk has it."""
     attempt: str = ""
-    """Which save it is of."""
+    """Attempt of the save it is from."""
     origin: str = ""
-    """Where it was read from."""
+    """Source it was read from."""
 
 
 class Restorer:
@@ -63,30 +63,30 @@ class Restorer:
         tier: Tier | None = None,
         replicas: Replicas | None = None,
         settle: Callable[[], None] = lambda: None,
-        heard: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """`own`: what is filled.
+        """Open it; `own`: what is filled.
 
         `tier`: a second place, asked for what is not whole here. `replicas`: memory of hosts, asked first; where it has
-        nothing after all, rank 0 calls `settle`, which waits for writers of a life before. `heard` is called for whatever is read.
+        nothing after all, rank 0 calls `settle`, which waits for writers of a life before. `on_progress` is called for whatever is read.
         """
         self._tier, self._replicas, self._settle = tier, replicas, settle
         self.directory, self.peers, self.metadata = directory, peers, metadata
-        self._progress = RestoreProgress(heard, says=peers.rank == 0)
+        self._progress = RestoreProgress(on_progress, logs=peers.rank == 0)
         self._state = own
         self._skipped: list[str] = []
         self._failed_replicas: list[str] = []
 
     def restore(self) -> Restored | None:
-        """None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
+        """Restore; None where there is no checkpoint; CheckpointError on every rank where none is whole or it is another model's."""
         candidates = self._candidates()
         restored = self._from_memory(candidates)
         if restored is not None:
             return restored
-        if self._replicas is not None and self._replicas.found is not None:
+        if self._replicas is not None and self._replicas.leftover is not None:
             failure = self.peers.agreed(lambda: self._settle() if self.peers.rank == 0 else None)
             if failure is not None:
-                self._say("leftovers of an earlier start: %s", failure)
+                self._log("leftovers of an earlier start: %s", failure)
             candidates = self._candidates()
         for step, here, there in candidates:
             restored = self._from_here(here) if here is not None else None
@@ -99,29 +99,29 @@ class Restorer:
         return None
 
     def _from_memory(self, candidates: list[_Candidate]) -> Restored | None:
-        """What a life of the run before left in memory, unless storage has a newer one. The log says why it is not taken."""
+        """Restore what a life of the run before left in memory, unless storage has a newer one. The log says why it is not taken."""
         if self._replicas is None or self._replicas.off is not None:
             return None
         for line in self._replicas.passed_over:
-            self._say("replica in memory passed over: %s", line)
+            self._log("replica in memory passed over: %s", line)
         source = self._replicas.source()
         if source is None:
             return None
         step = int(source.commit["step"])
         stored = [other for other, here, there in candidates if there or (here is not None and here.is_whole)]
         if any(other > step for other in stored):
-            self._say("replica in memory passed over: %s is older than step %d on disk", source.name, max(stored))
+            self._log("replica in memory passed over: %s is older than step %d on disk", source.name, max(stored))
             return None
         durable = any(here is not None and here.is_whole and _is_of(here.path, source.commit) for at, here, _ in candidates if at == step)
         restored, failure = self._try(source)
         if restored is None:
-            self._say("replica in memory passed over: %s: %s", source.name, failure)
+            self._log("replica in memory passed over: %s: %s", source.name, failure)
             self._failed_replicas.append(f"{source.name}: {failure}")
             return None
-        self._say("restored from %s%s", source.name, "" if durable else ", which is not on disk yet")
+        self._log("restored from %s%s", source.name, "" if durable else ", which is not on disk yet")
         return replace(restored, is_durable=durable)
 
-    def _say(self, text: str, *values: object) -> None:
+    def _log(self, text: str, *values: object) -> None:
         if self.peers.rank == 0:
             log.warning(text, *values)
 
@@ -136,7 +136,7 @@ class Restorer:
         return restored
 
     def _from_there(self, step: int) -> Restored | None:
-        """Fetched into the directory first, then as any other."""
+        """Restore from the second place: fetched into the directory first, then as any other."""
         assert self._tier is not None
         failure = fetch(self._tier, step, self.directory, self.peers, self._progress)
         path = files.step_path(self.directory, step)
@@ -150,13 +150,13 @@ class Restorer:
         return None
 
     def _candidates(self) -> list[_Candidate]:
-        """Newest first; what rank 0 sees, on every rank."""
-        found: list[list[_Candidate]] = []
-        failure = self.peers.agreed(lambda: found.append(self._look()) if self.peers.rank == 0 else None)
+        """The candidates, newest first: what rank 0 sees, on every rank."""
+        candidates: list[list[_Candidate]] = []
+        failure = self.peers.agreed(lambda: candidates.append(self._look()) if self.peers.rank == 0 else None)
         if failure is not None:
             where = str(self.directory) if self._tier is None else f"{self.directory}, {self._tier.address}"
             raise CheckpointError(where, found=f"what cannot be read ({failure})", expected="checkpoints", hint="ls -l there")
-        return self.peers.share(found[0] if found else None)
+        return self.peers.share(candidates[0] if candidates else None)
 
     def _look(self) -> list[_Candidate]:
         here = {info.step: info for info in files.scan(self.directory)}
@@ -183,7 +183,7 @@ class Restorer:
         return self._state.local(value), self._state.offsets(value)
 
     def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
-        """The same on every rank: of the first that finds any. Weights may live on some ranks only (stages of a pipeline)."""
+        """Differences to the model, those of the first rank with any, on all ranks. Weights may be on some ranks only (pipelines)."""
         missing = any(key.startswith(state.MODEL) and key not in model for key in saved)
         elsewhere: set[str] = set()
         if any(self.peers.largest([float(missing)])):
@@ -191,7 +191,7 @@ class Restorer:
         lines = state.differences(model, {key: entry for key, entry in saved.items() if key in model or key not in elsewhere})
         if not any(self.peers.largest([float(bool(lines))])):
             return []
-        return next(found for found in self.peers.gather(lines) if found)
+        return next(differing for differing in self.peers.gather(lines) if differing)
 
     def _open(self, place: Path | Source) -> tuple[Reader, dict[str, Any]]:
         reader = Reader(place, progress=self._progress)
@@ -223,7 +223,7 @@ class Restorer:
             log.warning("checkpoint skipped: %s", line)
 
     def _mark(self, path: Path, failure: str) -> None:
-        """Retention must not count it: older ones would be removed for its sake."""
+        """Mark a damaged one, so that retention does not count it: older ones would be removed for its sake."""
         if self.peers.rank != 0:
             return
         try:

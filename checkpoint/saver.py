@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class CancelledError(Exception):
-    """The attempt was given up while it was being copied."""
+    """Raised where the attempt was given up while it was being copied."""
 
 
 class _Chunk(NamedTuple):
@@ -34,7 +34,7 @@ class _Chunk(NamedTuple):
 
 
 class Saver:
-    """Pool, ring, flusher and the copy thread of one rank. Attempts are taken one after the other."""
+    """Owns pool, ring, flusher and the copy thread of one rank. Attempts are taken one after the other."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Saver:
         fault: str = "",
         replicate: Callable[[Attempt], None] = lambda attempt: None,
     ) -> None:
-        """`replicate` says in the attempt where its image goes besides."""
+        """Open it; `replicate` enters in the attempt where its image goes besides."""
         self._replicate, self._abandoned = replicate, False
         self.segment_bytes, self.device, self._fault = segment_bytes, device, fault
         self.ring = SegmentPool(pool_bytes // segment_bytes)
@@ -58,7 +58,7 @@ class Saver:
         self._thread.start()
 
     def start(self, attempt: Attempt) -> None:
-        """Returns at once; `attempt.enqueued`, `copied` and `settled` follow."""
+        """Start an attempt and return at once; `attempt.enqueued`, `copied` and `settled` follow."""
         self._queue.put(attempt)
 
     def cancel(self, attempt: Attempt) -> None:
@@ -72,7 +72,7 @@ class Saver:
                 pass
 
     def close(self, timeout_s: float) -> None:
-        """After the attempts that were started; the flusher may go on alone after `timeout_s`."""
+        """End after the attempts that were started; the flusher may finish alone after `timeout_s`."""
         self._queue.put(None)
         self._thread.join(timeout_s)
         if self.flusher is not None:
@@ -82,7 +82,7 @@ class Saver:
             self.pool.close()
 
     def abandon(self) -> None:
-        """As close, without waiting: nobody is left who would."""
+        """Close without waiting: nobody is left who would."""
         self._abandoned = True
         self._queue.put(None)
 
@@ -150,7 +150,7 @@ class Saver:
         flusher.send({"do": "end", "attempt": attempt.name})
 
     def _chunks(self, attempt: Attempt) -> Any:
-        """(copies, message) of every chunk of every file, in the order of the files."""
+        """Copies and message of every chunk of every file, in the order of the files."""
         head = {"do": "chunk", "attempt": attempt.name}
         size = self.segment_bytes
         for number, copies in enumerate(attempt.layout.chunks):

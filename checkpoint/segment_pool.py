@@ -1,4 +1,4 @@
-"""Which segments of the snapshot pool are in use, each with a generation: a stale release is noticed, never obeyed.
+"""Tracks which snapshot-pool segments are in use, with generations: a stale release is noticed, never obeyed.
 
 Note: ring. A segment is free, or handed out under exactly one ticket. Tickets are (segment, generation); a segment's
 generation grows with every hand-out, so a ticket names one use of one segment for ever. Releasing anything but a live
@@ -21,7 +21,7 @@ class Ticket(NamedTuple):
 
 
 class StaleTicketError(Exception):
-    """A segment was released that is not in use under that ticket."""
+    """Raised where a segment is released that is not in use under that ticket."""
 
 
 class SegmentPool:
@@ -56,7 +56,7 @@ class SegmentPool:
         return ticket
 
     def release(self, ticket: Ticket) -> None:
-        """StaleTicketError where the segment is not in use under this ticket."""
+        """Release a segment; StaleTicketError where it is not in use under this ticket."""
         with self._changed:
             if ticket not in self._live:
                 raise StaleTicketError(f"segment {ticket.segment}, generation {ticket.generation}: now {self._generations[ticket.segment]}")
@@ -65,7 +65,7 @@ class SegmentPool:
             self._changed.notify_all()
 
     def reset(self) -> None:
-        """Every segment is free: whoever held them is gone. Old tickets stay stale."""
+        """Free every segment: whoever used them is gone. Old tickets stay stale."""
         with self._changed:
             self._live.clear()
             self._free = deque(range(self.num_segments))

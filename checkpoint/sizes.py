@@ -1,4 +1,4 @@
-"""How much host memory snapshots take. Pure: the memory ledger calls it too."""
+"""Computes how much host memory snapshots take. Pure: the memory ledger calls it too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIN_SEGMENTS = 2
 
 
 def segment_bytes(state_bytes: int, largest: int = SEGMENT_BYTES) -> int:
-    """An eighth of a small state, in whole blocks, so that its pool is not larger than itself; `largest` for others."""
+    """Bytes of a segment: an eighth of a small state, in whole blocks, so that its pool is not larger; `largest` for others."""
     return min(largest, max(_LEAST_BYTES, -(-state_bytes // 8 // BLOCK_BYTES) * BLOCK_BYTES))
 
 

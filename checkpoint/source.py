@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint are read from: a directory, or memory (replica/source.py). Whoever reads checks hashes."""
+"""Defines where a checkpoint's bytes are read from: a directory, or memory (replica/source.py). Readers check hashes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class OpenFile(Protocol):
 
     @property
     def num_copies(self) -> int:
-        """Places that should hold the same bytes; 0 is asked first."""
+        """Number of places that should hold the same bytes; 0 is asked first."""
         ...
 
     def read_into(self, view: memoryview, offset: int, copy: int) -> int:
-        """Bytes read, 0 at the end. OSError as it comes."""
+        """Read into a buffer; returns bytes read, 0 at the end. OSError as it comes."""
         ...
 
     def close(self) -> None: ...
@@ -34,23 +34,23 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the source in messages."""
         ...
 
     @property
     def commit(self) -> dict[str, Any]:
-        """At least `step`, `attempt`, `world_size`, and `manifests` (file name to hash)."""
+        """The commit record: at least `step`, `attempt`, `world_size`, and `manifests` (file name to hash)."""
         ...
 
     def manifest(self, rank: int) -> Manifest:
-        """Checked against `commit`; ValueError, KeyError or OSError otherwise."""
+        """A manifest, checked against `commit`; ValueError, KeyError or OSError otherwise."""
         ...
 
     def open(self, name: str, num_bytes: int) -> OpenFile: ...
 
 
 class DirectorySource:
-    """A committed directory; past the page cache where the file system allows it."""
+    """A committed directory, read past the page cache where the file system allows it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""What a checkpoint holds as tensors: weights, optimizer states and each rank's random number generators.
+"""Defines what a checkpoint holds as tensors: weights, optimizer states and each rank's random number generators.
 
 Keys: `model.NAME`, `optimizer.NAME.STATE` (both by parameter name, so any world size can read them) and
 `rng.RANK.GENERATOR` (bytes of one rank, useless to another layout).
@@ -40,16 +40,16 @@ class State(Protocol):
         ...
 
     def offsets(self, value: Tensor) -> tuple[int, ...]:
-        """Where that memory starts in the whole tensor, by dim."""
+        """Offsets of that memory in the whole tensor, by dim."""
         ...
 
     def sharding(self, value: Tensor) -> Hashable:
-        """Changes when the tensor lies over the ranks in another way: files are planned anew then."""
+        """A key that changes when the tensor lies over the ranks in another way: files are planned anew then."""
         ...
 
 
 def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's among a state's tensors: parameters and buffers, without the optimizer's states."""
+    """Weights among a state's tensors: parameters and buffers, without the optimizer's states."""
     return {key: value for key, value in tensors.items() if key.startswith(MODEL)}
 
 
@@ -136,7 +136,7 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
 
 
 def set_rng(tensors: dict[str, Tensor], rank: int) -> None:
-    """The exact inverse of rng_tensors."""
+    """Restore what rng_tensors returned, exactly."""
     states = {key[len(f"{RNG}{rank}.") :]: value for key, value in tensors.items()}
     torch.set_rng_state(states["torch"])
     numpy_json = _from_bytes(states["numpy"])
@@ -149,7 +149,7 @@ def set_rng(tensors: dict[str, Tensor], rank: int) -> None:
 
 
 def seed_rng(seed: int, step: int, rank: int) -> None:
-    """Generators as a function of (seed, step, rank): where the saved ones belong to another layout."""
+    """Seed generators as a function of (seed, step, rank): where the saved ones belong to another layout."""
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(3)
     torch.manual_seed(int(mixed[0]))
     np.random.seed(int(mixed[1]))

@@ -1,4 +1,4 @@
-"""What goes wrong with files, in words."""
+"""Describes in words what goes wrong with files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FAILURES = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, Da
 
 
 def describe(error: BaseException) -> str:
-    """On one line; errors of ours and of the system speak for themselves."""
+    """Describe an error on one line; errors of ours and of the system speak for themselves."""
     if isinstance(error, (OSError, DamageError)):
         return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""Whether copying behind the step slows the step, and what to do then. Pure decisions over measured times."""
+"""Decides whether copying behind the step slows it, and what to do then. Pure decisions over measured times."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Pace(Enum):
     """How a snapshot is copied."""
 
     LAZY = "lazy"
-    """As fast as it goes, behind forward and backward."""
+    """Copies as fast as it goes, behind forward and backward."""
     SPREAD = "spread"
-    """Behind them, with pauses."""
+    """Copies behind them, with pauses."""
     EAGER = "eager"
-    """Inside save(): training waits for it and is not disturbed."""
+    """Copies inside save(): training waits for it and is not disturbed."""
 
 
 def next_pace(pace: Pace, *, without_s: float, with_s: float, copy_s: float, max_slowdown: float) -> Pace:
@@ -46,11 +46,11 @@ class Throttle:
 
     @property
     def step_s(self) -> float:
-        """Of a step; 0 before the first."""
+        """Seconds of a step; 0 before the first."""
         return statistics.median(self._without or self._with or [0.0])
 
     def add(self, step_s: float, copy_s: float | None) -> bool:
-        """One step, its own waiting for a snapshot left out; `copy_s`: of the copy behind it. True where the pace changed."""
+        """Add a step's time without its wait for a snapshot; `copy_s`: of the copy behind it. True where the pace changed."""
         (self._without if copy_s is None else self._with).append(step_s)
         if copy_s is None or len(self._with) < _FEW or len(self._without) < _FEW:
             return False

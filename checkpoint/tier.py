@@ -1,4 +1,4 @@
-"""A second place for checkpoints: a directory or an object store behind fsspec. Each has its own commit record.
+"""Keeps checkpoints in a second place: a directory or an object store behind fsspec. Each has its own commit record.
 
 An object store has no rename: a checkpoint counts there once COMMIT is, which is put last. No torch.
 """
@@ -32,7 +32,7 @@ def open_tier(address: str) -> Tier:
 
 
 def reach(address: str, directory: Path) -> Tier:
-    """open_tier, for a run that keeps its checkpoints in `directory`; makes the place, and proves that it keeps what is put there.
+    """Open the tier of a run with checkpoints in `directory`; makes the place, and proves that it keeps what is put there.
 
     CheckpointError where it does not, or does not answer within REACH_S, or is the run's own or the current directory, or
     another run's: each would remove the other's checkpoints, and go on from them.
@@ -52,13 +52,13 @@ def reach(address: str, directory: Path) -> Tier:
     return tier
 
 
-def _unusable(address: str, found: str, expected: str) -> CheckpointError:
+def _unusable(address: str, actual: str, expected: str) -> CheckpointError:
     hint = "checkpoint.mirror=DIRECTORY, its credentials, or checkpoint.mirror=null to go without"
-    return CheckpointError("checkpoint.mirror", found=f"{address} ({found})", expected=expected, hint=hint)
+    return CheckpointError("checkpoint.mirror", found=f"{address} ({actual})", expected=expected, hint=hint)
 
 
 class Tier:
-    """`address`: a directory, or an fsspec address as `s3://bucket/run`. Errors of the store come as OSError, as they do."""
+    """A second place; `address`: a directory, or an fsspec address as `s3://bucket/run`. A store's errors come as OSError."""
 
     def __init__(self, address: str) -> None:
         from fsspec.core import url_to_fs
@@ -70,11 +70,11 @@ class Tier:
 
     @property
     def local_path(self) -> Path | None:
-        """Where it is on this machine's file systems; None: it is elsewhere."""
+        """Path on this machine's file systems; None: it is elsewhere."""
         return Path(self._root).resolve() if self._is_local else None
 
     def trouble(self, run: str) -> str | None:
-        """Writes, reads and removes a small object, and makes the place the run's; what went wrong, None: nothing."""
+        """Write, read and remove a small object, and make the place the run's; returns what went wrong, None: nothing."""
         path = f"{self._root}/.probe-{uuid.uuid4().hex}"
         try:
             self._fs.makedirs(self._root, exist_ok=True)
@@ -96,7 +96,7 @@ class Tier:
         return str(self._fs.cat_file(path).decode("utf-8", "replace")).strip()
 
     def steps(self) -> list[int]:
-        """Of the checkpoints committed here, oldest first; an empty list where there are none."""
+        """Steps of the checkpoints committed here, oldest first; an empty list where there are none."""
         if not self._fs.exists(self._root):
             return []
         self._fs.invalidate_cache()
@@ -105,7 +105,7 @@ class Tier:
         return [step for step in sorted(steps) if self._fs.exists(self._path(step, files.COMMIT_FILE))]
 
     def put(self, folder: Path, step: int, names: list[str]) -> int:
-        """Copies files of a committed checkpoint here; their bytes. OSError where one did not arrive whole."""
+        """Copy files of a committed checkpoint here; returns their bytes. OSError where one did not arrive whole."""
         self._fs.makedirs(self._path(step), exist_ok=True)
         total = 0
         for name in names:
@@ -119,13 +119,13 @@ class Tier:
         return total
 
     def commit(self, folder: Path, step: int) -> None:
-        """After the files of every rank: from here on the checkpoint counts here."""
+        """Commit after the files of every rank: from here on the checkpoint counts here."""
         self._fs.pipe_file(self._path(step, files.COMMIT_FILE), (folder / files.COMMIT_FILE).read_bytes())
         self._sync(self._path(step, files.COMMIT_FILE))
         self._sync(self._path(step))
 
     def record(self, step: int) -> dict[str, Any]:
-        """Its COMMIT; ValueError, KeyError or OSError where it is not what was written."""
+        """The commit record of a step; ValueError, KeyError or OSError where it is not what was written."""
         return files.parse_commit(self._fs.cat_file(self._path(step, files.COMMIT_FILE)))
 
     def manifest(self, step: int, record: dict[str, Any], rank: int) -> Manifest:
@@ -136,7 +136,7 @@ class Tier:
         return Manifest.from_bytes(data)
 
     def fetch(self, step: int, folder: Path, name: str, manifest: Manifest | None, progress: RestoreProgress) -> None:
-        """One file into `folder`, fsynced; ValueError where its bytes are not those that were written."""
+        """Fetch a file into `folder`, fsynced; ValueError where its bytes are not those that were written."""
         target = folder / name
         with self._fs.open(self._path(step, name), "rb") as source, target.open("wb") as out:
             if manifest is None:
@@ -153,7 +153,7 @@ class Tier:
             os.fsync(out.fileno())
 
     def damage(self, step: int) -> list[str]:
-        """Reads a whole checkpoint; what is wrong with it."""
+        """Read a whole checkpoint and return what is wrong with it."""
         problems = []
         try:
             record = self.record(step)
@@ -173,7 +173,7 @@ class Tier:
         return None
 
     def remove(self, step: int) -> None:
-        """COMMIT first, so that a half-removed one is never taken for whole."""
+        """Remove a checkpoint, COMMIT first, so that a half-removed one is never taken for whole."""
         self._fs.rm_file(self._path(step, files.COMMIT_FILE))
         self._fs.rm(self._path(step), recursive=True)
 
@@ -191,7 +191,7 @@ class Tier:
 
 
 def own_files(folder: Path, rank: int) -> list[str]:
-    """What a rank puts there: its files and its manifest."""
+    """The files a rank puts there: its own and its manifest."""
     name = f"rank-{rank}.json"
     content = (folder / name).read_bytes()
     return [*(file.name for file in Manifest.from_bytes(content).files), name]

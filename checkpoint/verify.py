@@ -1,4 +1,4 @@
-"""Reads every byte of a checkpoint against its hashes. No torch."""
+"""Checks every byte of a checkpoint against its hashes. No torch."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ class ClusterConfig:
     ranks_per_node: int
     """GPUs of a node, or processes on a CPU machine."""
     device_memory_bytes: Bytes
-    """Of one GPU, or one CPU rank's share."""
+    """Memory of one GPU, or one CPU rank's share."""
     host_memory_bytes: Bytes
-    """Of one node."""
+    """Host memory of one node."""
     peak_flops: float
     """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
     efficiency: float
@@ -74,7 +74,7 @@ class ClusterConfig:
 
 
 class Machines(Protocol):
-    """What a layout has to know of the cluster."""
+    """Facts of the cluster that a layout has to know."""
 
     @property
     def num_nodes(self) -> int: ...
@@ -84,5 +84,5 @@ class Machines(Protocol):
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """ConfigError where a count, a speed or a memory is out of its range."""
+    """Raise ConfigError where a count, a speed or a memory is out of its range."""
     check_ranges(cluster, "cluster")

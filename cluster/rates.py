@@ -1,4 +1,4 @@
-"""What a node's links, disk and optimizer were measured to move per second, all of its ranks at once. Plain data, no torch."""
+"""Holds what a node's links, disk and optimizer were measured to move per second, all ranks at once. Plain data, no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Copies:
     """Bytes per second of one rank, while every other rank of its node copied too."""
 
     out: float
-    """From the device to host memory, or written to a disk."""
+    """Bytes per second from the device to host memory, or written to a disk."""
     back: float
     both_out: float
-    """The same while it goes both ways at one time."""
+    """Bytes per second out while copies go both ways at one time."""
     both_back: float
 
 
@@ -25,15 +25,15 @@ class MachineRates:
     """`cuda` or `cpu`."""
     ranks_per_node: int
     link: tuple[Copies, ...]
-    """Between device and host memory, by rank."""
+    """Rates between device and host memory, by rank."""
     disk: tuple[Copies, ...] = ()
-    """To and from `directory`, by rank."""
+    """Rates to and from `directory`, by rank."""
     directory: str | None = None
     """memory.offload_dir, where it was given."""
     device_update: float
     """Bytes per second that AdamW reads and writes on a device: the slowest rank's."""
     host_update: float
-    """The same in host memory, on the cores of one rank."""
+    """Bytes per second that AdamW reads and writes in host memory, on the cores of one rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,4 +42,4 @@ class MeasuredRates:
 
     rates: MachineRates
     source: str
-    """For people: the file, the hardware and when."""
+    """Source of the rates, for messages: the file, the hardware and when."""

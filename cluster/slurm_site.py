@@ -1,4 +1,4 @@
-"""What a SLURM site asks of every job (cluster.slurm): plain data, kept with the cluster it describes.
+"""Lists what a SLURM site asks of every job (cluster.slurm): plain data, kept with the cluster it describes.
 
 The code that talks to SLURM is launcher/slurm/; batch scripts for people to copy are slurm/.
 """
@@ -15,7 +15,7 @@ from ..utils.ranges import LONG_S, Range
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmSite:
-    """What this cluster's SLURM wants of a job; nothing is asked for that is not given."""
+    """Requests that this cluster's SLURM makes of a job; nothing is asked for that is not given."""
 
     partition: str | None = None
     account: str | None = None
@@ -23,7 +23,7 @@ class SlurmSite:
     constraint: str | None = None
     """Features a node must have, as `sbatch --constraint`."""
     gres: str | None = None
-    """Per node, as `gpu:h100:8`; None: --gpus-per-node=cluster.ranks_per_node on CUDA, nothing on CPU."""
+    """Generic resources of a node, as `gpu:h100:8`; None: --gpus-per-node=cluster.ranks_per_node on CUDA, nothing on CPU."""
     time_s: Seconds | None = None
     """Time limit of the job; None: the partition's own."""
     cpus_per_node: int | None = None

@@ -1,4 +1,4 @@
-"""The trained model: a Hugging Face model owns weights and names; its forward is ours.
+"""Builds the trained model: a Hugging Face model owns weights and names; its forward is ours.
 
 Build order, each step once: on the meta device -> executors in place of layer forwards -> FSDP2 -> materialise shard by
 shard (random, or read from safetensors). No rank ever holds more than one whole tensor beyond its shards.
@@ -32,7 +32,7 @@ from .stage import Stage, stage_of
 
 
 def position_of(model: PreTrainedModel) -> Position:
-    """Where the rank is that runs `model`."""
+    """The position, for messages, of the rank that runs `model`."""
     return stage_of(model).position
 
 
@@ -121,7 +121,7 @@ def build_empty(
     store: HostStore | None = None,
     host_weights: bool = False,
 ) -> PreTrainedModel:
-    """The same with unset weights: float32 ones (`master_dtype`), or in compute precision where the float32 ones live on the host."""
+    """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host."""
     model = build_on_meta(config, master_dtype(compute_dtype))
     install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
     if host_weights:
@@ -135,22 +135,24 @@ def build_empty(
 
 
 def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """Of the weights that are updated, their gradients and the optimizer's states."""
+    """Dtype of the weights that are updated, their gradients and the optimizer's states."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def initialise(model: PreTrainedModel, seed: int, weights: nn.Module | None = None, told: Callable[[str], None] | None = None) -> None:
-    """Hugging Face's own initialisation of each module, one whole tensor at a time, seeded by (seed, parameter name).
+def initialise(
+    model: PreTrainedModel, seed: int, weights: nn.Module | None = None, on_progress: Callable[[str], None] | None = None
+) -> None:
+    """Initialise each module as Hugging Face does, one whole tensor at a time, seeded by (seed, parameter name).
 
-    Fills the model's parameters, or those of the same names in `weights`. `told` hears of each module.
+    Fills the model's parameters, or those of the same names in `weights`. `on_progress` is called for each module.
     """
     done: set[int] = set()
     into = None if weights is None else dict(weights.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if not module._parameters and not module._buffers:
             continue
-        if told is not None:
-            told("initialising weights")
+        if on_progress is not None:
+            on_progress("initialising weights")
         shadow, copies = _shadow(module, done, name, into)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))

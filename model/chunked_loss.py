@@ -1,4 +1,4 @@
-"""The end of the model: final norm, head and loss, by chunks of tokens, never the logits of more than one chunk.
+"""Computes final norm, head and loss by chunks of tokens, never the logits of more than one chunk.
 
 Gradients are made chunk by chunk inside forward, while the chunk's logits exist (StreamBP, 2506.03077, sec. 3.1); backward only
 hands them over. Gradients of the norm and of the head are summed over chunks in float32 (float64 for float64) and returned
@@ -24,7 +24,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """`chunk_tokens`: tokens per chunk; `softcap`: logits become cap * tanh(logits / cap); `z_loss`: weight of logsumexp^2."""
+    """Settings of the loss; `chunk_tokens`: tokens per chunk; `softcap`: cap * tanh(logits / cap); `z_loss`: weight of logsumexp^2."""
 
     chunk_tokens: int
     softcap: float | None = None
@@ -33,7 +33,7 @@ class LossOptions:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a loss is made of: x (T, M) before the final norm, a module that treats each row alone; head weight (V, M);
+    """The inputs of a loss: x (T, M) before the final norm, a module that treats each row alone; head weight (V, M);
     targets (T,) with -100 where there is no loss."""
 
     x: Tensor
@@ -44,7 +44,7 @@ class Head:
     overwrite: bool = False
     """x's gradient is written over x: nothing may read x afterwards."""
     not_finite: Tensor | None = None
-    """(T,) bool: set where a row's term is not a finite number; nothing waits for it."""
+    """Flags (T,) bool, set where a row's term is not a finite number; nothing waits for them."""
 
     def chunks(self) -> tuple[Tensor, ...]:
         """Row numbers of those with a target, `options.chunk_tokens` at a time."""
@@ -52,7 +52,7 @@ class Head:
 
     @property
     def wide(self) -> torch.dtype:
-        """What losses and logits are computed in: float32 (float64 for float64)."""
+        """Dtype of losses and logits: float32 (float64 for float64)."""
         return torch.promote_types(self.x.dtype, torch.float32)
 
 
@@ -64,7 +64,7 @@ class Terms(Protocol):
 
 
 Finish = Callable[[], tuple[Tensor, Tensor]]
-"""After the last chunk: the loss, and the number (a tensor of no dimensions) that all gradients are still to be multiplied with."""
+"""Finish after the last chunk: rows `unused` (T,), bool, have no gradient. x is not needed any more."""
 
 
 def chunked_cross_entropy(
@@ -78,7 +78,7 @@ def chunked_cross_entropy(
     overwrite: bool = False,
     not_finite: Tensor | None = None,
 ) -> Tensor:
-    """scale x sum of token losses, a scalar in float32 (float64 for float64); arguments as in `Head`.
+    """The loss scale x sum of token losses, a scalar in float32 (float64 for float64); arguments as in `Head`.
 
     With scale = 1 / target tokens of the step, the sum over micro-batches and ranks is the mean loss.
     """
@@ -86,7 +86,7 @@ def chunked_cross_entropy(
 
 
 def cross_entropy(head: Head, scale: float) -> Tensor:
-    """scale x sum over rows of -log p(target) + z_loss x logsumexp^2."""
+    """The loss scale x sum over rows of -log p(target) + z_loss x logsumexp^2."""
 
     def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         return log_probs * -scale, torch.full_like(log_probs, -scale)
@@ -129,14 +129,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, job: _Job, *parameters: Tensor) -> Tensor:
         head = job.head
-        wants_x, wants_weight, _, *wants = ctx.needs_input_grad
-        trained = [p for p, wanted in zip(parameters, wants, strict=True) if wanted]
-        sums = _Gradients(x, weight if wants_weight else None, trained, wants_x=wants_x, overwrite=head.overwrite)
+        needs_x, needs_weight, _, *needs = ctx.needs_input_grad
+        trained = [p for p, wanted in zip(parameters, needs, strict=True) if wanted]
+        sums = _Gradients(x, weight if needs_weight else None, trained, needs_x=needs_x, overwrite=head.overwrite)
         total = x.new_zeros((), dtype=head.wide)
         for rows in head.chunks():
             total += _add_chunk(job, rows, weight, sums)
         sums.close(head.targets == IGNORE)
-        ctx.sums, ctx.wants, ctx.factor = sums, wants, None
+        ctx.sums, ctx.needs, ctx.factor = sums, needs, None
         if job.finish is not None:
             total, ctx.factor = job.finish()
         return total
@@ -148,7 +148,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums, ctx.sums = ctx.sums, None
         d_x, d_weight, d_norm = sums.take(upstream if ctx.factor is None else upstream * ctx.factor)
         parts = iter(d_norm)
-        return d_x, d_weight, None, *(next(parts) if wanted else None for wanted in ctx.wants)
+        return d_x, d_weight, None, *(next(parts) if wanted else None for wanted in ctx.needs)
 
 
 def _add_chunk(job: _Job, rows: Tensor, weight: Tensor, sums: _Gradients) -> Tensor:
@@ -174,11 +174,11 @@ class _Gradients:
     float32 (float64 for float64).
     """
 
-    def __init__(self, x: Tensor, weight: Tensor | None, trained: Sequence[Tensor], *, wants_x: bool, overwrite: bool) -> None:
+    def __init__(self, x: Tensor, weight: Tensor | None, trained: Sequence[Tensor], *, needs_x: bool, overwrite: bool) -> None:
         wide = torch.promote_types(x.dtype, torch.float32)
         self._x, self._trained = x.detach(), list(trained)
         self._d_x: Tensor | None = None
-        if wants_x:
+        if needs_x:
             self._d_x = self._x if overwrite else torch.empty_like(x)
         self._d_weight = None if weight is None else torch.zeros_like(weight, dtype=wide)
         self._weight_dtype = None if weight is None else weight.dtype
@@ -194,7 +194,7 @@ class _Gradients:
             return leaf, norm.forward(leaf)
 
     def add(self, rows: Tensor, leaf: Tensor, h: Tensor, d_logits: Tensor, weight: Tensor) -> None:
-        """What the given rows add, given the gradient (C, V) of their logits h @ weight^T in h's dtype."""
+        """Add the gradients of the given rows, from the gradient (C, V) of their logits h @ weight^T in h's dtype."""
         if self._d_weight is not None:
             self._d_weight += d_logits.T @ h.detach()
         if not leaf.requires_grad:
@@ -206,13 +206,13 @@ class _Gradients:
             total += part
 
     def close(self, unused: Tensor) -> None:
-        """After the last chunk: rows `unused` (T,), bool, have no gradient. x is not needed any more."""
+        """Finish after the last chunk: rows `unused` (T,), bool, have no gradient. x is not needed any more."""
         if self._d_x is not None:
             self._d_x.masked_fill_(unused.unsqueeze(1), 0.0)
         del self._x
 
     def take(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-        """(gradient of x, of the head, of the norm's parameters), times `factor`, in the dtypes of what they belong to."""
+        """The gradients of x, the head and the norm's parameters, times `factor`, in the dtypes of what they belong to."""
         d_weight = None if self._d_weight is None else self._d_weight.mul_(factor).to(self._weight_dtype)
         d_norm = [total.mul_(factor).to(p.dtype) for total, p in zip(self._d_norm, self._trained, strict=True)]
         return None if self._d_x is None else self._d_x.mul_(factor), d_weight, d_norm
@@ -231,7 +231,7 @@ class _Chunk:
         self.log_probs = logits.gather(1, self._targets).squeeze(1) - self.normaliser
 
     def gradient(self, slopes: Tensor, z_weight: float) -> Tensor:
-        """Of sum(slopes x log_probs + z_weight x normaliser^2) by the raw logits, (C, V). Once."""
+        """The gradient of sum(slopes x log_probs + z_weight x normaliser^2) by the raw logits, (C, V). Once."""
         gradient = self._logits.sub_(self.normaliser.unsqueeze(1)).exp_()
         gradient *= (2 * z_weight * self.normaliser - slopes).unsqueeze(1)
         gradient.scatter_add_(1, self._targets, slopes.to(gradient.dtype).unsqueeze(1))

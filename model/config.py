@@ -1,4 +1,4 @@
-"""What model is trained: family, sizes, where its weights come from."""
+"""Settings of the model: family, sizes, where its weights come from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelConfig:
     """Context length the rotary table is defined for (`max_position_embeddings`)."""
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
-    """As Hugging Face defines it: rope_type linear, dynamic, yarn or llama3, with its parameters."""
+    """Scaling as Hugging Face defines it: rope_type linear, dynamic, yarn or llama3, with its parameters."""
     sliding_window: Tokens | None = None
     tie_embeddings: bool = False
     extra: dict[str, Any] = field(default_factory=dict)

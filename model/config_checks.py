@@ -1,4 +1,4 @@
-"""Whether the fields of a Hugging Face config make a model: every number in its range, before anything is built from them. Pure."""
+"""Checks that the fields of a Hugging Face config make a model: every number in its range. Pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ACTIVATIONS = frozenset(
 
 
 def check_fields(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> None:
-    """ConfigError for the first of `fields` (defaults filled in) that no model has; `where` names their source, as `model.path DIR: `."""
+    """Raise ConfigError for the first of `fields` (defaults filled in) that no model has; `where` is their source: `model.path DIR: `."""
     _check_sizes(fields, where)
     _check_shapes(fields, facts, where)
     _check_layer_types(fields, where)
@@ -91,8 +91,8 @@ def _check_layer_types(fields: Mapping[str, Any], where: str) -> None:
         return
     layers = fields["num_hidden_layers"]
     if not isinstance(types, (list, tuple)) or len(types) != layers:
-        found = f"{len(types)} entries" if isinstance(types, (list, tuple)) else repr(types)
-        raise _wrong(where, "layer_types", found, f"one for each of the {layers} layers")
+        actual = f"{len(types)} entries" if isinstance(types, (list, tuple)) else repr(types)
+        raise _wrong(where, "layer_types", actual, f"one for each of the {layers} layers")
     unknown = [kind for kind in types if kind not in (FULL, SLIDING)]
     if unknown:
         raise _wrong(where, "layer_types", unknown[0], f"{FULL} or {SLIDING}")
@@ -102,7 +102,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _wrong(where: str, name: str, found: object, expected: str) -> ConfigError:
-    shown = found if isinstance(found, str) else repr(found)
+def _wrong(where: str, name: str, actual: object, expected: str) -> ConfigError:
+    shown = actual if isinstance(actual, str) else repr(actual)
     hint = f"model.extra.{name}=VALUE, or the file as it was published" if where.startswith("model.path") else f"model.extra.{name}=VALUE"
     return ConfigError(f"{where}{name}", found=shown[:80], expected=expected, hint=hint)

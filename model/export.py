@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face directory: config.json, safetensors, and what export_files adds. One process, no process group.
+"""Exports a checkpoint as a Hugging Face directory: config.json, safetensors and export_files' rest. One process.
 
 Every byte is checked against its hash. Memory: one output shard (`max_shard_bytes`) and a read buffer (reader.BATCH_BYTES, or the
 largest single piece). The directory appears whole, by a
@@ -33,19 +33,19 @@ MAX_SHARD_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was written."""
+    """A report of what was written."""
 
     path: Path
     step: int
     num_parameters: int
     num_bytes: int
-    """Of weights."""
+    """Bytes of weights."""
     num_files: int
-    """Of weights."""
+    """Number of files of weights."""
     tokenizer: str | None
     """Where the copied tokenizer came from; None: the run has none that is on this machine."""
     chat_template: str | None = None
-    """Whose it is: `tokenizer` or `corpus`; None: there is none."""
+    """Owner of the template: `tokenizer` or `corpus`; None: there is none."""
     end_of_turn: str | None = None
     """The token that ends the assistant's turn, among what generation stops at."""
     notes: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ def export(
 
 
 def _saved_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; CheckpointError where that is damaged."""
+    """The metadata of a checkpoint; CheckpointError where it is damaged."""
     try:
         metadata = files.read_state(path)["metadata"]
         if not isinstance(metadata, dict):
@@ -122,16 +122,16 @@ def _appearing(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _unusable(out_dir: Path, found: str) -> CheckpointError:
+def _unusable(out_dir: Path, actual: str) -> CheckpointError:
     return CheckpointError(
-        str(out_dir), found=found, expected="a new or empty directory with room for the weights", hint="another directory"
+        str(out_dir), found=actual, expected="a new or empty directory with room for the weights", hint="another directory"
     )
 
 
 def _write_weights(
     source: Path, out_dir: Path, dtype: Dtype, max_shard_bytes: int, on_progress: Callable[[int, int], None] | None
 ) -> tuple[int, int, int]:
-    """Number of parameters, bytes and files."""
+    """Write the weights and return the number of parameters, bytes and files."""
     from ..checkpoint.reader import Reader
     from ..checkpoint.state import MODEL
     from ..checkpoint.storage import FAILURES, describe
@@ -158,7 +158,7 @@ def _write_weights(
 
 
 def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File name to tensor names, in order, each file within the limit unless one tensor alone exceeds it."""
+    """Assign tensors to files, in order, each file within the limit unless one tensor alone exceeds it."""
     groups: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
@@ -197,7 +197,7 @@ def _out_dtype(entry: SavedTensor, dtype: Dtype) -> torch.dtype:
 
 
 def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> str | None:
-    """Write config.json in the new form and the old; what the old form has no words for."""
+    """Write config.json in the new form and the old; returns what the old form has no words for."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

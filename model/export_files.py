@@ -1,4 +1,4 @@
-"""What an exported model has beside its weights: the tokenizer as it was, the chat template trained with, generation settings.
+"""Writes an exported model's other files: tokenizer, chat template trained with, generation settings.
 
 Files are copied byte for byte; only a chat template other than the tokenizer's and a missing end-of-turn token change any.
 Nothing is fetched: a hub name counts where its files are in the local cache.
@@ -32,7 +32,7 @@ class Origins:
     """What a run was trained with, as far as its checkpoint and its corpora tell."""
 
     tokenizers: tuple[str, ...]
-    """Where it may be, best first: data.tokenizer, the corpora's, the model's own directory."""
+    """Places where the tokenizer may be, best first: data.tokenizer, the corpora's, the model's own directory."""
     model: str | None
     corpora: tuple[dict[str, Any], ...]
     """What PREFIX.json holds of each corpus that has one."""
@@ -41,19 +41,19 @@ class Origins:
 
 @dataclass(frozen=True, slots=True)
 class FilesReport:
-    """What was written beside the weights."""
+    """A report of what was written beside the weights."""
 
     tokenizer: str | None = None
-    """Where it came from; None: it is not on this machine."""
+    """Directory or name it was copied from; None: it is not on this machine."""
     chat_template: str | None = None
-    """Whose it is: `tokenizer` or `corpus`; None: there is none."""
+    """Owner of the template: `tokenizer` or `corpus`; None: there is none."""
     end_of_turn: str | None = None
     """The token that ends the assistant's turn, which generation stops at."""
     notes: tuple[str, ...] = ()
 
 
 def origins_of(run_dir: Path, metadata: Mapping[str, Any]) -> Origins:
-    """From what a checkpoint of `run_dir` holds of its run. Relative paths, of earlier versions, start where the run was started."""
+    """The origins that a checkpoint of `run_dir` records. Relative paths, of earlier versions, start where the run started."""
     config = metadata.get("config") or {}
     run, data, model = (config.get(group) or {} for group in ("run", "data", "model"))
     base = base_of(run_dir, run.get("root", ""), run.get("id"))
@@ -96,13 +96,13 @@ def _folder(path: str, name: str) -> Path | None:
 
 
 def _copy_tokenizer(path: str, origins: Origins, out_dir: Path) -> bool:
-    """From a directory, a bare tokenizer.json with what lies beside it, or a hub name in the local cache; False where there is none."""
+    """Copy it from a directory, a bare tokenizer.json and its neighbours, or a hub name in the local cache; False: none there."""
     bare = Path(path) if Path(path).is_file() else None
     if bare is not None:
         # What lies beside it is of this tokenizer unless that is another file there.
         folder = bare.parent if bare.name == "tokenizer.json" or not (bare.parent / "tokenizer.json").exists() else None
     else:
-        folder = next((found for name in ("tokenizer.json", _CONFIG, "tokenizer.model") if (found := _folder(path, name))), None)
+        folder = next((candidate for name in ("tokenizer.json", _CONFIG, "tokenizer.model") if (candidate := _folder(path, name))), None)
         if folder is None:
             return False
     for source in sorted({file for pattern in _PATTERNS for file in (folder.glob(pattern) if folder else ()) if file.is_file()}):
@@ -117,7 +117,7 @@ def _copy_tokenizer(path: str, origins: Origins, out_dir: Path) -> bool:
 
 
 def _special_tokens(origins: Origins, out_dir: Path) -> dict[str, str]:
-    """Of a bare tokenizer.json: the corpora's end token, and those that the model's configuration names by id."""
+    """Special tokens for a bare tokenizer.json: the corpora's end token, and those the model's configuration names by id."""
     added = _read_json(out_dir / "tokenizer.json").get("added_tokens") or ()
     by_id = {entry["id"]: entry["content"] for entry in added}
     ids = {name: origins.hf_config.get(f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
@@ -127,7 +127,7 @@ def _special_tokens(origins: Origins, out_dir: Path) -> dict[str, str]:
 
 
 def _write_template(origins: Origins, out_dir: Path, notes: list[str]) -> str | None:
-    """Make the template that was trained with the model's; whose it is."""
+    """Make the template that was trained with the model's own; returns whose it is."""
     trained = [corpus["chat_template"] for corpus in origins.corpora if corpus.get("chat_template")]
     own = _templates(out_dir)
     if not trained:
@@ -154,10 +154,12 @@ def _write_template(origins: Origins, out_dir: Path, notes: list[str]) -> str | 
 def _templates(out_dir: Path) -> dict[str, str]:
     """The templates of a tokenizer's files by name; files go before what tokenizer_config.json holds."""
     inline = _read_json(out_dir / _CONFIG).get("chat_template")
-    found = {entry["name"]: entry["template"] for entry in inline} if isinstance(inline, list) else {"default": inline} if inline else {}
+    templates = (
+        {entry["name"]: entry["template"] for entry in inline} if isinstance(inline, list) else {"default": inline} if inline else {}
+    )
     if (out_dir / _TEMPLATE).is_file():
-        found["default"] = (out_dir / _TEMPLATE).read_text(encoding="utf-8")
-    return {**found, **{file.stem: file.read_text(encoding="utf-8") for file in (out_dir / _OTHER_TEMPLATES).glob("*.jinja")}}
+        templates["default"] = (out_dir / _TEMPLATE).read_text(encoding="utf-8")
+    return {**templates, **{file.stem: file.read_text(encoding="utf-8") for file in (out_dir / _OTHER_TEMPLATES).glob("*.jinja")}}
 
 
 def _end_of_turn(origins: Origins, out_dir: Path, notes: list[str]) -> str | None:
@@ -171,7 +173,7 @@ def _end_of_turn(origins: Origins, out_dir: Path, notes: list[str]) -> str | Non
 
 
 def _rendered_end(out_dir: Path, notes: list[str]) -> str | None:
-    """For corpora that do not say: the first special token after what the assistant says, by the template."""
+    """The end of turn for corpora that record none: the first special token after the assistant's text, by the template."""
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
@@ -188,7 +190,7 @@ def _rendered_end(out_dir: Path, notes: list[str]) -> str | None:
 
 
 def _write_generation(origins: Origins, out_dir: Path, end: str | None, notes: list[str]) -> None:
-    """The model's generation_config.json as it was; with the end of turn among what generation stops at."""
+    """Write the model's generation_config.json, with the end of turn among what generation stops at."""
     folder = None if origins.model is None else _folder(origins.model, _GENERATION)
     if folder is not None:
         shutil.copyfile(folder / _GENERATION, out_dir / _GENERATION)

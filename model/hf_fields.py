@@ -1,4 +1,4 @@
-"""The fields of a model's Hugging Face config: from our own config or from a config.json, overrides in place. Pure but for reading it."""
+"""Reads the fields of a Hugging Face config: our own or a config.json's, overrides in place. Pure but for reading it."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def model_family(config: ModelConfig) -> Family:
         if config.family is None:
             raise _missing(config, "family")
         return config.family
-    found = read_config_json(config.path).get("model_type")
-    family = family_of(found) or wrapped_family(found)
+    model_type = read_config_json(config.path).get("model_type")
+    family = family_of(model_type) or wrapped_family(model_type)
     if family is not None:
         return family
     raise ConfigError(
         f"model.path {config.path}",
-        found=f"model_type {found!r}",
+        found=f"model_type {model_type!r}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
-        hint=f"a supported model, or write its facts and adapter: model/families/{found}_facts.py and model/families/{found}.py",
+        hint=f"a supported model, or write its facts and adapter: model/families/{model_type}_facts.py and model/families/{model_type}.py",
     )
 
 
@@ -73,7 +73,7 @@ class ModelFields:
     given: dict[str, Any]
     """What the Hugging Face config is built from: `model_type` and the fields of that family's class."""
     full: dict[str, Any]
-    """The same with the defaults of the family's class in place of what is left out."""
+    """The fields of `given`, with the family's defaults in place of what is left out."""
     rope: RopeFields
     file: dict[str, Any] = field(default_factory=dict)
     """The fields of the config.json as it is; nothing for a model from scratch."""
@@ -108,15 +108,15 @@ def model_fields(config: ModelConfig) -> ModelFields:
     return ModelFields(facts, fields, {**full, **settled}, rope, file)
 
 
-def file_fields(found: Mapping[str, Any], facts: FamilyFacts) -> dict[str, Any]:
+def file_fields(config: Mapping[str, Any], facts: FamilyFacts) -> dict[str, Any]:
     """The fields of a config.json that describe the language model: its own, or those under `text_config`."""
-    if facts.wrapped_by is None or found.get("model_type") != facts.wrapped_by:
-        return {key: value for key, value in found.items() if key not in LABELS - {"model_type"}}
-    inner = found.get("text_config") or {}
+    if facts.wrapped_by is None or config.get("model_type") != facts.wrapped_by:
+        return {key: value for key, value in config.items() if key not in LABELS - {"model_type"}}
+    inner = config.get("text_config") or {}
     # The whole model ties its head by its own switch; ids of the end and the beginning may be given there alone.
-    shared = {key: found[key] for key in ("bos_token_id", "eos_token_id", "quantization_config") if found.get(key) is not None}
+    shared = {key: config[key] for key in ("bos_token_id", "eos_token_id", "quantization_config") if config.get(key) is not None}
     fields = {**shared, **{key: value for key, value in inner.items() if key not in LABELS}}
-    return {**fields, "model_type": facts.model_type, "tie_word_embeddings": found.get("tie_word_embeddings", True)}
+    return {**fields, "model_type": facts.model_type, "tie_word_embeddings": config.get("tie_word_embeddings", True)}
 
 
 def _from_scratch(config: ModelConfig, facts: FamilyFacts) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _check_plain_numbers(config: ModelConfig, file: Mapping[str, Any]) -> None:
 
 
 def _check_growth(config: ModelConfig, rows: Any) -> None:
-    """ConfigError where the vocabulary asked for is smaller than the file's: rows that are there are kept."""
+    """Raise ConfigError where the vocabulary asked for is smaller than the file's: rows that are there are kept."""
     assert config.vocab_size is not None
     if isinstance(rows, int) and config.vocab_size < rows:
         raise ConfigError(
@@ -158,7 +158,7 @@ def _check_growth(config: ModelConfig, rows: Any) -> None:
 
 
 def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
-    """ConfigError for a key of `model.extra` that has a name of its own, or that no layer of the family reads."""
+    """Raise ConfigError for a key of `model.extra` that has a name of its own, or that no layer of the family reads."""
     readable = READ_BY_ALL | facts.fields
     for name in config.extra:
         if name in _OWN_NAMES:
@@ -166,8 +166,8 @@ def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
             raise ConfigError(f"model.extra.{name}", found="a second name", expected=f"model.{key}", hint=f"model.{key}=VALUE")
         if name == "vocab_size" and config.path is not None:
             raise ConfigError("model.extra.vocab_size", found="a second name", expected="model.vocab_size", hint="model.vocab_size=VALUE")
-        known = name in readable or (name == "rope_local_base_freq" and facts.rope_per_layer_type)
-        if not known and not (name in facts.unread and config.extra[name] is None):
+        is_readable = name in readable or (name == "rope_local_base_freq" and facts.rope_per_layer_type)
+        if not is_readable and not (name in facts.unread and config.extra[name] is None):
             near = get_close_matches(name, readable, 1)
             raise ConfigError(
                 f"model.extra.{name}",
@@ -178,7 +178,7 @@ def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
 
 
 def head_dim(config: ModelConfig) -> int:
-    """Given, or hidden_size / num_heads."""
+    """The head dim: as given, or hidden_size / num_heads."""
     if config.head_dim is not None:
         return config.head_dim
     if config.hidden_size is None or config.num_heads is None:

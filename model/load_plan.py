@@ -1,4 +1,4 @@
-"""Which stored tensor fills which parameter of a model, and what in the files is not used: a load report, from headers alone. Pure.
+"""Plans which stored tensor fills which parameter, and what in the files is unused, from headers alone. Pure.
 
 Note: names are resolved as transformers does (a prefix `model.` may be missing, a tied head stands in for a missing embedding), and
 text models inside larger ones are found by theirs (`language_model.`). What transformers would drop with a warning although it changes
@@ -22,7 +22,7 @@ from .weight_files import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIXES = (("", ""), ("", "model."), ("language_model.", ""), ("model.language_model.", "model."), ("language_model.", "model."))
-"""(of the stored name, in its place): first that gives a parameter's name."""
+"""Prefixes (of the stored name, in its place): the first that gives a parameter's name counts."""
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
 """Constants that older versions of transformers saved; it ignores them as well."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -30,12 +30,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """Where each parameter is read, and what is not read at all."""
+    """The source of each parameter, and what is not read at all."""
 
     sources: Mapping[str, StoredTensor]
-    """By parameter name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
+    """Stored tensor by parameter name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
     names: Mapping[str, str]
-    """By parameter name: the name in the file."""
+    """Name in the file by parameter name."""
     unused: tuple[str, ...]
     """Names in the files that no parameter is filled from, but for constants of older versions."""
     shared_head: tuple[StoredTensor, StoredTensor] | None
@@ -73,10 +73,10 @@ def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a model asks of the files."""
+    """The parameters that a model needs from the files."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """By parameter name; without a head of its own where that is tied to the embedding."""
+    """Shape by parameter name; without a head of its own where that is tied to the embedding."""
     facts: FamilyFacts
     file_vocabulary: int
     """Rows of embedding and head by the file's config.json; the model may have more."""
@@ -87,7 +87,7 @@ class Wanted:
 
     @property
     def num_layers(self) -> int:
-        return 1 + max(int(found[1]) for found in map(_LAYER.match, self.shapes) if found is not None)
+        return 1 + max(int(match[1]) for match in map(_LAYER.match, self.shapes) if match is not None)
 
 
 def plan_load(wanted: Wanted, stored: Mapping[str, StoredTensor], folder: Path) -> LoadPlan:
@@ -103,8 +103,8 @@ def plan_load(wanted: Wanted, stored: Mapping[str, StoredTensor], folder: Path) 
     for name, shape in shapes.items():
         expected = (wanted.file_vocabulary, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
         if sources[name].shape != expected:
-            found = f"{names[name]} of shape {list(sources[name].shape)}"
-            raise _wrong(folder, found, str(list(expected)), "weights and config.json of one model")
+            actual = f"{names[name]} of shape {list(sources[name].shape)}"
+            raise _wrong(folder, actual, str(list(expected)), "weights and config.json of one model")
     head = unused.pop(HEAD, None)
     both = None if head is None else (sources[EMBEDDING], stored[head])
     return LoadPlan(sources, names, tuple(sorted(unused.values())), both)
@@ -121,8 +121,8 @@ def _resolve(shapes: Mapping[str, Any], stored: Mapping[str, StoredTensor], fold
             if not _BUFFERS.search(name):
                 others[_as_parameter(name)] = name
         elif target in names:
-            found = f"{names[target]} and {name} for {target}"
-            raise _wrong(folder, found, "each weight once", "the weights of one model, in one form")
+            actual = f"{names[target]} and {name} for {target}"
+            raise _wrong(folder, actual, "each weight once", "the weights of one model, in one form")
         else:
             names[target] = name
     if HEAD not in shapes and HEAD in names:
@@ -139,7 +139,7 @@ def _as_parameter(name: str) -> str:
 
 
 def _check_plain(names: Mapping[str, str], unused: Mapping[str, str], stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    """ConfigError where weights are stored in anything but plain floating point."""
+    """Raise ConfigError where weights are stored in anything but plain floating point."""
     marked = [name for name in unused.values() if is_quantised(name)]
     odd = [name for name in names.values() if stored[name].dtype not in PLAIN_DTYPES]
     if marked or odd:
@@ -164,7 +164,7 @@ def _check_missing(wanted: Wanted, names: Mapping[str, str], stored: Mapping[str
 
 
 def _check_unused(wanted: Wanted, unused: Mapping[str, str], folder: Path) -> None:
-    """ConfigError for what belongs to the model's own modules and has no place in it."""
+    """Raise ConfigError for what belongs to the model's own modules and has no place in it."""
     modules = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
     inside = [name for name in unused if name.startswith(modules) and not (name == HEAD and wanted.is_tied)]
     if not inside:
@@ -192,5 +192,5 @@ def _bias_switch(names: Sequence[str], facts: FamilyFacts) -> str | None:
     return next((switch for switch, biases in _BIASES.items() if biases == kinds and switch in facts.fields), None)
 
 
-def _wrong(folder: Path, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(f"model.path {folder}", found=found, expected=expected, hint=hint)
+def _wrong(folder: Path, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"model.path {folder}", found=actual, expected=expected, hint=hint)

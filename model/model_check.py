@@ -1,4 +1,4 @@
-"""What is known of a model's files before anything starts: `check_weights` refuses or reports. Reads headers; imports no torch.
+"""Checks a model's files before anything starts: `check_weights` refuses or reports. Reads headers; imports no torch.
 
 Ranks read by the same plan (`load_plan.plan_load`), so what passes here loads there.
 """
@@ -24,14 +24,14 @@ _NAMED = 6
 
 
 def check_weights(config: ModelConfig) -> list[str]:
-    """What a person should know of the files at `model.path`; ConfigError where they do not make the model. Nothing for random weights."""
+    """Notes on the files at `model.path`; ConfigError where they do not make the model. Nothing for random weights."""
     if config.path is None:
         return []
-    spec, known, folder = model_spec(config), model_fields(config), model_folder(config.path)
-    notes = [*_unread_fields(known), *_padding_note(known.full)]
+    spec, fields, folder = model_spec(config), model_fields(config), model_folder(config.path)
+    notes = [*_unread_fields(fields), *_padding_note(fields.full)]
     if local_folder(config.path) is None and not has_weights(folder):
         return [*notes, f"model.path={config.path}: the weights are not on this machine yet; they are checked as they are read"]
-    wanted = Wanted(parameter_shapes(spec), known.facts, file_vocabulary(known))
+    wanted = Wanted(parameter_shapes(spec), fields.facts, file_vocabulary(fields))
     plan = plan_load(wanted, read_headers(folder), folder)
     notes += _head_note(config, plan, folder)
     if plan.unused:
@@ -43,9 +43,9 @@ def check_weights(config: ModelConfig) -> list[str]:
     return notes
 
 
-def file_vocabulary(known: ModelFields) -> int:
+def file_vocabulary(fields: ModelFields) -> int:
     """Rows of embedding and head by the file's own config.json."""
-    return int({**known.facts.defaults, **known.file}["vocab_size"])
+    return int({**fields.facts.defaults, **fields.file}["vocab_size"])
 
 
 def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
@@ -61,12 +61,12 @@ def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
     )
 
 
-def _unread_fields(known: ModelFields) -> list[str]:
-    read = READ_BY_ALL | known.facts.fields | LABELS | {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
-    unread = sorted(name for name, value in known.file.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
-    unread += [f"rope_parameters.{name}" for name in sorted(set(known.rope.unread))]
+def _unread_fields(fields: ModelFields) -> list[str]:
+    read = READ_BY_ALL | fields.facts.fields | LABELS | {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
+    unread = sorted(name for name, value in fields.file.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
+    unread += [f"rope_parameters.{name}" for name in sorted(set(fields.rope.unread))]
     more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
-    return [f"config.json: no {known.facts.model_type} layer reads {', '.join(unread[:_NAMED])}{more}"] if unread else []
+    return [f"config.json: no {fields.facts.model_type} layer reads {', '.join(unread[:_NAMED])}{more}"] if unread else []
 
 
 def _padding_note(fields: Mapping[str, Any]) -> list[str]:

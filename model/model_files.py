@@ -1,4 +1,4 @@
-"""Where a model's files are: `model.path` as a directory of this machine or a name on the hub, and its config.json. Imports no torch.
+"""Finds a model's files: `model.path` as a local directory or a name on the hub, and its config.json. Imports no torch.
 
 Note: a name is looked up on the hub only if it can be one (NAME or NAMESPACE/NAME), once, and only if it is no directory and no
 snapshot of it is in the cache. Anything that looks like a path is a path.
@@ -54,7 +54,7 @@ def read_config_json(path: str) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"{file.stat().st_size} bytes long")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _no_model(
             path,
@@ -62,9 +62,9 @@ def read_config_json(path: str) -> dict[str, Any]:
             "a Hugging Face model directory",
             "model.path=DIRECTORY with config.json and *.safetensors in it",
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise _no_model(path, "a config.json that is no object", "a Hugging Face config", "check model.path")
-    return found
+    return config
 
 
 def _hub_snapshot(name: str) -> Path:
@@ -90,5 +90,5 @@ def _hub_snapshot(name: str) -> Path:
         ) from error
 
 
-def _no_model(path: str, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(f"model.path {path}", found=found, expected=expected, hint=hint)
+def _no_model(path: str, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"model.path {path}", found=actual, expected=expected, hint=hint)

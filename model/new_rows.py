@@ -1,4 +1,4 @@
-"""Rows of embedding and head for tokens that a model's files do not have: near the mean of the others, as transformers adds them.
+"""Makes rows of embedding and head for tokens that a model's files lack: near the mean of the others, as transformers does.
 
 Note: `resize_token_embeddings` (transformers 5, mean_resizing) draws them from the normal distribution with the mean and 1e-9 times
 the covariance of the old rows. So do these, without the covariance (hidden size squared) or its root: with z of V independent
@@ -22,7 +22,7 @@ CHUNK_NUMBERS = 16 << 20
 
 
 def new_rows(saved: Any, num_rows: int, count: int, name: str) -> Tensor:
-    """(count, width) float32 rows for a table whose `num_rows` old ones `saved` gives by slices. They depend on `name` and those alone."""
+    """Make float32 rows (count, width) for a table whose `num_rows` old ones `saved` gives by slices, from those and `name` alone."""
     width = int(saved.get_shape()[1])
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}:new rows".encode()).digest()[:7], "big"))
     total, mixed = torch.zeros(width, dtype=torch.float64), torch.zeros(count, width, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Quantised weights: how they are recognised, and what to do first. They are never read as if they were plain numbers. Pure."""
+"""Recognises quantised weights, and says what to do first. They are never read as if they were plain numbers. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Of safetensors: numbers that mean what they say."""
+"""Types of safetensors whose numbers mean what they say."""
 _QUANTISED = re.compile(
     r"\.(weight_scale(_inv)?|weight_scale_2|weight_shape|weight_packed|weight_zero_point|weight_g_idx|weight_global_scale|"
     r"input_scale(_inv)?|input_global_scale|output_scale|activation_scale|[kqv]_scale|qweight|qzeros|g_idx|scales|zeros|scb|"
@@ -24,11 +24,11 @@ def is_quantised(name: str) -> bool:
     return _QUANTISED.search(name) is not None
 
 
-def quantised(folder: Path | str, found: str) -> ConfigError:
+def quantised(folder: Path | str, actual: str) -> ConfigError:
     """The error for weights that are not plain numbers, with the way out."""
     return ConfigError(
         f"model.path {folder}",
-        found=found,
+        found=actual,
         expected=f"weights in plain floating point ({', '.join(PLAIN_DTYPES)}), as they are trained",
         hint="dequantise first: AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype='bfloat16').dequantize(), for fp8 and mxfp4 "
         "from_pretrained(DIRECTORY, quantization_config=FineGrainedFP8Config(dequantize=True) or Mxfp4Config(dequantize=True)); "

@@ -1,4 +1,4 @@
-"""config.json as transformers 4 reads it too: rotary settings and precision in the old form beside the new one. Pure."""
+"""Writes config.json so that transformers 4 reads it too: rotary settings and precision in old and new form. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position settings, from a config.json of any form and from what is asked for, in the one form transformers 5 reads. Pure.
+"""Brings rotary settings, from a config.json of any form and from overrides, to the form transformers 5 reads. Pure.
 
 Note: what a file says is read as transformers reads it (`convert_rope_params_to_dict`), and refused where transformers would drop a
 part of it. What is asked for then replaces it, and everything the tables depend on is written out: the original length above all,
@@ -46,12 +46,12 @@ Block = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RopeFields:
-    """What the Hugging Face config is given."""
+    """The rotary settings given to the Hugging Face config."""
 
     parameters: dict[str, Any]
-    """`rope_parameters`: one block, or one per layer type."""
+    """Value of `rope_parameters`: one block, or one per layer type."""
     positions: int
-    """`max_position_embeddings`; of "dynamic" tables the original length, which they take from there."""
+    """Value of `max_position_embeddings`; of "dynamic" tables the original length, which they take from there."""
     reach: int
     """Positions the tables are meant for."""
     unread: tuple[str, ...] = ()
@@ -102,8 +102,8 @@ def _with_extra(config: ModelConfig, facts: FamilyFacts, file: Mapping[str, Any]
             raise _wrong("model.extra.rope_parameters", f"it beside model.{both[0]}", "one of the two", f"model.{both[0]}=null")
         return {"rope_parameters": asked["rope_parameters"]}
     if "rope_local_base_freq" in asked and not facts.rope_per_layer_type:
-        found = f"{asked['rope_local_base_freq']} for a {facts.model_type} model"
-        raise _wrong("model.extra.rope_local_base_freq", found, "a family with a table for layers with a window", "model.rope_theta=VALUE")
+        actual = f"{asked['rope_local_base_freq']} for a {facts.model_type} model"
+        raise _wrong("model.extra.rope_local_base_freq", actual, "a family with a table for layers with a window", "model.rope_theta=VALUE")
     if "rope_local_base_freq" in asked and isinstance(fields.get("rope_parameters"), Mapping):
         inner = fields["rope_parameters"]
         fields["rope_parameters"] = {**inner, SLIDING: {**(inner.get(SLIDING) or {}), "rope_theta": asked["rope_local_base_freq"]}}
@@ -185,7 +185,7 @@ def _override(
 def _settle(
     block: Block, key: str | None, where: str, facts: FamilyFacts, head_dim: int, original: int | None, *, strict: bool
 ) -> list[str]:
-    """Write the block in full, as its rotary type reads it; the parameters that it does not read, which `strict` refuses.
+    """Write the block in full for its rotary type; returns the parameters that type does not read, which `strict` refuses.
 
     `original`: the length that stands in where the block gives none; None where nothing can.
     """
@@ -208,10 +208,10 @@ def _settle(
     ]
     if missing:
         hint = " ".join(f"+model.rope_scaling.{name}=VALUE" for name in missing)
-        found = f"no {', '.join(missing)} for rope_type {kind}"
-        raise _wrong(f"{where}.{missing[0]}", found, ", ".join(needed), hint if strict else "the file as it was published")
-    known = {*needed, *_OPTIONAL.get(kind, ()), "rope_type", "rope_theta"}
-    unread = sorted(name for name in block if name not in known)
+        actual = f"no {', '.join(missing)} for rope_type {kind}"
+        raise _wrong(f"{where}.{missing[0]}", actual, ", ".join(needed), hint if strict else "the file as it was published")
+    names = {*needed, *_OPTIONAL.get(kind, ()), "rope_type", "rope_theta"}
+    unread = sorted(name for name in block if name not in names)
     if not strict and kind == "dynamic" and ORIGINAL in block:
         unread.append(ORIGINAL)  # transformers takes max_position_embeddings
         del block[ORIGINAL]
@@ -219,7 +219,7 @@ def _settle(
         raise _wrong(
             f"{where}.{unread[0]}",
             "a parameter that is not read",
-            f"rope_type {kind} to read it: {', '.join(sorted(known))}",
+            f"rope_type {kind} to read it: {', '.join(sorted(names))}",
             "no " + unread[0],
         )
     if "truncate" in block and key is not None and block["truncate"] is not True:
@@ -239,7 +239,7 @@ def _check_partial(block: Block, kind: str, where: str, facts: FamilyFacts, head
 
 
 def _check_numbers(block: Block, where: str, head_dim: int) -> None:
-    """Every number a positive finite one, lengths whole, lists as long as there are pairs; texts that are numbers become numbers."""
+    """Check that numbers are positive and finite, lengths whole, lists as long as the pairs; texts that are numbers become numbers."""
     for name, value in list(block.items()):
         place = f"{where}.{name}"
         if name in ("rope_type", "truncate") or value is None:
@@ -248,14 +248,16 @@ def _check_numbers(block: Block, where: str, head_dim: int) -> None:
             block[name] = _length(value, place)
         elif name in ("short_factor", "long_factor"):
             if not isinstance(value, (list, tuple)) or len(value) != head_dim // 2:
-                found = f"{len(value)} numbers" if isinstance(value, (list, tuple)) else repr(value)
-                raise _wrong(place, found, f"{head_dim // 2} numbers, one per pair of a head of {head_dim}", "the list as it was published")
+                actual = f"{len(value)} numbers" if isinstance(value, (list, tuple)) else repr(value)
+                raise _wrong(
+                    place, actual, f"{head_dim // 2} numbers, one per pair of a head of {head_dim}", "the list as it was published"
+                )
             block[name] = [_number(item, place) for item in value]
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
             block[name] = _number(value, place)
     if block["rope_type"] == "llama3" and block["high_freq_factor"] <= block["low_freq_factor"]:
-        found = f"{block['high_freq_factor']} with low_freq_factor {block['low_freq_factor']}"
-        raise _wrong(f"{where}.high_freq_factor", found, "more than low_freq_factor", "high_freq_factor=4 low_freq_factor=1")
+        actual = f"{block['high_freq_factor']} with low_freq_factor {block['low_freq_factor']}"
+        raise _wrong(f"{where}.high_freq_factor", actual, "more than low_freq_factor", "high_freq_factor=4 low_freq_factor=1")
     if block["rope_type"] == "proportional" and (block.get("partial_rotary_factor") or 1) > 1:
         raise _wrong(f"{where}.partial_rotary_factor", str(block["partial_rotary_factor"]), "a share, at most 1", "0.25")
 
@@ -309,5 +311,5 @@ def _hint(where: str) -> str:
     return "a config.json as it was published" if where.startswith("model.path") else f"{where}=VALUE"
 
 
-def _wrong(where: str, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(where, found=found, expected=expected, hint=hint)
+def _wrong(where: str, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(where, found=actual, expected=expected, hint=hint)

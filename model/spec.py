@@ -1,4 +1,4 @@
-"""What a model is made of, as numbers: the one source for plans, parameter counts and checks. Imports no torch."""
+"""Describes a model as numbers: the one source for plans, parameter counts and checks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class ModelSpec:
     max_positions: int
     """Positions the rotary table is defined for."""
     windows: tuple[int | None, ...]
-    """Per layer: tokens attention looks back over, None for all of them."""
+    """Tokens that attention looks back over, per layer; None for all of them."""
     qk_norm: bool
     """RMS norm over the head dim of queries and keys."""
     attention_bias: bool
-    """On the query, key and value projections."""
+    """Whether the query, key and value projections have biases."""
     output_bias: bool
-    """On the attention's output projection."""
+    """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     norms_per_layer: int
     """RMS norms over the hidden size in one decoder layer."""
@@ -43,7 +43,7 @@ class ModelSpec:
     has_score_softcap: bool
     """Scores go through tanh before their softmax."""
     has_logit_softcap: bool
-    """Logits do."""
+    """Logits go through tanh."""
     rotary_tables: int
     """Rotary tables of one micro-batch: one, or one per kind of layer."""
 
@@ -62,9 +62,9 @@ class LayerParameters:
     """Weights of one decoder layer."""
 
     total: int
-    """All that are there: bytes follow from them."""
+    """Number of all weights: bytes follow from them."""
     active: int
-    """Those one token is multiplied with: FLOPs follow from them. Fewer than `total` where a token visits some experts only."""
+    """Number of weights one token is multiplied with: FLOPs follow. Fewer than `total` where a token visits some experts only."""
 
 
 def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
@@ -93,8 +93,8 @@ def num_parameters(spec: ModelSpec) -> int:
 
 def model_spec(config: ModelConfig) -> ModelSpec:
     """The sizes of a checked config: from its own fields, or from the config.json at its path."""
-    known = _checked(config)
-    facts, fields = known.facts, known.full
+    model = _checked(config)
+    facts, fields = model.facts, model.full
     heads = fields["num_attention_heads"]
     return ModelSpec(
         family=facts.family,
@@ -106,7 +106,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
         vocab_size=fields["vocab_size"],
         tie_embeddings=bool(fields.get("tie_word_embeddings")),
-        max_positions=known.rope.reach,
+        max_positions=model.rope.reach,
         windows=facts.windows(fields),
         qk_norm=facts.qk_norm,
         attention_bias=facts.qkv_bias(fields),
@@ -121,7 +121,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
 
 
 def check_model(config: ModelConfig) -> None:
-    """ConfigError unless the config names one model this package can train."""
+    """Raise ConfigError unless the config names one model this package can train."""
     _checked(config)
 
 
@@ -131,19 +131,19 @@ def _checked(config: ModelConfig) -> ModelFields:
     else:
         _check_present(config)
         _check_heads(config)
-    known = model_fields(config)
-    _check_window(config, known)
-    return known
+    model = model_fields(config)
+    _check_window(config, model)
+    return model
 
 
 def longer_positions(config: ModelConfig, length: int) -> list[str]:
     """Overrides that extend a model to `length` positions: YaRN from the length it was made for; none is needed from scratch."""
-    known = _checked(config)
+    model = _checked(config)
     raised = f"model.max_positions={length}"
-    block = known.rope.parameters.get(FULL, known.rope.parameters)
+    block = model.rope.parameters.get(FULL, model.rope.parameters)
     if config.path is None and block["rope_type"] == "default":
         return [raised]
-    original = block.get(ORIGINAL) or known.rope.positions
+    original = block.get(ORIGINAL) or model.rope.positions
     factor = max(-(-length // original), 1)
     return [raised, f"'model.rope_scaling={{rope_type: yarn, factor: {factor}.0, {ORIGINAL}: {original}}}'"]
 
@@ -205,25 +205,25 @@ def _check_heads(config: ModelConfig) -> None:
         )
 
 
-def _check_window(config: ModelConfig, known: ModelFields) -> None:
-    """ConfigError where a window is asked for and no layer has it."""
+def _check_window(config: ModelConfig, model: ModelFields) -> None:
+    """Raise ConfigError where a window is asked for and no layer has it."""
     key = "model.sliding_window" if config.sliding_window is not None else "model.extra.sliding_window"
     window = config.sliding_window if config.sliding_window is not None else config.extra.get("sliding_window")
-    if window is None or any(known.facts.windows(known.full)):
+    if window is None or any(model.facts.windows(model.full)):
         return
-    family, layers = known.facts.family.value, known.full["num_hidden_layers"]
-    if not known.facts.has_window:
+    family, layers = model.facts.family.value, model.full["num_hidden_layers"]
+    if not model.facts.has_window:
         raise ConfigError(
             key,
             found=f"{window} for a {family} model",
             expected="null: this family has no sliding window",
             hint=f"{key}=null or model.family=mistral",
         )
-    if "max_window_layers" not in known.facts.fields:
+    if "max_window_layers" not in model.facts.fields:
         raise ConfigError(
             key, found=f"{window}, but no layer uses it", expected="a layer of type sliding_attention in layer_types", hint=f"{key}=null"
         )
-    first = known.full["max_window_layers"]
+    first = model.full["max_window_layers"]
     raise ConfigError(
         key,
         found=f"{window}, but no layer uses it: layers from max_window_layers ({first}) on do",

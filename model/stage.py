@@ -32,11 +32,11 @@ class Tokens:
     position_ids: Tensor
     document_lengths: Tensor
     not_finite: Tensor | None = None
-    """(T,) bool, set by the loss where a row's loss is not a finite number."""
+    """Flags (T,) bool, set by the loss where a row's loss is not a finite number."""
 
 
 Objective = Callable[[Head], Tensor]
-"""From the last layer's output to a loss, or to whatever else is wanted of it."""
+"""Maps the last layer's output to a loss, or to whatever else is wanted of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ class Stage:
         policy: MemoryPolicy,
         store: HostStore | None,
     ) -> None:
-        """`layers`: numbers of the model's own. `store` must have room for the micro-batches in flight at one time."""
+        """Build it of the model's `layers`, by number. `store` must have room for the micro-batches in flight at one time."""
         self._model, self._options, self._policy, self._store = model, options, policy, store
         self.layers, self.first, self.last = layers, first, last
         self.position = Position()
         """Where this rank is, for reports."""
         self.weights: Weights = PlainWeights(model)
-        """Who holds the model's weights; an engine puts itself here."""
+        """The holder of the model's weights; an engine puts itself here."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
@@ -89,7 +89,7 @@ class Stage:
     def forward(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
     ) -> StagePass:
-        """The same through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
+        """Run the stage through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
         if received is not None:
             received = received.detach().requires_grad_()
         return StagePass(self.weights.forward(tokens, attention, objective, received), received)

@@ -1,4 +1,4 @@
-"""What a directory of safetensors holds, from the files' headers alone: names, shapes, types, places. Reads no weights; imports no torch.
+"""Reads what a directory of safetensors holds from headers alone: names, shapes, types, places. Reads no weights; no torch.
 
 Note: a safetensors file is the length of its header (8 bytes, little endian), the header (JSON: name -> dtype, shape, data_offsets),
 and the data. A directory has one file, model.safetensors, or shards that model.safetensors.index.json lists by tensor; with both,
@@ -20,7 +20,7 @@ from ..utils.names import is_file_name
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library has it."""
+"""Limit of a header's length, as the safetensors library has it."""
 MAX_INDEX_BYTES = 1 << 30
 COMPARED_BYTES = 16 << 20
 """Read at one time of each of two tensors that are compared."""
@@ -38,9 +38,9 @@ class StoredTensor:
     """One tensor in a file."""
 
     file: str
-    """Its name in the directory."""
+    """File name in the directory."""
     dtype: str
-    """As safetensors names it: F32, BF16, F8_E4M3, ..."""
+    """Type as safetensors names it: F32, BF16, F8_E4M3, ..."""
     shape: tuple[int, ...]
     start: int
     """First byte in the file, and the one after the last."""
@@ -73,11 +73,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if not isinstance(header, dict):
             raise ValueError("a header that is no object")
         header.pop("__metadata__", None)
-        found = {name: _stored(path.name, name, entry, 8 + length) for name, entry in header.items()}
-        _check_extent(found, 8 + length, size)
+        tensors = {name: _stored(path.name, name, entry, 8 + length) for name, entry in header.items()}
+        _check_extent(tensors, 8 + length, size)
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
-    return found
+    return tensors
 
 
 def hold_the_same(folder: Path, one: StoredTensor, other: StoredTensor) -> bool:
@@ -111,11 +111,11 @@ def _equal_values(folder: Path, one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
+    return members
 
 
 def _stored(file: str, name: str, entry: Any, first: int) -> StoredTensor:
@@ -135,10 +135,10 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in value)
 
 
-def _check_extent(found: Mapping[str, StoredTensor], first: int, size: int) -> None:
-    """The tensors must fill the file, one after the other."""
+def _check_extent(tensors: Mapping[str, StoredTensor], first: int, size: int) -> None:
+    """Check that the tensors fill the file, one after the other."""
     at = first
-    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if stored.start != at:
             raise ValueError(f"{name!r} from byte {stored.start:,} on, where {at:,} was to be expected")
         at = stored.stop
@@ -157,13 +157,13 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
     for file, tensors in shards.items():
         for name in tensors:
             if name in owners:
-                found = f"{name} in {owners[name]} and in {file}"
-                raise _wrong(folder, found, "each tensor once", "the shards of one model, without those of another")
+                actual = f"{name} in {owners[name]} and in {file}"
+                raise _wrong(folder, actual, "each tensor once", "the shards of one model, without those of another")
             owners[name] = file
     for name, file in names.items():
         if owners.get(name) != file:
-            found = f"no {name} in {file}, where {INDEX} has it" + (f" (it is in {owners[name]})" if name in owners else "")
-            raise _wrong(folder, found, "shards that fit the index", "all files of the same revision")
+            actual = f"no {name} in {file}, where {INDEX} has it" + (f" (it is in {owners[name]})" if name in owners else "")
+            raise _wrong(folder, actual, "shards that fit the index", "all files of the same revision")
     return {name: shards[file][name] for name, file in owners.items()}
 
 
@@ -189,20 +189,20 @@ def _no_weights(folder: Path) -> ConfigError:
     loose = [name for name in there if name.endswith(".safetensors")]
     expected = f"{SINGLE}, or {INDEX} with its shards"
     if any(name.startswith("adapter_model") for name in there):
-        found, hint = (
+        actual, hint = (
             "an adapter (adapter_model) without the model it is for",
             "merge it first: peft's merge_and_unload() and save_pretrained(OUT)",
         )
     elif loose:
-        found, hint = f"{', '.join(loose[:3])} without {INDEX}", f"the index beside the shards, or one file under the name {SINGLE}"
+        actual, hint = f"{', '.join(loose[:3])} without {INDEX}", f"the index beside the shards, or one file under the name {SINGLE}"
     elif pickled:
-        found = f"{pickled[0]} alone: pickled weights, which run code when they are read"
+        actual = f"{pickled[0]} alone: pickled weights, which run code when they are read"
         hint = (
             "convert it: AutoModelForCausalLM.from_pretrained(DIRECTORY, use_safetensors=False).save_pretrained(OUT), then model.path=OUT"
         )
     else:
-        found, hint = f"neither {SINGLE} nor {INDEX}", "a directory written by save_pretrained, or model.path=null"
-    return _wrong(folder, found, expected, hint)
+        actual, hint = f"neither {SINGLE} nor {INDEX}", "a directory written by save_pretrained, or model.path=null"
+    return _wrong(folder, actual, expected, hint)
 
 
 def _damaged(path: Path, problem: str) -> ConfigError:
@@ -214,5 +214,5 @@ def _damaged(path: Path, problem: str) -> ConfigError:
     )
 
 
-def _wrong(folder: Path, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(f"model.path {folder}", found=found, expected=expected, hint=hint)
+def _wrong(folder: Path, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"model.path {folder}", found=actual, expected=expected, hint=hint)

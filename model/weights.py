@@ -1,4 +1,4 @@
-"""Pretrained weights from safetensors, each rank reading only its own rows."""
+"""Loads pretrained weights from safetensors, each rank reading only its own rows."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def load_weights(
     those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any.
     """
     assert config.path is not None
-    folder, known = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
+    folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
     parameters = dict(model.named_parameters())
-    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, known.facts, file_vocabulary(known))
+    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, fields.facts, file_vocabulary(fields))
     plan = plan_load(wanted, read_headers(folder), folder)
     bad: list[str] = []
     with ExitStack() as stack:
@@ -52,12 +52,12 @@ def load_weights(
                 on_progress("reading weights")
             saved = opened[plan.sources[name].file].get_slice(plan.names[name])
             _fill(parameter, name, plan, saved, seed)
-            bad += _faults(parameter, name, saved, known.facts)
+            bad += _faults(parameter, name, saved, fields.facts)
     _refuse_faults(bad, folder, groups)
 
 
 def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
-    """This rank's part of one parameter, new rows included."""
+    """Fill this rank's part of one parameter, new rows included."""
     local, part = memory_of(parameter), slices(parameter)
     # safetensors slices must not be empty: a rank beyond the last row holds none.
     if any(piece.start >= piece.stop for piece in part):
@@ -74,7 +74,7 @@ def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: 
 
 
 def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
-    """What is wrong with the numbers of this rank's part, or of a whole norm."""
+    """Faults of the numbers of this rank's part, or of a whole norm."""
     local: Tensor = memory_of(parameter)
     if not bool(torch.isfinite(local).all()):
         return [f"NaN or infinite numbers in {name}"]
@@ -84,28 +84,28 @@ def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) 
 
 
 def _refuse_faults(mine: list[str], folder: Path, groups: Sequence[dist.ProcessGroup]) -> None:
-    """ConfigError on every rank where any of them read numbers that cannot be trained."""
+    """Raise ConfigError on every rank where any of them read numbers that cannot be trained."""
     for group in groups:
         everyone: list[list[str] | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
         mine = [fault for faults in everyone for fault in faults or ()]
-    found = list(dict.fromkeys(mine))
-    if found:
-        more = f" and in {len(found) - 5} more tensors" if len(found) > 5 else ""
+    faults = list(dict.fromkeys(mine))
+    if faults:
+        more = f" and in {len(faults) - 5} more tensors" if len(faults) > 5 else ""
         raise ConfigError(
             f"model.path {folder}",
-            found=f"{'; '.join(found[:5])}{more}",
+            found=f"{'; '.join(faults[:5])}{more}",
             expected="finite weights, and norms that are not zero: no document can be learnt with these",
             hint="the weights as they were published, or of an earlier checkpoint",
         )
 
 
 EDGE_BYTES = 4096
-"""Of the data of each tensor, read at both its ends for a fingerprint."""
+"""Bytes of each tensor's data, read at both its ends for a fingerprint."""
 
 
 def weights_fingerprint(path: str) -> str:
-    """Changes with the weights under `path` and their config.json, not with where they are or when they were written.
+    """A digest that changes with the weights under `path` and their config.json, not with where or when they were written.
 
     Of each file: name, size, header, and both ends of the data of every tensor. ConfigError as for `load_weights`.
     """

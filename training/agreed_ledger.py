@@ -1,4 +1,4 @@
-"""The ledger all ranks of a run go by, and what the run's memory turns out to be against its certificate."""
+"""Agrees on one memory ledger for all ranks of a run, and checks the measured memory against its certificate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.suggestions import check_fits
 from ..parallel.topology import whole_world
-from .agreed_rates import settled_rates
+from .agreed_rates import frozen_rates
 from .step_planner import this_hardware
 
 if TYPE_CHECKING:
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | None = None) -> Ledger:
-    """The ledger of the run, the same on every rank: rank 0 makes it, and solves the policy where that is asked for. Collective.
+    """Build the run's ledger on rank 0, with a solved policy where one is asked for, and give it to every rank. Collective.
 
     `run_dir` keeps the measured rates it goes by, for later attempts.
     PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
     """
-    told: list[Ledger | UserError | str | None] = [None]
+    payload: list[Ledger | UserError | str | None] = [None]
     failure: Exception | None = None
     world = whole_world()
     if dist.get_rank(world) == 0:
         try:
-            ledger = build_ledger(PlanInputs.of(config, settled_rates(config, this_hardware(device), run_dir)))
+            ledger = build_ledger(PlanInputs.of(config, frozen_rates(config, this_hardware(device), run_dir)))
             check_fits(ledger)
-            told[0] = ledger
+            payload[0] = ledger
         except UserError as error:
-            told[0] = error
+            payload[0] = error
         except Exception as error:  # the others wait in the broadcast
-            told[0], failure = f"{type(error).__name__}: {error}", error
-    dist.broadcast_object_list(told, 0, group=world, device=torch.device("cpu"))
-    answer = told[0]
+            payload[0], failure = f"{type(error).__name__}: {error}", error
+    dist.broadcast_object_list(payload, 0, group=world, device=torch.device("cpu"))
+    answer = payload[0]
     if isinstance(answer, UserError):
         raise answer
     if failure is not None:
@@ -60,25 +60,25 @@ class Report(Protocol):
 
 
 class PeakMemoryCheck:
-    """Holds measured peaks against the certificate: after the first step, and whenever a later one breaks it for the first time."""
+    """Checks measured peaks against the certificate: after the first step, and when a later one breaks it for the first time."""
 
     def __init__(self, ledger: Ledger, device: torch.device, report: Report) -> None:
         self.certificate: Certificate = certify(ledger)
         self._device, self._report = device, report
-        self._told = self._broken = False
+        self._reported = self._broken = False
 
     def peak_bytes(self) -> int:
-        """The most this rank has taken so far: of the allocator on a GPU, of the process elsewhere."""
+        """The most memory this rank has taken so far: the allocator's on a GPU, the process's elsewhere."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def look(self, step: int, measured_bytes: Sequence[int]) -> None:
-        """`measured_bytes`: of every rank, after a step."""
+        """Compare `measured_bytes` of every rank, after a step, with the certificate."""
         check = Check(
             predicted_bytes=self.certificate.comparable_bytes, measured_bytes=tuple(measured_bytes), compared=self.certificate.compared
         )
-        if self._told and (check.ok or self._broken):
+        if self._reported and (check.ok or self._broken):
             return
-        self._told, self._broken = True, not check.ok
+        self._reported, self._broken = True, not check.ok
         self._report("certificate", step=step, ok=check.ok, **asdict(check))

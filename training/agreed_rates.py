@@ -1,4 +1,4 @@
-"""The measured rates of a run, settled at its first start: what is measured later does not change the policy it goes on with."""
+"""Freezes a run's measured rates at its first start: what is measured later does not change the policy that it resumes with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RATES_FILE = "rates.json"
 log = logging.getLogger(__name__)
 
 
-def settled_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> MeasuredRates | None:
-    """Those in RUN_DIR, where they were settled for the same profile file, machine and disk; else what is found now, put there.
+def frozen_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> MeasuredRates | None:
+    """The rates frozen in RUN_DIR for the same profile file, machine and disk; else those measured by now, which are frozen there.
 
     None: no profile has any. Without `run_dir` nothing is kept. On one rank only.
     """
@@ -34,11 +34,11 @@ def settled_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> M
                 return kept.measured
         except (ValueError, RecursionError) as error:
             log.warning("%s", set_aside(path, error))
-    found = find_rates(config.parallel.profile, config.cluster, hardware, config.memory.offload_dir)
+    rates = find_rates(config.parallel.profile, config.cluster, hardware, config.memory.offload_dir)
     if path is not None:
-        values = {"rates": None, "source": ""} if found is None else {"rates": asdict(found.rates), "source": found.source}
+        values = {"rates": None, "source": ""} if rates is None else {"rates": asdict(rates.rates), "source": rates.source}
         write_atomic(path, json.dumps({"for": made_for, **values}, indent=1))
-    return found
+    return rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class _Kept:
 
     @classmethod
     def parsed(cls, text: bytes) -> _Kept:
-        """ValueError where it is not what was written."""
+        """The record in the file's text; raises ValueError where it is not what was written."""
         data = json.loads(text)
         if not isinstance(data, dict) or not {"for", "rates", "source"} <= data.keys() or not isinstance(data["source"], str):
             raise ValueError("it lacks what it is for, the rates or their source")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as the loop sees them: asked for, known to be on disk, or failed."""
+"""Requests a run's checkpoints for the training loop, and reports each one as saved or failed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..errors import CheckpointError
 
 
 class Saves:
-    """`heard` is the engine's on_save. `begin` before the first save."""
+    """Tracks the saves of one run: `on_saved` is the engine's on_save, and `begin` comes before the first save."""
 
     def __init__(self) -> None:
         self._engine: CheckpointEngine | None = None
         self._report: Callable[..., None] = _nobody
-        self._saved = self._asked = -1
+        self._saved = self._requested = -1
         self._error = ""
 
     def begin(self, engine: CheckpointEngine, report: Callable[..., None], restored: int | None) -> None:
-        """`restored`: the step whose checkpoint on disk the run goes on from."""
+        """Take over the engine; `restored` is the step whose checkpoint on disk the run resumes from (None: none)."""
         self._engine, self._report = engine, report
-        self._saved = self._asked = -1 if restored is None else restored
+        self._saved = self._requested = -1 if restored is None else restored
 
-    def ask(self, step: int, extra: Callable[[], dict[str, Any]], *, final: bool) -> bool:
+    def request(self, step: int, extra: Callable[[], dict[str, Any]], *, final: bool) -> bool:
         """Start writing the state after `step` updates; False where that was done already."""
         assert self._engine is not None
-        if self._asked == step:
+        if self._requested == step:
             return False
-        self._asked = step
+        self._requested = step
         self._engine.save(step, extra(), final=final)
         return True
 
-    def check(self, step: int, *, mirrored: bool) -> None:
-        """CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error says. Waits for it."""
+    def ensure_saved(self, step: int, *, mirrored: bool) -> None:
+        """Wait, then raise CheckpointError where the run would end with work that is on no disk, whatever checkpoint.on_error is."""
         assert self._engine is not None
         self._engine.wait(mirrored=mirrored)
         if self._saved != step:
@@ -43,11 +43,11 @@ class Saves:
                 f"checkpoint of step {step}, the last of this run",
                 found=self._error,
                 expected="it on disk before the run ends; earlier checkpoints are intact",
-                hint="make room, then the same command again goes on from the newest checkpoint",
+                hint="make room, then the same command again resumes from the newest checkpoint",
             )
 
-    def heard(self, report: SaveReport) -> None:
-        """How a save went."""
+    def on_saved(self, report: SaveReport) -> None:
+        """Report how a save went."""
         if report.error is not None:
             self._error = report.error
             self._report("checkpoint_failed", step=report.step, error=report.error)
@@ -58,11 +58,11 @@ class Saves:
         self._report("checkpoint", step=report.step, path=path, num_bytes=report.num_bytes, **facts)
 
     def replicated(self, report: ReplicaReport) -> None:
-        """How its replica went. It counts for nothing here: what is in memory is on no disk."""
+        """Report how a replica went. It counts for nothing here: what is in memory is on no disk."""
         self._report("replica", step=report.step, error=report.error, replica_s=report.replica_s)
 
     def mirrored(self, report: MirrorReport) -> None:
-        """How its copy in the second place went, which may be of a step of a while ago."""
+        """Report how a copy in the second place went, which may be of an earlier step."""
         if report.error is None:
             self._report("mirrored", step=report.step, mirror_s=report.mirror_s)
         else:

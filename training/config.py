@@ -1,4 +1,4 @@
-"""What is trained: model, data, optimizer, logging and the run's own settings. One frozen dataclass per config group."""
+"""Settings of what is trained: model, data, optimizer, logging, run. One frozen dataclass per config group."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TrainConfig:
 
 
 def check_train(config: TrainConfig) -> None:
-    """ConfigError where a length is none, or the settings of the objective make no sense."""
+    """Raise ConfigError where a length is none, or the settings of the objective make no sense."""
     check_ranges(config, "train")
     if config.objective is not Objective.LANGUAGE_MODELLING and config.z_loss:
         raise ConfigError(

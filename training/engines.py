@@ -1,4 +1,4 @@
-"""How each engine builds what is trained; which one a run has is chosen by `optimizers/engine_check.py`, `engine_facts`."""
+"""Maps each engine to its builder; which one a run has is chosen by `optimizers/engine_check.py`, `engine_facts`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ BUILDERS: dict[str, BuildTrained] = {FSDP2.name: build_trained}
 
 
 def builder_of(config: Settings) -> BuildTrained:
-    """From a configuration to a model, its weights, updater and state; what the engine cannot run was refused before the run."""
+    """The builder of a model, its weights, updater and state; what the engine cannot run was refused before the run."""
     return BUILDERS[engine_facts(config).name]

@@ -1,4 +1,4 @@
-"""Where a loss that is not a finite number came from: rows are marked as they are computed, and read only once something is wrong."""
+"""Finds where a non-finite loss came from: rows are marked as they are computed, and read only once something is wrong."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ NUM_NAMED = 8
 
 
 class RowWatch:
-    """One flag per row of each micro-batch, on the device: nothing is synchronised before `spans` asks."""
+    """Holds a flag per row of each micro-batch, on the device: nothing is synchronised before `spans` asks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flags: dict[int, Tensor] = {}
 
     def flags(self, micro_batch: int, num_rows: int) -> Tensor:
-        """(num_rows,) bool, all False, for the loss to set."""
+        """Flags (num_rows,) bool, all False, for the loss to set."""
         self._flags[micro_batch] = torch.zeros(num_rows, dtype=torch.bool, device=self._device)
         return self._flags[micro_batch]
 
     def spans(self, micro_batch: int, shard: PackedShard) -> list[tuple[int, int, int]]:
-        """(part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
+        """Spans (part of the shard, first, last + 1) of the marked tokens of each slice that has any."""
         if micro_batch not in self._flags:
             return []
         flags, out, row = self._flags[micro_batch].cpu(), [], 0
@@ -60,7 +60,7 @@ class _Source(Protocol):
 def non_finite(
     value: float,
     shares: Tensor,
-    works: Sequence[_Work],
+    micro_batches: Sequence[_Work],
     watch: RowWatch,
     source: _Source,
     step: int,
@@ -84,16 +84,16 @@ def non_finite(
             hint="an earlier checkpoint or other weights at model.path, and a lower optim.lr if they became so in training",
         )
     mine = [
-        found
+        span
         for index, share in enumerate(shares.tolist())
         if not math.isfinite(share)
-        for found in _tokens_of(works[index], watch.spans(index, works[index].shard))
+        for span in _tokens_of(micro_batches[index], watch.spans(index, micro_batches[index].shard))
     ]
     world = whole_world()
     everyone: list[list[tuple[int, int, int | None]] | None] = [None] * dist.get_world_size(world)
     dist.all_gather_object(everyone, mine, group=world)
-    ranks = ", ".join(str(rank) for rank, found in enumerate(everyone) if found)
-    documents = [source.describe(step, *span) for span in _merged([span for found in everyone for span in found or ()])]
+    ranks = ", ".join(str(rank) for rank, spans in enumerate(everyone) if spans)
+    documents = [source.describe(step, *span) for span in _merged([span for spans in everyone for span in spans or ()])]
     more = f"; {len(documents) - NUM_NAMED} more" if len(documents) > NUM_NAMED else ""
     named = "; ".join(documents[:NUM_NAMED]) + more
     ranks = ranks or "none: every loss is finite, the gradients are not"
@@ -121,7 +121,7 @@ def weights_at_fault(model: nn.Module, group: dist.ProcessGroup) -> list[str]:
 
 
 def _tokens_of(work: _Work, spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int | None]]:
-    """(sequence of the step, first, last + 1); all of the group's sequences where no single row is to blame (a sum overflowed)."""
+    """Spans (sequence of the step, first, last + 1); all sequences of the group where no row is to blame (a sum overflowed)."""
     if work.group is None:
         return []
     if not spans:

@@ -1,4 +1,4 @@
-"""What a rank is started with."""
+"""The settings that a rank is started with."""
 
 from __future__ import annotations
 

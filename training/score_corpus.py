@@ -1,4 +1,4 @@
-"""Before the first step: log-probabilities of the corpora's answers under the run's initial weights, where an objective needs them.
+"""Scores the corpora's answers under a run's initial weights before the first step, where an objective needs that.
 
 One pass over every document, forward alone, in the order of the corpora, with the same sequence groups as training. Rank 0
 collects and writes; a stop or a crash costs what came after the last commit. Files appear under their names once all is done.
@@ -35,7 +35,7 @@ COMMIT_EVERY_S = 5.0
 STATE = "progress.json"
 log = logging.getLogger(__name__)
 ScoredTokens = tuple[int, int, np.ndarray]
-"""(corpus, first number in its file, values to put or add there)."""
+"""Scores as (corpus, first number in its file, values to put or add there)."""
 
 
 class Stop(Protocol):
@@ -53,10 +53,10 @@ def fill_scores(
     stop: Stop,
     report: Callable[..., None],
 ) -> bool:
-    """Score the corpora `missing` (by index) into RUN_DIR/scores; False where it was told to stop before the end.
+    """Score the corpora `missing` (by index) into RUN_DIR/scores; False where a stop was requested before the end.
 
     `weights`: a name of the weights the model has now; an unfinished attempt with others, or other documents, is begun anew.
-    `plan`: from the lengths of some sequences to who computes which. `report` is told how far it is. Collective over all ranks.
+    `plan`: from the lengths of some sequences to who computes which. `report` is called with how far it is. Collective over all ranks.
     """
     rows, world = np.flatnonzero(np.isin(session.source.table.corpus, missing)), session.topology
     store = _Store(session.source, run_dir, missing, weights) if world.rank == 0 else None
@@ -67,9 +67,9 @@ def fill_scores(
     begun = time.monotonic()
     for step in range(source.sampler.num_steps):  # type: ignore[union-attr]
         lengths = source.lengths(step)
-        found = _score_step(session, source, step, plan(lengths))
+        scored = _score_step(session, source, step, plan(lengths))
         gathered: list[Any] | None = [None] * world.world_size if store is not None else None
-        dist.gather_object(found, gathered, dst=0, group=world.world)
+        dist.gather_object(scored, gathered, dst=0, group=world.world)
         done, tokens_done = done + len(lengths), tokens_done + sum(lengths)
         if store is not None and gathered is not None:
             store.add([piece for pieces in gathered for piece in pieces], done)
@@ -87,24 +87,24 @@ def fill_scores(
 
 
 def _any_rank(flag: bool, session: Session) -> bool:
-    told = torch.tensor(int(flag), device=session.device)
-    dist.all_reduce(told, dist.ReduceOp.MAX, group=session.topology.world)
-    return bool(told)
+    flags = torch.tensor(int(flag), device=session.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=session.topology.world)
+    return bool(flags)
 
 
 @torch.no_grad()
 def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan) -> list[ScoredTokens]:
     """This rank's part of the sequences of a step."""
-    found: list[ScoredTokens] = []
+    scored: list[ScoredTokens] = []
     for work in read_step(source, step, plan, session.topology.stage_rank):
         attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, BusyClock(session.device))
         values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
-        found += _pieces(source, step, work, values)
-    return found
+        scored += _pieces(source, step, work, values)
+    return scored
 
 
 def _pieces(source: DataSource, step: int, work: MicroBatchWork, values: np.ndarray) -> Iterator[ScoredTokens]:
-    """`values` (T,): the log-probability of each row's target."""
+    """Cut `values` (T,), the log-probability of each row's target, into pieces of sequences."""
     row = 0
     for piece in work.shard.slices:
         part, mine = work.shard.parts[piece.sequence], values[row : row + len(piece)]
@@ -171,10 +171,10 @@ class _Store:
             array[:] = np.nan
         return array
 
-    def add(self, found: list[ScoredTokens], rows_done: int) -> None:
-        """All of some sequences: sums of pairs come in parts, one per slice; tokens once. The same again changes nothing."""
+    def add(self, scored: list[ScoredTokens], rows_done: int) -> None:
+        """Add some whole sequences: sums of pairs in parts, one per slice; tokens once. Adding the same again changes nothing."""
         whole: dict[tuple[int, int, int], np.ndarray] = {}
-        for corpus, first, values in found:
+        for corpus, first, values in scored:
             key = corpus, first, len(values)
             whole[key] = whole[key] + values if key in whole else values
         for (corpus, first, length), values in whole.items():
@@ -206,7 +206,7 @@ def _part(path: Path) -> Path:
 
 
 def _identity(source: DataSource, missing: list[int], weights: str) -> str:
-    """Changes with the weights, the corpora scored and the documents trained on."""
+    """A digest that changes with the weights, the corpora scored and the documents trained on."""
     digest = hashlib.sha256(repr([weights, *((index, corpus_digest(source.corpora[index])) for index in missing)]).encode())
     for column in (source.table.corpus, source.table.document):
         digest.update(np.ascontiguousarray(column).data)

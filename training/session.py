@@ -1,4 +1,4 @@
-"""Everything one rank needs before its first step, built once, in an order every rank shares."""
+"""Builds everything one rank needs before its first step, once, in an order every rank shares."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Session:
     """The model, its weights and updater, as the engine built them."""
     checkpointer: CheckpointEngine
     step_setup: StepSetup
-    """What all steps have in common."""
+    """Settings that all steps have in common."""
     store: HostStore | None
-    """Where activations wait that the memory policy moves off the device."""
+    """Memory for the activations that the policy moves off the device; None: none."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -79,12 +79,12 @@ class Session:
 
     @property
     def updater(self) -> Updater:
-        """Who owns the optimizer."""
+        """The updater, which owns the optimizer."""
         return self.trained.updater
 
     @property
     def kernel(self) -> BlockKernel:
-        """Attention of one block on this device."""
+        """The attention kernel of one block on this device."""
         return self.step_setup.kernel
 
     @property
@@ -94,7 +94,7 @@ class Session:
 
 
 def join_ranks(cluster: ClusterConfig) -> torch.device:
-    """Start the default process group from the environment the agent set; this rank's device."""
+    """Start the default process group from the agent's environment, and return this rank's device."""
     if cluster.device is Device.CPU:
         if not return_freed_blocks():
             log.warning("this C library keeps freed blocks: resident memory may pass the memory certificate")
@@ -113,11 +113,11 @@ def build_session(
     on_save: Callable[[SaveReport], None],
     on_replica: Callable[[ReplicaReport], None] | None = None,
     on_mirror: Callable[[MirrorReport], None] | None = None,
-    told: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Session:
-    """Data first, for its errors come soonest; then layout, communicators, what is trained, checkpoints. Collective.
+    """Build a rank's objects: data first, whose errors come soonest; layout, communicators, model, checkpoints. Collective.
 
-    `told` hears of what goes on.
+    `on_progress` is called with the name of each phase.
     """
     spec = model_spec(config.model)
     source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
@@ -130,7 +130,7 @@ def build_session(
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
-        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, told=told)
+        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, on_progress=on_progress)
     checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
@@ -158,7 +158,7 @@ def build_session(
 
 
 def step_setup(model: PreTrainedModel, topology: Topology, parallel: ParallelConfig, device: torch.device) -> StepSetup:
-    """How the rank's steps run by the ledger's own `parallel`, in which nothing is left open."""
+    """The setup of the rank's steps by the ledger's own `parallel`, in which nothing is left open."""
     return StepSetup(
         model=model,
         topology=topology,
@@ -171,7 +171,7 @@ def step_setup(model: PreTrainedModel, topology: Topology, parallel: ParallelCon
 
 @contextmanager
 def closing_store(session: Session) -> Iterator[None]:
-    """Gives host memory, or files, back at the end."""
+    """Closes the store at the end: gives back host memory, or files."""
     try:
         yield
     finally:
@@ -180,7 +180,7 @@ def closing_store(session: Session) -> Iterator[None]:
 
 
 def host_store(inputs: PlanInputs, device: torch.device) -> HostStore | None:
-    """Room for all that the policy moves, taken before the first step; ConfigError on every rank of a node that has too little."""
+    """Allocate host memory for what the policy moves, before step 1; ConfigError on every rank of a node with too little."""
     if not inputs.policy.uses_host:
         return None
     capacity, directory = arena_bytes(inputs), inputs.policy.offload_dir
@@ -199,7 +199,7 @@ def plain_config(config: RunSettings) -> dict[str, Any]:
 
 
 def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource, data: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
+    """The metadata of a checkpoint."""
     return {
         "hf_config": model.config.to_dict(),
         "layout": str(layout),

@@ -1,4 +1,4 @@
-"""One optimizer step's gradients: execute a StepPlan on this rank. Everything here is decided by the plan."""
+"""Computes one optimizer step's gradients by executing a StepPlan on this rank. Everything here is decided by the plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .objectives.heads import HeadLoss, StepObjective
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchWork:
-    """What this rank does in one micro-batch; without a group it runs with zero rows so that collectives match."""
+    """This rank's work in one micro-batch; without a group it runs with zero rows so that collectives match."""
 
     shard: PackedShard
     layout: GroupLayout | None
@@ -48,8 +48,8 @@ def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[
     ]
 
 
-def step_shape(works: Sequence[MicroBatchWork]) -> Hashable:
-    """Equal for steps whose tensors have the same sizes in the same order on this rank: what an arena's plan is made for.
+def step_shape(micro_batches: Sequence[MicroBatchWork]) -> Hashable:
+    """A key equal for steps whose tensors have the same sizes in the same order on this rank: an arena's plan is made for it.
 
     Per micro-batch: this rank's tokens with a target and without, the group's shape and place in it, its documents' lengths.
     """
@@ -63,13 +63,13 @@ def step_shape(works: Sequence[MicroBatchWork]) -> Hashable:
             work.shard.slices,
             work.layout.lengths,
         )
-        for work in works
+        for work in micro_batches
     )
 
 
-def count_targets(works: Sequence[MicroBatchWork], topology: Topology, device: torch.device) -> int:
+def count_targets(micro_batches: Sequence[MicroBatchWork], topology: Topology, device: torch.device) -> int:
     """Target tokens of the whole step over all ranks of a stage: the one divisor of its loss. Collective over the stage."""
-    local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in works)
+    local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in micro_batches)
     total = torch.tensor(local, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=topology.stage)
     return int(total)
@@ -77,7 +77,7 @@ def count_targets(works: Sequence[MicroBatchWork], topology: Topology, device: t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSetup:
-    """What all steps of a rank have in common."""
+    """Settings that all steps of a rank have in common."""
 
     model: PreTrainedModel
     topology: Topology
@@ -88,16 +88,16 @@ class StepSetup:
     barrier_free: bool = False
     """Ranks of different groups do not wait for each other within the step; a rank passes over micro-batches without its groups."""
 
-    def schedule(self, works: Sequence[MicroBatchWork]) -> Schedule:
-        """What this rank does in a step of `works`."""
+    def schedule(self, micro_batches: Sequence[MicroBatchWork]) -> Schedule:
+        """The schedule of this rank's step of `micro_batches`."""
         if self.barrier_free:
-            return barrier_free(index for index, work in enumerate(works) if work.group is not None)
-        return single_stage(len(works), reduce_each=self.reduce_each)
+            return barrier_free(index for index, work in enumerate(micro_batches) if work.group is not None)
+        return single_stage(len(micro_batches), reduce_each=self.reduce_each)
 
 
 def backward_step(
     setup: StepSetup,
-    works: Sequence[MicroBatchWork],
+    micro_batches: Sequence[MicroBatchWork],
     objective: StepObjective,
     *,
     schedule: Schedule | None = None,
@@ -112,11 +112,11 @@ def backward_step(
     to be filled. `watch`: learns which rows' losses are not finite. `on_last` is called before the backward that completes the
     gradients.
     """
-    own = schedule or setup.schedule(works)
-    done = {index for index, work in enumerate(works) if work.group is not None or not setup.barrier_free}
+    own = schedule or setup.schedule(micro_batches)
+    done = {index for index, work in enumerate(micro_batches) if work.group is not None or not setup.barrier_free}
     check_schedule(own, done)
-    clocks = clocks or [BusyClock(setup.device) for _ in works]
-    return _StepPasses(setup, works, objective, clocks, watch, on_last or _nothing).run(own)
+    clocks = clocks or [BusyClock(setup.device) for _ in micro_batches]
+    return _StepPasses(setup, micro_batches, objective, clocks, watch, on_last or _nothing).run(own)
 
 
 class _StepPasses:
@@ -125,19 +125,19 @@ class _StepPasses:
     def __init__(
         self,
         setup: StepSetup,
-        works: Sequence[MicroBatchWork],
+        micro_batches: Sequence[MicroBatchWork],
         objective: StepObjective,
         clocks: Sequence[BusyClock],
         watch: RowWatch | None,
         on_last: Callable[[], None],
     ) -> None:
-        self._setup, self._works, self._objective, self._clocks = setup, works, objective, clocks
+        self._setup, self._micro_batches, self._objective, self._clocks = setup, micro_batches, objective, clocks
         self._watch, self._on_last, self._stage = watch, on_last, stage_of(setup.model)
         self._in_flight: dict[int, StagePass] = {}
-        self._shares = torch.zeros(len(works), dtype=torch.float64, device=setup.device)
+        self._shares = torch.zeros(len(micro_batches), dtype=torch.float64, device=setup.device)
 
     def run(self, schedule: Schedule) -> Tensor:
-        """This rank's share of the loss per micro-batch."""
+        """Run the actions and return this rank's share of the loss per micro-batch."""
         for index, action in enumerate(schedule):
             behind = schedule[index + 1 :]
             if action.kind is Kind.GATHER:
@@ -152,7 +152,7 @@ class _StepPasses:
         return self._shares
 
     def _forward(self, index: int) -> None:
-        work, clock = self._works[index], self._clocks[index]
+        work, clock = self._micro_batches[index], self._clocks[index]
         flags = None if self._watch is None else self._watch.flags(index, work.shard.num_tokens)
         self._in_flight[index] = self._pass(work, clock, flags)
         self._shares[index] = self._in_flight[index].output.detach()
@@ -183,7 +183,7 @@ def _nothing() -> None:
 
 
 def abandon_step(model: PreTrainedModel) -> None:
-    """After an exception inside `backward_step`: weights are sharded again, host memory is free, gradients are gone.
+    """Clean up after an exception inside `backward_step`: weights are sharded again, host memory free, gradients gone.
 
     Every rank that raised calls it; none waits for another. An updater's own part of the step is for `Updater.discard`.
     """
@@ -194,7 +194,7 @@ def abandon_step(model: PreTrainedModel) -> None:
 
 
 def _head_loss(objective: StepObjective, work: MicroBatchWork, topology: Topology, clock: BusyClock) -> HeadLoss:
-    """The objective of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
+    """The loss of this rank's part of a micro-batch. What it sums, it sums over the ranks of the group."""
     group = work.group
     communicator = None if group is None else topology.group(group.first_rank, group.degree)
 

@@ -1,4 +1,17 @@
-"""The training loop of one rank: plan, gradients, update, report, save; until done or told to stop."""
+"""Runs the training loop of one rank: plan, gradients, update, report, save; until done or stopped.
+
+Note: the order of a step, the same on every rank (`_Run._step`, then `loop`). Steps with a star meet all ranks.
+  1. planner.plan *           the step's plan, priced and with its bound; the heartbeat expects its predicted time
+  2. read_step                only the tokens this rank holds; the allocator of the step opens for their shapes
+  3. count_targets *          the divisor of the loss, checked against the lengths
+  4. updater.start            the learning rate; weights change only after the checkpoint's snapshot (wait_for_snapshot)
+  5. [measuring pass] *       where optim.clip_mode needs the norm first: a backward, `finish_measuring`, the finiteness check
+  6. backward_step *          gradients; with update=backward each module is updated here, as its gradients are reduced
+  7. gather_results *         loss, tokens, peaks, busy times and the stop flag of every rank
+  8. updater.finish *         the norm and clipping; a number that is not finite ends the run on every rank, before
+  9. updater.apply            what was not updated in backward is; then the step's allocations are gone
+ 10. _finish_step             counts, certificate, stragglers, drift, metrics; `loop` then saves (*) where one is due, and ends
+"""
 
 from __future__ import annotations
 
@@ -123,7 +136,9 @@ class _Run:
         self.saves = Saves()
         pulse.at("building the model")
         saves = self.saves
-        self.session: Session = build_session(config, run_dir, device, saves.heard, saves.replicated, saves.mirrored, told=pulse.at)
+        self.session: Session = build_session(
+            config, run_dir, device, saves.on_saved, saves.replicated, saves.mirrored, on_progress=pulse.at
+        )
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
@@ -136,7 +151,7 @@ class _Run:
         self.peak_bytes: list[int] = []
         if restored is not None:
             self.session.updater.weights_changed()
-            self.session.updater.resume(extra.get("updater", {}))
+            self.session.updater.load_state_dict(extra.get("updater", {}))
         self.step_s: list[float] = []
         self.pace = Pace()
         self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
@@ -204,7 +219,7 @@ class _Run:
                     self._save(final=stopping or last)
                 if stopping or last:
                     with self.pulse.long("waiting for the checkpoint"):
-                        self.saves.check(self.done, mirrored=last)
+                        self.saves.ensure_saved(self.done, mirrored=last)
                 if self.low_on_host is not None and not last:
                     self._save(final=True)
                     self.session.checkpointer.wait()
@@ -273,7 +288,7 @@ class _Run:
         self, works: list[MicroBatchWork], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None
     ) -> torch.Tensor:
         """One pass over the step: this rank's losses; gradients go where the updater takes them."""
-        on_last = self.session.updater.last
+        on_last = self.session.updater.before_final_backward
         return backward_step(self.session.step_setup, works, objective, clocks=clocks, watch=watch, on_last=on_last)
 
     def _peak(self) -> int:
@@ -344,7 +359,7 @@ class _Run:
     def _save(self, *, final: bool) -> None:
         """Start writing the state after the updates done so far; nothing where that was done already."""
         with self.pulse.long("saving"):
-            if not self.saves.ask(self.done, self._extra, final=final):
+            if not self.saves.request(self.done, self._extra, final=final):
                 return
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
@@ -368,7 +383,7 @@ class _Run:
             "drift": self.measured.drift.dump(),
             "plan_totals": asdict(self.planner.totals),
             "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
-            "updater": self.session.updater.carry(),
+            "updater": self.session.updater.state_dict(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
 
@@ -378,7 +393,7 @@ class _Run:
             self._save(final=True)
             if self.done == self.config.train.steps:
                 with self.pulse.long("waiting for the checkpoint"):
-                    self.saves.check(self.done, mirrored=True)
+                    self.saves.ensure_saved(self.done, mirrored=True)
 
     def _write_start(self, restored: Restored | None) -> None:
         fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)

@@ -1,4 +1,4 @@
-"""The images a keeper holds: one rank's files of one attempt each, in memory. Which are let go is decided here. No torch."""
+"""Keeps a keeper's images in memory, one rank's files of one attempt each, and decides which go. No torch."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ..manifest import Manifest, digest, manifest_name
 
 
 class RefusedError(Exception):
-    """What was asked cannot be done; the text says why."""
+    """Raised where a request cannot be met; the text says why."""
 
 
 @dataclass(slots=True)
 class Image:
-    """Every file of a rank, one after the other."""
+    """One image: every file of a rank, one after the other."""
 
     attempt: str
     step: int
     rank: int
     world_size: int
     starts: dict[str, tuple[int, int]]
-    """File to (first byte, bytes)."""
+    """First byte and number of bytes, by file."""
     memory: mmap.mmap
     hashes: dict[tuple[str, int], str] = field(default_factory=dict)
-    """Of the chunks that have arrived, as they are here."""
+    """Hashes of the chunks that have arrived, as they are here."""
     manifest: bytes | None = None
-    """Once it is complete and every chunk is what the manifest says."""
+    """Manifest, once the image is complete and every chunk is what the manifest says."""
 
     @property
     def num_bytes(self) -> int:
         return sum(size for _, size in self.starts.values())
 
     def view(self, name: str, offset: int, length: int, *, cut: bool = False) -> memoryview:
-        """RefusedError where the file has no such bytes; `cut`: as many as it has."""
+        """Bytes of a file; RefusedError where it has no such bytes; `cut`: as many as it has."""
         if name not in self.starts:
             raise RefusedError(f"no file {name} in the image of rank {self.rank}")
         start, size = self.starts[name]
@@ -46,14 +46,14 @@ class Image:
         return memoryview(self.memory)[start + offset : start + offset + length]
 
     def described(self) -> dict[str, Any]:
-        """As JSON, for whoever looks for a whole set."""
+        """Describe the image as JSON, for whoever looks for a whole set."""
         hashed = digest(self.manifest) if self.manifest is not None else ""
         facts = {"attempt": self.attempt, "step": self.step, "rank": self.rank, "world_size": self.world_size}
         return {**facts, "manifest": hashed, "num_bytes": self.num_bytes}
 
 
 class Images:
-    """Thread-safe. At most two images of a rank: the one known to be whole on every rank, and the one that arrives."""
+    """Holds at most two images of a rank: the one known to be whole on every rank, and the one that arrives. Thread-safe."""
 
     def __init__(self) -> None:
         self._images: dict[tuple[str, int], Image] = {}
@@ -61,17 +61,17 @@ class Images:
         self._lock = threading.Lock()
 
     def claim(self, session: str) -> None:
-        """A new life of the run: what an older one still sends is refused from now on. What is held stays until `keep`."""
+        """Begin a new life of the run: an older one's messages are refused from now on. What is stored stays until `keep`."""
         with self._lock:
             self._session = session
 
     def keep(self, attempt: str) -> None:
-        """Everything of other attempts goes; all of it where `attempt` is empty."""
+        """Drop every image of other attempts; all images where `attempt` is empty."""
         with self._lock:
             self._images = {key: image for key, image in self._images.items() if image.attempt == attempt}
 
     def begin(self, message: dict[str, Any]) -> Image:
-        """Room for a new image; those of the same rank go, but `agreed`. RefusedError where there is no memory."""
+        """Make room for a new image; those of the same rank go, but `agreed`. RefusedError where there is no memory."""
         attempt, rank = str(message["attempt"]), int(message["rank"])
         starts, end = {}, 0
         for name, size in message["files"]:
@@ -91,15 +91,15 @@ class Images:
         return image
 
     def arrived(self, image: Image, name: str, offset: int, length: int) -> None:
-        """A chunk is in place."""
+        """Record that a chunk is in place."""
         image.hashes[name, offset] = digest(image.view(name, offset, length))
 
     def finish(self, image: Image, data: bytes) -> None:
-        """All is there; RefusedError where it is not what the manifest says, or the image was let go meanwhile."""
+        """Complete an image; RefusedError where it is not what the manifest says, or was let go meanwhile."""
         manifest = Manifest.from_bytes(data)
         for file in manifest.files:
-            found = tuple(image.hashes.get((file.name, index * manifest.chunk_bytes), "") for index in range(len(file.chunks)))
-            if file.name not in image.starts or image.starts[file.name][1] != file.num_bytes or found != file.chunks:
+            hashes = tuple(image.hashes.get((file.name, index * manifest.chunk_bytes), "") for index in range(len(file.chunks)))
+            if file.name not in image.starts or image.starts[file.name][1] != file.num_bytes or hashes != file.chunks:
                 raise RefusedError(f"{file.name} of rank {image.rank} did not arrive as it was sent")
         with self._lock:
             if self._images.get((image.attempt, image.rank)) is not image:
@@ -107,13 +107,13 @@ class Images:
             image.manifest = data
 
     def drop(self, image: Image) -> None:
-        """It will not be completed."""
+        """Drop an image that will not be completed."""
         with self._lock:
             if image.manifest is None and self._images.get((image.attempt, image.rank)) is image:
                 del self._images[image.attempt, image.rank]
 
     def find(self, attempt: str, rank: int) -> Image:
-        """A complete one; RefusedError otherwise."""
+        """Find a complete image; RefusedError otherwise."""
         with self._lock:
             image = self._images.get((attempt, rank))
         if image is None or image.manifest is None:

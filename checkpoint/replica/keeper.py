@@ -1,4 +1,4 @@
-"""The process that keeps images of ranks in memory: `python -m efflaunch.checkpoint.replica.keeper SETTINGS`.
+"""Runs the process that keeps images of ranks in memory: `python -m efflaunch.checkpoint.replica.keeper SETTINGS`.
 
 It outlives the trainer that started it, and ends with the trainer's guardian (the agent that restarts ranks: its end is the
 end of the run here), when told to, or when nobody has spoken to it for IDLE_S. Nothing stays behind: the memory has no name.
@@ -31,10 +31,10 @@ _QUESTIONS = ("hello", "claim", "list", "begin", "end", "read", "manifest", "kee
 
 
 class ReplicaKeeper:
-    """Listens until its end."""
+    """Listens for ranks until its end."""
 
     def __init__(self, path: Path, host: str, token: str, guardian: int) -> None:
-        """`guardian`: a descriptor (pidfd) that becomes readable when the agent ends; -1: none."""
+        """Open the sockets; `guardian`: a descriptor (pidfd) that becomes readable when the agent ends; -1: none."""
         self.path, self.token, self.guardian = path, token, guardian
         self.images = Images()
         self.last_spoken = time.monotonic()
@@ -62,11 +62,11 @@ class ReplicaKeeper:
                 self.path.parent.rmdir()
 
     def end(self) -> None:
-        """At once."""
+        """End at once."""
         os.write(self._rope, b"e")
 
     def hung_up(self) -> None:
-        """One caller is gone."""
+        """Forget a caller that is gone."""
         with self._lock:
             self.num_callers -= 1
             self.last_spoken = time.monotonic()
@@ -93,12 +93,12 @@ def _listen_here(path: Path) -> socket.socket:
 
 
 class _Connection:
-    """One caller's questions, answered in order. A caller that is gone, or makes no sense, is hung up on."""
+    """Answers one caller's questions in order. A caller that is gone, or makes no sense, is hung up on."""
 
     def __init__(self, keeper: ReplicaKeeper, stream: Stream, trusted: bool) -> None:
         self.keeper, self.images, self.stream, self.trusted = keeper, keeper.images, stream, trusted
         self.image: Image | None = None
-        """That arrives on this connection."""
+        """Image that arrives on this connection."""
 
     def run(self) -> None:
         try:
@@ -116,7 +116,7 @@ class _Connection:
             self.keeper.hung_up()
 
     def _answer(self, message: Message) -> bool:
-        """False: hang up."""
+        """Answer a question; False: hang up."""
         do = str(message["do"])
         if do == "hello":
             self.trusted = self.trusted or hmac.compare_digest(str(message["token"]), self.keeper.token)
@@ -143,7 +143,7 @@ class _Connection:
         return {}, b""
 
     def _claim(self, message: Message) -> tuple[Message, bytes]:
-        """The rank of a new life of the run takes it over."""
+        """Take the claim of a rank in a new life of the run."""
         self.images.claim(str(message["session"]))
         return {"port": self.keeper.port, "token": self.keeper.token, "pid": os.getpid()}, b""
 
@@ -158,7 +158,7 @@ class _Connection:
         return {}, b""
 
     def _chunk(self, message: Message) -> None:
-        """No answer: `end` says whether all went well."""
+        """Receive a chunk without an answer: `end` says whether all went well."""
         if self.image is None:
             raise GoneError("a chunk of nothing")
         name, offset, length = str(message["file"]), int(message["offset"]), int(message["bytes"])
@@ -170,7 +170,7 @@ class _Connection:
         self.images.arrived(self.image, name, offset, length)
 
     def _end(self, message: Message) -> tuple[Message, bytes]:
-        """With the manifest. From here on the image counts."""
+        """Complete an image with its manifest. From here on it counts."""
         data = self.stream.payload(message)
         if self.image is None:
             raise RefusedError("the end of nothing")
@@ -196,7 +196,7 @@ class _Connection:
         return {}, b""
 
     def _spoil(self, message: Message) -> tuple[Message, bytes]:
-        """For tests: one byte of a complete image changes, as memory sometimes does."""
+        """Change a byte of a complete image, for tests, as memory sometimes does."""
         view = self.images.find(str(message["attempt"]), int(message["rank"])).view(str(message["file"]), int(message["offset"]), 1)
         view[0] ^= 1
         return {}, b""
@@ -206,7 +206,7 @@ class _Connection:
 
 
 def main(arguments: list[str]) -> int:
-    """`SETTINGS` as JSON: path, host, guardian (a descriptor), ready (a descriptor that is told the port, or why not)."""
+    """Entry point; `SETTINGS` as JSON: path, host, guardian and ready (descriptors; ready receives the port, or why not)."""
     ignore_stop_signals()
     settings: dict[str, Any] = json.loads(arguments[0])
     token = os.urandom(16).hex()

@@ -1,4 +1,4 @@
-"""A rank's end of its keeper: found running from a life before, or started; and the folder where keepers of a node are met."""
+"""Connects a rank to its keeper, left running or started anew, and names the folder where keepers of a node are met."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from ...utils.signal_mask import stop_signals_blocked
 from ..manifest import digest
-from .plan import Held
+from .plan import StoredImage
 from .stream import Address, Stream, connect_here
 
 ANSWER_S = 10.0
@@ -23,25 +23,25 @@ _MODULE = f"{__package__}.keeper"
 
 
 def meeting_path(directory: Path, node: str) -> Path:
-    """Where the keepers of one run on one node are met, if there are any."""
+    """The folder where the keepers of one run on one node are met, if there are any."""
     base = Path(tempfile.gettempdir()) / f"efflaunch-{os.getuid()}"
     return base / f"{digest(str(directory.absolute()).encode())}-{digest(node.encode())[:6]}"
 
 
 def meeting_folder(directory: Path, node: str) -> Path:
-    """As meeting_path, made; only its user may enter. OSError where that cannot be had."""
+    """Make the folder of meeting_path; only its user may enter. OSError where that cannot be had."""
     folder = meeting_path(directory, node)
     for path in (folder.parent, folder):
         path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise PermissionError(f"{path} is not a folder of this user alone")
     return folder
 
 
-def look(folder: Path, node: str, host: str) -> tuple[list[Held], int]:
-    """What the keepers of this node hold, and how many bytes in all. A keeper that does not answer holds nothing."""
-    held: list[Held] = []
+def look(folder: Path, node: str, host: str) -> tuple[list[StoredImage], int]:
+    """List what the keepers of this node hold, and how many bytes in all. A keeper that does not answer holds nothing."""
+    images: list[StoredImage] = []
     num_bytes = 0
     for path in sorted(folder.glob("keeper-*")):
         try:
@@ -57,13 +57,13 @@ def look(folder: Path, node: str, host: str) -> tuple[list[Held], int]:
         finally:
             stream.close()
         address = Address(node, str(path), host, int(answer["port"]), str(answer["token"]))
-        held += [Held.from_json(image, address) for image in answer["images"]]
+        images += [StoredImage.from_json(image, address) for image in answer["images"]]
         num_bytes += sum(int(image["num_bytes"]) for image in answer["images"])
-    return held, num_bytes
+    return images, num_bytes
 
 
 def tell(path: Path, message: dict[str, Any]) -> dict[str, Any] | None:
-    """One question to a keeper of this node; None where it does not answer."""
+    """Ask a keeper of this node; None where it does not answer."""
     try:
         stream = connect_here(path, ANSWER_S)
         try:
@@ -75,10 +75,10 @@ def tell(path: Path, message: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class KeeperProcess:
-    """This rank's. A life before may have started it; then it is not our child."""
+    """The keeper of this rank. A life before may have started it; then it is not our child."""
 
     def __init__(self, folder: Path, node: str, rank: int, host: str, session: str) -> None:
-        """OSError where none can be started. `host`: the address others reach it at, if there are others."""
+        """Connect to a keeper, or start one (OSError: neither). `host`: the address others reach it at, if there are others."""
         path = folder / f"keeper-{rank}"
         self._child: subprocess.Popen[bytes] | None = None
         answer = tell(path, {"do": "claim", "session": session}) if path.exists() else None
@@ -98,21 +98,21 @@ class KeeperProcess:
         return self._line.sock.fileno() >= 0 and not select.select([self._line.sock], [], [], 0)[0]
 
     def keep(self, attempt: str) -> None:
-        """Only images of that one; OSError where it is gone."""
+        """Keep only images of that attempt; OSError where the keeper is gone."""
         self._line.ask({"do": "keep", "attempt": attempt})
 
     def leave(self) -> None:
-        """It stays, for the next life."""
+        """Leave it running, for the next life."""
         self._line.close()
 
     def stop(self) -> None:
-        """It ends, and what it holds with it."""
+        """End it, and what it holds with it."""
         tell(Path(self.address.path), {"do": "stop"})
         self.reap()
         self._line.close()
 
     def reap(self) -> None:
-        """Of one that ended."""
+        """Collect the exit status of one that ended."""
         if self._child is not None:
             try:
                 self._child.wait(ANSWER_S)
@@ -122,7 +122,7 @@ class KeeperProcess:
 
 
 def _start(path: Path, host: str) -> subprocess.Popen[bytes]:
-    """A keeper that ends with our parent: the agent, which starts the next life."""
+    """Start a keeper that ends with our parent: the agent, which starts the next life."""
     read_end, write_end = os.pipe()
     guardian = _parent()
     settings = {"path": str(path), "host": host, "guardian": guardian, "ready": write_end}
@@ -136,8 +136,8 @@ def _start(path: Path, host: str) -> subprocess.Popen[bytes]:
         if guardian >= 0:
             os.close(guardian)
     with os.fdopen(read_end) as ready:
-        said = ready.read()
-    answer = json.loads(said) if said else {"error": "it ended at once"}
+        reply = ready.read()
+    answer = json.loads(reply) if reply else {"error": "it ended at once"}
     if "error" in answer:
         child.wait()
         raise OSError(f"no keeper at {path}: {answer['error']}")
@@ -145,7 +145,7 @@ def _start(path: Path, host: str) -> subprocess.Popen[bytes]:
 
 
 def _parent() -> int:
-    """A descriptor that tells when our parent ends; -1 where the system has none."""
+    """A descriptor that becomes readable when our parent ends; -1 where the system has none."""
     try:
         return os.pidfd_open(os.getppid())
     except OSError:

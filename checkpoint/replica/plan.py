@@ -1,4 +1,4 @@
-"""Who keeps whose image, and which images make up a checkpoint. Pure."""
+"""Decides who keeps whose image, and which images make up a checkpoint. Pure."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def keepers_of(rank: int, nodes: Sequence[str]) -> tuple[int, ...]:
     return (rank, there[here.index(rank) % len(there)])
 
 
-def held_bytes(node: str, nodes: Sequence[str], state_bytes: Sequence[int]) -> int:
+def keeper_bytes(node: str, nodes: Sequence[str], state_bytes: Sequence[int]) -> int:
     """Most that keepers of a node hold: two images of every rank they keep, one of which arrives."""
     return sum(2 * size for rank, size in enumerate(state_bytes) for keeper in keepers_of(rank, nodes) if nodes[keeper] == node)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StoredImage:
     """One image in one keeper."""
 
     attempt: str
@@ -39,11 +39,11 @@ class Held:
     rank: int
     world_size: int
     manifest: str
-    """Its hash; empty: the image is not complete."""
+    """Hash of its manifest; empty: the image is not complete."""
     address: Address
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any], address: Address) -> Held:
+    def from_json(cls, fields: dict[str, Any], address: Address) -> StoredImage:
         facts = (str(fields["attempt"]), int(fields["step"]), int(fields["rank"]), int(fields["world_size"]))
         return cls(*facts, str(fields["manifest"]), address)
 
@@ -55,19 +55,19 @@ class ReplicaSet:
     attempt: str
     step: int
     manifests: tuple[str, ...]
-    """Hash of each rank's."""
+    """Hash of each rank's manifest."""
     keepers: tuple[tuple[Address, ...], ...]
-    """Of each rank's image."""
+    """Addresses of each rank's keepers."""
 
 
-def solve_set(held: Sequence[Held]) -> tuple[ReplicaSet | None, list[str]]:
+def solve_set(stored: Sequence[StoredImage]) -> tuple[ReplicaSet | None, list[str]]:
     """The newest whole set, and why newer ones are none, newest first."""
-    by_attempt: dict[tuple[int, str], list[Held]] = defaultdict(list)
-    for image in held:
+    by_attempt: dict[tuple[int, str], list[StoredImage]] = defaultdict(list)
+    for image in stored:
         by_attempt[image.step, image.attempt].append(image)
     missing: list[str] = []
     for (step, attempt), images in sorted(by_attempt.items(), reverse=True):
-        complete: dict[int, list[Held]] = defaultdict(list)
+        complete: dict[int, list[StoredImage]] = defaultdict(list)
         for image in images:
             if image.manifest and all(other.manifest == image.manifest for other in complete[image.rank]):
                 complete[image.rank].append(image)

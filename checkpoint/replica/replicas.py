@@ -1,4 +1,4 @@
-"""What an engine does about replicas: opens its rank's keeper, says where images go, and learns which are whole everywhere.
+"""Manages an engine's replicas: opens its rank's keeper, says where images go, learns which are whole everywhere.
 
 Note: agreement. A keeper lets the older image of a rank go when the next one begins, all but the one that is known to be
 whole on every rank. So a rank never begins an image while it is not known whether the one before, which it has voted for,
@@ -21,7 +21,7 @@ from ..attempt import Attempt
 from ..provenance import free_memory
 from ..rank_coordination import Peers, Votes
 from .keeper_process import KeeperProcess, look, meeting_folder, tell
-from .plan import Held, ReplicaSet, held_bytes, keepers_of, solve_set
+from .plan import ReplicaSet, StoredImage, keeper_bytes, keepers_of, solve_set
 from .source import ReplicaSource
 from .stream import Address
 
@@ -37,17 +37,17 @@ class ReplicaReport:
     error: str | None
     """None: every rank's image is in the memory of its keepers. That is not durable: it is lost with those hosts."""
     replica_s: float
-    """From save() until then, as this rank saw it."""
+    """Seconds from save() until then, as this rank saw it."""
 
 
 class Replicas:
-    """One engine's. `off` says why there are none; `found` is what a life before left. Collective where it says so."""
+    """The replicas of one engine. `off`: why there are none; `leftover`: what a life before left. Collective where it says so."""
 
     def __init__(self, peers: Peers, directory: Path, node: str, timeout_s: float) -> None:
-        """Collective."""
+        """Open this rank's keeper and look at what a life before left. Collective."""
         self.peers, self.node, self.timeout_s = peers, node, timeout_s
         self.off: str | None = None
-        self.found: ReplicaSet | None = None
+        self.leftover: ReplicaSet | None = None
         self.passed_over: list[str] = []
         """Newer ones that are not whole."""
         self.replicated: int | None = None
@@ -68,7 +68,7 @@ class Replicas:
 
     def _open(self, directory: Path) -> None:
         peers, self._host = self.peers, self.peers.own_address()
-        seen: list[tuple[list[Held], int]] = []
+        seen: list[tuple[list[StoredImage], int]] = []
 
         def mine() -> None:
             self._folder = meeting_folder(directory, self.node)
@@ -81,15 +81,15 @@ class Replicas:
             self._turn_off(failure)
             return
         assert self.keeper is not None
-        told = peers.gather((self.node, self.keeper.address.to_json()))
-        self.nodes = [node for node, _ in told]
-        self._addresses = [Address.from_json(fields) for _, fields in told]
-        images, self._held_bytes = seen[0]
+        keepers = peers.gather((self.node, self.keeper.address.to_json()))
+        self.nodes = [node for node, _ in keepers]
+        self._addresses = [Address.from_json(fields) for _, fields in keepers]
+        images, self._stored_bytes = seen[0]
         # One rank of each node tells what its keepers hold.
-        held = [image for found in peers.gather(images if self._is_first() else []) for image in found]
-        self.found, self.passed_over = solve_set(held)
-        if self.found is not None:
-            self._agreed = self.found.attempt
+        stored = [image for of_rank in peers.gather(images if self._is_first() else []) for image in of_rank]
+        self.leftover, self.passed_over = solve_set(stored)
+        if self.leftover is not None:
+            self._agreed = self.leftover.attempt
 
     def _open_keeper(self) -> None:
         self.keeper = KeeperProcess(self._folder, self.node, self.peers.rank, self._host, self.peers.session)
@@ -107,11 +107,11 @@ class Replicas:
             log.warning("checkpoints: no replicas in memory (checkpoint.replica): %s", why)
 
     def source(self) -> ReplicaSource | None:
-        """To restore from."""
-        return ReplicaSource(self.found, self.node, self.timeout_s) if self.found is not None else None
+        """The source to restore from; None: none."""
+        return ReplicaSource(self.leftover, self.node, self.timeout_s) if self.leftover is not None else None
 
     def settle(self, attempt: str) -> None:
-        """The run goes on from that one (empty: from something else): every other image of a life before goes. Collective."""
+        """Settle on the attempt the run resumes from (empty: another source): all older images but its go. Collective."""
         if self.off is not None:
             return
         self._agreed = attempt
@@ -126,14 +126,14 @@ class Replicas:
             tell(path, {"do": "keep", "attempt": attempt} if attempt else {"do": "stop"})
 
     def _unclaimed(self) -> list[Path]:
-        """Keepers of ranks that this life has elsewhere, or not at all; one rank of the node sees to them."""
+        """Paths of keepers of ranks that this life has elsewhere, or not at all; one rank of the node sees to them."""
         if not self._is_first():
             return []
         here = {f"keeper-{rank}" for rank, node in enumerate(self.nodes) if node == self.node}
         return [path for path in self._folder.glob("keeper-*") if path.name not in here]
 
     def _is_first(self) -> bool:
-        """Of the ranks of this node."""
+        """Whether this is the first of the ranks of this node."""
         return self.nodes.index(self.node) == self.peers.rank
 
     def check_room(self, state_bytes: int) -> None:
@@ -141,7 +141,7 @@ class Replicas:
         if self.off is not None or self._thread is not None:
             return
         sizes = self.peers.gather(state_bytes)
-        needed = held_bytes(self.node, self.nodes, sizes) - self._held_bytes
+        needed = keeper_bytes(self.node, self.nodes, sizes) - self._stored_bytes
         free = free_memory()
 
         def check() -> None:
@@ -153,14 +153,14 @@ class Replicas:
             self._turn_off(failure)
 
     def start(self) -> None:
-        """After the store of votes is open."""
+        """Start the thread, after the store of votes is open."""
         if self.off is None and self._thread is None:
             self._votes = self.peers.votes()
             self._thread = HelperThread(self._run, "replicas")
             self._thread.start()
 
     def begin(self, attempt: Attempt) -> None:
-        """On the thread that copies, before anything of the attempt is sent: says where its image goes, or that none is made."""
+        """Begin a replica, on the thread that copies, before anything is sent: says where its image goes, or that none is made."""
         if self.off is not None or self._thread is None:
             return
         vote = _Vote(attempt)
@@ -180,12 +180,12 @@ class Replicas:
         self._queue.put(vote)
 
     def wait(self, timeout_s: float) -> bool:
-        """Until every replica that was begun is whole or given up; False where that takes longer."""
+        """Wait until every replica that was begun is whole or given up; False where that takes longer."""
         with self._settled:
             return self._settled.wait_for(lambda: self._num_open == 0, timeout_s)
 
     def close(self, *, stop: bool) -> None:
-        """`stop`: the keeper ends too, for nobody will restart from it."""
+        """Close it; `stop`: the keeper ends too, for nobody will restart from it."""
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join(1.0)
@@ -196,7 +196,7 @@ class Replicas:
         self.keeper = None
 
     def abandon(self) -> None:
-        """The keeper stays: another engine may follow."""
+        """Close without waiting; the keeper stays: another engine may follow."""
         self._queue.put(None)
 
     def _run(self) -> None:
@@ -216,7 +216,7 @@ class Replicas:
                 self._settled.notify_all()
 
     def _settle(self, vote: _Vote) -> str | None:
-        """Why the set is not whole; None: it is."""
+        """Settle one vote; returns why the set is not whole, None: it is."""
         assert self._votes is not None
         attempt, rank = vote.attempt, self.peers.rank
         if not attempt.replica_settled.wait(self.timeout_s):
@@ -240,8 +240,8 @@ class Replicas:
     def _decide(self, attempt: Attempt, mine: str | None) -> str | None:
         assert self._votes is not None
         keys = {_vote_key(attempt, rank): rank for rank in range(1, self.peers.world_size)}
-        found = self._votes.collect(list(keys), self.timeout_s) if keys else {}
-        errors = {0: mine} | {keys[key]: error for key, error in found.items()}
+        errors_of_others = self._votes.collect(list(keys), self.timeout_s) if keys else {}
+        errors = {0: mine} | {keys[key]: error for key, error in errors_of_others.items()}
         against = [f"{error} (rank {rank})" for rank, error in sorted(errors.items()) if error is not None]
         missing = [rank for rank in range(self.peers.world_size) if rank not in errors]
         if missing:
@@ -259,7 +259,7 @@ class Replicas:
         return answer[_result_key(attempt)] if answer else "rank 0 did not say whether it is whole"
 
     def _refresh(self) -> None:
-        """A keeper that died is replaced, and the others learn where the new one is."""
+        """Replace a keeper that died, and give the others its address."""
         assert self._votes is not None and self.keeper is not None
         mine = f"keeper/{self.peers.rank}"
         if not self.keeper.is_alive:
@@ -290,11 +290,11 @@ class Replicas:
 
 @dataclass(slots=True)
 class _Vote:
-    """What this rank says of one attempt's image."""
+    """The vote of this rank on one attempt's image."""
 
     attempt: Attempt
     is_cast: bool = False
-    """In favour."""
+    """Whether the vote was cast in favour."""
     is_overtaken: bool = False
     is_over: bool = False
 

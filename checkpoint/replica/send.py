@@ -1,4 +1,4 @@
-"""A flusher's way to the keepers of its rank's image: one connection and one thread for each. No torch.
+"""Sends a rank's image from its flusher to its keepers: one connection and one thread for each. No torch.
 
 Training does not wait for it: what is not there when the next save begins is given up, and so is what a keeper does not take
 for STUCK_S while the snapshot needs the memory.
@@ -23,11 +23,11 @@ def _nothing() -> None:
 
 
 class Copying:
-    """One attempt's image on its way to every one of its keepers; `said(error)` is called once, at its end."""
+    """Sends one attempt's image to every one of its keepers; `on_end(error)` is called once, at its end."""
 
-    def __init__(self, attempt: str, senders: list[Sender], said: Callable[[str | None], None]) -> None:
+    def __init__(self, attempt: str, senders: list[Sender], on_end: Callable[[str | None], None]) -> None:
         self.attempt, self.senders = attempt, senders
-        self._left, self._said = len(senders), said
+        self._left, self._on_end = len(senders), on_end
         self._over = False
         self._items: list[_Item] = []
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class Copying:
             self._put(sender, _Item(self, message))
 
     def chunk(self, file: str, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """`done` once for each keeper, when the bytes are no longer needed."""
+        """Send a chunk; `done` is called once for each keeper, when the bytes are no longer needed."""
         for sender in self.senders:
             self._put(sender, _Item(self, {"do": "chunk", "file": file, "offset": offset}, data, done))
 
@@ -60,7 +60,7 @@ class Copying:
             sender.put(item)
 
     def arrived(self) -> None:
-        """At one keeper."""
+        """Record that one keeper has all of it."""
         with self._lock:
             self._left -= 1
             last = self._left == 0 and not self._over
@@ -68,10 +68,10 @@ class Copying:
             if last:
                 self._items.clear()
         if last:
-            self._said(None)
+            self._on_end(None)
 
     def give_up(self, why: str) -> None:
-        """No effect on one that is over. Whoever sends it stops."""
+        """Give the image up; no effect on one that is over. Its senders stop."""
         with self._lock:
             if self._over:
                 return
@@ -83,11 +83,11 @@ class Copying:
                 item.release()
         for sender in self.senders:
             sender.interrupt(self)
-        self._said(why)
+        self._on_end(why)
 
 
 class _Item:
-    """Taken once: by its sender, or by who gives it up."""
+    """One message to one keeper, taken once: by its sender, or by who gives it up."""
 
     def __init__(self, copying: Copying, message: Message, data: memoryview | None = None, done: Callable[[], None] = _nothing) -> None:
         self.copying, self.message, self.data = copying, message, data
@@ -102,15 +102,15 @@ class _Item:
 
 
 class Sender:
-    """To one keeper, in order."""
+    """Sends messages to one keeper, in order."""
 
     def __init__(self, address: Address, node: str, timeout_s: float) -> None:
-        """`timeout_s`: longest silence of the other end."""
+        """Start the thread; `timeout_s`: longest silence of the other end."""
         self.address, self._node, self._timeout_s = address, node, timeout_s
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._stream: Stream | None = None
         self._current: tuple[Copying, float] | None = None
-        """What it sends, and since when."""
+        """Image it sends, and since when."""
         self._interrupted = False
         """The connection is of no use any more, whether or not somebody has noticed."""
         self._lock = threading.Lock()
@@ -121,19 +121,19 @@ class Sender:
         self._queue.put(item)
 
     def interrupt(self, copying: Copying) -> None:
-        """Whatever it is sending of that."""
+        """Interrupt what is being sent of that image."""
         with self._lock:
             if self._current is not None and self._current[0] is copying and self._stream is not None:
                 self._stream.interrupt()
                 self._interrupted = True
 
     def stuck_s(self) -> float:
-        """How long it has been at one message."""
+        """Seconds it has been at one message."""
         current = self._current
         return 0.0 if current is None else time.monotonic() - current[1]
 
     def close(self, *, wait: bool) -> None:
-        """After what was put; `wait`: until then."""
+        """End after what was put; `wait`: return only then."""
         self._queue.put(None)
         if wait:
             self._thread.join()
@@ -184,16 +184,16 @@ class Sender:
 
 
 class Senders:
-    """Of one flusher: those of the newest attempt's keepers stay connected."""
+    """The senders of one flusher: those of the newest attempt's keepers stay connected."""
 
-    def __init__(self, said: Callable[[str, str | None], None]) -> None:
-        """`said(attempt, error)`: how it went; error None: every keeper has all of it."""
-        self._said = said
+    def __init__(self, on_end: Callable[[str, str | None], None]) -> None:
+        """Open it; `on_end(attempt, error)`: how it went; error None: every keeper has all of it."""
+        self._on_end = on_end
         self._senders: dict[Address, Sender] = {}
         self.current: Copying | None = None
 
     def begin(self, message: dict[str, Any]) -> Copying | None:
-        """From a flusher's `begin`; None where no replica is asked for. The one before is given up where it is not there yet."""
+        """Begin an image from a flusher's `begin`; None where no replica is asked for. An unfinished one before is given up."""
         if self.current is not None:
             self.current.give_up("not there when the next save began")
         wanted: dict[str, Any] | None = message.get("replica")
@@ -207,13 +207,13 @@ class Senders:
         for address in addresses:
             if address not in self._senders:
                 self._senders[address] = Sender(address, str(wanted["node"]), float(wanted["timeout_s"]))
-        self.current = Copying(attempt, [self._senders[a] for a in addresses], lambda error: self._said(attempt, error))
+        self.current = Copying(attempt, [self._senders[a] for a in addresses], lambda error: self._on_end(attempt, error))
         begin = {"do": "begin", "attempt": attempt, "agreed": wanted["agreed"], "files": message["files"]}
         self.current.begin({**begin, "step": facts["step"], "rank": facts["rank"], "world_size": facts["world_size"]})
         return self.current
 
     def press(self) -> None:
-        """The snapshot waits for memory: who keeps it waiting?"""
+        """Give up an image whose keeper keeps the snapshot waiting for memory."""
         current = self.current
         if current is None or current.is_over:
             return
@@ -222,6 +222,6 @@ class Senders:
                 current.give_up(f"the keeper at {sender.address.node} takes nothing, and the snapshot needs the memory")
 
     def close(self) -> None:
-        """When all that was put is there, or lost."""
+        """Close when all that was put is there, or lost."""
         for sender in self._senders.values():
             sender.close(wait=True)

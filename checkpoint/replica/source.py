@@ -1,4 +1,4 @@
-"""A checkpoint that is read from keepers' memory. Every rank may read every image; near copies are asked first."""
+"""Reads a checkpoint from keepers' memory. Every rank may read every image; near copies are asked first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ReplicaSource:
     """The images of one set."""
 
     def __init__(self, replicas: ReplicaSet, node: str, timeout_s: float) -> None:
-        """`node`: of this process."""
+        """Open the set; `node`: of this process."""
         self.replicas, self._node, self._timeout_s = replicas, node, timeout_s
         manifests = {manifest_name(rank): hashed for rank, hashed in enumerate(replicas.manifests)}
         self.commit: dict[str, Any] = {

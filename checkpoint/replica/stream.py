@@ -1,4 +1,4 @@
-"""Messages between flushers, keepers and restores: a length, JSON, then as many bytes as it says. No torch."""
+"""Exchanges messages between flushers, keepers and restores: a length, JSON, then as many bytes as it says. No torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Address:
 
 
 class GoneError(OSError):
-    """The other end closed the connection, or said that it cannot."""
+    """Raised where the other end closed the connection, or said that it cannot."""
 
 
 class Stream:
@@ -65,7 +65,7 @@ class Stream:
         return message
 
     def take(self, view: memoryview) -> None:
-        """The payload of the message just received, into `view`."""
+        """Receive the payload of the message just received, into `view`."""
         self._fill(view)
 
     def payload(self, message: Message) -> bytes:
@@ -74,7 +74,7 @@ class Stream:
         return bytes(data)
 
     def ask(self, message: Message, payload: memoryview | bytes = b"") -> Message:
-        """The answer; GoneError where it is an error, or none."""
+        """Ask and return the answer; GoneError where it is an error, or none."""
         self.send(message, payload)
         answer = self.receive()
         if answer is None:
@@ -84,7 +84,7 @@ class Stream:
         return answer
 
     def interrupt(self) -> None:
-        """From another thread: whoever sends or receives gets an error."""
+        """Interrupt from another thread: whoever sends or receives gets an error."""
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -107,7 +107,7 @@ class Stream:
 
 
 def connect(address: Address, node: str, timeout_s: float) -> Stream:
-    """To a keeper, on the node this process runs on (`node`) past the network."""
+    """Connect to a keeper, on the node this process runs on (`node`) past the network."""
     if address.node == node:
         return connect_here(Path(address.path), timeout_s)
     sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
@@ -116,7 +116,7 @@ def connect(address: Address, node: str, timeout_s: float) -> Stream:
 
 
 def connect_here(path: Path, timeout_s: float) -> Stream:
-    """To a keeper of this node."""
+    """Connect to a keeper of this node."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout_s)
     try:

@@ -28,7 +28,7 @@ FACTS: Mapping[Family, FamilyFacts] = MappingProxyType(
 
 
 def facts_of(family: Family) -> FamilyFacts:
-    """What is known of `family`."""
+    """The facts of `family`."""
     return FACTS[family]
 
 

@@ -1,4 +1,4 @@
-"""What a family's adapter provides: a decoder layer cut into two token-local halves around the attention core.
+"""The protocol of a family's adapter: a decoder layer cut into two token-local halves around the attention core.
 
 Legend: T local tokens, M model width, H query heads, K key/value heads, D head dim.
 """
@@ -102,11 +102,11 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
-        """(T, M) -> gate and up (T, I) each."""
+        """Project rows to gate and up: (T, M) -> (T, I) each."""
 
     @abstractmethod
     def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
-        """(T, M) and what mlp_in made of it -> the layer's output (T, M)."""
+        """Finish the layer: (T, M) and what mlp_in made of it -> the layer's output (T, M)."""
 
     def _spec(self) -> AttentionSpec:
         config = self.attention.config

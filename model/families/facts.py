@@ -1,4 +1,4 @@
-"""What is known of a model family without torch: names, defaults, norms, biases, windows, rotary tables. Pure.
+"""Describes a model family without torch: names, defaults, norms, biases, windows, rotary tables. Pure.
 
 Estimates and checks ask these facts (through `ModelSpec`, whose numbers come from here) and never compare with a family's name.
 """
@@ -51,7 +51,7 @@ class FamilyFacts:
     model_type: str
     """What `AutoConfig.for_model` calls it."""
     defaults: Mapping[str, Any]
-    """Of the Hugging Face config class, for fields that a config.json may leave out (`save_pretrained` leaves defaults out)."""
+    """Defaults of the Hugging Face config class, for fields a config.json may leave out (`save_pretrained` leaves them out)."""
     fields: frozenset[str]
     """Fields of its config that its layers read, besides READ_BY_ALL."""
     unread: frozenset[str] = frozenset()
@@ -62,7 +62,7 @@ class FamilyFacts:
     heads_divide_hidden: bool = False
     """Whether the Hugging Face config refuses a hidden size that the heads do not divide, whatever the head dim."""
     layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    """Of the norms over the hidden size in one decoder layer."""
+    """Names of the norms over the hidden size in one decoder layer."""
     norm_offset: float = 0.0
     """What norms add to their weight before they multiply."""
     qk_norm: bool = False
@@ -82,7 +82,7 @@ class FamilyFacts:
     has_score_softcap: bool = False
     """Scores go through tanh before their softmax where `attn_logit_softcapping` is set."""
     has_logit_softcap: bool = False
-    """Logits do where `final_logit_softcapping` is set."""
+    """Logits go through tanh where `final_logit_softcapping` is set."""
     rope_per_layer_type: bool = False
     """A rotary table for layers with a window and one for the others."""
     default_theta: float = DEFAULT_THETA

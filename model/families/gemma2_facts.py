@@ -10,7 +10,7 @@ from .facts import SLIDING, FamilyFacts, Windows
 
 
 def patterned_windows(fields: Mapping[str, Any], period: int) -> Windows:
-    """Of `layer_types`, or of all layers but every `period`-th."""
+    """The windows by `layer_types`, or of all layers but every `period`-th."""
     window: int | None = fields.get("sliding_window")
     types = fields.get("layer_types")
     slides = [kind == SLIDING for kind in types] if types else [bool((layer + 1) % period) for layer in range(fields["num_hidden_layers"])]

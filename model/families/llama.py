@@ -37,7 +37,7 @@ class LlamaLayer(LayerAdapter):
         return x + down(self.layer.mlp.act_fn(gate) * up, graph=graph)  # type: ignore[union-attr,operator]
 
     def project(self, name: str, h: Tensor, heads: HeadIndex, graph: bool) -> Tensor:
-        """(T, M) -> (T, heads, D) of the heads asked for, through the projection `name`."""
+        """Project (T, M) -> (T, heads, D) of the heads asked for, through the projection `name`."""
         return self.projection(name)(h, graph=graph, rows=self._rows(heads)).unflatten(-1, (-1, self.spec.head_dim))
 
     def _rows(self, heads: HeadIndex) -> slice | Tensor | None:

@@ -29,7 +29,7 @@ class Projection:
     bias: Tensor | None
 
     def __call__(self, x: Tensor, *, graph: bool = False, rows: Rows = None) -> Tensor:
-        """(T, I) -> (T, M), of the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
+        """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
         weight, bias = self.weight, self.bias
         if rows is not None:
             rows = rows.to(weight.device) if isinstance(rows, Tensor) else rows
@@ -50,20 +50,20 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
 
 
 def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...]) -> None:
-    """ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
+    """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
     for name in (*projections, *norms):
         _check_present(layer, name)
     for name in projections:
         projection_of(layer, name)
         _check_plain(layer.get_submodule(name), name)
-    known = (*projections, *norms)
+    modules = (*projections, *norms)
     for name, _ in layer.named_parameters():
-        if not any(name.startswith(f"{owner}.") for owner in known):
+        if not any(name.startswith(f"{owner}.") for owner in modules):
             raise _refusal(name, "a parameter that no step of a layer reads", "its gradient would be lost")
 
 
 def _check_plain(module: nn.Module, name: str) -> None:
-    """Nothing is hung on a Linear before training. An engine's hooks come later, and it gathers whole layers."""
+    """Refuse a Linear with hooks before training. An engine's hooks come later, and it gathers whole layers."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise _refusal(name, "a Linear with hooks", "they would not run")
     if "forward" in vars(module):
@@ -77,10 +77,10 @@ def _check_present(layer: nn.Module, name: str) -> None:
         raise _refusal(name, "no such module", "the layer would be computed without it") from error
 
 
-def _refusal(name: str, found: str, otherwise: str) -> ConfigError:
+def _refusal(name: str, actual: str, otherwise: str) -> ConfigError:
     return ConfigError(
         "model",
-        found=f"{found} at {name} of a decoder layer",
+        found=f"{actual} at {name} of a decoder layer",
         expected=f"the family's own modules, projections of class torch.nn.Linear without hooks: {otherwise}",
         hint="a model without adapters, quantised or parametrised weights: merge them into plain weights first",
     )

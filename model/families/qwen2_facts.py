@@ -10,7 +10,7 @@ from .facts import SLIDING, FamilyFacts, Windows, no_windows
 
 
 def upper_windows(fields: Mapping[str, Any]) -> Windows:
-    """Of `layer_types`, or of the layers from `max_window_layers` on; none without `use_sliding_window`."""
+    """The windows by `layer_types`, or of the layers from `max_window_layers` on; none without `use_sliding_window`."""
     window: int | None = fields.get("sliding_window")
     if not fields.get("use_sliding_window"):
         return no_windows(fields)
@@ -24,7 +24,7 @@ def upper_windows(fields: Mapping[str, Any]) -> Windows:
 
 
 def upper_window_fields(window: int | None) -> dict[str, Any]:
-    """A window has to be switched on as well."""
+    """The config fields of a window, which has to be switched on as well."""
     return {"sliding_window": window, "use_sliding_window": window is not None}
 
 

@@ -46,7 +46,7 @@ def test_fetching_is_heard_too(tmp_path: Path) -> None:
 def test_lines_for_people(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    mine, other = RestoreProgress(says=True), RestoreProgress()
+    mine, other = RestoreProgress(logs=True), RestoreProgress()
     for each in (mine, other):
         each.begin("reading step-00000002", 4 << 30)
     for seconds in (10, 35, 40, 70):

@@ -21,7 +21,7 @@ from efflaunch.checkpoint.config import Replica
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.replica import replicas as replicas_module
 from efflaunch.checkpoint.replica.keeper_process import tell
-from efflaunch.checkpoint.replica.plan import Held, held_bytes, keepers_of, solve_set
+from efflaunch.checkpoint.replica.plan import StoredImage, keeper_bytes, keepers_of, solve_set
 from efflaunch.checkpoint.replica.stream import Address, GoneError, connect, connect_here
 from efflaunch.checkpoint.restore import Restored
 from efflaunch.checkpoint.sizes import replica_bytes
@@ -52,11 +52,11 @@ def test_every_image_survives_the_loss_of_any_one_node_where_there_are_several(n
 def test_the_ledger_counts_what_keepers_hold(nodes: list[str], ranks_per_node: int) -> None:
     for node in set(nodes):
         expected = replica_bytes(1000, ranks_per_node, several_nodes=len(set(nodes)) > 1)
-        assert held_bytes(node, nodes, [1000] * len(nodes)) == expected
+        assert keeper_bytes(node, nodes, [1000] * len(nodes)) == expected
 
 
-def _held(step: int, rank: int, *, manifest: str = "m", attempt: str = "", node: str = "a", world_size: int = 2) -> Held:
-    return Held(attempt or f"s-{step}", step, rank, world_size, manifest, Address(node, "", "", 0, ""))
+def _held(step: int, rank: int, *, manifest: str = "m", attempt: str = "", node: str = "a", world_size: int = 2) -> StoredImage:
+    return StoredImage(attempt or f"s-{step}", step, rank, world_size, manifest, Address(node, "", "", 0, ""))
 
 
 def test_the_newest_whole_set_is_taken_and_newer_ones_are_named() -> None:
@@ -177,7 +177,7 @@ def _keepers(engine: CheckpointEngine) -> Any:
 def _spoil(folder: Path, nodes: int, victims: list[int]) -> None:
     """One byte of each victim's keeper's images changes."""
     _state, engine = _engine(folder, nodes=nodes)
-    found = engine._replicas.found if engine._replicas is not None else None
+    found = engine._replicas.leftover if engine._replicas is not None else None
     assert found is not None
     for rank, keepers in enumerate(found.keepers):
         for address in keepers:

@@ -65,7 +65,7 @@ class Trainer:
             reduce_each=self.case.get("reduce_each", False), barrier_free=self.case.get("barrier_free", False),
         )  # fmt: skip
         objective = LanguageModelling(count_targets(works, self.topology, device), device)
-        loss = backward_step(setup, works, objective, on_last=self.updater.last).sum()
+        loss = backward_step(setup, works, objective, on_last=self.updater.before_final_backward).sum()
         dist.all_reduce(loss)
         return float(loss)
 

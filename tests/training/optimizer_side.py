@@ -46,11 +46,11 @@ class Run:
         restored = self.engine.restore()
         assert restored is not None
         self.updater.weights_changed()
-        self.updater.resume(restored.extra.get("updater", {}))
+        self.updater.load_state_dict(restored.extra.get("updater", {}))
         return int(restored.step)
 
     def save(self, step: int) -> None:
-        self.engine.save(step, {"updater": self.updater.carry()})
+        self.engine.save(step, {"updater": self.updater.state_dict()})
 
     def _spoil(self, parameter: Tensor) -> None:
         if self.spoil and (not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1):
@@ -60,10 +60,10 @@ class Run:
         """One update. With `spoil`, one number of one gradient of the first layer is none, in the last rank's shard only."""
         self.updater.start(1e-2 * (step + 1), lambda: None)
         if self.updater.measures_first:
-            self.updater.last()
+            self.updater.before_final_backward()
             backward(self.model, step, scale=3.0)
             self.updater.finish_measuring()
-        self.updater.last()
+        self.updater.before_final_backward()
         backward(self.model, step, scale=3.0)
         found = self.updater.finish()
         if math.isfinite(found.norm):

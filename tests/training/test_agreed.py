@@ -16,7 +16,7 @@ from efflaunch.memory.offload.checks import FreeMemory
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training import agreed_ledger as certified
 from efflaunch.training import oom
-from efflaunch.training.agreed_rates import settled_rates
+from efflaunch.training.agreed_rates import frozen_rates
 
 QUICK = ["+experiment=quickstart", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=8K"]
 
@@ -82,18 +82,18 @@ def test_a_run_goes_on_with_the_rates_it_began_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begun, config = tmp_path / "run", compose(QUICK)
     begun.mkdir()
-    assert settled_rates(config, "a processor", begun) is None
+    assert frozen_rates(config, "a processor", begun) is None
     save_profile(tmp_path / "profile.yaml", _profile(1e9))
-    assert settled_rates(config, "a processor", begun) is None, "settled without"
+    assert frozen_rates(config, "a processor", begun) is None, "settled without"
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    first = settled_rates(config, "a processor", fresh)
-    assert first is not None and first.rates.host_update == 1e9 and settled_rates(config, "a processor", None) == first
+    first = frozen_rates(config, "a processor", fresh)
+    assert first is not None and first.rates.host_update == 1e9 and frozen_rates(config, "a processor", None) == first
     save_profile(tmp_path / "profile.yaml", _profile(2e9))
-    assert settled_rates(config, "a processor", fresh) == first
-    named = settled_rates(compose([*QUICK, "parallel.profile=profile.yaml"]), "a processor", fresh)
+    assert frozen_rates(config, "a processor", fresh) == first
+    named = frozen_rates(compose([*QUICK, "parallel.profile=profile.yaml"]), "a processor", fresh)
     assert named is not None and named.rates.host_update == 2e9
-    assert settled_rates(config, "another processor", fresh) is None
+    assert frozen_rates(config, "another processor", fresh) is None
 
 
 def _profile(rate: float) -> Profile:

@@ -116,7 +116,7 @@ class _Trained:
 
     def step(self, step: int) -> None:
         self.updater.start(1e-2, lambda: None)
-        self.updater.last()
+        self.updater.before_final_backward()
         backward(self.model, step)
         self.updater.finish()
         self.updater.apply()

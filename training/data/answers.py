@@ -33,9 +33,9 @@ class Document:
     mask: np.ndarray | None
     kind: Kind = Kind.DOCUMENTS
     first: int = 0
-    """Of a pair: tokens of its first half."""
+    """Tokens of a pair's first half; 0 for other documents."""
     scalars: tuple[float, float] = (0.0, 0.0)
-    """Of a completion: reward and advantage."""
+    """Reward and advantage of a completion; zeros for other documents."""
 
 
 def answer_documents(encoder: Answers, where: str, record: Preference | Group) -> list[Document]:
@@ -50,7 +50,7 @@ def answer_documents(encoder: Answers, where: str, record: Preference | Group) -
 
 
 def advantages(rewards: list[float]) -> list[float]:
-    """Of two or more completions of one prompt (Note: advantages)."""
+    """The advantages of two or more completions of one prompt (Note: advantages)."""
     mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (deviation + EPSILON) for reward in rewards]
 

@@ -58,11 +58,11 @@ def builtin_corpus(name: str, *, vocab_size: int | None, cache_dir: str | None =
 def stdlib_files() -> list[Path]:
     """Every .py file of the running Python's standard library, its tests included where installed; sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    paths = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(name for name in names if name not in _LEFT_OUT)
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def read_texts(paths: Iterable[Path]) -> list[str]:
@@ -127,5 +127,5 @@ def _write_corpus(folder: Path, texts: list[str]) -> None:
     for first in range(0, len(texts), _BATCH):
         for encoding in tokenizer.encode_batch_fast(texts[first : first + _BATCH]):
             writer.add(np.array([*encoding.ids, end], dtype=np.int64))
-    known = {"path": str(folder.with_suffix("")), "vocab_size": vocabulary.size, "vocab_sha256": vocabulary.sha256}
-    writer.finish({"documents": writer.documents, "tokens": writer.tokens, "loss_mask": False, "tokenizer": known})
+    description = {"path": str(folder.with_suffix("")), "vocab_size": vocabulary.size, "vocab_sha256": vocabulary.sha256}
+    writer.finish({"documents": writer.documents, "tokens": writer.tokens, "loss_mask": False, "tokenizer": description})

@@ -1,4 +1,4 @@
-"""Conversations to text, and which characters of it are learnt.
+"""Renders conversations to text, and tells which characters of it are learnt.
 
 Note: what is learnt
     Where the chat template has {% generation %} tags, what they enclose.
@@ -71,7 +71,7 @@ class ChatRenderer:
         self._tokenizer, self._token_ids, self._turns, self._name = tokenizer, token_ids, turns, name
         self._date = read_date(date)
         self.warnings: list[tuple[str, str]] = []
-        """(what, where) of what is doubtful; whoever reads it empties it."""
+        """Doubts as (what, where); who reads them empties the list."""
 
     @property
     def uses_date(self) -> bool:
@@ -79,7 +79,7 @@ class ChatRenderer:
         return "strftime_now" in str(self._tokenizer.chat_template)
 
     def check(self) -> None:
-        """ConfigError for a template that cannot be compiled."""
+        """Raise ConfigError for a template that cannot be compiled."""
         template = self._tokenizer.chat_template
         for source in template.values() if isinstance(template, dict) else [template] if template is not None else []:
             self._compiled(str(source))

@@ -1,4 +1,4 @@
-"""What is trained on."""
+"""Settings of the data: what is trained on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DataChanged(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which documents are trained on and how many per optimizer step."""
+    """Settings of the documents that are trained on and of how many a step has."""
 
     name: str
     prefixes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""From raw records to token ids and loss masks. One Encoder per process.
+"""Encodes raw records as token ids and loss masks. One Encoder per process.
 
 Note: what is learnt
     Text: every token. Prompt and completion: the completion (token_ids.py says where it begins).
@@ -51,7 +51,7 @@ class Encoded:
 
     documents: list[Document] = field(default_factory=list)
     first: str = ""
-    """Where the first document is from."""
+    """Place that the first document is from."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
     turn_ends: set[str] = field(default_factory=set)
@@ -101,7 +101,7 @@ class Encoder:
         return json.dumps([self._backend.to_str(), self.tokenizer.chat_template, self._eos])
 
     def encode(self, batch: RawBatch) -> Encoded:
-        """Tokenise a batch. DataError for the first record that cannot be used, unless told to skip."""
+        """Tokenise a batch. DataError for the first record that cannot be used, unless such records are skipped."""
         out = Encoded()
         slots: list[list[Document] | str] = []
         for where, raw in batch.records:
@@ -202,10 +202,10 @@ class Encoder:
     def _eos_id(self) -> int | None:
         """The token that ends documents; None: none does."""
         token = self.options.eos_token
-        known = self.tokenizer.eos_token_id if token is None else self._backend.token_to_id(token)
-        if known is None and (token is not None or self.options.append_eos):
+        token_id = self.tokenizer.eos_token_id if token is None else self._backend.token_to_id(token)
+        if token_id is None and (token is not None or self.options.append_eos):
             raise self._no_eos()
-        return None if known is None or self.options.append_eos is False else int(known)
+        return None if token_id is None or self.options.append_eos is False else int(token_id)
 
     def _check_end(self) -> None:
         if self.options.append_eos is not False and not self._ids.has_end:
@@ -242,10 +242,10 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def other_kind(where: str, found: Kind, expected: Kind) -> DataError:
+def other_kind(where: str, kind: Kind, expected: Kind) -> DataError:
     """The error for a record that does not belong to the corpus the others make."""
     return bad_record(
-        where, f"{found.value} after {expected.value}", "records of one kind in one corpus", "one --out for each kind of record"
+        where, f"{kind.value} after {expected.value}", "records of one kind in one corpus", "one --out for each kind of record"
     )
 
 

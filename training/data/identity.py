@@ -69,9 +69,9 @@ class DataChanges:
     """What is different from the data of a checkpoint."""
 
     asked_for: tuple[str, ...]
-    """Follows from settings that were changed."""
+    """Changes that follow from settings that were changed."""
     silent: tuple[str, ...]
-    """Does not: files were replaced."""
+    """Changes that follow from no changed setting: files were replaced."""
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _replaced(saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any
 
 
 def check_data_changes(changes: DataChanges, accepts: DataChanged, step: int) -> None:
-    """DataError where the data of the checkpoint of `step` was replaced and data.changed does not accept it."""
+    """Raise DataError where the data of the checkpoint of `step` was replaced and data.changed does not accept it."""
     if changes.silent and accepts is DataChanged.REFUSE:
         raise DataError(
             f"data of the checkpoint of step {step}",

@@ -105,7 +105,7 @@ class IndexedCorpus:
     """Documents of one corpus, read from memory maps: only the pages that are asked for are touched."""
 
     def __init__(self, prefix: str) -> None:
-        """DataError if a file is missing, cut short or does not belong to the others."""
+        """Raise DataError if a file is missing, cut short or does not belong to the others."""
         self.prefix = _checked_prefix(prefix)
         index = read_index(self.prefix + ".idx")
         self._starts = index.starts
@@ -134,7 +134,7 @@ class IndexedCorpus:
         return self._mask is not None
 
     def parts(self, document: int) -> tuple[int, ...]:
-        """Of a pair: tokens of the chosen and of the rejected half, each with its prompt; else nothing."""
+        """Tokens of the chosen and of the rejected half of a pair, each with its prompt; nothing for other documents."""
         if self._first_parts is None:
             return ()
         first = int(self._first_parts[document])
@@ -145,7 +145,7 @@ class IndexedCorpus:
         return {"tokens": self._tokens, "mask": self._mask, "scalars": self._scalars}
 
     def advantage(self, document: int) -> float:
-        """Of a completion: how much better than its group it was rewarded."""
+        """How much better than its group a completion was rewarded."""
         assert self._scalars is not None, f"{self.prefix} holds {self.kind.value}"
         return float(self._scalars[2 * document + 1])
 
@@ -154,13 +154,13 @@ class IndexedCorpus:
         return np.asarray(self._tokens[self.span(document, start, stop)]).astype(np.int64)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        """For the same tokens: bool, True where the token is a training target; None where everything is."""
+        """The loss mask of the same tokens: bool, True where the token is a training target; None where everything is."""
         if self._mask is None:
             return None
         return np.asarray(np.asarray(self._mask[self.span(document, start, stop)]) != 0)
 
     def span(self, document: int, start: int, stop: int) -> slice:
-        """The same tokens counted over the whole corpus."""
+        """The same tokens as a span over the whole corpus."""
         assert 0 <= start <= stop <= int(self.lengths[document]), (self.prefix, document, start, stop)
         begin = int(self._starts[document])
         return slice(begin + start, begin + stop)
@@ -204,7 +204,7 @@ def read_metadata(prefix: str) -> dict[str, Any] | None:
 
 
 def _check_metadata(path: str, content: dict[str, Any]) -> None:
-    """DataError where what is read of PREFIX.json later on is of another type."""
+    """Raise DataError where what is read of PREFIX.json later on is of another type."""
     kinds = [kind.value for kind in Kind]
     if content.get("kind", kinds[0]) not in kinds:
         raise _damaged(path, f"the kind {content['kind']!r}"[:200], f"one of {', '.join(kinds)}")
@@ -258,5 +258,5 @@ def open_companion(path: str, dtype: np.dtype[Any], length: int, meaning: str, h
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _damaged(path: str, found: str, expected: str) -> DataError:
-    return DataError(f"corpus file {path}", found=found, expected=expected, hint=MAKE_HINT)
+def _damaged(path: str, actual: str, expected: str) -> DataError:
+    return DataError(f"corpus file {path}", found=actual, expected=expected, hint=MAKE_HINT)

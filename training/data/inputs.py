@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import DataError
 from .streams import csv_rows, inner_suffix, opened
-from .tables import Rows, known_columns, open_arrow, open_dataset, open_json, open_parquet, unusable
+from .tables import Rows, open_arrow, open_dataset, open_json, open_parquet, readable_columns, unusable
 
 _BATCH_BYTES = 1 << 20
 _BATCH_RECORDS = 512
@@ -74,7 +74,7 @@ class RawBatch:
 
 def find_inputs(arguments: list[str], wanted: Format) -> list[Input]:
     """Inputs behind the command line, directories recursed in sorted order. DataError where there is nothing to read."""
-    found: list[Input] = []
+    inputs: list[Input] = []
     for argument in arguments:
         path = Path(argument)
         if not path.exists():
@@ -84,8 +84,8 @@ def find_inputs(arguments: list[str], wanted: Format) -> list[Input]:
             raise unusable(argument, "a directory without files", "at least one file to read")
         if wanted is Format.AUTO and path.is_dir():
             _check_mixture(argument, inside)
-        found += inside
-    return found
+        inputs += inside
+    return inputs
 
 
 def _walk(path: Path, wanted: Format) -> Iterator[Input]:
@@ -108,7 +108,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _check_mixture(argument: str, inside: list[Input]) -> None:
-    """DataError for a directory where some files are records and others are texts: a README is no document of a table's."""
+    """Raise DataError for a directory where some files are records and others are texts: a README is no document of a table's."""
     records = next((entry.path for entry in inside if entry.format is not Format.TEXT), None)
     text = next((entry.path for entry in inside if entry.format is Format.TEXT), None)
     if records is not None and text is not None:
@@ -146,7 +146,7 @@ def _input(path: Path, kind: Format, files: list[Path]) -> Input:
 
 
 def read_batches(inputs: list[Input], text_field: str, start: Cursor) -> Iterator[RawBatch]:
-    """Everything from `start` on, in order. Where batches are cut does not change what is read."""
+    """Yields every batch from `start` on, in order. Where batches are cut does not change what is read."""
     starts = [0, *accumulate(entry.size_bytes for entry in inputs)]
     here = start
     while here.input < len(inputs):
@@ -166,7 +166,7 @@ def read_batches(inputs: list[Input], text_field: str, start: Cursor) -> Iterato
 
 
 def _text_batch(inputs: list[Input], first: int, starts: list[int]) -> RawBatch:
-    """As many text files in a row as make a batch; at least one."""
+    """The next text files in a row that make a batch; at least one."""
     last = first
     while last < len(inputs) and last - first < _BATCH_RECORDS and starts[last] - starts[first] < _BATCH_BYTES:
         if inputs[last].format is not Format.TEXT:
@@ -196,7 +196,7 @@ def _csv_batches(entry: Input, text_field: str, start: Cursor, before: int) -> I
     size = row = 0
     for line, (header, cells), done in csv_rows(entry.path):
         if row == 0:
-            known_columns(entry.path, header, text_field)
+            readable_columns(entry.path, header, text_field)
         row += 1
         if row <= start.offset:
             continue

@@ -33,7 +33,7 @@ WIKIPEDIA_QUANTILES = (
     (0.10, 87), (0.50, 347), (0.75, 862), (0.90, 2_112), (0.95, 3_721),
     (0.99, 10_921), (0.999, 37_367), (0.9999, 102_060), (1 - 1e-6, 1_820_000),
 )  # fmt: skip
-"""(share of documents, their most tokens); the last is the longest of a million."""
+"""Pairs (share of documents, their most tokens); the last is the longest of a million."""
 SURROGATES = {"commoncrawl": (1300.0, 1.6), "github": (1000.0, 1.8)}
 """Median tokens and sigma of the logarithm."""
 DISTRIBUTIONS = ("wikipedia", *SURROGATES)
@@ -83,13 +83,13 @@ class LengthSource:
 
         assert self._draw is not None
         kept: list[np.ndarray] = []
-        found = tried = 0
-        while found < count:
+        num_accepted = tried = 0
+        while num_accepted < count:
             block = self._draw(generator, 4096)
             accepted = block[block <= self.max_seq_len]
             kept.append(accepted)
-            found, tried = found + len(accepted), tried + len(block)
-            if found < tried * _LEAST_ACCEPTED:
+            num_accepted, tried = num_accepted + len(accepted), tried + len(block)
+            if num_accepted < tried * _LEAST_ACCEPTED:
                 raise ConfigError(
                     "data.max_seq_len",
                     found=f"{self.max_seq_len}, which fewer than one in a thousand sequences of {self.name} keep to",
@@ -211,5 +211,5 @@ def _length(word: str, where: str, max_seq_len: int) -> int:
     return value
 
 
-def _unusable(where: str, found: str, expected: str, hint: str) -> DataError:
-    return DataError(where, found=found, expected=expected, hint=hint)
+def _unusable(where: str, actual: str, expected: str, hint: str) -> DataError:
+    return DataError(where, found=actual, expected=expected, hint=hint)

@@ -1,4 +1,4 @@
-"""Conversations as datasets hold them, to the messages that chat templates read. No tokenizer is needed here.
+"""Reads conversations as datasets hold them into the messages that chat templates read. No tokenizer is needed here.
 
 Note: what is accepted
     role/content messages, ShareGPT's from/value, one message alone, a JSON string of any of these, and columns of lists.
@@ -49,9 +49,9 @@ class Chat:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def bad_record(where: str, found: str, expected: str, hint: str = "mend it, or leave such records out with --skip-bad") -> DataError:
+def bad_record(where: str, actual: str, expected: str, hint: str = "mend it, or leave such records out with --skip-bad") -> DataError:
     """The error for a record that cannot be used."""
-    return DataError(where, found=found, expected=expected, hint=hint)
+    return DataError(where, found=actual, expected=expected, hint=hint)
 
 
 def kind_of(value: Any) -> str:
@@ -65,7 +65,7 @@ def shown(value: Any) -> str:
 
 
 def check_characters(where: str, value: Any) -> None:
-    """DataError for halves of surrogate pairs, which JSON can write and no tokenizer can read."""
+    """Raise DataError for halves of surrogate pairs, which JSON can write and no tokenizer can read."""
     if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise bad_record(where, "half of a \\u surrogate pair, which is no character", "whole characters")
 
@@ -123,13 +123,13 @@ def _tool(where: str, raw: Any) -> dict[str, Any]:
 def read_template_kwargs(where: str, raw: Any) -> dict[str, Any]:
     """A record's `chat_template_kwargs`: an object, or one as JSON text."""
     raw = without_nulls(where, raw)
-    found = _parsed(where, raw, "'chat_template_kwargs'") if isinstance(raw, str) and raw.strip() else raw or {}
-    if not isinstance(found, dict):
-        raise bad_record(where, f"{kind_of(found)} in 'chat_template_kwargs'", "an object of names and values")
-    own = sorted(_RENDERING & set(found))
+    kwargs = _parsed(where, raw, "'chat_template_kwargs'") if isinstance(raw, str) and raw.strip() else raw or {}
+    if not isinstance(kwargs, dict):
+        raise bad_record(where, f"{kind_of(kwargs)} in 'chat_template_kwargs'", "an object of names and values")
+    own = sorted(_RENDERING & set(kwargs))
     if own:
         raise bad_record(where, f"'{own[0]}' in 'chat_template_kwargs'", "names that are not the rendering's own")
-    return found
+    return kwargs
 
 
 def _entries(where: str, raw: Any, name: str) -> list[dict[str, Any]]:

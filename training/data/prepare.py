@@ -50,7 +50,7 @@ class PrepareRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far it is; bytes are of the inputs. What an earlier attempt did is in `resumed_*`."""
+    """Progress of the work; bytes are of the inputs. What an earlier attempt did is in `resumed_*`."""
 
     done_bytes: int
     total_bytes: int
@@ -94,7 +94,7 @@ class _State:
 
 
 def prepare(request: PrepareRequest, report: Callable[[PrepareProgress], None]) -> dict[str, Any]:
-    """Do the work, or go on with it, and return what PREFIX.json says. `report` is called after each batch.
+    """Do the work, or resume it, and return what PREFIX.json says. `report` is called after each batch.
 
     DataError for inputs that cannot be used, for an output that is already something else, and for an unfinished
     attempt whose inputs, tokenizer or options were others.

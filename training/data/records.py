@@ -67,8 +67,8 @@ def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
     if isinstance(text, str):
         return text
     expected = f"a string in '{text_field}', or 'messages', or 'prompt' and 'completion', a pair or 'completions'"
-    found = f"{type(text).__name__} in '{text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
-    raise bad_record(where, found, expected, "--text-field NAME")
+    actual = f"{type(text).__name__} in '{text_field}'" if text is not None else f"fields {', '.join(sorted(row)) or '(none)'}"
+    raise bad_record(where, actual, expected, "--text-field NAME")
 
 
 def _conversation(where: str, row: dict[str, Any]) -> Chat:
@@ -177,7 +177,7 @@ def _preference(where: str, row: dict[str, Any]) -> Preference:
 
 
 def _common_prompt(where: str, row: dict[str, Any], chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
-    """Of answers that are whole conversations: what both begin with, and what is left of each."""
+    """The beginning that two whole conversations share, and what is left of each."""
     prompt = _prompt(where, row)
     if isinstance(prompt, Chat) and prompt.messages and chosen.messages[: len(prompt.messages)] != prompt.messages:
         # The answers go on with turns of others: they are no whole conversations.
@@ -204,8 +204,8 @@ def _group(where: str, row: dict[str, Any]) -> Group:
         raise bad_record(where, f"{what} in 'completions'", "a list of two or more: an advantage is over the others of the group")
     rewards = row.get("rewards", [None] * len(entries))
     if not isinstance(rewards, list) or len(rewards) != len(entries):
-        found = f"{len(rewards)} of them" if isinstance(rewards, list) else kind_of(rewards)
-        raise bad_record(where, f"{found} in 'rewards'", f"a list of {len(entries)} numbers, one for each completion")
+        actual = f"{len(rewards)} of them" if isinstance(rewards, list) else kind_of(rewards)
+        raise bad_record(where, f"{actual} in 'rewards'", f"a list of {len(entries)} numbers, one for each completion")
     group = Group([], [])
     for number, (entry, reward) in enumerate(zip(entries, rewards, strict=True), 1):
         place = f"{where} completion {number}"

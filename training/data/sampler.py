@@ -152,12 +152,12 @@ class InOrder:
         self.batch_tokens, self._rows = batch_tokens, rows
         lengths = table.lengths_of(rows)
         self.epoch_tokens = int(lengths.sum())
-        cuts, held = [0], 0
+        cuts, num_tokens = [0], 0
         for index, length in enumerate(lengths.tolist()):
-            if held and held + length > batch_tokens:
+            if num_tokens and num_tokens + length > batch_tokens:
                 cuts.append(index)
-                held = 0
-            held += length
+                num_tokens = 0
+            num_tokens += length
         self._cuts = [*cuts, len(rows)] if len(rows) else [0]
 
     @property

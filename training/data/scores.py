@@ -36,7 +36,7 @@ MEANING = {
 
 
 def score_shape(corpus: IndexedCorpus) -> tuple[np.dtype[Any], int]:
-    """(type, count) of the log-probabilities of a corpus."""
+    """Type and count of the log-probabilities of a corpus."""
     if corpus.kind is Kind.PAIRS:
         return np.dtype("<f8"), 2 * corpus.num_documents
     return np.dtype("<f4"), corpus.num_tokens
@@ -48,7 +48,7 @@ def run_scores(run_dir: Path, index: int, corpus: IndexedCorpus) -> Path:
 
 
 def corpus_digest(corpus: IndexedCorpus) -> str:
-    """Changes with what the corpus holds (identity.corpus_content)."""
+    """A digest that changes with what the corpus holds (identity.corpus_content)."""
     content = json.dumps(corpus_content(corpus), sort_keys=True)
     return _CONTENT + hashlib.sha256(content.encode()).hexdigest()
 
@@ -63,7 +63,7 @@ def _is_of(corpus: IndexedCorpus, digest: str | None) -> bool:
 
 
 def write_origins(run_dir: Path, origins: dict[str, dict[str, str]]) -> None:
-    """Say of which corpus and which weights the files in RUN_DIR/scores are: {file name: {"corpus", "weights"}}."""
+    """Record of which corpus and which weights the files in RUN_DIR/scores are: {file name: {"corpus", "weights"}}."""
     path = run_dir / "scores" / ORIGINS
     write_atomic(path, json.dumps({**_read_origins(run_dir), **origins}, indent=1))
 
@@ -94,20 +94,20 @@ class _Columns:
 
 
 class Scores:
-    """Those of every corpus of a source: from beside the corpora, else the run's own. Memory-mapped."""
+    """Log-probabilities of every corpus of a source: from beside the corpora, else the run's own. Memory-mapped."""
 
     def __init__(self, source: DataSource, run_dir: Path, train: TrainConfig, weights: str | None) -> None:
-        """`weights`: what the run's own must be of, and are not where it was begun anew; None: taken as they are.
+        """Open them; `weights`: what the run's own must be of, and are not where it was begun anew; None: taken as they are.
 
         DataError for a file of another length. What is in neither place is in `missing`.
         """
         self._source, self._weights = source, weights
         self._columns = [self._open(index, corpus, run_dir) for index, corpus in enumerate(source.corpora)]
-        wants_old, wants_reference = wanted(train)
+        needs_old, needs_reference = wanted(train)
         self.missing = [
             index
             for index, column in enumerate(self._columns)
-            if (wants_old and column.old is None) or (wants_reference and column.reference is None)
+            if (needs_old and column.old is None) or (needs_reference and column.reference is None)
         ]
         """Corpora (by index) that the objective needs and has no log-probabilities of."""
         self.has_reference = all(column.reference is not None for column in self._columns)
@@ -123,11 +123,11 @@ class Scores:
         return _Columns(own if old is None else old, own if reference is None else reference)
 
     def pair(self, step: int, index: int) -> np.ndarray:
-        """(2,) float64: log-probabilities of the answers of the step's sequence `index` under the reference."""
+        """Log-probabilities (2,) float64 of the answers of the step's sequence `index` under the reference."""
         sequence = self._source.sequence(step, index)
         reference = self._columns[sequence.corpus].reference
         assert reference is not None, "scored before the first step"
-        return self._known(np.array(reference[2 * sequence.document : 2 * sequence.document + 2]), step, index)
+        return self._checked(np.array(reference[2 * sequence.document : 2 * sequence.document + 2]), step, index)
 
     def completion(self, step: int, index: int, start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray | None]:
         """Advantage of the step's sequence `index`; log p_old and log p_ref of the tokens after positions `start ... stop - 1`."""
@@ -138,14 +138,14 @@ class Scores:
         span = corpus.span(sequence.document, min(start + 1, end), min(stop + 1, end))
 
         def padded(values: np.ndarray) -> np.ndarray:
-            found = self._known(values[span].astype(np.float64), step, index)
+            log_probs = self._checked(values[span].astype(np.float64), step, index)
             # The last position of a document has no target.
-            return np.append(found, np.zeros(stop - start - len(found)))
+            return np.append(log_probs, np.zeros(stop - start - len(log_probs)))
 
         reference = padded(columns.reference) if self.has_reference and columns.reference is not None else None
         return corpus.advantage(sequence.document), padded(columns.old), reference
 
-    def _known(self, values: np.ndarray, step: int, index: int) -> np.ndarray:
+    def _checked(self, values: np.ndarray, step: int, index: int) -> np.ndarray:
         if len(values) == 0 or not np.isnan(values).all():
             return values
         raise DataError(
@@ -163,7 +163,7 @@ def wanted(train: TrainConfig) -> tuple[bool, bool]:
 
 
 def _own(path: Path, corpus: IndexedCorpus) -> np.ndarray | None:
-    """As _open, for a file the run made: one of another length is set aside and made again."""
+    """Open a file that the run made as _open does; one of another length is set aside and recomputed."""
     try:
         return _open(str(path), corpus)
     except DataError as error:

@@ -34,9 +34,9 @@ class PackedShard:
     target_ids: np.ndarray
     """Shifted once over the whole document; -100 where there is no loss."""
     position_ids: np.ndarray
-    """From 0 in each document."""
+    """Positions, from 0 in each document."""
     slices: Slices
-    """Where the tokens lie: `slices[i].sequence` counts in `parts`."""
+    """Slices the tokens are: `slices[i].sequence` counts in `parts`."""
     parts: tuple[Part, ...] = ()
     """The group's documents in its own order."""
 

@@ -184,7 +184,7 @@ def _located(config: DataConfig) -> tuple[list[str], str | None]:
 
 
 def check_kinds(corpora: list[IndexedCorpus], objective: Objective) -> None:
-    """DataError for a corpus whose documents are not what the objective is about."""
+    """Raise DataError for a corpus whose documents are not what the objective is about."""
     for corpus in corpora:
         if corpus.kind is not KINDS[objective]:
             fitting = next(name for name, kind in KINDS.items() if kind is corpus.kind)
@@ -210,29 +210,29 @@ def _check_lengths(corpora: list[IndexedCorpus], max_seq_len: int) -> None:
 
 
 def check_vocabularies(corpora: list[IndexedCorpus], tokenizer: str | None, model_vocab_size: int) -> None:
-    """DataError unless the tokenizer fits the model and is the one the corpora were prepared with (where they say)."""
+    """Raise DataError unless the tokenizer fits the model and is the one the corpora were prepared with (where they say)."""
     vocabulary = None if tokenizer is None else read_vocabulary(tokenizer)
     if vocabulary is not None and vocabulary.size > model_vocab_size:
         raise _vocab_mismatch(f"tokenizer {tokenizer}", vocabulary.size, model_vocab_size)
     for corpus in corpora:
-        known = (corpus.metadata or {}).get("tokenizer") or {}
-        if int(known.get("vocab_size", 0)) > model_vocab_size:
-            raise _vocab_mismatch(f"corpus {corpus.prefix}, tokenizer {known.get('path')}", int(known["vocab_size"]), model_vocab_size)
-        if vocabulary is not None and known.get("vocab_sha256") not in (None, vocabulary.sha256):
+        origin = (corpus.metadata or {}).get("tokenizer") or {}
+        if int(origin.get("vocab_size", 0)) > model_vocab_size:
+            raise _vocab_mismatch(f"corpus {corpus.prefix}, tokenizer {origin.get('path')}", int(origin["vocab_size"]), model_vocab_size)
+        if vocabulary is not None and origin.get("vocab_sha256") not in (None, vocabulary.sha256):
             raise DataError(
                 f"corpus {corpus.prefix}",
-                found=f"tokens of another tokenizer ({known.get('path')})",
+                found=f"tokens of another tokenizer ({origin.get('path')})",
                 expected=f"tokens of data.tokenizer ({tokenizer})",
-                hint=f"data.tokenizer={known.get('path')}, or prepare the corpus again with --tokenizer {tokenizer}",
+                hint=f"data.tokenizer={origin.get('path')}, or prepare the corpus again with --tokenizer {tokenizer}",
             )
 
 
-def _vocab_mismatch(where: str, found: int, model_vocab_size: int) -> DataError:
+def _vocab_mismatch(where: str, vocab_size: int, model_vocab_size: int) -> DataError:
     return DataError(
         where,
-        found=f"a vocabulary of {found:,} tokens",
+        found=f"a vocabulary of {vocab_size:,} tokens",
         expected=f"at most the model's {model_vocab_size:,}",
-        hint=f"model.vocab_size={found}, or another tokenizer",
+        hint=f"model.vocab_size={vocab_size}, or another tokenizer",
     )
 
 

@@ -97,7 +97,7 @@ def _skip(stream: BinaryIO, count: int) -> None:
 
 
 def csv_rows(path: str) -> Iterator[tuple[int, tuple[list[str], list[str]], int]]:
-    """Of each row of a CSV or TSV file: its line, the names of the columns with its cells, and the bytes of the file read by then.
+    """Yields for each CSV or TSV row its line, the columns' names with its cells, and the bytes of the file read by then.
 
     Bytes that are no UTF-8 are kept as lone surrogates for `csv_row` to refuse. DataError for a file without a header.
     """
@@ -107,9 +107,9 @@ def csv_rows(path: str) -> Iterator[tuple[int, tuple[list[str], list[str]], int]
         reader = csv.reader(lines, delimiter="\t" if inner_suffix(path) == ".tsv" else ",", strict=True)
         header = _next_row(path, reader)
         if not header or len(set(header)) != len(header):
-            found = "no header" if not header else f"a header that names a column twice ({', '.join(header)})"
+            actual = "no header" if not header else f"a header that names a column twice ({', '.join(header)})"
             raise DataError(
-                f"input {path}", found=found, expected="a first line that names the columns", hint="--format text reads it as text"
+                f"input {path}", found=actual, expected="a first line that names the columns", hint="--format text reads it as text"
             )
         while True:
             line = reader.line_num + 1

@@ -28,7 +28,7 @@ def open_parquet(path: str, text_field: str) -> tuple[int, Rows]:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise unusable(path, f"no Parquet file ({str(error).splitlines()[0]})", "a file written as Parquet") from error
-    columns = known_columns(path, file.schema_arrow.names, text_field)
+    columns = readable_columns(path, file.schema_arrow.names, text_field)
 
     def rows(first: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         at = 0
@@ -59,7 +59,7 @@ def open_arrow(path: str, text_field: str) -> tuple[int, Rows]:
             table = pyarrow.ipc.open_stream(source).read_all()
     except (pyarrow.ArrowException, OSError) as error:
         raise unusable(path, f"no Arrow file ({str(error).splitlines()[0]})", "a file or stream written by Arrow") from error
-    table = table.select(known_columns(path, table.column_names, text_field))
+    table = table.select(readable_columns(path, table.column_names, text_field))
 
     def rows(first: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         for start in range(first, table.num_rows, BATCH_ROWS):
@@ -75,13 +75,13 @@ def open_dataset(path: str, text_field: str) -> tuple[int, Rows]:
     try:
         loaded = datasets.load_from_disk(path)
     except Exception as error:  # the library raises many kinds for damaged directories
-        found = f"no readable dataset ({str(error).splitlines()[0]})"
-        raise unusable(path, found, "a directory written by datasets' save_to_disk") from error
+        actual = f"no readable dataset ({str(error).splitlines()[0]})"
+        raise unusable(path, actual, "a directory written by datasets' save_to_disk") from error
     if isinstance(loaded, datasets.DatasetDict):
-        found = f"several splits ({', '.join(loaded)})"
-        raise DataError(f"input {path}", found=found, expected="one split", hint=os.path.join(path, next(iter(loaded))))
+        actual = f"several splits ({', '.join(loaded)})"
+        raise DataError(f"input {path}", found=actual, expected="one split", hint=os.path.join(path, next(iter(loaded))))
     # The format it was saved with may give arrays instead of lists.
-    table = loaded.select_columns(known_columns(path, loaded.column_names, text_field)).with_format("arrow")
+    table = loaded.select_columns(readable_columns(path, loaded.column_names, text_field)).with_format("arrow")
 
     def rows(first: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         for start in range(first, len(table), BATCH_ROWS):
@@ -107,8 +107,8 @@ def open_json(path: str) -> tuple[int, Rows]:
     return len(content), rows
 
 
-def known_columns(path: str, names: list[str], text_field: str) -> list[str]:
-    """The columns that are read. DataError where none of them makes a record."""
+def readable_columns(path: str, names: list[str], text_field: str) -> list[str]:
+    """Names of the columns that are read. DataError where none of them makes a record."""
     if not any(name == text_field or name in MAIN_FIELDS for name in names):
         raise DataError(
             f"input {path}",
@@ -119,10 +119,10 @@ def known_columns(path: str, names: list[str], text_field: str) -> list[str]:
     return [name for name in names if name == text_field or name in FIELDS]
 
 
-def unusable(path: str, found: str, expected: str) -> DataError:
+def unusable(path: str, actual: str, expected: str) -> DataError:
     """The error for an input that cannot be read."""
     return DataError(
-        f"input {path}", found=found, expected=expected, hint="efflaunch data prepare INPUT ... (see efflaunch data prepare --help)"
+        f"input {path}", found=actual, expected=expected, hint="efflaunch data prepare INPUT ... (see efflaunch data prepare --help)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Texts to token ids: each special token once, answers that continue their prompt, special tokens in plain text or not.
+"""Turns texts into token ids: each special token once, answers that continue their prompt, special tokens in text or not.
 
 Note: how
     The tokenizer's post-processor is taken off and what it adds is learnt from a probe, so that it is added only where a text
@@ -173,8 +173,8 @@ class _Copy:
     def hide(self, value: Any) -> Any:
         """Strings at any depth, with the special tokens in them replaced. NotText for private-use characters of ours."""
         if isinstance(value, str):
-            if found := _PRIVATE.search(value):
-                raise NotText(f"the private-use character U+{ord(found[0]):X}, which stands for special tokens here")
+            if match := _PRIVATE.search(value):
+                raise NotText(f"the private-use character U+{ord(match[0]):X}, which stands for special tokens here")
             return self._tokens.sub(lambda match: self._hidden[match[0]], value)
         if isinstance(value, dict):
             return {name: self.hide(member) for name, member in value.items()}

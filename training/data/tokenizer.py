@@ -66,7 +66,7 @@ def load_tokenizer(tokenizer: str) -> Any:
 
 
 def _check_place(tokenizer: str) -> None:
-    """DataError for what is neither a directory nor a name the hub could have: the hub is not asked for a mistyped path."""
+    """Raise DataError for what is neither a directory nor a name the hub could have: the hub is not asked for a mistyped path."""
     from ...model.model_files import is_hub_name
 
     if not os.path.isdir(tokenizer) and (not is_hub_name(tokenizer) or tokenizer.endswith(".json")):

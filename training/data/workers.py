@@ -1,4 +1,4 @@
-"""Tokenising in several processes, with results in the order of the batches.
+"""Tokenises in several processes, with results in the order of the batches.
 
 Each worker has one pipe and at most one batch at a time, so neither side ever blocks on a full pipe. A worker whose
 parent is gone, however it died, reads end-of-file from its pipe and exits.
@@ -21,7 +21,7 @@ from .inputs import RawBatch
 
 
 def encode_all(batches: Iterator[RawBatch], options: EncodeOptions, num_workers: int) -> Iterator[tuple[RawBatch, Encoded]]:
-    """Each batch with its result, in order. With one worker the work is done here, without a process."""
+    """Yields each batch with its result, in order. With one worker the work is done here, without a process."""
     if num_workers == 1:
         encoder = Encoder(options)
         for batch in batches:
@@ -66,7 +66,7 @@ class _Pool:
         try:
             answer = pipe.recv()
         except EOFError as error:
-            raise EfflaunchError("a tokenising worker died (out of memory?); run the same command again to go on") from error
+            raise EfflaunchError("a tokenising worker died (out of memory?); run the same command again to resume") from error
         if isinstance(answer, Encoded):
             return answer
         if isinstance(answer, BaseException):

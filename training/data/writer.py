@@ -1,4 +1,4 @@
-"""Writing Megatron's indexed corpus: resumable while it grows, under its final names only when it is whole."""
+"""Writes Megatron's indexed corpus: resumable while it grows, under its final names only when it is whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .answers import Document
 from .indexed import DTYPE_NAMES, HEADER, MAGIC, Kind, stored_dtype
 
 FINAL_SUFFIXES = (".bin", ".mask.bin", ".scalars.bin", ".json", ".idx")
-"""In the order they appear: a reader starts from the .idx, so that one comes last."""
+"""Suffixes in the order they appear: a reader starts from the .idx, so that one comes last."""
 _LENGTHS = ".lengths.part"
 _CHUNK = 1 << 20
 
@@ -62,7 +62,7 @@ class IndexedWriter:
         return 2 if self.kind is Kind.PAIRS else 1
 
     def add_document(self, document: Document) -> None:
-        """One document of any kind; all of a corpus are of the kind of the first."""
+        """Add a document of any kind; all documents of a corpus are of the kind of the first."""
         if self.documents == 0 and document.kind is not self.kind:
             self.kind = document.kind
             if self.kind is Kind.COMPLETIONS:
@@ -73,7 +73,7 @@ class IndexedWriter:
         self.add(document.ids, document.mask, document.first)
 
     def add(self, token_ids: np.ndarray, mask: np.ndarray | None = None, first: int = 0) -> None:
-        """One document, and which of its tokens are training targets (None: all); `first`: tokens of a pair's first half."""
+        """Add a document and which of its tokens are training targets (None: all); `first`: tokens of a pair's first half."""
         if len(token_ids) >= 1 << 31:
             raise DataError(
                 f"{self.prefix}: document {self.documents}",
@@ -103,7 +103,7 @@ class IndexedWriter:
         return stream
 
     def commit(self) -> WriterState:
-        """Everything added so far is on disk when this returns."""
+        """Flush: everything added so far is on disk when this returns."""
         for stream in (self._bin, self._lengths, self._mask, self._scalars):
             if stream is not None:
                 stream.flush()
@@ -184,9 +184,9 @@ def _open_part(path: str, size: int) -> BinaryIO:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         stream.close()
-        found = "another process writing it"
+        actual = "another process writing it"
         raise DataError(
-            f"unfinished corpus file {path}", found=found, expected="one writer", hint="wait for it, or another --out"
+            f"unfinished corpus file {path}", found=actual, expected="one writer", hint="wait for it, or another --out"
         ) from error
     present = os.path.getsize(path)
     if present < size:

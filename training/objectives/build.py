@@ -1,4 +1,4 @@
-"""The objective of a run: from its settings and corpora to what one step trains for."""
+"""Builds the objective of a run from its settings and corpora."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class _Config(Protocol):
 
 
 class RunObjective:
-    """`ready` once, then `step` for each step."""
+    """The objective of a run: call `ready` once, then `step` for each step."""
 
     def __init__(self, config: _Config, session: Session, run_dir: Path, *, resumed: bool) -> None:
-        """`resumed`: the weights are from a checkpoint."""
+        """Open the objective; `resumed`: the weights are from a checkpoint."""
         self._train, self._session, self._run_dir, self._resumed = config.train, session, run_dir, resumed
         needed = not resumed and any(wanted(config.train))
         self._weights = _agreed(initial_weights(config), session.topology) if needed else None
         self._scores = Scores(session.source, run_dir, config.train, self._weights)
 
     def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, stop: Stop, report: Callable[..., None]) -> bool:
-        """Score what is missing with the initial weights; False where it was told to stop meanwhile. Collective over all ranks.
+        """Score what is missing with the initial weights; False where a stop was requested meanwhile. Collective over all ranks.
 
         DataError where weights are not the initial ones any more.
         """
@@ -59,7 +59,7 @@ class RunObjective:
         return True
 
     def step(self, step: int, *, num_targets: int, num_sequences: int) -> StepObjective:
-        """What step `step` (from 0) trains for."""
+        """The objective of step `step` (from 0)."""
         train, scores, device = self._train, self._scores, self._session.device
         if train.objective is Objective.DPO:
             return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: scores.pair(step, index))
@@ -72,12 +72,12 @@ class RunObjective:
 
 
 def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
-    """What metrics.jsonl says of the objective, from sums over all ranks."""
+    """The objective's entries of metrics.jsonl, from sums over all ranks."""
     return {name: total / objective.count for name, total in zip(objective.names, sums, strict=True)}
 
 
 def initial_weights(config: _Config) -> str:
-    """Changes with the weights a run begins with: with their files' content, not their place; without files with seed and shape."""
+    """A digest that changes with the run's first weights: their files' content, not place; without files, seed and shape."""
     model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "path")}
     path = config.model.path
     origin = config.train.seed if path is None else weights_fingerprint(path)
@@ -85,10 +85,10 @@ def initial_weights(config: _Config) -> str:
 
 
 def _agreed(name: str, topology: Topology) -> str:
-    """Rank 0's: nodes may have other copies of the files, and what is missing has to be missing for all. Collective."""
-    told = [name]
-    dist.broadcast_object_list(told, 0, group=topology.world, device=torch.device("cpu"))
-    return told[0]
+    """Give rank 0's value to all ranks: nodes may have other copies, and what is missing must be missing for all. Collective."""
+    payload = [name]
+    dist.broadcast_object_list(payload, 0, group=topology.world, device=torch.device("cpu"))
+    return payload[0]
 
 
 def _lost(prefix: str) -> DataError:

@@ -1,4 +1,4 @@
-"""Objectives as what a micro-batch does with its last layer's output. One object per step; ranks meet in `group_sum` alone.
+"""Applies an objective to a micro-batch's last layer output. One object per step; ranks meet in `group_sum` alone.
 
 Note: pairs. The two answers of a pair lie in one group of one micro-batch (their unit of planning), as two documents, so a sum
 over the group's ranks completes the margin of each. With one pair in the group, its rows are gone through once: gradients are
@@ -29,11 +29,11 @@ GroupSum = Callable[[Tensor], Tensor]
 
 
 class StepObjective(Protocol):
-    """What one step trains for."""
+    """The objective of one step."""
 
     names: tuple[str, ...]
     stats: Tensor
-    """(len(names),) float64: this rank's sums over the step so far; divided by `count` over all ranks they are means."""
+    """Sums (len(names),) float64 of this rank over the step so far; divided by `count` over all ranks they are means."""
     count: int
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
@@ -57,7 +57,7 @@ class LanguageModelling:
 
 class PairReference(Protocol):
     def __call__(self, sequence: int) -> np.ndarray:
-        """(2,) float64: log-probabilities of the chosen and of the rejected answer under the reference, of a sequence of the step."""
+        """Log-probabilities (2,) float64 of the chosen and the rejected answer of a sequence of the step, under the reference."""
 
 
 class Preference:
@@ -83,11 +83,11 @@ class Preference:
         return pairs.once if len(units) == 1 else pairs.twice
 
     def judge(self, sums: Tensor, reference: Tensor, *, leads: bool) -> tuple[Tensor, Tensor]:
-        """(loss, slopes (P, 2)) of the pairs' complete sums (P, 2), divided by the pairs of the step; counted where it leads."""
-        found = preference_losses(sums, reference, self._beta)
+        """Loss and slopes (P, 2) from the pairs' complete sums (P, 2), divided by the step's pairs; counted where it leads."""
+        pairs = preference_losses(sums, reference, self._beta)
         if leads:
-            self.stats += found.stats.sum(0)
-        return found.losses.sum() * (leads / self.count), found.slopes / self.count
+            self.stats += pairs.stats.sum(0)
+        return pairs.losses.sum() * (leads / self.count), pairs.slopes / self.count
 
 
 class _Pairs:
@@ -127,7 +127,7 @@ class _Pairs:
 
 class RolloutData(Protocol):
     def __call__(self, sequence: int, start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray | None]:
-        """Of a sequence of the step: its advantage, and for the targets of positions `start ... stop - 1` log p_old and log p_ref
+        """The advantage of a sequence of the step, and log p_old and log p_ref for the targets of positions `start ... stop - 1`
         (None: no reference), float64."""
 
 
@@ -135,27 +135,27 @@ class Rollout:
     """GRPO: the mean over the completion tokens of the step."""
 
     def __init__(self, num_targets: int, device: torch.device, *, options: RolloutOptions, data: RolloutData, kl: bool) -> None:
-        """`kl`: the data has a reference."""
+        """Prepare the step; `kl`: the data has a reference."""
         self.names: tuple[str, ...] = TOKEN_STATS if kl else TOKEN_STATS[:-1]
         self.count, self.stats = num_targets, torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self._options, self._data = options, data
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
-        known = self._rows(shard)
+        rollout = self._rows(shard)
 
         def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-            found = rollout_terms(log_probs.double(), known.pick(rows), self._options)
-            self.stats += found.stats.sum(0)[: len(self.stats)]
-            return (found.terms / self.count).to(log_probs.dtype), (found.slopes / self.count).to(log_probs.dtype)
+            token_terms = rollout_terms(log_probs.double(), rollout.pick(rows), self._options)
+            self.stats += token_terms.stats.sum(0)[: len(self.stats)]
+            return (token_terms.terms / self.count).to(log_probs.dtype), (token_terms.slopes / self.count).to(log_probs.dtype)
 
         return lambda head: chunked_loss(head, terms)
 
     def _rows(self, shard: PackedShard) -> RolloutRows:
-        found = [(len(piece), *self._data(shard.parts[piece.sequence].sequence, piece.start, piece.stop)) for piece in shard.slices]
+        pieces = [(len(piece), *self._data(shard.parts[piece.sequence].sequence, piece.start, piece.stop)) for piece in shard.slices]
         empty, device = np.zeros(0), self.stats.device
-        advantage = np.concatenate([empty, *(np.full(length, value) for length, value, _, _ in found)])
-        old = np.concatenate([empty, *(values for _, _, values, _ in found)])
-        reference = [values for _, _, _, values in found if values is not None]
-        assert not reference or len(reference) == len(found), "a reference for some sequences only"
+        advantage = np.concatenate([empty, *(np.full(length, value) for length, value, _, _ in pieces)])
+        old = np.concatenate([empty, *(values for _, _, values, _ in pieces)])
+        reference = [values for _, _, _, values in pieces if values is not None]
+        assert not reference or len(reference) == len(pieces), "a reference for some sequences only"
         columns = (torch.from_numpy(advantage).to(device), torch.from_numpy(old).to(device))
         return RolloutRows(*columns, torch.from_numpy(np.concatenate(reference)).to(device) if reference else None)

@@ -20,7 +20,7 @@ STATS = ("dpo_margin", "dpo_accuracy", "dpo_chosen_reward", "dpo_rejected_reward
 
 @dataclass(frozen=True, slots=True)
 class PairLosses:
-    """Of P pairs: `losses` (P,), `slopes` (P, 2) = d loss / d log p of the two answers, `stats` (P, len(STATS))."""
+    """The losses of P pairs: `losses` (P,), `slopes` (P, 2) = d loss / d log p of the two answers, `stats` (P, len(STATS))."""
 
     losses: Tensor
     slopes: Tensor
@@ -28,7 +28,7 @@ class PairLosses:
 
 
 def preference_losses(log_probs: Tensor, reference: Tensor, beta: float) -> PairLosses:
-    """log_probs and reference (P, 2): sums over the tokens of the chosen and of the rejected answer, float64."""
+    """DPO losses of pairs; log_probs and reference (P, 2): sums over the tokens of chosen and rejected answer, float64."""
     rewards = beta * (log_probs - reference)
     margins = rewards[:, CHOSEN] - rewards[:, REJECTED]
     slopes = beta * torch.sigmoid(-margins)
@@ -37,6 +37,6 @@ def preference_losses(log_probs: Tensor, reference: Tensor, beta: float) -> Pair
 
 
 def sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """(size,) float64: sums of `values` (C,) by `index` (C,), in an order that is always the same (scattered adds on GPUs are not)."""
+    """Sums of `values` (C,) by `index` (C,), (size,) float64, in an order that never varies (scattered adds on GPUs do)."""
     mine = index.unsqueeze(0) == torch.arange(size, device=index.device).unsqueeze(1)
     return torch.where(mine, values.double(), 0.0).sum(1)

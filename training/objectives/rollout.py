@@ -19,7 +19,7 @@ STATS = ("grpo_ratio", "grpo_clip_fraction", "grpo_kl")
 
 @dataclass(frozen=True, slots=True)
 class RolloutOptions:
-    """`clip_low`, `clip_high`: how far the ratio may fall below and rise above one; `kl_weight`: of k3."""
+    """Settings of the policy loss; `clip_low`, `clip_high`: how far the ratio may leave one; `kl_weight`: weight of k3."""
 
     clip_low: float
     clip_high: float
@@ -28,20 +28,20 @@ class RolloutOptions:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRows:
-    """Per row, (T,) float64: the completion's advantage, log p_old of the row's target, log p_ref of it (None: no reference)."""
+    """Inputs per row, (T,) float64: the completion's advantage, log p_old and log p_ref of the target (None: no reference)."""
 
     advantage: Tensor
     old: Tensor
     reference: Tensor | None
 
     def pick(self, rows: Tensor) -> RolloutRows:
-        """Of the given rows only."""
+        """The same for the given rows only."""
         return RolloutRows(self.advantage[rows], self.old[rows], None if self.reference is None else self.reference[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTerms:
-    """`terms` (C,), `slopes` (C,) = d term / d log p, `stats` (C, len(STATS))."""
+    """Per-token results: `terms` (C,), `slopes` (C,) = d term / d log p, `stats` (C, len(STATS))."""
 
     terms: Tensor
     slopes: Tensor
@@ -49,7 +49,7 @@ class TokenTerms:
 
 
 def rollout_terms(log_probs: Tensor, rows: RolloutRows, options: RolloutOptions) -> TokenTerms:
-    """log_probs (C,) float64 of C completion tokens under the weights in training."""
+    """GRPO terms of C completion tokens; log_probs (C,) float64 is under the weights in training."""
     ratio = (log_probs - rows.old).exp()
     gain = ratio * rows.advantage
     clipped_gain = ratio.clamp(1 - options.clip_low, 1 + options.clip_high) * rows.advantage

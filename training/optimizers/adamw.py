@@ -52,7 +52,7 @@ def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of the next update, for every group."""
+    """Set the learning rate of the next update, for every group."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

@@ -1,4 +1,4 @@
-"""Which gradients come together: FSDP2 reduces those of a wrapped module at once, in backward, last layers first.
+"""Groups the parameters whose gradients come together: FSDP2 reduces a wrapped module's at once, last layers first.
 
 Note: FSDP2 calls the post-accumulate-gradient hooks of its sharded parameters right after a reduction, within the stream it
 ran on, parameter after parameter of one module (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, foreach_reduce).
@@ -22,7 +22,7 @@ class Bucket:
     """The trainable parameters of one wrapped module, whose gradients are reduced together."""
 
     name: str
-    """Of the module; empty for what is left of the model: embedding, last norm and head."""
+    """Name of the module; empty for what is left of the model: embedding, last norm and head."""
     index: int
     module: nn.Module
     names: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Bucket:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Name of the module as messages show it."""
         return self.name or "embedding, last norm and head"
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
@@ -48,7 +48,7 @@ class Bucket:
 
 
 def find_buckets(model: nn.Module) -> list[Bucket]:
-    """One for each wrapped module that has trainable parameters, in the model's order; one for all of a model that is not wrapped."""
+    """One bucket per wrapped module with trainable parameters, in the model's order; a single one for an unwrapped model."""
     buckets: dict[nn.Module, Bucket] = {}
     seen: set[nn.Parameter] = set()
 
@@ -89,7 +89,7 @@ def _arrival(bucket: Bucket, on_reduced: Callable[[Bucket], None]) -> Callable[[
 
 
 def keep_wide(buckets: list[Bucket]) -> None:
-    """Where weights are stored in less precision than gradients are reduced in: keep the reduction's own result for the hooks."""
+    """Keep the reduction's own result for the hooks where weights are stored in less precision than gradients are reduced in."""
     for bucket in buckets:
         on_reduction(bucket.module, _keeper(bucket))
 
@@ -102,7 +102,7 @@ def _keeper(bucket: Bucket) -> Callable[[Tensor], None]:
 
 
 def check_all_arrived(buckets: list[Bucket]) -> None:
-    """AssertionError where some gradients of a module were reduced and others were not: it would never be updated."""
+    """Raise AssertionError where some gradients of a module were reduced and others were not: it would never be updated."""
     for bucket in buckets:
         missing = [name for name, parameter in zip(bucket.names, bucket.parameters, strict=True) if parameter not in bucket.arrived]
         assert len(missing) in (0, len(bucket.names)), f"no gradient for {', '.join(missing)}"

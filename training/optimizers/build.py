@@ -1,4 +1,4 @@
-"""A model and what updates it, by configuration."""
+"""Builds a model and its updater from a configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .updater import Updater
 
 
 class Settings(Protocol):
-    """What is read of the whole configuration."""
+    """The part of the configuration that is read here."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -44,7 +44,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """What an engine makes of a configuration: a model, who holds its weights, who updates them, what checkpoints hold."""
+    """A configuration's model, the holder of its weights, its updater, and the state that checkpoints hold."""
 
     model: PreTrainedModel
     weights: Weights
@@ -53,7 +53,7 @@ class Trained:
 
 
 class BuildTrained(Protocol):
-    """An engine's way from a configuration to what is trained: `build_trained` is FSDP2's. Collective over the mesh."""
+    """Builds a configuration's model as one engine does: `build_trained` is FSDP2's. Collective over the mesh."""
 
     def __call__(
         self,
@@ -64,7 +64,7 @@ class BuildTrained(Protocol):
         store: HostStore | None = None,
         *,
         load: bool = True,
-        told: Callable[[str], None] | None = None,
+        on_progress: Callable[[str], None] | None = None,
     ) -> Trained: ...
 
 
@@ -76,12 +76,12 @@ def build_trained(
     store: HostStore | None = None,
     *,
     load: bool = True,
-    told: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Trained:
     """The model sharded by FSDP2, with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
-    `told` hears of what goes on, tensor by tensor: it may take long.
+    `on_progress` is called tensor by tensor: it may take long.
     """
     if policy.compile == "inductor":
         check_compiler(device)
@@ -98,9 +98,9 @@ def build_trained(
         host_weights=on_host,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
-    initialise(model, config.train.seed, weights, told)
+    initialise(model, config.train.seed, weights, on_progress)
     if load and config.model.path is not None:
-        load_weights(weights, config.model, config.train.seed, told, mesh.get_all_groups())
+        load_weights(weights, config.model, config.train.seed, on_progress, mesh.get_all_groups())
     updater = build_updater(model, weights, config.optim, device)
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
 

@@ -1,4 +1,4 @@
-"""Which combinations of residency, update, clipping and precision mean something, in words and in bytes. Pure, no torch."""
+"""Decides which combinations of residency, update, clipping and precision make sense, in words and bytes. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
 
 
 def check_residency(optim: OptimConfig, dtype: Dtype) -> None:
-    """ConfigError for combinations of optim.update, grad_clip, clip_mode and state_dtype that cannot be meant."""
+    """Raise ConfigError for combinations of optim.update, grad_clip, clip_mode and state_dtype that cannot be meant."""
     backward = optim.update is Update.BACKWARD
     if backward and optim.grad_clip is not None and optim.clip_mode is ClipMode.GLOBAL:
         raise ConfigError(
@@ -48,12 +48,12 @@ def _check_mode(optim: OptimConfig) -> None:
 
 def inexact(optim: OptimConfig) -> tuple[str, ...]:
     """What makes this optimizer differ from plain AdamW on the same gradients, in words; empty where nothing does."""
-    found = []
+    reasons = []
     if optim.clip_mode is ClipMode.PREVIOUS_NORM:
-        found.append("gradients are clipped by the norm of the step before (optim.clip_mode=previous_norm), not by their own")
+        reasons.append("gradients are clipped by the norm of the step before (optim.clip_mode=previous_norm), not by their own")
     if optim.state_dtype is not StateDtype.FLOAT32:
-        found.append(f"moments are rounded to {optim.state_dtype.value} after every update (optim.state_dtype)")
-    return tuple(found)
+        reasons.append(f"moments are rounded to {optim.state_dtype.value} after every update (optim.state_dtype)")
+    return tuple(reasons)
 
 
 def describe(optim: OptimConfig) -> str:

@@ -1,4 +1,4 @@
-"""How weights are updated, and where the optimizer's states lie."""
+"""Settings of the optimizer: how weights are updated, and where its states lie."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Update(Enum):
     """When the optimizer updates."""
 
     STEP = "step"
-    """After the whole backward pass: all gradients of a step exist, and a step with a bad number is not applied at all."""
+    """Updates after the whole backward pass: all gradients exist, and a step with a bad number is not applied at all."""
     BACKWARD = "backward"
     """Each layer as soon as its gradients are reduced, which are then freed: exact, but what is applied cannot be taken back."""
 
@@ -32,18 +32,18 @@ class ClipMode(Enum):
     """Which norm gradients are clipped by; anything but `global` is for update=backward."""
 
     GLOBAL = "global"
-    """That of this step's whole gradient: exact, needs all of it before the first update."""
+    """Norm of this step's whole gradient: exact, needs all of it before the first update."""
     TWO_PASS = "two_pass"
-    """The same norm from a backward pass of its own, which keeps no gradients: exact, twice the time."""
+    """Norm of the whole gradient from a backward pass of its own, which keeps no gradients: exact, twice the time."""
     PREVIOUS_NORM = "previous_norm"
-    """That of the step before: not exact, a sudden large gradient is clipped a step too late."""
+    """Norm of the step before: not exact, a sudden large gradient is clipped a step too late."""
 
 
 class StateDtype(Enum):
     """Precision of both moments; anything but float32 is inexact and needs torchao (the extra `lowbit`)."""
 
     FLOAT32 = "float32"
-    """As the master weights (float64 in a float64 run)."""
+    """Precision of the master weights (float64 in a float64 run)."""
     BFLOAT16 = "bfloat16"
     INT8 = "8bit"
     """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
@@ -70,7 +70,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """On matrices only; norms, biases and embeddings are not decayed."""
+    """Weight decay, on matrices only; norms, biases and embeddings are not decayed."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
     schedule: str = "cosine"
@@ -82,7 +82,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     """cosine only: last learning rate as a share of the peak."""
     schedule_on_resume: ScheduleOnResume = ScheduleOnResume.KEEP
-    """Where train.steps is another than before. keep never changes the rate of a step; stretch and rewarm do, and say so."""
+    """Schedule where train.steps is another than before. keep never changes the rate of a step; stretch and rewarm do, and say so."""
     state_device: StateDevice = StateDevice.DEVICE
     """Where float32 weights and moments live; host frees 10 bytes a parameter of the device in bfloat16 runs, and updates on the CPU."""
     update: Update = Update.STEP
@@ -90,7 +90,7 @@ class OptimConfig:
     clip_mode: ClipMode = ClipMode.GLOBAL
     """Which norm grad_clip means. previous_norm is not exact."""
     state_dtype: StateDtype = StateDtype.FLOAT32
-    """Of the moments. bfloat16 and 8bit are not exact."""
+    """Precision of the moments. bfloat16 and 8bit are not exact."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "lr": Range(0, 1000, above=True, example=3e-4),

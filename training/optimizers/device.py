@@ -1,4 +1,4 @@
-"""Updates on the device: of everything after backward, or of each module within it."""
+"""Updates weights on the device: all after backward, or each module within it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .updater import Gradients
 
 
 class StepUpdater:
-    """All gradients, their global norm, one update."""
+    """Updates once per step, from all gradients and their global norm."""
 
     measures_first = False
 
@@ -32,14 +32,14 @@ class StepUpdater:
         set_learning_rate(self.optimizer, rate)
         self._before_update = before_update
 
-    def last(self) -> None:
-        """Nothing: every gradient waits for `apply`."""
+    def before_final_backward(self) -> None:
+        """Does nothing: every gradient waits for `apply`."""
 
     def finish_measuring(self) -> Gradients:
         raise AssertionError("this updater does not measure first")
 
     def finish(self) -> Gradients:
-        """Clips, too. A norm that is not finite leaves gradients as they are."""
+        """Clips the gradients as well; a norm that is not finite leaves them as they are."""
         return Gradients(clip_gradients(self.weights, self._config.grad_clip))
 
     def apply(self) -> None:
@@ -51,20 +51,20 @@ class StepUpdater:
         self.optimizer.zero_grad()
 
     def weights_changed(self) -> None:
-        """Nothing: they are the model's own."""
+        """Does nothing: the weights are the model's own."""
 
-    def carry(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return {}
 
-    def resume(self, carried: dict[str, float]) -> None:
-        """Nothing is carried."""
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Does nothing: no step needs anything of the one before."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there are no threads."""
 
 
 class ClipByKnown:
-    """The scale of a step's gradients before they are all there: from a measuring pass, or from the step before."""
+    """Scales a step's gradients before they all exist: by the norm of a measuring pass, or of the step before."""
 
     def __init__(self, config: OptimConfig) -> None:
         self._max_norm = config.grad_clip
@@ -79,22 +79,22 @@ class ClipByKnown:
 
     @property
     def scale(self) -> float:
-        """Of this step's gradients."""
+        """The factor of this step's gradients."""
         return 1.0 if self._norm is None else clip_scale(self._norm, self._max_norm)
 
     def measured(self, norm: float) -> None:
-        """The norm this step is clipped by."""
+        """Take the norm this step is clipped by."""
         self._norm = norm
 
     def finished(self, norm: float) -> None:
-        """The norm this step turned out to have."""
+        """Take the norm this step turned out to have."""
         self._norm = norm if self._by_previous else None
 
-    def carry(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return {"previous_norm": self._norm} if self._by_previous and self._norm is not None else {}
 
-    def resume(self, carried: dict[str, float]) -> None:
-        self._norm = carried.get("previous_norm") if self._by_previous else None
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._norm = state.get("previous_norm") if self._by_previous else None
 
 
 class BackwardUpdater:
@@ -123,41 +123,41 @@ class BackwardUpdater:
         self._before_update, self._measuring = before_update, self.measures_first
         self._clear()
 
-    def last(self) -> None:
+    def before_final_backward(self) -> None:
         self._complete = True
         if not self._measuring:
             self._before_update()
 
     def finish_measuring(self) -> Gradients:
-        found = self._outcome(partly=False)
-        self._clip.measured(found.norm)
+        gradients = self._outcome(partly=False)
+        self._clip.measured(gradients.norm)
         self._measuring = False
         self._clear()
-        return found
+        return gradients
 
     def finish(self) -> Gradients:
-        found = self._outcome(partly=True)
-        self._clip.finished(found.norm)
-        return found
+        gradients = self._outcome(partly=True)
+        self._clip.finished(gradients.norm)
+        return gradients
 
     def apply(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing: every module was updated in backward."""
         self._clear()
 
     def discard(self) -> None:
         self._clear()
 
     def weights_changed(self) -> None:
-        """Nothing: they are the model's own."""
+        """Does nothing: the weights are the model's own."""
 
-    def carry(self) -> dict[str, float]:
-        return self._clip.carry()
+    def state_dict(self) -> dict[str, float]:
+        return self._clip.state_dict()
 
-    def resume(self, carried: dict[str, float]) -> None:
-        self._clip.resume(carried)
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._clip.load_state_dict(state)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there are no threads."""
 
     def _clear(self) -> None:
         self._meter, self._finite, self._complete = NormMeter(), [], False
@@ -194,7 +194,7 @@ class BackwardUpdater:
 
 
 def first_bad(finite: Sequence[tuple[Bucket, torch.Tensor]], buckets: Sequence[Bucket], norm: float) -> str | None:
-    """Which module was the first of any rank, in backward's order, with a gradient that is not finite. Collective if `norm` is not.
+    """The first module of any rank, in backward's order, with a gradient that is not finite. Collective if `norm` is not.
 
     A norm can overflow though every module's is finite: then the first module of backward is named.
     """
@@ -210,7 +210,7 @@ def first_bad(finite: Sequence[tuple[Bucket, torch.Tensor]], buckets: Sequence[B
 
 @contextmanager
 def only(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """`optimizer.step` updates no others inside, though others may have gradients: sums that are not complete yet."""
+    """Restrict `optimizer.step` to these parameters: others may have gradients too, sums that are not complete yet."""
     chosen = set(parameters)
     everything = [group["params"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Which settings an engine cannot run, refused in the words of the configuration before anything starts. Pure, no torch."""
+"""Refuses settings that an engine cannot run, in the words of the configuration, before anything starts. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def engine_facts(config: object) -> EngineFacts:
 
 
 def check_engine(engine: EngineFacts, config: object) -> None:
-    """ConfigError for the first setting of `config` (dataclasses of dataclasses) that `engine` cannot run; all of them are named."""
+    """Raise ConfigError for the first setting of `config` (dataclasses of dataclasses) that `engine` cannot run; all of them are named."""
     refused = [(pair, text) for pair in engine.refused if (text := _typed(config, pair.key)) in pair.values]
     if not refused:
         return

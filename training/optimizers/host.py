@@ -1,4 +1,4 @@
-"""Float32 weights, moments and the update in host memory; the device holds weights in compute precision and nothing else.
+"""Keeps float32 weights and moments in host memory and updates them there; the device has weights in compute precision.
 
 Reduced gradients go to the host on a stream of their own while backward goes on. A worker thread adds them up, measures them
 and, with update=backward, updates a module's weights (torch's fused CPU AdamW) and starts their way back while the device works
@@ -42,7 +42,7 @@ class _Job:
     buffer: Tensor
     copied: Copied | None
     is_last: bool
-    """No more is added to them in this step."""
+    """Whether this is the last gradient of the step for its bucket."""
 
 
 class HostUpdater:
@@ -63,7 +63,7 @@ class HostUpdater:
             keep_wide(self._live)
         self._link = Link(device)
         self._down, self._up = Staging(self._link, wide), Staging(self._link, narrow)
-        self._held: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
         """Sums over micro-batches, or gradients that wait for the norm, by bucket."""
         self._pending: list[tuple[Tensor, Copied]] = []
         self._meter, self._finite = NormMeter(), list[tuple[Bucket, Tensor]]()
@@ -86,31 +86,31 @@ class HostUpdater:
         self._clear()
         self._scale = self._clip.scale
 
-    def last(self) -> None:
+    def before_final_backward(self) -> None:
         if self._in_backward and not self._measuring:
             self._before_update()
         self._complete = True
 
     def finish_measuring(self) -> Gradients:
-        found = self._outcome(partly=False)
-        self._clip.measured(found.norm)
+        gradients = self._outcome(partly=False)
+        self._clip.measured(gradients.norm)
         self._scale, self._measuring = self._clip.scale, False
         self._clear()
-        return found
+        return gradients
 
     def finish(self) -> Gradients:
-        found = self._outcome(partly=self._in_backward)
+        gradients = self._outcome(partly=self._in_backward)
         if self._in_backward:
-            self._clip.finished(found.norm)
+            self._clip.finished(gradients.norm)
         else:
-            self._scale = clip_scale(found.norm, self._config.grad_clip)
-        return found
+            self._scale = clip_scale(gradients.norm, self._config.grad_clip)
+        return gradients
 
     def apply(self) -> None:
         if not self._in_backward:
             self._before_update()
             # The first layers' weights first: they are what the next forward pass starts with.
-            for index, buffer in sorted(self._held.items()):
+            for index, buffer in sorted(self._sums.items()):
                 self._jobs.put(_Job(index, buffer, None, is_last=True))
         self._drain()
         self._link.join()
@@ -127,11 +127,11 @@ class HostUpdater:
         self._retire()
         self._link.join()
 
-    def carry(self) -> dict[str, float]:
-        return self._clip.carry()
+    def state_dict(self) -> dict[str, float]:
+        return self._clip.state_dict()
 
-    def resume(self, carried: dict[str, float]) -> None:
-        self._clip.resume(carried)
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._clip.load_state_dict(state)
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -139,13 +139,13 @@ class HostUpdater:
 
     @property
     def staging_bytes(self) -> int:
-        """Page-locked host memory for what is on its way."""
+        """Bytes of page-locked host memory for copies under way."""
         return self._down.num_bytes + self._up.num_bytes
 
     def _clear(self) -> None:
-        for buffer in self._held.values():
+        for buffer in self._sums.values():
             self._down.give_back(buffer)
-        self._held, self._meter, self._finite, self._complete = {}, NormMeter(), [], False
+        self._sums, self._meter, self._finite, self._complete = {}, NormMeter(), [], False
 
     # In backward, in the thread and on the stream that autograd runs the reduction's hooks in.
 
@@ -185,7 +185,7 @@ class HostUpdater:
         job.copied.wait()
         total = self._added(job)
         if not job.is_last:
-            self._held[job.bucket] = total
+            self._sums[job.bucket] = total
             return
         finite = self._measure(job.bucket, total)
         if self._measuring:
@@ -195,16 +195,16 @@ class HostUpdater:
                 self._update(job.bucket, total)
             self._down.give_back(total)
         else:
-            self._held[job.bucket] = total
+            self._sums[job.bucket] = total
 
     def _added(self, job: _Job) -> Tensor:
         """The bucket's sum so far, in a buffer that is not job's where there was one before."""
-        held = self._held.pop(job.bucket, None)
-        if held is None:
+        total = self._sums.pop(job.bucket, None)
+        if total is None:
             return job.buffer
-        held.add_(job.buffer)
+        total.add_(job.buffer)
         self._down.give_back(job.buffer)
-        return held
+        return total
 
     def _measure(self, index: int, total: Tensor) -> bool:
         masters = self._masters[index]
@@ -249,7 +249,7 @@ class HostUpdater:
     # In the training thread.
 
     def _drain(self) -> None:
-        """Returns when the worker has done all it was given; its failure is raised here."""
+        """Wait until the worker has done all it was given; its failure is raised here."""
         self._jobs.join()
         if self._failure is not None:
             raise self._failure

@@ -54,7 +54,7 @@ def _bfloat16_zeros(parameter: Tensor, signed: bool, block_size: int) -> Tensor:
 
 
 class PortableMoments:
-    """For torchao's optimizers: takes moments in float32 (from a checkpoint) and gives them so; eager on CPU."""
+    """Lets torchao's optimizers take and give moments in float32, as checkpoints hold them; eager on CPU."""
 
     param_groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""Which schedule a run's learning rate follows, over starts with more or fewer steps than before. Pure; no torch.
+"""Decides which schedule a run's learning rate follows over starts with other step counts. Pure; no torch.
 
 A course is kept in every checkpoint. A start with the same train.steps follows it on; one with others decides by
 optim.schedule_on_resume, and says what that makes of the rate.
@@ -31,14 +31,14 @@ class Course:
     policy: str
     """optim.schedule_on_resume of that start."""
     last_rate: float | None = None
-    """Of the update before the checkpoint this was read from, whatever the settings are now."""
+    """Learning rate of the update before the checkpoint this was read from, whatever the settings are now."""
 
     def rate(self, config: OptimConfig, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
         return learning_rate(config, step, self.total_steps, start=self.start, base=self.base)
 
     def dump(self, config: OptimConfig, done: int) -> dict[str, Any]:
-        """As a checkpoint after `done` updates keeps it."""
+        """The course as a checkpoint after `done` updates keeps it."""
         last = self.rate(config, done - 1) if done > self.start else self.last_rate
         return {"name": config.schedule, **asdict(self), "last_rate": last}
 
@@ -50,12 +50,12 @@ class Course:
 
 
 def first_course(config: OptimConfig, steps: int) -> Course:
-    """Of a run that begins."""
+    """The course of a run that begins."""
     return Course(total_steps=steps, steps=steps, policy=config.schedule_on_resume.value)
 
 
 def load_course(saved: Mapping[str, Any], config: OptimConfig) -> Course | None:
-    """What `Course.dump` gave a checkpoint; older ones hold the total alone. None where nothing is known."""
+    """Read what `Course.dump` gave a checkpoint; older ones hold the total alone. None where nothing is known."""
     if "total_steps" not in saved:
         return None
     total = int(saved["total_steps"])
@@ -103,8 +103,8 @@ def _check_rewarm(config: OptimConfig, left: int) -> None:
     try:
         check_optim(config, left)
     except ConfigError as error:
-        found = f"rewarm with {left} steps left, which do not hold it ({str(error).splitlines()[0]})"
-        raise ConfigError(_KEY, found=found, expected="room for a warm-up and a decay", hint="a larger train.steps, or keep") from error
+        actual = f"rewarm with {left} steps left, which do not hold it ({str(error).splitlines()[0]})"
+        raise ConfigError(_KEY, found=actual, expected="room for a warm-up and a decay", hint="a larger train.steps, or keep") from error
 
 
 def _without_rate(config: OptimConfig, course: Course, done: int, steps: int) -> ConfigError:

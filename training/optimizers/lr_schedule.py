@@ -12,11 +12,11 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 MAX_DEFAULT_WARMUP = 20
-"""Updates of the warm-up where none is given: for runs that are long enough, and a quarter of shorter ones."""
+"""Number of updates in the warm-up of a schedule over `total_steps`."""
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Updates of the warm-up of a schedule over `total_steps`."""
+    """Number of updates in the warm-up of a schedule over `total_steps`."""
     return min(MAX_DEFAULT_WARMUP, total_steps // 4) if config.warmup_steps is None else config.warmup_steps
 
 
@@ -54,7 +54,7 @@ def ends_at_zero(config: OptimConfig, total_steps: int) -> bool:
 
 
 def check_optim(config: OptimConfig, total_steps: int) -> None:
-    """ConfigError unless the optimizer's numbers can be used for `total_steps` updates."""
+    """Raise ConfigError unless the optimizer's numbers can be used for `total_steps` updates."""
     _check_numbers(config)
     if config.schedule not in SCHEDULES:
         raise _wrong("schedule", f"`{config.schedule}`", f"one of {', '.join(SCHEDULES)}", "optim.schedule=cosine")
@@ -64,8 +64,8 @@ def check_optim(config: OptimConfig, total_steps: int) -> None:
     if config.schedule == "wsd":
         _check_wsd(config, total_steps)
     elif config.decay_steps is not None:
-        found = f"{config.decay_steps} with schedule {config.schedule}"
-        raise _wrong("decay_steps", found, "null: only wsd has a decay of its own", "optim.schedule=wsd or optim.decay_steps=null")
+        actual = f"{config.decay_steps} with schedule {config.schedule}"
+        raise _wrong("decay_steps", actual, "null: only wsd has a decay of its own", "optim.schedule=wsd or optim.decay_steps=null")
 
 
 def _check_wsd(config: OptimConfig, total_steps: int) -> None:
@@ -81,5 +81,5 @@ def _check_numbers(config: OptimConfig) -> None:
         raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
 
 
-def _wrong(key: str, found: str, expected: str, hint: str) -> ConfigError:
-    return ConfigError(f"optim.{key}", found=found, expected=expected, hint=hint)
+def _wrong(key: str, actual: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(f"optim.{key}", found=actual, expected=expected, hint=hint)

@@ -1,4 +1,4 @@
-"""Float32 weights in host memory, under the names and with the sharding of a model whose own weights are in compute precision."""
+"""Makes float32 weights in host memory, with the names and sharding of a model whose own are in compute precision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class HostWeights(nn.Module):
-    """Modules without a forward: parameters in host memory, sharded like the model's, and the model's own buffers.
+    """Holds parameters in host memory, sharded like the model's, and the model's own buffers; has no forward.
 
     Names, their order and ties are the model's, so what it gives to a checkpoint is what the model itself would give
     with its states on the device.

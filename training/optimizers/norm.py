@@ -1,4 +1,4 @@
-"""The global gradient norm, from gradients that need not all exist at one time."""
+"""Computes the global gradient norm from gradients that need not all exist at one time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class NormMeter:
 
 
 def clip_scale(norm: float, max_norm: float | None) -> float:
-    """What gradients are multiplied by: 1 where nothing is to be clipped. max_norm / (norm + 1e-6), as in torch."""
+    """The factor for gradients: 1 where nothing is to be clipped. max_norm / (norm + 1e-6), as in torch."""
     if max_norm is None or not math.isfinite(norm):
         return 1.0
     return min(1.0, max_norm / (norm + 1e-6))

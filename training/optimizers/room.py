@@ -1,4 +1,4 @@
-"""Is there the host memory that an optimizer on the host takes? Asked before any rank takes it."""
+"""Checks that host memory suffices for an optimizer on the host, before any rank takes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...units import format_bytes
 
 
 def check_update_memory(inputs: PlanInputs, free: FreeMemory | None = None) -> None:
-    """ConfigError where states on the host, and the activations that go there too, are more than is free on this node.
+    """Raise ConfigError where states on the host, and the activations that go there too, are more than is free on this node.
 
     Returns once every rank has looked. Collective where there are states on the host.
     """

@@ -1,4 +1,4 @@
-"""Copies between a device and host buffers that nothing waits for, except who needs them. On CPU the same code with plain buffers."""
+"""Copies between a device and host buffers without blocking; only users of a copy wait. Plain buffers on CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...units import format_bytes
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""(target, source) of copies."""
+"""Pairs (target, source) of copies."""
 
 
 class Copied:
@@ -61,12 +61,12 @@ class Link:
         return Copied(event, pairs)
 
     def join(self) -> None:
-        """The current stream, and what waits for it, goes on after all copies to the device."""
+        """Make the current stream, and what waits for it, wait for all copies to the device."""
         if self._up is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._up)
 
     def host_buffer(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """Page-locked on CUDA, exactly as large as asked: torch's own pinned allocations are rounded up to powers of two."""
+        """A host buffer, page-locked on CUDA, exactly as large as asked: torch rounds pinned allocations up to powers of two."""
         buffer = torch.empty(num_elements, dtype=dtype)
         if self.device.type == "cuda" and num_elements:
             status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel() * buffer.element_size(), 0)
@@ -81,14 +81,14 @@ class Link:
 
 
 class Staging:
-    """Host buffers by size, made when first needed and handed out again. Callable from any thread."""
+    """Keeps host buffers by size, made when first needed and handed out again. Callable from any thread."""
 
     def __init__(self, link: Link, dtype: torch.dtype) -> None:
         self._link, self._dtype = link, dtype
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._lock = threading.Lock()
         self.num_bytes = 0
-        """Of all buffers made so far."""
+        """Bytes of all buffers made so far."""
 
     def take(self, num_elements: int) -> Tensor:
         with self._lock:

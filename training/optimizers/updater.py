@@ -1,4 +1,4 @@
-"""What a training loop calls around a step's backward pass, wherever the optimizer lives and whenever it updates."""
+"""The protocol a training loop calls around backward, wherever the optimizer lives and whenever it updates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What is known of a step's gradients after its backward pass, alike on every rank."""
+    """The norm and the faults of a step's gradients after its backward pass, alike on every rank."""
 
     norm: float
     """Global L2 norm, before clipping."""
     first_bad: str | None = None
     """The first module in backward whose gradients are not all finite."""
     partly_applied: bool = False
-    """Modules that came before it have been updated."""
+    """Whether modules that came before it have been updated."""
 
 
 class Updater(Protocol):
@@ -34,45 +34,45 @@ class Updater(Protocol):
 
     @property
     def measures_first(self) -> bool:
-        """This step needs a backward pass of its own for the norm, before the one that updates."""
+        """Whether this step needs a backward pass of its own for the norm, before the one that updates."""
         ...
 
     def start(self, rate: float, before_update: Callable[[], None]) -> None:
-        """A step begins. `before_update` is called once in it, when weights and states are about to change."""
+        """Begin a step. `before_update` is called once in it, when weights and states are about to change."""
         ...
 
-    def last(self) -> None:
-        """The pass begins in which gradients of the step become complete."""
+    def before_final_backward(self) -> None:
+        """Announce the backward pass in which the step's gradients become complete."""
         ...
 
     def finish_measuring(self) -> Gradients:
-        """After the measuring pass: its norm is what this step is clipped by; its gradients are gone. Collective."""
+        """End the measuring pass: its norm is what this step is clipped by; its gradients are gone. Collective."""
         ...
 
     def finish(self) -> Gradients:
-        """After the backward pass. Collective."""
+        """End the backward pass and return the norm of its gradients. Collective."""
         ...
 
     def apply(self) -> None:
-        """What was not updated in backward is; gradients are gone, the model's weights are the new ones."""
+        """Update what was not updated in backward; gradients are gone, the model's weights are the new ones."""
         ...
 
     def discard(self) -> None:
-        """Instead of `finish` and `apply`: gradients are gone, and what was not updated in backward stays as it is."""
+        """Drop the step instead of `finish` and `apply`: gradients are gone, and what was not updated in backward stays."""
         ...
 
     def weights_changed(self) -> None:
-        """`weights` were written from outside (initialised, loaded, restored): the model gets them."""
+        """Give the model `weights` that were written from outside (initialised, loaded, restored)."""
         ...
 
-    def carry(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """What the next step needs of this one, for a checkpoint's `extra`."""
         ...
 
-    def resume(self, carried: dict[str, float]) -> None:
-        """The inverse of `carry`."""
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what `state_dict` returned."""
         ...
 
     def close(self) -> None:
-        """Threads end; the optimizer's state stays readable."""
+        """End the threads; the optimizer's state stays readable."""
         ...

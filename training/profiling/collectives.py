@@ -1,4 +1,4 @@
-"""Probes of collectives: for every group size, all groups of it at once, over message sizes; fitted to latency and bandwidth."""
+"""Measures collectives: all groups of a size at once, over message sizes; fits latency and bandwidth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Operation = Callable[[dist.ProcessGroup, torch.Tensor, int, int], None]
 
 
 def probe_collectives(topology: Topology, device: torch.device, degrees: Sequence[int]) -> tuple[FittedCollective, ...]:
-    """What sequence groups and sharded weights use, for each of the degrees. Collective over all ranks."""
+    """Measure what sequence groups and sharded weights use, for each of the degrees. Collective over all ranks."""
     return tuple(_probe(topology, device, degree, kind, operation) for degree in degrees for kind, operation in OPERATIONS.items())
 
 
@@ -33,7 +33,7 @@ def _probe(topology: Topology, device: torch.device, degree: int, kind: str, ope
 
 
 def _seconds(topology: Topology, device: torch.device, degree: int, size: int, operation: Operation) -> float:
-    """The slowest rank's, the least of the repeats. Ranks outside every aligned block of this size only wait."""
+    """Seconds of the slowest rank, the least of the repeats. Ranks outside every aligned block of this size only wait."""
     first = topology.stage_rank // degree * degree
     takes_part = first + degree <= topology.stage_size
     message = torch.ones(size // 4 // degree * degree, dtype=torch.float32, device=device)

@@ -18,11 +18,11 @@ from ...parallel.topology import whole_world
 NUMBERS = 8 << 20
 """Weights of a timed update: with gradient and moments more than a processor's caches hold."""
 FILE_BYTES = 128 << 20
-"""Of each rank's file, for a second of these probes; 1 GiB at most."""
+"""Bytes of each rank's file, for a second of these probes; 1 GiB at most."""
 
 
 def measure_rates(device: torch.device, ranks_per_node: int, directory: str | None, seconds: float) -> MachineRates:
-    """All of it in about `seconds`, every rank at the same time. `directory`: memory.offload_dir. Collective over all ranks.
+    """Measure a node's rates in about `seconds`, every rank at once; `directory`: memory.offload_dir. Collective over all ranks.
 
     ConfigError where the directory cannot be used.
     """

@@ -262,7 +262,7 @@ class Prober:
         # A rate of zero: where layers are updated in backward, that takes its time and changes no weight.
         self.updater.start(0.0, lambda: None)
         objective = LanguageModelling(num_targets or max(1, sum(work.shard.num_tokens for work in works)), self.device)
-        return backward_step(self.setup, works, objective, clocks=clocks, on_last=self.updater.last)
+        return backward_step(self.setup, works, objective, clocks=clocks, on_last=self.updater.before_final_backward)
 
     def _optimizer_s(self) -> float:
         """From the end of backward to the new weights, on gradients of zero."""

@@ -1,4 +1,4 @@
-"""What is said of a run?
+"""What does a run report?
 
 metrics.jsonl, stragglers, predicted against measured, wandb. Called by trainer.py; nothing here changes the run.
 """

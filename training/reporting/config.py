@@ -1,4 +1,4 @@
-"""What is shown and where metrics go."""
+"""Settings of reports: what is shown and where metrics go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The long events of metrics.jsonl: what a start says of the run, and a step of itself (docs/runs.md lists the keys)."""
+"""Builds the long events of metrics.jsonl, `start` and `step` (docs/runs.md lists the keys)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .stragglers import Straggler
 def start_fields(
     config: RunSettings, session: Session, costs: Costs, certificate: Certificate, restored: Restored | None, hosts: Sequence[str]
 ) -> dict[str, Any]:
-    """Of `start`; `hosts` of every rank."""
+    """Fields of the `start` event; `hosts` of every rank."""
     return {
         "steps": config.train.steps,
         "world_size": session.topology.world_size,
@@ -43,12 +43,12 @@ def start_fields(
     }
 
 
-def step_fields(told: Results, plan: StepPlan, *, step_s: float, total_tokens: int, arena: dict[str, Any] | None) -> dict[str, Any]:
-    """Of `step`, beside what the optimizer, the objective and the planner say."""
-    tokens = sum(told.tokens)
-    held = enumerate(zip(told.tokens, told.peak_bytes, told.own_s, strict=True))
+def step_fields(results: Results, plan: StepPlan, *, step_s: float, total_tokens: int, arena: dict[str, Any] | None) -> dict[str, Any]:
+    """Fields of the `step` event, beside those of the optimizer, the objective and the planner."""
+    tokens = sum(results.tokens)
+    per_rank = enumerate(zip(results.tokens, results.peak_bytes, results.own_s, strict=True))
     return {
-        "loss": told.loss,
+        "loss": results.loss,
         "tokens": tokens,
         "sequences": len(plan.lengths),
         "step_s": step_s,
@@ -56,11 +56,11 @@ def step_fields(told: Results, plan: StepPlan, *, step_s: float, total_tokens: i
         "micro_batches": len(plan.micro_batches),
         "plan": str(plan),
         **({} if arena is None else {"arena": arena}),
-        "ranks": [{"rank": rank, "tokens": count, "peak_bytes": peak, "own_s": own} for rank, (count, peak, own) in held],
+        "ranks": [{"rank": rank, "tokens": count, "peak_bytes": peak, "own_s": own} for rank, (count, peak, own) in per_rank],
         "total_tokens": total_tokens,
     }
 
 
-def straggler_rows(found: Sequence[Straggler], hosts: Sequence[str]) -> list[dict[str, Any]]:
-    """Of `stragglers`: every rank that counts as one now."""
-    return [{"rank": one.rank, "host": hosts[one.rank], "ratio": one.ratio} for one in found]
+def straggler_rows(stragglers: Sequence[Straggler], hosts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the `stragglers` event: every rank that counts as one now."""
+    return [{"rank": one.rank, "host": hosts[one.rank], "ratio": one.ratio} for one in stragglers]

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl always, TensorBoard and W&B where asked. Rank 0 writes; nothing here blocks training.
+"""Writes what a run reports: metrics.jsonl always, TensorBoard and W&B where asked. Only on rank 0; nothing blocks training.
 
 Note: sinks. TensorBoard and W&B each live in a thread of their own behind a bounded queue, from opening to closing (W&B in
 a process besides). A sink that fails is reported once, in the log and as `{"event": "sink_failed"}`, and takes nothing
@@ -35,7 +35,7 @@ CLOSE_S = 10.0
 
 
 class Sink(Protocol):
-    """Where scalars go besides metrics.jsonl. Called from its own thread only."""
+    """A destination of scalars besides metrics.jsonl. Called from its own thread only."""
 
     def write(self, scalars: dict[str, float], step: int) -> None: ...
 
@@ -43,7 +43,7 @@ class Sink(Protocol):
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """ConfigError unless the packages of the chosen sinks are installed and the numbers make sense."""
+    """Raise ConfigError unless the packages of the chosen sinks are installed and the numbers make sense."""
     check_ranges(config, "logging")
     if config.wandb is not WandbMode.OFF:
         _check_installed("wandb", f"logging.wandb={config.wandb.value}", "logging.wandb=off")
@@ -58,7 +58,7 @@ def _check_installed(package: str, where: str, without: str) -> None:
 
 
 class Metrics:
-    """Events of one attempt of a run. On ranks other than 0 every method does nothing.
+    """Writes the events of one attempt of a run. On ranks other than 0 every method does nothing.
 
     Raises ConfigError where a chosen sink's package is missing; after that, only mistakes of the caller.
     """
@@ -115,7 +115,7 @@ class Metrics:
 
 
 class _Lines:
-    """One JSON object a line. A full disk loses lines, says so once, and is tried again at the next line."""
+    """Appends one JSON object a line. A full disk loses lines, logs so once, and is tried again at the next line."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._lost = path, threading.Lock(), 0
@@ -169,7 +169,7 @@ def _scalars(fields: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class _SinkThread:
-    """See Note: sinks."""
+    """Feeds one sink from its own thread (Note: sinks)."""
 
     def __init__(self, name: str, opener: Callable[[], Sink], failed: Callable[[str, str], None]) -> None:
         self.name, self.dropped = name, 0
@@ -191,7 +191,7 @@ class _SinkThread:
         self._closing.set()
 
     def join(self, timeout_s: float) -> None:
-        """Waits; a sink that is still busy then has failed, and its thread ends with the process."""
+        """Wait for the sink; one that is still busy then has failed, and its thread ends with the process."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._fail(f"still busy {CLOSE_S:.0f} s after the end of the run")

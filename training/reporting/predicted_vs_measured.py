@@ -1,4 +1,4 @@
-"""What a step took against what its plan said: per group, the bubble, and the drift of the cost model."""
+"""Compares a step's times with its plan: per group, the bubble, and the drift of the cost model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """One step. `busy_s[rank][micro_batch]`."""
+    """The measured times of one step: `busy_s[rank][micro_batch]`."""
 
     busy_s: list[list[float]]
     backward_s: float
@@ -25,12 +25,12 @@ class StepTimes:
     step_s: float
 
     def group_s(self, batch: int, group: Group) -> float:
-        """A group is busy as long as its busiest member."""
+        """Busy seconds of each group: those of its busiest member."""
         return max(self.busy_s[rank][batch] for rank in range(group.first_rank, group.first_rank + group.degree))
 
 
 def group_rows(plan: StepPlan, times: StepTimes, overhead_s: float) -> list[dict[str, Any]]:
-    """Per group what metrics.jsonl has of it; sequences are indices of the step."""
+    """Rows of metrics.jsonl, one per group; sequences are indices of the step."""
     return [
         {
             "micro_batch": index,
@@ -73,7 +73,7 @@ def bubble(plan: StepPlan, times: StepTimes, *, barrier_free: bool) -> float:
 
 
 class StepComparison:
-    """The drift of a run, and the profile that follows from it."""
+    """Tracks the drift of a run, and makes the profile that follows from it."""
 
     def __init__(self, drift: Drift, overhead_s: float) -> None:
         self.drift, self.overhead_s = drift, overhead_s
@@ -95,14 +95,14 @@ class StepComparison:
         self._step_s = _faded(self._step_s, times.step_s - times.backward_s)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Per degree: how far predictions were off."""
+        """How far predictions were off, per degree."""
         return [
             {"degree": degree, "groups": seen.groups, "measured_over_predicted": seen.ratio, "mean_error": seen.mean_error}
             for degree, seen in sorted(self.drift.by_degree.items())
         ]
 
     def profile(self, key: ProfileKey) -> Profile | None:
-        """What the run measured of itself; None before it has measured anything."""
+        """The profile of what the run measured of itself; None before it has measured anything."""
         if self._gather_s is None or self._step_s is None:
             return None
         degrees = tuple(self._fitted(cost) for cost in self.drift.refitted().degrees if cost.degree in self.drift.by_degree)
@@ -122,7 +122,7 @@ class StepComparison:
         )
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for checkpoints."""
+        """The state as JSON, for checkpoints."""
         return self.drift.dump()
 
 

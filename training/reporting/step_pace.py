@@ -1,4 +1,4 @@
-"""What a step is expected to take: for whoever judges whether it still moves. No torch."""
+"""Predicts a step's duration, for those that judge whether it still moves. No torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Pace:
         self._measured: deque[float] = deque(maxlen=RECENT)
 
     def add(self, step_s: float) -> None:
-        """A step was finished."""
+        """Count a finished step."""
         self._measured.append(step_s)
 
     def expected_s(self, predicted_s: float | None = None) -> float:
-        """Seconds; zero where nothing is known."""
+        """Expected seconds of a step; zero where nothing is known."""
         return max(predicted_s or 0.0, statistics.median(self._measured) if self._measured else 0.0)

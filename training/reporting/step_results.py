@@ -1,4 +1,4 @@
-"""What ranks tell each other after the backward of a step: one collective, the same answer on every rank."""
+"""Gathers each rank's results after the backward of a step in one collective, the same answer on every rank."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ...parallel.sequence.clock import BusyClock
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Of one step; lists are in rank order."""
+    """The results of one step; lists are in rank order."""
 
     loss: float
     tokens: list[int]
     peak_bytes: list[int]
     stop: bool
     host_free_bytes: list[int]
-    """On each rank's node."""
+    """Free host bytes on each rank's node."""
     busy_s: list[list[float]]
-    """Of each micro-batch."""
+    """Busy seconds of each rank in each micro-batch."""
     own_s: list[float]
-    """Of all micro-batches, without waits for other ranks."""
+    """Seconds of each rank in all micro-batches, without waits for other ranks."""
     objective: list[float]
-    """Sums of its numbers over all ranks."""
+    """Sums of the objective's numbers over all ranks."""
 
 
 def gather_results(
@@ -49,11 +49,11 @@ def gather_results(
     mine = torch.tensor(row, dtype=torch.float64, device=share.device)
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))]
     dist.all_gather(table, mine, group=world)
-    losses, held, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
+    losses, counts, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
     sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
     return Results(
         loss=sum(losses),
-        tokens=[int(n) for n in held],
+        tokens=[int(n) for n in counts],
         peak_bytes=[int(n) for n in peaks],
         stop=any(stops),
         host_free_bytes=[int(n) for n in free],

@@ -1,4 +1,4 @@
-"""Ranks that are steadily slower than their plans predict, by the measure of the others. Pure.
+"""Finds ranks that are steadily slower than their plans predict, relative to the others. Pure.
 
 Plans give ranks unequal work on purpose, so times are not compared with each other but each with its prediction: a rank's own
 compute (no waits: BusyClock.own_seconds) against the modelled compute of the groups it was in. The model may be off in known ways:
@@ -38,11 +38,11 @@ _LEAST_MULTIPLIER = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """One rank, over the windows that speak against it."""
+    """A slow rank, over the windows that speak against it."""
 
     rank: int
     ratio: float
-    """Its time over its prediction, by the median rank's; the median of its slow windows."""
+    """The rank's time over its prediction, divided by the median rank's; the median of its slow windows."""
 
 
 class Stragglers:
@@ -58,7 +58,7 @@ class Stragglers:
         self._named: frozenset[int] = frozenset()
 
     def add(self, plan: StepPlan, own_s: Sequence[float]) -> list[Straggler] | None:
-        """A step ran by `plan`; `own_s[rank]`. All stragglers where some came or went, else None."""
+        """Add a step that ran by `plan`; `own_s[rank]`. Returns all stragglers where some came or went, else None."""
         self._seen += 1
         if self._seen <= _WARM_UP or plan.world_size < 2:
             return None
@@ -72,8 +72,8 @@ class Stragglers:
 
     def _news(self) -> list[Straggler] | None:
         ranks = {rank for window in self._windows for rank in window}
-        now = [found for rank in sorted(ranks) if (found := self._judge(rank)) is not None]
-        named = frozenset(found.rank for found in now)
+        now = [straggler for rank in sorted(ranks) if (straggler := self._judge(rank)) is not None]
+        named = frozenset(straggler.rank for straggler in now)
         changed, self._named = named != self._named, named
         return now if changed else None
 
@@ -86,15 +86,15 @@ class Stragglers:
 
 
 def modelled_s(plan: StepPlan, cost: CostModel, degrees: dict[int, int]) -> np.ndarray:
-    """(ranks, degrees, 2): modelled own seconds of attention and of the rest in groups of each degree; nothing that is sent."""
+    """Modelled own seconds (ranks, degrees, 2) of attention and of the rest, by group degree; without communication."""
     out = np.zeros((plan.world_size, len(degrees), 2))
     for batch in plan.micro_batches:
         for group in batch.groups:
-            known, lengths = cost.of(group.degree), np.asarray([plan.lengths[i] for i in group.sequences], dtype=np.float64)
-            linear_s = float(lengths.sum()) * known.linear_s
+            rates, lengths = cost.of(group.degree), np.asarray([plan.lengths[i] for i in group.sequences], dtype=np.float64)
+            linear_s = float(lengths.sum()) * rates.linear_s
             # Without hops to hide, the model's attention is all attention.
-            attention_s = float(np.sum(known.attention_s * lengths * lengths))
-            for window, pair_s in known.windowed_s:
+            attention_s = float(np.sum(rates.attention_s * lengths * lengths))
+            for window, pair_s in rates.windowed_s:
                 attention_s += float(np.sum(pair_s * np.where(lengths <= window, lengths * lengths / 2, window * (lengths - window / 2))))
             members = slice(group.first_rank, group.first_rank + group.degree)
             out[members, degrees[group.degree]] += (attention_s, linear_s)
@@ -102,7 +102,7 @@ def modelled_s(plan: StepPlan, cost: CostModel, degrees: dict[int, int]) -> np.n
 
 
 def slowness(modelled: np.ndarray, measured: np.ndarray) -> dict[int, float]:
-    """Of each rank with enough work: its seconds over its fitted prediction, by the median rank's.
+    """Slowness of each rank with enough work: its seconds over its fitted prediction, divided by the median rank's.
 
     `modelled` (steps, ranks, degrees, 2), `measured` (steps, ranks). The lower median: of two ranks the faster one is the measure.
     """
@@ -121,7 +121,7 @@ def slowness(modelled: np.ndarray, measured: np.ndarray) -> dict[int, float]:
 
 
 def _multipliers(shares: np.ndarray) -> np.ndarray:
-    """(features,): least squares of shares @ m = 1, held to 1 by a prior worth PRIOR rows."""
+    """Multipliers (features,): least squares of shares @ m = 1, held to 1 by a prior worth PRIOR rows."""
     count = shares.shape[1]
     normal = shares.T @ shares + PRIOR * np.eye(count)
     return np.maximum(_LEAST_MULTIPLIER, np.linalg.solve(normal, shares.sum(0) + PRIOR))

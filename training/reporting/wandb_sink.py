@@ -1,4 +1,4 @@
-"""W&B in a process of its own: nothing it does (a slow connection, an exit hook, a crash) reaches the trainer.
+"""Runs W&B in a process of its own: nothing it does (a slow connection, an exit hook, a crash) reaches the trainer.
 
 The trainer's end writes JSON lines to the child's standard input: the arguments of `wandb.init`, then one line per step.
 End of input, also when the trainer is killed, means finish; a child that cannot in FINISH_S seconds (its argument) ends itself.
@@ -29,10 +29,10 @@ class SinkError(Exception):
 
 
 class WandbSink:
-    """The trainer's end. SinkError with the child's last words where it has ended."""
+    """Sends scalars to the W&B process. SinkError with the child's last words where it has ended."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        """`arguments`: JSON for `wandb.init`; `settings` as a dictionary."""
+        """Start the process; `arguments`: JSON for `wandb.init`; `settings` as a dictionary."""
         from ...utils.signal_mask import stop_signals_blocked  # the child runs this file by itself
 
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
@@ -78,7 +78,7 @@ class WandbSink:
 
 
 def main(finish_s: float) -> None:
-    """The child's life; `finish_s`: what it has from the end of its input on."""
+    """Run the W&B process; `finish_s`: what it has from the end of its input on."""
     # The trainer decides when it is over; a Ctrl-C on the terminal reaches the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
