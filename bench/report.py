@@ -53,6 +53,25 @@ def _origin(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _freed_blocks(result: dict[str, Any]) -> list[str]:
+    """The price and the gain of giving freed blocks back, on a CPU rank."""
+    rows = [
+        f"| {index} | {row['own']['processor_s']:.1f} | {row['returned']['processor_s']:.1f} "
+        f"| {row['own']['resident_bytes'] / MIB:.0f} | {row['returned']['resident_bytes'] / MIB:.0f} |"
+        for index, row in enumerate(result["rounds"], 1)
+    ]
+    return [
+        "## Freed blocks of a CPU rank",
+        "",
+        "A rank without a GPU has the C library give large freed blocks back (utils/c_allocator.py), so that the memory certificate holds.",
+        f"Processor time {result['processor_ratio']:.2f} x, resident memory past the libraries {result['resident_ratio']:.2f} x (medians).",
+        "",
+        "| round | glibc's own, processor s | returned, processor s | own, resident MiB | returned, resident MiB |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 def _startup(result: dict[str, Any]) -> list[str]:
     names = {
         "help_s": "`efflaunch --help`",
@@ -242,6 +261,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "checkpoint": report_checkpoint.checkpoint,
     "chaos": report_checkpoint.chaos,
     "scale": _scale,
+    "freed_blocks": _freed_blocks,
     "startup": _startup,
     "launch": report_launch.launch,
     "fuzz": report_fuzz.fuzz,
