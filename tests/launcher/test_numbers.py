@@ -28,6 +28,7 @@ TAKES_ZERO = {
         "train.grpo_kl_weight",
         "optim.betas",
         "optim.weight_decay",
+        "parallel.probe_s",
         "optim.warmup_steps",
         "optim.min_lr_ratio",
     ),
