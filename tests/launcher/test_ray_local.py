@@ -26,7 +26,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     run.wait_for_step(3)
     below = descendants(run.process.pid)
     names = [psutil.Process(pid).name() for pid in below]
-    assert "raylet" in names and any(name.startswith("ray::Keeper") for name in names)
+    assert "raylet" in names and any(name.startswith("ray::NodeKeeper") for name in names)
     rank = next(pid for pid in below if "efflaunch.launcher.ray.task" in " ".join(psutil.Process(pid).cmdline()))
     given = psutil.Process(rank).environ()
     # Ray's own daemons, its metrics and ours.

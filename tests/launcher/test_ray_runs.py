@@ -120,7 +120,7 @@ class Beside:
 
 
 def lose_actor(cluster: RayCluster) -> None:
-    keeper = next(pid for pid, command in cluster.processes() if command.startswith("ray::Keeper"))
+    keeper = next(pid for pid, command in cluster.processes() if command.startswith("ray::NodeKeeper"))
     subprocess.run(["kill", "-9", str(keeper)], check=True)
 
 
@@ -300,7 +300,7 @@ def test_nothing_is_left_running(cluster: RayCluster) -> None:
     """After all jobs: no agent, no rank, no driver of theirs, whatever became of them. The last test of this module."""
 
     def left() -> list[str]:
-        words = ("efflaunch.launcher.ray", "pt_elastic", "ray::Keeper")
+        words = ("efflaunch.launcher.ray", "pt_elastic", "ray::NodeKeeper")
         return [command for _, command in cluster.processes() if any(word in command for word in words)]
 
     wait_until(lambda: not left(), "the end of what the jobs started")
