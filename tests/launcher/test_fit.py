@@ -217,7 +217,7 @@ def test_where_activations_are_to_be_moved_is_looked_at_before_ranks_start(tmp_p
 def test_nothing_is_looked_at_where_nothing_is_moved() -> None:
     config = compose(["+experiment=quickstart", "memory=keep", "memory.offload_dir=/nonesuch"])
     check_machine(config, NO_GPU)
-    assert not arena_bytes(plan(config).setting)
+    assert not arena_bytes(plan(config).inputs)
     with pytest.raises(ConfigError, match="memory.offload_dir=/nonesuch: found no such file or directory"):
         check_machine(compose(["+experiment=quickstart", "memory=alst", "memory.offload_dir=/nonesuch"]), NO_GPU)
 
