@@ -97,7 +97,7 @@ def test_good_numbers_make_a_schedule() -> None:
     for change in ({}, {"grad_clip": None}, {"schedule": "wsd", "decay_steps": 40}, {"min_lr_ratio": 1.0}, {"betas": [0.0, 0.0]}):
         optim = replace(BASE, **change)  # type: ignore[arg-type]
         check_optim(optim, STEPS)
-        rates = [learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)]
+        rates = _rates(optim)
         assert max(rates) == pytest.approx(optim.lr, rel=0.01) and min(rates) >= 0 and max(rates) <= optim.lr, change
 
 
