@@ -148,7 +148,7 @@ def _trace(fields: dict[str, Any], policy: Any, micro_batches: tuple[tuple[int, 
 class OneRank:
     """A model of ours on one rank, without process groups and sharding."""
 
-    rank, world_size = 0, 1
+    rank, stage_rank, world_size = 0, 0, 1
 
     def __init__(self, fields: dict[str, Any], policy: Any, *, dtype: Any, loss_chunk_tokens: int) -> None:
         import torch

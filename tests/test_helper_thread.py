@@ -89,7 +89,7 @@ import os
 from efflaunch.launcher.agent import worker
 from efflaunch.utils.heartbeat import Heartbeat
 os.environ.update(RANK="0", LOCAL_RANK="0", DIVISOR="0")
-worker.join = lambda board, rank: Heartbeat()
+worker.attach = lambda board, rank: Heartbeat()
 worker.main({str(run_dir)!r}, "efflaunch.tests.test_helper_thread:dying", 1, os.getppid(), "")
 """
     done = python(code)

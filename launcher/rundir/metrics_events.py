@@ -9,7 +9,7 @@ Event = dict[str, Any]
 _NUMBER, _COUNT, _TEXT, _LIST, _GROUP, _TRUTH = "number", "count", "text", "list", "group", "truth"
 _NEEDED: dict[str, dict[str, str]] = {
     "start": {"steps": _COUNT, "world_size": _COUNT, "parameters": _COUNT},
-    "step": {"step": _COUNT, "loss": _NUMBER, "step_s": _NUMBER},
+    "step": {"step": _COUNT, "step_s": _NUMBER},
     "checkpoint": {"step": _COUNT},
     "checkpoint_failed": {"step": _COUNT, "error": _TEXT},
     "planner_failed": {"error": _TEXT},
@@ -21,6 +21,7 @@ _NEEDED: dict[str, dict[str, str]] = {
 _OPTIONAL: dict[str, dict[str, str]] = {
     "start": {"resumed_from": _COUNT, "memory": _LIST, "certificate": _GROUP, "sequence": _TEXT, "cost_model": _GROUP},
     "step": {
+        "loss": _NUMBER,
         "total_tokens": _COUNT,
         "tokens_per_s": _NUMBER,
         "lr": _NUMBER,
@@ -56,7 +57,7 @@ def is_sound(event: Any) -> bool:
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return False
     kind = event["event"]
-    if not _has(event, _NEEDED.get(kind, {})):
+    if not _has(event, _NEEDED.get(kind, {})) or (kind == "step" and "loss" not in event):
         return False
     optional = _OPTIONAL.get(kind, {})
     if not all(event.get(name) is None or _is(event[name], wanted) for name, wanted in optional.items()):

@@ -102,8 +102,6 @@ def test_a_place_that_is_none_is_refused(mirror: str) -> None:
     """An empty path is the current directory to fsspec: checkpoints would be written there, and others' removed."""
     with pytest.raises(ConfigError, match=r"checkpoint\.mirror: found"):
         check_checkpoint(CheckpointConfig(name="c", mirror=mirror))
-    with pytest.raises(ConfigError, match=r"checkpoint\.mirror_keep_last: found 0; expected 1 or more"):
-        check_checkpoint(CheckpointConfig(name="c", mirror="there", mirror_keep_last=0))
 
 
 def test_a_place_that_holds_other_things_or_keeps_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

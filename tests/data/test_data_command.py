@@ -68,7 +68,7 @@ BAD = [
     (["prepare", "in", "--tokenizer", "./nowhere", "--out", "c"], "tokenizer ./nowhere: found nothing that can be loaded"),
     (["prepare", "in", "--tokenizer", "tok", "--out", "in/a.txt/c"], "file in/a.txt"),
     (["prepare", "in", "--tokenizer", "tok", "--out", "c", "--chat-template", "x"], "--chat-template x: found No such file or directory"),
-    (["tokenizer", "in", "--vocab-size", "100", "--out", "new"], "--vocab-size: found 100; expected at least 257."),
+    (["tokenizer", "in", "--vocab-size", "100", "--out", "new"], "argument --vocab-size: '100' is not a whole number"),
     (["tokenizer", "in", "--vocab-size", "300", "--out", "tok"], "--out tok: found something there already; expected a new directory."),
 ]
 

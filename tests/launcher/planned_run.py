@@ -35,7 +35,19 @@ def make_run(directory: Path, *overrides: str, recorded: bool = True) -> tuple[P
     write_run(run_dir, config, 1)
     cost = step_cost(config)
     plans = [plan_step(config, step_lengths(config, step), cost) for step in range(1, STEPS + 1)]
-    lines = [json.dumps({"event": "start", "step": 0, "plan": "layout", **({"cost_model": asdict(cost)} if recorded else {})})]
+    lines = [
+        json.dumps(
+            {
+                "event": "start",
+                "step": 0,
+                "steps": len(plans),
+                "world_size": 4,
+                "parameters": 1,
+                "plan": "layout",
+                **({"cost_model": asdict(cost)} if recorded else {}),
+            }
+        )
+    ]
     lines += [json.dumps(step_event(step, plan, recorded)) for step, plan in enumerate(plans[:-1], 1)]
     (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return run_dir, config, plans
@@ -43,7 +55,7 @@ def make_run(directory: Path, *overrides: str, recorded: bool = True) -> tuple[P
 
 def step_event(step: int, plan: StepPlan, recorded: bool) -> dict[str, Any]:
     """What training writes of a step: the last one's line is not there yet."""
-    event: dict[str, Any] = {"event": "step", "step": step, "step_s": 1.5 * step, "plan": str(plan), "planned_by": plan.source}
+    event: dict[str, Any] = {"event": "step", "step": step, "loss": 1.0, "step_s": 1.5 * step, "plan": str(plan), "planned_by": plan.source}
     if recorded:
         event["groups"] = [
             {

@@ -117,16 +117,16 @@ def test_a_certificate_is_at_least_the_closed_bound(capsys: pytest.CaptureFixtur
     assert closed["lower_bound_s"] <= tighter["lower_bound_s"] <= tighter["predicted_s"] * (1 + 1e-9)
     assert tighter["predicted_s"] == closed["predicted_s"]
     assert cli.main([*words, "--certify", "0"]) == 93
-    assert "--certify: found 0; expected seconds above 0." in capsys.readouterr().err
+    assert "argument --certify: '0' is not more than 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lengths", "wikipedia", "--steps", "0"], "--steps: found 0; expected 1 or more."),
+        (["--lengths", "wikipedia", "--steps", "0"], "argument --steps: '0' is not a whole number, 1 or more"),
         (["--lengths", "nothing"], "--lengths: found 'nothing', which is no file"),
         ([], "the following arguments are required: --lengths"),
-        (["--lengths", "wikipedia", "--sequences", "0"], "--sequences: found 0"),
+        (["--lengths", "wikipedia", "--sequences", "0"], "argument --sequences: '0' is not a whole number, 1 or more"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
