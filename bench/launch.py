@@ -11,6 +11,7 @@ listed with the reason.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import statistics
@@ -158,9 +159,12 @@ def _steps(place: Place) -> list[dict[str, Any]]:
 
 
 def _events(run_dir: Path) -> list[dict[str, Any]]:
-    from ..launcher.rundir.metrics_reader import MetricsFollower
-
-    return MetricsFollower(run_dir).read()
+    # Not through the launcher's reader: a bare rank writes no more of a step than its number and time.
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
 
 
 def _until(look: Callable[[], float | None], what: str) -> float:

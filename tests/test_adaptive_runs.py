@@ -157,7 +157,7 @@ def test_a_profile_is_taken_used_and_refused_elsewhere(place):
     assert [row.degree for row in profile.degrees] == [1, 2] and len(profile.collectives) == 4
     runs.finish(runs.train(place, *ADAPTIVE, "parallel.profile=mine.yaml", steps=10), place)
     (start,) = events(place, "start")
-    assert start["costs"] == "mine.yaml" and start["cost_model"]["source"] == "profile"
+    assert start["costs"] == str(place / "mine.yaml") and start["cost_model"]["source"] == "profile"
     save_profile(place / "other.yaml", replace(profile, key=replace(profile.key, hardware="NVIDIA H200")))
     shutil.rmtree(place / "runs")
     text = runs.run(place, "train", *runs.BASE, *ADAPTIVE, "train.steps=10", "parallel.profile=other.yaml", expect=93)

@@ -36,7 +36,7 @@ BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
     "model.vocab_size=97", "data=indexed", "data.prefixes=[corpus]", "data.max_seq_len=256", "data.global_batch_tokens=1K",
     "cluster=local_cpu", "cluster.ranks_per_node=2", "parallel.tokens_per_rank=128", "parallel.scheme=ring", "train.dtype=float32",
-    "optim.schedule=constant", "optim.lr=1e-3", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain",
+    "optim.schedule=constant", "optim.lr=1e-3", "optim.warmup_steps=2", "checkpoint.every_steps=5", "run.id=run", "logging.display=plain",
 )  # fmt: skip
 
 
