@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -308,8 +307,8 @@ def test_gradients_that_are_no_numbers_stop_the_run_and_keep_the_checkpoint(plac
     assert max(losses(place)) == STEPS + 2
 
 
-def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
-    """Training goes on from exported weights, through `model.path`; one row of the embedding is spoiled."""
+def test_weights_that_are_no_numbers_are_named_before_the_first_step(place, reference):
+    """A run begins from exported weights, through `model.path`; one row of the embedding is spoiled: no document is at fault."""
     shutil.copytree(reference / "runs", place / "runs")
     run(place, "export", "runs/run", "spoiled", "--dtype", "float32")
     weights = load_file(place / "spoiled" / "model.safetensors")
@@ -319,17 +318,8 @@ def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
     (place / "mine" / "model" / "spoiled.yaml").write_text("name: spoiled\npath: spoiled\n")
     words = [word for word in BASE if not word.startswith("model")]
     text = run(place, "train", *words, f"train.steps={STEPS}", "--config-dir", "mine", "model=spoiled", "run.id=other", expect=93)
-    found = re.search(
-        r"step 1: found a loss or gradient norm of nan \(ranks ([01](, 1)?); (corpus corpus document \d+ tokens \d+-\d+(; )?)+", text
-    )
-    assert found, text
-    source = open_data_of(place)
-    named = [int(n) for n in re.findall(r"document (\d+) tokens", found[0])]
-    held = [int(n) for index in range(len(source.lengths(0))) for n in re.findall(r"document (\d+)", source.describe(0, index))]
-    assert set(named) <= set(held)
-    # Kernels spread it over the tokens of a block; the spoiled one is among those named.
-    spans = [tuple(map(int, found)) for found in re.findall(r"document (\d+) tokens (\d+)-(\d+)", found[0])]
-    assert all(96 in source.corpora[0].tokens(*span) for span in spans)
+    assert "found NaN or infinite numbers in model.embed_tokens.weight; expected finite weights" in text
+    assert "corpus document" not in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class OptimConfig:
     """Precision of the moments. bfloat16 and 8bit are not exact."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        "lr": Range(0, 1000, above=True, example=3e-4),
+        "lr": Range(0, 1e38, above=True, example=3e-4),
         "betas": Range(0, 1, below=True),
         "eps": Range(0, 1, above=True),
         "weight_decay": Range(0, 1000),
