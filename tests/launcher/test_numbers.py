@@ -117,7 +117,7 @@ def test_what_is_said(plain: dict[str, Any]) -> None:
         "  Try: checkpoint.keep_every=null, or a number such as 1000"
     )
     assert message("optim.lr", math.nan) == (
-        "optim.lr: found a number that is not one (NaN); expected more than 0, at most 1,000.\n  Try: optim.lr=0.0003, or what you need"
+        "optim.lr: found a number that is not one (NaN); expected more than 0, at most 1e+38.\n  Try: optim.lr=0.0003, or what you need"
     )
     assert message("optim.betas", [0.9, 1]) == "optim.betas[1]: found 1; expected 0 to below 1.\n  Try: optim.betas=[0.9,0.95]"
     assert (
