@@ -31,7 +31,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     given = psutil.Process(rank).environ()
     # Ray's own daemons, its metrics and ours.
     addresses = set(open_sockets([run.process.pid, *below]))
-    assert addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
+    assert addresses and all(ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback for address in addresses), addresses
     assert "RAY_AUTH_TOKEN" not in given and given["HOME"] == psutil.Process().environ()["HOME"]
     daemon = psutil.Process(below[names.index("raylet")])
     token, home = daemon.environ()["RAY_AUTH_TOKEN"], Path(daemon.environ()["HOME"])
