@@ -201,10 +201,11 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
     again = [event for event in seen if event["event"] == "start"][1]
     step = next(event["step"] for event in seen if event["event"] == "replica")
     assert again["restored_from"].startswith("the memory of") and again["resumed_from"] >= step
-    # Either saved again at once, or its writers were done when the ranks came back.
+    # Saved again at once, or by writers that were done when the ranks came back, or a newer save took its turn on slow storage.
     logs = "".join(path.read_text() for path in (place / "runs" / "run" / "logs").rglob("rank-0.log"))
     adopted = f"checkpoint of step {again['resumed_from']}: every rank had written it when training stopped; committed now"
-    assert again["resumed_from"] in [event["step"] for event in seen if event["event"] == "checkpoint"] or adopted in logs
+    durable = [event["step"] for event in seen if event["event"] == "checkpoint" and event["time"] > again["time"]]
+    assert max(durable, default=0) >= again["resumed_from"] or adopted in logs
 
 
 @pytest.mark.slow
