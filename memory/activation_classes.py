@@ -11,6 +11,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """Sizes of the mixture of experts of a decoder layer."""
+
+    num_experts: int
+    per_token: int
+    """Experts that one token visits."""
+    inner_size: int
+    """Width of one expert's gate, and of its up."""
+    shared_size: int = 0
+    """The same of the expert that all tokens visit; 0: there is none."""
+    has_router_bias: bool = False
+    has_biases: bool = False
+    """Whether the experts' own projections have biases."""
+    has_shared_gate: bool = False
+    """Whether the shared expert's output is scaled token by token."""
+
+    @property
+    def active_size(self) -> int:
+        """Numbers of gate that one token makes, over all experts it visits."""
+        return self.per_token * self.inner_size + self.shared_size
+
+
 class LayerSizes(Protocol):
     """Widths of one decoder layer, as a model's spec has them."""
 
@@ -24,6 +47,10 @@ class LayerSizes(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def num_heads(self) -> int: ...
+    @property
+    def experts(self) -> ExpertSizes | None:
+        """None: the feed-forward is dense."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +137,31 @@ GATE_UP = ActivationClass(
     made_from=(RESIDUAL,),
     num_tensors=2,
 )
+ROUTING = ActivationClass(
+    name="routing",
+    description="experts chosen",
+    numbers_per_token=lambda sizes: 0,
+    # One int32 each.
+    wide_numbers_per_token=lambda sizes: _experts(sizes).per_token,
+    recompute_flops=lambda sizes, forward: 0.0,
+    made_from=(RESIDUAL,),
+    by_token=False,
+    decision=True,
+)
+EXPERT_GATE_UP = ActivationClass(
+    # One key of a policy for both kinds of feed-forward: it is the same part of a layer.
+    name=GATE_UP.name,
+    description="gate and up of each token's experts",
+    numbers_per_token=lambda sizes: 2 * _experts(sizes).active_size,
+    recompute_flops=lambda sizes, forward: 4.0 * sizes.hidden_size * _experts(sizes).active_size,
+    made_from=(RESIDUAL, ROUTING),
+)
+
+
+def _experts(sizes: LayerSizes) -> ExpertSizes:
+    assert sizes.experts is not None, "a class of layers with experts"
+    return sizes.experts
+
 
 LOG_SUM_EXP = "log_sum_exp"
 """Key of what lies beside attention's output where that is stored by other pieces than attention made it in."""
@@ -127,13 +179,16 @@ class FeedForwardCosts:
 
 
 DENSE = FeedForwardCosts(classes=(GATE_UP,), output_flops=lambda sizes: 2.0 * sizes.hidden_size * sizes.intermediate_size)
+MIXTURE = FeedForwardCosts(
+    classes=(ROUTING, EXPERT_GATE_UP), output_flops=lambda sizes: 2.0 * sizes.hidden_size * _experts(sizes).active_size
+)
 CLASSES = (*COMMON, *DENSE.classes)
-"""All classes a policy can speak of."""
+"""All classes a policy can speak of, by name: gate and up of experts are under the same."""
 
 
 def feed_forward_costs(sizes: LayerSizes) -> FeedForwardCosts:
     """Those of a model's layers."""
-    return DENSE
+    return DENSE if sizes.experts is None else MIXTURE
 
 
 def activation_classes(sizes: LayerSizes) -> tuple[ActivationClass, ...]:

@@ -21,11 +21,16 @@ _RANGES: Mapping[str, tuple[int, int]] = {
     "max_window_layers": (0, 1 << 20),
     "sliding_window_pattern": (1, 1 << 20),
     "sliding_window": (1, 1 << 40),
+    "num_experts": (1, 1 << 14),
+    "num_local_experts": (1, 1 << 14),
+    "num_experts_per_tok": (1, 1 << 14),
+    "moe_intermediate_size": (1, 1 << 24),
+    "shared_expert_intermediate_size": (1, 1 << 24),
 }
 """Sizes, both ends included: larger ones are no model of this decade but a damaged or hostile file."""
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
 _POSITIVE = ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-_SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention")
+_SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention", "norm_topk_prob", "qkv_bias")
 ACTIVATIONS = frozenset(
     {
         *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh"),
@@ -41,6 +46,7 @@ def check_fields(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> N
     _check_sizes(fields, where)
     _check_shapes(fields, facts, where)
     _check_layer_types(fields, where)
+    _check_experts(fields, facts, where)
     for name in _POSITIVE:
         value = fields.get(name)
         if value is not None and not (_is_number(value) and math.isfinite(value) and value > 0):
@@ -96,6 +102,19 @@ def _check_layer_types(fields: Mapping[str, Any], where: str) -> None:
     unknown = [kind for kind in types if kind not in (FULL, SLIDING)]
     if unknown:
         raise _wrong(where, "layer_types", unknown[0], f"{FULL} or {SLIDING}")
+
+
+def _check_experts(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> None:
+    if facts.experts is None:
+        return
+    count, chosen = fields[facts.experts.count], fields["num_experts_per_tok"]
+    if chosen > count:
+        raise _wrong(where, "num_experts_per_tok", chosen, f"at most the {count} experts there are ({facts.experts.count})")
+    if fields.get("output_router_logits"):
+        raise _wrong(where, "output_router_logits", True, "false: no auxiliary loss of the router is trained with")
+    refusal = facts.experts.problem(fields)
+    if refusal is not None:
+        raise _wrong(where, refusal.field, refusal.actual, refusal.expected)
 
 
 def _is_number(value: object) -> bool:

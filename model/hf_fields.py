@@ -111,7 +111,11 @@ def model_fields(config: ModelConfig) -> ModelFields:
 def file_fields(config: Mapping[str, Any], facts: FamilyFacts) -> dict[str, Any]:
     """The fields of a config.json that describe the language model: its own, or those under `text_config`."""
     if facts.wrapped_by is None or config.get("model_type") != facts.wrapped_by:
-        return {key: value for key, value in config.items() if key not in LABELS - {"model_type"}}
+        fields = {key: value for key, value in config.items() if key not in LABELS - {"model_type"}}
+        # A field that is there under both its names is read by its own.
+        return {facts.aliases[key]: value for key, value in fields.items() if key in facts.aliases} | {
+            key: value for key, value in fields.items() if key not in facts.aliases
+        }
     inner = config.get("text_config") or {}
     # The whole model ties its head by its own switch; ids of the end and the beginning may be given there alone.
     shared = {key: config[key] for key in ("bos_token_id", "eos_token_id", "quantization_config") if config.get(key) is not None}

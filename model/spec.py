@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..memory.activation_classes import ExpertSizes
 from .config import Family, ModelConfig
 from .families import facts_of
 from .families.facts import FULL
@@ -46,6 +47,8 @@ class ModelSpec:
     """Logits go through tanh."""
     rotary_tables: int
     """Rotary tables of one micro-batch: one, or one per kind of layer."""
+    experts: ExpertSizes | None = None
+    """The mixture of experts of every layer; None: feed-forwards are dense."""
 
     @property
     def query_size(self) -> int:
@@ -69,8 +72,9 @@ class LayerParameters:
 
 def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
     """Weights of each decoder layer, from the first to the last."""
-    dense = _dense_layer_parameters(spec)
-    return (LayerParameters(total=dense, active=dense),) * spec.num_layers
+    others = _attention_parameters(spec) + spec.norms_per_layer * spec.hidden_size
+    total, active = _dense_parameters(spec) if spec.experts is None else _expert_parameters(spec.experts, spec.hidden_size)
+    return (LayerParameters(total=others + total, active=others + active),) * spec.num_layers
 
 
 def active_layer_parameters(spec: ModelSpec) -> float:
@@ -78,11 +82,26 @@ def active_layer_parameters(spec: ModelSpec) -> float:
     return sum(layer.active for layer in layer_parameters(spec)) / spec.num_layers
 
 
-def _dense_layer_parameters(spec: ModelSpec) -> int:
-    hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
-    matrices = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
-    biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias + (2 * inner + hidden) * spec.mlp_bias
-    return matrices + biases + spec.norms_per_layer * hidden + 2 * spec.head_dim * spec.qk_norm
+def _attention_parameters(spec: ModelSpec) -> int:
+    hidden, queries, keys = spec.hidden_size, spec.query_size, spec.kv_size
+    biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias
+    return 2 * hidden * queries + 2 * hidden * keys + biases + 2 * spec.head_dim * spec.qk_norm
+
+
+def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
+    """Weights of a dense feed-forward, and those a token is multiplied with: the same."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    every = 3 * hidden * inner + (2 * inner + hidden) * spec.mlp_bias
+    return every, every
+
+
+def _expert_parameters(experts: ExpertSizes, hidden: int) -> tuple[int, int]:
+    """Weights of a mixture of experts, and those a token is multiplied with: the router's, its own experts' and the shared one's."""
+    inner = experts.inner_size
+    one = 3 * hidden * inner + (2 * inner + hidden) * experts.has_biases
+    shared = 3 * hidden * experts.shared_size + hidden * experts.has_shared_gate
+    always = experts.num_experts * (hidden + experts.has_router_bias) + shared
+    return always + experts.num_experts * one, always + experts.per_token * one
 
 
 def num_parameters(spec: ModelSpec) -> int:
@@ -117,6 +136,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         has_score_softcap=facts.has_score_softcap and fields.get("attn_logit_softcapping") is not None,
         has_logit_softcap=facts.has_logit_softcap and fields.get("final_logit_softcapping") is not None,
         rotary_tables=facts.rotary_tables,
+        experts=None if facts.experts is None else facts.experts.sizes(fields),
     )
 
 

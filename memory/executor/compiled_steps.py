@@ -68,7 +68,7 @@ class CompiledSteps:
 
     def __init__(self, adapter: LayerSteps, layer: nn.Module, graphs: Graphs) -> None:
         self._adapter, self._layer, self._graphs = adapter, layer, graphs
-        self.spec, self.rope_key = adapter.spec, adapter.rope_key
+        self.spec, self.rope_key, self.traceable = adapter.spec, adapter.rope_key, adapter.traceable
         names = [name for named in (layer.named_parameters(), layer.named_buffers()) for name, _ in named]
         self._places = [(name, layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
 
@@ -76,6 +76,8 @@ class CompiledSteps:
         return self._forward(Step("before_attention", heads), (x, *rope))
 
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
+        if not self._adapter.traceable:
+            return self._adapter.after_attention(x, o)
         return self._forward(Step("after_attention"), (x, o))[0]
 
     def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:

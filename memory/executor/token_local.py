@@ -27,6 +27,8 @@ class LayerSteps(Protocol):
 
     spec: Any
     rope_key: str | None
+    traceable: bool
+    """Whether one graph of tensors holds the whole second half; its steps have one each in any case."""
 
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ..., *, graph: bool = ...) -> tuple[Tensor, ...]: ...
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor: ...
@@ -142,6 +144,10 @@ class GradientSums:
             if part is not None:
                 self.add(index, part)
         return gradients[: len(inputs)]
+
+    def index_of(self, parameter: Tensor) -> int | None:
+        """Index of one of `parameters`; None for one that is not trained."""
+        return next((index for index, own in enumerate(self.parameters) if own is parameter), None)
 
     def add(self, index: int, part: Tensor) -> None:
         """Part of the gradient of one of `parameters`; it may be added to in place."""

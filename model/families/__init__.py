@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from ..config import Family
-from . import gemma2_facts, gemma3_facts, llama_facts, mistral_facts, qwen2_facts, qwen3_facts
+from . import (
+    gemma2_facts,
+    gemma3_facts,
+    llama_facts,
+    mistral_facts,
+    mixtral_facts,
+    qwen2_facts,
+    qwen2_moe_facts,
+    qwen3_facts,
+    qwen3_moe_facts,
+)
 from .facts import FamilyFacts
 
 if TYPE_CHECKING:
@@ -22,7 +32,20 @@ if TYPE_CHECKING:
     from .adapter import LayerAdapter
 
 FACTS: Mapping[Family, FamilyFacts] = MappingProxyType(
-    {entry.FACTS.family: entry.FACTS for entry in (llama_facts, mistral_facts, qwen2_facts, qwen3_facts, gemma2_facts, gemma3_facts)}
+    {
+        entry.FACTS.family: entry.FACTS
+        for entry in (
+            llama_facts,
+            mistral_facts,
+            qwen2_facts,
+            qwen3_facts,
+            gemma2_facts,
+            gemma3_facts,
+            mixtral_facts,
+            qwen2_moe_facts,
+            qwen3_moe_facts,
+        )
+    }
 )
 """Every family; `NAME.py` beside its facts holds the adapter, as `LAYER`."""
 

@@ -6,14 +6,14 @@ Legend: T local tokens, M model width, H query heads, K key/value heads, D head 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
-from ...memory.executor.feed_forward import DenseFeedForward
 from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
@@ -29,10 +29,15 @@ class LayerAdapter(ABC):
     projections: ClassVar[tuple[str, ...]]
     """Modules whose products the steps make (projection.py): their weights and biases are read, they are not called."""
     norms: ClassVar[tuple[str, ...]]
-    """Modules that the steps call. Every parameter of the layer is one of these or of a projection."""
+    """Modules that the steps call."""
+    own: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Modules of the family's own classes, by name: their parameters are read, they are not called.
+
+    Every parameter of the layer is one of these, of a norm or of a projection.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
-        check_modules(layer, self.projections, self.norms)
+        check_modules(layer, self.projections, self.norms, self.own)
         self.layer, self.attention = layer, layer.self_attn
         if float(getattr(self.attention, "attention_dropout", 0.0)) > 0:
             raise ConfigError(
@@ -45,6 +50,8 @@ class LayerAdapter(ABC):
 
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
+    traceable: bool = True
+    """Whether one graph of tensors holds the whole second half."""
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""
@@ -70,9 +77,9 @@ class LayerAdapter(ABC):
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""
         return self.feed_forward(self).forward(self.residual(x, o), NothingSaved())
 
+    @abstractmethod
     def feed_forward(self, steps: LayerSteps) -> FeedForward:
-        """The layer's feed-forward, run by `steps`: dense, of `mlp_in` and `mlp_out`."""
-        return DenseFeedForward(steps)
+        """The layer's feed-forward, whose token-local steps are run by `steps`."""
 
     def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The results of one of these steps (memory/executor/token_local.py)."""
@@ -99,14 +106,6 @@ class LayerAdapter(ABC):
     @abstractmethod
     def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
         """Layer input (T, M) plus attention's projected output (T, H, D) -> (T, M)."""
-
-    @abstractmethod
-    def mlp_in(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
-        """Project rows to gate and up: (T, M) -> (T, I) each."""
-
-    @abstractmethod
-    def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
-        """Finish the layer: (T, M) and what mlp_in made of it -> the layer's output (T, M)."""
 
     def _spec(self) -> AttentionSpec:
         config = self.attention.config

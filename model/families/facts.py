@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Family
+from .expert_facts import ExpertFacts
 
 Windows = tuple[int | None, ...]
 """Per layer: tokens attention looks back over, None for all of them."""
@@ -58,6 +59,8 @@ class FamilyFacts:
     """Fields its config class has and none of its layers reads."""
     wrapped_by: str | None = None
     """Model type of configs that hold this family's under `text_config`, beside other parts that are not trained here."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that a config.json has for fields, by those names."""
     activation_field: str = "hidden_act"
     heads_divide_hidden: bool = False
     """Whether the Hugging Face config refuses a hidden size that the heads do not divide, whatever the head dim."""
@@ -87,6 +90,8 @@ class FamilyFacts:
     """A rotary table for layers with a window and one for the others."""
     default_theta: float = DEFAULT_THETA
     """Base of the rotary angles (of layers without a window, where there are two tables)."""
+    experts: ExpertFacts | None = None
+    """The mixture of experts of every layer; None: feed-forwards are dense."""
 
     @property
     def norms_per_layer(self) -> int:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..config import Family
-from .facts import FamilyFacts
+from .facts import FamilyFacts, Windows
+
+
+def window_everywhere(fields: Mapping[str, Any]) -> Windows:
+    """The same window for every layer, where one is given."""
+    return (fields.get("sliding_window"),) * int(fields["num_hidden_layers"])
+
 
 FACTS = FamilyFacts(
     family=Family.MISTRAL,
@@ -18,5 +27,5 @@ FACTS = FamilyFacts(
     fields=frozenset({"hidden_act", "sliding_window"}),
     qkv_bias=lambda fields: False,
     output_bias=lambda fields: False,
-    windows=lambda fields: (fields.get("sliding_window"),) * int(fields["num_hidden_layers"]),
+    windows=window_everywhere,
 )

@@ -7,7 +7,9 @@ quantised weight, a hook) would be missing from the gradient, and nothing would 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 
+NO_MODULES: Mapping[str, str] = MappingProxyType({})
 Rows = slice | Tensor | None
 """Rows of a weight (M, I), which are columns of its product; None: all of them."""
 
@@ -49,25 +52,37 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
     return Projection(module.weight, module.bias)
 
 
-def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...]) -> None:
-    """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
-    for name in (*projections, *norms):
+def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...], own: Mapping[str, str] = NO_MODULES) -> None:
+    """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called.
+
+    `own`: modules of the family's own classes that are read as projections are, each with the name of its class.
+    """
+    modules = (*projections, *norms, *own)
+    for name in modules:
         _check_present(layer, name)
     for name in projections:
         projection_of(layer, name)
         _check_plain(layer.get_submodule(name), name)
-    modules = (*projections, *norms)
+    for name, expected in own.items():
+        _check_own(layer.get_submodule(name), name, expected)
     for name, _ in layer.named_parameters():
         if not any(name.startswith(f"{owner}.") for owner in modules):
             raise _refusal(name, "a parameter that no step of a layer reads", "its gradient would be lost")
 
 
+def _check_own(module: nn.Module, name: str, expected: str) -> None:
+    """Refuse a module of another class than Hugging Face's `expected`, which may compute anything, and one with hooks."""
+    if type(module).__qualname__ != expected or not type(module).__module__.startswith("transformers.models."):
+        raise _refusal(name, f"a {type(module).__qualname__}, not transformers' {expected}", "gradients of anything it adds would be lost")
+    _check_plain(module, name)
+
+
 def _check_plain(module: nn.Module, name: str) -> None:
-    """Refuse a Linear with hooks before training. An engine's hooks come later, and it gathers whole layers."""
+    """Refuse a module with hooks before training. An engine's hooks come later, and it gathers whole layers."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise _refusal(name, "a Linear with hooks", "they would not run")
+        raise _refusal(name, f"a {type(module).__qualname__} with hooks", "they would not run")
     if "forward" in vars(module):
-        raise _refusal(name, "a Linear with a forward of its own", "it would not run")
+        raise _refusal(name, f"a {type(module).__qualname__} with a forward of its own", "it would not run")
 
 
 def _check_present(layer: nn.Module, name: str) -> None:

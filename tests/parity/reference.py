@@ -43,6 +43,19 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "pad_token_id": None,
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 13},
+    "qwen2_moe": {
+        **{"model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+        **{"shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    },
+    "qwen3_moe": {
+        **{"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        **{"norm_topk_prob": True, "num_hidden_layers": 3},
+    },
+    "qwen3_moe_plain": {
+        **{"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 24},
+        **{"use_sliding_window": True, "sliding_window": 11},
+    },
     "rope_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "rope_dynamic": {
         "model_type": "llama",
@@ -67,6 +80,9 @@ FAMILIES = {
 }
 
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
 def hf_config(family: str):
     fields = {**BASE, **FAMILIES[family]}
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -75,7 +91,10 @@ def hf_config(family: str):
 def reference_model(family: str, dtype: torch.dtype):
     """Random weights everywhere, norms and biases included, so that no gradient is trivially right."""
     torch.manual_seed(1234)
-    model = AutoModelForCausalLM.from_config(hf_config(family), dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa")
+    config = hf_config(family)
+    # Its grouped products know no float64; the loop over experts is what they stand for.
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -106,13 +125,15 @@ def lift_to_float64() -> None:
     """
     import importlib
 
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"):
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", *MIXTURES):
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name, kind in vars(module).items():
             if isinstance(kind, type) and name.endswith("RMSNorm"):
                 kind.forward = _gemma_norm if family.startswith("gemma") else _norm
             if isinstance(kind, type) and name.endswith("RotaryEmbedding"):
                 kind.forward = _rotary_forward(kind.forward)
+            if isinstance(kind, type) and name.endswith("TopKRouter"):
+                kind.forward = _router
         if hasattr(module, "eager_attention_forward") and family == "gemma2":
             module.eager_attention_forward = _eager
 
@@ -120,6 +141,15 @@ def lift_to_float64() -> None:
 def _norm(self, x):
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def _router(self, hidden_states):
+    logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    weights, chosen = probabilities.topk(self.top_k, dim=-1)
+    if getattr(self, "norm_topk_prob", True):
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights.to(logits.dtype), chosen
 
 
 def _gemma_norm(self, x):

@@ -1,0 +1,145 @@
+"""Experts of one layer on rows that were routed: their output, and every gradient, by formulas.
+
+Note: why by formulas. Backward makes no down product: a token's weight for an expert is differentiated through the expert's
+activation, <dy, W a> = <W^T dy, a>, and W^T dy is needed in any case. Sums over the experts of a token go over its own places in the
+sorted rows, so they come to the same bits every time, which adding by index does not on a GPU.
+
+Legend: T tokens, K experts of a token, R = T K rows in the order of their experts, M model width, I width of gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .grouped import GroupedProjection, Groups
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts every token goes to, and where its rows are among those of all tokens in the order of experts."""
+
+    chosen: Tensor
+    """Experts of each token (T, K) int32."""
+    tokens: Tensor
+    """Token of each row (R,)."""
+    places: Tensor
+    """Row of each token and expert (T, K)."""
+    groups: Groups
+
+    @classmethod
+    def of(cls, chosen: Tensor, num_experts: int) -> Routing:
+        """Sort by expert, tokens of one expert in their own order. `chosen` (T, K)."""
+        flat = chosen.flatten().long()
+        order = torch.argsort(flat, stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        counts = torch.bincount(flat, minlength=num_experts)
+        return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), Groups(counts))
+
+    def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum each token's rows (R, M), times its weights (T, K), in float32 at least -> (T, M) in the rows' dtype."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = rows.new_zeros((self.chosen.shape[0], rows.shape[1]), dtype=wide)
+        for column in range(self.chosen.shape[1]):
+            part = rows[self.places[:, column]]
+            total += part if weights is None else part * weights[:, column : column + 1]
+        return total.to(rows.dtype)
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Values of tokens and experts (T, K) -> those of rows (R,)."""
+        out = torch.empty_like(values.flatten())
+        out[self.places.flatten()] = values.flatten()
+        return out
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """Values of rows (R,) -> those of tokens and experts (T, K)."""
+        return values[self.places.flatten()].view(self.places.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a layer, with their weights as they are in this pass."""
+
+    gate_up: GroupedProjection
+    """(T, M) -> gate and up in one (R, 2 I), in the family's own order."""
+    down: GroupedProjection
+    activate: Callable[[Tensor], Tensor]
+    """Gate and up (R, 2 I) -> (R, I), differentiable."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """All parameters, in the order of `gradients`."""
+        both = (self.gate_up.weight, self.gate_up.bias, self.down.weight, self.down.bias)
+        return tuple(each for each in both if each is not None)
+
+    def gate_and_up(self, h: Tensor, routing: Routing) -> Tensor:
+        """Gate and up (R, 2 I) of normed tokens h (T, M)."""
+        return self.gate_up(h[routing.tokens], routing.groups)
+
+    def output(self, gate_up: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        """The sum over each token's experts (T, M), each times its weight (T, K)."""
+        with torch.no_grad():
+            return routing.sum_rows(self.down(self.activate(gate_up), routing.groups), weights)
+
+    def gradients(
+        self, h: Tensor, gate_up: Tensor, weights: Tensor, dy: Tensor, routing: Routing
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Gradients of h (T, M), of the weights (T, K), and of `self.weights` where they are trained; dy (T, M) is the output's."""
+        groups, upstream = routing.groups, dy[routing.tokens]
+        scale = routing.by_row(weights).unsqueeze(1)
+        with torch.enable_grad():
+            leaf = gate_up.detach().requires_grad_()
+            product = self.activate(leaf)
+        activation = product.detach()
+        back = self.down.input_gradient(upstream, groups)
+        d_weights = torch.einsum("ri,ri->r", back.to(scale.dtype), activation.to(scale.dtype))
+        if self.down.bias is not None:
+            biases = self.down.bias.detach()[groups.experts()]
+            d_weights += torch.einsum("rm,rm->r", upstream.to(scale.dtype), biases.to(scale.dtype))
+            del biases
+        upstream = (upstream * scale).to(dy.dtype)
+        down = _of_projection(self.down, activation, upstream, groups)
+        del upstream, activation
+        (d_gate_up,) = torch.autograd.grad(product, leaf, (back * scale).to(dy.dtype))
+        del back, product
+        d_rows = self.gate_up.input_gradient(d_gate_up, groups)
+        own = _of_projection(self.gate_up, h[routing.tokens], d_gate_up, groups)
+        return routing.sum_rows(d_rows), routing.by_token(d_weights), [*own, *down]
+
+
+def _of_projection(projection: GroupedProjection, x: Tensor, dy: Tensor, groups: Groups) -> list[Tensor | None]:
+    """Gradients of weight and bias, None for one that is not trained; nothing for a bias that is not there."""
+    weight = projection.weight_gradient(x, dy, groups) if projection.weight.requires_grad else None
+    if projection.bias is None:
+        return [weight]
+    return [weight, projection.bias_gradient(dy, groups) if projection.bias.requires_grad else None]
+
+
+class ExpertsGraph(torch.autograd.Function):
+    """Experts as one node of a graph: (h (T, M), weights (T, K), routing, experts, *their parameters) -> (T, M). It keeps h, gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weights: Tensor, routing: Routing, experts: Experts, *parameters: Tensor) -> Tensor:
+        gate_up = experts.gate_and_up(h, routing)
+        ctx.save_for_backward(h, gate_up, weights)
+        ctx.routing, ctx.experts = routing, experts
+        return experts.output(gate_up, weights, routing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, gate_up, weights = ctx.saved_tensors
+        d_h, d_weights, of_parameters = ctx.experts.gradients(h, gate_up, weights, dy, ctx.routing)
+        return d_h, d_weights, None, None, *of_parameters
+
+
+def in_graph(experts: Experts, h: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """`ExpertsGraph` of these experts."""
+    parameters: Sequence[Tensor] = experts.weights
+    return ExpertsGraph.apply(h, weights, routing, experts, *parameters)  # type: ignore[no-any-return]

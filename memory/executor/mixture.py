@@ -1,0 +1,112 @@
+"""The feed-forward of a layer that is a mixture of experts: routed once, experts after experts, and a shared expert beside them.
+
+Note: the routing is decided in the first pass and kept (the class `ROUTING`). Logits are computed again in backward, for their
+gradient, and may round otherwise; what follows from them by a comparison must not.
+
+Note: mirrored in estimate/footprint/live_mixture.py (bytes while it runs) and in the table of ../activation_classes.py (`MIXTURE`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..activation_classes import EXPERT_GATE_UP, MIXTURE, ROUTING
+from .experts import Experts, Routing, in_graph
+from .token_local import GradientSums, LayerSteps, SavedPiece, Step
+
+ROUTE, SHARED_IN, SHARED_OUT = Step("route"), Step("shared_in"), Step("shared_out")
+"""(T, M) -> normed rows (T, M) and router logits (T, E); normed rows -> shared gate and up (T, S) each; normed rows with them -> (T, M)."""
+
+
+class RoutedLayer(Protocol):
+    """What a mixture asks of a family's adapter beside its steps."""
+
+    num_experts: int
+    has_shared: bool
+    """Whether `shared_in` and `shared_out` exist."""
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Experts of each token (T, K), from the router's logits (T, E)."""
+        ...
+
+    def weigh(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """Weights of the chosen experts (T, K); a differentiable function of the logits."""
+        ...
+
+    def experts(self) -> Experts:
+        """The experts with their weights as they are now."""
+        ...
+
+
+class MixtureFeedForward:
+    """A `FeedForward` of routed experts, and of a shared one where the family has it."""
+
+    classes = MIXTURE.classes
+
+    def __init__(self, steps: LayerSteps, layer: RoutedLayer) -> None:
+        """`steps` run as they are or compiled; `layer` decides, weighs and has the experts."""
+        self._steps, self._layer = steps, layer
+
+    def forward(self, rows: Tensor, saved: SavedPiece) -> Tensor:
+        """Implements `FeedForward.forward`."""
+        h, logits = self._steps.run_step(ROUTE, (rows,))
+        routing = self._routing(logits, saved)
+        weights = self._layer.weigh(logits, routing.chosen)
+        if torch.is_grad_enabled():
+            return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
+        experts = self._layer.experts()
+        gate_up, *shared = self._inner(h, experts, routing, saved)
+        saved.put(EXPERT_GATE_UP, (gate_up, *shared))
+        y = rows + experts.output(gate_up, weights, routing)
+        return y.add_(self._steps.run_step(SHARED_OUT, (h, *shared))[0]) if shared else y
+
+    def backward(self, rows: Tensor, dy: Tensor, saved: SavedPiece, sums: GradientSums) -> Tensor:
+        """Implements `FeedForward.backward`."""
+        experts = self._layer.experts()
+        with torch.no_grad():
+            h, logits = self._steps.run_step(ROUTE, (rows,))
+            routing = self._routing(logits, saved)
+            gate_up, *shared = self._inner(h, experts, routing, saved)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            weights = self._layer.weigh(leaf, routing.chosen)
+        d_h, d_weights, of_experts = experts.gradients(h, gate_up, weights.detach(), dy, routing)
+        del gate_up
+        for weight, part in zip(experts.weights, of_experts, strict=True):
+            index = sums.index_of(weight)
+            if index is not None and part is not None:
+                sums.add(index, part)
+        if shared:
+            d_h += self._shared_backward(h, shared, dy, sums)
+        (d_logits,) = torch.autograd.grad(weights, leaf, d_weights.to(weights.dtype))
+        (through,) = self._steps.pull_back(ROUTE, (rows,), (), (d_h, d_logits), sums)
+        # The rows' own way past the experts.
+        return through + dy
+
+    def _routing(self, logits: Tensor, saved: SavedPiece) -> Routing:
+        stored = saved.get(ROUTING)
+        chosen = self._layer.choose(logits.detach()).to(torch.int32) if stored is None else stored[0]
+        if stored is None:
+            saved.put(ROUTING, (chosen,))
+        return Routing.of(chosen, self._layer.num_experts)
+
+    def _inner(self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece) -> tuple[Tensor, ...]:
+        """Gate and up of the experts, and those of the shared one."""
+        stored = saved.get(EXPERT_GATE_UP)
+        if stored is not None:
+            return stored
+        shared = self._steps.run_step(SHARED_IN, (h,)) if self._layer.has_shared else ()
+        return (experts.gate_and_up(h, routing), *shared)
+
+    def _shared(self, h: Tensor) -> Tensor | float:
+        if not self._layer.has_shared:
+            return 0.0
+        return self._steps.run_step(SHARED_OUT, (h, *self._steps.run_step(SHARED_IN, (h,))))[0]
+
+    def _shared_backward(self, h: Tensor, inner: list[Tensor], dy: Tensor, sums: GradientSums) -> Tensor:
+        d_h, *d_inner = self._steps.pull_back(SHARED_OUT, (h, *inner), (), (dy,), sums)
+        (through,) = self._steps.pull_back(SHARED_IN, (h,), (), d_inner, sums)
+        return through + d_h

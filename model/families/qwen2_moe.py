@@ -1,0 +1,16 @@
+"""Qwen2-MoE: Qwen2's attention, a mixture of experts with a shared one."""
+
+from __future__ import annotations
+
+from .llama import LlamaAttention
+from .mixture import SharedMixtureHalf
+
+
+class Qwen2MoeLayer(SharedMixtureHalf, LlamaAttention):
+    """Biases on queries, keys and values; softmax routing, renormalised where the config has it."""
+
+    projections = (*LlamaAttention.projections, *SharedMixtureHalf.projections)
+    own = {"mlp.gate": "Qwen2MoeTopKRouter", "mlp.experts": "Qwen2MoeExperts"}  # noqa: RUF012
+
+
+LAYER = Qwen2MoeLayer
