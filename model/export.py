@@ -21,7 +21,10 @@ from ..errors import CheckpointError
 from ..training.config import Dtype
 from ..utils.atomic_files import sync
 from .export_files import origins_of, write_files
+from .families import facts_of, family_of
+from .families.facts import FamilyFacts
 from .portable_config import unsaid_to_old, with_old_fields
+from .stored_names import StoredPart, stored_parts
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +71,9 @@ def export(
     """
     info = choose_checkpoint(Path(run_dir), step)
     metadata = _saved_metadata(info.path)
+    facts = _facts_of_checkpoint(metadata)
     with _appearing(Path(out_dir)) as temporary:
-        num_parameters, num_bytes, num_files = _write_weights(info.path, temporary, dtype, max_shard_bytes, on_progress)
+        num_parameters, num_bytes, num_files = _write_weights(info.path, temporary, dtype, max_shard_bytes, facts, on_progress)
         unsaid = _write_config(metadata, temporary, dtype, info.path)
         written = write_files(origins_of(Path(run_dir), metadata), temporary)
     notes = (*written.notes, *([] if unsaid is None else [unsaid]))
@@ -128,8 +132,25 @@ def _unusable(out_dir: Path, actual: str) -> CheckpointError:
     )
 
 
+def _facts_of_checkpoint(metadata: dict[str, Any]) -> FamilyFacts | None:
+    """The facts of the family that a checkpoint's configuration names; None for one this program does not know."""
+    family = family_of((metadata.get("hf_config") or {}).get("model_type"))
+    return None if family is None else facts_of(family)
+
+
+def _parts_of(name: str, shape: tuple[int, ...], facts: FamilyFacts | None) -> tuple[StoredPart, ...]:
+    """The tensors that a parameter is written as."""
+    by_expert = facts is not None and facts.experts is not None and facts.experts.stored is not None
+    return (StoredPart(name, shape),) if facts is None else stored_parts({name: shape}, facts, by_expert=by_expert)[name]
+
+
 def _write_weights(
-    source: Path, out_dir: Path, dtype: Dtype, max_shard_bytes: int, on_progress: Callable[[int, int], None] | None
+    source: Path,
+    out_dir: Path,
+    dtype: Dtype,
+    max_shard_bytes: int,
+    facts: FamilyFacts | None,
+    on_progress: Callable[[int, int], None] | None,
 ) -> tuple[int, int, int]:
     """Write the weights and return the number of parameters, bytes and files."""
     from ..checkpoint.reader import Reader
@@ -143,7 +164,7 @@ def _write_weights(
         shards = plan_shards(sizes, max_shard_bytes)
         done, total = 0, sum(sizes.values())
         for file_name, names in shards.items():
-            _write_shard(reader, out_dir / file_name, {name: index[name] for name in names}, dtype)
+            _write_shard(reader, out_dir / file_name, {name: index[name] for name in names}, dtype, facts)
             done += sum(sizes[name] for name in names)
             if on_progress is not None:
                 on_progress(done, total)
@@ -152,7 +173,12 @@ def _write_weights(
             raise
         raise CheckpointError(str(source), found=describe(error), expected="the files as they were written", hint="another step") from error
     if len(shards) > 1:
-        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        weight_map = {
+            part.name: file_name
+            for file_name, names in shards.items()
+            for name in names
+            for part in _parts_of(name, tuple(index[name].size), facts)
+        }
         _write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return sum(entry.size.numel() for entry in index.values()), total, len(shards)
 
@@ -172,7 +198,7 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[s
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtype: Dtype) -> None:
+def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtype: Dtype, facts: FamilyFacts | None) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -183,7 +209,12 @@ def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtyp
     reader.read({MODEL + name: tensor for name, tensor in tensors.items()})
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata={"format": "pt"})
+    parts = {
+        part.name: tensor if part.expert is None else tensor[part.expert].narrow(0, part.first_row, part.shape[0])
+        for name, tensor in tensors.items()
+        for part in _parts_of(name, tuple(tensor.shape), facts)
+    }
+    save_file(parts, path, metadata={"format": "pt"})
     # safetensors writes beside it and renames, readable by the owner only.
     path.chmod(mode)
 
@@ -215,6 +246,9 @@ def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source:
     saved = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
     # What equals a class's default is left out of the file, and the defaults of versions differ.
     saved.setdefault("rope_parameters", config.to_dict().get("rope_parameters"))
+    facts = _facts_of_checkpoint(metadata)
+    # Versions differ in which of a field's names they write; all of them are read.
+    saved |= {own: saved[name] for name, own in (facts.aliases if facts is not None else {}).items() if name in saved}
     _write_json(out_dir / "config.json", with_old_fields(saved))
     return unsaid_to_old(saved)
 

@@ -8,16 +8,18 @@ what the model computes (biases, norms, scales, layers) is refused; the rest is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..memory.activation_classes import ExpertSizes
 from .families import facts_of
 from .families.facts import FamilyFacts
 from .plain_weights import PLAIN_DTYPES, is_quantised, quantised
 from .spec import ModelSpec
+from .stored_names import DOWN, GATE_UP, StoredPart, has_tensors_by_expert, stored_parts
 from .weight_files import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -32,10 +34,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 class LoadPlan:
     """The source of each parameter, and what is not read at all."""
 
+    parts: Mapping[str, tuple[StoredPart, ...]]
+    """What fills each parameter, by the names that files of this kind have."""
     sources: Mapping[str, StoredTensor]
-    """Stored tensor by parameter name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
+    """Stored tensor by such a name. Embedding and head may have fewer rows than the parameter: new ones are to be made."""
     names: Mapping[str, str]
-    """Name in the file by parameter name."""
+    """Name in the file by such a name: prefixes differ."""
     unused: tuple[str, ...]
     """Names in the files that no parameter is filled from, but for constants of older versions."""
     shared_head: tuple[StoredTensor, StoredTensor] | None
@@ -52,34 +56,67 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    hidden = spec.hidden_size
     linears = [
         ("self_attn.q_proj", spec.query_size, hidden, spec.attention_bias),
         ("self_attn.k_proj", spec.kv_size, hidden, spec.attention_bias),
         ("self_attn.v_proj", spec.kv_size, hidden, spec.attention_bias),
         ("self_attn.o_proj", hidden, spec.query_size, spec.output_bias),
-        ("mlp.gate_proj", inner, hidden, spec.mlp_bias),
-        ("mlp.up_proj", inner, hidden, spec.mlp_bias),
-        ("mlp.down_proj", hidden, inner, spec.mlp_bias),
     ]
+    if spec.experts is None:
+        linears += _dense_linears("mlp", hidden, spec.intermediate_size, spec.mlp_bias)
     for name, rows, columns, has_bias in linears:
         yield f"{name}.weight", (rows, columns)
         if has_bias:
             yield f"{name}.bias", (rows,)
     if spec.qk_norm:
         yield from ((f"self_attn.{name}.weight", (spec.head_dim,)) for name in ("q_norm", "k_norm"))
+    if spec.experts is not None:
+        yield from _expert_shapes(spec.experts, facts_of(spec.family), hidden)
     yield from ((f"{name}.weight", (hidden,)) for name in facts_of(spec.family).layer_norms)
+
+
+def _dense_linears(name: str, hidden: int, inner: int, has_bias: bool) -> list[tuple[str, int, int, bool]]:
+    """Name, outputs, inputs and whether there is a bias."""
+    ends = (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner))
+    return [(f"{name}.{end}_proj", rows, columns, has_bias) for end, rows, columns in ends]
+
+
+def _expert_shapes(experts: ExpertSizes, facts: FamilyFacts, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    assert facts.experts is not None
+    count, inner, router = experts.num_experts, experts.inner_size, facts.experts.router
+    yield f"{router}.weight", (count, hidden)
+    if experts.has_router_bias:
+        yield f"{router}.bias", (count,)
+    for name, rows, columns in ((GATE_UP, 2 * inner, hidden), (DOWN, hidden, inner)):
+        yield name, (count, columns, rows) if facts.experts.transposed else (count, rows, columns)
+        if experts.has_biases:
+            yield f"{name}_bias", (count, rows)
+    if experts.shared_size:
+        shared = _dense_linears("mlp.shared_expert", hidden, experts.shared_size, False)
+        yield from ((f"{name}.weight", (rows, columns)) for name, rows, columns, _ in shared)
+        yield "mlp.shared_expert_gate.weight", (1, hidden)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The parameters that a model needs from the files."""
+    """The tensors that a model needs from the files."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    """Shape by parameter name; without a head of its own where that is tied to the embedding."""
+    parts: Mapping[str, tuple[StoredPart, ...]]
+    """What fills each parameter, by parameter name; no head of its own where that is tied to the embedding."""
     facts: FamilyFacts
     file_vocabulary: int
     """Rows of embedding and head by the file's config.json; the model may have more."""
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], facts: FamilyFacts, file_vocabulary: int, stored: Iterable[str]) -> Wanted:
+        """The tensors for parameters of these `shapes`, in the form of the files whose names are `stored`."""
+        return cls(stored_parts(shapes, facts, by_expert=has_tensors_by_expert(stored, facts)), facts, file_vocabulary)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name of the tensor."""
+        return {part.name: part.shape for parts in self.parts.values() for part in parts}
 
     @property
     def is_tied(self) -> bool:
@@ -107,7 +144,7 @@ def plan_load(wanted: Wanted, stored: Mapping[str, StoredTensor], folder: Path) 
             raise _wrong(folder, actual, str(list(expected)), "weights and config.json of one model")
     head = unused.pop(HEAD, None)
     both = None if head is None else (sources[EMBEDDING], stored[head])
-    return LoadPlan(sources, names, tuple(sorted(unused.values())), both)
+    return LoadPlan(wanted.parts, sources, names, tuple(sorted(unused.values())), both)
 
 
 def _resolve(shapes: Mapping[str, Any], stored: Mapping[str, StoredTensor], folder: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -31,8 +31,9 @@ def check_weights(config: ModelConfig) -> list[str]:
     notes = [*_unread_fields(fields), *_padding_note(fields.full)]
     if local_folder(config.path) is None and not has_weights(folder):
         return [*notes, f"model.path={config.path}: the weights are not on this machine yet; they are checked as they are read"]
-    wanted = Wanted(parameter_shapes(spec), fields.facts, file_vocabulary(fields))
-    plan = plan_load(wanted, read_headers(folder), folder)
+    headers = read_headers(folder)
+    wanted = Wanted.of(parameter_shapes(spec), fields.facts, file_vocabulary(fields), headers)
+    plan = plan_load(wanted, headers, folder)
     notes += _head_note(config, plan, folder)
     if plan.unused:
         names = ", ".join(plan.unused[:_NAMED]) + (f" and {len(plan.unused) - _NAMED} more" if len(plan.unused) > _NAMED else "")
@@ -62,7 +63,7 @@ def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
 
 
 def _unread_fields(fields: ModelFields) -> list[str]:
-    read = READ_BY_ALL | fields.facts.fields | LABELS | {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
+    read = READ_BY_ALL | fields.facts.fields | LABELS | fields.facts.aliases.keys() | {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
     unread = sorted(name for name, value in fields.file.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
     unread += [f"rope_parameters.{name}" for name in sorted(set(fields.rope.unread))]
     more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""

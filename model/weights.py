@@ -23,6 +23,7 @@ from .load_plan import EMBEDDING, HEAD, LoadPlan, Wanted, plan_load
 from .model_check import file_vocabulary
 from .model_files import local_folder
 from .new_rows import new_rows
+from .stored_names import StoredPart
 from .weight_files import read_headers
 
 Progress = Callable[[str], None]
@@ -41,8 +42,8 @@ def load_weights(
     assert config.path is not None
     folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
     parameters = dict(model.named_parameters())
-    wanted = Wanted({name: tuple(each.shape) for name, each in parameters.items()}, fields.facts, file_vocabulary(fields))
-    plan = plan_load(wanted, read_headers(folder), folder)
+    shapes, headers = {name: tuple(each.shape) for name, each in parameters.items()}, read_headers(folder)
+    plan = plan_load(Wanted.of(shapes, fields.facts, file_vocabulary(fields), headers), headers, folder)
     bad: list[str] = []
     with ExitStack() as stack:
         files = {stored.file for stored in plan.sources.values()}
@@ -50,8 +51,12 @@ def load_weights(
         for name, parameter in parameters.items():
             if on_progress is not None:
                 on_progress("reading weights")
-            saved = opened[plan.sources[name].file].get_slice(plan.names[name])
-            _fill(parameter, name, plan, saved, seed)
+            for part in plan.parts[name]:
+                saved = opened[plan.sources[part.name].file].get_slice(plan.names[part.name])
+                if part.expert is None:
+                    _fill(parameter, part.name, plan, saved, seed)
+                else:
+                    _fill_expert(parameter, part, part.expert, saved)
             bad += _faults(parameter, name, saved, fields.facts)
     _refuse_faults(bad, folder, groups)
 
@@ -71,6 +76,15 @@ def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: 
         local[:there].copy_(saved[(slice(part[0].start, rows), *part[1:])])
     made = new_rows(saved, rows, parameter.shape[0] - rows, f"{seed}:{name}")
     local[there:].copy_(made[max(part[0].start - rows, 0) : part[0].stop - rows, part[1]])
+
+
+def _fill_expert(parameter: nn.Parameter, part: StoredPart, expert: int, saved: Any) -> None:
+    """Fill this rank's part of one expert's rows, if it has any of them."""
+    local, (experts, rows, columns) = memory_of(parameter), slices(parameter)
+    first, stop = max(rows.start, part.first_row), min(rows.stop, part.first_row + part.shape[0])
+    if experts.start <= expert < experts.stop and first < stop and columns.start < columns.stop:
+        there = saved[(slice(first - part.first_row, stop - part.first_row), columns)]
+        local[expert - experts.start, first - rows.start : stop - rows.start].copy_(there)
 
 
 def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
