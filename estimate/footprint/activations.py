@@ -149,7 +149,7 @@ def _ahead(inputs: PlanInputs, layer: int, rows: Mapping[str, int]) -> int:
     here = max(_first(inputs, visit, rows, several=True) for visit in visits)
     if layer == 0:
         return here
-    # A segment below runs again first: what its layers have to make is not read.
+    # A segment below is recomputed first: what its layers have to make is not read.
     again = inputs.segment_layers > 1 and layer % inputs.segment_layers == 0 and RESIDUAL.name in rows
     below = after if again else (ATTENTION_OUTPUT, LAYER_INPUT, KEY_VALUE, QUERY, *after)
     # With one class a piece, the layer below is asked for while another piece is still to come.

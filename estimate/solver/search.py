@@ -78,7 +78,7 @@ class Candidate:
 
     @property
     def bound_s(self) -> float:
-        """The step if nothing had to be moved or made again for want of memory."""
+        """The step if nothing had to be moved or recomputed for want of memory."""
         if self._bound_s is None:
             alone = [entry.classes for entry in self.variables]
             ideal = [float(entry.keep or alone.count(entry.classes) == 1) for entry in self.variables]
@@ -185,7 +185,7 @@ class PolicySearch:
         return any(self._has_room(entry, room) for entry in self._least_memory())
 
     def _least_memory(self) -> list[Candidate]:
-        """Shapes that need least of every memory: the smallest pieces, attention run again, gradients gone after each micro-batch."""
+        """Shapes that need least of every memory: the smallest pieces, attention recomputed, gradients gone after each micro-batch."""
         smallest = [entry for entry in self.smallest.values() if not entry.shape.stored] or list(self.smallest.values())
         last = max(entry.complexity[-1] for entry in smallest)
         return [entry for entry in smallest if entry.complexity[-1] == last]

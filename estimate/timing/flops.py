@@ -86,7 +86,7 @@ def inner_share(inputs: PlanInputs) -> float:
 
 
 def attention_passes(inputs: PlanInputs) -> float:
-    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are made again), more if its output is not stored."""
+    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are recomputed), more if its output is not stored."""
     if inputs.policy.graph:
         return 3.5
     return 3.5 + inputs.policy.attention_output.recompute * (1.0 + inner_share(inputs))
@@ -121,7 +121,7 @@ def layer_forward_s(inputs: PlanInputs) -> float:
 
 
 def layer_backward_s(inputs: PlanInputs) -> float:
-    """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
+    """Seconds of one layer's backward with nothing recomputed: 2.5 forward passes of attention, 4 FLOPs a weight."""
     attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
     return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.active_layer_parameters) / _rate(inputs)
 

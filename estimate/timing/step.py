@@ -90,13 +90,13 @@ def exchange_s(inputs: PlanInputs) -> float:
     if ulysses == 1:
         return 0.0
     into, out = inputs.spec.query_size + 2 * inputs.kv_copies * inputs.spec.kv_size, inputs.spec.query_size
-    sent = inputs.spec.num_layers * inputs.width * (2 * (into + out) + _exchanged_again(inputs, into, out)) / inputs.layout.sp_degree
+    sent = inputs.spec.num_layers * inputs.width * (2 * (into + out) + _recompute_exchange(inputs, into, out)) / inputs.layout.sp_degree
     near = min(ulysses, inputs.layout.ranks_per_node)
     within, across = sent * (near - 1) / ulysses, sent * (ulysses - near) / ulysses
     return within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth
 
 
-def _exchanged_again(inputs: PlanInputs, into: int, out: int) -> float:
+def _recompute_exchange(inputs: PlanInputs, into: int, out: int) -> float:
     """Numbers a token exchanges once more: q, k, v for attention's backward and o for what follows it, and all of it in segments."""
     if inputs.policy.graph:
         return 0.0
