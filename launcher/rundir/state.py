@@ -94,6 +94,11 @@ class RunState:
         """Failure of the last attempt; None where it has none."""
         return self.attempts[-1].failure if self.attempts else None
 
+    @property
+    def launch_attempts(self) -> tuple[Attempt, ...]:
+        """Attempts of this launch, oldest first."""
+        return self.attempts[self.attempts_before :]
+
 
 def new_state(*, world_size: int, revision: int, attempts: tuple[Attempt, ...]) -> RunState:
     """The state of a run that this process is about to start."""

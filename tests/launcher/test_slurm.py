@@ -18,9 +18,9 @@ from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.node_range import NodeRange
 from efflaunch.launcher.nodes import address
 from efflaunch.launcher.nodes.meeting import Meeting
-from efflaunch.launcher.nodes.next_action import Limits, Verdict, decide
+from efflaunch.launcher.nodes.next_action import Limits, Verdict, decide, decide_next
 from efflaunch.launcher.nodes.preflight import CODE_FOLDERS, NodeFacts, bad_hosts, check_nodes, table
-from efflaunch.launcher.rundir.state import ACTIVE, new_state
+from efflaunch.launcher.rundir.state import ACTIVE, Attempt, new_state
 from efflaunch.launcher.slurm import control
 from efflaunch.launcher.slurm.array import render_array
 from efflaunch.launcher.slurm.launcher import reconcile, template_text
@@ -171,6 +171,19 @@ def test_what_follows_a_lost_node_and_a_cancel() -> None:
     assert decide(failed, LIMITS, cancelled=True, lost_node=False).verdict is Verdict.FAIL
     assert decide(saved, LIMITS, cancelled=True, lost_node=False).verdict is Verdict.STOP
     assert decide(saved, fixed, cancelled=False, lost_node=False).verdict is Verdict.STOP
+
+
+@pytest.mark.parametrize("keys", ["launcher.slurm", "launcher.ray"])
+def test_what_follows_reads_the_keys_of_its_back_end(keys: str) -> None:
+    name = keys.removeprefix("launcher.")
+    launcher = compose(["+experiment=quickstart", f"launcher={name}", f"{keys}.requeue=false", "launcher.max_restarts=2"]).launcher
+    nodes = getattr(launcher, name)
+    attempts = tuple(Attempt(number=k, started=0.0, exit_code=code, last_step=4) for k, code in [(1, 1), (2, 1), (3, None)])
+    run_state = replace(new_state(world_size=2, revision=1, attempts=attempts), attempts_before=1, step_before=4)
+    assert decide_next(run_state, launcher, nodes, cancelled=False, lost_node=True).reason == f"lost a node, and {keys}.requeue=false"
+    assert decide_next(run_state, launcher, nodes, cancelled=False, lost_node=False).reason == "restart 2 of 2 since the last progress"
+    one_launch = replace(run_state, attempts_before=0)
+    assert decide_next(one_launch, launcher, nodes, cancelled=False, lost_node=False).verdict is Verdict.FAIL, "three in a row"
 
 
 def test_a_head_that_others_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
