@@ -54,8 +54,8 @@ def input_reads(inputs: PlanInputs) -> float:
         return 1.0
     if inputs.by_chunks:
         return 1.0 + inputs.policy.key_value.recompute + (inputs.layout.ulysses > 1)
-    remade = max(inputs.policy.query.recompute, inputs.policy.key_value.recompute)
-    return 1.0 + inputs.policy.head_groups * (1.0 + remade * projections(inputs))
+    recomputed = max(inputs.policy.query.recompute, inputs.policy.key_value.recompute)
+    return 1.0 + inputs.policy.head_groups * (1.0 + recomputed * projections(inputs))
 
 
 def _forward_bytes(inputs: PlanInputs) -> float:

@@ -1,4 +1,4 @@
-"""Finds the nodes an attempt failed on, as far as that can be told, and which of them a run stops using. Pure."""
+"""Finds the nodes an attempt failed on, as far as that is known, and which of them a run stops using. Pure."""
 
 from __future__ import annotations
 

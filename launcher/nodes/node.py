@@ -238,7 +238,7 @@ class NodePeers:
         self._look_ahead()
         self._show_presence(kill_now)
         if any(process.exitcode for process in ranks.processes.values()):
-            self.visit.ends.tell_failed()
+            self.visit.ends.report_failed()
         elif self.visit.ends.failed_elsewhere():
             self.end_reason = "ended: ranks of another node had failed"
             ranks.end_the_rest()

@@ -140,8 +140,8 @@ def describe_end(run_dir: Path, attempt: Attempt, reason: str) -> list[str]:
     return [*lines, f"efflaunch: {attempt.failure.message}"]
 
 
-def tell(run_dir: Path, attempt: Attempt, reason: str) -> None:
-    """The job's own output says so."""
+def print_end(run_dir: Path, attempt: Attempt, reason: str) -> None:
+    """Print how the attempt ended to the job's own output."""
     *lines, last = describe_end(run_dir, attempt, reason)
     if lines:
         print(*lines, sep="\n", flush=True)

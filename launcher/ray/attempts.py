@@ -39,7 +39,7 @@ _GATHER_S = 10.0
 
 
 class Driver:
-    """`job`: its name; `say` takes lines for people; `tick` is called a few times a second."""
+    """`job`: its name; `say` prints a line; `tick` is called a few times a second."""
 
     def __init__(
         self, run_dir: Path, *, job: str, entry: str | None, work_dir: str, say: Callable[[str], None], tick: Callable[[], None]
@@ -188,7 +188,7 @@ class Driver:
         launcher, cancelled = self.config.launcher, self.wish is not None
         decision = decide_next(run_state, launcher, launcher.ray, cancelled=cancelled, lost_node=lost_node or left_out)
         conclude(self.run_dir, run_state, decision)
-        self._tell(run_state.attempts[-1], decision)
+        self._print_end(run_state.attempts[-1], decision)
         return decision
 
     def _close(self, run_state: RunState, gone: dict[int, str]) -> tuple[RunState, bool]:
@@ -224,9 +224,9 @@ class Driver:
         reason = "would fail again in the same way" if is_first else "could not be restarted"
         decision = Decision(verdict=Verdict(code), reason=reason)
         conclude(self.run_dir, decided(run_state, decision), decision)
-        self._tell(run_state.attempts[-1], decision)
+        self._print_end(run_state.attempts[-1], decision)
         return decision
 
-    def _tell(self, attempt: Attempt, decision: Decision) -> None:
+    def _print_end(self, attempt: Attempt, decision: Decision) -> None:
         for line in describe_end(self.run_dir, attempt, decision.reason):
             self.say(line)

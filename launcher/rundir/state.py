@@ -61,7 +61,7 @@ class Attempt:
     lost: tuple[str, ...] = ()
     """Names of nodes that were gone at the attempt's end."""
     blamed: dict[str, str] = field(default_factory=dict)
-    """Nodes the attempt failed on, as far as that can be told, each with the reason."""
+    """Nodes the attempt failed on, as far as that is known, each with the reason."""
     place: str = ""
     """The allocation they are of."""
 

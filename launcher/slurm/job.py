@@ -29,7 +29,7 @@ from ..nodes.address import head_address, head_port
 from ..nodes.faulty_nodes import excluded_names, leave_out
 from ..nodes.meeting import Meeting
 from ..nodes.next_action import Decision, Verdict, decide_next
-from ..nodes.outcome import close_attempt, conclude, decided, gather, is_open, store_queued, tell
+from ..nodes.outcome import close_attempt, conclude, decided, gather, is_open, print_end, store_queued
 from ..output import lenient_output
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
@@ -220,7 +220,7 @@ def settle(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Verdict:
     leaves = (lost_node or left_out) and not _enough_left(config, run_state, place, nodes)
     decision = _decision(run_dir, config, run_state, place, leaves=leaves)
     conclude(run_dir, run_state, decision)
-    tell(run_dir, run_state.attempts[-1], decision.reason)
+    print_end(run_dir, run_state.attempts[-1], decision.reason)
     return decision.verdict
 
 

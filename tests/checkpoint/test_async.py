@@ -70,13 +70,13 @@ def _many_saves(folder: Path, pool_bytes: int | None) -> bool:
     engine.close()
     assert [(report.step, report.error) for report in state.reports] == [(step, None) for step in range(1, 7)]
     for step in range(1, 7):
-        again = State()
+        restored = State()
         from efflaunch.checkpoint.reader import Reader
         from efflaunch.parallel.sharding.parts import part
 
-        tensors = Fsdp2State(again.model, again.optimizer).tensors()
+        tensors = Fsdp2State(restored.model, restored.optimizer).tensors()
         Reader(files.step_path(folder, step)).read(tensors, part)
-        assert again.wrong(step) == ""
+        assert restored.wrong(step) == ""
     return True
 
 

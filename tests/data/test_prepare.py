@@ -142,15 +142,15 @@ def _alive(pid: int) -> bool:
 
 
 def test_reading_may_start_after_any_batch(everything: list[str]) -> None:
-    found = find_inputs(everything, Format.AUTO)
-    batches = list(read_batches(found, "text", Cursor()))
+    inputs = find_inputs(everything, Format.AUTO)
+    batches = list(read_batches(inputs, "text", Cursor()))
     records = [record for batch in batches for record in batch.records]
     assert [batch.done_bytes for batch in batches] == sorted(batch.done_bytes for batch in batches)
-    assert batches[-1].done_bytes == sum(entry.size_bytes for entry in found)
+    assert batches[-1].done_bytes == sum(entry.size_bytes for entry in inputs)
     seen = 0
     for batch in batches:
         seen += len(batch.records)
-        rest = [record for later in read_batches(found, "text", batch.after) for record in later.records]
+        rest = [record for later in read_batches(inputs, "text", batch.after) for record in later.records]
         assert rest == records[seen:]
 
 
@@ -231,7 +231,7 @@ def test_a_bad_record_leaves_nothing_and_the_mended_input_works(tmp_path: Path, 
     assert prepare(request, _nothing)["documents"] == 1
 
 
-def test_an_attempt_stopped_by_a_bad_record_goes_on_skipping(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_stopped_by_a_bad_record_resumes_skipping(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_module, "_BATCH_RECORDS", 1)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "the quick"}\n{"nope": 1}\n{"text": "lazy dog"}\n')

@@ -20,7 +20,7 @@ from .corpora import open_source, write_corpus
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
     """Documents with token ids that tell document and position apart, the split length and the batch size."""
-    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda found: max(found) > 1))
+    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda drawn: max(drawn) > 1))
     max_seq_len = draw(st.integers(2, 24))
     documents = [[index * 32 + position for position in range(length)] for index, length in enumerate(lengths)]
     return documents, max_seq_len, draw(st.integers(max_seq_len, 80))

@@ -35,8 +35,8 @@ def failure(rank: int, message: str = "rank 5 was killed", code: int | None = -9
     ],
 )
 def test_what_looks_like_the_hardware(broken: Failure | None, lost: tuple[str, ...], blamed: dict[str, object]) -> None:
-    found = blame(broken, hosts=HOSTS, lost=lost, ranks_per_node=2)
-    assert found.keys() == blamed.keys() and all(why is ... or found[host] == why for host, why in blamed.items())
+    reasons = blame(broken, hosts=HOSTS, lost=lost, ranks_per_node=2)
+    assert reasons.keys() == blamed.keys() and all(why is ... or reasons[host] == why for host, why in blamed.items())
 
 
 def attempt(number: int, blamed: dict[str, str], code: int = 1) -> Attempt:

@@ -18,7 +18,7 @@ class Ends:
     def __init__(self) -> None:
         self.told, self.elsewhere = 0, False
 
-    def tell_failed(self) -> None:
+    def report_failed(self) -> None:
         self.told += 1
 
     def failed_elsewhere(self) -> bool:

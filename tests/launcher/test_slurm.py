@@ -188,8 +188,8 @@ def test_what_follows_reads_the_keys_of_its_back_end(keys: str) -> None:
 
 def test_a_head_that_others_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolves_to(*addresses: str) -> None:
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+        facts = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: facts)
 
     resolves_to("127.0.1.1")
     with pytest.raises(ConfigError, match=r"address of node n1: found only 127\.0\.1\.1; expected an IPv4 address that the other nodes"):
@@ -229,7 +229,7 @@ def test_the_code_of_every_folder_is_compared() -> None:
 
 
 def test_the_table_has_failures_first() -> None:
-    told = [
+    standing = [
         facts(0),
         facts(1, run="other"),
         facts(2, package="old", clock_s=45.0),
@@ -237,7 +237,7 @@ def test_the_table_has_failures_first() -> None:
         facts(4),
         None,
     ]
-    rows = check_nodes(told, marks=[True, True, True, True, False, False], num_nodes=6)
+    rows = check_nodes(standing, marks=[True, True, True, True, False, False], num_nodes=6)
     assert [row.host for row in rows] == ["n1", "n2", "n3", "n4", "node 5 of the job", "n0"]
     assert bad_hosts(rows) == ["n1", "n2", "n3", "n4"]
     lines = table(rows).splitlines()
@@ -256,14 +256,14 @@ LINE = (
 
 
 def test_what_scontrol_prints() -> None:
-    found = control.parse_job(LINE)
-    assert (found.job, found.state, found.reason, found.nodes, found.restarts) == (7, "RUNNING", "", "n[1-2]", 2) and found.is_alive
+    facts = control.parse_job(LINE)
+    assert (facts.job, facts.state, facts.reason, facts.nodes, facts.restarts) == (7, "RUNNING", "", "n[1-2]", 2) and facts.is_alive
     waiting = control.parse_job(LINE.replace("RUNNING Reason=None", "PENDING Reason=Priority").replace("n[1-2]", "(null)"))
     assert waiting.reason == "Priority" and waiting.nodes == ""
 
 
 @pytest.mark.parametrize(
-    ("known", "job", "state"),
+    ("recorded", "job", "state"),
     [
         ("queued", "RUNNING", "queued"),
         ("running", "RUNNING", "running"),
@@ -274,12 +274,12 @@ def test_what_scontrol_prints() -> None:
         ("preempted", "FAILED", "preempted"),
     ],
 )
-def test_slurm_knows_better_whether_anything_lives(known: str, job: str, state: str) -> None:
-    mine = replace(new_state(world_size=2, revision=1, attempts=()), state=known)
-    told = reconcile(mine, "7", control.parse_job(LINE.replace("RUNNING", job)))
-    assert told.state == state and told.detail.startswith(f"job 7 {job}") and told.job == "7"
+def test_slurm_knows_better_whether_anything_lives(recorded: str, job: str, state: str) -> None:
+    mine = replace(new_state(world_size=2, revision=1, attempts=()), state=recorded)
+    standing = reconcile(mine, "7", control.parse_job(LINE.replace("RUNNING", job)))
+    assert standing.state == state and standing.detail.startswith(f"job 7 {job}") and standing.job == "7"
     forgotten = reconcile(mine, "7", None)
-    assert forgotten.state == ("died" if known in ACTIVE else known)
+    assert forgotten.state == ("died" if recorded in ACTIVE else recorded)
 
 
 def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

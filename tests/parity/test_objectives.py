@@ -76,16 +76,16 @@ def truth(family, objective):
         margins = rewards[:, 0] - rewards[:, 1]
         assert 0 < (margins > 0).sum() < len(margins), "both outcomes"
         means = [margins.mean(), (margins > 0).mean(), *rewards.mean(0)]
-        told = {"documents": halves, "reference": reference, "beta": BETA}
+        options = {"documents": halves, "reference": reference, "beta": BETA}
     else:
         docs, advantages = completions()
         old, reference = near(model, docs, 0.3, 1), near(model, docs, 0.5, 2)
         loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **CLIP)
         assert 0.1 < means[1] < 0.9, "some tokens are clipped"
-        told = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
+        options = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
     loss.backward()
     gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
-    return weights, told, loss.item(), np.array(means), gradients
+    return weights, options, loss.item(), np.array(means), gradients
 
 
 LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}
@@ -139,8 +139,8 @@ def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
 def check(pool, objective, plan, case):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
-    weights, told, loss, means, gradients = truth(case["family"], objective)
-    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, told, plan, ranks=plan.world_size)[0]
+    weights, options, loss, means, gradients = truth(case["family"], objective)
+    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=plan.world_size)[0]
     assert abs(got_loss - loss) <= 1e-10 * abs(loss)
     np.testing.assert_allclose(got_means, means, rtol=1e-10, atol=1e-12)
     for name, want in gradients.items():

@@ -274,12 +274,12 @@ def test_a_library_is_made_once(tmp_path: Path) -> None:
     calls, compiler = tmp_path / "calls", tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho call >> {calls}\nsleep 0.3\nwhile [ "$1" != -o ]; do shift; done\necho made > "$2"\n')
     compiler.chmod(0o755)
-    recipe, found = cpu_recipe(), []
-    threads = [threading.Thread(target=lambda: found.append(build(recipe, tmp_path, compilers=(str(compiler),)))) for _ in range(4)]
+    recipe, paths = cpu_recipe(), []
+    threads = [threading.Thread(target=lambda: paths.append(build(recipe, tmp_path, compilers=(str(compiler),)))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1 and len(found) == 4 and found[0].read_text() == "made\n"
+    assert len(set(paths)) == 1 and len(paths) == 4 and paths[0].read_text() == "made\n"
     assert calls.read_text() == "call\n"
     assert replace(recipe, torch_version="0.0").digest() != recipe.digest(), "another torch needs another library"
