@@ -70,7 +70,7 @@ def _texts(prefix: Path, tokenizer: str) -> list[str]:
     return [loaded.decode(ids, skip_special_tokens=False).removesuffix("<|endoftext|>") for ids in documents]
 
 
-def _same_corpus(one: Path, two: Path) -> None:
+def check_same_corpus(one: Path, two: Path) -> None:
     for suffix in (".bin", ".idx", ".mask.bin", ".json"):
         assert Path(f"{one}{suffix}").read_bytes() == Path(f"{two}{suffix}").read_bytes(), suffix
     names = sorted(path.name for path in two.parent.iterdir())
@@ -98,7 +98,7 @@ def test_metadata_tells_what_was_done(whole: Path, everything: list[str], tokeni
 
 def test_several_processes_write_the_same_bytes(whole: Path, everything: list[str], tokenizer: str, tmp_path: Path) -> None:
     prepare(PrepareRequest(everything, str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=2), _nothing)
-    _same_corpus(whole, tmp_path / "c")
+    check_same_corpus(whole, tmp_path / "c")
 
 
 def _run(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -121,7 +121,7 @@ def test_killed_and_run_again_gives_the_same_bytes(whole: Path, everything: list
         assert not Path(f"{out}.idx").exists()
     finished = _run(out.parent, arguments=arguments)
     assert finished.returncode == 0, finished.stderr
-    _same_corpus(whole, out)
+    check_same_corpus(whole, out)
 
 
 def test_workers_do_not_outlive_a_killed_parent(everything: list[str], tokenizer: str, tmp_path: Path) -> None:

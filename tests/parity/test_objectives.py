@@ -125,7 +125,7 @@ ROWS = {
 def test_objectives_equal_plain_torch(pool, row, objective):
     made, degree, ulysses, case = ROWS[row]
     world, *batches = made(objective, degree, ulysses)
-    check(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case)
+    check_objective(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case)
 
 
 @pytest.mark.parametrize("barrier_free", [False, True])
@@ -133,10 +133,10 @@ def test_objectives_equal_plain_torch(pool, row, objective):
 def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
     rest = ALL[objective][2:]
     batches = batch((0, 2, 1, (1,)), (2, 1, 1, (0,))), batch((0, 4, 2, rest[:1])), batch((2, 2, 2, rest[1:]))
-    check(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
+    check_objective(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
 
 
-def check(pool, objective, plan, case):
+def check_objective(pool, objective, plan, case):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
     weights, options, loss, means, gradients = truth(case["family"], objective)

@@ -143,7 +143,7 @@ def _all_steps(fields: dict[str, Any]) -> dict[str, Tensor]:
     return run.tensors()
 
 
-def _equal(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_equal(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert gradients.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(gradients[name], wanted[name])] == []
 
@@ -154,8 +154,8 @@ def test_a_run_resumes_bit_equal_wherever_its_states_live(pool: RankPool, tmp_pa
     wanted = pool.run(_all_steps, MODES["device"], ranks=2)[0]
     saved = pool.run(_train_and_save, tmp_path / "run", MODES[first], 1, ranks=2)[0]
     restored, trained = pool.run(_resume, tmp_path / "run", MODES[second], 1, ranks=2)[0]
-    _equal(restored, saved)
-    _equal(trained, wanted)
+    check_equal(restored, saved)
+    check_equal(trained, wanted)
 
 
 @pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (4, 1), (4, 2)], ids=["one", "four", "hsdp 2x2"])
@@ -163,7 +163,7 @@ def test_a_run_resumes_bit_equal_wherever_its_states_live(pool: RankPool, tmp_pa
 def test_another_number_of_ranks_finds_the_same_numbers(pool: RankPool, tmp_path: Path, ranks: int, replicate: int, second: str) -> None:
     saved = pool.run(_train_and_save, tmp_path / "run", MODES["host"], 1, ranks=2)[0]
     restored, trained = pool.run(_resume, tmp_path / "run", MODES[second], replicate, ranks=ranks)[0]
-    _equal(restored, saved)
+    check_equal(restored, saved)
     wanted = pool.run(_all_steps, MODES["device"], ranks=2)[0]
     for name, value in wanted.items():
         torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -174,7 +174,7 @@ def test_the_previous_norm_survives_a_restart(pool: RankPool, tmp_path: Path, st
     fields = {"state_device": states, "update": Update.BACKWARD, "grad_clip": 0.3, "clip_mode": ClipMode.PREVIOUS_NORM}
     wanted = pool.run(_all_steps, fields, ranks=2)[0]
     pool.run(_train_and_save, tmp_path / "run", fields, 1, ranks=2)
-    _equal(pool.run(_resume, tmp_path / "run", fields, 1, ranks=2)[0][1], wanted)
+    check_equal(pool.run(_resume, tmp_path / "run", fields, 1, ranks=2)[0][1], wanted)
 
 
 def test_a_failure_in_the_worker_is_raised_where_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_an_updater_of_a_model_that_is_not_wrapped() -> None:
         for step in range(2):
             run.step(step)
         run.updater.close()
-        _equal(run.tensors(), runs[0].tensors())
+        check_equal(run.tensors(), runs[0].tensors())
     reference = plain_model()
     backward(reference)
     assert all(parameter.grad is not None for parameter in reference.parameters())
