@@ -107,7 +107,7 @@ class Record:
         self._before_s, self._started = 0.0, time.monotonic()
 
     def load(self) -> None:
-        """Goes on from the file; ValueError where it is of another seed."""
+        """Continues from the file; ValueError where it is of another seed."""
         saved = json.loads(self.path.read_text())
         if saved["seed"] != self.seed:
             raise ValueError(f"{self.path} is of seed {saved['seed']}, not {self.seed}")
@@ -166,10 +166,10 @@ def kill_trials(
 
 def _stop_keepers(folder: Path) -> None:
     """Nobody comes back to them; they would wait for the end of this process."""
-    from ..checkpoint.replica.keeper_process import meeting_path, tell
+    from ..checkpoint.replica.keeper_process import meeting_path, send
 
     for path in meeting_path(folder, socket.gethostname()).glob("keeper-*"):
-        tell(path, {"do": "stop"})
+        send(path, {"do": "stop"})
 
 
 class _Life:
@@ -407,7 +407,7 @@ def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
 
 
 def fault_trials(folder: Path, number: int, seed: int, tally: Tally | None = None, after: Callable[[], None] = _nothing) -> Tally:
-    """Each trial damages the newest of two checkpoints and restores. Goes on from `tally`."""
+    """Each trial damages the newest of two checkpoints and restores. Continues from `tally`."""
     tally = Tally() if tally is None else tally
     whole = folder / "whole"
     state = State()

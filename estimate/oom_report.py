@@ -2,7 +2,7 @@
 
 Note: the cure. The configuration fitted by the ledger, and yet the memory ran out: either tensors took more than the ledger
 counts, or the device has less room for them than it says. Both are read off the allocator's numbers, and the configuration is
-solved again for a device that is smaller by as much. What is suggested fits that smaller device, by the same ledger.
+solved once more for a device that is smaller by as much. What is suggested fits that smaller device, by the same ledger.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class OutOfMemory(PlanError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numbers:
-    """What the allocator says at the moment it failed; bytes."""
+    """The allocator's numbers at the moment it failed; bytes."""
 
     requested: int
     """That could not be had."""
@@ -52,13 +52,13 @@ class Numbers:
 
 
 def requested_bytes(message: str) -> int:
-    """What an allocator's error says was asked for; 0 where it does not say."""
+    """The bytes requested, from an allocator's error; 0 where it has none."""
     size = _SIZE.search(message)
     return int(float(size[1]) * _UNITS[(size[2] or "bytes").upper()]) if size else 0
 
 
 def oom_report(ledger: Ledger, numbers: Numbers, position: Position, *, rank: int, step: int, resume: str) -> OutOfMemory:
-    """The error for a person. `resume`: the command that goes on with the run, to which overrides are added."""
+    """The error for a person. `resume`: the command that resumes the run, to which overrides are added."""
     place = ledger.device.name
     planned = _planned_bytes(ledger, position)
     size = usable_bytes(ledger, numbers, planned)
@@ -128,10 +128,10 @@ def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
 def _cure(ledger: Ledger, cluster: ClusterConfig, limit: str, resume: str) -> str:
     """The first override set that the solver certifies on the smaller machine, as a command, and what it costs."""
     try:
-        again = build_ledger(ledger.asked.remade(cluster=cluster))
-        if again.fits and ledger.asked.memory.solve:
-            return _command(resume, (limit,), again, ledger)
-        for entry in suggest(again, most=1, elsewhere=False):
+        smaller = build_ledger(ledger.asked.with_parts(cluster=cluster))
+        if smaller.fits and ledger.asked.memory.solve:
+            return _command(resume, (limit,), smaller, ledger)
+        for entry in suggest(smaller, most=1, elsewhere=False):
             overrides = (*entry.overrides, limit) if entry.ledger.inputs.memory.solve else entry.overrides
             return _command(resume, overrides, entry.ledger, ledger)
     except (MemoryError, ImportError):  # of the process itself: a solver that cannot be loaded any more

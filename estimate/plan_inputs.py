@@ -32,7 +32,7 @@ _PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency",
 
 
 class Configured(Protocol):
-    """What estimates read of a whole configuration."""
+    """What estimates read of a whole configuration; training reads `logging` too (training.run_settings.RunSettings)."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -150,8 +150,8 @@ class PlanInputs:
             measured=measured,
         )
 
-    def remade(self, **changes: Any) -> PlanInputs:
-        """Inputs made from these parts again, some of them changed: layout and policy are chosen anew."""
+    def with_parts(self, **changes: Any) -> PlanInputs:
+        """Inputs made from the same parts but for `changes`: layout and policy are chosen anew."""
         return PlanInputs.make(**{name: getattr(self, name) for name in _PARTS} | changes)
 
     @property

@@ -60,7 +60,7 @@ def _proven(asked: PlanInputs, moves: Iterable[Move], base: Change | None = None
 
 def _prove(change: Change) -> Suggestion | None:
     try:
-        inputs = change.inputs.remade()
+        inputs = change.inputs.with_parts()
         if inputs.memory.solve and not can_fit(inputs):
             return None
         ledger = build_ledger(inputs)

@@ -71,8 +71,8 @@ def announce(run_dir: Path, is_resumed: bool, revision: int, changes: list[str])
         print(f"revision {revision} of its configuration:", *changes, sep="\n  ", flush=True)
 
 
-def tell_submitted(news: str, launch: Launch) -> None:
-    """Say that it is in its scheduler's hands, and what to type from here on."""
+def print_submitted(news: str, launch: Launch) -> None:
+    """Print that the scheduler has it, and what to type from here on."""
     print(news)
     note = grace_note(launch)
     if note:

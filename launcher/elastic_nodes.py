@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, UserError
 from ..parallel.config import ParallelConfig
+from ..utils.divisors import nearest_divisor
 from .config.node_range import NodeRange, _with_nodes, node_range
 from .config.run_config import Config
 
@@ -125,8 +126,7 @@ def _weights(parallel: ParallelConfig, world: int) -> ParallelConfig:
     """Weights over `world` ranks: a given number of ranks that share a copy stays, and the number of copies follows; else the reverse."""
     if parallel.shard is not None and parallel.replicate > 1 and world % parallel.shard == 0:
         return replace(parallel, replicate=world // parallel.shard)
-    replicate = max(n for n in range(1, parallel.replicate + 1) if world % n == 0)
-    return replace(parallel, replicate=replicate, shard=None)
+    return replace(parallel, replicate=nearest_divisor(world, parallel.replicate), shard=None)
 
 
 def _check_layout(config: Config) -> None:

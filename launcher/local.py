@@ -182,7 +182,7 @@ class _Relay:
         """The signal that came first, until it is noted."""
 
     def note(self, notices: Notices) -> None:
-        """Keep why the run was told to stop."""
+        """Keep why the run was asked to stop."""
         number, self._number = self._number, 0
         if number:
             notices.add(stop_notice(number))

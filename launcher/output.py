@@ -174,7 +174,7 @@ class SteadyOutput:
         self._announced: set[str] = set()
 
     def news(self) -> list[str]:
-        """Troubles since the last call, a sentence each; every stream is told of once."""
+        """Troubles since the last call, a sentence each; every stream is reported once."""
         for file in self.files:
             file.look()
             if file.trouble is not None and file.name not in self._announced:

@@ -31,7 +31,7 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
 
 
 def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
-    """Go on in `run_dir`, with `overrides` on top of its stored configuration."""
+    """Resume in `run_dir`, with `overrides` on top of its stored configuration."""
     from .config.compose import changed
 
     config = read_run(run_dir).config

@@ -18,7 +18,7 @@ from .rundir.metrics_reader import Event
 
 _RECENT_STEPS = 50
 _WORSE = 1.25
-"""A forecast that was told is told again where it has grown by as much."""
+"""A reported forecast is reported again once it has grown by as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

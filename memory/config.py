@@ -20,7 +20,7 @@ class ActivationPlace(Enum):
     HOST = "host"
     """Waits in host memory (or in files under memory.offload_dir), copied there and back while the device computes."""
     RECOMPUTE = "recompute"
-    """Nowhere: it is made again."""
+    """Nowhere: it is recomputed."""
 
 
 class AttentionTiling(Enum):
@@ -51,13 +51,13 @@ class MemoryConfig:
     layer_input: ActivationPlace | None = None
     """keep or host."""
     attention_output: ActivationPlace | None = None
-    """Attention output and log-sum-exp. recompute: attention runs again in backward."""
+    """Attention output and log-sum-exp. recompute: attention is recomputed in backward."""
     activations: ActivationPlace | None = None
     """Everything else inside the layer: queries, keys and values, the sum after attention, gate and up."""
     host_fraction: float | None = None
     """With activations=host: the share of tokens whose activations go to the host; those of the others are recomputed. null: all."""
     segment_layers: int | None = None
-    """Only every so many layers' input is kept; the others are made again inside their segment. null: 1."""
+    """Only every so many layers' input is kept; the others are recomputed inside their segment. null: 1."""
     chunk_tokens: Tokens | None = None
     """Norms, projections and MLP run over this many tokens at a time, in both passes. null: all at once."""
     attention: AttentionTiling | None = None

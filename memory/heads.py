@@ -1,4 +1,4 @@
-"""Which attention heads a piece of work is about, and how heads fall into groups that are walked one after the other. Pure."""
+"""Which attention heads a piece of work is about, and how heads fall into groups that are computed one after the other. Pure."""
 
 from __future__ import annotations
 

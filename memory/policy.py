@@ -52,7 +52,7 @@ class MemoryPolicy:
     """
 
     graph: bool = False
-    """Keep autograd's own graph of the layer: everything, nothing is made again. The splits below are then all `keep`."""
+    """Keep autograd's own graph of the layer: everything, nothing is recomputed. The splits below are then all `keep`."""
     layer_input: Split = KEPT
     """Nothing of it is recomputed, except within segments."""
     attention_output: Split = RECOMPUTED

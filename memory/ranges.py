@@ -37,7 +37,7 @@ def _cuts(num_tokens: int, num_chunks: int, policy: MemoryPolicy) -> list[int]:
 
 def place_of(split: Split, rows: Range, num_tokens: int) -> ActivationPlace:
     """Where the rows of one piece are. What is complete is stored and what is not is not, on a rank that has none of them too:
-    whether attention runs again, and with it the group's exchanges, must not differ between ranks."""
+    whether attention is recomputed, and with it the group's exchanges, must not differ between ranks."""
     if rows[0] == rows[1]:
         return ActivationPlace.KEEP if split.complete else ActivationPlace.RECOMPUTE
     kept, moved = split.rows(num_tokens)

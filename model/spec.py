@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..memory.activation_classes import ExpertSizes
+from ..utils.divisors import divisors, nearest_divisor
 from .config import Family, ModelConfig
 from .families import facts_of
 from .families.facts import FULL
@@ -202,12 +203,11 @@ def _check_heads(config: ModelConfig) -> None:
     heads, kv_heads, hidden = config.num_heads, config.num_kv_heads, config.hidden_size
     assert heads is not None and kv_heads is not None and hidden is not None
     if heads % kv_heads:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ConfigError(
             "model.num_kv_heads",
             found=f"{kv_heads} KV heads for {heads} heads",
-            expected=f"a divisor of {heads}: {', '.join(map(str, divisors))}",
-            hint=f"model.num_kv_heads={max(n for n in divisors if n <= kv_heads or n == 1)}",
+            expected=f"a divisor of {heads}: {', '.join(map(str, divisors(heads)))}",
+            hint=f"model.num_kv_heads={nearest_divisor(heads, kv_heads)}",
         )
     if config.head_dim is None and hidden % heads:
         raise ConfigError(

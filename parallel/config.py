@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 from ..cluster.config import Machines
 from ..errors import ConfigError
 from ..units import Seconds, Tokens
+from ..utils.divisors import common_powers_of_two, divisors, nearest_divisor
 from ..utils.ranges import TOKENS, WAIT_S, Range, check_ranges
 
 
@@ -108,12 +109,11 @@ def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:
             else "parallel.replicate=1 parallel.shard=null",
         )
     if world % parallel.replicate:
-        divisors = [n for n in range(1, world + 1) if world % n == 0]
         raise ConfigError(
             "parallel.replicate",
             found=f"{parallel.replicate} copies over {world} ranks",
-            expected=f"a divisor of {world}: {', '.join(map(str, divisors))}",
-            hint=f"parallel.replicate={max(n for n in divisors if n <= parallel.replicate)}",
+            expected=f"a divisor of {world}: {', '.join(map(str, divisors(world)))}",
+            hint=f"parallel.replicate={nearest_divisor(world, parallel.replicate)}",
         )
 
 
@@ -167,7 +167,7 @@ def _check_scheme(parallel: ParallelConfig, num_heads: int) -> None:
     key, wanted = ("parallel.ulysses_degree", inner) if parallel.scheme is Scheme.HYBRID else ("parallel.sp_degree", degree)
     if parallel.scheme not in (Scheme.HYBRID, Scheme.ULYSSES) or wanted is None:
         return
-    allowed = [1 << i for i in range(num_heads.bit_length()) if num_heads % (1 << i) == 0 and (degree is None or degree % (1 << i) == 0)]
+    allowed = common_powers_of_two(num_heads, degree or num_heads)
     if wanted not in allowed:
         raise ConfigError(
             key,

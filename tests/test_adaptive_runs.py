@@ -32,14 +32,14 @@ def events(directory, kind):
 
 
 def planner_pids(process):
-    found = []
+    lines = []
     for pid in descendants(process.pid):
         try:
             if any("parallel.sequence.service" in word for word in psutil.Process(pid).cmdline()):
-                found.append(pid)
+                lines.append(pid)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def test_a_probe_changes_nothing_but_plans_and_is_made_once(place):
     assert kept["origin"] == first["costs"] and kept["model"] == first["cost_model"]
     steps = events(place, "step")
     before = {event["step"]: event for event in steps if event["time"] < second["time"]}
-    again = {event["step"]: event for event in steps if event["time"] > second["time"]}
-    assert sorted(before) == [1, 2] and sorted(again) == [1, 2, 3, 4]
+    repeated = {event["step"]: event for event in steps if event["time"] > second["time"]}
+    assert sorted(before) == [1, 2] and sorted(repeated) == [1, 2, 3, 4]
     for step, event in before.items():
-        assert all(event[key] == again[step][key] for key in ("plan", "loss", "grad_norm"))
+        assert all(event[key] == repeated[step][key] for key in ("plan", "loss", "grad_norm"))
 
 
 def test_a_profile_is_taken_used_and_refused_elsewhere(place):

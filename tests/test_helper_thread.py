@@ -100,12 +100,12 @@ worker.main({str(run_dir)!r}, "efflaunch.tests.test_helper_thread:dying", 1, os.
 
 
 def test_every_thread_is_a_helper() -> None:
-    found = set()
+    starts = set()
     for path in ROOT.rglob("*.py"):
         name = path.relative_to(ROOT).as_posix()
         if name.startswith(".") or name.partition("/")[0] in PLAIN_THREADS or name in PLAIN_THREADS:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "threading.Thread":
-                found.add(name)
-    assert found == {"utils/helper_thread.py"}
+                starts.add(name)
+    assert starts == {"utils/helper_thread.py"}

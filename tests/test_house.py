@@ -96,7 +96,7 @@ def links() -> list[Link]:
     """All imports of the package's own modules, those inside functions and for type checkers alone included."""
     files = {name(path) for path in sources("") if "tests" not in path.relative_to(ROOT).parts[:1]}
     modules = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in files}
-    found = []
+    named = []
     for file in sorted(files):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -104,8 +104,8 @@ def links() -> list[Link]:
                     module = module.removeprefix("efflaunch.")
                     target = modules.get(module) or modules.get(module.rpartition(".")[0])
                     if target is not None and target != file:
-                        found.append(Link(file, target, node.lineno))
-    return found
+                        named.append(Link(file, target, node.lineno))
+    return named
 
 
 def test_no_circle_of_imports() -> None:
@@ -208,9 +208,9 @@ def test_every_package_is_packaged() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = {path.parent for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
     folders |= {path.parent for path in (ROOT / "conf").rglob("*.yaml")} | {ROOT / "slurm"}
-    found = {".".join(["efflaunch", *folder.relative_to(ROOT).parts]) for folder in folders}
+    named = {".".join(["efflaunch", *folder.relative_to(ROOT).parts]) for folder in folders}
     listed = project["tool"]["setuptools"]["packages"]
-    assert {package for package in found if not package.startswith("efflaunch.tests")} | {"efflaunch"} == set(listed)
+    assert {package for package in named if not package.startswith("efflaunch.tests")} | {"efflaunch"} == set(listed)
     assert listed == sorted(listed)
 
 
@@ -265,8 +265,8 @@ def engine_names(path: Path) -> set[str]:
 
 def test_what_engines_are_made_of_is_named_in_few_files() -> None:
     folders = [folder for folder in CODE_FOLDERS if folder != "tests"]
-    found = {name(path) for path in sources(*folders) if engine_names(path)}
-    assert found == set(MAY_NAME_ENGINES)
+    named = {name(path) for path in sources(*folders) if engine_names(path)}
+    assert named == set(MAY_NAME_ENGINES)
 
 
 COLLECTIVES = re.compile(

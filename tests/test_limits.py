@@ -48,12 +48,12 @@ def _is_number(node: ast.expr) -> bool:
 
 
 def test_no_test_has_a_limit_of_its_own() -> None:
-    found = {}
+    limits = {}
     for path in sorted(TESTS.rglob("*.py")):
         name = str(path.relative_to(TESTS))
         if name not in EXEMPT:
-            found[name] = [text for text in mistakes(ast.parse(path.read_text())) if not ("sleeps" in text and name in NAPS)]
-    assert {name: texts for name, texts in found.items() if texts} == {}
+            limits[name] = [text for text in mistakes(ast.parse(path.read_text())) if not ("sleeps" in text and name in NAPS)]
+    assert {name: texts for name, texts in limits.items() if texts} == {}
 
 
 @pytest.mark.parametrize(

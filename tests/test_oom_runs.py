@@ -47,9 +47,9 @@ def test_the_rank_the_place_and_a_cure_that_works(tmp_path, kind, size):
     assert "memory=auto" in command
     if kind == "process":
         return
-    again = efflaunch(tmp_path, ["-m", "efflaunch"], *shlex.split(command))
-    assert again.returncode == EXIT_DONE, again.stdout + again.stderr
-    assert "the memory certificate" in again.stdout and "every activation is kept" not in again.stdout
+    resumed = efflaunch(tmp_path, ["-m", "efflaunch"], *shlex.split(command))
+    assert resumed.returncode == EXIT_DONE, resumed.stdout + resumed.stderr
+    assert "the memory certificate" in resumed.stdout and "every activation is kept" not in resumed.stdout
 
 
 def test_a_host_that_runs_low_saves_and_says_so(tmp_path):

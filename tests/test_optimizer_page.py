@@ -22,8 +22,8 @@ def test_optimizer_page(tmp_path: Path) -> None:
     assert [event["loss"] for event in two] == [event["loss"] for event in host[:2]]
     assert [event["grad_norm"] for event in two] == [event["grad_norm"] for event in host[:2]]
     assert small[0]["loss"] == host[0]["loss"] and small[2]["loss"] != host[2]["loss"]
-    first, again = events(runs / "host", "start")
-    assert "host memory" in first["optimizer"] and "device memory" in again["optimizer"]
+    first, resumed = events(runs / "host", "start")
+    assert "host memory" in first["optimizer"] and "device memory" in resumed["optimizer"]
     assert events(runs / "small", "start")[0]["optimizer_inexact"]
     assert "NOT EXACT: moments are rounded to 8bit" in printed
     assert "note: not exact: gradients are clipped by the norm of the step before" in " ".join(printed.split())

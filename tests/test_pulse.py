@@ -63,7 +63,7 @@ def _rank(place: str, local_rank: int, ready: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_another_process_is_heard_and_writes_its_stacks(tmp_path: Path, method: str) -> None:
+def test_another_process_beats_and_writes_its_stacks(tmp_path: Path, method: str) -> None:
     if method == "spawn" and not Path("/proc/self/fd").is_dir():
         pytest.skip("descriptors of another process cannot be opened here")
     board, context = HeartbeatBoard(2), multiprocessing.get_context(method)

@@ -164,7 +164,7 @@ def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
     assert not [pid for pid in flushers if is_alive(pid)]
 
 
-def test_killed_ranks_go_on_from_memory_and_are_bit_equal(place, reference):
+def test_killed_ranks_resume_from_memory_and_are_bit_equal(place, reference):
     """With replicas, though storage takes its time: what was saved in memory alone is used, and then put on disk."""
     process = hold(place, 9, "checkpoint.replica=peer")
     pids = descendants(process.pid)
@@ -198,14 +198,14 @@ def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, mon
     finish(process, place)
     assert losses(place) == losses(reference)
     seen += events.read()
-    again = [event for event in seen if event["event"] == "start"][1]
+    restarted = [event for event in seen if event["event"] == "start"][1]
     step = next(event["step"] for event in seen if event["event"] == "replica")
-    assert again["restored_from"].startswith("the memory of") and again["resumed_from"] >= step
+    assert restarted["restored_from"].startswith("the memory of") and restarted["resumed_from"] >= step
     # Saved again at once, or by writers that were done when the ranks came back, or a newer save took its turn on slow storage.
     logs = "".join(path.read_text() for path in (place / "runs" / "run" / "logs").rglob("rank-0.log"))
-    adopted = f"checkpoint of step {again['resumed_from']}: every rank had written it when training stopped; committed now"
-    durable = [event["step"] for event in seen if event["event"] == "checkpoint" and event["time"] > again["time"]]
-    assert max(durable, default=0) >= again["resumed_from"] or adopted in logs
+    adopted = f"checkpoint of step {restarted['resumed_from']}: every rank had written it when training stopped; committed now"
+    durable = [event["step"] for event in seen if event["event"] == "checkpoint" and event["time"] > restarted["time"]]
+    assert max(durable, default=0) >= restarted["resumed_from"] or adopted in logs
 
 
 @pytest.mark.slow

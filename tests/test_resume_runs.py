@@ -22,7 +22,7 @@ def rates(run_dir: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_a_run_is_gone_on_with_from_anywhere_and_nothing_changes_in_silence(tmp_path: Path) -> None:
+def test_a_run_is_resumed_from_anywhere_and_nothing_changes_in_silence(tmp_path: Path) -> None:
     place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
     place.mkdir()
     elsewhere.mkdir()

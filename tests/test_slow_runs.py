@@ -37,13 +37,13 @@ def test_a_slow_rank_is_named_though_its_group_waits_for_it(tmp_path: Path) -> N
     """Groups of two: the other member is busy as long, by what it waits, and is not named."""
     make_corpus(tmp_path)
     run_dir = train(tmp_path, "slow", "train.steps=45", "checkpoint.every_steps=null", SLOW_RANK="1", SLOW_S="0.05")
-    told = [event for event in MetricsFollower(run_dir).read() if event["event"] == "stragglers"]
-    assert told and [row["rank"] for row in told[-1]["ranks"]] == [1] and told[-1]["ranks"][0]["ratio"] > 1.25
+    stragglers = [event for event in MetricsFollower(run_dir).read() if event["event"] == "stragglers"]
+    assert stragglers and [row["rank"] for row in stragglers[-1]["ranks"]] == [1] and stragglers[-1]["ranks"][0]["ratio"] > 1.25
     last = [event for event in MetricsFollower(run_dir).read() if event["event"] == "step"][-1]
     assert last["ranks"][1]["own_s"] > last["ranks"][0]["own_s"]
     assert "stragglers, as of step " in (tmp_path / "slow.out").read_text()
     status = [sys.executable, "-m", "efflaunch", "status", str(run_dir)]
     text = subprocess.run(status, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=ENDS_S).stdout
-    assert f"stragglers  rank 1 on {told[-1]['ranks'][0]['host']} " in text
+    assert f"stragglers  rank 1 on {stragglers[-1]['ranks'][0]['host']} " in text
     facts = subprocess.run([*status, "--json"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=ENDS_S).stdout
-    assert json.loads(facts)["stragglers"] == told[-1]["ranks"]
+    assert json.loads(facts)["stragglers"] == stragglers[-1]["ranks"]

@@ -1,38 +1,22 @@
-"""The settings that a rank is started with."""
+"""What a rank is started with: its settings, and the flag by which it is stopped."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from ..checkpoint.config import CheckpointConfig
-from ..cluster.config import ClusterConfig
-from ..memory.config import MemoryConfig
-from ..model.config import ModelConfig
-from ..parallel.config import ParallelConfig
-from .config import TrainConfig
-from .data.config import DataConfig
-from .optimizers.config import OptimConfig
+from ..estimate.plan_inputs import Configured
 from .reporting.config import LoggingConfig
 
 
-class RunSettings(Protocol):
-    """What training reads of the whole configuration (launcher.config.Config)."""
+class Stop(Protocol):
+    """The stop flag: set by a signal, and only read in training."""
 
     @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def memory(self) -> MemoryConfig: ...
-    @property
-    def checkpoint(self) -> CheckpointConfig: ...
-    @property
-    def cluster(self) -> ClusterConfig: ...
+    def requested(self) -> bool: ...
+
+
+class RunSettings(Configured, Protocol):
+    """What training reads of the whole configuration (launcher.config.Config): all that estimates read, and what to report."""
+
     @property
     def logging(self) -> LoggingConfig: ...

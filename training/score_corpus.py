@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ..utils.decode import decode, set_aside
 from .data.indexed import Kind
 from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource
+from .run_settings import Stop
 from .session import Session
 from .step import MicroBatchWork, read_step, to_tokens
 
@@ -36,11 +37,6 @@ STATE = "progress.json"
 log = logging.getLogger(__name__)
 ScoredTokens = tuple[int, int, np.ndarray]
 """Scores as (corpus, first number in its file, values to put or add there)."""
-
-
-class Stop(Protocol):
-    @property
-    def requested(self) -> bool: ...
 
 
 def fill_scores(

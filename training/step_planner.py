@@ -1,8 +1,8 @@
-"""Which plan each step runs: the same on every rank, and the same again when a run goes on from a checkpoint.
+"""Chooses the plan of each step: the same on every rank, and the same when a run resumes from a checkpoint.
 
 Note: what a plan depends on. The lengths of the step, which are a function of (seed, step), and the cost model. The cost model
-of a run is settled when the run starts: checkpoints carry it, so neither a new profile nor what was measured in between changes
-the plans of a run that goes on with the same settings. What the run measures of itself goes into RUN_DIR/profile.yaml, for other
+of a run is fixed when the run starts: checkpoints carry it, so neither a new profile nor what was measured in between changes
+the plans of a run that resumes with the same settings. What the run measures of itself goes into RUN_DIR/profile.yaml, for other
 runs, or for this one once parallel.profile names it. The one thing left to chance is a plan that is late: it is counted.
 """
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Totals:
-    """Of all steps of a run, over its attempts."""
+    """Sums over all steps of a run, over its attempts."""
 
     late: int = 0
     """Plans that were not there in time: those steps ran greedy ones."""
@@ -49,7 +49,7 @@ class Totals:
     timed_s: float = 0.0
     """What steps took, but for each attempt's first, which also warms up."""
     timed_predicted_s: float = 0.0
-    """Of the same steps, by the model."""
+    """The same steps' seconds by the model."""
 
 
 class StepPlanner:
@@ -66,11 +66,11 @@ class StepPlanner:
         barrier_free: bool,
         report: Callable[..., None],
     ) -> None:
-        """`service`: rank 0's, where sequence=adaptive; it is closed by who started it. `report(event, **fields)` is told once
+        """`service`: rank 0's, where sequence=adaptive; whoever started it closes it. `report(event, **fields)` is called once
         where it fails."""
         self.request, self.totals = request, Totals()
         self._lengths_of, self._barrier_free, self._report = lengths_of, barrier_free, report
-        self._mode, self._service, self._told = mode, service, False
+        self._mode, self._service, self._reported = mode, service, False
         if service is not None:
             service.begin(lengths_of, num_steps, request)
 
@@ -84,8 +84,8 @@ class StepPlanner:
         if self._service is not None:
             try:
                 packed[1:] = torch.from_numpy(pack_plan(self._checked(self._decide(step, lengths))))
-            except Exception as found:  # the others wait for it in the broadcast
-                packed[0], error = 1, found
+            except Exception as failure:  # the others wait for it in the broadcast
+                packed[0], error = 1, failure
         dist.broadcast(packed, 0, group=whole_world())
         if error is not None:
             raise error
@@ -108,15 +108,15 @@ class StepPlanner:
         if plan is not None:
             return plan
         if self._service.failure:
-            self._tell(step, self._service.failure)
+            self._report_failure(step, self._service.failure)
             self.totals.unplanned += 1
             return _greedy(lengths, self.request.cost, "greedy")
         self.totals.late += 1
         return _greedy(lengths, self.request.cost, "late")
 
-    def _tell(self, step: int, failure: str) -> None:
-        if not self._told:
-            self._told = True
+    def _report_failure(self, step: int, failure: str) -> None:
+        if not self._reported:
+            self._reported = True
             log.error("%s; from step %d on the greedy plan is used", failure, step + 1)
             self._report("planner_failed", step=step + 1, error=failure)
 
@@ -127,7 +127,7 @@ class StepPlanner:
         seconds = self.request.cost.plan_s(plan, barrier_free=True)
         return replace(self.request.cost.priced(plan), predicted_s=seconds, lower_bound_s=None, bound="")
 
-    def known_by_now(self, step: int, plan: StepPlan) -> tuple[float | None, StepPlan]:
+    def background_results(self, step: int, plan: StepPlan) -> tuple[float | None, StepPlan]:
         """Modelled seconds of the static plan of the step that just ran, where they are known; the plan with the tightest bound."""
         extras = self._service.extras(step) if self._service is not None else None
         if extras is None or plan.predicted_s is None:
@@ -149,42 +149,42 @@ def _greedy(lengths: Sequence[int], cost: CostModel, source: str) -> StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The cost model of a run, settled at its start."""
+    """The cost model of a run, fixed at its start."""
 
     model: CostModel
     overhead_s: float
     """Of a group and micro-batch, as measured; it is inside the model's beta_s. Zero where nothing was measured."""
     key: ProfileKey
     origin: str
-    """Where the figures come from, for people."""
+    """Where the figures come from, as a sentence."""
     fingerprint: str
-    """Of the settings it was made from: the same settings go on with the same model."""
+    """Hash of the settings it was made from: the same settings resume with the same model."""
     is_assumed: bool = False
-    """Arithmetic, for want of a profile, and not settled yet: a probe may replace it."""
+    """Arithmetic, for want of a profile; a probe may still replace it."""
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, exactly; for checkpoints."""
+        """Return it as JSON, exactly; for checkpoints."""
         return {"fingerprint": self.fingerprint, "model": asdict(self.model), "overhead_s": self.overhead_s, "origin": self.origin}
 
 
-def settle_costs(config: Any, inputs: PlanInputs, device: torch.device, stored: dict[str, Any] | None) -> Costs:
-    """The model a checkpoint has `stored`, where it was made from these settings; else measured values, or arithmetic.
+def resolve_costs(config: Any, inputs: PlanInputs, device: torch.device, stored: dict[str, Any] | None) -> Costs:
+    """Return the model a checkpoint has `stored`, where it was made from these settings; else measured values, or arithmetic.
 
-    `inputs`: of the run's ledger, its policy decided.
+    `inputs`: those of the run's ledger, its policy decided.
     """
     spec = inputs.spec
     # Rates that were measured since do not make other settings.
     arithmetic = cost_model_of(replace(inputs, measured=None))
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))
     text = json.dumps([asdict(arithmetic), config.parallel.profile, asdict(key)])
-    made_from = hashlib.sha256(text.encode()).hexdigest()[:16]
-    known = None if stored is None else load_costs(stored, key, made_from)
-    if known is not None:
-        return known
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    restored = None if stored is None else load_costs(stored, key, fingerprint)
+    if restored is not None:
+        return restored
     profile, origin = find_profile(config.parallel.profile, key)
     if profile is None:
-        return Costs(arithmetic, 0.0, key, origin, made_from, is_assumed=True)
-    return Costs(profile.refine(arithmetic), profile.overhead_s, key, origin, made_from)
+        return Costs(arithmetic, 0.0, key, origin, fingerprint, is_assumed=True)
+    return Costs(profile.refine(arithmetic), profile.overhead_s, key, origin, fingerprint)
 
 
 def load_costs(stored: dict[str, Any], key: ProfileKey, fingerprint: str) -> Costs | None:
@@ -195,5 +195,5 @@ def load_costs(stored: dict[str, Any], key: ProfileKey, fingerprint: str) -> Cos
 
 
 def this_hardware(device: torch.device) -> str:
-    """As profiles call it."""
+    """Name this device as profiles do."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

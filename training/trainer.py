@@ -22,7 +22,7 @@ import time
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,21 +59,14 @@ from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_rep
 from .reporting.step_pace import Pace
 from .reporting.step_results import Results, gather_results, host_names
 from .reporting.stragglers import Stragglers
-from .run_settings import RunSettings
+from .run_settings import RunSettings, Stop
 from .session import Session, build_session, closing_store, join_ranks, plain_config
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
-from .step_planner import Costs, StepPlanner, Totals, settle_costs
+from .step_planner import Costs, StepPlanner, Totals, resolve_costs
 
 log = logging.getLogger(__name__)
 PRELOAD = ("torch.distributed.checkpoint.state_dict", *FSDP2.preload)
 """What the agent imports once, before it forks the ranks."""
-
-
-class Stop(Protocol):
-    """Set by a signal; only read here."""
-
-    @property
-    def requested(self) -> bool: ...
 
 
 def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | None = None) -> int:
@@ -161,7 +154,7 @@ class _Run:
         self.only_in_memory = restored is not None and not restored.is_durable
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         self.position: Position = position_of(self.session.model)
-        self.costs: Costs = self._settle_costs(extra.get("costs"))
+        self.costs: Costs = self._resolve_costs(extra.get("costs"))
         self.planner = self._planner(service, extra)
         self.measured = StepComparison(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
@@ -175,9 +168,9 @@ class _Run:
         self.hosts = host_names(self.session.topology.world)
         self._write_start(restored)
 
-    def _settle_costs(self, stored: dict[str, Any] | None) -> Costs:
-        """What a checkpoint stored, a profile of this machine, or what a probe finds now. Collective."""
-        costs = settle_costs(self.config, self.session.ledger.inputs, self.session.device, stored)
+    def _resolve_costs(self, stored: dict[str, Any] | None) -> Costs:
+        """The costs a checkpoint stored, those of a profile of this machine, or those a probe measures now. Collective."""
+        costs = resolve_costs(self.config, self.session.ledger.inputs, self.session.device, stored)
         if self.done == self.config.train.steps:
             return costs
         self.position.at("probing this machine")
@@ -242,7 +235,7 @@ class _Run:
         return self.objective.ready(plan, stop=stop, report=self.metrics.write)
 
     def _step(self, stop: Stop) -> bool:
-        """One update; True where any rank was told to stop."""
+        """One update; True where any rank was asked to stop."""
         started = time.monotonic()
         self.pulse.begin_step(self.done, expected_s=self.pace.expected_s(), is_long=self.done == self.began)
         plan = self.planner.plan(self.done)
@@ -250,9 +243,9 @@ class _Run:
         self.position.at("reading data")
         works = read_step(self.session.source, self.done, plan, self.session.topology.stage_rank)
         with self.allocator.step(step_shape(works)):
-            told, numbers, backward_s = self._update(plan, works, stop)
-        self._finish_step(told, plan, numbers, started, backward_s)
-        return told.stop
+            results, numbers, backward_s = self._update(plan, works, stop)
+        self._finish_step(results, plan, numbers, started, backward_s)
+        return results.stop
 
     def _update(self, plan: StepPlan, works: list[MicroBatchWork], stop: Stop) -> tuple[Results, dict[str, Any], float]:
         """Gradients and the optimizer's step; everything the step allocates is gone when it returns."""
@@ -269,16 +262,16 @@ class _Run:
         shares = self._backward(works, objective, watch, clocks)
         self.position.at("gathering results")
         tokens = sum(work.shard.num_tokens for work in works)
-        told = gather_results(
+        results = gather_results(
             session.topology.world, shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested
         )
         backward_s = time.monotonic() - begun
         self.position.at("optimizer")
-        found = updater.finish()
-        self._check_finite(found, shares, works, watch, loss=told.loss)
+        gradients = updater.finish()
+        self._check_finite(gradients, shares, works, watch, loss=results.loss)
         updater.apply()
-        numbers = {"target_tokens": targets, "grad_norm": found.norm, "lr": rate, **means(objective, told.objective)}
-        return told, numbers, backward_s
+        numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective)}
+        return results, numbers, backward_s
 
     def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
         """Anew for each pass over the step: it counts."""
@@ -297,10 +290,10 @@ class _Run:
         return self.certified.peak_bytes() if planned is None else planned
 
     def _check_finite(
-        self, found: Gradients, shares: torch.Tensor, works: list[MicroBatchWork], watch: RowWatch, loss: float = 0.0
+        self, gradients: Gradients, shares: torch.Tensor, works: list[MicroBatchWork], watch: RowWatch, loss: float = 0.0
     ) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
-        for value in (loss, found.norm):
+        for value in (loss, gradients.norm):
             if not math.isfinite(value):
                 raise non_finite(
                     value,
@@ -309,43 +302,43 @@ class _Run:
                     watch,
                     self.session.source,
                     self.done,
-                    layer=found.first_bad,
-                    partly_applied=found.partly_applied,
+                    layer=gradients.first_bad,
+                    partly_applied=gradients.partly_applied,
                     # Where modules before were updated with bad numbers, weights say nothing of where those came from.
-                    bad_weights=() if found.partly_applied else weights_at_fault(self.session.model, self.session.topology.world),
+                    bad_weights=() if gradients.partly_applied else weights_at_fault(self.session.model, self.session.topology.world),
                 )
 
-    def _finish_step(self, told: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
+    def _finish_step(self, results: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
         self.done += 1
-        self.last_loss = told.loss
-        self.first_loss = told.loss if self.first_loss is None else self.first_loss
-        self.total_tokens += sum(told.tokens)
-        self.peak_bytes = told.peak_bytes
-        self.certified.look(self.done, told.peak_bytes)
+        self.last_loss = results.loss
+        self.first_loss = results.loss if self.first_loss is None else self.first_loss
+        self.total_tokens += sum(results.tokens)
+        self.peak_bytes = results.peak_bytes
+        self.certified.look(self.done, results.peak_bytes)
         least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
-        self.low_on_host = next(((rank, size) for rank, size in enumerate(told.host_free_bytes) if size < least), None)
+        self.low_on_host = next(((rank, size) for rank, size in enumerate(results.host_free_bytes) if size < least), None)
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
         elapsed = time.monotonic() - started
         self.step_s.append(elapsed)
         self.pace.add(elapsed)
-        self._name_stragglers(plan, told)
-        times = StepTimes(told.busy_s, backward_s, elapsed)
+        self._name_stragglers(plan, results)
+        times = StepTimes(results.busy_s, backward_s, elapsed)
         planned = self._measure(plan, times)
         if self.done % self.config.logging.every_steps and self.done != self.config.train.steps:
             return
-        fields = step_fields(told, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=self.allocator.outcome())
+        fields = step_fields(results, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=self.allocator.outcome())
         self.metrics.write("step", step=self.done, **fields, **numbers, **planned)
 
-    def _name_stragglers(self, plan: StepPlan, told: Results) -> None:
+    def _name_stragglers(self, plan: StepPlan, results: Results) -> None:
         # Rank 0 alone reports.
-        found = self.stragglers.add(plan, told.own_s) if self.rank == 0 else None
-        if found is not None:
-            self.metrics.write("stragglers", step=self.done, ranks=straggler_rows(found, self.hosts))
+        slow = self.stragglers.add(plan, results.own_s) if self.rank == 0 else None
+        if slow is not None:
+            self.metrics.write("stragglers", step=self.done, ranks=straggler_rows(slow, self.hosts))
 
     def _measure(self, plan: StepPlan, times: StepTimes) -> dict[str, Any]:
-        """Hold the step against its plan; what metrics.jsonl says of it. News of drift is an event of its own."""
-        static_s, plan = self.planner.known_by_now(self.done - 1, plan)
+        """Compare the step with its plan; returns the fields for metrics.jsonl. News of drift is an event of its own."""
+        static_s, plan = self.planner.background_results(self.done - 1, plan)
         self.measured.add(plan, times)
         if plan.predicted_s is not None and self.done - 1 > self.began:
             self.planner.totals.timed_s += times.step_s
@@ -363,9 +356,9 @@ class _Run:
                 return
             refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
             if refitted is not None:
-                known = self.session.ledger.inputs.measured
+                rates = self.session.ledger.inputs.measured
                 try:
-                    save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if known is None else known.rates))
+                    save_profile(self.run_dir / DEFAULT_FILE, replace(refitted, rates=None if rates is None else rates.rates))
                 except OSError as error:
                     # A full disk costs what was measured, and no step.
                     log.warning("%s cannot be written: %s", DEFAULT_FILE, error)

@@ -62,8 +62,8 @@ def look(folder: Path, node: str, host: str) -> tuple[list[StoredImage], int]:
     return images, num_bytes
 
 
-def tell(path: Path, message: dict[str, Any]) -> dict[str, Any] | None:
-    """Ask a keeper of this node; None where it does not answer."""
+def send(path: Path, message: dict[str, Any]) -> dict[str, Any] | None:
+    """Send a message to a keeper of this node; returns its answer, None where there is none."""
     try:
         stream = connect_here(path, ANSWER_S)
         try:
@@ -81,10 +81,10 @@ class KeeperProcess:
         """Connect to a keeper, or start one (OSError: neither). `host`: the address others reach it at, if there are others."""
         path = folder / f"keeper-{rank}"
         self._child: subprocess.Popen[bytes] | None = None
-        answer = tell(path, {"do": "claim", "session": session}) if path.exists() else None
+        answer = send(path, {"do": "claim", "session": session}) if path.exists() else None
         if answer is None:
             self._child = _start(path, host)
-            answer = tell(path, {"do": "claim", "session": session})
+            answer = send(path, {"do": "claim", "session": session})
         if answer is None:
             raise OSError(f"the keeper at {path} does not answer")
         self.pid = int(answer["pid"])
@@ -107,7 +107,7 @@ class KeeperProcess:
 
     def stop(self) -> None:
         """End it, and what it holds with it."""
-        tell(Path(self.address.path), {"do": "stop"})
+        send(Path(self.address.path), {"do": "stop"})
         self.reap()
         self._line.close()
 

@@ -20,7 +20,7 @@ from ...utils.helper_thread import HelperThread
 from ..attempt import Attempt
 from ..provenance import free_memory
 from ..rank_coordination import Peers, Votes
-from .keeper_process import KeeperProcess, look, meeting_folder, tell
+from .keeper_process import KeeperProcess, look, meeting_folder, send
 from .plan import ReplicaSet, StoredImage, keeper_bytes, keepers_of, solve_set
 from .source import ReplicaSource
 from .stream import Address
@@ -123,7 +123,7 @@ class Replicas:
         assert self.keeper is not None
         self.keeper.keep(attempt)
         for path in self._unclaimed():
-            tell(path, {"do": "keep", "attempt": attempt} if attempt else {"do": "stop"})
+            send(path, {"do": "keep", "attempt": attempt} if attempt else {"do": "stop"})
 
     def _unclaimed(self) -> list[Path]:
         """Paths of keepers of ranks that this life has elsewhere, or not at all; one rank of the node sees to them."""
@@ -208,7 +208,7 @@ class Replicas:
                 # The store is gone, and with it rank 0: the run is over.
                 error = str(failure)
             report = ReplicaReport(vote.attempt.step, error, time.monotonic() - vote.attempt.started)
-            self._tell(report)
+            self._report(report)
             with self._lock:
                 vote.is_over = True
             with self._settled:
@@ -227,14 +227,14 @@ class Replicas:
                 error = "not there when the next save began"
             vote.is_cast = error is None
         self._votes.post(_vote_key(attempt, rank), error)
-        error = self._decide(attempt, error) if rank == 0 else self._hear(attempt)
+        error = self._decide(attempt, error) if rank == 0 else self._result(attempt)
         if error is None:
             with self._lock:
                 first = self.replicated is None
                 self._agreed, self.replicated = attempt.name, attempt.step
             if first:
                 for path in self._unclaimed():
-                    tell(path, {"do": "stop"})
+                    send(path, {"do": "stop"})
         return error
 
     def _decide(self, attempt: Attempt, mine: str | None) -> str | None:
@@ -253,7 +253,7 @@ class Replicas:
         self._answered = [_result_key(attempt)] if not missing else []
         return error
 
-    def _hear(self, attempt: Attempt) -> str | None:
+    def _result(self, attempt: Attempt) -> str | None:
         assert self._votes is not None
         answer = self._votes.collect([_result_key(attempt)], self.timeout_s + _ANSWER_S)
         return answer[_result_key(attempt)] if answer else "rank 0 did not say whether it is whole"
@@ -276,7 +276,7 @@ class Replicas:
         for key, fields in self._votes.there(list(keys)).items():
             self._addresses[keys[key]] = Address.from_json(fields)
 
-    def _tell(self, report: ReplicaReport) -> None:
+    def _report(self, report: ReplicaReport) -> None:
         self.reports.put(report)
         if self.peers.rank != 0:
             return

@@ -143,16 +143,16 @@ def in_flight(inputs: PlanInputs, layer: int) -> Term:
 
 
 def _ahead(inputs: PlanInputs, layer: int, rows: Mapping[str, int]) -> int:
-    """Bytes a row of what is asked for before its use (memory/executor/saved.py): of this layer's next piece or of the layer below."""
+    """Bytes a row of what is prefetched (memory/executor/saved.py): of this layer's next piece or of the layer below."""
     middle, after = (QUERY, ATTENTION_OUTPUT) if inputs.by_chunks else (), after_attention(activation_classes(inputs.spec))
     visits = [(LAYER_INPUT, *middle, *after), *([] if inputs.by_chunks else [(QUERY, KEY_VALUE, LAYER_INPUT)])]
     here = max(_first(inputs, visit, rows, several=True) for visit in visits)
     if layer == 0:
         return here
-    # A segment below runs again first: what its layers have to make is not read.
-    again = inputs.segment_layers > 1 and layer % inputs.segment_layers == 0 and RESIDUAL.name in rows
-    below = after if again else (ATTENTION_OUTPUT, LAYER_INPUT, KEY_VALUE, QUERY, *after)
-    # With one class a piece, the layer below is asked for while another piece is still to come.
+    # A segment below is recomputed first: what its layers have to make is not read.
+    recomputed = inputs.segment_layers > 1 and layer % inputs.segment_layers == 0 and RESIDUAL.name in rows
+    below = after if recomputed else (ATTENTION_OUTPUT, LAYER_INPUT, KEY_VALUE, QUERY, *after)
+    # With one class a piece, the layer below is prefetched while another piece is still to come.
     alone = sum(kind.name in rows for kind in below) == 1 and inputs.in_pieces
     return max(here, _first(inputs, below, rows, AHEAD + alone))
 

@@ -146,11 +146,11 @@ def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Mom
     else:
         kernel = Moment(both + _read(inputs, w) + w.Q + w.E + w.Q * sides + gradients + ring)
     made = part.Q + part.K
-    again = [Moment(both + made * cut, before_row(part))] * (groups or _stored(inputs))
+    projected = [Moment(both + made * cut, before_row(part))] * (groups or _stored(inputs))
     if not sides:
-        return [kernel, *again]
-    again += [Moment(both + made + 3 * (part.Q + part.X))] * (groups or _stored(inputs))
-    return [kernel, *again, Moment(both + (wide + 2) * (part.Q + part.X))]
+        return [kernel, *projected]
+    projected += [Moment(both + made + 3 * (part.Q + part.X))] * (groups or _stored(inputs))
+    return [kernel, *projected, Moment(both + (wide + 2) * (part.Q + part.X))]
 
 
 def streamed_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:

@@ -13,7 +13,7 @@ class Phase(Enum):
     """The last layer's."""
     LOSS = "loss"
     SEGMENT = "segment recompute"
-    """Layers of a segment run forward again for their inputs; only with segments of several layers."""
+    """Layers of a segment are recomputed for their inputs; only with segments of several layers."""
     BACKWARD_MLP = "backward mlp"
     """A layer from its output back to attention's."""
     BACKWARD_ATTENTION = "backward attention"

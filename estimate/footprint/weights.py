@@ -51,16 +51,16 @@ def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     if inputs.parallel.barrier_free:
         note = "all layers, in compute precision, from the first micro-batch to the last"
         return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), KEEPING)
-    # The layer below is gathered ahead; where its input is made again from its segment's, that gather is used up by then.
-    ahead = one * (several and layer > 0 and not inputs_made_again(inputs, layer))
+    # The layer below is gathered ahead; where its input is recomputed from its segment's, that gather is used up by then.
+    ahead = one * (several and layer > 0 and not inputs_recomputed(inputs, layer))
     by_phase = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
     by_phase |= dict.fromkeys((Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS), one + ahead)
-    if inputs_made_again(inputs, layer):
+    if inputs_recomputed(inputs, layer):
         by_phase[Phase.SEGMENT] = (2 + several) * one
     return Term("layers, gathered", "the running layer" + ", and a gather's buffer" * several + ", in compute precision", by_phase)
 
 
-def inputs_made_again(inputs: PlanInputs, layer: int) -> bool:
+def inputs_recomputed(inputs: PlanInputs, layer: int) -> bool:
     """Whether this layer's backward starts by running the layers below it in its segment."""
     last = layer % inputs.segment_layers == inputs.segment_layers - 1 or layer == inputs.spec.num_layers - 1
     return last and layer % inputs.segment_layers > 0

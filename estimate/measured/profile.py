@@ -34,7 +34,7 @@ READABLE = (1, 2)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileKey:
-    """What a profile is of; one taken of anything else says nothing about a run."""
+    """What a profile is of: one of anything else is not used for a run."""
 
     hardware: str
     """Hardware of one rank: the GPU's name, or the processor's with its cores."""
@@ -105,7 +105,7 @@ class Profile:
     """The reductions' part of step_s."""
     collectives: tuple[FittedCollective, ...] = ()
     taken: str = ""
-    """When, for people."""
+    """When it was taken, as a date."""
     rates: MachineRates | None = None
     """Rates of the host's links, the disk and the update; None where they were not measured."""
 
@@ -259,30 +259,30 @@ def load_profiles(path: Path) -> list[Profile]:
         raise _unreadable(path, f"an entry that cannot be read ({error})") from error
 
 
-def find_profile(wanted: str | None, key: ProfileKey, folder: Path | None = None) -> tuple[Profile | None, str]:
+def find_profile(path_given: str | None, key: ProfileKey, folder: Path | None = None) -> tuple[Profile | None, str]:
     """The profile of `key` and where it came from, or None and why there is none.
 
-    `wanted` is parallel.profile: a file the user named must have it (ConfigError says what differs); where no file was
-    named, profile.yaml of `folder` is used if it fits, and said not to be if not.
+    `path_given` is parallel.profile: a file the user named must have it (ConfigError names what differs); where no file was
+    named, profile.yaml of `folder` is used if it fits, and the reason given if not.
     """
-    path = (folder or Path()) / (wanted or DEFAULT_FILE)
+    path = (folder or Path()) / (path_given or DEFAULT_FILE)
     if not path.exists():
-        if wanted is not None:
+        if path_given is not None:
             raise ConfigError("parallel.profile", found=f"no file {path}", expected="a profile of this machine", hint=_make(path))
         return None, "arithmetic on data sheets: nothing was measured here (efflaunch profile does)"
     try:
         stored = load_profiles(path)
     except ConfigError as error:
-        if wanted is not None:
+        if path_given is not None:
             raise
         return None, f"arithmetic on data sheets: {path} is damaged ({error.found}); {_make(path)}"
     match = next((profile for profile in stored if not profile.key.differences(key)), None)
     if match is not None:
         return match, str(path)
     reason = _nearest_difference(stored, key)
-    if wanted is not None:
-        found = f"a profile of something else ({reason})"
-        raise ConfigError(f"parallel.profile={wanted}", found=found, expected="one of this machine and model", hint=_make(path))
+    if path_given is not None:
+        other = f"a profile of something else ({reason})"
+        raise ConfigError(f"parallel.profile={path_given}", found=other, expected="one of this machine and model", hint=_make(path))
     return None, f"arithmetic on data sheets: {path} is of something else ({reason})"
 
 

@@ -1,4 +1,4 @@
-"""What the solver found, in words and numbers: the policy, what is proven, what is full, what more of it would save. Pure."""
+"""The solver's result, in words and numbers: the policy, what is proven, what is full, what more of it would save. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..plan_inputs import PlanInputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShadowPrice:
-    """What a change of the machine would save, found by solving again with it."""
+    """Time that a change of the machine would save, by a solution with it."""
 
     change: str
     """`6.0 GiB more host memory for each GPU`"""
@@ -48,7 +48,7 @@ class SolveReport:
     keep_s: float
     """The step if every activation could be kept."""
     recompute_s: float
-    """The step if every layer ran again in backward (memory=recompute), whether that fits or not."""
+    """The step if every layer were recomputed in backward (memory=recompute), whether that fits or not."""
     fixed_bytes: int
     """Bytes on the device at its fullest phase whatever the policy."""
     fixed_terms: tuple[tuple[str, int], ...]
@@ -69,7 +69,7 @@ def percent(share: float) -> str:
 
 
 def describe_policy(policy: MemoryPolicy, inputs: PlanInputs) -> tuple[str, ...]:
-    """The policy in clauses: what waits where, what runs again, in what pieces."""
+    """The policy in clauses: what waits where, what is recomputed, in what pieces."""
     place = "GPU" if inputs.on_gpu else "rank"
     host = "files" if policy.offload_dir else "host"
     compiled = ("norms, projections and MLP compiled",) if policy.compile else ()

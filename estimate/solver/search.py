@@ -78,7 +78,7 @@ class Candidate:
 
     @property
     def bound_s(self) -> float:
-        """The step if nothing had to be moved or made again for want of memory."""
+        """The step if nothing had to be moved or recomputed for want of memory."""
         if self._bound_s is None:
             alone = [entry.classes for entry in self.variables]
             ideal = [float(entry.keep or alone.count(entry.classes) == 1) for entry in self.variables]
@@ -160,7 +160,7 @@ class PolicySearch:
         broken: set[int] = set()
         if not self.may_fit(room):
             return None
-        for again in range(_ROUNDS + len(self.candidates)):
+        for attempt in range(_ROUNDS + len(self.candidates)):
             answers, bound = self._answers(room, broken)
             if not answers:
                 return None
@@ -171,11 +171,11 @@ class PolicySearch:
                 (pair for pair in answers if pair[1].time_s <= within), key=lambda pair: (pair[0].complexity, pair[1].time_s)
             )
             num_rows = len(candidate.program.rows)
-            settled = self._settle(candidate, within, room)
-            if settled is None:
+            checked = self._round_and_check(candidate, within, room)
+            if checked is None:
                 broken.add(id(candidate))
-            elif settled[1] <= within * (1.0 + PREFERENCE / 2) or len(candidate.program.rows) == num_rows or again >= _ROUNDS:
-                policy, time_s = settled
+            elif checked[1] <= within * (1.0 + PREFERENCE / 2) or len(candidate.program.rows) == num_rows or attempt >= _ROUNDS:
+                policy, time_s = checked
                 return SearchResult(candidate, policy, answer.prices, time_s, least, bound, len(answers))
             # Else the shape needs more than its first tangents said, and another may be better.
         return None
@@ -185,7 +185,7 @@ class PolicySearch:
         return any(self._has_room(entry, room) for entry in self._least_memory())
 
     def _least_memory(self) -> list[Candidate]:
-        """Shapes that need least of every memory: the smallest pieces, attention run again, gradients gone after each micro-batch."""
+        """Shapes that need least of every memory: the smallest pieces, attention recomputed, gradients gone after each micro-batch."""
         smallest = [entry for entry in self.smallest.values() if not entry.shape.stored] or list(self.smallest.values())
         last = max(entry.complexity[-1] for entry in smallest)
         return [entry for entry in smallest if entry.complexity[-1] == last]
@@ -211,8 +211,8 @@ class PolicySearch:
                 least = min(least, answer.time_s)
         return solutions, float("inf")
 
-    def _settle(self, candidate: Candidate, within_s: float, room: ExtraCapacity) -> tuple[MemoryPolicy, float] | None:
-        """Rounded shares that the ledger says fit, of those within the time the ones that move least."""
+    def _round_and_check(self, candidate: Candidate, within_s: float, room: ExtraCapacity) -> tuple[MemoryPolicy, float] | None:
+        """Rounded shares that fit by the ledger, of those within the time the ones that move least."""
         for attempt in range(_ROUNDS):
             program = room.of(candidate.program)
             answer = solve_program(program, within_s) or solve_program(program)

@@ -23,9 +23,9 @@ _FULL = 0.98
 
 
 def report_of(solved: PlanInputs, search: PolicySearch, result: SearchResult | None) -> SolveReport:
-    """Everything about an answer of the search; `found` None: nothing fits."""
+    """Report on the `result` of a search; None: nothing fits."""
     keep = measures(replace(solved, policy=KEEP_ALL)).step_s(link=float("inf"))
-    again = measures(replace(solved, policy=MemoryPolicy(layer_input=KEPT, attention_output=RECOMPUTED))).step_s(link=float("inf"))
+    recompute_s = measures(replace(solved, policy=MemoryPolicy(layer_input=KEPT, attention_output=RECOMPUTED))).step_s(link=float("inf"))
     fixed = fixed_terms(solved)
     return SolveReport(
         policy=describe_policy(solved.policy, solved),
@@ -37,7 +37,7 @@ def report_of(solved: PlanInputs, search: PolicySearch, result: SearchResult | N
         prices=_prices(solved, search, result) if result is not None else (),
         step_s=measures(solved).step_s(),
         keep_s=keep,
-        recompute_s=again,
+        recompute_s=recompute_s,
         fixed_bytes=sum(size for _, size in fixed),
         fixed_terms=fixed[:5],
         least_budget=least_budget(solved) if result is None else None,
@@ -78,7 +78,7 @@ class _Change:
 
 
 def _prices(solved: PlanInputs, search: PolicySearch, result: SearchResult) -> tuple[ShadowPrice, ...]:
-    """What more memory and a faster link would save; nothing is asked where the bound says it could not count."""
+    """What more memory and a faster link would save; nothing is solved where the bound shows that it could not count."""
     if result.least_s <= search.in_order[0].bound_s * (1.0 + PREFERENCE):
         return ()
     made = [_first_that_counts(search, result, changes) for changes in _changes(solved)]
@@ -112,13 +112,13 @@ def _changes(inputs: PlanInputs) -> Iterator[list[_Change]]:
 
 
 def _first_that_counts(search: PolicySearch, result: SearchResult, changes: Sequence[_Change]) -> ShadowPrice | None:
-    """The smallest of the changes that saves something, by solving again with it."""
+    """The smallest of the changes that saves something, by a solution with it."""
     for change in changes:
-        again = search.best(change.room)
-        if again is None or result.least_s - again.least_s < PREFERENCE * result.least_s:
+        changed = search.best(change.room)
+        if changed is None or result.least_s - changed.least_s < PREFERENCE * result.least_s:
             continue
         # What a person would see: the policies taken may be slower than the fastest by a little.
-        saved = result.time_s - again.time_s
+        saved = result.time_s - changed.time_s
         if saved >= PREFERENCE * result.time_s:
             slope = sum(price for name, price in result.prices.items() if name.startswith(change.memory)) * change.num_bytes
             share = saved / result.time_s

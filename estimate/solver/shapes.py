@@ -34,7 +34,7 @@ class Shape:
 
     graph: bool = False
     stored: bool = False
-    """Attention outputs are kept or moved; otherwise attention runs again."""
+    """Attention outputs are kept or moved; otherwise attention is recomputed."""
     segment_layers: int = 1
     chunk_tokens: int | None = None
     attention: AttentionTiling = AttentionTiling.WHOLE
@@ -223,6 +223,6 @@ def rounded(variables: Sequence[Share], x: Sequence[float], tokens: int) -> tupl
     for together in _exclusive(variables):
         keep, host = sorted(together, key=lambda index: not variables[index].keep)
         if x[keep] + x[host] > 1.0 - 1e-4:
-            # All of it waits somewhere: rounding leaves no tokens over to be made again.
+            # All of it waits somewhere: rounding leaves no tokens over to be recomputed.
             short[host] = 1.0 - short[keep]
     return tuple(short)

@@ -34,7 +34,7 @@ def forward_attention_flops(windows: Iterable[int | None], query_size: int, num_
 
 
 def class_recompute_flops(inputs: PlanInputs) -> dict[str, float]:
-    """FLOPs of making one token of a class again in one layer (the layers' mean, for attention of a longest sequence).
+    """FLOPs of recomputing one token of a class in one layer (the layers' mean, for attention of a longest sequence).
 
     `layer_input`: a whole layer run forward, which inner layers of a segment cost.
     """
@@ -44,14 +44,14 @@ def class_recompute_flops(inputs: PlanInputs) -> dict[str, float]:
     return {kind.name: kind.recompute_flops(spec, forward) for kind in activation_classes(spec)}
 
 
-def remade_flops(inputs: PlanInputs) -> float:
-    """Linear FLOPs that one token of one layer costs again in backward, segments left out."""
+def recompute_linear_flops(inputs: PlanInputs) -> float:
+    """Linear FLOPs that recomputing one token of one layer costs in backward, segments left out."""
     if inputs.policy.graph:
         return 0.0
     costs = class_recompute_flops(inputs)
-    made = [kind for kind in activation_classes(inputs.spec) if kind.by_token]
-    times = {kind: projections(inputs) if kind.of_heads else 1 for kind in made}
-    return sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in made) + norm_flops(inputs)
+    by_token = [kind for kind in activation_classes(inputs.spec) if kind.by_token]
+    times = {kind: projections(inputs) if kind.of_heads else 1 for kind in by_token}
+    return sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in by_token) + norm_flops(inputs)
 
 
 def projections(inputs: PlanInputs) -> int:
@@ -67,26 +67,26 @@ def norm_flops(inputs: PlanInputs) -> float:
 
 
 def segment_flops(inputs: PlanInputs) -> float:
-    """Linear FLOPs of one token of an inner layer that runs forward again for the next layer's input.
+    """Linear FLOPs of one token of an inner layer that is recomputed for the next layer's input.
 
     With the attention output stored neither attention nor its projections run.
     """
     costs = class_recompute_flops(inputs)
-    made = activation_classes(inputs.spec)
+    kinds = activation_classes(inputs.spec)
     if inputs.policy.attention_output.recompute == 0:
-        made = after_attention(made)
-    return sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in made if kind.by_token) + feed_forward_costs(
+        kinds = after_attention(kinds)
+    return sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in kinds if kind.by_token) + feed_forward_costs(
         inputs.spec
     ).output_flops(inputs.spec)
 
 
 def inner_share(inputs: PlanInputs) -> float:
-    """The share of layers that run forward again because their output was not stored: (k - 1) / k where k divides the layers."""
+    """The share of layers whose forward is recomputed because their output was not stored: (k - 1) / k where k divides the layers."""
     return 1.0 - -(-inputs.spec.num_layers // inputs.segment_layers) / inputs.spec.num_layers
 
 
 def attention_passes(inputs: PlanInputs) -> float:
-    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are made again), more if its output is not stored."""
+    """Forward passes' worth of attention: 1 forward, 2.5 backward (scores are recomputed), more if its output is not stored."""
     if inputs.policy.graph:
         return 3.5
     return 3.5 + inputs.policy.attention_output.recompute * (1.0 + inner_share(inputs))
@@ -95,7 +95,7 @@ def attention_passes(inputs: PlanInputs) -> float:
 def linear_flops(inputs: PlanInputs) -> float:
     """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
     head = inputs.head_parameters
-    layer = 6 * inputs.active_layer_parameters + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
+    layer = 6 * inputs.active_layer_parameters + recompute_linear_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
     return inputs.spec.num_layers * layer + 6 * head
 
 
@@ -121,7 +121,7 @@ def layer_forward_s(inputs: PlanInputs) -> float:
 
 
 def layer_backward_s(inputs: PlanInputs) -> float:
-    """Seconds of one layer's backward with nothing made again: 2.5 forward passes of attention, 4 FLOPs a weight."""
+    """Seconds of one layer's backward with nothing recomputed: 2.5 forward passes of attention, 4 FLOPs a weight."""
     attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
     return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.active_layer_parameters) / _rate(inputs)
 
@@ -129,7 +129,7 @@ def layer_backward_s(inputs: PlanInputs) -> float:
 def layer_recompute_s(inputs: PlanInputs) -> float:
     """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
     attention = (attention_passes(inputs) - 3.5) * class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
-    return batch_tokens(inputs) * (attention + remade_flops(inputs) + inner_share(inputs) * segment_flops(inputs)) / _rate(inputs)
+    return batch_tokens(inputs) * (attention + recompute_linear_flops(inputs) + inner_share(inputs) * segment_flops(inputs)) / _rate(inputs)
 
 
 def _rate(inputs: PlanInputs) -> float:

@@ -28,11 +28,11 @@ def returning_bytes(inputs: PlanInputs) -> float:
     projected = projections(inputs) if inputs.in_pieces else 1
     reads = {LAYER_INPUT.name: input_reads(inputs), QUERY.name: projected, KEY_VALUE.name: projected}
     once = sum(reads.get(name, 1) * num_bytes for name, num_bytes in _host_bytes(inputs).items())
-    return batch_tokens(inputs) * (once + inner_share(inputs) * _again_reads(inputs))
+    return batch_tokens(inputs) * (once + inner_share(inputs) * _recompute_reads(inputs))
 
 
-def _again_reads(inputs: PlanInputs) -> float:
-    """Bytes per token that a segment's layer reads to run again for the next one's input."""
+def _recompute_reads(inputs: PlanInputs) -> float:
+    """Bytes per token that the recompute of a segment's layer reads, for the next one's input."""
     host = _host_bytes(inputs)
     summed, query, keys = (inputs.policy.split(kind).recompute for kind in (RESIDUAL, QUERY, KEY_VALUE))
     after = sum(host[kind.name] for kind in after_attention(activation_classes(inputs.spec)))
@@ -54,8 +54,8 @@ def input_reads(inputs: PlanInputs) -> float:
         return 1.0
     if inputs.by_chunks:
         return 1.0 + inputs.policy.key_value.recompute + (inputs.layout.ulysses > 1)
-    remade = max(inputs.policy.query.recompute, inputs.policy.key_value.recompute)
-    return 1.0 + inputs.policy.head_groups * (1.0 + remade * projections(inputs))
+    recomputed = max(inputs.policy.query.recompute, inputs.policy.key_value.recompute)
+    return 1.0 + inputs.policy.head_groups * (1.0 + recomputed * projections(inputs))
 
 
 def _forward_bytes(inputs: PlanInputs) -> float:
@@ -64,7 +64,7 @@ def _forward_bytes(inputs: PlanInputs) -> float:
 
 
 def inner_bytes(inputs: PlanInputs) -> float:
-    """Inputs of a segment's inner layers leave in backward, when they are made again."""
+    """Inputs of a segment's inner layers leave in backward, when they are recomputed."""
     return inner_share(inputs) * batch_tokens(inputs) * _host_bytes(inputs)[LAYER_INPUT.name]
 
 

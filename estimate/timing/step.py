@@ -60,7 +60,7 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     length, layout = inputs.data.max_seq_len, inputs.layout
     sequences = max(1, inputs.data.global_batch_tokens // length)
     attention, linear = sequence_flops(inputs, length)
-    again = inputs.passes // layout.num_micro_batches
+    passes = inputs.passes // layout.num_micro_batches
     rate = inputs.cluster.peak_flops * inputs.cluster.efficiency
     # The busiest group sets the pace: sequences do not always divide over the groups.
     in_turn = layout.sequences_per_group * inputs.passes
@@ -70,8 +70,8 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     sharding = max(0.0, sharding_s(inputs) - compute)
     forward = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
     return Timing(
-        attention_flops=again * sequences * attention,
-        linear_flops=again * sequences * linear,
+        attention_flops=passes * sequences * attention,
+        linear_flops=passes * sequences * linear,
         model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(inputs) * length),
         compute_s=compute,
         sequence_s=exchange,
@@ -85,18 +85,18 @@ def estimate_time(inputs: PlanInputs) -> Timing:
 
 
 def exchange_s(inputs: PlanInputs) -> float:
-    """Ulysses all-to-alls of one token of a sequence: q, k, v in and o out, forward, again if recomputed, and their gradients."""
+    """Ulysses all-to-alls of one token of a sequence: q, k, v in and o out, forward, once more if recomputed, and their gradients."""
     ulysses = inputs.layout.ulysses
     if ulysses == 1:
         return 0.0
     into, out = inputs.spec.query_size + 2 * inputs.kv_copies * inputs.spec.kv_size, inputs.spec.query_size
-    sent = inputs.spec.num_layers * inputs.width * (2 * (into + out) + _exchanged_again(inputs, into, out)) / inputs.layout.sp_degree
+    sent = inputs.spec.num_layers * inputs.width * (2 * (into + out) + _recompute_exchange(inputs, into, out)) / inputs.layout.sp_degree
     near = min(ulysses, inputs.layout.ranks_per_node)
     within, across = sent * (near - 1) / ulysses, sent * (ulysses - near) / ulysses
     return within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth
 
 
-def _exchanged_again(inputs: PlanInputs, into: int, out: int) -> float:
+def _recompute_exchange(inputs: PlanInputs, into: int, out: int) -> float:
     """Numbers a token exchanges once more: q, k, v for attention's backward and o for what follows it, and all of it in segments."""
     if inputs.policy.graph:
         return 0.0

@@ -32,7 +32,7 @@ class UpdateTime:
     shown_s: float
     """What the step takes longer."""
     assumption: str
-    """What it rests on, for people."""
+    """The assumptions, as a sentence."""
 
 
 def update_time(inputs: PlanInputs) -> UpdateTime:

@@ -32,13 +32,12 @@ from ..rundir.run_dir import attempt_dir, keep_private, read_run
 from ..rundir.small_files import tail_lines
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from . import worker
-from .hang_watch import HangWatch, Others
+from .hang_watch import HangWatch
+from .peers import NoPeers, Peers
 from .restart_policy import Action, AttemptOutcome, RankReport, first_failure, next_action
 from .signals import describe_exit, die_with_parent, on_stop_signals, release_stop_signals
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-
     from .elastic import RankAgent
 
 _LOG_TAIL_LINES = 30
@@ -57,16 +56,22 @@ def main(arguments: list[str]) -> int:
 
 
 class Agent:
-    """Attempt after attempt, until one of them settles the job."""
+    """Owns the ranks of one node. `run` makes attempt after attempt, until one of them decides the job; `run_ranks` a single one.
 
-    def __init__(self, run_dir: Path, entry: str) -> None:
+    `config`: of the attempt, where it is not the run's own.
+    """
+
+    def __init__(self, run_dir: Path, entry: str, *, peers: Peers | None = None, config: Config | None = None) -> None:
         self.run_dir, self.entry = run_dir, entry
-        self.config: Config = read_run(run_dir).config
+        self.peers: Peers = peers or NoPeers()
+        self.config = config or read_run(run_dir).config
         keep_private(self.config.run.private)
         self.ranks: RankAgent | None = None
         self.watch: HangWatch | None = None
         self.hang: Failure | None = None
         """The failure that the hang watch reported for this attempt; None while nothing hangs."""
+        self.reports: list[RankReport] = []
+        """How the ranks of the last attempt ended; empty where all ended well."""
         self.stopping = False
         self.out_of_time = 0
         """The signal that ended the ranks' time to save."""
@@ -99,7 +104,7 @@ class Agent:
 
     def _finish(self, action: Action) -> int:
         ends = {EXIT_DONE: state.DONE, EXIT_PREEMPTED: state.PREEMPTED}
-        self._write(state=ends.get(action.exit_code, state.FAILED), exit_code=action.exit_code, ended=time.time())
+        self.write(state=ends.get(action.exit_code, state.FAILED), exit_code=action.exit_code, ended=time.time())
         return action.exit_code
 
     def _attempt(self) -> AttemptOutcome:
@@ -109,22 +114,24 @@ class Agent:
             # Nothing runs: the last checkpoint is all there is to save.
             return AttemptOutcome(exit_code=EXIT_PREEMPTED, step=newest_step(self.run_dir))
         attempt = Attempt(number=number, started=time.time())
-        self._write(state=state.RUNNING, attempts=(*self.state.attempts, attempt))
-        exit_code, failure = self._run_ranks(number)
+        self.write(state=state.RUNNING, attempts=(*self.state.attempts, attempt))
+        exit_code, failure = self.run_ranks(number)
         outcome = AttemptOutcome(exit_code=exit_code, step=newest_step(self.run_dir))
         self._update_attempt(ended=time.time(), exit_code=exit_code, last_step=outcome.step, failure=failure)
         return outcome
 
-    def _run_ranks(self, number: int) -> tuple[int, Failure | None]:
+    def run_ranks(self, number: int) -> tuple[int, Failure | None]:
+        """Run the ranks of one attempt on this node: (exit code, None where they ended well)."""
         from .elastic import make_agent
 
         flush_output()
-        self.hang, self.watch = None, HangWatch(self.run_dir, number, self._ranks_here(), self.config.launcher, self._others())
+        launcher, ranks_here = self.config.launcher, self.peers.ranks(self.config.cluster.ranks_per_node)
+        self.hang, self.watch = None, HangWatch(self.run_dir, number, ranks_here, launcher, self.peers.others())
         self.ranks = make_agent(
             worker.main,
             (str(self.run_dir), self.entry, number, os.getpid(), self.watch.place()),
             num_ranks=self.config.cluster.ranks_per_node,
-            rendezvous=self._rendezvous(f"{self.run_dir.name}-{number}"),
+            rendezvous=self.peers.rendezvous(f"{self.run_dir.name}-{number}", int(launcher.start_timeout_s)),
             start_method=start_method(self.config),
             on_start=self._hand_over,
             on_poll=self._poll,
@@ -132,28 +139,16 @@ class Agent:
         with closing(self.watch):
             result = self.ranks.run()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        ranks, self.ranks = self.ranks, None
+        ranks, self.ranks, self.reports = self.ranks, None, []
         if not result.is_failed():
             codes = [code for code in result.return_values.values() if code]
             return (max(codes) if codes else EXIT_DONE), None
-        reports = list(self._reports(ranks, number))
-        return (EXIT_RETRY, self.hang) if self.hang is not None else self._failed(reports, number)
+        self.reports = list(self._reports(ranks, ranks_here, number))
+        return (EXIT_RETRY, self.hang) if self.hang is not None else self._failed(self.reports, number)
 
-    def _rendezvous(self, run_id: str) -> StaticTCPRendezvous:
-        from .elastic import LoopbackRendezvous
-
-        return LoopbackRendezvous(run_id, int(self.config.launcher.start_timeout_s))
-
-    def _others(self) -> Others | None:
-        """The agents of the run's other nodes."""
-        return None
-
-    def _ranks_here(self) -> range:
-        return range(self.config.cluster.ranks_per_node)
-
-    def _reports(self, ranks: RankAgent, number: int) -> Iterator[RankReport]:
+    def _reports(self, ranks: RankAgent, ranks_here: range, number: int) -> Iterator[RankReport]:
         logs = attempt_dir(self.run_dir, number)
-        for rank in self._ranks_here():
+        for rank in ranks_here:
             process = ranks.processes.get(rank)
             yield RankReport(
                 rank=rank,
@@ -166,7 +161,8 @@ class Agent:
         first = first_failure(reports)
         if first is None:
             in_time = f"did not save within launcher.grace_s={self.config.launcher.grace_s:g} s and were killed"
-            message = f"the ranks {in_time if self.out_of_time == signal.SIGALRM else 'were killed at once, as asked'}"
+            own = f"the ranks {in_time if self.out_of_time == signal.SIGALRM else 'were killed at once, as asked'}"
+            message = self.peers.end_reason or own
             return EXIT_RETRY, Failure(rank=reports[0].rank, message=message, traceback="", log=str(attempt_dir(Path(), number)))
         failure = read_failure(self.run_dir, number, first)
         return (EXIT_USER if failure.is_user_error else EXIT_RETRY), failure
@@ -194,6 +190,7 @@ class Agent:
     def _poll(self) -> None:
         self._note_stop()
         assert self.ranks is not None and self.watch is not None, "asked by its monitor"
+        self.peers.look(self.ranks, lambda: self._kill_now(signal.SIGQUIT, None))
         # Once they are to stop, launcher.grace_s is what they have. One that ended by itself explains the silence of the others.
         if self.stopping or any(process.exitcode is not None for process in self.ranks.processes.values()):
             return
@@ -203,15 +200,20 @@ class Agent:
 
     def _note_stop(self) -> None:
         if self.stopping and self.state.state != state.STOPPING:
-            self._write(state=state.STOPPING)
+            self.write(state=state.STOPPING)
 
     def _update_attempt(self, **changes: Any) -> None:
         if self.state.attempts:
             *earlier, last = self.state.attempts
-            self._write(attempts=(*earlier, replace(last, **changes)))
+            self.write(attempts=(*earlier, replace(last, **changes)))
 
-    def _write(self, **changes: Any) -> None:
-        """Change the state, and state.json as far as there is room for it: ranks do not end because a disk is full."""
+    def write(self, **changes: Any) -> None:
+        """Change the state, and state.json as far as there is room for it: ranks do not end because a disk is full.
+
+        Does nothing where the agent of another node writes it.
+        """
+        if not self.peers.writes_state:
+            return
         self.state = replace(self.state, **changes)
         try:
             self.state = write_state(self.run_dir, self.state)

@@ -16,7 +16,7 @@ from ...utils.heartbeat import Beat
 _LOOK_S = 30.0
 """Seconds that count at most between two looks: an agent that was suspended with its ranks, or a laptop that slept, is no hang."""
 _QUIET = 0.25
-"""Share of the allowance after which people are told how long a rank has been silent."""
+"""Share of the allowance after which a rank's silence is reported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +154,7 @@ def parse_stacks(text: str) -> dict[int, tuple[Frame, ...]]:
 
 
 def training_frames(threads: Mapping[int, tuple[Frame, ...]], main: int) -> tuple[Frame, ...]:
-    """The stack that tells where training is: the main thread's, or that of autograd's own thread where main waits for a backward."""
+    """The stack that shows where training is: the main thread's, or that of autograd's own thread where main waits for a backward."""
     frames = threads.get(main, ())
     if frames and frames[0].function == "_engine_run_backward":
         others = [
@@ -166,7 +166,7 @@ def training_frames(threads: Mapping[int, tuple[Frame, ...]], main: int) -> tupl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blame:
-    """Ranks that the others wait for, worst first; none where nothing tells them apart. `reason` is a sentence."""
+    """Ranks that the others wait for, worst first; none where they cannot be distinguished. `reason` is a sentence."""
 
     ranks: tuple[int, ...]
     reason: str

@@ -27,7 +27,7 @@ from .procfs import kernel_view, native_stacks, process_state
 
 _ANSWER_S = 5.0
 """Seconds a rank may take to write its Python stacks."""
-_TELL_S = 10.0
+_REWRITE_S = 10.0
 """Between two words on who is silent."""
 _MAIN = ("launcher/agent/worker.py", "main")
 HANG_FILE = "hang.json"
@@ -79,7 +79,7 @@ class HangWatch:
         """The failure of the attempt, where its ranks hang; `pids` of those that run. Takes a while only when they do."""
         now = self._clock()
         self._silences.look({rank: self._board.beat(self._local(rank)) for rank in self._ranks}, now)
-        self._tell(now)
+        self._write_stuck(now)
         asked = self._others is not None and self._others.asked()
         if not asked and not self._silences.hang(self._limits):
             return None
@@ -106,12 +106,12 @@ class HangWatch:
     def _local(self, rank: int) -> int:
         return rank - self._ranks.start
 
-    def _tell(self, now: float) -> None:
+    def _write_stuck(self, now: float) -> None:
         """Write pulse-N.json while something looks stuck, and once more when it makes progress again."""
         quiet = self._silences.quiet(self._limits)
         if not quiet and self._quiet_written_at is None:
             return
-        if quiet and self._quiet_written_at is not None and now - self._quiet_written_at < _TELL_S:
+        if quiet and self._quiet_written_at is not None and now - self._quiet_written_at < _REWRITE_S:
             return
         self._quiet_written_at = now if quiet else None
         rows = [

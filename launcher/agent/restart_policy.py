@@ -87,7 +87,7 @@ _LOST_PEER_TYPES = ("DistNetworkError", "DistBackendError", "DistStoreError")
 
 
 def lost_a_peer(record: dict[str, Any]) -> bool:
-    """Return whether this error only says that some other rank went away."""
+    """Return whether this error only means that some other rank went away."""
     message = str(record.get("message", "")).lower()
     return record.get("type") in _LOST_PEER_TYPES or any(text in message for text in _LOST_PEER)
 

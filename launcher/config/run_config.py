@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from ...checkpoint.config import CheckpointConfig
 from ...cluster.config import ClusterConfig
@@ -31,9 +31,36 @@ class Backend(Enum):
     """A Ray cluster: an actor with an agent on each of launcher.nodes nodes."""
 
 
+class SeveralNodes(Protocol):
+    """Keys that back ends of several nodes share; what decides about nodes and attempts asks for these alone.
+
+    The fields themselves stand in each back end's dataclass: from a common base they would come first, and run.yaml, whose
+    order follows the fields, would no longer be what earlier versions wrote.
+    """
+
+    KEYS: ClassVar[str]
+    """The group the keys are typed under."""
+
+    @property
+    def requeue(self) -> bool: ...
+    @property
+    def max_preemptions(self) -> int: ...
+    @property
+    def interface(self) -> str | None: ...
+    @property
+    def exclude(self) -> list[str]: ...
+    @property
+    def max_excluded(self) -> int: ...
+
+
+_SEVERAL_NODES: Mapping[str, Range] = {"max_preemptions": Range(0, 1_000_000), "max_excluded": Range(0, 65_536)}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmConfig:
-    """How a run lives in SLURM; what the site asks of a job stands in cluster.slurm."""
+    """How a run lives in SLURM (`SeveralNodes`); what the site asks of a job stands in cluster.slurm."""
+
+    KEYS: ClassVar[str] = "launcher.slurm"
 
     requeue: bool = True
     """A job that was preempted, or lost a node, goes back into the queue and resumes."""
@@ -54,16 +81,14 @@ class SlurmConfig:
     python: str | None = None
     """Python of the nodes; None: the one that submits, by its path."""
 
-    RANGES: ClassVar[Mapping[str, Range]] = {
-        "max_preemptions": Range(0, 1_000_000),
-        "max_excluded": Range(0, 65_536),
-        "array_limit": Range(1, 1_000_000),
-    }
+    RANGES: ClassVar[Mapping[str, Range]] = {**_SEVERAL_NODES, "array_limit": Range(1, 1_000_000)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayConfig:
-    """How a run lives on a Ray cluster."""
+    """How a run lives on a Ray cluster (`SeveralNodes`)."""
+
+    KEYS: ClassVar[str] = "launcher.ray"
 
     address: str | None = None
     """Ray's job server, `http://head:8265`; None: RAY_API_SERVER_ADDRESS; `auto`: the cluster around this process, in the foreground."""
@@ -103,12 +128,11 @@ class RayConfig:
     """True lets a Ray started here report its use to Ray's makers."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        "max_preemptions": Range(0, 1_000_000),
+        **_SEVERAL_NODES,
         "placement_timeout_s": Range(0, WAIT_S),
         "time_limit_s": Range(0, LONG_S, above=True),
         "cpus_per_node": Range(0, 65_536, above=True),
         "resources": Range(0, 1e12, above=True),
-        "max_excluded": Range(0, 65_536),
         "max_upload_bytes": Range(0, BYTES),
         "driver_cpus": Range(0, 65_536),
     }

@@ -12,7 +12,7 @@ _FIRST_PORT, _NUM_PORTS, _NUM_TRIES = 20000, 10000, 64
 
 
 def head_address(host: str, interface: str | None, key: str = "launcher.slurm.interface") -> str:
-    """The IPv4 address of this node that others are told; ConfigError where it is none they could reach.
+    """The IPv4 address by which other nodes reach this one; ConfigError where it is none they could reach.
 
     `key` names the interface in the configuration. There is no fallback: a node that took its own loopback for the
     head would wait for the others for ever.

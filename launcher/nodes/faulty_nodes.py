@@ -1,12 +1,14 @@
-"""Finds the nodes an attempt failed on, as far as that can be told, and which of them a run stops using. Pure."""
+"""Finds the nodes an attempt failed on, as far as that is known, and which of them a run stops using. Pure."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from ...errors import EXIT_USER
-from ..rundir.state import Attempt, Failure
+from ...errors import EXIT_RETRY, EXIT_USER
+from ..config.run_config import SeveralNodes
+from ..rundir.state import Attempt, Failure, RunState
 
 REPEATS = 2
 """Attempts of one launch that have to fail on a node before it is left out. One may be chance; a preflight is none."""
@@ -57,6 +59,28 @@ def exclusions(attempts: Sequence[Attempt], excluded: Mapping[str, str], limit: 
                 suspects[host] = f"{times} attempts failed on it, the last one: {why}"
     new = {host: why for host, why in suspects.items() if host not in excluded}
     return new if len(excluded) + len(new) <= limit else {}
+
+
+def leave_out(run_state: RunState, nodes: SeveralNodes, is_enough: Callable[[list[str]], bool]) -> tuple[RunState, dict[str, str]]:
+    """(state, nodes the run stops using after its last attempt, each with the reason); none where too few would be left.
+
+    `is_enough(names)`: whether the run can resume without the nodes of these names.
+    """
+    new = exclusions(run_state.launch_attempts, run_state.excluded, nodes.max_excluded)
+    without = replace(run_state, excluded={**run_state.excluded, **new})
+    if not new or not is_enough(excluded_names(without, nodes)):
+        return run_state, {}
+    *earlier, last = run_state.attempts
+    if is_refused(last):
+        # Without these nodes it does not fail again in the same way.
+        assert last.failure is not None, "a preflight says why"
+        last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
+    return replace(without, attempts=(*earlier, last)), new
+
+
+def excluded_names(run_state: RunState, nodes: SeveralNodes) -> list[str]:
+    """Nodes not to use: those of the configuration, then those the run has left out."""
+    return list(dict.fromkeys([*nodes.exclude, *run_state.excluded]))
 
 
 def is_refused(attempt: Attempt) -> bool:

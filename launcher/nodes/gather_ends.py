@@ -27,18 +27,18 @@ class Ends:
         self._ending_since: float | None = None
         self._has_failed = False
 
-    def tell_failed(self) -> None:
+    def report_failed(self) -> None:
         """Have the agents of all other nodes end their ranks."""
         if not self._has_failed:
             self._has_failed = True
             self._count("failed", 1)
-            self._say_ending()
+            self._report_ending()
 
     def failed_elsewhere(self) -> bool:
         """Return whether another agent reported a failure, or is gone with the store."""
         has_failed = self._count("failed") != 0
         if has_failed:
-            self._say_ending()
+            self._report_ending()
         return has_failed
 
     def wait_for_others(self) -> None:
@@ -46,7 +46,7 @@ class Ends:
 
         An agent that was cut off never says that it is ending; it is waited for no longer than noticing may take.
         """
-        since = self._say_ending()
+        since = self._report_ending()
         self._count("ended", 1)
         while (ended := self._count("ended")) is not None and ended < self._num_nodes:
             passed = self._clock() - since
@@ -54,7 +54,7 @@ class Ends:
                 return
             time.sleep(_POLL_S)
 
-    def _say_ending(self) -> float:
+    def _report_ending(self) -> float:
         """Have the others know that this agent lives; returns since when they do."""
         if self._ending_since is None:
             self._ending_since = self._clock()

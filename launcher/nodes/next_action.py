@@ -8,6 +8,8 @@ from enum import IntEnum
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
 from ..agent.restart_policy import AttemptOutcome
+from ..config.run_config import LauncherConfig, SeveralNodes
+from ..rundir.state import RunState
 
 
 class Verdict(IntEnum):
@@ -41,6 +43,22 @@ class Decision:
 
     verdict: Verdict
     reason: str
+
+
+def decide_next(run_state: RunState, launcher: LauncherConfig, nodes: SeveralNodes, *, cancelled: bool, lost_node: bool) -> Decision:
+    """Decide what follows the last attempt of this launch, which has ended (`decide`)."""
+    limits = Limits(
+        max_restarts=launcher.max_restarts,
+        max_preemptions=nodes.max_preemptions,
+        requeue=nodes.requeue,
+        start_step=run_state.step_before,
+        keys=nodes.KEYS,
+    )
+    outcomes = [
+        AttemptOutcome(exit_code=EXIT_RETRY if attempt.exit_code is None else attempt.exit_code, step=attempt.last_step)
+        for attempt in run_state.launch_attempts
+    ]
+    return decide(outcomes, limits, cancelled=cancelled, lost_node=lost_node)
 
 
 def decide(outcomes: Sequence[AttemptOutcome], limits: Limits, *, cancelled: bool, lost_node: bool) -> Decision:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +20,8 @@ from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, EfflaunchError
 from ..agent import worker
 from ..agent.agent import Agent
 from ..agent.hang_watch import Others
-from ..agent.restart_policy import RankReport, first_failure
 from ..agent.signals import StopFlag
+from ..config.run_config import LauncherConfig
 from ..env import rank_environment
 from ..rundir import state
 from ..rundir.lock import Presence, lock_in_time, release
@@ -57,7 +56,7 @@ def take_part(run_dir: Path, meeting: Meeting, place: NodePlace, entry: str, ear
         visit = Visit(run_dir, meeting, place)
         try:
             verdict = visit.verdict(lambda: early.requested or stop_asked())
-            return verdict if verdict is not None else NodeAgent(visit, entry, early).run()
+            return verdict if verdict is not None else run_attempt(visit, entry, early)
         finally:
             visit.leave()
     except EfflaunchError as error:
@@ -179,61 +178,70 @@ def _record(run_dir: Path, exit_code: int, failure: Failure | None, unfit_nodes:
     state.write_state(run_dir, replace(ended, attempts=(*ended.attempts[:-1], replace(ended.attempts[-1], blamed=blamed))))
 
 
-class NodeAgent(Agent):
-    """Runs the ranks of one node for one attempt. The head (node 0) alone writes state.json."""
+def run_attempt(visit: Visit, entry: str, early: StopFlag) -> int:
+    """Run this node's ranks once: 0 where they ended by themselves and well, else not; node-N.json says more."""
+    run_dir, place, number = visit.run_dir, visit.place, visit.meeting.attempt
+    config = read_attempt(run_dir, number)
+    agent = Agent(run_dir, entry, peers=NodePeers(visit, config.launcher), config=config)
+    # Handed to the ranks as soon as they run: the nodes may have been asked at different moments.
+    agent.stopping = agent.stopping or early.requested
+    os.environ.update(rank_environment(config, visit.interface))
+    worker.preload(entry)
+    attempt_dir(run_dir, number).mkdir(parents=True, exist_ok=True)
+    agent.write(state=state.RUNNING)
+    code, failure = agent.run_ranks(number)
+    _report(agent, place, number, code)
+    if failure is not None:
+        if place.ends_with_others:
+            visit.ends.wait_for_others()
+        print(f"efflaunch: {failure.message} (log: {run_dir / failure.log})", file=sys.stderr, flush=True)
+        return code
+    if agent.peers.writes_state:
+        ended = state.end_attempt(agent.state, exit_code=code, failure=None, last_step=newest_step(run_dir))
+        agent.write(attempts=ended.attempts)
+    return EXIT_DONE
 
-    def __init__(self, visit: Visit, entry: str, early: StopFlag) -> None:
-        self.visit, self.place, self.ended_for_others = visit, visit.place, False
-        super().__init__(visit.run_dir, entry)
-        self.config = read_attempt(visit.run_dir, visit.meeting.attempt)
-        self.grace, self.metrics, self.looked = GraceWatch(self.config.launcher.grace_s), MetricsFollower(visit.run_dir), 0.0
-        # Handed to the ranks as soon as they run: the nodes may have been told at different moments.
-        self.stopping = self.stopping or early.requested
 
-    def run(self) -> int:
-        """0 where this node's ranks ended by themselves and well, else not; node-N.json says more."""
-        os.environ.update(rank_environment(self.config, self.visit.interface))
-        worker.preload(self.entry)
-        number = self.visit.meeting.attempt
-        attempt_dir(self.run_dir, number).mkdir(parents=True, exist_ok=True)
-        self._write(state=state.RUNNING)
-        code, failure = self._run_ranks(number)
-        self._report(number, code)
-        if failure is not None and self.place.ends_with_others:
-            self.visit.ends.wait_for_others()
-        if failure is not None:
-            print(f"efflaunch: {failure.message} (log: {self.run_dir / failure.log})", file=sys.stderr, flush=True)
-        elif self.place.node == 0:
-            self.state = state.end_attempt(self.state, exit_code=code, failure=None, last_step=newest_step(self.run_dir))
-            self._write()
-        return EXIT_DONE if failure is None else code
+def _report(agent: Agent, place: NodePlace, number: int, code: int) -> None:
+    reports = [asdict(replace(report, record=None)) for report in agent.reports]
+    value = {"host": place.name, "exit_code": code, "ranks": reports, "out_of_time": int(agent.out_of_time)}
+    write_json(attempt_dir(agent.run_dir, number) / f"node-{place.node}.json", value)
 
-    def _rendezvous(self, run_id: str) -> StaticTCPRendezvous:
+
+class NodePeers:
+    """`Peers` of the agent of one node among several: they meet in the visit's store. The head (node 0) alone writes state.json."""
+
+    def __init__(self, visit: Visit, launcher: LauncherConfig) -> None:
+        self.visit, self.place = visit, visit.place
+        self.writes_state = visit.place.node == 0
+        self.end_reason: str | None = None
+        self.grace, self.metrics, self.looked = GraceWatch(launcher.grace_s), MetricsFollower(visit.run_dir), 0.0
+
+    def ranks(self, ranks_per_node: int) -> range:
+        """Ranks are numbered node by node."""
+        return range(self.place.node * ranks_per_node, (self.place.node + 1) * ranks_per_node)
+
+    def rendezvous(self, run_id: str, timeout_s: int) -> StaticTCPRendezvous:
+        """Ranks meet in the store of the agents."""
         from ..agent.elastic import NodesRendezvous
 
-        timeout_s = int(self.config.launcher.start_timeout_s)
         return NodesRendezvous(self.visit.store, run_id, self.place.node, self.place.num_nodes, timeout_s)
 
-    def _others(self) -> Others:
+    def others(self) -> Others:
+        """All other agents, by way of the store."""
         from ..agent.hang_store import StoreOthers
 
         return StoreOthers(self.visit.store, self.place.node, self.place.num_nodes)
 
-    def _ranks_here(self) -> range:
-        size = self.config.cluster.ranks_per_node
-        return range(self.place.node * size, (self.place.node + 1) * size)
-
-    def _note_stop(self) -> None:
-        """Each moment: has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
-        super()._note_stop()
+    def look(self, ranks: RankAgent, kill_now: Callable[[], None]) -> None:
+        """Has a rank failed, here or elsewhere? Ranks may wait for a lost one for ever, as NCCL's do."""
         self._look_ahead()
-        self._show_presence()
-        assert self.ranks is not None, "asked by its monitor"
-        if any(process.exitcode for process in self.ranks.processes.values()):
-            self.visit.ends.tell_failed()
+        self._show_presence(kill_now)
+        if any(process.exitcode for process in ranks.processes.values()):
+            self.visit.ends.report_failed()
         elif self.visit.ends.failed_elsewhere():
-            self.ended_for_others = True
-            self.ranks.end_the_rest()
+            self.end_reason = "ended: ranks of another node had failed"
+            ranks.end_the_rest()
 
     def _look_ahead(self) -> None:
         """Say in the job's output, well before it matters, that a stop will not end in launcher.grace_s."""
@@ -244,28 +252,8 @@ class NodeAgent(Agent):
         if note:
             print(note, flush=True)
 
-    def _show_presence(self) -> None:
+    def _show_presence(self, kill_now: Callable[[], None]) -> None:
         other = self.visit.presence.show() if self.visit.presence is not None else None
         if other is not None:
             print(f"efflaunch: {other.describe(time.time())}, has taken the run directory", file=sys.stderr, flush=True)
-            self._kill_now(signal.SIGQUIT, None)
-
-    def _failed(self, reports: list[RankReport], number: int) -> tuple[int, Failure]:
-        code, failure = super()._failed(reports, number)
-        if self.ended_for_others and first_failure(reports) is None:
-            failure = replace(failure, message="ended: ranks of another node had failed")
-        return code, failure
-
-    def _reports(self, ranks: RankAgent, number: int) -> Iterator[RankReport]:
-        self.reports = list(super()._reports(ranks, number))
-        yield from self.reports
-
-    def _report(self, number: int, code: int) -> None:
-        reports = [asdict(replace(report, record=None)) for report in getattr(self, "reports", [])]
-        out_of_time = int(self.out_of_time)
-        value = {"host": self.place.name, "exit_code": code, "ranks": reports, "out_of_time": out_of_time}
-        write_json(attempt_dir(self.run_dir, number) / f"node-{self.place.node}.json", value)
-
-    def _write(self, **changes: Any) -> None:
-        if self.place.node == 0:
-            super()._write(**changes)
+            kill_now()

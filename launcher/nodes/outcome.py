@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..rundir.metrics_index import newest_step
 from ..rundir.run_dir import attempt_dir, store_config
 from ..rundir.small_files import tail_lines
 from ..rundir.state import Attempt, Failure, RunState, mend_state, read_state, write_state
+from .faulty_nodes import blame
 from .next_action import Decision, Verdict
 
 _LOG_TAIL_LINES = 30
@@ -44,11 +45,21 @@ def store_queued(run_dir: Path, config: Config) -> tuple[int, list[str]]:
 
 def is_open(run_state: RunState) -> bool:
     """Return whether an attempt of this launch was started and never ended."""
-    return len(run_state.attempts) > run_state.attempts_before and run_state.attempts[-1].ended is None
+    return bool(run_state.launch_attempts) and run_state.attempts[-1].ended is None
+
+
+def close_attempt(
+    run_dir: Path, run_state: RunState, exit_code: int, failure: Failure | None, *, lost: Sequence[str], ranks_per_node: int
+) -> RunState:
+    """End the last attempt, with the nodes that are `lost` and those it failed on."""
+    blamed = blame(failure, hosts=run_state.attempts[-1].hosts, lost=lost, ranks_per_node=ranks_per_node)
+    run_state = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
+    *earlier, last = run_state.attempts
+    return replace(run_state, attempts=(*earlier, replace(last, lost=tuple(lost), blamed=blamed)))
 
 
 def decided(run_state: RunState, decision: Decision) -> RunState:
-    """`known` with what follows its last attempt."""
+    """`run_state` with what follows its last attempt."""
     *earlier, last = run_state.attempts
     starts_again = decision.verdict in (Verdict.AGAIN, Verdict.REQUEUE)
     return replace(run_state, attempts=(*earlier, replace(last, decision=decision.reason, restarted=starts_again)))
@@ -129,8 +140,8 @@ def describe_end(run_dir: Path, attempt: Attempt, reason: str) -> list[str]:
     return [*lines, f"efflaunch: {attempt.failure.message}"]
 
 
-def tell(run_dir: Path, attempt: Attempt, reason: str) -> None:
-    """The job's own output says so."""
+def print_end(run_dir: Path, attempt: Attempt, reason: str) -> None:
+    """Print how the attempt ended to the job's own output."""
     *lines, last = describe_end(run_dir, attempt, reason)
     if lines:
         print(*lines, sep="\n", flush=True)

@@ -9,20 +9,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ...errors import EXIT_PREEMPTED, EXIT_RETRY, EfflaunchError
-from ..agent.restart_policy import AttemptOutcome
 from ..config.node_range import node_range
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..elastic_nodes import Sizing, size_for
 from ..env import secrets
-from ..nodes.faulty_nodes import blame, exclusions, is_refused
-from ..nodes.next_action import Decision, Limits, Verdict, decide
-from ..nodes.outcome import conclude, decided, describe_end, gather, is_open
+from ..nodes.faulty_nodes import excluded_names, leave_out
+from ..nodes.next_action import Decision, Verdict, decide_next
+from ..nodes.outcome import close_attempt, conclude, decided, describe_end, gather, is_open
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
 from ..rundir.metrics_index import newest_step
@@ -40,7 +39,7 @@ _GATHER_S = 10.0
 
 
 class Driver:
-    """`job`: its name; `say` takes lines for people; `tick` is called a few times a second."""
+    """`job`: its name; `say` prints a line; `tick` is called a few times a second."""
 
     def __init__(
         self, run_dir: Path, *, job: str, entry: str | None, work_dir: str, say: Callable[[str], None], tick: Callable[[], None]
@@ -109,7 +108,7 @@ class Driver:
         return None
 
     def _exclude(self) -> list[str]:
-        return [*self.config.launcher.ray.exclude, *self._run_state().excluded]
+        return excluded_names(self._run_state(), self.config.launcher.ray)
 
     def _form(self, num_nodes: int) -> Group | None:
         """Nodes with an actor on each; None where a stop came first."""
@@ -186,9 +185,10 @@ class Driver:
         elif is_open(run_state):
             run_state, lost_node = self._close(run_state, gone)
         run_state, left_out = self._leave_out(run_state)
-        decision = self._decision(run_state, lost_node or left_out)
+        launcher, cancelled = self.config.launcher, self.wish is not None
+        decision = decide_next(run_state, launcher, launcher.ray, cancelled=cancelled, lost_node=lost_node or left_out)
         conclude(self.run_dir, run_state, decision)
-        self._tell(run_state.attempts[-1], decision)
+        self._print_end(run_state.attempts[-1], decision)
         return decision
 
     def _close(self, run_state: RunState, gone: dict[int, str]) -> tuple[RunState, bool]:
@@ -198,51 +198,25 @@ class Driver:
             self.run_dir, self.config, attempt.number, num_nodes=attempt.num_nodes, output=output, gone=gone
         )
         lost = [attempt.hosts[node] for node in gone if node < len(attempt.hosts)]
-        blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=self.config.cluster.ranks_per_node)
-        run_state = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(self.run_dir))
-        ended = replace(run_state.attempts[-1], lost=tuple(lost), blamed=blamed)
-        return replace(run_state, attempts=(*run_state.attempts[:-1], ended)), silent
+        ranks_per_node = self.config.cluster.ranks_per_node
+        return close_attempt(self.run_dir, run_state, exit_code, failure, lost=lost, ranks_per_node=ranks_per_node), silent
 
     def _leave_out(self, run_state: RunState) -> tuple[RunState, bool]:
         """(state, whether a node of the last attempt is left out from now on)."""
-        mine = run_state.attempts[run_state.attempts_before :]
-        new = exclusions(mine, run_state.excluded, self.config.launcher.ray.max_excluded)
-        if not new:
-            return run_state, False
-        excluded = {**run_state.excluded, **new}
-        names = [*self.config.launcher.ray.exclude, *excluded]
-        if len(fitting(self.offers(), demand(self.config), names)) < node_range(self.config).least:
-            return run_state, False
+        run_state, new = leave_out(run_state, self.config.launcher.ray, self._is_enough)
         for host, why in new.items():
             self.say(f"{host} is left out from now on: {why}")
-        last = run_state.attempts[-1]
-        if is_refused(last):
-            # Without these nodes it does not fail again in the same way.
-            assert last.failure is not None, "a preflight says why"
-            last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
-        return replace(run_state, excluded=excluded, attempts=(*run_state.attempts[:-1], last)), True
+        return run_state, bool(new)
 
-    def _decision(self, run_state: RunState, lost_node: bool) -> Decision:
-        ray = self.config.launcher.ray
-        limits = Limits(
-            max_restarts=self.config.launcher.max_restarts,
-            max_preemptions=ray.max_preemptions,
-            requeue=ray.requeue,
-            start_step=run_state.step_before,
-            keys="launcher.ray",
-        )
-        mine = run_state.attempts[run_state.attempts_before :]
-        outcomes = [
-            AttemptOutcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine
-        ]
-        return decide(outcomes, limits, cancelled=self.wish is not None, lost_node=lost_node)
+    def _is_enough(self, excluded: Sequence[str]) -> bool:
+        return len(fitting(self.offers(), demand(self.config), excluded)) >= node_range(self.config).least
 
     def _refused(self, error: EfflaunchError) -> Decision:
         """An attempt that did not begin: nothing that is tried again at once would help it."""
         run_state = self._run_state()
         if not is_open(run_state):
             run_state = replace(run_state, attempts=(*run_state.attempts, Attempt(number=len(run_state.attempts) + 1, started=time.time())))
-        is_first = len(run_state.attempts) - run_state.attempts_before == 1
+        is_first = len(run_state.launch_attempts) == 1
         # Nodes that were there when the run began may come back: that is no mistake of its configuration.
         code = error.exit_code if is_first else EXIT_RETRY
         failure = Failure(rank=-1, message=str(error), traceback="", log=FOLDER, is_user_error=True)
@@ -250,9 +224,9 @@ class Driver:
         reason = "would fail again in the same way" if is_first else "could not be restarted"
         decision = Decision(verdict=Verdict(code), reason=reason)
         conclude(self.run_dir, decided(run_state, decision), decision)
-        self._tell(run_state.attempts[-1], decision)
+        self._print_end(run_state.attempts[-1], decision)
         return decision
 
-    def _tell(self, attempt: Attempt, decision: Decision) -> None:
+    def _print_end(self, attempt: Attempt, decision: Decision) -> None:
         for line in describe_end(self.run_dir, attempt, decision.reason):
             self.say(line)

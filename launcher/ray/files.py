@@ -58,8 +58,8 @@ def _stop_file(run_dir: Path, job: str) -> Path:
     return run_dir / FOLDER / f"stop-{job}"
 
 
-def tell_to_stop(run_dir: Path, job: str, how: str) -> None:
-    """Leave word for the driver of the job."""
+def request_stop(run_dir: Path, job: str, how: str) -> None:
+    """Leave a stop request for the driver of the job."""
     write_atomic(_stop_file(run_dir, job), how)
 
 
@@ -105,7 +105,7 @@ def _driver_lock(run_dir: Path) -> Path:
 
 
 def clear(run_dir: Path) -> None:
-    """Make the folder, and forget what earlier jobs were told."""
+    """Make the folder, and forget messages to earlier jobs."""
     (run_dir / FOLDER).mkdir(exist_ok=True)
     for pattern in ("stop-*", "seen-*"):
         for path in (run_dir / FOLDER).glob(pattern):

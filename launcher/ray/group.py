@@ -118,14 +118,14 @@ class Group:
         answered: list[Any] = []
         if waiting:
             answered, _ = ray.wait([member.question for member in waiting], num_returns=len(waiting), timeout=_LOOK_S)
-        news = [self._hear(member) for member in waiting if member.question in answered]
+        news = [self._take_answer(member) for member in waiting if member.question in answered]
         if not any(news):
             time.sleep(_LOOK_S)
         if self.failed_at is None and any(member.lost or member.code for member in self.members):
             self.failed_at = time.monotonic()
         return all(member.has_ended for member in self.members)
 
-    def _hear(self, member: Member) -> bool:
+    def _take_answer(self, member: Member) -> bool:
         """Take an answer; whether there was anything new in it."""
         import ray
 
@@ -142,10 +142,10 @@ class Group:
         member.num_read += len(text)
         # Its last words come before its exit code counts.
         member.code = code if not text else None
-        self._tell(member, text, is_last=member.code is not None)
+        self._print(member, text, is_last=member.code is not None)
         return bool(text) or code is not None
 
-    def _tell(self, member: Member, text: bytes, *, is_last: bool) -> None:
+    def _print(self, member: Member, text: bytes, *, is_last: bool) -> None:
         *lines, member.tail = (member.tail + text).split(b"\n")
         lines += [member.tail] if is_last and member.tail else []
         name = f"{member.name}: " if len(self.members) > 1 and member is not self.members[0] else ""

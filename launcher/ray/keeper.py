@@ -1,4 +1,4 @@
-"""The actor of one node: starts its agent as a process of its own, which dies with the actor, and tells what it says.
+"""The actor of one node: starts its agent as a process of its own, which dies with the actor, and passes its output on.
 
 Ray's workers import this module, so efflaunch has to be installed where Ray is.
 """

@@ -14,7 +14,7 @@ from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from ...utils.atomic_files import write_atomic
 from ...utils.text import typed
 from ..agent.signals import on_stop_signals, stop_signals_kept
-from ..backend import Launch, Standing, announce, job_exists, note_refused, tell_submitted
+from ..backend import Launch, Standing, announce, job_exists, note_refused, print_submitted
 from ..config.run_config import Config
 from ..env import chosen_variables, ray_server, set_variables
 from ..live_display import Display, NoDisplay, make_display
@@ -73,7 +73,7 @@ class RayLauncher:
             except EfflaunchError:
                 note_refused(run_dir)
                 raise
-        tell_submitted(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}", launch)
+        print_submitted(f"job {request.submission_id} submitted to Ray {server.version} at {request.address}", launch)
         return EXIT_DONE
 
     def status(self, run_dir: Path, run_state: RunState) -> Standing:
@@ -94,7 +94,7 @@ class RayLauncher:
             hint = typed("status", run_dir)
             raise ConfigError(str(run_dir), found=f"nothing running, state {standing.state}", expected="a run to stop", hint=hint)
         # The driver reads it, so it also works where the job server is not to be reached.
-        files.tell_to_stop(run_dir, submission.job, files.NOW if now else files.SAVE)
+        files.request_stop(run_dir, submission.job, files.NOW if now else files.SAVE)
         if not now:
             return f"job {submission.job} is told to finish its step, save and stop"
         if submission.address:
@@ -130,7 +130,7 @@ def _request(launch: Launch) -> JobRequest:
 
 
 def _prepare(launch: Launch, run_dir: Path) -> int:
-    """Make or revise what the run directory, whose lock is held, says of a launch; returns the number of the launch."""
+    """Make or revise the record of a launch in the run directory, whose lock is held; returns the number of the launch."""
     is_resumed, before = (run_dir / RUN_FILE).is_file(), files.read_submission(run_dir)
     files.clear(run_dir)
     announce(launch.run_dir, is_resumed, *store_queued(run_dir, launch.config))

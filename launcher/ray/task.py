@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..agent import worker
 from ..agent.signals import StopFlag, die_with_parent, on_stop_signals, release_stop_signals
+from ..config.run_config import RayConfig
 from ..nodes.meeting import Meeting
 from ..nodes.node import take_part
 from ..nodes.node_place import NodePlace
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> int:
     on_stop_signals(early)
     # Ray's workers hold some signals back, and what they start inherits that.
     release_stop_signals()
-    place = NodePlace(node=options.node, num_nodes=options.num_nodes, name=options.name, folder=FOLDER, exclude_key="launcher.ray.exclude")
+    exclude_key = f"{RayConfig.KEYS}.exclude"
+    place = NodePlace(node=options.node, num_nodes=options.num_nodes, name=options.name, folder=FOLDER, exclude_key=exclude_key)
     return take_part(options.run_dir, options.meeting, place, options.entry, early, lambda: False)
 
 

@@ -29,7 +29,7 @@ from .state import read_state
 LOCK_FILE = ".lock"
 SHOW_S = 5.0
 STALE_S = 30.0
-"""A holder that has not been heard of for so long is dead. Attributes may be that old in an NFS client's cache."""
+"""A holder that has shown no sign of life for so long is dead. Attributes may be that old in an NFS client's cache."""
 _LOOKERS_S = 0.5
 """`status` takes the lock for a moment."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -45,7 +45,7 @@ class Owner:
     """Identity of the running kernel: equal for processes among which locks can be trusted."""
     since: float
     key: str
-    """Tells this holder from every other."""
+    """Identifies this holder among all others."""
 
     def describe(self, now: float) -> str:
         """`process 12 on n7, there since 2026-01-31 14:25:01 (2 h 5 min)`."""
@@ -80,7 +80,7 @@ def lock_run(run_dir: Path) -> int:
 
 
 def is_held(owner: Owner | None, age_s: float, *, machine: str, trusted: bool) -> bool:
-    """Return whether `owner`, heard of `age_s` ago, is still there though this process got the kernel's lock. Pure.
+    """Return whether `owner`, whose last sign of life is `age_s` old, is still there though this process got the kernel's lock. Pure.
 
     `trusted`: the file system has locks. They always count among processes of one machine.
     """
@@ -200,7 +200,7 @@ def _age(run_dir: Path, file: int) -> float:
 
 
 def _refusal(run_dir: Path, owner: Owner | None, age_s: float) -> ConfigError:
-    """The kernel's lock or a young sign of life says that somebody is there."""
+    """Raised where the kernel's lock or a young sign of life shows that somebody is there."""
     state = read_state(run_dir)
     if owner is not None:
         holder = f"{owner.describe(time.time())}, heard of {format_seconds(age_s)} ago,"

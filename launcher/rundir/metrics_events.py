@@ -1,4 +1,4 @@
-"""Tells which lines of metrics.jsonl are what a run writes: a line that somebody or a crash damaged is passed over. Pure."""
+"""Recognises the lines of metrics.jsonl that a run writes: a line that somebody or a crash damaged is passed over. Pure."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _MAX_LINES = 100
 
 @dataclass(frozen=True, slots=True)
 class Notices:
-    """Takes sentences; `log` is the run's own log beside it. A disk that is full takes none, and nobody is told: it is only told."""
+    """Takes sentences; `log` is the run's own log beside it. On a full disk they are lost: they are only notices."""
 
     run_dir: Path
     log: Path

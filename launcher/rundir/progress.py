@@ -282,6 +282,6 @@ def stragglers_line(event: Event) -> str:
 
 
 def drift_line(event: Event) -> str:
-    """Describe which groups do not take the time the cost model says, and what to do about it."""
+    """Describe which groups do not take the time the cost model predicts, and what to do about it."""
     ratios = ", ".join(f"groups of {degree} take {ratio:.2f} x" for degree, ratio in event["measured_over_predicted"].items())
     return f"the cost model is off: {ratios} the modelled time (efflaunch profile measures this machine)"

@@ -61,7 +61,7 @@ class Attempt:
     lost: tuple[str, ...] = ()
     """Names of nodes that were gone at the attempt's end."""
     blamed: dict[str, str] = field(default_factory=dict)
-    """Nodes the attempt failed on, as far as that can be told, each with the reason."""
+    """Nodes the attempt failed on, as far as that is known, each with the reason."""
     place: str = ""
     """The allocation they are of."""
 
@@ -93,6 +93,11 @@ class RunState:
     def failure(self) -> Failure | None:
         """Failure of the last attempt; None where it has none."""
         return self.attempts[-1].failure if self.attempts else None
+
+    @property
+    def launch_attempts(self) -> tuple[Attempt, ...]:
+        """Attempts of this launch, oldest first."""
+        return self.attempts[self.attempts_before :]
 
 
 def new_state(*, world_size: int, revision: int, attempts: tuple[Attempt, ...]) -> RunState:

@@ -35,7 +35,7 @@ def submitted_job(run_dir: Path) -> str | None:
 
 
 def cancel_file(run_dir: Path, job: str) -> Path:
-    """Return the file that exists once a person has told the job to stop for good."""
+    """Return the file that exists once a person has asked the job to stop for good."""
     return run_dir / JOB_DIR / f"cancelled-{job}"
 
 

@@ -12,24 +12,24 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, EfflaunchError
 from ...utils.atomic_files import write_atomic
-from ..agent.restart_policy import AttemptOutcome, lost_a_peer
+from ..agent.restart_policy import lost_a_peer
 from ..agent.signals import STOP_SIGNALS
 from ..config.node_range import node_range
 from ..config.run_config import Config
 from ..elastic_nodes import Sizing, size_for
 from ..env import SlurmPlace, slurm_place
 from ..nodes.address import head_address, head_port
-from ..nodes.faulty_nodes import blame, exclusions, is_refused
+from ..nodes.faulty_nodes import excluded_names, leave_out
 from ..nodes.meeting import Meeting
-from ..nodes.next_action import Decision, Limits, Verdict, decide
-from ..nodes.outcome import conclude, decided, gather, is_open, store_queued, tell
+from ..nodes.next_action import Decision, Verdict, decide_next
+from ..nodes.outcome import close_attempt, conclude, decided, gather, is_open, print_end, store_queued
 from ..output import lenient_output
 from ..rundir import state
 from ..rundir.lock import lock_in_time, release
@@ -164,7 +164,7 @@ def _sizing(config: Config, run_state: RunState, place: SlurmPlace, nodes: str) 
 
 def _usable(run_state: RunState, place: SlurmPlace, nodes: str) -> list[str]:
     """The job's nodes but those that are left out, or were lost since SLURM gave them."""
-    mine = run_state.attempts[run_state.attempts_before :]
+    mine = run_state.launch_attempts
     lost = {host for attempt in mine if attempt.place == place.life for host in attempt.lost}
     names = expand_hosts(nodes or place.hosts) or [place.name]
     return [name for name in names if name not in run_state.excluded and name not in lost]
@@ -220,7 +220,7 @@ def settle(run_dir: Path, place: SlurmPlace, nodes: str = "") -> Verdict:
     leaves = (lost_node or left_out) and not _enough_left(config, run_state, place, nodes)
     decision = _decision(run_dir, config, run_state, place, leaves=leaves)
     conclude(run_dir, run_state, decision)
-    tell(run_dir, run_state.attempts[-1], decision.reason)
+    print_end(run_dir, run_state.attempts[-1], decision.reason)
     return decision.verdict
 
 
@@ -234,35 +234,25 @@ def _close(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace
     if lost and lost_a_peer({"message": failure.message}):
         # What the ranks that are left say of it.
         failure = replace(failure, rank=-1, message=f"{', '.join(lost)} ended without a word: lost or killed")
-    blamed = blame(failure, hosts=attempt.hosts, lost=lost, ranks_per_node=config.cluster.ranks_per_node)
-    run_state = state.end_attempt(run_state, exit_code=exit_code, failure=failure, last_step=newest_step(run_dir))
-    ended = replace(run_state.attempts[-1], lost=tuple(lost), blamed=blamed)
-    return replace(run_state, attempts=(*run_state.attempts[:-1], ended)), silent
+    ranks_per_node = config.cluster.ranks_per_node
+    return close_attempt(run_dir, run_state, exit_code, failure, lost=lost, ranks_per_node=ranks_per_node), silent
 
 
 def _leave_out(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace) -> tuple[RunState, bool]:
     """(state, whether a node of the last attempt is left out from now on); the batch script reads which from a file."""
-    mine = run_state.attempts[run_state.attempts_before :]
-    new = exclusions(mine, run_state.excluded, config.launcher.slurm.max_excluded)
-    excluded = {**run_state.excluded, **new}
-    if not new or not _others(config, place, excluded):
-        return run_state, False
-    write_atomic(exclude_file(run_dir), ",".join(dict.fromkeys([*config.launcher.slurm.exclude, *excluded])))
+    slurm = config.launcher.slurm
+    run_state, new = leave_out(run_state, slurm, lambda names: _is_enough(config, place, names))
+    if new:
+        write_atomic(exclude_file(run_dir), ",".join(excluded_names(run_state, slurm)))
     for host, why in new.items():
         print(f"{host} is left out from now on: {why}", flush=True)
-    last = run_state.attempts[-1]
-    if is_refused(last):
-        # Without these nodes it does not fail again in the same way.
-        assert last.failure is not None, "a preflight says why"
-        last = replace(last, exit_code=EXIT_RETRY, failure=replace(last.failure, is_user_error=False))
-    return replace(run_state, excluded=excluded, attempts=(*run_state.attempts[:-1], last)), True
+    return run_state, bool(new)
 
 
-def _others(config: Config, place: SlurmPlace, excluded: Mapping[str, str]) -> bool:
+def _is_enough(config: Config, place: SlurmPlace, excluded: Sequence[str]) -> bool:
     """Return whether the partition has nodes enough without these; True where SLURM cannot be asked from here."""
     names = partition_nodes(place.partition)
-    left = None if names is None else names - set(excluded) - set(config.launcher.slurm.exclude)
-    return left is None or len(left) >= node_range(config).least
+    return names is None or len(names - set(excluded)) >= node_range(config).least
 
 
 def _enough_left(config: Config, run_state: RunState, place: SlurmPlace, nodes: str) -> bool:
@@ -272,16 +262,8 @@ def _enough_left(config: Config, run_state: RunState, place: SlurmPlace, nodes: 
 
 def _decision(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace, *, leaves: bool) -> Decision:
     """`leaves`: not again on the nodes of this job."""
-    slurm = config.launcher.slurm
-    limits = Limits(
-        max_restarts=config.launcher.max_restarts,
-        max_preemptions=slurm.max_preemptions,
-        requeue=slurm.requeue,
-        start_step=run_state.step_before,
-    )
-    mine = run_state.attempts[run_state.attempts_before :]
-    outcomes = [AttemptOutcome(exit_code=EXIT_RETRY if item.exit_code is None else item.exit_code, step=item.last_step) for item in mine]
-    return decide(outcomes, limits, cancelled=cancel_file(run_dir, place.word).exists(), lost_node=leaves)
+    launcher, cancelled = config.launcher, cancel_file(run_dir, place.word).exists()
+    return decide_next(run_state, launcher, launcher.slurm, cancelled=cancelled, lost_node=leaves)
 
 
 if __name__ == "__main__":

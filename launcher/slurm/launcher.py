@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import EXIT_DONE, ConfigError, EfflaunchError
 from ...utils.atomic_files import write_atomic
 from ...utils.text import typed
-from ..backend import Launch, Standing, announce, grace_note, job_exists, note_refused, tell_submitted
+from ..backend import Launch, Standing, announce, grace_note, job_exists, note_refused, print_submitted
 from ..config.run_config import Config
 from ..elastic_nodes import usable
 from ..rundir import state
@@ -44,7 +44,7 @@ class SlurmLauncher:
             text = self.describe(launch)
             job = _hand_over(run_dir / JOB_DIR / SCRIPT, text, [run_dir])
             write_submission(run_dir, job)
-        tell_submitted(f"job {job} of SLURM submitted", launch)
+        print_submitted(f"job {job} of SLURM submitted", launch)
         return EXIT_DONE
 
     def _queue(self, launch: Launch, stack: ExitStack) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, EfflaunchError
 from ..agent import worker
 from ..agent.signals import StopFlag, on_stop_signals
+from ..config.run_config import SlurmConfig
 from ..env import slurm_place
 from ..nodes.meeting import Meeting
 from ..nodes.node import take_part
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
         num_nodes=job.step_nodes,
         name=job.name,
         folder=JOB_DIR,
-        exclude_key="launcher.slurm.exclude",
+        exclude_key=f"{SlurmConfig.KEYS}.exclude",
         ends_with_others=True,  # by --kill-on-bad-exit
     )
     return take_part(options.run_dir, options.meeting, place, options.entry, early, lambda: stop_asked(options.run_dir, job))

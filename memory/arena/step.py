@@ -42,7 +42,7 @@ class StepAllocator(Protocol):
         """A context: everything of one optimizer step happens inside. `shape` is equal for steps that should allocate alike."""
 
     def outcome(self) -> dict[str, Any] | None:
-        """What metrics.jsonl says of the last step; None: nothing."""
+        """The last step's entry for metrics.jsonl; None: it has none."""
 
     def close(self) -> None: ...
 

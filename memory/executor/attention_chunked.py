@@ -5,7 +5,7 @@ log-sum-exp). Backward walks the chunks from the last to the first: recompute th
 projection, then attention block by block with the merged output and log-sum-exp, adding to the keys' and values'
 gradients in float32. In that order the gradients of a chunk's own keys are final as soon as its queries are done, so its
 projections are differentiated once, and the chunk's gradient takes the place of the one that came in. This is
-StreamBP (2506.03077, sec. 3) without projecting the keys of the whole prefix again for every chunk.
+StreamBP (2506.03077, sec. 3) without projecting the keys of the whole prefix once more for every chunk.
 
 Where Ulysses ranks hold other parts of the same sequences, later queries of a rank are not the latest of all: keys are
 final only at the end, and their projections are differentiated in one more pass.
@@ -105,7 +105,7 @@ def _key_block(run: LayerRun) -> int:
 
 
 def _output(run: LayerRun, index: int, q: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention's output of a piece before and after its exchange, and the log-sum-exp: as stored, or made again."""
+    """Attention's output of a piece before and after its exchange, and the log-sum-exp: as stored, or recomputed."""
     attention, spec, rows = run.attention, run.spec, run.pieces[index]
     if run.has(ATTENTION_OUTPUT, index):
         o, lse = run.get(ATTENTION_OUTPUT, index)

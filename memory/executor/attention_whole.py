@@ -37,13 +37,13 @@ class HeadGroupState:
 def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tuple[int, Tensor]]:
     """(piece, attention's output of its rows) for all pieces in ascending order. Builds no graph."""
     o = None
-    for index, walked in enumerate(_groups(run)):
-        qkv = _project(run, inputs, index, walked, save=save)
-        part, lse = run.attention.core_forward(qkv, walked.spec)
+    for index, state in enumerate(_groups(run)):
+        qkv = _project(run, inputs, index, state, save=save)
+        part, lse = run.attention.core_forward(qkv, state.spec)
         del qkv
         if save and run.attention_stored:
             _save_lse(run, lse, index)
-        o = _with_group(o, run.attention.exchange_out(part, walked.spec), walked.heads, run.spec.num_heads)
+        o = _with_group(o, run.attention.exchange_out(part, state.spec), state.heads, run.spec.num_heads)
         del part
     assert o is not None
     for index in run.indices:
@@ -81,14 +81,14 @@ def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
         dx.put(index, [d_input])
         do.put(index, [d_output])
         del d_input, d_output
-    for index, walked in enumerate(groups):
-        gradients = _attention_backward(run, index, walked, o, do.whole[0])
+    for index, state in enumerate(groups):
+        gradients = _attention_backward(run, index, state, o, do.whole[0])
         if index + 1 == len(groups):
             del o
             do.whole.clear()
         for piece in run.indices:
             upstream = [t[run.rows(piece)] for t in gradients]
-            part = run.before_backward(piece, run.input_rows(piece), walked.heads, upstream, sums)
+            part = run.before_backward(piece, run.input_rows(piece), state.heads, upstream, sums)
             run.release()
             dx.put(piece, [part.add_(dx.whole[0][run.rows(piece)])])
     return dx.whole[0]
@@ -106,11 +106,11 @@ def _part_of(spec: Any, heads: Heads) -> Any:
     return replace(spec, num_heads=len(heads.queries), num_kv_heads=len(heads.keys))
 
 
-def _project(run: LayerRun, inputs: Inputs, group: int, walked: HeadGroupState, *, save: bool = False) -> QKV:
+def _project(run: LayerRun, inputs: Inputs, group: int, state: HeadGroupState, *, save: bool = False) -> QKV:
     """Queries, keys and values of one head group, exchanged: stored ones as they are, the others made."""
     made = Gathered(run)
     for index in run.indices:
-        q, k, v = run.projected(index, inputs, walked.heads, group)
+        q, k, v = run.projected(index, inputs, state.heads, group)
         made.put(index, (q, k, v))
         if save:
             rows = run.rows(index)
@@ -118,7 +118,7 @@ def _project(run: LayerRun, inputs: Inputs, group: int, walked: HeadGroupState, 
             run.save(KEY_VALUE, index, [_rows_of(made, 1, k, rows, run), _rows_of(made, 2, v, rows, run)], group, share=True)
         run.release()
     q, k, v = made.whole
-    return run.attention.exchange_in(q, k, v, walked.spec)
+    return run.attention.exchange_in(q, k, v, state.spec)
 
 
 def _rows_of(made: Gathered, which: int, part: Tensor, rows: slice, run: LayerRun) -> Tensor:
@@ -142,7 +142,7 @@ def _index(heads: Sequence[int]) -> slice | list[int]:
 
 
 def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
-    """Attention's output of all rows: as stored, or made again; one group alone keeps for backward what it read."""
+    """Attention's output of all rows: as stored, or recomputed; one group alone keeps for backward what it read."""
     if run.attention_stored:
         stored = Gathered(run)
         for index in run.indices:
@@ -150,29 +150,29 @@ def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
             run.release()
         return stored.whole[0]
     o = None
-    for index, walked in enumerate(groups):
+    for index, state in enumerate(groups):
         with torch.no_grad():
-            qkv = _project(run, run.input_rows, index, walked)
-            part, walked.lse = run.attention.core_forward(qkv, walked.spec)
+            qkv = _project(run, run.input_rows, index, state)
+            part, state.lse = run.attention.core_forward(qkv, state.spec)
             if len(groups) == 1:
-                walked.qkv, walked.o = qkv, part
-            o = _with_group(o, run.attention.exchange_out(part, walked.spec), walked.heads, run.spec.num_heads)
+                state.qkv, state.o = qkv, part
+            o = _with_group(o, run.attention.exchange_out(part, state.spec), state.heads, run.spec.num_heads)
         del qkv, part
     assert o is not None
     return o
 
 
-def _attention_backward(run: LayerRun, index: int, walked: HeadGroupState, o: Tensor, do: Tensor) -> QKV:
+def _attention_backward(run: LayerRun, index: int, state: HeadGroupState, o: Tensor, do: Tensor) -> QKV:
     """Gradients of one group's projections, of all rows."""
-    attention, spec, heads = run.attention, walked.spec, walked.heads
+    attention, spec, heads = run.attention, state.spec, state.heads
     part = slice(None) if heads.queries is None else _index(heads.queries)
     with torch.no_grad():
-        qkv = walked.qkv or _project(run, run.input_rows, index, walked)
-        lse = walked.lse if walked.lse is not None else _stored_lse(run, index)
-        mine = walked.o if walked.o is not None else attention.exchange_out_backward(o[:, part].contiguous(), spec)
+        qkv = state.qkv or _project(run, run.input_rows, index, state)
+        lse = state.lse if state.lse is not None else _stored_lse(run, index)
+        mine = state.o if state.o is not None else attention.exchange_out_backward(o[:, part].contiguous(), spec)
         dtype = qkv[0].dtype
         wide = attention.core_backward(attention.exchange_out_backward(do[:, part].contiguous(), spec), qkv, mine, lse, spec)
-        walked.qkv = walked.o = walked.lse = None
+        state.qkv = state.o = state.lse = None
         del qkv, mine
         run.release()
         return attention.exchange_in_backward(wide, spec, dtype)

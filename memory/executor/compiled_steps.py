@@ -1,9 +1,9 @@
 """The token-local steps of layers as compiled graphs: traced once for all layers that are built alike, weights as arguments.
 
-Note: what is compiled. A step's forward is one graph. Its backward, with what it makes again for itself, is another: a step is
+Note: what is compiled. A step's forward is one graph. Its backward, with what it recomputes for itself, is another: a step is
 differentiated while it is traced (make_fx), so the compiler sees recomputation and gradients together, drops products whose values
 nobody needs, and keeps nothing between two graphs. Both are plain functions of tensors: what FSDP2 does to modules, hooks and
-storages in between is none of the compiler's business. Where autograd's own graph is kept (graph.py) the forward's graph is
+storages in between is none of the compiler's business. Where autograd's own graph is kept (kept_graph.py) the forward's graph is
 compiled together with its backward, as torch.compile does for any function.
 
 Note: lengths. The number of tokens is a symbol in the trace and marked as dynamic in every call, so pieces of any length share a

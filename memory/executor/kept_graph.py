@@ -1,4 +1,4 @@
-"""A layer that keeps autograd's own graph of both halves: nothing is made again, everything is remembered.
+"""A layer that keeps autograd's own graph of both halves: nothing is recomputed, everything is remembered.
 
 Note: mirrored in estimate/footprint/live_layer.py (graph_moments) and estimate/footprint/activations.py (graph_row).
 """

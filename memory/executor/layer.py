@@ -6,8 +6,8 @@ once afterwards. The parameter objects are the same in both passes (FSDP2 refill
 inside the Function stays valid.
 
 Note: halves. A layer is before_attention and after_attention (token-local) around the attention core. The token-local
-parts run by pieces of rows (local.py); attention runs over all rows (whole.py) or one chunk of queries at a time
-(streamed.py). With `policy.graph` both halves keep autograd's graph instead (graph.py).
+parts run by pieces of rows (token_local.py); attention runs over all rows (attention_whole.py) or one chunk of queries at a time
+(attention_chunked.py). With `policy.graph` both halves keep autograd's graph instead (kept_graph.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from ...errors import ConfigError
 from ..activation_classes import ATTENTION_OUTPUT, RESIDUAL
 from ..policy import MemoryPolicy
-from . import attention_chunked as streamed
+from . import attention_chunked as chunked
 from . import attention_whole as whole
 from .compiled_steps import CompiledSteps, Graphs
 from .kept_graph import Halves
@@ -60,7 +60,7 @@ class LayerExecutor:
 
 
 def _check_autocast(x: Tensor) -> None:
-    """ConfigError under torch.autocast: it would hold in forward and not in backward, where everything is made again."""
+    """ConfigError under torch.autocast: it would hold in forward and not in backward, where everything is recomputed."""
     if torch.is_autocast_enabled(x.device.type):
         raise ConfigError(
             "train.dtype",
@@ -106,9 +106,9 @@ class _Layer(torch.autograd.Function):
 
 
 def _record(tape: Tape, executor: LayerExecutor, context: LayerContext, run: LayerRun) -> None:
-    """Tell the tape how this layer's output is made again, for a segment whose inner inputs are not kept."""
+    """Record on the tape how this layer's output is recomputed, for a segment whose inner inputs are not kept."""
 
-    def again() -> Tensor:
+    def recompute() -> Tensor:
         # Ranks of all groups meet where weights are gathered: that is not this group's time.
         run.saved.read_in(recompute_reads(run), lambda: tape.prefetch_above(executor.index))
         with context.gathered(executor.index), context.attention.busy(), torch.no_grad():
@@ -117,12 +117,12 @@ def _record(tape: Tape, executor: LayerExecutor, context: LayerContext, run: Lay
         run.saved.release()
         return y
 
-    reads = Reads(backward=lambda: backward_reads(run), again=lambda: recompute_reads(run))
-    tape.record(executor.index, again=again, save_input=run.save_input, reads=reads)
+    reads = Reads(backward=lambda: backward_reads(run), recompute=lambda: recompute_reads(run))
+    tape.record(executor.index, recompute=recompute, save_input=run.save_input, reads=reads)
 
 
 def _forward(run: LayerRun, inputs: Inputs, *, save: bool) -> Tensor:
-    """The layer's output (T, M). Without `save` nothing is left, and what is stored already is not made again."""
+    """The layer's output (T, M). Without `save` nothing is left, and what is stored already is not recomputed."""
     y = Gathered(run)
     for index, o in _attention_rows(run, inputs, save=save):
         y.put(index, [run.after(index, inputs, o, save=save)])
@@ -133,7 +133,7 @@ def _attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tu
     """(piece, attention's output of its rows), None where the sum after it is stored as well."""
     if all(run.has(ATTENTION_OUTPUT, index) for index in run.indices):
         return _stored_rows(run)
-    return (streamed if run.streamed else whole).attention_rows(run, inputs, save=save)
+    return (chunked if run.chunked else whole).attention_rows(run, inputs, save=save)
 
 
 def _stored_rows(run: LayerRun) -> Iterator[tuple[int, Tensor | None]]:
@@ -146,6 +146,6 @@ def _backward(run: LayerRun, layer: int, tape: Tape, dy: Tensor, sums: GradientS
     run.saved.read_in(backward_reads(run), lambda: tape.prefetch_below(layer))
     # Chunks of dx take the place of dy's, so it must be nobody else's.
     dy = dy if dy.is_contiguous() and dy._base is None else dy.clone(memory_format=torch.contiguous_format)
-    dx = (streamed if run.streamed else whole).backward(run, dy, sums)
+    dx = (chunked if run.chunked else whole).backward(run, dy, sums)
     tape.clear(layer)
     return dx

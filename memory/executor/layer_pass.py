@@ -69,7 +69,7 @@ class LayerRun:
     saved: Saved
     pieces: tuple[Rows, ...]
     num_tokens: int
-    streamed: bool
+    chunked: bool
     """Attention by chunks of queries."""
 
     @property
@@ -87,7 +87,7 @@ class LayerRun:
 
     def rows(self, index: int) -> slice:
         """This rank's rows of a piece."""
-        return slice(*self.pieces[index][self.attention.ulysses_index if self.streamed else 0])
+        return slice(*self.pieces[index][self.attention.ulysses_index if self.chunked else 0])
 
     def rope_rows(self, index: int) -> Rope:
         rows = self.rows(index)
@@ -190,9 +190,9 @@ def layer_run(
     num_tokens: int,
 ) -> LayerRun:
     """The run of a layer on `num_tokens` rows of this rank. Chunks of queries are for groups without a ring."""
-    streamed = policy.attention is AttentionTiling.CHUNKS and attention.ring == 1
-    tokens = attention.member_tokens if streamed else (num_tokens,)
-    return LayerRun(adapter, feed_forward, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, streamed)
+    chunked = policy.attention is AttentionTiling.CHUNKS and attention.ring == 1
+    tokens = attention.member_tokens if chunked else (num_tokens,)
+    return LayerRun(adapter, feed_forward, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, chunked)
 
 
 class Gathered:

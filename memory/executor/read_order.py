@@ -22,14 +22,14 @@ Visit = list[Key]
 
 def backward_reads(run: LayerRun) -> list[Key]:
     """Reads of a layer's backward, in order."""
-    return _in_order(run, _streamed_backward(run) if run.streamed else _whole_backward(run))
+    return _in_order(run, _chunked_backward(run) if run.chunked else _whole_backward(run))
 
 
 def recompute_reads(run: LayerRun) -> list[Key]:
     """Reads of a layer's forward that runs once more for the next layer's input."""
     if run.attention_stored:
         return _in_order(run, (_after(run, index, RESIDUAL.made_from) for index in run.indices))
-    return _in_order(run, _streamed_again(run) if run.streamed else _whole_again(run))
+    return _in_order(run, _chunked_recompute(run) if run.chunked else _whole_recompute(run))
 
 
 def _in_order(run: LayerRun, visits: Iterable[Visit]) -> list[Key]:
@@ -79,7 +79,7 @@ def _whole_backward(run: LayerRun) -> Iterator[Visit]:
         yield from (_keys_of((LAYER_INPUT,), index) for index in run.indices)
 
 
-def _whole_again(run: LayerRun) -> Iterator[Visit]:
+def _whole_recompute(run: LayerRun) -> Iterator[Visit]:
     for group in _whole_groups(run):
         yield from _projections(run, group)
     yield from (_after(run, index) for index in run.indices)
@@ -90,7 +90,7 @@ def _keys(run: LayerRun) -> Iterator[Visit]:
     yield from (_keys_of((KEY_VALUE if run.has(KEY_VALUE, index) else LAYER_INPUT,), index) for index in run.indices)
 
 
-def _streamed_backward(run: LayerRun) -> Iterator[Visit]:
+def _chunked_backward(run: LayerRun) -> Iterator[Visit]:
     yield from _keys(run)
     kinds = (LAYER_INPUT, QUERY, ATTENTION_OUTPUT, RESIDUAL, *run.feed_forward.classes)
     yield from (_keys_of(kinds, index) for index in reversed(run.indices))
@@ -98,7 +98,7 @@ def _streamed_backward(run: LayerRun) -> Iterator[Visit]:
         yield from (_keys_of((LAYER_INPUT,), index) for index in run.indices)
 
 
-def _streamed_again(run: LayerRun) -> Iterator[Visit]:
+def _chunked_recompute(run: LayerRun) -> Iterator[Visit]:
     if not run.alone:
         yield from _keys(run)
     for index in run.indices:

@@ -1,6 +1,6 @@
 """The token-local parts of a layer, forward and backward, for one range of rows.
 
-Backward makes nothing again that was stored, and no matrix product whose value no gradient needs: projections, the sum
+Backward recomputes nothing that was stored, and no matrix product whose value no gradient needs: projections, the sum
 after attention, and gate and up are differentiated without being computed (adapter methods with `graph`).
 
 Note: mirrored in estimate/footprint/live_layer.py (before_row, before_backward_row) and estimate/timing/flops.py (which products

@@ -18,7 +18,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """What this process and its siblings may still take, and what says so."""
+    """Memory that this process and its siblings may still take, and what limits it."""
 
     num_bytes: int
     limited_by: str

@@ -125,7 +125,7 @@ def full(directory: Path, needed_bytes: int) -> ConfigError:
 
 
 def failed(directory: Path, error: Exception) -> EfflaunchError:
-    """What a run is told whose disk stopped taking or giving data."""
+    """The error of a run whose disk stopped taking or giving data."""
     if isinstance(error, OSError) and error.errno in FULL:
         return ConfigError(
             f"{KEY}={directory}",
@@ -137,7 +137,7 @@ def failed(directory: Path, error: Exception) -> EfflaunchError:
 
 
 class WriteMeter:
-    """How fast a directory really takes what is written; says once if that is below what the plan rests on."""
+    """Measures how fast a directory really takes what is written; logs once if that is below what the plan rests on."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class WriteMeter:
 
 
 def warn_slow(directory: Path) -> Callable[[float, float], None]:
-    """Says so in the log."""
+    """Log the warning."""
 
     def warn(measured: float, expected: float) -> None:
         log.warning(

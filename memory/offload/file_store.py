@@ -74,7 +74,7 @@ class FileStore:
 
     def put(self, rows: Tensor) -> Parcel:
         with self._lock:
-            self._go_on()
+            self._advance()
             source = flat_bytes(rows)
             parcel = Parcel(rows.shape, rows.dtype, source.numel())
             extents = self.file.extents.take(parcel.num_bytes)
@@ -94,14 +94,14 @@ class FileStore:
     def prefetch(self, parcel: Parcel) -> None:
         with self._lock:
             self._ask(parcel)
-            self._go_on()
+            self._advance()
 
     def get(self, parcel: Parcel) -> Tensor:
         with self._lock:
             filed = self._ask(parcel)
 
             def arrives() -> bool:
-                self._go_on(wanted=filed)
+                self._advance(first=filed)
                 return filed.is_here
 
             self._wait_until(arrives)
@@ -113,7 +113,7 @@ class FileStore:
     def done(self, parcel: Parcel) -> None:
         with self._lock:
             self._return(parcel)
-            self._go_on()
+            self._advance()
 
     def drop(self, parcel: Parcel) -> None:
         with self._lock:
@@ -168,14 +168,14 @@ class FileStore:
             self._transfers.release(filed.landing)
             filed.landing = None
 
-    def _go_on(self, wanted: Filed | None = None) -> None:
-        """Send on what has been read, and read what has been asked for: the wanted parcel first, others while half the slots are free."""
+    def _advance(self, first: Filed | None = None) -> None:
+        """Send on what has been read, and read what has been asked for: the parcel `first`, others while half the slots are free."""
         if self._failure is not None:
             raise failed(self.file.directory, self._failure) from self._failure
         for filed in list(self._coming.values()):
             self._send_on(filed)
-        if wanted is not None:
-            self._read_on(wanted)
+        if first is not None:
+            self._read_on(first)
         for filed in self._coming.values():
             self._read_ahead(filed)
         self._coming = {parcel: filed for parcel, filed in self._coming.items() if not filed.is_here}
@@ -210,7 +210,7 @@ class FileStore:
 
     def _slot(self) -> Extent:
         def frees() -> bool:
-            self._go_on()
+            self._advance()
             return self.staging.num_free > 0
 
         self._wait_until(frees)

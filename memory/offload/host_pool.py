@@ -1,7 +1,7 @@
 """Host memory taken once and cut into blocks: pinned, where a GPU copies into it, exactly as many bytes as were asked for.
 
 torch's own pinned allocator rounds every request up to a power of two, which wastes up to half of it; here the memory is a
-plain mapping that CUDA is told about afterwards (cudaHostRegister), in one or few slabs, before the first step.
+plain mapping that is registered with CUDA afterwards (cudaHostRegister), in one or few slabs, before the first step.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class HostArena:
 
 
 def exhausted(where: str, num_bytes: int, space: Extents, larger: str) -> PlanError:
-    """What a step that moves more than was planned for is told."""
+    """The error of a step that moves more than was planned for."""
     return PlanError(
         where,
         found=f"{format_bytes(num_bytes)} to move with {format_bytes(space.used_bytes)} of this rank's "

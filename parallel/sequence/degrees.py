@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ...units import format_tokens
+from ...utils.divisors import common_powers_of_two
 from ..config import Scheme
 
 
@@ -32,7 +33,7 @@ def choose_degree(*, max_seq_len: int, tokens_per_rank: int, world_size: int, re
 
 def choose_ulysses(*, degree: int, num_heads: int, ranks_per_node: int, scheme: Scheme, requested: int | None) -> int:
     """Ranks of the inner Ulysses exchange; `degree // it` rings run across. ConfigError where the scheme cannot be had."""
-    allowed = [u for u in _powers(degree) if num_heads % u == 0]
+    allowed = common_powers_of_two(degree, num_heads)
     if requested is not None and scheme is not Scheme.HYBRID:
         raise ConfigError(
             "parallel.ulysses_degree",
@@ -54,7 +55,3 @@ def choose_ulysses(*, degree: int, num_heads: int, ranks_per_node: int, scheme: 
             hint=f"{key}={allowed[-1]}, or parallel.scheme=auto (Ulysses as far as the heads allow, ring across the rest)",
         )
     return wanted
-
-
-def _powers(limit: int) -> list[int]:
-    return [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]

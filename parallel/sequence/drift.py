@@ -89,7 +89,7 @@ class Drift:
         self.by_degree.setdefault(degree, Observed()).add(total_s - linear_s, linear_s, measured_s)
 
     def news(self) -> dict[int, float]:
-        """Degrees that have drifted since the last call, with measured over modelled time; each is told once until it is back."""
+        """Degrees that have drifted since the last call, with measured over modelled time; each is reported once until it is back."""
         drifted = {degree for degree, seen in self.by_degree.items() if seen.has_drifted}
         fresh, self._reported = drifted - self._reported, drifted
         return {degree: self.by_degree[degree].ratio for degree in sorted(fresh)}
@@ -118,6 +118,6 @@ class Drift:
         return {str(d): [s.groups, s.weight, s.log_ratio, s.error, *s.products] for d, s in self.by_degree.items()}
 
     def load(self, data: dict[str, Any]) -> None:
-        """Go on from `dump` of a run with the same cost model."""
+        """Resume from `dump` of a run with the same cost model."""
         for degree, (groups, weight, log_ratio, error, *products) in data.items():
             self.by_degree[int(degree)] = Observed(int(groups), weight, log_ratio, error, list(products))

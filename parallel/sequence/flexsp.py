@@ -1,4 +1,4 @@
-"""FlexSP's planner (arXiv 2412.01523) made again from the paper, to compare plans with.
+"""FlexSP's planner (arXiv 2412.01523), reimplemented from the paper to compare plans with.
 
 Bucketing by dynamic programming, "blaster" cuts into micro-batches, one mixed-integer program per micro-batch. Differences: HiGHS
 through scipy instead of SCIP. scipy passes no starting solution, so the homogeneous warm starts are given as an upper limit on the

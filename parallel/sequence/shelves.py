@@ -203,7 +203,7 @@ class ShelfSearch:
         return states
 
     def _follow(self, state: State, taus: tuple[float, ...]) -> None:
-        """Go on from `state` with the durations after its own, the last one repeated as long as something is left."""
+        """Resume from `state` with the durations after its own, the last one repeated as long as something is left."""
         rem, seconds, done = state.rem, state.seconds, list(taus[: len(state.taus)])
         while len(rem) and seconds < self.best_s:
             tau = taus[min(len(done), len(taus) - 1)]

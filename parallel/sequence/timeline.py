@@ -49,7 +49,7 @@ class Shelf:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """A step of `world_size` ranks as bars. With `barrier_free` every rank goes on as soon as its own group is done."""
+    """A step of `world_size` ranks as bars. With `barrier_free` every rank continues as soon as its own group is done."""
 
     world_size: int
     tokens_per_rank: int

@@ -15,12 +15,12 @@ TINY: dict[str, Any] = {**step.STEP_MODEL, "vocab_size": 256, "hidden_size": 64,
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_contestants_agree_and_our_recompute_holds_less(ranks: int) -> None:
-    found = step.measure((48, 32, 16), ranks=ranks, rounds=2, model=TINY)
-    losses = list(found["losses"].values())
+    measured = step.measure((48, 32, 16), ranks=ranks, rounds=2, model=TINY)
+    losses = list(measured["losses"].values())
     assert max(losses) == pytest.approx(min(losses), rel=1e-4)
-    assert set(found["losses"]) == {"ours_keep", "ours_recompute", *step.PAIRS["keep"], *step.PAIRS["recompute"]}
-    assert found["peak_bytes"]["ours_recompute"] < found["peak_bytes"]["ours_keep"]
-    assert all(len(times) == 2 for times in found["seconds"].values())
+    assert set(measured["losses"]) == {"ours_keep", "ours_recompute", *step.PAIRS["keep"], *step.PAIRS["recompute"]}
+    assert measured["peak_bytes"]["ours_recompute"] < measured["peak_bytes"]["ours_keep"]
+    assert all(len(times) == 2 for times in measured["seconds"].values())
 
 
 def test_headline_figures_are_the_worst_case() -> None:
@@ -42,20 +42,20 @@ def test_headline_figures_are_the_worst_case() -> None:
 def test_medians_of_ratios_within_a_round() -> None:
     seconds = {"ours_keep": [1.0, 10.0, 1.0], "stock": [2.0, 20.0, 3.0], "varlen": [1.0, 11.0, 1.2]}
     seconds |= {"ours_recompute": [1.0] * 3, "stock_checkpointing": [2.0] * 3, "varlen_checkpointing": [0.5] * 3}
-    found = step._ratios(seconds)
-    assert found["keep"] == {"stock": 2.0, "varlen": 1.1}
-    assert found["recompute"] == {"stock_checkpointing": 2.0, "varlen_checkpointing": 0.5}
+    measured = step._ratios(seconds)
+    assert measured["keep"] == {"stock": 2.0, "varlen": 1.1}
+    assert measured["recompute"] == {"stock_checkpointing": 2.0, "varlen_checkpointing": 0.5}
 
 
 def test_startup_writes_its_keys_and_the_report_shows_them(tmp_path: Path) -> None:
     results = tmp_path / "results"
     assert startup.main(["--json", str(results / "startup.json"), "--repeats", "1", "--no-first-step"]) == 0
-    found = json.loads((results / "startup.json").read_text())
-    assert found["help_s"] > 0 and found["plan_s"] > 0 and "first_step_s" not in found
-    assert found["command"].startswith("python -m efflaunch.bench.")
+    measured = json.loads((results / "startup.json").read_text())
+    assert measured["help_s"] > 0 and measured["plan_s"] > 0 and "first_step_s" not in measured
+    assert measured["command"].startswith("python -m efflaunch.bench.")
     assert report.main([str(results), str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
-    assert "## Start-up" in page and f"| {found['plan_s']:.2f} |" in page and found["date"] in page
+    assert "## Start-up" in page and f"| {measured['plan_s']:.2f} |" in page and measured["date"] in page
 
 
 def test_the_report_of_a_step(tmp_path: Path) -> None:

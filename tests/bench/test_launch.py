@@ -16,9 +16,9 @@ def test_medians_minima_and_differences_within_a_round() -> None:
         "elastic": [{"start_s": 10.0, "stop_s": 1.0}, {"start_s": 20.0, "stop_s": 1.0}, {"start_s": 12.0, "stop_s": 1.0}],
         "slurm": [{"start_s": 13.0, "node_death_s": 30.0}, {"start_s": 21.0}, {"start_s": 14.0}],
     }
-    found = launch.summary(lives)
-    assert found["elastic"] == {"start_s": {"median": 12.0, "min": 10.0}, "stop_s": {"median": 1.0, "min": 1.0}}
-    assert found["slurm"] == {
+    measured = launch.summary(lives)
+    assert measured["elastic"] == {"start_s": {"median": 12.0, "min": 10.0}, "stop_s": {"median": 1.0, "min": 1.0}}
+    assert measured["slurm"] == {
         "start_s": {"median": 14.0, "min": 13.0, "over_elastic": 2.0},
         "node_death_s": {"median": 30.0, "min": 30.0},
     }
@@ -34,10 +34,10 @@ def test_a_life_of_both_and_the_report(tmp_path: Path, monkeypatch: pytest.Monke
     results = tmp_path / "results"
     words = ["--rounds", "1", "--no-warm-up", "--contestants", "elastic,local,slurm", "model.num_layers=1", "model.hidden_size=32"]
     assert launch.main(["--json", str(results / "launch.json"), "--folder", str(tmp_path), *words]) == 0
-    found = json.loads((results / "launch.json").read_text())
-    assert found["skipped"] == {"slurm": "no launcher=condor in this version"} and not found["failures"]
-    assert set(found["contestants"]["local"]) == {"start_s", "rank_death_s", "stop_s"} == set(found["contestants"]["elastic"])
-    assert all(value["median"] > 0 for row in found["contestants"].values() for value in row.values())
+    measured = json.loads((results / "launch.json").read_text())
+    assert measured["skipped"] == {"slurm": "no launcher=condor in this version"} and not measured["failures"]
+    assert set(measured["contestants"]["local"]) == {"start_s", "rank_death_s", "stop_s"} == set(measured["contestants"]["elastic"])
+    assert all(value["median"] > 0 for row in measured["contestants"].values() for value in row.values())
     assert report.main([str(results), str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
     assert "## Launchers" in page and "| `launcher=local` |" in page and "slurm was not measured: no launcher=condor" in page

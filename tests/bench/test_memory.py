@@ -60,22 +60,22 @@ def test_gradients_are_those_of_plain_hugging_face(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, float]:
+def bytes_per_token() -> dict[str, float]:
     torch.set_num_threads(1)
     return {name: slope(name) for name in ("keep", "recompute", "streambp", "auto", "hf_checkpointing", "plain")}
 
 
-def test_orderings_of_bytes(found: dict[str, float]) -> None:
-    assert found["auto"] < found["streambp"] < found["recompute"] < found["keep"]
-    assert found["recompute"] < found["hf_checkpointing"] < found["plain"]
+def test_orderings_of_bytes(bytes_per_token: dict[str, float]) -> None:
+    assert bytes_per_token["auto"] < bytes_per_token["streambp"] < bytes_per_token["recompute"] < bytes_per_token["keep"]
+    assert bytes_per_token["recompute"] < bytes_per_token["hf_checkpointing"] < bytes_per_token["plain"]
 
 
-def test_streambp_holds_no_more_than_the_released_one(found: dict[str, float]) -> None:
-    assert found["streambp"] <= slope("streambp_released")
+def test_streambp_holds_no_more_than_the_released_one(bytes_per_token: dict[str, float]) -> None:
+    assert bytes_per_token["streambp"] <= slope("streambp_released")
 
 
-def test_auto_holds_a_third_of_alst(found: dict[str, float]) -> None:
-    assert 3 * found["auto"] <= slope("deepspeed_alst")
+def test_auto_holds_a_third_of_alst(bytes_per_token: dict[str, float]) -> None:
+    assert 3 * bytes_per_token["auto"] <= slope("deepspeed_alst")
 
 
 def test_layer_inputs_on_the_host_are_counted_there_alone() -> None:
@@ -99,9 +99,9 @@ def test_slopes_are_brought_to_llama_8b() -> None:
         return layers * 2 * shape.hidden_size + 10 * shape.hidden_size + 4 * shape.num_heads + 4 * shape.head_dim + 24
 
     shapes = [Shape(4, 8), Shape(4, 16), Shape(8, 8), Shape(8, 6), Shape(12, 4)]
-    found = at_llama_8b({layers: {shape: per_token(shape, layers) for shape in shapes} for layers in (4, 8)})
-    assert found.per_layer == pytest.approx(8192)
-    assert found.total == pytest.approx(per_token(LLAMA_8B, 32)) and found.residual < 1e-9
+    fitted = at_llama_8b({layers: {shape: per_token(shape, layers) for shape in shapes} for layers in (4, 8)})
+    assert fitted.per_layer == pytest.approx(8192)
+    assert fitted.total == pytest.approx(per_token(LLAMA_8B, 32)) and fitted.residual < 1e-9
     with pytest.raises(ValueError, match="cannot be told apart"):
         at_llama_8b({layers: {shape: 1.0 for shape in shapes[:2]} for layers in (4, 8)})
 
@@ -147,12 +147,12 @@ def test_the_program_writes_its_keys_and_the_report_shows_them(tmp_path: Path) -
     arguments += ["--layers", "1", "2"]
     arguments += ["--rounds", "1", "--time-tokens", "40", "--time-chunk", "10", "--time-shape", "4x8", "--time-layers", "1"]
     assert memory.main(arguments) == 0
-    found = json.loads((tmp_path / "memory.json").read_text())
-    assert set(found["bytes_per_token"]) == {"plain", "streambp"}
-    assert set(found["time_ratio"]) == {"plain", "streambp", "hf_checkpointing"} and found["time_ratio"]["hf_checkpointing"] == 1.0
-    assert found["details"]["plain"]["gradient_error"] == 0.0
-    assert len(found["details"]["streambp"]["measured"]) == 2 * 4
-    assert found["details"]["streambp"]["device"]["per_layer"] == pytest.approx(8192)
+    results = json.loads((tmp_path / "memory.json").read_text())
+    assert set(results["bytes_per_token"]) == {"plain", "streambp"}
+    assert set(results["time_ratio"]) == {"plain", "streambp", "hf_checkpointing"} and results["time_ratio"]["hf_checkpointing"] == 1.0
+    assert results["details"]["plain"]["gradient_error"] == 0.0
+    assert len(results["details"]["streambp"]["measured"]) == 2 * 4
+    assert results["details"]["streambp"]["device"]["per_layer"] == pytest.approx(8192)
     assert report.main([str(tmp_path), str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
     assert "## Memory schemes" in page and "| ours: streambp |" in page and "Hugging Face, nothing recomputed" in page
@@ -180,11 +180,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_gpu_program_on_the_cpu(tmp_path: Path, in_process: list[Any]) -> None:
     arguments = ["--json", str(tmp_path / "gpu.json"), *GPU, "--peak-flops", "1e12"]
     assert gpu_memory.main(arguments) == 0
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    results = json.loads((tmp_path / "gpu.json").read_text())
     kinds = [(job["kind"], job["tokens"], job.get("layers")) for job in in_process]
     assert kinds[:4] == [("attention", 70, None), ("executor", 70, 3), ("step", 48, 1), ("step", 48, 2)] and len(kinds) == 8
-    assert found["summary"]["attention"] < 1.5 and found["summary"]["executor"] < 1.5
-    lengths = found["summary"]["lengths"]
+    assert results["summary"]["attention"] < 1.5 and results["summary"]["executor"] < 1.5
+    lengths = results["summary"]["lengths"]
     assert [row["tokens"] for row in lengths] == [48, 96] and all(row["mfu"] > 0 for row in lengths)
     assert lengths[1]["peak_bytes_32_layers"] > lengths[1]["peak_bytes"] > lengths[0]["peak_bytes"]
     in_process.clear()

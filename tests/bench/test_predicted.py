@@ -19,5 +19,5 @@ def test_one_configuration_and_its_report(tmp_path: Path) -> None:
 
 def test_headline_figures() -> None:
     rows = [{"predicted_bytes": predicted_bytes, "measured_bytes": 100} for predicted_bytes in (103, 99, 100)]
-    found = predicted.summary(rows)
-    assert [round(value, 6) for value in found.values()] == [0.03, 0.01, 0.013333]
+    results = predicted.summary(rows)
+    assert [round(value, 6) for value in results.values()] == [0.03, 0.01, 0.013333]

@@ -60,13 +60,13 @@ def test_chunks_cover_the_file_once_and_in_order(sizes: list[int], chunk: int, g
     wanted = bytearray(at)
     for number, piece in enumerate(pieces):
         wanted[piece.start : piece.end] = piece.head + bytes([number + 10]) * piece.num_bytes + piece.tail
-    found = bytearray()
+    restored = bytearray()
     for copies in cut(pieces, chunk):
         assert [copy.at for copy in copies] == sorted(copy.at for copy in copies)
         for copy in copies:
-            assert copy.at == len(found) % chunk
-            found += copy.text if copy.piece < 0 else bytes([copy.piece + 10]) * copy.num_bytes
-    assert bytes(found) == bytes(wanted)
+            assert copy.at == len(restored) % chunk
+            restored += copy.text if copy.piece < 0 else bytes([copy.piece + 10]) * copy.num_bytes
+    assert bytes(restored) == bytes(wanted)
 
 
 class Model(nn.Module):
@@ -124,17 +124,17 @@ def test_plain_dcp_and_our_reader_agree_on_any_number_of_ranks_and_any_sharding(
     path = tmp_path / "step-00000003"
     for ranks, dim in ((1, 0), (2, 1), (4, 0), (3, 2)):
         for load in (_plain_load, _our_load):
-            for found in pool.run(load, path, dim, ranks=ranks):
-                assert found.keys() == wanted.keys()
-                assert all(torch.equal(found[key], value) for key, value in wanted.items())
+            for restored in pool.run(load, path, dim, ranks=ranks):
+                assert restored.keys() == wanted.keys()
+                assert all(torch.equal(restored[key], value) for key, value in wanted.items())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_torch_makes_one_file_of_it(pool: RankPool, tmp_path: Path) -> None:
     wanted = pool.run(_save, tmp_path, ranks=2)[0]
     dcp_to_torch_save(tmp_path / "step-00000003", tmp_path / "all.pt")
-    found = torch.load(tmp_path / "all.pt", weights_only=True)
-    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    restored = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert all(torch.equal(restored[key], value) for key, value in wanted.items())
 
 
 def test_the_twin_says_what_the_pickle_says(pool: RankPool, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
-def _check(folder: Path, step: int) -> None:
+def check_saved(folder: Path, step: int) -> None:
     """What is restored is all of `step`."""
     state = State()
     engine = state.engine(folder)
@@ -70,13 +70,13 @@ def _many_saves(folder: Path, pool_bytes: int | None) -> bool:
     engine.close()
     assert [(report.step, report.error) for report in state.reports] == [(step, None) for step in range(1, 7)]
     for step in range(1, 7):
-        again = State()
+        restored = State()
         from efflaunch.checkpoint.reader import Reader
         from efflaunch.parallel.sharding.parts import part
 
-        tensors = Fsdp2State(again.model, again.optimizer).tensors()
+        tensors = Fsdp2State(restored.model, restored.optimizer).tensors()
         Reader(files.step_path(folder, step)).read(tensors, part)
-        assert again.wrong(step) == ""
+        assert restored.wrong(step) == ""
     return True
 
 
@@ -93,7 +93,7 @@ def test_save_is_back_long_before_it_is_durable(tmp_path: Path) -> None:
     engine.wait()
     report = state.reports[0]
     assert report.error is None and min(report.snapshot_s, report.save_s, report.stall_s) > 0
-    _check(tmp_path, 1)
+    check_saved(tmp_path, 1)
 
 
 def test_what_a_forward_may_change_is_saved_as_it_was(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_a_forward_may_change_is_saved_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     engine.wait_for_snapshot()
     engine.wait()
-    _check(tmp_path, 1)
+    check_saved(tmp_path, 1)
 
 
 def test_a_state_of_another_shape_is_planned_anew(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_state_of_another_shape_is_planned_anew(tmp_path: Path) -> None:
     state.set(3)
     engine.save(3, {})
     engine.wait()
-    _check(tmp_path, 3)
+    check_saved(tmp_path, 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -179,7 +179,7 @@ def test_a_dead_flusher_is_replaced_and_named(tmp_path: Path, caplog: pytest.Log
             engine.wait()
     # Killed while idle it costs nothing, or, where its death was not yet known, one save.
     assert state.reports[-1].error is None and "was killed by signal 9 (SIGKILL)" in caplog.text
-    _check(tmp_path, 3)
+    check_saved(tmp_path, 3)
 
 
 @pytest.mark.parametrize("point", ["begin", "opened", "chunk", "before_fsync", "after_fsync", "before_manifest", "manifest_synced"])
@@ -199,7 +199,7 @@ def _failing_once(folder: Path, fault: str) -> list[str | None]:
         _steps(engine, state, step, step)
         engine.wait()
     engine.close()
-    _check(folder, 4)
+    check_saved(folder, 4)
     assert not list(folder.glob("*.tmp*"))
     return [report.error for report in state.reports]
 
@@ -225,7 +225,7 @@ def _late(folder: Path) -> list[str | None]:
     _steps(engine, state, 2, 2)
     engine.wait()
     engine.close()
-    _check(folder, 2)
+    check_saved(folder, 2)
     return [report.error for report in state.reports]
 
 
@@ -243,7 +243,7 @@ def test_storage_that_does_not_answer_is_given_up(tmp_path: Path, point: str) ->
     engine.wait()
     first, second = (report.error for report in state.reports)
     assert first is not None and "storage did not answer for 20 min" in first and second is None
-    _check(tmp_path, 2)
+    check_saved(tmp_path, 2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -298,7 +298,7 @@ def test_a_trainer_that_dies_after_its_snapshot_loses_nothing(pool: RankPool, tm
         pool.run(_die_after_snapshot, tmp_path, ranks=ranks)
     assert not files.scan(tmp_path)
     (tmp_path / "go").touch()
-    pool.run(_check, tmp_path, 1, ranks=ranks)
+    pool.run(check_saved, tmp_path, 1, ranks=ranks)
     assert damage(tmp_path / "step-00000001") == []
 
 

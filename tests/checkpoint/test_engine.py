@@ -94,10 +94,10 @@ class Run:
         return [torch.rand(1).item(), float(np.random.rand()), random.random(), float(np.random.standard_normal())]
 
 
-def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def _assert_equal(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(state[name], value), name
 
 
 def _start(folder: Path, replicate: int) -> dict[str, Tensor]:
@@ -137,22 +137,22 @@ def _continue_or_not(folder: Path, stop_at: int | None) -> tuple[dict[str, Tenso
         return run.tensors(), run.local_random()
     run.train(0, stop_at)
     run.save(stop_at, {})
-    again = Run(folder, seed=99)
+    resumed = Run(folder, seed=99)
     torch.rand(5)
     random.random()
     np.random.standard_normal()
-    assert again.engine.restore() is not None
-    again.train(stop_at, 4)
-    return again.tensors(), again.local_random()
+    assert resumed.engine.restore() is not None
+    resumed.train(stop_at, 4)
+    return resumed.tensors(), resumed.local_random()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(pool: RankPool, tmp_path: Path, ranks: int) -> None:
     whole = pool.run(_seeded_by_rank, tmp_path / "a", None, ranks=ranks)
     resumed = pool.run(_seeded_by_rank, tmp_path / "b", 2, ranks=ranks)
-    for (expected, expected_random), (found, found_random) in zip(whole, resumed, strict=True):
-        _assert_equal(found, expected)
-        assert found_random == expected_random
+    for (expected, expected_random), (state, own_random) in zip(whole, resumed, strict=True):
+        _assert_equal(state, expected)
+        assert own_random == expected_random
     assert len({tuple(values) for _, values in whole}) == ranks
 
 
@@ -182,15 +182,15 @@ def test_without_a_process_group(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.engine.restore() is None
     run.save(0, {"first": True})
-    again = Run(tmp_path, seed=99)
-    again.train(0, 1)
-    restored = again.engine.restore()
+    resumed = Run(tmp_path, seed=99)
+    resumed.train(0, 1)
+    restored = resumed.engine.restore()
     assert restored is not None and restored.extra == {"first": True} and restored.path == tmp_path / "step-00000000"
-    _assert_equal(again.tensors(), run.tensors())
-    assert not any(again.optimizer.state.values())
+    _assert_equal(resumed.tensors(), run.tensors())
+    assert not any(resumed.optimizer.state.values())
     run.train(0, 1)
-    again.train(0, 1)
-    _assert_equal(again.tensors(), run.tensors())
+    resumed.train(0, 1)
+    _assert_equal(resumed.tensors(), run.tensors())
 
 
 def test_a_tied_weight_is_stored_once_under_its_first_name(tmp_path: Path) -> None:
@@ -213,9 +213,9 @@ def _save_after_forward(folder: Path) -> bool:
     with torch.no_grad():
         run.model(torch.zeros(1, 2, dtype=torch.int64))
     run.save(1, {})
-    again = Run(folder, seed=99)
-    again.engine.restore()
-    _assert_equal(again.tensors(), expected)
+    resumed = Run(folder, seed=99)
+    resumed.engine.restore()
+    _assert_equal(resumed.tensors(), expected)
     return True
 
 
@@ -251,8 +251,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(pool: RankPool, tmp_path:
     _restore(tmp_path)
     assert "checkpoint skipped" in caplog.text and name in caplog.text
     run.save(2, {"step": "again"})
-    again = _restore(tmp_path)
-    assert again is not None and again.extra == {"step": "again"} and again.skipped == ()
+    resumed = _restore(tmp_path)
+    assert resumed is not None and resumed.extra == {"step": "again"} and resumed.skipped == ()
 
 
 def test_only_damaged_checkpoints_are_an_error_on_every_rank(pool: RankPool, tmp_path: Path) -> None:
@@ -328,15 +328,15 @@ def _fail_on_the_last_rank(folder: Path, on_error: OnSaveError) -> tuple[list[st
         run.save(2, {})
     left = sorted(path.name for path in folder.iterdir())
     dist.barrier()
-    again = Run(folder, seed=99)
-    restored = again.engine.restore()
-    _assert_equal(again.tensors(), kept)
+    resumed = Run(folder, seed=99)
+    restored = resumed.engine.restore()
+    _assert_equal(resumed.tensors(), kept)
     run.save(3, {})
     return [report.error for report in run.reports], [restored.step if restored else -1], left, True
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint_and_training_goes_on(pool: RankPool, tmp_path: Path, ranks: int) -> None:
+def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint_and_training_continues(pool: RankPool, tmp_path: Path, ranks: int) -> None:
     for errors, restored, left, _ in pool.run(_fail_on_the_last_rank, tmp_path, OnSaveError.CONTINUE, ranks=ranks):
         assert errors[0] is None and errors[2] is None
         assert errors[1] is not None and "File too large" in errors[1] and (ranks == 1 or "(rank 1)" in errors[1])

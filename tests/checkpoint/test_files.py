@@ -67,7 +67,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
         ("rank-1.json", None, "rank-1.json is missing"),
     ],
 )
-def test_damage_is_told(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
+def test_damage_is_named(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
     path = _commit(tmp_path, 1)
     (path / name).unlink()
     if content is not None:

@@ -19,18 +19,18 @@ def num_chunks(folder: Path) -> int:
     return sum(len(file.chunks) for file in Reader(folder).manifest(0).files if file.name.endswith(".distcp"))
 
 
-def test_every_chunk_is_heard(tmp_path: Path) -> None:
+def test_every_chunk_is_reported(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.train(0, 2)
     run.save(2, {})
     beats: list[int] = []
-    again = Run(tmp_path, seed=99)
-    assert again.engine.restore(lambda: beats.append(1)) is not None
+    resumed = Run(tmp_path, seed=99)
+    assert resumed.engine.restore(lambda: beats.append(1)) is not None
     # What follows the last tensor in its file is not read.
     assert len(beats) in (num_chunks(step_path(tmp_path, 2)) - 1, num_chunks(step_path(tmp_path, 2))) and len(beats) > 10
 
 
-def test_fetching_is_heard_too(tmp_path: Path) -> None:
+def test_fetching_is_reported_too(tmp_path: Path) -> None:
     config = replace(CONFIG, mirror=str(tmp_path / "there"))
     run = Run(tmp_path / "here", config=config)
     run.train(0, 2)
@@ -38,8 +38,8 @@ def test_fetching_is_heard_too(tmp_path: Path) -> None:
     run.engine.close()
     shutil.rmtree(step_path(tmp_path / "here", 2))
     beats: list[int] = []
-    again = Run(tmp_path / "here", seed=99, config=config)
-    assert again.engine.restore(lambda: beats.append(1)) is not None
+    resumed = Run(tmp_path / "here", seed=99, config=config)
+    assert resumed.engine.restore(lambda: beats.append(1)) is not None
     assert len(beats) >= 2 * num_chunks(step_path(tmp_path / "here", 2)) > 0
 
 

@@ -20,7 +20,7 @@ from efflaunch.checkpoint import files
 from efflaunch.checkpoint.config import Replica
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.replica import replicas as replicas_module
-from efflaunch.checkpoint.replica.keeper_process import tell
+from efflaunch.checkpoint.replica.keeper_process import send
 from efflaunch.checkpoint.replica.plan import StoredImage, keeper_bytes, keepers_of, solve_set
 from efflaunch.checkpoint.replica.stream import Address, GoneError, connect, connect_here
 from efflaunch.checkpoint.restore import Restored
@@ -61,9 +61,9 @@ def _held(step: int, rank: int, *, manifest: str = "m", attempt: str = "", node:
 
 def test_the_newest_whole_set_is_taken_and_newer_ones_are_named() -> None:
     images = [_held(1, 0), _held(1, 1), _held(2, 0), _held(2, 1, manifest=""), _held(3, 1), _held(1, 1, node="b")]
-    found, missing = solve_set(images)
-    assert found is not None and (found.step, found.attempt, found.manifests) == (1, "s-1", ("m", "m"))
-    assert [[address.node for address in keepers] for keepers in found.keepers] == [["a"], ["a", "b"]]
+    leftover, missing = solve_set(images)
+    assert leftover is not None and (leftover.step, leftover.attempt, leftover.manifests) == (1, "s-1", ("m", "m"))
+    assert [[address.node for address in keepers] for keepers in leftover.keepers] == [["a"], ["a", "b"]]
     assert missing == ["step 3: no image of rank 0", "step 2: no image of rank 1"]
 
 
@@ -102,9 +102,9 @@ def _life(folder: Path, steps: int, nodes: int) -> int | None:
     assert engine.restore() is None
     for step in range(1, steps + 1):
         _step(state, engine, step)
-    found = engine.replicated
+    replicated = engine.replicated
     _crash(engine)
-    return found
+    return replicated
 
 
 def _again(folder: Path, nodes: int) -> tuple[Restored, str]:
@@ -126,7 +126,7 @@ def _barrier_close(engine: CheckpointEngine) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (2, 1), (2, 2), (3, 2)])
-def test_a_restart_goes_on_from_memory_though_the_disk_has_nothing_of_it(pool: RankPool, tmp_path: Path, ranks: int, nodes: int) -> None:
+def test_a_restart_resumes_from_memory_though_the_disk_has_nothing_of_it(pool: RankPool, tmp_path: Path, ranks: int, nodes: int) -> None:
     assert pool.run(_life, tmp_path, 3, nodes, ranks=ranks) == [3] * ranks
     for step in (2, 3):
         shutil.rmtree(files.step_path(tmp_path, step))
@@ -177,13 +177,13 @@ def _keepers(engine: CheckpointEngine) -> Any:
 def _spoil(folder: Path, nodes: int, victims: list[int]) -> None:
     """One byte of each victim's keeper's images changes."""
     _state, engine = _engine(folder, nodes=nodes)
-    found = engine._replicas.leftover if engine._replicas is not None else None
-    assert found is not None
-    for rank, keepers in enumerate(found.keepers):
+    leftover = engine._replicas.leftover if engine._replicas is not None else None
+    assert leftover is not None
+    for rank, keepers in enumerate(leftover.keepers):
         for address in keepers:
             if dist.get_rank() in victims and address.path == _keepers(engine).address.path:
-                question = {"do": "spoil", "attempt": found.attempt, "rank": rank, "file": f"__{rank}_0.distcp", "offset": 40000}
-                assert tell(Path(address.path), question) is not None
+                question = {"do": "spoil", "attempt": leftover.attempt, "rank": rank, "file": f"__{rank}_0.distcp", "offset": 40000}
+                assert send(Path(address.path), question) is not None
     _crash(engine)
 
 
@@ -240,7 +240,7 @@ def _keeper_dies_between(folder: Path) -> tuple[list[int | None], list[str | Non
     return seen, errors
 
 
-def test_a_keeper_that_dies_is_named_and_replaced_while_training_goes_on(pool: RankPool, tmp_path: Path) -> None:
+def test_a_keeper_that_dies_is_named_and_replaced_while_training_continues(pool: RankPool, tmp_path: Path) -> None:
     for seen, errors in pool.run(_keeper_dies_between, tmp_path, ranks=2):
         assert seen[:2] == [1, 2] and seen[2] == 2 and seen[-1] == 5, seen
         assert errors[2] is not None and "the keeper at n" in errors[2] and "(rank 0)" in errors[2]
@@ -249,9 +249,9 @@ def test_a_keeper_that_dies_is_named_and_replaced_while_training_goes_on(pool: R
 
 
 def _stopped_keeper(folder: Path) -> list[tuple[int, str | None]]:
-    heard: list[tuple[int, str | None]] = []
+    replies: list[tuple[int, str | None]] = []
     state, engine = _engine(folder)
-    engine._on_replica = lambda report: heard.append((report.step, report.error))
+    engine._on_replica = lambda report: replies.append((report.step, report.error))
     _step(state, engine, 1)
     # From here on only replicas are given up soon: nothing else may wait for a keeper that hangs.
     assert engine._replicas is not None
@@ -274,12 +274,12 @@ def _stopped_keeper(folder: Path) -> list[tuple[int, str | None]]:
         os.kill(victim, signal.SIGCONT)
     _barrier_close(engine)
     assert durable == [1, 2, 3]
-    return heard
+    return replies
 
 
 def test_a_keeper_that_hangs_costs_replicas_and_nothing_else(pool: RankPool, tmp_path: Path) -> None:
-    for heard in pool.run(_stopped_keeper, tmp_path, ranks=2):
-        assert heard[0] == (1, None) and {step for step, error in heard[1:] if error is not None} == {2, 3}
+    for replies in pool.run(_stopped_keeper, tmp_path, ranks=2):
+        assert replies[0] == (1, None) and {step for step, error in replies[1:] if error is not None} == {2, 3}
 
 
 @pytest.mark.parametrize("fault", ["opened=EIO@2", "chunk=EIO@40"])
@@ -295,7 +295,7 @@ def test_a_save_that_fails_leaves_no_replica_and_the_one_before_stays(tmp_path: 
     engine.close()
 
 
-def test_too_little_memory_is_said_and_training_goes_on(
+def test_too_little_memory_is_logged_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(replicas_module, "free_memory", lambda: 1000)
@@ -357,16 +357,16 @@ def test_a_keeper_ends_when_the_agent_does(tmp_path: Path) -> None:
 
 def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:
     _state, engine = _engine(tmp_path)
-    known = _keepers(engine).address
-    stranger = Address("elsewhere", known.path, known.host, known.port, "wrong")
+    address = _keepers(engine).address
+    stranger = Address("elsewhere", address.path, address.host, address.port, "wrong")
     with pytest.raises(GoneError, match="not a caller of this run"):
         connect(stranger, "here", 10.0)
-    other = connect(Address("elsewhere", known.path, known.host, known.port, known.token), "here", 10.0)
+    other = connect(Address("elsewhere", address.path, address.host, address.port, address.token), "here", 10.0)
     assert other.ask({"do": "list"})["images"] == []
     with pytest.raises(GoneError, match="is no question"):
         other.ask({"do": "answer"})
     other.close()
-    assert Path(known.path).parent.stat().st_mode & 0o777 == 0o700
+    assert Path(address.path).parent.stat().st_mode & 0o777 == 0o700
     engine.close()
 
 
@@ -392,7 +392,7 @@ def test_an_older_life_is_refused_and_a_torn_image_never_counts(tmp_path: Path) 
     engine.close()
 
 
-def test_a_flusher_goes_on_sending_for_a_killed_trainer(pool: RankPool, tmp_path: Path) -> None:
+def test_a_flusher_continues_sending_for_a_killed_trainer(pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="died"):
         pool.run(_die_after_snapshot, tmp_path, ranks=2)
     for restored, wrong in pool.run(_again, tmp_path, 1, ranks=2):

@@ -197,8 +197,8 @@ def test_dates_are_pinned(folders: dict[str, str]) -> None:
     assert default.template_uses_date
     batch = RawBatch(Format.PARQUET, [("r", {"messages": KIND})], Cursor(), 0)
     (pinned,) = _pieces(folders["byte_level"], _encoded(folders["byte_level"], {"messages": KIND}, chat_template=template, **other))
-    (again,) = _pieces(folders["byte_level"], default.encode(batch))
-    assert again[0].startswith("2025 is 01 Jan<s>") and pinned[0].startswith("2024 is 29 Feb<s>")
+    (repeated,) = _pieces(folders["byte_level"], default.encode(batch))
+    assert repeated[0].startswith("2025 is 01 Jan<s>") and pinned[0].startswith("2024 is 29 Feb<s>")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "prepending", "metaspace_first"])

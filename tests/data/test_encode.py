@@ -57,7 +57,7 @@ def _learnt(tokenizer: str, row: Any, **options: Any) -> tuple[str, str]:
     return _decode(tokenizer, ids), _decode(tokenizer, ids[mask])
 
 
-def test_text_ends_with_the_end_token_unless_told_otherwise(tokenizer: str) -> None:
+def test_text_ends_with_the_end_token_unless_an_option_says_otherwise(tokenizer: str) -> None:
     for options, end in (({}, "<|endoftext|>"), ({"append_eos": True}, "<|endoftext|>"), ({"append_eos": False}, "")):
         (document,) = _encode(tokenizer, {"text": "two plus two"}, **options).documents
         ids, mask = document.ids, document.mask

@@ -41,8 +41,8 @@ def make(prefix: Path, tokens: list[int], lengths: list[int], mask: list[int] | 
 def saved(corpora: list[IndexedCorpus], stream: str | None = "s", **settings: Any) -> dict[str, Any]:
     """As a checkpoint has it."""
     keys = {key.replace("_", ".", 1): value for key, value in settings.items()}
-    found: dict[str, Any] = json.loads(json.dumps(data_identity(corpora, SETTINGS | keys, stream)))
-    return found
+    identity: dict[str, Any] = json.loads(json.dumps(data_identity(corpora, SETTINGS | keys, stream)))
+    return identity
 
 
 def test_the_same_tokens_are_the_same_wherever_and_however_they_lie(tmp_path: Path) -> None:

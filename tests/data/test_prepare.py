@@ -70,7 +70,7 @@ def _texts(prefix: Path, tokenizer: str) -> list[str]:
     return [loaded.decode(ids, skip_special_tokens=False).removesuffix("<|endoftext|>") for ids in documents]
 
 
-def _same_corpus(one: Path, two: Path) -> None:
+def check_same_corpus(one: Path, two: Path) -> None:
     for suffix in (".bin", ".idx", ".mask.bin", ".json"):
         assert Path(f"{one}{suffix}").read_bytes() == Path(f"{two}{suffix}").read_bytes(), suffix
     names = sorted(path.name for path in two.parent.iterdir())
@@ -98,7 +98,7 @@ def test_metadata_tells_what_was_done(whole: Path, everything: list[str], tokeni
 
 def test_several_processes_write_the_same_bytes(whole: Path, everything: list[str], tokenizer: str, tmp_path: Path) -> None:
     prepare(PrepareRequest(everything, str(tmp_path / "c"), EncodeOptions(tokenizer), num_workers=2), _nothing)
-    _same_corpus(whole, tmp_path / "c")
+    check_same_corpus(whole, tmp_path / "c")
 
 
 def _run(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -121,7 +121,7 @@ def test_killed_and_run_again_gives_the_same_bytes(whole: Path, everything: list
         assert not Path(f"{out}.idx").exists()
     finished = _run(out.parent, arguments=arguments)
     assert finished.returncode == 0, finished.stderr
-    _same_corpus(whole, out)
+    check_same_corpus(whole, out)
 
 
 def test_workers_do_not_outlive_a_killed_parent(everything: list[str], tokenizer: str, tmp_path: Path) -> None:
@@ -142,15 +142,15 @@ def _alive(pid: int) -> bool:
 
 
 def test_reading_may_start_after_any_batch(everything: list[str]) -> None:
-    found = find_inputs(everything, Format.AUTO)
-    batches = list(read_batches(found, "text", Cursor()))
+    inputs = find_inputs(everything, Format.AUTO)
+    batches = list(read_batches(inputs, "text", Cursor()))
     records = [record for batch in batches for record in batch.records]
     assert [batch.done_bytes for batch in batches] == sorted(batch.done_bytes for batch in batches)
-    assert batches[-1].done_bytes == sum(entry.size_bytes for entry in found)
+    assert batches[-1].done_bytes == sum(entry.size_bytes for entry in inputs)
     seen = 0
     for batch in batches:
         seen += len(batch.records)
-        rest = [record for later in read_batches(found, "text", batch.after) for record in later.records]
+        rest = [record for later in read_batches(inputs, "text", batch.after) for record in later.records]
         assert rest == records[seen:]
 
 
@@ -231,7 +231,7 @@ def test_a_bad_record_leaves_nothing_and_the_mended_input_works(tmp_path: Path, 
     assert prepare(request, _nothing)["documents"] == 1
 
 
-def test_an_attempt_stopped_by_a_bad_record_goes_on_skipping(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_stopped_by_a_bad_record_resumes_skipping(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_module, "_BATCH_RECORDS", 1)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "the quick"}\n{"nope": 1}\n{"text": "lazy dog"}\n')

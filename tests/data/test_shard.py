@@ -9,41 +9,21 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
+from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
 from efflaunch.training.data.shard import build_shard
 from efflaunch.training.data.source import DataSource
 
+from ..parallel.sequence.random_plans import step_plans
 from .corpora import open_source, write_corpus
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
     """Documents with token ids that tell document and position apart, the split length and the batch size."""
-    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda found: max(found) > 1))
+    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda drawn: max(drawn) > 1))
     max_seq_len = draw(st.integers(2, 24))
     documents = [[index * 32 + position for position in range(length)] for index, length in enumerate(lengths)]
     return documents, max_seq_len, draw(st.integers(max_seq_len, 80))
-
-
-def _random_plan(draw: st.DrawFn, lengths: tuple[int, ...]) -> StepPlan:
-    world_size = draw(st.sampled_from([1, 2, 4, 8]))
-    left = draw(st.permutations(range(len(lengths))))
-    micro_batches = []
-    while left:
-        groups, rank = [], 0
-        while rank < world_size and left:
-            degree = draw(st.sampled_from([d for d in (1, 2, 4, 8) if rank % d == 0 and rank + d <= world_size]))
-            count = draw(st.integers(0, len(left)))
-            if count:
-                ulysses = draw(st.sampled_from([u for u in (1, 2, 4, 8) if degree % u == 0]))
-                groups.append(Group(rank, degree, ulysses, tuple(left[:count])))
-                left = left[count:]
-            rank += degree
-        if groups:
-            micro_batches.append(MicroBatch(tuple(groups)))
-    plan = StepPlan(world_size, lengths, tuple(micro_batches))
-    check_plan(plan)
-    return plan
 
 
 def _gather(source: DataSource, step: int, plan: StepPlan) -> list[list[tuple[int, int, int]]]:
@@ -72,7 +52,7 @@ def test_shards_of_any_plan_cover_the_batch_once(data: st.DataObject, batch: tup
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(write_corpus(Path(folder) / "c", documents), max_seq_len=max_seq_len, batch=batch_tokens)
         step = data.draw(st.integers(0, 5))
-        plan = data.draw(st.composite(lambda draw: _random_plan(draw, source.lengths(step)))())
+        plan = data.draw(step_plans(source.lengths(step), world_sizes=[1, 2, 4, 8]))
         held = _gather(source, step, plan)
     targets = 0
     for row, rows in zip(source.sampler.step(step), held, strict=True):

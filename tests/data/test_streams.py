@@ -28,14 +28,14 @@ def test_reading_resumes_in_the_middle_of_every_container(tmp_path: Path, monkey
     (tmp_path / "rows.csv").write_text("text\n" + "".join(f'"number {n}\nof rows"\n' for n in range(7)))
     for suffix, compress in {**COMPRESS, ".zst": zstandard_frames}.items():
         (tmp_path / f"rows.jsonl{suffix}").write_bytes(compress(lines_of(rows)))
-    found = find_inputs([str(tmp_path)], Format.AUTO)
-    batches = list(read_batches(found, "text", Cursor()))
+    inputs = find_inputs([str(tmp_path)], Format.AUTO)
+    batches = list(read_batches(inputs, "text", Cursor()))
     records = [record for batch in batches for record in batch.records]
-    assert len(records) == 7 * 6 and batches[-1].done_bytes == sum(entry.size_bytes for entry in found)
+    assert len(records) == 7 * 6 and batches[-1].done_bytes == sum(entry.size_bytes for entry in inputs)
     seen = 0
     for batch in batches:
         seen += len(batch.records)
-        assert [record for later in read_batches(found, "text", batch.after) for record in later.records] == records[seen:]
+        assert [record for later in read_batches(inputs, "text", batch.after) for record in later.records] == records[seen:]
 
 
 DAMAGED = [

@@ -65,7 +65,7 @@ def test_prompt_and_completion_decode_to_what_was_written(
     assert document.ids[~document.mask].tolist() == (alone[:-1] if kind == "unigram" else alone)
 
 
-def test_pieces_of_words_go_on_after_the_border(folders: dict[str, str], loaded: dict[str, Any]) -> None:
+def test_pieces_of_words_continue_after_the_border(folders: dict[str, str], loaded: dict[str, Any]) -> None:
     (document,) = _documents(folders["word_piece"], {"prompt": "play", "completion": "ing"})
     assert loaded["word_piece"].decode(document.ids[1:-1]) == "playing"
     (document,) = _documents(folders["word_piece"], {"prompt": "Two is ", "completion": "four"})

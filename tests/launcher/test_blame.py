@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from efflaunch.launcher.nodes.faulty_nodes import blame, exclusions
-from efflaunch.launcher.rundir.state import Attempt, Failure
+from efflaunch.launcher.config.run_config import RayConfig, SeveralNodes, SlurmConfig
+from efflaunch.launcher.nodes.faulty_nodes import blame, excluded_names, exclusions, leave_out
+from efflaunch.launcher.rundir.state import Attempt, Failure, RunState, new_state
 from efflaunch.launcher.slurm.hosts import expand_hosts, lost_hosts
 
 HOSTS = ("n0", "n1", "n2", "n3")
@@ -34,8 +35,8 @@ def failure(rank: int, message: str = "rank 5 was killed", code: int | None = -9
     ],
 )
 def test_what_looks_like_the_hardware(broken: Failure | None, lost: tuple[str, ...], blamed: dict[str, object]) -> None:
-    found = blame(broken, hosts=HOSTS, lost=lost, ranks_per_node=2)
-    assert found.keys() == blamed.keys() and all(why is ... or found[host] == why for host, why in blamed.items())
+    reasons = blame(broken, hosts=HOSTS, lost=lost, ranks_per_node=2)
+    assert reasons.keys() == blamed.keys() and all(why is ... or reasons[host] == why for host, why in blamed.items())
 
 
 def attempt(number: int, blamed: dict[str, str], code: int = 1) -> Attempt:
@@ -85,3 +86,26 @@ def test_which_nodes_are_gone() -> None:
     assert lost_hosts(HOSTS, HOSTS, [True, True, False, True]) == ["n2"] and lost_hosts(HOSTS, HOSTS, [True] * 4) == []
     assert lost_hosts(HOSTS, HOSTS, [False] * 4) == [], "nothing tells which"
     assert lost_hosts(HOSTS, [], [True, False, True, True]) == ["n1"]
+
+
+def launched(*attempts: Attempt) -> RunState:
+    """A run whose launch began with the second of `attempts`; n9 is left out already."""
+    fresh = new_state(world_size=8, revision=1, attempts=attempts)
+    return replace(fresh, attempts_before=1, excluded={"n9": "gone"})
+
+
+@pytest.mark.parametrize("nodes", [SlurmConfig(exclude=["n8", "n9"]), RayConfig(exclude=["n8", "n9"])])
+def test_leaving_out_asks_for_the_nodes_that_are_left(nodes: SeveralNodes) -> None:
+    refused = replace(attempt(2, {"n1": "no GPU"}, code=93), failure=failure(-1, mistake=True))
+    before, asked = launched(attempt(1, {"n1": "gone"}), refused), list[list[str]]()
+    after, new = leave_out(before, nodes, lambda names: not asked.append(names))  # type: ignore[func-returns-value]
+    assert new == {"n1": "failed the preflight: no GPU"} and asked == [["n8", "n9", "n1"]] == [excluded_names(after, nodes)]
+    assert after.excluded == {"n9": "gone", **new}
+    last = after.attempts[-1]
+    assert last.exit_code == 1 and last.failure is not None and not last.failure.is_user_error, "without them it may well start"
+    assert leave_out(before, nodes, lambda names: False) == (before, {})
+
+
+def test_a_death_of_an_earlier_launch_does_not_count() -> None:
+    run_state = launched(attempt(1, {"n1": "gone"}), attempt(2, {"n1": "killed"}))
+    assert leave_out(run_state, SlurmConfig(), lambda names: True) == (run_state, {})

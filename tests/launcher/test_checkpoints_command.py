@@ -134,6 +134,6 @@ def test_a_mirror_that_cannot_be_written_is_refused_before_a_run_exists(
     (tmp_path / "file").touch()
     for mirror, found in (("file/there", "NotADirectoryError"), ("''", "found ''"), (str(tmp_path), "which holds other things")):
         assert main(["+experiment=quickstart", "run.id=run", f"checkpoint.mirror={mirror}"]) == 93
-        told = capsys.readouterr().err
-        assert told.startswith("efflaunch: checkpoint.mirror: found") and found in told, told
+        error = capsys.readouterr().err
+        assert error.startswith("efflaunch: checkpoint.mirror: found") and found in error, error
     assert os.listdir(tmp_path) == ["file"]

@@ -33,7 +33,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     return states
 
 
-def test_a_resume_that_changes_nothing_is_told_nothing(tmp_path: Path, saved: dict[int, Any]) -> None:
+def test_a_resume_that_changes_nothing_prints_nothing(tmp_path: Path, saved: dict[int, Any]) -> None:
     assert checks.check_resumed(config_of(tmp_path), tmp_path) == []
     (line,) = checks.check_resumed(config_of(tmp_path, "train.steps=40"), tmp_path)
     assert "cosine schedule kept as it was, over 20 steps" in line

@@ -38,9 +38,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     code = cli.main([*words])
-    told = "".join(capsys.readouterr())
-    assert "Traceback" not in told
-    return code, told
+    output = "".join(capsys.readouterr())
+    assert "Traceback" not in output
+    return code, output
 
 
 COMMANDS = ("status", "logs", "cancel", "checkpoints", "explain", "resume")
@@ -51,18 +51,18 @@ def test_commands_on_a_damaged_run(run_dir: Path, capsys: pytest.CaptureFixture[
     for content in DAMAGE[::4]:
         (run_dir / name).write_bytes(content)
         for command in COMMANDS:
-            code, told = said(capsys, command, str(run_dir), *(["--dry-run"] if command == "resume" else []))
-            assert code in (0, EXIT_USER), (command, content, told)
+            code, output = said(capsys, command, str(run_dir), *(["--dry-run"] if command == "resume" else []))
+            assert code in (0, EXIT_USER), (command, content, output)
             if name == RUN_FILE:
-                assert code == EXIT_USER and "run.yaml" in told and "revisions/ holds every version" in told
+                assert code == EXIT_USER and "run.yaml" in output and "revisions/ holds every version" in output
             if name == STATE_FILE and command in ("status", "logs", "cancel"):
-                assert code == EXIT_USER and f"{name}: found " in told and "efflaunch resume" in told
+                assert code == EXIT_USER and f"{name}: found " in output and "efflaunch resume" in output
 
 
 def test_a_state_is_read_as_written(run_dir: Path) -> None:
-    known = read_state(run_dir)
-    assert isinstance(known, RunState) and decode(RunState, json.loads(json.dumps(asdict(known)))) == known
-    assert mend_state(run_dir) is None and known.attempts[0].hosts == ("a", "b")
+    run_state = read_state(run_dir)
+    assert isinstance(run_state, RunState) and decode(RunState, json.loads(json.dumps(asdict(run_state)))) == run_state
+    assert mend_state(run_dir) is None and run_state.attempts[0].hosts == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.
     )
     assert MetricsFollower(run_dir).read() == [start, step]
     for command in ("status", "explain"):
-        code, told = said(capsys, command, str(run_dir), *(["--json"] if command == "status" else []))
-        assert code in (0, EXIT_USER), told
+        code, output = said(capsys, command, str(run_dir), *(["--json"] if command == "status" else []))
+        assert code in (0, EXIT_USER), output
 
 
 def test_a_damaged_profile_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,8 +151,8 @@ def test_a_damaged_profile_never_blocks(tmp_path: Path, monkeypatch: pytest.Monk
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="profile .*: found "):
             load_profiles(path)
-        found, why = find_profile(None, key)
-        assert found is None and "is damaged" in why
+        other, why = find_profile(None, key)
+        assert other is None and "is damaged" in why
         with pytest.raises(ConfigError):
             find_profile(str(path), key)
         with caplog.at_level(logging.WARNING):
@@ -174,10 +174,10 @@ def test_an_error_nobody_foresaw_is_one_paragraph(
         raise KeyError("hf_abcdefghijklmnopqrstuvwxyz0123\nsecond line")
 
     monkeypatch.setattr(cli, "_dispatch", fail)
-    code, told = said(capsys, "status", "x")
-    assert code == EXIT_RETRY and told.count("\n") == 1 and "an unexpected error (KeyError: '<HF_TOKEN>" in told and "--debug" in told
+    code, output = said(capsys, "status", "x")
+    assert code == EXIT_RETRY and output.count("\n") == 1 and "an unexpected error (KeyError: '<HF_TOKEN>" in output and "--debug" in output
     (file,) = tmp_path.glob("efflaunch-error-*.txt")
-    assert str(file) in told and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert str(file) in output and stat.S_IMODE(file.stat().st_mode) == 0o600
     kept = file.read_text()
     assert "Traceback" in kept and "$ efflaunch status x" in kept and "hf_" not in kept
     assert cli.main(["status", "x", "--debug"]) == EXIT_RETRY
@@ -201,8 +201,8 @@ def test_an_error_nobody_foresaw_is_one_paragraph(
     ids=lambda words: words[0] + words[-2],
 )
 def test_numbers_of_options_have_ranges(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    code, told = said(capsys, *words)
-    assert code == EXIT_USER and f"{words[-1]!r} is not" in told and ("or more" in told or "more than 0" in told)
+    code, output = said(capsys, *words)
+    assert code == EXIT_USER and f"{words[-1]!r} is not" in output and ("or more" in output or "more than 0" in output)
 
 
 def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,8 +215,8 @@ def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, monkeypatch: pytest
     for content in DAMAGE:
         (path / "state.json").write_bytes(content)
         (path / "COMMIT").write_bytes(content)
-        code, told = said(capsys, "export", str(run_dir), str(run_dir.parent / "out"))
-        assert code == EXIT_USER and "--verify finds a whole one" in told, told
+        code, output = said(capsys, "export", str(run_dir), str(run_dir.parent / "out"))
+        assert code == EXIT_USER and "--verify finds a whole one" in output, output
 
 
 def test_a_start_mends_a_damaged_state(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

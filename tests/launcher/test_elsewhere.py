@@ -23,8 +23,8 @@ SLURM = compose(["+experiment=quickstart", "run.id=run", "launcher=slurm"])
 def queued(tmp_path: Path) -> Path:
     make_run_dir(tmp_path / "run")
     store_config(tmp_path / "run", SLURM)
-    known = state.new_state(world_size=4, revision=1, attempts=())
-    state.write_state(tmp_path / "run", replace(known, state=state.QUEUED, job="17"))
+    run_state = state.new_state(world_size=4, revision=1, attempts=())
+    state.write_state(tmp_path / "run", replace(run_state, state=state.QUEUED, job="17"))
     return tmp_path / "run"
 
 
@@ -32,7 +32,7 @@ def stands(monkeypatch: pytest.MonkeyPatch, what: str) -> list[Path]:
     """SLURM's answer; returns the run directories it is asked about from now on."""
     asked: list[Path] = []
 
-    def status(self: SlurmLauncher, run_dir: Path, known: object) -> Standing:
+    def status(self: SlurmLauncher, run_dir: Path, run_state: object) -> Standing:
         asked.append(run_dir)
         return Standing(state=what, detail=f"job 17 {what}", job="17")
 

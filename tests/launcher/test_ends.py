@@ -51,7 +51,7 @@ def test_nobody_goes_before_the_slowest_has_reported(stores: list[TCPStore]) -> 
     clock = Clock()
     head, first, slow = agents(stores, clock)
     assert not head.failed_elsewhere() and not slow.failed_elsewhere()
-    first.tell_failed()
+    first.report_failed()
     assert head.failed_elsewhere() and slow.failed_elsewhere()
     waiting = [start(agent.wait_for_others) for agent in (first, head)]
     clock.now_s += (ends._NOTICE_S + ends._END_S) / 2
@@ -68,7 +68,7 @@ def test_one_that_was_cut_off_is_not_waited_for(stores: list[TCPStore]) -> None:
     """Longer than noticing may take, and not until the time for ending is over."""
     clock = Clock()
     head, other, _ = agents(stores, clock)
-    other.tell_failed()
+    other.report_failed()
     assert head.failed_elsewhere()
     waiting = start(head.wait_for_others)
     wait_until(lambda: other._count("ended") == 1, "the head has not reported")
@@ -81,7 +81,7 @@ def test_one_that_was_cut_off_is_not_waited_for(stores: list[TCPStore]) -> None:
 def test_one_that_lives_and_never_ends_is_not_waited_for_long(stores: list[TCPStore]) -> None:
     clock = Clock()
     head, other, stuck = agents(stores, clock)
-    other.tell_failed()
+    other.report_failed()
     assert stuck.failed_elsewhere()
     clock.step_s = 5.0
     head.wait_for_others()
@@ -90,7 +90,7 @@ def test_one_that_lives_and_never_ends_is_not_waited_for_long(stores: list[TCPSt
 
 def test_a_head_that_is_gone_ends_the_others(stores: list[TCPStore]) -> None:
     head, other, _ = agents(stores, Clock())
-    other.tell_failed()
+    other.report_failed()
     thread = start(other.wait_for_others)
     del head
     # The last reference to the store that served them.

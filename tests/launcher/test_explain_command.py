@@ -35,8 +35,8 @@ def test_a_finished_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
     run_dir, config, plans = make_run(tmp_path, f"parallel.sequence={mode}", recorded=recorded)
     cost = step_cost(config)
     for step, plan in ((1, plans[0]), (2, plans[1])):
-        found = explain_json(capsys, str(run_dir), "--step", str(step))
-        held = [group for batch in found["micro_batches"] for group in batch["groups"]]
+        shown = explain_json(capsys, str(run_dir), "--step", str(step))
+        held = [group for batch in shown["micro_batches"] for group in batch["groups"]]
         expected = [group for batch in plan.micro_batches for group in batch.groups]
         assert [(g["first_rank"], g["degree"], g["ulysses"], sorted(g["sequences"])) for g in held] == [
             (g.first_rank, g.degree, g.ulysses, sorted(g.sequences)) for g in expected
@@ -45,10 +45,10 @@ def test_a_finished_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
             assert group["lengths"] == [plan.lengths[i] for i in group["sequences"]] == sorted(group["lengths"], reverse=True)
             assert group["predicted_s"] == pytest.approx(cost.group_s(group["lengths"], group["degree"]))
             assert group["measured_s"] == (pytest.approx(2 * group["predicted_s"]) if recorded else None)
-        assert found["predicted_s"] == pytest.approx(cost.plan_s(plan)) and found["measured_s"] == 1.5 * step
-        assert found["source"] == plan.source and found["tokens"] == sum(plan.lengths) and found["longest"]["tokens"] == max(plan.lengths)
-        assert found["lower_bound_s"] <= found["predicted_s"] * (1 + 1e-9) and found["gap"] >= 0
-        assert found["notes"] == ([] if recorded else ["the metrics hold no groups: the plan was solved again: it is the one the run used"])
+        assert shown["predicted_s"] == pytest.approx(cost.plan_s(plan)) and shown["measured_s"] == 1.5 * step
+        assert shown["source"] == plan.source and shown["tokens"] == sum(plan.lengths) and shown["longest"]["tokens"] == max(plan.lengths)
+        assert shown["lower_bound_s"] <= shown["predicted_s"] * (1 + 1e-9) and shown["gap"] >= 0
+        assert shown["notes"] == ([] if recorded else ["the metrics hold no groups: the plan was solved again: it is the one the run used"])
 
 
 def test_the_newest_step_is_explained_and_one_not_yet_run_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,17 +202,17 @@ def documented_keys(table: str) -> set[str]:
 
 def test_the_keys_are_those_the_page_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _, _ = make_run(tmp_path, "parallel.sequence=adaptive")
-    found = flat(explain_json(capsys, str(run_dir)))
+    shown = flat(explain_json(capsys, str(run_dir)))
     assert cli.main(["plan", "+experiment=quickstart", "--lengths", "wikipedia", "--json"]) == 0
-    found |= flat(json.loads(capsys.readouterr().out))
+    shown |= flat(json.loads(capsys.readouterr().out))
     # micro_batches[].groups[] is a list inside a list's entries.
-    assert found == documented_keys("key of `explain` and `plan --lengths`")
+    assert shown == documented_keys("key of `explain` and `plan --lengths`")
 
 
 def test_the_keys_of_simulate(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["simulate", "+experiment=quickstart", "--lengths", "wikipedia", "--steps", "2", "--flexsp-steps", "0", "--json"]
     assert cli.main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    for step in found["steps"]:
+    shown = json.loads(capsys.readouterr().out)
+    for step in shown["steps"]:
         step["step_s"] = None
-    assert flat(found) == documented_keys("key of `simulate`")
+    assert flat(shown) == documented_keys("key of `simulate`")

@@ -27,11 +27,11 @@ START = {"event": "start", "step": 0}
 
 def test_the_longest_step_and_the_newest_save() -> None:
     assert measured([START, step(5.0), step(2.0)], 1.0) is None
-    found = measured([START, step(50.0), step(2.0), step(3.0), save(40.0), step(1.0), save(10.0)], 12.0)
-    assert found == Forecast(step_s=3.0, save_s=10.0, grace_s=12.0, source="measured in this run")
-    assert found.needed_s == 13.0 and not found.fits and measured([START, step(2.0), save(10.0)], 12.0).fits
-    again = measured([START, step(9.0), step(8.0), save(1.0), START, step(4.0)], 9.0)
-    assert again.step_s == 4.0 and again.save_s == 1.0
+    forecast = measured([START, step(50.0), step(2.0), step(3.0), save(40.0), step(1.0), save(10.0)], 12.0)
+    assert forecast == Forecast(step_s=3.0, save_s=10.0, grace_s=12.0, source="measured in this run")
+    assert forecast.needed_s == 13.0 and not forecast.fits and measured([START, step(2.0), save(10.0)], 12.0).fits
+    restarted = measured([START, step(9.0), step(8.0), save(1.0), START, step(4.0)], 9.0)
+    assert restarted.step_s == 4.0 and restarted.save_s == 1.0
 
 
 def test_what_is_said() -> None:
@@ -54,11 +54,11 @@ def test_before_the_first_checkpoint_by_the_plan(tmp_path: Path) -> None:
     words = ["+experiment=llama8b_1M", "launcher=slurm", "cluster=h100_80g_8", "cluster.num_nodes=2"]
     assert planned(compose(words)) is None
     config = compose([*words, "cluster.storage_bandwidth=1e9", "launcher.grace_s=30"])
-    found = planned(config)
+    forecast = planned(config)
     ledger = plan(config)
-    assert found is not None and found.save_s == pytest.approx(ledger.inputs.parameters * 12 / 2e9)
-    assert found.step_s == ledger.timing.step_s and not found.fits
+    assert forecast is not None and forecast.save_s == pytest.approx(ledger.inputs.parameters * 12 / 2e9)
+    assert forecast.step_s == ledger.timing.step_s and not forecast.fits
     launch = Launch(config=config, run_dir=tmp_path)
-    assert grace_note(launch) == str(found) and "planned: " in str(found)
+    assert grace_note(launch) == str(forecast) and "planned: " in str(forecast)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (START, step(1.0), save(2.0))))
     assert grace_note(launch) == ""

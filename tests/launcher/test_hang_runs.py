@@ -53,7 +53,7 @@ def recovered(run: Run) -> Any:
     return first.failure
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_and_the_run_resumes(tmp_path: Path) -> None:
     run = train(tmp_path, *SOON, mishaps="stop:1:7", FAKE_CLOCK="rest")
     failure = recovered(run)
     assert failure.rank == 1 and failure.log == "logs/attempt-1/stacks-1.txt"
@@ -65,7 +65,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
         assert "go_wrong" in failure.traceback and "launcher/agent/agent.py" not in failure.traceback
 
 
-def test_a_blocked_rank_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
+def test_a_blocked_rank_is_distinguished_from_those_that_wait_for_it(tmp_path: Path) -> None:
     run = train(tmp_path, *SOON, "cluster.ranks_per_node=3", mishaps="block:0:7", FAKE_CLOCK="rest")
     failure = recovered(run)
     assert failure.rank == 0 and "rank 0 on" in failure.message and "in _block" in failure.message
@@ -92,8 +92,8 @@ def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
     run = train(tmp_path, "launcher.hang_factor=null", "launcher.hang_min_s=4", mishaps="block:1:7", FAKE_CLOCK="rest")
     run.wait_for_step(6)
     wait_until(lambda: any((run.run_dir / "logs" / "attempt-1").glob("pulse-*.json")))
-    told = efflaunch(tmp_path, "status", "runs/run", "--json")
-    silent = json.loads(told)["silent"]
+    status = efflaunch(tmp_path, "status", "runs/run", "--json")
+    silent = json.loads(status)["silent"]
     assert [row["rank"] for row in silent] == [0, 1] and silent[1]["doing"] == "planning, after step 6" and silent[1]["silent_s"] > 1
     text = efflaunch(tmp_path, "status", "runs/run")
     assert "silent      rank " in text and "planning, after step 6" in text
@@ -106,11 +106,11 @@ def test_status_says_who_is_silent_long_before(tmp_path: Path) -> None:
     run.wait()
 
 
-def test_a_run_that_goes_on_is_not_called_stuck(tmp_path: Path) -> None:
+def test_a_run_that_continues_is_not_called_stuck(tmp_path: Path) -> None:
     run = train(tmp_path, *SOON, mishaps="", FAKE_CLOCK="rest")
     assert run.wait() == 0
-    told = efflaunch(tmp_path, "status", "runs/run", "--json")
-    facts = json.loads(told)
+    status = efflaunch(tmp_path, "status", "runs/run", "--json")
+    facts = json.loads(status)
     assert facts["silent"] == [] and facts["stragglers"] == [] and facts["attempts"] == 1
 
 
@@ -167,8 +167,8 @@ def test_frames_of_py_spy() -> None:
 
 def test_without_py_spy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "find_spy", lambda: None)
-    found = native_stacks({3: os.getpid()})
-    assert found.texts == {3: NOT_INSTALLED} and found.frames == {} and "efflaunch[watch]" in NOT_INSTALLED
+    stacks = native_stacks({3: os.getpid()})
+    assert stacks.texts == {3: NOT_INSTALLED} and stacks.frames == {} and "efflaunch[watch]" in NOT_INSTALLED
 
 
 def test_a_process_that_is_gone() -> None:

@@ -76,10 +76,10 @@ def check(value: Any, schema: Any, path: str = "") -> None:
     """AssertionError, with the path, where `value` is not as `schema` says. `key!`: must be there."""
     if isinstance(schema, dict):
         assert isinstance(value, dict), path
-        known = {str(key).rstrip("!"): item for key, item in schema.items() if key is not str}
+        fields = {str(key).rstrip("!"): item for key, item in schema.items() if key is not str}
         for key, item in value.items():
-            assert key in known or str in schema, f"{path}.{key} is unknown"
-            check(item, known.get(key, schema.get(str)), f"{path}.{key}")
+            assert key in fields or str in schema, f"{path}.{key} is unknown"
+            check(item, fields.get(key, schema.get(str)), f"{path}.{key}")
         missing = [key for key in schema if isinstance(key, str) and key.endswith("!") and key[:-1] not in value]
         assert not missing, f"{path}: no {missing}"
     elif isinstance(schema, list):

@@ -47,9 +47,9 @@ def test_stop_signal_saves_and_exits_75(tmp_path: Path, number: signal.Signals) 
     assert run.state().state == "preempted"
     stopped_at = checkpoint_steps(run.run_dir)[-1]
     assert stopped_at == max(losses(run)) and "stopped and saved" in run.text()
-    again = train(tmp_path, steps=stopped_at + 3)
-    assert again.wait() == 0, again.text()
-    assert max(losses(run)) == stopped_at + 3 and again.state().revision == 2
+    resumed = train(tmp_path, steps=stopped_at + 3)
+    assert resumed.wait() == 0, resumed.text()
+    assert max(losses(run)) == stopped_at + 3 and resumed.state().revision == 2
 
 
 def test_a_signal_to_every_process_at_once(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_kill_9_leaves_no_orphans(tmp_path: Path, victim: str) -> None:
     wait_until(lambda: not is_locked(run.run_dir))
     if victim == "agent":
         assert run.process.returncode == 1 and "the agent ended with -9" in run.text()
-    again = train(tmp_path, steps=8)
-    assert again.wait() == 0, again.text()
+    resumed = train(tmp_path, steps=8)
+    assert resumed.wait() == 0, resumed.text()
 
 
 def test_a_run_directory_takes_one_at_a_time(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_a_run_directory_takes_one_at_a_time(tmp_path: Path) -> None:
     run.wait_for_step(1)
     second = train(tmp_path, steps=100000)
     assert second.wait() == 93
-    told = second.errors.read_text()
-    assert f"found process {run.process.pid} on {socket.gethostname()}, there since " in told and "efflaunch cancel runs/run" in told
+    errors = second.errors.read_text()
+    assert f"found process {run.process.pid} on {socket.gethostname()}, there since " in errors and "efflaunch cancel runs/run" in errors
     run.send(signal.SIGTERM)
     assert run.wait() == 75
 

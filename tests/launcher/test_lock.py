@@ -49,7 +49,7 @@ def test_who_is_believed(owner: Owner | None, age_s: float, trusted: bool, held:
     assert is_held(owner, age_s, machine="here", trusted=trusted) is held
 
 
-def test_second_is_told_who_and_since_when(tmp_path: Path) -> None:
+def test_the_error_names_the_holder_and_since_when(tmp_path: Path) -> None:
     """By a process of its own, as flock counts by open files."""
     with holding(tmp_path):
         code = "import sys; from pathlib import Path; from efflaunch.launcher.rundir.lock import lock_run; lock_run(Path(sys.argv[1]))"
@@ -57,8 +57,8 @@ def test_second_is_told_who_and_since_when(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=ENDS_S)
         assert is_locked(tmp_path)
     who = f"found process {os.getpid()} on {re.escape(socket.gethostname())}"
-    told = rf"{who}, there since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \(.+\), heard of .+ s ago"
-    assert done.returncode == 1 and re.search(told, done.stderr), done.stderr
+    pattern = rf"{who}, there since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \(.+\), heard of .+ s ago"
+    assert done.returncode == 1 and re.search(pattern, done.stderr), done.stderr
     assert not is_locked(tmp_path)
     release(lock_run(tmp_path))
 

@@ -194,8 +194,8 @@ def test_a_log_path_stays_inside_the_run(run_dir: Path, capsys: pytest.CaptureFi
     (run_dir / "logs" / "attempt-1" / "rank-0.log").symlink_to(secret)
     write_failure(run_dir, {"absolute": str(secret), "parent": "../../secret", "link": "logs/link"}[kind])
     assert main(["logs", str(run_dir)]) == 93
-    told = capsys.readouterr()
-    assert "mellon" not in told.out + told.err and "state.json: found a log elsewhere" in told.err
+    output = capsys.readouterr()
+    assert "mellon" not in output.out + output.err and "state.json: found a log elsewhere" in output.err
 
 
 def test_what_is_printed_of_a_run_has_no_escapes(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,11 +206,11 @@ def test_what_is_printed_of_a_run_has_no_escapes(run_dir: Path, capsys: pytest.C
     (run_dir / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint_failed", "step": 1, "error": "\x1b[5m"}) + "\n")
     for words in (["status"], ["logs"], ["checkpoints"], ["status", "--json"], ["checkpoints", "--json"]):
         main([words[0], str(run_dir), *words[1:]])
-    told = capsys.readouterr()
-    assert not {"\x1b", "\x9b", "\r", "\x07"} & set(told.out + told.err)
-    assert "one\\x1b[31m" in told.out and "\\x1b[2Jgone" in told.out
-    known = read_state(run_dir)
-    assert known is not None and known.failure is not None and known.failure.message == "\\x1b[2Jgone"
+    output = capsys.readouterr()
+    assert not {"\x1b", "\x9b", "\r", "\x07"} & set(output.out + output.err)
+    assert "one\\x1b[31m" in output.out and "\\x1b[2Jgone" in output.out
+    run_state = read_state(run_dir)
+    assert run_state is not None and run_state.failure is not None and run_state.failure.message == "\\x1b[2Jgone"
 
 
 def test_paths_and_file_names(tmp_path: Path) -> None:

@@ -51,11 +51,11 @@ def numeric_keys() -> dict[str, Any]:
 
 
 def all_ranges(kind: type = Config, path: str = "") -> dict[str, Range]:
-    found = {f"{path}{name}": allowed for name, allowed in ranges_of(kind).items()}
+    ranges = {f"{path}{name}": allowed for name, allowed in ranges_of(kind).items()}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if hasattr(hint, "__dataclass_fields__"):
-            found |= all_ranges(typing.cast(type, hint), f"{path}{name}.")
-    return found
+            ranges |= all_ranges(typing.cast(type, hint), f"{path}{name}.")
+    return ranges
 
 
 def test_every_numeric_key_has_a_range_as_recorded() -> None:

@@ -136,8 +136,8 @@ def test_what_fails_in_showing_a_run_is_noted_once(tmp_path: Path, capsys: pytes
     assert guard(lambda: 7) == 7 and guard(look) is None and guard(look) is None
     assert len(calls) == 1 and capsys.readouterr().err == "efflaunch: the display failed (KeyError: 'loss'): training continues without\n"
     assert "Traceback" in (tmp_path / "logs" / "agent.log").read_text() and "Traceback" not in (tmp_path / NOTICES_FILE).read_text()
-    again = Guard("the lock", Notices(tmp_path, tmp_path / "logs" / "agent.log"), tries_again=True)
-    assert again(look) is None and again(look) is None and len(calls) == 3 and again(lambda: 7) == 7
+    lock_guard = Guard("the lock", Notices(tmp_path, tmp_path / "logs" / "agent.log"), tries_again=True)
+    assert lock_guard(look) is None and lock_guard(look) is None and len(calls) == 3 and lock_guard(lambda: 7) == 7
 
 
 CLOSED = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, '-m', 'efflaunch', *sys.argv[1:]])"
@@ -166,8 +166,8 @@ def test_a_command_that_only_prints_says_when_it_cannot(tmp_path: Path, target: 
 
 def test_errors_carry_no_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path / "\x1b[31mrun")]) == 93
-    told = capsys.readouterr().err
-    assert "\x1b" not in told and "\\x1b[31mrun" in told
+    errors = capsys.readouterr().err
+    assert "\x1b" not in errors and "\\x1b[31mrun" in errors
     assert main(["train", "\x1b]0;x\x07=1"]) == 93 and "\x1b" not in "".join(capsys.readouterr())
 
 

@@ -50,25 +50,25 @@ def flat(value: Any, path: str = "") -> set[str]:
     if isinstance(value, dict):
         if path.endswith(("by_phase", "fixed_terms")):
             return {path}
-        return {found for key, item in value.items() for found in flat(item, f"{path}.{key}" if path else key)}
+        return {shown for key, item in value.items() for shown in flat(item, f"{path}.{key}" if path else key)}
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {found for item in value for found in flat(item, f"{path}[]")}
+        return {shown for item in value for shown in flat(item, f"{path}[]")}
     return {path}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_a_plan(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, f"+experiment={experiment}")
-    assert found["experiment"] == experiment
-    for account in (found["device"], found["host"]):
+    shown = plan_json(capsys, f"+experiment={experiment}")
+    assert shown["experiment"] == experiment
+    for account in (shown["device"], shown["host"]):
         assert account["peak_bytes"] == sum(entry["bytes_at_peak"] for entry in account["terms"])
         assert account["fits"] == (account["peak_bytes"] <= account["capacity_bytes"])
         assert all(entry["bytes"] == max(entry["by_phase"].values()) for entry in account["terms"])
-    layout = found["layout"]
+    layout = shown["layout"]
     assert layout["replicate"] * layout["shard"] == layout["world_size"] == layout["groups_per_micro_batch"] * layout["sp_degree"]
     parts = ("compute_s", "sequence_s", "sharding_s", "host_s", "update_s")
-    assert found["step"]["time_s"] == pytest.approx(sum(found["step"][key] for key in parts)) and found["step"]["update_s"] > 0
-    assert found["fits"] == (found["device"]["fits"] and found["host"]["fits"])
+    assert shown["step"]["time_s"] == pytest.approx(sum(shown["step"][key] for key in parts)) and shown["step"]["update_s"] > 0
+    assert shown["fits"] == (shown["device"]["fits"] and shown["host"]["fits"])
 
 
 def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,9 +85,9 @@ def test_suggestions_compose_and_fit(experiment: str, capsys: pytest.CaptureFixt
     report = plan(compose([f"+experiment={experiment}"])).report
     assert report is not None, "every experiment is solved"
     small = f"cluster.device_memory_bytes={report.fixed_bytes // 3}"
-    found = plan_json(capsys, f"+experiment={experiment}", small)
-    assert not found["fits"]
-    for entry in found["suggestions"]:
+    shown = plan_json(capsys, f"+experiment={experiment}", small)
+    assert not shown["fits"]
+    for entry in shown["suggestions"]:
         ledger = plan(compose([f"+experiment={experiment}", small, *entry["overrides"]]))
         assert ledger.fits and ledger.device.peak_bytes == entry["device_peak_bytes"]
 
@@ -123,14 +123,14 @@ def test_tables_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_sequence_beyond_the_models_positions_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, "+experiment=quickstart", "model.max_positions=4K")
-    assert found["notes"] == ["data.max_seq_len=8K is beyond the 4K positions the model knows: extend it with model.max_positions=8192"]
+    shown = plan_json(capsys, "+experiment=quickstart", "model.max_positions=4K")
+    assert shown["notes"] == ["data.max_seq_len=8K is beyond the 4K positions the model knows: extend it with model.max_positions=8192"]
     assert plan_json(capsys, "+experiment=quickstart")["notes"] == []
 
 
 def test_idle_groups_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, "+experiment=quickstart", "data.global_batch_tokens=8K")
-    assert ["idle" in note for note in found["notes"]] == [True]
+    shown = plan_json(capsys, "+experiment=quickstart", "data.global_batch_tokens=8K")
+    assert ["idle" in note for note in shown["notes"]] == [True]
 
 
 @pytest.mark.parametrize("memory", ["auto", "alst"])

@@ -194,7 +194,7 @@ def test_what_a_node_is_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "job", "state"),
+    ("recorded", "job", "state"),
     [
         ("queued", "PENDING", "queued"),
         ("running", "RUNNING", "running"),
@@ -204,11 +204,16 @@ def test_what_a_node_is_called() -> None:
         ("done", "SUCCEEDED", "done"),
     ],
 )
-def test_ray_knows_better_whether_anything_lives(known: str, job: str, state: str) -> None:
-    mine = replace(new_state(world_size=2, revision=1, attempts=()), state=known)
-    told = reconcile(mine, "it-1", JobFacts(job="it-1", state=job, message="what happened\nat length", exit_code=None, start_s=None))
-    assert told.state == state and told.detail.startswith(f"job it-1 {job}") and told.job == "it-1" and "at length" not in told.detail
-    assert reconcile(mine, "it-1", None).state == ("died" if known in ACTIVE else known)
+def test_ray_knows_better_whether_anything_lives(recorded: str, job: str, state: str) -> None:
+    mine = replace(new_state(world_size=2, revision=1, attempts=()), state=recorded)
+    standing = reconcile(mine, "it-1", JobFacts(job="it-1", state=job, message="what happened\nat length", exit_code=None, start_s=None))
+    assert (
+        standing.state == state
+        and standing.detail.startswith(f"job it-1 {job}")
+        and standing.job == "it-1"
+        and "at length" not in standing.detail
+    )
+    assert reconcile(mine, "it-1", None).state == ("died" if recorded in ACTIVE else recorded)
 
 
 @pytest.fixture
@@ -227,16 +232,16 @@ def driver(run_dir: Path) -> Driver:
 
 
 def state(run_dir: Path) -> RunState:
-    known = read_state(run_dir)
-    assert known is not None
-    return known
+    run_state = read_state(run_dir)
+    assert run_state is not None
+    return run_state
 
 
 def begin(run_dir: Path) -> int:
-    known = state(run_dir)
-    number = len(known.attempts) + 1
+    run_state = state(run_dir)
+    number = len(run_state.attempts) + 1
     attempt = Attempt(number=number, started=1.0, num_nodes=2, world_size=4, hosts=("n1", "n2"))
-    write_state(run_dir, replace(known, attempts=(*known.attempts, attempt)))
+    write_state(run_dir, replace(run_state, attempts=(*run_state.attempts, attempt)))
     attempt_dir(run_dir, number).mkdir(parents=True)
     return number
 
@@ -275,7 +280,7 @@ def test_how_many_nodes(run_dir: Path) -> None:
     it.offers = lambda: [offer("n1", 8), offer("n2", 1)]
     with pytest.raises(ConfigError, match="found 1 nodes that are free; expected 2 that are free"):
         it._sizing()
-    files.tell_to_stop(run_dir, "it-1", files.SAVE)
+    files.request_stop(run_dir, "it-1", files.SAVE)
     it.looked_at = 0.0
     assert it._sizing() is None
 
@@ -291,7 +296,7 @@ def test_preemptions_have_a_budget_of_their_own(run_dir: Path) -> None:
 
 def test_stopped_before_it_had_nodes(run_dir: Path) -> None:
     it = driver(run_dir)
-    files.tell_to_stop(run_dir, "it-1", files.SAVE)
+    files.request_stop(run_dir, "it-1", files.SAVE)
     assert it._look_around()
     assert it._conclude({}, is_formed=False).verdict is Verdict.STOP
     assert (state(run_dir).state, state(run_dir).exit_code) == ("preempted", 75)

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
+def test_stopped_and_resumed(tmp_path: Path) -> None:
     words = (*BASE, "launcher=ray", "launcher.ray.local=true", "train.steps=100000", "checkpoint.every_steps=2000")
     run = Run(tmp_path, "train", *words, step_s=0.05)
     run.wait_for_step(3)
@@ -43,6 +43,6 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert (run.run_dir / "checkpoints" / f"step-{saved:08d}" / "COMMIT").is_file() and "stopped and saved" in run.text()
     assert not [pid for pid in below if is_alive(pid)] and not home.exists()
 
-    again = Run(tmp_path, "resume", "runs/run", f"train.steps={saved + 4}")
-    assert again.wait() == 0, again.text()
+    resumed = Run(tmp_path, "resume", "runs/run", f"train.steps={saved + 4}")
+    assert resumed.wait() == 0, resumed.text()
     assert max(RunProgress().apply(MetricsFollower(run.run_dir).read()).losses) == saved + 4

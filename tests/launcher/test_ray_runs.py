@@ -50,10 +50,10 @@ class Job(ClusterJob):
         return submission.job
 
     def facts(self) -> dict[str, object]:
-        """As Ray's job server tells them."""
-        told = self.cluster.ask(f"/api/jobs/{self.name}")
-        assert told is not None, self.name
-        return told
+        """What Ray's job server has of it."""
+        job_facts = self.cluster.ask(f"/api/jobs/{self.name}")
+        assert job_facts is not None, self.name
+        return job_facts
 
     def end(self) -> tuple[str, object]:
         """Ray's word for how it ended, and the exit code of its driver."""
@@ -128,9 +128,9 @@ def check_equal(cluster: RayCluster, place: Path, job: Job, name: str, steps: in
     """Losses and weights of two runs, bit by bit; and no secret in what the one on Ray left."""
     assert job.losses() == losses(place / "runs" / name) and max(job.losses()) == steps
     assert export(cluster, place, job.run_dir.name) == export(cluster, place, name)
-    told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
-    assert len(told) > 5 and not [
-        path for path in told if SECRET.encode() in path.read_bytes() or cluster.token.encode() in path.read_bytes()
+    files = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert len(files) > 5 and not [
+        path for path in files if SECRET.encode() in path.read_bytes() or cluster.token.encode() in path.read_bytes()
     ]
     assert SECRET not in str(job.facts()) and cluster.token not in str(job.facts())
     assert not any(cluster.token in command for _, command in cluster.processes())

@@ -46,7 +46,7 @@ def cluster(place: Path) -> Iterator[SlurmCluster]:
 
 @needs_both
 @pytest.mark.slow
-def test_told_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) -> None:
+def test_asked_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) -> None:
     """The script as it stands but for its Python; the fake training function in place of the real one."""
     text = SCRIPT.read_text().replace("python=python\n", f"python={sys.executable}\n")
     text = text.replace('"$python" -m efflaunch cluster.', f'"$python" {HERE / "drive.py"} cluster.')
@@ -67,8 +67,10 @@ def test_told_to_save_requeued_and_finished(cluster: SlurmCluster, place: Path) 
     wait_until(reached, "step 6")
     cluster.run("scancel", "--batch", "--signal=USR2", str(job))
     assert cluster.wait_for(job, *ENDED) == "COMPLETED", output.read_text()
-    known = read_state(run_dir)
-    assert known is not None and [attempt.exit_code for attempt in known.attempts] == [75, 0] and known.attempts[0].last_step < 150
+    run_state = read_state(run_dir)
+    assert (
+        run_state is not None and [attempt.exit_code for attempt in run_state.attempts] == [75, 0] and run_state.attempts[0].last_step < 150
+    )
     losses = RunProgress().apply(MetricsFollower(run_dir).read()).losses
     assert losses == {step: 10.0 / step for step in range(1, 151)}
     assert " Restarts=1 " in cluster.run("scontrol", "show", "job", "-o", str(job))

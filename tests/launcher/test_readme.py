@@ -14,7 +14,7 @@ from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMANDS = sorted({" ".join(found.split()) for found in re.findall(r"`efflaunch ([^`]+)`", (ROOT / "README.md").read_text())})
+COMMANDS = sorted({" ".join(words.split()) for words in re.findall(r"`efflaunch ([^`]+)`", (ROOT / "README.md").read_text())})
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_budget(steps: list[int], max_restarts: int, restarts: bool) -> None:
     assert reason.startswith("restart ") is restarts
 
 
-def test_budget_is_told() -> None:
+def test_budget_is_in_the_reason() -> None:
     assert run([0, 0])[2] == "restart 2 of 2 since the last progress"
     assert run([4, 4, 4], start_step=4)[2] == "failed 3 times without getting past step 4"
 
@@ -61,7 +61,7 @@ def test_settled_codes_pass_through(code: int, stopping: bool) -> None:
     assert run([3], last_code=code, stopping=stopping)[:2] == (False, code)
 
 
-def test_no_restart_once_told_to_stop() -> None:
+def test_no_restart_once_asked_to_stop() -> None:
     assert run([3], stopping=True) == (False, 1, "told to stop, but failed before everything was saved")
 
 
@@ -89,8 +89,8 @@ LOST = ("RuntimeError", "[gloo/transport/tcp/pair.cc:553] Connection closed by p
     ],
 )
 def test_first_failure(reports: list[RankReport], guilty: int) -> None:
-    found = first_failure(reports)
-    assert found is not None and found.rank == guilty
+    first = first_failure(reports)
+    assert first is not None and first.rank == guilty
 
 
 def test_nobody_failed_first_when_all_were_killed() -> None:

@@ -131,9 +131,9 @@ def test_every_key_is_listed(plain: dict[str, Any]) -> None:
     assert listed == set(_leaves(plain, listed))
 
 
-def _leaves(data: dict[str, Any], known: set[str], path: str = "") -> Iterator[str]:
+def _leaves(data: dict[str, Any], keys: set[str], path: str = "") -> Iterator[str]:
     for key, value in data.items():
-        if isinstance(value, dict) and f"{path}{key}" not in known:
-            yield from _leaves(value, known, f"{path}{key}.")
+        if isinstance(value, dict) and f"{path}{key}" not in keys:
+            yield from _leaves(value, keys, f"{path}{key}.")
         else:
             yield f"{path}{key}"

@@ -49,8 +49,8 @@ def test_names_of_others(name: str) -> None:
 
 
 def test_values_that_are_secrets() -> None:
-    found = secrets_of({**SECRETS, "KEYMAP": "us", "API_KEY": "~/.key-file", "HOME": "/root"})
-    assert found == SECRETS
+    entries = secrets_of({**SECRETS, "KEYMAP": "us", "API_KEY": "~/.key-file", "HOME": "/root"})
+    assert entries == SECRETS
     assert redact(f"GET https://x/?t={SECRETS['HF_TOKEN']} 401", SECRETS) == "GET https://x/?t=<HF_TOKEN> 401"
 
 
@@ -169,15 +169,17 @@ def test_dry_runs_show_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_an_error_with_a_secret_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
     worker._record(tmp_path, 0, OSError(f"401 for https://hub/?token={SECRETS['HF_TOKEN']}"), 1)
-    told = (tmp_path / "rank-0.error.json").read_text() + "".join(capsys.readouterr())
+    output = (tmp_path / "rank-0.error.json").read_text() + "".join(capsys.readouterr())
     assert "token=<HF_TOKEN>" in json.loads((tmp_path / "rank-0.error.json").read_text())["message"]
-    assert SECRETS["HF_TOKEN"] not in told
+    assert SECRETS["HF_TOKEN"] not in output
 
 
 def open_to_others(run_dir: Path) -> list[str]:
     """What below a run directory, itself included, others may read or enter."""
-    found = ((path, path.lstat().st_mode) for path in (run_dir, *run_dir.rglob("*")))
-    return [f"{path.relative_to(run_dir.parent)} {stat.filemode(mode)}" for path, mode in found if mode & 0o077 and not stat.S_ISLNK(mode)]
+    entries = ((path, path.lstat().st_mode) for path in (run_dir, *run_dir.rglob("*")))
+    return [
+        f"{path.relative_to(run_dir.parent)} {stat.filemode(mode)}" for path, mode in entries if mode & 0o077 and not stat.S_ISLNK(mode)
+    ]
 
 
 def files_with(run_dir: Path, words: Iterable[str]) -> list[str]:

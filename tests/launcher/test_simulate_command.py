@@ -28,26 +28,26 @@ def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 def test_ours_is_never_slower_and_never_below_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["simulate", *NODES, "--lengths", "commoncrawl", "--sequences", "96", "--steps", "3", "--flexsp-steps", "1"]
-    found = run_json(capsys, *words, "--flexsp-seconds", "1")
-    planners = {row["name"]: row for row in found["planners"]}
+    shown = run_json(capsys, *words, "--flexsp-seconds", "1")
+    planners = {row["name"]: row for row in shown["planners"]}
     assert list(planners) == ["best static degree", "greedy", "FlexSP's MILP", "efflaunch"]
-    assert [row["steps"] for row in planners.values()] == [3, 3, 1, 3] and found["world_size"] == 16
-    for step in found["steps"]:
+    assert [row["steps"] for row in planners.values()] == [3, 3, 1, 3] and shown["world_size"] == 16
+    for step in shown["steps"]:
         ours = step["step_s"]["efflaunch"]
         assert all(ours <= other * (1 + 1e-9) for other in step["step_s"].values())
         assert step["lower_bound_s"] <= ours * (1 + 1e-9) and step["longest"] <= 128 << 10 and step["sequences"] == 96
     for row in planners.values():
-        mine = [step["step_s"]["efflaunch"] for step in found["steps"][: row["steps"]]]
-        theirs = [step["step_s"][row["name"]] for step in found["steps"][: row["steps"]]]
+        mine = [step["step_s"]["efflaunch"] for step in shown["steps"][: row["steps"]]]
+        theirs = [step["step_s"][row["name"]] for step in shown["steps"][: row["steps"]]]
         assert row["speedup"] == pytest.approx(sum(theirs) / sum(mine)) and row["mean_s"] == pytest.approx(sum(theirs) / len(theirs))
         assert row["least"] == pytest.approx(min(a / b for a, b in zip(theirs, mine, strict=True))) and row["least"] >= 1 - 1e-9
-    assert 0 <= found["gap_mean"] <= found["gap_max"]
+    assert 0 <= shown["gap_mean"] <= shown["gap_max"]
 
 
 def test_the_same_words_give_the_same_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["simulate", *NODES, "--lengths", "github", "--sequences", "64", "--steps", "2", "--flexsp-steps", "0"]
-    first, again, other = (run_json(capsys, *words, "--seed", seed)["steps"] for seed in ("1", "1", "2"))
-    assert first == again != other
+    first, repeated, other = (run_json(capsys, *words, "--seed", seed)["steps"] for seed in ("1", "1", "2"))
+    assert first == repeated != other
 
 
 def test_a_table_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,17 +79,17 @@ def test_a_thousand_ranks_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
         "--flexsp-steps",
         "0",
     ]
-    found = run_json(capsys, *words)
-    assert found["world_size"] == 1024 and found["longest"] == 64 << 10
+    shown = run_json(capsys, *words)
+    assert shown["world_size"] == 1024 and shown["longest"] == 64 << 10
 
 
 def test_plan_with_lengths_of_a_file_is_that_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("70000 300 4096 12")
-    found = run_json(capsys, "plan", *NODES, "--lengths", str(lengths))
-    held = sorted(length for batch in found["micro_batches"] for group in batch["groups"] for length in group["lengths"])
-    assert held == [12, 300, 4096, 70000] and found["longest"]["tokens"] == 70000 and found["longest"]["degree"] >= 16
-    assert found["lengths"] == str(lengths)
+    shown = run_json(capsys, "plan", *NODES, "--lengths", str(lengths))
+    held = sorted(length for batch in shown["micro_batches"] for group in batch["groups"] for length in group["lengths"])
+    assert held == [12, 300, 4096, 70000] and shown["longest"]["tokens"] == 70000 and shown["longest"]["degree"] >= 16
+    assert shown["lengths"] == str(lengths)
 
 
 def test_plan_with_a_distribution_shows_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_what_cannot_be_asked_for(overrides: tuple[str, ...], message: str) -> N
         make(*overrides)
 
 
-def test_a_run_goes_on_with_another_range() -> None:
+def test_a_run_resumes_with_another_range() -> None:
     config = changed(make("launcher.nodes=2:4"), parse_overrides(["launcher.nodes=1:3"]), None)
     assert config.launcher.nodes == "1:3" and config.cluster.num_nodes == 3
     with pytest.raises(ConfigError, match=r"cluster\.num_nodes: found 2 with launcher\.nodes=2:4"):

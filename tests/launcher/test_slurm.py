@@ -18,9 +18,9 @@ from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.node_range import NodeRange
 from efflaunch.launcher.nodes import address
 from efflaunch.launcher.nodes.meeting import Meeting
-from efflaunch.launcher.nodes.next_action import Limits, Verdict, decide
+from efflaunch.launcher.nodes.next_action import Limits, Verdict, decide, decide_next
 from efflaunch.launcher.nodes.preflight import CODE_FOLDERS, NodeFacts, bad_hosts, check_nodes, table
-from efflaunch.launcher.rundir.state import ACTIVE, new_state
+from efflaunch.launcher.rundir.state import ACTIVE, Attempt, new_state
 from efflaunch.launcher.slurm import control
 from efflaunch.launcher.slurm.array import render_array
 from efflaunch.launcher.slurm.launcher import reconcile, template_text
@@ -173,10 +173,23 @@ def test_what_follows_a_lost_node_and_a_cancel() -> None:
     assert decide(saved, fixed, cancelled=False, lost_node=False).verdict is Verdict.STOP
 
 
+@pytest.mark.parametrize("keys", ["launcher.slurm", "launcher.ray"])
+def test_what_follows_reads_the_keys_of_its_back_end(keys: str) -> None:
+    name = keys.removeprefix("launcher.")
+    launcher = compose(["+experiment=quickstart", f"launcher={name}", f"{keys}.requeue=false", "launcher.max_restarts=2"]).launcher
+    nodes = getattr(launcher, name)
+    attempts = tuple(Attempt(number=k, started=0.0, exit_code=code, last_step=4) for k, code in [(1, 1), (2, 1), (3, None)])
+    run_state = replace(new_state(world_size=2, revision=1, attempts=attempts), attempts_before=1, step_before=4)
+    assert decide_next(run_state, launcher, nodes, cancelled=False, lost_node=True).reason == f"lost a node, and {keys}.requeue=false"
+    assert decide_next(run_state, launcher, nodes, cancelled=False, lost_node=False).reason == "restart 2 of 2 since the last progress"
+    one_launch = replace(run_state, attempts_before=0)
+    assert decide_next(one_launch, launcher, nodes, cancelled=False, lost_node=False).verdict is Verdict.FAIL, "three in a row"
+
+
 def test_a_head_that_others_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolves_to(*addresses: str) -> None:
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+        facts = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: facts)
 
     resolves_to("127.0.1.1")
     with pytest.raises(ConfigError, match=r"address of node n1: found only 127\.0\.1\.1; expected an IPv4 address that the other nodes"):
@@ -216,7 +229,7 @@ def test_the_code_of_every_folder_is_compared() -> None:
 
 
 def test_the_table_has_failures_first() -> None:
-    told = [
+    standing = [
         facts(0),
         facts(1, run="other"),
         facts(2, package="old", clock_s=45.0),
@@ -224,7 +237,7 @@ def test_the_table_has_failures_first() -> None:
         facts(4),
         None,
     ]
-    rows = check_nodes(told, marks=[True, True, True, True, False, False], num_nodes=6)
+    rows = check_nodes(standing, marks=[True, True, True, True, False, False], num_nodes=6)
     assert [row.host for row in rows] == ["n1", "n2", "n3", "n4", "node 5 of the job", "n0"]
     assert bad_hosts(rows) == ["n1", "n2", "n3", "n4"]
     lines = table(rows).splitlines()
@@ -243,14 +256,14 @@ LINE = (
 
 
 def test_what_scontrol_prints() -> None:
-    found = control.parse_job(LINE)
-    assert (found.job, found.state, found.reason, found.nodes, found.restarts) == (7, "RUNNING", "", "n[1-2]", 2) and found.is_alive
+    facts = control.parse_job(LINE)
+    assert (facts.job, facts.state, facts.reason, facts.nodes, facts.restarts) == (7, "RUNNING", "", "n[1-2]", 2) and facts.is_alive
     waiting = control.parse_job(LINE.replace("RUNNING Reason=None", "PENDING Reason=Priority").replace("n[1-2]", "(null)"))
     assert waiting.reason == "Priority" and waiting.nodes == ""
 
 
 @pytest.mark.parametrize(
-    ("known", "job", "state"),
+    ("recorded", "job", "state"),
     [
         ("queued", "RUNNING", "queued"),
         ("running", "RUNNING", "running"),
@@ -261,12 +274,12 @@ def test_what_scontrol_prints() -> None:
         ("preempted", "FAILED", "preempted"),
     ],
 )
-def test_slurm_knows_better_whether_anything_lives(known: str, job: str, state: str) -> None:
-    mine = replace(new_state(world_size=2, revision=1, attempts=()), state=known)
-    told = reconcile(mine, "7", control.parse_job(LINE.replace("RUNNING", job)))
-    assert told.state == state and told.detail.startswith(f"job 7 {job}") and told.job == "7"
+def test_slurm_knows_better_whether_anything_lives(recorded: str, job: str, state: str) -> None:
+    mine = replace(new_state(world_size=2, revision=1, attempts=()), state=recorded)
+    standing = reconcile(mine, "7", control.parse_job(LINE.replace("RUNNING", job)))
+    assert standing.state == state and standing.detail.startswith(f"job 7 {job}") and standing.job == "7"
     forgotten = reconcile(mine, "7", None)
-    assert forgotten.state == ("died" if known in ACTIVE else known)
+    assert forgotten.state == ("died" if recorded in ACTIVE else recorded)
 
 
 def test_sbatch_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

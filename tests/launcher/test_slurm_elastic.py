@@ -173,9 +173,9 @@ def test_two_launches_of_one_id_at_once(cluster: SlurmCluster, place: Path) -> N
     started = [
         subprocess.Popen(command, cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    told = [process.communicate(timeout=TIMEOUT_S)[1] for process in started]
-    assert sorted(process.returncode for process in started) == [0, 93], told
-    refused = next(text for text in told if text)
+    errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in started]
+    assert sorted(process.returncode for process in started) == [0, 93], errors
+    refused = next(text for text in errors if text)
     assert "expected one job per run directory" in refused or "expected one efflaunch per run directory" in refused
     twins = Job(place / "runs" / "twins", cluster)
     assert twins.end() == "COMPLETED" and len(twins.state().attempts) == 1 and newest_step(twins.run_dir) == 5

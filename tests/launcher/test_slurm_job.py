@@ -32,9 +32,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def state(run_dir: Path) -> RunState:
-    known = read_state(run_dir)
-    assert known is not None
-    return known
+    run_state = read_state(run_dir)
+    assert run_state is not None
+    return run_state
 
 
 def leave(run_dir: Path, node: int, ranks: Ranks, errors: dict[int, tuple[str, int]] | None = None) -> None:
@@ -230,9 +230,9 @@ def test_a_job_without_the_nodes_it_needs_goes_back(run_dir: Path, tmp_path: Pat
 def refuse(run_dir: Path, *unfit: str) -> None:
     """As the head does after a preflight that these did not pass."""
     failure = Failure(rank=-1, message="nodes that cannot do their part", traceback="", log="slurm", is_user_error=True)
-    known = end_attempt(state(run_dir), exit_code=93, failure=failure, last_step=0)
-    last = replace(known.attempts[-1], blamed=dict.fromkeys(unfit, "no GPU"))
-    write_state(run_dir, replace(known, attempts=(*known.attempts[:-1], last)))
+    run_state = end_attempt(state(run_dir), exit_code=93, failure=failure, last_step=0)
+    last = replace(run_state.attempts[-1], blamed=dict.fromkeys(unfit, "no GPU"))
+    write_state(run_dir, replace(run_state, attempts=(*run_state.attempts[:-1], last)))
 
 
 def test_a_node_that_is_not_fit_is_left_out(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,8 +59,8 @@ def test_preempted_requeued_and_bit_equal_to_a_local_run(cluster: SlurmCluster, 
     assert (first.exit_code, first.restarted, second.exit_code) == (75, True, 0) and first.last_step == 4
     assert "preempted and saved; requeued, 1 of 100" in job.output() and job.state().state == "done"
     assert job.losses() == losses(place / "runs" / "local") and max(job.losses()) == 30
-    told = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
-    assert len(told) > 5 and not [path for path in told if SECRET.encode() in path.read_bytes()]
+    logs = [path for path in job.run_dir.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert len(logs) > 5 and not [path for path in logs if SECRET.encode() in path.read_bytes()]
     assert not open_to_others(job.run_dir)
     assert "state       done, job" in efflaunch(cluster, place, "status", "runs/real")
 
@@ -108,8 +108,8 @@ def test_status_cancel_and_one_job_a_run(cluster: SlurmCluster, place: Path) -> 
     job.wait_for_step(3)
     for node in range(2):
         # Nothing but the job's own network, where others could reach it.
-        found = cluster.listening(node)
-        assert found and set(found) <= {cluster.address(node), "127.0.0.1"}
+        left = cluster.listening(node)
+        assert left and set(left) <= {cluster.address(node), "127.0.0.1"}
     cluster.restart_controller()
     job.wait_for_step(newest_step(job.run_dir) + 3)
     assert re.search(r"state       running, job \d+ RUNNING on node\[", efflaunch(cluster, place, "status", "runs/long"))
@@ -206,12 +206,12 @@ def test_sbatch_refuses(cluster: SlurmCluster, place: Path) -> None:
 def test_nothing_is_left_running(cluster: SlurmCluster) -> None:
     """After all jobs: no agent and no rank of theirs, whatever became of them. The last test of this module."""
     wait_until(lambda: cluster.states() == ["idle"] * 3, "the nodes to be free")
-    found = []
+    left = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
         if "launcher.slurm" in command and str(cluster.directory.parent) in command:
-            found.append(command)
-    assert not found
+            left.append(command)
+    assert not left

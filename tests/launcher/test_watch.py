@@ -101,8 +101,8 @@ def test_stacks_of_faulthandler() -> None:
         "Current thread 0x0000000000000001 (most recent call first):\n"
         '  File "/x/y.py", line 1 in <lambda>\n  File "/x/z.py", line 22 in main\n'
     )
-    found = parse_stacks(text)
-    assert found == {255: (Frame("/a/b/threading.py", 5, "wait"),), 1: (Frame("/x/y.py", 1, "<lambda>"), Frame("/x/z.py", 22, "main"))}
+    blamed = parse_stacks(text)
+    assert blamed == {255: (Frame("/a/b/threading.py", 5, "wait"),), 1: (Frame("/x/y.py", 1, "<lambda>"), Frame("/x/z.py", 22, "main"))}
     newer = text + 'Thread 0x0000000000000001 (most recent call first):\n  File "/x/new.py", line 3 in late\n'
     assert parse_stacks(newer)[1] == (Frame("/x/new.py", 3, "late"),)
     assert parse_stacks("") == {}
@@ -122,14 +122,14 @@ def test_files_are_named_from_the_package_on() -> None:
 
 
 def test_a_stopped_process_is_to_blame() -> None:
-    found = blame([rank(0, COLLECTIVE, GATHER), rank(1, READ, process="T (stopped)"), rank(2, COLLECTIVE, GATHER)])
-    assert found.ranks == (1,) and "rank 1 on node-1 is stopped and cannot run" in found.reason
-    assert found.reason.endswith("the others wait at training/reporting/step_results.py:50 in gather_results")
+    blamed = blame([rank(0, COLLECTIVE, GATHER), rank(1, READ, process="T (stopped)"), rank(2, COLLECTIVE, GATHER)])
+    assert blamed.ranks == (1,) and "rank 1 on node-1 is stopped and cannot run" in blamed.reason
+    assert blamed.reason.endswith("the others wait at training/reporting/step_results.py:50 in gather_results")
 
 
 def test_who_is_not_in_the_collective_is_to_blame() -> None:
-    found = blame([rank(0, READ), rank(1, COLLECTIVE, GATHER), rank(2, COLLECTIVE, GATHER)])
-    assert found.ranks == (0,) and "rank 0 on node-0 is at training/data/shard.py:7 in build_shard" in found.reason
+    blamed = blame([rank(0, READ), rank(1, COLLECTIVE, GATHER), rank(2, COLLECTIVE, GATHER)])
+    assert blamed.ranks == (0,) and "rank 0 on node-0 is at training/data/shard.py:7 in build_shard" in blamed.reason
     ring = Frame(f"{OURS}/parallel/sequence/ring.py", 51, "wait")
     assert blame([rank(0, ring, GATHER), rank(1, READ)]).ranks == (1,)
 
@@ -152,8 +152,8 @@ def test_who_has_come_less_far_is_to_blame() -> None:
 
 
 def test_nobody_is_to_blame_where_all_are_at_one_place() -> None:
-    found = blame([rank(0, COLLECTIVE, GATHER), rank(1, COLLECTIVE, GATHER)])
-    assert found.ranks == () and "all ranks are at training/reporting/step_results.py:50 in gather_results" in found.reason
+    blamed = blame([rank(0, COLLECTIVE, GATHER), rank(1, COLLECTIVE, GATHER)])
+    assert blamed.ranks == () and "all ranks are at training/reporting/step_results.py:50 in gather_results" in blamed.reason
 
 
 def test_a_rank_alone_and_ranks_all_stopped() -> None:
@@ -165,8 +165,8 @@ def test_a_rank_alone_and_ranks_all_stopped() -> None:
 
 def test_many_ranks_make_a_short_sentence() -> None:
     facts = [rank(number, READ) for number in range(40)] + [rank(number, COLLECTIVE, GATHER) for number in range(40, 99)]
-    found = blame(facts)
-    assert len(found.ranks) == 40 and "36 more; the others wait at" in found.reason
+    blamed = blame(facts)
+    assert len(blamed.ranks) == 40 and "36 more; the others wait at" in blamed.reason
 
 
 def test_the_message_names_all_that_matters() -> None:

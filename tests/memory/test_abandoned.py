@@ -81,9 +81,9 @@ def interrupted(name: str, turn: int, barrier_free: bool, reduce_each: bool) -> 
             model=model, topology=topology, kernel=CpuKernel(), device=CPU, reduce_each=reduce_each, barrier_free=barrier_free
         )
         backward_step(setup, works, LanguageModelling(count, CPU))
-        found = [parameter.grad.full_tensor() for parameter in model.parameters()]  # type: ignore[union-attr]
+        gradients = [parameter.grad.full_tensor() for parameter in model.parameters()]  # type: ignore[union-attr]
         model.zero_grad()
-        return found
+        return gradients
 
     clean = step()
     with Failing(name, turn), pytest.raises(torch.OutOfMemoryError):
@@ -113,11 +113,11 @@ def gathered_and_failed() -> list[bool]:
     """On a rank: whether weights are sharded again when what needed them whole has failed; inside they were whole."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     weights = shard_model(model, list(model), build_topology(replicate=1, device="cpu").mesh, compute_dtype=torch.float32)
-    found = []
+    sharded = []
     with pytest.raises(ValueError, match="inside"), weights.gathered(model[0]):
-        found.append(not is_sharded(model[0]))
+        sharded.append(not is_sharded(model[0]))
         raise ValueError("inside")
-    return [*found, is_sharded(model)]
+    return [*sharded, is_sharded(model)]
 
 
 def test_gathered_weights_go_with_an_exception(pool: RankPool) -> None:

@@ -66,9 +66,9 @@ TOO_LARGE = Ledgers(
 def test_suggestions_fit(name: str) -> None:
     ledger = TOO_LARGE[name]
     assert not ledger.fits
-    found = suggest(ledger)
-    assert found and len(found) <= 4
-    for entry in found:
+    suggestions = suggest(ledger)
+    assert suggestions and len(suggestions) <= 4
+    for entry in suggestions:
         assert entry.ledger.fits and entry.overrides and entry.reason
         assert all("=" in override and " " not in override for override in entry.overrides)
 
@@ -99,8 +99,8 @@ def test_changes_are_stacked_where_one_is_not_enough() -> None:
         grad_reduce=GradReduce.STEP,
         machines=cluster(ranks_per_node=8, device_memory_bytes=34 * GIB),
     )
-    (found,) = suggest(ledger, most=1)
-    assert found.ledger.fits and found.overrides[:2] == ("memory=auto", "parallel.grad_reduce=micro_batch")
+    (suggestions,) = suggest(ledger, most=1)
+    assert suggestions.ledger.fits and suggestions.overrides[:2] == ("memory=auto", "parallel.grad_reduce=micro_batch")
 
 
 ALST = MemoryConfig(
@@ -124,8 +124,8 @@ HOST = Ledgers(
 
 def moved(ledger: Ledger) -> dict[str, list[Change]]:
     """Every change there is for the configuration, by the name of its kind."""
-    found = {move.__name__.strip("_"): list(move(ledger.asked)) for move in (*SETTINGS, *OTHERWISE)}
-    return {name: changes for name, changes in found.items() if changes}
+    suggestions = {move.__name__.strip("_"): list(move(ledger.asked)) for move in (*SETTINGS, *OTHERWISE)}
+    return {name: changes for name, changes in suggestions.items() if changes}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def moved(ledger: Ledger) -> dict[str, list[Change]]:
     ],
 )
 def test_every_kind_of_change_is_there_and_says_what_it_is(ledgers: Ledgers, name: str, kinds: set[str]) -> None:
-    found = moved(ledgers[name])
-    assert kinds <= set(found)
+    suggestions = moved(ledgers[name])
+    assert kinds <= set(suggestions)
     words = {
         "few_bits": "NOT EXACT",
         "larger_host": "more host memory",
@@ -149,7 +149,7 @@ def test_every_kind_of_change_is_there_and_says_what_it_is(ledgers: Ledgers, nam
         "more_nodes": "ranks",
     }
     for name, part in words.items():
-        assert all(part in change.reason for change in found.get(name, [])), name
+        assert all(part in change.reason for change in suggestions.get(name, [])), name
 
 
 def test_a_host_that_is_too_small_gets_files_more_memory_or_segments() -> None:
@@ -176,9 +176,9 @@ WORDS: dict[str, list[str]] = {
 def test_what_is_suggested_can_be_typed_and_then_fits(name: str) -> None:
     """Each suggestion as overrides of the same command: composed, planned from nothing, it fits, with the figures it was shown with."""
     words = WORDS[name]
-    found = suggest(plan(compose(words)), most=20)
-    assert found
-    for entry in found:
+    suggestions = suggest(plan(compose(words)), most=20)
+    assert suggestions
+    for entry in suggestions:
         typed = plan(compose([*words, *entry.overrides]))
         assert typed.fits, entry.overrides
         assert (typed.device.peak_bytes, typed.host.peak_bytes) == (entry.ledger.device.peak_bytes, entry.ledger.host.peak_bytes)

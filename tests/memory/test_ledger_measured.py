@@ -104,6 +104,6 @@ def host_traffic(case: Case) -> tuple[int, int]:
 
     step, _, store = build_case(case)
     step()
-    found = store.stats.bytes_to_host, store.stats.bytes_to_device
+    moved = store.stats.bytes_to_host, store.stats.bytes_to_device
     store.close()
-    return found
+    return moved

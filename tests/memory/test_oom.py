@@ -71,11 +71,11 @@ def test_the_cure_fits_a_device_that_is_smaller_by_what_is_missing(name: str):
     ledger = LEDGERS[name]
     changes = {"active": ledger.device.peak_bytes - 4 * GIB} if name == "given" else {}
     text = str(oom_report(ledger, numbers(**changes), at("backward", 0), rank=0, step=1, resume=RESUME))
-    found = re.search(rf"Try: {RESUME} (.*)\n  \(certified: at most ([0-9.]+) GiB; (.*), by the estimate\)", text)
-    assert found is not None, text
-    (size,) = re.findall(r"cluster\.device_memory_bytes=(\d+)MiB", found[1])
-    assert float(found[2]) * 1024 <= int(size) + 52 and int(size) << 20 < ledger.device.peak_bytes
-    assert ("memory=auto" in found[1]) == (not ledger.asked.memory.solve)
+    hint = re.search(rf"Try: {RESUME} (.*)\n  \(certified: at most ([0-9.]+) GiB; (.*), by the estimate\)", text)
+    assert hint is not None, text
+    (size,) = re.findall(r"cluster\.device_memory_bytes=(\d+)MiB", hint[1])
+    assert float(hint[2]) * 1024 <= int(size) + 52 and int(size) << 20 < ledger.device.peak_bytes
+    assert ("memory=auto" in hint[1]) == (not ledger.asked.memory.solve)
 
 
 def test_a_device_that_holds_less_than_it_says_is_taken_at_its_word():

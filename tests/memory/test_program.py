@@ -33,17 +33,17 @@ def memo(*, bandwidth: float, layer_s: float, host: float) -> PolicyProgram:
 def test_memos_alpha_where_classes_are_tied_and_nothing_is_kept(bandwidth, layer_s, host):
     """max alpha with (S_in + S_attn + alpha S_oth) / B <= T and (n - 2)(...) <= M, where stalling costs more than recomputing."""
     closed = min((bandwidth * layer_s - 2.0) / 14.0, (host / (LAYERS - 2) - 2.0) / 14.0)
-    found = solve_program(memo(bandwidth=bandwidth, layer_s=layer_s, host=host))
-    assert found is not None
+    solution = solve_program(memo(bandwidth=bandwidth, layer_s=layer_s, host=host))
+    assert solution is not None
     # A second of moving more than the link hides stalls for a second, and saves 0.33 layer_s x B / 14 of recomputing.
     if 0.33 * layer_s * bandwidth / 14.0 < 1.0:
-        assert found.x[0] == pytest.approx(min(1.0, max(0.0, closed)), abs=1e-9)
+        assert solution.x[0] == pytest.approx(min(1.0, max(0.0, closed)), abs=1e-9)
 
 
 def test_seven_billion_at_one_million_tokens():
     """The example of MEMO's constraint (2): 256 GiB of host, 1 GiB a unit: alpha = (256 / 30 - 2) / 14."""
-    found = solve_program(memo(bandwidth=1e3, layer_s=1.0, host=256.0))
-    assert found is not None and found.x[0] == pytest.approx((256 / 30 - 2) / 14, abs=1e-9)
+    solution = solve_program(memo(bandwidth=1e3, layer_s=1.0, host=256.0))
+    assert solution is not None and solution.x[0] == pytest.approx((256 / 30 - 2) / 14, abs=1e-9)
 
 
 @st.composite
@@ -77,14 +77,14 @@ def fits(program, x):
 @settings(max_examples=60, deadline=None)
 @given(programs())
 def test_no_grid_point_is_better(program):
-    found = solve_program(program)
+    solution = solve_program(program)
     grid = [index / 8 for index in range(9)]
     inside = [x for x in itertools.product(grid, repeat=4) if fits(program, x)]
-    if found is None:
+    if solution is None:
         assert not inside
         return
-    assert fits(program, found.x)
-    assert min(map(program.time_s, inside), default=float("inf")) >= found.time_s - 1e-5 * (1 + found.time_s)
+    assert fits(program, solution.x)
+    assert min(map(program.time_s, inside), default=float("inf")) >= solution.time_s - 1e-5 * (1 + solution.time_s)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,12 +120,12 @@ def test_the_link_stalls_only_where_recomputing_is_dearer():
         from_host_s=Affine(0.0, (2.0,)),
         rows=(Row("device", Affine(1.0, (0.0,)), 2.0),),
     )
-    found = solve_program(program)
+    solution = solve_program(program)
     # What is not moved is recomputed beside the copies: 11 - 10 x = 2 x.
-    assert found is not None and found.x[0] == pytest.approx(11 / 12) and found.time_s == pytest.approx(2 * 2 * 11 / 12)
+    assert solution is not None and solution.x[0] == pytest.approx(11 / 12) and solution.time_s == pytest.approx(2 * 2 * 11 / 12)
     cheap = replace(program, backward_s=Affine(1.5, (-0.5,)))
-    found = solve_program(cheap)
-    assert found is not None and found.x[0] == pytest.approx(0.5) and found.time_s == pytest.approx(1.0 + 1.25)
+    solution = solve_program(cheap)
+    assert solution is not None and solution.x[0] == pytest.approx(0.5) and solution.time_s == pytest.approx(1.0 + 1.25)
 
 
 def test_of_equally_fast_shares_those_that_move_least():

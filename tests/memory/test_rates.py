@@ -149,21 +149,21 @@ def test_an_update_on_the_host_is_its_bytes_and_copies() -> None:
     """After backward nothing hides it; gradients came down beside backward."""
     s = llama(Residency(on_host=True, clipped=False))
     numbers = s.parameters / 8
-    found = update_time(s)
-    assert found.busy_s == pytest.approx(numbers * (28 + 4 + 4 + 2) / 30e9) and found.link_s == pytest.approx(numbers * 6 / 50e9)
-    assert numbers * 4 / 50e9 < 32 * layer_backward_s(s) and found.shown_s == pytest.approx(found.busy_s)
+    update = update_time(s)
+    assert update.busy_s == pytest.approx(numbers * (28 + 4 + 4 + 2) / 30e9) and update.link_s == pytest.approx(numbers * 6 / 50e9)
+    assert numbers * 4 / 50e9 < 32 * layer_backward_s(s) and update.shown_s == pytest.approx(update.busy_s)
     slow = replace(s, cluster=replace(s.cluster, host_link_bandwidth=1e8))
     backward = 32 * layer_backward_s(slow)
-    assert update_time(slow).shown_s == pytest.approx(numbers * 4 / 1e8 - backward + max(found.busy_s, numbers * 2 / 1e8))
+    assert update_time(slow).shown_s == pytest.approx(numbers * 4 / 1e8 - backward + max(update.busy_s, numbers * 2 / 1e8))
 
 
 def test_an_update_in_backward_hides_but_for_its_end() -> None:
     s = llama(Residency(on_host=True, in_backward=True, clipped=False))
-    found, backward = update_time(s), 32 * layer_backward_s(s)
-    tail = found.busy_s * (s.layer_parameters + s.root_parameters) / s.parameters
-    assert found.busy_s < backward and found.shown_s == pytest.approx(tail)
+    update, backward = update_time(s), 32 * layer_backward_s(s)
+    tail = update.busy_s * (s.layer_parameters + s.root_parameters) / s.parameters
+    assert update.busy_s < backward and update.shown_s == pytest.approx(tail)
     slow = replace(s, cluster=replace(s.cluster, host_memory_bandwidth=2.4e9))
-    assert update_time(slow).shown_s == pytest.approx(100 * found.busy_s - backward), "the host is what takes the time"
+    assert update_time(slow).shown_s == pytest.approx(100 * update.busy_s - backward), "the host is what takes the time"
 
 
 def test_sums_of_micro_batches_travel_each_time() -> None:

@@ -82,8 +82,8 @@ def test_reads_are_those_predicted(policy: MemoryPolicy) -> None:
     with watched.watching():
         model(*micro_batch(), lambda head: cross_entropy(head, 1.0)).backward()
     assert not store.parcels
-    again = sum(layer % policy.segment_layers != policy.segment_layers - 1 for layer in range(4))
-    assert len(watched.passes) == 5 + again
+    recomputed = sum(layer % policy.segment_layers != policy.segment_layers - 1 for layer in range(4))
+    assert len(watched.passes) == 5 + recomputed
     for said, read in watched.passes:
         assert read == said
 

@@ -106,7 +106,7 @@ def test_bytes_equal_the_formula(name, monkeypatch):
 @pytest.mark.parametrize("chunk", [None, 9], ids=["one piece", "pieces"])
 @pytest.mark.parametrize("walk", list(AttentionTiling))
 @pytest.mark.parametrize("attention", [MemoryPolicy().attention_output, MOVED], ids=["again", "stored"])
-def test_a_segment_made_again_leaves_nothing_on_the_device(chunk, walk, attention, monkeypatch):
+def test_a_recomputed_segment_leaves_nothing_on_the_device(chunk, walk, attention, monkeypatch):
     """What was read from the host for it goes before the backward of the layers above begins."""
     policy = MemoryPolicy(
         layer_input=MOVED, attention_output=attention, mlp=MOVED, residual=MOVED, segment_layers=3, chunk_tokens=chunk, attention=walk

@@ -165,16 +165,16 @@ def resized(ledger: Ledger, change: str) -> Ledger:
     """The configuration on the machine a price speaks of, solved anew."""
     s = ledger.asked
     cluster, ranks = s.cluster, s.layout.ranks_per_node
-    found = re.match(r"([0-9.]+) (MiB|GiB) more (.*)", change)
-    if found is None:
+    result = re.match(r"([0-9.]+) (MiB|GiB) more (.*)", change)
+    if result is None:
         assert change == "a link to the host twice as fast"
         return rebuilt(s, cluster=replace(cluster, host_link_bandwidth=2 * cluster.host_link_bandwidth))
-    size = float(found[1]) * {"MiB": 1 << 20, "GiB": GIB}[found[2]]
-    if found[3] == "memory on each GPU":
+    size = float(result[1]) * {"MiB": 1 << 20, "GiB": GIB}[result[2]]
+    if result[3] == "memory on each GPU":
         return rebuilt(s, cluster=replace(cluster, device_memory_bytes=int(cluster.device_memory_bytes + size)))
-    if found[3] == "host memory for each GPU":
+    if result[3] == "host memory for each GPU":
         return rebuilt(s, cluster=replace(cluster, host_memory_bytes=int(cluster.host_memory_bytes + ranks * size)))
-    assert found[3] == "of memory.host_budget for each GPU" and s.memory.host_budget is not None
+    assert result[3] == "of memory.host_budget for each GPU" and s.memory.host_budget is not None
     return rebuilt(s, memory=replace(s.memory, host_budget=int(s.memory.host_budget + ranks * size)))
 
 
@@ -227,9 +227,9 @@ def test_prices_are_kept_by_the_machine_they_speak_of(device, host, changes, kin
     seen = {kind for kind in ("GPU", "host", "link", "memory.host_budget") for price in report.prices if kind in price.change}
     assert kinds <= seen
     for price in report.prices:
-        again = resized(ledger, price.change).report
-        assert again is not None and price.saved_share >= PREFERENCE
-        assert report.step_s - again.step_s == pytest.approx(price.saved_s, abs=PREFERENCE / 2 * report.step_s)
+        repeated = resized(ledger, price.change).report
+        assert repeated is not None and price.saved_share >= PREFERENCE
+        assert report.step_s - repeated.step_s == pytest.approx(price.saved_s, abs=PREFERENCE / 2 * report.step_s)
         assert price.saved_share == pytest.approx(price.saved_s / report.step_s)
         assert str(price) == f"{price.change} would save {100 * price.saved_share:.1f} % of the step"
         assert (price.slope_s is None) == ("link" in price.change)
@@ -239,9 +239,9 @@ def test_a_slope_is_what_the_first_bytes_save():
     """Of the duals: a little more room makes the program faster by that much, and no room makes the same shape faster than they say."""
     setting = small(3.0, host=0.2).asked
     search = search_of(setting)
-    found = search.best()
-    assert found is not None
-    program = found.candidate.program
+    result = search.best()
+    assert result is not None
+    program = result.candidate.program
     before = solve_program(program)
     assert before is not None and any(price > 0 for price in before.prices.values())
     for memory in ("device", "host"):
@@ -262,10 +262,10 @@ def test_what_is_full_is_said_with_its_share():
     assert report is not None and report.binding
     rows = measures(ledger.inputs).rows
     for sentence in report.binding:
-        found = re.fullmatch(r"(GPU memory|host memory) in (.*), (\d+) %", sentence)
-        if found is not None:
-            used, limit = rows[f"{'device' if found[1] == 'GPU memory' else 'host'}, {found[2]}"]
-            assert int(found[3]) == round(100 * used / limit) >= 98
+        result = re.fullmatch(r"(GPU memory|host memory) in (.*), (\d+) %", sentence)
+        if result is not None:
+            used, limit = rows[f"{'device' if result[1] == 'GPU memory' else 'host'}, {result[2]}"]
+            assert int(result[3]) == round(100 * used / limit) >= 98
     slow = small(2.8, host=64.0, host_link_bandwidth=1e9, memory=auto(layer_input=ActivationPlace.HOST))
     assert slow.report is not None and slow.timing.host_s > 0
     assert any(re.fullmatch(r"the way to the host in (forward|backward), \d+ % of the computation beside it", text)
@@ -275,9 +275,11 @@ def test_what_is_full_is_said_with_its_share():
 def test_a_room_is_the_machine_with_so_much_more():
     setting = small(4.0, host=0.5).asked
     search = search_of(setting)
-    found = search.best(ExtraCapacity(host_bytes=float(GIB)))
-    again = search_of(replace(setting, cluster=replace(setting.cluster, host_memory_bytes=setting.cluster.host_memory_bytes + GIB))).best()
-    assert found is not None and again is not None and found.policy == again.policy
+    result = search.best(ExtraCapacity(host_bytes=float(GIB)))
+    repeated = search_of(
+        replace(setting, cluster=replace(setting.cluster, host_memory_bytes=setting.cluster.host_memory_bytes + GIB))
+    ).best()
+    assert result is not None and repeated is not None and result.policy == repeated.policy
     assert search.best(NO_EXTRA) is not None
 
 

@@ -99,7 +99,7 @@ def test_blocks_cover_each_visible_pair_once(window):
     q_slices, k_slices = (Slice(0, 3, 9), Slice(1, 0, 4)), (Slice(0, 0, 5), Slice(0, 7, 12), Slice(1, 0, 2))
     rows = lambda slices: [(p.sequence, t) for p in slices for t in range(p.start, p.stop)]  # noqa: E731
     qs, ks = rows(q_slices), rows(k_slices)
-    found = {}
+    times = {}
     for block in attention_blocks(q_slices, k_slices, window):
         for i in range(block.q_start, block.q_stop):
             for j in range(block.k_start, block.k_stop):
@@ -108,11 +108,11 @@ def test_blocks_cover_each_visible_pair_once(window):
                 if block.windowed:
                     visible &= qs[i][1] - ks[j][1] < window
                 if visible:
-                    found[i, j] = found.get((i, j), 0) + 1
+                    times[i, j] = times.get((i, j), 0) + 1
     expected = {
         (i, j) for i, (a, p) in enumerate(qs) for j, (b, r) in enumerate(ks) if a == b and r <= p and (window is None or p - r < window)
     }
-    assert set(found) == expected and set(found.values()) == {1}
+    assert set(times) == expected and set(times.values()) == {1}
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))

@@ -20,10 +20,10 @@ COST = CostModel(
 def fed(attention, linear, groups=400, noise=0.0):
     """A machine whose degree 2 takes `attention` and `linear` times what the model says; degree 1 is as modelled."""
     drift, generator = Drift(COST), np.random.default_rng(5)
-    known = COST.of(2)
+    cost = COST.of(2)
     for _ in range(groups):
         n = int(generator.integers(50, 8000))
-        true_s = attention * known.attention_s * n * n + linear * (known.linear_s + known.exchange_s) * n
+        true_s = attention * cost.attention_s * n * n + linear * (cost.linear_s + cost.exchange_s) * n
         drift.add([n], 2, true_s * float(np.exp(generator.normal(0, noise))))
         drift.add([n], 1, COST.group_s([n], 1))
     return drift
@@ -35,7 +35,7 @@ def test_a_model_that_is_right_stays_as_it_is():
     assert drift.refitted().of(2).attention_s == pytest.approx(COST.of(2).attention_s, rel=1e-9)
 
 
-def test_drift_is_told_once_and_again_after_it_was_gone():
+def test_drift_is_reported_once_and_again_after_it_was_gone():
     drift = fed(2.0, 2.0)
     assert drift.news() == {2: pytest.approx(2.0, rel=1e-6)}
     assert drift.news() == {}
@@ -64,7 +64,7 @@ def test_one_odd_group_moves_little():
     assert 1 < drift.refitted().of(2).linear_s / COST.of(2).linear_s < 1.2
 
 
-def test_it_goes_on_after_a_restart_bit_by_bit():
+def test_it_resumes_after_a_restart_bit_by_bit():
     whole, first = fed(1.7, 1.2, groups=60), fed(1.7, 1.2, groups=40)
     second = Drift(COST)
     second.load(json.loads(json.dumps(first.dump())))

@@ -127,10 +127,10 @@ def test_micro_batches_are_those_the_solver_makes(length: int, sequences: int) -
 
 
 def test_a_group_is_as_small_as_the_longest_sequence_allows() -> None:
-    found = [
+    layouts = [
         solve_layout(parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=n, global_batch_tokens=n).sp_degree
         for n in (1, 100, 101, 200, 201, 800)
     ]
-    assert found == [1, 1, 2, 2, 4, 8]
+    assert layouts == [1, 1, 2, 2, 4, 8]
     with pytest.raises(ConfigError, match=r"parallel.tokens_per_rank: found 100 x 8 ranks = 800 tokens"):
         solve_layout(parallel(), machines(1, 8), SimpleNamespace(num_heads=8), max_seq_len=801, global_batch_tokens=801)

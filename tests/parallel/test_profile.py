@@ -57,8 +57,8 @@ def arithmetic(windowed=()):
 def test_least_squares_finds_what_made_the_samples():
     truth = [2e-2, 3e-6, 4e-11]
     rows = [[1.0, n, n * n] for n in (64, 512, 4096, 32768, 262144)]
-    found = least_squares(rows, [float(np.dot(row, truth)) for row in rows])
-    assert found == pytest.approx(truth, rel=1e-6)
+    result = least_squares(rows, [float(np.dot(row, truth)) for row in rows])
+    assert result == pytest.approx(truth, rel=1e-6)
 
 
 def test_least_squares_matches_scipy_on_noisy_samples_and_never_goes_negative():
@@ -67,10 +67,10 @@ def test_least_squares_matches_scipy_on_noisy_samples_and_never_goes_negative():
     for _ in range(50):
         rows = generator.random((12, 3))
         seconds = np.maximum(rows @ [1.0, 0.0, 0.5] + generator.normal(0, 0.05, 12), 0.05)
-        found = least_squares(rows.tolist(), seconds.tolist())
+        result = least_squares(rows.tolist(), seconds.tolist())
         want, _ = optimize.nnls(rows / seconds[:, None], np.ones(12))
-        ours, best = (np.square(rows @ x / seconds - 1).sum() for x in (np.array(found), want))
-        assert min(found) >= 0 and ours <= best * 1.05
+        ours, best = (np.square(rows @ x / seconds - 1).sum() for x in (np.array(result), want))
+        assert min(result) >= 0 and ours <= best * 1.05
 
 
 def test_fit_of_counts_relative_errors():
@@ -115,10 +115,10 @@ def test_a_profile_of_other_hardware_is_refused_with_the_reason(tmp_path):
 
 def test_the_default_file_of_other_hardware_is_left_aside_and_said_to_be(tmp_path):
     save_profile(tmp_path / "profile.yaml", profile())
-    found, origin = find_profile(None, replace(KEY, versions="torch 9"), tmp_path)
-    assert found is None and "versions: torch 2.13.0, not torch 9" in origin
-    found, origin = find_profile(None, KEY, tmp_path / "elsewhere")
-    assert found is None and "nothing was measured" in origin
+    result, origin = find_profile(None, replace(KEY, versions="torch 9"), tmp_path)
+    assert result is None and "versions: torch 2.13.0, not torch 9" in origin
+    result, origin = find_profile(None, KEY, tmp_path / "elsewhere")
+    assert result is None and "nothing was measured" in origin
 
 
 def test_planning_elsewhere_takes_a_profile_of_any_hardware(tmp_path):
@@ -144,8 +144,8 @@ def test_files_that_are_no_profile(tmp_path, text):
     with pytest.raises(ConfigError, match="written by efflaunch profile"):
         find_profile("profile.yaml", KEY, tmp_path)
     # One that nobody named never stands in the way.
-    found, origin = find_profile(None, KEY, tmp_path)
-    assert found is None and "is damaged" in origin
+    result, origin = find_profile(None, KEY, tmp_path)
+    assert result is None and "is damaged" in origin
 
 
 def test_a_named_file_must_exist(tmp_path):
@@ -183,13 +183,13 @@ def test_rates_are_of_the_machine_not_of_the_model(tmp_path):
     save_profile(path, profile(key=replace(KEY, model="with disk"), rates=local, taken="2026-01-01 00:00 UTC"))
     save_profile(path, profile())
 
-    def found(machines=None, hardware="", offload_dir=None):
+    def result(machines=None, hardware="", offload_dir=None):
         measured = find_rates(None, machines or cluster(), hardware, offload_dir, tmp_path)
         return None if measured is None else measured.rates
 
-    assert found() == plain and found(offload_dir="/local") == local and found(offload_dir="/other") == plain
-    assert found(hardware="NVIDIA H200") == plain and found(hardware="NVIDIA A100") is None
-    assert found(cluster(ranks_per_node=4)) is None and found(cluster(device=type(cluster().device)("cpu"))) is None
+    assert result() == plain and result(offload_dir="/local") == local and result(offload_dir="/other") == plain
+    assert result(hardware="NVIDIA H200") == plain and result(hardware="NVIDIA A100") is None
+    assert result(cluster(ranks_per_node=4)) is None and result(cluster(device=type(cluster().device)("cpu"))) is None
     measured = find_rates(None, cluster(), "", None, tmp_path)
     assert measured is not None and "measured of 2026-02-02 00:00 UTC on NVIDIA H200" in measured.source and str(path) in measured.source
     assert find_rates("absent.yaml", cluster(), "", None, tmp_path) is None

@@ -127,7 +127,7 @@ def test_it_does_not_outlive_a_killed_rank(tmp_path):
     pid = int(rank.stdout.readline())
     wait_until((tmp_path / "go.awaited").exists, "the solve never began")
     rank.kill()
-    rank.wait()
+    assert rank.wait() == -signal.SIGKILL
     rank.stdout.close()
     # A solve is not interrupted; once it is over nobody is there who asked for it.
     (tmp_path / "go").touch()

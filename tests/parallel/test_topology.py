@@ -37,16 +37,16 @@ def of_stage(stages: int, replicate: int) -> tuple[tuple[int, int, int], dict[st
 
 
 def test_groups_of_two_stages_stay_inside_them(pool: RankPool) -> None:
-    found = pool.run(of_stage, 2, 1, ranks=4)
-    assert [place for place, _ in found] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
-    for rank, (_, sums) in enumerate(found):
+    groups = pool.run(of_stage, 2, 1, ranks=4)
+    assert [place for place, _ in groups] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    for rank, (_, sums) in enumerate(groups):
         own = 0b0011 if rank < 2 else 0b1100
         assert sums == {"world": 0b1111, "stage": own, "shard": own, "0+2": own}
 
 
 def test_replicas_of_a_stage_are_in_it(pool: RankPool) -> None:
-    found = pool.run(of_stage, 2, 2, ranks=4)
-    for rank, (_, sums) in enumerate(found):
+    groups = pool.run(of_stage, 2, 2, ranks=4)
+    for rank, (_, sums) in enumerate(groups):
         own = 0b0011 if rank < 2 else 0b1100
         assert sums["replicate"] == own and sums["shard"] == 1 << rank and sums["stage"] == own
 

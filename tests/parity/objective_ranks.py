@@ -36,23 +36,23 @@ class UnitSource:
         return ids[start:stop], targets[start:stop]
 
 
-def _units(objective, told):
-    return told["documents"] if objective == "dpo" else [(document,) for document in told["documents"]]
+def _units(objective, options):
+    return options["documents"] if objective == "dpo" else [(document,) for document in options["documents"]]
 
 
-def _objective(objective, told, num_targets):
+def _objective(objective, options, num_targets):
     if objective == "dpo":
-        reference = told["reference"]
-        return Preference(len(reference), CPU, beta=told["beta"], reference=lambda sequence: reference[sequence])
+        reference = options["reference"]
+        return Preference(len(reference), CPU, beta=options["beta"], reference=lambda sequence: reference[sequence])
 
     def data(sequence, start, stop):
-        old, reference = (np.append(told[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
-        return told["advantages"][sequence], old, reference
+        old, reference = (np.append(options[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
+        return options["advantages"][sequence], old, reference
 
-    return Rollout(num_targets, CPU, options=RolloutOptions(told["low"], told["high"], told["weight"]), data=data, kl=True)
+    return Rollout(num_targets, CPU, options=RolloutOptions(options["low"], options["high"], options["weight"]), data=data, kl=True)
 
 
-def run_objective(objective, case, weights, told, plan):
+def run_objective(objective, case, weights, options, plan):
     """(loss, means, gradients by name) on rank 0."""
     from efflaunch.tests.parity.reference import hf_config, lift_to_float64
 
@@ -65,9 +65,9 @@ def run_objective(objective, case, weights, told, plan):
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-    works = read_step(UnitSource(_units(objective, told)), 0, plan, topology.rank)
+    works = read_step(UnitSource(_units(objective, options)), 0, plan, topology.rank)
     count = count_targets(works, topology, CPU)
-    step = _objective(objective, told, count)
+    step = _objective(objective, options, count)
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=CPU,
         reduce_each=False, barrier_free=case.get("barrier_free", False),

@@ -22,8 +22,8 @@ def answer(model, tokens, mask):
 def dpo(model, pairs, reference, beta):
     """Mean over pairs; `pairs`: ((tokens, mask) chosen, (tokens, mask) rejected), `reference` (P, 2). Also (margins, rewards)."""
     losses, rewards = [], []
-    for (chosen, rejected), known in zip(pairs, reference, strict=True):
-        good, bad = (beta * (answer(model, *half) - value) for half, value in zip((chosen, rejected), known, strict=True))
+    for (chosen, rejected), before in zip(pairs, reference, strict=True):
+        good, bad = (beta * (answer(model, *half) - value) for half, value in zip((chosen, rejected), before, strict=True))
         losses.append(-F.logsigmoid(good - bad))
         rewards.append((float(good.detach()), float(bad.detach())))
     return torch.stack(losses).mean(), np.array(rewards)
@@ -32,12 +32,12 @@ def dpo(model, pairs, reference, beta):
 def grpo(model, completions, advantages, old, reference, *, low, high, weight):
     """Mean over completion tokens; `completions`: (tokens, mask), `old` and `reference`: per token. Also sums of (ratio, clipped, kl)."""
     total, count, stats = 0.0, 0, np.zeros(3)
-    for (tokens, mask), advantage, before, known in zip(completions, advantages, old, reference, strict=True):
+    for (tokens, mask), advantage, before, initial in zip(completions, advantages, old, reference, strict=True):
         keep = torch.as_tensor(mask[1:])
-        now, before, known = (t[keep] for t in (log_probs(model, tokens), torch.as_tensor(before[1:]), torch.as_tensor(known[1:])))
+        now, before, initial = (t[keep] for t in (log_probs(model, tokens), torch.as_tensor(before[1:]), torch.as_tensor(initial[1:])))
         ratio = (now - before).exp()
         gain, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
-        kl = (known - now).exp() - (known - now) - 1
+        kl = (initial - now).exp() - (initial - now) - 1
         total = total + (-torch.minimum(gain, clipped) + weight * kl).sum()
         stats += [ratio.detach().sum(), (clipped < gain).sum(), kl.detach().sum()]
         count += int(keep.sum())

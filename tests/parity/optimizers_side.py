@@ -76,11 +76,11 @@ class Trainer:
             self.backward()
             self.updater.finish_measuring()
         loss = self.backward()
-        found = self.updater.finish()
+        gradients = self.updater.finish()
         self.updater.apply()
         assert all(parameter.grad is None for parameter in self.model.parameters())
         assert all(parameter.grad is None for parameter in self.weights.parameters())
-        return loss, found
+        return loss, gradients
 
     def _snapshot(self):
         self.snapshots += 1
@@ -106,7 +106,7 @@ def run_updates(case, weights, documents, targets, plan, optim):
     assert trainer.snapshots == len(RATES)
     result = (
         [loss for loss, _ in steps],
-        [found.norm for _, found in steps],
+        [gradients.norm for _, gradients in steps],
         trainer.gathered(trainer.weights),
         trainer.gathered(trainer.model),
         trainer.states(),

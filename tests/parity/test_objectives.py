@@ -76,16 +76,16 @@ def truth(family, objective):
         margins = rewards[:, 0] - rewards[:, 1]
         assert 0 < (margins > 0).sum() < len(margins), "both outcomes"
         means = [margins.mean(), (margins > 0).mean(), *rewards.mean(0)]
-        told = {"documents": halves, "reference": reference, "beta": BETA}
+        options = {"documents": halves, "reference": reference, "beta": BETA}
     else:
         docs, advantages = completions()
         old, reference = near(model, docs, 0.3, 1), near(model, docs, 0.5, 2)
         loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **CLIP)
         assert 0.1 < means[1] < 0.9, "some tokens are clipped"
-        told = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
+        options = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
     loss.backward()
     gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
-    return weights, told, loss.item(), np.array(means), gradients
+    return weights, options, loss.item(), np.array(means), gradients
 
 
 LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}
@@ -125,7 +125,7 @@ ROWS = {
 def test_objectives_equal_plain_torch(pool, row, objective):
     made, degree, ulysses, case = ROWS[row]
     world, *batches = made(objective, degree, ulysses)
-    check(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case)
+    check_objective(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case)
 
 
 @pytest.mark.parametrize("barrier_free", [False, True])
@@ -133,14 +133,14 @@ def test_objectives_equal_plain_torch(pool, row, objective):
 def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
     rest = ALL[objective][2:]
     batches = batch((0, 2, 1, (1,)), (2, 1, 1, (0,))), batch((0, 4, 2, rest[:1])), batch((2, 2, 2, rest[1:]))
-    check(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
+    check_objective(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
 
 
-def check(pool, objective, plan, case):
+def check_objective(pool, objective, plan, case):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
-    weights, told, loss, means, gradients = truth(case["family"], objective)
-    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, told, plan, ranks=plan.world_size)[0]
+    weights, options, loss, means, gradients = truth(case["family"], objective)
+    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=plan.world_size)[0]
     assert abs(got_loss - loss) <= 1e-10 * abs(loss)
     np.testing.assert_allclose(got_means, means, rtol=1e-10, atol=1e-12)
     for name, want in gradients.items():

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
+from efflaunch.tests.parallel.sequence.random_plans import step_plans
 from efflaunch.tests.parity.ranks_side import POLICIES, is_trained, run_plans
 from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_loss, reference_model
 from efflaunch.tests.ranks import RankPool
@@ -307,32 +308,10 @@ def rms(got, want):
     return (error / sum(float(np.square(want[name]).sum()) for name in want)) ** 0.5
 
 
-@st.composite
-def random_plans(draw, world=4):
-    """Any split of the sequences into micro-batches of aligned groups of any degree and scheme."""
-    order = list(draw(st.permutations(ALL)))
-    batches = []
-    while order:
-        groups, rank = [], 0
-        while rank < world and order:
-            degree = draw(st.sampled_from([d for d in (1, 2, 4) if rank % d == 0 and rank + d <= world]))
-            if draw(st.integers(0, 3)):  # else these ranks stay idle
-                ulysses = draw(st.sampled_from([u for u in (1, 2, 4) if degree % u == 0]))
-                taken = draw(st.integers(1, len(order)))
-                groups.append(Group(rank, degree, ulysses, tuple(order[:taken])))
-                order = order[taken:]
-            rank += degree
-        if groups:
-            batches.append(MicroBatch(tuple(groups)))
-    plan = StepPlan(world, LENGTHS, tuple(batches))
-    check_plan(plan)
-    return plan
-
-
 @seed(20)
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    plans=st.lists(random_plans(), min_size=5, max_size=5),
+    plans=st.lists(step_plans(LENGTHS, world_sizes=[4]), min_size=5, max_size=5),
     policy=st.sampled_from(["keep", "recompute", "shares_streamed", "upipe_stored", "segments_3_host"]),
 )
 def test_gradients_do_not_depend_on_the_plan(pool, plans, policy):

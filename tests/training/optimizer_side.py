@@ -65,15 +65,15 @@ class Run:
             self.updater.finish_measuring()
         self.updater.before_final_backward()
         backward(self.model, step, scale=3.0)
-        found = self.updater.finish()
-        if math.isfinite(found.norm):
+        state = self.updater.finish()
+        if math.isfinite(state.norm):
             self.updater.apply()
-        return found
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
         """Whole weights and optimizer states."""
-        found = {name: full(value) for name, value in self.weights.named_parameters()}
+        state = {name: full(value) for name, value in self.weights.named_parameters()}
         plain = getattr(self.updater.optimizer, "plain_state", lambda value: value)
         for name, parameter in self.weights.named_parameters():
-            found |= {f"{name}.{key}": full(plain(value)) for key, value in self.updater.optimizer.state[parameter].items()}
-        return found
+            state |= {f"{name}.{key}": full(plain(value)) for key, value in self.updater.optimizer.state[parameter].items()}
+        return state

@@ -71,13 +71,13 @@ def _host_error(words: list[str]) -> str:
     return str(oom.host_error(ledger, 1, 5 << 20, step=3, resume="efflaunch resume runs/run"))
 
 
-def test_the_full_nodes_own_words_are_told_everywhere(pool):
+def test_the_full_nodes_own_message_is_raised_everywhere(pool):
     texts = pool.run(_host_error, [*QUICK, "memory=recompute"], ranks=2)
     assert texts[0] == texts[1]
     assert "host memory, on node1, the node of rank 1, after step 3: found 5.0 MiB left (limit of node 1)" in texts[0]
 
 
-def test_a_run_goes_on_with_the_rates_it_began_with(tmp_path, monkeypatch):
+def test_a_run_keeps_the_rates_it_began_with(tmp_path, monkeypatch):
     """As with its cost model: until parallel.profile names a file, or the machine is another one."""
     monkeypatch.chdir(tmp_path)
     begun, config = tmp_path / "run", compose(QUICK)

@@ -113,8 +113,8 @@ def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path
     assert report.num_bytes == 4 * report.num_parameters
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
-    assert {key for key in saved if again[key] != saved[key]} <= {"architectures", "dtype", "use_cache", "_name_or_path"}
+    reloaded = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert {key for key in saved if reloaded[key] != saved[key]} <= {"architectures", "dtype", "use_cache", "_name_or_path"}
     assert config["use_cache"] is True
     assert {key: config.get(key) for key in OLD[name]} == OLD[name] and config["torch_dtype"] == "float32"
     assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")

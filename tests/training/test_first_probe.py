@@ -51,15 +51,17 @@ def sampled(lengths_of, constant_s=0.01, factor=2.0, noise=0.0):
 def test_a_machine_twice_as_slow_is_twice_as_slow_in_the_model():
     degrees, overhead_s = fit_few(sampled(lambda degree: ((2000 * degree,), (8000 * degree,), (16000 * degree,))), COST)
     assert overhead_s == pytest.approx(0.01) and meaningless(degrees) == ""
-    for row, known in zip(degrees, COST.degrees, strict=True):
-        assert row.attention_s == pytest.approx(2 * known.attention_s)
-        assert row.linear_s + row.exchange_s == pytest.approx(2 * (known.linear_s + known.exchange_s)) and row.fit.mean_error < 1e-9
+    for row, modelled in zip(degrees, COST.degrees, strict=True):
+        assert row.attention_s == pytest.approx(2 * modelled.attention_s)
+        assert row.linear_s + row.exchange_s == pytest.approx(2 * (modelled.linear_s + modelled.exchange_s)) and row.fit.mean_error < 1e-9
 
 
 def test_what_no_sample_shows_scales_with_the_rest():
     """Sequences so short that attention is a thousandth of the time: it still is neither forgotten nor made up by noise."""
     degrees, _ = fit_few(sampled(lambda degree: ((60,), (250,)), constant_s=1e-5, noise=0.02), COST)
-    assert all(row.attention_s == pytest.approx(2 * known.attention_s, rel=0.15) for row, known in zip(degrees, COST.degrees, strict=True))
+    assert all(
+        row.attention_s == pytest.approx(2 * modelled.attention_s, rel=0.15) for row, modelled in zip(degrees, COST.degrees, strict=True)
+    )
 
 
 def test_a_degree_that_differs_is_seen():
@@ -68,8 +70,8 @@ def test_a_degree_that_differs_is_seen():
         for sample in sampled(lambda degree: ((2000,), (8000,), (16000,)), constant_s=0.0)
     ]
     factors = [row.linear_s + row.exchange_s for row in fit_few(slow, COST)[0]]
-    known = [row.linear_s + row.exchange_s for row in COST.degrees]
-    assert factors[1] / known[1] > 1.15 * factors[0] / known[0]
+    modelled = [row.linear_s + row.exchange_s for row in COST.degrees]
+    assert factors[1] / modelled[1] > 1.15 * factors[0] / modelled[0]
 
 
 def test_noise_is_called_so():
@@ -88,9 +90,9 @@ def test_group_sizes_without_enough_shapes_are_named():
 
 
 def test_longer_sequences_are_expected_to_take_longer_but_gathers_are_not():
-    known = Sample(1, 1, (100,), (0.2, 0.3), 0.5)
+    sample = Sample(1, 1, (100,), (0.2, 0.3), 0.5)
     linear = DegreeCost(degree=1, ulysses=1, attention_s=0.0, linear_s=1e-6)
-    assert expected_s(known, (400,), linear) == pytest.approx(0.5 + 4 * 0.3)
+    assert expected_s(sample, (400,), linear) == pytest.approx(0.5 + 4 * 0.3)
 
 
 def test_seconds_must_be_seconds():
@@ -139,11 +141,11 @@ def test_costs_carry_where_they_are_from():
 
     costs = Costs(COST, 0.0, SimpleNamespace(), "arithmetic on data sheets", "abc", is_assumed=True)  # type: ignore[arg-type]
     degrees, overhead_s = fit_few(sampled(lambda degree: ((2000,), (8000,))), COST)
-    found = Measured(degrees=degrees, overhead_s=overhead_s, gather_s=0.05, empty_s=0.05, step_s=0.2).applied(costs, 1)
-    assert found.origin == "probed before step 1 (14 samples; mean error of their fit up to 0%)" and not found.is_assumed
-    assert found.model.source == "profile" and found.model.step_s == 0.2 and found.overhead_s == overhead_s
-    assert load_costs(json.loads(json.dumps(found.dump())), costs.key, "abc") == found
-    assert load_costs(found.dump(), costs.key, "other settings") is None
+    probed = Measured(degrees=degrees, overhead_s=overhead_s, gather_s=0.05, empty_s=0.05, step_s=0.2).applied(costs, 1)
+    assert probed.origin == "probed before step 1 (14 samples; mean error of their fit up to 0%)" and not probed.is_assumed
+    assert probed.model.source == "profile" and probed.model.step_s == 0.2 and probed.overhead_s == overhead_s
+    assert load_costs(json.loads(json.dumps(probed.dump())), costs.key, "abc") == probed
+    assert load_costs(probed.dump(), costs.key, "other settings") is None
     failed = Measured(failure="too much else runs here").applied(costs, 7)
     assert failed.model == COST
     assert failed.origin == "arithmetic on data sheets; a probe before step 7 changed nothing: too much else runs here"
@@ -172,7 +174,7 @@ def _left_alone(words, folder):
     from efflaunch.training.profiling.first_probe import probe_before_training
     from efflaunch.training.profiling.probe import Prober
     from efflaunch.training.step import EMPTY
-    from efflaunch.training.step_planner import settle_costs
+    from efflaunch.training.step_planner import resolve_costs
 
     config, device = compose(words), torch.device("cpu")
     prober = Prober.of(config, device)
@@ -187,17 +189,17 @@ def _left_alone(words, folder):
     prober.updater.finish()
     prober.updater.apply()
     before, phases = _state(prober), []
-    assumed = settle_costs(config, prober.inputs, device, None)
-    found = probe_before_training(config, built, assumed, pathlib.Path(folder), step=1, beat=phases.append)
+    assumed = resolve_costs(config, prober.inputs, device, None)
+    probed = probe_before_training(config, built, assumed, pathlib.Path(folder), step=1, beat=phases.append)
     dist.barrier()
-    again = probe_before_training(config, built, assumed, pathlib.Path(folder), step=1, beat=phases.append)
+    repeated = probe_before_training(config, built, assumed, pathlib.Path(folder), step=1, beat=phases.append)
     after = _state(prober)
     same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     gone = all(parameter.grad is None for parameter in prober.model.parameters())
-    found, again = (json.loads(json.dumps(costs.dump())) for costs in (found, again))
+    probed, repeated = (json.loads(json.dumps(costs.dump())) for costs in (probed, repeated))
     if config.optim.update is Update.STEP:
         assert any(name.endswith("exp_avg") for name in before), "there are moments to lose"
-    return same and gone, assumed.is_assumed, found, again, sorted(set(phases))
+    return same and gone, assumed.is_assumed, probed, repeated, sorted(set(phases))
 
 
 def test_training_is_left_as_it_was_and_a_second_attempt_does_not_probe(pool, tmp_path):
@@ -206,20 +208,20 @@ def test_training_is_left_as_it_was_and_a_second_attempt_does_not_probe(pool, tm
         folder.mkdir()
         answers = pool.run(_left_alone, [*ADAPTIVE, "parallel.probe_s=1", *words], str(folder), ranks=2)
         assert len({json.dumps(answer) for answer in answers}) == 1, "all ranks agree"
-        same, assumed, found, again, phases = answers[0]
-        assert same and assumed and found == again == json.loads((folder / COSTS_FILE).read_text())
+        same, assumed, probed, repeated, phases = answers[0]
+        assert same and assumed and probed == repeated == json.loads((folder / COSTS_FILE).read_text())
         assert phases == ["probing empty micro-batches", "probing groups of 1", "probing groups of 2"]
-        assert "before step 1" in found["origin"]
+        assert "before step 1" in probed["origin"]
 
 
 def test_a_probe_is_left_out_where_backward_updates(pool, tmp_path):
     words = [*ADAPTIVE, "optim.update=backward", "optim.clip_mode=previous_norm"]
-    ((same, _, found, _, phases), _) = pool.run(_left_alone, words, str(tmp_path), ranks=2)
+    ((same, _, probed, _, phases), _) = pool.run(_left_alone, words, str(tmp_path), ranks=2)
     assert same and not phases and not list(tmp_path.iterdir())
-    assert found["origin"].endswith("; not probed: with optim.update=backward a probe would move the optimizer's states")
+    assert probed["origin"].endswith("; not probed: with optim.update=backward a probe would move the optimizer's states")
 
 
 def test_nothing_is_probed_where_nobody_asked(pool, tmp_path):
     for words in ([*ADAPTIVE, "parallel.probe_s=0"], TINY):
-        ((same, assumed, found, _, phases), _) = pool.run(_left_alone, words, str(tmp_path), ranks=2)
-        assert same and assumed and not phases and not list(tmp_path.iterdir()) and "prob" not in found["origin"]
+        ((same, assumed, probed, _, phases), _) = pool.run(_left_alone, words, str(tmp_path), ranks=2)
+        assert same and assumed and not phases and not list(tmp_path.iterdir()) and "prob" not in probed["origin"]

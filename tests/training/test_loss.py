@@ -78,8 +78,8 @@ def test_tied_weights_add_up():
 @pytest.mark.parametrize("frozen", ["x", "weight", "norm"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     x, norm, weight, targets = made()
-    found = gradients(lambda a, w: plain(a, norm, w, targets, 1.0), x, norm, weight)
-    want = dict(zip(("loss", "x", "weight", "norm", "bias"), found, strict=True))
+    actual = gradients(lambda a, w: plain(a, norm, w, targets, 1.0), x, norm, weight)
+    want = dict(zip(("loss", "x", "weight", "norm", "bias"), actual, strict=True))
     norm.zero_grad()
     leaf, w = x.clone().requires_grad_(frozen != "x"), weight.clone().requires_grad_(frozen != "weight")
     norm.weight.requires_grad_(frozen != "norm")

@@ -122,20 +122,20 @@ class _Trained:
         self.updater.apply()
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {name: full(parameter) for name, parameter in self.weights.named_parameters()}
+        state = {name: full(parameter) for name, parameter in self.weights.named_parameters()}
         plain = getattr(self.optimizer, "plain_state", lambda value: value)
         for name, parameter in self.weights.named_parameters():
-            found |= {f"{name}.{key}": full(plain(value)) for key, value in self.optimizer.state[parameter].items()}
-        return found
+            state |= {f"{name}.{key}": full(plain(value)) for key, value in self.optimizer.state[parameter].items()}
+        return state
 
 
 def _run(fields: dict[str, Any], folder: Path, steps: int, *, resume: bool = False) -> dict[str, Tensor]:
     trained = _Trained(fields, folder)
     first = 0
     if resume:
-        found = trained.engine.restore()
-        assert found is not None
-        first = found.step
+        state = trained.engine.restore()
+        assert state is not None
+        first = state.step
         trained.updater.weights_changed()
     for step in range(first, steps):
         trained.step(step)
@@ -148,7 +148,7 @@ def _run(fields: dict[str, Any], folder: Path, steps: int, *, resume: bool = Fal
 
 @pytest.mark.parametrize("kind", LOW, ids=lambda kind: kind.value)
 @pytest.mark.parametrize("states", list(StateDevice), ids=lambda states: states.value)
-def test_checkpoints_hold_float32_and_a_run_goes_on(pool: RankPool, tmp_path: Path, kind: StateDtype, states: StateDevice) -> None:
+def test_checkpoints_hold_float32_and_a_run_resumes(pool: RankPool, tmp_path: Path, kind: StateDtype, states: StateDevice) -> None:
     """Bit-equal with bfloat16. The 8-bit grid is not symmetric: a block whose largest number is negative is rounded once more."""
     fields = {"state_dtype": kind, "state_device": states, "update": Update.BACKWARD}
     whole = pool.run(_run, fields, tmp_path / "whole", 4, ranks=2)[0]

@@ -79,10 +79,10 @@ def test_rewarm_rises_from_the_last_rate_and_decays_over_what_is_left(schedule: 
         return
     assert change is not None and "begun anew, 4 steps of warm-up and the decay to step 40" in change
     # A crash later on: the same settings go on with the new course, and a longer run yet is a matter of its own.
-    again = load_course(course.dump(config, 30), config)
-    assert again is not None and resumed_course(config, again, 30, MORE)[1] is None
-    assert [again.rate(config, step) for step in range(STEPS, MORE)] == rates
-    third, _ = resumed_course(config, again, 30, 60)
+    reloaded = load_course(course.dump(config, 30), config)
+    assert reloaded is not None and resumed_course(config, reloaded, 30, MORE)[1] is None
+    assert [reloaded.rate(config, step) for step in range(STEPS, MORE)] == rates
+    third, _ = resumed_course(config, reloaded, 30, 60)
     assert (third.start, third.total_steps, third.base) == (30, 60, course.rate(config, 29))
 
 

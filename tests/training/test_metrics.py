@@ -113,7 +113,7 @@ def test_sinks_get_the_numbers_of_each_step_in_their_own_thread(tmp_path: Path) 
     assert sink.closed and sink.thread == "mine sink"
 
 
-def test_a_sink_that_fails_is_reported_once_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_fails_is_reported_once_and_the_others_continue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = _Recorder()
 
     def broken() -> _Recorder:

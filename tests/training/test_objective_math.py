@@ -23,23 +23,23 @@ CPU = torch.device("cpu")
 def test_preference_slopes_are_the_derivatives():
     torch.manual_seed(0)
     sums, reference = torch.randn(6, 2).double().requires_grad_(), torch.randn(6, 2).double()
-    found = preference_losses(sums, reference, 0.3)
+    losses = preference_losses(sums, reference, 0.3)
     rewards = 0.3 * (sums - reference)
     want = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
-    torch.testing.assert_close(found.losses, want, rtol=1e-14, atol=0)
+    torch.testing.assert_close(losses.losses, want, rtol=1e-14, atol=0)
     (slopes,) = torch.autograd.grad(want.sum(), sums)
-    torch.testing.assert_close(found.slopes, slopes, rtol=1e-13, atol=0)
-    assert found.stats[:, 1].sum() == (rewards[:, 0] > rewards[:, 1]).sum()
+    torch.testing.assert_close(losses.slopes, slopes, rtol=1e-13, atol=0)
+    assert losses.stats[:, 1].sum() == (rewards[:, 0] > rewards[:, 1]).sum()
 
 
 def test_equal_answers_cost_ln_2():
-    found = preference_losses(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), 0.1)
-    assert float(found.losses) == pytest.approx(math.log(2)) and found.slopes.tolist() == [[-0.05, 0.05]]
+    losses = preference_losses(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), 0.1)
+    assert float(losses.losses) == pytest.approx(math.log(2)) and losses.slopes.tolist() == [[-0.05, 0.05]]
 
 
 def test_huge_margins_stay_finite():
-    found = preference_losses(torch.tensor([[0.0, 1e6], [1e6, 0.0]]).double(), torch.zeros(2, 2).double(), 1.0)
-    assert found.losses.tolist() == [1e6, 0.0] and found.slopes.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+    losses = preference_losses(torch.tensor([[0.0, 1e6], [1e6, 0.0]]).double(), torch.zeros(2, 2).double(), 1.0)
+    assert losses.losses.tolist() == [1e6, 0.0] and losses.slopes.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])
@@ -47,23 +47,23 @@ def test_rollout_slopes_are_the_derivatives(weight):
     torch.manual_seed(1)
     log_probs, old = -torch.rand(200).double().requires_grad_(), -torch.rand(200).double()
     rows = RolloutRows(torch.randn(200).double(), old, -torch.rand(200).double())
-    found = rollout_terms(log_probs.detach(), rows, RolloutOptions(0.2, 0.3, weight))
+    losses = rollout_terms(log_probs.detach(), rows, RolloutOptions(0.2, 0.3, weight))
     ratio = (log_probs - old).exp()
     surrogate = torch.minimum(ratio * rows.advantage, ratio.clamp(0.8, 1.3) * rows.advantage)
     kl = (rows.reference - log_probs).exp() - (rows.reference - log_probs) - 1
     want = -surrogate + weight * kl
     (slopes,) = torch.autograd.grad(want.sum(), log_probs)
-    torch.testing.assert_close(found.terms, want, rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(found.slopes, slopes, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(losses.terms, want, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(losses.slopes, slopes, rtol=1e-12, atol=1e-13)
     outside = ((ratio > 1.3) & (rows.advantage > 0)) | ((ratio < 0.8) & (rows.advantage < 0))
-    assert found.stats[:, 1].tolist() == outside.double().tolist() and 0 < outside.sum() < 200
-    assert (found.stats[:, 2] >= 0).all()
+    assert losses.stats[:, 1].tolist() == outside.double().tolist() and 0 < outside.sum() < 200
+    assert (losses.stats[:, 2] >= 0).all()
 
 
 def test_the_first_update_on_own_samples_is_the_policy_gradient():
     log_probs, advantage = torch.tensor([-1.0, -2.0]).double(), torch.tensor([0.5, -0.5]).double()
-    found = rollout_terms(log_probs, RolloutRows(advantage, log_probs, None), RolloutOptions(0.2, 0.2, 0.0))
-    assert found.slopes.tolist() == [-0.5, 0.5] and found.stats.tolist() == [[1.0, 0.0, 0.0]] * 2
+    losses = rollout_terms(log_probs, RolloutRows(advantage, log_probs, None), RolloutOptions(0.2, 0.2, 0.0))
+    assert losses.slopes.tolist() == [-0.5, 0.5] and losses.stats.tolist() == [[1.0, 0.0, 0.0]] * 2
 
 
 def test_sums_by_index():
@@ -116,11 +116,11 @@ def test_log_probabilities_are_those_of_whole_logits():
     x, weight, norm = torch.randn(31, 12).double(), torch.randn(53, 12).double(), Norm(12)
     targets = torch.randint(0, 53, (31,))
     targets[::3] = -100
-    found = chunked_log_probs(Head(x, norm, weight, targets, LossOptions(7, softcap=3.0)))
+    losses = chunked_log_probs(Head(x, norm, weight, targets, LossOptions(7, softcap=3.0)))
     logits = 3 * (F.linear(norm(x), weight) / 3).tanh()
     want = torch.where(targets == -100, 0.0, logits.log_softmax(-1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1))
-    torch.testing.assert_close(found, want.detach(), rtol=1e-12, atol=1e-12)
-    assert not found.requires_grad
+    torch.testing.assert_close(losses, want.detach(), rtol=1e-12, atol=1e-12)
+    assert not losses.requires_grad
 
 
 @pytest.mark.parametrize("pairs", [1, 2])

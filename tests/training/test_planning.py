@@ -82,7 +82,7 @@ def test_static_plans_are_the_static_solver_s(pool):
         assert plans == [repr(static_plan(lengths_of(step), request())) for step in range(STEPS)]
 
 
-def test_a_killed_planning_process_is_told_once_and_greedy_goes_on(pool):
+def test_a_killed_planning_process_is_reported_once_and_greedy_plans_follow(pool):
     answers = pool.run(plan_steps, "adaptive", "adaptive", 20.0, 3, ranks=4)
     assert all(answer[:2] == answers[0][:2] for answer in answers)
     assert answers[0][1][3:] == ["greedy"] * (STEPS - 3) and answers[0][2]["unplanned"] == STEPS - 3
@@ -101,7 +101,7 @@ def test_late_plans_are_greedy_and_counted(pool):
     assert plans[step].partition("micro_batches=")[2].startswith(repr(solve_greedy(lengths_of(step), COST).micro_batches)[:40])
 
 
-def test_a_broken_solver_is_told_once(pool):
+def test_a_broken_solver_is_reported_once(pool):
     answers = pool.run(plan_steps, "adaptive", "efflaunch.tests.parallel.fake_solvers:broken", ranks=4)
     assert answers[0][1] == ["greedy"] * STEPS
     ((event, fields),) = answers[0][3]
@@ -143,11 +143,11 @@ def test_settings_decide_whether_a_stored_cost_model_is_used_again(tmp_path, mon
     import torch
 
     from efflaunch.launcher.config.ledger import plan
-    from efflaunch.training.step_planner import settle_costs
+    from efflaunch.training.step_planner import resolve_costs
 
     def settled(stored, *words, measured=None):
         config = compose(["+experiment=quickstart", *words])
-        return settle_costs(config, replace(plan(config).inputs, measured=measured), torch.device("cpu"), stored)
+        return resolve_costs(config, replace(plan(config).inputs, measured=measured), torch.device("cpu"), stored)
 
     monkeypatch.chdir(tmp_path)
     first = settled(None)

@@ -91,8 +91,8 @@ def test_real_ranks_are_profiled(pool, tmp_path):
     assert rates is not None and (rates.device, rates.ranks_per_node, len(rates.link), len(rates.disk)) == ("cpu", 2, 2, 2)
     assert rates.directory == str(tmp_path) and rates.device_update == rates.host_update > 0
     assert all(math.isfinite(rate) and rate > 0 for row in (*rates.link, *rates.disk) for rate in astuple(row))
-    found = find_rates(None, compose(TINY).cluster, "", None, tmp_path)
-    assert found is not None and found.rates == rates
+    stored = find_rates(None, compose(TINY).cluster, "", None, tmp_path)
+    assert stored is not None and stored.rates == rates
     figures = [profile.overhead_s, profile.gather_s, profile.empty_s, profile.step_s]
     assert all(math.isfinite(value) and value >= 0 for value in figures)
     assert json.dumps(figures) and np.isfinite([link.latency_s for link in profile.collectives]).all()

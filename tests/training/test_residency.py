@@ -88,9 +88,9 @@ def _with_a_bad_gradient(fields: dict[str, Any]) -> tuple[Any, dict[str, Tensor]
     run = Run(config(**fields))
     before = {name: local.clone() for name, local in _locals(run).items()}
     run.spoil = True
-    found = run.step(0)
+    gradients = run.step(0)
     run.updater.close()
-    return found, before, _locals(run), found.norm
+    return gradients, before, _locals(run), gradients.norm
 
 
 def _locals(run: Run) -> dict[str, Tensor]:
@@ -100,14 +100,14 @@ def _locals(run: Run) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_gradient_that_is_not_finite_names_its_layer_on_every_rank_and_is_not_applied(pool: RankPool, mode: str) -> None:
     in_backward = "backward" in mode
-    for rank, (found, before, after, norm) in enumerate(pool.run(_with_a_bad_gradient, MODES[mode], ranks=2)):
+    for rank, (gradients, before, after, norm) in enumerate(pool.run(_with_a_bad_gradient, MODES[mode], ranks=2)):
         assert math.isnan(norm)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         if not in_backward:
-            assert not changed and not found.partly_applied
-            assert mode == "device" or found.first_bad == "layers.0"
+            assert not changed and not gradients.partly_applied
+            assert mode == "device" or gradients.first_bad == "layers.0"
             continue
-        assert found.first_bad == "layers.0" and found.partly_applied
+        assert gradients.first_bad == "layers.0" and gradients.partly_applied
         assert any(name.startswith("layers.1.") for name in changed), "the layer before it in backward was updated"
         if rank == 1:  # whose shard has the number that is none
             assert not any(name.startswith("layers.0.") for name in changed)
@@ -143,19 +143,19 @@ def _all_steps(fields: dict[str, Any]) -> dict[str, Tensor]:
     return run.tensors()
 
 
-def _equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+def check_equal(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert gradients.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(gradients[name], wanted[name])] == []
 
 
 @pytest.mark.parametrize("first", MODES)
 @pytest.mark.parametrize("second", MODES)
-def test_a_run_goes_on_bit_equal_wherever_its_states_live(pool: RankPool, tmp_path: Path, first: str, second: str) -> None:
+def test_a_run_resumes_bit_equal_wherever_its_states_live(pool: RankPool, tmp_path: Path, first: str, second: str) -> None:
     wanted = pool.run(_all_steps, MODES["device"], ranks=2)[0]
     saved = pool.run(_train_and_save, tmp_path / "run", MODES[first], 1, ranks=2)[0]
     restored, trained = pool.run(_resume, tmp_path / "run", MODES[second], 1, ranks=2)[0]
-    _equal(restored, saved)
-    _equal(trained, wanted)
+    check_equal(restored, saved)
+    check_equal(trained, wanted)
 
 
 @pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (4, 1), (4, 2)], ids=["one", "four", "hsdp 2x2"])
@@ -163,7 +163,7 @@ def test_a_run_goes_on_bit_equal_wherever_its_states_live(pool: RankPool, tmp_pa
 def test_another_number_of_ranks_finds_the_same_numbers(pool: RankPool, tmp_path: Path, ranks: int, replicate: int, second: str) -> None:
     saved = pool.run(_train_and_save, tmp_path / "run", MODES["host"], 1, ranks=2)[0]
     restored, trained = pool.run(_resume, tmp_path / "run", MODES[second], replicate, ranks=ranks)[0]
-    _equal(restored, saved)
+    check_equal(restored, saved)
     wanted = pool.run(_all_steps, MODES["device"], ranks=2)[0]
     for name, value in wanted.items():
         torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -174,7 +174,7 @@ def test_the_previous_norm_survives_a_restart(pool: RankPool, tmp_path: Path, st
     fields = {"state_device": states, "update": Update.BACKWARD, "grad_clip": 0.3, "clip_mode": ClipMode.PREVIOUS_NORM}
     wanted = pool.run(_all_steps, fields, ranks=2)[0]
     pool.run(_train_and_save, tmp_path / "run", fields, 1, ranks=2)
-    _equal(pool.run(_resume, tmp_path / "run", fields, 1, ranks=2)[0][1], wanted)
+    check_equal(pool.run(_resume, tmp_path / "run", fields, 1, ranks=2)[0][1], wanted)
 
 
 def test_a_failure_in_the_worker_is_raised_where_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def _an_update_that_waits_for_the_next_layer() -> bool:
     return len(waited) == 3 and all(waited)
 
 
-def test_backward_goes_on_while_a_layer_is_updated(pool: RankPool) -> None:
+def test_backward_continues_while_a_layer_is_updated(pool: RankPool) -> None:
     """The last layer's update waits for the first layer's gradient, which backward brings only if it does not wait for the update."""
     assert pool.run(_an_update_that_waits_for_the_next_layer, ranks=2) == [True, True]
 
@@ -242,7 +242,7 @@ def test_an_updater_of_a_model_that_is_not_wrapped() -> None:
         for step in range(2):
             run.step(step)
         run.updater.close()
-        _equal(run.tensors(), runs[0].tensors())
+        check_equal(run.tensors(), runs[0].tensors())
     reference = plain_model()
     backward(reference)
     assert all(parameter.grad is not None for parameter in reference.parameters())

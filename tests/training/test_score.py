@@ -82,18 +82,18 @@ def _score(prefixes, objective, weights, run_dir, ulysses, stop_at, name="w"):
     )
     for key, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[key]))
-    source, told = _open(prefixes, objective), []
+    source, reports = _open(prefixes, objective), []
     session = SimpleNamespace(source=source, device=device, topology=topology, kernel=CpuKernel(), model=model)
 
     def plan(lengths):
         return solve_static(lengths, world_size=ranks, degree=ranks, ulysses=ulysses, tokens_per_rank=64, linear_cost_tokens=100)
 
     def report(event, **fields):
-        told.append(fields)
+        reports.append(fields)
 
     missing = list(range(len(prefixes)))
     done = fill_scores(session, run_dir, missing, name, plan, stop=StopAt(stop_at if dist.get_rank() == ranks - 1 else 0), report=report)
-    return done, told
+    return done, reports
 
 
 def truth(prefix, kind):
@@ -109,8 +109,8 @@ def truth(prefix, kind):
                 continue
             for part in corpus.parts(document) or (length,):
                 tokens, mask = corpus.tokens(document, at, at + part), corpus.mask(document, at, at + part)
-                found = np.append(0.0, objective_reference.log_probs(model, tokens).numpy()) * mask
-                values.append(found.sum(keepdims=True) if kind is Kind.PAIRS else found)
+                stored = np.append(0.0, objective_reference.log_probs(model, tokens).numpy()) * mask
+                values.append(stored.sum(keepdims=True) if kind is Kind.PAIRS else stored)
                 at += part
     return weights, np.concatenate(values)
 
@@ -122,14 +122,14 @@ def test_scores_are_those_of_the_plain_model(pool, tmp_path, kind, ranks, ulysse
     weights, want = truth(prefix, kind)
     answers = pool.run(_score, [prefix], objective, weights, tmp_path / "run", ulysses, 0, ranks=ranks)
     assert all(done for done, _ in answers)
-    found = np.fromfile(tmp_path / "run" / "scores" / "0-c.ref.bin", dtype=np.float64 if kind is Kind.PAIRS else np.float32)
-    np.testing.assert_allclose(found, want, rtol=1e-11 if kind is Kind.PAIRS else 1e-6, equal_nan=True)
-    told = answers[0][1][-1]
-    assert told["done_tokens"] == told["total_tokens"] == sum(length for length in IndexedCorpus(prefix).lengths if length <= 64)
+    stored = np.fromfile(tmp_path / "run" / "scores" / "0-c.ref.bin", dtype=np.float64 if kind is Kind.PAIRS else np.float32)
+    np.testing.assert_allclose(stored, want, rtol=1e-11 if kind is Kind.PAIRS else 1e-6, equal_nan=True)
+    reports = answers[0][1][-1]
+    assert reports["done_tokens"] == reports["total_tokens"] == sum(length for length in IndexedCorpus(prefix).lengths if length <= 64)
     assert sorted(path.name for path in (tmp_path / "run" / "scores").iterdir()) == ["0-c.ref.bin", "origins.json"]
 
 
-def test_stopped_scoring_goes_on_where_it_was(pool, tmp_path):
+def test_stopped_scoring_resumes_where_it_was(pool, tmp_path):
     prefix = write(tmp_path / "c", Kind.PAIRS)
     weights, want = truth(prefix, Kind.PAIRS)
     run, scores = tmp_path / "run", tmp_path / "run" / "scores"
@@ -145,8 +145,8 @@ def test_stopped_scoring_goes_on_where_it_was(pool, tmp_path):
     part[2 * state["rows_done"] :] = 7.0
     part[6:8] = np.nan
     part.flush()
-    done, told = go(0)
-    assert done and told[0]["done_tokens"] > sum(sum(sizes) + sizes[0] for sizes in PAIRS[: state["rows_done"]])
+    done, reports = go(0)
+    assert done and reports[0]["done_tokens"] > sum(sum(sizes) + sizes[0] for sizes in PAIRS[: state["rows_done"]])
     np.testing.assert_allclose(np.fromfile(scores / "0-c.ref.bin"), want, rtol=1e-11, equal_nan=True)
 
 
@@ -164,5 +164,5 @@ def test_several_corpora_at_once(pool, tmp_path):
     weights, want = truth(prefixes[0], Kind.COMPLETIONS)
     assert pool.run(_score, prefixes, Objective.GRPO, weights, tmp_path / "run", 2, 0, ranks=2)[0][0] is True
     for name in ("0-a", "1-b"):
-        found = np.fromfile(tmp_path / "run" / "scores" / f"{name}.ref.bin", dtype=np.float32)
-        np.testing.assert_allclose(found, want, rtol=1e-6, equal_nan=True)
+        stored = np.fromfile(tmp_path / "run" / "scores" / f"{name}.ref.bin", dtype=np.float32)
+        np.testing.assert_allclose(stored, want, rtol=1e-6, equal_nan=True)

@@ -76,13 +76,13 @@ def off_model() -> CostModel:
 
 def run(plans: Plans, true: CostModel, *, steps: int, noise: float = 0.05, slow: Callable[[int], dict[int, float]], seed: int = 0):
     """Everything that was told, with the step of it."""
-    rng, watch, told = np.random.default_rng(seed), Stragglers(COST), []
+    rng, watch, reported = np.random.default_rng(seed), Stragglers(COST), []
     for step in range(steps):
         plan = plans(rng)
         news = watch.add(plan, own_s(plan, true, rng, noise, slow(step)))
         if news is not None:
-            told.append((step, news))
-    return told
+            reported.append((step, news))
+    return reported
 
 
 def nobody(step: int) -> dict[int, float]:
@@ -102,15 +102,15 @@ def test_no_false_alarm(plans: Plans, true: CostModel, seed: int) -> None:
 @pytest.mark.parametrize("rank", [0, 5, 7])
 def test_a_slow_rank_is_named(plans: Plans, true: CostModel, rank: int) -> None:
     """Twice as slow. Where a rank is one of few in groups of its size, the fit takes a part of that for the groups' own."""
-    told = run(plans, true, steps=2 + WINDOW * WINDOWS, slow=lambda step: {rank: 2.0})
-    assert [[found.rank for found in news] for _, news in told] == [[rank]]
-    assert told[0][0] == 1 + WINDOW * ENOUGH, "after as many windows as are enough"
-    assert 1.25 < told[0][1][0].ratio < 2.2
+    reported = run(plans, true, steps=2 + WINDOW * WINDOWS, slow=lambda step: {rank: 2.0})
+    assert [[straggler.rank for straggler in news] for _, news in reported] == [[rank]]
+    assert reported[0][0] == 1 + WINDOW * ENOUGH, "after as many windows as are enough"
+    assert 1.25 < reported[0][1][0].ratio < 2.2
 
 
 def test_the_ratio_is_right_where_ranks_can_be_compared() -> None:
-    ((_, (found,)),) = run(equal, without_sending(COST), steps=50, noise=0.01, slow=lambda step: {3: 1.5})
-    assert found.rank == 3 and found.ratio == pytest.approx(1.5, rel=0.02)
+    ((_, (straggler,)),) = run(equal, without_sending(COST), steps=50, noise=0.01, slow=lambda step: {3: 1.5})
+    assert straggler.rank == 3 and straggler.ratio == pytest.approx(1.5, rel=0.02)
 
 
 def test_a_bad_moment_is_no_straggler() -> None:
@@ -118,28 +118,28 @@ def test_a_bad_moment_is_no_straggler() -> None:
     assert run(equal, without_sending(COST), steps=400, slow=lambda step: {2: 3.0} if step // WINDOW in (3, 4, 20, 30) else {}) == []
 
 
-def test_one_that_recovers_is_told_of_once_more() -> None:
-    told = run(equal, without_sending(COST), steps=400, slow=lambda step: {2: 2.0} if step < 100 else {})
-    assert [[found.rank for found in news] for _, news in told] == [[2], []] and told[1][0] > 100
+def test_one_that_recovers_is_reported_once_more() -> None:
+    reported = run(equal, without_sending(COST), steps=400, slow=lambda step: {2: 2.0} if step < 100 else {})
+    assert [[straggler.rank for straggler in news] for _, news in reported] == [[2], []] and reported[1][0] > 100
 
 
-def test_at_the_border_it_is_not_told_again_and_again() -> None:
-    told = run(equal, without_sending(COST), steps=2000, noise=0.02, slow=lambda step: {2: 1.25})
-    assert len(told) < 30
+def test_at_the_border_it_is_not_reported_again_and_again() -> None:
+    reported = run(equal, without_sending(COST), steps=2000, noise=0.02, slow=lambda step: {2: 1.25})
+    assert len(reported) < 30
 
 
 def test_two_slow_ranks_of_one_node() -> None:
-    told = run(equal, without_sending(COST), steps=60, slow=lambda step: {6: 1.6, 7: 1.6})
-    assert {found.rank for found in told[-1][1]} == {6, 7}
+    reported = run(equal, without_sending(COST), steps=60, slow=lambda step: {6: 1.6, 7: 1.6})
+    assert {straggler.rank for straggler in reported[-1][1]} == {6, 7}
 
 
 def test_of_two_ranks_the_slower_one() -> None:
     cost = replace(COST, world_size=2, degrees=COST.degrees[:2])
-    watch, told = Stragglers(cost), []
+    watch, reported = Stragglers(cost), []
     plan = StepPlan(2, (3000, 3000), (MicroBatch((Group(0, 1, 1, (0,)), Group(1, 1, 1, (1,)))),))
     for _ in range(2 + WINDOW * WINDOWS):
-        told.append(watch.add(plan, [0.1, 0.17]))
-    assert [news for news in told if news] == [[Straggler(1, pytest.approx(1.7))]]
+        reported.append(watch.add(plan, [0.1, 0.17]))
+    assert [news for news in reported if news] == [[Straggler(1, pytest.approx(1.7))]]
 
 
 def test_a_rank_in_a_ring_whose_neighbour_waits() -> None:
@@ -147,8 +147,8 @@ def test_a_rank_in_a_ring_whose_neighbour_waits() -> None:
     cost = replace(COST, world_size=2, degrees=COST.degrees[:2])
     plan = StepPlan(2, (9000,), (MicroBatch((Group(0, 2, 2, (0,)),)),))
     watch = Stragglers(cost)
-    told = [watch.add(plan, [0.4, 0.1]) for _ in range(2 + WINDOW * WINDOWS)]
-    assert [news for news in told if news] == [[Straggler(0, pytest.approx(4.0))]]
+    reported = [watch.add(plan, [0.4, 0.1]) for _ in range(2 + WINDOW * WINDOWS)]
+    assert [news for news in reported if news] == [[Straggler(0, pytest.approx(4.0))]]
 
 
 def test_idle_ranks_and_single_ranks_are_not_judged() -> None:

@@ -1,4 +1,4 @@
-"""Renders conversations to text, and tells which characters of it are learnt.
+"""Renders conversations to text, and marks which characters of it are learnt.
 
 Note: what is learnt
     Where the chat template has {% generation %} tags, what they enclose.

@@ -28,7 +28,7 @@ from .tokenizer import load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """What the command line says about tokenisation; the same in every worker."""
+    """The command line's options on tokenisation; the same in every worker."""
 
     tokenizer: str
     text_field: str = "text"

@@ -52,7 +52,7 @@ def stored_dtype(name: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What a .idx file says; `starts[d] ... starts[d + 1]` are document d's tokens, counted over the whole corpus."""
+    """The content of a .idx file; `starts[d] ... starts[d + 1]` are document d's tokens, counted over the whole corpus."""
 
     dtype: np.dtype[Any]
     starts: np.ndarray
@@ -63,7 +63,7 @@ class Index:
 
 
 def read_index(path: str) -> Index:
-    """The checked content of a .idx file. DataError where it is missing, cut short or says impossible things."""
+    """The checked content of a .idx file. DataError where it is missing, cut short or impossible."""
     size = _size(path)
     with open(path, "rb") as stream:
         head = stream.read(HEADER.size)

@@ -103,7 +103,7 @@ class Scores:
         """
         self._source, self._weights = source, weights
         self._columns = [self._open(index, corpus, run_dir) for index, corpus in enumerate(source.corpora)]
-        needs_old, needs_reference = wanted(train)
+        needs_old, needs_reference = needed_scores(train)
         self.missing = [
             index
             for index, column in enumerate(self._columns)
@@ -156,7 +156,7 @@ class Scores:
         )
 
 
-def wanted(train: TrainConfig) -> tuple[bool, bool]:
+def needed_scores(train: TrainConfig) -> tuple[bool, bool]:
     """Whether the objective needs (old, reference) log-probabilities."""
     grpo = train.objective is Objective.GRPO
     return grpo, train.objective is Objective.DPO or (grpo and train.grpo_kl_weight > 0)

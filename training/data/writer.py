@@ -147,7 +147,7 @@ class IndexedWriter:
 
 
 def publish(prefix: str) -> None:
-    """Give sealed parts their final names. May be run again after a stop in the middle of it."""
+    """Give sealed parts their final names. May be repeated after a stop in the middle of it."""
     for suffix in FINAL_SUFFIXES:
         part = _part(prefix, suffix)
         if os.path.exists(part):

@@ -17,8 +17,9 @@ from ...model.weights import weights_fingerprint
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
 from ..config import Objective, TrainConfig
-from ..data.scores import Scores, wanted
-from ..score_corpus import Stop, fill_scores
+from ..data.scores import Scores, needed_scores
+from ..run_settings import Stop
+from ..score_corpus import fill_scores
 from ..session import Session
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
 from .rollout import RolloutOptions
@@ -37,7 +38,7 @@ class RunObjective:
     def __init__(self, config: _Config, session: Session, run_dir: Path, *, resumed: bool) -> None:
         """Open the objective; `resumed`: the weights are from a checkpoint."""
         self._train, self._session, self._run_dir, self._resumed = config.train, session, run_dir, resumed
-        needed = not resumed and any(wanted(config.train))
+        needed = not resumed and any(needed_scores(config.train))
         self._weights = _agreed(initial_weights(config), session.topology) if needed else None
         self._scores = Scores(session.source, run_dir, config.train, self._weights)
 

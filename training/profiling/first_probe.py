@@ -2,7 +2,7 @@
 
 Note: what it may not change. It runs backward passes of random tokens and throws the gradients away: no update, no random number of
 training, no state. So a run with a probe is bit-equal to one without that happens to go by the same plans. An updater that works within
-backward would move its moments: there the probe is left out. What it settles on is stored, in RUN_DIR/costs.json and in checkpoints, for
+backward would move its moments: there the probe is left out. Its result is stored, in RUN_DIR/costs.json and in checkpoints, for
 another probe would make other plans, and with them other last bits.
 """
 
@@ -34,7 +34,7 @@ from .probe import Probed, Prober, Sample, lengths_of
 log = logging.getLogger(__name__)
 COSTS_FILE = "costs.json"
 SHAPES = ((64, 1), (16, 1), (4, 1), (2, 1), (1, 1))
-"""(fraction of the longest sequence a group meets, number of such sequences); what is cheap for what it tells comes first."""
+"""(fraction of the longest sequence a group meets, number of such sequences); what is cheap for what it shows comes first."""
 ENOUGH = 2
 """Shapes of every degree without which there is no fit: they tell what is linear in tokens from the constant."""
 FIRST_PASS = 0.85
@@ -43,7 +43,7 @@ PASSES = 3
 GOOD = 0.05
 """Mean relative error of a fit with which no further pass is made."""
 SCATTER = 0.5
-"""Mean relative error of a fit beyond which it says nothing."""
+"""Mean relative error beyond which a fit is not used."""
 
 
 def probe_before_training(
@@ -51,27 +51,27 @@ def probe_before_training(
 ) -> Costs:
     """`costs`; or, where they are assumed, those of an earlier attempt's probe or of one made now. Collective, alike on every rank.
 
-    `step`: the one that follows, for people. `beat` hears of every sample. Where the probe shows nothing, `costs` with the reason.
+    `step`: the one that follows, for people. `beat` is called with every sample. Where the probe shows nothing, `costs` with the reason.
     """
     if config.parallel.sequence is not SequenceMode.ADAPTIVE or config.parallel.probe_s == 0:
         return costs
     leads, world = built.topology.rank == 0, built.topology.world
-    known = _of_rank_0(_settled(costs, run_dir) if leads else None, world)
-    if known is not None:
-        return known
+    costs_at_hand = _of_rank_0(_without_probe(costs, run_dir) if leads else None, world)
+    if costs_at_hand is not None:
+        return costs_at_hand
     if config.optim.update is Update.BACKWARD:
         return replace(costs, origin=f"{costs.origin}; not probed: with optim.update=backward a probe would move the optimizer's states")
     measured = QuickProbe(config, built, beat).measure()
-    found = _of_rank_0(measured.applied(costs, step), world)
-    assert found is not None
+    probed = _of_rank_0(measured.applied(costs, step), world)
+    assert probed is not None
     if leads:
-        log.info("step times: %s", found.origin)
-        write_atomic(run_dir / COSTS_FILE, json.dumps(found.dump(), indent=1))
-    return found
+        log.info("step times: %s", probed.origin)
+        write_atomic(run_dir / COSTS_FILE, json.dumps(probed.dump(), indent=1))
+    return probed
 
 
-def _settled(costs: Costs, run_dir: Path) -> Costs | None:
-    """What needs no probe: measured or stored costs, or those that an attempt before this one settled on with the same settings."""
+def _without_probe(costs: Costs, run_dir: Path) -> Costs | None:
+    """The costs that need no probe: measured or stored costs, or those of an earlier attempt's probe with the same settings."""
     if not costs.is_assumed:
         return costs
     path = run_dir / COSTS_FILE
@@ -79,14 +79,14 @@ def _settled(costs: Costs, run_dir: Path) -> Costs | None:
 
 
 def _of_rank_0(costs: Costs | None, world: dist.ProcessGroup) -> Costs | None:
-    held = [costs]
-    dist.broadcast_object_list(held, 0, group=world, device=torch.device("cpu"))
-    return held[0]
+    payload = [costs]
+    dist.broadcast_object_list(payload, 0, group=world, device=torch.device("cpu"))
+    return payload[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a probe came to: a profile's figures, or why there are none."""
+    """The result of a probe: a profile's figures, or why there are none."""
 
     degrees: tuple[FittedDegree, ...] = ()
     overhead_s: float = 0.0
@@ -147,7 +147,7 @@ class QuickProbe:
         )
 
     def _samples(self, begun: float) -> list[Sample]:
-        """Each shape on each degree while the time lasts, by the pace of those before; then the quickest of them again."""
+        """Each shape on each degree while the time lasts, by the pace of those before; then the quickest of them once more."""
         taken: list[tuple[float, DegreeCost, tuple[int, int], Sample]] = []
         last: dict[int, Sample] = {}
         ends = begun + FIRST_PASS * self._budget_s
@@ -159,9 +159,9 @@ class QuickProbe:
                     continue
                 last[cost.degree] = sample = self._sample(cost, shape)
                 taken.append((self._now() - started, cost, shape, sample))
-        return self._again(sorted(taken, key=lambda row: row[0]), begun + self._budget_s)
+        return self._repeated(sorted(taken, key=lambda row: row[0]), begun + self._budget_s)
 
-    def _again(self, taken: Sequence[tuple[float, DegreeCost, tuple[int, int], Sample]], ends: float) -> list[Sample]:
+    def _repeated(self, taken: Sequence[tuple[float, DegreeCost, tuple[int, int], Sample]], ends: float) -> list[Sample]:
         kept = [sample for *_, sample in taken]
         for _ in range(PASSES - 1):
             degrees, _ = fit_few(kept, self.prober.cost)
@@ -196,9 +196,9 @@ def fit_few(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDeg
     rows, seconds, owner = [], [], []
     for sample in samples:
         index = place[sample.degree]
-        known = cost.degrees[index]
-        row = [0.0] * count + [float(attention_units(known, sample.lengths).sum()) * squares_s(known), 1.0]
-        row[index] = sum(sample.lengths) * (known.linear_s + known.exchange_s)
+        modelled = cost.degrees[index]
+        row = [0.0] * count + [float(attention_units(modelled, sample.lengths).sum()) * squares_s(modelled), 1.0]
+        row[index] = sum(sample.lengths) * (modelled.linear_s + modelled.exchange_s)
         rows += [row] * len(sample.group_s)
         seconds += list(sample.group_s)
         owner += [sample.degree] * len(sample.group_s)
@@ -208,16 +208,16 @@ def fit_few(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDeg
     *factors, overhead_s = least_squares(rows + made_up, seconds + [overall] * len(made_up))
     fitted = []
     local_s = factors[0] * (cost.degrees[0].linear_s + cost.degrees[0].exchange_s) * cost.degrees[0].degree
-    for index, known in enumerate(cost.degrees):
-        mine = [at for at, degree in enumerate(owner) if degree == known.degree]
+    for index, modelled in enumerate(cost.degrees):
+        mine = [at for at, degree in enumerate(owner) if degree == modelled.degree]
         predicted = np.array(rows)[mine] @ np.array([*factors, overhead_s])
-        linear_s = factors[index] * (known.linear_s + known.exchange_s)
-        share = min(linear_s, local_s / known.degree)
+        linear_s = factors[index] * (modelled.linear_s + modelled.exchange_s)
+        share = min(linear_s, local_s / modelled.degree)
         fitted.append(
             FittedDegree(
-                degree=known.degree,
-                ulysses=known.ulysses,
-                attention_s=factors[count] * squares_s(known),
+                degree=modelled.degree,
+                ulysses=modelled.ulysses,
+                attention_s=factors[count] * squares_s(modelled),
                 linear_s=share,
                 exchange_s=linear_s - share,
                 fit=fit_of(predicted, np.array(seconds)[mine]),
@@ -226,10 +226,10 @@ def fit_few(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDeg
     return tuple(fitted), overhead_s
 
 
-def expected_s(known: Sample, lengths: Sequence[int], cost: DegreeCost) -> float:
-    """Wall seconds of a sample of these lengths, by the pace of a `known` one; too many where the constant had much part in that."""
-    work, done = (float(cost.sequence_s(held).sum()) for held in (lengths, known.lengths))
-    return known.rest_s + max(known.group_s) * work / done
+def expected_s(sample: Sample, lengths: Sequence[int], cost: DegreeCost) -> float:
+    """Wall seconds of a micro-batch of these lengths, by the pace of `sample`; too many where the constant had much part in that."""
+    work, done = (float(cost.sequence_s(group).sum()) for group in (lengths, sample.lengths))
+    return sample.rest_s + max(sample.group_s) * work / done
 
 
 def too_few(samples: Sequence[Sample], cost: CostModel, budget_s: float) -> str:

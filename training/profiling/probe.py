@@ -67,7 +67,7 @@ REPEATS = 3
 EXTRA_PASSES = 3
 """Further passes at most, where a busy machine hid the cost of tokens."""
 SHAPES = ((16, 1), (4, 1), (16, 8), (1, 1), (64, 8), (2, 1), (8, 4), (8, 1), (4, 3))
-"""(one sequence's fraction of a group's capacity, number of such sequences); what tells most comes first."""
+"""(one sequence's fraction of a group's capacity, number of such sequences); what shows most comes first."""
 LEAST_SHAPES = 4
 """Shapes that are always probed: there are two coefficients and a constant."""
 
@@ -84,10 +84,10 @@ class Sample:
     rest_s: float
     """Wall seconds of the micro-batch and its reduction beyond the busiest group."""
 
-    def least(self, again: Sample) -> Sample:
+    def least(self, other: Sample) -> Sample:
         """The same sample, each time the lesser of both."""
-        pairs = zip(self.group_s, again.group_s, strict=True)
-        return replace(self, group_s=tuple(min(pair) for pair in pairs), rest_s=min(self.rest_s, again.rest_s))
+        pairs = zip(self.group_s, other.group_s, strict=True)
+        return replace(self, group_s=tuple(min(pair) for pair in pairs), rest_s=min(self.rest_s, other.rest_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class Prober:
         for _ in range(EXTRA_PASSES):
             if all(_grows(row) for row in degrees):
                 break
-            samples = self._again(samples)
+            samples = self._repeated(samples)
             degrees, overhead_s = fit_degrees(samples, self.cost)
         _check_fit(degrees)
         return Profile(
@@ -204,7 +204,7 @@ class Prober:
         return each, max(0.0, one - each)
 
     def _samples(self, seconds: float) -> list[Sample]:
-        """Every shape on every degree, short ones first, as far as a first pass gets in its share of the time; then the same again.
+        """Every shape on every degree, short ones first, as far as a first pass gets in its share of the time; then all of them once more.
 
         Degrees take turns and passes are apart in time, so that a slow moment of the machine hits all degrees, and few samples twice.
         """
@@ -220,12 +220,12 @@ class Prober:
                 kept.append(self.sample(cost.degree, cost.ulysses, lengths))
                 pace[cost.degree] = self.agreed((time.monotonic() - begun) / work)
         for _ in range(REPEATS - 1):
-            kept = self._again(kept)
+            kept = self._repeated(kept)
         return kept
 
-    def _again(self, samples: Sequence[Sample]) -> list[Sample]:
+    def _repeated(self, samples: Sequence[Sample]) -> list[Sample]:
         """Another pass over the same shapes, each time the lesser of both."""
-        return [known.least(self.sample(known.degree, known.ulysses, known.lengths)) for known in samples]
+        return [sample.least(self.sample(sample.degree, sample.ulysses, sample.lengths)) for sample in samples]
 
     def sample(self, degree: int, ulysses: int, lengths: tuple[int, ...]) -> Sample:
         """One micro-batch of random tokens, in which every group of that degree holds sequences of these lengths. Collective."""
@@ -332,35 +332,35 @@ def _check_fit(degrees: Sequence[FittedDegree]) -> None:
 
 def fit_degrees(samples: Sequence[Sample], cost: CostModel) -> tuple[tuple[FittedDegree, ...], float]:
     """Attention and linear seconds of each degree and one constant for all, by least squares on relative errors."""
-    known = {row.degree: row for row in cost.degrees}
+    modelled = {row.degree: row for row in cost.degrees}
     present = [row.degree for row in cost.degrees if any(sample.degree == row.degree for sample in samples)]
     rows, seconds, owner = [], [], []
     for sample in samples:
-        units = float(attention_units(known[sample.degree], sample.lengths).sum())
+        units = float(attention_units(modelled[sample.degree], sample.lengths).sum())
         row = [0.0] * (2 * len(present)) + [1.0]
         row[2 * present.index(sample.degree)], row[2 * present.index(sample.degree) + 1] = units, float(sum(sample.lengths))
         rows += [row] * len(sample.group_s)
         seconds += list(sample.group_s)
         owner += [sample.degree] * len(sample.group_s)
-    found = least_squares(rows, seconds)
-    predicted = np.array(rows) @ np.array(found)
+    solution = least_squares(rows, seconds)
+    predicted = np.array(rows) @ np.array(solution)
     fits: dict[int, Fit] = {}
     for degree in present:
         mine = [index for index, name in enumerate(owner) if name == degree]
         fits[degree] = fit_of(predicted[mine], np.array(seconds)[mine])
-    local = found[1] * present[0]
+    local = solution[1] * present[0]
     degrees = []
     for index, degree in enumerate(present):
-        attention, linear = found[2 * index], found[2 * index + 1]
+        attention, linear = solution[2 * index], solution[2 * index + 1]
         share = min(linear, local / degree)
         degrees.append(
             FittedDegree(
                 degree=degree,
-                ulysses=known[degree].ulysses,
+                ulysses=modelled[degree].ulysses,
                 attention_s=attention,
                 linear_s=share,
                 exchange_s=linear - share,
                 fit=fits[degree],
             )
         )
-    return tuple(degrees), found[-1]
+    return tuple(degrees), solution[-1]

@@ -80,7 +80,7 @@ class Stragglers:
     def _judge(self, rank: int) -> Straggler | None:
         ratios = [window[rank] for window in self._windows if rank in window]
         slow = [ratio for ratio in ratios if ratio > SLOW]
-        # Once named, a rank stays so until most windows speak for it: it is not told of again and again at the border.
+        # Once named, a rank stays so until most windows speak for it: it is not reported again and again at the border.
         needed = ENOUGH if rank not in self._named else WINDOWS - ENOUGH + 1
         return Straggler(rank, statistics.median(slow)) if len(slow) >= needed else None
 

@@ -105,8 +105,8 @@ def test_a_block_waits_for_the_streams_that_used_it(device: Device) -> None:
         device.record_stream(address, stream)
     device.free(address, 512)
     assert waits.value == before + 1, "once for the other stream; its own needs no waiting"
-    again = device.alloc(512)
-    device.free(again, 512)
+    second = device.alloc(512)
+    device.free(second, 512)
     assert waits.value == before + 1
 
 

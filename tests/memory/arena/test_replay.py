@@ -70,10 +70,10 @@ def clear(work: Any) -> None:
 @needs_compiler
 @pytest.mark.parametrize("policy", POLICIES, ids=list(POLICIES))
 def test_gradients_are_the_same_bit_for_bit(policy: str, cache: Path, pool: RankPool) -> None:
-    pool.run(replays_exactly, cache, POLICIES[policy], ranks=1)
+    pool.run(check_exact_replay, cache, POLICIES[policy], ranks=1)
 
 
-def replays_exactly(cache: Path, policy: MemoryPolicy) -> None:
+def check_exact_replay(cache: Path, policy: MemoryPolicy) -> None:
     import torch
 
     from efflaunch.tests.memory.arena.steps import SmallStep
@@ -137,10 +137,10 @@ CHANGED = {
 
 @needs_compiler
 def test_changed_steps_are_caught(cache: Path, pool: RankPool) -> None:
-    pool.run(changed_steps, cache, ranks=1)
+    pool.run(check_changed_steps, cache, ranks=1)
 
 
-def changed_steps(cache: Path) -> None:
+def check_changed_steps(cache: Path) -> None:
     arena, work, plan = prepared(cache, lambda: Requests(SCRIPT))
     with arena.replaying(plan):
         work()
@@ -164,10 +164,10 @@ def changed_steps(cache: Path) -> None:
 
 @needs_compiler
 def test_two_threads_are_caught(cache: Path, pool: RankPool) -> None:
-    pool.run(two_threads, cache, ranks=1)
+    pool.run(check_two_threads, cache, ranks=1)
 
 
-def two_threads(cache: Path) -> None:
+def check_two_threads(cache: Path) -> None:
     arena, work, plan = prepared(cache, lambda: Requests(SCRIPT * 20))
     failures: list[BaseException] = []
 
@@ -193,10 +193,10 @@ def two_threads(cache: Path) -> None:
 
 @needs_compiler
 def test_gradients_with_more_compute_threads(cache: Path, pool: RankPool) -> None:
-    pool.run(more_compute_threads, cache, ranks=1)
+    pool.run(check_more_compute_threads, cache, ranks=1)
 
 
-def more_compute_threads(cache: Path) -> None:
+def check_more_compute_threads(cache: Path) -> None:
     """Kernels that ask for scratch from their own threads: to rounding the same, whatever the order."""
     import torch
 
@@ -221,10 +221,10 @@ def more_compute_threads(cache: Path) -> None:
 
 @needs_compiler
 def test_what_lives_on_is_not_served_again(cache: Path, pool: RankPool) -> None:
-    pool.run(lives_on, cache, ranks=1)
+    pool.run(check_lives_on, cache, ranks=1)
 
 
-def lives_on(cache: Path) -> None:
+def check_lives_on(cache: Path) -> None:
     import torch
 
     arena, work, plan = prepared(cache, lambda: Requests(SCRIPT))
@@ -274,12 +274,12 @@ def test_a_library_is_made_once(tmp_path: Path) -> None:
     calls, compiler = tmp_path / "calls", tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho call >> {calls}\nsleep 0.3\nwhile [ "$1" != -o ]; do shift; done\necho made > "$2"\n')
     compiler.chmod(0o755)
-    recipe, found = cpu_recipe(), []
-    threads = [threading.Thread(target=lambda: found.append(build(recipe, tmp_path, compilers=(str(compiler),)))) for _ in range(4)]
+    recipe, paths = cpu_recipe(), []
+    threads = [threading.Thread(target=lambda: paths.append(build(recipe, tmp_path, compilers=(str(compiler),)))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1 and len(found) == 4 and found[0].read_text() == "made\n"
+    assert len(set(paths)) == 1 and len(paths) == 4 and paths[0].read_text() == "made\n"
     assert calls.read_text() == "call\n"
     assert replace(recipe, torch_version="0.0").digest() != recipe.digest(), "another torch needs another library"

@@ -91,7 +91,7 @@ def test_shapes_without_end() -> None:
     assert done.count("recorded") == MAX_PLANS and set(done[-12:]) == {"default"}
 
 
-def test_a_plan_that_serves_too_little_is_made_again_three_times_at_most() -> None:
+def test_a_plan_that_serves_too_little_is_replaced_three_times_at_most() -> None:
     steps = Steps()
     steps.arena.fallback = 1
     assert [steps.step("a") for _ in range(9)] == ["default", *["recorded", "replayed"] * 3, "replayed", "replayed"]

@@ -56,15 +56,15 @@ def test_version_1(tmp_path: Path) -> None:
     limits = {"memory.limit_in_bytes": "9000", "memory.usage_in_bytes": "8000", "memory.stat": "inactive_file 1\ntotal_inactive_file 500"}
     group(groups / "memory" / "slurm", limits)
     group(groups / "memory", {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "1"})
-    found = free_memory(proc(tmp_path, "5:cpu,cpuacct:/slurm\n4:memory:/slurm\n1:name=systemd:/x"), groups)
-    assert found == FreeMemory(1500, f"limit of the control group {groups}/memory/slurm")
+    free = free_memory(proc(tmp_path, "5:cpu,cpuacct:/slurm\n4:memory:/slurm\n1:name=systemd:/x"), groups)
+    assert free == FreeMemory(1500, f"limit of the control group {groups}/memory/slurm")
 
 
 def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     groups = tmp_path / "cgroup"
     group(groups, {"memory.max": "4096", "memory.current": "5000"})
-    found = free_memory(proc(tmp_path, "0::/kubepods/pod1"), groups)
-    assert found == FreeMemory(0, f"limit of the control group {groups}")
+    free = free_memory(proc(tmp_path, "0::/kubepods/pod1"), groups)
+    assert free == FreeMemory(0, f"limit of the control group {groups}")
 
 
 def test_without_limits_the_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_links_of_this_machine(tmp_path: Path) -> None:
     met: list[str] = []
     link = measure_host_link(torch.device("cpu"), 0.01, copy_bytes=1 << 16, together=lambda: met.append("link"))
     disk = measure_directory(str(tmp_path), 0.01, file_bytes=1 << 20, copy_bytes=1 << 16, together=lambda: met.append("disk"))
-    for found in (link, disk):
-        assert all(math.isfinite(rate) and rate > 0 for rate in astuple(found))
+    for free in (link, disk):
+        assert all(math.isfinite(rate) and rate > 0 for rate in astuple(free))
     assert met.count("link") == 3 * ROUNDS and met.count("disk") == 4
     assert not list(tmp_path.iterdir()), "the file has no name"

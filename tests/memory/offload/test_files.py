@@ -135,7 +135,7 @@ def test_a_disk_that_takes_and_gives_little_at_a_time(tmp_path: Path, monkeypatc
         (errno.EIO, EfflaunchError, "Input/output error. The activations of this step are lost; the last checkpoint is not."),
     ],
 )
-def test_a_write_that_fails_is_told_by_the_next_calls(
+def test_a_write_that_fails_is_raised_by_the_next_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], message: str
 ) -> None:
     store, disk = small_store(tmp_path), Disk(monkeypatch)

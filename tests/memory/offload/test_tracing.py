@@ -45,7 +45,7 @@ def test_offloaded_bytes_do_not_count_and_landing_buffers_do(tmp_path: Path, whe
     store.close()
 
 
-def test_without_being_told_the_tracer_counts_all_of_the_arena() -> None:
+def test_without_a_filter_the_tracer_counts_all_of_the_arena() -> None:
     store = open_store(device=CPU, capacity_bytes=1 << 20)
     with StorageTracer() as tracer:
         store.put(torch.zeros(KIB))

@@ -73,15 +73,15 @@ def test_the_same_batch_and_budget_give_the_same_plan() -> None:
 def test_compiled_and_plain_loops_make_the_same_plan(seed: int) -> None:
     cost = cost_of(16)
     lengths = long_tailed(150, seed, cost.max_seq_len)
-    found = []
+    plans = []
     for use_compiled in (True, False):
         batch = Batch(lengths, cost, use_compiled=use_compiled)
         assert batch.is_compiled == use_compiled
         search = ShelfSearch(batch, 20_000, float("inf"))
         shelves = search.run()
         assert shelves is not None
-        found.append((batch.plan(shelves, "adaptive"), search.spent))
-    assert found[0] == found[1]
+        plans.append((batch.plan(shelves, "adaptive"), search.spent))
+    assert plans[0] == plans[1]
 
 
 def test_more_work_never_makes_a_worse_plan_than_none() -> None:

@@ -34,8 +34,8 @@ def test_no_bound_exceeds_the_optimum_and_no_plan_is_below_it(block: int, monoto
             assert plan.predicted_s >= best / ROUNDING, (lengths, cost)
             assert plan.lower_bound_s is None or plan.lower_bound_s <= best * ROUNDING, (lengths, cost)
         batch = Batch(lengths, cost)
-        for known in (best, 1.05 * best, 1.5 * best):
-            assert tightened_by(batch, staircase, known).value_s <= best * ROUNDING, (lengths, cost, known)
+        for upper in (best, 1.05 * best, 1.5 * best):
+            assert tightened_by(batch, staircase, upper).value_s <= best * ROUNDING, (lengths, cost, upper)
 
 
 @pytest.mark.parametrize("monotone", [True, False])
@@ -47,10 +47,10 @@ def test_the_class_programs_bound_never_exceeds_the_optimum(block: int, monotone
         lengths = random_lengths(generator, cost)
         best = optimum(lengths, cost)
         # With the optimum itself as the known plan the program is as tight as it gets; with a loose one classes are wider.
-        known = best if number % 2 else best * 1.3
+        upper = best if number % 2 else best * 1.3
         effort = Effort(alone=number % 4, bucket_ratio=1.3, class_ratio=1.25, cuts=3)
         for integer in (True, False):
-            bound = class_milp_bound(lengths, cost, plan_s=known, time_limit_s=5.0, effort=effort, integer=integer)
+            bound = class_milp_bound(lengths, cost, plan_s=upper, time_limit_s=5.0, effort=effort, integer=integer)
             assert bound.valid
             assert bound.value_s <= best * ROUNDING, (lengths, cost, bound)
             assert bound.value_s >= staircase_bound(lengths, cost).value_s

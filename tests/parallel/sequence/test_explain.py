@@ -27,7 +27,7 @@ def model(exchange_s: float = 2e-6) -> CostModel:
 def every_plan(lengths: tuple[int, ...], cost: CostModel) -> list[StepPlan]:
     """All ways to put four sequences into at most two micro-batches of aligned groups over four ranks."""
     tilings = ([(0, 4)], [(0, 2), (2, 2)], [(0, 2), (2, 1), (3, 1)], [(0, 1), (1, 1), (2, 2)], [(rank, 1) for rank in range(4)])
-    found = []
+    explanation = []
     for first, second in product(tilings, tilings):
         slots = [(0, *slot) for slot in first] + [(1, *slot) for slot in second]
         for places in product(range(len(slots)), repeat=len(lengths)):
@@ -39,8 +39,8 @@ def every_plan(lengths: tuple[int, ...], cost: CostModel) -> list[StepPlan]:
                 [Group(at, d, min(d, 2), tuple(held[s])) for s, (b, at, d) in enumerate(slots) if b == batch and held[s]]
                 for batch in (0, 1)
             ]
-            found.append(StepPlan(4, lengths, tuple(MicroBatch(tuple(batch)) for batch in groups if batch)))
-    return found
+            explanation.append(StepPlan(4, lengths, tuple(MicroBatch(tuple(batch)) for batch in groups if batch)))
+    return explanation
 
 
 def brute_force(cost: CostModel) -> StepPlan:
@@ -55,13 +55,13 @@ def test_the_next_best_plan_is_the_best_of_those_that_keep_the_longest_off_its_d
     cost = model()
     best = brute_force(cost)
     check_plan(best)
-    found = explain(best, cost, solver=brute_force, others={})
+    explanation = explain(best, cost, solver=brute_force, others={})
     chosen = degree_of_longest(best)
     other = min((plan for plan in every_plan(LENGTHS, cost) if degree_of_longest(plan) != chosen), key=cost.plan_s)
-    assert found.next_best is not None
-    assert found.next_best.predicted_s == pytest.approx(cost.plan_s(other), rel=1e-12)
-    assert found.next_best.longest_degree == degree_of_longest(other) != chosen
-    assert found.next_best.predicted_s >= found.line.step_s
+    assert explanation.next_best is not None
+    assert explanation.next_best.predicted_s == pytest.approx(cost.plan_s(other), rel=1e-12)
+    assert explanation.next_best.longest_degree == degree_of_longest(other) != chosen
+    assert explanation.next_best.predicted_s >= explanation.line.step_s
 
 
 def test_choices_of_the_longest_sequence() -> None:
@@ -94,8 +94,8 @@ def test_other_plans_and_those_that_cannot_be() -> None:
         raise PlanError("x", found="a sequence that fits nowhere", expected="y", hint="z")
 
     worst = max(every_plan(LENGTHS, cost), key=cost.plan_s)
-    found = explain(best, cost, solver=brute_force, others={"worst": lambda _: worst, "never": impossible})
-    assert [(other.name, other.predicted_s, other.reason) for other in found.alternatives] == [
+    explanation = explain(best, cost, solver=brute_force, others={"worst": lambda _: worst, "never": impossible})
+    assert [(other.name, other.predicted_s, other.reason) for other in explanation.alternatives] == [
         ("worst", pytest.approx(cost.plan_s(worst)), ""),
         ("never", None, "a sequence that fits nowhere"),
     ]
@@ -124,10 +124,10 @@ def test_a_bound_that_does_not_hold_is_not_claimed(barrier_free: bool, reason: s
     cost = model()
     best = brute_force(cost)
     best = replace(best, lower_bound_s=0.8 * cost.plan_s(best) if barrier_free else None, bound="staircase" if barrier_free else "")
-    found = explain(best, cost, solver=brute_force, others={}, barrier_free=barrier_free)
-    assert found.words[0].startswith("No lower bound: ") and reason in found.words[0] and found.plan.lower_bound_s is None
-    assert not any("above the best" in text for text in found.words)
-    assert found.line.step_s == pytest.approx(cost.plan_s(best, barrier_free=barrier_free))
+    explanation = explain(best, cost, solver=brute_force, others={}, barrier_free=barrier_free)
+    assert explanation.words[0].startswith("No lower bound: ") and reason in explanation.words[0] and explanation.plan.lower_bound_s is None
+    assert not any("above the best" in text for text in explanation.words)
+    assert explanation.line.step_s == pytest.approx(cost.plan_s(best, barrier_free=barrier_free))
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_a_bound_that_does_not_hold_is_not_claimed(barrier_free: bool, reason: s
 def test_a_plan_that_is_not_the_best_is_said_to_be(adaptive: bool, words: str) -> None:
     cost = model()
     bad = max((plan for plan in every_plan(LENGTHS, cost) if degree_of_longest(plan) == 4), key=cost.plan_s)
-    found = explain(bad, cost, solver=brute_force, others={}, adaptive=adaptive)
-    assert any(text.startswith("Next best") and f"% less: {words}." in text for text in found.words), found.words
+    explanation = explain(bad, cost, solver=brute_force, others={}, adaptive=adaptive)
+    assert any(text.startswith("Next best") and f"% less: {words}." in text for text in explanation.words), explanation.words
 
 
 def test_one_degree_leaves_nothing_to_choose() -> None:
     cost = replace(model(), degrees=model().degrees[-1:], excluded=())
     plan = cost.priced(StepPlan(4, (100,), (MicroBatch((Group(0, 4, 2, (0,)),)),)))
-    found = explain(plan, cost, solver=brute_force, others={})
-    assert found.next_best is None and [choice.verdict for choice in found.choices] == [Verdict.CHOSEN]
+    explanation = explain(plan, cost, solver=brute_force, others={})
+    assert explanation.next_best is None and [choice.verdict for choice in explanation.choices] == [Verdict.CHOSEN]

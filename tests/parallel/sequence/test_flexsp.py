@@ -18,11 +18,11 @@ ORDERED = np.array([90, 70, 65, 40, 12, 11, 10, 3])
 
 
 def all_cuts(size: int, count: int) -> list[list[slice]]:
-    found = []
+    plan = []
     for inner in combinations(range(1, size), count - 1):
         edges = [0, *inner, size]
-        found.append([slice(a, b) for a, b in zip(edges, edges[1:], strict=False)])
-    return found
+        plan.append([slice(a, b) for a, b in zip(edges, edges[1:], strict=False)])
+    return plan
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -44,11 +44,11 @@ def test_buckets_add_the_fewest_tokens(count: int) -> None:
 def test_a_micro_batch_is_solved_exactly() -> None:
     cost = cost_of(4, beta_s=5.0)
     lengths = [900, 700, 300, 200]
-    found = flexsp_plan(lengths, cost, time_limit_s=ENDS_S, tries=1)
-    check_plan(found.plan)
-    assert found.timeouts == 0
+    plan = flexsp_plan(lengths, cost, time_limit_s=ENDS_S, tries=1)
+    check_plan(plan.plan)
+    assert plan.timeouts == 0
     # One bucket a sequence, and so large a beta that one micro-batch is best: nothing is lost to its restrictions.
-    assert cost.plan_s(found.plan) == pytest.approx(optimum(lengths, cost), rel=1e-4)
+    assert cost.plan_s(plan.plan) == pytest.approx(optimum(lengths, cost), rel=1e-4)
 
 
 def test_long_tailed_batches_are_planned_within_memory() -> None:

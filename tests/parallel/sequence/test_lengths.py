@@ -58,8 +58,8 @@ def test_a_log_normal_of_ones_own() -> None:
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_a_seed_means_the_same_lengths_and_more_of_them_begin_alike(name: str) -> None:
-    first, again, more = (parse_lengths(name, count=count, seed=3, max_seq_len=8192) for count in (500, 500, 9000))
-    assert np.array_equal(first, again) and np.array_equal(more[:500], first) and first.dtype == np.int64
+    first, repeated, more = (parse_lengths(name, count=count, seed=3, max_seq_len=8192) for count in (500, 500, 9000))
+    assert np.array_equal(first, repeated) and np.array_equal(more[:500], first) and first.dtype == np.int64
     assert not np.array_equal(first, parse_lengths(name, count=500, seed=4, max_seq_len=8192))
     assert more.min() >= 2 and more.max() <= 8192
 

@@ -103,11 +103,11 @@ def optimum(lengths: list[int], cost: CostModel) -> float:
 
 def parts(subset: int) -> list[int]:
     """The subsets that hold the lowest element."""
-    low, found = subset & -subset, []
+    low, subsets = subset & -subset, []
     rest = subset ^ low
     part = rest
     while True:
-        found.append(part | low)
+        subsets.append(part | low)
         if not part:
-            return found
+            return subsets
         part = (part - 1) & rest

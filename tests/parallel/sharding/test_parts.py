@@ -27,14 +27,14 @@ def pool() -> Iterator[RankPool]:
 def norms() -> tuple[list[float], float, list[str]]:
     """Norm of each parameter alone, of all by the clipping of a step, and the kinds of placement there are."""
     model = two_axes()
-    found = []
+    pieces_of = []
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()
         meter = NormMeter()
         meter.add(parameter, local(parameter.grad))
-        found.append(meter.total([parameter]))
+        pieces_of.append(meter.total([parameter]))
     kinds = [type(placement).__name__ for parameter in model.parameters() for placement in parameter.placements]  # type: ignore[attr-defined]
-    return found, clip_gradients(model, 1.0), kinds
+    return pieces_of, clip_gradients(model, 1.0), kinds
 
 
 def test_a_norm_counts_every_element_once_on_two_axes(pool: RankPool) -> None:
@@ -54,8 +54,8 @@ def pieces() -> dict[str, tuple[tuple[slice, ...], Tensor]]:
         part = memory_of(parameter)
         assert is_sharded(parameter) and part.data_ptr() == local(parameter).data_ptr() and not part.requires_grad
         assert offsets(parameter) == tuple(piece.start for piece in slices(parameter))
-        again = like(parameter, part.float())
-        assert again.shape == parameter.shape and again.dtype == torch.float32 and sharding(again) == sharding(parameter)
+        rebuilt = like(parameter, part.float())
+        assert rebuilt.shape == parameter.shape and rebuilt.dtype == torch.float32 and sharding(rebuilt) == sharding(parameter)
         out[name] = slices(parameter), part.clone()
     return out
 
@@ -64,7 +64,7 @@ def test_parts_are_where_they_say_and_cover_the_whole(pool: RankPool) -> None:
     for name, parameter in Pair().named_parameters():
         wanted = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
         covered = torch.zeros(parameter.shape)
-        for index, part in (found[name] for found in pool.run(pieces, ranks=4)):
+        for index, part in (pieces_of[name] for pieces_of in pool.run(pieces, ranks=4)):
             assert torch.equal(part, wanted[index])
             covered[index] += 1
         assert (covered == (2 if name == "bias" else 1)).all(), "replicated on the tensor axis"

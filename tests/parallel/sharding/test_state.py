@@ -72,9 +72,9 @@ def test_what_two_axes_save_any_layout_restores(pool: RankPool, tmp_path: Path) 
     plain, optimizer = trained(Pair(), 2)
     assert all(torch.equal(wanted[key], value) for key, value in numbers(plain, optimizer).items())
     for ranks in (4, 1):
-        for found in pool.run(restore, tmp_path, ranks=ranks):
-            assert found.keys() == wanted.keys()
-            assert all(torch.equal(found[key], value) for key, value in wanted.items())
+        for restored in pool.run(restore, tmp_path, ranks=ranks):
+            assert restored.keys() == wanted.keys()
+            assert all(torch.equal(restored[key], value) for key, value in wanted.items())
 
 
 def refused() -> str:
@@ -91,7 +91,7 @@ def test_a_sharded_tensor_is_not_taken_for_a_whole_one(pool: RankPool) -> None:
     assert whole(value)[1] == part(value)[1] == (0, 0) and whole(nn.Parameter(value))[0].shape == (3, 2)
 
 
-def test_weights_are_told_from_the_optimizer(tmp_path: Path) -> None:
+def test_weights_are_separated_from_the_optimizer(tmp_path: Path) -> None:
     model, optimizer = trained(Pair(), 1)
     tensors = Fsdp2State(model, optimizer).tensors()
     assert set(weights_of(tensors)) == {f"{MODEL}{name}" for name, _ in model.named_parameters()}
