@@ -98,19 +98,22 @@ class Experts:
             product = self.activate(leaf)
         activation = product.detach()
         back = self.down.input_gradient(upstream, groups)
-        d_weights = torch.einsum("ri,ri->r", back.to(scale.dtype), activation.to(scale.dtype))
+        d_weights = _dot(back, activation)
         if self.down.bias is not None:
-            biases = self.down.bias.detach()[groups.experts()]
-            d_weights += torch.einsum("rm,rm->r", upstream.to(scale.dtype), biases.to(scale.dtype))
-            del biases
-        upstream = (upstream * scale).to(dy.dtype)
-        down = _of_projection(self.down, activation, upstream, groups)
+            d_weights += _dot(upstream, self.down.bias.detach()[groups.experts()])
+        # In place: these rows are K times as many as the tokens.
+        down = _of_projection(self.down, activation, upstream.mul_(scale), groups)
         del upstream, activation
-        (d_gate_up,) = torch.autograd.grad(product, leaf, (back * scale).to(dy.dtype))
+        (d_gate_up,) = torch.autograd.grad(product, leaf, back.mul_(scale))
         del back, product
         d_rows = self.gate_up.input_gradient(d_gate_up, groups)
         own = _of_projection(self.gate_up, h[routing.tokens], d_gate_up, groups)
         return routing.sum_rows(d_rows), routing.by_token(d_weights), [*own, *down]
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Each row's product with the other's (R,), summed in float32 at least."""
+    return (left * right).sum(-1, dtype=torch.promote_types(left.dtype, torch.float32))
 
 
 def _of_projection(projection: GroupedProjection, x: Tensor, dy: Tensor, groups: Groups) -> list[Tensor | None]:
@@ -122,7 +125,7 @@ def _of_projection(projection: GroupedProjection, x: Tensor, dy: Tensor, groups:
 
 
 class ExpertsGraph(torch.autograd.Function):
-    """Experts as one node of a graph: (h (T, M), weights (T, K), routing, experts, *their parameters) -> (T, M). It keeps h, gate and up."""
+    """Experts as one node of a graph, which keeps h, gate and up: h (T, M), weights (T, K), routing, experts, parameters -> (T, M)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weights: Tensor, routing: Routing, experts: Experts, *parameters: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The second half of a layer that is a mixture of experts, as Hugging Face has it: a router, fused expert weights, perhaps a shared expert."""
+"""The second half of a layer that is a mixture of experts, as Hugging Face has it: router, fused weights, perhaps a shared expert."""
 
 from __future__ import annotations
 

@@ -45,16 +45,16 @@ FAMILIES = {
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 13},
     "qwen2_moe": {
-        **{"model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
-        **{"shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
     },
     "qwen3_moe": {
-        **{"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
-        **{"norm_topk_prob": True, "num_hidden_layers": 3},
+        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+        "norm_topk_prob": True, "num_hidden_layers": 3,
     },
     "qwen3_moe_plain": {
-        **{"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 24},
-        **{"use_sliding_window": True, "sliding_window": 11},
+        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 24,
+        "use_sliding_window": True, "sliding_window": 11,
     },
     "rope_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "rope_dynamic": {

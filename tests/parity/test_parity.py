@@ -213,11 +213,28 @@ ROWS = {
     "segments, compiled, most weights frozen": (
         {"policy": "segments_2", "compile": "aot_eager", "family": "llama_deep", **FROZEN["query and value only"]}, plan_of(4, *ADAPTIVE),
     ),
+    **{
+        f"{family}, {policy}, {scheme}": ({"family": family, "policy": policy, **case}, plan)
+        for family, policy, scheme, plan, case in (
+            ("qwen3_moe", "keep", "HSDP 2x2, three steps", static(4, 4, 2), {"replicate": 2, "steps": 3}),
+            ("qwen3_moe", "memo_0.3", "adaptive", plan_of(4, *ADAPTIVE), {}),
+            ("qwen3_moe", "shares_streamed", "barrier-free", plan_of(4, *ADAPTIVE), {"barrier_free": True}),
+            ("qwen3_moe", "chunks_5", "float32", static(4, 2, 2), {"dtype": "float32"}),
+            ("qwen3_moe_plain", "upipe_stored", "adaptive, reduced each time", plan_of(4, *ADAPTIVE), {"reduce_each": True}),
+            ("mixtral", "segments_2", "ring 2", static(2, 2, 1), {}),
+            ("mixtral", "recompute", "compiled", static(2, 1, 1), {"compile": "aot_eager"}),
+            ("qwen2_moe", "streambp_1", "ulysses 2", static(2, 2, 2), {}),
+            ("qwen2_moe", "everything kept by class", "accumulation", MEMORY_PLANS["mixed groups, accumulation"], {}),
+            ("qwen2_moe", "recompute", "a rank without work", plan_of(4, batch((0, 2, 2, ALL))), {}),
+            ("qwen3_moe", "segments_2", "experts frozen", plan_of(4, *ADAPTIVE), {"frozen": ("experts",)}),
+        )
+    },
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
 }  # fmt: skip
 
 # Compiling takes most of a minute: of compiled steps one row for each way of compiling and each kind of layout is in `make test`.
-SLOW = [row for row in ROWS if ", compiled" in row and "recompute" not in row and "ring 2" not in row and "barrier-free" not in row]
+FAST = ("recompute", "ring 2", "barrier-free")
+SLOW = [row for row in ROWS if ", compiled" in row and not any(part in row for part in FAST)]
 
 
 @lru_cache(maxsize=32)
