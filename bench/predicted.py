@@ -23,6 +23,10 @@ ALST = {"layer_input": "host", "chunk_tokens": 256}
 STREAMBP = {"attention": "chunks", "chunk_tokens": 256}
 MEMO = {"layer_input": "host", "attention_output": "host", "activations": "host"}
 KEEP = {"attention_output": "keep", "activations": "keep"}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
+QWEN3_MOE = {"family": Family.QWEN3_MOE, "head_dim": 32, "extra": EXPERTS}
+MIXTRAL = {"family": Family.MIXTRAL, "intermediate_size": 256, "extra": {"num_local_experts": 4, "num_experts_per_tok": 2}}
+QWEN2_MOE = {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 384}}
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
 
 
@@ -134,6 +138,15 @@ CASES: tuple[Case, ...] = (
     _case("qwen3", model={"family": Family.QWEN3, "head_dim": 64}),
     _case("qwen2 by 256", {"chunk_tokens": 256}, model={"family": Family.QWEN2}, tokens=2048),
     _case("mistral, window 512", {"chunk_tokens": 256}, model={"family": Family.MISTRAL, "sliding_window": 512}, tokens=2048),
+    _case("qwen3 moe", model=QWEN3_MOE),
+    _case("qwen3 moe, many tokens", model=QWEN3_MOE, tokens=4096),
+    _case("qwen3 moe, bfloat16", model=QWEN3_MOE, dtype="bfloat16", tokens=4096),
+    _case("qwen3 moe, keep", KEEP, model=QWEN3_MOE, tokens=4096),
+    _case("qwen3 moe by 256, streambp", STREAMBP, model=QWEN3_MOE, tokens=4096),
+    _case("mixtral, memo, half", {**MEMO, "host_fraction": 0.5}, model=MIXTRAL, tokens=2048),
+    _case("mixtral by 256, segments of 2", {"chunk_tokens": 256, "segment_layers": 2}, model=MIXTRAL, dtype="bfloat16", tokens=2048),
+    _case("qwen2 moe, everything kept by class", {**KEEP, "layer_input": "host"}, model=QWEN2_MOE),
+    _case("qwen2 moe, Ulysses 2", model=QWEN2_MOE, ranks=2, scheme="ulysses"),
     _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
     _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),
 )

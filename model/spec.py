@@ -83,6 +83,13 @@ def active_layer_parameters(spec: ModelSpec) -> float:
     return sum(layer.active for layer in layer_parameters(spec)) / spec.num_layers
 
 
+def feed_forward_weights(spec: ModelSpec) -> int:
+    """Numbers of the matrices of one feed-forward that gradients are made of: three of it, or of each expert and the shared one."""
+    if spec.experts is None:
+        return 3 * spec.hidden_size * spec.intermediate_size
+    return 3 * spec.hidden_size * (spec.experts.num_experts * spec.experts.inner_size + spec.experts.shared_size)
+
+
 def _attention_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys = spec.hidden_size, spec.query_size, spec.kv_size
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias

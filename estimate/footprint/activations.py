@@ -181,7 +181,18 @@ def graph_row(inputs: PlanInputs) -> int:
     attention = class_bytes(inputs)[ATTENTION_OUTPUT.name]
     if inputs.layout.ulysses > 1:
         attention += width * (2 * spec.query_size + 2 * inputs.kv_copies * spec.kv_size)
-    return norms + residual + projected + attention + 4 * spec.intermediate_size * width
+    return norms + residual + projected + attention + _feed_forward_graph_row(inputs)
+
+
+def _feed_forward_graph_row(inputs: PlanInputs) -> int:
+    """Dense: gate, up, activation and product. Experts: gate and up alone, what the shared one has, and the routing with its softmax."""
+    spec, width = inputs.spec, inputs.width
+    if spec.experts is None:
+        return 4 * spec.intermediate_size * width
+    experts = spec.experts
+    routing = (width + inputs.master) * experts.num_experts + (20 + 4 * inputs.master) * experts.per_token
+    shared = (2 * experts.shared_size + spec.hidden_size) * width * (experts.shared_size > 0)
+    return 2 * experts.active_size * width + shared + routing
 
 
 def norm_bytes(inputs: PlanInputs) -> int:

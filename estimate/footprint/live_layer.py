@@ -9,49 +9,12 @@ E log-sum-exp.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL, ActivationClass
+from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL
 from ..plan_inputs import PlanInputs
 from .activations import graph_row, norm_bytes
+from .live_mixture import mixture_backward, mixture_forward, mixture_graph_backward
+from .moment import Moment, Widths, is_kept, is_made, norm_backward
 from .term import Phase, Term
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Bytes of each of the rank's rows, of each row of the one piece that is worked on, and whatever the rows."""
-
-    whole: float
-    piece: float = 0.0
-    fixed: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """Numbers of one row, by the legend; `norm`: what a norm's graph holds."""
-
-    H: int
-    Q: int
-    K: int
-    X: int
-    F: int
-    E: int
-    norm: int
-    wide: float
-    """Bytes of a number in accumulations, over one in computation."""
-
-    @classmethod
-    def of(cls, inputs: PlanInputs, groups: int = 1) -> Widths:
-        """`groups`: Q, K, X and E of one of so many groups of heads (memory/heads.py)."""
-        spec, width, ulysses = inputs.spec, inputs.width, inputs.layout.ulysses
-        share = spec.num_heads // spec.num_kv_heads
-        heads = ulysses * max(1, -(-spec.num_heads // (ulysses * groups * share))) if groups > 1 else spec.num_kv_heads * inputs.kv_copies
-        keys = 2 * width * spec.head_dim
-        return cls(
-            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys * min(heads, spec.num_kv_heads), X=keys * heads,
-            F=width * spec.intermediate_size, E=inputs.master * spec.num_heads // groups, norm=norm_bytes(inputs) * spec.hidden_size,
-            wide=inputs.master / inputs.width,
-        )  # fmt: skip
 
 
 def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
@@ -77,7 +40,7 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
 def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     """memory/executor/attention_whole.py: attention over all rows at once, or over groups of heads one after the other."""
     w, part = Widths.of(inputs), Widths.of(inputs, inputs.policy.head_groups)
-    own = 0 if _kept(inputs, LAYER_INPUT) else w.H
+    own = 0 if is_kept(inputs, LAYER_INPUT) else w.H
     forward = _forward_moments(inputs, w, part)
     projected = [Moment(w.H + w.Q * inputs.in_pieces * _stored(inputs) + m.whole, m.piece) for m in forward[:-1]]
     return {
@@ -96,11 +59,11 @@ def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
 def _forward_moments(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment]:
     """Projections, the exchange, attention, the exchange back, and the second half; what stays with this layer is not counted twice."""
     cut, sides, groups = inputs.in_pieces, inputs.layout.ulysses > 1, inputs.policy.head_groups > 1
-    made = part.Q * (not _kept(inputs, QUERY)) + part.K * (not _kept(inputs, KEY_VALUE))
+    made = part.Q * (not is_kept(inputs, QUERY)) + part.K * (not is_kept(inputs, KEY_VALUE))
     read = part.Q + part.X if sides else made
     ring = 3 * w.X + w.wide * w.Q if inputs.layout.ring > 1 else 0
     documents = inputs.packed * (part.Q + part.E) + w.wide * part.Q * _windows(inputs)
-    output = (w.Q + w.E) * (not _kept(inputs, ATTENTION_OUTPUT))
+    output = (w.Q + w.E) * (not is_kept(inputs, ATTENTION_OUTPUT))
     others = output * groups
     moments = [
         Moment(others + made * cut, before_row(part)),
@@ -127,7 +90,7 @@ def _read(inputs: PlanInputs, w: Widths) -> float:
     """Queries, keys and values as attention reads them in backward, where they are not the stored ones themselves."""
     if inputs.layout.ulysses > 1:
         return w.Q + w.X
-    return w.Q * (inputs.in_pieces or _made(inputs, QUERY)) + w.K * (inputs.in_pieces or _made(inputs, KEY_VALUE))
+    return w.Q * (inputs.in_pieces or is_made(inputs, QUERY)) + w.K * (inputs.in_pieces or is_made(inputs, KEY_VALUE))
 
 
 def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment]:
@@ -156,11 +119,11 @@ def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Mom
 def streamed_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     """memory/executor/attention_chunked.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
     w, sides = Widths.of(inputs), inputs.layout.ulysses > 1
-    own = 0 if _kept(inputs, LAYER_INPUT) else w.H
+    own = 0 if is_kept(inputs, LAYER_INPUT) else w.H
     totals = w.wide * w.X
-    keys = w.X if sides else w.K * (inputs.in_pieces or _made(inputs, KEY_VALUE))
-    kept = w.K * _kept(inputs, KEY_VALUE) * (not sides)
-    query, output = w.Q * _made(inputs, QUERY), (w.Q + w.E) * _made(inputs, ATTENTION_OUTPUT)
+    keys = w.X if sides else w.K * (inputs.in_pieces or is_made(inputs, KEY_VALUE))
+    kept = w.K * is_kept(inputs, KEY_VALUE) * (not sides)
+    query, output = w.Q * is_made(inputs, QUERY), (w.Q + w.E) * is_made(inputs, ATTENTION_OUTPUT)
     project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
     attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
     forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(inputs, w))]
@@ -194,7 +157,9 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     return {
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
-        Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)],
+        Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)]
+        if inputs.spec.experts is None
+        else mixture_graph_backward(inputs, inputs.spec.experts, saved + w.H),
         Phase.BACKWARD_ATTENTION: [
             Moment(resident + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + flash_workspace(inputs, w))
         ],
@@ -210,7 +175,9 @@ def before_row(w: Widths) -> float:
 
 def after_row(inputs: PlanInputs, w: Widths) -> float:
     """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
-    return _made(inputs, RESIDUAL) * w.H + _made(inputs, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+    if inputs.spec.experts is not None:
+        return is_made(inputs, RESIDUAL) * w.H + mixture_forward(inputs, inputs.spec.experts)
+    return is_made(inputs, RESIDUAL) * w.H + is_made(inputs, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
 
 
 def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
@@ -219,10 +186,12 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
     up's gradients and their weights' beside its own work.
     """
-    total = piece + w.H * _made(inputs, RESIDUAL)
+    total = piece + w.H * is_made(inputs, RESIDUAL)
+    if inputs.spec.experts is not None:
+        return mixture_backward(inputs, inputs.spec.experts, whole, total)
     weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size
     return [
-        Moment(whole, total + 2 * w.F * _made(inputs, GATE_UP) + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
     ]
 
@@ -232,11 +201,6 @@ def before_backward_row(inputs: PlanInputs, w: Widths) -> float:
     turn = 5 * w.Q + w.K / 2 + w.H
     heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(inputs, w.Q // inputs.width)) * inputs.spec.qk_norm
     return w.norm + max(turn, heads)
-
-
-def norm_backward(inputs: PlanInputs, size: int) -> int:
-    """What the backward of an RMS norm of `size` numbers works with, in float32 at least."""
-    return 6 * inputs.master * size
 
 
 def flash_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:
@@ -255,16 +219,6 @@ def head_norms(inputs: PlanInputs) -> int:
 
 def _windows(inputs: PlanInputs) -> bool:
     return any(window is not None for window in inputs.spec.windows)
-
-
-def _kept(inputs: PlanInputs, kind: ActivationClass) -> bool:
-    """Whether all of a class stays on the device, so that the live layer's is counted there."""
-    return inputs.policy.split(kind).keep >= 1.0
-
-
-def _made(inputs: PlanInputs, kind: ActivationClass) -> bool:
-    """Whether rows of a class are made in backward; else they are the kept ones or those that came back from the host."""
-    return not inputs.policy.split(kind).complete
 
 
 def _stored(inputs: PlanInputs) -> bool:

@@ -7,6 +7,7 @@ lives until the next one starts. `layer` is the layer whose backward the backwar
 
 from __future__ import annotations
 
+from ...model.spec import feed_forward_weights
 from ..plan_inputs import PlanInputs, reduces_once
 from .optimizer import gradients_left, weight_bytes
 from .term import BACKWARD, COMPUTE, KEEPING, Phase, Term, term
@@ -84,9 +85,10 @@ def reduction(inputs: PlanInputs, layer: int) -> Term:
 def layer_gradients(inputs: PlanInputs) -> Term:
     """Gradients of the live layer while pieces of rows add to them: compute precision after one, master precision after more."""
     spec = inputs.spec
-    mlp = 3 * spec.hidden_size * spec.intermediate_size
+    mlp = feed_forward_weights(spec)
     output = spec.hidden_size * spec.query_size
-    down = spec.hidden_size * spec.intermediate_size
+    # Of experts all gradients are counted where they are made (live_mixture.py).
+    down = spec.hidden_size * spec.intermediate_size if spec.experts is None else 0
     wide = inputs.master if inputs.in_pieces else inputs.width
     by_phase = {
         # One piece alone: those of the last product. More: all sums, and a part of one.
