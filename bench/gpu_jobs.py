@@ -57,7 +57,7 @@ def attention(job: dict[str, Any]) -> dict[str, Any]:
     half = tuple(t.bfloat16() for t in (q, k, v))
     theirs = _sdpa((half[0], half[1], half[2]), do.bfloat16(), spec)
     runtime = alone(num_tokens, device)
-    o, lse = runtime.core_forward((half[0], half[1], half[2]), spec)
+    o, lse = runtime.core_forward((half[0], half[1], half[2]), spec, None)
     ours = (o, *runtime.core_backward(do.bfloat16(), (half[0], half[1], half[2]), o, lse, spec))
     names = ("o", "dq", "dk", "dv")
     errors = {name: {"ours": _error(a, e), "sdpa": _error(b, e)} for name, a, b, e in zip(names, ours, theirs, exact, strict=True)}

@@ -31,6 +31,8 @@ class ModelSpec:
     """Tokens that attention looks back over, per layer; None for all of them."""
     qk_norm: bool
     """RMS norm over the head dim of queries and keys."""
+    attention_sinks: bool
+    """A learnt logit of each query head joins attention's softmax."""
     attention_bias: bool
     """Whether the query, key and value projections have biases."""
     output_bias: bool
@@ -82,7 +84,8 @@ def _dense_layer_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
     matrices = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias + (2 * inner + hidden) * spec.mlp_bias
-    return matrices + biases + spec.norms_per_layer * hidden + 2 * spec.head_dim * spec.qk_norm
+    attention = 2 * spec.head_dim * spec.qk_norm + spec.num_heads * spec.attention_sinks
+    return matrices + biases + spec.norms_per_layer * hidden + attention
 
 
 def num_parameters(spec: ModelSpec) -> int:
@@ -109,6 +112,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         max_positions=model.rope.reach,
         windows=facts.windows(fields),
         qk_norm=facts.qk_norm,
+        attention_sinks=facts.attention_sinks,
         attention_bias=facts.qkv_bias(fields),
         output_bias=facts.output_bias(fields),
         mlp_bias=facts.mlp_bias(fields),

@@ -29,10 +29,12 @@ class LayerAdapter(ABC):
     projections: ClassVar[tuple[str, ...]]
     """Modules whose products the steps make (projection.py): their weights and biases are read, they are not called."""
     norms: ClassVar[tuple[str, ...]]
-    """Modules that the steps call. Every parameter of the layer is one of these or of a projection."""
+    """Modules that the steps call. Every parameter of the layer is one of these, of a projection, or of `sinks_name`."""
+    sinks_name: ClassVar[str | None] = None
+    """The parameter (H,) with a learnt logit of each query head that joins attention's softmax, where the family has one."""
 
     def __init__(self, layer: nn.Module) -> None:
-        check_modules(layer, self.projections, self.norms)
+        check_modules(layer, self.projections, self.norms, () if self.sinks_name is None else (self.sinks_name,))
         self.layer, self.attention = layer, layer.self_attn
         if float(getattr(self.attention, "attention_dropout", 0.0)) > 0:
             raise ConfigError(
@@ -45,6 +47,11 @@ class LayerAdapter(ABC):
 
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Implements `LayerSteps.sinks`. Read anew each time, as projections are."""
+        return None if self.sinks_name is None else self.layer.get_parameter(self.sinks_name)
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""

@@ -67,6 +67,8 @@ class FamilyFacts:
     """What norms add to their weight before they multiply."""
     qk_norm: bool = False
     """RMS norm over the head dim of queries and keys."""
+    attention_sinks: bool = False
+    """`self_attn.sinks`: a learnt logit of each query head joins attention's softmax."""
     norm_product_in_float32: bool = False
     """Norms multiply with their weight before they return to the compute precision: more is saved for backward."""
     qkv_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: bool(fields.get("attention_bias")))

@@ -49,16 +49,23 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
     return Projection(module.weight, module.bias)
 
 
-def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...]) -> None:
-    """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called."""
+def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...], parameters: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called.
+
+    `parameters`: those that are read by themselves.
+    """
     for name in (*projections, *norms):
         _check_present(layer, name)
+    own = dict(layer.named_parameters())
+    for name in parameters:
+        if name not in own:
+            raise _refusal(name, "no such parameter", "the layer would be computed without it")
     for name in projections:
         projection_of(layer, name)
         _check_plain(layer.get_submodule(name), name)
     modules = (*projections, *norms)
-    for name, _ in layer.named_parameters():
-        if not any(name.startswith(f"{owner}.") for owner in modules):
+    for name in own:
+        if name not in parameters and not any(name.startswith(f"{owner}.") for owner in modules):
             raise _refusal(name, "a parameter that no step of a layer reads", "its gradient would be lost")
 
 

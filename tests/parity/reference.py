@@ -43,6 +43,24 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "pad_token_id": None,
     },
+    "gpt_oss_dense": {
+        "model_type": "gpt_oss_dense",
+        "head_dim": 16,
+        "sliding_window": 7,
+        "num_hidden_layers": 3,
+        "num_local_experts": 1,
+        "num_experts_per_tok": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
+    },
     "rope_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "rope_dynamic": {
         "model_type": "llama",
@@ -67,15 +85,23 @@ FAMILIES = {
 }
 
 
+EAGER = ("gemma2", "gpt_oss_dense")
+"""Whose attention has more than SDPA computes."""
+
+
 def hf_config(family: str):
     fields = {**BASE, **FAMILIES[family]}
+    if family == "gpt_oss_dense":
+        from efflaunch.tests.parity.gpt_oss_dense import register
+
+        register()
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def reference_model(family: str, dtype: torch.dtype):
     """Random weights everywhere, norms and biases included, so that no gradient is trivially right."""
     torch.manual_seed(1234)
-    model = AutoModelForCausalLM.from_config(hf_config(family), dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa")
+    model = AutoModelForCausalLM.from_config(hf_config(family), dtype=dtype, attn_implementation="eager" if family in EAGER else "sdpa")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -106,13 +132,13 @@ def lift_to_float64() -> None:
     """
     import importlib
 
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"):
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss"):
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name, kind in vars(module).items():
             if isinstance(kind, type) and name.endswith("RMSNorm"):
                 kind.forward = _gemma_norm if family.startswith("gemma") else _norm
             if isinstance(kind, type) and name.endswith("RotaryEmbedding"):
-                kind.forward = _rotary_forward(kind.forward)
+                kind.forward = _rotary_forward(kind.forward, copies=1 if family == "gpt_oss" else 2)
         if hasattr(module, "eager_attention_forward") and family == "gemma2":
             module.eager_attention_forward = _eager
 
@@ -128,7 +154,7 @@ def _gemma_norm(self, x):
     return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
 
 
-def _rotary_forward(original):
+def _rotary_forward(original, copies):
     if getattr(original, "lifted", False):
         return original
 
@@ -139,7 +165,7 @@ def _rotary_forward(original):
         original(self, x, position_ids, *([] if layer_type is None else [layer_type]))  # lets "dynamic" update its table
         prefix = "" if layer_type is None else f"{layer_type}_"
         angles = position_ids[..., None].double() * getattr(self, f"{prefix}inv_freq").double()
-        both = torch.cat((angles, angles), -1)
+        both = torch.cat([angles] * copies, -1)
         scaling = getattr(self, f"{prefix}attention_scaling")
         return both.cos() * scaling, both.sin() * scaling
 

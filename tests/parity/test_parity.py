@@ -244,14 +244,14 @@ def worst(got, want):
     return max((float(np.abs(got[name] - want[name]).max() / (np.abs(want[name]).max() + 1e-30)), name) for name in want)
 
 
-def check_parity(pool, case, plans):
+def check_parity(pool, case, plans, run=run_plans):
     case = {"family": "llama", "dtype": "float64", **case}
     lengths = plans[0].lengths
     documents, targets = make_documents(lengths, case.get("masked", False))
     weights, loss, gradients, trained = reference(
         case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0)
     )
-    answers = pool.run(run_plans, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
+    answers = pool.run(run, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
     results, ours = answers[0]
     bound = BOUND[case["dtype"]]
     gradients = {name: gradient for name, gradient in gradients.items() if is_trained(case, name)}
