@@ -1,4 +1,4 @@
-"""Does the work of one process of bench/gpu_memory.py: check attention, check the executor, or time one training step.
+"""Does the work of one process of bench/gpu_memory.py: check attention, sinks or the executor, or time one training step.
 
 Every function returns plain data. On the CPU the same code runs with exact live bytes in place of the CUDA allocator's figures.
 """
@@ -6,7 +6,7 @@ Every function returns plain data. On the CPU the same code runs with exact live
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,11 +29,14 @@ from .peers.document import alone, mean_loss
 from .peers.shape import Shape
 
 QKV = tuple[Tensor, Tensor, Tensor]
+Results = tuple[Tensor, ...]
+"""Output and gradients."""
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """The result of one job, by its kind."""
-    kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"attention": attention, "executor": executor, "step": step}
+    kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+    kinds = {"attention": attention, "sinks": sinks, "executor": executor, "step": step}
     torch.manual_seed(0)
     return kinds[job["kind"]](job) | device_facts(torch.device(job["device"]))
 
@@ -49,22 +52,61 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 def attention(job: dict[str, Any]) -> dict[str, Any]:
     """Errors of bfloat16 attention against SDPA in float32: our blocks' and, beside them, those of SDPA itself in bfloat16."""
-    device, shape, num_tokens = torch.device(job["device"]), Shape(*job["shape"]), job["tokens"]
+    spec, qkv, do = _attention_inputs(job)
+    exact = _sdpa(qkv, do, spec)
+    half, d_half = _rounded(qkv), do.bfloat16()
+    runtime = alone(len(do), do.device)
+    o, lse = runtime.core_forward(half, spec, None)
+    ours = (o, *runtime.core_backward(d_half, half, o, lse, spec))
+    return _compared(("o", "dq", "dk", "dv"), ours, _sdpa(half, d_half, spec), exact, "sdpa")
+
+
+def sinks(job: dict[str, Any]) -> dict[str, Any]:
+    """Errors as `attention` has them, with a sink in every head and a window: beside ours, those of one softmax in bfloat16."""
+    plain, qkv, do = _attention_inputs(job)
+    spec, heights = replace(plain, window=job["tokens"] // 8), torch.randn(plain.num_heads, device=do.device)
+    exact = _softmax_with_sinks(qkv, do, heights, spec)
+    half, d_half, low = _rounded(qkv), do.bfloat16(), heights.bfloat16()
+    runtime = alone(len(do), do.device)
+    o, lse = runtime.core_forward(half, spec, low)
+    ours = (o, *runtime.core_backward(d_half, half, o, lse, spec), runtime.sinks_backward(d_half, o, lse, low))
+    return _compared(("o", "dq", "dk", "dv", "dsinks"), ours, _softmax_with_sinks(half, d_half, low, spec), exact, "softmax")
+
+
+def _attention_inputs(job: dict[str, Any]) -> tuple[AttentionSpec, QKV, Tensor]:
+    """A spec, float32 q (T, H, D), k and v (T, H / 4, D), and the gradient of the output."""
+    device, shape = torch.device(job["device"]), Shape(*job["shape"])
     spec = AttentionSpec(shape.num_heads, shape.num_heads // 4, shape.head_dim, shape.head_dim**-0.5)
-    sizes = [(num_tokens, heads, shape.head_dim) for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads, spec.num_heads)]
-    q, k, v, do = (torch.randn(size, device=device) for size in sizes)
-    exact = _sdpa((q, k, v), do, spec)
-    half = tuple(t.bfloat16() for t in (q, k, v))
-    theirs = _sdpa((half[0], half[1], half[2]), do.bfloat16(), spec)
-    runtime = alone(num_tokens, device)
-    o, lse = runtime.core_forward((half[0], half[1], half[2]), spec)
-    ours = (o, *runtime.core_backward(do.bfloat16(), (half[0], half[1], half[2]), o, lse, spec))
-    names = ("o", "dq", "dk", "dv")
-    errors = {name: {"ours": _error(a, e), "sdpa": _error(b, e)} for name, a, b, e in zip(names, ours, theirs, exact, strict=True)}
-    return {"errors": errors, "worst_ratio": max(row["ours"] / row["sdpa"] for row in errors.values())}
+    heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads, spec.num_heads)
+    q, k, v, do = (torch.randn((job["tokens"], count, shape.head_dim), device=device) for count in heads)
+    return spec, (q, k, v), do
 
 
-def _sdpa(qkv: QKV, do: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
+def _rounded(qkv: QKV) -> QKV:
+    q, k, v = (t.bfloat16() for t in qkv)
+    return q, k, v
+
+
+def _compared(names: Sequence[str], ours: Results, theirs: Results, exact: Results, other: str) -> dict[str, Any]:
+    rows = zip(names, ours, theirs, exact, strict=True)
+    errors = {name: {"ours": _error(a, e), other: _error(b, e)} for name, a, b, e in rows}
+    return {"errors": errors, "worst_ratio": max(row["ours"] / row[other] for row in errors.values())}
+
+
+def _softmax_with_sinks(qkv: QKV, do: Tensor, heights: Tensor, spec: AttentionSpec) -> Results:
+    """o and all gradients, by one softmax over the keys and a column of sinks, in the dtype of its inputs."""
+    leaves = [t.detach().requires_grad_() for t in (*qkv, heights)]
+    q, k, v = (t.transpose(0, 1) for t in leaves[:3])
+    share, size = spec.num_heads // spec.num_kv_heads, len(do)
+    scores = q @ k.repeat_interleave(share, 0).transpose(1, 2) * spec.scale
+    seen = torch.ones(size, size, dtype=torch.bool, device=do.device).tril().triu(1 - (spec.window or size))
+    column = leaves[3].view(-1, 1, 1).expand(-1, size, 1)
+    weights = torch.cat((scores.masked_fill(~seen, float("-inf")), column), -1).softmax(-1)[..., :-1]
+    o = (weights @ v.repeat_interleave(share, 0)).transpose(0, 1)
+    return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+
+def _sdpa(qkv: QKV, do: Tensor, spec: AttentionSpec) -> Results:
     leaves = [t.detach().requires_grad_() for t in qkv]
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in leaves)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True).squeeze(0).transpose(0, 1)

@@ -5,10 +5,11 @@ own, so that one that fails or takes too long costs no other; after each the fil
 not run again: start it again to resume. `--seconds` is the time it may take; a job that is expected to take longer than what is
 left is not started.
 
-Jobs, in order: attention blocks and the executor in bfloat16 against SDPA and Hugging Face in float32; then for each length one
-layer of Llama-3-8B's shape, and as many layers as time and memories allow; at the first length also with layer inputs kept on
-the device (what offload costs) and with the default allocator (`expandable_segments` is on otherwise). A step is forward and backward;
-no optimizer. Figures for 32 layers are on the line through the two layer counts. MFU counts causal attention and no recomputation.
+Jobs, in order: in bfloat16 against float32, attention blocks (SDPA), those with sinks (one softmax) and the executor (Hugging Face);
+then for each length one layer of Llama-3-8B's shape, and as many layers as time and memories allow; at the first length also with layer
+inputs kept on the device (what offload costs) and with the default allocator (`expandable_segments` is on otherwise). A step is forward
+and backward; no optimizer. Figures for 32 layers are on the line through the two layer counts. MFU counts causal attention and no
+recomputation.
 
 Not yet run on a GPU.
 """
@@ -86,6 +87,7 @@ def wanted(options: argparse.Namespace, rows: Rows) -> Iterator[tuple[Job, float
     base = {"device": options.device, "allocator": "expandable"}
     check = base | {"shape": options.check_shape, "tokens": options.check_tokens}
     yield check | {"kind": "attention"}, START_S
+    yield check | {"kind": "sinks"}, START_S
     yield check | {"kind": "executor", "layers": 3, "chunk": options.check_chunk, "loss_chunk": options.check_chunk}, 2 * START_S
     for index, num_tokens in enumerate(options.tokens):
         one = base | _step_job(options, num_tokens, 1)
@@ -167,7 +169,7 @@ def _run_apart(job: Job, left_s: float) -> dict[str, Any]:
 
 
 def _run_here(job: Job) -> int:
-    if job["kind"] not in ("attention", "executor", "step"):
+    if job["kind"] not in ("attention", "sinks", "executor", "step"):
         raise ValueError(f"no such job: {job['kind']}")
     from .gpu_jobs import run_job
 

@@ -122,9 +122,9 @@ def gpu_memory(result: dict[str, Any]) -> list[str]:
     lines = ["## The memory executor on a GPU", ""]
     if done is not None:
         lines.append(f"{done['device_name']}, attention by {done['kernel']}; forward and backward, no optimizer.")
-    for kind in ("attention", "executor"):
+    for kind, what in (("attention", "attention"), ("sinks", "attention with sinks"), ("executor", "executor")):
         if kind in summary:
-            lines.append(f"Errors of {kind} in bfloat16 against float32 are at most {summary[kind]:.2f} times those of stock bfloat16.")
+            lines.append(f"Errors of {what} in bfloat16 against float32 are at most {summary[kind]:.2f} times those of stock bfloat16.")
     lines += ["", "| tokens | layers | seconds | peak GiB | reserved GiB | MFU, causal | 32 layers: seconds | peak GiB | host GiB |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in summary["lengths"]:

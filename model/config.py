@@ -20,6 +20,7 @@ class Family(Enum):
     QWEN3 = "qwen3"
     GEMMA2 = "gemma2"
     GEMMA3 = "gemma3"
+    GPT_OSS = "gpt_oss"
     MIXTRAL = "mixtral"
     QWEN2_MOE = "qwen2_moe"
     QWEN3_MOE = "qwen3_moe"

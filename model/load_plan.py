@@ -57,6 +57,8 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = spec.hidden_size
+    if spec.attention_sinks:
+        yield "self_attn.sinks", (spec.num_heads,)
     linears = [
         ("self_attn.q_proj", spec.query_size, hidden, spec.attention_bias),
         ("self_attn.k_proj", spec.kv_size, hidden, spec.attention_bias),

@@ -33,6 +33,8 @@ class ModelSpec:
     """Tokens that attention looks back over, per layer; None for all of them."""
     qk_norm: bool
     """RMS norm over the head dim of queries and keys."""
+    attention_sinks: bool
+    """A learnt logit of each query head joins attention's softmax."""
     attention_bias: bool
     """Whether the query, key and value projections have biases."""
     output_bias: bool
@@ -93,7 +95,8 @@ def feed_forward_weights(spec: ModelSpec) -> int:
 def _attention_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys = spec.hidden_size, spec.query_size, spec.kv_size
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias
-    return 2 * hidden * queries + 2 * hidden * keys + biases + 2 * spec.head_dim * spec.qk_norm
+    sinks = spec.num_heads * spec.attention_sinks
+    return 2 * hidden * queries + 2 * hidden * keys + biases + 2 * spec.head_dim * spec.qk_norm + sinks
 
 
 def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
@@ -136,6 +139,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         max_positions=model.rope.reach,
         windows=facts.windows(fields),
         qk_norm=facts.qk_norm,
+        attention_sinks=facts.attention_sinks,
         attention_bias=facts.qkv_bias(fields),
         output_bias=facts.output_bias(fields),
         mlp_bias=facts.mlp_bias(fields),

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..activation_classes import ATTENTION_OUTPUT, KEY_VALUE, QUERY
 from ..heads import ALL_HEADS, KEYS, QUERIES, Heads
 from .layer_pass import Gathered, Inputs, LayerRun
+from .sinks import sinks_backward, sinks_of
 from .token_local import GradientSums
 
 KEY_BLOCK_CHUNKS = 4
@@ -43,7 +44,7 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
         if save:
             run.save(QUERY, index, [q])
         k, v = kv.whole if keys is None else keys
-        o, lse = attention.rows_forward(attention.gather_rows(q, rows, spec), k, v, rows, spec)
+        o, lse = attention.rows_forward(attention.gather_rows(q, rows, spec), k, v, rows, spec, sinks_of(run.adapter))
         o = attention.scatter_rows(o, rows, spec)
         if save:
             run.save(ATTENTION_OUTPUT, index, [o, lse])
@@ -87,6 +88,7 @@ def _piece_backward(
     dx, do = run.after_backward(index, x, o, dy[mine], sums)
     del o
     do = attention.gather_rows(do, rows, spec)
+    sinks_backward(run.adapter, attention, do, gathered_o, lse, sums)
     dq = attention.rows_backward(do, (q, *keys), gathered_o, lse, rows, spec, totals, _key_block(run))
     del do, q, gathered_o, lse
     upstream = [attention.scatter_rows(dq.to(dy.dtype), rows, spec)]
@@ -110,7 +112,7 @@ def _output(run: LayerRun, index: int, q: Tensor, keys: tuple[Tensor, Tensor]) -
     if run.has(ATTENTION_OUTPUT, index):
         o, lse = run.get(ATTENTION_OUTPUT, index)
         return o, attention.gather_rows(o, rows, spec), lse
-    gathered, lse = attention.rows_forward(q, *keys, rows, spec)
+    gathered, lse = attention.rows_forward(q, *keys, rows, spec, sinks_of(run.adapter))
     return attention.scatter_rows(gathered, rows, spec), gathered, lse
 
 

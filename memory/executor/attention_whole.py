@@ -20,6 +20,7 @@ from ..activation_classes import ATTENTION_OUTPUT, KEY_VALUE, LOG_SUM_EXP, QUERY
 from ..config import ActivationPlace
 from ..heads import Heads, head_groups
 from .layer_pass import QKV, Gathered, Inputs, LayerRun
+from .sinks import sinks_backward, sinks_of
 from .token_local import GradientSums
 
 
@@ -39,7 +40,7 @@ def attention_rows(run: LayerRun, inputs: Inputs, *, save: bool) -> Iterator[tup
     o = None
     for index, state in enumerate(_groups(run)):
         qkv = _project(run, inputs, index, state, save=save)
-        part, lse = run.attention.core_forward(qkv, state.spec)
+        part, lse = run.attention.core_forward(qkv, state.spec, sinks_of(run.adapter, state.heads))
         del qkv
         if save and run.attention_stored:
             _save_lse(run, lse, index)
@@ -82,7 +83,7 @@ def backward(run: LayerRun, dy: Tensor, sums: GradientSums) -> Tensor:
         do.put(index, [d_output])
         del d_input, d_output
     for index, state in enumerate(groups):
-        gradients = _attention_backward(run, index, state, o, do.whole[0])
+        gradients = _attention_backward(run, index, state, o, do.whole[0], sums)
         if index + 1 == len(groups):
             del o
             do.whole.clear()
@@ -153,7 +154,7 @@ def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
     for index, state in enumerate(groups):
         with torch.no_grad():
             qkv = _project(run, run.input_rows, index, state)
-            part, state.lse = run.attention.core_forward(qkv, state.spec)
+            part, state.lse = run.attention.core_forward(qkv, state.spec, sinks_of(run.adapter, state.heads))
             if len(groups) == 1:
                 state.qkv, state.o = qkv, part
             o = _with_group(o, run.attention.exchange_out(part, state.spec), state.heads, run.spec.num_heads)
@@ -162,8 +163,8 @@ def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
     return o
 
 
-def _attention_backward(run: LayerRun, index: int, state: HeadGroupState, o: Tensor, do: Tensor) -> QKV:
-    """Gradients of one group's projections, of all rows."""
+def _attention_backward(run: LayerRun, index: int, state: HeadGroupState, o: Tensor, do: Tensor, sums: GradientSums) -> QKV:
+    """Gradients of one group's projections, of all rows; those of its sinks go to `sums`."""
     attention, spec, heads = run.attention, state.spec, state.heads
     part = slice(None) if heads.queries is None else _index(heads.queries)
     with torch.no_grad():
@@ -171,8 +172,10 @@ def _attention_backward(run: LayerRun, index: int, state: HeadGroupState, o: Ten
         lse = state.lse if state.lse is not None else _stored_lse(run, index)
         mine = state.o if state.o is not None else attention.exchange_out_backward(o[:, part].contiguous(), spec)
         dtype = qkv[0].dtype
-        wide = attention.core_backward(attention.exchange_out_backward(do[:, part].contiguous(), spec), qkv, mine, lse, spec)
+        upstream = attention.exchange_out_backward(do[:, part].contiguous(), spec)
+        sinks_backward(run.adapter, attention, upstream, mine, lse, sums, heads)
+        wide = attention.core_backward(upstream, qkv, mine, lse, spec)
         state.qkv = state.o = state.lse = None
-        del qkv, mine
+        del qkv, mine, upstream
         run.release()
         return attention.exchange_in_backward(wide, spec, dtype)

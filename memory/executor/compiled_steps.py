@@ -72,6 +72,11 @@ class CompiledSteps:
         names = [name for named in (layer.named_parameters(), layer.named_buffers()) for name, _ in named]
         self._places = [(name, layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
 
+    @property
+    def sinks(self) -> Tensor | None:
+        """Implements `LayerSteps.sinks`: they are attention's, and no step reads them."""
+        return self._adapter.sinks
+
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
         return self._forward(Step("before_attention", heads), (x, *rope))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .layer_pass import AttentionRuntime
+from .sinks import sinks_backward, sinks_of
 from .token_local import GradientSums, LayerSteps, Rope
 
 
@@ -25,7 +26,7 @@ class Halves:
         with torch.no_grad():
             q, k, v = (t.detach() for t in self.projected)
             self.gathered = attention.exchange_in(q, k, v, adapter.spec)
-            self.o, self.lse = attention.core_forward(self.gathered, adapter.spec)
+            self.o, self.lse = attention.core_forward(self.gathered, adapter.spec, sinks_of(adapter))
             o = attention.exchange_out(self.o, adapter.spec)
         with torch.enable_grad():
             self.x_after, self.o_leaf = x.detach().requires_grad_(), o.detach().requires_grad_()
@@ -38,6 +39,7 @@ class Halves:
         dx_after, do = sums.grad(self.y, [self.x_after, self.o_leaf], dy)
         self.y = None
         do = self.attention.exchange_out_backward(do, spec)
+        sinks_backward(self.adapter, self.attention, do, self.o, self.lse, sums)
         wide = self.attention.core_backward(do, self.gathered, self.o, self.lse, spec)
         dqkv = self.attention.exchange_in_backward(wide, spec, self.projected[0].dtype)
         del do, wide

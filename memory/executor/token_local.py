@@ -30,6 +30,11 @@ class LayerSteps(Protocol):
     traceable: bool
     """Whether one graph of tensors holds the whole second half; its steps have one each in any case."""
 
+    @property
+    def sinks(self) -> Tensor | None:
+        """The parameter (H,) with a logit of each query head that joins attention's softmax, as it is now; None without."""
+        ...
+
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ..., *, graph: bool = ...) -> tuple[Tensor, ...]: ...
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor: ...
     def residual(self, x: Tensor, o: Tensor, graph: bool = ...) -> Tensor: ...
@@ -152,6 +157,10 @@ class GradientSums:
     def add(self, index: int, part: Tensor) -> None:
         """Part of the gradient of one of `parameters`; it may be added to in place."""
         self._totals[index] = _add_wide(self._totals[index], part)
+
+    def add_of(self, parameter: Tensor, part: Tensor) -> None:
+        """Part of the gradient of one of the parameters, as `add`. ValueError where it is none of them."""
+        self.add([id(p) for p in self.parameters].index(id(parameter)), part)
 
     def result(self) -> list[Tensor | None]:
         """The sums in each parameter's dtype; None where nothing reached it."""

@@ -16,6 +16,7 @@ from ..config import Family
 from . import (
     gemma2_facts,
     gemma3_facts,
+    gpt_oss_facts,
     llama_facts,
     mistral_facts,
     mixtral_facts,
@@ -41,6 +42,7 @@ FACTS: Mapping[Family, FamilyFacts] = MappingProxyType(
             qwen3_facts,
             gemma2_facts,
             gemma3_facts,
+            gpt_oss_facts,
             mixtral_facts,
             qwen2_moe_facts,
             qwen3_moe_facts,

@@ -31,13 +31,15 @@ class LayerAdapter(ABC):
     norms: ClassVar[tuple[str, ...]]
     """Modules that the steps call."""
     own: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Modules of the family's own classes, by name: their parameters are read, they are not called.
+    """Modules of the family's own classes, by name: their parameters are read, they are not called."""
+    sinks_name: ClassVar[str | None] = None
+    """The parameter (H,) with a learnt logit of each query head that joins attention's softmax, where the family has one.
 
-    Every parameter of the layer is one of these, of a norm or of a projection.
+    Every parameter of the layer is this one, or one of a projection, of a norm or of `own`.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        check_modules(layer, self.projections, self.norms, self.own)
+        check_modules(layer, self.projections, self.norms, own=self.own, parameters=() if self.sinks_name is None else (self.sinks_name,))
         self.layer, self.attention = layer, layer.self_attn
         if float(getattr(self.attention, "attention_dropout", 0.0)) > 0:
             raise ConfigError(
@@ -52,6 +54,11 @@ class LayerAdapter(ABC):
     """Which rotary table the layer reads, where the model has several (its layer type)."""
     traceable: bool = True
     """Whether one graph of tensors holds the whole second half."""
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Implements `LayerSteps.sinks`. Read anew each time, as projections are."""
+        return None if self.sinks_name is None else self.layer.get_parameter(self.sinks_name)
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""

@@ -70,6 +70,8 @@ class FamilyFacts:
     """What norms add to their weight before they multiply."""
     qk_norm: bool = False
     """RMS norm over the head dim of queries and keys."""
+    attention_sinks: bool = False
+    """`self_attn.sinks`: a learnt logit of each query head joins attention's softmax."""
     norm_product_in_float32: bool = False
     """Norms multiply with their weight before they return to the compute precision: more is saved for backward."""
     qkv_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: bool(fields.get("attention_bias")))
@@ -90,6 +92,8 @@ class FamilyFacts:
     """A rotary table for layers with a window and one for the others."""
     default_theta: float = DEFAULT_THETA
     """Base of the rotary angles (of layers without a window, where there are two tables)."""
+    default_rope: Mapping[str, Any] = field(default_factory=dict)
+    """The rotary settings of a config.json that has none, beside the base."""
     experts: ExpertFacts | None = None
     """The mixture of experts of every layer; None: feed-forwards are dense."""
 

@@ -52,21 +52,32 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
     return Projection(module.weight, module.bias)
 
 
-def check_modules(layer: nn.Module, projections: tuple[str, ...], norms: tuple[str, ...], own: Mapping[str, str] = NO_MODULES) -> None:
+def check_modules(
+    layer: nn.Module,
+    projections: tuple[str, ...],
+    norms: tuple[str, ...],
+    *,
+    own: Mapping[str, str] = NO_MODULES,
+    parameters: tuple[str, ...] = (),
+) -> None:
     """Raise ConfigError unless every parameter of a layer is one of a projection that can be read or of a norm, which is called.
 
-    `own`: modules of the family's own classes that are read as projections are, each with the name of its class.
+    `own`: modules of the family's own classes that are read as projections are, each with the name of its class. `parameters`: those
+    that are read by themselves.
     """
-    modules = (*projections, *norms, *own)
+    modules, named = (*projections, *norms, *own), dict(layer.named_parameters())
     for name in modules:
         _check_present(layer, name)
+    for name in parameters:
+        if name not in named:
+            raise _refusal(name, "no such parameter", "the layer would be computed without it")
     for name in projections:
         projection_of(layer, name)
         _check_plain(layer.get_submodule(name), name)
     for name, expected in own.items():
         _check_own(layer.get_submodule(name), name, expected)
-    for name, _ in layer.named_parameters():
-        if not any(name.startswith(f"{owner}.") for owner in modules):
+    for name in named:
+        if name not in parameters and not any(name.startswith(f"{owner}.") for owner in modules):
             raise _refusal(name, "a parameter that no step of a layer reads", "its gradient would be lost")
 
 

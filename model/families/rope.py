@@ -33,6 +33,9 @@ def _table(rotary: nn.Module, key: str | None, like: Tensor, position_ids: Tenso
         return _table_by_length(rotary, rope_type, key, like, position_ids, document_lengths)
     layer_type = {} if key is None else {"layer_type": key}
     cos, sin = rotary(like, position_ids.unsqueeze(0), **layer_type)
+    frequencies: Tensor = getattr(rotary, "inv_freq" if key is None else f"{key}_inv_freq")
+    if cos.shape[-1] == len(frequencies):  # one column for both halves of a head, as gpt-oss has it
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     return cos[0], sin[0]
 
 

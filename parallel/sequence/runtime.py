@@ -20,6 +20,7 @@ from .clock import BusyClock
 from .layout import GroupLayout, cut_slices
 from .plan import Group
 from .ring import Ring, ring_backward, ring_forward
+from .sinks import join_sinks, sink_gradient
 from .ulysses import UlyssesExchange
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -67,12 +68,14 @@ class SequenceAttention:
         exchange = self._exchange(spec)
         return (dq, dk, dv) if exchange is None else exchange.scatter_gradients(dq, dk, dv)
 
-    def core_forward(self, qkv: QKV, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        """o and lse between the exchanges."""
+    def core_forward(self, qkv: QKV, spec: AttentionSpec, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """o and lse between the exchanges. `sinks`: a logit of each query head of `spec`, on all ranks, that joins the softmax."""
         blocks = self._blocks_for(spec.window)
         if self.group is None or self.group.ring == 1:
-            return attention_forward(*qkv, blocks[0], spec, self.kernel)
-        return ring_forward(*qkv, self._ring(self.group), blocks, self._ring_tokens(), spec, self.kernel)
+            o, lse = attention_forward(*qkv, blocks[0], spec, self.kernel)
+        else:
+            o, lse = ring_forward(*qkv, self._ring(self.group), blocks, self._ring_tokens(), spec, self.kernel)
+        return self._joined(o, lse, sinks)
 
     def core_backward(self, do: Tensor, qkv: QKV, o: Tensor, lse: Tensor, spec: AttentionSpec) -> QKV:
         blocks = self._blocks_for(spec.window)
@@ -121,9 +124,9 @@ class SequenceAttention:
         exchange = self._exchange(spec, rows)
         return t if exchange is None else exchange.scatter_tokens(t)
 
-    def rows_forward(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        """o and lse of gathered query rows against all gathered keys; no ring."""
-        return attention_forward(q, k, v, self._blocks_of_rows(rows, spec.window), spec, self.kernel)
+    def rows_forward(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: AttentionSpec, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """o and lse of gathered query rows against all gathered keys; no ring. `sinks` as in `core_forward`."""
+        return self._joined(*attention_forward(q, k, v, self._blocks_of_rows(rows, spec.window), spec, self.kernel), sinks)
 
     def rows_backward(
         self, do: Tensor, qkv: QKV, o: Tensor, lse: Tensor, rows: Rows, spec: AttentionSpec, totals: tuple[Tensor, Tensor], key_block: int
@@ -131,6 +134,22 @@ class SequenceAttention:
         """dq of gathered query rows; their part of dk and dv is added to `totals`, made for at most `key_block` keys at a time."""
         blocks = self._blocks_of_rows(rows, spec.window, key_block)
         return attention_backward_into(do, qkv, o, lse, blocks, spec, self.kernel, totals)
+
+    def sinks_backward(self, do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+        """Gradient (H,) of `sinks` from what is between the exchanges here; 0 for the heads of other ranks."""
+        gradient, mine = lse.new_zeros(sinks.shape), self._local_heads(len(sinks))
+        gradient[mine] = sink_gradient(do, o, lse, sinks[mine])
+        return gradient
+
+    def _joined(self, o: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        if sinks is not None:
+            join_sinks(o, lse, sinks[self._local_heads(len(sinks))])
+        return o, lse
+
+    def _local_heads(self, num_heads: int) -> slice:
+        """The query heads of this rank between the exchanges: the ranks of a ring member have equal runs of them, in order."""
+        run = num_heads // (1 if self.group is None else self.group.ulysses)
+        return slice(self.ulysses_index * run, (self.ulysses_index + 1) * run)
 
     def _exchange(self, spec: AttentionSpec, rows: Rows | None = None) -> UlyssesExchange | None:
         if self.group is None or self.layout is None or self.group.ulysses == 1:

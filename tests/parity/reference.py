@@ -15,6 +15,21 @@ BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+GPT_OSS = {
+    "head_dim": 16,
+    "sliding_window": 7,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 128,
+    },
+}
 FAMILIES = {
     "llama": {"model_type": "llama"},
     "llama_deep": {"model_type": "llama", "num_hidden_layers": 5},
@@ -56,6 +71,8 @@ FAMILIES = {
         "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 24,
         "use_sliding_window": True, "sliding_window": 11,
     },
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 6, "num_experts_per_tok": 2, **GPT_OSS},
+    "gpt_oss_dense": {"model_type": "gpt_oss_dense", "num_local_experts": 1, "num_experts_per_tok": 1, **GPT_OSS},
     "rope_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "rope_dynamic": {
         "model_type": "llama",
@@ -80,11 +97,17 @@ FAMILIES = {
 }
 
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+EAGER = ("gemma2", "gpt_oss", "gpt_oss_dense")
+"""Whose attention has more than SDPA computes."""
 
 
 def hf_config(family: str):
     fields = {**BASE, **FAMILIES[family]}
+    if family == "gpt_oss_dense":
+        from efflaunch.tests.parity.gpt_oss_dense import register
+
+        register()
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
@@ -94,7 +117,7 @@ def reference_model(family: str, dtype: torch.dtype):
     config = hf_config(family)
     # Its grouped products know no float64; the loop over experts is what they stand for.
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager" if family == "gemma2" else "sdpa")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager" if family in EAGER else "sdpa")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -131,8 +154,9 @@ def lift_to_float64() -> None:
             if isinstance(kind, type) and name.endswith("RMSNorm"):
                 kind.forward = _gemma_norm if family.startswith("gemma") else _norm
             if isinstance(kind, type) and name.endswith("RotaryEmbedding"):
-                kind.forward = _rotary_forward(kind.forward)
-            if isinstance(kind, type) and name.endswith("TopKRouter"):
+                kind.forward = _rotary_forward(kind.forward, copies=1 if family == "gpt_oss" else 2)
+            # gpt-oss weighs in the precision of its logits.
+            if isinstance(kind, type) and name.endswith("TopKRouter") and family != "gpt_oss":
                 kind.forward = _router
         if hasattr(module, "eager_attention_forward") and family == "gemma2":
             module.eager_attention_forward = _eager
@@ -158,7 +182,7 @@ def _gemma_norm(self, x):
     return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
 
 
-def _rotary_forward(original):
+def _rotary_forward(original, copies):
     if getattr(original, "lifted", False):
         return original
 
@@ -169,7 +193,7 @@ def _rotary_forward(original):
         original(self, x, position_ids, *([] if layer_type is None else [layer_type]))  # lets "dynamic" update its table
         prefix = "" if layer_type is None else f"{layer_type}_"
         angles = position_ids[..., None].double() * getattr(self, f"{prefix}inv_freq").double()
-        both = torch.cat((angles, angles), -1)
+        both = torch.cat([angles] * copies, -1)
         scaling = getattr(self, f"{prefix}attention_scaling")
         return both.cos() * scaling, both.sin() * scaling
 

@@ -226,6 +226,9 @@ ROWS = {
             ("qwen2_moe", "streambp_1", "ulysses 2", static(2, 2, 2), {}),
             ("qwen2_moe", "everything kept by class", "accumulation", MEMORY_PLANS["mixed groups, accumulation"], {}),
             ("qwen2_moe", "recompute", "a rank without work", plan_of(4, batch((0, 2, 2, ALL))), {}),
+            ("gpt_oss", "keep", "hybrid 2x2, three steps", static(4, 4, 2), {"steps": 3}),
+            ("gpt_oss", "shares_streamed", "adaptive", plan_of(4, *ADAPTIVE), {}),
+            ("gpt_oss", "upipe_stored", "barrier-free, HSDP", plan_of(4, *ADAPTIVE), {"barrier_free": True, "replicate": 2}),
             ("qwen3_moe", "segments_2", "experts frozen", plan_of(4, *ADAPTIVE), {"frozen": ("experts",)}),
         )
     },
@@ -262,14 +265,14 @@ def worst(got, want):
     return max((float(np.abs(got[name] - want[name]).max() / (np.abs(want[name]).max() + 1e-30)), name) for name in want)
 
 
-def check_parity(pool, case, plans):
+def check_parity(pool, case, plans, run=run_plans):
     case = {"family": "llama", "dtype": "float64", **case}
     lengths = plans[0].lengths
     documents, targets = make_documents(lengths, case.get("masked", False))
     weights, loss, gradients, trained = reference(
         case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0)
     )
-    answers = pool.run(run_plans, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
+    answers = pool.run(run, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
     results, ours = answers[0]
     bound = BOUND[case["dtype"]]
     gradients = {name: gradient for name, gradient in gradients.items() if is_trained(case, name)}

@@ -32,6 +32,7 @@ def test_every_family_has_an_adapter_for_its_hugging_face_layer(family: Family) 
         layer = AutoModelForCausalLM.from_config(config).model.layers[0]
     adapter = layer_adapter(layer, facts_of(family).model_type)
     assert adapter.spec.head_dim == 8 and (adapter.rope_key is not None) == facts_of(family).rope_per_layer_type
+    assert (adapter.sinks is not None) == facts_of(family).attention_sinks
 
 
 def test_facts_are_read_without_torch() -> None:

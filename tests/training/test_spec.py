@@ -15,6 +15,7 @@ import yaml
 from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
+from efflaunch.model.load_plan import parameter_shapes
 from efflaunch.model.spec import LayerParameters, active_layer_parameters, check_model, layer_parameters, model_spec, num_parameters
 from efflaunch.units import parse_quantity
 
@@ -103,6 +104,22 @@ def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
         hf.num_key_value_heads,
         hf.max_position_embeddings,
     )
+
+
+def test_sinks_are_counted_and_looked_for_in_files() -> None:
+    import torch
+
+    from efflaunch.tests.parity.gpt_oss_dense import DenseModel
+    from efflaunch.tests.parity.reference import hf_config
+
+    sizes = {"num_layers": 3, "num_heads": 8, "head_dim": 16, "intermediate_size": 112, "vocab_size": 97}
+    like = tiny(family=Family.LLAMA, **sizes, extra={"attention_bias": True})
+    spec = replace(model_spec(like), attention_sinks=True)
+    with torch.device("meta"):
+        model = DenseModel(hf_config("gpt_oss_dense"))
+    assert parameter_shapes(spec) == {name: tuple(each.shape) for name, each in model.named_parameters()}
+    assert num_parameters(spec) == sum(each.numel() for each in model.parameters())
+    assert num_parameters(spec) - num_parameters(replace(spec, attention_sinks=False)) == 3 * spec.num_heads
 
 
 @pytest.mark.parametrize(
