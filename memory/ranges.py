@@ -6,7 +6,7 @@ is either kept, moved or recomputed as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from .config import ActivationPlace
@@ -15,7 +15,8 @@ from .policy import MemoryPolicy, Split
 Range = tuple[int, int]
 
 
-def group_ranges(tokens: Sequence[int], policy: MemoryPolicy) -> tuple[tuple[Range, ...], ...]:
+@lru_cache(maxsize=64)  # asked for by every layer of a micro-batch
+def group_ranges(tokens: tuple[int, ...], policy: MemoryPolicy) -> tuple[tuple[Range, ...], ...]:
     """The pieces in ascending order, each with every member's rows [start, stop); `tokens` are the members' row counts.
 
     All members have the same number of pieces, for they exchange once a piece; one may be empty for some of them, not for all.

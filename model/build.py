@@ -23,6 +23,8 @@ from ..memory.executor.layer import LayerExecutor
 from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
+from ..parallel.experts.exchange import ExpertRanks
+from ..parallel.sharding.experts import spread_experts
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
 from .chunked_loss import LossOptions
@@ -68,12 +70,23 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
 
 
 def install(
-    model: PreTrainedModel, policy: MemoryPolicy, *, loss_chunk_tokens: int, z_loss: float = 0.0, store: HostStore | None = None
+    model: PreTrainedModel,
+    policy: MemoryPolicy,
+    *,
+    loss_chunk_tokens: int,
+    z_loss: float = 0.0,
+    store: HostStore | None = None,
+    expert_ranks: ExpertRanks | None = None,
 ) -> None:
-    """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are."""
+    """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are.
+
+    `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank.
+    """
     graphs = None if policy.compile is None else Graphs(policy.compile)
     for index, layer in enumerate(model.model.layers):
-        layer.forward = LayerExecutor(layer, layer_adapter(layer, model.config.model_type), policy, index, graphs)
+        adapter = layer_adapter(layer, model.config.model_type)
+        adapter.expert_ranks = expert_ranks
+        layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
     whole = range(len(model.model.layers))
     model.forward = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)  # type: ignore[method-assign]
@@ -97,13 +110,22 @@ def build_model(
     loss_chunk_tokens: int,
     z_loss: float = 0.0,
     store: HostStore | None = None,
+    expert_mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
 
     `store` takes what `policy` moves to the host.
     """
     model = build_empty(
-        config, policy, mesh, device=device, compute_dtype=compute_dtype, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store
+        config,
+        policy,
+        mesh,
+        device=device,
+        compute_dtype=compute_dtype,
+        loss_chunk_tokens=loss_chunk_tokens,
+        z_loss=z_loss,
+        store=store,
+        expert_mesh=expert_mesh,
     )
     initialise(model, seed)
     return model
@@ -120,16 +142,25 @@ def build_empty(
     z_loss: float = 0.0,
     store: HostStore | None = None,
     host_weights: bool = False,
+    expert_mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
-    """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host."""
+    """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host.
+
+    `expert_mesh` (replicate, expert_shard, expert): its last axis shares the experts of each layer.
+    """
     model = build_on_meta(config, master_dtype(compute_dtype))
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store)
+    ranks = None if expert_mesh is None else ExpertRanks(expert_mesh.get_group("expert"), expert_mesh["expert"].size())
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store, expert_ranks=ranks)
     if host_weights:
         # Parameters only: buffers keep the precision Hugging Face made them in.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(compute_dtype)
     reduced = master_dtype(compute_dtype)
-    stage_of(model).weights = shard_model(model, list(model.model.layers), mesh, compute_dtype=compute_dtype, reduce_dtype=reduced)
+    layers = list(model.model.layers)
+    placement = None if expert_mesh is None else spread_experts([layer.mlp.experts for layer in layers], expert_mesh)
+    stage_of(model).weights = shard_model(
+        model, layers, mesh, compute_dtype=compute_dtype, reduce_dtype=reduced, placement=placement
+    )
     model.to_empty(device=device)
     return model
 

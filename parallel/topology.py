@@ -59,6 +59,13 @@ class Topology:
     groups: dict[AlignedBlock, ProcessGroup] = field(default_factory=dict)
     """Sequence groups this rank is in, by their ranks in the stage."""
     num_stages: int = 1
+    experts: DeviceMesh | None = None
+    """Mesh `(replicate, expert_shard, expert)` of the stage, whose last axis are the ranks that share experts; None: every rank has all."""
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether the experts of a layer are spread over ranks."""
+        return self.experts is not None
 
     @property
     def stage_size(self) -> int:
@@ -89,10 +96,11 @@ def whole_world() -> ProcessGroup:
     return world
 
 
-def build_topology(*, replicate: int, device: str, stages: int = 1, timeout_s: float = 600.0) -> Topology:
+def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int = 1, timeout_s: float = 600.0) -> Topology:
     """Make the mesh and every aligned group of every stage. Collective: all ranks call it at the same point, after init_process_group.
 
-    `replicate`: copies of a stage's weights. The world is a multiple of `stages` x `replicate`.
+    `replicate`: copies of a stage's weights. `experts`: ranks next to each other that share the experts of a layer. The world is a
+    multiple of `stages` x `replicate` x `experts`.
     """
     import torch.distributed as dist
 
@@ -111,7 +119,18 @@ def build_topology(*, replicate: int, device: str, stages: int = 1, timeout_s: f
             made = dist.new_group([first + member for member in block.ranks], timeout=timeout)
             if mine and rank - first in block.ranks:
                 groups[block] = made
-    return Topology(rank, world_size, device, mesh, world, stage, groups, stages)
+    return Topology(rank, world_size, device, mesh, world, stage, groups, stages, _expert_mesh(device, stages, replicate, size, experts))
+
+
+def _expert_mesh(device: str, stages: int, replicate: int, size: int, experts: int) -> DeviceMesh | None:
+    """Mesh of this rank's stage for weights of experts."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if experts == 1:
+        return None
+    assert stages == 1 and size % (replicate * experts) == 0, "ranks of one stage divide over replicas and ranks that share experts"
+    names = ("replicate", "expert_shard", "expert")
+    return init_device_mesh(device, (replicate, size // replicate // experts, experts), mesh_dim_names=names)
 
 
 def _mesh(device: str, stages: int, replicate: int, size: int) -> DeviceMesh:

@@ -92,8 +92,9 @@ def _any_rank(flag: bool, session: Session) -> bool:
 def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan) -> list[ScoredTokens]:
     """This rank's part of the sequences of a step."""
     scored: list[ScoredTokens] = []
-    for work in read_step(source, step, plan, session.topology.stage_rank):
-        attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, BusyClock(session.device))
+    for work in read_step(source, step, plan, session.topology.stage_rank, shares_experts=session.topology.shares_experts):
+        clock = BusyClock(session.device)
+        attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, clock, work.rank_tokens)
         values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
         scored += _pieces(source, step, work, values)
     return scored

@@ -20,7 +20,7 @@ from ..parallel.sequence.layout import GroupLayout
 from ..parallel.sequence.plan import Group, StepPlan
 from ..parallel.sequence.runtime import sequence_attention
 from ..parallel.topology import Topology
-from .data.shard import PackedShard, build_shard
+from .data.shard import PackedShard, build_shard, rank_tokens
 from .data.source import DataSource
 from .non_finite import RowWatch
 from .objectives.heads import HeadLoss, StepObjective
@@ -33,6 +33,8 @@ class MicroBatchWork:
     shard: PackedShard
     layout: GroupLayout | None
     group: Group | None
+    rank_tokens: tuple[int, ...] | None = None
+    """Tokens of every rank, where ranks share experts."""
 
 
 _NONE = np.zeros(0, dtype=np.int64)
@@ -40,10 +42,14 @@ EMPTY = MicroBatchWork(PackedShard(_NONE, _NONE, _NONE, ()), None, None)
 """No tokens: every collective over all ranks, and nothing else."""
 
 
-def read_step(source: DataSource, step: int, plan: StepPlan, rank: int) -> list[MicroBatchWork]:
-    """This rank's work of each micro-batch; reads only the tokens it holds."""
+def read_step(source: DataSource, step: int, plan: StepPlan, rank: int, *, shares_experts: bool = False) -> list[MicroBatchWork]:
+    """This rank's work of each micro-batch; reads only the tokens it holds. `shares_experts`: layers exchange rows with other ranks."""
     return [
-        MicroBatchWork(*build_shard(source, step, plan, index, rank), batch.group_of(rank))
+        MicroBatchWork(
+            *build_shard(source, step, plan, index, rank),
+            batch.group_of(rank),
+            rank_tokens(source, step, plan, index) if shares_experts else None,
+        )
         for index, batch in enumerate(plan.micro_batches)
     ]
 
@@ -159,7 +165,7 @@ class _StepPasses:
 
     def _pass(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> StagePass:
         setup = self._setup
-        attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock)
+        attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock, work.rank_tokens)
         head_loss = _head_loss(self._objective, work, setup.topology, clock)
         return self._stage.forward(to_tokens(work, setup.device, flags), attention, head_loss)
 

@@ -241,7 +241,8 @@ class _Run:
         plan = self.planner.plan(self.done)
         self.pulse.expect(self.pace.expected_s(plan.predicted_s))
         self.position.at("reading data")
-        works = read_step(self.session.source, self.done, plan, self.session.topology.stage_rank)
+        topology = self.session.topology
+        works = read_step(self.session.source, self.done, plan, topology.stage_rank, shares_experts=topology.shares_experts)
         with self.allocator.step(step_shape(works)):
             results, numbers, backward_s = self._update(plan, works, stop)
         self._finish_step(results, plan, numbers, started, backward_s)

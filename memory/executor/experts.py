@@ -11,13 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .grouped import GroupedProjection, Groups
+
+
+class RowExchange(Protocol):
+    """The way of one piece's rows to the ranks of their experts and back (parallel/experts/exchange.py). Collective."""
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each expert that is here."""
+        ...
+
+    def dispatch(self, rows: Tensor) -> Tensor:
+        """Rows (R, ...) -> those whose experts are here (Q, ...), in the order of experts."""
+        ...
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """The way back: (Q, ...) -> (R, ...)."""
+        ...
+
+
+class ExpertRanks(Protocol):
+    """Ranks that share the experts of a layer."""
+
+    def exchange(self, counts: Tensor) -> RowExchange:
+        """Agree on the rows of one piece, from those here of each expert (E,). Collective."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +56,33 @@ class Routing:
     places: Tensor
     """Row of each token and expert (T, K)."""
     groups: Groups
+    """Rows of each expert that is here: of all experts, or of those of this rank."""
+    exchange: RowExchange | None = None
+    """None: all experts are here."""
 
     @classmethod
-    def of(cls, chosen: Tensor, num_experts: int) -> Routing:
-        """Sort by expert, tokens of one expert in their own order. `chosen` (T, K)."""
+    def of(cls, chosen: Tensor, num_experts: int, ranks: ExpertRanks | None = None) -> Routing:
+        """Sort by expert, tokens of one expert in their own order. `chosen` (T, K). Collective over `ranks`, where there are such."""
         flat = chosen.flatten().long()
         order = torch.argsort(flat, stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         counts = torch.bincount(flat, minlength=num_experts)
-        return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), Groups(counts))
+        exchange = None if ranks is None else ranks.exchange(counts)
+        groups = Groups(counts if exchange is None else exchange.counts)
+        return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), groups, exchange)
+
+    def at_experts(self, values: Tensor) -> Tensor:
+        """Values of tokens (T, M) -> those of the rows whose experts are here (R, M)."""
+        return self.to_experts(values[self.tokens])
+
+    def to_experts(self, rows: Tensor) -> Tensor:
+        """Rows of this rank's tokens -> those whose experts are here."""
+        return rows if self.exchange is None else self.exchange.dispatch(rows)
+
+    def from_experts(self, rows: Tensor) -> Tensor:
+        """The way back of `to_experts`."""
+        return rows if self.exchange is None else self.exchange.combine(rows)
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum each token's rows (R, M), times its weights (T, K), in float32 at least -> (T, M) in the rows' dtype."""
@@ -78,21 +120,25 @@ class Experts:
         both = (self.gate_up.weight, self.gate_up.bias, self.down.weight, self.down.bias)
         return tuple(each for each in both if each is not None)
 
-    def gate_and_up(self, h: Tensor, routing: Routing) -> Tensor:
-        """Gate and up (R, 2 I) of normed tokens h (T, M)."""
-        return self.gate_up(h[routing.tokens], routing.groups)
+    def gate_and_up(self, x: Tensor, routing: Routing) -> Tensor:
+        """Gate and up (R, 2 I) of rows x (R, M)."""
+        return self.gate_up(x, routing.groups)
 
     def output(self, gate_up: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         """The sum over each token's experts (T, M), each times its weight (T, K)."""
         with torch.no_grad():
-            return routing.sum_rows(self.down(self.activate(gate_up), routing.groups), weights)
+            rows = self.down(self.activate(gate_up), routing.groups)
+            return routing.sum_rows(routing.from_experts(rows), weights)
 
     def gradients(
-        self, h: Tensor, gate_up: Tensor, weights: Tensor, dy: Tensor, routing: Routing
+        self, x: Tensor, gate_up: Tensor, weights: Tensor, dy: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Gradients of h (T, M), of the weights (T, K), and of `self.weights` where they are trained; dy (T, M) is the output's."""
-        groups, upstream = routing.groups, dy[routing.tokens]
-        scale = routing.by_row(weights).unsqueeze(1)
+        """Gradients of the tokens (T, M) that x (R, M) are rows of, of the weights (T, K), and of `self.weights` where they are trained.
+
+        dy (T, M) is the output's.
+        """
+        groups, upstream = routing.groups, routing.at_experts(dy)
+        scale = routing.to_experts(routing.by_row(weights).unsqueeze(1))
         with torch.enable_grad():
             leaf = gate_up.detach().requires_grad_()
             product = self.activate(leaf)
@@ -106,9 +152,9 @@ class Experts:
         del upstream, activation
         (d_gate_up,) = torch.autograd.grad(product, leaf, back.mul_(scale))
         del back, product
-        d_rows = self.gate_up.input_gradient(d_gate_up, groups)
-        own = _of_projection(self.gate_up, h[routing.tokens], d_gate_up, groups)
-        return routing.sum_rows(d_rows), routing.by_token(d_weights), [*own, *down]
+        own = _of_projection(self.gate_up, x, d_gate_up, groups)
+        d_rows = routing.from_experts(self.gate_up.input_gradient(d_gate_up, groups))
+        return routing.sum_rows(d_rows), routing.by_token(routing.from_experts(d_weights)), [*own, *down]
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -125,20 +171,23 @@ def _of_projection(projection: GroupedProjection, x: Tensor, dy: Tensor, groups:
 
 
 class ExpertsGraph(torch.autograd.Function):
-    """Experts as one node of a graph, which keeps h, gate and up: h (T, M), weights (T, K), routing, experts, parameters -> (T, M)."""
+    """Experts as one node of a graph, which keeps rows, gate and up: h (T, M), weights (T, K), routing, experts, parameters -> (T, M)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weights: Tensor, routing: Routing, experts: Experts, *parameters: Tensor) -> Tensor:
-        gate_up = experts.gate_and_up(h, routing)
-        ctx.save_for_backward(h, gate_up, weights)
+        x = routing.at_experts(h)
+        gate_up = experts.gate_and_up(x, routing)
+        # Rows that are here already are gathered again sooner than kept; those that came from other ranks are not sent twice.
+        ctx.save_for_backward(h if routing.exchange is None else x, gate_up, weights)
         ctx.routing, ctx.experts = routing, experts
         return experts.output(gate_up, weights, routing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, gate_up, weights = ctx.saved_tensors
-        d_h, d_weights, of_parameters = ctx.experts.gradients(h, gate_up, weights, dy, ctx.routing)
+        rows, gate_up, weights = ctx.saved_tensors
+        x = rows[ctx.routing.tokens] if ctx.routing.exchange is None else rows
+        d_h, d_weights, of_parameters = ctx.experts.gradients(x, gate_up, weights, dy, ctx.routing)
         return d_h, d_weights, None, None, *of_parameters
 
 

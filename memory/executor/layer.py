@@ -38,13 +38,13 @@ class LayerExecutor:
 
     def __init__(self, layer: nn.Module, adapter: LayerSteps, policy: MemoryPolicy, index: int, graphs: Graphs | None = None) -> None:
         """`graphs`: of the model, where the policy has its token-local steps compiled."""
-        self._layer, self.policy, self.index = layer, policy, index
+        self._raw, self.policy, self.index = adapter, policy, index
         self.adapter = adapter if graphs is None else CompiledSteps(adapter, layer, graphs)
         self.feed_forward = adapter.feed_forward(self.adapter)
 
     def __call__(self, x: Tensor, context: LayerContext) -> Tensor:
         _check_autocast(x)
-        parameters = [p for p in self._layer.parameters() if p.requires_grad]
+        parameters = self._raw.trained()
         # Without a backward (frozen layers below all that is trained) nothing may be left: nobody would clear it away.
         if context.tape is None or not torch.is_grad_enabled() or not (parameters or x.requires_grad):
             context.position.at("forward", self.index)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..activation_classes import EXPERT_GATE_UP, MIXTURE, ROUTING
-from .experts import Experts, Routing, in_graph
+from .experts import ExpertRanks, Experts, Routing, in_graph
 from .token_local import GradientSums, LayerSteps, SavedPiece, Step
 
 ROUTE, SHARED_IN, SHARED_OUT = Step("route"), Step("shared_in"), Step("shared_out")
@@ -46,9 +46,9 @@ class MixtureFeedForward:
 
     classes = MIXTURE.classes
 
-    def __init__(self, steps: LayerSteps, layer: RoutedLayer) -> None:
-        """`steps` run as they are or compiled; `layer` decides, weighs and has the experts."""
-        self._steps, self._layer = steps, layer
+    def __init__(self, steps: LayerSteps, layer: RoutedLayer, ranks: ExpertRanks | None = None) -> None:
+        """`steps` run as they are or compiled; `layer` decides, weighs and has the experts, all of them or those of one of `ranks`."""
+        self._steps, self._layer, self._ranks = steps, layer, ranks
 
     def forward(self, rows: Tensor, saved: SavedPiece) -> Tensor:
         """Implements `FeedForward.forward`."""
@@ -58,7 +58,7 @@ class MixtureFeedForward:
         if torch.is_grad_enabled():
             return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
         experts = self._layer.experts()
-        gate_up, *shared = self._inner(h, experts, routing, saved)
+        _, gate_up, *shared = self._inner(h, experts, routing, saved)
         saved.put(EXPERT_GATE_UP, (gate_up, *shared))
         y = rows + experts.output(gate_up, weights, routing)
         return y.add_(self._steps.run_step(SHARED_OUT, (h, *shared))[0]) if shared else y
@@ -69,12 +69,13 @@ class MixtureFeedForward:
         with torch.no_grad():
             h, logits = self._steps.run_step(ROUTE, (rows,))
             routing = self._routing(logits, saved)
-            gate_up, *shared = self._inner(h, experts, routing, saved)
+            x, gate_up, *shared = self._inner(h, experts, routing, saved, rows=True)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             weights = self._layer.weigh(leaf, routing.chosen)
-        d_h, d_weights, of_experts = experts.gradients(h, gate_up, weights.detach(), dy, routing)
-        del gate_up
+        assert x is not None
+        d_h, d_weights, of_experts = experts.gradients(x, gate_up, weights.detach(), dy, routing)
+        del gate_up, x
         for weight, part in zip(experts.weights, of_experts, strict=True):
             index = sums.index_of(weight)
             if index is not None and part is not None:
@@ -91,15 +92,20 @@ class MixtureFeedForward:
         chosen = self._layer.choose(logits.detach()).to(torch.int32) if stored is None else stored[0]
         if stored is None:
             saved.put(ROUTING, (chosen,))
-        return Routing.of(chosen, self._layer.num_experts)
+        return Routing.of(chosen, self._layer.num_experts, self._ranks)
 
-    def _inner(self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece) -> tuple[Tensor, ...]:
-        """Gate and up of the experts, and those of the shared one."""
+    def _inner(
+        self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece, *, rows: bool = False
+    ) -> tuple[Tensor | None, *tuple[Tensor, ...]]:
+        """The experts' rows (R, M), their gate and up, and those of the shared expert. `rows`: they are wanted whatever is stored."""
         stored = saved.get(EXPERT_GATE_UP)
+        # Whether something is stored may differ between ranks, and all of them exchange.
+        x = routing.at_experts(h) if rows or stored is None or self._ranks is not None else None
         if stored is not None:
-            return stored
+            return (x, *stored)
+        assert x is not None
         shared = self._steps.run_step(SHARED_IN, (h,)) if self._layer.has_shared else ()
-        return (experts.gate_and_up(h, routing), *shared)
+        return (x, experts.gate_and_up(x, routing), *shared)
 
     def _shared(self, h: Tensor) -> Tensor | float:
         if not self._layer.has_shared:

@@ -30,6 +30,10 @@ class LayerSteps(Protocol):
     traceable: bool
     """Whether one graph of tensors holds the whole second half; its steps have one each in any case."""
 
+    def trained(self) -> list[Tensor]:
+        """The trained weights of the layer that this rank computes with, as autograd sees them; asked for at the start of each pass."""
+        ...
+
     @property
     def sinks(self) -> Tensor | None:
         """The parameter (H,) with a logit of each query head that joins attention's softmax, as it is now; None without."""
@@ -151,8 +155,10 @@ class GradientSums:
         return gradients[: len(inputs)]
 
     def index_of(self, parameter: Tensor) -> int | None:
-        """Index of one of `parameters`; None for one that is not trained."""
-        return next((index for index, own in enumerate(self.parameters) if own is parameter), None)
+        """Index of one of `parameters`, by its memory: it may be another view of that. None for one that is not trained."""
+        place = parameter.untyped_storage()._cdata, parameter.storage_offset()
+        places = ((own.untyped_storage()._cdata, own.storage_offset()) for own in self.parameters)
+        return next((index for index, own in enumerate(places) if own == place), None)
 
     def add(self, index: int, part: Tensor) -> None:
         """Part of the gradient of one of `parameters`; it may be added to in place."""

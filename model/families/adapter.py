@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
+from ...memory.executor.experts import ExpertRanks
 from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
+from ...parallel.sharding.parts import is_sharded, local
 from .projection import Projection, check_modules, projection_of
 
 Rope = tuple[Tensor, Tensor]
@@ -49,11 +51,24 @@ class LayerAdapter(ABC):
                 hint="model.extra.attention_dropout=0.0",
             )
         self.spec = self._spec()
+        self._views: dict[str, Tensor] = {}
 
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
     traceable: bool = True
     """Whether one graph of tensors holds the whole second half."""
+    expert_ranks: ExpertRanks | None = None
+    """Ranks that share the layer's experts; None: all of them are here."""
+
+    def trained(self) -> list[Tensor]:
+        """Implements `LayerSteps.trained`. Of weights whose other parts are on other ranks it has a view of the part here."""
+        self._views = {name: local(weight) for name, weight in self.layer.named_parameters()}
+        return [view for view in self._views.values() if view.requires_grad]
+
+    def weight(self, name: str) -> Tensor:
+        """The part here of a weight that ranks share: the view of the last `trained`, whose memory every later pass fills."""
+        weight = self.layer.get_parameter(name)
+        return self._views[name] if is_sharded(weight) else weight
 
     @property
     def sinks(self) -> Tensor | None:

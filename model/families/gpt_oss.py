@@ -30,9 +30,11 @@ class GptOssLayer(MixtureHalf, LlamaAttention):
 
     def experts(self) -> Experts:
         """The experts with their weights as they are now."""
-        own: Any = self.layer.get_submodule("mlp.experts")
-        gate_up = GroupedProjection(own.gate_up_proj, own.gate_up_proj_bias, transposed=True)
-        return Experts(gate_up, GroupedProjection(own.down_proj, own.down_proj_bias, transposed=True), self.activate)
+        gate_up, down = (
+            GroupedProjection(self.weight(f"mlp.experts.{name}_proj"), self.weight(f"mlp.experts.{name}_proj_bias"), transposed=True)
+            for name in ("gate_up", "down")
+        )
+        return Experts(gate_up, down, self.activate)
 
     def activate(self, gate_up: Tensor) -> Tensor:
         """Gate and up in turns (R, 2 I) to the inputs of the down projection (R, I)."""

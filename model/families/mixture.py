@@ -34,7 +34,7 @@ class MixtureHalf(LayerAdapter):
 
     def feed_forward(self, steps: LayerSteps) -> FeedForward:
         """Implements `LayerAdapter.feed_forward`."""
-        return MixtureFeedForward(steps, self)
+        return MixtureFeedForward(steps, self, self.expert_ranks)
 
     def route(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
         """Rows (T, M) -> their norm (T, M) and the router's logits (T, E)."""
@@ -55,8 +55,8 @@ class MixtureHalf(LayerAdapter):
 
     def experts(self) -> Experts:
         """The experts with their weights as they are now."""
-        own: Any = self.layer.get_submodule("mlp.experts")
-        return Experts(GroupedProjection(own.gate_up_proj), GroupedProjection(own.down_proj), self.activate)
+        gate_up, down = (self.weight(f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
+        return Experts(GroupedProjection(gate_up), GroupedProjection(down), self.activate)
 
     def activate(self, gate_up: Tensor) -> Tensor:
         """Gate and up, one after the other (R, 2 I), to the inputs of the down projection (R, I)."""

@@ -41,6 +41,12 @@ class SequenceAttention:
     """How long the group is busy."""
     _blocks: dict[int | None, tuple[Blocks, ...]]
     _chunk_blocks: dict[tuple[int | None, Rows, int], Blocks]
+    rank_tokens: tuple[int, ...] | None = None
+    """Tokens of every rank of the stage, where layers exchange rows beyond the group."""
+
+    @property
+    def stage_rank(self) -> int:
+        return self.topology.stage_rank
 
     @property
     def member(self) -> int:
@@ -192,7 +198,12 @@ class SequenceAttention:
 
 
 def sequence_attention(
-    topology: Topology, kernel: BlockKernel, group: Group | None, layout: GroupLayout | None, clock: BusyClock
+    topology: Topology,
+    kernel: BlockKernel,
+    group: Group | None,
+    layout: GroupLayout | None,
+    clock: BusyClock,
+    rank_tokens: tuple[int, ...] | None = None,
 ) -> SequenceAttention:
-    """The attention of `group` (None: no work) with its layout, timed by `clock`."""
-    return SequenceAttention(topology, kernel, group, layout, clock, {}, {})
+    """The attention of `group` (None: no work) with its layout, timed by `clock`; `rank_tokens` as the field."""
+    return SequenceAttention(topology, kernel, group, layout, clock, {}, {}, rank_tokens)

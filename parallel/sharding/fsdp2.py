@@ -28,10 +28,12 @@ def shard_model(
     *,
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype | None = None,
+    placement: Callable[[nn.Parameter], Any] | None = None,
 ) -> Fsdp2Weights:
     """Shard each layer, then what is left of the model (embedding, last norm, head) as one group.
 
     Weights keep their dtype; they are gathered in `compute_dtype`, gradients are reduced in `reduce_dtype` (None: the weights').
+    `placement`: of weights that lie on another mesh (experts.py).
     """
     stored = next(model.parameters()).dtype
     reduced = reduce_dtype or stored
@@ -41,7 +43,7 @@ def shard_model(
         cast_forward_inputs=False,
     )
     for module in (*layers, model):
-        wrapped: FSDPModule = fully_shard(module, mesh=mesh, mp_policy=precision)
+        wrapped: FSDPModule = fully_shard(module, mesh=mesh, mp_policy=precision, shard_placement_fn=placement)
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
     return Fsdp2Weights(model)
@@ -74,12 +76,11 @@ class Fsdp2Weights:
         if not isinstance(module, FSDPModule):
             yield
             return
-        group = module._get_fsdp_state()._fsdp_param_group
         try:
             module.unshard()
             yield
         finally:
-            if group is not None and group.reshard_after_backward:
+            if any(group.reshard_after_backward for group in groups_of(module)):
                 module.reshard()
 
     def keep_whole(self, *, keep: bool) -> None:
@@ -96,11 +97,21 @@ class Fsdp2Weights:
         self._model.reset_iter_state()
         self._model.set_reshard_after_backward(True)
         for module in self._model.modules():
-            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-            for parameter in () if group is None else group.fsdp_params:
+            groups = groups_of(module) if isinstance(module, FSDPModule) else []
+            for parameter in (parameter for group in groups for parameter in group.fsdp_params):
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):  # made by the first gather
                     parameter.unsharded_param.grad = None
+
+
+def groups_of(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of a module's own parameters: one for each mesh they lie on."""
+    state = module._get_fsdp_state()
+    several: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return several
+    # Before torch 2.12 a module has one.
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def reduces_together(module: nn.Module) -> bool:

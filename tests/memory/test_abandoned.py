@@ -15,7 +15,7 @@ from efflaunch.memory.executor.layer_pass import LayerRun
 from efflaunch.memory.policy import MOVED, MemoryPolicy
 from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
-from efflaunch.parallel.sharding.fsdp2 import shard_model
+from efflaunch.parallel.sharding.fsdp2 import groups_of, shard_model
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import ListSource, StrictStore
 from efflaunch.tests.parity.reference import hf_config
@@ -40,7 +40,7 @@ def pool() -> Iterator[RankPool]:
 
 def is_sharded(module: nn.Module) -> bool:
     """All weights FSDP2 knows of."""
-    groups = [part._get_fsdp_state()._fsdp_param_group for part in module.modules() if isinstance(part, FSDPModule)]
+    groups = [group for part in module.modules() if isinstance(part, FSDPModule) for group in groups_of(part)]
     return all(group is None or group.is_sharded for group in groups)
 
 

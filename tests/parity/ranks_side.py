@@ -153,7 +153,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
     if case["dtype"] == "float64":
         lift_to_float64()
     dtype = getattr(torch, case["dtype"])
-    topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
+    topology = build_topology(replicate=case.get("replicate", 1), device="cpu", experts=case.get("ep", 1))
     model = build_model(
         hf_config(case["family"]),
         replace(POLICIES[case.get("policy", "keep")], compile=compiler(case.get("compile"))),
@@ -164,6 +164,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         loss_chunk_tokens=case.get("loss_chunk", 7),
         z_loss=case.get("z_loss", 0.0),
         store=_store(case.get("store", "strict")),
+        expert_mesh=topology.experts,
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
@@ -183,7 +184,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
 
 
 def _gradients(model, topology, source, plan, case):
-    works = read_step(source, 0, plan, topology.rank)
+    works = read_step(source, 0, plan, topology.rank, shares_experts=topology.shares_experts)
     count = count_targets(works, topology, torch.device("cpu"))
     reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
     setup = StepSetup(

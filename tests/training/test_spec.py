@@ -16,7 +16,15 @@ from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
 from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
 from efflaunch.model.load_plan import parameter_shapes
-from efflaunch.model.spec import LayerParameters, active_layer_parameters, check_model, layer_parameters, model_spec, num_parameters
+from efflaunch.model.spec import (
+    LayerParameters,
+    ModelSpec,
+    active_layer_parameters,
+    check_model,
+    layer_parameters,
+    model_spec,
+    num_parameters,
+)
 from efflaunch.units import parse_quantity
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -92,12 +100,21 @@ def hf_windows(hf: Any) -> tuple[int | None, ...]:
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
 
 
+def idle_weights(spec: ModelSpec) -> int:
+    """Weights of a layer's experts that a token does not visit, each with a gate, an up and a down."""
+    assert spec.experts is not None
+    one = 3 * spec.hidden_size * spec.experts.inner_size
+    biases = (2 * spec.experts.inner_size + spec.hidden_size) * spec.experts.has_biases
+    return (spec.experts.num_experts - spec.experts.per_token) * (one + biases)
+
+
 @pytest.mark.parametrize("config", [*map(preset, PRESETS), *(tiny(**v) for v in VARIANTS)], ids=lambda c: f"{c.name}-{c.family.value}")
 def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
     spec, hf = model_spec(config), hugging_face(config)
     total, layer = count_on_meta(hf)
-    assert (num_parameters(spec), layer_parameters(spec)) == (total, (LayerParameters(layer, layer),) * spec.num_layers)
-    assert active_layer_parameters(spec) == layer
+    active = layer if spec.experts is None else layer - idle_weights(spec)
+    assert (num_parameters(spec), layer_parameters(spec)) == (total, (LayerParameters(layer, active),) * spec.num_layers)
+    assert active_layer_parameters(spec) == active
     assert spec.windows == hf_windows(hf)
     assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
         getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),
@@ -132,6 +149,10 @@ def test_sinks_are_counted_and_looked_for_in_files() -> None:
         ("qwen2_7b", 7615.6),
         ("qwen3_8b", 8190.7),
         ("qwen3_32b", 32762.1),
+        ("tiny_moe", 7.9),
+        ("qwen3_30b_a3b", 30532.1),
+        ("mixtral_8x7b", 46702.8),
+        ("gpt_oss_20b", 20914.8),
     ],
 )
 def test_presets_have_their_published_sizes(name: str, millions: float) -> None:

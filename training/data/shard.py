@@ -62,6 +62,17 @@ def build_shard(source: DataSource, step: int, plan: StepPlan, micro_batch: int,
     return _packed([ids for ids, _ in read], [targets for _, targets in read], positions, slices, parts), layout
 
 
+def rank_tokens(source: DataSource, step: int, plan: StepPlan, micro_batch: int) -> tuple[int, ...]:
+    """Tokens that every rank holds in a micro-batch; 0 for those in no group. Reads no tokens."""
+    counts = [0] * plan.world_size
+    for group in plan.micro_batches[micro_batch].groups:
+        lengths = tuple(part.length for sequence in group.sequences for part in _parts(source, step, sequence))
+        layout = group_layout(lengths, ulysses=group.ulysses, ring=group.ring)
+        for member in range(group.degree):
+            counts[group.first_rank + member] = layout.num_tokens(member)
+    return tuple(counts)
+
+
 def _parts(source: DataSource, step: int, sequence: int) -> list[Part]:
     out, offset = [], 0
     for number, length in enumerate(source.parts(step, sequence)):

@@ -235,7 +235,8 @@ class Prober:
             Group(first, degree, ulysses, tuple(range(index * count, (index + 1) * count))) for index, first in enumerate(firsts)
         )
         plan = StepPlan(world, lengths * len(groups), (MicroBatch(groups),))
-        works = read_step(_Documents(plan.lengths, self.spec.vocab_size), 0, plan, self.topology.stage_rank)  # type: ignore[arg-type]
+        documents, topology = _Documents(plan.lengths, self.spec.vocab_size), self.topology
+        works = read_step(documents, 0, plan, topology.stage_rank, shares_experts=topology.shares_experts)  # type: ignore[arg-type]
         run = self.run(works)
         busy = tuple(max(run.busy_s[rank][0] for rank in range(group.first_rank, group.first_rank + degree)) for group in groups)
         return Sample(degree, ulysses, lengths, busy, run.wall_s - max(busy))
