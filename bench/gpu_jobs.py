@@ -192,6 +192,7 @@ class _Sizes:
     kv_size: int
     intermediate_size: int
     num_heads: int
+    experts: None = None
 
     @classmethod
     def of(cls, config: Any) -> _Sizes:

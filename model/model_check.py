@@ -65,7 +65,10 @@ def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
 def _unread_fields(fields: ModelFields) -> list[str]:
     read = READ_BY_ALL | fields.facts.fields | LABELS | fields.facts.aliases.keys()
     read |= {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
-    unread = sorted(name for name, value in fields.file.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
+    # A field that no layer reads says nothing where it is as the class has it.
+    usual = {name: fields.facts.defaults.get(name) for name in fields.facts.unread}
+    said = {name: value for name, value in fields.file.items() if name not in usual or usual[name] != value}
+    unread = sorted(name for name, value in said.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
     unread += [f"rope_parameters.{name}" for name in sorted(set(fields.rope.unread))]
     more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
     return [f"config.json: no {fields.facts.model_type} layer reads {', '.join(unread[:_NAMED])}{more}"] if unread else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Protocol
 
@@ -44,6 +44,16 @@ class GradReduce(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """How the experts of each layer are split, for models that have experts."""
+
+    ep: int = 1
+    """Ranks next to each other that share the experts of each layer (expert parallelism); 1: experts are sharded as all weights are."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {"ep": Range(1, 1 << 26)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """Ranks = replicate x shard; sequence groups are laid over the same ranks."""
 
@@ -69,6 +79,7 @@ class ParallelConfig:
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
     probe_s: Seconds = 10.0
     """adaptive: how long a run measures this machine before its first step, where no profile is of it; 0: plans go by arithmetic."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "replicate": Range(1, 1 << 26),
@@ -81,20 +92,57 @@ class ParallelConfig:
     }
 
 
-class AttentionHeads(Protocol):
+class ExpertShape(Protocol):
+    """What a layout has to know of a model's experts."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def inner_size(self) -> int: ...
+
+
+class ModelShape(Protocol):
     """What a layout has to know of the model."""
 
     @property
     def num_heads(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def experts(self) -> ExpertShape | None: ...
 
 
-def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: AttentionHeads) -> None:
+def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: ModelShape) -> None:
     """ConfigError unless the axes multiply to the world and the sequence groups suit world and heads."""
     check_ranges(parallel, "parallel")
     _check_world(parallel, cluster)
     _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
     _check_scheme(parallel, spec.num_heads)
     _check_barrier_free(parallel)
+    if parallel.experts.ep > 1:
+        check_ranges(parallel.experts, "parallel.experts")
+        _check_experts(parallel, cluster.num_nodes * cluster.ranks_per_node, spec)
+
+
+def _check_experts(parallel: ParallelConfig, world: int, spec: ModelShape) -> None:
+    """ConfigError unless the experts divide over ranks, and each rank's over the ranks that have the same."""
+    ep, shard = parallel.experts.ep, world // parallel.replicate
+    if spec.experts is None:
+        raise _wrong_ep(ep, "a model without experts", "1: there is nothing to spread", 1)
+    count = spec.experts.num_experts
+    allowed = [n for n in divisors(count) if shard % n == 0]
+    if ep not in allowed:
+        copies = f" of each of the {parallel.replicate} copies of the weights" * (parallel.replicate > 1)
+        actual, expected = f"{count} experts on {shard} ranks{copies}", f"a divisor of both: {', '.join(map(str, allowed))}"
+        raise _wrong_ep(ep, actual, expected, max(n for n in allowed if n <= ep))
+    beyond = shard // ep
+    for size, what in ((spec.hidden_size, "hidden size"), (2 * spec.experts.inner_size, "gate and up")):
+        if size % beyond:
+            raise _wrong_ep(ep, f"{what} {size} over {beyond} ranks with the same experts", f"a divisor of {size}", shard)
+
+
+def _wrong_ep(ep: int, actual: str, expected: str, nearest: int) -> ConfigError:
+    return ConfigError("parallel.experts.ep", found=f"{ep} for {actual}", expected=expected, hint=f"parallel.experts.ep={nearest}")
 
 
 def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:

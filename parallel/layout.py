@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..cluster.config import Machines
 from ..units import format_tokens
-from .config import AttentionHeads, ParallelConfig, check_parallel
+from .config import ModelShape, ParallelConfig, check_parallel
 from .sequence.degrees import choose_degree, choose_ulysses
 
 
@@ -48,7 +48,7 @@ class Layout:
 
 
 def solve_layout(
-    parallel: ParallelConfig, cluster: Machines, spec: AttentionHeads, *, max_seq_len: int, global_batch_tokens: int
+    parallel: ParallelConfig, cluster: Machines, spec: ModelShape, *, max_seq_len: int, global_batch_tokens: int
 ) -> Layout:
     """The layout every step of the run uses; ConfigError with the nearest that works where there is none."""
     check_parallel(parallel, cluster, spec)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..parallel.sharding.engine import FSDP2
+from ..parallel.sharding.engine import EXPERT_PARALLEL, FSDP2
 from .optimizers.build import BuildTrained, Settings, build_trained
 from .optimizers.engine_check import engine_facts
 
-BUILDERS: dict[str, BuildTrained] = {FSDP2.name: build_trained}
+BUILDERS: dict[str, BuildTrained] = {FSDP2.name: build_trained, EXPERT_PARALLEL.name: build_trained}
 
 
 def builder_of(config: Settings) -> BuildTrained:

@@ -126,11 +126,12 @@ def build_session(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     ledger = agreed_ledger(config, device, run_dir)
-    topology = build_topology(replicate=layout.replicate, device=device.type)
+    topology = build_topology(replicate=layout.replicate, device=device.type, experts=config.parallel.experts.ep)
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
-        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, on_progress=on_progress)
+        build, policy = builder_of(config), ledger.inputs.policy
+        trained = build(config, policy, topology.mesh, device, store, on_progress=on_progress, expert_mesh=topology.experts)
     checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",

@@ -92,6 +92,10 @@ class CompiledSteps:
         """Implements `LayerSteps.feed_forward`."""
         return self._adapter.feed_forward(steps)
 
+    def trained(self) -> list[Tensor]:
+        """Implements `LayerSteps.trained`."""
+        return self._adapter.trained()
+
     def run_step(self, step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Implements `LayerSteps.run_step`."""
         return self._forward(step, tuple(tensors))

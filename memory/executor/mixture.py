@@ -58,7 +58,7 @@ class MixtureFeedForward:
         if torch.is_grad_enabled():
             return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
         experts = self._layer.experts()
-        _, gate_up, *shared = self._inner(h, experts, routing, saved)
+        _, (gate_up, *shared) = self._inner(h, experts, routing, saved)
         saved.put(EXPERT_GATE_UP, (gate_up, *shared))
         y = rows + experts.output(gate_up, weights, routing)
         return y.add_(self._steps.run_step(SHARED_OUT, (h, *shared))[0]) if shared else y
@@ -69,7 +69,7 @@ class MixtureFeedForward:
         with torch.no_grad():
             h, logits = self._steps.run_step(ROUTE, (rows,))
             routing = self._routing(logits, saved)
-            x, gate_up, *shared = self._inner(h, experts, routing, saved, rows=True)
+            x, (gate_up, *shared) = self._inner(h, experts, routing, saved, rows=True)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             weights = self._layer.weigh(leaf, routing.chosen)
@@ -96,16 +96,16 @@ class MixtureFeedForward:
 
     def _inner(
         self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece, *, rows: bool = False
-    ) -> tuple[Tensor | None, *tuple[Tensor, ...]]:
-        """The experts' rows (R, M), their gate and up, and those of the shared expert. `rows`: they are wanted whatever is stored."""
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The experts' rows (R, M); their gate and up, and those of the shared expert. `rows`: they are wanted whatever is stored."""
         stored = saved.get(EXPERT_GATE_UP)
         # Whether something is stored may differ between ranks, and all of them exchange.
         x = routing.at_experts(h) if rows or stored is None or self._ranks is not None else None
         if stored is not None:
-            return (x, *stored)
+            return x, stored
         assert x is not None
         shared = self._steps.run_step(SHARED_IN, (h,)) if self._layer.has_shared else ()
-        return (x, experts.gate_and_up(x, routing), *shared)
+        return x, (experts.gate_and_up(x, routing), *shared)
 
     def _shared(self, h: Tensor) -> Tensor | float:
         if not self._layer.has_shared:

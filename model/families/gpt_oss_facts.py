@@ -23,6 +23,7 @@ FACTS = FamilyFacts(
         "max_position_embeddings": 131072,
         "sliding_window": 128,
         "attention_bias": True,
+        "hidden_act": "silu",
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
     },

@@ -98,3 +98,15 @@ class EngineFacts:
 
 FSDP2 = EngineFacts("fsdp2", ("torch.distributed.fsdp", "torch.distributed.tensor"))
 """torch's own, per decoder layer (fsdp2.py): it runs everything that can be configured."""
+EXPERT_PARALLEL = EngineFacts(
+    "fsdp2 with parallel.experts.ep above 1",
+    FSDP2.preload,
+    refused=(
+        Refused("parallel.barrier_free", ("true",), "has ranks exchange rows in every layer of every micro-batch"),
+        Refused("optim.update", ("backward",), "reduces a layer's weights on two meshes at once"),
+        Refused("optim.state_device", ("host",), "has no host weights on two meshes"),
+        Refused("memory.compile", ("true",), "has layers whose weights are in part on other ranks"),
+        Refused("memory.arena", ("planned",), "has tensors as large as what other ranks send"),
+    ),
+)
+"""The same with experts spread over ranks (experts.py)."""

@@ -20,6 +20,7 @@ from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
 from ...model.stage import stage_of
 from ...model.weights import load_weights
+from ...parallel.config import ParallelConfig
 from ...parallel.sharding.engine import Weights
 from ...parallel.sharding.fsdp2 import Fsdp2State
 from ..config import TrainConfig
@@ -36,6 +37,8 @@ class Settings(Protocol):
 
     @property
     def model(self) -> ModelConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
     @property
     def train(self) -> TrainConfig: ...
     @property
@@ -65,6 +68,7 @@ class BuildTrained(Protocol):
         *,
         load: bool = True,
         on_progress: Callable[[str], None] | None = None,
+        expert_mesh: DeviceMesh | None = None,
     ) -> Trained: ...
 
 
@@ -77,11 +81,12 @@ def build_trained(
     *,
     load: bool = True,
     on_progress: Callable[[str], None] | None = None,
+    expert_mesh: DeviceMesh | None = None,
 ) -> Trained:
     """The model sharded by FSDP2, with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
-    `on_progress` is called tensor by tensor: it may take long.
+    `on_progress` is called tensor by tensor: it may take long. `expert_mesh` as in `build_empty`.
     """
     if policy.compile == "inductor":
         check_compiler(device)
@@ -96,6 +101,7 @@ def build_trained(
         z_loss=config.train.z_loss,
         store=store,
         host_weights=on_host,
+        expert_mesh=expert_mesh,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, on_progress)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Protocol
 
 from ...errors import ConfigError
-from ...parallel.sharding.engine import FSDP2, EngineFacts, Refused
+from ...parallel.config import ParallelConfig
+from ...parallel.sharding.engine import EXPERT_PARALLEL, FSDP2, EngineFacts, Refused
 
 
-def engine_facts(config: object) -> EngineFacts:
+class _Parallel(Protocol):
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
+
+def engine_facts(config: _Parallel) -> EngineFacts:
     """The engine that `config` is trained with. There is one, so no key chooses yet; a second is chosen here and nowhere else."""
-    return FSDP2
+    return EXPERT_PARALLEL if config.parallel.experts.ep > 1 else FSDP2
 
 
 def check_engine(engine: EngineFacts, config: object) -> None:

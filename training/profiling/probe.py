@@ -159,11 +159,12 @@ class Prober:
         layout = solve_layout(
             parallel, config.cluster, model_spec(config.model), max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
-        topology = build_topology(replicate=layout.replicate, device=device.type)
+        topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep)
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.inputs)
         store = host_store(ledger.inputs, device)
-        trained = builder_of(config)(config, ledger.inputs.policy, topology.mesh, device, store, load=False)
+        build, policy = builder_of(config), ledger.inputs.policy
+        trained = build(config, policy, topology.mesh, device, store, load=False, expert_mesh=topology.experts)
         return cls(config, Built(device, topology, ledger, trained.model, trained.updater))
 
     def profile(self, seconds: float) -> Profile:
