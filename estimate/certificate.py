@@ -99,6 +99,8 @@ def _assumptions(ledger: Ledger) -> tuple[str, ...]:
         f"sequences have up to {format_tokens(s.data.max_seq_len)} tokens, and a rank up to {format_tokens(s.tokens)} in a micro-batch",
         "one rank a GPU, and nothing else on it" if s.on_gpu else "the ranks share the memory of the machine with nothing large",
     ]
+    if s.expert_parallel > 1:
+        reasons.append(f"no rank's experts get more than {s.row_share:g} times the mean of the rows (assumed)")
     reasons += [f"{term.name}: {term.note}" for term in ledger.device.terms if term.name in OUTSIDE]
     return tuple(reasons)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
-from ..model.spec import LayerParameters, layer_parameters, model_spec, num_parameters
+from ..model.spec import LayerParameters, expert_weights, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
 from .optimizer_residency import ON_DEVICE, Residency, residency_of
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
     from ..training.optimizers.config import OptimConfig
 
 GIB = 1 << 30
+BUSIEST_RANK = 1.5
+"""Rows that the busiest of the ranks that share experts gets, over the mean: assumed, for routing is known when it happens."""
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 _PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
 """What the other fields follow from."""
@@ -211,6 +213,31 @@ class PlanInputs:
     def layer_parameters(self) -> int:
         """Weights of the largest decoder layer: what gathers, reductions and sums of one layer need room for."""
         return max(layer.total for layer in self.layers)
+
+    @property
+    def expert_parallel(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.parallel.experts.ep
+
+    @property
+    def row_share(self) -> float:
+        """Rows that a rank's experts get, over those its own tokens send: 1 with all experts, an assumption where ranks share them."""
+        return BUSIEST_RANK if self.expert_parallel > 1 else 1.0
+
+    @property
+    def parameters_elsewhere(self) -> int:
+        """Weights of one layer that this rank never gathers: those of experts on other ranks."""
+        return expert_weights(self.spec) // self.expert_parallel * (self.expert_parallel - 1)
+
+    @property
+    def gathered_layer_parameters(self) -> int:
+        """Weights of the largest decoder layer that one rank computes with."""
+        return self.layer_parameters - self.parameters_elsewhere
+
+    @property
+    def gathered_parameters(self) -> int:
+        """Weights of the stage that one rank computes with."""
+        return self.parameters - self.spec.num_layers * self.parameters_elsewhere
 
     def decoder_parameters(self, first: int = 0) -> int:
         """Weights of the decoder layers from `first` on."""

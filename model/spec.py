@@ -92,6 +92,11 @@ def feed_forward_weights(spec: ModelSpec) -> int:
     return 3 * spec.hidden_size * (spec.experts.num_experts * spec.experts.inner_size + spec.experts.shared_size)
 
 
+def expert_weights(spec: ModelSpec) -> int:
+    """Weights of all routed experts of one layer, biases in; 0 for a dense model."""
+    return 0 if spec.experts is None else spec.experts.num_experts * _one_expert(spec.experts, spec.hidden_size)
+
+
 def _attention_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys = spec.hidden_size, spec.query_size, spec.kv_size
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias
@@ -108,11 +113,14 @@ def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
 
 def _expert_parameters(experts: ExpertSizes, hidden: int) -> tuple[int, int]:
     """Weights of a mixture of experts, and those a token is multiplied with: the router's, its own experts' and the shared one's."""
-    inner = experts.inner_size
-    one = 3 * hidden * inner + (2 * inner + hidden) * experts.has_biases
+    one = _one_expert(experts, hidden)
     shared = 3 * hidden * experts.shared_size + hidden * experts.has_shared_gate
     always = experts.num_experts * (hidden + experts.has_router_bias) + shared
     return always + experts.num_experts * one, always + experts.per_token * one
+
+
+def _one_expert(experts: ExpertSizes, hidden: int) -> int:
+    return 3 * hidden * experts.inner_size + (2 * experts.inner_size + hidden) * experts.has_biases
 
 
 def num_parameters(spec: ModelSpec) -> int:

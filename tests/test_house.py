@@ -244,7 +244,7 @@ ENGINE_NAMES = {"DTensor", "FSDPModule", "fully_shard", "distribute_tensor", "_S
 ENGINE_MODULES = ("torch.distributed.tensor", "torch.distributed.fsdp")
 MAY_NAME_ENGINES = {
     "parallel/sharding/engine.py": "which modules are imported before ranks are forked",
-    "parallel/sharding/experts.py",
+    "parallel/sharding/experts.py": "experts over ranks, for the engine",
     "parallel/sharding/fsdp2.py": "the engine itself",
     "parallel/sharding/parts.py": "which part of a tensor a rank holds",
     "bench/bare_rank.py": "a plain loop to be measured against",

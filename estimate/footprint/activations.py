@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from ...memory.activation_classes import (
     ATTENTION_OUTPUT,
+    EXPERT_GATE_UP,
     KEY_VALUE,
     LAYER_INPUT,
     QUERY,
@@ -25,10 +26,14 @@ from .term import BACKWARD, KEEPING, Phase, Term
 
 def class_bytes(inputs: PlanInputs) -> dict[str, int]:
     """Bytes of one token in one layer, by class."""
-    return {
+    size = {
         kind.name: kind.numbers_per_token(inputs.spec) * inputs.width + kind.wide_numbers_per_token(inputs.spec) * inputs.master
         for kind in activation_classes(inputs.spec)
     }
+    if inputs.expert_parallel > 1:
+        # Gate and up are of the rows whose experts are here, not of this rank's tokens.
+        size[EXPERT_GATE_UP.name] = int(size[EXPERT_GATE_UP.name] * inputs.row_share)
+    return size
 
 
 def class_layers(inputs: PlanInputs) -> dict[str, int]:
@@ -192,7 +197,9 @@ def _feed_forward_graph_row(inputs: PlanInputs) -> int:
     experts = spec.experts
     routing = (width + inputs.master) * experts.num_experts + (20 + 4 * inputs.master) * experts.per_token
     shared = (2 * experts.shared_size + spec.hidden_size) * width * (experts.shared_size > 0)
-    return 2 * experts.active_size * width + shared + routing
+    inner = int(2 * width * (experts.per_token * experts.inner_size * inputs.row_share + experts.shared_size))
+    came = int(width * spec.hidden_size * experts.per_token * inputs.row_share) * (inputs.expert_parallel > 1)
+    return inner + came + shared + routing
 
 
 def norm_bytes(inputs: PlanInputs) -> int:

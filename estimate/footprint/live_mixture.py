@@ -1,9 +1,9 @@
 """The second half of a layer that is a mixture of experts, while it runs: rows, and gradients of its weights. Pure.
 
-The formulas follow memory/executor/{mixture,experts,grouped}.py, moment by moment.
+The formulas follow memory/executor/{mixture,experts,grouped}.py and parallel/experts/exchange.py, moment by moment.
 
-Legend, bytes of one token: H hidden, R hidden of each of its experts, A gate (or up) of them, G gate and up with the shared expert's,
-E router logits; `ids`: places among the rows of experts.
+Legend, bytes of one token: H hidden, R hidden of each of its experts, B the same of the rows whose experts are here, A gate (or up) of
+those, G gate and up with the shared expert's, S gate of that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .moment import Moment, is_made, norm_backward
 class _Widths:
     H: int
     R: int
-    A: int
-    G: int
+    B: float
+    A: float
+    G: float
     S: int
     base: int
     """Normed rows, logits, and the routing's places."""
@@ -29,22 +30,30 @@ class _Widths:
     wide: int
     """A hidden vector in the precision of accumulations."""
     one: int
-    """Bytes of one of the three matrices of all experts, as gradients."""
+    """Bytes of one of the three matrices of all experts that are here, as gradients."""
+    sent: float
+    """Rows on their way: those that leave, and those that came before they are put in order. Nothing where all experts are here."""
+    held: float
+    """Rows that came here and stay for the gradients of weights; those that are here are gathered again."""
 
     @classmethod
     def of(cls, inputs: PlanInputs, experts: ExpertSizes) -> _Widths:
         width, hidden, chosen = inputs.width, inputs.spec.hidden_size, experts.per_token
-        logits = width * experts.num_experts
+        logits, spread = width * experts.num_experts, inputs.expert_parallel > 1
+        rows = width * hidden * chosen * inputs.row_share
         return cls(
             H=width * hidden,
             R=width * hidden * chosen,
-            A=width * chosen * experts.inner_size,
-            G=2 * width * experts.active_size,
+            B=rows,
+            A=width * chosen * experts.inner_size * inputs.row_share,
+            G=2 * width * (chosen * experts.inner_size * inputs.row_share + experts.shared_size),
             S=width * experts.shared_size,
             base=width * hidden + logits + 16 * chosen,
             weighed=inputs.master * (experts.num_experts + 3 * chosen) + 8 * chosen,
             wide=inputs.master * hidden,
-            one=width * experts.num_experts * experts.inner_size * hidden,
+            one=width * experts.num_experts // inputs.expert_parallel * experts.inner_size * hidden,
+            sent=(width * hidden * chosen + rows) * spread,
+            held=rows * spread,
         )
 
 
@@ -52,14 +61,16 @@ def mixture_forward(inputs: PlanInputs, experts: ExpertSizes) -> float:
     """Bytes of one row without a graph, beside the sum after attention: gate and up from gathered rows, or the output from products."""
     w = _Widths.of(inputs, experts)
     stay = w.base + w.G * is_made(inputs, EXPERT_GATE_UP) + inputs.master * experts.per_token
-    return stay + max(w.R, 2 * w.A, w.A + w.R, w.R + 2 * w.wide + w.H, 2 * w.H + max(2 * w.S, w.S + w.H) * (w.S > 0))
+    return stay + max(
+        w.B + w.sent, 2 * w.A, w.A + w.B, w.B + w.sent, w.R + 2 * w.wide + w.H, 2 * w.H + max(2 * w.S, w.S + w.H) * (w.S > 0)
+    )
 
 
 def mixture_backward(inputs: PlanInputs, experts: ExpertSizes, whole: float, piece: float) -> list[Moment]:
     """Moments of the backward beside `whole` and `piece`, gate and up made or stored; then the norm's and the router's."""
     w = _Widths.of(inputs, experts)
     gate_up = w.G * is_made(inputs, EXPERT_GATE_UP)
-    moments = _experts_backward(w, piece + w.base + w.weighed + gate_up)
+    moments = _experts_backward(w, piece + w.base + w.weighed + gate_up + w.held)
     router = piece + w.base + 2 * w.H + w.weighed + norm_backward(inputs, inputs.spec.hidden_size)
     return [Moment(whole, rows, fixed) for rows, fixed in [*moments, (router, 3 * w.one * (not inputs.in_pieces))]]
 
@@ -72,9 +83,11 @@ def mixture_graph_backward(inputs: PlanInputs, experts: ExpertSizes, whole: floa
 def _experts_backward(w: _Widths, stay: float) -> list[tuple[float, float]]:
     """Bytes of a row and of weights' gradients: through the last product, the activation, the first product, and the sums of rows."""
     return [
-        (stay + w.R + 4 * w.A, 0.0),
-        (stay + w.R + 3 * w.A, w.one),
+        (stay + w.B + w.sent, 0.0),
+        (stay + w.B + 4 * w.A, 0.0),
+        (stay + w.B + 3 * w.A, w.one),
         (stay + 6 * w.A, w.one),
-        (stay + 2 * w.A + 2 * w.R, 3 * w.one),
+        (stay + 2 * w.A + 2 * w.B - w.held, 3 * w.one),
+        (stay + 2 * w.A + w.B + w.sent, 3 * w.one),
         (stay + 2 * w.A + w.R + w.wide + w.H, 3 * w.one),
     ]

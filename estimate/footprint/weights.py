@@ -32,7 +32,7 @@ def gradients(inputs: PlanInputs, layer: int) -> Term:
 
 def whole_gradients(inputs: PlanInputs) -> Term:
     """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
-    whole = inputs.master * inputs.parameters * reduces_once(inputs)
+    whole = inputs.master * inputs.gathered_parameters * reduces_once(inputs)
     by_phase = dict.fromkeys(KEEPING, whole) | {Phase.REDUCE: inputs.master * inputs.root_parameters * reduces_once(inputs)}
     return Term("gradients, whole", "kept over micro-batches, reduced once a step", by_phase)
 
@@ -48,7 +48,7 @@ def gathered_root(inputs: PlanInputs) -> Term:
 
 def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     """The running layer, and with several shards the buffer of one more gather."""
-    one, several = inputs.width * inputs.layer_parameters, inputs.layout.shard > 1
+    one, several = inputs.width * inputs.gathered_layer_parameters, inputs.layout.shard > 1
     if inputs.parallel.barrier_free:
         note = "all layers, in compute precision, from the first micro-batch to the last"
         return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), KEEPING)
@@ -69,11 +69,11 @@ def inputs_recomputed(inputs: PlanInputs, layer: int) -> bool:
 
 def reduction(inputs: PlanInputs, layer: int) -> Term:
     """Input of the last reduction, which lives on until the next; with one shard its output goes through a copy."""
-    one, only = inputs.master * inputs.layer_parameters, inputs.layout.shard == 1
+    one, only = inputs.master * inputs.gathered_layer_parameters, inputs.layout.shard == 1
     root = inputs.master * inputs.root_parameters
     # Of the micro-batch before, as long as this one has reduced nothing.
     earlier = root * (inputs.layout.num_micro_batches > 1) * (not reduces_once(inputs))
-    own = inputs.width * inputs.layer_parameters
+    own = inputs.width * inputs.gathered_layer_parameters
     by_phase = dict.fromkeys((Phase.FORWARD, Phase.LOSS), earlier)
     by_phase |= dict.fromkeys(BACKWARD, one * (not reduces_once(inputs)) if layer < inputs.spec.num_layers - 1 else earlier)
     by_phase[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // inputs.layout.shard)
@@ -85,7 +85,7 @@ def reduction(inputs: PlanInputs, layer: int) -> Term:
 def layer_gradients(inputs: PlanInputs) -> Term:
     """Gradients of the live layer while pieces of rows add to them: compute precision after one, master precision after more."""
     spec = inputs.spec
-    mlp = feed_forward_weights(spec)
+    mlp, whole = feed_forward_weights(spec) - inputs.parameters_elsewhere, inputs.gathered_layer_parameters
     output = spec.hidden_size * spec.query_size
     # Of experts all gradients are counted where they are made (live_mixture.py).
     down = spec.hidden_size * spec.intermediate_size if spec.experts is None else 0
@@ -94,12 +94,12 @@ def layer_gradients(inputs: PlanInputs) -> Term:
         # One piece alone: those of the last product. More: all sums, and a part of one.
         Phase.BACKWARD_MLP: wide * (mlp + output) + inputs.width * down if inputs.in_pieces else inputs.width * down,
         Phase.BACKWARD_ATTENTION: wide * (mlp + output),
-        Phase.BACKWARD_PROJECTIONS: wide * inputs.layer_parameters,
+        Phase.BACKWARD_PROJECTIONS: wide * whole,
     }
     if inputs.policy.graph or inputs.by_chunks:
-        by_phase[Phase.BACKWARD_ATTENTION] = wide * (inputs.layer_parameters if inputs.by_chunks and inputs.in_pieces else mlp + output)
+        by_phase[Phase.BACKWARD_ATTENTION] = wide * (whole if inputs.by_chunks and inputs.in_pieces else mlp + output)
     if inputs.by_chunks and inputs.in_pieces:
-        by_phase[Phase.BACKWARD_MLP] = wide * inputs.layer_parameters + inputs.width * down
+        by_phase[Phase.BACKWARD_MLP] = wide * whole + inputs.width * down
     return Term("layer gradients", f"of one layer, summed in float{8 * wide}", by_phase)
 
 

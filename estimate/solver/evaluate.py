@@ -37,7 +37,7 @@ def measures(inputs: PlanInputs) -> PolicyCost:
         to_host_s=layers * to_host_s(inputs),
         from_host_s=layers * from_host_s(inputs),
         # Embedding, head, exchanges and the update: the same whatever is kept.
-        fixed_s=timing.compute_s - forward - backward + timing.sequence_s + timing.update_s,
+        fixed_s=timing.compute_s - forward - backward + timing.sequence_s + timing.experts_s + timing.update_s,
         hidden_s=sharding_s(inputs) - (timing.compute_s - forward - backward),
     )
 

@@ -31,6 +31,8 @@ class Timing:
     compute_s: float
     sequence_s: float
     """Exchanges of sequence parallelism that stand in compute's way."""
+    experts_s: float
+    """Rows to their experts and back, where ranks share them."""
     sharding_s: float
     """Gathers and reductions that compute does not hide."""
     host_s: float
@@ -48,7 +50,7 @@ class Timing:
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.sequence_s + self.sharding_s + self.host_s + self.update_s
+        return self.compute_s + self.sequence_s + self.experts_s + self.sharding_s + self.host_s + self.update_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -75,6 +77,7 @@ def estimate_time(inputs: PlanInputs) -> Timing:
         model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(inputs) * length),
         compute_s=compute,
         sequence_s=exchange,
+        experts_s=in_turn * length * experts_exchange_s(inputs),
         sharding_s=sharding,
         host_s=inputs.passes * host_stall_s(inputs),
         host_bytes=inputs.passes * inputs.spec.num_layers * (leaving_bytes(inputs) + returning_bytes(inputs)),
@@ -103,6 +106,22 @@ def _recompute_exchange(inputs: PlanInputs, into: int, out: int) -> float:
     return into * projections(inputs) + out + inner_share(inputs) * (into + out) * inputs.policy.attention_output.recompute
 
 
+def experts_exchange_s(inputs: PlanInputs) -> float:
+    """All-to-alls of one token of a sequence to its experts and back, on the busiest rank; they stand in compute's way.
+
+    Forward a row goes and comes back; backward it goes once more with its gradient, and a gradient comes back. Segments: forward again.
+    """
+    experts, ep = inputs.spec.experts, inputs.expert_parallel
+    if experts is None or ep == 1:
+        return 0.0
+    ways = 4.0 if inputs.policy.graph else 5 + 2 * inner_share(inputs)
+    rows = inputs.spec.num_layers * ways * experts.per_token * inputs.spec.hidden_size * inputs.width * inputs.row_share
+    near = min(ep, inputs.layout.ranks_per_node)
+    within, across = rows * (near - 1) / ep, rows * (ep - near) / ep
+    seconds = within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth
+    return seconds / inputs.layout.sp_degree
+
+
 def ring_s(inputs: PlanInputs) -> float:
     """Ring hops of one token of a sequence; they run beside attention, and only what is longer than it shows."""
     ring = inputs.layout.ring
@@ -123,12 +142,12 @@ def sharding_s(inputs: PlanInputs) -> float:
 def gather_s(inputs: PlanInputs) -> float:
     """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
     reduce_each = inputs.parallel.grad_reduce is not GradReduce.STEP
-    return collective_s(inputs, 2 * inputs.width * inputs.parameters + (inputs.master * inputs.parameters if reduce_each else 0))
+    return collective_s(inputs, (2 * inputs.width + inputs.master * reduce_each) * inputs.gathered_parameters)
 
 
 def reduce_s(inputs: PlanInputs) -> float:
     """Gradients once a step: scattered over shards unless every micro-batch did, then summed over replicas."""
-    once = collective_s(inputs, inputs.master * inputs.parameters) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
+    once = collective_s(inputs, inputs.master * inputs.gathered_parameters) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
     copies = inputs.layout.replicate
     bandwidth = inputs.cluster.inter_node_bandwidth if inputs.layout.num_nodes > 1 else inputs.cluster.intra_node_bandwidth
     return once + 2 * inputs.master * inputs.parameters / inputs.layout.shard * (copies - 1) / copies / bandwidth
@@ -152,6 +171,7 @@ def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
         *((_host_line(inputs),) if inputs.policy.uses_host or inputs.memory.solve else ()),
         *((twice,) if inputs.residency.two_passes else ()),
+        *((f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean",) * (inputs.expert_parallel > 1)),
         update_time(inputs).assumption,
         "reading data and saving checkpoints take no time",
     )

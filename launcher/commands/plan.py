@@ -14,7 +14,9 @@ from ...estimate.ledger import Account, Ledger
 from ...estimate.solver.report import SolveReport, describe_policy
 from ...estimate.suggestions import Suggestion, suggest
 from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
+from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
+from ...memory.activation_classes import ExpertSizes
 from ...training.optimizers.check import inexact
 from ..config.checks import model_notes
 from ..config.ledger import plan
@@ -108,6 +110,16 @@ def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
+        **({} if spec.experts is None else _experts(ledger, spec.experts)),
+    }
+
+
+def _experts(ledger: Ledger, experts: ExpertSizes) -> dict[str, Any]:
+    return {
+        "experts": experts.num_experts,
+        "experts_per_token": experts.per_token,
+        "expert_parallel": ledger.inputs.expert_parallel,
+        "active_parameters": matrix_parameters(ledger.inputs),
     }
 
 
@@ -160,6 +172,7 @@ def _step(timing: Timing) -> dict[str, Any]:
         "time_s": timing.step_s,
         "compute_s": timing.compute_s,
         "sequence_s": timing.sequence_s,
+        "experts_s": timing.experts_s,
         "sharding_s": timing.sharding_s,
         "host_s": timing.host_s,
         "update_s": timing.update_s,

@@ -12,6 +12,7 @@ from ...estimate.ledger import Account, Ledger
 from ...estimate.plan_inputs import GIB
 from ...estimate.solver.report import describe_report
 from ...estimate.suggestions import Suggestion
+from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...units import format_precise, format_seconds, format_tokens
 from ..config.run_config import Config
@@ -26,7 +27,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=120)
-    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {_count(ledger.inputs.parameters)} parameters, {_batch(config)}")
+    console.print(f"[bold]{config.experiment}[/bold]: {config.model.name}, {_parameters(ledger)}, {_batch(config)}")
     for line in _layout_lines(ledger):
         console.print(f"  {line}")
     console.print()
@@ -46,6 +47,13 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
 
 
+def _parameters(ledger: Ledger) -> str:
+    """All weights, and those one token is multiplied with where they are fewer."""
+    inputs = ledger.inputs
+    active = "" if inputs.spec.experts is None else f", {_count(matrix_parameters(inputs))} of them multiplied with a token"
+    return f"{_count(inputs.parameters)} parameters{active}"
+
+
 def _batch(config: Config) -> str:
     return f"sequences up to {format_tokens(config.data.max_seq_len)}, {format_tokens(config.data.global_batch_tokens)} tokens a step"
 
@@ -53,9 +61,12 @@ def _batch(config: Config) -> str:
 def _layout_lines(ledger: Ledger) -> list[str]:
     layout, reduced = ledger.layout, ledger.inputs.parallel.grad_reduce.value.replace("_", "-")
     tokens = format_tokens(layout.tokens_per_rank)
+    experts = ledger.inputs.spec.experts
+    where = f"{ledger.inputs.expert_parallel} ranks share them" if ledger.inputs.expert_parallel > 1 else "sharded as all weights are"
     return [
         f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
         f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {reduced}",
+        *([] if experts is None else [f"experts     {experts.num_experts} a layer, {experts.per_token} of them a token; {where}"]),
         f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {tokens} tokens a rank",
         f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
     ]
@@ -88,6 +99,7 @@ def _time_table(timing: Timing) -> Table:
     parts = {
         "compute, recomputation in": timing.compute_s,
         "sequence exchanges": timing.sequence_s,
+        **({"rows to experts and back": timing.experts_s} if timing.experts_s else {}),
         "weights and gradients, not hidden": timing.sharding_s,
         "copies of activations, not hidden": timing.host_s,
         "optimizer update, not hidden": timing.update_s,
