@@ -178,6 +178,10 @@ class LiveDisplay:
         )
         norm = event.get("grad_norm")
         table.add_row("optimizer", f"lr {event['lr']:.2e}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
+        if event.get("expert_load") is not None:
+            idle = f", {event['idle_experts']} idle" if event.get("idle_experts") else ""
+            busiest = f"the busiest gets {event['expert_load']:.1f} times the mean (layer {event['expert_load_layer']})"
+            table.add_row("experts", f"{busiest}, {event['expert_load_mean']:.1f} over layers{idle}")
         table.add_row("checkpoint", "none yet" if saved is None else f"step {saved['step']}")
         table.add_row("plan", f"{event['sequences']} sequences, {event['micro_batches']} micro-batches: {_shortened(event['plan'])}")
         plans = plans_text(self.progress)

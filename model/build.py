@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ..errors import ConfigError
 from ..memory.executor.compiled_steps import Graphs
 from ..memory.executor.layer import LayerExecutor
+from ..memory.executor.mixture import ExpertLoad
 from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
@@ -82,14 +83,16 @@ def install(
 
     `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank.
     """
-    graphs = None if policy.compile is None else Graphs(policy.compile)
+    graphs, load = None if policy.compile is None else Graphs(policy.compile), ExpertLoad()
     for index, layer in enumerate(model.model.layers):
         adapter = layer_adapter(layer, model.config.model_type)
-        adapter.expert_ranks = expert_ranks
+        adapter.index, adapter.expert_ranks, adapter.expert_load = index, expert_ranks, load
         layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
     whole = range(len(model.model.layers))
-    model.forward = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)  # type: ignore[method-assign]
+    stage = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)
+    stage.expert_load = load
+    model.forward = stage  # type: ignore[method-assign]
 
 
 def _logit_softcap(config: PretrainedConfig) -> float | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..memory.executor.layer_pass import AttentionRuntime
+from ..memory.executor.mixture import ExpertLoad
 from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
@@ -73,6 +74,8 @@ class Stage:
         """Where this rank is, for reports."""
         self.weights: Weights = PlainWeights(model)
         """The holder of the model's weights; an engine puts itself here."""
+        self.expert_load = ExpertLoad()
+        """How many rows each expert got."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None

@@ -34,6 +34,7 @@ from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
 from ..memory.position import Position
 from ..model.build import position_of
+from ..model.stage import stage_of
 from ..parallel.config import SequenceMode
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.drift import Drift
@@ -54,6 +55,7 @@ from .optimizers.lr_course import Course, first_course, load_course, resumed_cou
 from .optimizers.updater import Gradients
 from .profiling.first_probe import probe_before_training
 from .reporting.events import start_fields, step_fields, straggler_rows
+from .reporting.expert_balance import agreed_balance
 from .reporting.metrics import Metrics
 from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
 from .reporting.step_pace import Pace
@@ -271,7 +273,8 @@ class _Run:
         gradients = updater.finish()
         self._check_finite(gradients, shares, works, watch, loss=results.loss)
         updater.apply()
-        numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective)}
+        balance = agreed_balance(stage_of(session.model).expert_load.take(), session.topology.stage)
+        numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective), **balance}
         return results, numbers, backward_s
 
     def _objective(self, plan: StepPlan, targets: int) -> StepObjective:

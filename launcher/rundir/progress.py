@@ -150,6 +150,8 @@ def step_line(progress: RunProgress) -> str:
     parts = [f"step {event['step']}/{progress.steps}", f"loss {event['loss']:.4f}", f"{event['tokens_per_s']:,.0f} tokens/s"]
     if event.get("grad_norm") is not None:
         parts.append(f"grad {event['grad_norm']:.3f}")
+    if event.get("expert_load") is not None:
+        parts.append(f"experts {event['expert_load']:.1f}x")
     parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
     parts += [f"lr {event['lr']:.2e}", format_seconds(event["step_s"])]
     if progress.time_left_s is not None:

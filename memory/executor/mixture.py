@@ -27,6 +27,12 @@ class RoutedLayer(Protocol):
     num_experts: int
     has_shared: bool
     """Whether `shared_in` and `shared_out` exist."""
+    expert_ranks: ExpertRanks | None
+    """Ranks that share the experts; None: all of them are here."""
+    expert_load: ExpertLoad | None
+    """What counts decisions, if anything does."""
+    index: int
+    """Number of the layer."""
 
     def choose(self, logits: Tensor) -> Tensor:
         """Experts of each token (T, K), from the router's logits (T, E)."""
@@ -41,14 +47,32 @@ class RoutedLayer(Protocol):
         ...
 
 
+class ExpertLoad:
+    """Counts the rows that this rank's tokens send to each expert of each layer, each decision once."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, Tensor] = {}
+
+    def add(self, layer: int, chosen: Tensor, num_experts: int) -> None:
+        """Count what tokens chose (T, K)."""
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+        self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
+
+    def take(self) -> Tensor | None:
+        """Rows by layer and expert (L, E) since the last time; None where no layer has experts, or none ran."""
+        counts = [self._counts[layer] for layer in sorted(self._counts)]
+        self._counts.clear()
+        return torch.stack(counts) if counts else None
+
+
 class MixtureFeedForward:
     """A `FeedForward` of routed experts, and of a shared one where the family has it."""
 
     classes = MIXTURE.classes
 
-    def __init__(self, steps: LayerSteps, layer: RoutedLayer, ranks: ExpertRanks | None = None) -> None:
-        """`steps` run as they are or compiled; `layer` decides, weighs and has the experts, all of them or those of one of `ranks`."""
-        self._steps, self._layer, self._ranks = steps, layer, ranks
+    def __init__(self, steps: LayerSteps, layer: RoutedLayer) -> None:
+        """`steps` run as they are or compiled; `layer` decides, weighs and has the experts."""
+        self._steps, self._layer = steps, layer
 
     def forward(self, rows: Tensor, saved: SavedPiece) -> Tensor:
         """Implements `FeedForward.forward`."""
@@ -92,7 +116,9 @@ class MixtureFeedForward:
         chosen = self._layer.choose(logits.detach()).to(torch.int32) if stored is None else stored[0]
         if stored is None:
             saved.put(ROUTING, (chosen,))
-        return Routing.of(chosen, self._layer.num_experts, self._ranks)
+            if self._layer.expert_load is not None:
+                self._layer.expert_load.add(self._layer.index, chosen, self._layer.num_experts)
+        return Routing.of(chosen, self._layer.num_experts, self._layer.expert_ranks)
 
     def _inner(
         self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece, *, rows: bool = False
@@ -100,7 +126,7 @@ class MixtureFeedForward:
         """The experts' rows (R, M); their gate and up, and those of the shared expert. `rows`: they are wanted whatever is stored."""
         stored = saved.get(EXPERT_GATE_UP)
         # Whether something is stored may differ between ranks, and all of them exchange.
-        x = routing.at_experts(h) if rows or stored is None or self._ranks is not None else None
+        x = routing.at_experts(h) if rows or stored is None or self._layer.expert_ranks is not None else None
         if stored is not None:
             return x, stored
         assert x is not None

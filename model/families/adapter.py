@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
 from ...memory.executor.experts import ExpertRanks
+from ...memory.executor.mixture import ExpertLoad
 from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
@@ -59,6 +60,10 @@ class LayerAdapter(ABC):
     """Whether one graph of tensors holds the whole second half."""
     expert_ranks: ExpertRanks | None = None
     """Ranks that share the layer's experts; None: all of them are here."""
+    expert_load: ExpertLoad | None = None
+    """What counts the layer's routing."""
+    index: int = 0
+    """Number of the layer in the model."""
 
     def trained(self) -> list[Tensor]:
         """Implements `LayerSteps.trained`. Of weights whose other parts are on other ranks it has a view of the part here."""

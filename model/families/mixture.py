@@ -34,7 +34,7 @@ class MixtureHalf(LayerAdapter):
 
     def feed_forward(self, steps: LayerSteps) -> FeedForward:
         """Implements `LayerAdapter.feed_forward`."""
-        return MixtureFeedForward(steps, self, self.expert_ranks)
+        return MixtureFeedForward(steps, self)
 
     def route(self, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
         """Rows (T, M) -> their norm (T, M) and the router's logits (T, E)."""

@@ -1,0 +1,35 @@
+"""How evenly the experts of each layer are used in a step, over all ranks: what metrics and the live display show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+def agreed_balance(counts: Tensor | None, stage: ProcessGroup) -> dict[str, Any]:
+    """`balance` of the rows of all ranks. Collective over `stage`, on models with experts; nothing for others."""
+    import torch.distributed as dist
+
+    if counts is None:
+        return {}
+    dist.all_reduce(counts, group=stage)
+    return balance(counts.tolist())
+
+
+def balance(counts: list[list[int]]) -> dict[str, Any]:
+    """Entries of metrics.jsonl from rows by layer and expert.
+
+    `expert_load`: rows of the busiest expert over the mean, in the layer where that is largest; 1.0 is even. `expert_load_layer`: that
+    layer. `expert_load_mean`: the layers' mean. `idle_experts`: experts of all layers that no token chose.
+    """
+    loads = [max(row) * len(row) / max(1, sum(row)) for row in counts]
+    worst = max(range(len(loads)), key=loads.__getitem__)
+    return {
+        "expert_load": loads[worst],
+        "expert_load_layer": worst,
+        "expert_load_mean": sum(loads) / len(loads),
+        "idle_experts": sum(row.count(0) for row in counts),
+    }
