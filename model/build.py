@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..memory.executor.compiled_steps import Graphs
 from ..memory.executor.layer import LayerExecutor
 from ..memory.executor.mixture import ExpertLoad
+from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
@@ -78,20 +79,22 @@ def install(
     z_loss: float = 0.0,
     store: HostStore | None = None,
     expert_ranks: ExpertRanks | None = None,
+    router_losses: RouterLosses | None = None,
 ) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are.
 
-    `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank.
+    `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank. `router_losses`: None: there are none.
     """
-    graphs, load = None if policy.compile is None else Graphs(policy.compile), ExpertLoad()
+    graphs = None if policy.compile is None else Graphs(policy.compile)
+    load, losses = ExpertLoad(), router_losses or RouterLosses()
     for index, layer in enumerate(model.model.layers):
         adapter = layer_adapter(layer, model.config.model_type)
-        adapter.index, adapter.expert_ranks, adapter.expert_load = index, expert_ranks, load
+        adapter.index, adapter.expert_ranks, adapter.expert_load, adapter.router_losses = index, expert_ranks, load, losses
         layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
     whole = range(len(model.model.layers))
     stage = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)
-    stage.expert_load = load
+    stage.expert_load, stage.router_losses = load, losses
     model.forward = stage  # type: ignore[method-assign]
 
 
@@ -114,6 +117,7 @@ def build_model(
     z_loss: float = 0.0,
     store: HostStore | None = None,
     expert_mesh: DeviceMesh | None = None,
+    router_losses: RouterLosses | None = None,
 ) -> PreTrainedModel:
     """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
 
@@ -129,6 +133,7 @@ def build_model(
         z_loss=z_loss,
         store=store,
         expert_mesh=expert_mesh,
+        router_losses=router_losses,
     )
     initialise(model, seed)
     return model
@@ -146,6 +151,7 @@ def build_empty(
     store: HostStore | None = None,
     host_weights: bool = False,
     expert_mesh: DeviceMesh | None = None,
+    router_losses: RouterLosses | None = None,
 ) -> PreTrainedModel:
     """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host.
 
@@ -153,7 +159,7 @@ def build_empty(
     """
     model = build_on_meta(config, master_dtype(compute_dtype))
     ranks = None if expert_mesh is None else ExpertRanks(expert_mesh.get_group("expert"), expert_mesh["expert"].size())
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store, expert_ranks=ranks)
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store, expert_ranks=ranks, router_losses=router_losses)
     if host_weights:
         # Parameters only: buffers keep the precision Hugging Face made them in.
         for parameter in model.parameters():

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..memory.executor.layer_pass import AttentionRuntime
 from ..memory.executor.mixture import ExpertLoad
+from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
@@ -76,6 +77,8 @@ class Stage:
         """The holder of the model's weights; an engine puts itself here."""
         self.expert_load = ExpertLoad()
         """How many rows each expert got."""
+        self.router_losses = RouterLosses()
+        """The losses of the layers' routers."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None

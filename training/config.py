@@ -37,6 +37,10 @@ class TrainConfig:
     dtype: Dtype = Dtype.BFLOAT16
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2), added to the loss per target token."""
+    router_balance: float = 0.0
+    """Models with experts: weight of the loss that evens their use over the whole step, summed over layers (docs/experts.md)."""
+    router_z_loss: float = 0.0
+    """Models with experts: weight of mean(logsumexp(router logits)^2) over the step's tokens, summed over layers."""
     loss_chunk_tokens: Tokens = 2048
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
     objective: Objective = Objective.LANGUAGE_MODELLING
@@ -54,6 +58,8 @@ class TrainConfig:
         "steps": Range(1, STEPS, example=100),
         "seed": Range(0, 1 << 63),
         "z_loss": Range(0, 1000),
+        "router_balance": Range(0, 1000),
+        "router_z_loss": Range(0, 1000),
         "loss_chunk_tokens": Range(1, TOKENS),
         "dpo_beta": Range(0, 1e6, above=True),
         "grpo_clip_low": Range(0, 1, above=True),

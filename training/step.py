@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.chunked_loss import IGNORE
+from ..model.chunked_loss import IGNORE, Head
 from ..model.stage import StagePass, Tokens, stage_of
 from ..parallel.pipeline.plan import Action, Kind, Schedule, barrier_free, check_schedule, single_stage
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.layout import GroupLayout
 from ..parallel.sequence.plan import Group, StepPlan
-from ..parallel.sequence.runtime import sequence_attention
+from ..parallel.sequence.runtime import SequenceAttention, sequence_attention
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard, rank_tokens
 from .data.source import DataSource
@@ -144,6 +144,7 @@ class _StepPasses:
 
     def run(self, schedule: Schedule) -> Tensor:
         """Run the actions and return this rank's share of the loss per micro-batch."""
+        self._begin_router_losses()
         for index, action in enumerate(schedule):
             behind = schedule[index + 1 :]
             if action.kind is Kind.GATHER:
@@ -164,16 +165,46 @@ class _StepPasses:
         self._shares[index] = self._in_flight[index].output.detach()
 
     def _pass(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> StagePass:
+        head_loss = _head_loss(self._objective, work, self._setup.topology, clock)
+        return self._stage.forward(*self._inputs(work, clock, flags), head_loss)
+
+    def _inputs(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> tuple[Tokens, SequenceAttention]:
         setup = self._setup
         attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock, work.rank_tokens)
-        head_loss = _head_loss(self._objective, work, setup.topology, clock)
-        return self._stage.forward(to_tokens(work, setup.device, flags), attention, head_loss)
+        return to_tokens(work, setup.device, flags), attention
 
     def _backward(self, index: int, *, reduce: bool, last: bool) -> None:
+        if self._stage.router_losses.lacks_shares:
+            self._agree_on_routing()
         self._stage.weights.prepare(reduce=reduce, last=last)
         if last:
             self._on_last()
         self._stage.backward(self._in_flight.pop(index))
+
+    def _begin_router_losses(self) -> None:
+        """Count the step's tokens, and its routing where several micro-batches are to be balanced together: one more forward of each."""
+        losses = self._stage.router_losses
+        if not losses.active:
+            return
+        total = torch.tensor(sum(work.shard.num_tokens for work in self._micro_batches), device=self._setup.device)
+        dist.all_reduce(total, group=self._setup.topology.stage)
+        losses.begin(int(total))
+        if losses.balance > 0 and len(self._micro_batches) > 1:
+            self._stage.expert_load.take()
+            with torch.no_grad():
+                for work in self._micro_batches:
+                    self._stage.weights.forward(*self._inputs(work, BusyClock(self._setup.device)), _no_loss)
+            self._agree_on_routing()
+            # What the pass counted is of no other use: the step's own passes count anew.
+            self._stage.expert_load.take()
+            losses.take()
+
+    def _agree_on_routing(self) -> None:
+        """Sum what every rank's tokens chose so far: the step's routing, of its one micro-batch or of all."""
+        counts = self._stage.expert_load.peek()
+        assert counts is not None, "only models with experts have router losses"
+        dist.all_reduce(counts, group=self._setup.topology.stage)
+        self._stage.router_losses.use(counts)
 
     def _reduce_empty(self) -> None:
         weights = self._stage.weights
@@ -186,6 +217,11 @@ class _StepPasses:
 
 def _nothing() -> None:
     return None
+
+
+def _no_loss(head: Head) -> Tensor:
+    """A pass for its routing alone."""
+    return head.x.new_zeros(())
 
 
 def abandon_step(model: PreTrainedModel) -> None:

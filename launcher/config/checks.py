@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ...model.model_check import check_weights
-from ...model.spec import longer_positions, model_spec
+from ...model.spec import ModelSpec, longer_positions, model_spec
 from ...parallel.layout import solve_layout
 from ...training.config import check_train
 from ...units import format_tokens
@@ -15,6 +15,7 @@ def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
     spec = model_spec(config.model)
+    _check_router_losses(config, spec)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
             "data.global_batch_tokens",
@@ -29,6 +30,20 @@ def check_config(config: Config) -> None:
         max_seq_len=config.data.max_seq_len,
         global_batch_tokens=config.data.global_batch_tokens,
     )
+
+
+def _check_router_losses(config: Config, spec: ModelSpec) -> None:
+    asked = [name for name in ("router_balance", "router_z_loss") if getattr(config.train, name)]
+    if asked and spec.experts is None:
+        actual = f"{getattr(config.train, asked[0]):g} for a model without experts"
+        raise ConfigError(f"train.{asked[0]}", found=actual, expected="0: there is no router", hint=f"train.{asked[0]}=0")
+    if config.train.router_balance and config.parallel.barrier_free:
+        raise ConfigError(
+            "train.router_balance",
+            found=f"{config.train.router_balance:g} with parallel.barrier_free=true",
+            expected="ranks that meet in every micro-batch: routing is counted over all of them before the first backward",
+            hint="parallel.barrier_free=false, or train.router_balance=0",
+        )
 
 
 def model_notes(config: Config) -> list[str]:

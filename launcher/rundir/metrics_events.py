@@ -34,7 +34,7 @@ _OPTIONAL: dict[str, dict[str, str]] = {
         "bound": _TEXT,
         "planned_by": _TEXT,
         **dict.fromkeys(("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl"), _NUMBER),
-        **dict.fromkeys(("expert_load", "expert_load_mean"), _NUMBER),
+        **dict.fromkeys(("expert_load", "expert_load_mean", "router_balance", "router_z"), _NUMBER),
         **dict.fromkeys(("expert_load_layer", "idle_experts"), _COUNT),
     },
     "checkpoint": {"stall_s": _NUMBER, "save_s": _NUMBER, "snapshot_s": _NUMBER, "num_bytes": _COUNT},

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..activation_classes import EXPERT_GATE_UP, MIXTURE, ROUTING
 from .experts import ExpertRanks, Experts, Routing, in_graph
+from .router_losses import RouterLosses, with_losses
 from .token_local import GradientSums, LayerSteps, SavedPiece, Step
 
 ROUTE, SHARED_IN, SHARED_OUT = Step("route"), Step("shared_in"), Step("shared_out")
@@ -29,8 +30,8 @@ class RoutedLayer(Protocol):
     """Whether `shared_in` and `shared_out` exist."""
     expert_ranks: ExpertRanks | None
     """Ranks that share the experts; None: all of them are here."""
-    expert_load: ExpertLoad | None
-    """What counts decisions, if anything does."""
+    expert_load: ExpertLoad
+    router_losses: RouterLosses
     index: int
     """Number of the layer."""
 
@@ -58,11 +59,16 @@ class ExpertLoad:
         counts = torch.bincount(chosen.flatten(), minlength=num_experts)
         self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
 
-    def take(self) -> Tensor | None:
-        """Rows by layer and expert (L, E) since the last time; None where no layer has experts, or none ran."""
+    def peek(self) -> Tensor | None:
+        """Rows by layer and expert (L, E) since the last `take`; None where no layer has experts, or none ran."""
         counts = [self._counts[layer] for layer in sorted(self._counts)]
-        self._counts.clear()
         return torch.stack(counts) if counts else None
+
+    def take(self) -> Tensor | None:
+        """What `peek` gives, and start anew."""
+        counts = self.peek()
+        self._counts.clear()
+        return counts
 
 
 class MixtureFeedForward:
@@ -77,6 +83,8 @@ class MixtureFeedForward:
     def forward(self, rows: Tensor, saved: SavedPiece) -> Tensor:
         """Implements `FeedForward.forward`."""
         h, logits = self._steps.run_step(ROUTE, (rows,))
+        if torch.is_grad_enabled():
+            logits = with_losses(logits, self._layer.router_losses, self._layer.index)
         routing = self._routing(logits, saved)
         weights = self._layer.weigh(logits, routing.chosen)
         if torch.is_grad_enabled():
@@ -107,6 +115,8 @@ class MixtureFeedForward:
         if shared:
             d_h += self._shared_backward(h, shared, dy, sums)
         (d_logits,) = torch.autograd.grad(weights, leaf, d_weights.to(weights.dtype))
+        if self._layer.router_losses.active:
+            d_logits = d_logits + self._layer.router_losses.gradient(self._layer.index, logits)
         (through,) = self._steps.pull_back(ROUTE, (rows,), (), (d_h, d_logits), sums)
         # The rows' own way past the experts.
         return through + dy
@@ -116,8 +126,8 @@ class MixtureFeedForward:
         chosen = self._layer.choose(logits.detach()).to(torch.int32) if stored is None else stored[0]
         if stored is None:
             saved.put(ROUTING, (chosen,))
-            if self._layer.expert_load is not None:
-                self._layer.expert_load.add(self._layer.index, chosen, self._layer.num_experts)
+            self._layer.expert_load.add(self._layer.index, chosen, self._layer.num_experts)
+            self._layer.router_losses.add(self._layer.index, logits)
         return Routing.of(chosen, self._layer.num_experts, self._layer.expert_ranks)
 
     def _inner(

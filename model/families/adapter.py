@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from ...errors import ConfigError
 from ...memory.executor.experts import ExpertRanks
 from ...memory.executor.mixture import ExpertLoad
+from ...memory.executor.router_losses import RouterLosses
 from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
@@ -53,6 +54,7 @@ class LayerAdapter(ABC):
             )
         self.spec = self._spec()
         self._views: dict[str, Tensor] = {}
+        self.expert_load, self.router_losses = ExpertLoad(), RouterLosses()
 
     rope_key: str | None = None
     """Which rotary table the layer reads, where the model has several (its layer type)."""
@@ -60,8 +62,6 @@ class LayerAdapter(ABC):
     """Whether one graph of tensors holds the whole second half."""
     expert_ranks: ExpertRanks | None = None
     """Ranks that share the layer's experts; None: all of them are here."""
-    expert_load: ExpertLoad | None = None
-    """What counts the layer's routing."""
     index: int = 0
     """Number of the layer in the model."""
 

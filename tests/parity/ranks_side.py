@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.config import AttentionTiling
+from efflaunch.memory.executor.router_losses import RouterLosses
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.model.build import build_model
@@ -165,6 +166,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         z_loss=case.get("z_loss", 0.0),
         store=_store(case.get("store", "strict")),
         expert_mesh=topology.experts,
+        router_losses=RouterLosses(*case.get("router", (0.0, 0.0))),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -124,8 +126,12 @@ def reference_model(family: str, dtype: torch.dtype):
     return model.train()
 
 
-def reference_loss(model, documents, targets, z_loss: float = 0.0):
-    """Mean loss over all target tokens; each document is its own forward."""
+def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 0.0)):
+    """Mean loss over all target tokens; each document is its own forward. `router`: weights of balance and z-loss of its routers."""
+    if any(router):
+        with _router_logits(model) as logits:
+            loss = reference_loss(model, documents, targets, z_loss)
+        return loss + sum(_router_loss(parts, *router) for parts in logits.values())
     total, count = 0.0, 0
     for tokens, wanted in zip(documents, targets, strict=True):
         rotary = model.model.rotary_emb
@@ -139,6 +145,28 @@ def reference_loss(model, documents, targets, z_loss: float = 0.0):
         total = total + z_loss * logits[keep].logsumexp(-1).square().sum()
         count += int(keep.sum())
     return total / count
+
+
+@contextmanager
+def _router_logits(model):
+    """(logits, chosen) of every router's forwards within, by layer."""
+    seen, hooks = {}, []
+    for index, layer in enumerate(model.model.layers):
+        router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+        keep = seen.setdefault(index, [])
+        hooks.append(router.register_forward_hook(lambda module, inputs, output, keep=keep: keep.append((output[0], output[2]))))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def _router_loss(parts, balance, z):
+    """Of one layer, over all its tokens at once: by the definitions of Switch Transformer and ST-MoE."""
+    logits, chosen = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shares = F.one_hot(chosen, logits.shape[1]).sum((0, 1)) / chosen.numel()
+    even = logits.shape[1] * (shares * wide.softmax(-1).mean(0)).sum()
+    return balance * even + z * wide.logsumexp(-1).square().mean()
 
 
 def lift_to_float64() -> None:

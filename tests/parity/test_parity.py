@@ -226,6 +226,10 @@ ROWS = {
             ("qwen2_moe", "streambp_1", "ulysses 2", static(2, 2, 2), {}),
             ("qwen2_moe", "everything kept by class", "accumulation", MEMORY_PLANS["mixed groups, accumulation"], {}),
             ("qwen2_moe", "recompute", "a rank without work", plan_of(4, batch((0, 2, 2, ALL))), {}),
+            ("qwen3_moe", "recompute", "balanced over four micro-batches", plan_of(4, *ADAPTIVE), {"router": (0.3, 0.05)}),
+            ("qwen3_moe", "keep", "balanced, one micro-batch, HSDP", static(4, 4, 2), {"router": (0.3, 0.0), "replicate": 2}),
+            ("mixtral", "shares_streamed", "balanced, EP 2", plan_of(4, *ADAPTIVE), {"router": (0.5, 0.1), "ep": 2}),
+            ("gpt_oss", "segments_2", "router z-loss, barrier-free", plan_of(4, *ADAPTIVE), {"router": (0.0, 0.1), "barrier_free": True}),
             ("qwen3_moe", "recompute", "EP 2", static(2, 1, 1), {"ep": 2}),
             ("qwen3_moe", "keep", "EP 2, adaptive, three steps", plan_of(4, *ADAPTIVE), {"ep": 2, "steps": 3}),
             ("qwen3_moe", "shares_streamed", "EP 4, adaptive", plan_of(4, *ADAPTIVE), {"ep": 4}),
@@ -248,20 +252,22 @@ SLOW = [row for row in ROWS if ", compiled" in row and not any(part in row for p
 
 
 @lru_cache(maxsize=32)
-def reference(family, dtype, lengths, masked, z_loss, steps):
+def reference(family, dtype, lengths, masked, z_loss, steps, router=(0.0, 0.0)):
     """Weights, loss, gradients and the weights after `steps` AdamW steps of the plain model."""
     if dtype == "float64":
         lift_to_float64()
     model = reference_model(family, getattr(torch, dtype))
     documents, targets = make_documents(lengths, masked)
     weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
-    loss = reference_loss(model, documents, targets, z_loss)
+    loss = reference_loss(model, documents, targets, z_loss, router)
     loss.backward()
+    # Losses of routers are reported by themselves.
+    loss = reference_loss(model, documents, targets, z_loss) if any(router) else loss
     gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        reference_loss(model, documents, targets, z_loss).backward()
+        reference_loss(model, documents, targets, z_loss, router).backward()
         optimizer.step()
     return weights, loss.item(), gradients, {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
 
@@ -277,7 +283,8 @@ def check_parity(pool, case, plans, run=run_plans):
     lengths = plans[0].lengths
     documents, targets = make_documents(lengths, case.get("masked", False))
     weights, loss, gradients, trained = reference(
-        case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0)
+        case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0),
+        case.get("router", (0.0, 0.0)),
     )
     answers = pool.run(run, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
     results, ours = answers[0]

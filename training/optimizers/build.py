@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...checkpoint.state import State
 from ...memory.executor.compiled_graph import check_compiler
+from ...memory.executor.router_losses import RouterLosses
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.build import build_config, build_empty, initialise, master_dtype
@@ -102,6 +103,7 @@ def build_trained(
         store=store,
         host_weights=on_host,
         expert_mesh=expert_mesh,
+        router_losses=RouterLosses(config.train.router_balance, config.train.router_z_loss),
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, on_progress)

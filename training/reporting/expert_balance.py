@@ -19,6 +19,22 @@ def agreed_balance(counts: Tensor | None, stage: ProcessGroup) -> dict[str, Any]
     return balance(counts.tolist())
 
 
+def agreed_losses(sums: Tensor | None, counts: Tensor | None, stage: ProcessGroup) -> dict[str, float]:
+    """Entries of metrics.jsonl: both losses of routers without their weights, the layers' mean. Collective over `stage`.
+
+    `sums` (L, E + 1): of probabilities, and of squared log-sum-exps; `counts` (L, E): rows of all ranks.
+    """
+    import torch.distributed as dist
+
+    if sums is None or counts is None:
+        return {}
+    dist.all_reduce(sums, group=stage)
+    probabilities, squares = sums[:, :-1].double(), sums[:, -1].double()
+    shares, tokens = counts / counts.sum(1, keepdim=True).clamp(min=1), probabilities.sum(1, keepdim=True).clamp(min=1)
+    even = counts.shape[1] * (shares * probabilities / tokens).sum(1)
+    return {"router_balance": float(even.mean()), "router_z": float((squares / tokens.squeeze(1)).mean())}
+
+
 def balance(counts: list[list[int]]) -> dict[str, Any]:
     """Entries of metrics.jsonl from rows by layer and expert.
 
