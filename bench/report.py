@@ -72,6 +72,25 @@ def _freed_blocks(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _experts_step(result: dict[str, Any]) -> list[str]:
+    """A mixture of experts against Hugging Face's, on one CPU rank."""
+    shape, rounds, peaks = result["shape"], result["rounds"], result["peak_bytes"]
+    seconds = {way: statistics.median(row[way] for row in rounds) for way in peaks}
+    rows = [f"| {way} | {seconds[way]:.3f} | {peaks[way] / shape['tokens'] / 1024:.1f} |" for way in peaks]
+    return [
+        "## A mixture of experts against Hugging Face's",
+        "",
+        f"One block, {shape['tokens']:,} tokens, {shape['experts']} experts of {shape['inner']}, {shape['per_token']} a token, hidden size "
+        f"{shape['hidden']}, float32, one core: forward and backward, {len(rounds)} rounds in turns.",
+        f"Speed over grouped_mm {result['speed_over_grouped']:.2f} (aim: 1.0 or more), over the loop {result['speed_over_eager']:.2f}; peak with "
+        f"recompute over checkpointing {result['peak_over_checkpointing']:.2f} (aim: 0.5 or less).",
+        "",
+        "| | processor s (median) | peak KiB a token |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
 def _startup(result: dict[str, Any]) -> list[str]:
     names = {
         "help_s": "`efflaunch --help`",
@@ -262,6 +281,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "chaos": report_checkpoint.chaos,
     "scale": _scale,
     "freed_blocks": _freed_blocks,
+    "experts_step": _experts_step,
     "startup": _startup,
     "launch": report_launch.launch,
     "fuzz": report_fuzz.fuzz,

@@ -130,6 +130,7 @@ class Experts:
             rows = self.down(self.activate(gate_up), routing.groups)
             return routing.sum_rows(routing.from_experts(rows), weights)
 
+    @torch.no_grad()
     def gradients(
         self, x: Tensor, gate_up: Tensor, weights: Tensor, dy: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
