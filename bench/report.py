@@ -82,8 +82,8 @@ def _experts_step(result: dict[str, Any]) -> list[str]:
         "",
         f"One block, {shape['tokens']:,} tokens, {shape['experts']} experts of {shape['inner']}, {shape['per_token']} a token, hidden size "
         f"{shape['hidden']}, float32, one core: forward and backward, {len(rounds)} rounds in turns.",
-        f"Speed over grouped_mm {result['speed_over_grouped']:.2f} (aim: 1.0 or more), over the loop {result['speed_over_eager']:.2f}; peak with "
-        f"recompute over checkpointing {result['peak_over_checkpointing']:.2f} (aim: 0.5 or less).",
+        f"Speed over grouped_mm {result['speed_over_grouped']:.2f} (aim: 1.0 or more), over the loop {result['speed_over_eager']:.2f}; "
+        f"peak with recompute over checkpointing {result['peak_over_checkpointing']:.2f} (aim: 0.5 or less).",
         "",
         "| | processor s (median) | peak KiB a token |",
         "|---|---|---|",
