@@ -154,6 +154,24 @@ def test_messages_in_csv_are_json_text(tokenizer: str, tmp_path: Path) -> None:
     assert corpus_of(tmp_path / "rows.csv", tokenizer, tmp_path / "b" / "c") == expected
 
 
+def test_messages_as_json_text_are_messages_in_every_container(tokenizer: str, tmp_path: Path) -> None:
+    """A completion that is a list of other objects as JSON text stays the text it is."""
+    rows = [
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])},
+        {"prompt": "Two?", "completion": json.dumps([{"name": "add", "arguments": {"a": 2}}])},
+    ]
+    plain = [{"prompt": [USER], "completion": [ANSWER]}, rows[1]]
+    for name, lines in (("text", rows), ("lists", plain)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines_of(lines))
+    with open(tmp_path / "rows.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    names = ("lists.jsonl", "text.jsonl", "rows.csv")
+    expected, *others = [corpus_of(tmp_path / name, tokenizer, tmp_path / "out" / name / "c") for name in names]
+    assert others == [expected, expected]
+
+
 def test_a_directory_holds_records_or_texts(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.csv").write_text("text\nTwo\n")

@@ -185,7 +185,11 @@ BAD: list[tuple[Any, Format, str]] = [
         r"r0: found 'messages' that are no conversation; expected a list of objects with 'role' and 'content'",
     ),
     ({"messages": ["hi"]}, Format.PARQUET, r"r0: found 'messages' that are no conversation"),
-    ({"messages": TALK[:2]}, Format.PARQUET, r"r0: found no token to learn; expected a completion or an assistant turn that is not empty"),
+    (
+        {"messages": TALK[:2]},
+        Format.PARQUET,
+        r"r0: found no turn of the assistant's that is learnt, among turns of role system, user; expected one",
+    ),
 ]
 
 

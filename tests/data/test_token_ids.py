@@ -73,6 +73,14 @@ def test_pieces_of_words_go_on_after_the_border(folders: dict[str, str], loaded:
     assert loaded["word_piece"].decode(document.ids[document.mask][:-1]) == "four"
 
 
+def test_a_token_across_the_border_that_nothing_follows_is_learnt(folders: dict[str, str]) -> None:
+    """A tokenizer that has one token for a whole word it does not know."""
+    (document,) = _documents(folders["unigram"], {"prompt": "12", "completion": "345"})
+    assert document.ids.tolist()[-1] == 2 and document.mask.tolist()[-2:] == [True, True]
+    with pytest.raises(DataError, match="no token to learn"):
+        _documents(folders["word_piece"], {"prompt": "Two", "completion": "  "})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_there_once(folders: dict[str, str], loaded: dict[str, Any], kind: str) -> None:
     """A rendered prompt brings its own: the ids are those of the same text without them."""
