@@ -33,7 +33,7 @@ def check_weights(config: ModelConfig) -> list[str]:
         return [*notes, f"model.path={config.path}: the weights are not on this machine yet; they are checked as they are read"]
     wanted = Wanted(parameter_shapes(spec), fields.facts, file_vocabulary(fields))
     plan = plan_load(wanted, read_headers(folder), folder)
-    notes += _head_note(config, plan, folder)
+    notes += [*_head_note(config, plan, folder), *_adapter_note(folder)]
     if plan.unused:
         names = ", ".join(plan.unused[:_NAMED]) + (f" and {len(plan.unused) - _NAMED} more" if len(plan.unused) > _NAMED else "")
         notes.append(f"model.path: {len(plan.unused)} tensors of the files are no part of this model and are not read: {names}")
@@ -59,6 +59,12 @@ def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
         expected="one of the two: transformers would train the head of the file, untied",
         hint="+model.extra.tie_word_embeddings=false for that, or +model.extra.tie_word_embeddings=true to train without it",
     )
+
+
+def _adapter_note(folder: Path) -> list[str]:
+    """A note on an adapter beside the weights, with which transformers and peft would compute something else."""
+    names = sorted(path.name for path in folder.glob("adapter_*"))
+    return [f"model.path: {', '.join(names)} beside the weights: the adapter is not read; merge it first to train with it"] if names else []
 
 
 def _unread_fields(fields: ModelFields) -> list[str]:

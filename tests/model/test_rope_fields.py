@@ -241,3 +241,25 @@ def test_the_advice_to_extend_a_model_is_right(tmp_path: Path) -> None:
         "model.max_positions=250",
         f"'model.rope_scaling={{rope_type: yarn, factor: 4.0, {ORIGINAL}: 64}}'",
     ]
+
+
+SLIDES = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "extra", "name"),
+    [
+        (Family.QWEN2, {}, SLIDES, "layer_types"),
+        (Family.QWEN3, {"sliding_window": 7}, SLIDES, "layer_types"),
+        (Family.QWEN3, {**SLIDES, "use_sliding_window": False}, {}, "layer_types"),
+        (Family.QWEN2, {**SLIDES, "use_sliding_window": True, "sliding_window": 7}, {"sliding_window": None}, "layer_types"),
+        (Family.GEMMA2, {}, {"sliding_window": None}, "sliding_window"),
+        (Family.GEMMA3, {**SLIDES, "sliding_window": 7}, {"sliding_window": None}, "layer_types"),
+    ],
+)
+def test_layers_with_a_window_need_one(tmp_path: Path, family: Family, fields: Any, extra: Any, name: str) -> None:
+    """transformers fails at such a layer's mask; nothing is taken for full attention."""
+    with pytest.raises(ConfigError, match=rf"{name}: found .*; expected sliding_window=TOKENS.*, which these layers need"):
+        model_spec(of(file(tmp_path, family, **fields), extra=extra))
+    full = ["full_attention"] * 2
+    assert model_spec(of(tmp_path, extra={**extra, "layer_types": full})).windows == (None, None)
