@@ -10,6 +10,7 @@ import pytest
 from efflaunch.errors import ConfigError, DataError
 from efflaunch.training.data.encode import EncodeOptions, Encoder
 from efflaunch.training.data.inputs import Cursor, Format, RawBatch
+from efflaunch.training.data.token_ids import TokenIds
 
 from .small_tokenizers import KINDS, save_tokenizer
 
@@ -106,6 +107,16 @@ def test_answers_of_pairs_and_groups_have_them_once_too(folders: dict[str, str])
     group = {"prompt": "<s>Two is", "completions": [{"text": " four</s>", "reward": 1}, {"text": " five", "reward": 0}]}
     for document in _documents(folders["byte_level"], group):
         assert (document.ids.tolist().count(1), document.ids.tolist().count(2)) == (1, 1)
+
+
+def test_a_prompt_is_tokenised_once_for_all_its_answers(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, texts = TokenIds._plain, []
+    monkeypatch.setattr(TokenIds, "_plain", lambda ids, text: texts.append(text) or plain(ids, text))
+    group = {"prompt": "Two is", "completions": [" four", " five", " kind"], "rewards": [1, 0, 0]}
+    together = _documents(folders["byte_level"], group, {**group, "prompt": "Three is"})
+    assert (texts.count("Two is"), texts.count("Three is")) == (1, 1)
+    alone = [_documents(folders["byte_level"], {"prompt": "Three is", "completion": text})[0] for text in group["completions"]]
+    assert [document.ids.tolist() for document in together[3:]] == [document.ids.tolist() for document in alone]
 
 
 def test_a_prompts_own_end_token_stays(folders: dict[str, str], loaded: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ class TokenIds:
         self._end_text = str(backend.id_to_token(self._end[-1])) if self._end else ""
         self._copy = _Copy(self._bare, self._special) if special_tokens is SpecialTokens.TEXT else None
         self._tokenizer = self._bare if self._copy is None else self._copy.tokenizer
+        self._prompt: tuple[str | None, list[int], str] = (None, [], "")
 
     @property
     def has_end(self) -> bool:
@@ -79,15 +80,23 @@ class TokenIds:
 
     def continued(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt, with its beginning, and of the answer after it, with its end; no answer has no end."""
-        first, joint = self._begun(self._plain(prompt)), self._begun(self._plain(prompt + answer))
+        first, shown = self._prompt_ids(prompt)
         if not answer:
             return first, []
+        joint = self._begun(self._plain(prompt + answer))
         rest = joint[len(first) :] if joint[: len(first)] == first else None
         if prompt or rest is None:
-            exact = self._decoded(first) + answer
+            exact = shown + answer
             if rest is None or self._decoded(joint) != exact:
                 first, rest = self._chosen(prompt, answer, first, joint, (exact, self._decoded(joint)))
         return first, self._ended(answer, rest) if rest else []
+
+    def _prompt_ids(self, prompt: str) -> tuple[list[int], str]:
+        """Ids of a prompt and what they decode to; those of the last one are kept, for prompts have several answers."""
+        if prompt != self._prompt[0]:
+            ids = self._begun(self._plain(prompt))
+            self._prompt = (prompt, ids, self._decoded(ids))
+        return self._prompt[1:]
 
     def ended(self, text: str, ids: np.ndarray) -> np.ndarray:
         """The ids of a rendered chat, with the end token if they do not have it."""
