@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,8 @@ def test_a_file_that_is_not_utf8(tokenizer: str, tmp_path: Path) -> None:
         Encoder(EncodeOptions(tokenizer)).encode(batch)
 
 
-def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str) -> None:
-    bare = tokenizer + "/tokenizer.json"
+def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str, tmp_path: Path) -> None:
+    bare = str(shutil.copy(tokenizer + "/tokenizer.json", tmp_path / "bare.json"))
     with pytest.raises(ConfigError, match="found no end-of-text token; expected one, to end each document with") as error:
         _encode(bare, {"text": "two plus"}, skip_bad=True)
     assert error.value.hint == "--eos-token TOKEN, or --no-eos"

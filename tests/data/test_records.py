@@ -71,6 +71,13 @@ def test_instructions_have_input_system_and_history() -> None:
     assert _read(text="plain", instruction="Add.") == "plain"
 
 
+@pytest.mark.parametrize("name", ["body", "prompt", "output", "messages"])
+def test_a_text_field_that_was_asked_for_comes_first(name: str) -> None:
+    row = {"messages": [USER, ANSWER], "prompt": "a", "completion": "b", "instruction": "c", "output": "d", name: "wanted"}
+    assert read_record("r", row, name) == "wanted"
+    assert isinstance(read_record("r", {"messages": [USER, ANSWER], "text": "x"}, name), Chat)
+
+
 def test_speakers_of_sharegpt() -> None:
     turns = [
         {"from": "human", "value": "Two?"},

@@ -1,9 +1,9 @@
 """What a record is, decided by its fields: a text, an exchange, a chat, a preference, or rewarded completions.
 
 Note: order of the rules
-    `chosen`/`rejected`, then `completions`, then a conversation, then `prompt` and `completion`, then `instruction` and `output`,
-    then the text field. Prompts and answers are texts, or messages; where one of them is messages the others become turns of it, and the
-    record's system turn, tools and arguments of the template are theirs.
+    A text field that was asked for by name, then `chosen`/`rejected`, then `completions`, then a conversation, then `prompt` and
+    `completion`, then `instruction` and `output`, then the text field. Prompts and answers are texts, or messages; where one of them is
+    messages the others become turns of it, and the record's system turn, tools and arguments of the template are theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _CONTEXT = ("system", "tools", "functions", "chat_template_kwargs")
 _LABELS = ("label", "kto_tag")
 FIELDS = (*MAIN_FIELDS, *_CONTEXT, "input", "output", "history", "rewards", *_LABELS)
 """Every field that means something besides the text field."""
+TEXT = "text"
+"""The text field, unless another is asked for."""
 LISTS = ("completions", "rewards", "history")
 """Fields that hold lists of other things than messages."""
 
@@ -58,6 +60,9 @@ Record = str | Exchange | Chat | Preference | Group
 def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
     """What the row is. DataError for fields that are missing or are not what they should be."""
     row = {name: value for name, value in row.items() if value is not None}
+    if text_field != TEXT and isinstance(row.get(text_field), str):
+        # It was asked for by name.
+        return str(row[text_field])
     if any(name in row for name in ANSWERS):
         return _group(where, row) if "completions" in row else _preference(where, row)
     if any(name in row for name in CONVERSATIONS):
@@ -69,7 +74,7 @@ def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
     if "prompt" in row and "completion" in row:
         _check_unlabelled(where, row)
         return _exchange(where, row)
-    if "instruction" in row and text_field not in ("instruction", "input", "output") and not isinstance(row.get(text_field), str):
+    if "instruction" in row and not isinstance(row.get(text_field), str):
         _check_unlabelled(where, row)
         return _answered(where, row, _instruction(where, row), _string(where, row, "output"))
     text = row.get(text_field)
