@@ -199,6 +199,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chosen": [ANSWER], "rejected": [OTHER]}, "found nothing in 'prompt'"),
     ({"prompt": "a", "completions": ["b", "c"], "rewards": [1]}, "found 1 of them in 'rewards'; expected a list of 2 numbers"),
     ({"prompt": "a", "completions": ["b", "c"]}, "completion 1: found no reward"),
+    (
+        {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 10**400]},
+        r"completion 2: found 1000\d+\.\.\.\d+ in 'reward'; expected a finite",
+    ),
     ({"prompt": "a", "completion": "b", "label": False}, "found False in 'label' of an answer"),
     ({"prompt": "a", "completion": "b", "label": "True"}, "found True in 'label' of an answer"),
     ({"messages": [USER, ANSWER], "kto_tag": False}, "found False in 'kto_tag' of an answer"),

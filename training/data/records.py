@@ -257,9 +257,13 @@ def _group(where: str, row: dict[str, Any]) -> Group:
 
 
 def _reward(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise bad_record(where, "no reward" if value is None else f"{shown(value)} in 'reward'", "a finite number")
-    return float(value)
+    return number
 
 
 def _string(where: str, row: dict[str, Any], name: str) -> str:
