@@ -215,6 +215,17 @@ def test_a_file_that_is_not_utf8(tokenizer: str, tmp_path: Path) -> None:
         Encoder(EncodeOptions(tokenizer)).encode(batch)
 
 
+def test_answers_that_hold_their_prompt_are_warned_about(tokenizer: str) -> None:
+    doubt = "an answer begins with its whole prompt, which is then there twice"
+    for row, count in (
+        ({"prompt": "two plus", "completion": "two plus two"}, 1),
+        ({"prompt": "two plus", "chosen": "two plus two", "rejected": "two plus plus"}, 2),
+        ({"prompt": "two plus", "completion": " two plus"}, 0),
+        ({"prompt": " ", "completion": " two"}, 0),
+    ):
+        assert [what for what, _ in _encode(tokenizer, row).warnings] == [doubt] * count
+
+
 def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str, tmp_path: Path) -> None:
     bare = str(shutil.copy(tokenizer + "/tokenizer.json", tmp_path / "bare.json"))
     with pytest.raises(ConfigError, match="found no end-of-text token; expected one, to end each document with") as error:

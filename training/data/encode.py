@@ -177,6 +177,8 @@ class Encoder:
             assert document.mask is not None
             return document.ids, document.mask
         self._check_end()
+        if record.prompt.strip() and record.completion.startswith(record.prompt):
+            self._chats.warnings.append(("an answer begins with its whole prompt, which is then there twice", where))
         try:
             first, second = self._ids.continued(record.prompt, record.completion)
         except NotText as error:
