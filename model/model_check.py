@@ -15,7 +15,7 @@ from .families.facts import LABELS, READ_BY_ALL
 from .hf_fields import ModelFields, model_fields
 from .load_plan import LoadPlan, Wanted, parameter_shapes, plan_load
 from .model_files import local_folder, model_folder
-from .rope_fields import LEGACY_KEYS
+from .rope_fields import LEGACY_KEYS, ORIGINAL
 from .spec import model_spec
 from .weight_files import has_weights, hold_the_same, read_headers
 
@@ -68,7 +68,9 @@ def _adapter_note(folder: Path) -> list[str]:
 
 
 def _unread_fields(fields: ModelFields) -> list[str]:
-    read = READ_BY_ALL | fields.facts.fields | LABELS | {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
+    unread_rope = ORIGINAL if fields.facts.rope_per_layer_type else "rope_local_base_freq"
+    rope = {name for name in LEGACY_KEYS if name != unread_rope}
+    read = READ_BY_ALL | fields.facts.fields | LABELS | rope | {"sliding_window_pattern", "quantization_config"}
     unread = sorted(name for name, value in fields.file.items() if name not in read and value not in (None, 1) and not name.startswith("_"))
     unread += [f"rope_parameters.{name}" for name in sorted(set(fields.rope.unread))]
     more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
