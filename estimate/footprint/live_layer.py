@@ -254,7 +254,7 @@ def head_norms(inputs: PlanInputs) -> int:
 
 
 def _windows(inputs: PlanInputs) -> bool:
-    return any(window is not None for window in inputs.spec.windows)
+    return inputs.spec.windows.count(None) < len(inputs.spec.windows)
 
 
 def _kept(inputs: PlanInputs, kind: ActivationClass) -> bool:
