@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cluster.config import check_cluster
@@ -54,6 +55,24 @@ class Configured(Protocol):
     def cluster(self) -> ClusterConfig: ...
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSums:
+    """Sums over the decoder layers, made once: estimates ask for them thousands of times, and models have hundreds of layers."""
+
+    largest: int
+    """Weights of the largest layer."""
+    active: int
+    """Weights of all layers that one token is multiplied with."""
+    totals: tuple[int, ...]
+    """Weights of the layers from each one on; 0 behind the last."""
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerParameters]) -> LayerSums:
+        """Sums of one or more layers."""
+        from_the_end = accumulate((layer.total for layer in reversed(layers)), initial=0)
+        return cls(max(layer.total for layer in layers), sum(layer.active for layer in layers), tuple(from_the_end)[::-1])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanInputs:
     """All a ledger depends on."""
@@ -69,6 +88,8 @@ class PlanInputs:
     layout: Layout
     layers: tuple[LayerParameters, ...]
     """Weights of each decoder layer."""
+    layer_sums: LayerSums
+    """Sums of `layers`."""
     parameters: int
     residency: Residency = field(default_factory=Residency)
     measured: MeasuredRates | None = None
@@ -99,6 +120,7 @@ class PlanInputs:
             self,
             spec=replace(self.spec, num_layers=len(layers), windows=self.spec.windows[layers.start : layers.stop]),
             layers=own,
+            layer_sums=LayerSums.of(own),
             parameters=sum(layer.total for layer in own) + ends,
             in_flight=in_flight,
             has_embedding=embedding,
@@ -137,6 +159,7 @@ class PlanInputs:
     ) -> PlanInputs:
         """`of` from parts, for what has no whole configuration: layout, policy and counts follow from them."""
         check_cluster(cluster)
+        layers = layer_parameters(spec)
         return cls(
             spec=spec,
             parallel=parallel,
@@ -146,7 +169,8 @@ class PlanInputs:
             data=data,
             cluster=cluster,
             layout=solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens),
-            layers=layer_parameters(spec),
+            layers=layers,
+            layer_sums=LayerSums.of(layers),
             parameters=num_parameters(spec),
             residency=residency,
             measured=measured,
@@ -212,7 +236,7 @@ class PlanInputs:
     @property
     def layer_parameters(self) -> int:
         """Weights of the largest decoder layer: what gathers, reductions and sums of one layer need room for."""
-        return max(layer.total for layer in self.layers)
+        return self.layer_sums.largest
 
     @property
     def expert_parallel(self) -> int:
@@ -241,12 +265,12 @@ class PlanInputs:
 
     def decoder_parameters(self, first: int = 0) -> int:
         """Weights of the decoder layers from `first` on."""
-        return sum(layer.total for layer in self.layers[first:])
+        return self.layer_sums.totals[min(first, len(self.layers))]
 
     @property
     def active_parameters(self) -> int:
         """Weights of all decoder layers that one token is multiplied with."""
-        return sum(layer.active for layer in self.layers)
+        return self.layer_sums.active
 
     @property
     def active_layer_parameters(self) -> float:

@@ -49,7 +49,8 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None
     """Scaling as Hugging Face defines it: rope_type linear, dynamic, yarn or llama3, with its parameters."""
     sliding_window: Tokens | None = None
-    tie_embeddings: bool = False
+    tie_embeddings: bool | None = None
+    """Whether the head is the embedding; None: not, from scratch. With `path` config.json says it, or `extra.tie_word_embeddings`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the Hugging Face config of this family, passed on as they are."""
 

@@ -50,6 +50,7 @@ def check_fields(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> N
     _check_shapes(fields, facts, where)
     _check_layer_types(fields, where)
     _check_experts(fields, facts, where)
+    _check_windows(fields, facts, where)
     for name in _POSITIVE:
         value = fields.get(name)
         if value is not None and not (_is_number(value) and math.isfinite(value) and value > 0):
@@ -118,6 +119,18 @@ def _check_experts(fields: Mapping[str, Any], facts: FamilyFacts, where: str) ->
     refusal = facts.experts.problem(fields)
     if refusal is not None:
         raise _wrong(where, refusal.field, refusal.actual, refusal.expected)
+
+
+def _check_windows(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> None:
+    """Raise ConfigError for layers that are to have a window where there is none: transformers fails at their first mask."""
+    types = fields.get("layer_types")
+    if not facts.needs_window and not (types and "layer_types" in facts.fields):
+        return
+    asked = facts.windows({**fields, "sliding_window": 1, "use_sliding_window": True})
+    if any(asked) and not any(facts.windows(fields)):
+        switch = " and use_sliding_window=true" if "use_sliding_window" in facts.fields else ""
+        name = "layer_types" if types else "sliding_window"
+        raise _wrong(where, name, fields.get(name) and SLIDING, f"sliding_window=TOKENS{switch}, which these layers need")
 
 
 def _is_number(value: object) -> bool:

@@ -44,6 +44,7 @@ _SIZES = (
     "num_kv_heads",
     "head_dim",
     "sliding_window",
+    "tie_embeddings",
 )
 
 
@@ -133,7 +134,7 @@ def _from_scratch(config: ModelConfig, facts: FamilyFacts) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": bool(config.tie_embeddings),
         "head_dim": head_dim(config),
         "use_cache": False,
         # A padding id zeroes one embedding row and its gradient, and packs have no padding.
@@ -192,8 +193,7 @@ def head_dim(config: ModelConfig) -> int:
 
 def given_sizes(config: ModelConfig) -> list[str]:
     """Fields that a config.json decides and that this config states all the same."""
-    given = [name for name in _SIZES if getattr(config, name) is not None]
-    return given + (["tie_embeddings"] if config.tie_embeddings else [])
+    return [name for name in _SIZES if getattr(config, name) is not None]
 
 
 def _missing(config: ModelConfig, name: str) -> ConfigError:

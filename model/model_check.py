@@ -15,7 +15,7 @@ from .families.facts import LABELS, READ_BY_ALL
 from .hf_fields import ModelFields, model_fields
 from .load_plan import LoadPlan, Wanted, parameter_shapes, plan_load
 from .model_files import local_folder, model_folder
-from .rope_fields import LEGACY_KEYS
+from .rope_fields import LEGACY_KEYS, ORIGINAL
 from .spec import model_spec
 from .weight_files import has_weights, hold_the_same, read_headers
 
@@ -34,7 +34,7 @@ def check_weights(config: ModelConfig) -> list[str]:
     headers = read_headers(folder)
     wanted = Wanted.of(parameter_shapes(spec), fields.facts, file_vocabulary(fields), headers)
     plan = plan_load(wanted, headers, folder)
-    notes += _head_note(config, plan, folder)
+    notes += [*_head_note(config, plan, folder), *_adapter_note(folder)]
     if plan.unused:
         names = ", ".join(plan.unused[:_NAMED]) + (f" and {len(plan.unused) - _NAMED} more" if len(plan.unused) > _NAMED else "")
         notes.append(f"model.path: {len(plan.unused)} tensors of the files are no part of this model and are not read: {names}")
@@ -62,9 +62,17 @@ def _head_note(config: ModelConfig, plan: LoadPlan, folder: Path) -> list[str]:
     )
 
 
+def _adapter_note(folder: Path) -> list[str]:
+    """A note on an adapter beside the weights, with which transformers and peft would compute something else."""
+    names = sorted(path.name for path in folder.glob("adapter_*"))
+    return [f"model.path: {', '.join(names)} beside the weights: the adapter is not read; merge it first to train with it"] if names else []
+
+
 def _unread_fields(fields: ModelFields) -> list[str]:
-    read = READ_BY_ALL | fields.facts.fields | LABELS | fields.facts.aliases.keys()
-    read |= {*LEGACY_KEYS, "sliding_window_pattern", "quantization_config"}
+    unread_rope = ORIGINAL if fields.facts.rope_per_layer_type else "rope_local_base_freq"
+    rope = {name for name in LEGACY_KEYS if name != unread_rope}
+    read = READ_BY_ALL | fields.facts.fields | LABELS | fields.facts.aliases.keys() | rope
+    read |= {"sliding_window_pattern", "quantization_config"}
     # A field that no layer reads says nothing where it is as the class has it.
     usual = {name: fields.facts.defaults.get(name) for name in fields.facts.unread}
     said = {name: value for name, value in fields.file.items() if name not in usual or usual[name] != value}

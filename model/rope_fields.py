@@ -161,6 +161,9 @@ def _blocks_by_layer_type(
     blocks[FULL]["rope_theta"] = _theta(blocks[FULL].get("rope_theta"), _theta(file.get("rope_theta"), facts.default_theta))
     local = _theta(file.get("rope_local_base_freq"), DEFAULT_THETA)
     blocks[SLIDING]["rope_theta"] = _theta(blocks[SLIDING].get("rope_theta"), local)
+    if file.get("partial_rotary_factor") is not None:
+        for block in blocks.values():
+            block.setdefault("partial_rotary_factor", file["partial_rotary_factor"])
     return {FULL: blocks[FULL], SLIDING: blocks[SLIDING]}
 
 

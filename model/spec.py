@@ -191,11 +191,14 @@ def longer_positions(config: ModelConfig, length: int) -> list[str]:
 def _check_path(config: ModelConfig) -> None:
     given = given_sizes(config)
     if given:
+        tied = (
+            "" if config.tie_embeddings is None else f", and +model.extra.tie_word_embeddings={str(config.tie_embeddings).lower()} instead"
+        )
         raise ConfigError(
             f"model.{given[0]}",
             found=f"{_shown(getattr(config, given[0]))} beside model.path={config.path}",
             expected="sizes from the config.json at model.path only",
-            hint=" ".join(f"model.{name}={'false' if name == 'tie_embeddings' else 'null'}" for name in given),
+            hint=" ".join(f"model.{name}=null" for name in given) + tied,
         )
     model_family(config)
 

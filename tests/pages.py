@@ -19,13 +19,17 @@ def bash_blocks(page: str) -> list[str]:
 
 
 def run_page(page: str, directory: Path) -> str:
-    """What the blocks print; AssertionError where one fails. `efflaunch` and `python` are this interpreter's; no hub is reached."""
+    """What the blocks print; AssertionError where one fails. `efflaunch` and `python` are this interpreter's; no hub is reached.
+
+    Runs that a page starts do not measure this machine first (parallel.probe_s=0): a page shows commands, and no times.
+    """
     tools, work = directory / "bin", directory / "work"
     tools.mkdir()
     work.mkdir()
-    for name, command in (("efflaunch", f"{sys.executable} -m efflaunch"), ("python", sys.executable)):
+    without_probe = 'case "$1" in +experiment=*) first=$1; shift; set -- "$first" parallel.probe_s=0 "$@";; esac\n'
+    for name, before, command in (("efflaunch", without_probe, f"{sys.executable} -m efflaunch"), ("python", "", sys.executable)):
         script = tools / name
-        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        script.write_text(f'#!/bin/sh\n{before}exec {command} "$@"\n')
         script.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     text = "set -euo pipefail\n" + "\n".join(bash_blocks(page))

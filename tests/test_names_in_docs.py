@@ -44,6 +44,28 @@ def test_pages_link_to_pages_that_are_there() -> None:
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
+def sections(page: Path) -> set[str]:
+    """Anchors of a page's headings, as a forge makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_pages_link_to_sections_that_are_there() -> None:
+    links = [(page, target, anchor) for page in PAGES for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())]
+    missing = [
+        (page.name, target, anchor) for page, target, anchor in links if anchor not in sections(page.parent / target if target else page)
+    ]
+    assert len(links) > 10 and not missing
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    """About 1,200 words at most beside code and tables; reasons go to docs/design/. The page of figures is written by a program."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    words = sum(len(line.split()) for line in text.splitlines() if not line.startswith("|"))
+    assert words <= 1250 or page.name == "benchmarks.md"
+
+
 def test_the_picture_of_the_floors_is_the_order_of_imports() -> None:
     picture = re.search(r"## The floors.*?```text\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
     assert picture is not None

@@ -218,7 +218,7 @@ def head_norms(inputs: PlanInputs) -> int:
 
 
 def _windows(inputs: PlanInputs) -> bool:
-    return any(window is not None for window in inputs.spec.windows)
+    return inputs.spec.windows.count(None) < len(inputs.spec.windows)
 
 
 def _stored(inputs: PlanInputs) -> bool:

@@ -8,6 +8,7 @@ Note: mirrors what backward recomputes: memory/executor/{layer_pass,token_local,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from ...memory.activation_classes import (
@@ -30,7 +31,7 @@ def causal_pairs(num_tokens: int, window: int | None) -> float:
 
 def forward_attention_flops(windows: Iterable[int | None], query_size: int, num_tokens: int) -> float:
     """Scores and weighted values of all layers: 4 FLOPs a pair and query number."""
-    return sum(4 * query_size * causal_pairs(num_tokens, window) for window in windows)
+    return sum(4 * query_size * causal_pairs(num_tokens, window) * count for window, count in Counter(windows).items())
 
 
 def class_recompute_flops(inputs: PlanInputs) -> dict[str, float]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,6 +119,11 @@ def _prepare(options: argparse.Namespace) -> int:
     from ...training.data.token_ids import SpecialTokens
     from .data_progress import show_progress
 
+    if os.path.basename(options.out) in ("", ".", ".."):
+        hint = f"--out {shlex.quote(os.path.join(options.out, 'corpus'))}"
+        raise ConfigError(
+            f"--out {options.out}", found="a directory", expected="what the names of the corpus's files begin with", hint=hint
+        )
     encode = EncodeOptions(
         tokenizer=options.tokenizer,
         text_field=options.text_field,
@@ -196,5 +204,15 @@ def summary_text(prefix: str, metadata: dict[str, Any]) -> str:
     if metadata.get("date"):
         lines.append(f"  the chat template asks for the date: it was {metadata['date']} (--date)")
     wanted = f" train.objective={objective}" if objective else ""
-    lines.append(f"Train on it: data.prefixes=[{prefix}] data.tokenizer={metadata['tokenizer']['path']}{wanted}")
+    corpus, tokenizer = _override("data.prefixes", "[{}]", prefix), _override("data.tokenizer", "{}", metadata["tokenizer"]["path"])
+    lines.append(f"Train on it: {corpus} {tokenizer}{wanted}")
     return "\n".join(lines)
+
+
+def _override(key: str, form: str, text: str) -> str:
+    """`key=text` as a shell hands it on and Hydra reads it, in quotes where either needs them."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return f"{key}={form.format(text)}"
+    # Hydra reads a backslash as one unless a quote follows.
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), text)
+    return shlex.quote(f"{key}=" + form.format(f'"{escaped}"'))

@@ -51,6 +51,10 @@ def current_data(data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         return data
     result = dict(data)
+    model = result.get("model")
+    if isinstance(model, Mapping) and model.get("tie_embeddings") is False:
+        # Until it could be null, false was the default and said nothing of a model with a path.
+        result["model"] = {**model, "tie_embeddings": None}
     for old in RENAMED:
         group, name = old.split(".")
         values = result.get(group)

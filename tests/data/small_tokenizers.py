@@ -69,6 +69,28 @@ def _metaspace(scheme: str) -> Any:
     return _with_start(_without_bytes(tokenizer))
 
 
+def _replacing() -> Any:
+    """As Gemma's: an underscore for every space, and none that nobody wrote."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=340, special_tokens=[*SPECIAL, *BYTES]))
+    return _with_start(_without_bytes(tokenizer))
+
+
+def _stripping() -> Any:
+    """As Phi-3's: tokens of turns swallow the white space after them."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(_prepending().to_str())
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["content"].startswith("<|")
+    return Tokenizer.from_str(json.dumps(content))
+
+
 def _unigram() -> Any:
     """As T5's: the likeliest pieces, an end token that the tokenizer puts itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -98,6 +120,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "byte_level": lambda: _byte_level(trim=False),
     "trimming": lambda: _byte_level(trim=True),
     "prepending": _prepending,
+    "replacing": _replacing,
+    "stripping": _stripping,
     "metaspace_first": lambda: _metaspace("first"),
     "metaspace_always": lambda: _metaspace("always"),
     "unigram": _unigram,

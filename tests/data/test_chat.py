@@ -82,6 +82,18 @@ def test_ids_are_those_of_transformers_and_only_answers_are_learnt(folders: dict
     assert encoded.warnings == [] and encoded.turn_ends == {"<|end|>"}
 
 
+@pytest.mark.parametrize("answer", ["Four.", " Four.", "\n\nFour."])
+def test_a_token_that_swallows_white_space_belongs_to_its_own_turn(folders: dict[str, str], answer: str) -> None:
+    """The white space may be the answer's first; the token before it is the generation prompt's."""
+    messages = [{"role": "user", "content": " Two? "}, {"role": "assistant", "content": answer}]
+    for options in ({}, {"special_tokens": "text"}):
+        (document,) = _encoded(folders["stripping"], {"messages": messages}, chat_template=PLAIN, **options).documents
+        learnt = document.ids[document.mask].tolist()
+        assert [learnt.count(token) for token in (3, 4, 5)] == [0, 0, 1] and learnt[-1] == 5
+        (pieces,) = _pieces(folders["stripping"], _encoded(folders["stripping"], {"messages": messages}, chat_template=PLAIN, **options))
+        assert pieces[1].strip() == "Four.<|end|>"
+
+
 def test_each_turn_is_learnt_in_the_rendering_it_had(folders: dict[str, str]) -> None:
     first = ["<|user|>Two plus two?<|end|><|assistant|>", "<think>two</think>\nFour.<|end|>"]
     second = [
@@ -148,6 +160,7 @@ DOUBTFUL = [
     ),
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "ends the assistant's turn with no special token"),
     (PLAIN.replace("m.content", "m.content.split('.')[0]"), "leaves out part of an assistant's turn"),
+    ("{% set messages = messages[1:] %}<|user|>" + PLAIN, "leaves out a turn of role user"),
     (PLAIN.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>{% endif"), r"generation prompt is '<\|assistant\|>\\n<think>', but"),
 ]
 

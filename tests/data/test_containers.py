@@ -97,15 +97,30 @@ def _write_all(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     table = pyarrow.Table.from_pylist(_named(rows))
     pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=2)
     pyarrow.feather.write_feather(table, folder / "rows.feather")
+    pyarrow.parquet.write_table(_otherwise_typed(table), folder / "typed.parquet")
+    pyarrow.feather.write_feather(_otherwise_typed(table), folder / "typed.feather", compression="zstd")
     dataset = datasets.Dataset(table)
     dataset.to_parquet(folder / "datasets.parquet")
     dataset.save_to_disk(folder / "saved")
+    dataset.save_to_disk(folder / "shards", num_shards=2)
     dataset.with_format("numpy").save_to_disk(folder / "formatted")
     datasets.Dataset.from_json(str(plain), cache_dir=str(folder / "cache")).save_to_disk(folder / "loaded")
     with pyarrow.ipc.new_stream(folder / "stream.arrow", table.schema) as writer:
         writer.write_table(table)
     names = ("rows.json", *(f"rows.jsonl{s}" for s in (*COMPRESS, ".zst")), "rows.parquet", "rows.feather", "datasets.parquet")
-    return [plain, *(folder / name for name in (*names, "saved", "formatted", "loaded", "stream.arrow"))]
+    other = ("typed.parquet", "typed.feather", "saved", "shards", "formatted", "loaded", "stream.arrow")
+    return [plain, *(folder / name for name in (*names, *other))]
+
+
+def _otherwise_typed(table: Any) -> Any:
+    """Texts as dictionaries, as categories are written, and as large strings."""
+    import pyarrow
+
+    columns = {name: table[name] for name in table.column_names}
+    texts = [name for name, column in columns.items() if pyarrow.types.is_string(column.type)]
+    for place, name in enumerate(texts):
+        columns[name] = columns[name].dictionary_encode() if place % 2 else columns[name].cast(pyarrow.large_string())
+    return pyarrow.table(columns)
 
 
 def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,8 +155,9 @@ def test_csv_gives_the_samecorpus_of(tokenizer: str, tmp_path: Path, kind: str) 
             writer.writeheader()
             writer.writerows(rows)
         assert corpus_of(tmp_path / name, tokenizer, tmp_path / "out" / name / "c") == expected
-    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
-    assert corpus_of(tmp_path / "rows.csv.gz", tokenizer, tmp_path / "out" / "gz" / "c") == expected
+    for suffix, compress in {**COMPRESS, ".zst": zstandard_frames}.items():
+        (tmp_path / f"rows.csv{suffix}").write_bytes(compress((tmp_path / "rows.csv").read_bytes()))
+        assert corpus_of(tmp_path / f"rows.csv{suffix}", tokenizer, tmp_path / "out" / suffix / "c") == expected
 
 
 def test_messages_in_csv_are_json_text(tokenizer: str, tmp_path: Path) -> None:
@@ -152,6 +168,24 @@ def test_messages_in_csv_are_json_text(tokenizer: str, tmp_path: Path) -> None:
         writer.writerows([["messages", "tools"], *([json.dumps(row["messages"]), json.dumps(row.get("tools", []))] for row in rows)])
     expected = corpus_of(tmp_path / "rows.jsonl", tokenizer, tmp_path / "a" / "c")
     assert corpus_of(tmp_path / "rows.csv", tokenizer, tmp_path / "b" / "c") == expected
+
+
+def test_messages_as_json_text_are_messages_in_every_container(tokenizer: str, tmp_path: Path) -> None:
+    """A completion that is a list of other objects as JSON text stays the text it is."""
+    rows = [
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])},
+        {"prompt": "Two?", "completion": json.dumps([{"name": "add", "arguments": {"a": 2}}])},
+    ]
+    plain = [{"prompt": [USER], "completion": [ANSWER]}, rows[1]]
+    for name, lines in (("text", rows), ("lists", plain)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines_of(lines))
+    with open(tmp_path / "rows.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    names = ("lists.jsonl", "text.jsonl", "rows.csv")
+    expected, *others = [corpus_of(tmp_path / name, tokenizer, tmp_path / "out" / name / "c") for name in names]
+    assert others == [expected, expected]
 
 
 def test_a_directory_holds_records_or_texts(tmp_path: Path) -> None:

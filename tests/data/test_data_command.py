@@ -6,15 +6,20 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from efflaunch.errors import ConfigError
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.commands import data_progress
+from efflaunch.launcher.commands.data import main as data_command
+from efflaunch.launcher.commands.data import summary_text
 from efflaunch.launcher.commands.data_progress import progress_text, show_progress
+from efflaunch.launcher.config.compose import compose
 from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.pages import bash_blocks, run_page
 from efflaunch.training.data import prepare as prepare_module
@@ -47,6 +52,23 @@ def test_the_summary(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "  skipped 1: fewer than 2 tokens (first: in/b.txt)",
         f"Train on it: data.prefixes=[out/c] data.tokenizer={inputs}/tok",
     ]
+
+
+@pytest.mark.parametrize("name", ["my corpus", "a,b", "a[1]", "it's", 'say "x"', "back\\", 'b\\"c', "$HOME", "k=v", "#1"])
+def test_what_to_type_is_read_as_it_was_meant(name: str) -> None:
+    """By a shell and by Hydra."""
+    counts = {"documents": 1, "tokens": 2, "lengths": {}, "inputs": {"files": 1, "bytes": 1}, "skipped": {}, "loss_mask": False}
+    summary = summary_text(f"/out/{name}", {**counts, "tokenizer": {"path": f"/tok/{name}"}})
+    words = shlex.split(summary.splitlines()[-1])[3:]
+    found = compose(["+experiment=quickstart", "data=indexed", "data.vocab_size=null", *words]).data
+    assert (list(found.prefixes), found.tokenizer) == ([f"/out/{name}"], f"/tok/{name}")
+
+
+@pytest.mark.parametrize("out", ["in/", ".", "in/.."])
+def test_a_directory_is_no_beginning_of_file_names(inputs: Path, out: str) -> None:
+    with pytest.raises(ConfigError, match="found a directory; expected what the names of the corpus's files begin with"):
+        data_command(["prepare", "in", "--tokenizer", "tok", "--out", out])
+    assert sorted(path.name for path in inputs.rglob("*") if path.suffix in (".bin", ".idx")) == []
 
 
 def test_the_summary_as_json(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

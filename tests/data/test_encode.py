@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,11 @@ BAD: list[tuple[Any, Format, str]] = [
         r"r0: found 'messages' that are no conversation; expected a list of objects with 'role' and 'content'",
     ),
     ({"messages": ["hi"]}, Format.PARQUET, r"r0: found 'messages' that are no conversation"),
-    ({"messages": TALK[:2]}, Format.PARQUET, r"r0: found no token to learn; expected a completion or an assistant turn that is not empty"),
+    (
+        {"messages": TALK[:2]},
+        Format.PARQUET,
+        r"r0: found no turn of the assistant's that is learnt, among turns of role system, user; expected one",
+    ),
 ]
 
 
@@ -210,8 +215,19 @@ def test_a_file_that_is_not_utf8(tokenizer: str, tmp_path: Path) -> None:
         Encoder(EncodeOptions(tokenizer)).encode(batch)
 
 
-def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str) -> None:
-    bare = tokenizer + "/tokenizer.json"
+def test_answers_that_hold_their_prompt_are_warned_about(tokenizer: str) -> None:
+    doubt = "an answer begins with its whole prompt, which is then there twice"
+    for row, count in (
+        ({"prompt": "two plus", "completion": "two plus two"}, 1),
+        ({"prompt": "two plus", "chosen": "two plus two", "rejected": "two plus plus"}, 2),
+        ({"prompt": "two plus", "completion": " two plus"}, 0),
+        ({"prompt": " ", "completion": " two"}, 0),
+    ):
+        assert [what for what, _ in _encode(tokenizer, row).warnings] == [doubt] * count
+
+
+def test_a_missing_end_token_or_template_stops_even_when_skipping(tokenizer: str, tmp_path: Path) -> None:
+    bare = str(shutil.copy(tokenizer + "/tokenizer.json", tmp_path / "bare.json"))
     with pytest.raises(ConfigError, match="found no end-of-text token; expected one, to end each document with") as error:
         _encode(bare, {"text": "two plus"}, skip_bad=True)
     assert error.value.hint == "--eos-token TOKEN, or --no-eos"

@@ -44,6 +44,9 @@ SAME = [
     {"prompt": [USER], "completion": [ANSWER]},
     {"prompt": [USER], "completion": "Four."},
     {"prompt": "Two?", "completion": ANSWER},
+    {"prompt": [USER], "completion": "Four.", "system": "", "tools": "[]", "chat_template_kwargs": {}},
+    {"messages": [{"role": "User", "content": "Two?"}, {"role": "model", "content": "Four."}]},
+    {"prompt": '[{"role": "user", "content": "Two?"}]', "completion": '[{"content": "Four.", "role": "assistant"}]'},
     {"instruction": "Two?", "input": "", "output": "Four."},
     {"instruction": "Two?", "input": None, "output": "Four.", "system": "", "history": []},
 ]
@@ -68,6 +71,13 @@ def test_instructions_have_input_system_and_history() -> None:
     assert _read(text="plain", instruction="Add.") == "plain"
 
 
+@pytest.mark.parametrize("name", ["body", "prompt", "output", "messages"])
+def test_a_text_field_that_was_asked_for_comes_first(name: str) -> None:
+    row = {"messages": [USER, ANSWER], "prompt": "a", "completion": "b", "instruction": "c", "output": "d", name: "wanted"}
+    assert read_record("r", row, name) == "wanted"
+    assert isinstance(read_record("r", {"messages": [USER, ANSWER], "text": "x"}, name), Chat)
+
+
 def test_speakers_of_sharegpt() -> None:
     turns = [
         {"from": "human", "value": "Two?"},
@@ -80,6 +90,51 @@ def test_speakers_of_sharegpt() -> None:
     assert chat.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
     assert chat.learnt == [False, False, True, False, False]
     assert chat.tools == [{"name": "add", "parameters": {"type": "object"}}]
+
+
+TOOL = {"type": "function", "function": {"name": "add"}}
+CONTEXT = {"system": "Be kind.", "tools": [TOOL], "chat_template_kwargs": {"x": 1}}
+
+
+def test_system_tools_and_arguments_are_those_of_every_record_with_messages() -> None:
+    """Wherever the messages are; a system turn that is there already is the same one."""
+    system = {"role": "system", "content": "Be kind."}
+
+    def expected(answer: dict[str, Any]) -> Chat:
+        return Chat([system, USER, answer], [False, False, True], None, [TOOL], {"x": 1})
+
+    for row in (
+        {"messages": [USER, ANSWER]},
+        {"messages": [system, USER, ANSWER]},
+        {"messages": [USER], "completion": "Four."},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": "Two?", "completion": [ANSWER]},
+        {"prompt": [USER], "completion": "Four."},
+        {"instruction": "Two?", "output": "Four."},
+    ):
+        assert read_chat(**row, **CONTEXT) == expected(ANSWER)
+    for row in (
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": "Two?", "chosen": [ANSWER], "rejected": [OTHER]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"messages": [USER], "chosen": "Four.", "rejected": "Five."},
+    ):
+        assert _read(**row, **CONTEXT) == Preference(expected(ANSWER), expected(OTHER))
+    group = _read(prompt="Two?", completions=[[ANSWER], [OTHER]], rewards=[1, 0], **CONTEXT)
+    assert group == Group([expected(ANSWER), expected(OTHER)], [1.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss", "trainable"])
+def test_turns_say_that_they_are_not_learnt(name: str) -> None:
+    chat = read_chat(messages=[USER, {**ANSWER, name: 0}, USER, {**ANSWER, name: True}])
+    assert chat.learnt == [False, False, False, True] and not any(name in message for message in chat.messages)
+
+
+def test_a_completion_follows_messages_that_end_before_it() -> None:
+    chat = read_chat(messages=[USER, OTHER, USER], completion="Four.")
+    assert chat == Chat([USER, OTHER, USER, ANSWER], [False, False, False, True])
+    assert read_chat(messages=[USER, ANSWER], completion="Four.") == Chat([USER, ANSWER], [False, True])
 
 
 def test_preferences_of_messages() -> None:
@@ -114,6 +169,7 @@ def test_groups_of_messages() -> None:
     assert _read(prompt="a", completions=["b", "c"], rewards=[1, 2]) == Group([Exchange("a", "b"), Exchange("a", "c")], [1.0, 2.0])
 
 
+SYSTEM = {"role": "system", "content": "Be kind."}
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [IMAGE, ANSWER]}, "r messages turn 1: found a part of type 'image_url' in 'content'"),
@@ -143,7 +199,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chosen": [ANSWER], "rejected": [OTHER]}, "found nothing in 'prompt'"),
     ({"prompt": "a", "completions": ["b", "c"], "rewards": [1]}, "found 1 of them in 'rewards'; expected a list of 2 numbers"),
     ({"prompt": "a", "completions": ["b", "c"]}, "completion 1: found no reward"),
-    ({"prompt": "a", "completion": "b", "label": False}, "found False in 'label' of a completion"),
+    (
+        {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 10**400]},
+        r"completion 2: found 1000\d+\.\.\.\d+ in 'reward'; expected a finite",
+    ),
+    ({"prompt": "a", "completion": "b", "label": False}, "found False in 'label' of an answer"),
+    ({"prompt": "a", "completion": "b", "label": "True"}, "found True in 'label' of an answer"),
+    ({"messages": [USER, ANSWER], "kto_tag": False}, "found False in 'kto_tag' of an answer"),
+    ({"instruction": "a", "output": "b", "kto_tag": True}, "found True in 'kto_tag' of an answer"),
+    ({"prompt": "a", "completion": "b", "system": "c"}, "found 'system' beside texts, which no template is put around"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [TOOL]}, "found 'tools' beside texts"),
+    ({"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2], "functions": [{"name": "f"}]}, "found 'functions' beside texts"),
+    ({"prompt": "a", "completion": "b", "chat_template_kwargs": '{"c": 1}'}, "found 'chat_template_kwargs' beside texts"),
+    ({"prompt": str([USER]), "completion": "b"}, "found messages in 'prompt' as Python prints them"),
+    ({"messages": [USER, {**ANSWER, "mask": True}]}, "turn 2: found 'mask', which is not read; expected 'weight'"),
+    ({"prompt": [USER, OTHER], "chosen": [USER, OTHER, ANSWER], "rejected": [USER, ANSWER]}, "that begin with different turns"),
+    ({"chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, {**USER, "content": "?"}, OTHER]}, "that begin with different turns"),
     ({"instruction": "a"}, "found nothing in 'output'"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, r"found \['c'\] in 'history'"),
 ]

@@ -10,6 +10,7 @@ import pytest
 from efflaunch.errors import ConfigError, DataError
 from efflaunch.training.data.encode import EncodeOptions, Encoder
 from efflaunch.training.data.inputs import Cursor, Format, RawBatch
+from efflaunch.training.data.token_ids import TokenIds
 
 from .small_tokenizers import KINDS, save_tokenizer
 
@@ -73,6 +74,14 @@ def test_pieces_of_words_continue_after_the_border(folders: dict[str, str], load
     assert loaded["word_piece"].decode(document.ids[document.mask][:-1]) == "four"
 
 
+def test_a_token_across_the_border_that_nothing_follows_is_learnt(folders: dict[str, str]) -> None:
+    """A tokenizer that has one token for a whole word it does not know."""
+    (document,) = _documents(folders["unigram"], {"prompt": "12", "completion": "345"})
+    assert document.ids.tolist()[-1] == 2 and document.mask.tolist()[-2:] == [True, True]
+    with pytest.raises(DataError, match="no token to learn"):
+        _documents(folders["word_piece"], {"prompt": "Two", "completion": "  "})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_there_once(folders: dict[str, str], loaded: dict[str, Any], kind: str) -> None:
     """A rendered prompt brings its own: the ids are those of the same text without them."""
@@ -98,6 +107,16 @@ def test_answers_of_pairs_and_groups_have_them_once_too(folders: dict[str, str])
     group = {"prompt": "<s>Two is", "completions": [{"text": " four</s>", "reward": 1}, {"text": " five", "reward": 0}]}
     for document in _documents(folders["byte_level"], group):
         assert (document.ids.tolist().count(1), document.ids.tolist().count(2)) == (1, 1)
+
+
+def test_a_prompt_is_tokenised_once_for_all_its_answers(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, texts = TokenIds._plain, []
+    monkeypatch.setattr(TokenIds, "_plain", lambda ids, text: texts.append(text) or plain(ids, text))
+    group = {"prompt": "Two is", "completions": [" four", " five", " kind"], "rewards": [1, 0, 0]}
+    together = _documents(folders["byte_level"], group, {**group, "prompt": "Three is"})
+    assert (texts.count("Two is"), texts.count("Three is")) == (1, 1)
+    alone = [_documents(folders["byte_level"], {"prompt": "Three is", "completion": text})[0] for text in group["completions"]]
+    assert [document.ids.tolist() for document in together[3:]] == [document.ids.tolist() for document in alone]
 
 
 def test_a_prompts_own_end_token_stays(folders: dict[str, str], loaded: dict[str, Any]) -> None:

@@ -42,6 +42,32 @@ def test_a_named_class_is_respected(tokenizer: Path, tmp_path: Path) -> None:
     assert type(load_tokenizer(str(tmp_path))).__name__.startswith("GPT2Tokenizer")
 
 
+BESIDE = {
+    "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}),
+    "special_tokens_map.json": json.dumps({"eos_token": "<|endoftext|>"}),
+    "chat_template.jinja": "{{ messages }}",
+    "added_tokens.json": json.dumps({"<new>": 270}),
+}
+
+
+@pytest.mark.parametrize("names", [tuple(BESIDE), *((name,) for name in BESIDE)], ids=lambda names: "+".join(names))
+def test_what_lies_beside_a_file_is_its_own(
+    tokenizer: Path, tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class, special tokens and template, whether the file or its directory is named."""
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    for name in names:
+        (tmp_path / name).write_text(BESIDE[name])
+    monkeypatch.chdir(tmp_path)
+    for place in ("tokenizer.json", str(tmp_path / "tokenizer.json")):
+        file, folder = load_tokenizer(place), load_tokenizer(str(tmp_path))
+        assert type(file) is type(folder) and file.get_vocab() == folder.get_vocab()
+        assert (file.special_tokens_map, file.chat_template) == (folder.special_tokens_map, folder.chat_template)
+    assert file.eos_token == ("<|endoftext|>" if set(names) & {"tokenizer_config.json", "special_tokens_map.json"} else None)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "other.json")
+    assert load_tokenizer(str(tmp_path / "other.json")).eos_token is None, "a file by another name is a tokenizer of its own"
+
+
 def test_loading_a_plain_tokenizer_leaves_torch_out(tokenizer: Path) -> None:
     code = (
         "import sys\nfrom efflaunch.training.data.tokenizer import load_tokenizer\n"

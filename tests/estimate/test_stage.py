@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import pytest
 from efflaunch.estimate.footprint.device import device_terms
 from efflaunch.estimate.footprint.host import arena_bytes, moved_bytes
 from efflaunch.estimate.footprint.term import KEEPING, Phase
-from efflaunch.estimate.plan_inputs import PlanInputs
+from efflaunch.estimate.plan_inputs import LayerSums, PlanInputs
 from efflaunch.estimate.timing.flops import linear_flops, matrix_parameters, sequence_flops
 from efflaunch.estimate.timing.step import estimate_time
 from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.model.config import Family
+from efflaunch.model.spec import LayerParameters
 from efflaunch.tests.memory.settings import LLAMA_8B, make_ledger, policy
 
 HOST = MemoryConfig(
@@ -47,6 +49,22 @@ def test_stages_add_up_to_the_whole_model() -> None:
     both = [sequence_flops(s, 1 << 16) for s in stages]
     assert sum(attention for attention, _ in both) == pytest.approx(sequence_flops(whole, 1 << 16)[0], rel=1e-12)
     assert [s.has_embedding for s in stages] == [True, False, False, False] and [s.has_head for s in stages] == [False, False, False, True]
+
+
+def test_sums_over_layers_are_made_once() -> None:
+    """Layers of different sizes; afterwards nothing walks over them, however often a solver asks."""
+    layers = tuple(LayerParameters(total=10 * n, active=n) for n in (3, 1, 4, 1, 5))
+    sums = LayerSums.of(layers)
+    assert sums == LayerSums(largest=50, active=14, totals=(140, 110, 100, 60, 50, 0))
+    whole = inputs(HOST)
+    assert whole.decoder_parameters(3) == sum(layer.total for layer in whole.layers[3:]) and whole.decoder_parameters(99) == 0
+    walked = replace(whole, layers=Unwalked(whole.layers))
+    assert device_terms(walked) == device_terms(whole) and estimate_time(walked) == estimate_time(whole)
+
+
+class Unwalked(tuple[LayerParameters, ...]):
+    def __iter__(self) -> Any:
+        raise AssertionError("walked over all layers")
 
 
 def test_windows_go_with_their_layers_and_a_tied_matrix_is_on_both_ends() -> None:

@@ -125,6 +125,13 @@ def test_a_stored_run_is_read_unchanged(tmp_path: Path, capsys: pytest.CaptureFi
         read_run(run_dir)
 
 
+@pytest.mark.parametrize(("stored", "read"), [(False, None), (True, True), (None, None)])
+def test_a_stored_default_that_said_nothing_says_nothing(stored: bool | None, read: bool | None) -> None:
+    """Runs of before hold tie_embeddings=false whether or not it was asked for; beside a path that would be a contradiction."""
+    data = {"model": {"path": "x", "tie_embeddings": stored, "name": "y"}}
+    assert current_data(data, "f") == {"model": {"path": "x", "tie_embeddings": read, "name": "y"}}
+
+
 def test_stored_data_with_both_names() -> None:
     result = current_data({"optim": {"lr": 1, "states": "host", "name": "x"}}, "f")
     assert list(result["optim"].items()) == [("lr", 1), ("state_device", "host"), ("name", "x")]

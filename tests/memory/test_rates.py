@@ -78,7 +78,7 @@ def test_stalls_follow_the_way() -> None:
     leaves, comes = inner_bytes(s) / 1e8, returning_bytes(s) / 2e8
     busy = max(leaves, comes) + (1 / 8e7 - 1 / 1e8) * 2e8 * min(leaves, comes)
     assert inner_bytes(s) > 0 and backward_stall_s(s) == pytest.approx(busy - layer_backward_s(s) - layer_recompute_s(s))
-    assert measures(s).step_s() == pytest.approx(build_ledger(s.remade()).timing.step_s)
+    assert measures(s).step_s() == pytest.approx(build_ledger(s.with_parts()).timing.step_s)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_ranks_share_a_disk_and_files_are_no_faster_than_the_link(given, out, ba
     s = with_dir(short(**given).inputs)
     way = offload_link(s)
     assert (way.out, way.back, way.source) == (out, back, source)
-    assert any(source in text for text in build_ledger(s.remade()).timing.assumptions)
+    assert any(source in text for text in build_ledger(s.with_parts()).timing.assumptions)
     if back == 3e9:
         assert way.seconds(2e9, 3e9) == pytest.approx(2.0), "one thing after the other"
         assert forward_stall_s(s) == pytest.approx(max(0.0, leaving_bytes(s) / 2e9 - layer_forward_s(s)))
@@ -186,7 +186,7 @@ def test_without_a_gpu_the_ranks_update_on_their_share_and_nothing_hides() -> No
 
 def test_the_update_is_in_the_step_and_in_the_solvers_constant() -> None:
     s = llama(Residency(on_host=True))
-    ledger = build_ledger(s.remade())
+    ledger = build_ledger(s.with_parts())
     assert ledger.timing.update_s == update_time(s).shown_s > 0
     parts = ("compute_s", "sequence_s", "sharding_s", "host_s", "update_s")
     assert ledger.timing.step_s == pytest.approx(sum(getattr(ledger.timing, name) for name in parts))
@@ -199,7 +199,7 @@ def test_the_update_is_in_the_step_and_in_the_solvers_constant() -> None:
 def test_a_pass_for_the_norm_doubles_all_but_the_update() -> None:
     one = llama(Residency(in_backward=True, clipped=True))
     two = replace(one, residency=replace(one.residency, two_passes=True))
-    single, double = build_ledger(one.remade()).timing, build_ledger(two.remade()).timing
+    single, double = build_ledger(one.with_parts()).timing, build_ledger(two.with_parts()).timing
     assert double.step_s - double.update_s == pytest.approx(2 * (single.step_s - single.update_s))
     assert double.flops == 2 * single.flops and double.model_flops == single.model_flops
     assert measures(two).step_s() == pytest.approx(double.step_s)

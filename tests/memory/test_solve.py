@@ -179,7 +179,7 @@ def resized(ledger: Ledger, change: str) -> Ledger:
 
 
 def rebuilt(inputs: PlanInputs, **changes: Any) -> Ledger:
-    return build_ledger(inputs.remade(**changes))
+    return build_ledger(inputs.with_parts(**changes))
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from efflaunch.errors import ConfigError
 from efflaunch.model.build import build_config
 from efflaunch.model.config import Family, ModelConfig
-from efflaunch.model.families import facts_of
+from efflaunch.model.families import facts_of, family_of
 from efflaunch.model.hf_fields import hf_config_dict, model_fields
 from efflaunch.model.rope_fields import ORIGINAL
 from efflaunch.model.spec import longer_positions, model_spec
@@ -134,13 +137,69 @@ def test_files_that_transformers_would_read_in_part(tmp_path: Path, fields: dict
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}, "rope_theta": 1e6}}, "rope_theta outside the blocks"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "`type`, which transformers does not read here"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, "gemma3_text layers do not read it"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5; expected 1"),
     ],
-    ids=["flat", "mixed", "type", "truncate"],
+    ids=["flat", "mixed", "type", "truncate", "partial"],
 )
 def test_gemma3_files_that_transformers_would_read_in_part(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         model_spec(of(file(tmp_path, Family.GEMMA3, **fields)))
     assert message in str(caught.value)
+
+
+PARTS: dict[str, list[Any]] = {
+    "rope_theta": [1e4, 5e5, 1000],
+    "rope_scaling": [
+        *({"rope_type": kind, **block} for kind, block in BLOCKS.items()),
+        *({"type": "yarn", "factor": 2, ORIGINAL: 32}, {}, None),
+    ],
+    "rope_local_base_freq": [1e4, 333.0],
+    ORIGINAL: [16, 32],
+    "partial_rotary_factor": [1.0, 0.5],
+}
+NESTED = [*PARTS["rope_scaling"], {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}]
+
+
+def random_fields(chosen: Random, family: Family) -> dict[str, Any]:
+    """Rotary fields as a file might have them, in any form and mixture."""
+    fields = {name: chosen.choice(values) for name, values in PARTS.items() if chosen.random() < 0.35}
+    if chosen.random() < 0.4:
+        by_type = {kind: chosen.choice(NESTED) for kind in ("full_attention", "sliding_attention")}
+        fields["rope_parameters"] = by_type if facts_of(family).rope_per_layer_type else chosen.choice(NESTED)
+    return fields
+
+
+def tables(config: Any) -> list[torch.Tensor]:
+    """Rotary tables as the family's own module makes them, of a short and a long sequence and every type of layer."""
+    with torch.device("meta"):
+        made = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+    rotary, out = made(config=config), []
+    for length in (5, 100):
+        for kind in dict.fromkeys(config.layer_types) if facts_of(family_of(config.model_type)).rope_per_layer_type else [None]:
+            out += rotary(torch.zeros(1, length, 32), torch.arange(length)[None], *([kind] if kind else []))
+    return out
+
+
+@pytest.mark.parametrize("family", list(Family), ids=lambda family: family.value)
+def test_tables_of_files_in_any_form_are_those_of_transformers(tmp_path: Path, family: Family) -> None:
+    """What is not refused is read as transformers reads it."""
+    chosen, compared = Random(family.value), 0
+    sizes = {"intermediate_size": 48, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+    for _ in range(60):
+        fields = random_fields(chosen, family)
+        file(tmp_path, family, **fields, **(sizes if facts_of(family).rope_per_layer_type else {"intermediate_size": 48}))
+        try:
+            ours = build_config(hf_config_dict(of(tmp_path)))
+        except ConfigError:
+            continue
+        try:
+            theirs = tables(AutoConfig.from_pretrained(tmp_path))
+        except (KeyError, TypeError, AttributeError):
+            continue  # transformers cannot read it
+        found = tables(ours)
+        assert len(found) == len(theirs) and all(map(torch.equal, found, theirs)), fields
+        compared += 1
+    assert compared >= 10
 
 
 ASKED: list[tuple[Family, dict[str, Any], str]] = [
@@ -241,3 +300,25 @@ def test_the_advice_to_extend_a_model_is_right(tmp_path: Path) -> None:
         "model.max_positions=250",
         f"'model.rope_scaling={{rope_type: yarn, factor: 4.0, {ORIGINAL}: 64}}'",
     ]
+
+
+SLIDES = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "extra", "name"),
+    [
+        (Family.QWEN2, {}, SLIDES, "layer_types"),
+        (Family.QWEN3, {"sliding_window": 7}, SLIDES, "layer_types"),
+        (Family.QWEN3, {**SLIDES, "use_sliding_window": False}, {}, "layer_types"),
+        (Family.QWEN2, {**SLIDES, "use_sliding_window": True, "sliding_window": 7}, {"sliding_window": None}, "layer_types"),
+        (Family.GEMMA2, {}, {"sliding_window": None}, "sliding_window"),
+        (Family.GEMMA3, {**SLIDES, "sliding_window": 7}, {"sliding_window": None}, "layer_types"),
+    ],
+)
+def test_layers_with_a_window_need_one(tmp_path: Path, family: Family, fields: Any, extra: Any, name: str) -> None:
+    """transformers fails at such a layer's mask; nothing is taken for full attention."""
+    with pytest.raises(ConfigError, match=rf"{name}: found .*; expected sliding_window=TOKENS.*, which these layers need"):
+        model_spec(of(file(tmp_path, family, **fields), extra=extra))
+    full = ["full_attention"] * 2
+    assert model_spec(of(tmp_path, extra={**extra, "layer_types": full})).windows == (None, None)

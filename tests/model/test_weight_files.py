@@ -223,6 +223,14 @@ def test_names_of_quantised_weights(tmp_path: Path, suffix: str) -> None:
     assert "dequantise" in caught.value.hint
 
 
+def test_an_adapter_beside_the_weights_is_said_not_to_be_read(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    assert check_weights(of(tmp_path)) == []
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (note,) = check_weights(of(tmp_path))
+    assert note.startswith("model.path: adapter_config.json beside the weights: the adapter is not read")
+
+
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq", "mxfp4", "compressed-tensors", "torchao"])
 def test_quantisation_in_config_json(tmp_path: Path, method: str) -> None:
     save_model(tmp_path)

@@ -261,8 +261,10 @@ def test_sizes_beside_a_path(tmp_path: Path) -> None:
     check_model(config)
     with pytest.raises(ConfigError, match=r"model.num_layers: found 3 beside model.path"):
         check_model(replace(config, num_layers=3))
-    with pytest.raises(ConfigError, match=r"model.tie_embeddings=false"):
-        check_model(replace(config, tie_embeddings=True))
+    for value in (True, False):
+        hint = rf"model.tie_embeddings=null, and \+model.extra.tie_word_embeddings={str(value).lower()} instead"
+        with pytest.raises(ConfigError, match=hint):
+            check_model(replace(config, tie_embeddings=value))
 
 
 def test_an_unknown_model_type_names_the_adapter_to_write(tmp_path: Path) -> None:

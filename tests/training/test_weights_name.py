@@ -59,8 +59,30 @@ def test_a_run_names_its_first_weights_by_content_or_seed(folder, tmp_path):
     seeded = initial_weights(config)
     assert initial_weights(replace(config, model=replace(model, name="other"))) == seeded, "a name is only shown"
     assert initial_weights(replace(config, train=replace(train, seed=train.seed + 1))) != seeded
-    loaded = replace(config, model=replace(model, path=str(folder)))
-    moved = replace(config, model=replace(model, path=str(shutil.copytree(folder, tmp_path / "moved"))))
+    loaded = replace(config, model=replace(model, path=str(folder), vocab_size=None))
+    moved = replace(config, model=replace(model, vocab_size=None, path=str(shutil.copytree(folder, tmp_path / "moved"))))
     assert initial_weights(loaded) == initial_weights(moved) != seeded
     assert initial_weights(replace(loaded, train=replace(train, seed=train.seed + 1))) == initial_weights(loaded)
     assert initial_weights(replace(loaded, model=replace(loaded.model, rope_theta=1e7))) != initial_weights(loaded)
+
+
+OVERRIDES = [
+    {"rope_theta": 1e7},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"max_positions": 4096},
+    {"vocab_size": 500},
+    {"extra": {"rms_norm_eps": 1e-3}},
+    {"extra": {"tie_word_embeddings": False}},
+]
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: "+".join(override))
+def test_every_override_makes_another_model_of_the_same_files(folder, override):
+    config = compose(["+experiment=quickstart"])
+    loaded = replace(config, model=replace(config.model, path=str(folder), vocab_size=None))
+    changed = replace(loaded, model=replace(loaded.model, **override))
+    assert initial_weights(changed) != initial_weights(loaded)
+    assert initial_weights(replace(changed, train=replace(changed.train, dtype="float64"))) != initial_weights(changed)
+    # Rows for added tokens are made by the seed; nothing else of a model from files is.
+    other_seed = initial_weights(replace(changed, train=replace(changed.train, seed=changed.train.seed + 1)))
+    assert (other_seed != initial_weights(changed)) == ("vocab_size" in override)

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from ...errors import ConfigError, DataError, UserError
-from .messages import REASONING, Chat, bad_record
+from .chat_doubts import left_out, unlearnt_turns
+from .messages import Chat, bad_record
 from .token_ids import NotText, TokenIds
 
 DATE = "2025-01-01"
@@ -86,10 +87,17 @@ class ChatRenderer:
 
     def renderings(self, where: str, chat: Chat, *, one: bool = False) -> list[Rendering]:
         """The documents of a conversation (`one`: it must not become several). DataError for what the template refuses."""
+        if not any(chat.learnt):
+            roles = ", ".join(dict.fromkeys(str(message["role"]) for message in chat.messages))
+            raise bad_record(
+                where, f"no turn of the assistant's that is learnt, among turns of role {roles}", "one, with what is learnt in it"
+            )
         turns = Turns.ALL if one and self._turns is not Turns.LAST else self._turns
         hidden = self._hidden(where, chat)
         template = self._template(where, hidden)
         hidden, text = self._readable(where, template, hidden)
+        for what in left_out(hidden, text, template):
+            self._warn(f"the chat template leaves out {what}", where)
         tagged = _GENERATION.search(_COMMENT.sub("", template)) is not None
         if tagged and turns in (Turns.AUTO, Turns.ALL) and _all_learnt(hidden):
             spans = self._tag_spans(where, template, hidden)
@@ -263,14 +271,10 @@ class ChatRenderer:
                 hint="--chat-template FILE.jinja",
             ) from error
 
-    def _check_kept(self, where: str, chat: Chat, numbers: Any, learnt: str) -> None:
+    def _check_kept(self, where: str, chat: Chat, numbers: Iterable[int], learnt: str) -> None:
         """Warn where a turn's own text is not in what was rendered of it."""
-        compact = "".join(learnt.split())
-        for number in numbers:
-            message = chat.messages[number]
-            texts = [message.get(name) for name in ("content", *REASONING)]
-            if chat.learnt[number] and any(isinstance(text, str) and "".join(text.split()) not in compact for text in texts):
-                self._warn("the chat template leaves out part of an assistant's turn, which is then not learnt", where)
+        for _ in range(unlearnt_turns(chat, numbers, learnt)):
+            self._warn("the chat template leaves out part of an assistant's turn, which is then not learnt", where)
 
     def _check_end(self, where: str, chat: Chat, rendering: Rendering) -> None:
         """Warn where the end of the assistant's turn is not learnt: such a model does not stop."""

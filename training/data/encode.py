@@ -20,7 +20,7 @@ from .chat import DATE, ChatRenderer, Rendering, Turns
 from .indexed import Kind
 from .inputs import Format, RawBatch
 from .messages import Chat, bad_record, check_characters
-from .records import Exchange, Group, Preference, Record, read_record
+from .records import TEXT, Exchange, Group, Preference, Record, read_record
 from .streams import csv_row, opened
 from .token_ids import NotText, SpecialTokens, TokenIds
 from .tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ class EncodeOptions:
     """The command line's options on tokenisation; the same in every worker."""
 
     tokenizer: str
-    text_field: str = "text"
+    text_field: str = TEXT
     append_eos: bool | None = None
     """None: after texts and completions, not after chats, whose template ends turns itself."""
     eos_token: str | None = None
@@ -177,6 +177,8 @@ class Encoder:
             assert document.mask is not None
             return document.ids, document.mask
         self._check_end()
+        if record.prompt.strip() and record.completion.startswith(record.prompt):
+            self._chats.warnings.append(("an answer begins with its whole prompt, which is then there twice", where))
         try:
             first, second = self._ids.continued(record.prompt, record.completion)
         except NotText as error:

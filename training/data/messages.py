@@ -3,7 +3,7 @@
 Note: what is accepted
     role/content messages, ShareGPT's from/value, one message alone, a JSON string of any of these, and columns of lists.
     Contents: a string, or a list of text parts, which are joined. Tool calls: arguments as an object or as JSON text.
-    `weight` (0 or 1) and `train` (true or false) say whether an assistant's turn is learnt.
+    `weight` (0 or 1) and `train`, `loss` or `trainable` (true or false) say whether an assistant's turn is learnt.
     Null members are absent members: columns have them wherever another row has a value. Inside JSON text they stay.
 """
 
@@ -22,12 +22,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "ai", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
     "system": "system",
     "developer": "developer",
 }
-"""ShareGPT's names of speakers, and what chat templates call them."""
+"""Datasets' names of speakers, in lower case, and what chat templates call them."""
 _CALLS = ("function_call", "tool_call")
 _RENDERING = {
     *("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
@@ -35,6 +35,10 @@ _RENDERING = {
 }
 """Arguments of the rendering that a record does not decide."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
+_SAYS_LEARNT = ("weight", "train", "loss", "trainable")
+_SAYS_OTHERWISE = ("mask", "masked", "loss_mask", "train_detail")
+"""Members that say in some other way what is learnt: not read, and not passed over."""
+_MESSAGES_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,20 @@ def read_chat(where: str, raw: Any, name: str = "messages") -> Chat:
         verbatim.append(_with_text_arguments(message, arguments))
     called = any("tool_calls" in message for message in messages)
     return Chat(messages, learnt, verbatim if called else None)
+
+
+def messages_or_text(where: str, text: str, name: str) -> Any:
+    """The list of messages that a text is as JSON, or the text. DataError for messages as Python prints them."""
+    beginning = _MESSAGES_TEXT.match(text)
+    if beginning is None:
+        return text
+    if beginning[1] == "'":
+        raise bad_record(where, f"messages in '{name}' as Python prints them", "a list of messages, or one as JSON text")
+    try:
+        value = _parsed(where, text, f"'{name}'")
+    except DataError:
+        return text
+    return value if all(isinstance(entry, dict) and ("role" in entry or "from" in entry) for entry in value) else text
 
 
 def read_tools(where: str, raw: Any) -> list[dict[str, Any]] | None:
@@ -160,11 +178,11 @@ def _message(where: str, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         message["role"] = speaker
         if "value" in message:
             message["content"] = message.pop("value")
-        if not isinstance(speaker, str) or speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
             raise bad_record(where, f"{shown(speaker)} in 'from'", f"one of {', '.join(_ROLES)}")
     if not isinstance(speaker, str) or not speaker:
         raise bad_record(where, f"{kind_of(speaker)} in 'role'", "a string: system, user, assistant or tool")
-    message["role"] = _ROLES.get(speaker, speaker)
+    message["role"] = _ROLES.get(speaker.lower(), speaker)
     if speaker in _CALLS:
         message["tool_calls"] = message.pop("content", None)
     if "content" in message:
@@ -236,7 +254,10 @@ def _learnt(where: str, message: dict[str, Any]) -> bool:
     """Whether the turn is learnt; takes the members that say so out of the message."""
     answers = message["role"] == "assistant"
     learnt = answers
-    for name in ("weight", "train"):
+    other = next((name for name in _SAYS_OTHERWISE if name in message), None)
+    if other is not None:
+        raise bad_record(where, f"'{other}', which is not read", "'weight' (0 or 1) or 'train' (true or false) of an assistant's turn")
+    for name in _SAYS_LEARNT:
         if name not in message:
             continue
         value = message.pop(name)

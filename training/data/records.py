@@ -1,8 +1,9 @@
 """What a record is, decided by its fields: a text, an exchange, a chat, a preference, or rewarded completions.
 
 Note: order of the rules
-    `chosen`/`rejected`, then `completions`, then a conversation, then `prompt` and `completion`, then `instruction` and `output`,
-    then the text field. Prompts and answers are texts, or messages; where one of them is messages the others become turns of it.
+    A text field that was asked for by name, then `chosen`/`rejected`, then `completions`, then a conversation, then `prompt` and
+    `completion`, then `instruction` and `output`, then the text field. Prompts and answers are texts, or messages; where one of them is
+    messages the others become turns of it, and the record's system turn, tools and arguments of the template are theirs.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .messages import Chat, bad_record, kind_of, read_chat, read_template_kwargs, read_tools, shown
+from .messages import Chat, bad_record, kind_of, messages_or_text, read_chat, read_template_kwargs, read_tools, shown
+from .whole_texts import split_pair
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ANSWERS = ("chosen", "rejected", "completions")
 """Fields that make a record a preference or a group of completions."""
 MAIN_FIELDS = (*CONVERSATIONS, *ANSWERS, "prompt", "completion", "instruction")
 """Any of these, or the text field, makes a record."""
-FIELDS = (*MAIN_FIELDS, "tools", "functions", "chat_template_kwargs", "system", "input", "output", "history", "rewards", "label")
+_CONTEXT = ("system", "tools", "functions", "chat_template_kwargs")
+_LABELS = ("label", "kto_tag")
+FIELDS = (*MAIN_FIELDS, *_CONTEXT, "input", "output", "history", "rewards", *_LABELS)
 """Every field that means something besides the text field."""
+TEXT = "text"
+"""The text field, unless another is asked for."""
+LISTS = ("completions", "rewards", "history")
+"""Fields that hold lists of other things than messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +60,23 @@ Record = str | Exchange | Chat | Preference | Group
 def read_record(where: str, row: dict[str, Any], text_field: str) -> Record:
     """What the row is. DataError for fields that are missing or are not what they should be."""
     row = {name: value for name, value in row.items() if value is not None}
+    if text_field != TEXT and isinstance(row.get(text_field), str):
+        # It was asked for by name.
+        return str(row[text_field])
     if any(name in row for name in ANSWERS):
         return _group(where, row) if "completions" in row else _preference(where, row)
     if any(name in row for name in CONVERSATIONS):
-        return _conversation(where, row)
+        _check_unlabelled(where, row)
+        chat = _conversation(where, row)
+        if "completion" in row and chat.messages[-1]["role"] != "assistant":
+            return _answered(where, row, _unlearnt(chat), _answer(where, row["completion"], "completion"))
+        return _with_context(where, row, chat)
     if "prompt" in row and "completion" in row:
-        if isinstance(row.get("label"), bool):
-            # Unpaired preferences: a completion labelled as bad must not be learnt.
-            raise bad_record(where, f"{row['label']} in 'label' of a completion", "no label: pairs and rewards are what is learnt from")
+        _check_unlabelled(where, row)
         return _exchange(where, row)
-    if "instruction" in row and text_field not in ("instruction", "input", "output") and not isinstance(row.get(text_field), str):
-        return _answered(where, _instruction(where, row), _string(where, row, "output"))
+    if "instruction" in row and not isinstance(row.get(text_field), str):
+        _check_unlabelled(where, row)
+        return _answered(where, row, _instruction(where, row), _string(where, row, "output"))
     text = row.get(text_field)
     if isinstance(text, str):
         return text
@@ -75,31 +89,49 @@ def _conversation(where: str, row: dict[str, Any]) -> Chat:
     given = [name for name in CONVERSATIONS if name in row]
     if len(given) > 1:
         raise bad_record(where, f"'{given[0]}' beside '{given[1]}'", "one conversation")
-    chat = read_chat(where, row[given[0]], given[0])
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise bad_record(where, f"{kind_of(system)} in 'system'", "a string")
-    if system:
-        if chat.messages[0]["role"] == "system":
-            if chat.messages[0].get("content") != system:
-                raise bad_record(where, "a system turn beside another text in 'system'", "one of them")
-        else:
-            chat = _joined(_turn("system", system), chat)
-    return _with_context(where, row, chat)
+    return read_chat(where, row[given[0]], given[0])
+
+
+def _check_unlabelled(where: str, row: dict[str, Any]) -> None:
+    """Raise DataError for unpaired preferences: an answer labelled as bad must not be learnt."""
+    for name in _LABELS:
+        if isinstance(row.get(name), bool) or str(row.get(name)).lower() in ("true", "false"):
+            raise bad_record(where, f"{row[name]} in '{name}' of an answer", "no label: pairs and rewards are what is learnt from")
 
 
 def _with_context(where: str, row: dict[str, Any], chat: Chat) -> Chat:
+    """The conversation with the record's system turn, tools and arguments of the template."""
     tools = read_tools(where, row.get("tools"))
     if tools is None and (functions := read_tools(where, row.get("functions"))):
         tools = [{"type": "function", "function": function} for function in functions]
-    return replace(chat, tools=tools, template_kwargs=read_template_kwargs(where, row.get("chat_template_kwargs")))
+    kwargs = read_template_kwargs(where, row.get("chat_template_kwargs"))
+    return replace(_with_system(where, row, chat), tools=tools, template_kwargs=kwargs)
+
+
+def _with_system(where: str, row: dict[str, Any], chat: Chat) -> Chat:
+    system = _string(where, row, "system") if row.get("system") else ""
+    if not system:
+        return chat
+    if not chat.messages or chat.messages[0]["role"] != "system":
+        return _joined(_turn("system", system), chat)
+    if chat.messages[0].get("content") != system:
+        raise bad_record(where, "a system turn beside another text in 'system'", "one of them")
+    return chat
+
+
+def _check_no_context(where: str, row: dict[str, Any]) -> None:
+    """Raise DataError for texts beside what only a template could put around them."""
+    chat = _with_context(where, row, Chat([], []))
+    if chat.messages or chat.tools or chat.template_kwargs:
+        name = next(name for name in _CONTEXT if row.get(name))
+        raise bad_record(
+            where, f"'{name}' beside texts, which no template is put around", "messages as prompt or answer, or it in the texts"
+        )
 
 
 def _instruction(where: str, row: dict[str, Any]) -> Chat:
-    """`instruction` and `input` as the user's turn, after `system` and the exchanges of `history`, whose answers are learnt."""
+    """`instruction` and `input` as the user's turn, after the exchanges of `history`, whose answers are learnt."""
     chat = Chat([], [])
-    if row.get("system"):
-        chat = _joined(chat, _turn("system", _string(where, row, "system")))
     history = row.get("history", [])
     if not isinstance(history, list):
         raise bad_record(where, f"{kind_of(history)} in 'history'", "a list of pairs: what the user said, what was answered")
@@ -110,27 +142,27 @@ def _instruction(where: str, row: dict[str, Any]) -> Chat:
     given = _string(where, row, "input") if row.get("input") else ""
     text = _string(where, row, "instruction")
     user = _turn("user", f"{text}\n{given}" if text and given else text or given)
-    return _with_context(where, row, _joined(chat, user))
+    return _joined(chat, user)
 
 
 def _exchange(where: str, row: dict[str, Any]) -> Exchange | Chat:
     prompt = _prompt(where, row)
     assert prompt is not None
-    return _answered(where, prompt, _answer(where, row["completion"], "completion"))
+    return _answered(where, row, prompt, _answer(where, row["completion"], "completion"))
 
 
 def _prompt(where: str, row: dict[str, Any]) -> str | Chat | None:
     """The prompt of a record with answers, wherever it is; None: it has none."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
+        prompt = messages_or_text(where, prompt, "prompt")
+    if isinstance(prompt, str):
         # Rendered with a template only where the answers are messages.
         return prompt
     if prompt is not None:
         if not isinstance(prompt, (list, dict)):
             raise bad_record(where, f"{kind_of(prompt)} in 'prompt'", "a string, or a list of messages")
-        return (
-            _with_context(where, row, _unlearnt(read_chat(where, prompt, "prompt"))) if prompt else _with_context(where, row, Chat([], []))
-        )
+        return _unlearnt(read_chat(where, prompt, "prompt")) if prompt else Chat([], [])
     if any(name in row for name in CONVERSATIONS):
         return _unlearnt(_conversation(where, row))
     if "instruction" in row:
@@ -140,15 +172,18 @@ def _prompt(where: str, row: dict[str, Any]) -> str | Chat | None:
 
 def _answer(where: str, raw: Any, name: str) -> str | Chat:
     if isinstance(raw, str):
+        raw = messages_or_text(where, raw, name)
+    if isinstance(raw, str):
         return raw
     if not isinstance(raw, (list, dict)):
         raise bad_record(where, f"{kind_of(raw)} in '{name}'", "a string, or a list of messages")
     return read_chat(where, raw, name)
 
 
-def _answered(where: str, prompt: str | Chat, answer: str | Chat) -> Exchange | Chat:
+def _answered(where: str, row: dict[str, Any], prompt: str | Chat, answer: str | Chat) -> Exchange | Chat:
     """The answer after its prompt; both are texts, or both become turns of one conversation."""
     if isinstance(prompt, str) and isinstance(answer, str):
+        _check_no_context(where, row)
         return Exchange(prompt, answer)
     before = _turn("user", prompt) if isinstance(prompt, str) else prompt
     after = _turn("assistant", answer) if isinstance(answer, str) else answer
@@ -156,7 +191,7 @@ def _answered(where: str, prompt: str | Chat, answer: str | Chat) -> Exchange | 
         raise bad_record(
             where, "a prompt that ends with an assistant's turn, and an answer that begins with one", "a prompt that ends before the answer"
         )
-    return _joined(before, after)
+    return _with_context(where, row, _joined(before, after))
 
 
 def _preference(where: str, row: dict[str, Any]) -> Preference:
@@ -166,31 +201,30 @@ def _preference(where: str, row: dict[str, Any]) -> Preference:
             raise bad_record(where, f"nothing in '{name}'", "'prompt', 'chosen' and 'rejected', texts or messages")
         answers.append(_answer(where, row[name], name))
     chosen, rejected = answers
-    prompt: str | Chat | None
+    prompt = _prompt(where, row)
     if isinstance(chosen, Chat) and isinstance(rejected, Chat) and chosen.messages[0]["role"] not in ("assistant", "tool"):
-        prompt, chosen, rejected = _common_prompt(where, row, chosen, rejected)
-    else:
-        prompt = _prompt(where, row)
+        prompt, chosen, rejected = _common_prompt(where, prompt, chosen, rejected)
+    elif isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, Chat):
+        prompt, chosen, rejected = split_pair(where, prompt, chosen, rejected)
     if prompt is None:
         raise bad_record(where, "nothing in 'prompt'", "a string, or messages (in 'prompt', or at the beginning of both answers)")
-    return Preference(_answered(where, prompt, chosen), _answered(where, prompt, rejected))
+    return Preference(_answered(where, row, prompt, chosen), _answered(where, row, prompt, rejected))
 
 
-def _common_prompt(where: str, row: dict[str, Any], chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
+def _common_prompt(where: str, prompt: str | Chat | None, chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
     """The beginning that two whole conversations share, and what is left of each."""
-    prompt = _prompt(where, row)
-    if isinstance(prompt, Chat) and prompt.messages and chosen.messages[: len(prompt.messages)] != prompt.messages:
+    given = prompt.messages if isinstance(prompt, Chat) else []
+    if isinstance(prompt, Chat) and given and chosen.messages[: len(given)] != given:
         # The answers go on with turns of others: they are no whole conversations.
         return prompt, chosen, rejected
     pairs = zip(chosen.messages, rejected.messages, strict=False)
     same = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(chosen.messages), len(rejected.messages)))
     same = min(same, len(chosen.messages) - 1, len(rejected.messages) - 1)
-    if same == 0:
+    if same == 0 or same < len(given) or any(chat.messages[same]["role"] in ("user", "system") for chat in (chosen, rejected)):
         raise bad_record(where, "'chosen' and 'rejected' that begin with different turns", "two answers to one prompt")
     if isinstance(prompt, str) and not any(m.get("content", "").strip() == prompt.strip() for m in chosen.messages[:same]):
         raise bad_record(where, "a 'prompt' that is not among the turns 'chosen' and 'rejected' begin with", "the same prompt")
-    head = _unlearnt(_part(chosen, 0, same))
-    return _with_context(where, row, head), _part(chosen, same, None), _part(rejected, same, None)
+    return _unlearnt(_part(chosen, 0, same)), _part(chosen, same, None), _part(rejected, same, None)
 
 
 def _group(where: str, row: dict[str, Any]) -> Group:
@@ -217,15 +251,19 @@ def _group(where: str, row: dict[str, Any]) -> Group:
                 raw = next((raw[name] for name in ("text", "content", "completion", *CONVERSATIONS) if raw.get(name) is not None), None)
         if raw is None:
             raise bad_record(place, "nothing in 'text'", "an object with a string 'text' (or 'messages') and a number 'reward'")
-        group.completions.append(_answered(place, prompt, _answer(place, raw, "text")))
+        group.completions.append(_answered(place, row, prompt, _answer(place, raw, "text")))
         group.rewards.append(_reward(place, reward))
     return group
 
 
 def _reward(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise bad_record(where, "no reward" if value is None else f"{shown(value)} in 'reward'", "a finite number")
-    return float(value)
+    return number
 
 
 def _string(where: str, row: dict[str, Any], name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from ...errors import DataError
 from .messages import bad_record
-from .records import ANSWERS, CONVERSATIONS, FIELDS
+from .records import ANSWERS, FIELDS, LISTS
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20
@@ -154,12 +154,10 @@ def csv_row(where: str, raw: tuple[list[str], list[str]], text_field: str) -> di
 
 
 def _cell(name: str, text: str) -> Any:
-    """The cell, or the value it is the JSON text of, where the field is one that may hold messages."""
-    if name in CONVERSATIONS or name in ("tools", "chat_template_kwargs") or not text.startswith("[") or name not in FIELDS:
+    """The cell, or the list it is the JSON text of, where the field holds nothing else; messages are read by `read_record`."""
+    if name not in LISTS or not text.startswith("["):
         return text
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return text
-    holds = isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-    return value if holds or name in ("completions", "rewards", "history") else text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,7 +115,7 @@ def readable_columns(path: str, names: list[str], text_field: str) -> list[str]:
             f"input {path}",
             found=f"columns {', '.join(names)}",
             expected=f"'{text_field}', or 'messages', or 'prompt' and 'completion'",
-            hint=f"--text-field {names[0] if names else 'NAME'}",
+            hint=f"--text-field {shlex.quote(names[0]) if names else 'NAME'}",
         )
     return [name for name in names if name == text_field or name in FIELDS]
 

@@ -49,9 +49,13 @@ class TokenIds:
         added = backend.get_added_tokens_decoder()
         self._special: dict[int, str] = {i: str(token.content) for i, token in added.items() if token.special}
         self._added = tuple(str(token.content) for token in added.values())
+        flags = {i: (token.lstrip, token.rstrip) for i, token in added.items() if token.content.strip()}
+        self._stripping = {i: pair for i, pair in flags.items() if any(pair)}
+        """Tokens that swallow white space on their left or right, by id."""
         self._end_text = str(backend.id_to_token(self._end[-1])) if self._end else ""
         self._copy = _Copy(self._bare, self._special) if special_tokens is SpecialTokens.TEXT else None
         self._tokenizer = self._bare if self._copy is None else self._copy.tokenizer
+        self._prompt: tuple[str | None, list[int], str] = (None, [], "")
 
     @property
     def has_end(self) -> bool:
@@ -76,15 +80,23 @@ class TokenIds:
 
     def continued(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt, with its beginning, and of the answer after it, with its end; no answer has no end."""
-        first, joint = self._begun(self._plain(prompt)), self._begun(self._plain(prompt + answer))
+        first, shown = self._prompt_ids(prompt)
         if not answer:
             return first, []
+        joint = self._begun(self._plain(prompt + answer))
         rest = joint[len(first) :] if joint[: len(first)] == first else None
         if prompt or rest is None:
-            exact = self._decoded(first) + answer
+            exact = shown + answer
             if rest is None or self._decoded(joint) != exact:
                 first, rest = self._chosen(prompt, answer, first, joint, (exact, self._decoded(joint)))
         return first, self._ended(answer, rest) if rest else []
+
+    def _prompt_ids(self, prompt: str) -> tuple[list[int], str]:
+        """Ids of a prompt and what they decode to; those of the last one are kept, for prompts have several answers."""
+        if prompt != self._prompt[0]:
+            ids = self._begun(self._plain(prompt))
+            self._prompt = (prompt, ids, self._decoded(ids))
+        return self._prompt[1:]
 
     def ended(self, text: str, ids: np.ndarray) -> np.ndarray:
         """The ids of a rendered chat, with the end token if they do not have it."""
@@ -96,7 +108,13 @@ class TokenIds:
             text = self._copy.keep(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return np.array(self._checked(text, encoding.ids, rendered=True), dtype=np.int32), offsets[:, 0], offsets[:, 1]
+        ids = np.array(self._checked(text, encoding.ids, rendered=True), dtype=np.int32)
+        for place in np.flatnonzero(np.isin(ids, list(self._stripping))) if self._stripping else ():
+            # The white space it swallows may be the next turn's, which does not make the token one of it.
+            begin, end = offsets[place]
+            left, right = self._stripping[int(ids[place])]
+            offsets[place] = (begin + _blanks(text[begin:end]) * left, end - _blanks(text[begin:end][::-1]) * right)
+        return ids, offsets[:, 0], offsets[:, 1]
 
     def hide(self, value: Any) -> Any:
         """The value with the special tokens in its strings out of a template's sight, where they are text."""
@@ -113,12 +131,12 @@ class TokenIds:
         continuations = [self._plain(answer)]
         for anchor in _ANCHORS:
             before, both = self._plain(anchor), self._plain(anchor + answer)
-            if both[: len(before)] == before:
+            if both[: len(before)] == before and len(both) > len(before):
                 continuations.append(both[len(before) :])
         decoded = [self._decoded(first + rest) for rest in continuations]
         if targets[0] in decoded:
             return first, continuations[decoded.index(targets[0])]
-        if joint[: len(first)] == first:
+        if joint[: len(first)] == first and len(joint) > len(first):
             return first, joint[len(first) :]
         if targets[1] in decoded:
             return first, continuations[decoded.index(targets[1])]
@@ -196,6 +214,11 @@ class _Copy:
             if self._special[token_id] in text:
                 raise NotText(f"{self._special[token_id]!r} in plain text, of which this tokenizer makes the special token all the same")
         return [self._original.get(token_id, token_id) for token_id in ids]
+
+
+def _blanks(text: str) -> int:
+    """White space that a text begins with."""
+    return len(text) - len(text.lstrip())
 
 
 def _stand_in(code: int, text: str) -> str:

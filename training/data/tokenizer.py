@@ -10,6 +10,9 @@ from typing import Any
 
 from ...errors import DataError
 
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates")
+"""Files and folders beside a tokenizer.json that say more of the same tokenizer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -43,10 +46,16 @@ def _vocabulary_of(backend: Any) -> Vocabulary:
 
 
 def load_tokenizer(tokenizer: str) -> Any:
-    """The `transformers` fast tokenizer of a tokenizer.json, a directory or a hub name. DataError if there is none."""
+    """The `transformers` fast tokenizer of a tokenizer.json, a directory or a hub name. DataError if there is none.
+
+    A tokenizer.json is its directory's where class, special tokens or chat template lie beside it.
+    """
     import transformers
 
     from_file: Any = transformers.PreTrainedTokenizerFast
+    folder, name = os.path.split(tokenizer)
+    if name == "tokenizer.json" and os.path.isfile(tokenizer) and any(os.path.exists(os.path.join(folder, other)) for other in BESIDE):
+        tokenizer = folder or "."
     try:
         if os.path.isfile(tokenizer):
             loaded: Any = from_file(tokenizer_file=tokenizer)

@@ -78,11 +78,15 @@ def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
 
 
 def initial_weights(config: _Config) -> str:
-    """A digest that changes with the run's first weights: their files' content, not place; without files, seed and shape."""
+    """A digest that changes with the run's first model: every override, and the weights' files by content, not place.
+
+    The seed counts where it makes weights: all of them without files, and rows for added tokens.
+    """
     model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "path")}
     path = config.model.path
     origin = config.train.seed if path is None else weights_fingerprint(path)
-    return hashlib.sha256(repr([model, config.train.dtype, origin]).encode()).hexdigest()
+    seeded = [config.train.seed] if path is not None and config.model.vocab_size is not None else []
+    return hashlib.sha256(repr([model, config.train.dtype, origin, *seeded]).encode()).hexdigest()
 
 
 def _agreed(name: str, topology: Topology) -> str:
