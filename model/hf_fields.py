@@ -33,6 +33,16 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 _OWN_NAMES = MappingProxyType({"rope_scaling": "rope_scaling", "rope_theta": "rope_theta", "max_position_embeddings": "max_positions"})
 """Fields of a Hugging Face config that have a key here, which says more than the field."""
+_SIZE_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "tie_word_embeddings": "tie_embeddings",
+        **{name: name for name in ("hidden_size", "intermediate_size", "head_dim", "vocab_size", "sliding_window")},
+    }
+)
+"""Fields of a Hugging Face config that a model from scratch takes from a key here, by that key."""
 _MAKE_LAYER_TYPES = ("sliding_window_pattern", "max_window_layers", "use_sliding_window")
 """Fields that layer types are made from where they are not listed."""
 _SIZES = (
@@ -169,6 +179,10 @@ def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
         if name in _OWN_NAMES:
             key = _OWN_NAMES[name]
             raise ConfigError(f"model.extra.{name}", found="a second name", expected=f"model.{key}", hint=f"model.{key}=VALUE")
+        own = _SIZE_NAMES.get(name)
+        if config.path is None and own is not None and getattr(config, own) is not None:
+            actual, expected = f"{config.extra[name]} beside model.{own}={getattr(config, own)}", f"model.{own} alone"
+            raise ConfigError(f"model.extra.{name}", found=actual, expected=expected, hint=f"model.{own}={config.extra[name]}")
         if name == "vocab_size" and config.path is not None:
             raise ConfigError("model.extra.vocab_size", found="a second name", expected="model.vocab_size", hint="model.vocab_size=VALUE")
         is_readable = name in readable or (name == "rope_local_base_freq" and facts.rope_per_layer_type)

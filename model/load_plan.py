@@ -66,7 +66,7 @@ def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         ("self_attn.o_proj", hidden, spec.query_size, spec.output_bias),
     ]
     if spec.experts is None:
-        linears += _dense_linears("mlp", hidden, spec.intermediate_size, spec.mlp_bias)
+        linears += _dense_linears("mlp.", hidden, spec.intermediate_size, spec.mlp_bias)
     for name, rows, columns, has_bias in linears:
         yield f"{name}.weight", (rows, columns)
         if has_bias:
@@ -78,10 +78,10 @@ def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from ((f"{name}.weight", (hidden,)) for name in facts_of(spec.family).layer_norms)
 
 
-def _dense_linears(name: str, hidden: int, inner: int, has_bias: bool) -> list[tuple[str, int, int, bool]]:
+def _dense_linears(prefix: str, hidden: int, inner: int, has_bias: bool) -> list[tuple[str, int, int, bool]]:
     """Name, outputs, inputs and whether there is a bias."""
     ends = (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner))
-    return [(f"{name}.{end}_proj", rows, columns, has_bias) for end, rows, columns in ends]
+    return [(f"{prefix}{end}_proj", rows, columns, has_bias) for end, rows, columns in ends]
 
 
 def _expert_shapes(experts: ExpertSizes, facts: FamilyFacts, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -95,7 +95,7 @@ def _expert_shapes(experts: ExpertSizes, facts: FamilyFacts, hidden: int) -> Ite
         if experts.has_biases:
             yield f"{name}_bias", (count, rows)
     if experts.shared_size:
-        shared = _dense_linears("mlp.shared_expert", hidden, experts.shared_size, False)
+        shared = _dense_linears("mlp.shared_expert.", hidden, experts.shared_size, False)
         yield from ((f"{name}.weight", (rows, columns)) for name, rows, columns, _ in shared)
         yield "mlp.shared_expert_gate.weight", (1, hidden)
 

@@ -25,6 +25,8 @@ TAKES_ZERO = {
     *(
         "train.seed",
         "train.z_loss",
+        "train.router_balance",
+        "train.router_z_loss",
         "train.grpo_kl_weight",
         "optim.betas",
         "optim.weight_decay",

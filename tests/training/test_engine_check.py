@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.parallel.config import GradReduce
+from efflaunch.parallel.config import ExpertsConfig, GradReduce
 from efflaunch.parallel.sharding.engine import FSDP2, EngineFacts, Refused
 from efflaunch.training.config import TrainConfig
 from efflaunch.training.engines import BUILDERS
@@ -31,6 +31,7 @@ class Parallel:
     barrier_free: bool = False
     replicate: int = 1
     grad_reduce: GradReduce = GradReduce.AUTO
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
 
 @dataclass

@@ -281,3 +281,12 @@ def test_nothing_heavy_is_imported() -> None:
     code = "import sys, efflaunch.model.spec; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("field", "key"),
+    [("hidden_size", "hidden_size"), ("num_hidden_layers", "num_layers"), ("num_key_value_heads", "num_kv_heads")],
+)
+def test_a_size_is_asked_for_once(field: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.extra\.{field}.*beside model\.{key}="):
+        check_model(tiny(family=Family.LLAMA, head_dim=16, extra={field: 32}))
