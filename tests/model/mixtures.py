@@ -108,12 +108,9 @@ def assert_either_name(folder: Path, family: str, own: str, other: str) -> None:
     """A config.json counts its experts under either name; its own comes first."""
     count = FAMILIES[family][own]
     config = of(save_model(folder, family))
-    edit_config(folder, other)
-    assert experts_of(config) == count
-    edit_config(folder, own, **{other: count})
-    assert experts_of(config) == count and model_fields(config).given[own] == count
-    edit_config(folder, **{own: count, other: count + 1})
-    assert experts_of(config) == count
+    for names in ({own: count}, {other: count}, {own: count, other: count + 1}):
+        edit_config(folder, own, other, **names)
+        assert experts_of(config) == count and model_fields(config).given[own] == count
 
 
 def experts_of(config: ModelConfig) -> int:
