@@ -41,7 +41,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
         **SIZES,
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, **SIZES},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20, **SIZES,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True, **SIZES,
+    },
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, **SIZES},
+}  # fmt: skip
+EXPERTS = {
+    "mixtral": ("num_local_experts", "block_sparse_moe.experts.3.w3.weight", (24, 16)),
+    "qwen2_moe": ("num_experts", "mlp.experts.5.up_proj.weight", (12, 16)),
+    "qwen3_moe": ("num_experts", "mlp.experts.7.up_proj.weight", (8, 16)),
+    "gpt_oss": ("num_local_experts", "mlp.experts.gate_up_proj", (4, 16, 48)),
 }
+"""The field that counts experts in every version's config.json; a tensor below a layer, and its shape."""
 
 
 OLD: dict[str, dict[str, Any]] = {
@@ -50,7 +66,18 @@ OLD: dict[str, dict[str, Any]] = {
     "llama-tied": {"rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": True},
     "gemma3-tied": {"rope_theta": 1e6, "rope_scaling": None, "rope_local_base_freq": 1e4, "layer_types": ["sliding_attention"] * 2},
     "llama-yarn": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
-}
+    "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
+    "qwen2_moe": {"rope_theta": 1e4, "rope_scaling": None, "num_experts": 6},
+    "qwen3_moe": {"rope_theta": 1e4, "rope_scaling": None, "num_experts": 8, "num_local_experts": 8},
+    "gpt_oss": {
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "num_local_experts": 4,
+    },
+}  # fmt: skip
 """What transformers 4.57 reads in config.json, in its own words."""
 
 
@@ -119,6 +146,24 @@ def test_from_pretrained_gives_the_trained_logits(pool: RankPool, tmp_path: Path
     assert {key: config.get(key) for key in OLD[name]} == OLD[name] and config["torch_dtype"] == "float32"
     assert config["dtype"] == "float32" and config["architectures"][0].endswith("ForCausalLM")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_have_the_names_of_published_files(tmp_path: Path, name: str) -> None:
+    from safetensors import safe_open
+
+    count, tensor, shape = EXPERTS[name]
+    fields = dict(MODELS[name])
+    logits = _train_and_save(tmp_path / "run", fields, (1,), {"hf_config": fields})
+    export(tmp_path / "run", tmp_path / "out", dtype=Dtype.FLOAT32, max_shard_bytes=4000)
+    weight_map = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    stored = f"model.layers.1.{tensor}"
+    with safe_open(tmp_path / "out" / weight_map[stored], framework="pt") as file:
+        assert tuple(file.get_slice(stored).get_shape()) == shape
+    fused = {name for name in weight_map if name.endswith("experts.gate_up_proj")}
+    assert len(fused) == (2 if stored in fused else 0)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[count] == fields[count]
+    assert torch.equal(_exported_logits(tmp_path / "out"), logits)
 
 
 def _save_llama(folder: Path, steps: tuple[int, ...] = (1,), **metadata: Any) -> Tensor:
