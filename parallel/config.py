@@ -119,8 +119,8 @@ def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: ModelShape
     _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
     _check_scheme(parallel, spec.num_heads)
     _check_barrier_free(parallel)
+    check_ranges(parallel.experts, "parallel.experts")
     if parallel.experts.ep > 1:
-        check_ranges(parallel.experts, "parallel.experts")
         _check_experts(parallel, cluster.num_nodes * cluster.ranks_per_node, spec)
 
 
@@ -129,16 +129,19 @@ def _check_experts(parallel: ParallelConfig, world: int, spec: ModelShape) -> No
     ep, shard = parallel.experts.ep, world // parallel.replicate
     if spec.experts is None:
         raise _wrong_ep(ep, "a model without experts", "1: there is nothing to spread", 1)
-    count = spec.experts.num_experts
+    count, sizes = spec.experts.num_experts, {"hidden size": spec.hidden_size, "gate and up": 2 * spec.experts.inner_size}
     allowed = [n for n in divisors(count) if shard % n == 0]
+    whole = [n for n in allowed if n == 1 or all(size % (shard // n) == 0 for size in sizes.values())]
     if ep not in allowed:
         copies = f" of each of the {parallel.replicate} copies of the weights" * (parallel.replicate > 1)
         actual, expected = f"{count} experts on {shard} ranks{copies}", f"a divisor of both: {', '.join(map(str, allowed))}"
-        raise _wrong_ep(ep, actual, expected, max(n for n in allowed if n <= ep))
+        raise _wrong_ep(ep, actual, expected, max(n for n in whole if n <= ep))
     beyond = shard // ep
-    for size, what in ((spec.hidden_size, "hidden size"), (2 * spec.experts.inner_size, "gate and up")):
+    for what, size in sizes.items():
         if size % beyond:
-            raise _wrong_ep(ep, f"{what} {size} over {beyond} ranks with the same experts", f"a divisor of {size}", shard)
+            # More ranks for each layer's experts leave fewer with the same ones.
+            nearest = min((n for n in whole if n > ep), default=1)
+            raise _wrong_ep(ep, f"{what} {size} over {beyond} ranks with the same experts", f"a divisor of {size}", nearest)
 
 
 def _wrong_ep(ep: int, actual: str, expected: str, nearest: int) -> ConfigError:

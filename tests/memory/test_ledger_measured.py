@@ -20,7 +20,7 @@ CHOSEN = (
     "recompute", "recompute, few tokens", "recompute, large vocabulary", "recompute, bfloat16", "recompute by 300, attention kept",
     "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "memo, half",
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
-    "recompute, whole gradients", "qwen3", "gemma2",
+    "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
 )  # fmt: skip
 
 
@@ -46,7 +46,8 @@ def test_all_chosen_configurations_are_there() -> None:
 
 
 COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
-           "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2")  # fmt: skip
+           "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2", "qwen3 moe", "mixtral, memo, half",
+           "qwen2 moe, everything kept by class")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)
@@ -86,7 +87,7 @@ def product_flops(case: Case) -> int:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if str(func) in ("aten.mm.default", "aten.addmm.default"):
+            if str(func) in ("aten.mm.default", "aten.mm.out", "aten.addmm.default"):
                 self.flops += 2 * out.numel() * args[-1].shape[0]
             return out
 

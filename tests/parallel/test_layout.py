@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.parallel.config import ParallelConfig, Scheme, check_parallel
+from efflaunch.parallel.config import ExpertsConfig, ParallelConfig, Scheme, check_parallel
 from efflaunch.parallel.layout import solve_layout
 from efflaunch.parallel.sequence.solve import solve_static
 
@@ -91,6 +91,53 @@ def test_mistakes_are_named(changes: dict[str, Any], world: tuple[int, int], hea
     with pytest.raises(ConfigError) as caught:
         check_parallel(parallel(**changes), machines(*world), SimpleNamespace(num_heads=heads))
     assert str(caught.value).startswith(message) and caught.value.hint.startswith(hint)
+
+
+def mixture(**changes: int) -> Any:
+    """A model of 12 experts, hidden size 48, each expert 40 wide."""
+    sizes = {"hidden_size": 48, "num_experts": 12, "inner_size": 40, **changes}
+    experts = SimpleNamespace(num_experts=sizes["num_experts"], inner_size=sizes["inner_size"])
+    return SimpleNamespace(num_heads=8, hidden_size=sizes["hidden_size"], experts=experts)
+
+
+DENSE = SimpleNamespace(num_heads=8, hidden_size=48, experts=None)
+BAD_EXPERTS: dict[str, tuple[Any, int, dict[str, int], str, str]] = {
+    "a dense model": (DENSE, 2, {}, "found 2 for a model without experts; expected 1: there is nothing to spread", "1"),
+    "no divisor of the experts": (mixture(), 8, {}, "found 8 for 12 experts on 8 ranks; expected a divisor of both: 1, 2, 4.", "4"),
+    "no divisor of the ranks": (mixture(), 3, {}, "found 3 for 12 experts on 8 ranks; expected a divisor of both: 1, 2, 4.", "2"),
+    "more than there are": (mixture(), 64, {}, "found 64 for 12 experts on 8 ranks; expected a divisor of both: 1, 2, 4.", "4"),
+    "more than a copy's ranks": (
+        mixture(), 4, {"replicate": 4},
+        "found 4 for 12 experts on 2 ranks of each of the 4 copies of the weights; expected a divisor of both: 1, 2.", "2",
+    ),
+    "a hidden size that does not divide": (
+        mixture(hidden_size=50), 2, {}, "found 2 for hidden size 50 over 4 ranks with the same experts; expected a divisor of 50", "4",
+    ),
+    "experts too narrow": (
+        mixture(inner_size=41), 2, {}, "found 2 for gate and up 82 over 4 ranks with the same experts; expected a divisor of 82", "4",
+    ),
+    "prime everywhere": (
+        mixture(hidden_size=49, num_experts=2), 2, {},
+        "found 2 for hidden size 49 over 4 ranks with the same experts; expected a divisor of 49", "1",
+    ),
+    "none": (mixture(), 0, {}, "found 0; expected 1 or more", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_EXPERTS)
+def test_experts_that_do_not_divide_over_ranks(name: str) -> None:
+    spec, ep, changes, message, nearest = BAD_EXPERTS[name]
+    with pytest.raises(ConfigError) as caught:
+        check_parallel(parallel(experts=ExpertsConfig(ep=ep), **changes), machines(2, 4), spec)
+    assert str(caught.value).startswith(f"parallel.experts.ep: {message}")
+    assert caught.value.hint.startswith(f"parallel.experts.ep={nearest}")
+    # What is to be typed is accepted.
+    check_parallel(parallel(experts=ExpertsConfig(ep=int(nearest)), **changes), machines(2, 4), spec)
+
+
+@pytest.mark.parametrize(("ep", "changes"), [(1, {}), (2, {}), (4, {}), (2, {"replicate": 2}), (2, {"replicate": 4})])
+def test_experts_that_divide_over_ranks(ep: int, changes: dict[str, int]) -> None:
+    check_parallel(parallel(experts=ExpertsConfig(ep=ep), **changes), machines(2, 4), mixture())
 
 
 GOOD = [

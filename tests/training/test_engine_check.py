@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from efflaunch.errors import ConfigError
+from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.config import ExpertsConfig, GradReduce
-from efflaunch.parallel.sharding.engine import FSDP2, EngineFacts, Refused
+from efflaunch.parallel.sharding.engine import EXPERT_PARALLEL, FSDP2, EngineFacts, Refused
 from efflaunch.training.config import TrainConfig
 from efflaunch.training.engines import BUILDERS
 from efflaunch.training.optimizers.config import OptimConfig, StateDevice, Update
@@ -68,3 +69,27 @@ def test_what_is_not_refused_is_accepted() -> None:
 
 def test_every_engine_that_can_be_chosen_can_be_built() -> None:
     assert engine_facts(Config()).name in BUILDERS
+
+
+SPREAD = ("+experiment=quickstart_moe", "parallel.experts.ep=2", "optim.grad_clip=null")
+REFUSED = {
+    "parallel.barrier_free=true": "parallel.barrier_free=false",
+    "optim.update=backward": "optim.update=step",
+    "optim.state_device=host": "optim.state_device=device",
+    "memory.compile=true": "memory.compile=false",
+    "memory.arena=planned": "memory.arena=default",
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED)
+def test_what_experts_over_ranks_cannot_be_combined_with(typed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose([*SPREAD, typed])
+    key, value = typed.split("=")
+    assert error.value.where == key and REFUSED[typed] in error.value.hint
+    assert f"found {value} with the engine {EXPERT_PARALLEL.name}" in str(error.value)
+
+
+def test_every_pair_that_is_refused_is_tried() -> None:
+    assert {f"{pair.key}={value}" for pair in EXPERT_PARALLEL.refused for value in pair.values} == set(REFUSED)
+    assert EXPERT_PARALLEL.name in BUILDERS and engine_facts(compose(list(SPREAD))) is EXPERT_PARALLEL
