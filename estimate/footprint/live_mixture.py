@@ -87,7 +87,6 @@ def _experts_backward(w: _Widths, stay: float) -> list[tuple[float, float]]:
         (stay + w.B + 4 * w.A, 0.0),
         (stay + w.B + 3 * w.A, w.one),
         (stay + 6 * w.A, w.one),
-        (stay + 2 * w.A + 2 * w.B - w.held, 3 * w.one),
         (stay + 2 * w.A + w.B + w.sent, 3 * w.one),
         (stay + 2 * w.A + w.R + w.wide + w.H, 3 * w.one),
     ]

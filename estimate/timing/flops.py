@@ -52,7 +52,7 @@ def recompute_linear_flops(inputs: PlanInputs) -> float:
     costs = class_recompute_flops(inputs)
     by_token = [kind for kind in activation_classes(inputs.spec) if kind.by_token]
     times = {kind: projections(inputs) if kind.of_heads else 1 for kind in by_token}
-    return sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in by_token) + norm_flops(inputs)
+    return sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in by_token) + norm_flops(inputs) + shared_flops(inputs)
 
 
 def projections(inputs: PlanInputs) -> int:
@@ -65,6 +65,12 @@ def norm_flops(inputs: PlanInputs) -> float:
     heads = 2.0 * inputs.spec.hidden_size * (inputs.spec.query_size + inputs.spec.kv_size) * inputs.spec.qk_norm
     ends = 2.0 * inputs.spec.hidden_size * inputs.spec.query_size + feed_forward_costs(inputs.spec).output_flops(inputs.spec)
     return heads + ends * (inputs.spec.norms_per_layer > 2)
+
+
+def shared_flops(inputs: PlanInputs) -> float:
+    """What the expert makes that all tokens visit is needed for the gradient of what scales it, whatever is stored."""
+    experts = inputs.spec.experts
+    return 0.0 if experts is None else 2.0 * inputs.spec.hidden_size * experts.shared_size
 
 
 def segment_flops(inputs: PlanInputs) -> float:

@@ -74,7 +74,15 @@ class Routing:
 
     def at_experts(self, values: Tensor) -> Tensor:
         """Values of tokens (T, M) -> those of the rows whose experts are here (R, M)."""
-        return self.to_experts(values[self.tokens])
+        return self.rows(self.hold(values))
+
+    def hold(self, values: Tensor) -> Tensor:
+        """What is kept of tokens' values (T, M) to have their `rows` later: the tokens', or what came from other ranks, sent once."""
+        return values if self.exchange is None else self.to_experts(values[self.tokens])
+
+    def rows(self, held: Tensor) -> Tensor:
+        """The rows whose experts are here (R, M), of what `hold` gave. Rows of this rank are gathered again sooner than kept."""
+        return held[self.tokens] if self.exchange is None else held
 
     def to_experts(self, rows: Tensor) -> Tensor:
         """Rows of this rank's tokens -> those whose experts are here."""
@@ -91,6 +99,7 @@ class Routing:
         for column in range(self.chosen.shape[1]):
             part = rows[self.places[:, column]]
             total += part if weights is None else part * weights[:, column : column + 1]
+            del part  # before the next is made
         return total.to(rows.dtype)
 
     def by_row(self, values: Tensor) -> Tensor:
@@ -132,9 +141,9 @@ class Experts:
 
     @torch.no_grad()
     def gradients(
-        self, x: Tensor, gate_up: Tensor, weights: Tensor, dy: Tensor, routing: Routing
+        self, held: Tensor, gate_up: Tensor, weights: Tensor, dy: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Gradients of the tokens (T, M) that x (R, M) are rows of, of the weights (T, K), and of `self.weights` where they are trained.
+        """Gradients of the tokens (T, M) that `routing` holds as `held`, of the weights (T, K), and of `self.weights` that are trained.
 
         dy (T, M) is the output's.
         """
@@ -153,7 +162,7 @@ class Experts:
         del upstream, activation
         (d_gate_up,) = torch.autograd.grad(product, leaf, back.mul_(scale))
         del back, product
-        own = _of_projection(self.gate_up, x, d_gate_up, groups)
+        own = _of_projection(self.gate_up, routing.rows(held), d_gate_up, groups)
         d_rows = routing.from_experts(self.gate_up.input_gradient(d_gate_up, groups))
         return routing.sum_rows(d_rows), routing.by_token(routing.from_experts(d_weights)), [*own, *down]
 
@@ -176,19 +185,16 @@ class ExpertsGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weights: Tensor, routing: Routing, experts: Experts, *parameters: Tensor) -> Tensor:
-        x = routing.at_experts(h)
-        gate_up = experts.gate_and_up(x, routing)
-        # Rows that are here already are gathered again sooner than kept; those that came from other ranks are not sent twice.
-        ctx.save_for_backward(h if routing.exchange is None else x, gate_up, weights)
+        held = routing.hold(h)
+        gate_up = experts.gate_and_up(routing.rows(held), routing)
+        ctx.save_for_backward(held, gate_up, weights)
         ctx.routing, ctx.experts = routing, experts
         return experts.output(gate_up, weights, routing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_up, weights = ctx.saved_tensors
-        x = rows[ctx.routing.tokens] if ctx.routing.exchange is None else rows
-        d_h, d_weights, of_parameters = ctx.experts.gradients(x, gate_up, weights, dy, ctx.routing)
+        d_h, d_weights, of_parameters = ctx.experts.gradients(*ctx.saved_tensors, dy, ctx.routing)
         return d_h, d_weights, None, None, *of_parameters
 
 

@@ -90,7 +90,7 @@ class MixtureFeedForward:
         if torch.is_grad_enabled():
             return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
         experts = self._layer.experts()
-        _, (gate_up, *shared) = self._inner(h, experts, routing, saved)
+        gate_up, *shared = self._inner(h, experts, routing, saved)[1]
         saved.put(EXPERT_GATE_UP, (gate_up, *shared))
         y = rows + experts.output(gate_up, weights, routing)
         return y.add_(self._steps.run_step(SHARED_OUT, (h, *shared))[0]) if shared else y
@@ -101,13 +101,12 @@ class MixtureFeedForward:
         with torch.no_grad():
             h, logits = self._steps.run_step(ROUTE, (rows,))
             routing = self._routing(logits, saved)
-            x, (gate_up, *shared) = self._inner(h, experts, routing, saved, rows=True)
+            held, (gate_up, *shared) = self._inner(h, experts, routing, saved)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             weights = self._layer.weigh(leaf, routing.chosen)
-        assert x is not None
-        d_h, d_weights, of_experts = experts.gradients(x, gate_up, weights.detach(), dy, routing)
-        del gate_up, x
+        d_h, d_weights, of_experts = experts.gradients(held, gate_up, weights.detach(), dy, routing)
+        del gate_up, held
         for weight, part in zip(experts.weights, of_experts, strict=True):
             index = sums.index_of(weight)
             if index is not None and part is not None:
@@ -130,18 +129,14 @@ class MixtureFeedForward:
             self._layer.router_losses.add(self._layer.index, logits)
         return Routing.of(chosen, self._layer.num_experts, self._layer.expert_ranks)
 
-    def _inner(
-        self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece, *, rows: bool = False
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """The experts' rows (R, M); their gate and up, and those of the shared expert. `rows`: they are wanted whatever is stored."""
-        stored = saved.get(EXPERT_GATE_UP)
+    def _inner(self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the routing holds of the experts' rows; their gate and up, and those of the shared expert."""
         # Whether something is stored may differ between ranks, and all of them exchange.
-        x = routing.at_experts(h) if rows or stored is None or self._layer.expert_ranks is not None else None
+        stored, held = saved.get(EXPERT_GATE_UP), routing.hold(h)
         if stored is not None:
-            return x, stored
-        assert x is not None
+            return held, stored
         shared = self._steps.run_step(SHARED_IN, (h,)) if self._layer.has_shared else ()
-        return x, (experts.gate_and_up(x, routing), *shared)
+        return held, (experts.gate_and_up(routing.rows(held), routing), *shared)
 
     def _shared(self, h: Tensor) -> Tensor | float:
         if not self._layer.has_shared:

@@ -46,10 +46,11 @@ def test_forward_by_hand() -> None:
 def test_backward_by_hand(memory: MemoryConfig | None, made: int) -> None:
     stay = 20 + BASE + WEIGHED + made
     assert mixture_backward(inputs(memory), EXPERTS, 10, 20) == [
+        Moment(10, stay + 1024, 0),
         Moment(10, stay + 1024 + 4 * 768, 0),
         Moment(10, stay + 1024 + 3 * 768, ONE),
         Moment(10, stay + 6 * 768, ONE),
-        Moment(10, stay + 2 * 768 + 2 * 1024, 3 * ONE),
+        Moment(10, stay + 2 * 768 + 1024, 3 * ONE),
         Moment(10, stay + 2 * 768 + 1024 + 1024 + 512, 3 * ONE),
         # The norm and the router; of pieces the sums of gradients are counted elsewhere.
         Moment(10, 20 + BASE + 2 * 512 + WEIGHED + 6 * 4 * 256, 0 if memory is BY_16 else 3 * ONE),
@@ -59,10 +60,11 @@ def test_backward_by_hand(memory: MemoryConfig | None, made: int) -> None:
 def test_with_autograds_graph_nothing_is_made_again() -> None:
     moments = mixture_graph_backward(inputs(), EXPERTS, 10)
     assert [(moment.whole, moment.piece, moment.fixed) for moment in moments] == [
+        (10 + 1024, 0, 0),
         (10 + 1024 + 4 * 768, 0, 0),
         (10 + 1024 + 3 * 768, 0, ONE),
         (10 + 6 * 768, 0, ONE),
-        (10 + 2 * 768 + 2 * 1024, 0, 3 * ONE),
+        (10 + 2 * 768 + 1024, 0, 3 * ONE),
         (10 + 2 * 768 + 1024 + 1024 + 512, 0, 3 * ONE),
     ]
 

@@ -109,10 +109,9 @@ def test_gradients_are_autograds_of_the_sum(h: Tensor, weights: Tensor, experts:
     truth = torch.autograd.grad(expected, [h, weights, *trained], dy)
 
     with torch.no_grad():
-        x = routing.at_experts(h)
-        gate_up = experts.gate_and_up(x, routing)
+        gate_up = experts.gate_and_up(routing.at_experts(h), routing)
         output = experts.output(gate_up, weights, routing)
-        d_h, d_weights, of_parameters = experts.gradients(x, gate_up, weights, dy, routing)
+        d_h, d_weights, of_parameters = experts.gradients(routing.hold(h), gate_up, weights, dy, routing)
     assert [part is not None for part in of_parameters] == [each.requires_grad for each in experts.weights]
     torch.testing.assert_close(output, expected.detach(), rtol=1e-12, atol=1e-12)
     for actual, wanted in zip((d_h, d_weights, *(part for part in of_parameters if part is not None)), truth, strict=True):
@@ -128,9 +127,8 @@ def test_what_is_given_in_stays_as_it_is_and_the_bits_are_the_same_twice() -> No
     h, weights, experts = build(True, False)
     routing, dy = Routing.of(CHOSEN, NUM_EXPERTS), torch.randn(TOKENS, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        x = routing.at_experts(h)
-        gate_up = experts.gate_and_up(x, routing)
-        given = (x, gate_up, weights, dy)
+        gate_up = experts.gate_and_up(routing.at_experts(h), routing)
+        given = (routing.hold(h), gate_up, weights, dy)
         before = [each.clone() for each in given]
         first, second = (experts.gradients(*given, routing) for _ in range(2))
     assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
