@@ -52,7 +52,8 @@ def recompute_linear_flops(inputs: PlanInputs) -> float:
     costs = class_recompute_flops(inputs)
     by_token = [kind for kind in activation_classes(inputs.spec) if kind.by_token]
     times = {kind: projections(inputs) if kind.of_heads else 1 for kind in by_token}
-    return sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in by_token) + norm_flops(inputs) + shared_flops(inputs)
+    again = sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in by_token)
+    return again + norm_flops(inputs) + shared_flops(inputs)
 
 
 def projections(inputs: PlanInputs) -> int:

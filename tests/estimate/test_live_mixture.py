@@ -18,9 +18,7 @@ from efflaunch.tests.memory.settings import SMALL, cluster, make_ledger, policy
 EXPERTS = ExpertSizes(num_experts=8, per_token=2, inner_size=192, shared_size=384, has_shared_gate=True)
 ONE = 2 * 8 * 192 * 256
 """Gradients of one of the three matrices of all experts."""
-BY_16 = MemoryConfig(
-    name="m", layer_input=ActivationPlace.KEEP, attention_output=ActivationPlace.RECOMPUTE, activations=ActivationPlace.RECOMPUTE, chunk_tokens=16
-)  # fmt: skip
+BY_16 = replace(policy(), chunk_tokens=16)
 KEEP_BY_CLASS = replace(policy("keep", "keep"), layer_input=ActivationPlace.HOST)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 
 from efflaunch.estimate.footprint.moment import Widths, is_kept, is_made, norm_backward
 from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, LAYER_INPUT
-from efflaunch.memory.config import ActivationPlace, MemoryConfig
+from efflaunch.memory.config import MemoryConfig
 from efflaunch.parallel.config import Scheme
 from efflaunch.tests.memory.settings import SMALL, cluster, make_ledger, policy
 from efflaunch.training.config import Dtype
@@ -39,9 +39,7 @@ def test_widths_of_a_row(given: PlanInputs, groups: int, expected: tuple[float, 
 
 
 def test_what_is_neither_kept_nor_on_the_host_is_made_again() -> None:
-    half = MemoryConfig(
-        name="m", layer_input=ActivationPlace.KEEP, attention_output=ActivationPlace.HOST, activations=ActivationPlace.HOST, host_fraction=0.5
-    )  # fmt: skip
+    half = replace(policy("host", "host"), host_fraction=0.5)
     for memory, kept, made in (
         (policy(), [True, False, False], [False, True, True]),
         (policy("keep", "keep"), [True, True, True], [False, False, False]),

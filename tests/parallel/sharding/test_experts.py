@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.model.small import of, save_model
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.optimizers.adamw import build_optimizer, clip_gradients
-from efflaunch.training.optimizers.config import OptimConfig
+from efflaunch.training.optimizers.config import OptimConfig, StateDtype
 
 EP_2, HSDP = {"experts": 2}, {"replicate": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -93,10 +94,12 @@ def test_files_fill_the_same_weights_whatever_the_layout(pool: RankPool, tmp_pat
             assert all(torch.equal(value, expected[key]) for key, value in weights.items()), name
 
 
-def updated(folder: Path, layout: dict[str, int], max_norm: float | None) -> tuple[dict[str, Tensor], float, list[tuple[str, int]]]:
+def updated(
+    folder: Path, layout: dict[str, int], max_norm: float | None, optim: OptimConfig = OPTIM
+) -> tuple[dict[str, Tensor], float, list[tuple[str, int]]]:
     """Weights after two fused steps on clipped gradients, the first norm, and what the groups of the optimizer hold."""
     model = build(folder, layout)
-    optimizer, norms = build_optimizer(model, OPTIM), []
+    optimizer, norms = build_optimizer(model, optim), []
     for _ in range(2):
         give_gradients(model)
         norms.append(clip_gradients(model, max_norm))
@@ -122,6 +125,18 @@ def test_the_norm_and_an_update_are_those_of_one_process(pool: RankPool, folder:
             assert groups == [(group["name"], len(group["params"])) for group in optimizer.param_groups]
             for key, parameter in plain.named_parameters():
                 torch.testing.assert_close(weights[key], parameter.detach(), rtol=1e-12, atol=1e-12, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_moments_of_less_precision_lie_on_two_meshes_too(pool: RankPool, tmp_path: Path) -> None:
+    """A number's moment in bfloat16 is rounded alike whichever rank has it: each has 4,096 of every weight of experts, or more."""
+    folder = save_model(tmp_path, "gpt_oss", num_local_experts=8, intermediate_size=64)
+    optim = replace(OPTIM, state_dtype=StateDtype.BFLOAT16)
+    alone = pool.run(updated, folder, {}, 0.5, optim, ranks=1)[0][0]
+    exact = pool.run(updated, folder, {}, 0.5, ranks=1)[0][0]
+    spread = pool.run(updated, folder, EP_2, 0.5, optim, ranks=4)[0][0]
+    for key, value in alone.items():
+        torch.testing.assert_close(spread[key], value, rtol=1e-6, atol=1e-6)
+    assert any(not torch.allclose(exact[key], value, rtol=1e-6, atol=1e-6) for key, value in alone.items())
 
 
 def save(files: Path, folder: Path, layout: dict[str, int]) -> dict[str, Tensor]:
