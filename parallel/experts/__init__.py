@@ -1,4 +1,4 @@
 """On which ranks are the experts of a layer, and how do rows get there and back?
 
-exchange.py moves rows between the ranks that share a layer's experts. Import `ExpertRanks` for a group of them.
+exchange.py moves rows between the ranks that share a layer's experts; its `ExpertRanks` is a group of them.
 """
