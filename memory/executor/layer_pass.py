@@ -42,6 +42,7 @@ class AttentionRuntime(Protocol):
     def rank_tokens(self) -> tuple[int, ...] | None:
         """Tokens of every rank of the stage where layers exchange rows beyond the group; None: they do not."""
         ...
+
     @property
     def stage_rank(self) -> int: ...
     def exchange_in(self, q: Tensor, k: Tensor, v: Tensor, spec: Any) -> QKV: ...
@@ -199,7 +200,15 @@ def layer_run(
     """The run of a layer on `num_tokens` rows of this rank. Chunks of queries are for groups without a ring."""
     chunked = policy.attention is AttentionTiling.CHUNKS and attention.ring == 1
     tokens = attention.member_tokens if chunked else (num_tokens,)
-    return LayerRun(adapter, feed_forward, policy, attention, rope, saved, group_ranges(tokens, policy), num_tokens, chunked)
+    return LayerRun(adapter, feed_forward, policy, attention, rope, saved, _pieces(tokens, policy, attention), num_tokens, chunked)
+
+
+def _pieces(tokens: tuple[int, ...], policy: MemoryPolicy, attention: AttentionRuntime) -> tuple[Rows, ...]:
+    """The pieces of ranks with these rows; as many on every rank of the stage where all of them exchange once a piece."""
+    if attention.rank_tokens is None:
+        return group_ranges(tokens, policy)
+    first = attention.stage_rank - (attention.ulysses_index if len(tokens) > 1 else 0)
+    return tuple(piece[first : first + len(tokens)] for piece in group_ranges(attention.rank_tokens, policy))
 
 
 class Gathered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from efflaunch.memory.activation_classes import activation_classes
+from efflaunch.memory.config import AttentionTiling
+from efflaunch.memory.executor.layer_pass import layer_run
 from efflaunch.memory.executor.mixture import MixtureFeedForward
-from efflaunch.memory.policy import KEEP_ALL, MemoryPolicy
+from efflaunch.memory.policy import KEEP_ALL, MemoryPolicy, Split
 from efflaunch.model.build import install
 from efflaunch.model.chunked_loss import cross_entropy
 from efflaunch.model.families.mixture import MixtureHalf
@@ -122,3 +125,21 @@ def test_what_runs_has_the_classes_that_estimates_count() -> None:
     sizes = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 112, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 97}
     spec = model_spec(ModelConfig(name="m", family=Family.QWEN3_MOE, max_positions=512, extra=extra, **sizes))
     assert activation_classes(spec)[-2:] == MixtureFeedForward.classes
+
+
+@pytest.mark.parametrize("attention", list(AttentionTiling), ids=lambda tiling: tiling.value)
+def test_ranks_that_exchange_rows_have_as_many_pieces(attention: AttentionTiling) -> None:
+    """Ranks 0 and 1 share sequences by Ulysses, 2 has none, 3 has its own: together they cover what each has, piece after piece."""
+    rank_tokens, policy = (40, 12, 0, 17), MemoryPolicy(attention=attention, chunk_tokens=9, query=Split(host=0.5))
+    rows = []
+    for rank, count in enumerate(rank_tokens):
+        members = rank_tokens[:2] if rank < 2 else (count,)
+        runtime: Any = SimpleNamespace(
+            ring=1, member_tokens=members, ulysses_index=rank if rank < 2 else 0, rank_tokens=rank_tokens, stage_rank=rank
+        )
+        nothing: Any = None
+        run = layer_run(nothing, nothing, policy, runtime, nothing, nothing, count)
+        rows.append([(run.rows(index).start, run.rows(index).stop) for index in run.indices])
+        assert [row for start, stop in rows[-1] for row in range(start, stop)] == list(range(count))
+    assert len({len(each) for each in rows}) == 1
+    assert all(any(start < stop for start, stop in piece) for piece in zip(*rows, strict=True)), "a piece that no rank has is none"

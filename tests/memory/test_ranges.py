@@ -15,7 +15,7 @@ shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda pair: Split(pair
 
 @given(st.integers(0, 60), st.integers(1, 4), st.one_of(st.none(), st.integers(1, 70)), shares, shares)
 def test_pieces_cover_every_member_in_order(total, members, chunk, query, mlp):
-    tokens = [total * (k + 1) // members - total * k // members for k in range(members)]
+    tokens = tuple(total * (k + 1) // members - total * k // members for k in range(members))
     policy = MemoryPolicy(query=query, mlp=mlp, chunk_tokens=chunk)
     pieces = group_ranges(tokens, policy)
     for member, count in enumerate(tokens):
