@@ -17,6 +17,7 @@ from .rundir.progress import (
     certificate_line,
     drift_line,
     mirror_line,
+    number_text,
     plans_text,
     score_line,
     start_line,
@@ -170,14 +171,14 @@ class LiveDisplay:
         event = self.progress.last or {}
         saved = self.progress.checkpoint
         table = Table.grid(padding=(0, 2))
-        first = self.progress.losses[min(self.progress.losses)]
-        table.add_row("loss", f"{event['loss']:.4f}  (first {first:.4f})")
+        first, last = (number_text(self.progress.losses[step], ".4f") for step in (min(self.progress.losses), event["step"]))
+        table.add_row("loss", f"{last}  (first {first})")
         table.add_row(
             "speed",
-            f"{event['tokens_per_s']:,.0f} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} so far",
+            f"{number_text(self.progress.tokens_per_s, ',.0f')} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} so far",
         )
         norm = event.get("grad_norm")
-        table.add_row("optimizer", f"lr {event['lr']:.2e}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
+        table.add_row("optimizer", f"lr {number_text(event.get('lr'), '.2e')}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
         table.add_row("checkpoint", "none yet" if saved is None else f"step {saved['step']}")
         table.add_row("plan", f"{event['sequences']} sequences, {event['micro_batches']} micro-batches: {_shortened(event['plan'])}")
         plans = plans_text(self.progress)

@@ -11,6 +11,7 @@ from ..utils.names import check_path
 from ..utils.text import typed
 from .checks import check_data, check_memory_plan, check_resumed, report_model
 from .config.overrides import parse_overrides
+from .config.paths import absolute_paths
 from .config.run_config import Backend, Config
 from .config.schema import dump_config
 from .output import steady_output
@@ -85,6 +86,7 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
             launcher.check(launch.config)
             check_elsewhere(launch.config, launch.run_dir)
             check_memory_plan(launch.config)
+            check_mirror(launch.config, launch.run_dir)
             check_data(launch.config)
             check_resumed(launch.config, launch.run_dir)
         report_model(configs[0])
@@ -148,9 +150,10 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
 
 
 def check_mirror(config: Config, run_dir: Path) -> None:
-    """CheckpointError where the second place cannot be written; on other machines the ranks look for themselves."""
-    if config.checkpoint.mirror is not None and config.launcher.backend is Backend.LOCAL:
+    """CheckpointError where the second place cannot be the run's; on other machines nodes and ranks try to write there."""
+    mirror = absolute_paths(config).checkpoint.mirror
+    if mirror is not None:
         from ..checkpoint.files import FOLDER
-        from ..checkpoint.tier import reach
+        from ..checkpoint.tier import check_place, reach
 
-        reach(config.checkpoint.mirror, run_dir / FOLDER)
+        (reach if config.launcher.backend is Backend.LOCAL else check_place)(mirror, run_dir / FOLDER)

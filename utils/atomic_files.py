@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a disk, or a quota of one, that has no room left."""
+
+
+class FullDiskError(UserError):
+    """Raised where a file could not be written for want of room; the file as it was before is intact."""
 
 
 def sync(path: Path) -> None:
@@ -33,9 +43,30 @@ def write_atomic(path: Path, data: bytes | str, at: Callable[[str], None] = lamb
         at("synced")
         os.replace(part, path)
         at("renamed")
+    except OSError as error:
+        # An error of a write names no file.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def full_disk_named() -> Iterator[None]:
+    """Raises FullDiskError for an OSError of a disk without room; every other error is passed on as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise full_disk(error) from error
+
+
+def full_disk(error: OSError) -> FullDiskError:
+    """FullDiskError of an error in FULL, which names the file it is about."""
+    where, reason = str(error.filename or "a file"), error.strerror or str(error)
+    return FullDiskError(where, found=reason, expected="room to write it", hint="make room on that disk, then the same command again")
 
 
 @contextmanager

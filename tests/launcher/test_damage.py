@@ -18,6 +18,7 @@ from efflaunch.launcher import cli
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.local import LocalLauncher
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.progress import RunProgress, step_line
 from efflaunch.launcher.rundir.run_dir import HASH_FILE, RUN_FILE, make_run_dir, read_run, store_config, write_run
 from efflaunch.launcher.rundir.state import STATE_FILE, Attempt, Failure, RunState, mend_state, new_state, read_state, write_state
 from efflaunch.utils.decode import decode
@@ -139,6 +140,22 @@ def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.
     for command in ("status", "explain"):
         code, output = said(capsys, command, str(run_dir), *(["--json"] if command == "status" else []))
         assert code in (0, EXIT_USER), output
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens_per_s", "lr", "plan", "ranks", "total_tokens", "grad_norm"])
+def test_numbers_that_a_step_lacks_are_unknown(run_dir: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """As null, which is no number either, or not at all."""
+    whole = {"loss": 2.0, "tokens_per_s": 9.0, "lr": 1.0, "plan": "p", "ranks": [], "total_tokens": 9, "grad_norm": 1.0}
+    start = {"event": "start", "steps": 20, "world_size": 4, "parameters": 10}
+    lacking = [{**whole, name: None}, *([{key: value for key, value in whole.items() if key != name}] if name != "loss" else [])]
+    for numbers in lacking:
+        step = {"event": "step", "step": 1, "step_s": 1.0, **numbers}
+        (run_dir / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(step)}\n")
+        for options in ((), ("--json",)):
+            code, told = said(capsys, "status", str(run_dir), *options)
+            assert code == 0 and ("unknown at step 1" in told) == (name == "loss" and not options), told
+        line = step_line(RunProgress().apply([start, step]))
+        assert ("unknown" in line) == (name in ("loss", "tokens_per_s", "lr"))
 
 
 def test_a_damaged_profile_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
