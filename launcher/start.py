@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +35,17 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
 def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
     """Resume in `run_dir`, with `overrides` on top of its stored configuration."""
     from .config.compose import changed
+    from .config.replaced_groups import replaced_lines
 
     config = read_run(run_dir).config
     # What was accepted was accepted for that start.
     config = replace(config, data=replace(config.data, changed=DataChanged.REFUSE))
     if overrides:
-        config = changed(config, parse_overrides(overrides, config_dir), config_dir)
+        before, parsed = config, parse_overrides(overrides, config_dir)
+        config = changed(before, parsed, config_dir)
+        # Standard output of a dry run is a script.
+        for line in replaced_lines(before, config, parsed, config_dir):
+            print(line, file=sys.stderr, flush=True)
     return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
 
 

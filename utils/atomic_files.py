@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,14 @@ def write_atomic(path: Path, data: bytes | str, at: Callable[[str], None] = lamb
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_cache(path: Path, text: str, log: logging.Logger) -> None:
+    """write_atomic of what can be made again: where it cannot be written, that is logged and nothing ends."""
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error.strerror)
 
 
 @contextmanager

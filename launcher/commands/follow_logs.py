@@ -65,7 +65,7 @@ class LogFollower:
 
 
 def follow(
-    files: Callable[[], Sequence[Path]], is_over: Callable[[], bool], *, num_lines: int, pause: Callable[[], None] = lambda: time.sleep(PAUSE_S)
+    files: Callable[[], Sequence[Path]], is_over: Callable[[], bool], *, num_lines: int, pause: Callable[[], None] | None = None
 ) -> None:
     """Print the last `num_lines` of each of `files`, then what is added, until `is_over`; the logs of later attempts too."""
     follower, turn = LogFollower(num_lines), 0
@@ -79,7 +79,7 @@ def follow(
         if over:
             return
         turn += 1
-        pause()
+        time.sleep(PAUSE_S) if pause is None else pause()
 
 
 def _size(path: Path) -> int:

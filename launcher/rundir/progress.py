@@ -169,14 +169,14 @@ def start_line(event: Event) -> str:
     if str(event.get("restored_from")).startswith("the memory of"):
         where += f", from {event['restored_from']}"
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
-    lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
-    lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
+    lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints") or ()]
+    lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact") or ()]
     if event.get("sequence") == "adaptive" and event.get("costs"):
         lines.append(f"step times are modelled: {event['costs']}")
     if event.get("data_changes"):
         lines.append(f"the data is not what the checkpoint was trained on, other documents follow: {'; '.join(event['data_changes'])}")
     if (event.get("schedule") or {}).get("change"):
-        lines.append(event["schedule"]["change"])
+        lines.append(str(event["schedule"]["change"]))
     if event.get("memory"):
         lines.append(f"memory: {'; '.join(event['memory'])}")
     if event.get("certificate"):
@@ -266,7 +266,8 @@ def plans_text(progress: RunProgress) -> str:
     if totals["steps"] and totals["predicted_s"] > 0:
         ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
         timed_s = totals.get("timed_predicted_s", 0.0)
-        off = f"; measured steps took {totals['timed_s'] / timed_s:.2f} x the modelled time" if timed_s > 0 else ""
+        is_timed = timed_s > 0 and "timed_s" in totals
+        off = f"; measured steps took {totals['timed_s'] / timed_s:.2f} x the modelled time" if is_timed else ""
         seconds = f"{format_seconds(ours)} a step, {format_seconds(static)} with static groups"
         parts.insert(1, f"{static / ours:.2f} x as fast as static groups in the model ({seconds}, both modelled{off})")
     if progress.planner_error:

@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ...utils.text import typed
 from ..config.aliases import current_data
 from ..config.paths import absolute_paths
 from ..config.run_config import Config
-from ..config.schema import dump_config, load_config
+from ..config.schema import dump_config, flat, load_config
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")
@@ -35,7 +35,10 @@ _OTHERS = 0o077
 """Permission bits that a private run takes from everybody but its owner."""
 
 
-_OWN = ("logs", "revisions", "slurm", "ray", "checkpoints", "metrics.jsonl", "state.json", "scores", "profile.yaml", "rates.json")
+_OWN = (
+    *("logs", "revisions", "slurm", "ray", "checkpoints", "scores"),
+    *("metrics.jsonl", "state.json", "profile.yaml", "rates.json", "costs.json"),
+)
 """Names a run directory may hold where a start was cut off before run.yaml, or run.yaml was lost. Hidden names are locks and probes."""
 
 
@@ -164,17 +167,9 @@ def _mend_hash(run_dir: Path) -> None:
 
 def config_diff(old: Config, new: Config) -> list[str]:
     """Return one line per key that differs, `train.steps: 100 -> 200`."""
-    before, after = dict(_flat(dump_config(old))), dict(_flat(dump_config(new)))
+    before, after = dict(flat(dump_config(old))), dict(flat(dump_config(new)))
     keys = [*before, *(key for key in after if key not in before)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys if before.get(key, ...) != after.get(key, ...)]
-
-
-def _flat(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

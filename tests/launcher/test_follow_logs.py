@@ -123,7 +123,9 @@ def test_a_run_is_followed_over_a_restart_to_its_failure(
     assert "\nold\n" not in out and "not asked for" not in out and f"== {run_dir}/logs/attempt-2/rank-1.log, in full" in out
 
 
-def test_a_run_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_has_ended_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = run_with(tmp_path, "local", (Attempt(number=1, started=1.0, ended=2.0, exit_code=0),), state.DONE)
     append(attempt_dir(run_dir, 1) / "rank-0.log", "words")
     monkeypatch.setattr(module.time, "sleep", lambda seconds: pytest.fail("it waits"))
