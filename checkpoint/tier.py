@@ -58,9 +58,18 @@ def check_place(address: str, directory: Path) -> Tier:
     other's checkpoints, and go on from them), or is none that can be written.
     """
     tier = open_tier(address)
-    own, expected = tier.local_path, "a folder of its own for this run, outside of run directories"
+    try:
+        _check_local(tier, directory)
+    except (OSError, RuntimeError) as error:
+        # A loop of links is a RuntimeError to pathlib.
+        raise _unusable(address, str(error), "a path that can be used") from error
+    return tier
+
+
+def _check_local(tier: Tier, directory: Path) -> None:
+    address, own, expected = tier.address, tier.local_path, "a folder of its own for this run, outside of run directories"
     if own is None:
-        return tier
+        return
     if own == Path.cwd() or own.is_relative_to(directory.resolve()) or directory.resolve().is_relative_to(own):
         raise _unusable(address, f"{own}, which holds other things", expected)
     if run := next((folder for folder in (own, *own.parents) if (folder / RUN_FILE).is_file()), None):
@@ -69,7 +78,6 @@ def check_place(address: str, directory: Path) -> Tier:
     if not there.is_dir() or (there == own and not os.access(own, os.W_OK | os.X_OK)):
         problem = "which is no directory" if not there.is_dir() else "which cannot be written"
         raise _unusable(address, f"{there}, {problem}", "a place that can be reached and written")
-    return tier
 
 
 def _unusable(address: str, actual: str, expected: str) -> CheckpointError:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 from .. import __version__
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, EfflaunchError
-from ..utils.atomic_files import full_disk_named
+from ..utils.atomic_files import file_errors_named
 from .commands import COMMANDS, command_module
 from .output import OutputError, complain, drop_output, finish_output, open_closed_streams, plain_output, steady_output
 from .unexpected import DEBUG, report_unexpected
@@ -33,7 +33,7 @@ def _guarded(given: list[str]) -> int:
     words = [word for word in given if word != DEBUG]
     try:
         words = [_with_home(word) for word in words]
-        with full_disk_named(), steady_output() if words and words[0] in _WORKS else nullcontext():
+        with file_errors_named(), steady_output() if words and words[0] in _WORKS else nullcontext():
             return _dispatch(words)
     except OutputError as error:
         return drop_output(error)

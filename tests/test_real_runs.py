@@ -323,7 +323,9 @@ def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
     """A rate far too high, with weights that are all finite still: the documents of the step are named, with their tokens."""
     shutil.copytree(reference / "runs", place / "runs")
     text = run(place, "resume", "runs/run", f"train.steps={STEPS + 9}", "optim.lr=1e18", "optim.grad_clip=null", expect=93)
-    named = re.search(r"step (\d+): found a loss or gradient norm of nan \(ranks 0, 1; ((?:corpus \S* ?document \d+ tokens \d+-\d+(?:; )?)+)", text)
+    named = re.search(
+        r"step (\d+): found a loss or gradient norm of nan \(ranks 0, 1; ((?:corpus \S* ?document \d+ tokens \d+-\d+(?:; )?)+)", text
+    )
     assert named, text
     source, step = open_data_of(place), int(named[1]) - 1
     assert step > STEPS, "the first step with it changes weights alone"

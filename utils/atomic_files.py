@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,18 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk, or a quota of one, that has no room left."""
 
 
-class FullDiskError(UserError):
-    """Raised where a file could not be written for want of room; the file as it was before is intact."""
+_HINTS: dict[int, tuple[str, str]] = {
+    **dict.fromkeys(FULL, ("room to write it", "make room on that disk, then the same command again")),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), ("one that this user may use", "another path, or the rights to this one: ls -ld PATH")),
+    errno.EROFS: ("a file system that can be written", "another path"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), ("a path that can be used", "another path")),
+}
+"""What is expected, and what to type, for errors that paths and disks of the user's make."""
+_SHOWN = 200
+
+
+class FileError(UserError):
+    """Raised where a path or a disk is the user's to mend; a file that was to be written is as it was before."""
 
 
 def sync(path: Path) -> None:
@@ -62,20 +73,17 @@ def write_cache(path: Path, text: str, log: logging.Logger) -> None:
 
 
 @contextmanager
-def full_disk_named() -> Iterator[None]:
-    """Raises FullDiskError for an OSError of a disk without room; every other error is passed on as it is."""
+def file_errors_named() -> Iterator[None]:
+    """Raises FileError for an OSError that the user can mend: no room, no right, no such kind of path. Others are passed on as they are."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in _HINTS:
             raise
-        raise full_disk(error) from error
-
-
-def full_disk(error: OSError) -> FullDiskError:
-    """FullDiskError of an error in FULL, which names the file it is about."""
-    where, reason = str(error.filename or "a file"), error.strerror or str(error)
-    return FullDiskError(where, found=reason, expected="room to write it", hint="make room on that disk, then the same command again")
+        expected, hint = _HINTS[error.errno]
+        path = str(error.filename or "a file")
+        where = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}... ({len(path)} characters)"
+        raise FileError(where, found=os.strerror(error.errno), expected=expected, hint=hint.replace("PATH", shlex.quote(where))) from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, EfflaunchError
-from ...utils.atomic_files import full_disk_named
+from ...utils.atomic_files import file_errors_named
 from ..agent import worker
 from ..agent.agent import Agent
 from ..agent.hang_watch import Others
@@ -54,7 +54,7 @@ def take_part(run_dir: Path, meeting: Meeting, place: NodePlace, entry: str, ear
     before any agent could hear it.
     """
     try:
-        with full_disk_named():
+        with file_errors_named():
             visit = Visit(run_dir, meeting, place)
             try:
                 verdict = visit.verdict(lambda: early.requested or stop_asked())

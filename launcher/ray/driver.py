@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...errors import ConfigError, EfflaunchError
-from ...utils.atomic_files import full_disk_named
+from ...utils.atomic_files import file_errors_named
 from ..agent.signals import on_stop_signals
 from ..output import lenient_file, lenient_output
 from ..rundir.run_dir import HASH_FILE, keep_private, read_run
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     lenient_output()
     try:
-        with full_disk_named():
+        with file_errors_named():
             return _drive(options)
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)

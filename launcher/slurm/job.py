@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, EfflaunchError
-from ...utils.atomic_files import full_disk_named, write_atomic
+from ...utils.atomic_files import file_errors_named, write_atomic
 from ..agent.restart_policy import lost_a_peer
 from ..agent.signals import STOP_SIGNALS
 from ..config.node_range import node_range
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     # What `prepare` and `start` print is for the script, which has to have it.
     lenient_output(*(("stdout", "stderr") if what == "settle" else ("stderr",)))
     try:
-        with full_disk_named():
+        with file_errors_named():
             return _answer(what, rest, slurm_place())
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ def test_what_is_no_cost_model_is_refused(name: str, value: Any) -> None:
 
 def test_rows_and_whole_models_that_are_none_are_refused() -> None:
     for row in (None, {}, {"degree": 1}, {**stored()["degrees"][0], "linear_s": "x"}, {**stored()["degrees"][0], "windowed_s": [[1]]}):
-        with pytest.raises(ValueError):  # noqa: PT011 - of several libraries
+        with pytest.raises(ValueError):
             load_cost({**stored(), "degrees": [row]})
     for data in (None, [], {}, {"degrees": []}):
         with pytest.raises(ValueError, match="no cost model"):
