@@ -343,11 +343,9 @@ _ADDRESSES = (
 def mirrors(draw: st.DrawFn, template: Files) -> Input:
     """A second place for checkpoints that is none: another run's, the current directory, a file, no path at all."""
     must_fail = draw(st.booleans())
-    place = draw(
-        st.sampled_from(_OWN_PLACES)
-        if must_fail
-        else st.one_of(st.sampled_from(_ADDRESSES), st.text(max_size=8).map(f"{HERE}/new/{{}}".format))
-    )
+    # Below the input's folder, for it is made.
+    new = st.text(st.characters(exclude_characters="/."), max_size=8).map(f"{HERE}/new/{{}}".format)
+    place = draw(st.sampled_from(_OWN_PLACES) if must_fail else st.one_of(st.sampled_from(_ADDRESSES), new))
     return Input("mirror", ("mirror", *_without_nul([place])), template, must_fail)
 
 

@@ -254,7 +254,9 @@ def _leave_out(run_dir: Path, config: Config, run_state: RunState, place: SlurmP
         try:
             write_atomic(exclude_file(run_dir), ",".join(excluded_names(run_state, slurm)))
         except OSError as error:
-            print(f"efflaunch: {exclude_file(run_dir)} cannot be written, no node is left out: {error.strerror}", file=sys.stderr, flush=True)
+            print(
+                f"efflaunch: {exclude_file(run_dir)} cannot be written, no node is left out: {error.strerror}", file=sys.stderr, flush=True
+            )
             return before, False
     for host, why in new.items():
         print(f"{host} is left out from now on: {why}", flush=True)

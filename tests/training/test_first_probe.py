@@ -15,7 +15,16 @@ from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.test_probe import TINY
 from efflaunch.training.optimizers.config import Update
-from efflaunch.training.profiling.first_probe import COSTS_FILE, Measured, QuickProbe, expected_s, fit_few, meaningless, too_few, without_probe
+from efflaunch.training.profiling.first_probe import (
+    COSTS_FILE,
+    Measured,
+    QuickProbe,
+    expected_s,
+    fit_few,
+    meaningless,
+    too_few,
+    without_probe,
+)
 from efflaunch.training.profiling.probe import Sample
 
 COST = CostModel(
