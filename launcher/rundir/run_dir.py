@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import stat
 import time
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def read_run(run_dir: Path) -> StoredRun:
             str(run_dir),
             found="no run.yaml",
             expected="a run directory",
-            hint="efflaunch status runs/NAME, with a directory that efflaunch made",
+            hint=_instead(run_dir),
         )
     hint = f"undo the edit (revisions/ holds every version), then: {typed('resume', run_dir, 'key=value')}"
     try:
@@ -87,6 +88,14 @@ def read_run(run_dir: Path) -> StoredRun:
     stored = current_data({key: value for key, value in data.items() if key not in _EXTRA_KEYS}, str(path))
     config = _located(run_dir, load_config(stored))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def _instead(run_dir: Path) -> str:
+    """What to type where there is no run.yaml: the newest revision is the same file."""
+    numbers = [int(path.stem) for path in (run_dir / "revisions").glob("*.yaml") if path.stem.isdecimal()]
+    if not numbers:
+        return "efflaunch status runs/NAME, with a directory that efflaunch made"
+    return f"cp {shlex.quote(str(run_dir / 'revisions' / f'{max(numbers)}.yaml'))} {shlex.quote(str(run_dir / RUN_FILE))}"
 
 
 def is_as_written(run_dir: Path, text: bytes) -> bool:

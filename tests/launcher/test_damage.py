@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,15 @@ def test_a_kill_between_two_files_of_a_revision_is_repaired(run_dir: Path) -> No
     path.write_text(path.read_text().replace("steps: 20", "steps: 21"))
     with pytest.raises(ConfigError, match="contents that do not match run.sha256"):
         read_run(run_dir)
+
+
+def test_a_run_file_that_is_lost_is_the_newest_revision(run_dir: Path) -> None:
+    config = read_run(run_dir).config
+    (run_dir / RUN_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"found no run.yaml.*\n  Try: cp \S*/revisions/1.yaml \S*/run.yaml") as raised:
+        read_run(run_dir)
+    subprocess.run(raised.value.hint, shell=True, check=True)
+    assert read_run(run_dir).config == config
 
 
 def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
