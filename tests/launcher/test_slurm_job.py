@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.env import SlurmPlace, slurm_place
+from efflaunch.launcher.nodes import node as node_module
 from efflaunch.launcher.nodes.next_action import Verdict
-from efflaunch.launcher.nodes.node import NodeAgent
 from efflaunch.launcher.nodes.node_place import NodePlace
 from efflaunch.launcher.rundir.lock import lock_run
 from efflaunch.launcher.rundir.run_dir import attempt_dir, read_attempt
@@ -165,12 +167,11 @@ def test_a_full_disk_is_named_and_the_exit_code_is_the_attempts(
 
 def test_a_node_that_cannot_leave_its_report_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run_dir)
-    agent = NodeAgent.__new__(NodeAgent)
-    agent.run_dir, agent.out_of_time = run_dir, 0
-    agent.place = NodePlace(node=1, num_nodes=2, name="n1", folder="slurm", exclude_key="", ends_with_others=True)
+    agent: Any = SimpleNamespace(run_dir=run_dir, reports=[], out_of_time=0)
+    place = NodePlace(node=1, num_nodes=2, name="n1", folder="slurm", exclude_key="", ends_with_others=True)
     attempt_dir(run_dir, 1).mkdir(parents=True, exist_ok=True)
     with no_room():
-        agent._report(1, 0)
+        node_module._report(agent, place, 1, 0)
     assert "logs/attempt-1/node-1.json cannot be written: No space left on device" in capsys.readouterr().err
     assert job.settle(run_dir, PLACE) is Verdict.REQUEUE
 
