@@ -1,0 +1,167 @@
+"""Choose the schedule of a layer: every candidate is simulated with contention, and the fastest is kept. Pure.
+
+Candidates are the schedules of other systems (peers.py) and our own: list scheduling by upward rank, weight gradients deferred,
+reductions that fill gaps of their links, any of nine degrees for each phase, the batch whole or as two halves that are staggered. So
+the plan is never slower than any of the others in the model. Choosing is deterministic: the same costs give the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from . import fsmoe, peers
+from .build_plan import phase_plan
+from .cost import Contention, LayerCost, WeightGradients
+from .peers import Peer
+from .plan import Phase, Schedule
+from .recipe import Attempt, Order, Prepared, Recipe, attempt, prepare
+
+DEGREES = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+STAGGERS = (0.0, 0.25, 0.5)
+"""Layers by which the second half of a batch lags."""
+DEFERRED = ((WeightGradients.FUSED, 1), (WeightGradients.EXPERTS, 1), (WeightGradients.ALL, 1), (WeightGradients.ALL, 2))
+"""Weight gradients that are deferred, and by how many layers at most."""
+GAP_STRETCH = 1.02
+"""A piece may end a little after the gap it was made for: all-to-alls that come early are rare."""
+OURS_WHOLE, OURS_HALVES = "ours", "ours, half-batches"
+"""Names of our own schedules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Forward and backward of one scheduler."""
+
+    name: str
+    forward: Attempt
+    backward: Attempt
+
+    @property
+    def seconds(self) -> float:
+        """Of both phases."""
+        return self.forward.seconds + self.backward.seconds
+
+    @property
+    def parts(self) -> int:
+        """Parts of the batch, in both phases."""
+        return self.forward.recipe.parts
+
+
+def solve(cost: LayerCost, contention: Contention, *, layers: int = 4, half_batches: bool = True) -> Schedule:
+    """Plan `layers` equal layers: the fastest of all candidates. `half_batches`: False where memory has no room for them."""
+    prepared = prepare(cost, contention, layers)
+    return schedule(best(candidates(prepared).values(), half_batches=half_batches), prepared)
+
+
+def schedule(choice: Choice, prepared: Prepared) -> Schedule:
+    """The plan of a choice."""
+    return Schedule(
+        name=choice.name,
+        forward=phase_plan(choice.forward, Phase.FORWARD, prepared),
+        backward=phase_plan(choice.backward, Phase.BACKWARD, prepared),
+        predicted_s=choice.seconds,
+    )
+
+
+def candidates(prepared: Prepared) -> dict[str, Choice]:
+    """Each scheduler's fastest, by name; ours with the batch whole, and as halves where it can be halved."""
+    found = {OURS_WHOLE: own_choice(prepared, 1, OURS_WHOLE)}
+    if prepared.cost.max_parts % 2 == 0:
+        found[OURS_HALVES] = own_choice(prepared, 2, OURS_HALVES)
+    return {**found, **peer_choices(prepared)}
+
+
+def best(choices: Iterable[Choice], *, half_batches: bool = True) -> Choice:
+    """The fastest, the first of equals; without half-batches, of those that leave the batch whole."""
+    return min((choice for choice in choices if half_batches or choice.parts == 1), key=lambda choice: choice.seconds)
+
+
+def peer_choices(prepared: Prepared) -> dict[str, Choice]:
+    """The fastest that each other system can choose, by name."""
+    tutel = _tutel(prepared)
+    degree = tutel.forward.recipe.degree
+    after, beside = peers.at_end(prepared), peers.beside_attention(prepared)
+    small = peers.in_pieces(prepared, peers.LINA_PIECE_ELEMENTS)
+    found = [
+        _choice(Peer.SEQUENTIAL, [peers.sequential()], [peers.sequential(after)], prepared),
+        tutel,
+        _choice(Peer.TUTEL_OVERLAP, peers.tutel(degree), peers.tutel(degree, beside), prepared),
+        _choice(Peer.LINA, [peers.lina(degree)], [peers.lina(degree, small)], prepared),
+        _choice(Peer.FSMOE, [fsmoe.forward(prepared)], fsmoe.backward(prepared), prepared),
+        _flowmoe(prepared),
+    ]
+    return {choice.name: choice for choice in found}
+
+
+def _choice(peer: Peer, forward: Iterable[Recipe], backward: Iterable[Recipe], prepared: Prepared) -> Choice:
+    return Choice(peer.value, _fastest(forward, Phase.FORWARD, prepared), _fastest(backward, Phase.BACKWARD, prepared))
+
+
+def _fastest(recipes: Iterable[Recipe], phase: Phase, prepared: Prepared) -> Attempt:
+    return min((attempt(recipe, phase, prepared) for recipe in recipes), key=lambda tried: tried.seconds)
+
+
+def _tutel(prepared: Prepared) -> Choice:
+    """One degree for both phases."""
+    after = peers.at_end(prepared)
+    pairs = (_choice(Peer.TUTEL, peers.tutel(degree), peers.tutel(degree, after), prepared) for degree in fsmoe.DEGREES)
+    return min(pairs, key=lambda choice: choice.seconds)
+
+
+def _flowmoe(prepared: Prepared) -> Choice:
+    """One number of parts for both phases; the size of pieces is searched for with the best degree of a middling size."""
+    middling = peers.in_pieces(prepared, peers.FLOWMOE_PIECES[2])
+    choices = []
+    for parts in peers.parts_of(prepared.cost.max_parts):
+        first = _fastest(peers.flowmoe(parts, middling), Phase.BACKWARD, prepared)
+        sizes = (replace(first.recipe, pieces=peers.in_pieces(prepared, size)) for size in peers.FLOWMOE_PIECES)
+        forward = _fastest(peers.flowmoe(parts), Phase.FORWARD, prepared)
+        choices.append(Choice(Peer.FLOWMOE.value, forward, _fastest(sizes, Phase.BACKWARD, prepared)))
+    return min(choices, key=lambda choice: choice.seconds)
+
+
+def fsmoe_one_stream(prepared: Prepared) -> Choice:
+    """FSMoE without both kinds of links side by side: an ablation of its paper, and no candidate."""
+    backward = (recipe for full in fsmoe.backward(prepared) for recipe in fsmoe.one_stream(full.pieces))
+    return _choice(Peer.FSMOE_ONE_STREAM, fsmoe.one_stream(), backward, prepared)
+
+
+def own_choice(prepared: Prepared, parts: int, name: str) -> Choice:
+    """Our own schedule with the batch in so many parts."""
+    return Choice(name, own_phase(prepared, parts, Phase.FORWARD), own_phase(prepared, parts, Phase.BACKWARD))
+
+
+def own_phase(prepared: Prepared, parts: int, phase: Phase) -> Attempt:
+    """Search one phase: an axis at a time (degree, stagger, deferred gradients) until none gives anything faster."""
+    axes = {
+        "degree": tuple(degree for degree in DEGREES if parts * degree <= DEGREES[-1]),
+        "stagger": STAGGERS if parts > 1 else STAGGERS[:1],
+        "deferred": DEFERRED if phase is Phase.BACKWARD else DEFERRED[:1],
+    }
+    tried: dict[tuple[int, ...], Attempt] = {}
+
+    def at(point: tuple[int, ...]) -> Attempt:
+        if point not in tried:
+            degree, stagger, (weights, horizon) = (axis[index] for axis, index in zip(axes.values(), point, strict=True))
+            recipe = Recipe(
+                degree=degree,
+                parts=parts,
+                weights=weights,
+                horizon=horizon,
+                stagger=stagger,
+                order=Order.RANK,
+                gap_stretch=GAP_STRETCH if phase is Phase.BACKWARD else None,
+            )
+            tried[point] = attempt(recipe, phase, prepared)
+        return tried[point]
+
+    middle = (len(axes["stagger"]) // 2, len(axes["deferred"]) // 2)
+    point = min(((index, *middle) for index in range(0, len(axes["degree"]), 2)), key=lambda p: at(p).seconds)
+    while True:
+        steps = [(point[0] + step, *point[1:]) for step in (-1, 1) if 0 <= point[0] + step < len(axes["degree"])]
+        steps += [(point[0], index, point[2]) for index in range(len(axes["stagger"]))]
+        steps += [(*point[:2], index) for index in range(len(axes["deferred"]))]
+        nearest = min([point, *steps], key=lambda p: at(p).seconds)
+        if nearest == point:
+            return at(point)
+        point = nearest
