@@ -104,8 +104,8 @@ class Rates:
         """PlanError where the machine was not measured for it."""
         cost = self.collectives.get((kind, resource))
         if cost is None:
-            links = resource.name.lower() + "-node links"
-            raise PlanError(f"rates of {self.name}", found=f"no {kind.value} on {links}", expected="alpha and beta of it", hint="measure it")
+            found = f"no {kind.value} on {resource.name.lower()}-node links"
+            raise PlanError(f"rates of {self.name}", found=found, expected="alpha and beta of it", hint="measure it")
         return cost
 
 

@@ -207,7 +207,9 @@ def next_end_s(links: int, slow: Any, ints: Any, now: Any, clock: Any) -> float:
     return step
 
 
-def run(resource: Any, seconds: Any, need_end: Any, need: Any, gradient: Any, stream: Any, key: Any, strict: bool, slow: Any, pool: Any) -> Any:
+def run(
+    resource: Any, seconds: Any, need_end: Any, need: Any, gradient: Any, stream: Any, key: Any, strict: bool, slow: Any, pool: Any
+) -> Any:
     """(seconds, ints, floats, sends) of a graph (see graph.py); seconds are -1 where the orders wait for each other for ever.
 
     START, STOP and TURN (which counts starts over all streams) are in the tables. A piece's PIECE_HIGH is the last layer whose

@@ -92,7 +92,9 @@ def partition(prepared: Prepared, gradient: GradientCost) -> tuple[float, float]
     """
     part = chunk(Phase.BACKWARD, prepared, choose_degree(Phase.BACKWARD, prepared))
     rows = prepared.operators(Phase.BACKWARD)
-    dense_s = sum(row.seconds(1.0) for row in rows if row.operator in (Operator.ATTENTION, Operator.ATTENTION_GATHER, Operator.ATTENTION_SCATTER))
+    dense_s = sum(
+        row.seconds(1.0) for row in rows if row.operator in (Operator.ATTENTION, Operator.ATTENTION_GATHER, Operator.ATTENTION_SCATTER)
+    )
     mixture = min(gradient.elements, _fits(window_s(part), gradient))
     attention = min(gradient.elements - mixture, _fits(dense_s, gradient))
     return gradient.elements - attention, attention

@@ -29,12 +29,12 @@ FILLER = 1e6
 ATTENTION, DISPATCH, EXPERTS, COMBINE = int(Operator.ATTENTION), int(Operator.DISPATCH), int(Operator.EXPERTS), int(Operator.COMBINE)
 EXPERT_GATHER, EXPERT_SCATTER = int(Operator.EXPERT_GATHER), int(Operator.EXPERT_SCATTER)
 EXPERT_WEIGHTS, ATTENTION_WEIGHTS, REDUCE = int(Operator.EXPERT_WEIGHTS), int(Operator.ATTENTION_WEIGHTS), int(Operator.REDUCE)
+WEIGHTS = (EXPERT_WEIGHTS, ATTENTION_WEIGHTS)
 
 _MIXTURE = (Operator.DISPATCH, Operator.EXPERT_GATHER, Operator.EXPERTS, Operator.EXPERT_SCATTER, Operator.COMBINE)
 _ATTENTION = (Operator.ATTENTION_GATHER, Operator.ATTENTION, Operator.ATTENTION_SCATTER)
-_WEIGHTS = (Operator.EXPERT_WEIGHTS, Operator.ATTENTION_WEIGHTS)
 FORWARD = np.array([*_ATTENTION, Operator.GATE, *_MIXTURE], dtype=np.int64)
-BACKWARD = np.array([Operator.INVERSE_ORDER, *_MIXTURE, Operator.GATE, *_ATTENTION, *_WEIGHTS], dtype=np.int64)
+BACKWARD = np.array([Operator.INVERSE_ORDER, *_MIXTURE, Operator.GATE, *_ATTENTION, *WEIGHTS], dtype=np.int64)
 """Operators of a layer in the order in which one part of its batch passes through them; deferred weight gradients come last."""
 
 
@@ -68,7 +68,7 @@ def add_block(need: Any, many: int, first: int, length: int) -> int:
 def needs_of_first(need: Any, many: int, place: int, part: int, parts: int, horizon: int, first: Any, length: Any) -> int:
     """Append what a layer's part waits for: its weight gradients may be deferred by `horizon` layers and no more."""
     if horizon > 0 and place >= horizon:
-        for operator in (EXPERT_WEIGHTS, ATTENTION_WEIGHTS):
+        for operator in WEIGHTS:
             block = block_of(place - horizon, part, operator, parts)
             many = add_block(need, many, first[block], length[block])
     return many
@@ -123,7 +123,7 @@ def add_layers(tables: Any, counts: Any, sequence: Any, shape: Any, alpha: Any, 
                 if width_of(operator, alpha, work) == 0:
                     continue
                 block = block_of(place, part, operator, parts)
-                if operator == EXPERT_WEIGHTS or operator == ATTENTION_WEIGHTS:
+                if operator in WEIGHTS:
                     source = block_of(place, part, EXPERTS if operator == EXPERT_WEIGHTS else ATTENTION, parts)
                     add_operator(tables, counts, block, source, False, shape, alpha, work)
                 else:
@@ -234,7 +234,7 @@ def keys_by_rank(graph: Any, layers: int, stagger: float) -> Any:
     stagger_s = -key.min() / layers * stagger
     for task in range(len(key)):
         operator = graph[OPERATOR][task]
-        if operator == EXPERT_WEIGHTS or operator == ATTENTION_WEIGHTS:
+        if operator in WEIGHTS:
             key[task] = FILLER + task
         elif operator == REDUCE:
             key[task] = 2 * FILLER + task

@@ -43,8 +43,16 @@ LEGEND = {
 }
 NAMES = {Resource.COMPUTE: "compute", Resource.INTRA: "intra-node", Resource.INTER: "inter-node"}
 COLOURS = {
-    **{"a": "#7748a8", "o": "#c9a5e0", "x": "#e0607e", "w": "#f3b3bf", "h": "#1f8aa8"},
-    **{"g": "#1aa08a", "s": "#8fd3c5", "d": "#f48c6a", "c": "#fbbf77", "r": "#6b7280"},
+    "a": "#7748a8",
+    "o": "#c9a5e0",
+    "x": "#e0607e",
+    "w": "#f3b3bf",
+    "h": "#1f8aa8",
+    "g": "#1aa08a",
+    "s": "#8fd3c5",
+    "d": "#f48c6a",
+    "c": "#fbbf77",
+    "r": "#6b7280",
 }
 _INK, _PAPER, _IDLE = "#22272e", "#ffffff", "#eceff2"
 

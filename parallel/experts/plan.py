@@ -148,7 +148,7 @@ def check_schedule(schedule: Schedule) -> None:
 
 
 def check_phase(plan: PhasePlan) -> None:
-    """PlanError for a task that is missing, on two streams or before what it needs, and for gradients reduced twice, early or not at all."""
+    """PlanError for tasks that are missing, twice or before what they need, and for gradients reduced twice, early or not at all."""
     _require(sorted(n for order in plan.orders for n in order) == list(range(len(plan.tasks))), plan, "tasks in no order, or in two")
     for stream, order in enumerate(plan.orders):
         _require(all(plan.streams.of(plan.tasks[n].resource) == stream for n in order), plan, "a task on the stream of another resource")

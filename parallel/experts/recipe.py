@@ -16,6 +16,7 @@ from .engine import runner
 from .graph import BACKWARD, FORWARD, OPERATORS, RESOURCE, RESOURCES, builders
 from .plan import Phase, Streams
 
+
 class Order(Enum):
     """How a stream chooses its next task."""
 

@@ -8,7 +8,7 @@ the plan is never slower than any of the others in the model. Choosing is determ
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from . import fsmoe, peers
 from .build_plan import phase_plan
@@ -24,6 +24,7 @@ DEFERRED = ((WeightGradients.FUSED, 1), (WeightGradients.EXPERTS, 1), (WeightGra
 """Weight gradients that are deferred, and by how many layers at most."""
 GAP_STRETCH = 1.02
 """A piece may end a little after the gap it was made for: all-to-alls that come early are rare."""
+Point = tuple[int, int, int]
 OURS_WHOLE, OURS_HALVES = "ours", "ours, half-batches"
 """Names of our own schedules."""
 
@@ -131,37 +132,51 @@ def own_choice(prepared: Prepared, parts: int, name: str) -> Choice:
     return Choice(name, own_phase(prepared, parts, Phase.FORWARD), own_phase(prepared, parts, Phase.BACKWARD))
 
 
-def own_phase(prepared: Prepared, parts: int, phase: Phase) -> Attempt:
-    """Search one phase: an axis at a time (degree, stagger, deferred gradients) until none gives anything faster."""
-    axes = {
-        "degree": tuple(degree for degree in DEGREES if parts * degree <= DEGREES[-1]),
-        "stagger": STAGGERS if parts > 1 else STAGGERS[:1],
-        "deferred": DEFERRED if phase is Phase.BACKWARD else DEFERRED[:1],
-    }
-    tried: dict[tuple[int, ...], Attempt] = {}
+@dataclass(slots=True)
+class _Search:
+    """Our recipes of one phase, each simulated once. A point is (index of a degree, of a stagger, of what is deferred)."""
 
-    def at(point: tuple[int, ...]) -> Attempt:
-        if point not in tried:
-            degree, stagger, (weights, horizon) = (axis[index] for axis, index in zip(axes.values(), point, strict=True))
+    prepared: Prepared
+    phase: Phase
+    parts: int
+    tried: dict[Point, Attempt] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> Point:
+        """How many values each axis has."""
+        degrees = sum(self.parts * degree <= DEGREES[-1] for degree in DEGREES)
+        return degrees, len(STAGGERS) if self.parts > 1 else 1, len(DEFERRED) if self.phase is Phase.BACKWARD else 1
+
+    def seconds(self, point: Point) -> float:
+        """What the recipe of a point takes."""
+        if point not in self.tried:
+            weights, horizon = DEFERRED[point[2]]
             recipe = Recipe(
-                degree=degree,
-                parts=parts,
+                degree=DEGREES[point[0]],
+                parts=self.parts,
                 weights=weights,
                 horizon=horizon,
-                stagger=stagger,
+                stagger=STAGGERS[point[1]],
                 order=Order.RANK,
-                gap_stretch=GAP_STRETCH if phase is Phase.BACKWARD else None,
+                gap_stretch=GAP_STRETCH if self.phase is Phase.BACKWARD else None,
             )
-            tried[point] = attempt(recipe, phase, prepared)
-        return tried[point]
+            self.tried[point] = attempt(recipe, self.phase, self.prepared)
+        return self.tried[point].seconds
 
-    middle = (len(axes["stagger"]) // 2, len(axes["deferred"]) // 2)
-    point = min(((index, *middle) for index in range(0, len(axes["degree"]), 2)), key=lambda p: at(p).seconds)
-    while True:
-        steps = [(point[0] + step, *point[1:]) for step in (-1, 1) if 0 <= point[0] + step < len(axes["degree"])]
-        steps += [(point[0], index, point[2]) for index in range(len(axes["stagger"]))]
-        steps += [(*point[:2], index) for index in range(len(axes["deferred"]))]
-        nearest = min([point, *steps], key=lambda p: at(p).seconds)
-        if nearest == point:
-            return at(point)
+    def around(self, point: Point) -> list[Point]:
+        """The point, the degrees next to it, and all of the other two axes."""
+        degree, stagger, deferred = point
+        degrees, staggers, ways = self.sizes
+        steps = [(step, stagger, deferred) for step in (degree, degree - 1, degree + 1) if 0 <= step < degrees]
+        steps += [(degree, index, deferred) for index in range(staggers)]
+        return steps + [(degree, stagger, index) for index in range(ways)]
+
+
+def own_phase(prepared: Prepared, parts: int, phase: Phase) -> Attempt:
+    """Search one phase: from the best of every second degree, to whatever is faster around it, until nothing is."""
+    search = _Search(prepared, phase, parts)
+    degrees, staggers, ways = search.sizes
+    point = min(((index, staggers // 2, ways // 2) for index in range(0, degrees, 2)), key=search.seconds)
+    while (nearest := min(search.around(point), key=search.seconds)) != point:
         point = nearest
+    return search.tried[point]
