@@ -62,13 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m efflaunch.bench.experts", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the sweep's result goes")
-    parser.add_argument("--sample", type=int, metavar="N", help="so many layers of each testbed; all of them without it")
-    parser.add_argument("--layers", type=int, default=4, help="equal layers in a row")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--sample", type=_count, metavar="N", help="so many layers of each testbed; all of them without it")
+    parser.add_argument("--layers", type=_count, default=4, help="equal layers in a row")
+    parser.add_argument("--processes", type=_count, default=1)
     keys = "testbed, contention, schedule, batch, tokens, hidden, ffn, heads, capacity, top_k, products"
     parser.add_argument("--show", nargs="*", metavar="KEY=VALUE", help=f"one layer's schedule instead; keys: {keys}")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --show: draw it, as .svg, .png or .pdf")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more")
+    return int(text)
 
 
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -82,7 +88,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _layers(name: str, sample: int | None) -> list[ExpertLayer]:
     layers = list(TESTBEDS[name].sweep())
-    return layers if sample is None else random.Random(0).sample(layers, sample)
+    return layers if sample is None else random.Random(0).sample(layers, min(sample, len(layers)))
 
 
 def row(case: tuple[str, ExpertLayer, int]) -> dict[str, Any]:

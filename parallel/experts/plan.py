@@ -177,7 +177,7 @@ def _check_chunks(plan: PhasePlan) -> None:
     for operator, layer, part, chunk in at:
         if operator in CHAIN:
             earlier = [kind for kind in CHAIN[: CHAIN.index(operator)] if kind in counts]
-            needed = at[earlier[-1], layer, part, chunk] if earlier else set()
+            needed = at.get((earlier[-1], layer, part, chunk), {-1}) if earlier else set()
             held = all(needed <= set(plan.tasks[n].needs) for n in at[operator, layer, part, chunk])
             _require(held, plan, f"{operator.name} of layer {layer}, part {part}, chunk {chunk} before {[k.name for k in earlier[-1:]]}")
 

@@ -1,0 +1,55 @@
+"""Section of docs/benchmarks.md about schedules of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NAMES = {
+    "sequential": "sequential, as DeepSpeed-MoE",
+    "tutel": "Tutel, best degree",
+    "tutel_overlap": "Tutel, gradients beside attention",
+    "lina": "Tutel's chunks, gradients in 30 MB pieces as Lina",
+    "fsmoe_one_stream": "FSMoE, all communication on one stream",
+    "fsmoe": "FSMoE",
+    "flowmoe": "FlowMoE",
+    "ours_whole": "**ours, the batch whole**",
+    "ours": "**ours**",
+}
+
+
+def experts(result: dict[str, Any]) -> list[str]:
+    """A row per scheduler, a column per testbed and contention."""
+    columns = [(contention, testbed) for contention in ("calibrated", "ideal") for testbed in ("A", "B") if testbed in result[contention]]
+    lines = [
+        "## Schedules of experts, simulated",
+        "",
+        f"FSMoE's sweep (arXiv 2501.10714) of {result['calibrated']['layers']:,} layers on its testbeds A (6 x 8 A6000) and B "
+        f"(8 x 4 RTX 2080 Ti), {result['layers']} equal layers,",
+        "forward and backward. **Simulated, not measured**: every schedule, the peers' too, runs in one cost model fitted to that paper's",
+        "Table 2 ([experts.md](experts.md)). With `calibrated` contention links slow each other and compute down, with `ideal` none does.",
+        "A peer is its fastest schedule in the model.",
+        "",
+        *(_headline(contention, result) for contention in ("calibrated", "ideal")),
+        "",
+        "Mean speed-up over Tutel / times the lower bound of schedules that leave the batch whole / of every schedule (geometric means;",
+        "half-batches may be under the first bound).",
+        "",
+        f"| schedule | {' | '.join(f'{contention} {testbed}' for contention, testbed in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for name, label in _NAMES.items():
+        rows = [result[contention][testbed]["schedulers"][name] for contention, testbed in columns]
+        cells = (f"{row['over_tutel']:.3f} / {row['times_whole_lower']:.3f} / {row['times_lower']:.3f}" for row in rows)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _headline(contention: str, result: dict[str, Any]) -> str:
+    found, aims = result[contention], result["targets"][contention]
+    return (
+        f"- {contention}: **mean_over_tutel {found['mean_over_tutel']:.3f}** (aim {aims['ours']:g}), without half-batches "
+        f"{found['mean_over_tutel_whole']:.3f} (aim {aims['ours_whole']:g}); **mean_over_fsmoe {found['mean_over_fsmoe']:.3f}**, "
+        f"least_over_fsmoe {found['least_over_fsmoe']:.3f}; mean_over_flowmoe {found['mean_over_flowmoe']:.3f}, least_over_flowmoe "
+        f"{found['least_over_flowmoe']:.3f}; schedules under a bound: {found['under_a_bound']}; a plan took "
+        f"{1e3 * found['plan_s_p50']:.1f} ms (median, processor time)."
+    )
