@@ -93,7 +93,7 @@ CHAIN = (Operator.DISPATCH, Operator.EXPERT_GATHER, Operator.EXPERTS, Operator.E
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
+class ExpertSchedule:
     """Forward and backward pass, and what they are predicted to take."""
 
     name: str
@@ -123,7 +123,7 @@ def _lines(plan: PhasePlan) -> Iterator[str]:
         yield " ".join(map(str, order))
 
 
-def describe(schedule: Schedule) -> str:
+def describe(schedule: ExpertSchedule) -> str:
     """The schedule in a few lines of words."""
     cut = f"{schedule.parts} parts of the batch, interleaved" if schedule.parts > 1 else "the whole batch"
     lines = [f"{schedule.name}: {cut}, {1e3 * schedule.predicted_s:.2f} ms predicted, {schedule.digest[:12]}"]
@@ -140,7 +140,7 @@ def describe(schedule: Schedule) -> str:
     return "\n".join(lines)
 
 
-def check_schedule(schedule: Schedule) -> None:
+def check_schedule(schedule: ExpertSchedule) -> None:
     """PlanError unless both phases can be executed, whole and without waiting for ever."""
     _require(schedule.forward.parts == schedule.backward.parts, schedule.forward, "another number of parts in backward")
     for plan in (schedule.forward, schedule.backward):

@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import PlanError
 from .cost import Contention, LayerCost, Operator, OperatorCost, Resource
 from .engine import START, STOP, runner
-from .plan import Phase, PhasePlan, Schedule, Task
+from .plan import ExpertSchedule, Phase, PhasePlan, Task
 
 _NO_POOL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -41,7 +41,7 @@ class PhaseTimeline:
         return busy / self.seconds if self.seconds > 0 else 0.0
 
 
-def simulate_schedule(schedule: Schedule, cost: LayerCost, contention: Contention) -> tuple[PhaseTimeline, PhaseTimeline]:
+def simulate_schedule(schedule: ExpertSchedule, cost: LayerCost, contention: Contention) -> tuple[PhaseTimeline, PhaseTimeline]:
     """Forward and backward; a step takes the sum of both."""
     return simulate(schedule.forward, cost, contention), simulate(schedule.backward, cost, contention)
 

@@ -14,7 +14,7 @@ from . import fsmoe, peers
 from .build_plan import phase_plan
 from .cost import Contention, LayerCost, WeightGradients
 from .peers import Peer
-from .plan import Phase, Schedule
+from .plan import ExpertSchedule, Phase
 from .recipe import Attempt, Order, Prepared, Recipe, attempt, prepare
 
 DEGREES = (1, 2, 3, 4, 5, 6, 8, 10, 12)
@@ -48,15 +48,15 @@ class Choice:
         return self.forward.recipe.parts
 
 
-def solve(cost: LayerCost, contention: Contention, *, layers: int = 4, half_batches: bool = True) -> Schedule:
+def solve(cost: LayerCost, contention: Contention, *, layers: int = 4, half_batches: bool = True) -> ExpertSchedule:
     """Plan `layers` equal layers: the fastest of all candidates. `half_batches`: False where memory has no room for them."""
     prepared = prepare(cost, contention, layers)
     return schedule(best(candidates(prepared).values(), half_batches=half_batches), prepared)
 
 
-def schedule(choice: Choice, prepared: Prepared) -> Schedule:
+def schedule(choice: Choice, prepared: Prepared) -> ExpertSchedule:
     """The plan of a choice."""
-    return Schedule(
+    return ExpertSchedule(
         name=choice.name,
         forward=phase_plan(choice.forward, Phase.FORWARD, prepared),
         backward=phase_plan(choice.backward, Phase.BACKWARD, prepared),

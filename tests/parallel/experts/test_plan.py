@@ -9,7 +9,7 @@ import pytest
 
 from efflaunch.errors import PlanError
 from efflaunch.parallel.experts.cost import CALIBRATED, ExpertLayer, Operator, Resource, WeightGradients
-from efflaunch.parallel.experts.plan import Phase, PhasePlan, Schedule, Streams, Task, check_phase, check_schedule, describe
+from efflaunch.parallel.experts.plan import ExpertSchedule, Phase, PhasePlan, Streams, Task, check_phase, check_schedule, describe
 from efflaunch.parallel.experts.solve import solve
 from efflaunch.parallel.experts.testbeds import TESTBEDS
 
@@ -17,7 +17,7 @@ LAYER = ExpertLayer(batch=2, tokens=512, hidden=1024, ffn=2048, heads=8, capacit
 
 
 @pytest.fixture(scope="module")
-def schedule() -> Schedule:
+def schedule() -> ExpertSchedule:
     return solve(TESTBEDS["B"].cost(LAYER), CALIBRATED, layers=2)
 
 
@@ -37,12 +37,12 @@ def reductions(plan: PhasePlan) -> list[int]:
     return [number for number, task in enumerate(plan.tasks) if task.operator is Operator.REDUCE]
 
 
-def test_what_solve_makes_can_be_executed(schedule: Schedule) -> None:
+def test_what_solve_makes_can_be_executed(schedule: ExpertSchedule) -> None:
     check_schedule(schedule)
     assert schedule.parts == schedule.forward.parts == schedule.backward.parts
 
 
-def test_the_digest_is_of_what_is_executed(schedule: Schedule) -> None:
+def test_the_digest_is_of_what_is_executed(schedule: ExpertSchedule) -> None:
     again = solve(TESTBEDS["B"].cost(LAYER), CALIBRATED, layers=2)
     assert again == schedule and again.digest == schedule.digest and len(schedule.digest) == 64
     assert replace(schedule, predicted_s=1.0, name="another").digest == schedule.digest
@@ -73,7 +73,7 @@ def test_the_digest_of_a_known_plan_does_not_change() -> None:
         tasks=(task,),
         orders=((0,),),
     )
-    known = Schedule(name="known", forward=plan, backward=replace(plan, phase=Phase.BACKWARD), predicted_s=0.0)
+    known = ExpertSchedule(name="known", forward=plan, backward=replace(plan, phase=Phase.BACKWARD), predicted_s=0.0)
     assert known.digest == "52337cceb089c21f671ad2dd774130714f18c05c8ba66c4499d80a786e97f49a"
 
 
@@ -106,17 +106,17 @@ def _first(plan: PhasePlan, operator: Operator) -> int:
     ],
     ids=["missing", "stream", "deadlock", "needs", "chunk", "operator", "lost", "twice", "early"],
 )
-def test_what_cannot_be_executed_is_refused(schedule: Schedule, change: Change, words: str) -> None:
+def test_what_cannot_be_executed_is_refused(schedule: ExpertSchedule, change: Change, words: str) -> None:
     with pytest.raises(PlanError, match=words):
         check_phase(change(schedule.backward))
 
 
-def test_both_phases_have_the_same_parts(schedule: Schedule) -> None:
+def test_both_phases_have_the_same_parts(schedule: ExpertSchedule) -> None:
     with pytest.raises(PlanError, match="another number of parts"):
         check_schedule(replace(schedule, forward=replace(schedule.forward, parts=4)))
 
 
-def test_in_words(schedule: Schedule) -> None:
+def test_in_words(schedule: ExpertSchedule) -> None:
     words = describe(schedule)
     assert f"{1e3 * schedule.predicted_s:.2f} ms predicted, {schedule.digest[:12]}" in words
     assert "ours, half-batches: 2 parts of the batch, interleaved" in words

@@ -8,7 +8,7 @@ import pytest
 
 from efflaunch.errors import PlanError
 from efflaunch.parallel.experts.cost import CALIBRATED, IDEAL, ExpertLayer, LayerCost, Operator, Resource
-from efflaunch.parallel.experts.plan import Schedule
+from efflaunch.parallel.experts.plan import ExpertSchedule
 from efflaunch.parallel.experts.recipe import prepare
 from efflaunch.parallel.experts.simulate import simulate, simulate_schedule
 from efflaunch.parallel.experts.solve import candidates, schedule, solve
@@ -18,7 +18,7 @@ COST = TESTBEDS["A"].cost(ExpertLayer(batch=2, tokens=1024, hidden=2048, ffn=819
 
 
 @pytest.fixture(scope="module")
-def plan() -> Schedule:
+def plan() -> ExpertSchedule:
     return solve(COST, CALIBRATED)
 
 
@@ -30,7 +30,7 @@ def test_every_schedulers_plan_takes_what_it_was_predicted() -> None:
             assert sum(line.seconds for line in simulate_schedule(made, COST, contention)) == pytest.approx(made.predicted_s, rel=1e-6)
 
 
-def test_a_resource_runs_one_task_at_a_time_in_the_plans_order(plan: Schedule) -> None:
+def test_a_resource_runs_one_task_at_a_time_in_the_plans_order(plan: ExpertSchedule) -> None:
     for line in simulate_schedule(plan, COST, CALIBRATED):
         for order in line.plan.orders:
             bars = [line.bars[number] for number in order]
@@ -40,7 +40,7 @@ def test_a_resource_runs_one_task_at_a_time_in_the_plans_order(plan: Schedule) -
             assert 0 < line.busy_share(resource) <= 1 and line.busy_share(resource) == pytest.approx(spent / line.seconds)
 
 
-def test_the_same_plan_on_a_slower_machine(plan: Schedule) -> None:
+def test_the_same_plan_on_a_slower_machine(plan: ExpertSchedule) -> None:
     def slower(cost: LayerCost) -> LayerCost:
         backward = {
             how: tuple(replace(row, alpha_s=2 * row.alpha_s, work_s=2 * row.work_s) for row in rows) for how, rows in cost.backward.items()
@@ -54,13 +54,13 @@ def test_the_same_plan_on_a_slower_machine(plan: Schedule) -> None:
     assert simulate(plan.backward, COST, IDEAL).seconds < once.seconds
 
 
-def test_orders_that_cannot_end(plan: Schedule) -> None:
+def test_orders_that_cannot_end(plan: ExpertSchedule) -> None:
     orders = (tuple(reversed(plan.forward.orders[0])), *plan.forward.orders[1:])
     with pytest.raises(PlanError, match="wait for each other for ever"):
         simulate(replace(plan.forward, orders=orders), COST, CALIBRATED)
 
 
-def test_costs_of_another_layout(plan: Schedule) -> None:
+def test_costs_of_another_layout(plan: ExpertSchedule) -> None:
     without = tuple(row for row in COST.forward if row.operator is not Operator.EXPERT_GATHER)
     with pytest.raises(PlanError, match="no EXPERT_GATHER on INTRA"):
         simulate(plan.forward, replace(COST, forward=without), CALIBRATED)
