@@ -95,8 +95,8 @@ def row(case: tuple[str, ExpertLayer, int]) -> dict[str, Any]:
     """One layer on one testbed under both kinds of contention."""
     name, layer, layers = case
     setting = {"batch": layer.batch, "heads": layer.heads, "tokens": layer.tokens, "hidden": layer.hidden, "ffn": layer.ffn}
-    found = {key: _compare(name, layer, layers, contention) for key, contention in CONTENTIONS.items()}
-    return {"testbed": name, **setting, "capacity": layer.capacity, "products": layer.products, **found}
+    compared = {key: _compare(name, layer, layers, contention) for key, contention in CONTENTIONS.items()}
+    return {"testbed": name, **setting, "capacity": layer.capacity, "products": layer.products, **compared}
 
 
 def _compare(name: str, layer: ExpertLayer, layers: int, contention: Contention) -> dict[str, Any]:
@@ -130,33 +130,33 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _figures(found: list[dict[str, Any]], contention: str) -> dict[str, Any]:
-    times = [one["seconds"] for one in found]
+def _figures(outcomes: list[dict[str, Any]], contention: str) -> dict[str, Any]:
+    times = [one["seconds"] for one in outcomes]
 
     def over(peer: str, ours: str) -> list[float]:
         return [one[peer] / one[ours] for one in times]
 
-    figures: dict[str, Any] = {"layers": len(found)}
+    figures: dict[str, Any] = {"layers": len(outcomes)}
     for ours, suffix in (("ours", ""), ("ours_whole", "_whole")):
         for peer in ("tutel", "fsmoe", "flowmoe"):
             figures[f"mean_over_{peer}{suffix}"] = statistics.fmean(over(peer, ours))
         figures[f"least_over_fsmoe{suffix}"] = min(over("fsmoe", ours))
         figures[f"meets_aim{suffix}"] = figures[f"mean_over_tutel{suffix}"] >= TARGETS[contention][ours]
     figures["least_over_flowmoe"] = min(over("flowmoe", "ours"))
-    figures["schedulers"] = {name: _scheduler(name, found) for name in (*PEERS, *OURS)}
-    figures["under_a_bound"] = sum(_under(one) for one in found)
-    figures["half_batches_kept"] = statistics.fmean(one["parts"] > 1 for one in found)
-    figures["degrees_differ"] = statistics.fmean(one["degrees"][0] != one["degrees"][1] for one in found)
-    figures["plan_s_p50"] = statistics.median(one["plan_s"] for one in found)
-    figures["plan_s_max"] = max(one["plan_s"] for one in found)
+    figures["schedulers"] = {name: _scheduler(name, outcomes) for name in (*PEERS, *OURS)}
+    figures["under_a_bound"] = sum(_under(one) for one in outcomes)
+    figures["half_batches_kept"] = statistics.fmean(one["parts"] > 1 for one in outcomes)
+    figures["degrees_differ"] = statistics.fmean(one["degrees"][0] != one["degrees"][1] for one in outcomes)
+    figures["plan_s_p50"] = statistics.median(one["plan_s"] for one in outcomes)
+    figures["plan_s_max"] = max(one["plan_s"] for one in outcomes)
     return figures
 
 
-def _scheduler(name: str, found: list[dict[str, Any]]) -> dict[str, float]:
+def _scheduler(name: str, outcomes: list[dict[str, Any]]) -> dict[str, float]:
     return {
-        "over_tutel": statistics.fmean(one["seconds"]["tutel"] / one["seconds"][name] for one in found),
-        "times_whole_lower": statistics.geometric_mean(one["seconds"][name] / one["whole_lower_s"] for one in found),
-        "times_lower": statistics.geometric_mean(one["seconds"][name] / one["lower_s"] for one in found),
+        "over_tutel": statistics.fmean(one["seconds"]["tutel"] / one["seconds"][name] for one in outcomes),
+        "times_whole_lower": statistics.geometric_mean(one["seconds"][name] / one["whole_lower_s"] for one in outcomes),
+        "times_lower": statistics.geometric_mean(one["seconds"][name] / one["lower_s"] for one in outcomes),
     }
 
 
@@ -169,8 +169,8 @@ def _under(one: dict[str, Any]) -> int:
 
 
 def _lines(figures: dict[str, Any]) -> Iterator[str]:
-    for contention, found in figures.items():
-        for key, value in found.items():
+    for contention, values in figures.items():
+        for key, value in values.items():
             if isinstance(value, (int, float)):
                 yield f"{contention} {key}: {value:.4g}"
 

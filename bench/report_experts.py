@@ -45,11 +45,11 @@ def experts(result: dict[str, Any]) -> list[str]:
 
 
 def _headline(contention: str, result: dict[str, Any]) -> str:
-    found, aims = result[contention], result["targets"][contention]
+    figures, aims = result[contention], result["targets"][contention]
     return (
-        f"- {contention}: **mean_over_tutel {found['mean_over_tutel']:.3f}** (aim {aims['ours']:g}), without half-batches "
-        f"{found['mean_over_tutel_whole']:.3f} (aim {aims['ours_whole']:g}); **mean_over_fsmoe {found['mean_over_fsmoe']:.3f}**, "
-        f"least_over_fsmoe {found['least_over_fsmoe']:.3f}; mean_over_flowmoe {found['mean_over_flowmoe']:.3f}, least_over_flowmoe "
-        f"{found['least_over_flowmoe']:.3f}; schedules under a bound: {found['under_a_bound']}; a plan took "
-        f"{1e3 * found['plan_s_p50']:.1f} ms (median, processor time)."
+        f"- {contention}: **mean_over_tutel {figures['mean_over_tutel']:.3f}** (aim {aims['ours']:g}), without half-batches "
+        f"{figures['mean_over_tutel_whole']:.3f} (aim {aims['ours_whole']:g}); **mean_over_fsmoe {figures['mean_over_fsmoe']:.3f}**, "
+        f"least_over_fsmoe {figures['least_over_fsmoe']:.3f}; mean_over_flowmoe {figures['mean_over_flowmoe']:.3f}, least_over_flowmoe "
+        f"{figures['least_over_flowmoe']:.3f}; schedules under a bound: {figures['under_a_bound']}; a plan took "
+        f"{1e3 * figures['plan_s_p50']:.1f} ms (median, processor time)."
     )

@@ -14,7 +14,7 @@ FORMATS = (".svg", ".png", ".pdf")
 
 
 def check_format(path: Path) -> None:
-    """ConfigError for a file that ends otherwise; `path` is what an option said."""
+    """ConfigError for a file that ends otherwise; `path` is an option's."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError("--out", found=str(path), expected=f"a file that ends in {', '.join(FORMATS)}", hint=f"--out {path.stem}.svg")
 

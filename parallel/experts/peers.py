@@ -1,7 +1,7 @@
 """Schedules of other systems, as recipes: what each can choose, of which the simulated best stands for it. Pure.
 
 Each is given more than it has where the papers leave something open: the best of both orders of exchange and gather, the best size of
-pieces by trying all, three streams where it says nothing of links inside nodes.
+pieces by trying all, three streams where a paper is silent about links inside nodes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Choose the schedule of a layer: every candidate is simulated with contention, and the fastest is kept. Pure.
 
 Candidates are the schedules of other systems (peers.py) and our own: list scheduling by upward rank, weight gradients deferred,
-reductions that fill gaps of their links, any of nine degrees for each phase, the batch whole or as two halves that are staggered. So
-the plan is never slower than any of the others in the model. Choosing is deterministic: the same costs give the same plan.
+reductions that fill gaps of their links, any of nine degrees for each phase, the batch whole or as two halves that are staggered. The
+fastest forward pass is kept with the fastest backward pass of as many parts, so the plan is never slower than any of the others in the
+model. Choosing is deterministic: the same costs give the same plan.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ GAP_STRETCH = 1.02
 Point = tuple[int, int, int]
 OURS_WHOLE, OURS_HALVES = "ours", "ours, half-batches"
 """Names of our own schedules."""
+FLOWMOE_WHOLE = "flowmoe, whole batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,29 @@ def schedule(choice: Choice, prepared: Prepared) -> ExpertSchedule:
 
 def candidates(prepared: Prepared) -> dict[str, Choice]:
     """Each scheduler's fastest, by name; ours with the batch whole, and as halves where it can be halved."""
-    found = {OURS_WHOLE: own_choice(prepared, 1, OURS_WHOLE)}
+    own = {OURS_WHOLE: own_choice(prepared, 1, OURS_WHOLE)}
     if prepared.cost.max_parts % 2 == 0:
-        found[OURS_HALVES] = own_choice(prepared, 2, OURS_HALVES)
-    return {**found, **peer_choices(prepared)}
+        own[OURS_HALVES] = own_choice(prepared, 2, OURS_HALVES)
+    return {**own, **peer_choices(prepared)}
 
 
 def best(choices: Iterable[Choice], *, half_batches: bool = True) -> Choice:
-    """The fastest, the first of equals; without half-batches, of those that leave the batch whole."""
-    return min((choice for choice in choices if half_batches or choice.parts == 1), key=lambda choice: choice.seconds)
+    """The fastest forward pass with the fastest backward pass of as many parts; the first of equals.
+
+    Without half-batches, of those that leave the batch whole.
+    """
+    by_parts: dict[int, list[Choice]] = {}
+    for choice in choices:
+        if half_batches or choice.parts == 1:
+            by_parts.setdefault(choice.parts, []).append(choice)
+    return min((_paired(alike) for alike in by_parts.values()), key=lambda choice: choice.seconds)
+
+
+def _paired(choices: list[Choice]) -> Choice:
+    forward = min(choices, key=lambda choice: choice.forward.seconds)
+    backward = min(choices, key=lambda choice: choice.backward.seconds)
+    name = forward.name if forward.name == backward.name else f"{forward.name} forward; {backward.name} backward"
+    return Choice(name, forward.forward, backward.backward)
 
 
 def peer_choices(prepared: Prepared) -> dict[str, Choice]:
@@ -83,15 +99,15 @@ def peer_choices(prepared: Prepared) -> dict[str, Choice]:
     degree = tutel.forward.recipe.degree
     after, beside = peers.at_end(prepared), peers.beside_attention(prepared)
     small = peers.in_pieces(prepared, peers.LINA_PIECE_ELEMENTS)
-    found = [
+    choices = [
         _choice(Peer.SEQUENTIAL, [peers.sequential()], [peers.sequential(after)], prepared),
         tutel,
         _choice(Peer.TUTEL_OVERLAP, peers.tutel(degree), peers.tutel(degree, beside), prepared),
         _choice(Peer.LINA, [peers.lina(degree)], [peers.lina(degree, small)], prepared),
         _choice(Peer.FSMOE, [fsmoe.forward(prepared)], fsmoe.backward(prepared), prepared),
-        _flowmoe(prepared),
+        *_flowmoe(prepared),
     ]
-    return {choice.name: choice for choice in found}
+    return {choice.name: choice for choice in choices}
 
 
 def _choice(peer: Peer, forward: Iterable[Recipe], backward: Iterable[Recipe], prepared: Prepared) -> Choice:
@@ -109,8 +125,11 @@ def _tutel(prepared: Prepared) -> Choice:
     return min(pairs, key=lambda choice: choice.seconds)
 
 
-def _flowmoe(prepared: Prepared) -> Choice:
-    """One number of parts for both phases; the size of pieces is searched for with the best degree of a middling size."""
+def _flowmoe(prepared: Prepared) -> list[Choice]:
+    """Its fastest, and its fastest with the whole batch, if that is another.
+
+    One number of parts for both phases; the size of pieces is searched for with the best degree of a middling size.
+    """
     middling = peers.in_pieces(prepared, peers.FLOWMOE_PIECES[2])
     choices = []
     for parts in peers.parts_of(prepared.cost.max_parts):
@@ -118,7 +137,8 @@ def _flowmoe(prepared: Prepared) -> Choice:
         sizes = (replace(first.recipe, pieces=peers.in_pieces(prepared, size)) for size in peers.FLOWMOE_PIECES)
         forward = _fastest(peers.flowmoe(parts), Phase.FORWARD, prepared)
         choices.append(Choice(Peer.FLOWMOE.value, forward, _fastest(sizes, Phase.BACKWARD, prepared)))
-    return min(choices, key=lambda choice: choice.seconds)
+    fastest = min(choices, key=lambda choice: choice.seconds)
+    return [fastest, *(replace(choice, name=FLOWMOE_WHOLE) for choice in choices[:1] if choice is not fastest)]
 
 
 def fsmoe_one_stream(prepared: Prepared) -> Choice:

@@ -16,6 +16,7 @@ from efflaunch.parallel.experts.cost import (
     AlphaBeta,
     Collective,
     ExpertLayer,
+    Groups,
     LayerCost,
     ProcessGroup,
     Resource,
@@ -29,7 +30,7 @@ from efflaunch.parallel.experts.testbeds import TESTBEDS
 
 
 def costs() -> st.SearchStrategy[LayerCost]:
-    """Layers of both testbeds, and of a cluster whose experts span both kinds of links."""
+    """Layers of both testbeds, of a cluster whose experts span both kinds of links, and of a single node."""
     layers = st.builds(
         ExpertLayer,
         batch=st.sampled_from([2, 4]),
@@ -39,9 +40,7 @@ def costs() -> st.SearchStrategy[LayerCost]:
         heads=st.just(16),
         capacity=st.floats(1.0, 2.4),
     )
-    return st.builds(
-        lambda layer, kind: both_links(layer) if kind == "both" else TESTBEDS[kind].cost(layer), layers, st.sampled_from(["A", "B", "both"])
-    )
+    return st.builds(lambda layer, kind: LAYOUTS[kind](layer), layers, st.sampled_from(list(LAYOUTS)))
 
 
 def both_links(layer: ExpertLayer) -> LayerCost:
@@ -50,6 +49,17 @@ def both_links(layer: ExpertLayer) -> LayerCost:
     collectives = {**testbed.rates.collectives, (Collective.ALL_TO_ALL, Resource.INTRA): AlphaBeta(3e-5, 2e-10)}
     groups = replace(testbed.groups, experts=ProcessGroup(32, 4), shards=ProcessGroup(1, 1))
     return layer_cost(layer, groups, replace(testbed.rates, collectives=collectives))
+
+
+def one_node(layer: ExpertLayer) -> LayerCost:
+    """Experts and gradients over the ranks of one node: nothing uses the links between nodes."""
+    testbed, node = TESTBEDS["A"], ProcessGroup(8, 8)
+    more = {(kind, Resource.INTRA): AlphaBeta(2e-4, 5e-11) for kind in (Collective.ALL_TO_ALL, Collective.ALL_REDUCE)}
+    groups = Groups(experts=node, shards=ProcessGroup(1, 1), attention=node, gradients=node)
+    return layer_cost(layer, groups, replace(testbed.rates, collectives={**testbed.rates.collectives, **more}))
+
+
+LAYOUTS = {"A": TESTBEDS["A"].cost, "B": TESTBEDS["B"].cost, "both": both_links, "node": one_node}
 
 
 @st.composite

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efflaunch.parallel.experts import engine, graph, recipe
 from efflaunch.parallel.experts.cost import CALIBRATED, IDEAL, Contention, ExpertLayer, LayerCost
 from efflaunch.parallel.experts.plan import Phase, check_schedule
 from efflaunch.parallel.experts.recipe import Order, Recipe, attempt, prepare
@@ -48,6 +49,27 @@ def test_the_plan_is_never_slower_than_another_scheduler(layer: ExpertLayer, nam
     assert all(plan.predicted_s <= other.seconds for other in others.values())
     whole = solve(cost, contention, layers=layers, half_batches=False)
     assert whole.parts == 1 and whole.predicted_s >= plan.predicted_s
+    assert all(whole.predicted_s <= other.seconds for other in others.values() if other.parts == 1)
+
+
+def test_without_numba_the_plan_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = TESTBEDS["A"].cost(ExpertLayer(batch=1, tokens=512, hidden=1024, ffn=2048, heads=8, capacity=1.2))
+    compiled = solve(cost, CALIBRATED, layers=1)
+    monkeypatch.setattr(recipe, "runner", lambda: engine.run)
+    monkeypatch.setattr(recipe, "builders", lambda: (graph.build, graph.keys_in_order, graph.keys_by_rank))
+    plain = solve(cost, CALIBRATED, layers=1)
+    assert plain.digest == compiled.digest and plain.predicted_s == pytest.approx(compiled.predicted_s, rel=1e-12)
+
+
+def test_the_best_of_each_phase_with_as_many_parts() -> None:
+    prepared = prepare(TESTBEDS["B"].cost(ExpertLayer(batch=2, tokens=512, hidden=1024, ffn=2048, heads=8, capacity=1.2)), IDEAL, 2)
+    found = candidates(prepared)
+    for half_batches in (True, False):
+        kept = best(found.values(), half_batches=half_batches)
+        alike = [choice for choice in found.values() if choice.parts == kept.parts]
+        assert kept.forward.seconds == min(choice.forward.seconds for choice in alike)
+        assert kept.backward.seconds == min(choice.backward.seconds for choice in alike)
+        assert kept.parts == kept.backward.recipe.parts
 
 
 @pytest.mark.parametrize("contention", [IDEAL, CALIBRATED], ids=lambda contention: contention.name)
