@@ -274,6 +274,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,
     "experts": report_experts.experts,
+    "experts_throttled": report_experts.experts_throttled,
 }
 
 

@@ -1,4 +1,4 @@
-"""Section of docs/benchmarks.md about schedules of experts."""
+"""Sections of docs/benchmarks.md about schedules of experts."""
 
 from __future__ import annotations
 
@@ -53,3 +53,24 @@ def _headline(contention: str, result: dict[str, Any]) -> str:
         f"{figures['least_over_flowmoe']:.3f}; schedules under a bound: {figures['under_a_bound']}; a plan took "
         f"{1e3 * figures['plan_s_p50']:.1f} ms (median, processor time)."
     )
+
+
+def experts_throttled(result: dict[str, Any]) -> list[str]:
+    """A row per schedule that real ranks executed over throttled links."""
+    inverted = ", ".join(" / ".join(pair) for pair in result["inverted_pairs"]) or "none"
+    lines = [
+        "## Schedules of experts on throttled links",
+        "",
+        f"Plans of {result['layers']} layers executed by {result['ranks']} gloo ranks: every stream is a thread that sleeps what a task takes in",
+        f"the cost model (x {result['scale']:g}, no contention) and makes its real collective with a few numbers. Ranks met in the same",
+        f"collectives and reduced every gradient once. Fastest of {result['rounds']} rounds; a busy machine wakes sleepers late.",
+        "",
+        f"**worst_error {result['worst_error']:.1%}** (aim {result['aim']:.0%} or less), pairs in another order than predicted: {inverted}.",
+        "",
+        "| schedule | tasks | predicted s | measured s | measured / predicted |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        figures = f"{row['predicted_s']:.2f} | {row['measured_s']:.2f} | {row['measured_s'] / row['predicted_s']:.3f}"
+        lines.append(f"| {_NAMES[row['schedule']]} | {row['tasks']} | {figures} |")
+    return lines

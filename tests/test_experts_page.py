@@ -17,3 +17,4 @@ def test_experts_page(tmp_path: Path) -> None:
     work = tmp_path / "work"
     assert (work / "ours.svg").read_text().startswith("<?xml")
     assert len(json.loads((work / "experts.json").read_text())["rows"]) == 8
+    assert json.loads((work / "throttled.json").read_text())["rows"]

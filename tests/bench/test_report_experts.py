@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from efflaunch.bench.experts import OURS, PEERS, TARGETS
-from efflaunch.bench.report_experts import experts
+from efflaunch.bench.report_experts import experts, experts_throttled
 
 
 def figures(over: float) -> dict[str, Any]:
@@ -36,3 +36,12 @@ def test_a_testbed_that_was_left_out_has_no_column() -> None:
     for contention in ("calibrated", "ideal"):
         result[contention] = {**figures(1.3), "B": figures(1.3)}
     assert "| schedule | calibrated B | ideal B |" in experts(result)
+
+
+def test_schedules_on_throttled_links() -> None:
+    rows = [{"schedule": "fsmoe", "tasks": 44, "predicted_s": 2.0, "measured_s": 2.1}]
+    result = {"ranks": 2, "layers": 1, "scale": 20.0, "rounds": 3, "aim": 0.07, "rows": rows, "worst_error": 0.05}
+    lines = experts_throttled({**result, "inverted_pairs": []})
+    assert "| FSMoE | 44 | 2.00 | 2.10 | 1.050 |" in lines and any("worst_error 5.0%** (aim 7% or less)" in line for line in lines)
+    assert any("than predicted: none." in line for line in lines)
+    assert any("tutel / fsmoe" in line for line in experts_throttled({**result, "inverted_pairs": [["tutel", "fsmoe"]]}))
