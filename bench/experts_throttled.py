@@ -16,6 +16,7 @@ import argparse
 import itertools
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,7 @@ def execute(plan: PhasePlan, cost: LayerCost, scale: float, groups: list[Any]) -
             communicate(plan.tasks[number], number, gradient, groups[stream])
             done[number].set()
 
-    threads = [HelperThread(lambda stream=stream: run(stream), f"stream-{stream}") for stream in range(len(plan.orders))]
+    threads = [HelperThread(partial(run, stream), f"stream-{stream}") for stream in range(len(plan.orders))]
     began = time.perf_counter()
     for thread in threads:
         thread.start()
