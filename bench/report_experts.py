@@ -63,7 +63,7 @@ def experts_throttled(result: dict[str, Any]) -> list[str]:
         "",
         f"Plans of {result['layers']} layers executed by {result['ranks']} gloo ranks: every stream is a thread that sleeps what a task",
         f"takes in the cost model (x {result['scale']:g}, no contention) and makes its real collective with a few numbers. Ranks met in",
-        f"the same collectives and reduced every gradient once. Fastest of {result['rounds']} round(s); a busy machine wakes sleepers late.",
+        f"the same collectives and reduced every gradient once. Fastest of {result['rounds']} round(s); a busy machine wakes them late.",
         "",
         f"**worst_error {result['worst_error']:.1%}** (aim {result['aim']:.0%} or less), "
         f"pairs in another order than predicted: {inverted}.",
