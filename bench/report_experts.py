@@ -25,8 +25,9 @@ def experts(result: dict[str, Any]) -> list[str]:
         "",
         f"FSMoE's sweep (arXiv 2501.10714) on its testbeds A (6 x 8 A6000) and B (8 x 4 RTX 2080 Ti): "
         f"{result['calibrated'][columns[0][1]]['layers']:,} kinds of layers on each,",
-        f"{result['layers']} equal ones in a row, forward and backward. **Simulated, not measured**: every schedule, the peers' too, runs in one cost model fitted to that paper's",
-        "Table 2 ([experts.md](experts.md)). With `calibrated` contention links slow each other and compute down, with `ideal` none does.",
+        f"{result['layers']} equal ones in a row, forward and backward.",
+        "**Simulated, not measured**: every schedule, the peers' too, runs in one cost model fitted to that paper's Table 2",
+        "([experts.md](experts.md)). With `calibrated` contention links slow each other and compute down, with `ideal` none does.",
         "A peer is its fastest schedule in the model.",
         "",
         *(_headline(contention, result) for contention in ("calibrated", "ideal")),
