@@ -32,6 +32,7 @@ from ..launcher.config.compose import compose
 from ..launcher.config.run_config import Config
 from ..launcher.rundir.run_dir import make_run_dir, write_run
 from ..launcher.rundir.state import Attempt, Failure, new_state, write_state
+from ..launcher.start import check_mirror
 from ..launcher.unexpected import DEBUG
 from .fuzz_inputs import BASE, HERE, Files, Input, all_inputs, corpus_files
 from .record import machine, write_json
@@ -136,6 +137,9 @@ def _act(words: list[str], base: Config, folder: Path) -> int:
     if words == ["data"]:
         _open_corpus(base, folder)
         return EXIT_DONE
+    if words[0] == "mirror":
+        _look_at_mirror(base, folder, words[1])
+        return EXIT_DONE
     return cli.main([*words, DEBUG])
 
 
@@ -150,6 +154,15 @@ def _open_corpus(base: Config, folder: Path) -> None:
     source.num_target_tokens(0)
     for index, length in enumerate(source.lengths(0)):
         source.tokens(0, index, 0, length)
+
+
+def _look_at_mirror(base: Config, folder: Path, address: str) -> None:
+    """Look at a second place as a run does before it starts, whose directory is another than that of the files."""
+    from ..checkpoint.config import check_checkpoint
+
+    config = replace(base, checkpoint=replace(base.checkpoint, mirror=address))
+    check_checkpoint(config.checkpoint)
+    check_mirror(config, folder / "another")
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class Input:
 
     kind: str
     words: tuple[str, ...]
-    """A command line; `data` alone: open the corpus {HERE}/corpus."""
+    """A command line; `data` alone: open the corpus {HERE}/corpus; `mirror ADDRESS`: look at a second place."""
     files: Files = field(default_factory=dict)
     """Contents of the input's files, by path below its folder."""
     must_fail: bool = False
@@ -111,19 +111,32 @@ _WEIRD = (
 @st.composite
 def command_lines(draw: st.DrawFn) -> Input:
     """Overrides of every key with every sort of value, commands with options they may not have."""
-    words = list(BASE)
-    values = st.one_of(st.sampled_from(_WEIRD), st.integers().map(str), st.floats().map(str), st.text(max_size=20))
-    for _ in range(draw(st.integers(0, 3))):
-        key = draw(st.one_of(st.sampled_from(_KEYS), st.sampled_from([*GROUPS, "experiment", "hydra.run.dir", "x.y"]), st.text(max_size=8)))
-        words.append(f"{draw(st.sampled_from(('', '', '', '+', '++', '~', '+++')))}{key}={draw(values)}")
+    words = [*BASE, *draw(_overrides())]
     must_fail = draw(st.booleans())
     if must_fail:
-        key = draw(st.sampled_from(_NUMBERS))
-        words.append(f"{key}={draw(_outside(_RANGES[key]))}")
+        words.append(draw(_wrong_number()))
     options = st.sampled_from(("--json", "--dry-run", "--config-dir", "--lines", "-1", "--", "-x", "stray", "--seed", "nan", "--help"))
     head = draw(st.sampled_from((DRY, DRY, ("train", "--dry-run"), ("plan",))))
     extra = draw(st.lists(options, max_size=2)) if not must_fail else []
     return Input("command line", (*head, *_without_nul(words), *extra), must_fail=must_fail)
+
+
+@st.composite
+def _overrides(draw: st.DrawFn) -> list[str]:
+    """Up to three of any key and group with any value."""
+    values = st.one_of(st.sampled_from(_WEIRD), st.integers().map(str), st.floats().map(str), st.text(max_size=20))
+    words = []
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.one_of(st.sampled_from(_KEYS), st.sampled_from([*GROUPS, "experiment", "hydra.run.dir", "x.y"]), st.text(max_size=8)))
+        words.append(f"{draw(st.sampled_from(('', '', '', '+', '++', '~', '+++')))}{key}={draw(values)}")
+    return words
+
+
+@st.composite
+def _wrong_number(draw: st.DrawFn) -> str:
+    """A number outside its key's range."""
+    key = draw(st.sampled_from(_NUMBERS))
+    return f"{key}={draw(_outside(_RANGES[key]))}"
 
 
 def _outside(allowed: Range) -> st.SearchStrategy[str]:
@@ -301,6 +314,41 @@ def _mutated(draw: st.DrawFn, data: Any) -> Any:
     return draw(st.one_of(numbers, st.none(), st.booleans(), st.text(max_size=6), st.just([]), st.just({}), st.just([{}])))
 
 
+@st.composite
+def resumes(draw: st.DrawFn, template: Files) -> Input:
+    """A resume of a good run with overrides, groups chosen anew among them."""
+    words = draw(_overrides())
+    groups = ("memory=keep", "memory=auto", "optim=adamw", "checkpoint=default", "launcher=slurm", "cluster=local_cpu", "model=tiny")
+    words += draw(st.lists(st.sampled_from(groups), max_size=2))
+    must_fail = draw(st.booleans())
+    words += [draw(_wrong_number())] if must_fail else []
+    return Input("resume", ("resume", f"{HERE}/run", *_without_nul(words), "--dry-run"), template, must_fail)
+
+
+_OWN_PLACES = (HERE, f"{HERE}/run", f"{HERE}/run/checkpoints", f"{HERE}/run/x", f"file://{HERE}/run/logs", ".", "./", "/", "", "memory://x")
+_ADDRESSES = (
+    "nosuch://x",
+    "file://",
+    "://",
+    "s3:/x",
+    "a" * 300,
+    "/dev/null",
+    f"{HERE}/run/run.yaml",
+    f"{HERE}/run/run.yaml/x",
+    "~nobody9/x",
+)
+
+
+@st.composite
+def mirrors(draw: st.DrawFn, template: Files) -> Input:
+    """A second place for checkpoints that is none: another run's, the current directory, a file, no path at all."""
+    must_fail = draw(st.booleans())
+    # Below the input's folder, for it is made.
+    new = st.text(st.characters(exclude_characters="/."), max_size=8).map(f"{HERE}/new/{{}}".format)
+    place = draw(st.sampled_from(_OWN_PLACES) if must_fail else st.one_of(st.sampled_from(_ADDRESSES), new))
+    return Input("mirror", ("mirror", *_without_nul([place])), template, must_fail)
+
+
 RUN_COMMANDS = ("status", "status", "logs", "explain", "checkpoints", "resume")
 
 
@@ -330,4 +378,4 @@ def run_dirs(draw: st.DrawFn, template: Files) -> Input:
 
 def all_inputs(template: Files) -> st.SearchStrategy[Input]:
     """Any of them."""
-    return st.one_of(command_lines(), yaml_files(), corpora(), headers(), run_dirs(template))
+    return st.one_of(command_lines(), yaml_files(), corpora(), headers(), run_dirs(template), resumes(template), mirrors(template))

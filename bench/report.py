@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_fuzz, report_launch, report_memory
+from . import report_checkpoint, report_experts, report_fuzz, report_launch, report_memory
 
 HEADER = """# Benchmarks
 
@@ -293,6 +293,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "arena": _arena,
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,
+    "experts": report_experts.experts,
+    "experts_throttled": report_experts.experts_throttled,
 }
 
 

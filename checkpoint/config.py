@@ -100,7 +100,8 @@ def check_checkpoint(config: CheckpointConfig) -> None:
     check_path("checkpoint.mirror", config.mirror)
     scheme, separator, rest = config.mirror.partition("://")
     place = (rest if separator else config.mirror).strip().strip("/")
-    if place in ("", ".", "..") or (separator and not scheme):
+    # What is in the memory of a rank is lost with it.
+    if place in ("", ".", "..") or (separator and scheme in ("", "memory")):
         raise ConfigError(
             "checkpoint.mirror",
             found=repr(config.mirror),

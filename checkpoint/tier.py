@@ -20,6 +20,8 @@ from .progress import RestoreProgress
 
 REACH_S = 60.0
 OWNER_FILE = "RUN"
+RUN_FILE = "run.yaml"
+"""Name by which a run directory is known: launcher.rundir.run_dir's."""
 _PROBE = b"efflaunch"
 
 
@@ -34,13 +36,10 @@ def open_tier(address: str) -> Tier:
 def reach(address: str, directory: Path) -> Tier:
     """Open the tier of a run with checkpoints in `directory`; makes the place, and proves that it keeps what is put there.
 
-    CheckpointError where it does not, or does not answer within REACH_S, or is the run's own or the current directory, or
-    another run's: each would remove the other's checkpoints, and go on from them.
+    CheckpointError where it does not, or does not answer within REACH_S, or as of `check_place`, or where it is another run's or
+    holds other things.
     """
-    tier = open_tier(address)
-    own = tier.local_path
-    if own is not None and (own == Path.cwd() or own.is_relative_to(directory.resolve()) or directory.resolve().is_relative_to(own)):
-        raise _unusable(address, f"{own}, which holds other things", "a folder of its own for this run, outside of the run directory")
+    tier = check_place(address, directory)
     answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=lambda: answer.put(tier.trouble(directory.absolute().parent.name)), name="mirror probe", daemon=True).start()
     try:
@@ -50,6 +49,35 @@ def reach(address: str, directory: Path) -> Tier:
     if trouble is not None:
         raise _unusable(address, trouble, "a place that can be reached and written")
     return tier
+
+
+def check_place(address: str, directory: Path) -> Tier:
+    """Open the tier of a run with checkpoints in `directory`. Nothing is written, and nothing reached but a place on this machine.
+
+    CheckpointError where the place is the run's own, the current directory, or inside of another run's (each would remove the
+    other's checkpoints, and go on from them), or is none that can be written.
+    """
+    tier = open_tier(address)
+    try:
+        _check_local(tier, directory)
+    except (OSError, RuntimeError) as error:
+        # A loop of links is a RuntimeError to pathlib.
+        raise _unusable(address, str(error), "a path that can be used") from error
+    return tier
+
+
+def _check_local(tier: Tier, directory: Path) -> None:
+    address, own, expected = tier.address, tier.local_path, "a folder of its own for this run, outside of run directories"
+    if own is None:
+        return
+    if own == Path.cwd() or own.is_relative_to(directory.resolve()) or directory.resolve().is_relative_to(own):
+        raise _unusable(address, f"{own}, which holds other things", expected)
+    if run := next((folder for folder in (own, *own.parents) if (folder / RUN_FILE).is_file()), None):
+        raise _unusable(address, f"{own}, in the run directory {run}", expected)
+    there = next(folder for folder in (own, *own.parents) if folder.exists())
+    if not there.is_dir() or (there == own and not os.access(own, os.W_OK | os.X_OK)):
+        problem = "which is no directory" if not there.is_dir() else "which cannot be written"
+        raise _unusable(address, f"{there}, {problem}", "a place that can be reached and written")
 
 
 def _unusable(address: str, actual: str, expected: str) -> CheckpointError:
@@ -81,12 +109,21 @@ class Tier:
             self._fs.pipe_file(path, _PROBE)
             kept = self._fs.cat_file(path)
             self._fs.rm_file(path)
-            owner = self._owner(run)
+            other = self._other()
+            owner = run if other is not None else self._owner(run)
         except Exception as error:  # whatever a store raises, none of it ends well
             return f"{type(error).__name__}: {error}"
         if kept != _PROBE:
             return "what is written there is not what is read"
+        if other is not None:
+            return f"it holds {other!r}, which is no checkpoint: a folder of its own for this run is needed"
         return None if owner == run else f"it belongs to the run {owner!r}, by the file {OWNER_FILE} there"
+
+    def _other(self) -> str | None:
+        """The name of something there that no mirror makes; None: there is nothing of the kind. Hidden names are others' probes."""
+        self._fs.invalidate_cache()
+        names = sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=False))
+        return next((name for name in names if name != OWNER_FILE and not name.startswith((".", "step-", "lost+found"))), None)
 
     def _owner(self, run: str) -> str:
         """The name of the run whose place this is: `run`, where it was nobody's."""

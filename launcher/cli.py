@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 from .. import __version__
 from ..errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, EfflaunchError
+from ..utils.atomic_files import file_errors_named
 from .commands import COMMANDS, command_module
 from .output import OutputError, complain, drop_output, finish_output, open_closed_streams, plain_output, steady_output
 from .unexpected import DEBUG, report_unexpected
@@ -31,10 +33,8 @@ def _guarded(given: list[str]) -> int:
     words = [word for word in given if word != DEBUG]
     try:
         words = [_with_home(word) for word in words]
-        if words and words[0] in _WORKS:
-            with steady_output():
-                return _dispatch(words)
-        return _dispatch(words)
+        with file_errors_named(), steady_output() if words and words[0] in _WORKS else nullcontext():
+            return _dispatch(words)
     except OutputError as error:
         return drop_output(error)
     except EfflaunchError as error:

@@ -17,6 +17,7 @@ from .rundir.progress import (
     certificate_line,
     drift_line,
     mirror_line,
+    number_text,
     plans_text,
     score_line,
     start_line,
@@ -91,8 +92,9 @@ class PlainDisplay:
         if event["event"] == "certificate":
             return certificate_line(event)
         if event["event"] == "checkpoint":
-            waited = f", training waited {format_seconds(event['stall_s'])}" if "stall_s" in event else ""
-            return f"saved {event['path']} in {format_seconds(event['save_s'])}{waited}"
+            took, waited = (event.get(name) for name in ("save_s", "stall_s"))
+            parts = [f"saved {event.get('path', '')}"] + ([] if took is None else [f"in {format_seconds(took)}"])
+            return " ".join(parts) + ("" if waited is None else f", training waited {format_seconds(waited)}")
         return _bad_news(event)
 
     def _is_shown(self, step: int) -> bool:
@@ -170,18 +172,20 @@ class LiveDisplay:
         event = self.progress.last or {}
         saved = self.progress.checkpoint
         table = Table.grid(padding=(0, 2))
-        first = self.progress.losses[min(self.progress.losses)]
-        table.add_row("loss", f"{event['loss']:.4f}  (first {first:.4f})")
+        first, last = (number_text(self.progress.losses[step], ".4f") for step in (min(self.progress.losses), event["step"]))
+        speed = number_text(self.progress.tokens_per_s, ",.0f")
+        table.add_row("loss", f"{last}  (first {first})")
         table.add_row(
             "speed",
-            f"{event['tokens_per_s']:,.0f} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} so far",
+            f"{speed} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} so far",
         )
         norm = event.get("grad_norm")
-        table.add_row("optimizer", f"lr {event['lr']:.2e}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
+        table.add_row("optimizer", f"lr {number_text(event.get('lr'), '.2e')}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
         if event.get("expert_load") is not None:
             idle = f", {event['idle_experts']} idle" if event.get("idle_experts") else ""
-            busiest = f"the busiest gets {event['expert_load']:.1f} times the mean (layer {event['expert_load_layer']})"
-            table.add_row("experts", f"{busiest}, {event['expert_load_mean']:.1f} over layers{idle}")
+            mean = number_text(event.get("expert_load_mean"), ".1f")
+            busiest = f"the busiest gets {event['expert_load']:.1f} times the mean (layer {event.get('expert_load_layer')})"
+            table.add_row("experts", f"{busiest}, {mean} over layers{idle}")
         table.add_row("checkpoint", "none yet" if saved is None else f"step {saved['step']}")
         table.add_row("plan", f"{event['sequences']} sequences, {event['micro_batches']} micro-batches: {_shortened(event['plan'])}")
         plans = plans_text(self.progress)
@@ -236,9 +240,9 @@ def _bad_news(event: Event) -> str | None:
     if event["event"] == "mirror_failed":
         return mirror_line(event)
     if event["event"] == "certificate":
-        return None if event["ok"] else certificate_line(event)
+        return None if event.get("ok") else certificate_line(event)
     if event["event"] == "planner_failed":
-        return f"{event['error']}: greedy plans from step {event['step']} on"
+        return f"{event['error']}: greedy plans from step {event.get('step', 'unknown')} on"
     if event["event"] == "stragglers":
         return stragglers_line(event)
     return drift_line(event) if event["event"] == "drift" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..utils.names import check_path
 from ..utils.text import typed
 from .checks import check_data, check_memory_plan, check_resumed, report_model
 from .config.overrides import parse_overrides
+from .config.paths import absolute_paths
 from .config.run_config import Backend, Config
 from .config.schema import dump_config
 from .output import steady_output
@@ -33,12 +35,17 @@ def train(overrides: list[str], config_dir: str | None, *, print_config: bool = 
 def resume(run_dir: Path, overrides: list[str], config_dir: str | None, *, dry_run: bool = False) -> int:
     """Resume in `run_dir`, with `overrides` on top of its stored configuration."""
     from .config.compose import changed
+    from .config.replaced_groups import replaced_lines
 
     config = read_run(run_dir).config
     # What was accepted was accepted for that start.
     config = replace(config, data=replace(config.data, changed=DataChanged.REFUSE))
     if overrides:
-        config = changed(config, parse_overrides(overrides, config_dir), config_dir)
+        before, parsed = config, parse_overrides(overrides, config_dir)
+        config = changed(before, parsed, config_dir)
+        # Standard output of a dry run is a script.
+        for line in replaced_lines(before, config, parsed, config_dir):
+            print(line, file=sys.stderr, flush=True)
     return show_launch(config, run_dir) if dry_run else launch(config, run_dir)
 
 
@@ -85,6 +92,7 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
             launcher.check(launch.config)
             check_elsewhere(launch.config, launch.run_dir)
             check_memory_plan(launch.config)
+            check_mirror(launch.config, launch.run_dir)
             check_data(launch.config)
             check_resumed(launch.config, launch.run_dir)
         report_model(configs[0])
@@ -148,9 +156,10 @@ def check_elsewhere(config: Config, run_dir: Path) -> None:
 
 
 def check_mirror(config: Config, run_dir: Path) -> None:
-    """CheckpointError where the second place cannot be written; on other machines the ranks look for themselves."""
-    if config.checkpoint.mirror is not None and config.launcher.backend is Backend.LOCAL:
+    """CheckpointError where the second place cannot be the run's; on other machines nodes and ranks try to write there."""
+    mirror = absolute_paths(config).checkpoint.mirror
+    if mirror is not None:
         from ..checkpoint.files import FOLDER
-        from ..checkpoint.tier import reach
+        from ..checkpoint.tier import check_place, reach
 
-        reach(config.checkpoint.mirror, run_dir / FOLDER)
+        (reach if config.launcher.backend is Backend.LOCAL else check_place)(mirror, run_dir / FOLDER)

@@ -71,7 +71,7 @@ class GraceWatch:
                 self.first_s = float(event["step_s"])
             elif event["event"] == "step":
                 self.steps.append(float(event["step_s"]))
-            elif event["event"] == "checkpoint" and "save_s" in event:
+            elif event["event"] == "checkpoint" and event.get("save_s") is not None:
                 self.save_s = float(event["save_s"])
         return self
 

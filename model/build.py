@@ -25,7 +25,7 @@ from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
-from ..parallel.experts.exchange import ExpertRanks
+from ..parallel.expert_exchange import ExpertRanks
 from ..parallel.sharding.experts import spread_experts
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard

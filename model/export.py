@@ -70,6 +70,9 @@ def export(
     `out_dir` in use, or not writable.
     """
     info = choose_checkpoint(Path(run_dir), step)
+    if Path(out_dir).resolve().is_relative_to((Path(run_dir) / files.FOLDER).resolve()):
+        # What is no checkpoint there is removed at the next start, or taken for a damaged one.
+        raise _unusable(Path(out_dir), "a place among the run's checkpoints")
     metadata = _saved_metadata(info.path)
     facts = _facts_of_checkpoint(metadata)
     with _appearing(Path(out_dir)) as temporary:

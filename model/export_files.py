@@ -194,6 +194,8 @@ def _write_generation(origins: Origins, out_dir: Path, end: str | None, notes: l
     folder = None if origins.model is None else _folder(origins.model, _GENERATION)
     if folder is not None:
         shutil.copyfile(folder / _GENERATION, out_dir / _GENERATION)
+    elif origins.model is not None and not Path(origins.model).is_dir() and _folder(origins.model, "config.json") is None:
+        notes.append(f"model {origins.model} is not on this machine: its generation settings, if it had any, are not in the export")
     number = None if end is None else _token_id(out_dir, end)
     if end is not None and number is None:
         notes.append(f"{end!r}, which ends the assistant's turn, is no token of the exported tokenizer: generation does not stop at it")

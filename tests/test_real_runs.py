@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
 from efflaunch.launcher.rundir.progress import RunProgress
 from efflaunch.launcher.rundir.run_dir import read_run
 from efflaunch.launcher.rundir.state import read_state
-from efflaunch.tests.chaos.shim import build_shim
 from efflaunch.tests.launcher.runs import descendants, environment, is_alive
 from efflaunch.tests.limits import ENDS_S, wait_until
 from efflaunch.tests.parity.reference import reference_loss
@@ -180,32 +180,43 @@ def test_killed_ranks_resume_from_memory_and_are_bit_equal(place, reference):
 
 
 @pytest.mark.slow
-def test_what_only_memory_had_is_used_and_then_put_on_disk(place, reference, monkeypatch):
-    """Ranks are killed while storage, which is slow, has not got the newest checkpoint yet."""
-    monkeypatch.setenv("LD_PRELOAD", str(build_shim(place)))
-    monkeypatch.setenv("SHIM_MODE", "slow")
-    monkeypatch.setenv("SHIM_AT", "1000")
-    process = train(place, "checkpoint.replica=peer", "checkpoint.every_steps=10")
+@pytest.mark.parametrize("point", ["before_manifest", "before_commit"])
+def test_what_only_memory_had_is_used_and_is_on_disk_before_anything_newer(place, reference, point):
+    """Ranks are killed while a save is whole in memory and not on disk: its writers have not voted, or nobody has committed it.
+
+    Storage works again once the ranks are back.
+    """
+    storage = place / "storage-works"
+    process = start(
+        place, "train", *BASE, f"train.steps={STEPS}", "checkpoint.replica=peer", "checkpoint.every_steps=10",
+        script=SIDE, CHECKPOINT_FAULT=f"{point}=until:{storage}",
+    )  # fmt: skip
     events = MetricsFollower(place / "runs" / "run")
     seen: list = []
-    while not any(event["event"] == "replica" and event["error"] is None for event in seen):
+
+    def of(kind: str) -> list:
         assert process.poll() is None, (place / "output").read_text()
-        seen += events.read()
-        time.sleep(0.005)
+        seen.extend(events.read())
+        return [event for event in seen if event["event"] == kind]
+
+    wait_until(lambda: any(event["error"] is None for event in of("replica")))
     for pid in descendants(process.pid):
         if "efflaunch.checkpoint" not in command(pid) and "launcher.agent" in command(pid) and psutil.Process(pid).ppid() != process.pid:
             os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: len(of("start")) == 2)
+    assert not of("checkpoint")
+    again = of("start")[1]
+    assert again["restored_from"].startswith("the memory of") and again["resumed_from"] == 10
+    storage.touch()
     finish(process, place)
     assert losses(place) == losses(reference)
     seen += events.read()
-    restarted = [event for event in seen if event["event"] == "start"][1]
-    step = next(event["step"] for event in seen if event["event"] == "replica")
-    assert restarted["restored_from"].startswith("the memory of") and restarted["resumed_from"] >= step
-    # Saved again at once, or by writers that were done when the ranks came back, or a newer save took its turn on slow storage.
-    logs = "".join(path.read_text() for path in (place / "runs" / "run" / "logs").rglob("rank-0.log"))
-    adopted = f"checkpoint of step {restarted['resumed_from']}: every rank had written it when training stopped; committed now"
-    durable = [event["step"] for event in seen if event["event"] == "checkpoint" and event["time"] > restarted["time"]]
-    assert max(durable, default=0) >= restarted["resumed_from"] or adopted in logs
+    # What its writers had finished was committed when the ranks came back; the rest was saved again, before anything newer.
+    logs = (place / "runs" / "run" / "logs" / "attempt-2" / "rank-0.log").read_text()
+    is_adopted = "checkpoint of step 10: every rank had written it when training stopped; committed now" in logs
+    assert is_adopted == (point == "before_commit")
+    durable = [event["step"] for event in seen if event["event"] == "checkpoint"]
+    assert durable == ([20, STEPS] if is_adopted else [10, 20, STEPS])
 
 
 @pytest.mark.slow
@@ -306,6 +317,47 @@ def test_gradients_that_are_no_numbers_stop_the_run_and_keep_the_checkpoint(plac
     assert newest.name == f"step-{STEPS:08d}"
     run(place, "resume", "runs/run", "optim.lr=1e-3", "optim.grad_clip=1.0", f"train.steps={STEPS + 2}")
     assert max(losses(place)) == STEPS + 2
+
+
+def test_a_loss_that_is_no_number_names_ranks_and_documents(place, reference):
+    """A rate far too high, with weights that are all finite still: the documents of the step are named, with their tokens."""
+    shutil.copytree(reference / "runs", place / "runs")
+    text = run(place, "resume", "runs/run", f"train.steps={STEPS + 9}", "optim.lr=1e18", "optim.grad_clip=null", expect=93)
+    named = re.search(
+        r"step (\d+): found a loss or gradient norm of nan \(ranks 0, 1; ((?:corpus \S* ?document \d+ tokens \d+-\d+(?:; )?)+)", text
+    )
+    assert named, text
+    source, step = open_data_of(place), int(named[1]) - 1
+    assert step > STEPS, "the first step with it changes weights alone"
+    held = [int(n) for index in range(len(source.lengths(step))) for n in re.findall(r"document (\d+)", source.describe(step, index))]
+    documents = [int(n) for n in re.findall(r"document (\d+) tokens", named[2])]
+    assert documents and set(documents) <= set(held)
+    assert "NaN or infinite weights" not in text and "take the documents named out of the corpus" in text
+    assert sorted((place / "runs" / "run" / "checkpoints").iterdir())[-1].name == f"step-{STEPS:08d}"
+
+
+def test_weights_that_become_no_numbers_in_training_are_named_and_no_document(place):
+    process = start(place, "train", *BASE, "train.steps=6", script=SIDE, SPOIL_STEP="4")
+    finish(process, place, expect=93)
+    text = (place / "output").read_text()
+    assert "step 4: found a loss or gradient norm of nan: NaN or infinite weights in model.embed_tokens.weight; expected finite" in text
+    assert "no document is at fault" in text and "corpus document" not in text and "Traceback" not in text
+    assert max(losses(place)) == 3
+
+
+def test_one_ctrl_c_ends_a_run_that_hangs_at_its_end(place):
+    """Its last save is on the way for ever: nothing it could still do is waited for longer than launcher.grace_s."""
+    fault = {"CHECKPOINT_FAULT": f"before_commit=until:{place}/never"}
+    process = start(place, "train", *BASE, "train.steps=3", "checkpoint.every_steps=null", "launcher.grace_s=1", script=SIDE, **fault)
+    wait_for_step(place, process, 3)
+    pids = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    finish(process, place, expect=1)
+    assert "did not save within launcher.grace_s=1 s" in (place / "output").read_text()
+    assert read_state(place / "runs" / "run").state == "failed"
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "processes outlived it")
+    run(place, "resume", "runs/run", "launcher.grace_s=600")
+    assert max(losses(place)) == 3 and (place / "runs" / "run" / "checkpoints" / "step-00000003" / "COMMIT").is_file()
 
 
 def test_weights_that_are_no_numbers_are_named_before_the_first_step(place, reference):

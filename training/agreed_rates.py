@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cluster.rates import MachineRates, MeasuredRates
 from ..estimate.measured.find_rates import find_rates
-from ..utils.atomic_files import write_atomic
+from ..utils.atomic_files import write_cache
 from ..utils.decode import decode, set_aside
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def frozen_rates(config: RunSettings, hardware: str, run_dir: Path | None) -> Me
     rates = find_rates(config.parallel.profile, config.cluster, hardware, config.memory.offload_dir)
     if path is not None:
         values = {"rates": None, "source": ""} if rates is None else {"rates": asdict(rates.rates), "source": rates.source}
-        write_atomic(path, json.dumps({"for": made_for, **values}, indent=1))
+        write_cache(path, json.dumps({"for": made_for, **values}, indent=1), log)
     return rates
 
 

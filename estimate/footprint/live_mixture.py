@@ -1,6 +1,6 @@
 """The second half of a layer that is a mixture of experts, while it runs: rows, and gradients of its weights. Pure.
 
-The formulas follow memory/executor/{mixture,experts,grouped}.py and parallel/experts/exchange.py, moment by moment.
+The formulas follow memory/executor/{mixture,experts,grouped}.py and parallel/expert_exchange.py, moment by moment.
 
 Legend, bytes of one token: H hidden, R hidden of each of its experts, B the same of the rows whose experts are here, A gate (or up) of
 those, G gate and up with the shared expert's, S gate of that.

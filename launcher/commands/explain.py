@@ -96,7 +96,13 @@ def _run_cost(events: list[Event], config: Config) -> CostModel:
     starts = [event for event in events if event["event"] == "start" and "cost_model" in event]
     if not starts:
         return step_cost(config)
-    return load_cost(starts[-1]["cost_model"])
+    try:
+        return load_cost(starts[-1]["cost_model"])
+    except ValueError as error:
+        where, expected = str(config.run.id), "metrics.jsonl as efflaunch wrote it"
+        raise ConfigError(
+            f"metrics.jsonl of {where}", found=str(error), expected=expected, hint="undo the edit of its last start"
+        ) from error
 
 
 def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, events: list[Event]) -> RecordedStep:

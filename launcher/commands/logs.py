@@ -14,8 +14,9 @@ from ...utils.text import typed
 from ..backend_registry import launcher_of
 from ..rundir.run_dir import attempt_dir, read_run
 from ..rundir.small_files import plain_lines, tail_lines
-from ..rundir.state import STATE_FILE, Failure, read_state
+from ..rundir.state import ACTIVE, STATE_FILE, Failure, read_state
 from .arguments import CommandParser, add_run_dir, number_in
+from .follow_logs import follow
 
 DESCRIPTION = "What the ranks of a run's last attempt printed; the rank that failed first comes last, in full."
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lines", type=number_in(int, Range(0, 1_000_000)), default=20, metavar="N", help="of every log but that rank's; 20"
     )
+    parser.add_argument("-f", "--follow", action="store_true", help="print what is added as well, until the run has ended")
     parser.add_argument("--all", action="store_true", help="every rank, not only rank 0 and the one that failed")
 
 
@@ -34,7 +36,32 @@ def main(words: list[str]) -> int:
     parser = CommandParser("logs", DESCRIPTION)
     add_arguments(parser)
     options = parser.parse_args(words)
-    return print_logs(options.run_dir, num_lines=options.lines, every_rank=options.all)
+    show = follow_logs if options.follow else print_logs
+    return show(options.run_dir, num_lines=options.lines, every_rank=options.all)
+
+
+def follow_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:
+    """Print the logs and what is added to them until the run ends, then the rank that failed; exit code 0 whatever became of the run."""
+    launcher = launcher_of(read_run(run_dir).config.launcher.backend)
+
+    def files() -> list[Path]:
+        mine = [path for path in _rank_logs(run_dir) if _is_inside(run_dir, path) and (every_rank or _rank_of(path) == 0)]
+        return [*launcher.logs(run_dir)[-1:], *mine]
+
+    def is_over() -> bool:
+        run_state = read_state(run_dir)
+        return run_state is None or launcher.status(run_dir, run_state).state not in ACTIVE
+
+    try:
+        follow(files, is_over, num_lines=num_lines)
+    except KeyboardInterrupt:
+        # How a person ends it; the run goes on.
+        return EXIT_DONE
+    run_state = read_state(run_dir)
+    if run_state is not None and run_state.failure is not None:
+        print()
+        _show_failure(run_dir, run_state.failure)
+    return EXIT_DONE
 
 
 def print_logs(run_dir: Path, *, num_lines: int, every_rank: bool) -> int:

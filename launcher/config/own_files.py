@@ -7,6 +7,7 @@ look for; here each of these is a ConfigError with file and line.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ MAX_NODES = 100_000
 """Values of a file with its aliases expanded."""
 MAX_DIGITS = 40
 _HYDRA = "hydra"
+_ENDING = re.compile(r"\.ya?ml", re.IGNORECASE)
 _PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))
 
 
@@ -47,8 +49,12 @@ def _check_places(folder: Path) -> None:
                 str(folder / name), found="a main configuration file", expected="options only: DIR/GROUP/NAME.yaml", hint=hint
             )
     group_names = (*GROUPS, EXPERIMENT)
+    for path in sorted(folder.iterdir()):
+        if _ENDING.fullmatch(path.suffix) and path.stem in group_names and not path.is_dir():
+            hint = f"mv {path} {folder / path.stem}/NAME.yaml, and type {path.stem}=NAME"
+            raise ConfigError(str(path), found="a file beside the groups", expected="DIR/GROUP/NAME.yaml", hint=hint)
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [path for suffix in ("yaml", "yml") for path in sorted(inner.glob(f"*.{suffix}"))]
+        files = sorted(path for path in inner.iterdir() if _ENDING.fullmatch(path.suffix))
         if not files:
             continue
         if inner.name == _HYDRA:
@@ -58,9 +64,19 @@ def _check_places(folder: Path) -> None:
             raise ConfigError(
                 str(inner), found="a folder of no group", expected=f"one of {', '.join(group_names)}", hint=f"mv {inner} {folder / near[0]}"
             )
-        wrong = next((path for path in files if path.suffix == ".yml" and inner.name in group_names), None)
-        if wrong is not None:
-            raise ConfigError(str(wrong), found="the ending .yml", expected=".yaml", hint=f"mv {wrong} {wrong.with_suffix('.yaml')}")
+        if inner.name in group_names:
+            _check_files(files)
+
+
+def _check_files(files: list[Path]) -> None:
+    """Raise ConfigError for files of a group that no option could be read from."""
+    for path in files:
+        if path.suffix != ".yaml":
+            hint = f"mv {path} {path.with_suffix('.yaml')}"
+            raise ConfigError(str(path), found=f"the ending {path.suffix}", expected=".yaml", hint=hint)
+        if path.is_symlink() and not path.exists():
+            hint = f"rm {path}, or link what is there"
+            raise ConfigError(str(path), found=f"a link to {path.readlink()}, which is not there", expected="a file", hint=hint)
 
 
 def _used(folder: Path, names: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:

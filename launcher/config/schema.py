@@ -240,3 +240,12 @@ def _shown(data: Any) -> str:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def flat(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of every value of nested mappings."""
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

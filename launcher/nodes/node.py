@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, EfflaunchError
+from ...utils.atomic_files import file_errors_named
 from ..agent import worker
 from ..agent.agent import Agent
 from ..agent.hang_watch import Others
@@ -53,12 +54,13 @@ def take_part(run_dir: Path, meeting: Meeting, place: NodePlace, entry: str, ear
     before any agent could hear it.
     """
     try:
-        visit = Visit(run_dir, meeting, place)
-        try:
-            verdict = visit.verdict(lambda: early.requested or stop_asked())
-            return verdict if verdict is not None else run_attempt(visit, entry, early)
-        finally:
-            visit.leave()
+        with file_errors_named():
+            visit = Visit(run_dir, meeting, place)
+            try:
+                verdict = visit.verdict(lambda: early.requested or stop_asked())
+                return verdict if verdict is not None else run_attempt(visit, entry, early)
+            finally:
+                visit.leave()
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -205,7 +207,12 @@ def run_attempt(visit: Visit, entry: str, early: StopFlag) -> int:
 def _report(agent: Agent, place: NodePlace, number: int, code: int) -> None:
     reports = [asdict(replace(report, record=None)) for report in agent.reports]
     value = {"host": place.name, "exit_code": code, "ranks": reports, "out_of_time": int(agent.out_of_time)}
-    write_json(attempt_dir(agent.run_dir, number) / f"node-{place.node}.json", value)
+    path = attempt_dir(agent.run_dir, number) / f"node-{place.node}.json"
+    try:
+        write_json(path, value)
+    except OSError as error:
+        # As of state.json: the exit code, and what the ranks printed, still say how it ended.
+        print(f"{path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 class NodePeers:

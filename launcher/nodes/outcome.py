@@ -66,11 +66,15 @@ def decided(run_state: RunState, decision: Decision) -> RunState:
 
 
 def conclude(run_dir: Path, run_state: RunState, decision: Decision) -> None:
-    """Write state.json for what follows."""
+    """Write state.json for what follows, as far as there is room for it: the exit code says it too."""
     run_state = replace(decided(run_state, decision), state=_STATES.get(decision.verdict, state.FAILED))
     if decision.verdict not in (Verdict.AGAIN, Verdict.REQUEUE):
         run_state = replace(run_state, exit_code=int(decision.verdict), ended=time.time())
-    write_state(run_dir, run_state)
+    try:
+        write_state(run_dir, run_state)
+    except OSError as error:
+        # Where the next attempt finds no room either, that ends the job.
+        print(f"{run_dir / state.STATE_FILE} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def gather(

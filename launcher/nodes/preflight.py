@@ -80,6 +80,8 @@ def _run_hash(run_dir: Path, attempt: int) -> str:
 
 def _machine(run_dir: Path, attempt: int) -> tuple[str, str]:
     """Describe what the node has, and why that is not enough; the second is empty where it is."""
+    from ...checkpoint.files import FOLDER
+    from ...checkpoint.tier import reach
     from ..hardware import this_machine
     from ..machine_checks import check_free, check_node
 
@@ -91,6 +93,8 @@ def _machine(run_dir: Path, attempt: int) -> tuple[str, str]:
         words = f"{gpus}{here.num_cores} cores, {format_bytes(here.memory_bytes)} free"
         check_node(config, here)
         check_free(config, here)
+        if config.checkpoint.mirror is not None:
+            reach(config.checkpoint.mirror, run_dir / FOLDER)
     except UserError as error:
         return "", str(error).splitlines()[0]
     return words, ""

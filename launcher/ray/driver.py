@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...errors import ConfigError, EfflaunchError
+from ...utils.atomic_files import file_errors_named
 from ..agent.signals import on_stop_signals
 from ..output import lenient_file, lenient_output
 from ..rundir.run_dir import HASH_FILE, keep_private, read_run
@@ -29,22 +30,27 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     lenient_output()
     try:
-        check_shared(options.run_dir, Path.cwd())
-        keep_private(read_run(options.run_dir).config.run.private)
-        submission = read_submission(options.run_dir)
-        assert submission is not None, "written before the job was submitted"
-        with only_driver(options.run_dir), joined(), lenient_file(output_file(options.run_dir, submission.job)) as keep:
-
-            def say(line: str) -> None:
-                print(line, flush=True)
-                keep(line)
-
-            driver = Driver(options.run_dir, job=submission.job, entry=options.entry, work_dir=options.work_dir, say=say, tick=lambda: None)
-            take_stops(driver)
-            return driver.run()
+        with file_errors_named():
+            return _drive(options)
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def _drive(options: argparse.Namespace) -> int:
+    check_shared(options.run_dir, Path.cwd())
+    keep_private(read_run(options.run_dir).config.run.private)
+    submission = read_submission(options.run_dir)
+    assert submission is not None, "written before the job was submitted"
+    with only_driver(options.run_dir), joined(), lenient_file(output_file(options.run_dir, submission.job)) as keep:
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+            keep(line)
+
+        driver = Driver(options.run_dir, job=submission.job, entry=options.entry, work_dir=options.work_dir, say=say, tick=lambda: None)
+        take_stops(driver)
+        return driver.run()
 
 
 def check_shared(run_dir: Path, shipped: Path) -> None:

@@ -7,19 +7,31 @@ from typing import Any
 
 Event = dict[str, Any]
 _NUMBER, _COUNT, _TEXT, _LIST, _GROUP, _TRUTH = "number", "count", "text", "list", "group", "truth"
+_TEXTS, _COUNTS = "texts", "counts"
+"""Lists of texts; lists of counts, one at least."""
 _NEEDED: dict[str, dict[str, str]] = {
     "start": {"steps": _COUNT, "world_size": _COUNT, "parameters": _COUNT},
     "step": {"step": _COUNT, "step_s": _NUMBER},
     "checkpoint": {"step": _COUNT},
     "checkpoint_failed": {"step": _COUNT, "error": _TEXT},
+    "mirror_failed": {"step": _COUNT, "error": _TEXT},
     "planner_failed": {"error": _TEXT},
     "drift": {"measured_over_predicted": _GROUP},
-    "certificate": {"predicted_bytes": _NUMBER, "measured_bytes": _LIST, "compared": _TEXT},
+    "certificate": {"predicted_bytes": _NUMBER, "measured_bytes": _COUNTS, "compared": _TEXT},
     "stragglers": {"step": _COUNT, "ranks": _LIST},
     "score": {"done_tokens": _COUNT, "total_tokens": _COUNT, "elapsed_s": _NUMBER},
 }
 _OPTIONAL: dict[str, dict[str, str]] = {
-    "start": {"resumed_from": _COUNT, "memory": _LIST, "certificate": _GROUP, "sequence": _TEXT, "cost_model": _GROUP},
+    "start": {
+        "resumed_from": _COUNT,
+        "certificate": _GROUP,
+        "sequence": _TEXT,
+        "costs": _TEXT,
+        "cost_model": _GROUP,
+        "schedule": _GROUP,
+        "restored_from": _TEXT,
+        **dict.fromkeys(("memory", "data_changes", "optimizer_inexact", "skipped_checkpoints"), _TEXTS),
+    },
     "step": {
         "loss": _NUMBER,
         "total_tokens": _COUNT,
@@ -37,7 +49,9 @@ _OPTIONAL: dict[str, dict[str, str]] = {
         **dict.fromkeys(("expert_load", "expert_load_mean", "router_balance", "router_z"), _NUMBER),
         **dict.fromkeys(("expert_load_layer", "idle_experts"), _COUNT),
     },
-    "checkpoint": {"stall_s": _NUMBER, "save_s": _NUMBER, "snapshot_s": _NUMBER, "num_bytes": _COUNT},
+    "certificate": {"ok": _TRUTH},
+    "planner_failed": {"step": _COUNT},
+    "checkpoint": {"path": _TEXT, "stall_s": _NUMBER, "save_s": _NUMBER, "snapshot_s": _NUMBER, "num_bytes": _COUNT},
 }
 _MEMBERS: dict[tuple[str, str], dict[str, str]] = {
     ("step", "ranks"): {"rank": _COUNT, "peak_bytes": _COUNT},
@@ -68,7 +82,7 @@ def is_sound(event: Any) -> bool:
         return False
     if not all(_has(event[name], wanted) for (of, name), wanted in _PARTS.items() if of == kind and event.get(name)):
         return False
-    return kind != "drift" or all(_is(ratio, _NUMBER) for ratio in event["measured_over_predicted"].values())
+    return all(_is(number, _NUMBER) for name in ("measured_over_predicted", "plan_totals") for number in (event.get(name) or {}).values())
 
 
 def _has(group: Any, wanted: dict[str, str]) -> bool:
@@ -79,4 +93,7 @@ def _is(value: Any, kind: str) -> bool:
     if kind in (_NUMBER, _COUNT):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and abs(value) < 1e300 and math.isfinite(value) and (kind == _NUMBER or (value >= 0 and value == int(value)))
+    if kind in (_TEXTS, _COUNTS):
+        inner = _TEXT if kind == _TEXTS else _COUNT
+        return isinstance(value, list) and all(_is(item, inner) for item in value) and (kind == _TEXTS or bool(value))
     return isinstance(value, {_TEXT: str, _LIST: list, _GROUP: dict, _TRUTH: bool}[kind])

@@ -26,7 +26,7 @@ class RunProgress:
     world_size: int = 0
     parameters: int = 0
     resumed_from: int | None = None
-    losses: dict[int, float] = field(default_factory=dict)
+    losses: dict[int, float | None] = field(default_factory=dict)
     durations: dict[int, float] = field(default_factory=dict)
     last: Event | None = None
     total_tokens: int = 0
@@ -77,8 +77,8 @@ class RunProgress:
     def _start(self, event: Event) -> None:
         self.steps, self.world_size = event["steps"], event["world_size"]
         self.parameters, self.resumed_from = event["parameters"], event.get("resumed_from")
-        self.sequence, self.planner_error = event.get("sequence", "static"), None
-        self.memory, self.certificate, self.stragglers = event.get("memory", []), None, []
+        self.sequence, self.planner_error = event.get("sequence") or "static", None
+        self.memory, self.certificate, self.stragglers = event.get("memory") or [], None, []
         self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
         kept = self.resumed_from or 0
         for values in (self.losses, self.durations):
@@ -88,14 +88,14 @@ class RunProgress:
     def _step(self, event: Event) -> None:
         step = event["step"]
         self.losses[step], self.durations[step], self.last = event["loss"], event["step_s"], event
-        self.total_tokens = event.get("total_tokens", self.total_tokens)
-        for rank in event.get("ranks", ()):
+        self.total_tokens = event.get("total_tokens") or self.total_tokens
+        for rank in event.get("ranks") or ():
             number = rank["rank"]
             self.peak_bytes[number] = max(self.peak_bytes.get(number, 0), rank["peak_bytes"])
 
     def _saved(self, event: Event) -> None:
         self.checkpoint, self.checkpoint_error = event, None
-        if "stall_s" in event:
+        if event.get("stall_s") is not None and event.get("save_s") is not None:
             self.stalls.append(event["stall_s"])
             self.durable.append(event["save_s"])
 
@@ -140,23 +140,29 @@ class RunProgress:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens per second of the newest step, over all ranks."""
-        return self.last["tokens_per_s"] if self.last else None
+        return self.last.get("tokens_per_s") if self.last else None
+
+
+def number_text(value: float | None, form: str) -> str:
+    """`value` in the format `form`; `unknown` where metrics.jsonl has none, as after somebody's edit."""
+    return "unknown" if value is None else format(value, form)
 
 
 def step_line(progress: RunProgress) -> str:
     """The newest step in one line of plain text."""
     event = progress.last
     assert event is not None, "no step yet"
-    parts = [f"step {event['step']}/{progress.steps}", f"loss {event['loss']:.4f}", f"{event['tokens_per_s']:,.0f} tokens/s"]
+    speed = number_text(progress.tokens_per_s, ",.0f")
+    parts = [f"step {event['step']}/{progress.steps}", f"loss {number_text(event['loss'], '.4f')}", f"{speed} tokens/s"]
     if event.get("grad_norm") is not None:
         parts.append(f"grad {event['grad_norm']:.3f}")
     if event.get("expert_load") is not None:
         parts.append(f"experts {event['expert_load']:.1f}x")
     parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
-    parts += [f"lr {event['lr']:.2e}", format_seconds(event["step_s"])]
+    parts += [f"lr {number_text(event.get('lr'), '.2e')}", format_seconds(event["step_s"])]
     if progress.time_left_s is not None:
         parts.append(f"{format_seconds(progress.time_left_s)} to go")
-    return "  ".join([*parts, event["plan"]])
+    return "  ".join([*parts, event.get("plan") or ""]).rstrip()
 
 
 def start_line(event: Event) -> str:
@@ -165,14 +171,14 @@ def start_line(event: Event) -> str:
     if str(event.get("restored_from")).startswith("the memory of"):
         where += f", from {event['restored_from']}"
     lines = [f"{event['parameters'] / 1e6:,.1f} million weights on {event['world_size']} ranks, {event['steps']} steps, starting {where}"]
-    lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints", ())]
-    lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact", ())]
+    lines += [f"passed over a damaged checkpoint: {text}" for text in event.get("skipped_checkpoints") or ()]
+    lines += [f"NOT EXACT: {text}" for text in event.get("optimizer_inexact") or ()]
     if event.get("sequence") == "adaptive" and event.get("costs"):
         lines.append(f"step times are modelled: {event['costs']}")
     if event.get("data_changes"):
         lines.append(f"the data is not what the checkpoint was trained on, other documents follow: {'; '.join(event['data_changes'])}")
     if (event.get("schedule") or {}).get("change"):
-        lines.append(event["schedule"]["change"])
+        lines.append(str(event["schedule"]["change"]))
     if event.get("memory"):
         lines.append(f"memory: {'; '.join(event['memory'])}")
     if event.get("certificate"):
@@ -210,10 +216,11 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
     if not progress.losses:
         return []
     first, last = min(progress.losses), progress.step
+    losses = [number_text(progress.losses[step], ".4f") for step in (first, last)]
     trained = sum(progress.durations.values())
     rows = [
         ("steps", f"{last} of {progress.steps}"),
-        ("loss", f"{progress.losses[first]:.4f} at step {first}, {progress.losses[last]:.4f} at step {last}"),
+        ("loss", f"{losses[0]} at step {first}, {losses[1]} at step {last}"),
         ("tokens", f"{progress.total_tokens:,}" + (f", {format_seconds(trained)} of training" if trained else "")),
     ]
     plans = plans_text(progress)
@@ -261,7 +268,8 @@ def plans_text(progress: RunProgress) -> str:
     if totals["steps"] and totals["predicted_s"] > 0:
         ours, static = totals["predicted_s"] / totals["steps"], totals["static_s"] / totals["steps"]
         timed_s = totals.get("timed_predicted_s", 0.0)
-        off = f"; measured steps took {totals['timed_s'] / timed_s:.2f} x the modelled time" if timed_s > 0 else ""
+        is_timed = timed_s > 0 and "timed_s" in totals
+        off = f"; measured steps took {totals['timed_s'] / timed_s:.2f} x the modelled time" if is_timed else ""
         seconds = f"{format_seconds(ours)} a step, {format_seconds(static)} with static groups"
         parts.insert(1, f"{static / ours:.2f} x as fast as static groups in the model ({seconds}, both modelled{off})")
     if progress.planner_error:

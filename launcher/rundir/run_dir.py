@@ -10,9 +10,10 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ...utils.text import typed
 from ..config.aliases import current_data
 from ..config.paths import absolute_paths
 from ..config.run_config import Config
-from ..config.schema import dump_config, load_config
+from ..config.schema import dump_config, flat, load_config
 
 RUN_FILE, HASH_FILE = "run.yaml", "run.sha256"
 _EXTRA_KEYS = ("efflaunch_version", "revision")
@@ -35,7 +36,10 @@ _OTHERS = 0o077
 """Permission bits that a private run takes from everybody but its owner."""
 
 
-_OWN = ("logs", "revisions", "slurm", "ray", "checkpoints", "metrics.jsonl", "state.json", "scores", "profile.yaml", "rates.json")
+_OWN = (
+    *("logs", "revisions", "slurm", "ray", "checkpoints", "scores"),
+    *("metrics.jsonl", "state.json", "profile.yaml", "rates.json", "costs.json"),
+)
 """Names a run directory may hold where a start was cut off before run.yaml, or run.yaml was lost. Hidden names are locks and probes."""
 
 
@@ -68,7 +72,7 @@ def read_run(run_dir: Path) -> StoredRun:
             str(run_dir),
             found="no run.yaml",
             expected="a run directory",
-            hint="efflaunch status runs/NAME, with a directory that efflaunch made",
+            hint=_instead(run_dir),
         )
     hint = f"undo the edit (revisions/ holds every version), then: {typed('resume', run_dir, 'key=value')}"
     try:
@@ -84,6 +88,14 @@ def read_run(run_dir: Path) -> StoredRun:
     stored = current_data({key: value for key, value in data.items() if key not in _EXTRA_KEYS}, str(path))
     config = _located(run_dir, load_config(stored))
     return StoredRun(config=config, revision=data["revision"], version=data["efflaunch_version"])
+
+
+def _instead(run_dir: Path) -> str:
+    """What to type where there is no run.yaml: the newest revision is the same file."""
+    numbers = [int(path.stem) for path in (run_dir / "revisions").glob("*.yaml") if path.stem.isdecimal()]
+    if not numbers:
+        return "efflaunch status runs/NAME, with a directory that efflaunch made"
+    return f"cp {shlex.quote(str(run_dir / 'revisions' / f'{max(numbers)}.yaml'))} {shlex.quote(str(run_dir / RUN_FILE))}"
 
 
 def is_as_written(run_dir: Path, text: bytes) -> bool:
@@ -164,17 +176,9 @@ def _mend_hash(run_dir: Path) -> None:
 
 def config_diff(old: Config, new: Config) -> list[str]:
     """Return one line per key that differs, `train.steps: 100 -> 200`."""
-    before, after = dict(_flat(dump_config(old))), dict(_flat(dump_config(new)))
+    before, after = dict(flat(dump_config(old))), dict(flat(dump_config(new)))
     keys = [*before, *(key for key in after if key not in before)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys if before.get(key, ...) != after.get(key, ...)]
-
-
-def _flat(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

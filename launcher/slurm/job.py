@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...errors import EXIT_DONE, EXIT_RETRY, EXIT_USER, ConfigError, EfflaunchError
-from ...utils.atomic_files import write_atomic
+from ...utils.atomic_files import file_errors_named, write_atomic
 from ..agent.restart_policy import lost_a_peer
 from ..agent.signals import STOP_SIGNALS
 from ..config.node_range import node_range
@@ -48,28 +48,36 @@ def main(arguments: list[str]) -> int:
     # What `prepare` and `start` print is for the script, which has to have it.
     lenient_output(*(("stdout", "stderr") if what == "settle" else ("stderr",)))
     try:
-        place = slurm_place()
-        if what == "prepare":
-            print(prepare(rest, place))
-            return EXIT_DONE
-        run_dir, nodes = Path(rest[0]), "".join(rest[1:]).replace("(null)", "")
-        _keep_stop_signals(run_dir, place)
-        if what == "settle":
-            return settle(run_dir, place, nodes)
-        meeting, run_state = start(run_dir, place, nodes), read_state(run_dir)
-        assert run_state is not None, "written by start"
-        print(meeting, run_state.attempts[-1].num_nodes, ",".join(run_state.attempts[-1].hosts))
-        return EXIT_DONE
+        with file_errors_named():
+            return _answer(what, rest, slurm_place())
     except EfflaunchError as error:
         print(f"efflaunch: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def _answer(what: str, rest: list[str], place: SlurmPlace) -> int:
+    if what == "prepare":
+        print(prepare(rest, place))
+        return EXIT_DONE
+    run_dir, nodes = Path(rest[0]), "".join(rest[1:]).replace("(null)", "")
+    _keep_stop_signals(run_dir, place)
+    if what == "settle":
+        return settle(run_dir, place, nodes)
+    meeting, run_state = start(run_dir, place, nodes), read_state(run_dir)
+    assert run_state is not None, "written by start"
+    print(meeting, run_state.attempts[-1].num_nodes, ",".join(run_state.attempts[-1].hosts))
+    return EXIT_DONE
 
 
 def _keep_stop_signals(run_dir: Path, place: SlurmPlace) -> None:
     """A stop signal that comes while no agent runs is left as a file for the next one."""
 
     def keep(number: int, frame: FrameType | None) -> None:
-        stop_file(run_dir, place.word, place.restart).touch()
+        path = stop_file(run_dir, place.word, place.restart)
+        try:
+            path.touch()
+        except OSError as error:
+            print(f"{path} cannot be written: {error.strerror}; the stop signal is lost", file=sys.stderr, flush=True)
 
     for number in STOP_SIGNALS:
         signal.signal(number, keep)
@@ -240,10 +248,16 @@ def _close(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace
 
 def _leave_out(run_dir: Path, config: Config, run_state: RunState, place: SlurmPlace) -> tuple[RunState, bool]:
     """(state, whether a node of the last attempt is left out from now on); the batch script reads which from a file."""
-    slurm = config.launcher.slurm
+    slurm, before = config.launcher.slurm, run_state
     run_state, new = leave_out(run_state, slurm, lambda names: _is_enough(config, place, names))
     if new:
-        write_atomic(exclude_file(run_dir), ",".join(excluded_names(run_state, slurm)))
+        try:
+            write_atomic(exclude_file(run_dir), ",".join(excluded_names(run_state, slurm)))
+        except OSError as error:
+            print(
+                f"efflaunch: {exclude_file(run_dir)} cannot be written, no node is left out: {error.strerror}", file=sys.stderr, flush=True
+            )
+            return before, False
     for host, why in new.items():
         print(f"{host} is left out from now on: {why}", flush=True)
     return run_state, bool(new)

@@ -21,7 +21,7 @@ from .grouped import GroupedProjection, Groups
 
 
 class RowExchange(Protocol):
-    """The way of one piece's rows to the ranks of their experts and back (parallel/experts/exchange.py). Collective."""
+    """The way of one piece's rows to the ranks of their experts and back (parallel/expert_exchange.py). Collective."""
 
     @property
     def counts(self) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...errors import ConfigError, EfflaunchError
 from ...units import format_bytes
+from ...utils.atomic_files import FULL
 from .allocator import Extents
 from .host_pool import BLOCK_BYTES
 
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 DIRECT_BYTES = 4096
 """What O_DIRECT asks of addresses, offsets and lengths on every disk in use."""
 KEY = "memory.offload_dir"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OffloadFile:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError
 from ...units import format_precise
+from ..figures import check_format, figure_kind, save
 from .timeline import Bar, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = (".svg", ".png", ".pdf")
 _WIDTH_IN = 12.0
 _INK, _PAPER, _IDLE, _OVERHEAD = "#22272e", "#ffffff", "#eceff2", "#c9d0d8"
 _MEASURED, _BOUND, _DASHES = "#0b0f14", "#0f766e", (0, (5, 3))
@@ -35,21 +34,15 @@ class Caption:
 
 def draw(line: Timeline, caption: Caption, path: Path) -> None:
     """Write the picture to `path`, .svg, .png or .pdf. ConfigError for another ending, or where matplotlib is missing."""
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError("--out", found=str(path), expected=f"a file that ends in {', '.join(FORMATS)}", hint=f"--out {path.stem}.svg")
-    figure = make_figure(line, caption)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No date inside: the same plan gives the same file.
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-    figure.savefig(path, dpi=160, metadata=metadata)
+    check_format(path)
+    save(make_figure(line, caption), path)
 
 
 def make_figure(line: Timeline, caption: Caption) -> Figure:
     """The figure behind `draw`: the step on top, the lengths below."""
-    figure_kind = _figure_kind()
     step_in = min(5.4, max(1.8, 0.3 * line.world_size))
     height = step_in + 3.75
-    figure = figure_kind(figsize=(_WIDTH_IN, height), facecolor=_PAPER)
+    figure = figure_kind()(figsize=(_WIDTH_IN, height), facecolor=_PAPER)
     left, width = 0.055, 0.925
     _draw_step(figure.add_axes((left, 2.1 / height, width, step_in / height)), line, caption)
     _draw_lengths(figure.add_axes((left, 0.55 / height, width, 0.95 / height)), line)
@@ -62,19 +55,6 @@ def make_figure(line: Timeline, caption: Caption) -> Figure:
 def colour(degree: int) -> str:
     """The colour of a group of `degree` ranks."""
     return _COLOURS[min(degree.bit_length() - 1, len(_COLOURS) - 1)]
-
-
-def _figure_kind() -> type[Figure]:
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "--out", found="no matplotlib", expected="it, to draw pictures", hint="pip install 'efflaunch[plot]', or leave --out out"
-        ) from error
-    # Text stays text and ids do not change from run to run.
-    rcParams["svg.fonttype"], rcParams["svg.hashsalt"] = "none", "efflaunch"
-    return Figure
 
 
 def _draw_step(axes: Axes, line: Timeline, caption: Caption) -> None:

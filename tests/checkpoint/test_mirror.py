@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from efflaunch.checkpoint import files
 from efflaunch.checkpoint import tier as tier_module
 from efflaunch.checkpoint.config import CheckpointConfig, OnSaveError, check_checkpoint
 from efflaunch.checkpoint.mirror import MirrorReport
-from efflaunch.checkpoint.tier import Tier, reach
+from efflaunch.checkpoint.tier import Tier, check_place, reach
 from efflaunch.errors import CheckpointError, ConfigError
 from efflaunch.tests.limits import ENDS_S
 from efflaunch.tests.ranks import RankPool
@@ -97,7 +98,7 @@ def test_an_address_nobody_can_open_is_an_error_at_the_start(tmp_path: Path) -> 
         State().engine(tmp_path, mirror="nosuch://bucket")
 
 
-@pytest.mark.parametrize("mirror", ["", " ", ".", "./", "s3://", "file:///", "://x", "a\nb"])
+@pytest.mark.parametrize("mirror", ["", " ", ".", "./", "s3://", "file:///", "://x", "a\nb", "memory://run"])
 def test_a_place_that_is_none_is_refused(mirror: str) -> None:
     """An empty path is the current directory to fsspec: checkpoints would be written there, and others' removed."""
     with pytest.raises(ConfigError, match=r"checkpoint\.mirror: found"):
@@ -119,6 +120,41 @@ def test_a_place_that_holds_other_things_or_keeps_nothing_is_refused(tmp_path: P
     with pytest.raises(CheckpointError, match="it belongs to the run 'run', by the file RUN there"):
         reach(str(tmp_path / "there"), tmp_path / "runs" / "other" / "checkpoints")
     assert (tmp_path / "step-00000001").is_dir()
+
+
+def test_the_checkpoints_of_another_run_are_no_second_place(tmp_path: Path) -> None:
+    """They would be pruned as this run's own. A folder of something else is none either, and nothing is left there."""
+    own, other = tmp_path / "runs" / "run" / "checkpoints", tmp_path / "runs" / "other"
+    (other / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (other / "run.yaml").touch()
+    (tmp_path / "link").symlink_to(other / "checkpoints")
+    for place in (other, other / "checkpoints", other / "checkpoints" / "step-00000001", tmp_path / "link", f"file://{other}/deep/er"):
+        for check in (reach, check_place):
+            with pytest.raises(CheckpointError, match=f"in the run directory {other}"):
+                check(str(place), own)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(CheckpointError, match="it holds 'config.json', which is no checkpoint"):
+        reach(str(tmp_path / "model"), own)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_place_is_looked_at_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As is done where a job is submitted: the machines it runs on are others."""
+    own = tmp_path / "runs" / "run" / "checkpoints"
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/file, which is no directory"):
+        check_place(str(tmp_path / "file" / "there"), own)
+    with pytest.raises(CheckpointError, match="which holds other things"):
+        check_place(str(own), own)
+    (tmp_path / "there").mkdir()
+    assert check_place(str(tmp_path / "there"), own).local_path == tmp_path / "there" and not list((tmp_path / "there").iterdir())
+    check_place("/nowhere/on/this/machine", own)
+    assert not Path("/nowhere").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/there, which cannot be written"):
+        check_place(str(tmp_path / "there"), own)
 
 
 class _Slow(Tier):

@@ -19,6 +19,7 @@ from efflaunch.launcher.cli import main
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.rundir.lock import holding
 from efflaunch.launcher.rundir.run_dir import make_run_dir, read_run, store_config
+from efflaunch.launcher.slurm.launcher import SlurmLauncher
 
 
 @pytest.fixture
@@ -132,8 +133,12 @@ def test_a_mirror_that_cannot_be_written_is_refused_before_a_run_exists(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    for mirror, found in (("file/there", "NotADirectoryError"), ("''", "found ''"), (str(tmp_path), "which holds other things")):
+    for mirror, found in (("file/there", "file, which is no directory"), ("''", "found ''"), (str(tmp_path), "which holds other things")):
         assert main(["+experiment=quickstart", "run.id=run", f"checkpoint.mirror={mirror}"]) == 93
         error = capsys.readouterr().err
         assert error.startswith("efflaunch: checkpoint.mirror: found") and found in error, error
+        # Jobs of a scheduler are refused where they are submitted, as far as that can be seen from there.
+        words = ["+experiment=quickstart", "run.id=run", "launcher=slurm", f"checkpoint.mirror={mirror}"]
+        monkeypatch.setattr(SlurmLauncher, "check", lambda launcher, config: None)
+        assert main(words) == 93 and capsys.readouterr().err.startswith("efflaunch: checkpoint.mirror: found")
     assert os.listdir(tmp_path) == ["file"]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from efflaunch.launcher import cli
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.local import LocalLauncher
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
+from efflaunch.launcher.rundir.progress import RunProgress, step_line
 from efflaunch.launcher.rundir.run_dir import HASH_FILE, RUN_FILE, make_run_dir, read_run, store_config, write_run
 from efflaunch.launcher.rundir.state import STATE_FILE, Attempt, Failure, RunState, mend_state, new_state, read_state, write_state
 from efflaunch.utils.decode import decode
@@ -105,6 +107,15 @@ def test_a_kill_between_two_files_of_a_revision_is_repaired(run_dir: Path) -> No
         read_run(run_dir)
 
 
+def test_a_run_file_that_is_lost_is_the_newest_revision(run_dir: Path) -> None:
+    config = read_run(run_dir).config
+    (run_dir / RUN_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"found no run.yaml.*\n  Try: cp \S*/revisions/1.yaml \S*/run.yaml") as raised:
+        read_run(run_dir)
+    subprocess.run(raised.value.hint, shell=True, check=True)
+    assert read_run(run_dir).config == config
+
+
 def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = [{"rank": 0, "tokens": 5, "peak_bytes": 7}]
     step = {
@@ -139,6 +150,22 @@ def test_damaged_lines_of_metrics_are_passed_over(run_dir: Path, capsys: pytest.
     for command in ("status", "explain"):
         code, output = said(capsys, command, str(run_dir), *(["--json"] if command == "status" else []))
         assert code in (0, EXIT_USER), output
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens_per_s", "lr", "plan", "ranks", "total_tokens", "grad_norm"])
+def test_numbers_that_a_step_lacks_are_unknown(run_dir: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """As null, which is no number either, or not at all."""
+    whole = {"loss": 2.0, "tokens_per_s": 9.0, "lr": 1.0, "plan": "p", "ranks": [], "total_tokens": 9, "grad_norm": 1.0}
+    start = {"event": "start", "steps": 20, "world_size": 4, "parameters": 10}
+    lacking = [{**whole, name: None}, *([{key: value for key, value in whole.items() if key != name}] if name != "loss" else [])]
+    for numbers in lacking:
+        step = {"event": "step", "step": 1, "step_s": 1.0, **numbers}
+        (run_dir / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(step)}\n")
+        for options in ((), ("--json",)):
+            code, told = said(capsys, "status", str(run_dir), *options)
+            assert code == 0 and ("unknown at step 1" in told) == (name == "loss" and not options), told
+        line = step_line(RunProgress().apply([start, step]))
+        assert ("unknown" in line) == (name in ("loss", "tokens_per_s", "lr"))
 
 
 def test_a_damaged_profile_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

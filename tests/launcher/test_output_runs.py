@@ -53,6 +53,46 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
     assert all(text in (run_dir / "logs" / "agent.log").read_text() for text in texts)
 
 
+IN_BACKGROUND = """
+import fcntl, os, subprocess, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+modes = termios.tcgetattr(0)
+termios.tcsetattr(0, termios.TCSANOW, [*modes[:3], modes[3] | termios.TOSTOP, *modes[4:]])
+assert os.tcgetpgrp(0) == os.getpgrp()
+run = subprocess.Popen(sys.argv[1:], process_group=0)
+_, status = os.waitpid(run.pid, os.WUNTRACED)
+if os.WIFSTOPPED(status):
+    run.kill()
+    sys.exit(99)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A shell with a terminal on which background jobs may not write (`stty tostop`), and the run as one of them."""
+
+
+def test_a_job_in_the_background_of_a_terminal_it_may_not_write_to(tmp_path: Path) -> None:
+    """The kernel stops who writes there (SIGTTOU); a run that is stopped trains nothing."""
+    mine, its = pty.openpty()
+    command = [sys.executable, "-c", IN_BACKGROUND, *COMMAND, "logging.display=plain", "train.steps=6"]
+    shell = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    shown = b""
+    try:
+        while data := _read_terminal(mine):
+            shown += data
+    finally:
+        os.close(mine)
+    assert shell.wait(ENDS_S) == 0, shown
+    assert b"step 6/6" in shown and newest_step(tmp_path / "runs" / "run") == 6
+
+
+def _read_terminal(fd: int) -> bytes:
+    """What was written to a terminal; nothing once nobody has it open any more."""
+    try:
+        return os.read(fd, 4096)
+    except OSError:
+        return b""
+
+
 def test_output_that_nobody_reads_and_errors_that_fill_a_disk(tmp_path: Path) -> None:
     """A pipe whose reader left after the first line (`| head -1`), and a log on a full disk."""
     reader, writer = os.pipe()

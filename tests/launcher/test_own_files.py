@@ -73,6 +73,9 @@ def test_settings_of_hydra_in_files_are_refused(tmp_path: Path, content: str) ->
     [
         ("config.yaml", "config.yaml: found a main configuration file; expected options only"),
         ("optim/mine.yml", "mine.yml: found the ending .yml; expected .yaml"),
+        ("optim/mine.YAML", "mine.YAML: found the ending .YAML; expected .yaml"),
+        ("optim.yaml", "optim.yaml: found a file beside the groups; expected DIR/GROUP/NAME.yaml"),
+        ("experiment.yml", "experiment.yml: found a file beside the groups"),
         ("experiments/mine.yaml", "experiments: found a folder of no group"),
         ("hydra/job_logging.yaml", "hydra: found a setting of Hydra"),
     ],
@@ -81,6 +84,12 @@ def test_files_that_would_be_ignored_are_refused(tmp_path: Path, name: str, star
     put(tmp_path, name, "name: mine\n")
     assert start in refused(tmp_path)
     assert "found an unknown key" in refused(None, *BARE, "+nogroup=mine")
+
+
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").symlink_to("/nowhere/mine.yaml")
+    assert "mine.yaml: found a link to /nowhere/mine.yaml, which is not there" in refused(tmp_path)
 
 
 def test_other_files_may_lie_there(tmp_path: Path) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from efflaunch.errors import ConfigError, EfflaunchError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.env import SlurmPlace, slurm_place
+from efflaunch.launcher.nodes import node as node_module
 from efflaunch.launcher.nodes.next_action import Verdict
+from efflaunch.launcher.nodes.node_place import NodePlace
 from efflaunch.launcher.rundir.lock import lock_run
 from efflaunch.launcher.rundir.run_dir import attempt_dir, read_attempt
 from efflaunch.launcher.rundir.state import Failure, RunState, end_attempt, read_state, write_state
 from efflaunch.launcher.slurm import job
 from efflaunch.launcher.slurm.files import cancel_file, stop_asked, stop_file
+from efflaunch.tests.no_room import no_room
 
 PLACE = SlurmPlace(job=17, restart=0, node=0, num_nodes=2, name="n0", step_nodes=2, hosts="n[0-1]")
 NEXT = replace(PLACE, restart=1)
@@ -139,6 +144,49 @@ def test_another_efflaunch_in_the_directory(run_dir: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="one efflaunch per run directory"):
         job.start(run_dir, PLACE)
     assert (run_dir / "state.json").read_text() == before and lock
+
+
+def test_a_full_disk_is_named_and_the_exit_code_is_the_attempts(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither what nodes leave nor what `start` and `settle` write has room."""
+    monkeypatch.setattr(job, "slurm_place", lambda: PLACE)
+    monkeypatch.setattr(job, "_keep_stop_signals", lambda *given: None)
+    monkeypatch.setattr(job, "lenient_output", lambda *given: None)
+    with no_room():
+        assert job.main(["start", str(run_dir), ""]) == 93
+        assert f"{run_dir}/state.json: found No space left on device; expected room to write it" in capsys.readouterr().err
+    begin(run_dir)
+    write_state(run_dir, end_attempt(state(run_dir), exit_code=0, failure=None, last_step=4))
+    with no_room():
+        assert job.main(["settle", str(run_dir), ""]) == Verdict.DONE
+        told = capsys.readouterr()
+        assert "state.json cannot be written: No space left on device" in told.err and "finished, after step 4" in told.out
+    assert job.main(["settle", str(run_dir), ""]) == Verdict.DONE and state(run_dir).state == "done"
+
+
+def test_a_node_that_cannot_leave_its_report_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(run_dir)
+    agent: Any = SimpleNamespace(run_dir=run_dir, reports=[], out_of_time=0)
+    place = NodePlace(node=1, num_nodes=2, name="n1", folder="slurm", exclude_key="", ends_with_others=True)
+    attempt_dir(run_dir, 1).mkdir(parents=True, exist_ok=True)
+    with no_room():
+        node_module._report(agent, place, 1, 0)
+    assert "logs/attempt-1/node-1.json cannot be written: No space left on device" in capsys.readouterr().err
+    assert job.settle(run_dir, PLACE) is Verdict.REQUEUE
+
+
+def test_a_node_that_cannot_be_left_out_for_want_of_room_is_kept(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        known = state(run_dir)
+        begin(run_dir)
+        last = replace(state(run_dir).attempts[-1], blamed={"n1": "its device"})
+        ended = end_attempt(replace(state(run_dir), attempts=(*known.attempts, last)), exit_code=1, failure=None, last_step=0)
+        write_state(run_dir, ended)
+    with no_room("exclude"):
+        job.settle(run_dir, PLACE)
+    assert "slurm/exclude cannot be written, no node is left out: No space left on device" in capsys.readouterr().err
+    assert not state(run_dir).excluded
 
 
 def test_stops_are_kept_for_this_life_of_the_job(run_dir: Path) -> None:

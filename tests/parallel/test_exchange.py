@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from efflaunch.memory.executor.experts import Routing
-from efflaunch.parallel.experts.exchange import ExpertRanks
+from efflaunch.parallel.expert_exchange import ExpertRanks
 from efflaunch.parallel.topology import whole_world
 from efflaunch.tests.ranks import RankPool
 

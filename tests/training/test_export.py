@@ -210,6 +210,9 @@ def test_an_output_in_use_or_in_the_way_is_refused_and_nothing_is_left(tmp_path:
         export(tmp_path / "run", tmp_path / "used")
     with pytest.raises(CheckpointError, match="Not a directory"):
         export(tmp_path / "run", tmp_path / "used" / "mine.txt" / "out")
+    for inner in ("out", "step-00000009", "../checkpoints/out"):
+        with pytest.raises(CheckpointError, match="found a place among the run's checkpoints"):
+            export(tmp_path / "run", tmp_path / "run" / "checkpoints" / inner)
     (tmp_path / "empty").mkdir()
     assert export(tmp_path / "run", tmp_path / "empty").num_files == 1
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"] and not list(tmp_path.glob("*.tmp"))

@@ -104,6 +104,16 @@ def test_without_chats_generation_settings_are_not_touched(tmp_path: Path, out: 
     assert (out / "generation_config.json").read_bytes() == b'{"eos_token_id":  2}' and report.end_of_turn is None
 
 
+def test_a_model_that_is_gone_is_said(tmp_path: Path, out: Path) -> None:
+    """Its generation settings cannot come along."""
+    source = make_tokenizer(tmp_path / "t", eos_token="<eos>", chat_template=CHAT)
+    plain = {"chat_template": CHAT, "end_of_turn": None, "loss_mask": False}
+    report = write_files(Origins((str(source),), f"{tmp_path}/gone", (plain,)), out)
+    assert report.notes == (f"model {tmp_path}/gone is not on this machine: its generation settings, if it had any, are not in the export",)
+    (tmp_path / "gone").mkdir()
+    assert write_files(Origins((str(source),), f"{tmp_path}/gone", (plain,)), out).notes == ()
+
+
 def test_corpora_of_earlier_versions_leave_the_end_of_the_turn_to_the_template(tmp_path: Path, out: Path) -> None:
     source = make_tokenizer(tmp_path / "t", eos_token="<eos>", chat_template=CHAT)
     assert write_files(Origins((str(source),), None, ({"loss_mask": True},)), out).end_of_turn == "<|end|>"

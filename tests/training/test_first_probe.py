@@ -15,7 +15,16 @@ from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.tests.ranks import RankPool
 from efflaunch.tests.training.test_probe import TINY
 from efflaunch.training.optimizers.config import Update
-from efflaunch.training.profiling.first_probe import COSTS_FILE, Measured, QuickProbe, expected_s, fit_few, meaningless, too_few
+from efflaunch.training.profiling.first_probe import (
+    COSTS_FILE,
+    Measured,
+    QuickProbe,
+    expected_s,
+    fit_few,
+    meaningless,
+    too_few,
+    without_probe,
+)
 from efflaunch.training.profiling.probe import Sample
 
 COST = CostModel(
@@ -200,6 +209,20 @@ def _left_alone(words, folder):
     if config.optim.update is Update.STEP:
         assert any(name.endswith("exp_avg") for name in before), "there are moments to lose"
     return same and gone, assumed.is_assumed, probed, repeated, sorted(set(phases))
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", "3", "{}", '{"fingerprint": "abc"}', "[" * 9999, '{"fingerprint": "abc", "model": {}}']
+)
+def test_damaged_costs_are_set_aside_and_made_again(tmp_path, caplog, damage):
+    from efflaunch.training.step_planner import Costs
+
+    costs = Costs(COST, 0.0, SimpleNamespace(), "arithmetic on data sheets", "abc", is_assumed=True)  # type: ignore[arg-type]
+    (tmp_path / COSTS_FILE).write_text(json.dumps(costs.dump()))
+    assert without_probe(costs, tmp_path) is not None
+    (tmp_path / COSTS_FILE).write_text(damage)
+    assert without_probe(costs, tmp_path) is None and without_probe(costs, tmp_path) is None
+    assert "costs.json is damaged" in caplog.text and (tmp_path / f"{COSTS_FILE}.damaged").read_text() == damage
 
 
 def test_training_is_left_as_it_was_and_a_second_attempt_does_not_probe(pool, tmp_path):

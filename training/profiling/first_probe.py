@@ -24,7 +24,8 @@ from ...estimate.measured.profile import FittedDegree, Profile, attention_units,
 from ...estimate.timing.update import update_time
 from ...parallel.config import SequenceMode
 from ...parallel.sequence.cost import CostModel, DegreeCost
-from ...utils.atomic_files import write_atomic
+from ...utils.atomic_files import write_cache
+from ...utils.decode import set_aside
 from ..optimizers.config import Update
 from ..run_settings import RunSettings
 from ..step import EMPTY
@@ -56,7 +57,7 @@ def probe_before_training(
     if config.parallel.sequence is not SequenceMode.ADAPTIVE or config.parallel.probe_s == 0:
         return costs
     leads, world = built.topology.rank == 0, built.topology.world
-    costs_at_hand = _of_rank_0(_without_probe(costs, run_dir) if leads else None, world)
+    costs_at_hand = _of_rank_0(without_probe(costs, run_dir) if leads else None, world)
     if costs_at_hand is not None:
         return costs_at_hand
     if config.optim.update is Update.BACKWARD:
@@ -66,16 +67,22 @@ def probe_before_training(
     assert probed is not None
     if leads:
         log.info("step times: %s", probed.origin)
-        write_atomic(run_dir / COSTS_FILE, json.dumps(probed.dump(), indent=1))
+        write_cache(run_dir / COSTS_FILE, json.dumps(probed.dump(), indent=1), log)
     return probed
 
 
-def _without_probe(costs: Costs, run_dir: Path) -> Costs | None:
+def without_probe(costs: Costs, run_dir: Path) -> Costs | None:
     """The costs that need no probe: measured or stored costs, or those of an earlier attempt's probe with the same settings."""
     if not costs.is_assumed:
         return costs
     path = run_dir / COSTS_FILE
-    return load_costs(json.loads(path.read_text(encoding="utf-8")), costs.key, costs.fingerprint) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return load_costs(json.loads(path.read_text(encoding="utf-8")), costs.key, costs.fingerprint)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("%s", set_aside(path, f"{type(error).__name__}: {error}"))
+        return None
 
 
 def _of_rank_0(costs: Costs | None, world: dist.ProcessGroup) -> Costs | None:
