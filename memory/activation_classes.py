@@ -64,7 +64,7 @@ class ForwardFlops:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ActivationClass:
-    """One kind of rows that a layer makes in forward and needs in backward: kept, moved to the host or made again."""
+    """One kind of rows that a layer makes in forward and needs in backward: kept, moved to the host or recomputed."""
 
     name: str
     description: str
@@ -79,11 +79,11 @@ class ActivationClass:
     num_tensors: int = 1
     """Tensors of one piece."""
     by_token: bool = True
-    """Any share of the tokens may be made again. Otherwise all of them or none, as `MemoryPolicy` says."""
+    """Any share of the tokens may be recomputed. Otherwise all of them or none, as `MemoryPolicy` says."""
     of_heads: bool = False
     """Rows of heads, which attention reads or makes: one group of heads after the other may do."""
     decision: bool = False
-    """Made once and always kept, whatever the policy: made again it might come out otherwise, as the choice between near equals does."""
+    """Made once and always kept, whatever the policy: recomputed it might come out otherwise, as the choice between near equals does."""
 
 
 LAYER_INPUT = ActivationClass(

@@ -19,7 +19,7 @@ from .term import Phase, Term
 
 def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     """What the live layer holds of all rows, and of one piece."""
-    moments = graph_moments(inputs) if inputs.policy.graph else streamed_moments(inputs) if inputs.by_chunks else whole_moments(inputs)
+    moments = graph_moments(inputs) if inputs.policy.graph else chunked_moments(inputs) if inputs.by_chunks else whole_moments(inputs)
     largest = {
         phase: max(candidates, key=lambda moment: moment.whole * inputs.tokens + moment.piece * inputs.piece_tokens + moment.fixed)
         for phase, candidates in moments.items()
@@ -116,7 +116,7 @@ def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Mom
     return [kernel, *projected, Moment(both + (wide + 2) * (part.Q + part.X))]
 
 
-def streamed_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
+def chunked_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     """memory/executor/attention_chunked.py: of all rows only keys and values, their float32 gradients, and the layer's gradient."""
     w, sides = Widths.of(inputs), inputs.layout.ulysses > 1
     own = 0 if is_kept(inputs, LAYER_INPUT) else w.H

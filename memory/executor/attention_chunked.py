@@ -10,7 +10,7 @@ StreamBP (2506.03077, sec. 3) without projecting the keys of the whole prefix on
 Where Ulysses ranks hold other parts of the same sequences, later queries of a rank are not the latest of all: keys are
 final only at the end, and their projections are differentiated in one more pass.
 
-Note: mirrored, moment by moment, in estimate/footprint/live_layer.py (streamed_moments), in the order of reads in read_order.py, and in
+Note: mirrored, moment by moment, in estimate/footprint/live_layer.py (chunked_moments), in the order of reads in read_order.py, and in
 estimate/timing/{offload,flops}.py (how often rows come back, what is recomputed). A change here is a change there.
 """
 
