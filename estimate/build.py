@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .footprint.host import file_bytes
@@ -9,6 +10,7 @@ from .ledger import Ledger, budget_account, device_account, host_account, resolv
 from .plan_inputs import PlanInputs
 from .solver.report import SolveReport
 from .solver.solve import solve_memory
+from .stages import memories, peak_bytes, pipelined, stage_inputs, stage_layers
 from .timing.step import estimate_time
 
 if TYPE_CHECKING:
@@ -20,9 +22,29 @@ def build_ledger(inputs: PlanInputs) -> Ledger:
 
     With memory.solve the policy is solved (estimate/solver/solve.py). Where none fits, the ledger is that of the one that needs least.
     """
-    if inputs.memory.solve:
-        return _ledger(inputs, *solve_memory(inputs))
-    return _ledger(inputs, resolve_grad_reduce(inputs))
+    if inputs.layout.stages > 1:
+        return _of_stages(inputs)
+    return _ledger(inputs, *_decided(inputs))
+
+
+def _decided(inputs: PlanInputs) -> tuple[PlanInputs, SolveReport | None]:
+    """The inputs with everything decided that was left open, and how."""
+    return solve_memory(inputs) if inputs.memory.solve else (resolve_grad_reduce(inputs), None)
+
+
+def _of_stages(inputs: PlanInputs) -> Ledger:
+    """The ledger of the stage that holds most. All stages have one policy: that of the one that has least room, if all fit with it."""
+    layers, stages = stage_layers(inputs), stage_inputs(inputs)
+    ledgers = []
+    for tightest in sorted(stages, key=peak_bytes, reverse=True):
+        decided, report = _decided(tightest)
+        all_decided = tuple(replace(stage, policy=decided.policy, parallel=decided.parallel) for stage in stages)
+        fullest = max(all_decided, key=peak_bytes)
+        ledger = _ledger(inputs, fullest, report)
+        ledgers.append(replace(ledger, timing=pipelined(all_decided), stages=memories(all_decided, layers)))
+        if ledgers[-1].fits:
+            return ledgers[-1]
+    return ledgers[0]
 
 
 def _ledger(asked: PlanInputs, inputs: PlanInputs, report: SolveReport | None = None) -> Ledger:

@@ -15,6 +15,7 @@ from .timing.step import Timing
 
 if TYPE_CHECKING:
     from .solver.report import SolveReport
+    from .stages import StageMemory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,8 @@ class Ledger:
     timing: Timing
     report: SolveReport | None = None
     """How the policy was found, with memory.solve."""
+    stages: tuple[StageMemory, ...] = ()
+    """Each stage of a pipeline: `inputs` and `device` are of that which holds most. Empty where there is one stage."""
 
     @property
     def layout(self) -> Layout:

@@ -101,6 +101,8 @@ class PlanInputs:
     has_embedding: bool = True
     has_head: bool = True
     """False: another stage has it; this one sends its last layer's output on."""
+    whole: ModelSpec | None = None
+    """The model that these inputs are a stage of; None: they are of all of it."""
 
     def stage(self, layers: range, *, in_flight: int = 1, has_embedding: bool | None = None, has_head: bool | None = None) -> PlanInputs:
         """These inputs for ranks that hold the decoder layers `layers` alone, numbered from 0 to L - 1 in the whole model.
@@ -125,6 +127,7 @@ class PlanInputs:
             in_flight=in_flight,
             has_embedding=embedding,
             has_head=head,
+            whole=self.whole or self.spec,
         )
 
     @classmethod
@@ -177,8 +180,9 @@ class PlanInputs:
         )
 
     def with_parts(self, **changes: Any) -> PlanInputs:
-        """Inputs made from the same parts but for `changes`: layout and policy are chosen anew."""
-        return PlanInputs.make(**{name: getattr(self, name) for name in _PARTS} | changes)
+        """Inputs of the whole model made from the same parts but for `changes`: layout and policy are chosen anew."""
+        parts = {name: getattr(self, name) for name in _PARTS} | {"spec": self.whole or self.spec}
+        return PlanInputs.make(**parts | changes)
 
     @property
     def width(self) -> int:

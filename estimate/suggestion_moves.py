@@ -170,7 +170,7 @@ def _shard_more(inputs: PlanInputs) -> Iterator[Change]:
 def _spread(inputs: PlanInputs) -> Iterator[Change]:
     """Each sequence over more of the ranks there are: fewer tokens on each."""
     degree = inputs.layout.sp_degree
-    while 2 * degree <= inputs.layout.world_size:
+    while 2 * degree <= inputs.layout.stage_size:
         degree *= 2
         tokens = -(-inputs.data.max_seq_len // degree)
         overrides, parallel = _over(inputs, degree, tokens)

@@ -26,6 +26,8 @@ from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
 from ..parallel.expert_exchange import ExpertRanks
+from ..parallel.pipeline.links import StageLinks
+from ..parallel.pipeline.place import StagePlace
 from ..parallel.sharding.experts import spread_experts
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
@@ -80,22 +82,47 @@ def install(
     store: HostStore | None = None,
     expert_ranks: ExpertRanks | None = None,
     router_losses: RouterLosses | None = None,
+    place: StagePlace | None = None,
 ) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are.
 
     `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank. `router_losses`: None: there are none.
+    `place`: of a stage, whose modules alone are kept; None: the model is one stage.
     """
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    layers = range(len(model.model.layers)) if place is None else place.layers
+    if place is not None:
+        keep_stage(model, place)
     graphs = None if policy.compile is None else Graphs(policy.compile)
     load, losses = ExpertLoad(), router_losses or RouterLosses()
-    for index, layer in enumerate(model.model.layers):
+    for index in layers:
+        layer = model.model.layers[index]
         adapter = layer_adapter(layer, model.config.model_type)
         adapter.index, adapter.expert_ranks, adapter.expert_load, adapter.router_losses = index, expert_ranks, load, losses
         layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
-    whole = range(len(model.model.layers))
-    stage = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)
+    first, last = place is None or place.is_first, place is None or place.is_last
+    stage = Stage(model, layers, first=first, last=last, options=options, policy=policy, store=store)
+    stage.shapes = shapes
     stage.expert_load, stage.router_losses = load, losses
     model.forward = stage  # type: ignore[method-assign]
+
+
+class Elsewhere(nn.Module):
+    """Stands where another stage has a module: it has no weights here, and is not called."""
+
+
+def keep_stage(model: PreTrainedModel, place: StagePlace) -> None:
+    """Leave the modules of one stage in the model, under their own names; a matrix tied to the head stays where the head does."""
+    base, layers = model.model, model.model.layers
+    for index in range(len(layers)):
+        if index not in place.layers:
+            layers[index] = Elsewhere()
+    tied = base.embed_tokens.weight is model.lm_head.weight
+    if not (place.is_first or (place.is_last and tied)):
+        base.embed_tokens = Elsewhere()
+    if not place.is_last:
+        base.norm, model.lm_head = Elsewhere(), Elsewhere()
 
 
 def _logit_softcap(config: PretrainedConfig) -> float | None:
@@ -118,6 +145,7 @@ def build_model(
     store: HostStore | None = None,
     expert_mesh: DeviceMesh | None = None,
     router_losses: RouterLosses | None = None,
+    place: StagePlace | None = None,
 ) -> PreTrainedModel:
     """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
 
@@ -134,6 +162,7 @@ def build_model(
         store=store,
         expert_mesh=expert_mesh,
         router_losses=router_losses,
+        place=place,
     )
     initialise(model, seed)
     return model
@@ -152,24 +181,36 @@ def build_empty(
     host_weights: bool = False,
     expert_mesh: DeviceMesh | None = None,
     router_losses: RouterLosses | None = None,
+    place: StagePlace | None = None,
 ) -> PreTrainedModel:
     """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host.
 
-    `expert_mesh` (replicate, expert_shard, expert): its last axis shares the experts of each layer.
+    `expert_mesh` (replicate, expert_shard, expert): its last axis shares the experts of each layer. `place`: of a stage, which alone is
+    built; `mesh` is that stage's.
     """
     model = build_on_meta(config, master_dtype(compute_dtype))
     ranks = None if expert_mesh is None else ExpertRanks(expert_mesh.get_group("expert"), expert_mesh["expert"].size())
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store, expert_ranks=ranks, router_losses=router_losses)
+    install(
+        model,
+        policy,
+        loss_chunk_tokens=loss_chunk_tokens,
+        z_loss=z_loss,
+        store=store,
+        expert_ranks=ranks,
+        router_losses=router_losses,
+        place=place,
+    )
     if host_weights:
         # Parameters only: buffers keep the precision Hugging Face made them in.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(compute_dtype)
+    if place is not None:
+        stage = stage_of(model)
+        stage.links = StageLinks(place, model.config.hidden_size, compute_dtype, device, stage.position.at)
     reduced = master_dtype(compute_dtype)
-    layers = list(model.model.layers)
+    layers = [model.model.layers[index] for index in stage_of(model).layers]
     placement = None if expert_mesh is None else spread_experts([layer.mlp.experts for layer in layers], expert_mesh)
-    stage_of(model).weights = shard_model(
-        model, layers, mesh, compute_dtype=compute_dtype, reduce_dtype=reduced, placement=placement
-    )
+    stage_of(model).weights = shard_model(model, layers, mesh, compute_dtype=compute_dtype, reduce_dtype=reduced, placement=placement)
     model.to_empty(device=device)
     return model
 

@@ -6,7 +6,7 @@ one piece is one stage that is first and last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,11 @@ from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
+from ..parallel.pipeline.links import StageLinks
 from ..parallel.sharding.engine import PlainWeights, Weights
 from .chunked_loss import Head, LossOptions
 from .families.rope import rotary_tables
+from .load_plan import HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ class Stage:
         """How many rows each expert got."""
         self.router_losses = RouterLosses()
         """The losses of the layers' routers."""
+        self.links: StageLinks | None = None
+        """Links to the stages before and behind; None: this stage is all of the model."""
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(each.shape) for name, each in model.named_parameters()}
+        """Shape of every parameter of the whole model, by name."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
@@ -129,7 +135,9 @@ class Stage:
             return objective(Head(x, norm, weight, tokens.target_ids, self._options, overwrite=True, not_finite=tokens.not_finite))
 
     def forget(self) -> None:
-        """Drop what aborted passes left with the host store, of every micro-batch in flight."""
+        """Drop what aborted passes left with the host store and on the links, of every micro-batch in flight."""
+        if self.links is not None:
+            self.links.forget()
         if self._store is not None:
             self._store.reset()
 
@@ -141,6 +149,11 @@ class Stage:
         layers = self._model.model.layers
         tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
         return LayerContext(tables, attention, tape, lambda index: self.weights.gathered(layers[index]), self.position)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output matrix is the embedding: where there are several stages, the first and the last have it."""
+        return HEAD not in self.shapes
 
 
 def stage_of(model: PreTrainedModel) -> Stage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,19 +31,26 @@ Progress = Callable[[str], None]
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None, groups: Sequence[dist.ProcessGroup] = ()
+    model: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    on_progress: Progress | None = None,
+    groups: Sequence[dist.ProcessGroup] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Fill every parameter from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
 
     ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
     none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:
-    those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any.
+    those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any. `shapes`: of every parameter
+    of the whole model, by name, where `model` is a stage of it.
     """
     assert config.path is not None
     folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
     parameters = dict(model.named_parameters())
-    shapes, headers = {name: tuple(each.shape) for name, each in parameters.items()}, read_headers(folder)
-    plan = plan_load(Wanted.of(shapes, fields.facts, file_vocabulary(fields), headers), headers, folder)
+    headers = read_headers(folder)
+    wanted = dict(shapes or {name: tuple(each.shape) for name, each in parameters.items()})
+    plan = plan_load(Wanted.of(wanted, fields.facts, file_vocabulary(fields), headers), headers, folder)
     bad: list[str] = []
     with ExitStack() as stack:
         files = {stored.file for stored in plan.sources.values()}

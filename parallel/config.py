@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..units import Seconds, Tokens
 from ..utils.divisors import common_powers_of_two, divisors, nearest_divisor
 from ..utils.ranges import TOKENS, WAIT_S, Range, check_ranges
+from .pipeline.config import PipelineConfig, check_pipeline
 
 
 class SequenceMode(Enum):
@@ -55,13 +56,13 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Ranks = replicate x shard; sequence groups are laid over the same ranks."""
+    """Ranks = stages x replicate x shard; sequence groups are laid over the ranks of each stage."""
 
     name: str
     replicate: int = 1
-    """Copies of the sharded model (HSDP); 1: weights are sharded over all ranks."""
+    """Copies of the sharded model (HSDP); 1: weights are sharded over all ranks of a stage."""
     shard: int | None = None
-    """Ranks that share one copy of weights and optimizer states; None: all ranks / replicate."""
+    """Ranks that share one copy of weights and optimizer states; None: all ranks of a stage / replicate."""
     sequence: SequenceMode = SequenceMode.STATIC
     sp_degree: int | None = None
     """static: ranks per sequence group, a power of two; None: the smallest that holds the longest sequence."""
@@ -80,6 +81,7 @@ class ParallelConfig:
     probe_s: Seconds = 10.0
     """adaptive: how long a run measures this machine before its first step, where no profile is of it; 0: plans go by arithmetic."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "replicate": Range(1, 1 << 26),
@@ -109,19 +111,24 @@ class ModelShape(Protocol):
     @property
     def hidden_size(self) -> int: ...
     @property
+    def num_layers(self) -> int: ...
+    @property
     def experts(self) -> ExpertShape | None: ...
 
 
 def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: ModelShape) -> None:
     """ConfigError unless the axes multiply to the world and the sequence groups suit world and heads."""
     check_ranges(parallel, "parallel")
-    _check_world(parallel, cluster)
-    _check_degree(parallel, cluster.num_nodes * cluster.ranks_per_node)
+    world, stages = cluster.num_nodes * cluster.ranks_per_node, parallel.pipeline.stages
+    layers = spec.num_layers if stages > 1 else 0
+    check_pipeline(parallel.pipeline, world_size=world, num_layers=layers, barrier_free=parallel.barrier_free)
+    _check_world(parallel, world // stages)
+    _check_degree(parallel, world // stages)
     _check_scheme(parallel, spec.num_heads)
     _check_barrier_free(parallel)
     check_ranges(parallel.experts, "parallel.experts")
     if parallel.experts.ep > 1:
-        _check_experts(parallel, cluster.num_nodes * cluster.ranks_per_node, spec)
+        _check_experts(parallel, world // stages, spec)
 
 
 def _check_experts(parallel: ParallelConfig, world: int, spec: ModelShape) -> None:
@@ -148,13 +155,14 @@ def _wrong_ep(ep: int, actual: str, expected: str, nearest: int) -> ConfigError:
     return ConfigError("parallel.experts.ep", found=f"{ep} for {actual}", expected=expected, hint=f"parallel.experts.ep={nearest}")
 
 
-def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:
-    world = cluster.num_nodes * cluster.ranks_per_node
+def _check_world(parallel: ParallelConfig, world: int) -> None:
+    of_a_stage = f" of each of {parallel.pipeline.stages} stages" * (parallel.pipeline.stages > 1)
     if parallel.shard is not None and parallel.replicate * parallel.shard != world:
         raise ConfigError(
             "parallel.shard",
             found=f"replicate {parallel.replicate} x shard {parallel.shard} = {parallel.replicate * parallel.shard} ranks",
-            expected=f"{world} ranks: {cluster.num_nodes} x {cluster.ranks_per_node} of cluster",
+            expected=f"{world} ranks{of_a_stage}: cluster.num_nodes x cluster.ranks_per_node"
+            + " / parallel.pipeline.stages" * (parallel.pipeline.stages > 1),
             hint=f"parallel.shard={world // parallel.replicate}"
             if world % parallel.replicate == 0
             else "parallel.replicate=1 parallel.shard=null",
@@ -162,7 +170,7 @@ def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:
     if world % parallel.replicate:
         raise ConfigError(
             "parallel.replicate",
-            found=f"{parallel.replicate} copies over {world} ranks",
+            found=f"{parallel.replicate} copies over {world} ranks{of_a_stage}",
             expected=f"a divisor of {world}: {', '.join(map(str, divisors(world)))}",
             hint=f"parallel.replicate={nearest_divisor(world, parallel.replicate)}",
         )

@@ -36,6 +36,22 @@ def aligned_blocks(world_size: int) -> tuple[AlignedBlock, ...]:
 
 
 @dataclass(frozen=True)
+class PipelineRanks:
+    """Ranks with the same place in every stage, one of each: what one of them computes goes on to the next."""
+
+    ranks: tuple[int, ...]
+    """Their numbers in the run, by stage."""
+    column: ProcessGroup
+    """All of them, for what concerns the whole model."""
+    forward: ProcessGroup
+    """All of them, for activations."""
+    backward: ProcessGroup
+    """All of them, for gradients of activations: on a communicator of their own, they wait for no activations."""
+    ends: ProcessGroup | None
+    """Those of the first and the last stage, for weights that both have; None in the stages between."""
+
+
+@dataclass(frozen=True)
 class Topology:
     """This rank's place and the communicators it may use; made once, by every rank in the same order.
 
@@ -59,6 +75,8 @@ class Topology:
     groups: dict[AlignedBlock, ProcessGroup] = field(default_factory=dict)
     """Sequence groups this rank is in, by their ranks in the stage."""
     num_stages: int = 1
+    pipeline: PipelineRanks | None = None
+    """This rank's partners in the other stages; None: there is one stage."""
     experts: DeviceMesh | None = None
     """Mesh `(replicate, expert_shard, expert)` of the stage, whose last axis are the ranks that share experts; None: every rank has all."""
 
@@ -119,7 +137,27 @@ def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int
             made = dist.new_group([first + member for member in block.ranks], timeout=timeout)
             if mine and rank - first in block.ranks:
                 groups[block] = made
-    return Topology(rank, world_size, device, mesh, world, stage, groups, stages, _expert_mesh(device, stages, replicate, size, experts))
+    pipeline = _pipeline_ranks(rank, stages, size, timeout) if stages > 1 else None
+    return Topology(
+        rank, world_size, device, mesh, world, stage, groups, stages, pipeline, _expert_mesh(device, stages, replicate, size, experts)
+    )
+
+
+def _pipeline_ranks(rank: int, stages: int, size: int, timeout: timedelta) -> PipelineRanks:
+    """Make the groups of every place in a stage; returns those of this rank's."""
+    import torch.distributed as dist
+
+    mine: PipelineRanks | None = None
+    for place in range(size):
+        ranks = [stage * size + place for stage in range(stages)]
+        # Not by the members alone: torch then names groups by how many a rank is in, and those of the ends are in one more.
+        column, forward, backward, ends = (
+            dist.new_group(members, timeout=timeout) for members in (ranks, ranks, ranks, [ranks[0], ranks[-1]])
+        )
+        if place == rank % size:
+            mine = PipelineRanks(tuple(ranks), column, forward, backward, ends if rank in (ranks[0], ranks[-1]) else None)
+    assert mine is not None
+    return mine
 
 
 def _expert_mesh(device: str, stages: int, replicate: int, size: int, experts: int) -> DeviceMesh | None:
@@ -128,9 +166,11 @@ def _expert_mesh(device: str, stages: int, replicate: int, size: int, experts: i
 
     if experts == 1:
         return None
-    assert stages == 1 and size % (replicate * experts) == 0, "ranks of one stage divide over replicas and ranks that share experts"
-    names = ("replicate", "expert_shard", "expert")
-    return init_device_mesh(device, (replicate, size // replicate // experts, experts), mesh_dim_names=names)
+    assert size % (replicate * experts) == 0, "ranks of a stage divide over replicas and ranks that share experts"
+    shape, names = (replicate, size // replicate // experts, experts), ("replicate", "expert_shard", "expert")
+    if stages == 1:
+        return init_device_mesh(device, shape, mesh_dim_names=names)
+    return init_device_mesh(device, (stages, *shape), mesh_dim_names=("stage", *names))[names]
 
 
 def _mesh(device: str, stages: int, replicate: int, size: int) -> DeviceMesh:

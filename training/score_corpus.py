@@ -20,9 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..model.chunked_loss import chunked_log_probs
-from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.plan import StepPlan
-from ..parallel.sequence.runtime import sequence_attention
 from ..utils.atomic_files import sync, write_atomic
 from ..utils.decode import decode, set_aside
 from .data.indexed import Kind
@@ -30,7 +28,7 @@ from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource
 from .run_settings import Stop
 from .session import Session
-from .step import MicroBatchWork, read_step, to_tokens
+from .step import MicroBatchWork, forward_only, read_step
 
 COMMIT_EVERY_S = 5.0
 STATE = "progress.json"
@@ -88,15 +86,14 @@ def _any_rank(flag: bool, session: Session) -> bool:
     return bool(flags)
 
 
-@torch.no_grad()
 def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan) -> list[ScoredTokens]:
     """This rank's part of the sequences of a step."""
     scored: list[ScoredTokens] = []
-    for work in read_step(source, step, plan, session.topology.stage_rank, shares_experts=session.topology.shares_experts):
-        clock = BusyClock(session.device)
-        attention = sequence_attention(session.topology, session.kernel, work.group, work.layout, clock, work.rank_tokens)
-        values = session.model(to_tokens(work, session.device), attention, chunked_log_probs).double().cpu().numpy()
-        scored += _pieces(source, step, work, values)
+    works = read_step(source, step, plan, session.topology.stage_rank, shares_experts=session.topology.shares_experts)
+    outputs = forward_only(session.step_setup, works, lambda work: chunked_log_probs)
+    # Before the last stage nobody knows any.
+    for work, values in zip(works, outputs, strict=True) if outputs is not None else ():
+        scored += _pieces(source, step, work, values.double().cpu().numpy())
     return scored
 
 

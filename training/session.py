@@ -22,14 +22,17 @@ from ..cluster.config import ClusterConfig, Device
 from ..estimate.footprint.host import arena_bytes
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
+from ..estimate.stages import gpipe_in_flight
 from ..estimate.timing.bandwidth import offload_link
 from ..memory.offload.checks import check_offload_space
 from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
 from ..memory.position import Position
 from ..model.spec import ModelSpec, active_layer_parameters, model_spec
-from ..parallel.config import GradReduce, ParallelConfig
+from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
+from ..parallel.pipeline.config import PipelineOrder
+from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology, whole_world
@@ -126,12 +129,13 @@ def build_session(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     ledger = agreed_ledger(config, device, run_dir)
-    topology = build_topology(replicate=layout.replicate, device=device.type, experts=config.parallel.experts.ep)
+    topology = build_topology(replicate=layout.replicate, device=device.type, stages=layout.stages, experts=config.parallel.experts.ep)
     check_update_memory(ledger.inputs)
     store = host_store(ledger.inputs, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
         build, policy = builder_of(config), ledger.inputs.policy
-        trained = build(config, policy, topology.mesh, device, store, on_progress=on_progress, expert_mesh=topology.experts)
+        place, experts = stage_place(topology, ledger), topology.experts
+        trained = build(config, policy, topology.mesh, device, store, on_progress=on_progress, expert_mesh=experts, place=place)
     checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
@@ -153,13 +157,22 @@ def build_session(
         data=data,
         trained=trained,
         checkpointer=checkpointer,
-        step_setup=step_setup(trained.model, topology, ledger.inputs.parallel, device),
+        step_setup=step_setup(trained.model, topology, ledger.inputs, device),
         store=store,
     )
 
 
-def step_setup(model: PreTrainedModel, topology: Topology, parallel: ParallelConfig, device: torch.device) -> StepSetup:
-    """The setup of the rank's steps by the ledger's own `parallel`, in which nothing is left open."""
+def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:
+    """This rank's stage of the ledger's; None where there is one."""
+    if topology.pipeline is None:
+        return None
+    return StagePlace(ledger.stages[topology.stage_index].layers, topology.stage_index, topology.pipeline)
+
+
+def step_setup(model: PreTrainedModel, topology: Topology, inputs: PlanInputs, device: torch.device) -> StepSetup:
+    """The setup of the rank's steps by the ledger's own inputs, in which nothing is left open."""
+    parallel = inputs.parallel
+    gpipe = parallel.pipeline.stages > 1 and parallel.pipeline.order is PipelineOrder.GPIPE
     return StepSetup(
         model=model,
         topology=topology,
@@ -167,6 +180,7 @@ def step_setup(model: PreTrainedModel, topology: Topology, parallel: ParallelCon
         device=device,
         reduce_each=parallel.grad_reduce is not GradReduce.STEP,
         barrier_free=parallel.barrier_free,
+        gpipe_in_flight=gpipe_in_flight(inputs) if gpipe else None,
     )
 
 

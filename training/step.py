@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.chunked_loss import IGNORE, Head
-from ..model.stage import StagePass, Tokens, stage_of
-from ..parallel.pipeline.plan import Action, Kind, Schedule, barrier_free, check_schedule, single_stage
+from ..model.stage import Objective, StagePass, Tokens, stage_of
+from ..parallel.pipeline.links import StageLinks
+from ..parallel.pipeline.plan import Action, Kind, Schedule, barrier_free, check_schedule, gpipe, one_f_one_b, single_stage
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.clock import BusyClock
 from ..parallel.sequence.layout import GroupLayout
 from ..parallel.sequence.plan import Group, StepPlan
 from ..parallel.sequence.runtime import SequenceAttention, sequence_attention
+from ..parallel.sharding.parts import local
 from ..parallel.topology import Topology
 from .data.shard import PackedShard, build_shard, rank_tokens
 from .data.source import DataSource
@@ -93,12 +95,23 @@ class StepSetup:
     """Gradients are reduced after every micro-batch (least memory), else once at the end."""
     barrier_free: bool = False
     """Ranks of different groups do not wait for each other within the step; a rank passes over micro-batches without its groups."""
+    gpipe_in_flight: int | None = None
+    """With several stages: all forward passes of so many micro-batches, then all their backward ones; None: one of each in turn."""
+
+    def attention(self, work: MicroBatchWork, clock: BusyClock) -> SequenceAttention:
+        """Attention of the rank's group in one micro-batch."""
+        return sequence_attention(self.topology, self.kernel, work.group, work.layout, clock, work.rank_tokens)
 
     def schedule(self, micro_batches: Sequence[MicroBatchWork]) -> Schedule:
         """The schedule of this rank's step of `micro_batches`."""
+        count, each, links = len(micro_batches), self.reduce_each, stage_of(self.model).links
         if self.barrier_free:
             return barrier_free(index for index, work in enumerate(micro_batches) if work.group is not None)
-        return single_stage(len(micro_batches), reduce_each=self.reduce_each)
+        if links is None:
+            return single_stage(count, reduce_each=each)
+        if self.gpipe_in_flight is not None:
+            return gpipe(count, self.gpipe_in_flight, reduce_each=each)
+        return one_f_one_b(links.place.index, links.place.num_stages, count, reduce_each=each)
 
 
 def backward_step(
@@ -145,6 +158,9 @@ class _StepPasses:
     def run(self, schedule: Schedule) -> Tensor:
         """Run the actions and return this rank's share of the loss per micro-batch."""
         self._begin_router_losses()
+        links = self._stage.links
+        if links is not None:
+            links.begin(*(self._sizes(schedule, kind) for kind in (Kind.FORWARD, Kind.BACKWARD)))
         for index, action in enumerate(schedule):
             behind = schedule[index + 1 :]
             if action.kind is Kind.GATHER:
@@ -156,22 +172,30 @@ class _StepPasses:
             elif action.micro_batch is not None and action.kind is Kind.BACKWARD:
                 reduce = bool(behind) and behind[0] == Action(Kind.REDUCE, action.micro_batch)
                 self._backward(action.micro_batch, reduce=reduce, last=reduce and len(behind) == 1)
+        if links is not None:
+            links.finish()
+            self._sum_tied(links)
         return self._shares
 
+    def _sizes(self, schedule: Schedule, kind: Kind) -> list[tuple[int, int]]:
+        """(micro-batch, rows of this rank) in the order of the passes of one kind."""
+        numbers = (action.micro_batch for action in schedule if action.kind is kind)
+        return [(number, self._micro_batches[number].shard.num_tokens) for number in numbers if number is not None]
+
     def _forward(self, index: int) -> None:
-        work, clock = self._micro_batches[index], self._clocks[index]
+        work, clock, links = self._micro_batches[index], self._clocks[index], self._stage.links
         flags = None if self._watch is None else self._watch.flags(index, work.shard.num_tokens)
-        self._in_flight[index] = self._pass(work, clock, flags)
-        self._shares[index] = self._in_flight[index].output.detach()
+        received = None if links is None or self._stage.first else links.activations(index, work.shard.num_tokens)
+        done = self._in_flight[index] = self._pass(work, clock, flags, received)
+        if links is not None and not self._stage.last:
+            links.send_activations(index, done.output.detach())
+        else:
+            self._shares[index] = done.output.detach()
 
-    def _pass(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> StagePass:
-        head_loss = _head_loss(self._objective, work, self._setup.topology, clock)
-        return self._stage.forward(*self._inputs(work, clock, flags), head_loss)
-
-    def _inputs(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None) -> tuple[Tokens, SequenceAttention]:
-        setup = self._setup
-        attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock, work.rank_tokens)
-        return to_tokens(work, setup.device, flags), attention
+    def _pass(self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None, received: Tensor | None = None) -> StagePass:
+        head_loss = _head_loss(self._objective, work, self._setup.topology, clock) if self._stage.last else None
+        tokens = to_tokens(work, self._setup.device, flags)
+        return self._stage.forward(tokens, self._setup.attention(work, clock), head_loss, received)
 
     def _backward(self, index: int, *, reduce: bool, last: bool) -> None:
         if self._stage.router_losses.lacks_shares:
@@ -179,7 +203,20 @@ class _StepPasses:
         self._stage.weights.prepare(reduce=reduce, last=last)
         if last:
             self._on_last()
-        self._stage.backward(self._in_flight.pop(index))
+        links, rows = self._stage.links, self._micro_batches[index].shard.num_tokens
+        gradient = None if links is None or self._stage.last else links.gradients(index, rows)
+        back = self._stage.backward(self._in_flight.pop(index), gradient)
+        if links is not None and back is not None:
+            links.send_gradients(index, back)
+
+    def _sum_tied(self, links: StageLinks) -> None:
+        """Add up the gradients of a matrix that is the embedding on the first stage and the head on the last."""
+        ends = links.place.ranks.ends
+        if ends is None or not self._stage.is_tied:
+            return
+        matrix: Tensor = self._setup.model.model.embed_tokens.weight
+        if matrix.grad is not None:
+            dist.all_reduce(local(matrix.grad), group=ends)
 
     def _begin_router_losses(self) -> None:
         """Count the step's tokens, and its routing where several micro-batches are to be balanced together: one more forward of each."""
@@ -191,9 +228,7 @@ class _StepPasses:
         losses.begin(int(total))
         if losses.balance > 0 and len(self._micro_batches) > 1:
             self._stage.expert_load.take()
-            with torch.no_grad():
-                for work in self._micro_batches:
-                    self._stage.weights.forward(*self._inputs(work, BusyClock(self._setup.device)), _no_loss)
+            forward_only(self._setup, self._micro_batches, lambda work: _no_loss)
             self._agree_on_routing()
             # What the pass counted is of no other use: the step's own passes count anew.
             self._stage.expert_load.take()
@@ -213,6 +248,29 @@ class _StepPasses:
         empty = self._pass(EMPTY, BusyClock(self._setup.device))
         self._on_last()
         self._stage.backward(empty)
+
+
+@torch.no_grad()
+def forward_only(
+    setup: StepSetup, micro_batches: Sequence[MicroBatchWork], objective: Callable[[MicroBatchWork], Objective]
+) -> list[Tensor] | None:
+    """What `objective` makes of each micro-batch's last layer output; None on ranks of stages before the last. Collective."""
+    stage, sizes = stage_of(setup.model), [(index, work.shard.num_tokens) for index, work in enumerate(micro_batches)]
+    links, outputs = stage.links, []
+    if links is not None:
+        links.begin(sizes)
+    for index, work in enumerate(micro_batches):
+        received = None if links is None or stage.first else links.activations(index, work.shard.num_tokens)
+        attention = setup.attention(work, BusyClock(setup.device))
+        output = stage.weights.forward(to_tokens(work, setup.device), attention, objective(work) if stage.last else None, received)
+        if links is not None and not stage.last:
+            links.send_activations(index, output)
+            links.let_go()
+        else:
+            outputs.append(output)
+    if links is not None:
+        links.finish()
+    return outputs if stage.last else None
 
 
 def _nothing() -> None:

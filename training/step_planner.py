@@ -176,12 +176,17 @@ def resolve_costs(config: Any, inputs: PlanInputs, device: torch.device, stored:
     # Rates that were measured since do not make other settings.
     arithmetic = cost_model_of(replace(inputs, measured=None))
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))
-    text = json.dumps([asdict(arithmetic), config.parallel.profile, asdict(key)])
+    fields = asdict(arithmetic)
+    if arithmetic.num_stages == 1:
+        del fields["num_stages"]  # as in checkpoints of runs that knew of no stages
+    text = json.dumps([fields, config.parallel.profile, asdict(key)])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     restored = None if stored is None else load_costs(stored, key, fingerprint)
     if restored is not None:
         return restored
     profile, origin = find_profile(config.parallel.profile, key)
+    if profile is not None and arithmetic.num_stages > 1:
+        profile, origin = None, "arithmetic: a profile is of all layers, and a stage has some"
     if profile is None:
         return Costs(arithmetic, 0.0, key, origin, fingerprint, is_assumed=True)
     return Costs(profile.refine(arithmetic), profile.overhead_s, key, origin, fingerprint)

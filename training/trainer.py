@@ -60,7 +60,7 @@ from .reporting.metrics import Metrics
 from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
 from .reporting.step_pace import Pace
 from .reporting.step_results import Results, gather_results, host_names
-from .reporting.stragglers import Stragglers
+from .reporting.stragglers import StageStragglers
 from .run_settings import RunSettings, Stop
 from .session import Session, build_session, closing_store, join_ranks, plain_config
 from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
@@ -161,7 +161,7 @@ class _Run:
         self.measured = StepComparison(Drift(self.costs.model), self.costs.overhead_s)
         if extra.get("costs", {}).get("fingerprint") == self.costs.fingerprint:
             self.measured.drift.load(extra.get("drift", {}))
-        self.stragglers = Stragglers(self.costs.model)
+        self.stragglers = StageStragglers(self.costs.model, self.session.topology.num_stages)
         self.objective = RunObjective(config, self.session, run_dir, resumed=restored is not None)
         self.certified = PeakMemoryCheck(self.session.ledger, device, self.metrics.write)
         self.position.listener = pulse.at
@@ -266,16 +266,17 @@ class _Run:
         self.position.at("gathering results")
         tokens = sum(work.shard.num_tokens for work in works)
         results = gather_results(
-            session.topology.world, shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested
+            session.topology.world, shares.sum(), objective.stats, clocks, tokens=tokens, peak_bytes=self._peak(), stop=stop.requested,
+            num_stages=session.topology.num_stages,
         )
         backward_s = time.monotonic() - begun
         self.position.at("optimizer")
         gradients = updater.finish()
         self._check_finite(gradients, shares, works, watch, loss=results.loss)
         updater.apply()
-        stage, ranks = stage_of(session.model), session.topology.stage
+        stage = stage_of(session.model)
         rows = stage.expert_load.take()
-        balance = agreed_balance(rows, ranks) | agreed_losses(stage.router_losses.take(), rows, ranks)
+        balance = agreed_balance(rows, session.topology) | agreed_losses(stage.router_losses.take(), rows, session.topology)
         numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective), **balance}
         return results, numbers, backward_s
 
@@ -318,7 +319,8 @@ class _Run:
         self.done += 1
         self.last_loss = results.loss
         self.first_loss = results.loss if self.first_loss is None else self.first_loss
-        self.total_tokens += sum(results.tokens)
+        # Every stage sees each token.
+        self.total_tokens += sum(results.tokens) // self.session.topology.num_stages
         self.peak_bytes = results.peak_bytes
         self.certified.look(self.done, results.peak_bytes)
         least = LOW_HOST_BYTES * self.config.cluster.ranks_per_node
@@ -333,7 +335,8 @@ class _Run:
         planned = self._measure(plan, times)
         if self.done % self.config.logging.every_steps and self.done != self.config.train.steps:
             return
-        fields = step_fields(results, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=self.allocator.outcome())
+        stages, arena = self.session.topology.num_stages, self.allocator.outcome()
+        fields = step_fields(results, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=arena, num_stages=stages)
         self.metrics.write("step", step=self.done, **fields, **numbers, **planned)
 
     def _name_stragglers(self, plan: StepPlan, results: Results) -> None:

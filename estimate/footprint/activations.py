@@ -20,8 +20,9 @@ from ...memory.activation_classes import (
     after_attention,
 )
 from ...memory.policy import AHEAD, Split
+from ...parallel.pipeline.place import SENDS_UNDER_WAY
 from ..plan_inputs import PlanInputs
-from .term import BACKWARD, KEEPING, Phase, Term
+from .term import BACKWARD, KEEPING, Phase, Term, term
 
 
 def class_bytes(inputs: PlanInputs) -> dict[str, int]:
@@ -116,6 +117,14 @@ def between_stages(inputs: PlanInputs) -> Term:
     by_phase = inputs.in_flight * row * (inputs.tokens * ends - shared)
     gradient = row * inputs.tokens * (ends > 0)
     return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, by_phase) | {Phase.REDUCE: gradient})
+
+
+def messages(inputs: PlanInputs) -> Term:
+    """What waits on the links between stages (parallel/pipeline/links.py): one receive of each kind ahead, and gradients on their way."""
+    row = class_bytes(inputs)[LAYER_INPUT.name]
+    from_before, from_behind = not inputs.has_embedding, not inputs.has_head
+    count = (inputs.layout.stages > 1) * (from_before * (1 + SENDS_UNDER_WAY) + from_behind)
+    return term("messages between stages", "received ahead of use, or not yet taken", count * row * inputs.tokens, KEEPING)
 
 
 def _while_kept(inputs: PlanInputs, layer: int, per_layer: int) -> dict[Phase, int]:

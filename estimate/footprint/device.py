@@ -6,7 +6,7 @@ tests/memory/test_ledger_measured.py and `python -m efflaunch.bench.predicted` c
 from __future__ import annotations
 
 from ..plan_inputs import GIB, PlanInputs
-from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs
+from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs, messages
 from .kernels import loss_chunk, masked_scores, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states
@@ -18,8 +18,9 @@ UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 
 
 def communicators(inputs: PlanInputs) -> Term:
-    """One communicator per power of two of ranks, and the mesh's own; on GPUs each has buffers."""
-    count = inputs.layout.world_size.bit_length() if inputs.layout.world_size > 1 else 0
+    """One communicator per power of two of a stage's ranks, the mesh's own, and three between stages; on GPUs each has buffers."""
+    ranks = inputs.layout.stage_size
+    count = (ranks.bit_length() if ranks > 1 else 0) + 4 * (inputs.layout.stages > 1)
     each = GIB // 4 if inputs.on_gpu else 8 << 20
     return term("communicators", f"{count} groups of ranks, about {each >> 20} MiB each (assumed)", count * each)
 
@@ -43,7 +44,7 @@ def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
         weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk,
-        masked_scores, scratch, batch, between_stages, communicators, context, reserve,
+        masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)

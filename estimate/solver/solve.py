@@ -50,7 +50,7 @@ def _candidate(inputs: PlanInputs, shape: Shape, measure: Evaluate) -> Candidate
 def _head_groups(inputs: PlanInputs) -> list[int]:
     """Numbers of groups that the heads of a rank fall into, whatever Ulysses degree a step is planned with."""
     adaptive = inputs.parallel.sequence is SequenceMode.ADAPTIVE
-    ulysses = math.gcd(inputs.spec.num_heads, 1 << (inputs.layout.world_size.bit_length() - 1)) if adaptive else inputs.layout.ulysses
+    ulysses = math.gcd(inputs.spec.num_heads, 1 << (inputs.layout.stage_size.bit_length() - 1)) if adaptive else inputs.layout.ulysses
     return [
         groups
         for groups in (1, 2, 4, 8)

@@ -20,7 +20,7 @@ def cost_model_of(inputs: PlanInputs) -> CostModel:
     from .update import update_time
 
     parallel, cluster = inputs.parallel, inputs.cluster
-    world = cluster.num_nodes * cluster.ranks_per_node
+    world = inputs.layout.stage_size
     ulysses, excluded = allowed_degrees(parallel, num_heads=inputs.spec.num_heads, ranks_per_node=cluster.ranks_per_node, world_size=world)
     degrees = tuple(
         degree_cost(replace(inputs, layout=replace(inputs.layout, sp_degree=degree, ulysses=inner))) for degree, inner in ulysses.items()
@@ -33,6 +33,7 @@ def cost_model_of(inputs: PlanInputs) -> CostModel:
         beta_s=_exposed_s(inputs),
         gather_s=gather_s(inputs),
         step_s=reduce_s(inputs) + update_time(inputs).shown_s,
+        num_stages=inputs.layout.stages,
     )
 
 

@@ -39,6 +39,8 @@ class Timing:
     """Copies to and from the host that compute does not hide."""
     update_s: float
     """The optimizer's update, as far as backward does not hide it."""
+    bubble_s: float = 0.0
+    """Seconds in which stages of a pipeline wait for others while it fills and drains."""
     host_bytes: float
     """What one rank sends to the host and fetches back in a step."""
     tokens: int
@@ -50,7 +52,7 @@ class Timing:
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.sequence_s + self.experts_s + self.sharding_s + self.host_s + self.update_s
+        return self.compute_s + self.sequence_s + self.experts_s + self.sharding_s + self.host_s + self.update_s + self.bubble_s
 
     @property
     def tokens_per_s(self) -> float:

@@ -7,7 +7,7 @@ It rides on a backward pass, which must then be one that all of them make.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -68,12 +68,8 @@ def _has_micro_batch(kind: Kind) -> bool:
 
 def single_stage(num_micro_batches: int, *, reduce_each: bool) -> Schedule:
     """One micro-batch after the other, all of the model; gradients are reduced after each, or once with the last."""
-    actions: list[Action] = []
-    for index in range(num_micro_batches):
-        actions += [Action(Kind.FORWARD, index), Action(Kind.BACKWARD, index)]
-        if reduce_each or index == num_micro_batches - 1:
-            actions.append(Action(Kind.REDUCE, index))
-    return tuple(actions)
+    order = [(kind, index) for index in range(num_micro_batches) for kind in (Kind.FORWARD, Kind.BACKWARD)]
+    return _reduced(order, reduce_each=reduce_each)
 
 
 def barrier_free(own: Iterable[int]) -> Schedule:
@@ -84,6 +80,39 @@ def barrier_free(own: Iterable[int]) -> Schedule:
     """
     passes = [Action(kind, index) for index in own for kind in (Kind.FORWARD, Kind.BACKWARD)]
     return (Action(Kind.GATHER), *passes, Action(Kind.REDUCE_EMPTY))
+
+
+def one_f_one_b(stage: int, num_stages: int, num_micro_batches: int, *, reduce_each: bool) -> Schedule:
+    """What stage `stage` of `num_stages` does: forward until the pipeline behind it is full, then one forward, one backward in turn.
+
+    At most `num_stages` - `stage` micro-batches are in flight (PipeDream-flush, 2006.09503).
+    """
+    ahead = min(num_stages - stage - 1, num_micro_batches)
+    forward, backward = iter(range(num_micro_batches)), iter(range(num_micro_batches))
+    order = [(Kind.FORWARD, next(forward)) for _ in range(ahead)]
+    for index in forward:
+        order += [(Kind.FORWARD, index), (Kind.BACKWARD, next(backward))]
+    order += [(Kind.BACKWARD, index) for index in backward]
+    return _reduced(order, reduce_each=reduce_each)
+
+
+def gpipe(num_micro_batches: int, most_in_flight: int, *, reduce_each: bool) -> Schedule:
+    """What every stage does: all forward passes, then all backward ones (GPipe, 1811.06965), `most_in_flight` micro-batches at a time."""
+    order: list[tuple[Kind, int]] = []
+    for first in range(0, num_micro_batches, most_in_flight):
+        together = range(first, min(first + most_in_flight, num_micro_batches))
+        order += [(Kind.FORWARD, index) for index in together] + [(Kind.BACKWARD, index) for index in together]
+    return _reduced(order, reduce_each=reduce_each)
+
+
+def _reduced(order: Sequence[tuple[Kind, int]], *, reduce_each: bool) -> Schedule:
+    """The passes with the reductions that ride on backward ones: on each, or on the last."""
+    actions: list[Action] = []
+    for place, (kind, index) in enumerate(order):
+        actions.append(Action(kind, index))
+        if kind is Kind.BACKWARD and (reduce_each or place == len(order) - 1):
+            actions.append(Action(Kind.REDUCE, index))
+    return tuple(actions)
 
 
 def max_in_flight(schedule: Schedule) -> int:

@@ -68,6 +68,8 @@ class CostModel:
     """Collectives on weights and gradients beside a micro-batch's compute: it takes at least this, and beta_s."""
     step_s: float = 0.0
     """Seconds of every step, whatever its plan."""
+    num_stages: int = 1
+    """Stages of the pipeline; all else is of the slowest one, over its ranks."""
     source: str = "arithmetic"
     """Where the figures come from: "arithmetic", "profile" or a publication."""
 
@@ -120,7 +122,15 @@ class CostModel:
         """Seconds of the step. `barrier_free`: ranks meet only inside groups and at the end; weights are gathered once."""
         if barrier_free:
             return self.step_s + self.gather_s + self._barrier_free_s(plan)
-        return self.step_s + sum(self.micro_batch_s(batch, plan.lengths) for batch in plan.micro_batches)
+        return self.step_s + self.pipelined_s([self.micro_batch_s(batch, plan.lengths) for batch in plan.micro_batches])
+
+    def pipelined_s(self, micro_batches_s: Sequence[float]) -> float:
+        """Seconds of micro-batches that take so long in each stage: the stages fill and drain behind the longest one.
+
+        Note: exact for all forward passes in a row, and all backward ones, where every stage takes as long (a flow shop whose machines
+        are alike); one forward, one backward in turn is as long.
+        """
+        return sum(micro_batches_s) + (self.num_stages - 1) * max(micro_batches_s, default=0.0)
 
     def _barrier_free_s(self, plan: StepPlan) -> float:
         ready = [0.0] * plan.world_size

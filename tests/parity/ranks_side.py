@@ -15,6 +15,7 @@ from efflaunch.memory.executor.router_losses import RouterLosses
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.model.build import build_model
+from efflaunch.parallel.pipeline.place import StagePlace
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
@@ -154,9 +155,10 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
     if case["dtype"] == "float64":
         lift_to_float64()
     dtype = getattr(torch, case["dtype"])
-    topology = build_topology(replicate=case.get("replicate", 1), device="cpu", experts=case.get("ep", 1))
+    stages, config = case.get("stages", 1), hf_config(case["family"])
+    topology = build_topology(replicate=case.get("replicate", 1), device="cpu", stages=stages, experts=case.get("ep", 1))
     model = build_model(
-        hf_config(case["family"]),
+        config,
         replace(POLICIES[case.get("policy", "keep")], compile=compiler(case.get("compile"))),
         topology.mesh,
         device=torch.device("cpu"),
@@ -167,6 +169,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         store=_store(case.get("store", "strict")),
         expert_mesh=topology.experts,
         router_losses=RouterLosses(*case.get("router", (0.0, 0.0))),
+        place=stage_place(topology, case.get("layers") or config.num_hidden_layers),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
@@ -174,30 +177,51 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
     source, results = ListSource(documents, targets), []
     for plan in plans:
         loss = _gradients(model, topology, source, plan, case)
-        results.append((loss, _gathered(model, lambda p: p.grad)))
+        results.append((loss, _gathered(model, topology, lambda p: p.grad)))
         model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for _ in range(steps):
         _gradients(model, topology, source, plans[0], case)
         optimizer.step()
         optimizer.zero_grad()
-    trained = _gathered(model, lambda p: p) if steps else None
+    trained = _gathered(model, topology, lambda p: p) if steps else None
     return (results, trained) if dist.get_rank() == 0 else None
 
 
 def _gradients(model, topology, source, plan, case):
-    works = read_step(source, 0, plan, topology.rank, shares_experts=topology.shares_experts)
+    works = read_step(source, 0, plan, topology.stage_rank, shares_experts=topology.shares_experts)
     count = count_targets(works, topology, torch.device("cpu"))
     reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=device,
-        reduce_each=reduce_each, barrier_free=case.get("barrier_free", False),
+        reduce_each=reduce_each, barrier_free=case.get("barrier_free", False), gpipe_in_flight=case.get("gpipe"),
     )  # fmt: skip
     loss = backward_step(setup, works, LanguageModelling(count, device)).sum()
     dist.all_reduce(loss)
     return float(loss)
 
 
-def _gathered(model, pick):
+def stage_place(topology, layers):
+    """This rank's place in a pipeline; `layers`: of each stage, or of the model, which is then cut evenly. None with one stage."""
+    if topology.pipeline is None:
+        return None
+    index, count = topology.stage_index, topology.num_stages
+    counts = layers if isinstance(layers, tuple) else [layers * (i + 1) // count - layers * i // count for i in range(count)]
+    first = sum(counts[:index])
+    return StagePlace(range(first, first + counts[index]), index, topology.pipeline)
+
+
+def _gathered(model, topology, pick):
+    """Whole tensors by name, of all stages; what two stages have is the same on both."""
     picked = ((name, pick(parameter)) for name, parameter in model.named_parameters())
-    return {name: np.array(value.full_tensor().detach()) for name, value in picked if value is not None}
+    found = {name: np.array(value.full_tensor().detach()) for name, value in picked if value is not None}
+    if topology.pipeline is None:
+        return found
+    stages = [None] * topology.num_stages
+    dist.all_gather_object(stages, found, group=topology.pipeline.column)
+    together = {}
+    for stage in stages:
+        for name in together.keys() & stage.keys():
+            np.testing.assert_array_equal(together[name], stage[name])
+        together |= stage
+    return together

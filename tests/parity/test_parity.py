@@ -286,7 +286,7 @@ def check_parity(pool, case, plans, run=run_plans):
         case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0),
         case.get("router", (0.0, 0.0)),
     )
-    answers = pool.run(run, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
+    answers = pool.run(run, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size * case.get("stages", 1))
     results, ours = answers[0]
     bound = BOUND[case["dtype"]]
     gradients = {name: gradient for name, gradient in gradients.items() if is_trained(case, name)}

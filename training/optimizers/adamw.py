@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...parallel.sharding.parts import local
 from .config import OptimConfig, StateDtype
-from .norm import NormMeter, clip_scale
+from .norm import NormMeter, NormScope, clip_scale
 
 
 def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
@@ -61,13 +61,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
+def clip_gradients(model: nn.Module, max_norm: float | None, scope: NormScope | None = None) -> float:
     """Scales every gradient so that the global L2 norm is at most `max_norm` (None: measures only); returns the norm before.
 
-    Collective: every rank of the mesh must call it. A norm that is not finite is returned and nothing is scaled.
+    Collective: every rank of the mesh must call it, and of `scope` where `model` is a stage. A norm that is not finite is returned and
+    nothing is scaled.
     """
     with_gradient = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    meter, parameters = NormMeter(), [parameter for parameter, _ in with_gradient]
+    meter, parameters = NormMeter(scope), [parameter for parameter, _ in with_gradient]
     for parameter, gradient in with_gradient:
         meter.add(parameter, local(gradient))
     norm = meter.total(parameters)

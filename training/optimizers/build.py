@@ -19,9 +19,11 @@ from ...memory.policy import MemoryPolicy
 from ...model.build import build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
-from ...model.stage import stage_of
+from ...model.load_plan import EMBEDDING
+from ...model.stage import Stage, stage_of
 from ...model.weights import load_weights
 from ...parallel.config import ParallelConfig
+from ...parallel.pipeline.place import StagePlace
 from ...parallel.sharding.engine import Weights
 from ...parallel.sharding.fsdp2 import Fsdp2State
 from ..config import TrainConfig
@@ -30,6 +32,7 @@ from .config import OptimConfig, StateDevice, Update
 from .device import BackwardUpdater, StepUpdater
 from .host import HostUpdater
 from .masters import host_weights
+from .norm import NormScope
 from .updater import Updater
 
 
@@ -70,6 +73,7 @@ class BuildTrained(Protocol):
         load: bool = True,
         on_progress: Callable[[str], None] | None = None,
         expert_mesh: DeviceMesh | None = None,
+        place: StagePlace | None = None,
     ) -> Trained: ...
 
 
@@ -83,11 +87,12 @@ def build_trained(
     load: bool = True,
     on_progress: Callable[[str], None] | None = None,
     expert_mesh: DeviceMesh | None = None,
+    place: StagePlace | None = None,
 ) -> Trained:
     """The model sharded by FSDP2, with its first weights (random by seed, or `model.path`), and its updater. Collective over the mesh.
 
     `store` takes what `policy` moves to the host. `load`: read `model.path`, where given.
-    `on_progress` is called tensor by tensor: it may take long. `expert_mesh` as in `build_empty`.
+    `on_progress` is called tensor by tensor: it may take long. `expert_mesh` and `place` as in `build_empty`.
     """
     if policy.compile == "inductor":
         check_compiler(device)
@@ -104,11 +109,13 @@ def build_trained(
         host_weights=on_host,
         expert_mesh=expert_mesh,
         router_losses=RouterLosses(config.train.router_balance, config.train.router_z_loss),
+        place=place,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, on_progress)
     if load and config.model.path is not None:
-        load_weights(weights, config.model, config.train.seed, on_progress, mesh.get_all_groups())
+        groups = [*mesh.get_all_groups(), *((place.ranks.column,) if place is not None else ())]
+        load_weights(weights, config.model, config.train.seed, on_progress, groups, stage_of(model).shapes)
     updater = build_updater(model, weights, config.optim, device)
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
 
@@ -119,8 +126,18 @@ def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, dev
     Call once the weights are filled: the model gets them.
     """
     optimizer = build_optimizer(model, config, weights)
+    scope = norm_scope(weights, stage_of(model))
     if config.state_device is StateDevice.HOST:
-        updater = HostUpdater(model, weights, optimizer, config, device)
+        updater = HostUpdater(model, weights, optimizer, config, device, scope)
         updater.weights_changed()
         return updater
-    return (BackwardUpdater if config.update is Update.BACKWARD else StepUpdater)(model, optimizer, config)
+    return (BackwardUpdater if config.update is Update.BACKWARD else StepUpdater)(model, optimizer, config, scope)
+
+
+def norm_scope(weights: nn.Module, stage: Stage) -> NormScope:
+    """What the norm of this rank's gradients is a part of: the whole model's, where `stage` is one of several."""
+    if stage.links is None:
+        return NormScope()
+    place = stage.links.place
+    repeated = [each for name, each in weights.named_parameters() if name == EMBEDDING and not place.is_first]
+    return NormScope(place.ranks.column, frozenset(repeated))

@@ -15,7 +15,7 @@ from ...parallel.topology import whole_world
 from .adamw import clip_gradients, set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, watch
 from .config import ClipMode, OptimConfig
-from .norm import NormMeter, clip_scale
+from .norm import NormMeter, NormScope, clip_scale
 from .updater import Gradients
 
 
@@ -24,8 +24,8 @@ class StepUpdater:
 
     measures_first = False
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
-        self.weights, self.optimizer, self._config = model, optimizer, config
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig, scope: NormScope | None = None) -> None:
+        self.weights, self.optimizer, self._config, self._scope = model, optimizer, config, scope
         self._before_update: Callable[[], None] = _nothing
 
     def start(self, rate: float, before_update: Callable[[], None]) -> None:
@@ -40,7 +40,7 @@ class StepUpdater:
 
     def finish(self) -> Gradients:
         """Clips the gradients as well; a norm that is not finite leaves them as they are."""
-        return Gradients(clip_gradients(self.weights, self._config.grad_clip))
+        return Gradients(clip_gradients(self.weights, self._config.grad_clip, self._scope))
 
     def apply(self) -> None:
         self._before_update()
@@ -105,11 +105,11 @@ class BackwardUpdater:
     memory only, and the run has to end without a save.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
-        self.weights, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig, scope: NormScope | None = None) -> None:
+        self.weights, self.optimizer, self._scope = model, optimizer, scope
         self._clip = ClipByKnown(config)
         self._buckets = find_buckets(model)
-        self._meter, self._measuring, self._complete = NormMeter(), False, False
+        self._meter, self._measuring, self._complete = NormMeter(scope), False, False
         self._finite: list[tuple[Bucket, torch.Tensor]] = []
         self._before_update: Callable[[], None] = _nothing
         watch(self._buckets, self._reduced)
@@ -160,7 +160,7 @@ class BackwardUpdater:
         """Does nothing: there are no threads."""
 
     def _clear(self) -> None:
-        self._meter, self._finite, self._complete = NormMeter(), [], False
+        self._meter, self._finite, self._complete = NormMeter(self._scope), [], False
 
     def _reduced(self, bucket: Bucket) -> None:
         if not self._complete:

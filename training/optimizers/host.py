@@ -26,7 +26,7 @@ from .adamw import set_learning_rate
 from .buckets import Bucket, check_all_arrived, find_buckets, keep_wide, watch
 from .config import OptimConfig, Update
 from .device import ClipByKnown, first_bad, only
-from .norm import NormMeter, clip_scale
+from .norm import NormMeter, NormScope, clip_scale
 from .transfer import Copied, Link, Staging, cut
 from .updater import Gradients
 
@@ -49,9 +49,15 @@ class HostUpdater:
     """Owns the host weights of `model` (training/optimizers/masters.py) and the optimizer over them."""
 
     def __init__(
-        self, model: nn.Module, weights: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig, device: torch.device
+        self,
+        model: nn.Module,
+        weights: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: OptimConfig,
+        device: torch.device,
+        scope: NormScope | None = None,
     ) -> None:
-        self.weights, self.optimizer, self._config = weights, optimizer, config
+        self.weights, self.optimizer, self._config, self._scope = weights, optimizer, config, scope
         self._in_backward = config.update is Update.BACKWARD
         self._clip = ClipByKnown(config)
         self._scale = 1.0
@@ -66,7 +72,7 @@ class HostUpdater:
         self._sums: dict[int, Tensor] = {}
         """Sums over micro-batches, or gradients that wait for the norm, by bucket."""
         self._pending: list[tuple[Tensor, Copied]] = []
-        self._meter, self._finite = NormMeter(), list[tuple[Bucket, Tensor]]()
+        self._meter, self._finite = NormMeter(scope), list[tuple[Bucket, Tensor]]()
         self._measuring, self._complete = False, False
         self._before_update: Callable[[], None] = lambda: None
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
@@ -145,7 +151,7 @@ class HostUpdater:
     def _clear(self) -> None:
         for buffer in self._sums.values():
             self._down.give_back(buffer)
-        self._sums, self._meter, self._finite, self._complete = {}, NormMeter(), [], False
+        self._sums, self._meter, self._finite, self._complete = {}, NormMeter(self._scope), [], False
 
     # In backward, in the thread and on the stream that autograd runs the reduction's hooks in.
 

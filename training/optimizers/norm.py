@@ -5,20 +5,32 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ...parallel.sharding.parts import groups_of_parts
+from ...parallel.sharding.parts import groups_of_parts, memory_of
+
+
+@dataclass(frozen=True, slots=True)
+class NormScope:
+    """What one rank's parameters are a part of, where stages of a pipeline have others."""
+
+    column: ProcessGroup | None = None
+    """A rank of every stage, over which squares are summed once more; None: every parameter is here."""
+    repeated: frozenset[Tensor] = frozenset()
+    """Parameters that another stage has as well, and counts."""
 
 
 class NormMeter:
     """Collects the norm of each parameter's local gradient as it comes; `total` is the norm of the whole gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, scope: NormScope | None = None) -> None:
         self._norms: dict[Tensor, Tensor] = {}
+        self._scope = scope or NormScope()
 
     def add(self, parameter: Tensor, local_gradient: Tensor) -> None:
         """Measure one gradient, which may be gone afterwards. No communication, no synchronisation with a device."""
@@ -29,11 +41,11 @@ class NormMeter:
         """The norm over those of `parameters` that were measured, summed in their order: bit-equal however they came. Collective.
 
         Counts each element of the full gradient once: squares are summed over the groups that hold different elements of a
-        gradient, never over those it is replicated on.
+        gradient, never over those it is replicated on. Then over stages.
         """
         alike: dict[tuple[ProcessGroup, ...], list[Tensor]] = defaultdict(list)
-        for parameter in parameters:
-            if parameter in self._norms:
+        for parameter in (everything := list(parameters)):
+            if parameter in self._norms and parameter not in self._scope.repeated:
                 alike[groups_of_parts(parameter)].append(self._norms[parameter])
         total = 0.0
         for groups, norms in alike.items():
@@ -41,6 +53,10 @@ class NormMeter:
             for group in groups:
                 dist.all_reduce(squares, group=group)
             total += squares.item()
+        if self._scope.column is not None:
+            everywhere = torch.tensor(total, dtype=torch.float64, device=memory_of(everything[0]).device)
+            dist.all_reduce(everywhere, group=self._scope.column)
+            total = everywhere.item()
         return math.sqrt(total)
 
     def is_finite(self, parameters: Sequence[Tensor]) -> Tensor:

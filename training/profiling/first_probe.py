@@ -60,6 +60,8 @@ def probe_before_training(
     costs_at_hand = _of_rank_0(without_probe(costs, run_dir) if leads else None, world)
     if costs_at_hand is not None:
         return costs_at_hand
+    if config.parallel.pipeline.stages > 1:
+        return replace(costs, origin=f"{costs.origin}; not probed: a probe's micro-batch would go through all stages in turn")
     if config.optim.update is Update.BACKWARD:
         return replace(costs, origin=f"{costs.origin}; not probed: with optim.update=backward a probe would move the optimizer's states")
     measured = QuickProbe(config, built, beat).measure()

@@ -148,8 +148,8 @@ class Prober:
         self.model, self.updater, self.inputs = built.model, built.updater, built.ledger.inputs
         self.spec = self.inputs.spec
         # Barriers stay: what is fitted are micro-batches that all ranks run together.
-        parallel = replace(self.inputs.parallel, barrier_free=False)
-        self.setup = step_setup(self.model, self.topology, parallel, self.device)
+        inputs = replace(self.inputs, parallel=replace(self.inputs.parallel, barrier_free=False))
+        self.setup = step_setup(self.model, self.topology, inputs, self.device)
         self.cost: CostModel = cost_model_of(self.inputs)
 
     @classmethod

@@ -43,9 +43,11 @@ def start_fields(
     }
 
 
-def step_fields(results: Results, plan: StepPlan, *, step_s: float, total_tokens: int, arena: dict[str, Any] | None) -> dict[str, Any]:
+def step_fields(
+    results: Results, plan: StepPlan, *, step_s: float, total_tokens: int, arena: dict[str, Any] | None, num_stages: int = 1
+) -> dict[str, Any]:
     """Fields of the `step` event, beside those of the optimizer, the objective and the planner."""
-    tokens = sum(results.tokens)
+    tokens = sum(results.tokens) // num_stages
     per_rank = enumerate(zip(results.tokens, results.peak_bytes, results.own_s, strict=True))
     return {
         "loss": results.loss,

@@ -24,7 +24,7 @@ class Results:
     host_free_bytes: list[int]
     """Free host bytes on each rank's node."""
     busy_s: list[list[float]]
-    """Busy seconds of each rank in each micro-batch."""
+    """Busy seconds of each rank of a stage in each micro-batch: of several stages, the longest."""
     own_s: list[float]
     """Seconds of each rank in all micro-batches, without waits for other ranks."""
     objective: list[float]
@@ -40,8 +40,9 @@ def gather_results(
     tokens: int,
     peak_bytes: int,
     stop: bool,
+    num_stages: int = 1,
 ) -> Results:
-    """Gather what each rank of `world` has. Collective.
+    """Gather what each rank of `world` has. Collective. `busy_s` has the ranks of a stage: the longest of any.
 
     `share` (scalar) of the loss, `stats` of the objective: this rank's, on its device. Summed in rank order, so bit-equal everywhere."""
     row = [float(share), float(tokens), float(peak_bytes), float(stop), float(free_memory().num_bytes)]
@@ -50,7 +51,7 @@ def gather_results(
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))]
     dist.all_gather(table, mine, group=world)
     losses, counts, peaks, stops, free, own, *rest = torch.stack(table).T.tolist()
-    sums, busy = [sum(column) for column in rest[: len(stats)]], rest[len(stats) :]
+    sums, busy = [sum(column) for column in rest[: len(stats)]], [_slowest_stage(column, num_stages) for column in rest[len(stats) :]]
     return Results(
         loss=sum(losses),
         tokens=[int(n) for n in counts],
@@ -61,6 +62,12 @@ def gather_results(
         own_s=own,
         objective=sums,
     )
+
+
+def _slowest_stage(values: Sequence[float], num_stages: int) -> list[float]:
+    """The most of each place in a stage, from values by rank."""
+    size = len(values) // num_stages
+    return [max(values[place::size]) for place in range(size)]
 
 
 def host_names(world: dist.ProcessGroup) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -83,6 +83,23 @@ class Stragglers:
         # Once named, a rank stays so until most windows speak for it: it is not reported again and again at the border.
         needed = ENOUGH if rank not in self._named else WINDOWS - ENOUGH + 1
         return Straggler(rank, statistics.median(slow)) if len(slow) >= needed else None
+
+
+class StageStragglers:
+    """The stragglers of each stage of a pipeline, whose ranks have like work; ranks are those of the run."""
+
+    def __init__(self, cost: CostModel, num_stages: int) -> None:
+        self._stages = [Stragglers(cost) for _ in range(num_stages)]
+        self._slow: list[list[Straggler]] = [[] for _ in range(num_stages)]
+
+    def add(self, plan: StepPlan, own_s: Sequence[float]) -> list[Straggler] | None:
+        """Add a step that ran by `plan`, with seconds by rank. Returns all stragglers where some came or went, else None."""
+        size, changed = plan.world_size, False
+        for index, stage in enumerate(self._stages):
+            slow = stage.add(plan, own_s[index * size : (index + 1) * size])
+            if slow is not None:
+                changed, self._slow[index] = True, [replace(one, rank=index * size + one.rank) for one in slow]
+        return [one for slow in self._slow for one in slow] if changed else None
 
 
 def modelled_s(plan: StepPlan, cost: CostModel, degrees: dict[int, int]) -> np.ndarray:

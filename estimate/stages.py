@@ -1,0 +1,103 @@
+"""Cuts the decoder layers into the stages of a pipeline, and finds what each of them must hold and how long it takes. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..parallel.pipeline.config import PipelineOrder
+from .footprint.device import device_terms
+from .footprint.term import ALL
+from .plan_inputs import PlanInputs
+from .timing.step import Timing, estimate_time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """What a rank of one stage holds at most."""
+
+    layers: range
+    """Decoder layers, numbered as in the whole model."""
+    in_flight: int
+    """Micro-batches that wait for their backward, at most."""
+    peak_bytes: int
+    seconds: float
+    """Seconds of one micro-batch of longest sequences, forward and backward."""
+
+
+def stage_layers(inputs: PlanInputs) -> tuple[range, ...]:
+    """Decoder layers of each stage: as configured, or so that the slowest stage takes least; of those the most even."""
+    stages, count = inputs.layout.stages, inputs.spec.num_layers
+    given = inputs.parallel.pipeline.layers
+    counts = list(given) if given is not None else _even(inputs, stages, count)
+    ends = [sum(counts[: index + 1]) for index in range(stages)]
+    return tuple(range(end - size, end) for end, size in zip(ends, counts, strict=True))
+
+
+def stage_inputs(inputs: PlanInputs) -> tuple[PlanInputs, ...]:
+    """The inputs of each stage's ranks, from those of the whole model."""
+    layers = stage_layers(inputs)
+    return tuple(inputs.stage(each, in_flight=in_flight(inputs, index)) for index, each in enumerate(layers))
+
+
+def in_flight(inputs: PlanInputs, stage: int) -> int:
+    """Micro-batches that a stage has in flight at most, whatever a step's plan is."""
+    if inputs.parallel.pipeline.order is PipelineOrder.GPIPE:
+        return gpipe_in_flight(inputs)
+    return inputs.layout.stages - stage
+
+
+def gpipe_in_flight(inputs: PlanInputs) -> int:
+    """Micro-batches that go forward before the first goes backward: those of the step of longest sequences."""
+    return max(inputs.layout.num_micro_batches, inputs.layout.stages)
+
+
+def memories(stages: tuple[PlanInputs, ...], layers: tuple[range, ...]) -> tuple[StageMemory, ...]:
+    """What each stage's ranks hold, by the policies of `stages`."""
+    return tuple(
+        StageMemory(layers=each, in_flight=stage.in_flight, peak_bytes=peak_bytes(stage), seconds=micro_batch_s(stage))
+        for stage, each in zip(stages, layers, strict=True)
+    )
+
+
+def peak_bytes(inputs: PlanInputs) -> int:
+    """Most bytes of a rank, over the phases of its step."""
+    terms = device_terms(inputs)
+    return max(sum(term.by_phase.get(phase, 0) for term in terms) for phase in ALL)
+
+
+def micro_batch_s(inputs: PlanInputs) -> float:
+    """Seconds of one micro-batch of longest sequences in one stage."""
+    timing = estimate_time(inputs)
+    return (timing.compute_s + timing.sequence_s + timing.experts_s + timing.host_s) / inputs.passes
+
+
+def pipelined(stages: tuple[PlanInputs, ...]) -> Timing:
+    """The step of all stages: as long as the slowest, and longer by what fills and drains the pipeline; work is that of all."""
+    each = [estimate_time(stage) for stage in stages]
+    slowest = max(range(len(stages)), key=lambda index: micro_batch_s(stages[index]))
+    bubble = (len(stages) - 1) * (micro_batch_s(stages[slowest]) + transfer_s(stages[slowest]))
+    first = stages[0]
+    line = (
+        f"{first.layout.num_micro_batches} micro-batches through {len(stages)} stages: filling and draining take {len(stages) - 1} more; "
+        "activations between stages hide behind compute once the pipeline is full"
+    )
+    return replace(
+        each[slowest],
+        attention_flops=sum(timing.attention_flops for timing in each),
+        linear_flops=sum(timing.linear_flops for timing in each),
+        model_flops=sum(timing.model_flops for timing in each),
+        bubble_s=bubble * first.passes / first.layout.num_micro_batches,
+        assumptions=(*each[slowest].assumptions, line),
+    )
+
+
+def transfer_s(inputs: PlanInputs) -> float:
+    """Seconds of one micro-batch's activations to the next stage, and of their gradients back."""
+    num_bytes = 2 * inputs.width * inputs.spec.hidden_size * inputs.tokens
+    crosses = inputs.layout.stage_size * inputs.layout.stages > inputs.layout.ranks_per_node
+    return num_bytes / (inputs.cluster.inter_node_bandwidth if crosses else inputs.cluster.intra_node_bandwidth)
+
+
+def _even(inputs: PlanInputs, stages: int, count: int) -> list[int]:
+    """Layers of each stage with which the slowest takes least, in time proportional to the weights each token is multiplied with."""
+    return [count * (index + 1) // stages - count * index // stages for index in range(stages)]

@@ -1,0 +1,64 @@
+"""The parity table of pipelines: stages on ranks of their own, against a plain single-process Hugging Face model, float64 at 1e-10."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from efflaunch.tests.parity.test_parity import ALL, batch, check_parity, plan_of, static
+from efflaunch.tests.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool() as pool:
+        yield pool
+
+
+EACH = plan_of(1, *(batch((0, 1, 1, (index,))) for index in ALL))
+"""One rank a stage, a micro-batch for each document: unequal, down to five tokens."""
+GROUPS = plan_of(
+    2,
+    batch((0, 2, 2, (2,))),
+    batch((0, 2, 1, (0,))),
+    batch((0, 1, 1, (3,)), (1, 1, 1, (4,))),
+    batch((1, 1, 1, (1,))),
+)
+"""Two ranks a stage: Ulysses, ring, two groups side by side, and a micro-batch of which the first rank has nothing."""
+ROWS = {
+    "2 stages": ({"stages": 2}, EACH),
+    "2 stages, one micro-batch": ({"stages": 2}, static(1, 1, 1)),
+    "4 stages, three steps": ({"stages": 4, "family": "llama_deep", "steps": 3}, EACH),
+    "4 stages, fewer micro-batches than stages": ({"stages": 4, "family": "llama_deep"}, plan_of(1, batch((0, 1, 1, ALL[:2])), batch((0, 1, 1, ALL[2:])))),
+    "2 stages, GPipe": ({"stages": 2, "gpipe": 5}, EACH),
+    "4 stages, GPipe, two at a time": ({"stages": 4, "gpipe": 2, "family": "llama_deep"}, EACH),
+    "2 uneven stages": ({"stages": 2, "family": "llama_deep", "layers": (4, 1)}, EACH),
+    "2 stages, sequence groups, three steps": ({"stages": 2, "steps": 3}, GROUPS),
+    "2 stages, sequence groups, HSDP": ({"stages": 2, "replicate": 2}, GROUPS),
+    "2 stages, sequence groups, reduced each time": ({"stages": 2, "reduce_each": True, "steps": 3}, GROUPS),
+    "2 stages, sequence groups, GPipe, reduced each time": ({"stages": 2, "gpipe": 3, "reduce_each": True}, GROUPS),
+    "2 stages, tied embeddings, three steps": ({"stages": 2, "family": "llama_mha_tied", "steps": 3}, GROUPS),
+    "4 stages, tied embeddings": ({"stages": 3, "family": "gemma2"}, EACH),
+    "2 stages, loss mask": ({"stages": 2, "masked": True}, GROUPS),
+    "2 stages, float32": ({"stages": 2, "dtype": "float32"}, GROUPS),
+    **{
+        f"2 stages, {policy}, {family}": ({"stages": 2, "policy": policy, "family": family}, GROUPS)
+        for policy, family in (
+            ("recompute", "llama_deep"), ("streambp", "qwen3"), ("segments_2", "llama_deep"), ("shares_streamed", "llama_deep"),
+            ("upipe_stored", "mistral"), ("memo_0.3", "gemma3"), ("segments_3_host", "llama_deep"), ("everything kept by class", "qwen2"),
+        )
+    },
+    "2 stages, host store": ({"stages": 2, "policy": "shares_streamed", "family": "llama_deep", "store": "arena"}, GROUPS),
+    "2 stages, compiled": ({"stages": 2, "policy": "recompute", "compile": "aot_eager"}, GROUPS),
+    "2 stages, mixture of experts, EP 2": ({"stages": 2, "family": "qwen3_moe", "ep": 2, "policy": "recompute"}, GROUPS),
+    "2 stages, mixture of experts, balanced": ({"stages": 2, "family": "qwen3_moe", "router": (0.3, 0.05)}, GROUPS),
+    "2 stages, gpt_oss, GPipe": ({"stages": 2, "family": "gpt_oss", "gpipe": 4, "policy": "segments_2"}, GROUPS),
+    "2 stages, first stage frozen": ({"stages": 2, "family": "llama_deep", "frozen": ("embed_tokens", "layers.0.", "layers.1.")}, GROUPS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_gradients_equal_plain_hugging_face(pool: RankPool, row: str) -> None:
+    case, plan = ROWS[row]
+    check_parity(pool, case, [plan])
