@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..memory.executor.capacity import Capacity
 from ..memory.executor.layer_pass import AttentionRuntime
 from ..memory.executor.mixture import ExpertLoad
+from ..memory.executor.router_bias import RouterBiases
 from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
@@ -85,6 +87,10 @@ class Stage:
         """Links to the stages before and behind; None: this stage is all of the model."""
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(each.shape) for name, each in model.named_parameters()}
         """Shape of every parameter of the whole model, by name."""
+        self.router_biases = RouterBiases({})
+        """The biases by which the layers' routers choose."""
+        self.capacity: Capacity | None = None
+        """Most rows that an expert takes of a document; None: nothing is dropped."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
@@ -94,6 +100,8 @@ class Stage:
         `received` (T, M): the output of the stage before; None in the first stage.
         """
         assert self.first == (received is None) and self.last == (objective is not None), "what enters and leaves follows from the place"
+        if self.capacity is not None:
+            self.capacity.begin(tokens.position_ids, tokens.document_lengths)
         x = self.embed(tokens) if received is None else received
         x = self.run_layers(x, self._context(self._tables(x, tokens), attention))
         return x if objective is None else self.head(x, tokens, attention, objective)
@@ -149,6 +157,11 @@ class Stage:
         layers = self._model.model.layers
         tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
         return LayerContext(tables, attention, tape, lambda index: self.weights.gathered(layers[index]), self.position)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer of the whole model has experts."""
+        return any(".experts." in name for name in self.shapes)
 
     @property
     def is_tied(self) -> bool:

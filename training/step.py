@@ -157,6 +157,8 @@ class _StepPasses:
 
     def run(self, schedule: Schedule) -> Tensor:
         """Run the actions and return this rank's share of the loss per micro-batch."""
+        # What passes before counted (a probe, a norm measured first) is no part of the step.
+        self._stage.expert_load.clear()
         self._begin_router_losses()
         links = self._stage.links
         if links is not None:
@@ -227,19 +229,21 @@ class _StepPasses:
         dist.all_reduce(total, group=self._setup.topology.stage)
         losses.begin(int(total))
         if losses.balance > 0 and len(self._micro_batches) > 1:
-            self._stage.expert_load.take()
             forward_only(self._setup, self._micro_batches, lambda work: _no_loss)
             self._agree_on_routing()
             # What the pass counted is of no other use: the step's own passes count anew.
-            self._stage.expert_load.take()
+            self._stage.expert_load.clear()
             losses.take()
 
     def _agree_on_routing(self) -> None:
         """Sum what every rank's tokens chose so far: the step's routing, of its one micro-batch or of all."""
-        counts = self._stage.expert_load.peek()
-        assert counts is not None, "only models with experts have router losses"
+        load, losses = self._stage.expert_load, self._stage.router_losses
+        counts = load.peek()
+        if counts is None:  # a stage whose layers have no experts
+            losses.use(torch.zeros(0, 1), ())
+            return
         dist.all_reduce(counts, group=self._setup.topology.stage)
-        self._stage.router_losses.use(counts)
+        losses.use(counts[:, :-1], load.layers)
 
     def _reduce_empty(self) -> None:
         weights = self._stage.weights

@@ -117,7 +117,7 @@ def experts_exchange_s(inputs: PlanInputs) -> float:
     if experts is None or ep == 1:
         return 0.0
     ways = 4.0 if inputs.policy.graph else 5 + 2 * inner_share(inputs)
-    rows = inputs.spec.num_layers * ways * experts.per_token * inputs.spec.hidden_size * inputs.width * inputs.row_share
+    rows = inputs.spec.expert_layers * ways * experts.per_token * inputs.spec.hidden_size * inputs.width * inputs.row_share
     near = min(ep, inputs.layout.ranks_per_node)
     within, across = rows * (near - 1) / ep, rows * (ep - near) / ep
     seconds = within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
+from ...memory.executor.capacity import Capacity
 from ...memory.executor.experts import ExpertRanks
 from ...memory.executor.mixture import ExpertLoad
 from ...memory.executor.router_losses import RouterLosses
@@ -62,8 +63,12 @@ class LayerAdapter(ABC):
     """Whether one graph of tensors holds the whole second half."""
     expert_ranks: ExpertRanks | None = None
     """Ranks that share the layer's experts; None: all of them are here."""
+    capacity: Capacity | None = None
+    """Most rows that an expert takes; None: nothing is dropped."""
     index: int = 0
     """Number of the layer in the model."""
+    correction_bias: Tensor | None = None
+    """The bias (E,) that choices of experts see and no gradient reaches, as it is now; None without."""
 
     def trained(self) -> list[Tensor]:
         """Implements `LayerSteps.trained`. Of weights whose other parts are on other ranks it has a view of the part here."""

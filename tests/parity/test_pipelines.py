@@ -30,7 +30,9 @@ ROWS = {
     "2 stages": ({"stages": 2}, EACH),
     "2 stages, one micro-batch": ({"stages": 2}, static(1, 1, 1)),
     "4 stages, three steps": ({"stages": 4, "family": "llama_deep", "steps": 3}, EACH),
-    "4 stages, fewer micro-batches than stages": ({"stages": 4, "family": "llama_deep"}, plan_of(1, batch((0, 1, 1, ALL[:2])), batch((0, 1, 1, ALL[2:])))),
+    "4 stages, fewer micro-batches than stages": (
+        {"stages": 4, "family": "llama_deep"}, plan_of(1, batch((0, 1, 1, ALL[:2])), batch((0, 1, 1, ALL[2:]))),
+    ),
     "2 stages, GPipe": ({"stages": 2, "gpipe": 5}, EACH),
     "4 stages, GPipe, two at a time": ({"stages": 4, "gpipe": 2, "family": "llama_deep"}, EACH),
     "2 uneven stages": ({"stages": 2, "family": "llama_deep", "layers": (4, 1)}, EACH),

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from ...checkpoint.state import State
 from ...memory.executor.compiled_graph import check_compiler
-from ...memory.executor.router_losses import RouterLosses
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
-from ...model.build import build_config, build_empty, initialise, master_dtype
+from ...model.build import RouterSettings, build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
 from ...model.load_plan import EMBEDDING
@@ -108,7 +107,7 @@ def build_trained(
         store=store,
         host_weights=on_host,
         expert_mesh=expert_mesh,
-        router_losses=RouterLosses(config.train.router_balance, config.train.router_z_loss),
+        routers=router_settings(config.train),
         place=place,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
@@ -120,13 +119,18 @@ def build_trained(
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
 
 
+def router_settings(train: TrainConfig) -> RouterSettings:
+    """What the configuration asks of routers."""
+    return RouterSettings(train.router_balance, train.router_z_loss, train.router_bias_rate, train.expert_capacity)
+
+
 def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, device: torch.device) -> Updater:
     """The updater of a sharded `model`. `weights`: the model itself, or its host weights where states live on the host.
 
     Call once the weights are filled: the model gets them.
     """
     optimizer = build_optimizer(model, config, weights)
-    scope = norm_scope(weights, stage_of(model))
+    scope = norm_scope(model, weights)
     if config.state_device is StateDevice.HOST:
         updater = HostUpdater(model, weights, optimizer, config, device, scope)
         updater.weights_changed()
@@ -134,9 +138,10 @@ def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, dev
     return (BackwardUpdater if config.update is Update.BACKWARD else StepUpdater)(model, optimizer, config, scope)
 
 
-def norm_scope(weights: nn.Module, stage: Stage) -> NormScope:
-    """What the norm of this rank's gradients is a part of: the whole model's, where `stage` is one of several."""
-    if stage.links is None:
+def norm_scope(model: nn.Module, weights: nn.Module) -> NormScope:
+    """What the norm of this rank's gradients is a part of: the whole model's, where `model` is a stage of several."""
+    stage = model.forward
+    if not isinstance(stage, Stage) or stage.links is None:
         return NormScope()
     place = stage.links.place
     repeated = [each for name, each in weights.named_parameters() if name == EMBEDDING and not place.is_first]
