@@ -10,7 +10,7 @@ from .ledger import Ledger, budget_account, device_account, host_account, resolv
 from .plan_inputs import PlanInputs
 from .solver.report import SolveReport
 from .solver.solve import solve_memory
-from .stages import memories, peak_bytes, pipelined, stage_inputs, stage_layers
+from .stages import memories, micro_batch_s, peak_bytes, pipelined, stage_inputs, stage_layers
 from .timing.step import estimate_time
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def _of_stages(inputs: PlanInputs) -> Ledger:
         all_decided = tuple(replace(stage, policy=decided.policy, parallel=decided.parallel) for stage in stages)
         fullest = max(all_decided, key=peak_bytes)
         ledger = _ledger(inputs, fullest, report)
-        ledgers.append(replace(ledger, timing=pipelined(all_decided), stages=memories(all_decided, layers)))
+        stages_of_it, slowest = memories(all_decided, layers), max(all_decided, key=micro_batch_s)
+        ledgers.append(replace(ledger, timing=pipelined(all_decided), stages=stages_of_it, slowest_stage=slowest))
         if ledgers[-1].fits:
             return ledgers[-1]
     return ledgers[0]

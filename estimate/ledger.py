@@ -65,10 +65,17 @@ class Ledger:
     """How the policy was found, with memory.solve."""
     stages: tuple[StageMemory, ...] = ()
     """Each stage of a pipeline: `inputs` and `device` are of that which holds most. Empty where there is one stage."""
+    slowest_stage: PlanInputs | None = None
+    """Inputs of the stage that takes longest; None where there is one stage."""
 
     @property
     def layout(self) -> Layout:
         return self.inputs.layout
+
+    @property
+    def slowest(self) -> PlanInputs:
+        """Inputs whose ranks set the pace of a step."""
+        return self.slowest_stage or self.inputs
 
     @property
     def accounts(self) -> tuple[Account, ...]:

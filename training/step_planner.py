@@ -24,7 +24,7 @@ from ..parallel.config import SequenceMode
 from ..parallel.sequence.cost import CostModel
 from ..parallel.sequence.packed import pack_plan, packed_size, unpack_plan
 from ..parallel.sequence.plan import StepPlan, check_plan
-from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
+from ..parallel.sequence.service import PlanRequest, PlanService, greedy_plan, static_plan
 from ..parallel.sequence.stored import load_cost
 from ..parallel.topology import whole_world
 
@@ -90,7 +90,7 @@ class StepPlanner:
         if error is not None:
             raise error
         if packed[0]:
-            _greedy(lengths, self.request.cost, "greedy")  # raises what it raised on rank 0
+            greedy_plan(lengths, self.request)  # raises what it raised on rank 0
             raise RuntimeError("rank 0 has no plan for this step; its log says why")
         return unpack_plan(packed[1:].numpy(), self.request.cost.world_size, lengths)
 
@@ -110,9 +110,9 @@ class StepPlanner:
         if self._service.failure:
             self._report_failure(step, self._service.failure)
             self.totals.unplanned += 1
-            return _greedy(lengths, self.request.cost, "greedy")
+            return replace(greedy_plan(lengths, self.request), source="greedy")
         self.totals.late += 1
-        return _greedy(lengths, self.request.cost, "late")
+        return replace(greedy_plan(lengths, self.request), source="late")
 
     def _report_failure(self, step: int, failure: str) -> None:
         if not self._reported:
@@ -141,12 +141,6 @@ class StepPlanner:
         return extras.static_s, plan
 
 
-def _greedy(lengths: Sequence[int], cost: CostModel, source: str) -> StepPlan:
-    from ..parallel.sequence.solve import solve_greedy
-
-    return replace(solve_greedy(lengths, cost), source=source)
-
-
 @dataclass(frozen=True, slots=True)
 class Costs:
     """The cost model of a run, fixed at its start."""
@@ -170,9 +164,9 @@ class Costs:
 def resolve_costs(config: Any, inputs: PlanInputs, device: torch.device, stored: dict[str, Any] | None) -> Costs:
     """Return the model a checkpoint has `stored`, where it was made from these settings; else measured values, or arithmetic.
 
-    `inputs`: those of the run's ledger, its policy decided.
+    `inputs`: those of the run's ledger, its policy decided; of the slowest stage where there are several.
     """
-    spec = inputs.spec
+    spec = inputs.whole or inputs.spec
     # Rates that were measured since do not make other settings.
     arithmetic = cost_model_of(replace(inputs, measured=None))
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))

@@ -172,7 +172,7 @@ class _Run:
 
     def _resolve_costs(self, stored: dict[str, Any] | None) -> Costs:
         """The costs a checkpoint stored, those of a profile of this machine, or those a probe measures now. Collective."""
-        costs = resolve_costs(self.config, self.session.ledger.inputs, self.session.device, stored)
+        costs = resolve_costs(self.config, self.session.ledger.slowest, self.session.device, stored)
         if self.done == self.config.train.steps:
             return costs
         self.position.at("probing this machine")
@@ -187,6 +187,7 @@ class _Run:
             static_ulysses=layout.ulysses,
             linear_cost_tokens=self.session.linear_cost_tokens,
             certify=(os.cpu_count() or 1) > self.config.cluster.ranks_per_node,
+            micro_batches=self.config.parallel.pipeline.micro_batches,
         )
         planner = StepPlanner(
             self.session.source.lengths,

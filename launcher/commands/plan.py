@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import EXIT_DONE
+from ...estimate.build import build_ledger
 from ...estimate.certificate import RECORD, certify
 from ...estimate.footprint.activations import class_splits
 from ...estimate.ledger import Account, Ledger
@@ -17,7 +19,9 @@ from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, o
 from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...memory.activation_classes import ExpertSizes
+from ...parallel.pipeline.config import PipelineConfig
 from ...training.optimizers.check import inexact
+from ...units import format_seconds
 from ..config.checks import model_notes
 from ..config.ledger import plan
 from ..config.run_config import Config
@@ -76,6 +80,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
         "experiment": config.experiment,
         "model": _model(config, ledger),
         "layout": _layout(ledger),
+        "pipeline": _pipeline(ledger),
         "device": _account(ledger.device),
         "host": _account(ledger.host),
         "step": _step(ledger.timing),
@@ -95,17 +100,32 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
     lines = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         lines.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
+    lines += _pipeline_notes(ledger)
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
         lines.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*lines, *(f"not exact: {line}" for line in inexact(config.optim))]
 
 
+def _pipeline_notes(ledger: Ledger) -> list[str]:
+    """What the stages of a pipeline cost, and what a step would take without them."""
+    if not ledger.stages:
+        return []
+    asked, lines = ledger.asked, []
+    count, stages = ledger.layout.num_micro_batches, ledger.layout.stages
+    if count < stages:
+        lines.append(f"{count} micro-batches for {stages} stages: most of a step is waiting; raise data.global_batch_tokens, or fewer stages")
+    whole = build_ledger(asked.with_parts(parallel=replace(asked.parallel, pipeline=PipelineConfig())))
+    took = f"a step would take {format_seconds(whole.timing.step_s)}, {whole.timing.step_s / ledger.timing.step_s:.2f} x as long"
+    fits = "and fits" if whole.fits else "and does not fit"
+    return [*lines, f"without stages (parallel.pipeline.stages=1) {took}, {fits}"]
+
+
 def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
-    spec = ledger.inputs.spec
+    spec = ledger.asked.spec
     return {
         "name": config.model.name,
         "family": spec.family.value,
-        "parameters": ledger.inputs.parameters,
+        "parameters": ledger.asked.parameters,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,
@@ -119,7 +139,7 @@ def _experts(ledger: Ledger, experts: ExpertSizes) -> dict[str, Any]:
         "experts": experts.num_experts,
         "experts_per_token": experts.per_token,
         "expert_parallel": ledger.inputs.expert_parallel,
-        "active_parameters": matrix_parameters(ledger.inputs),
+        "active_parameters": matrix_parameters(ledger.asked),
     }
 
 
@@ -138,6 +158,26 @@ def _layout(ledger: Ledger) -> dict[str, Any]:
         "micro_batches_per_step": layout.num_micro_batches,
         "tokens_per_rank": layout.tokens_per_rank,
         "grad_reduce": ledger.inputs.parallel.grad_reduce.value,
+    }
+
+
+def _pipeline(ledger: Ledger) -> dict[str, Any] | None:
+    """The stages, None where there is one; layers are numbers of the first and the last, both in."""
+    if not ledger.stages:
+        return None
+    return {
+        "order": ledger.asked.parallel.pipeline.order.value,
+        "ranks_per_stage": ledger.layout.stage_size,
+        "bubble": ledger.timing.bubble_s / ledger.timing.step_s,
+        "stages": [
+            {
+                "layers": [stage.layers.start, stage.layers.stop - 1],
+                "in_flight": stage.in_flight,
+                "peak_bytes": stage.peak_bytes,
+                "micro_batch_s": stage.seconds,
+            }
+            for stage in ledger.stages
+        ],
     }
 
 
@@ -176,6 +216,7 @@ def _step(timing: Timing) -> dict[str, Any]:
         "sharding_s": timing.sharding_s,
         "host_s": timing.host_s,
         "update_s": timing.update_s,
+        "bubble_s": timing.bubble_s,
         "tokens_per_s": timing.tokens_per_s,
         "assumptions": list(timing.assumptions),
     }

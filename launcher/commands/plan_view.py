@@ -31,7 +31,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     for line in _layout_lines(ledger):
         console.print(f"  {line}")
     console.print()
-    console.print(_table(ledger.device, f"each {ledger.device.name}"))
+    console.print(_table(ledger.device, f"each {ledger.device.name}" + " of the stage that holds most" * bool(ledger.stages)))
     console.print(_table(ledger.host, f"each node ({ledger.layout.ranks_per_node} ranks)"))
     console.print(_time_table(ledger.timing))
     for line in _time_lines(ledger.timing):
@@ -49,7 +49,7 @@ def _count(number: int) -> str:
 
 def _parameters(ledger: Ledger) -> str:
     """All weights, and those one token is multiplied with where they are fewer."""
-    inputs = ledger.inputs
+    inputs = ledger.asked
     active = "" if inputs.spec.experts is None else f", {_count(matrix_parameters(inputs))} of them multiplied with a token"
     return f"{_count(inputs.parameters)} parameters{active}"
 
@@ -69,6 +69,17 @@ def _layout_lines(ledger: Ledger) -> list[str]:
         *([] if experts is None else [f"experts     {experts.num_experts} a layer, {experts.per_token} of them a token; {where}"]),
         f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {tokens} tokens a rank",
         f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
+        *_stage_lines(ledger),
+    ]
+
+
+def _stage_lines(ledger: Ledger) -> list[str]:
+    """Each stage of a pipeline: its layers and what its ranks hold."""
+    order, size = ledger.asked.parallel.pipeline.order.value, ledger.layout.stage_size
+    return [
+        f"stage {index}     layers {stage.layers.start} to {stage.layers.stop - 1} on {size} ranks; {stage.in_flight} micro-batch(es) in flight "
+        f"({order}), {_gib(stage.peak_bytes)} GiB, {format_precise(stage.seconds)} a micro-batch"
+        for index, stage in enumerate(ledger.stages)
     ]
 
 
@@ -103,6 +114,7 @@ def _time_table(timing: Timing) -> Table:
         "weights and gradients, not hidden": timing.sharding_s,
         "copies of activations, not hidden": timing.host_s,
         "optimizer update, not hidden": timing.update_s,
+        **({"waiting for other stages": timing.bubble_s} if timing.bubble_s else {}),
     }
     for name, seconds in parts.items():
         table.add_row(name, format_precise(seconds), f"{seconds / timing.step_s:.1%}")

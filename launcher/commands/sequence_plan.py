@@ -19,6 +19,7 @@ from ..config.ledger import hardware_of, plan
 from ..config.run_config import Config
 
 if TYPE_CHECKING:
+    from ...parallel.sequence.service import PlanRequest
     from ...parallel.sequence.timeline import Bar
 
 
@@ -29,32 +30,33 @@ def step_cost(config: Config) -> CostModel:
     """
     key = profile_key(model_spec(config.model), config.memory, config.train, config.cluster, hardware_of(config))
     profile, _ = find_profile(config.parallel.profile, key)
-    cost = cost_model_of(plan(config).inputs)
-    return cost if profile is None else profile.refine(cost)
+    cost = cost_model_of(plan(config).slowest)
+    # A profile is of all layers, and a stage has some.
+    return cost if profile is None or cost.num_stages > 1 else profile.refine(cost)
 
 
 def plan_step(config: Config, lengths: Sequence[int], cost: CostModel) -> StepPlan:
     """The plan a run of this configuration makes for these lengths, with prediction and bound."""
-    from ...parallel.sequence.solve import solve_adaptive
+    from ...parallel.sequence.service import solve, static_plan
 
+    request = _request(config, cost)
     if config.parallel.sequence is not SequenceMode.STATIC:
-        return solve_adaptive(lengths, cost)
-    return with_bound(cost.priced(static_step(config, lengths)), cost)
+        return solve(lengths, request)
+    return with_bound(static_plan(lengths, request), cost)
 
 
-def static_step(config: Config, lengths: Sequence[int]) -> StepPlan:
-    """The plan of parallel.sequence=static, as training/trainer.py makes it."""
-    from ...parallel.sequence.solve import solve_static
+def _request(config: Config, cost: CostModel) -> PlanRequest:
+    """What a run asks its planner for."""
+    from ...parallel.sequence.service import PlanRequest
 
     spec, data = model_spec(config.model), config.data
     layout = solve_layout(config.parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    return solve_static(
-        lengths,
-        world_size=layout.world_size,
-        degree=layout.sp_degree,
-        ulysses=layout.ulysses,
-        tokens_per_rank=layout.tokens_per_rank,
+    return PlanRequest(
+        cost=cost,
+        static_degree=layout.sp_degree,
+        static_ulysses=layout.ulysses,
         linear_cost_tokens=active_layer_parameters(spec) / spec.query_size,
+        micro_batches=config.parallel.pipeline.micro_batches,
     )
 
 

@@ -32,6 +32,7 @@ from typing import Any, Self
 
 from ...utils.helper_thread import HelperThread
 from ...utils.signal_mask import ignore_stop_signals, stop_signals_blocked
+from ..pipeline.micro_batches import plan_for_stages
 from .cost import CostModel
 from .packed import pack_plan, unpack_plan
 from .plan import StepPlan
@@ -62,6 +63,8 @@ class PlanRequest:
     """Look for tighter bounds of long steps: where the machine has a core to spare for it."""
     solver: str = "adaptive"
     """`adaptive`, or a `module:function` of (lengths, cost) that makes the StepPlan."""
+    micro_batches: int | None = None
+    """With several stages: micro-batches of a step, at least; None: as many as take least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,30 +80,44 @@ class Extras:
 
 def solve(lengths: Sequence[int], request: PlanRequest) -> StepPlan:
     """The plan of a step; PlanError where a sequence fits nowhere."""
+    return plan_for_stages(lengths, request.cost, _solver(request), longest_group=request.cost.largest, least=request.micro_batches)
+
+
+def _solver(request: PlanRequest) -> Callable[[Sequence[int], CostModel], StepPlan]:
     if request.solver == "adaptive":
         from .solve import solve_adaptive
 
-        return solve_adaptive(lengths, request.cost)
+        return solve_adaptive
     import importlib
 
     module, _, name = request.solver.partition(":")
-    plan: StepPlan = getattr(importlib.import_module(module), name)(lengths, request.cost)
-    return plan
+    solver: Callable[[Sequence[int], CostModel], StepPlan] = getattr(importlib.import_module(module), name)
+    return solver
 
 
 def static_plan(lengths: Sequence[int], request: PlanRequest) -> StepPlan:
     """What parallel.sequence=static would do, priced."""
     from .solve import solve_static
 
-    plan = solve_static(
-        lengths,
-        world_size=request.cost.world_size,
-        degree=request.static_degree,
-        ulysses=request.static_ulysses,
-        tokens_per_rank=request.cost.tokens_per_rank,
-        linear_cost_tokens=request.linear_cost_tokens,
-    )
-    return request.cost.priced(plan)
+    def packed(lengths: Sequence[int], cost: CostModel) -> StepPlan:
+        return solve_static(
+            lengths,
+            world_size=cost.world_size,
+            degree=request.static_degree,
+            ulysses=request.static_ulysses,
+            tokens_per_rank=cost.tokens_per_rank,
+            linear_cost_tokens=request.linear_cost_tokens,
+        )
+
+    degree, least = request.static_degree, request.micro_batches
+    return request.cost.priced(plan_for_stages(lengths, request.cost, packed, longest_group=degree, least=least))
+
+
+def greedy_plan(lengths: Sequence[int], request: PlanRequest) -> StepPlan:
+    """The plan that needs no search, for want of a better one."""
+    from .solve import solve_greedy
+
+    return plan_for_stages(lengths, request.cost, solve_greedy, longest_group=request.cost.largest, least=request.micro_batches)
 
 
 class PlanService:
