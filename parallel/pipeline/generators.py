@@ -1,4 +1,4 @@
-"""Pipeline schedules by name: GPipe and 1F1B. Pure.
+"""Pipeline schedules with one stage a rank: GPipe, 1F1B, zero bubble, and 1F1B of slices. Pure.
 
 Every order is the published one, and is valid for any number of micro-batches: where a schedule is published for more of them, or for
 multiples of something, it is made for so many and the surplus is left out, which keeps every dependency.
@@ -6,6 +6,7 @@ multiples of something, it is made for so many and the surplus is left out, whic
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from ...errors import PlanError
@@ -34,6 +35,38 @@ def one_f_one_b(ranks: int, micro_batches: int) -> PipelineSchedule:
         backward = [Unit(B, rank, m) for m in range(micro_batches)]
         orders.append(alternate(forward, backward, warm_up=ranks - 1 - rank))
     return make(ranks, range(ranks), micro_batches, orders)
+
+
+def zero_bubble(ranks: int, micro_batches: int) -> PipelineSchedule:
+    """1F1B whose gradients of weights come later and fill the bubbles: rank r defers r of them (ZB-H1, arXiv 2401.10241, section 2.2).
+
+    No rank holds more micro-batches than rank 0 does under 1F1B: min(ranks, micro-batches).
+    """
+    orders = []
+    for rank in range(ranks):
+        order: list[Unit] = []
+        deferred: deque[Unit] = deque()
+        for unit in one_f_one_b(ranks, micro_batches).orders[rank]:
+            order.append(unit)
+            if unit.kind is B:
+                deferred.append(unit.with_kind(W))
+                order += [deferred.popleft()] if len(deferred) > rank else []
+        orders.append([*order, *deferred])
+    return make(ranks, range(ranks), micro_batches, orders)
+
+
+def sliced_1f1b(ranks: int, micro_batches: int, slices: int) -> PipelineSchedule:
+    """1F1B whose units are slices of micro-batches: forward in their order, backward in reverse (Seq1F1B, arXiv 2406.03488, section 3).
+
+    Rank r holds min(ranks - r + slices - 1, all) slices at most. Their sizes are those of `slices.py`: even in work, not in tokens.
+    """
+    orders = []
+    for rank in range(ranks):
+        pieces = [(m, j) for m in range(micro_batches) for j in range(slices)]
+        forward = [Unit(F, rank, m, j) for m, j in pieces]
+        backward = [Unit(B, rank, m, slices - 1 - j) for m, j in pieces]
+        orders.append(alternate(forward, backward, warm_up=ranks - 1 - rank + slices - 1))
+    return make(ranks, range(ranks), micro_batches, orders, slices)
 
 
 def alternate(forward: Sequence[Unit], backward: Sequence[Unit], warm_up: int) -> list[Unit]:

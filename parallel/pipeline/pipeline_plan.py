@@ -190,6 +190,19 @@ def check_actions(schedule: PipelineSchedule, actions: Actions, *, rendezvous: b
             _refuse(f"rank {sender} sends {' '.join(map(str, sent))}, and rank {receiver} receives {' '.join(map(str, posted))}")
 
 
+def least_depth(schedule: PipelineSchedule) -> int:
+    """The smallest depth of receives with which not even sends that wait for their receive hang; PlanError as `check`."""
+    check(schedule)
+    for depth in range(max(map(len, schedule.orders))):
+        try:
+            check(schedule, depth=depth, rendezvous=True)
+        except PlanError:
+            continue
+        return depth
+    # All receives are posted before anything else: no send waits.
+    return max(map(len, schedule.orders))
+
+
 class _Execution:
     """Ranks that run their actions as far as they get."""
 
