@@ -139,116 +139,123 @@ class PipelineTimeline:
 
 def simulate(schedule: PipelineSchedule, costs: PipelineCosts) -> PipelineTimeline:
     """Run a schedule. PlanError where it waits for ever, or for costs of another shape."""
-    shape = schedule.num_stages, schedule.num_micro_batches, schedule.slices
-    if costs.shape != shape:
-        expected = "costs of (virtual stages, micro-batches, slices) of the schedule"
-        raise PlanError("pipeline costs", found=f"{costs.shape} for a schedule of {shape}", expected=expected, hint=f"costs({shape})")
-    clock = _Clock(schedule, costs)
-    clock.run()
-    if any(len(ends) < len(order) for ends, order in zip(clock.ends, schedule.orders, strict=True)):
-        check(schedule)
-        raise AssertionError("a schedule that runs to the end stopped")
-    return PipelineTimeline(
-        schedule=schedule,
-        starts_s=tuple(map(tuple, clock.starts)),
-        ends_s=tuple(map(tuple, clock.ends)),
-        step_s=max(ends[-1] for ends in clock.ends),
-        peak_bytes=tuple(_peak_bytes(schedule, costs, rank) for rank in range(schedule.num_ranks)),
-    )
+    return Simulator(schedule).run(costs)
 
 
-class _Clock:
-    """Ranks that advance as far as what they need has come. Units are numbers: (stage x micro-batches + micro-batch) x slices + slice."""
+class Simulator:
+    """A schedule made ready to be run under one kind of costs after the other.
 
-    def __init__(self, schedule: PipelineSchedule, costs: PipelineCosts) -> None:
-        self.schedule, self.costs = schedule, costs
-        stages, batches, slices = costs.shape
-        self.stride, self.slices, self.stages = batches * slices, slices, stages
-        count = stages * self.stride
-        whole = (costs.backward_s + costs.weight_s).ravel().tolist()
+    Times of all units are in one list: ends of forward units, then when their outputs are where the next stage is, then both of backward
+    units, then both of those of weights. `(stage x micro-batches + micro-batch) x slices + slice` is a unit's place in each part.
+    """
+
+    def __init__(self, schedule: PipelineSchedule) -> None:
+        self.schedule = schedule
+        self.shape = schedule.num_stages, schedule.num_micro_batches, schedule.slices
+        self.count = schedule.num_stages * schedule.num_micro_batches * schedule.slices
+        self.split = [self.place(unit) for unit in schedule.split]
+        self.programs = [[self.step(unit) for unit in order] for order in schedule.orders]
+
+    def place(self, unit: Unit) -> int:
+        _, batches, slices = self.shape
+        return (unit.stage * batches + unit.micro_batch) * slices + unit.slice
+
+    def step(self, unit: Unit) -> tuple[int, int, int | None, tuple[int, ...]]:
+        """A unit as numbers: kind, place, the rank its message goes to, and where the times are that it waits for."""
+        kind, needs, (stages, batches, slices) = _KINDS[unit.kind], [], self.shape
+        place, count = self.place(unit), self.count
+        if kind == 0:
+            needs += [count + place - batches * slices] if unit.stage else []
+            needs += [place - 1] if unit.slice else []
+        elif kind == 1:
+            needs += [place]
+            needs += [3 * count + place + batches * slices] if unit.stage + 1 < stages else []
+            needs += [2 * count + place + 1] if unit.slice + 1 < slices else []
+        else:
+            needs += [2 * count + place]
+        return kind, place, self.schedule.receiver(unit), tuple(needs)
+
+    def run(self, costs: PipelineCosts) -> PipelineTimeline:
+        """As `simulate`."""
+        self._check_shape(costs)
+        starts, ends = self._clock(self._seconds(costs), (costs.alpha_s + costs.s_per_byte * costs.output_bytes).ravel().tolist())
+        if any(len(made) < len(order) for made, order in zip(ends, self.schedule.orders, strict=True)):
+            check(self.schedule)
+            raise AssertionError("a schedule that runs to the end stopped")
+        return PipelineTimeline(
+            schedule=self.schedule,
+            starts_s=tuple(map(tuple, starts)),
+            ends_s=tuple(map(tuple, ends)),
+            step_s=max(made[-1] for made in ends),
+            peak_bytes=self.peak_bytes(costs),
+        )
+
+    def busy_s(self, costs: PipelineCosts) -> list[float]:
+        """Seconds of computation of each rank, which no order of its units can make less."""
+        self._check_shape(costs)
+        seconds = self._seconds(costs)
+        return [sum(seconds[kind][place] for kind, place, _, _ in program) for program in self.programs]
+
+    def peak_bytes(self, costs: PipelineCosts) -> tuple[float, ...]:
+        """What each rank's stages hold at most at one time."""
+        self._check_shape(costs)
+        waits, for_weights, work = (values.ravel().tolist() for values in (costs.held_bytes, costs.weight_bytes, costs.work_bytes))
+        later = [0.0] * self.count
+        for place in self.split:
+            later[place] = for_weights[place]
+        peaks = []
+        for rank, program in enumerate(self.programs):
+            held = most = float(sum(costs.fixed_bytes[stage] for stage in self.schedule.stages_of(rank)))
+            for kind, place, _, _ in program:
+                if kind == 2:
+                    held -= for_weights[place]
+                    continue
+                held += waits[place] if kind == 0 else 0.0
+                most = max(most, held + work[place])
+                held += later[place] - waits[place] if kind == 1 else 0.0
+            peaks.append(most)
+        return tuple(peaks)
+
+    def _check_shape(self, costs: PipelineCosts) -> None:
+        if costs.shape != self.shape:
+            expected, found = "(virtual stages, micro-batches, slices) of the schedule", f"{costs.shape} for a schedule of {self.shape}"
+            raise PlanError("pipeline costs", found=found, expected=expected, hint=f"costs({self.shape})")
+
+    def _seconds(self, costs: PipelineCosts) -> tuple[list[float], list[float], list[float]]:
         backward, weight = costs.backward_s.ravel().tolist(), costs.weight_s.ravel().tolist()
-        for unit in schedule.split:
-            number = self.number(unit)
-            whole[number] = backward[number]
-        self.seconds = (costs.forward_s.ravel().tolist(), whole, weight)
-        self.message_s = (costs.alpha_s + costs.s_per_byte * costs.output_bytes).ravel().tolist()
-        # When a unit ended, and when what it made is where the neighbouring stage is.
-        self.ended: list[list[float | None]] = [[None] * count for _ in _KINDS]
-        self.come: list[list[float | None]] = [[None] * count for _ in _KINDS]
-        self.starts: list[list[float]] = [[] for _ in schedule.orders]
-        self.ends: list[list[float]] = [[] for _ in schedule.orders]
-        self.link_free: dict[tuple[int, int], float] = {}
-        self.waiting: dict[tuple[int, int], set[int]] = {}
+        whole = [first + second for first, second in zip(backward, weight, strict=True)]
+        for place in self.split:
+            whole[place] = backward[place]
+        return costs.forward_s.ravel().tolist(), whole, weight
 
-    def number(self, unit: Unit) -> int:
-        return unit.stage * self.stride + unit.micro_batch * self.slices + unit.slice
-
-    def run(self) -> None:
-        """All ranks, each again when what it waited for has come."""
-        ready = list(range(self.schedule.num_ranks))
+    def _clock(self, seconds: tuple[list[float], ...], message_s: list[float]) -> tuple[list[list[float]], list[list[float]]]:
+        """Starts and ends of each rank's units, as far as it gets: ranks advance, and wake those that waited for what they made."""
+        count, times = self.count, [-1.0] * (6 * self.count)
+        starts: list[list[float]] = [[] for _ in self.programs]
+        ends: list[list[float]] = [[] for _ in self.programs]
+        waiting: dict[int, int] = {}
+        link_free: dict[tuple[int, int], float] = {}
+        ready = list(range(len(self.programs)))
         while ready:
             rank = ready.pop()
-            order, ends = self.schedule.orders[rank], self.ends[rank]
-            while len(ends) < len(order):
-                kind, number = _KINDS[order[len(ends)].kind], self.number(order[len(ends)])
-                start = self.start(order[len(ends)], number, ends[-1] if ends else 0.0, rank)
-                if start is None:
+            program, own_starts, own_ends = self.programs[rank], starts[rank], ends[rank]
+            for kind, place, receiver, needs in program[len(own_ends) :]:
+                start = own_ends[-1] if own_ends else 0.0
+                missing = next((need for need in needs if times[need] < 0.0), None)
+                if missing is not None:
+                    # One rank at most waits for a message, and a rank waits for one thing.
+                    waiting[missing] = rank
                     break
-                self.starts[rank].append(start)
-                self.finish(order[len(ends)], kind, number, start + self.seconds[kind][number], rank)
-                ready += self.waiting.pop((kind, number), ())
-
-    def start(self, unit: Unit, number: int, free_s: float, rank: int) -> float | None:
-        """When a unit starts; None: what it needs has no time yet, and the rank waits for it."""
-        for kind, need, times in self.needs(unit, number):
-            at = times[need]
-            if at is None:
-                self.waiting.setdefault((kind, need), set()).add(rank)
-                return None
-            free_s = max(free_s, at)
-        return free_s
-
-    def needs(self, unit: Unit, number: int) -> Iterator[tuple[int, int, list[float | None]]]:
-        """`PipelineSchedule.needs`, as numbers."""
-        if unit.kind is UnitKind.FORWARD:
-            if unit.stage:
-                yield 0, number - self.stride, self.come[0]
-            if unit.slice:
-                yield 0, number - 1, self.ended[0]
-        elif unit.kind is UnitKind.BACKWARD:
-            yield 0, number, self.ended[0]
-            if unit.stage + 1 < self.stages:
-                yield 1, number + self.stride, self.come[1]
-            if unit.slice + 1 < self.slices:
-                yield 1, number + 1, self.ended[1]
-        else:
-            yield 1, number, self.ended[1]
-
-    def finish(self, unit: Unit, kind: int, number: int, end_s: float, rank: int) -> None:
-        self.ends[rank].append(end_s)
-        self.ended[kind][number] = end_s
-        receiver = self.schedule.receiver(unit)
-        come_s = end_s
-        if receiver is not None:
-            come_s = max(end_s, self.link_free.get((rank, receiver), 0.0)) + self.message_s[number]
-            self.link_free[rank, receiver] = come_s
-        self.come[kind][number] = come_s
-
-
-def _peak_bytes(schedule: PipelineSchedule, costs: PipelineCosts, rank: int) -> float:
-    held = float(sum(costs.fixed_bytes[stage] for stage in schedule.stages_of(rank)))
-    most = held
-    split, (_, batches, slices) = schedule.split, costs.shape
-    waits, for_weights, work = (values.ravel().tolist() for values in (costs.held_bytes, costs.weight_bytes, costs.work_bytes))
-    for unit in schedule.orders[rank]:
-        at = (unit.stage * batches + unit.micro_batch) * slices + unit.slice
-        if unit.kind is UnitKind.FORWARD:
-            held += waits[at]
-        if unit.kind is not UnitKind.WEIGHT:
-            most = max(most, held + work[at])
-        if unit.kind is UnitKind.BACKWARD:
-            held -= waits[at]
-            held += for_weights[at] if unit in split else 0.0
-        elif unit.kind is UnitKind.WEIGHT:
-            held -= for_weights[at]
-    return most
+                for need in needs:
+                    start = max(start, times[need])
+                end = come = start + seconds[kind][place]
+                if receiver is not None:
+                    come = max(end, link_free.get((rank, receiver), 0.0)) + message_s[place]
+                    link_free[rank, receiver] = come
+                own_starts.append(start)
+                own_ends.append(end)
+                for at, key in ((end, 2 * kind * count + place), (come, (2 * kind + 1) * count + place)):
+                    times[key] = at
+                    if key in waiting:
+                        ready.append(waiting.pop(key))
+        return starts, ends
