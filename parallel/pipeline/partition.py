@@ -1,0 +1,201 @@
+"""Which layers go to which stage: contiguous, the slowest stage as fast as memory allows. Pure, and exact: dynamic programming.
+
+A stage's time is its layers' forward and backward time for the mean micro-batch, embedding and head included. What a stage holds is
+its fixed bytes and what its units in flight keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NoReturn
+
+import numpy as np
+
+from ...errors import ConfigError, PlanError
+from .simulate import Floats
+from .work import PAIR_BACKWARD, LayerLoad, ModelLoad, Recompute, activation_bytes
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageLimits:
+    """What a stage may hold, and of how many rows."""
+
+    tokens: float
+    """Of the largest micro-batch, or slice of it."""
+    in_flight: tuple[int, ...]
+    """Of each stage: such units that wait for their backward pass at one time."""
+    cap_bytes: tuple[float, ...]
+    """Of each stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Layers of each stage, in order, and what it recomputes."""
+
+    counts: tuple[int, ...]
+    recompute: tuple[Recompute, ...]
+    slowest_s: float
+    """Forward and backward of the slowest stage, for one micro-batch."""
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.counts))
+
+
+def layer_seconds(layer: LayerLoad, tokens: float, pairs: float, recompute: Recompute) -> float:
+    """Forward and backward of one layer for one micro-batch."""
+    forward = layer.token_s * tokens + layer.pair_s * pairs
+    again = forward if recompute is not Recompute.NONE else 0.0
+    return forward + again + 2 * layer.token_s * tokens + PAIR_BACKWARD * layer.pair_s * pairs
+
+
+def partition(
+    model: ModelLoad,
+    stages: int,
+    *,
+    tokens: float,
+    pairs: float,
+    recompute: Sequence[Recompute] = (Recompute.NONE,),
+    limits: StageLimits | None = None,
+) -> Partition:
+    """The partition into `stages` whose slowest stage is fastest; among those the one with the least sum of squares.
+
+    `tokens` and `pairs` are the mean micro-batch's. Each stage takes the fastest way of `recompute` that keeps it within `limits`.
+    PlanError where no partition does: it names the stage that is furthest above its cap in the partition that comes nearest.
+    """
+    _check_stages(model, stages)
+    seconds, share = _tables(model, stages, tokens, pairs, recompute, limits)
+    slowest, _ = _best(seconds, np.maximum)
+    if not np.isfinite(slowest):
+        _, nearest = _best(share, np.maximum)
+        _refuse_memory(
+            nearest, share, limits, "the nearest partition", "smaller micro-batches, more slices or recomputation; no partition fits"
+        )
+    # Among the fastest, even ones have shorter bubbles.
+    _, counts = _best([np.where(table <= slowest * (1 + 1e-12), table**2, np.inf) for table in seconds], np.add)
+    return _partition(model, counts, tokens, pairs, recompute, limits)
+
+
+def _partition(
+    model: ModelLoad, counts: Sequence[int], tokens: float, pairs: float, recompute: Sequence[Recompute], limits: StageLimits | None
+) -> Partition:
+    """What was chosen: the same tables, each way by itself, say which way each stage takes."""
+    bounds, found = [0, *accumulate(counts)], []
+    tables = [(way, _tables(model, len(counts), tokens, pairs, (way,), limits)[0]) for way in recompute]
+    for stage, (start, stop) in enumerate(pairwise(bounds)):
+        found.append(min(((float(seconds[stage][start, stop]), way) for way, seconds in tables), key=lambda pair: pair[0]))
+    return Partition(tuple(counts), tuple(way for _, way in found), max(seconds for seconds, _ in found))
+
+
+def given_partition(
+    model: ModelLoad,
+    counts: Sequence[int],
+    stages: int,
+    *,
+    tokens: float,
+    pairs: float,
+    recompute: Sequence[Recompute] = (Recompute.NONE,),
+    limits: StageLimits | None = None,
+) -> Partition:
+    """A partition that a person chose. ConfigError for a list that is none of the model's, PlanError for a stage that does not fit.
+
+    The PlanError names the stage and the partition that fits, where there is one.
+    """
+    _check_stages(model, stages)
+    if len(counts) != stages or sum(counts) != len(model.layers) or min(counts) < 1:
+        even = partition(model, stages, tokens=tokens, pairs=pairs, recompute=recompute)
+        expected = f"{stages} numbers of 1 or more that add up to the model's {len(model.layers)} layers"
+        raise ConfigError("layers of pipeline stages", found=str(list(counts)), expected=expected, hint=f"[{even}]")
+    _, share = _tables(model, stages, tokens, pairs, recompute, limits)
+    if any(table[start, stop] > 1.0 for table, (start, stop) in zip(share, pairwise([0, *accumulate(counts)]), strict=True)):
+        try:
+            hint = f"[{partition(model, stages, tokens=tokens, pairs=pairs, recompute=recompute, limits=limits)}], which fits"
+        except PlanError as error:
+            hint = error.hint
+        _refuse_memory(tuple(counts), share, limits, "the partition that was given", hint)
+    return _partition(model, counts, tokens, pairs, recompute, limits)
+
+
+def _check_stages(model: ModelLoad, stages: int) -> None:
+    if not 1 <= stages <= len(model.layers):
+        expected = f"1 to {len(model.layers)}, the model's layers"
+        raise ConfigError("pipeline stages", found=str(stages), expected=expected, hint=f"{max(1, min(stages, len(model.layers)))} stages")
+
+
+# Tables have a row for each first layer and a column for the layer behind the last: what a stage of them costs. The first stage, which
+# alone begins with layer 0, has the embedding, the last one the head. Stages without a layer are infinite.
+
+
+def _with_ends(model: ModelLoad) -> tuple[list[LayerLoad], list[int], list[int]]:
+    """Layers with both ends, and among them: where a stage starts whose first layer is each, and where one stops whose last layer is."""
+    count = len(model.layers)
+    return [model.embedding, *model.layers, model.head], [0, *range(2, count + 1), count + 1], [*range(2, count + 1), count + 2]
+
+
+def _sums(values: Sequence[float], starts: Sequence[int], stops: Sequence[int]) -> Floats:
+    before = np.array([0.0, *accumulate(values)])
+    table = np.full((len(starts), len(starts)), np.inf)
+    table[:-1, 1:] = before[stops][None, :] - before[starts[:-1]][:, None]
+    return _of_layers(table)
+
+
+def _of_layers(table: Floats) -> Floats:
+    """The table, infinite where a stage would have no layer."""
+    return np.where(np.arange(len(table))[:, None] < np.arange(len(table))[None, :], table, np.inf)
+
+
+def _tables(
+    model: ModelLoad, stages: int, tokens: float, pairs: float, recompute: Sequence[Recompute], limits: StageLimits | None
+) -> tuple[list[Floats], list[Floats]]:
+    """By stage: seconds of the fastest way that fits, infinite where none does; and the least share of its cap."""
+    layers, starts, stops = _with_ends(model)
+    seconds = {way: _sums([layer_seconds(one, tokens, pairs, way) for one in layers], starts, stops) for way in recompute}
+    if limits is None:
+        return [np.minimum.reduce(list(seconds.values()))] * stages, [_of_layers(np.zeros_like(seconds[recompute[0]]))] * stages
+    if len(limits.cap_bytes) != stages or len(limits.in_flight) != stages or min(limits.cap_bytes) <= 0:
+        found = f"{len(limits.cap_bytes)} caps and {len(limits.in_flight)} units in flight of {stages} stages"
+        raise PlanError("pipeline partition", found=found, expected="one above 0 of each stage", hint="a cap for each stage")
+    fixed = _sums([one.fixed_bytes for one in layers], starts, stops)
+    held = {way: _activations(layers, starts, stops, way) for way in recompute}
+    fastest, least = [], []
+    for in_flight, cap in zip(limits.in_flight, limits.cap_bytes, strict=True):
+        shares = {way: (fixed + limits.tokens * (in_flight * held[way][0] + held[way][1])) / cap for way in recompute}
+        fastest.append(np.minimum.reduce([np.where(shares[way] <= 1.0, seconds[way], np.inf) for way in recompute]))
+        least.append(np.minimum.reduce(list(shares.values())))
+    return fastest, least
+
+
+def _activations(layers: Sequence[LayerLoad], starts: Sequence[int], stops: Sequence[int], way: Recompute) -> tuple[Floats, Floats]:
+    """Tables of `activation_bytes`."""
+    held, work = (np.full((len(starts), len(starts)), np.inf) for _ in range(2))
+    for first, start in enumerate(starts[:-1]):
+        rows = [activation_bytes(layers[start:stop], way) for stop in stops[first:]]
+        held[first, first + 1 :], work[first, first + 1 :] = np.array(rows).T
+    return held, work
+
+
+def _best(tables: Sequence[Floats], combine: Callable[[Floats, Floats], Floats]) -> tuple[float, tuple[int, ...]]:
+    """The least combination of one stage after the other over all layers, and the stages' layers."""
+    best, chosen = tables[0][0], []
+    for table in tables[1:]:
+        ways = combine(np.broadcast_to(best[:, None], table.shape), table)
+        chosen.append(ways.argmin(axis=0))
+        best = ways.min(axis=0)
+    stop, counts = len(best) - 1, []
+    for starts in reversed(chosen):
+        counts.append(stop - int(starts[stop]))
+        stop = int(starts[stop])
+    return float(best[-1]), (stop, *reversed(counts))
+
+
+def _refuse_memory(counts: tuple[int, ...], share: Sequence[Floats], limits: StageLimits | None, which: str, hint: str) -> NoReturn:
+    assert limits is not None
+    bounds = [0, *accumulate(counts)]
+    shares = [float(table[start, stop]) for table, start, stop in zip(share, bounds, bounds[1:], strict=False)]
+    stage = max(range(len(shares)), key=shares.__getitem__)
+    cap = limits.cap_bytes[stage]
+    found = f"{shares[stage] * cap / GIB:.2f} GiB on stage {stage} ({counts[stage]} layers) of {which} [{','.join(map(str, counts))}]"
+    raise PlanError("pipeline partition", found=found, expected=f"{cap / GIB:.2f} GiB or less", hint=hint)
