@@ -43,10 +43,10 @@ def zero_bubble(ranks: int, micro_batches: int) -> PipelineSchedule:
     No rank holds more micro-batches than rank 0 does under 1F1B: min(ranks, micro-batches).
     """
     orders = []
-    for rank in range(ranks):
+    for rank, whole in enumerate(one_f_one_b(ranks, micro_batches).orders):
         order: list[Unit] = []
         deferred: deque[Unit] = deque()
-        for unit in one_f_one_b(ranks, micro_batches).orders[rank]:
+        for unit in whole:
             order.append(unit)
             if unit.kind is B:
                 deferred.append(unit.with_kind(W))

@@ -18,6 +18,8 @@ from .slices import balanced_slices, slice_work
 
 PAIR_BACKWARD = 2.5
 """Products of flash attention's backward pass over its forward pass's: five against two."""
+FINEST_CUT = 4096
+"""Places in a micro-batch at which slices may end."""
 
 
 class Recompute(Enum):
@@ -78,10 +80,17 @@ class Batch:
         return cls(((tokens,),) * micro_batches)
 
     def sizes(self, model: ModelLoad, slices: int) -> tuple[tuple[int, ...], ...]:
-        """Tokens of the slices of each micro-batch, even in the model's work. PlanError where one has too few tokens."""
+        """Tokens of the slices of each micro-batch, even in the model's work to a `FINEST_CUT`-th of it.
+
+        PlanError where one has too few tokens.
+        """
         layers = (*model.layers, model.embedding, model.head)
         token, pair = sum(layer.token_s for layer in layers), sum(layer.pair_s for layer in layers)
-        return tuple(balanced_slices(documents, slices, token_work=token, pair_work=pair) for documents in self.micro_batches)
+        cut = {
+            documents: balanced_slices(documents, slices, token_work=token, pair_work=pair, granule=max(1, sum(documents) // FINEST_CUT))
+            for documents in set(self.micro_batches)
+        }
+        return tuple(cut[documents] for documents in self.micro_batches)
 
 
 def unit_costs(
