@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError, PlanError
-from efflaunch.parallel.pipeline.partition import GIB, StageLimits, given_partition, layer_seconds, partition
+from efflaunch.parallel.pipeline.partition import GIB, StageLimits, balanced, given_partition, layer_seconds, partition
 from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
 
 LAYER = LayerLoad(token_s=1.0, kept_bytes=GIB, input_bytes=GIB / 8, fixed_bytes=GIB)
@@ -128,3 +128,18 @@ def test_limits_of_other_stages_are_refused(change: dict[str, object]) -> None:
     given = {"tokens": 1.0, "in_flight": (1, 1), "cap_bytes": (1e12, 1e12), **change}
     with pytest.raises(PlanError, match="one above 0 of each stage"):
         partition(ModelLoad(layers=(LAYER,) * 8), 2, **ROWS, limits=StageLimits(**given))
+
+
+def test_ranks_with_several_stages_become_even() -> None:
+    model = ModelLoad(layers=(LAYER,) * 10, head=LayerLoad(token_s=1.0))
+    owners = (0, 1, 2, 2, 1, 0)
+    start = partition(model, 6, **ROWS)
+    found = balanced(model, start, owners, **ROWS)
+
+    def slowest_rank(counts: tuple[int, ...]) -> float:
+        seconds = [sum(layer_seconds(one, 1.0, 0.0, Recompute.NONE) for one in part) for part in model.on_stages(counts)]
+        return max(sum(s for s, owner in zip(seconds, owners, strict=True) if owner == rank) for rank in range(3))
+
+    assert slowest_rank(found.counts) == pytest.approx(min(map(slowest_rank, every_way(10, 6))))
+    assert slowest_rank(found.counts) <= slowest_rank(start.counts)
+    assert balanced(model, found, owners, **ROWS) == found
