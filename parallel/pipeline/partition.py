@@ -47,9 +47,8 @@ class Partition:
 
 def layer_seconds(layer: LayerLoad, tokens: float, pairs: float, recompute: Recompute) -> float:
     """Forward and backward of one layer for one micro-batch."""
-    forward = layer.token_s * tokens + layer.pair_s * pairs
-    again = forward if recompute is not Recompute.NONE else 0.0
-    return forward + again + 2 * layer.token_s * tokens + PAIR_BACKWARD * layer.pair_s * pairs
+    token_passes, pair_passes = 3 + recompute.tokens_again, 1 + PAIR_BACKWARD + recompute.pairs_again
+    return token_passes * layer.token_s * tokens + pair_passes * layer.pair_s * pairs
 
 
 def partition(
@@ -225,7 +224,8 @@ def _activations(layers: Sequence[LayerLoad], starts: Sequence[int], stops: Sequ
     largest = np.full_like(sums, np.inf)
     for row, start in enumerate(starts[:-1]):
         largest[row, 1:] = np.maximum.accumulate(kept[start:])[np.maximum(np.array(stops) - 1 - start, 0)]
-    return _sums(inputs, starts, stops), _of_layers(largest)
+    waits = inputs if way is Recompute.LAYER else [one.input_bytes + one.attention_bytes for one in layers]
+    return _sums(waits, starts, stops), _of_layers(largest)
 
 
 def _best(tables: Sequence[Floats], combine: Callable[[Floats, Floats], Floats]) -> tuple[float, tuple[int, ...]]:

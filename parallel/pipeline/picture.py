@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...errors import ConfigError, UserError
 from ..figures import check_format, figure_kind, save
 from .generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {UnitKind.FORWARD: "#7748a8", UnitKind.BACKWARD: "#1aa08a", UnitKind.WEIGHT: "#fbbf77"}
+COLOURS = {UnitKind.FORWARD: "#9a6fc9", UnitKind.BACKWARD: "#1aa08a", UnitKind.WEIGHT: "#fbbf77"}
 LEGEND = {UnitKind.FORWARD: "forward", UnitKind.BACKWARD: "backward", UnitKind.WEIGHT: "gradients of weights"}
 _INK, _PAPER, _IDLE = "#22272e", "#ffffff", "#dfe3e8"
 SCHEDULES: dict[str, Callable[[dict[str, int]], PipelineSchedule]] = {
@@ -45,9 +47,14 @@ def text_picture(timeline: PipelineTimeline, width: int = 100) -> str:
     for unit in timeline.units:
         rows[unit.rank].append(unit)
     for rank, units in enumerate(rows):
-        share, peak = timeline.bubble_shares[rank], timeline.peak_units[rank]
-        lines.append(f"rank {rank} |{_row(units, timeline.step_s, width)}| {share:5.1%} idle, {peak} in flight")
+        lines.append(f"rank {rank} |{_row(units, timeline.step_s, width)}| {_words_of(timeline, rank)}")
     return "\n".join(lines)
+
+
+def _words_of(timeline: PipelineTimeline, rank: int) -> str:
+    """How long a rank is idle, and how many of its micro-batches wait for their backward pass: a stage's unit counts as its share."""
+    whole = len(timeline.schedule.stages_of(rank)) * timeline.schedule.slices
+    return f"{timeline.bubble_shares[rank]:.1%} idle, holds {timeline.peak_units[rank] / whole:g}"
 
 
 def _row(units: Sequence[TimedUnit], step_s: float, width: int) -> str:
@@ -89,6 +96,7 @@ def make_figure(timelines: Sequence[tuple[str, PipelineTimeline]]) -> Figure:
 
 
 def _draw(axes: Axes, title: str, timeline: PipelineTimeline, scale_s: float) -> None:
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
     ranks = timeline.schedule.num_ranks
@@ -97,17 +105,17 @@ def _draw(axes: Axes, title: str, timeline: PipelineTimeline, scale_s: float) ->
     axes.add_patch(Rectangle((0, 0), timeline.step_s, ranks, facecolor=_IDLE, hatch="///", edgecolor="#b6bdc6", linewidth=0))
     small = scale_s / 90
     for one in timeline.units:
-        box = Rectangle((one.start_s, one.rank + 0.06), one.end_s - one.start_s, 0.88, facecolor=COLOURS[one.unit.kind])
+        box = Rectangle((one.start_s, one.rank + 0.06), one.end_s - one.start_s, 0.88, edgecolor=_PAPER, linewidth=0.5)
         # Later virtual stages and later slices are paler.
         shade = timeline.schedule.stages_of(one.rank).index(one.unit.stage) + one.unit.slice / timeline.schedule.slices
-        box.set(edgecolor=_PAPER, linewidth=0.5, alpha=max(0.4, 1 - 0.3 * shade))
+        colour, paper = (np.array(to_rgb(name)) for name in (COLOURS[one.unit.kind], _PAPER))
+        box.set_facecolor(tuple(paper + max(0.4, 1 - 0.35 * shade) * (colour - paper)))
         axes.add_patch(box)
         if one.end_s - one.start_s >= small:
             middle = (one.start_s + one.end_s) / 2
             axes.text(middle, one.rank + 0.52, str(one.unit.micro_batch), fontsize=6, color=_INK, ha="center", va="center")
     for rank in range(ranks):
-        words = f"{timeline.bubble_shares[rank]:.0%} idle, {timeline.peak_units[rank]} in flight"
-        axes.text(scale_s * 1.01, rank + 0.5, words, fontsize=7, color=_INK, va="center")
+        axes.text(scale_s * 1.01, rank + 0.5, _words_of(timeline, rank), fontsize=7, color=_INK, va="center")
     axes.set_yticks([rank + 0.5 for rank in range(ranks)], [f"rank {rank}" for rank in range(ranks)])
     axes.set_title(f"{title}, {timeline.bubble_share:.1%} idle", fontsize=9, color=_INK, loc="left", pad=3)
     axes.tick_params(labelsize=8, labelcolor=_INK, length=0, axis="y")

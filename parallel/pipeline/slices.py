@@ -25,7 +25,7 @@ def slice_work(documents: Sequence[int], sizes: Sequence[int], token_work: float
 def balanced_slices(documents: Sequence[int], slices: int, *, token_work: float, pair_work: float, granule: int = 1) -> tuple[int, ...]:
     """Tokens of each slice, such that the slowest is as fast as can be: cuts at multiples of `granule` tokens only.
 
-    Every slice has tokens. Seq1F1B (arXiv 2406.03488, section 3.4) balances floating-point operations in the same way. PlanError for
+    Every slice has tokens. Seq1F1B (arXiv 2406.03488) balances floating-point operations in the same way. PlanError for
     more slices than granules, or work that is negative or none.
     """
     tokens = sum(documents)

@@ -24,7 +24,14 @@ def every_way(layers: int, stages: int) -> list[tuple[int, ...]]:
 def random_model(rng: random.Random) -> ModelLoad:
     def layer() -> LayerLoad:
         numbers = [rng.choice((0.5, 1.0, 3.0)) for _ in range(5)]
-        return LayerLoad(token_s=numbers[0], pair_s=numbers[1], kept_bytes=numbers[2], input_bytes=numbers[3] / 4, fixed_bytes=numbers[4])
+        return LayerLoad(
+            token_s=numbers[0],
+            pair_s=numbers[1],
+            kept_bytes=numbers[2],
+            attention_bytes=numbers[3] / 8,
+            input_bytes=numbers[3] / 4,
+            fixed_bytes=numbers[4],
+        )
 
     return ModelLoad(layers=tuple(layer() for _ in range(rng.randint(1, 8))), embedding=layer(), head=layer())
 
@@ -48,7 +55,7 @@ def test_no_other_partition_that_fits_is_faster() -> None:
     for _ in range(300):
         model = random_model(rng)
         stages = rng.randint(1, min(4, len(model.layers)))
-        rows, ways = {"tokens": float(rng.randint(1, 3)), "pairs": rng.choice((0.0, 2.0))}, rng.sample(list(Recompute), rng.randint(1, 3))
+        rows, ways = {"tokens": float(rng.randint(1, 3)), "pairs": rng.choice((0.0, 2.0))}, rng.sample(list(Recompute), rng.randint(1, 4))
         caps = tuple(rng.uniform(6, 40) for _ in range(stages))
         limits = StageLimits(tokens=rows["tokens"], in_flight=tuple(range(stages, 0, -1)), cap_bytes=caps)
         every = every_way(len(model.layers), stages)

@@ -18,8 +18,8 @@ def test_a_column_is_what_ran_most_of_its_time() -> None:
     # 10 seconds in 10 columns.
     assert text_picture(TIMELINE, 10).splitlines() == [
         "10 s a step, 10.0% idle",
-        "rank 0 |01.aw2bwcw| 10.0% idle, 2 in flight",
-        "rank 1 |.0a1bw2cww| 10.0% idle, 2 in flight",
+        "rank 0 |01.aw2bwcw| 10.0% idle, holds 2",
+        "rank 1 |.0a1bw2cww| 10.0% idle, holds 2",
     ]
 
 
@@ -28,7 +28,7 @@ def test_the_same_schedule_gives_the_same_file(tmp_path: Path) -> None:
     for file in files:
         draw([("zero bubble", TIMELINE)], file)
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert "zero bubble, 10.0% idle" in files[0].read_text() and "10% idle, 2 in flight" in files[0].read_text()
+    assert "zero bubble, 10.0% idle" in files[0].read_text() and "10.0% idle, holds 2" in files[0].read_text()
     with pytest.raises(ConfigError, match=r"ends in \.svg"):
         draw([("zero bubble", TIMELINE)], tmp_path / "one.gif")
 
@@ -48,7 +48,8 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(f"{name}: " in printed for name in SCHEDULES) and "all.svg" in printed
     assert (tmp_path / "all.svg").read_text().count("rank 1</text>") == len(SCHEDULES)
     assert main(["schedule=sliced_1f1b", "ranks=2", "micro_batches=1", "slices=2", "--order"]) == 0
-    assert "0F0 0F0.1 0B0.1 0B0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0F0 0F0.1 0B0.1 0B0" in printed and "idle, holds 1" in printed
 
 
 @pytest.mark.parametrize("word", ["schedule=best", "ranks=0", "ranks=x", "speed=3", "micro_batches=2000"])

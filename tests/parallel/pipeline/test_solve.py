@@ -16,7 +16,7 @@ from efflaunch.parallel.pipeline.virtual_stages import zbv
 from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
 from efflaunch.tests.parallel.pipeline.random_problems import random_problem
 
-LAYER = LayerLoad(token_s=1.0, pair_s=0.01, kept_bytes=16.0, input_bytes=1.0, fixed_bytes=100.0)
+LAYER = LayerLoad(token_s=1.0, pair_s=0.01, kept_bytes=16.0, attention_bytes=1.0, input_bytes=1.0, fixed_bytes=100.0)
 MODEL = ModelLoad(layers=(LAYER,) * 16)
 PROBLEM = PipelineProblem(model=MODEL, batch=Batch.equal(8, 64), ranks=4, cap_bytes=(1e9,) * 4)
 
@@ -45,7 +45,7 @@ def test_room_decides_what_is_kept() -> None:
     assert set(free.partition.recompute) == {Recompute.NONE} and sum(free.partition.counts) == 16
     # 16 x 64 bytes a layer and micro-batch: room for the weights and for less than what 1F1B keeps on its first rank.
     tight = solve(replace(PROBLEM, cap_bytes=(400 + 5 * 1024.0,) * 4, slices=(1,)))
-    assert tight.timeline.step_s > free.timeline.step_s and Recompute.LAYER in tight.partition.recompute
+    assert tight.timeline.step_s > free.timeline.step_s and Recompute.LINEAR in tight.partition.recompute
     sliced = solve(replace(PROBLEM, cap_bytes=(400 + 8 * 1024.0,) * 4))
     assert sliced.candidate.slices > 1 and max(sliced.timeline.peak_bytes) <= 400 + 8 * 1024
 
