@@ -28,7 +28,7 @@ def gpipe(ranks: int, micro_batches: int) -> PipelineSchedule:
 
 
 def one_f_one_b(ranks: int, micro_batches: int) -> PipelineSchedule:
-    """One forward, one backward: rank r holds min(ranks - r, micro-batches) at most (PipeDream-Flush, arXiv 2006.09503, section 2.2)."""
+    """One forward, one backward: rank r holds min(ranks - r, micro-batches) at most (PipeDream-Flush, arXiv 2006.09503)."""
     orders = []
     for rank in range(ranks):
         forward = [Unit(F, rank, m) for m in range(micro_batches)]
@@ -38,15 +38,15 @@ def one_f_one_b(ranks: int, micro_batches: int) -> PipelineSchedule:
 
 
 def zero_bubble(ranks: int, micro_batches: int) -> PipelineSchedule:
-    """1F1B whose gradients of weights come later and fill the bubbles: rank r defers r of them (ZB-H1, arXiv 2401.10241, section 2.2).
+    """1F1B whose gradients of weights come later and fill the bubbles: rank r defers r of them (ZB-H1, arXiv 2401.10241, section 2.1).
 
     No rank holds more micro-batches than rank 0 does under 1F1B: min(ranks, micro-batches).
     """
     orders = []
-    for rank in range(ranks):
+    for rank, whole in enumerate(one_f_one_b(ranks, micro_batches).orders):
         order: list[Unit] = []
         deferred: deque[Unit] = deque()
-        for unit in one_f_one_b(ranks, micro_batches).orders[rank]:
+        for unit in whole:
             order.append(unit)
             if unit.kind is B:
                 deferred.append(unit.with_kind(W))
@@ -56,7 +56,7 @@ def zero_bubble(ranks: int, micro_batches: int) -> PipelineSchedule:
 
 
 def sliced_1f1b(ranks: int, micro_batches: int, slices: int) -> PipelineSchedule:
-    """1F1B whose units are slices of micro-batches: forward in their order, backward in reverse (Seq1F1B, arXiv 2406.03488, section 3).
+    """1F1B whose units are slices of micro-batches: forward in their order, backward in reverse (Seq1F1B, arXiv 2406.03488).
 
     Rank r holds min(ranks - r + slices - 1, all) slices at most. Their sizes are those of `slices.py`: even in work, not in tokens.
     """

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import ConfigError, PlanError
 from .simulate import Floats
-from .work import PAIR_BACKWARD, LayerLoad, ModelLoad, Recompute, activation_bytes
+from .work import PAIR_BACKWARD, LayerLoad, ModelLoad, Recompute
 
 GIB = 1 << 30
 
@@ -47,9 +47,8 @@ class Partition:
 
 def layer_seconds(layer: LayerLoad, tokens: float, pairs: float, recompute: Recompute) -> float:
     """Forward and backward of one layer for one micro-batch."""
-    forward = layer.token_s * tokens + layer.pair_s * pairs
-    again = forward if recompute is not Recompute.NONE else 0.0
-    return forward + again + 2 * layer.token_s * tokens + PAIR_BACKWARD * layer.pair_s * pairs
+    token_passes, pair_passes = 3 + recompute.tokens_again, 1 + PAIR_BACKWARD + recompute.pairs_again
+    return token_passes * layer.token_s * tokens + pair_passes * layer.pair_s * pairs
 
 
 def partition(
@@ -77,6 +76,50 @@ def partition(
     # Among the fastest, even ones have shorter bubbles.
     _, counts = _best([np.where(table <= slowest * (1 + 1e-12), table**2, np.inf) for table in seconds], np.add)
     return _partition(model, counts, tokens, pairs, recompute, limits)
+
+
+def balanced(
+    model: ModelLoad,
+    start: Partition,
+    stage_ranks: Sequence[int],
+    *,
+    tokens: float,
+    pairs: float,
+    recompute: Sequence[Recompute] = (Recompute.NONE,),
+    limits: StageLimits | None = None,
+) -> Partition:
+    """A partition for ranks with several stages: layers move from the slowest rank's to other stages while the slowest becomes faster.
+
+    Each move keeps the stages between as they are but for their place. A local search: not exact, and never slower than `start`.
+    """
+    tables = [table.tolist() for table in _tables(model, len(stage_ranks), tokens, pairs, recompute, limits)[0]]
+
+    def rank_s(counts: Sequence[int]) -> list[float]:
+        total, first = [0.0] * (max(stage_ranks) + 1), 0
+        for stage, count in enumerate(counts):
+            total[stage_ranks[stage]] += tables[stage][first][first + count]
+            first += count
+        return total
+
+    def key(counts: Sequence[int]) -> tuple[float, float]:
+        seconds = rank_s(counts)
+        return max(seconds), sum(value**2 for value in seconds)
+
+    counts = list(start.counts)
+    best = key(counts)
+    while True:
+        seconds = rank_s(counts)
+        slowest = seconds.index(max(seconds))
+        ways = []
+        for source in (stage for stage, rank in enumerate(stage_ranks) if rank == slowest and counts[stage] > 1):
+            for target in (stage for stage, rank in enumerate(stage_ranks) if rank != slowest):
+                way = list(counts)
+                way[source], way[target] = way[source] - 1, way[target] + 1
+                ways.append((key(way), way))
+        # Differences in the last digits are no gain.
+        if not ways or min(ways)[0][0] > best[0] * (1 + 1e-9) or min(ways)[0][1] > best[1] * (1 - 1e-9):
+            return _partition(model, counts, tokens, pairs, recompute, limits)
+        best, counts = min(ways)
 
 
 def _partition(
@@ -170,11 +213,19 @@ def _tables(
 
 def _activations(layers: Sequence[LayerLoad], starts: Sequence[int], stops: Sequence[int], way: Recompute) -> tuple[Floats, Floats]:
     """Tables of `activation_bytes`."""
-    held, work = (np.full((len(starts), len(starts)), np.inf) for _ in range(2))
-    for first, start in enumerate(starts[:-1]):
-        rows = [activation_bytes(layers[start:stop], way) for stop in stops[first:]]
-        held[first, first + 1 :], work[first, first + 1 :] = np.array(rows).T
-    return held, work
+    kept, inputs = [one.kept_bytes for one in layers], [one.input_bytes for one in layers]
+    sums = _sums(kept, starts, stops)
+    if way is Recompute.NONE:
+        return sums, _of_layers(np.zeros_like(sums))
+    if way is Recompute.STAGE:
+        # The embedding has no input of its own: what waits is its output.
+        first = np.array([next((size for size in inputs[start:] if size), 0.0) for start in starts])
+        return _of_layers(np.broadcast_to(first[:, None], sums.shape)), sums
+    largest = np.full_like(sums, np.inf)
+    for row, start in enumerate(starts[:-1]):
+        largest[row, 1:] = np.maximum.accumulate(kept[start:])[np.maximum(np.array(stops) - 1 - start, 0)]
+    waits = inputs if way is Recompute.LAYER else [one.input_bytes + one.attention_bytes for one in layers]
+    return _sums(waits, starts, stops), _of_layers(largest)
 
 
 def _best(tables: Sequence[Floats], combine: Callable[[Floats, Floats], Floats]) -> tuple[float, tuple[int, ...]]:

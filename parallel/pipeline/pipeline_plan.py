@@ -86,7 +86,9 @@ class PipelineSchedule:
 
     def receiver(self, unit: Unit) -> int | None:
         """The other rank that a unit's output or gradient goes to; None: to none."""
-        stage = {UnitKind.FORWARD: unit.stage + 1, UnitKind.BACKWARD: unit.stage - 1}.get(unit.kind, -1)
+        if unit.kind is UnitKind.WEIGHT:
+            return None
+        stage = unit.stage + (1 if unit.kind is UnitKind.FORWARD else -1)
         if not 0 <= stage < self.num_stages or self.stage_ranks[stage] == self.stage_ranks[unit.stage]:
             return None
         return self.stage_ranks[stage]

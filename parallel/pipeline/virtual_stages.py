@@ -13,7 +13,7 @@ from .pipeline_plan import PipelineSchedule, Unit, UnitKind
 
 
 def interleaved(ranks: int, micro_batches: int, virtual_stages: int, slices: int = 1) -> PipelineSchedule:
-    """1F1B with `virtual_stages` on every rank, stage s on rank s mod R: the bubble is so many times smaller (arXiv 2104.04473, 2.2).
+    """1F1B with `virtual_stages` on every rank, stage s on rank s mod R: the bubble is so many times smaller (arXiv 2104.04473).
 
     Micro-batches go through a rank's stages in groups of R. Slices are scheduled as micro-batches are, with backward in reverse order, in
     groups of R or a few more, so that no group cuts a micro-batch: Seq1F1B's interleaved variant.
@@ -76,7 +76,7 @@ def _v(ranks: int) -> list[int]:
 
 
 def zbv(ranks: int, micro_batches: int) -> PipelineSchedule:
-    """Two stages a rank in a V, gradients of weights apart: no bubble between equal F, B and W (ZB-V, arXiv 2401.10241, section 5).
+    """Two stages a rank in a V, gradients of weights apart: no bubble between equal F, B and W (ZB-V, arXiv 2401.10241).
 
     A rank holds 2 R stages' worth of micro-batches at most: as much as rank 0 under 1F1B, whose stages are twice as large.
     """

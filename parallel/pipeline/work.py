@@ -18,6 +18,8 @@ from .slices import balanced_slices, slice_work
 
 PAIR_BACKWARD = 2.5
 """Products of flash attention's backward pass over its forward pass's: five against two."""
+FINEST_CUT = 4096
+"""Places in a micro-batch at which slices may end."""
 
 
 class Recompute(Enum):
@@ -25,10 +27,22 @@ class Recompute(Enum):
 
     NONE = "none"
     """Everything that backward reads."""
+    LINEAR = "linear"
+    """The input and the attention output of each layer: one layer at a time runs forward again, but for attention."""
     LAYER = "layer"
     """The input of each layer: one layer at a time runs forward again."""
     STAGE = "stage"
     """The stage's input alone, as GPipe does: all its layers run forward again, and are all there at one time."""
+
+    @property
+    def tokens_again(self) -> float:
+        """Forward passes without attention that backward adds."""
+        return float(self is not Recompute.NONE)
+
+    @property
+    def pairs_again(self) -> float:
+        """Forward passes of attention that backward adds."""
+        return float(self in (Recompute.LAYER, Recompute.STAGE))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +55,8 @@ class LayerLoad:
     """Forward, of each query-key pair."""
     kept_bytes: float = 0.0
     """Of each token, where all is kept that backward reads."""
+    attention_bytes: float = 0.0
+    """Of each token: attention's output, which is part of what is kept."""
     input_bytes: float = 0.0
     """Of each token: the layer's input, which is what goes from stage to stage."""
     fixed_bytes: float = 0.0
@@ -78,10 +94,17 @@ class Batch:
         return cls(((tokens,),) * micro_batches)
 
     def sizes(self, model: ModelLoad, slices: int) -> tuple[tuple[int, ...], ...]:
-        """Tokens of the slices of each micro-batch, even in the model's work. PlanError where one has too few tokens."""
+        """Tokens of the slices of each micro-batch, even in the model's work to a `FINEST_CUT`-th of it.
+
+        PlanError where one has too few tokens.
+        """
         layers = (*model.layers, model.embedding, model.head)
         token, pair = sum(layer.token_s for layer in layers), sum(layer.pair_s for layer in layers)
-        return tuple(balanced_slices(documents, slices, token_work=token, pair_work=pair) for documents in self.micro_batches)
+        cut = {
+            documents: balanced_slices(documents, slices, token_work=token, pair_work=pair, granule=max(1, sum(documents) // FINEST_CUT))
+            for documents in set(self.micro_batches)
+        }
+        return tuple(cut[documents] for documents in self.micro_batches)
 
 
 def unit_costs(
@@ -105,13 +128,14 @@ def unit_costs(
     pairs = np.array([slice_work(documents, size, 0.0, 1.0) for documents, size in zip(batch.micro_batches, sizes, strict=True)])
     stages = model.on_stages(counts)
     token_s, pair_s = (_of_stages([sum(getattr(one, name) for one in stage) for stage in stages]) for name in ("token_s", "pair_s"))
-    again = _of_stages([float(way is not Recompute.NONE) for way in recompute])
+    tokens_again = _of_stages([way.tokens_again for way in recompute])
+    pairs_again = _of_stages([way.pairs_again for way in recompute])
     forward = token_s * tokens + pair_s * pairs
     bytes_ = [activation_bytes(stage, way) for stage, way in zip(stages, recompute, strict=True)]
     held, work = (_of_stages(values) * tokens for values in zip(*bytes_, strict=True))
     return PipelineCosts(
         forward_s=forward,
-        backward_s=token_s * tokens + PAIR_BACKWARD * pair_s * pairs + again * forward,
+        backward_s=(1 + tokens_again) * token_s * tokens + (PAIR_BACKWARD + pairs_again) * pair_s * pairs,
         weight_s=token_s * tokens,
         output_bytes=_of_stages([*(stage[0].input_bytes for stage in stages[1:]), 0.0]) * tokens,
         held_bytes=held,
@@ -133,6 +157,8 @@ def activation_bytes(stage: Sequence[LayerLoad], recompute: Recompute) -> tuple[
     kept = [one.kept_bytes for one in stage]
     if recompute is Recompute.NONE:
         return sum(kept), 0.0
+    if recompute is Recompute.LINEAR:
+        return sum(one.input_bytes + one.attention_bytes for one in stage), max(kept)
     if recompute is Recompute.LAYER:
         return sum(one.input_bytes for one in stage), max(kept)
     return next((one.input_bytes for one in stage if one.input_bytes), 0.0), sum(kept)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError, PlanError
-from efflaunch.parallel.pipeline.partition import GIB, StageLimits, given_partition, layer_seconds, partition
+from efflaunch.parallel.pipeline.partition import GIB, StageLimits, balanced, given_partition, layer_seconds, partition
 from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
 
 LAYER = LayerLoad(token_s=1.0, kept_bytes=GIB, input_bytes=GIB / 8, fixed_bytes=GIB)
@@ -24,7 +24,14 @@ def every_way(layers: int, stages: int) -> list[tuple[int, ...]]:
 def random_model(rng: random.Random) -> ModelLoad:
     def layer() -> LayerLoad:
         numbers = [rng.choice((0.5, 1.0, 3.0)) for _ in range(5)]
-        return LayerLoad(token_s=numbers[0], pair_s=numbers[1], kept_bytes=numbers[2], input_bytes=numbers[3] / 4, fixed_bytes=numbers[4])
+        return LayerLoad(
+            token_s=numbers[0],
+            pair_s=numbers[1],
+            kept_bytes=numbers[2],
+            attention_bytes=numbers[3] / 8,
+            input_bytes=numbers[3] / 4,
+            fixed_bytes=numbers[4],
+        )
 
     return ModelLoad(layers=tuple(layer() for _ in range(rng.randint(1, 8))), embedding=layer(), head=layer())
 
@@ -48,7 +55,7 @@ def test_no_other_partition_that_fits_is_faster() -> None:
     for _ in range(300):
         model = random_model(rng)
         stages = rng.randint(1, min(4, len(model.layers)))
-        rows, ways = {"tokens": float(rng.randint(1, 3)), "pairs": rng.choice((0.0, 2.0))}, rng.sample(list(Recompute), rng.randint(1, 3))
+        rows, ways = {"tokens": float(rng.randint(1, 3)), "pairs": rng.choice((0.0, 2.0))}, rng.sample(list(Recompute), rng.randint(1, 4))
         caps = tuple(rng.uniform(6, 40) for _ in range(stages))
         limits = StageLimits(tokens=rows["tokens"], in_flight=tuple(range(stages, 0, -1)), cap_bytes=caps)
         every = every_way(len(model.layers), stages)
@@ -128,3 +135,18 @@ def test_limits_of_other_stages_are_refused(change: dict[str, object]) -> None:
     given = {"tokens": 1.0, "in_flight": (1, 1), "cap_bytes": (1e12, 1e12), **change}
     with pytest.raises(PlanError, match="one above 0 of each stage"):
         partition(ModelLoad(layers=(LAYER,) * 8), 2, **ROWS, limits=StageLimits(**given))
+
+
+def test_ranks_with_several_stages_become_even() -> None:
+    model = ModelLoad(layers=(LAYER,) * 10, head=LayerLoad(token_s=1.0))
+    owners = (0, 1, 2, 2, 1, 0)
+    start = partition(model, 6, **ROWS)
+    found = balanced(model, start, owners, **ROWS)
+
+    def slowest_rank(counts: tuple[int, ...]) -> float:
+        seconds = [sum(layer_seconds(one, 1.0, 0.0, Recompute.NONE) for one in part) for part in model.on_stages(counts)]
+        return max(sum(s for s, owner in zip(seconds, owners, strict=True) if owner == rank) for rank in range(3))
+
+    assert slowest_rank(found.counts) == pytest.approx(min(map(slowest_rank, every_way(10, 6))))
+    assert slowest_rank(found.counts) <= slowest_rank(start.counts)
+    assert balanced(model, found, owners, **ROWS) == found

@@ -8,7 +8,7 @@ import pytest
 from efflaunch.errors import PlanError
 from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
 
-LAYER = LayerLoad(token_s=2.0, pair_s=0.5, kept_bytes=10.0, input_bytes=1.0, fixed_bytes=100.0)
+LAYER = LayerLoad(token_s=2.0, pair_s=0.5, kept_bytes=10.0, attention_bytes=1.5, input_bytes=1.0, fixed_bytes=100.0)
 MODEL = ModelLoad(
     layers=(LAYER,) * 5, embedding=LayerLoad(fixed_bytes=7.0), head=LayerLoad(token_s=1.0, kept_bytes=3.0, input_bytes=1.0, fixed_bytes=9.0)
 )
@@ -29,10 +29,13 @@ def test_units_take_their_tokens_and_pairs() -> None:
 
 def test_recomputation_runs_forward_again_and_holds_inputs() -> None:
     batch = Batch.equal(1, 4)
-    kept, layer, stage = (unit_costs(MODEL, batch, (2, 3), batch.sizes(MODEL, 1), (way,) * 2) for way in Recompute)
+    kept, linear, layer, stage = (unit_costs(MODEL, batch, (2, 3), batch.sizes(MODEL, 1), (way,) * 2) for way in Recompute)
     for table in (layer, stage):
         assert np.array_equal(table.backward_s, kept.backward_s + kept.forward_s)
         assert np.array_equal(table.forward_s, kept.forward_s) and np.array_equal(table.weight_bytes, kept.held_bytes)
+    # Attention is not run again: 2 a token, not 0.5 a pair.
+    assert (linear.backward_s - kept.backward_s).ravel().tolist() == [2 * 2 * 4, 3 * 2 * 4 + 4]
+    assert linear.held_bytes.ravel().tolist() == [2 * 2.5 * 4, 3 * 2.5 * 4 + 4] and linear.work_bytes.ravel().tolist() == [40, 40]
     assert layer.held_bytes.ravel().tolist() == [8, 16] and layer.work_bytes.ravel().tolist() == [40, 40]
     assert stage.held_bytes.ravel().tolist() == [4, 4] and stage.work_bytes.ravel().tolist() == [80, 132]
 

@@ -1,0 +1,239 @@
+"""`pipeline=auto`: the fastest of partition x schedule x virtual stages x slices x what each stage recomputes, by simulation. Pure.
+
+Every candidate is a published schedule; its partition and recomputation come from partition.py, under the memory of what the schedule
+has in flight; then it is simulated with each unit's own costs. What cannot be faster than the best one so far, for its busiest rank
+alone takes as long, is not simulated. The result states a lower bound and the gap to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ...errors import PlanError
+from .generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
+from .partition import GIB, Partition, StageLimits, balanced, partition
+from .pipeline_bound import lower_bound_s
+from .pipeline_plan import PipelineSchedule, UnitKind
+from .simulate import PipelineCosts, PipelineTimeline, Simulator
+from .slices import slice_work
+from .virtual_stages import dual_pipe_v, interleaved, zbv
+from .work import Batch, ModelLoad, Recompute, unit_costs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineProblem:
+    """What a schedule is sought for, and among which."""
+
+    model: ModelLoad
+    batch: Batch
+    ranks: int
+    cap_bytes: tuple[float, ...]
+    """Of each pipeline rank."""
+    alpha_s: float = 0.0
+    s_per_byte: float = 0.0
+    virtual_stages: tuple[int, ...] = (1, 2)
+    slices: tuple[int, ...] = (1, 2, 4)
+    recompute: tuple[Recompute, ...] = tuple(Recompute)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A schedule before its stages are cut."""
+
+    name: str
+    virtual_stages: int
+    slices: int
+    make: Callable[[], PipelineSchedule]
+
+    def __str__(self) -> str:
+        words = [self.name, f"{self.virtual_stages} stages a rank" * (self.virtual_stages > 1), f"{self.slices} slices" * (self.slices > 1)]
+        return ", ".join(filter(None, words))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What became of a candidate."""
+
+    candidate: Candidate
+    partition: Partition | None = None
+    timeline: PipelineTimeline | None = None
+    """None: it was not simulated, `reason` says why."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineChoice:
+    """The fastest schedule that fits, and all that was tried."""
+
+    candidate: Candidate
+    partition: Partition
+    sizes: tuple[tuple[int, ...], ...]
+    """Tokens of the slices of each micro-batch."""
+    timeline: PipelineTimeline
+    lower_bound_s: float
+    """No schedule of the problem is faster, whatever its partition."""
+    trials: tuple[Trial, ...]
+
+    @property
+    def gap(self) -> float:
+        """How much slower than the bound, as a share of it: the fastest there is lies between."""
+        return self.timeline.step_s / self.lower_bound_s - 1
+
+    def describe(self) -> str:
+        """The choice in two lines of words."""
+        shares = self.timeline.bubble_shares
+        ways = ",".join(way.value for way in self.partition.recompute)
+        return (
+            f"{self.candidate}: {self.timeline.step_s:.3f} s a step, {self.gap:.1%} above the lower bound of {self.lower_bound_s:.3f} s\n"
+            f"layers {self.partition}; recomputed: {ways}; idle {min(shares):.1%} to {max(shares):.1%}; "
+            f"peak {max(self.timeline.peak_bytes) / GIB:.1f} GiB"
+        )
+
+
+def solve(problem: PipelineProblem) -> PipelineChoice:
+    """The best candidate. PlanError where none fits: it names the one that comes nearest and what stands in the way."""
+    _check(problem)
+    best: Trial | None = None
+    trials = []
+    for candidate in candidates(problem):
+        trial = try_candidate(problem, candidate, best.timeline.step_s if best and best.timeline else float("inf"))
+        trials.append(trial)
+        if trial.timeline is not None and (best is None or best.timeline is None or trial.timeline.step_s < best.timeline.step_s):
+            best = trial
+    if best is None or best.timeline is None or best.partition is None:
+        reasons = "; ".join(dict.fromkeys(f"{trial.candidate}: {trial.reason}" for trial in trials))
+        hint = "smaller micro-batches, more ranks, more slices"
+        raise PlanError("pipeline=auto", found=f"no schedule that fits ({reasons})", expected="one within memory", hint=hint)
+    return PipelineChoice(
+        candidate=best.candidate,
+        partition=best.partition,
+        sizes=problem.batch.sizes(problem.model, best.candidate.slices),
+        timeline=best.timeline,
+        lower_bound_s=lower_bound_s(problem.model, problem.batch, problem.ranks, problem.slices),
+        trials=tuple(trials),
+    )
+
+
+def _check(problem: PipelineProblem) -> None:
+    short = min((sum(documents) for documents in problem.batch.micro_batches), default=0)
+    layers = len(problem.model.layers)
+    if not 1 <= problem.ranks <= layers or len(problem.cap_bytes) != problem.ranks or short < 1:
+        found = f"{problem.ranks} ranks with {len(problem.cap_bytes)} caps, {layers} layers, shortest micro-batch {short} tokens"
+        expected = "as many ranks as layers at most, a cap for each, and tokens in every micro-batch"
+        raise PlanError("pipeline=auto", found=found, expected=expected, hint="fewer pipeline ranks")
+
+
+def candidates(problem: PipelineProblem) -> Iterator[Candidate]:
+    """Schedules there are stages and tokens for. Those first that are often the fastest: the others are then left out sooner."""
+    ranks, batches = problem.ranks, len(problem.batch.micro_batches)
+    most = len(problem.model.layers) // ranks
+    shortest = min(sum(documents) for documents in problem.batch.micro_batches)
+    yield Candidate("1f1b", 1, 1, lambda: one_f_one_b(ranks, batches))
+    if most >= 2 and 2 in problem.virtual_stages:
+        yield Candidate("zbv", 2, 1, lambda: zbv(ranks, batches))
+        yield Candidate("dual_pipe_v", 2, 1, lambda: dual_pipe_v(ranks, batches))
+    yield Candidate("zero_bubble", 1, 1, lambda: zero_bubble(ranks, batches))
+    for slices in problem.slices:
+        for virtual in problem.virtual_stages:
+            if virtual > most or slices > shortest or (virtual, slices) == (1, 1):
+                continue
+            name = "interleaved" if slices == 1 else "sliced_1f1b" if virtual == 1 else "sliced interleaved"
+            yield Candidate(name, virtual, slices, _interleaved(ranks, batches, virtual, slices))
+    yield Candidate("gpipe", 1, 1, lambda: gpipe(ranks, batches))
+
+
+def _interleaved(ranks: int, batches: int, virtual: int, slices: int) -> Callable[[], PipelineSchedule]:
+    if virtual == 1:
+        return lambda: sliced_1f1b(ranks, batches, slices)
+    return lambda: interleaved(ranks, batches, virtual, slices)
+
+
+def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf")) -> Trial:
+    """Cut a candidate's stages within memory and simulate it, unless its busiest rank alone takes `faster_than_s`."""
+    schedule = candidate.make()
+    simulator = Simulator(schedule)
+    sizes = problem.batch.sizes(problem.model, candidate.slices)
+    reason = ""
+    for limits in _limits(problem, schedule, sizes):
+        try:
+            cut = _cut(problem, schedule, limits)
+        except PlanError as error:
+            reason = error.found
+            continue
+        costs = _costs(problem, cut, sizes)
+        peaks = simulator.peak_bytes(costs)
+        rank = max(range(problem.ranks), key=lambda rank: peaks[rank] / problem.cap_bytes[rank])
+        if peaks[rank] > problem.cap_bytes[rank]:
+            reason = f"{peaks[rank] / GIB:.2f} GiB on rank {rank} of {problem.cap_bytes[rank] / GIB:.2f} with layers {cut}"
+            continue
+        busy = max(simulator.busy_s(costs))
+        if busy >= faster_than_s:
+            return Trial(candidate=candidate, partition=cut, reason=f"its busiest rank alone takes {busy:.3f} s")
+        return Trial(candidate=candidate, partition=cut, timeline=simulator.run(costs))
+    return Trial(candidate=candidate, reason=reason)
+
+
+def _costs(problem: PipelineProblem, cut: Partition, sizes: Sequence[Sequence[int]]) -> PipelineCosts:
+    links = {"alpha_s": problem.alpha_s, "s_per_byte": problem.s_per_byte}
+    return unit_costs(problem.model, problem.batch, cut.counts, sizes, cut.recompute, **links)
+
+
+def _cut(problem: PipelineProblem, schedule: PipelineSchedule, limits: StageLimits | None) -> Partition:
+    """The best partition for the mean micro-batch; without limits nothing is recomputed."""
+    batches = problem.batch.micro_batches
+    tokens = sum(map(sum, batches)) / len(batches)
+    pairs = sum(slice_work(documents, [sum(documents)], 0.0, 1.0)[0] for documents in batches) / len(batches)
+    options = {"tokens": tokens, "pairs": pairs}
+    cut = partition(problem.model, schedule.num_stages, **options, recompute=problem.recompute, limits=limits)
+    if schedule.num_stages == schedule.num_ranks:
+        return cut
+    return balanced(problem.model, cut, schedule.stage_ranks, **options, recompute=problem.recompute, limits=limits)
+
+
+def _limits(problem: PipelineProblem, schedule: PipelineSchedule, sizes: Sequence[Sequence[int]]) -> Iterator[StageLimits | None]:
+    """None at first. Then caps: a rank's goes to its stages by what each has in flight.
+
+    Stages of a rank have their most units at different times, so the rank's most units are shared out before the sum of theirs is.
+    What is simulated decides whether memory suffices.
+    """
+    yield None
+    tokens = max(max(row) for row in sizes)
+    stages, fixed = problem.model, 0.0
+    fixed = sum(one.fixed_bytes for one in (*stages.layers, stages.embedding, stages.head)) / schedule.num_stages
+    own = stage_peaks(schedule)
+    together = rank_peaks(schedule)
+    for cautious in (False, True) if schedule.num_stages > schedule.num_ranks else (True,):
+        in_flight, caps = list(own), [0.0] * schedule.num_stages
+        for rank in range(schedule.num_ranks):
+            held = schedule.stages_of(rank)
+            total = sum(own[stage] for stage in held)
+            for stage in held:
+                caps[stage] = fixed + max(0.0, problem.cap_bytes[rank] - len(held) * fixed) * own[stage] / total
+                in_flight[stage] = own[stage] if cautious else -(-own[stage] * together[rank] // total)
+        if min(caps) > 0:
+            yield StageLimits(tokens=tokens, in_flight=tuple(in_flight), cap_bytes=tuple(caps))
+
+
+def stage_peaks(schedule: PipelineSchedule) -> list[int]:
+    """Units of each virtual stage that wait for their last backward pass, at most at one time."""
+    return _peaks(schedule, lambda rank, stage: stage, schedule.num_stages)
+
+
+def rank_peaks(schedule: PipelineSchedule) -> list[int]:
+    """Of each pipeline rank."""
+    return _peaks(schedule, lambda rank, stage: rank, schedule.num_ranks)
+
+
+def _peaks(schedule: PipelineSchedule, key: Callable[[int, int], int], count: int) -> list[int]:
+    waiting, most = [0] * count, [0] * count
+    split = schedule.split
+    for rank, order in enumerate(schedule.orders):
+        for unit in order:
+            place = key(rank, unit.stage)
+            if unit.kind is UnitKind.FORWARD:
+                waiting[place] += 1
+                most[place] = max(most[place], waiting[place])
+            elif unit.kind is UnitKind.WEIGHT or unit not in split:
+                waiting[place] -= 1
+    return most

@@ -1,0 +1,84 @@
+"""The search keeps the fastest candidate that fits, and says what stands in the way of the others."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from efflaunch.errors import PlanError
+from efflaunch.parallel.pipeline.generators import one_f_one_b
+from efflaunch.parallel.pipeline.pipeline_plan import check
+from efflaunch.parallel.pipeline.simulate import simulate
+from efflaunch.parallel.pipeline.solve import PipelineProblem, candidates, rank_peaks, solve, stage_peaks, try_candidate
+from efflaunch.parallel.pipeline.virtual_stages import zbv
+from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
+from efflaunch.tests.parallel.pipeline.random_problems import random_problem
+
+LAYER = LayerLoad(token_s=1.0, pair_s=0.01, kept_bytes=16.0, attention_bytes=1.0, input_bytes=1.0, fixed_bytes=100.0)
+MODEL = ModelLoad(layers=(LAYER,) * 16)
+PROBLEM = PipelineProblem(model=MODEL, batch=Batch.equal(8, 64), ranks=4, cap_bytes=(1e9,) * 4)
+
+
+def test_nothing_that_was_left_out_is_faster() -> None:
+    rng = random.Random(6)
+    for _ in range(30):
+        problem = random_problem(rng, cap_bytes=rng.choice((1e9, 1500.0, 700.0)))
+        trials = [try_candidate(problem, candidate) for candidate in candidates(problem)]
+        times = [trial.timeline.step_s for trial in trials if trial.timeline is not None]
+        if not times:
+            with pytest.raises(PlanError, match="no schedule that fits"):
+                solve(problem)
+            continue
+        found = solve(problem)
+        assert found.timeline.step_s == pytest.approx(min(times)) and found.gap >= -1e-9
+        assert all(peak <= cap for peak, cap in zip(found.timeline.peak_bytes, problem.cap_bytes, strict=True))
+        check(found.timeline.schedule)
+        costs = unit_costs(problem.model, problem.batch, found.partition.counts, found.sizes, found.partition.recompute)
+        assert simulate(found.timeline.schedule, costs).step_s == found.timeline.step_s
+        assert all(trial.reason for trial in found.trials if trial.timeline is None)
+
+
+def test_room_decides_what_is_kept() -> None:
+    free = solve(PROBLEM)
+    assert set(free.partition.recompute) == {Recompute.NONE} and sum(free.partition.counts) == 16
+    # 16 x 64 bytes a layer and micro-batch: room for the weights and for less than what 1F1B keeps on its first rank.
+    tight = solve(replace(PROBLEM, cap_bytes=(400 + 5 * 1024.0,) * 4, slices=(1,)))
+    assert tight.timeline.step_s > free.timeline.step_s and Recompute.LINEAR in tight.partition.recompute
+    sliced = solve(replace(PROBLEM, cap_bytes=(400 + 8 * 1024.0,) * 4))
+    assert sliced.candidate.slices > 1 and max(sliced.timeline.peak_bytes) <= 400 + 8 * 1024
+
+
+def test_the_choice_in_words() -> None:
+    words = solve(PROBLEM).describe()
+    assert "above the lower bound of" in words and "recomputed: none,none,none,none" in words and "idle" in words
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(PlanError) as error:
+        solve(replace(PROBLEM, cap_bytes=(500.0,) * 4))
+    assert "1f1b: " in str(error.value) and "of the nearest partition [" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ranks": 0}, {"ranks": 17, "cap_bytes": (1.0,) * 17}, {"cap_bytes": (1.0,)}, {"batch": Batch(())}, {"batch": Batch(((0,),))}],
+)
+def test_problems_without_a_pipeline_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(PlanError, match="as many ranks as layers at most"):
+        solve(replace(PROBLEM, **change))
+
+
+def test_candidates_have_layers_and_tokens_enough() -> None:
+    names = {str(candidate) for candidate in candidates(PROBLEM)}
+    assert {"gpipe", "1f1b", "zero_bubble", "zbv, 2 stages a rank", "dual_pipe_v, 2 stages a rank", "interleaved, 2 stages a rank"} <= names
+    assert {"sliced_1f1b, 2 slices", "sliced_1f1b, 4 slices", "sliced interleaved, 2 stages a rank, 4 slices"} <= names
+    few = replace(PROBLEM, model=ModelLoad(layers=(LAYER,) * 4), batch=Batch.equal(2, 3))
+    assert {str(candidate) for candidate in candidates(few)} == {"1f1b", "zero_bubble", "sliced_1f1b, 2 slices", "gpipe"}
+
+
+def test_peaks_of_stages_and_ranks() -> None:
+    assert stage_peaks(one_f_one_b(3, 5)) == rank_peaks(one_f_one_b(3, 5)) == [3, 2, 1]
+    v = zbv(3, 8)
+    assert rank_peaks(v) == [6, 6, 6] and all(rank_peaks(v)[v.stage_ranks[stage]] >= peak for stage, peak in enumerate(stage_peaks(v)))
