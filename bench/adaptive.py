@@ -150,7 +150,7 @@ class _Bench:
 
     def _measured(self, step: int, plan: Any) -> tuple[dict[str, Any], float]:
         from ..training.reporting.predicted_vs_measured import StepTimes, bubble, group_rows
-        from ..training.step import read_step
+        from ..training.micro_batches import read_step
 
         works = read_step(self.source, step, plan, self.prober.topology.rank)
         used = time.process_time()

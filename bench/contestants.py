@@ -25,7 +25,9 @@ from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.sharding.parts import write_shard
 from ..parallel.topology import Topology
 from ..training.objectives.heads import LanguageModelling
-from ..training.step import StepSetup, backward_step, count_targets, read_step
+from ..training.micro_batches import count_targets, read_step
+from ..training.step import backward_step
+from ..training.step_setup import StepSetup
 
 DEVICE = torch.device("cpu")
 IGNORE = -100

@@ -115,7 +115,9 @@ def build_case(case: Case) -> Any:
     from ..training.objectives.heads import LanguageModelling
     from ..training.optimizers.adamw import build_optimizer
     from ..training.optimizers.config import OptimConfig
-    from ..training.step import StepSetup, backward_step, read_step
+    from ..training.micro_batches import read_step
+    from ..training.step import backward_step
+    from ..training.step_setup import StepSetup
 
     torch.set_num_threads(1)
     ledger = case_ledger(case)

@@ -142,7 +142,7 @@ def _least_s(prober: Any, end: Callable[[], None]) -> float:
     """Processor seconds, of all threads; the least of three, for what disturbs one of them is not the update's; the slowest rank's."""
     import torch.distributed as dist
 
-    from ..training.step import EMPTY
+    from ..training.micro_batches import EMPTY
 
     seconds = []
     for _ in range(3):

@@ -10,7 +10,7 @@ from .ledger import Ledger, budget_account, device_account, host_account, resolv
 from .plan_inputs import PlanInputs
 from .solver.report import SolveReport
 from .solver.solve import solve_memory
-from .stages import memories, micro_batch_s, peak_bytes, pipelined, stage_inputs, stage_layers
+from .stages import layers_by_rank, memories, micro_batch_s, peak_bytes, pipelined, stage_inputs
 from .timing.step import estimate_time
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _decided(inputs: PlanInputs) -> tuple[PlanInputs, SolveReport | None]:
 
 def _of_stages(inputs: PlanInputs) -> Ledger:
     """The ledger of the stage that holds most. All stages have one policy: that of the one that has least room, if all fit with it."""
-    layers, stages = stage_layers(inputs), stage_inputs(inputs)
+    layers, stages = layers_by_rank(inputs), stage_inputs(inputs)
     ledgers = []
     for tightest in sorted(stages, key=peak_bytes, reverse=True):
         decided, report = _decided(tightest)

@@ -105,32 +105,36 @@ class PlanInputs:
     has_embedding: bool = True
     has_head: bool = True
     """False: another stage has it; this one sends its last layer's output on."""
+    num_parts: int = 1
+    """Runs of layers that are not next to each other: virtual stages of the rank."""
     whole: ModelSpec | None = None
     """The model that these inputs are a stage of; None: they are of all of it."""
 
-    def stage(self, layers: range, *, in_flight: int = 1, has_embedding: bool | None = None, has_head: bool | None = None) -> PlanInputs:
-        """These inputs for ranks that hold the decoder layers `layers` alone, numbered from 0 to L - 1 in the whole model.
+    def stage(self, *parts: range, in_flight: int = 1, has_embedding: bool | None = None, has_head: bool | None = None) -> PlanInputs:
+        """These inputs for ranks that hold these runs of decoder layers alone, numbered from 0 to L - 1 in the whole model.
 
         `has_embedding`, `has_head`: also the embedding, also last norm and head; None: with the first layer, with the last. A tied
         matrix counts on each stage that uses it. `in_flight`: as the field. ValueError for layers the model does not have.
         """
         count = self.spec.num_layers
-        if not layers or layers.step != 1 or layers.start < 0 or layers.stop > count or in_flight < 1:
-            raise ValueError(f"a stage of {layers} with {in_flight} micro-batches in flight, of a model of {count} layers")
-        embedding = layers.start == 0 if has_embedding is None else has_embedding
-        head = layers.stop == count if has_head is None else has_head
+        if any(not part or part.step != 1 or part.start < 0 or part.stop > count for part in parts) or not parts or in_flight < 1:
+            raise ValueError(f"a stage of {parts} with {in_flight} micro-batches in flight, of a model of {count} layers")
+        embedding = parts[0].start == 0 if has_embedding is None else has_embedding
+        head = parts[-1].stop == count if has_head is None else has_head
         matrix, both_tied = self.spec.vocab_size * self.spec.hidden_size, self.spec.tie_embeddings and embedding and head
         ends = matrix * (embedding + head - both_tied) + self.spec.hidden_size * head
-        own = self.layers[layers.start : layers.stop]
+        numbers = tuple(layer for part in parts for layer in part)
+        own = tuple(self.layers[layer] for layer in numbers)
         return replace(
             self,
-            spec=self.spec.of_layers(layers),
+            spec=self.spec.of_layers(numbers),
             layers=own,
             layer_sums=LayerSums.of(own),
             parameters=sum(layer.total for layer in own) + ends,
             in_flight=in_flight,
             has_embedding=embedding,
             has_head=head,
+            num_parts=len(parts),
             whole=self.whole or self.spec,
         )
 
@@ -224,7 +228,9 @@ class PlanInputs:
     @property
     def stored_inputs(self) -> int:
         """Layer inputs there are when backward starts in the last segment: one a segment, and the live segment's own."""
-        return -(-self.spec.num_layers // self.segment_layers) + self.segment_layers - 1
+        # A segment ends where a run of layers does.
+        cut = (self.num_parts - 1) * (self.segment_layers > 1)
+        return -(-self.spec.num_layers // self.segment_layers) + self.segment_layers - 1 + cut
 
     @property
     def by_chunks(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..parallel.pipeline.config import PipelineOrder
+from ..parallel.pipeline.partition import partition
+from ..parallel.pipeline.work import LayerLoad, ModelLoad
 from .footprint.device import device_terms
 from .footprint.term import ALL
 from .plan_inputs import PlanInputs
@@ -15,8 +17,8 @@ from .timing.step import Timing, estimate_time
 class StageMemory:
     """What a rank of one stage holds at most."""
 
-    layers: range
-    """Decoder layers, numbered as in the whole model."""
+    layers: tuple[range, ...]
+    """Decoder layers of each of its virtual stages, numbered as in the whole model."""
     in_flight: int
     """Micro-batches that wait for their backward, at most."""
     peak_bytes: int
@@ -25,25 +27,35 @@ class StageMemory:
 
 
 def stage_layers(inputs: PlanInputs) -> tuple[range, ...]:
-    """Decoder layers of each stage: as configured, or so that the slowest stage takes least; of those the most even."""
-    stages, count = inputs.layout.stages, inputs.spec.num_layers
+    """Decoder layers of each (virtual) stage: as configured, or so that the slowest takes least; of those the most even."""
+    stages = inputs.layout.stages * inputs.parallel.pipeline.virtual
     given = inputs.parallel.pipeline.layers
-    counts = list(given) if given is not None else _even(inputs, stages, count)
+    counts = tuple(given) if given is not None else partition(model_load(inputs), stages, tokens=1.0, pairs=0.0).counts
     ends = [sum(counts[: index + 1]) for index in range(stages)]
     return tuple(range(end - size, end) for end, size in zip(ends, counts, strict=True))
 
 
+def layers_by_rank(inputs: PlanInputs) -> tuple[tuple[range, ...], ...]:
+    """Decoder layers of each stage's ranks, by virtual stage: dealt out in turn."""
+    layers, ranks = stage_layers(inputs), inputs.layout.stages
+    return tuple(layers[rank::ranks] for rank in range(ranks))
+
+
 def stage_inputs(inputs: PlanInputs) -> tuple[PlanInputs, ...]:
     """The inputs of each stage's ranks, from those of the whole model."""
-    layers = stage_layers(inputs)
-    return tuple(inputs.stage(each, in_flight=in_flight(inputs, index)) for index, each in enumerate(layers))
+    layers = layers_by_rank(inputs)
+    return tuple(inputs.stage(*parts, in_flight=in_flight(inputs, index, parts)) for index, parts in enumerate(layers))
 
 
-def in_flight(inputs: PlanInputs, stage: int) -> int:
-    """Micro-batches that a stage has in flight at most, whatever a step's plan is."""
-    if inputs.parallel.pipeline.order is PipelineOrder.GPIPE:
+def in_flight(inputs: PlanInputs, stage: int, parts: tuple[range, ...]) -> int:
+    """Micro-batches that a stage has in flight at most, whatever a step's plan is; those of a virtual stage count as its share."""
+    stages, order = inputs.layout.stages, inputs.parallel.pipeline.order
+    if order is PipelineOrder.GPIPE:
         return gpipe_in_flight(inputs)
-    return inputs.layout.stages - stage
+    if order is PipelineOrder.ONE_F_ONE_B:
+        return stages - stage
+    units = 2 * (stages - 1 - stage) + (len(parts) - 1) * stages + 1
+    return -(-units * max(map(len, parts)) // sum(map(len, parts)))
 
 
 def gpipe_in_flight(inputs: PlanInputs) -> int:
@@ -51,7 +63,7 @@ def gpipe_in_flight(inputs: PlanInputs) -> int:
     return max(inputs.layout.num_micro_batches, inputs.layout.stages)
 
 
-def memories(stages: tuple[PlanInputs, ...], layers: tuple[range, ...]) -> tuple[StageMemory, ...]:
+def memories(stages: tuple[PlanInputs, ...], layers: tuple[tuple[range, ...], ...]) -> tuple[StageMemory, ...]:
     """What each stage's ranks hold, by the policies of `stages`."""
     return tuple(
         StageMemory(layers=each, in_flight=stage.in_flight, peak_bytes=peak_bytes(stage), seconds=micro_batch_s(stage))
@@ -75,10 +87,12 @@ def pipelined(stages: tuple[PlanInputs, ...]) -> Timing:
     """The step of all stages: as long as the slowest, and longer by what fills and drains the pipeline; work is that of all."""
     each = [estimate_time(stage) for stage in stages]
     slowest = max(range(len(stages)), key=lambda index: micro_batch_s(stages[index]))
-    bubble = (len(stages) - 1) * (micro_batch_s(stages[slowest]) + transfer_s(stages[slowest]))
+    virtual = stages[0].num_parts
+    bubble = (len(stages) - 1) * (micro_batch_s(stages[slowest]) / virtual + transfer_s(stages[slowest]))
     first = stages[0]
     line = (
-        f"{first.layout.num_micro_batches} micro-batches through {len(stages)} stages: filling and draining take {len(stages) - 1} more; "
+        f"{first.layout.num_micro_batches} micro-batches through {len(stages)} stages: filling and draining take "
+        f"{(len(stages) - 1) / virtual:g} more; "
         "activations between stages hide behind compute once the pipeline is full"
     )
     return replace(
@@ -98,6 +112,18 @@ def transfer_s(inputs: PlanInputs) -> float:
     return num_bytes / (inputs.cluster.inter_node_bandwidth if crosses else inputs.cluster.intra_node_bandwidth)
 
 
-def _even(inputs: PlanInputs, stages: int, count: int) -> list[int]:
-    """Layers of each stage with which the slowest takes least, in time proportional to the weights each token is multiplied with."""
-    return [count * (index + 1) // stages - count * index // stages for index in range(stages)]
+def model_load(inputs: PlanInputs) -> ModelLoad:
+    """What each layer and the head take of a micro-batch of longest sequences, as if it were one token's work."""
+    seconds: dict[tuple[object, ...], float] = {}
+
+    def alone(layer: int, *, has_head: bool = False) -> float:
+        stage = inputs.stage(range(layer, layer + 1), has_embedding=False, has_head=has_head)
+        key = (stage.spec.windows, stage.layers, has_head)
+        if key not in seconds:
+            seconds[key] = micro_batch_s(stage)
+        return seconds[key]
+
+    last = inputs.spec.num_layers - 1
+    # A layer load's forward and backward of one token without attention are three times its `token_s` (work.py).
+    layers = tuple(LayerLoad(token_s=alone(layer) / 3) for layer in range(last + 1))
+    return ModelLoad(layers=layers, head=LayerLoad(token_s=max(0.0, alone(last, has_head=True) - alone(last)) / 3))

@@ -31,7 +31,7 @@ from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
 from ..parallel.expert_exchange import ExpertRanks
 from ..parallel.pipeline.links import StageLinks
-from ..parallel.pipeline.place import StagePlace
+from ..parallel.pipeline.place import StagePart, StagePlace
 from ..parallel.sharding.experts import spread_experts
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
@@ -109,14 +109,14 @@ def install(
     updates. `place`: of a stage, whose modules alone are kept; None: the model is one stage.
     """
     shapes = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *persistent_buffers(model).items())}
-    layers = range(len(model.model.layers)) if place is None else place.layers
+    parts = (StagePart(range(len(model.model.layers)), first=True, last=True),) if place is None else place.parts
     if place is not None:
         keep_stage(model, place)
     graphs = None if policy.compile is None else Graphs(policy.compile)
     routers = routers or RouterSettings()
     load, losses = ExpertLoad(), RouterLosses(routers.balance, routers.z_loss)
     capacity, biases = None if routers.capacity_factor is None else Capacity(routers.capacity_factor), {}
-    for index in layers:
+    for index in (index for part in parts for index in part.layers):
         layer = model.model.layers[index]
         adapter = layer_adapter(layer, model.config.model_type)
         adapter.index, adapter.expert_ranks, adapter.expert_load, adapter.router_losses = index, expert_ranks, load, losses
@@ -125,8 +125,7 @@ def install(
             biases[index] = partial(getattr, adapter, "correction_bias")
         layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
-    first, last = place is None or place.is_first, place is None or place.is_last
-    stage = Stage(model, layers, first=first, last=last, options=options, policy=policy, store=store)
+    stage = Stage(model, parts, options=options, policy=policy, store=store)
     stage.shapes = shapes
     stage.expert_load, stage.router_losses, stage.capacity = load, losses, capacity
     stage.router_biases = RouterBiases(biases, routers.bias_rate)
@@ -141,12 +140,12 @@ def keep_stage(model: PreTrainedModel, place: StagePlace) -> None:
     """Leave the modules of one stage in the model, under their own names; a matrix tied to the head stays where the head does."""
     base, layers = model.model, model.model.layers
     for index in range(len(layers)):
-        if index not in place.layers:
+        if not any(index in own for own in place.layers):
             layers[index] = Elsewhere()
     tied = base.embed_tokens.weight is model.lm_head.weight
-    if not (place.is_first or (place.is_last and tied)):
+    if not (place.has_embedding or (place.has_head and tied)):
         base.embed_tokens = Elsewhere()
-    if not place.is_last:
+    if not place.has_head:
         base.norm, model.lm_head = Elsewhere(), Elsewhere()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
@@ -64,11 +65,11 @@ class ModelSpec:
         """Layers with experts."""
         return 0 if self.experts is None else self.num_layers - len(self.dense_layers)
 
-    def of_layers(self, own: range) -> ModelSpec:
+    def of_layers(self, own: Sequence[int]) -> ModelSpec:
         """The same of some of the layers alone, numbered anew from 0."""
-        dense = tuple(layer - own.start for layer in self.dense_layers if layer in own)
+        dense = tuple(place for place, layer in enumerate(own) if layer in self.dense_layers)
         experts = self.experts if self.experts is None else replace(self.experts, dense_share=len(dense) / len(own))
-        windows = self.windows[own.start : own.stop]
+        windows = tuple(self.windows[layer] for layer in own)
         return replace(self, num_layers=len(own), windows=windows, experts=experts, dense_layers=dense)
 
     @property

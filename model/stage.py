@@ -6,7 +6,7 @@ one piece is one stage that is first and last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from ..memory.executor.tape import LayerContext, Tables, Tape
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
 from ..parallel.pipeline.links import StageLinks
+from ..parallel.pipeline.place import StagePart
 from ..parallel.sharding.engine import PlainWeights, Weights
 from .chunked_loss import Head, LossOptions
 from .families.rope import rotary_tables
@@ -64,17 +65,16 @@ class Stage:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: range,
+        parts: Sequence[StagePart],
         *,
-        first: bool,
-        last: bool,
         options: LossOptions,
         policy: MemoryPolicy,
         store: HostStore | None,
     ) -> None:
-        """Build it of the model's `layers`, by number. `store` must have room for the micro-batches in flight at one time."""
+        """Build it of runs of the model's layers. `store` must have room for the micro-batches in flight at one time."""
         self._model, self._options, self._policy, self._store = model, options, policy, store
-        self.layers, self.first, self.last = layers, first, last
+        self.parts = tuple(parts)
+        """Its virtual stages: one, but on ranks whose stages are interleaved."""
         self.position = Position()
         """Where this rank is, for reports."""
         self.weights: Weights = PlainWeights(model)
@@ -92,34 +92,52 @@ class Stage:
         self.capacity: Capacity | None = None
         """Most rows that an expert takes of a document; None: nothing is dropped."""
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of its layers."""
+        return tuple(layer for part in self.parts for layer in part.layers)
+
     def __call__(
-        self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
+        self,
+        tokens: Tokens,
+        attention: AttentionRuntime,
+        objective: Objective | None = None,
+        received: Tensor | None = None,
+        part: int = 0,
     ) -> Tensor:
         """What `objective` makes of the last layer's output (last stage), or that output (T, M).
 
-        `received` (T, M): the output of the stage before; None in the first stage.
+        `received` (T, M): the output of the stage before; None in the first stage. `part`: which of its virtual stages.
         """
-        assert self.first == (received is None) and self.last == (objective is not None), "what enters and leaves follows from the place"
+        own = self.parts[part]
+        assert own.first == (received is None) and own.last == (objective is not None), "what enters and leaves follows from the place"
         if self.capacity is not None:
             self.capacity.begin(tokens.position_ids, tokens.document_lengths)
         x = self.embed(tokens) if received is None else received
-        x = self.run_layers(x, self._context(self._tables(x, tokens), attention))
+        x = self.run_layers(x, own.layers, self._context(self._tables(x, tokens), attention))
         return x if objective is None else self.head(x, tokens, attention, objective)
 
     def forward(
-        self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
+        self,
+        tokens: Tokens,
+        attention: AttentionRuntime,
+        objective: Objective | None = None,
+        received: Tensor | None = None,
+        part: int = 0,
     ) -> StagePass:
-        """Run the stage through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
+        """Run a virtual stage through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
         if received is not None:
             received = received.detach().requires_grad_()
-        return StagePass(self.weights.forward(tokens, attention, objective, received), received)
+        return StagePass(self.weights.forward(tokens, attention, objective, received, part), received)
 
     def backward(self, stage_pass: StagePass, gradient: Tensor | None = None) -> Tensor | None:
         """Add the stage's gradients; returns that of what it received (T, M), for the stage before. Collective.
 
-        `gradient` (T, M): of the output, from the stage behind; it may be overwritten. None in the last stage.
+        `gradient` (T, M): of the output, from the stage behind; it may be overwritten. None in the last stage. A first stage in which
+        nothing is trained has no use for it.
         """
-        self.weights.backward(stage_pass.output, gradient)
+        if gradient is None or stage_pass.output.requires_grad:
+            self.weights.backward(stage_pass.output, gradient)
         return None if stage_pass.received is None else stage_pass.received.grad
 
     def embed(self, tokens: Tokens) -> Tensor:
@@ -128,9 +146,9 @@ class Stage:
         x: Tensor = self._model.model.embed_tokens(tokens.token_ids)
         return x
 
-    def run_layers(self, x: Tensor, context: LayerContext) -> Tensor:
-        """This stage's layers, one after the other, on x (T, M)."""
-        for index in self.layers:
+    def run_layers(self, x: Tensor, layers: range, context: LayerContext) -> Tensor:
+        """Layers of this stage, one after the other, on x (T, M)."""
+        for index in layers:
             x = self._model.model.layers[index](x, context)
         return x
 

@@ -26,9 +26,10 @@ from ..utils.decode import decode, set_aside
 from .data.indexed import Kind
 from .data.scores import corpus_digest, run_scores, score_shape, write_origins
 from .data.source import DataSource
+from .forward_only import forward_only
+from .micro_batches import MicroBatchWork, read_step
 from .run_settings import Stop
 from .session import Session
-from .step import MicroBatchWork, forward_only, read_step
 
 COMMIT_EVERY_S = 5.0
 STATE = "progress.json"

@@ -31,7 +31,6 @@ from ..memory.position import Position
 from ..model.spec import ModelSpec, active_layer_parameters, model_spec
 from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
-from ..parallel.pipeline.config import PipelineOrder
 from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
@@ -48,7 +47,7 @@ from .optimizers.config import Update
 from .optimizers.room import check_update_memory
 from .optimizers.updater import Updater
 from .run_settings import RunSettings
-from .step import StepSetup
+from .step_setup import StepSetup
 
 log = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -172,7 +171,6 @@ def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:
 def step_setup(model: PreTrainedModel, topology: Topology, inputs: PlanInputs, device: torch.device) -> StepSetup:
     """The setup of the rank's steps by the ledger's own inputs, in which nothing is left open."""
     parallel = inputs.parallel
-    gpipe = parallel.pipeline.stages > 1 and parallel.pipeline.order is PipelineOrder.GPIPE
     return StepSetup(
         model=model,
         topology=topology,
@@ -180,7 +178,8 @@ def step_setup(model: PreTrainedModel, topology: Topology, inputs: PlanInputs, d
         device=device,
         reduce_each=parallel.grad_reduce is not GradReduce.STEP,
         barrier_free=parallel.barrier_free,
-        gpipe_in_flight=gpipe_in_flight(inputs) if gpipe else None,
+        order=parallel.pipeline.order,
+        gpipe_in_flight=gpipe_in_flight(inputs),
     )
 
 

@@ -172,7 +172,8 @@ def resolve_costs(config: Any, inputs: PlanInputs, device: torch.device, stored:
     key = profile_key(spec, config.memory, config.train, config.cluster, this_hardware(device))
     fields = asdict(arithmetic)
     if arithmetic.num_stages == 1:
-        del fields["num_stages"]  # as in checkpoints of runs that knew of no stages
+        # As in checkpoints of runs that knew of no stages.
+        del fields["num_stages"], fields["virtual_stages"]
     text = json.dumps([fields, config.parallel.profile, asdict(key)])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     restored = None if stored is None else load_costs(stored, key, fingerprint)

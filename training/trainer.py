@@ -47,6 +47,7 @@ from ..utils.text import typed
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
 from .data.identity import DataChanges, check_data_changes, data_changes
+from .micro_batches import MicroBatchWork, count_targets, read_step, step_shape
 from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
@@ -63,7 +64,7 @@ from .reporting.step_results import Results, gather_results, host_names
 from .reporting.stragglers import StageStragglers
 from .run_settings import RunSettings, Stop
 from .session import Session, build_session, closing_store, join_ranks, plain_config
-from .step import MicroBatchWork, backward_step, count_targets, read_step, step_shape
+from .step import backward_step
 from .step_planner import Costs, StepPlanner, Totals, resolve_costs
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from ...memory.activation_classes import (
 )
 from ...memory.policy import AHEAD, Split
 from ...parallel.pipeline.place import SENDS_UNDER_WAY
+from ...parallel.pipeline.step_actions import DEPTH
 from ..plan_inputs import PlanInputs
 from .term import BACKWARD, KEEPING, Phase, Term, term
 
@@ -114,6 +115,8 @@ def between_stages(inputs: PlanInputs) -> Term:
     row, ends = class_bytes(inputs)[LAYER_INPUT.name], (not inputs.has_embedding) + (not inputs.has_head)
     kept = inputs.tokens if inputs.policy.graph else inputs.policy.layer_input.rows(inputs.tokens)[0]
     shared = kept * (not inputs.has_embedding)
+    if inputs.num_parts > 1:
+        ends, shared = 2 * inputs.num_parts, 0
     by_phase = inputs.in_flight * row * (inputs.tokens * ends - shared)
     gradient = row * inputs.tokens * (ends > 0)
     return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, by_phase) | {Phase.REDUCE: gradient})
@@ -123,7 +126,10 @@ def messages(inputs: PlanInputs) -> Term:
     """What waits on the links between stages (parallel/pipeline/links.py): one receive of each kind ahead, and gradients on their way."""
     row = class_bytes(inputs)[LAYER_INPUT.name]
     from_before, from_behind = not inputs.has_embedding, not inputs.has_head
-    count = (inputs.layout.stages > 1) * (from_before * (1 + SENDS_UNDER_WAY) + from_behind)
+    if inputs.num_parts > 1:
+        from_before, from_behind = True, True
+    ahead = DEPTH[inputs.parallel.pipeline.order]
+    count = (inputs.layout.stages > 1) * (from_before * (ahead + SENDS_UNDER_WAY) + from_behind * ahead)
     return term("messages between stages", "received ahead of use, or not yet taken", count * row * inputs.tokens, KEEPING)
 
 

@@ -34,6 +34,7 @@ def cost_model_of(inputs: PlanInputs) -> CostModel:
         gather_s=gather_s(inputs),
         step_s=reduce_s(inputs) + update_time(inputs).shown_s,
         num_stages=inputs.layout.stages,
+        virtual_stages=inputs.parallel.pipeline.virtual,
     )
 
 

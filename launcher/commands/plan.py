@@ -113,7 +113,7 @@ def _pipeline_notes(ledger: Ledger) -> list[str]:
     asked, lines = ledger.asked, []
     count, stages = ledger.layout.num_micro_batches, ledger.layout.stages
     if count < stages:
-        lines.append(f"{count} micro-batches for {stages} stages: most of a step is waiting; raise data.global_batch_tokens, or fewer stages")
+        lines.append(f"{count} micro-batches for {stages} stages: most of a step is waiting; a larger data.global_batch_tokens helps")
     whole = build_ledger(asked.with_parts(parallel=replace(asked.parallel, pipeline=PipelineConfig())))
     took = f"a step would take {format_seconds(whole.timing.step_s)}, {whole.timing.step_s / ledger.timing.step_s:.2f} x as long"
     fits = "and fits" if whole.fits else "and does not fit"
@@ -162,7 +162,7 @@ def _layout(ledger: Ledger) -> dict[str, Any]:
 
 
 def _pipeline(ledger: Ledger) -> dict[str, Any] | None:
-    """The stages, None where there is one; layers are numbers of the first and the last, both in."""
+    """The stages, None where there is one; layers are numbers of the first and the last of each virtual stage, both in."""
     if not ledger.stages:
         return None
     return {
@@ -171,7 +171,7 @@ def _pipeline(ledger: Ledger) -> dict[str, Any] | None:
         "bubble": ledger.timing.bubble_s / ledger.timing.step_s,
         "stages": [
             {
-                "layers": [stage.layers.start, stage.layers.stop - 1],
+                "layers": [[part.start, part.stop - 1] for part in stage.layers],
                 "in_flight": stage.in_flight,
                 "peak_bytes": stage.peak_bytes,
                 "micro_batch_s": stage.seconds,

@@ -77,8 +77,9 @@ def _stage_lines(ledger: Ledger) -> list[str]:
     """Each stage of a pipeline: its layers and what its ranks hold."""
     order, size = ledger.asked.parallel.pipeline.order.value, ledger.layout.stage_size
     return [
-        f"stage {index}     layers {stage.layers.start} to {stage.layers.stop - 1} on {size} ranks; {stage.in_flight} micro-batch(es) in flight "
-        f"({order}), {_gib(stage.peak_bytes)} GiB, {format_precise(stage.seconds)} a micro-batch"
+        f"stage {index}     layers {', '.join(f'{part.start} to {part.stop - 1}' for part in stage.layers)} on {size} ranks; "
+        f"up to {stage.in_flight} micro-batch(es) in flight ({order}), {_gib(stage.peak_bytes)} GiB, "
+        f"{format_precise(stage.seconds)} a micro-batch"
         for index, stage in enumerate(ledger.stages)
     ]
 

@@ -19,6 +19,8 @@ class PipelineOrder(Enum):
     """One forward, one backward in turn once the pipeline is full: at most as many micro-batches in flight as stages from here on."""
     GPIPE = "gpipe"
     """All forward passes, then all backward ones (1811.06965): every micro-batch of the step is in flight."""
+    INTERLEAVED = "interleaved"
+    """1f1b over several virtual stages on each rank (2104.04473): the bubble is so many times smaller, and more is in flight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +30,16 @@ class PipelineConfig:
     stages: int = 1
     """Stages that the decoder layers are cut into, each on as many ranks, next to each other; 1: every rank has all layers."""
     order: PipelineOrder = PipelineOrder.ONE_F_ONE_B
+    virtual: int = 1
+    """interleaved: virtual stages of each stage's ranks; the layers are cut into `stages` x `virtual` pieces, dealt out in turn."""
     layers: list[int] | None = None
-    """Decoder layers of each stage, from the first on; None: chosen so that the slowest stage is as fast as can be."""
+    """Decoder layers of each (virtual) stage, from the first on; None: chosen so that the slowest is as fast as can be."""
     micro_batches: int | None = None
     """Micro-batches of a step, at least; fewer where there are not as many sequences. None: chosen for the least step time."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "stages": Range(1, 1 << 16),
+        "virtual": Range(1, 1 << 10),
         "layers": Range(1, 1 << 16),
         "micro_batches": Range(1, 1 << 20),
     }
@@ -55,6 +60,7 @@ def check_pipeline(pipeline: PipelineConfig, *, world_size: int, num_layers: int
     if stages > num_layers:
         nearest = max(n for n in divisors(world_size) if n <= num_layers)
         _refuse("stages", f"{stages} for {num_layers} decoder layers", "at least one layer a stage", f"parallel.pipeline.stages={nearest}")
+    _check_virtual(pipeline, num_layers)
     if barrier_free:
         raise ConfigError(
             "parallel.barrier_free",
@@ -63,7 +69,24 @@ def check_pipeline(pipeline: PipelineConfig, *, world_size: int, num_layers: int
             hint="parallel.barrier_free=false, or parallel.pipeline.stages=1",
         )
     if pipeline.layers is not None:
-        _check_layers(pipeline.layers, stages, num_layers)
+        _check_layers(pipeline.layers, stages * pipeline.virtual, num_layers)
+
+
+def _check_virtual(pipeline: PipelineConfig, num_layers: int) -> None:
+    """ConfigError unless there are several virtual stages where the order is made of them, and only there."""
+    virtual, most = pipeline.virtual, num_layers // pipeline.stages
+    if pipeline.order is not PipelineOrder.INTERLEAVED:
+        if virtual > 1:
+            found = f"{virtual} with parallel.pipeline.order={pipeline.order.value}"
+            _refuse("virtual", found, "1: only interleaved ranks have several", "parallel.pipeline.order=interleaved")
+        return
+    if most < 2:
+        found = f"interleaved with {num_layers} decoder layers in {pipeline.stages} stages"
+        _refuse("order", found, "two layers a stage, at least", "parallel.pipeline.order=1f1b, or fewer stages")
+    if not 2 <= virtual <= most:
+        found = f"{virtual} with interleaved, and {num_layers} decoder layers in {pipeline.stages} stages"
+        hint = f"parallel.pipeline.virtual={min(max(virtual, 2), most)}, or parallel.pipeline.order=1f1b"
+        _refuse("virtual", found, f"2 to {most}, at least one layer each", hint)
 
 
 def _check_layers(layers: list[int], stages: int, num_layers: int) -> None:
@@ -72,7 +95,7 @@ def _check_layers(layers: list[int], stages: int, num_layers: int) -> None:
         return
     even = [num_layers * (index + 1) // stages - num_layers * index // stages for index in range(stages)]
     found = f"{layers}: {len(layers)} stages of {sum(layers)} layers in all"
-    expected = f"{stages} counts (parallel.pipeline.stages) that add up to {num_layers}, the model's decoder layers"
+    expected = f"{stages} counts (parallel.pipeline.stages x virtual) that add up to {num_layers}, the model's decoder layers"
     _refuse("layers", found, expected, f"parallel.pipeline.layers=[{','.join(map(str, even))}], or parallel.pipeline.layers=null")
 
 

@@ -1,18 +1,18 @@
 """Sends activations to the next stage and gradients back, without waiting, and receives those of its neighbours ahead of their use.
 
 Note: what meets what. Both sides know from the step's plan how many rows this place of a stage has in each micro-batch, so every
-buffer has its size before anything is sent, and micro-batches without rows here are not sent at all. Messages between two ranks come
-in the order of the receiver's passes: activations on one communicator, gradients on another.
+buffer has its size before anything is sent, and micro-batches without rows here are not sent at all. The receives from a neighbour are
+posted in the order of its sends (pipeline_plan.py); activations go by one communicator, gradients by another.
 
-Note: why nothing waits for ever. A receive is posted one message ahead of its use, and a rank waits for its own sends only where its
-partner has a receive posted or is bound to come to it: for activations when their gradient has come, for gradients when two more
-are on their way.
+Note: why nothing waits for ever. Receives are posted ahead of their use, so far that even sends which wait for their receive would not
+hang (step_actions.py proves it). A rank waits for its own sends only to free their memory: for activations when their gradient has
+come, for gradients when two more are on their way.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .pipeline_plan import Unit, UnitKind
 from .place import SENDS_UNDER_WAY, StagePlace
 
 
@@ -32,39 +33,6 @@ class _Message:
     what: str
 
 
-class _Inbox:
-    """The messages of one step from one neighbour, in order; the next one is always under way."""
-
-    def __init__(self, links: StageLinks, group: dist.ProcessGroup, source: int, kind: str, sizes: Iterable[tuple[int, int]]) -> None:
-        self._links, self._group, self._source, self._kind = links, group, source, kind
-        self._sizes = iter([(number, rows) for number, rows in sizes if rows])
-        self._next: tuple[int, _Message] | None = None
-        self._post()
-
-    def _post(self) -> None:
-        following = next(self._sizes, None)
-        if following is None:
-            self._next = None
-            return
-        number, rows = following
-        what = f"receiving {self._kind} of micro-batch {number} from rank {self._source}"
-        buffer = self._links.empty(rows)
-        with naming(what):
-            work = dist.irecv(buffer, self._source, group=self._group, tag=number)
-        assert work is not None, "this rank is in the group"
-        self._next = number, _Message(work, buffer, what)
-
-    def take(self, number: int, rows: int) -> Tensor:
-        """The rows of a micro-batch, once they are here."""
-        if not rows:
-            return self._links.empty(0)
-        assert self._next is not None and self._next[0] == number, f"{self._kind} of micro-batch {number} out of order"
-        message = self._next[1]
-        self._links.wait(message)
-        self._post()
-        return message.rows
-
-
 class StageLinks:
     """What one rank sends to its partners in the stages before and behind, and receives from them."""
 
@@ -72,79 +40,85 @@ class StageLinks:
         """Open them; messages are (T, `hidden_size`) of `dtype`. `at` is called with which one a rank waits for."""
         self.place = place
         self._hidden_size, self._dtype, self._device, self._at = hidden_size, dtype, device, at
-        self._activations: _Inbox | None = None
-        self._gradients: _Inbox | None = None
-        self._sent: dict[int, _Message] = {}
+        self._posted: dict[Unit, _Message] = {}
+        self._sent: dict[Unit, _Message] = {}
         self._sent_back: deque[_Message] = deque()
-
-    def begin(self, forward: Iterable[tuple[int, int]], backward: Iterable[tuple[int, int]] = ()) -> None:
-        """Start a step's receives: (micro-batch, rows here) in the order of this rank's forward and backward passes."""
-        ranks, index = self.place.ranks, self.place.index
-        if not self.place.is_first:
-            self._activations = _Inbox(self, ranks.forward, ranks.ranks[index - 1], "activations", forward)
-        if not self.place.is_last:
-            self._gradients = _Inbox(self, ranks.backward, ranks.ranks[index + 1], "gradients", backward)
 
     def empty(self, rows: int) -> Tensor:
         """A buffer (rows, hidden size) for what one stage sends to another."""
         return torch.empty(rows, self._hidden_size, dtype=self._dtype, device=self._device)
 
-    def activations(self, number: int, rows: int) -> Tensor:
-        """Wait for the activations (rows, M) of a micro-batch, from the stage before."""
-        assert self._activations is not None
-        return self._activations.take(number, rows)
+    def post(self, unit: Unit, peer: int, rows: int) -> None:
+        """Start to receive what `unit` makes on pipeline rank `peer`: (rows, M)."""
+        if not rows:
+            return
+        source, buffer = self.place.ranks.ranks[peer], self.empty(rows)
+        what = f"receiving {_kind(unit)} of micro-batch {unit.micro_batch} from stage {unit.stage} on rank {source}"
+        with naming(what):
+            work = dist.irecv(buffer, source, group=self._group(unit), tag=self._tag(unit))
+        assert work is not None, "this rank is in the group"
+        self._posted[unit] = _Message(work, buffer, what)
 
-    def gradients(self, number: int, rows: int) -> Tensor:
-        """Wait for the gradients (rows, M) of a micro-batch's activations, from the stage behind."""
-        assert self._gradients is not None
-        gradients = self._gradients.take(number, rows)
-        if number in self._sent:
-            self.wait(self._sent.pop(number))
-        return gradients
+    def take(self, unit: Unit, rows: int) -> Tensor:
+        """Wait for what `unit` made (rows, M); its receive is posted."""
+        if not rows:
+            return self.empty(0)
+        message = self._posted.pop(unit)
+        self._wait(message)
+        return message.rows
 
-    def send_activations(self, number: int, rows: Tensor) -> None:
-        """Send a micro-batch's activations on; they must stay as they are until their gradients have come."""
-        if len(rows):
-            self._sent[number] = self._send(self.place.ranks.forward, self.place.index + 1, "activations", number, rows)
-
-    def let_go(self) -> None:
-        """Wait for the oldest activations sent, where no backward follows that would, but for a few."""
-        while len(self._sent) > SENDS_UNDER_WAY:
-            self.wait(self._sent.pop(next(iter(self._sent))))
-
-    def send_gradients(self, number: int, rows: Tensor) -> None:
-        """Send the gradients of what was received back; nobody may change them any more."""
+    def send(self, unit: Unit, peer: int, rows: Tensor) -> None:
+        """Send what `unit` made to pipeline rank `peer`. Activations stay as they are until `release`, gradients for good."""
         if not len(rows):
             return
-        self._sent_back.append(self._send(self.place.ranks.backward, self.place.index - 1, "gradients", number, rows))
-        while len(self._sent_back) > SENDS_UNDER_WAY:
-            self.wait(self._sent_back.popleft())
-
-    def _send(self, group: dist.ProcessGroup, stage: int, kind: str, number: int, rows: Tensor) -> _Message:
-        target, rows = self.place.ranks.ranks[stage], rows.contiguous()
-        what = f"sending {kind} of micro-batch {number} to rank {target}"
+        target, rows = self.place.ranks.ranks[peer], rows.contiguous()
+        what = f"sending {_kind(unit)} of micro-batch {unit.micro_batch} from stage {unit.stage} to rank {target}"
         with naming(what):
-            work = dist.isend(rows, target, group=group, tag=number)
+            work = dist.isend(rows, target, group=self._group(unit), tag=self._tag(unit))
         assert work is not None, "this rank is in the group"
-        return _Message(work, rows, what)
+        if unit.kind is UnitKind.FORWARD:
+            self._sent[unit] = _Message(work, rows, what)
+            return
+        self._sent_back.append(_Message(work, rows, what))
+        while len(self._sent_back) > SENDS_UNDER_WAY:
+            self._wait(self._sent_back.popleft())
+
+    def release(self, unit: Unit) -> None:
+        """Wait until the activations that `unit` made are on the other side, where they were sent: their gradient has come back."""
+        if unit in self._sent:
+            self._wait(self._sent.pop(unit))
+
+    def release_oldest(self) -> None:
+        """Wait for the oldest activations sent, but for a few: where no backward follows, nothing else does."""
+        while len(self._sent) > SENDS_UNDER_WAY:
+            self._wait(self._sent.pop(next(iter(self._sent))))
 
     def finish(self) -> None:
         """Wait until all that was sent in the step is on the other side."""
         for message in (*self._sent.values(), *self._sent_back):
-            self.wait(message)
+            self._wait(message)
         self.forget()
 
     def forget(self) -> None:
         """Start anew after an exception: what was under way is nobody's."""
-        self._activations = self._gradients = None
+        self._posted.clear()
         self._sent.clear()
         self._sent_back.clear()
 
-    def wait(self, message: _Message) -> None:
-        """Wait for one message, saying so where anybody asks."""
+    def _group(self, unit: Unit) -> dist.ProcessGroup:
+        return self.place.ranks.forward if unit.kind is UnitKind.FORWARD else self.place.ranks.backward
+
+    def _tag(self, unit: Unit) -> int:
+        return unit.micro_batch * self.place.num_stages + unit.stage
+
+    def _wait(self, message: _Message) -> None:
         self._at(message.what)
         with naming(message.what):
             message.work.wait()
+
+
+def _kind(unit: Unit) -> str:
+    return "activations" if unit.kind is UnitKind.FORWARD else "gradients"
 
 
 @contextmanager

@@ -48,5 +48,6 @@ def _rooms(lengths: Sequence[int], cost: CostModel, longest_group: int, least: i
     """Tokens a rank may hold in a micro-batch, largest first: down to what the longest sequence needs in the largest group."""
     tokens, needed = sum(lengths), -(-max(lengths, default=1) // longest_group)
     counts = [fill * cost.num_stages for fill in FILLS] + ([least] if least is not None else [])
-    rooms = {max(needed, round(SLACK * tokens / (count * cost.world_size))) for count in counts} | ({needed} if least is not None else set())
+    rooms = {max(needed, round(SLACK * tokens / (count * cost.world_size))) for count in counts}
+    rooms |= set() if least is None else {needed}
     return sorted((room for room in rooms if 0 < room < cost.tokens_per_rank), reverse=True)

@@ -82,29 +82,6 @@ def barrier_free(own: Iterable[int]) -> Schedule:
     return (Action(Kind.GATHER), *passes, Action(Kind.REDUCE_EMPTY))
 
 
-def one_f_one_b(stage: int, num_stages: int, num_micro_batches: int, *, reduce_each: bool) -> Schedule:
-    """What stage `stage` of `num_stages` does: forward until the pipeline behind it is full, then one forward, one backward in turn.
-
-    At most `num_stages` - `stage` micro-batches are in flight (PipeDream-flush, 2006.09503).
-    """
-    ahead = min(num_stages - stage - 1, num_micro_batches)
-    forward, backward = iter(range(num_micro_batches)), iter(range(num_micro_batches))
-    order = [(Kind.FORWARD, next(forward)) for _ in range(ahead)]
-    for index in forward:
-        order += [(Kind.FORWARD, index), (Kind.BACKWARD, next(backward))]
-    order += [(Kind.BACKWARD, index) for index in backward]
-    return _reduced(order, reduce_each=reduce_each)
-
-
-def gpipe(num_micro_batches: int, most_in_flight: int, *, reduce_each: bool) -> Schedule:
-    """What every stage does: all forward passes, then all backward ones (GPipe, 1811.06965), `most_in_flight` micro-batches at a time."""
-    order: list[tuple[Kind, int]] = []
-    for first in range(0, num_micro_batches, most_in_flight):
-        together = range(first, min(first + most_in_flight, num_micro_batches))
-        order += [(Kind.FORWARD, index) for index in together] + [(Kind.BACKWARD, index) for index in together]
-    return _reduced(order, reduce_each=reduce_each)
-
-
 def _reduced(order: Sequence[tuple[Kind, int]], *, reduce_each: bool) -> Schedule:
     """The passes with the reductions that ride on backward ones: on each, or on the last."""
     actions: list[Action] = []

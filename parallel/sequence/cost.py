@@ -70,6 +70,8 @@ class CostModel:
     """Seconds of every step, whatever its plan."""
     num_stages: int = 1
     """Stages of the pipeline; all else is of the slowest one, over its ranks."""
+    virtual_stages: int = 1
+    """Of each stage, where they are interleaved."""
     source: str = "arithmetic"
     """Where the figures come from: "arithmetic", "profile" or a publication."""
 
@@ -130,7 +132,7 @@ class CostModel:
         Note: exact for all forward passes in a row, and all backward ones, where every stage takes as long (a flow shop whose machines
         are alike); one forward, one backward in turn is as long.
         """
-        return sum(micro_batches_s) + (self.num_stages - 1) * max(micro_batches_s, default=0.0)
+        return sum(micro_batches_s) + (self.num_stages - 1) / self.virtual_stages * max(micro_batches_s, default=0.0)
 
     def _barrier_free_s(self, plan: StepPlan) -> float:
         ready = [0.0] * plan.world_size

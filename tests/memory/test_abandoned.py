@@ -22,7 +22,9 @@ from efflaunch.tests.parity.reference import hf_config
 from efflaunch.tests.parity.test_parity import LENGTHS, batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.objectives.heads import LanguageModelling
-from efflaunch.training.step import StepSetup, abandon_step, backward_step, count_targets, read_step
+from efflaunch.training.micro_batches import count_targets, read_step
+from efflaunch.training.step import abandon_step, backward_step
+from efflaunch.training.step_setup import StepSetup
 
 POLICY = MemoryPolicy(
     layer_input=MOVED, attention_output=MOVED, mlp=MOVED, segment_layers=3, chunk_tokens=9, attention=AttentionTiling.CHUNKS

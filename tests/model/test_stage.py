@@ -20,10 +20,9 @@ from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.model.build import build_model, install
 from efflaunch.model.chunked_loss import LossOptions, cross_entropy
 from efflaunch.model.stage import Stage, stage_of
+from efflaunch.parallel.pipeline.place import StagePart
 from efflaunch.parallel.pipeline.plan import parse
 from efflaunch.parallel.sequence.attention import CpuKernel
-from efflaunch.parallel.sequence.clock import BusyClock
-from efflaunch.parallel.sequence.runtime import sequence_attention
 from efflaunch.parallel.sharding.engine import PlainWeights
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.memory.test_saved import micro_batch
@@ -31,8 +30,10 @@ from efflaunch.tests.parity.ranks_side import POLICIES, ListSource, StrictStore
 from efflaunch.tests.parity.reference import hf_config, lift_to_float64, reference_model
 from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
+from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import LanguageModelling
-from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step, to_tokens
+from efflaunch.training.step import backward_step
+from efflaunch.training.step_setup import StepSetup
 
 CPU = torch.device("cpu")
 CHUNK = 16
@@ -66,7 +67,7 @@ def cut(model: Any, policy: MemoryPolicy, store: Any, *ends: int) -> list[Stage]
     count, options = len(model.model.layers), LossOptions(CHUNK, getattr(model.config, "final_logit_softcapping", None))
     bounds = (0, *ends, count)
     stages = [
-        Stage(model, range(a, b), first=a == 0, last=b == count, options=options, policy=policy, store=store)
+        Stage(model, [StagePart(range(a, b), a == 0, b == count)], options=options, policy=policy, store=store)
         for a, b in zip(bounds, bounds[1:], strict=False)
     ]
     for stage in stages:
@@ -80,7 +81,7 @@ def through(stages: list[Stage]) -> Tensor:
     tokens, attention = micro_batch()
     x, passes = None, []
     for stage in stages:
-        passes.append(stage.forward(tokens, attention, objective if stage.last else None, x))
+        passes.append(stage.forward(tokens, attention, objective if stage.parts[0].last else None, x))
         x = passes[-1].output.detach().clone()
     gradient = None
     for stage, done in zip(reversed(stages), reversed(passes), strict=True):
@@ -167,61 +168,6 @@ def test_any_order_of_passes_has_the_same_gradients_on_sharded_weights(pool: Ran
     for found in others:
         for name, gradient in found.items():
             np.testing.assert_allclose(gradient, first[name], rtol=1e-10, atol=1e-12, err_msg=name)
-
-
-def piped(stages: int) -> tuple[int, float, dict[str, np.ndarray]]:
-    """(stage, loss, gradients that came): all forward passes, then all backward ones, activations sent from rank to rank."""
-    torch.set_num_threads(1)
-    lift_to_float64()
-    topology = build_topology(replicate=1, device="cpu", stages=stages)
-    policy, options = POLICIES["segments_2"], LossOptions(CHUNK)
-    model = build_model(
-        hf_config("llama_deep"), policy, topology.mesh, device=CPU, compute_dtype=torch.float64, seed=0, loss_chunk_tokens=CHUNK
-    )
-    index, count = topology.stage_index, len(model.model.layers)
-    layers = range(count * index // stages, count * (index + 1) // stages)
-    stage = Stage(model, layers, first=index == 0, last=index == stages - 1, options=options, policy=policy, store=None)
-    stage.weights, model.forward = stage_of(model).weights, stage  # type: ignore[method-assign]
-    works = read_step(ListSource(*make_documents(LENGTHS)), 0, PLAN, topology.stage_rank)
-    targets = count_targets(works, topology, CPU)
-    before, after = topology.rank - topology.stage_size, topology.rank + topology.stage_size
-    passes, loss = [], 0.0
-    for work in works:
-        attention = sequence_attention(topology, CpuKernel(), work.group, work.layout, BusyClock(CPU))
-        received = None if stage.first else torch.empty(work.shard.num_tokens, model.config.hidden_size, dtype=torch.float64)
-        if received is not None:
-            dist.recv(received, before, group=topology.world)
-        objective = (lambda head: cross_entropy(head, 1 / targets)) if stage.last else None
-        passes.append(stage.forward(to_tokens(work, CPU), attention, objective, received))
-        if stage.last:
-            loss += float(passes[-1].output)
-        else:
-            dist.send(passes[-1].output.detach(), after, group=topology.world)
-    for number, done in enumerate(passes):
-        gradient = None if stage.last else torch.empty_like(done.output)
-        if gradient is not None:
-            dist.recv(gradient, after, group=topology.world)
-        stage.weights.prepare(reduce=number == len(passes) - 1, last=number == len(passes) - 1)
-        back = stage.backward(done, gradient)
-        if back is not None:
-            dist.send(back.contiguous(), before, group=topology.world)
-    total = torch.tensor(loss, dtype=torch.float64)
-    dist.all_reduce(total, group=topology.stage)
-    found = {name: np.array(p.grad.full_tensor()) for name, p in model.named_parameters() if p.grad is not None}  # type: ignore[union-attr]
-    return index, float(total), found
-
-
-def test_stages_on_ranks_of_their_own_with_sharded_weights_have_the_gradients_of_the_whole(pool: RankPool) -> None:
-    """Two stages of two ranks: FSDP2 and sequence groups inside each, several micro-batches in flight."""
-    _, loss, wanted = pool.run(piped, 1, ranks=2)[0]
-    seen: set[str] = set()
-    for index, total, found in pool.run(piped, 2, ranks=4):
-        seen |= set(found)
-        assert index == 0 or total == pytest.approx(loss, rel=1e-12)
-        assert ("model.embed_tokens.weight" in found) == (index == 0) and ("lm_head.weight" in found) == (index == 1)
-        for name, gradient in found.items():
-            np.testing.assert_allclose(gradient, wanted[name], rtol=1e-10, atol=1e-13, err_msg=name)
-    assert seen == set(wanted)
 
 
 def test_a_schedule_of_other_micro_batches_is_refused(pool: RankPool) -> None:

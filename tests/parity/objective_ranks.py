@@ -11,9 +11,11 @@ from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES
+from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import Preference, Rollout
 from efflaunch.training.objectives.rollout import RolloutOptions
-from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
+from efflaunch.training.step import backward_step
+from efflaunch.training.step_setup import StepSetup
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,13 @@ from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
+from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build import build_updater
 from efflaunch.training.optimizers.config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
 from efflaunch.training.optimizers.masters import host_weights
-from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
+from efflaunch.training.step import backward_step
+from efflaunch.training.step_setup import StepSetup
 
 RATES = (3e-3, 2e-3, 4e-3)
 

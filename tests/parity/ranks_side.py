@@ -15,12 +15,15 @@ from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.model.build import RouterSettings, build_model
 from efflaunch.model.weights import persistent_buffers
+from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.parallel.pipeline.place import StagePlace
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
+from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import LanguageModelling
-from efflaunch.training.step import StepSetup, backward_step, count_targets, read_step
+from efflaunch.training.step import backward_step
+from efflaunch.training.step_setup import StepSetup
 
 
 class ListSource:
@@ -169,7 +172,7 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         store=_store(case.get("store", "strict")),
         expert_mesh=topology.experts,
         routers=RouterSettings(*case.get("router", (0.0, 0.0)), capacity_factor=case.get("capacity")),
-        place=stage_place(topology, case.get("layers") or config.num_hidden_layers),
+        place=stage_place(topology, case.get("layers") or config.num_hidden_layers, case.get("virtual", 1)),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
@@ -196,21 +199,23 @@ def _gradients(model, topology, source, plan, case):
     reduce_each, device = case.get("reduce_each", False), torch.device("cpu")
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=device,
-        reduce_each=reduce_each, barrier_free=case.get("barrier_free", False), gpipe_in_flight=case.get("gpipe"),
+        reduce_each=reduce_each, barrier_free=case.get("barrier_free", False), order=case.get("order", PipelineOrder.ONE_F_ONE_B),
+        gpipe_in_flight=case.get("gpipe", 1),
     )  # fmt: skip
     loss = backward_step(setup, works, LanguageModelling(count, device)).sum()
     dist.all_reduce(loss)
     return float(loss)
 
 
-def stage_place(topology, layers):
+def stage_place(topology, layers, virtual=1):
     """This rank's place in a pipeline; `layers`: of each stage, or of the model, which is then cut evenly. None with one stage."""
     if topology.pipeline is None:
         return None
-    index, count = topology.stage_index, topology.num_stages
+    count = topology.num_stages * virtual
     counts = layers if isinstance(layers, tuple) else [layers * (i + 1) // count - layers * i // count for i in range(count)]
-    first = sum(counts[:index])
-    return StagePlace(range(first, first + counts[index]), index, topology.pipeline)
+    ends = [sum(counts[: i + 1]) for i in range(count)]
+    own = range(topology.stage_index, count, topology.num_stages)
+    return StagePlace(tuple(range(ends[i] - counts[i], ends[i]) for i in own), topology.stage_index, topology.pipeline)
 
 
 def _gathered(model, topology, pick):

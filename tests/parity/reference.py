@@ -40,6 +40,7 @@ FAMILIES = {
     "llama_4kv": {"model_type": "llama", "num_key_value_heads": 4},
     "llama_uneven": {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3},
     "llama_mha_tied": {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "llama_tied_deep": {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True, "num_hidden_layers": 5},
     "mistral": {"model_type": "mistral", "sliding_window": 11},
     "mistral_wide": {"model_type": "mistral", "sliding_window": 500},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.tests.parity.test_parity import ALL, batch, check_parity, plan_of, static
 from efflaunch.tests.ranks import RankPool
 
@@ -16,6 +17,7 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
+GPIPE, INTERLEAVED = PipelineOrder.GPIPE, PipelineOrder.INTERLEAVED
 EACH = plan_of(1, *(batch((0, 1, 1, (index,))) for index in ALL))
 """One rank a stage, a micro-batch for each document: unequal, down to five tokens."""
 GROUPS = plan_of(
@@ -33,15 +35,32 @@ ROWS = {
     "4 stages, fewer micro-batches than stages": (
         {"stages": 4, "family": "llama_deep"}, plan_of(1, batch((0, 1, 1, ALL[:2])), batch((0, 1, 1, ALL[2:]))),
     ),
-    "2 stages, GPipe": ({"stages": 2, "gpipe": 5}, EACH),
-    "4 stages, GPipe, two at a time": ({"stages": 4, "gpipe": 2, "family": "llama_deep"}, EACH),
+    "2 stages, GPipe": ({"stages": 2, "order": GPIPE, "gpipe": 5}, EACH),
+    "4 stages, GPipe, two at a time": ({"stages": 4, "order": GPIPE, "gpipe": 2, "family": "llama_deep"}, EACH),
+    "2 stages, interleaved by 2": ({"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_deep"}, GROUPS),
+    "2 stages, interleaved by 2, three steps": (
+        {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_deep", "steps": 3, "policy": "segments_2"}, EACH,
+    ),
+    "2 stages, interleaved unevenly, reduced each time": (
+        {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_deep", "layers": (2, 1, 1, 1), "reduce_each": True}, GROUPS,
+    ),
+    "2 stages, interleaved by 2, tied, uneven, recompute": (
+        {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_tied_deep", "layers": (1, 2, 1, 1), "policy": "recompute"}, GROUPS,
+    ),
+    "2 stages, some layers of experts, interleaved, balanced": (
+        {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "qwen3_moe_mixed", "router": (0.3, 0.05)}, GROUPS,
+    ),
+    "2 stages, one of them without experts, balanced, EP 2": (
+        {"stages": 2, "family": "qwen3_moe_mixed", "router": (0.3, 0.05), "layers": (1, 4), "ep": 2, "policy": "recompute"}, GROUPS,
+    ),
+    "2 stages, sigmoid routers, shared experts": ({"stages": 2, "family": "dots1", "policy": "streambp"}, GROUPS),
     "2 uneven stages": ({"stages": 2, "family": "llama_deep", "layers": (4, 1)}, EACH),
     "2 stages, sequence groups, three steps": ({"stages": 2, "steps": 3}, GROUPS),
     "2 stages, sequence groups, HSDP": ({"stages": 2, "replicate": 2}, GROUPS),
     "2 stages, sequence groups, reduced each time": ({"stages": 2, "reduce_each": True, "steps": 3}, GROUPS),
-    "2 stages, sequence groups, GPipe, reduced each time": ({"stages": 2, "gpipe": 3, "reduce_each": True}, GROUPS),
+    "2 stages, sequence groups, GPipe, reduced each time": ({"stages": 2, "order": GPIPE, "gpipe": 3, "reduce_each": True}, GROUPS),
     "2 stages, tied embeddings, three steps": ({"stages": 2, "family": "llama_mha_tied", "steps": 3}, GROUPS),
-    "4 stages, tied embeddings": ({"stages": 3, "family": "gemma2"}, EACH),
+    "4 stages, tied embeddings": ({"stages": 4, "family": "llama_tied_deep"}, EACH),
     "2 stages, loss mask": ({"stages": 2, "masked": True}, GROUPS),
     "2 stages, float32": ({"stages": 2, "dtype": "float32"}, GROUPS),
     **{
@@ -55,7 +74,7 @@ ROWS = {
     "2 stages, compiled": ({"stages": 2, "policy": "recompute", "compile": "aot_eager"}, GROUPS),
     "2 stages, mixture of experts, EP 2": ({"stages": 2, "family": "qwen3_moe", "ep": 2, "policy": "recompute"}, GROUPS),
     "2 stages, mixture of experts, balanced": ({"stages": 2, "family": "qwen3_moe", "router": (0.3, 0.05)}, GROUPS),
-    "2 stages, gpt_oss, GPipe": ({"stages": 2, "family": "gpt_oss", "gpipe": 4, "policy": "segments_2"}, GROUPS),
+    "2 stages, gpt_oss, GPipe": ({"stages": 2, "family": "gpt_oss", "order": GPIPE, "gpipe": 4, "policy": "segments_2"}, GROUPS),
     "2 stages, first stage frozen": ({"stages": 2, "family": "llama_deep", "frozen": ("embed_tokens", "layers.0.", "layers.1.")}, GROUPS),
 }  # fmt: skip
 

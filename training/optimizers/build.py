@@ -144,5 +144,5 @@ def norm_scope(model: nn.Module, weights: nn.Module) -> NormScope:
     if not isinstance(stage, Stage) or stage.links is None:
         return NormScope()
     place = stage.links.place
-    repeated = [each for name, each in weights.named_parameters() if name == EMBEDDING and not place.is_first]
+    repeated = [each for name, each in weights.named_parameters() if name == EMBEDDING and not place.has_embedding]
     return NormScope(place.ranks.column, frozenset(repeated))

@@ -26,9 +26,9 @@ from ...parallel.config import SequenceMode
 from ...parallel.sequence.cost import CostModel, DegreeCost
 from ...utils.atomic_files import write_cache
 from ...utils.decode import set_aside
+from ..micro_batches import EMPTY
 from ..optimizers.config import Update
 from ..run_settings import RunSettings
-from ..step import EMPTY
 from ..step_planner import Costs, load_costs
 from .probe import Probed, Prober, Sample, lengths_of
 

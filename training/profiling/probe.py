@@ -48,12 +48,13 @@ from ...parallel.topology import Topology, build_topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
 from ..engines import builder_of
+from ..micro_batches import EMPTY, MicroBatchWork, read_step
 from ..objectives.heads import LanguageModelling
 from ..optimizers.room import check_update_memory
 from ..optimizers.updater import Updater
 from ..run_settings import RunSettings
 from ..session import host_store, join_ranks, step_setup
-from ..step import EMPTY, MicroBatchWork, backward_step, read_step
+from ..step import backward_step
 from ..step_planner import this_hardware
 from .collectives import probe_collectives
 from .node_rates import measure_rates
