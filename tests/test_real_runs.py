@@ -39,6 +39,10 @@ BASE = (
 )  # fmt: skip
 
 
+PIPED = ("parallel.pipeline.stages=2", "parallel.tokens_per_rank=256", "parallel.sequence=adaptive", "memory=streambp")
+"""Two stages of one rank, in micro-batches that plans choose, activations streamed."""
+
+
 def start(directory: Path, *words: str, script: Path | None = None, **variables: str) -> subprocess.Popen:
     """The efflaunch command, or `script` with a training function of its own."""
     log = (directory / "output").open("ab")
@@ -118,6 +122,23 @@ def reference(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory, reference):
+    """The same in stages."""
+    directory = tmp_path_factory.mktemp("piped")
+    for file in reference.glob("corpus.*"):
+        shutil.copy(file, directory)
+    finish(train(directory, *PIPED), directory)
+    assert_close(losses(directory), losses(reference))
+    return directory
+
+
+def assert_close(ours: dict[int, float], theirs: dict[int, float]) -> None:
+    assert ours.keys() == theirs.keys()
+    for step, loss in theirs.items():
+        assert abs(ours[step] - loss) < 1e-4 * loss, step
+
+
 @pytest.fixture
 def place(tmp_path, reference):
     for file in reference.glob("corpus.*"):
@@ -150,6 +171,30 @@ def test_a_killed_rank_is_restarted_and_bit_equal(place, reference):
     assert losses(place) == losses(reference)
     assert "signal 9" in (place / "output").read_text()
     assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_a_killed_stage_is_restarted_and_bit_equal(place, piped):
+    process = hold(place, 9, *PIPED)
+    others = [pid for pid in descendants(process.pid) if "checkpoint.flusher" not in command(pid)]
+    ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
+    os.kill(ranks[-1], signal.SIGKILL)
+    finish(process, place)
+    assert losses(place) == losses(piped)
+    assert "signal 9" in (place / "output").read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.pipeline.stages=1", "parallel.sequence=static"),
+        ("cluster.ranks_per_node=4", "parallel.pipeline.order=gpipe", "memory=recompute"),
+    ],
+    ids=["no stages", "two ranks a stage, GPipe"],
+)
+def test_stages_resume_on_another_layout(place, piped, overrides):
+    stop(place, hold(place, 6, *PIPED), 6)
+    run(place, "resume", "runs/run", *overrides)
+    assert_close(losses(place), losses(piped))
 
 
 def test_a_killed_flusher_costs_at_most_one_checkpoint(place, reference):
@@ -271,6 +316,7 @@ def test_done_and_then_more_steps_is_bit_equal(place, reference):
     [
         ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=512"),
         ("cluster.ranks_per_node=4", "parallel.replicate=2", "parallel.scheme=auto"),
+        PIPED,
     ],
 )
 def test_resume_on_another_layout_sees_the_same_documents(place, reference, overrides):

@@ -7,6 +7,7 @@ from ...model.model_check import check_weights
 from ...model.spec import ModelSpec, longer_positions, model_spec
 from ...parallel.config import SequenceMode
 from ...parallel.layout import Layout, solve_layout
+from ...parallel.pipeline.config import PipelineOrder
 from ...training.config import check_train
 from ...units import format_tokens
 from .run_config import Config
@@ -32,6 +33,29 @@ def check_config(config: Config) -> None:
         global_batch_tokens=config.data.global_batch_tokens,
     )
     _check_capacity(config, layout)
+    if config.parallel.pipeline.stages > 1:
+        _check_stages(config, spec)
+
+
+def _check_stages(config: Config, spec: ModelSpec) -> None:
+    """ConfigError for updates that take each module's gradients within backward, where some are not complete with the last pass."""
+    optim, pipeline = config.optim, config.parallel.pipeline
+    if spec.tie_embeddings:
+        what, why = "tied embeddings", "the first and the last stage add up their gradients of the embedding after backward"
+        other_way = "parallel.pipeline.stages=1"
+    elif pipeline.order is PipelineOrder.INTERLEAVED:
+        what, why = f"parallel.pipeline.order={pipeline.order.value}", "virtual stages make their last backward passes at different times"
+        other_way = "parallel.pipeline.order=1f1b parallel.pipeline.virtual=1"
+    else:
+        return
+    for key, value, other in (("update", optim.update.value, "step"), ("state_device", optim.state_device.value, "device")):
+        if value != other:
+            raise ConfigError(
+                f"optim.{key}",
+                found=f"{value} with parallel.pipeline.stages={pipeline.stages} and {what}",
+                expected=f"{other}: {why}",
+                hint=f"optim.{key}={other}, or {other_way}",
+            )
 
 
 def _check_routers(config: Config, spec: ModelSpec) -> None:

@@ -76,7 +76,8 @@ def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -
     assert short["suggestions"] and not short["solver"]["feasible"], "this one must not fit, so that every key is there"
     dear = plan_json(capsys, "+experiment=llama8b_1M", "cluster.device_memory_bytes=40GiB", "cluster.host_memory_bytes=100GiB")
     assert dear["solver"]["prices"], "and in this one memory must be worth something"
-    assert flat(short) | flat(dear) == documented_keys()
+    piped = plan_json(capsys, "+experiment=llama8b_1M", "parallel.pipeline.stages=2", "cluster.num_nodes=2")
+    assert flat(short) | flat(dear) | flat(piped) == documented_keys()
     assert plan_json(capsys, "+experiment=llama8b_1M", "memory=recompute")["solver"] is None
 
 

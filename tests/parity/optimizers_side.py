@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 
 from efflaunch.model.build import build_empty, master_dtype
+from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
-from efflaunch.tests.parity.ranks_side import POLICIES, ListSource
+from efflaunch.tests.parity.ranks_side import POLICIES, ListSource, of_all_stages, stage_place
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build import build_updater
@@ -41,16 +42,20 @@ class Trainer:
             lift_to_float64()
         dtype, device = getattr(torch, case["dtype"]), torch.device("cpu")
         self.case, self.plan, self.config = case, plan, optim_config(**optim)
-        self.topology = build_topology(replicate=case.get("replicate", 1), device="cpu")
+        self.topology, config = (
+            build_topology(replicate=case.get("replicate", 1), device="cpu", stages=case.get("stages", 1)),
+            hf_config(case["family"]),
+        )
         on_host = self.config.state_device is StateDevice.HOST
         self.model = build_empty(
-            hf_config(case["family"]),
+            config,
             POLICIES[case.get("policy", "recompute")],
             self.topology.mesh,
             device=device,
             compute_dtype=dtype,
             loss_chunk_tokens=7,
             host_weights=on_host,
+            place=stage_place(self.topology, config.num_hidden_layers, case.get("virtual", 1)),
         )
         self.weights = host_weights(self.model, master_dtype(dtype)) if on_host else self.model
         for name, parameter in self.weights.named_parameters():
@@ -60,11 +65,12 @@ class Trainer:
         self.source, self.snapshots = ListSource(documents, targets), 0
 
     def backward(self):
-        works = read_step(self.source, 0, self.plan, self.topology.rank)
+        works = read_step(self.source, 0, self.plan, self.topology.stage_rank)
         device = torch.device("cpu")
         setup = StepSetup(
             model=self.model, topology=self.topology, kernel=CpuKernel(), device=device,
             reduce_each=self.case.get("reduce_each", False), barrier_free=self.case.get("barrier_free", False),
+            order=self.case.get("order", PipelineOrder.ONE_F_ONE_B), gpipe_in_flight=5,
         )  # fmt: skip
         objective = LanguageModelling(count_targets(works, self.topology, device), device)
         loss = backward_step(setup, works, objective, on_last=self.updater.before_final_backward).sum()
@@ -89,15 +95,16 @@ class Trainer:
 
     def gathered(self, module):
         whole = {name: parameter.full_tensor().detach() for name, parameter in module.named_parameters()}
-        return {name: np.array(value.to(master_dtype(value.dtype))) for name, value in whole.items()}
+        return of_all_stages({name: np.array(value.to(master_dtype(value.dtype))) for name, value in whole.items()}, self.topology)
 
     def states(self):
         named = dict(self.weights.named_parameters())
-        return {
+        states = {
             f"{name}.{key}": np.array((value.full_tensor() if hasattr(value, "full_tensor") else value).detach())
             for name, parameter in named.items()
             for key, value in self.updater.optimizer.state[parameter].items()
         }
+        return of_all_stages(states, self.topology)
 
 
 def run_updates(case, weights, documents, targets, plan, optim):

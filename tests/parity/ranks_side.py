@@ -219,9 +219,13 @@ def stage_place(topology, layers, virtual=1):
 
 
 def _gathered(model, topology, pick):
-    """Whole tensors by name, of all stages; what two stages have is the same on both."""
+    """Whole tensors by name, of all stages."""
     picked = ((name, pick(parameter)) for name, parameter in model.named_parameters())
-    found = {name: np.array(value.full_tensor().detach()) for name, value in picked if value is not None}
+    return of_all_stages({name: np.array(value.full_tensor().detach()) for name, value in picked if value is not None}, topology)
+
+
+def of_all_stages(found, topology):
+    """Arrays by name of all stages; what two stages have is the same on both."""
     if topology.pipeline is None:
         return found
     stages = [None] * topology.num_stages
