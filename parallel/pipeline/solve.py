@@ -192,48 +192,81 @@ def _cut(problem: PipelineProblem, schedule: PipelineSchedule, limits: StageLimi
 
 
 def _limits(problem: PipelineProblem, schedule: PipelineSchedule, sizes: Sequence[Sequence[int]]) -> Iterator[StageLimits | None]:
-    """None at first. Then caps: a rank's goes to its stages by what each has in flight.
+    """None at first. Then caps: a rank's goes to its stages by the tokens that each has in flight.
 
-    Stages of a rank have their most units at different times, so the rank's most units are shared out before the sum of theirs is.
+    Stages of a rank hold most at different times, so the rank's peak is shared out before the sum of theirs is.
     What is simulated decides whether memory suffices.
     """
     yield None
-    tokens = max(max(row) for row in sizes)
-    stages, fixed = problem.model, 0.0
-    fixed = sum(one.fixed_bytes for one in (*stages.layers, stages.embedding, stages.head)) / schedule.num_stages
-    own = stage_peaks(schedule)
-    together = rank_peaks(schedule)
-    for cautious in (False, True) if schedule.num_stages > schedule.num_ranks else (True,):
-        in_flight, caps = list(own), [0.0] * schedule.num_stages
-        for rank in range(schedule.num_ranks):
-            held = schedule.stages_of(rank)
-            total = sum(own[stage] for stage in held)
-            for stage in held:
-                caps[stage] = fixed + max(0.0, problem.cap_bytes[rank] - len(held) * fixed) * own[stage] / total
-                in_flight[stage] = own[stage] if cautious else -(-own[stage] * together[rank] // total)
-        if min(caps) > 0:
-            yield StageLimits(tokens=tokens, in_flight=tuple(in_flight), cap_bytes=tuple(caps))
+    loads = (*problem.model.layers, problem.model.embedding, problem.model.head)
+    fixed = sum(one.fixed_bytes for one in loads) / schedule.num_stages
+    peaks = peak_tokens(schedule, sizes)
+    several = schedule.num_stages > schedule.num_ranks
+    # Whether stages of a rank are at their peaks at one time; whether gradients of weights wait while most inputs do.
+    for together, deferred in ((False, False), (False, True), (True, True)):
+        if (several or together) and (deferred or schedule.split or several):
+            caps, shares = _caps(problem, schedule, peaks, fixed, together)
+            if min(caps) > 0:
+                yield StageLimits(
+                    unit_tokens=max(max(row) for row in sizes),
+                    waiting_tokens=_products(peaks.waiting, shares),
+                    held_tokens=_products(peaks.held, shares),
+                    deferred_tokens=_products(peaks.deferred, shares if deferred else [0.0] * len(shares)),
+                    cap_bytes=tuple(caps),
+                )
 
 
-def stage_peaks(schedule: PipelineSchedule) -> list[int]:
-    """Units of each virtual stage that wait for their last backward pass, at most at one time."""
-    return _peaks(schedule, lambda rank, stage: stage, schedule.num_stages)
+def _caps(
+    problem: PipelineProblem, schedule: PipelineSchedule, peaks: PeakTokens, fixed: float, together: bool
+) -> tuple[list[float], list[float]]:
+    """Of each stage, its part of the rank's cap, and the share of its peak that counts."""
+    caps, shares = [0.0] * schedule.num_stages, [1.0] * schedule.num_stages
+    for rank in range(schedule.num_ranks):
+        own = schedule.stages_of(rank)
+        total = sum(peaks.waiting[stage] for stage in own)
+        for stage in own:
+            caps[stage] = fixed + max(0.0, problem.cap_bytes[rank] - len(own) * fixed) * peaks.waiting[stage] / total
+            shares[stage] = 1.0 if together else peaks.of_ranks[rank] / total
+    return caps, shares
 
 
-def rank_peaks(schedule: PipelineSchedule) -> list[int]:
-    """Of each pipeline rank."""
-    return _peaks(schedule, lambda rank, stage: rank, schedule.num_ranks)
+def _products(values: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    return tuple(value * share for value, share in zip(values, shares, strict=True))
 
 
-def _peaks(schedule: PipelineSchedule, key: Callable[[int, int], int], count: int) -> list[int]:
-    waiting, most = [0] * count, [0] * count
-    split = schedule.split
+@dataclass(frozen=True, slots=True)
+class PeakTokens:
+    """Tokens that wait at one time, at most: of each virtual stage, as in StageLimits, and of each rank."""
+
+    waiting: list[float]
+    held: list[float]
+    deferred: list[float]
+    of_ranks: list[float]
+    """As `waiting`."""
+
+
+def peak_tokens(schedule: PipelineSchedule, sizes: Sequence[Sequence[int]]) -> PeakTokens:
+    """What the orders of a schedule come to. `sizes`: tokens of each micro-batch's slices."""
+    stages, split = schedule.num_stages, schedule.split
+    peaks = PeakTokens([0.0] * stages, [0.0] * stages, [0.0] * stages, [0.0] * schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
+        held, deferred = dict.fromkeys(schedule.stages_of(rank), 0), dict.fromkeys(schedule.stages_of(rank), 0)
+        total = 0
         for unit in order:
-            place = key(rank, unit.stage)
+            stage, tokens = unit.stage, sizes[unit.micro_batch][unit.slice]
             if unit.kind is UnitKind.FORWARD:
-                waiting[place] += 1
-                most[place] = max(most[place], waiting[place])
-            elif unit.kind is UnitKind.WEIGHT or unit not in split:
-                waiting[place] -= 1
-    return most
+                held[stage] += tokens
+                total += tokens
+                peaks.held[stage] = max(peaks.held[stage], held[stage])
+                peaks.waiting[stage] = max(peaks.waiting[stage], held[stage] + deferred[stage])
+                peaks.of_ranks[rank] = max(peaks.of_ranks[rank], total)
+            elif unit.kind is UnitKind.WEIGHT:
+                deferred[stage] -= tokens
+                total -= tokens
+            else:
+                held[stage] -= tokens
+                later = tokens if unit in split else 0
+                deferred[stage] += later
+                total += later - tokens
+                peaks.deferred[stage] = max(peaks.deferred[stage], deferred[stage])
+    return peaks
