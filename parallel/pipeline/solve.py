@@ -20,6 +20,8 @@ from .slices import slice_work
 from .virtual_stages import dual_pipe_v, interleaved, zbv
 from .work import Batch, ModelLoad, Recompute, unit_costs
 
+Sizes = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineProblem:
@@ -96,8 +98,12 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
     _check(problem)
     best: Trial | None = None
     trials = []
+    sizes: dict[int, Sizes] = {}
     for candidate in candidates(problem):
-        trial = try_candidate(problem, candidate, best.timeline.step_s if best and best.timeline else float("inf"))
+        if candidate.slices not in sizes:
+            sizes[candidate.slices] = problem.batch.sizes(problem.model, candidate.slices)
+        limit = best.timeline.step_s if best and best.timeline else float("inf")
+        trial = try_candidate(problem, candidate, limit, sizes[candidate.slices])
         trials.append(trial)
         if trial.timeline is not None and (best is None or best.timeline is None or trial.timeline.step_s < best.timeline.step_s):
             best = trial
@@ -108,9 +114,9 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
     return PipelineChoice(
         candidate=best.candidate,
         partition=best.partition,
-        sizes=problem.batch.sizes(problem.model, best.candidate.slices),
+        sizes=sizes[best.candidate.slices],
         timeline=best.timeline,
-        lower_bound_s=lower_bound_s(problem.model, problem.batch, problem.ranks, problem.slices),
+        lower_bound_s=lower_bound_s(problem.model, problem.batch, problem.ranks, list(sizes.values())),
         trials=tuple(trials),
     )
 
@@ -149,11 +155,14 @@ def _interleaved(ranks: int, batches: int, virtual: int, slices: int) -> Callabl
     return lambda: interleaved(ranks, batches, virtual, slices)
 
 
-def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf")) -> Trial:
-    """Cut a candidate's stages within memory and simulate it, unless its busiest rank alone takes `faster_than_s`."""
+def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf"), sizes: Sizes | None = None) -> Trial:
+    """Cut a candidate's stages within memory and simulate it, unless its busiest rank alone takes `faster_than_s`.
+
+    `sizes`: tokens of the slices of each micro-batch, where they are known.
+    """
     schedule = candidate.make()
     simulator = Simulator(schedule)
-    sizes = problem.batch.sizes(problem.model, candidate.slices)
+    sizes = sizes or problem.batch.sizes(problem.model, candidate.slices)
     reason = ""
     for limits in _limits(problem, schedule, sizes):
         try:
