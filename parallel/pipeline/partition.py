@@ -165,6 +165,14 @@ def given_partition(
     return _partition(model, counts, tokens, pairs, recompute, limits)
 
 
+def least_share(
+    model: ModelLoad, stages: int, *, tokens: float, pairs: float, recompute: Sequence[Recompute], limits: StageLimits | None
+) -> float:
+    """Of its cap, what the fullest stage holds in the partition that comes nearest: above 1 none fits."""
+    _, share = _tables(model, stages, tokens, pairs, recompute, limits)
+    return _best(share, np.maximum)[0]
+
+
 def _check_stages(model: ModelLoad, stages: int) -> None:
     if not 1 <= stages <= len(model.layers):
         expected = f"1 to {len(model.layers)}, the model's layers"

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import PlanError
 from .generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
-from .partition import GIB, Partition, StageLimits, balanced, partition
+from .partition import GIB, Partition, StageLimits, balanced, least_share, partition
 from .pipeline_bound import lower_bound_s
 from .pipeline_plan import PipelineSchedule, UnitKind
 from .simulate import PipelineCosts, PipelineTimeline, Simulator
@@ -62,6 +63,8 @@ class Trial:
     timeline: PipelineTimeline | None = None
     """None: it was not simulated, `reason` says why."""
     reason: str = ""
+    share: float = 0.0
+    """Of the memory there is, what it needs at least: above 1 where it does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +111,10 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
         if trial.timeline is not None and (best is None or best.timeline is None or trial.timeline.step_s < best.timeline.step_s):
             best = trial
     if best is None or best.timeline is None or best.partition is None:
-        reasons = "; ".join(dict.fromkeys(f"{trial.candidate}: {trial.reason}" for trial in trials))
+        nearest = min(trials, key=lambda trial: trial.share)
+        found = f"none of {len(trials)} schedules that fits; nearest is {nearest.candidate}: {nearest.reason}"
         hint = "smaller micro-batches, more ranks, more slices"
-        raise PlanError("pipeline=auto", found=f"no schedule that fits ({reasons})", expected="one within memory", hint=hint)
+        raise PlanError("pipeline=auto", found=found, expected="one within memory", hint=hint)
     return PipelineChoice(
         candidate=best.candidate,
         partition=best.partition,
@@ -163,24 +167,25 @@ def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s:
     schedule = candidate.make()
     simulator = Simulator(schedule)
     sizes = sizes or problem.batch.sizes(problem.model, candidate.slices)
-    reason = ""
+    reason, share = "no cap leaves room beside weights", float("inf")
     for limits in _limits(problem, schedule, sizes):
         try:
             cut = _cut(problem, schedule, limits)
         except PlanError as error:
-            reason = error.found
+            reason, share = error.found, least_share(problem.model, schedule.num_stages, **_means(problem), limits=limits)
             continue
         costs = _costs(problem, cut, sizes)
         peaks = simulator.peak_bytes(costs)
         rank = max(range(problem.ranks), key=lambda rank: peaks[rank] / problem.cap_bytes[rank])
         if peaks[rank] > problem.cap_bytes[rank]:
+            share = peaks[rank] / problem.cap_bytes[rank]
             reason = f"{peaks[rank] / GIB:.2f} GiB on rank {rank} of {problem.cap_bytes[rank] / GIB:.2f} with layers {cut}"
             continue
         busy = max(simulator.busy_s(costs))
         if busy >= faster_than_s:
             return Trial(candidate=candidate, partition=cut, reason=f"its busiest rank alone takes {busy:.3f} s")
         return Trial(candidate=candidate, partition=cut, timeline=simulator.run(costs))
-    return Trial(candidate=candidate, reason=reason)
+    return Trial(candidate=candidate, reason=reason, share=share)
 
 
 def _costs(problem: PipelineProblem, cut: Partition, sizes: Sequence[Sequence[int]]) -> PipelineCosts:
@@ -190,14 +195,18 @@ def _costs(problem: PipelineProblem, cut: Partition, sizes: Sequence[Sequence[in
 
 def _cut(problem: PipelineProblem, schedule: PipelineSchedule, limits: StageLimits | None) -> Partition:
     """The best partition for the mean micro-batch; without limits nothing is recomputed."""
-    batches = problem.batch.micro_batches
-    tokens = sum(map(sum, batches)) / len(batches)
-    pairs = sum(slice_work(documents, [sum(documents)], 0.0, 1.0)[0] for documents in batches) / len(batches)
-    options = {"tokens": tokens, "pairs": pairs}
-    cut = partition(problem.model, schedule.num_stages, **options, recompute=problem.recompute, limits=limits)
+    means = _means(problem)
+    cut = partition(problem.model, schedule.num_stages, **means, limits=limits)
     if schedule.num_stages == schedule.num_ranks:
         return cut
-    return balanced(problem.model, cut, schedule.stage_ranks, **options, recompute=problem.recompute, limits=limits)
+    return balanced(problem.model, cut, schedule.stage_ranks, **means, limits=limits)
+
+
+def _means(problem: PipelineProblem) -> dict[str, Any]:
+    """What a partition is made for: the mean micro-batch, and ways to recompute."""
+    batches = problem.batch.micro_batches
+    pairs = sum(slice_work(documents, [sum(documents)], 0.0, 1.0)[0] for documents in batches) / len(batches)
+    return {"tokens": sum(map(sum, batches)) / len(batches), "pairs": pairs, "recompute": problem.recompute}
 
 
 def _limits(problem: PipelineProblem, schedule: PipelineSchedule, sizes: Sequence[Sequence[int]]) -> Iterator[StageLimits | None]:

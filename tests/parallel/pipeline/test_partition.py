@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError, PlanError
-from efflaunch.parallel.pipeline.partition import GIB, StageLimits, balanced, given_partition, layer_seconds, partition
+from efflaunch.parallel.pipeline.partition import GIB, StageLimits, balanced, given_partition, layer_seconds, least_share, partition
 from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
 
 LAYER = LayerLoad(token_s=1.0, kept_bytes=GIB, input_bytes=GIB / 8, fixed_bytes=GIB)
@@ -171,3 +171,17 @@ def test_ranks_with_several_stages_become_even() -> None:
     assert slowest_rank(found.counts) == pytest.approx(min(map(slowest_rank, every_way(10, 6))))
     assert slowest_rank(found.counts) <= slowest_rank(start.counts)
     assert balanced(model, found, owners, **ROWS) == found
+
+
+def test_the_least_share_decides_whether_any_partition_fits() -> None:
+    model = ModelLoad(layers=(LAYER,) * 8)
+    for cap in (9.0, 11.9, 12.1, 30.0):
+        limits = limited(1.0, (4, 1), (cap * GIB,) * 2)
+        share = least_share(model, 2, **ROWS, recompute=(Recompute.NONE,), limits=limits)
+        # Two layers hold 2 + 4 x 2, six hold 6 + 6; three would hold 15.
+        assert share == pytest.approx(12 / cap)
+        if share > 1:
+            with pytest.raises(PlanError, match="no partition fits"):
+                partition(model, 2, **ROWS, limits=limits)
+        else:
+            assert partition(model, 2, **ROWS, limits=limits).counts[0] >= 2
