@@ -22,14 +22,17 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageLimits:
-    """What a stage may hold, and of how many rows."""
+    """What a stage may hold, and of how many tokens. A value for each stage but for the first."""
 
-    tokens: float
-    """Of the largest micro-batch, or slice of it."""
-    in_flight: tuple[int, ...]
-    """Of each stage: such units that wait for their backward pass at one time."""
+    unit_tokens: float
+    """Of the largest micro-batch, or slice of it: what one unit works on."""
+    waiting_tokens: tuple[float, ...]
+    """Most at one time between forward and the end of backward, gradients of weights counted."""
+    held_tokens: tuple[float, ...]
+    """Most between forward and gradients of inputs."""
+    deferred_tokens: tuple[float, ...]
+    """Most between gradients of inputs and those of weights, where they are units of their own."""
     cap_bytes: tuple[float, ...]
-    """Of each stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,14 @@ def given_partition(
     return _partition(model, counts, tokens, pairs, recompute, limits)
 
 
+def least_share(
+    model: ModelLoad, stages: int, *, tokens: float, pairs: float, recompute: Sequence[Recompute], limits: StageLimits | None
+) -> float:
+    """Of its cap, what the fullest stage holds in the partition that comes nearest: above 1 none fits."""
+    _, share = _tables(model, stages, tokens, pairs, recompute, limits)
+    return _best(share, np.maximum)[0]
+
+
 def _check_stages(model: ModelLoad, stages: int) -> None:
     if not 1 <= stages <= len(model.layers):
         expected = f"1 to {len(model.layers)}, the model's layers"
@@ -198,14 +209,20 @@ def _tables(
     seconds = {way: _sums([layer_seconds(one, tokens, pairs, way) for one in layers], starts, stops) for way in recompute}
     if limits is None:
         return [np.minimum.reduce(list(seconds.values()))] * stages, [_of_layers(np.zeros_like(seconds[recompute[0]]))] * stages
-    if len(limits.cap_bytes) != stages or len(limits.in_flight) != stages or min(limits.cap_bytes) <= 0:
-        found = f"{len(limits.cap_bytes)} caps and {len(limits.in_flight)} units in flight of {stages} stages"
+    columns = limits.waiting_tokens, limits.held_tokens, limits.deferred_tokens, limits.cap_bytes
+    if any(len(column) != stages for column in columns) or min(limits.cap_bytes) <= 0:
+        found = f"{len(limits.cap_bytes)} caps for {stages} stages, the smallest {min(limits.cap_bytes, default=0.0):g}"
         raise PlanError("pipeline partition", found=found, expected="one above 0 of each stage", hint="a cap for each stage")
     fixed = _sums([one.fixed_bytes for one in layers], starts, stops)
-    held = {way: _activations(layers, starts, stops, way) for way in recompute}
+    kept, _ = _activations(layers, starts, stops, Recompute.NONE)
+    tables = {way: _activations(layers, starts, stops, way) for way in recompute}
     fastest, least = [], []
-    for in_flight, cap in zip(limits.in_flight, limits.cap_bytes, strict=True):
-        shares = {way: (fixed + limits.tokens * (in_flight * held[way][0] + held[way][1])) / cap for way in recompute}
+    for waiting, held, deferred, cap in zip(*columns, strict=True):
+        shares = {}
+        for way, (own, work) in tables.items():
+            # Gradients of weights need what was kept or recomputed.
+            waits = ((waiting, kept),) if way is Recompute.NONE else ((held, own), (deferred, kept))
+            shares[way] = (fixed + sum(tokens * table for tokens, table in waits if tokens) + limits.unit_tokens * work) / cap
         fastest.append(np.minimum.reduce([np.where(shares[way] <= 1.0, seconds[way], np.inf) for way in recompute]))
         least.append(np.minimum.reduce(list(shares.values())))
     return fastest, least

@@ -11,19 +11,19 @@ from .slices import slice_work
 from .work import PAIR_BACKWARD, Batch, LayerLoad, ModelLoad
 
 
-def lower_bound_s(model: ModelLoad, batch: Batch, ranks: int, slices: Sequence[int]) -> float:
+def lower_bound_s(model: ModelLoad, batch: Batch, ranks: int, cuts: Sequence[Sequence[Sequence[int]]]) -> float:
     """The larger of two times, both without messages and recomputation.
 
     All work shared evenly over the ranks, with what they must wait: the rank with the i-th earliest stage starts when at least i layers
     before it have had one slice, and ends when its gradients have gone back through as many. And the slowest slice's way forward through
-    all layers and back.
+    all layers and back. `cuts`: every way in which micro-batches may be sliced, as the tokens of each one's slices.
     """
     ends = (model.embedding, *model.layers, model.head)
-    cuts = [_rows(batch, batch.sizes(model, count)) for count in slices]
-    total = sum(float(_seconds(one, *cuts[0], weights=True).sum()) for one in ends)
-    least = min(float(_seconds(one, *rows).min()) for rows in cuts for one in set(model.layers))
+    every = [_rows(batch, sizes) for sizes in cuts]
+    total = sum(float(_seconds(one, *every[0], weights=True).sum()) for one in ends)
+    least = min(float(_seconds(one, *rows).min()) for rows in every for one in set(model.layers))
     fill = least * ranks * (ranks - 1) / 2
-    way = min(float(np.sum([_seconds(one, *rows) for one in ends], axis=0).max()) for rows in cuts)
+    way = min(float(np.sum([_seconds(one, *rows) for one in ends], axis=0).max()) for rows in every)
     return max((total + fill) / ranks, way)
 
 

@@ -186,7 +186,7 @@ class Simulator:
             schedule=self.schedule,
             starts_s=tuple(map(tuple, starts)),
             ends_s=tuple(map(tuple, ends)),
-            step_s=max(made[-1] for made in ends),
+            step_s=max((made[-1] for made in ends if made), default=0.0),
             peak_bytes=self.peak_bytes(costs),
         )
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import PlanError
 from .generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
-from .partition import GIB, Partition, StageLimits, balanced, partition
+from .partition import GIB, Partition, StageLimits, balanced, least_share, partition
 from .pipeline_bound import lower_bound_s
 from .pipeline_plan import PipelineSchedule, UnitKind
 from .simulate import PipelineCosts, PipelineTimeline, Simulator
 from .slices import slice_work
 from .virtual_stages import dual_pipe_v, interleaved, zbv
 from .work import Batch, ModelLoad, Recompute, unit_costs
+
+Sizes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,8 @@ class Trial:
     timeline: PipelineTimeline | None = None
     """None: it was not simulated, `reason` says why."""
     reason: str = ""
+    share: float = 0.0
+    """Of the memory there is, what it needs at least: above 1 where it does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,21 +101,26 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
     _check(problem)
     best: Trial | None = None
     trials = []
+    sizes: dict[int, Sizes] = {}
     for candidate in candidates(problem):
-        trial = try_candidate(problem, candidate, best.timeline.step_s if best and best.timeline else float("inf"))
+        if candidate.slices not in sizes:
+            sizes[candidate.slices] = problem.batch.sizes(problem.model, candidate.slices)
+        limit = best.timeline.step_s if best and best.timeline else float("inf")
+        trial = try_candidate(problem, candidate, limit, sizes[candidate.slices])
         trials.append(trial)
         if trial.timeline is not None and (best is None or best.timeline is None or trial.timeline.step_s < best.timeline.step_s):
             best = trial
     if best is None or best.timeline is None or best.partition is None:
-        reasons = "; ".join(dict.fromkeys(f"{trial.candidate}: {trial.reason}" for trial in trials))
+        nearest = min(trials, key=lambda trial: trial.share)
+        found = f"none of {len(trials)} schedules that fits; nearest is {nearest.candidate}: {nearest.reason}"
         hint = "smaller micro-batches, more ranks, more slices"
-        raise PlanError("pipeline=auto", found=f"no schedule that fits ({reasons})", expected="one within memory", hint=hint)
+        raise PlanError("pipeline=auto", found=found, expected="one within memory", hint=hint)
     return PipelineChoice(
         candidate=best.candidate,
         partition=best.partition,
-        sizes=problem.batch.sizes(problem.model, best.candidate.slices),
+        sizes=sizes[best.candidate.slices],
         timeline=best.timeline,
-        lower_bound_s=lower_bound_s(problem.model, problem.batch, problem.ranks, problem.slices),
+        lower_bound_s=lower_bound_s(problem.model, problem.batch, problem.ranks, list(sizes.values())),
         trials=tuple(trials),
     )
 
@@ -149,29 +159,33 @@ def _interleaved(ranks: int, batches: int, virtual: int, slices: int) -> Callabl
     return lambda: interleaved(ranks, batches, virtual, slices)
 
 
-def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf")) -> Trial:
-    """Cut a candidate's stages within memory and simulate it, unless its busiest rank alone takes `faster_than_s`."""
+def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf"), sizes: Sizes | None = None) -> Trial:
+    """Cut a candidate's stages within memory and simulate it, unless its busiest rank alone takes `faster_than_s`.
+
+    `sizes`: tokens of the slices of each micro-batch, where they are known.
+    """
     schedule = candidate.make()
     simulator = Simulator(schedule)
-    sizes = problem.batch.sizes(problem.model, candidate.slices)
-    reason = ""
+    sizes = sizes or problem.batch.sizes(problem.model, candidate.slices)
+    reason, share = "no cap leaves room beside weights", float("inf")
     for limits in _limits(problem, schedule, sizes):
         try:
             cut = _cut(problem, schedule, limits)
         except PlanError as error:
-            reason = error.found
+            reason, share = error.found, least_share(problem.model, schedule.num_stages, **_means(problem), limits=limits)
             continue
         costs = _costs(problem, cut, sizes)
         peaks = simulator.peak_bytes(costs)
         rank = max(range(problem.ranks), key=lambda rank: peaks[rank] / problem.cap_bytes[rank])
         if peaks[rank] > problem.cap_bytes[rank]:
+            share = peaks[rank] / problem.cap_bytes[rank]
             reason = f"{peaks[rank] / GIB:.2f} GiB on rank {rank} of {problem.cap_bytes[rank] / GIB:.2f} with layers {cut}"
             continue
         busy = max(simulator.busy_s(costs))
         if busy >= faster_than_s:
             return Trial(candidate=candidate, partition=cut, reason=f"its busiest rank alone takes {busy:.3f} s")
         return Trial(candidate=candidate, partition=cut, timeline=simulator.run(costs))
-    return Trial(candidate=candidate, reason=reason)
+    return Trial(candidate=candidate, reason=reason, share=share)
 
 
 def _costs(problem: PipelineProblem, cut: Partition, sizes: Sequence[Sequence[int]]) -> PipelineCosts:
@@ -181,59 +195,96 @@ def _costs(problem: PipelineProblem, cut: Partition, sizes: Sequence[Sequence[in
 
 def _cut(problem: PipelineProblem, schedule: PipelineSchedule, limits: StageLimits | None) -> Partition:
     """The best partition for the mean micro-batch; without limits nothing is recomputed."""
-    batches = problem.batch.micro_batches
-    tokens = sum(map(sum, batches)) / len(batches)
-    pairs = sum(slice_work(documents, [sum(documents)], 0.0, 1.0)[0] for documents in batches) / len(batches)
-    options = {"tokens": tokens, "pairs": pairs}
-    cut = partition(problem.model, schedule.num_stages, **options, recompute=problem.recompute, limits=limits)
+    means = _means(problem)
+    cut = partition(problem.model, schedule.num_stages, **means, limits=limits)
     if schedule.num_stages == schedule.num_ranks:
         return cut
-    return balanced(problem.model, cut, schedule.stage_ranks, **options, recompute=problem.recompute, limits=limits)
+    return balanced(problem.model, cut, schedule.stage_ranks, **means, limits=limits)
+
+
+def _means(problem: PipelineProblem) -> dict[str, Any]:
+    """What a partition is made for: the mean micro-batch, and ways to recompute."""
+    batches = problem.batch.micro_batches
+    pairs = sum(slice_work(documents, [sum(documents)], 0.0, 1.0)[0] for documents in batches) / len(batches)
+    return {"tokens": sum(map(sum, batches)) / len(batches), "pairs": pairs, "recompute": problem.recompute}
 
 
 def _limits(problem: PipelineProblem, schedule: PipelineSchedule, sizes: Sequence[Sequence[int]]) -> Iterator[StageLimits | None]:
-    """None at first. Then caps: a rank's goes to its stages by what each has in flight.
+    """None at first. Then caps: a rank's goes to its stages by the tokens that each has in flight.
 
-    Stages of a rank have their most units at different times, so the rank's most units are shared out before the sum of theirs is.
+    Stages of a rank hold most at different times, so the rank's peak is shared out before the sum of theirs is.
     What is simulated decides whether memory suffices.
     """
     yield None
-    tokens = max(max(row) for row in sizes)
-    stages, fixed = problem.model, 0.0
-    fixed = sum(one.fixed_bytes for one in (*stages.layers, stages.embedding, stages.head)) / schedule.num_stages
-    own = stage_peaks(schedule)
-    together = rank_peaks(schedule)
-    for cautious in (False, True) if schedule.num_stages > schedule.num_ranks else (True,):
-        in_flight, caps = list(own), [0.0] * schedule.num_stages
-        for rank in range(schedule.num_ranks):
-            held = schedule.stages_of(rank)
-            total = sum(own[stage] for stage in held)
-            for stage in held:
-                caps[stage] = fixed + max(0.0, problem.cap_bytes[rank] - len(held) * fixed) * own[stage] / total
-                in_flight[stage] = own[stage] if cautious else -(-own[stage] * together[rank] // total)
-        if min(caps) > 0:
-            yield StageLimits(tokens=tokens, in_flight=tuple(in_flight), cap_bytes=tuple(caps))
+    loads = (*problem.model.layers, problem.model.embedding, problem.model.head)
+    fixed = sum(one.fixed_bytes for one in loads) / schedule.num_stages
+    peaks = peak_tokens(schedule, sizes)
+    several = schedule.num_stages > schedule.num_ranks
+    # Whether stages of a rank are at their peaks at one time; whether gradients of weights wait while most inputs do.
+    for together, deferred in ((False, False), (False, True), (True, True)):
+        if (several or together) and (deferred or schedule.split or several):
+            caps, shares = _caps(problem, schedule, peaks, fixed, together)
+            if min(caps) > 0:
+                yield StageLimits(
+                    unit_tokens=max(max(row) for row in sizes),
+                    waiting_tokens=_products(peaks.waiting, shares),
+                    held_tokens=_products(peaks.held, shares),
+                    deferred_tokens=_products(peaks.deferred, shares if deferred else [0.0] * len(shares)),
+                    cap_bytes=tuple(caps),
+                )
 
 
-def stage_peaks(schedule: PipelineSchedule) -> list[int]:
-    """Units of each virtual stage that wait for their last backward pass, at most at one time."""
-    return _peaks(schedule, lambda rank, stage: stage, schedule.num_stages)
+def _caps(
+    problem: PipelineProblem, schedule: PipelineSchedule, peaks: PeakTokens, fixed: float, together: bool
+) -> tuple[list[float], list[float]]:
+    """Of each stage, its part of the rank's cap, and the share of its peak that counts."""
+    caps, shares = [0.0] * schedule.num_stages, [1.0] * schedule.num_stages
+    for rank in range(schedule.num_ranks):
+        own = schedule.stages_of(rank)
+        total = sum(peaks.waiting[stage] for stage in own)
+        for stage in own:
+            caps[stage] = fixed + max(0.0, problem.cap_bytes[rank] - len(own) * fixed) * peaks.waiting[stage] / total
+            shares[stage] = 1.0 if together else peaks.of_ranks[rank] / total
+    return caps, shares
 
 
-def rank_peaks(schedule: PipelineSchedule) -> list[int]:
-    """Of each pipeline rank."""
-    return _peaks(schedule, lambda rank, stage: rank, schedule.num_ranks)
+def _products(values: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    return tuple(value * share for value, share in zip(values, shares, strict=True))
 
 
-def _peaks(schedule: PipelineSchedule, key: Callable[[int, int], int], count: int) -> list[int]:
-    waiting, most = [0] * count, [0] * count
-    split = schedule.split
+@dataclass(frozen=True, slots=True)
+class PeakTokens:
+    """Tokens that wait at one time, at most: of each virtual stage, as in StageLimits, and of each rank."""
+
+    waiting: list[float]
+    held: list[float]
+    deferred: list[float]
+    of_ranks: list[float]
+    """As `waiting`."""
+
+
+def peak_tokens(schedule: PipelineSchedule, sizes: Sequence[Sequence[int]]) -> PeakTokens:
+    """What the orders of a schedule come to. `sizes`: tokens of each micro-batch's slices."""
+    stages, split = schedule.num_stages, schedule.split
+    peaks = PeakTokens([0.0] * stages, [0.0] * stages, [0.0] * stages, [0.0] * schedule.num_ranks)
     for rank, order in enumerate(schedule.orders):
+        held, deferred = dict.fromkeys(schedule.stages_of(rank), 0), dict.fromkeys(schedule.stages_of(rank), 0)
+        total = 0
         for unit in order:
-            place = key(rank, unit.stage)
+            stage, tokens = unit.stage, sizes[unit.micro_batch][unit.slice]
             if unit.kind is UnitKind.FORWARD:
-                waiting[place] += 1
-                most[place] = max(most[place], waiting[place])
-            elif unit.kind is UnitKind.WEIGHT or unit not in split:
-                waiting[place] -= 1
-    return most
+                held[stage] += tokens
+                total += tokens
+                peaks.held[stage] = max(peaks.held[stage], held[stage])
+                peaks.waiting[stage] = max(peaks.waiting[stage], held[stage] + deferred[stage])
+                peaks.of_ranks[rank] = max(peaks.of_ranks[rank], total)
+            elif unit.kind is UnitKind.WEIGHT:
+                deferred[stage] -= tokens
+                total -= tokens
+            else:
+                held[stage] -= tokens
+                later = tokens if unit in split else 0
+                deferred[stage] += later
+                total += later - tokens
+                peaks.deferred[stage] = max(peaks.deferred[stage], deferred[stage])
+    return peaks

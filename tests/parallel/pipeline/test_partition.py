@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from efflaunch.errors import ConfigError, PlanError
-from efflaunch.parallel.pipeline.partition import GIB, StageLimits, balanced, given_partition, layer_seconds, partition
+from efflaunch.parallel.pipeline.partition import GIB, StageLimits, balanced, given_partition, layer_seconds, least_share, partition
 from efflaunch.parallel.pipeline.work import Batch, LayerLoad, ModelLoad, Recompute, unit_costs
 
 LAYER = LayerLoad(token_s=1.0, kept_bytes=GIB, input_bytes=GIB / 8, fixed_bytes=GIB)
 ROWS = {"tokens": 1.0, "pairs": 0.0}
+
+
+def limited(tokens: float, in_flight: Sequence[int], caps: tuple[float, ...]) -> StageLimits:
+    waiting = tuple(tokens * count for count in in_flight)
+    return StageLimits(
+        unit_tokens=tokens, waiting_tokens=waiting, held_tokens=waiting, deferred_tokens=(0.0,) * len(waiting), cap_bytes=caps
+    )
 
 
 def every_way(layers: int, stages: int) -> list[tuple[int, ...]]:
@@ -44,7 +53,10 @@ def fastest(model: ModelLoad, counts: tuple[int, ...], rows: dict[str, float], w
         table = unit_costs(model, batch, counts, batch.sizes(model, 1), (way,) * len(counts))
         for index, part in enumerate(model.on_stages(counts)):
             held, work = table.held_bytes[index, 0, 0], table.work_bytes[index, 0, 0]
-            if limits is None or table.fixed_bytes[index] + limits.in_flight[index] * held + work <= limits.cap_bytes[index]:
+            if (
+                limits is None
+                or table.fixed_bytes[index] + limits.held_tokens[index] / rows["tokens"] * held + work <= limits.cap_bytes[index]
+            ):
                 stages[index].append(sum(layer_seconds(one, rows["tokens"], rows["pairs"], way) for one in part))
     return max(min(seconds, default=math.inf) for seconds in stages)
 
@@ -57,7 +69,7 @@ def test_no_other_partition_that_fits_is_faster() -> None:
         stages = rng.randint(1, min(4, len(model.layers)))
         rows, ways = {"tokens": float(rng.randint(1, 3)), "pairs": rng.choice((0.0, 2.0))}, rng.sample(list(Recompute), rng.randint(1, 4))
         caps = tuple(rng.uniform(6, 40) for _ in range(stages))
-        limits = StageLimits(tokens=rows["tokens"], in_flight=tuple(range(stages, 0, -1)), cap_bytes=caps)
+        limits = limited(rows["tokens"], range(stages, 0, -1), caps)
         every = every_way(len(model.layers), stages)
         free = partition(model, stages, **rows, recompute=ways)
         assert free.slowest_s == pytest.approx(min(fastest(model, way, rows, ways, None) for way in every))
@@ -70,7 +82,7 @@ def test_no_other_partition_that_fits_is_faster() -> None:
         found = partition(model, stages, **rows, recompute=ways, limits=limits)
         assert found.slowest_s == pytest.approx(best) == pytest.approx(fastest(model, found.counts, rows, ways, limits))
         table = unit_costs(model, Batch.equal(1, int(rows["tokens"])), found.counts, [[int(rows["tokens"])]], found.recompute)
-        held = table.fixed_bytes + limits.in_flight * table.held_bytes[:, 0, 0] + table.work_bytes[:, 0, 0]
+        held = table.fixed_bytes + np.array(limits.held_tokens) / rows["tokens"] * table.held_bytes[:, 0, 0] + table.work_bytes[:, 0, 0]
         assert (held <= np.array(caps)).all()
         fitted, mixed = fitted + 1, mixed + (len(set(found.recompute)) > 1)
     assert fitted > 80 and refused > 50 and mixed > 5
@@ -95,13 +107,13 @@ def test_a_heavy_head_takes_layers_off_the_last_stage() -> None:
 
 def test_memory_of_stages_that_hold_more_micro_batches_moves_layers() -> None:
     model = ModelLoad(layers=(LAYER,) * 8)
-    caps = StageLimits(tokens=1.0, in_flight=(4, 1), cap_bytes=(16 * GIB, 16 * GIB))
+    caps = limited(1.0, (4, 1), (16 * GIB, 16 * GIB))
     assert partition(model, 2, **ROWS, limits=caps).counts == (3, 5)
 
 
 def test_a_stage_that_does_not_fit_is_named_with_the_partition_that_would() -> None:
     model = ModelLoad(layers=(LAYER,) * 8)
-    caps = StageLimits(tokens=1.0, in_flight=(4, 1), cap_bytes=(16 * GIB, 16 * GIB))
+    caps = limited(1.0, (4, 1), (16 * GIB, 16 * GIB))
     assert given_partition(model, [3, 5], 2, **ROWS, limits=caps).slowest_s == pytest.approx(15.0)
     with pytest.raises(PlanError) as error:
         given_partition(model, [4, 4], 2, **ROWS, limits=caps)
@@ -111,7 +123,7 @@ def test_a_stage_that_does_not_fit_is_named_with_the_partition_that_would() -> N
 
 def test_where_none_fits_the_nearest_is_named() -> None:
     model = ModelLoad(layers=(LAYER,) * 8)
-    caps = StageLimits(tokens=1.0, in_flight=(4, 1), cap_bytes=(9 * GIB, 9 * GIB))
+    caps = limited(1.0, (4, 1), (9 * GIB, 9 * GIB))
     for call in (lambda: partition(model, 2, **ROWS, limits=caps), lambda: given_partition(model, [2, 6], 2, **ROWS, limits=caps)):
         with pytest.raises(PlanError, match="no partition fits") as error:
             call()
@@ -130,11 +142,20 @@ def test_more_stages_than_layers_are_refused(stages: int) -> None:
         partition(ModelLoad(layers=(LAYER,) * 8), stages, **ROWS)
 
 
-@pytest.mark.parametrize("change", [{"cap_bytes": (1.0,)}, {"in_flight": (1,)}, {"cap_bytes": (1.0, 0.0)}])
-def test_limits_of_other_stages_are_refused(change: dict[str, object]) -> None:
-    given = {"tokens": 1.0, "in_flight": (1, 1), "cap_bytes": (1e12, 1e12), **change}
+@pytest.mark.parametrize("change", [{"cap_bytes": (1.0,)}, {"held_tokens": (1.0,)}, {"cap_bytes": (1.0, 0.0)}])
+def test_limits_of_other_stages_are_refused(change: dict[str, tuple[float, ...]]) -> None:
     with pytest.raises(PlanError, match="one above 0 of each stage"):
-        partition(ModelLoad(layers=(LAYER,) * 8), 2, **ROWS, limits=StageLimits(**given))
+        partition(ModelLoad(layers=(LAYER,) * 8), 2, **ROWS, limits=replace(limited(1.0, (1, 1), (1e12, 1e12)), **change))
+
+
+def test_deferred_gradients_of_weights_hold_what_was_recomputed() -> None:
+    model = ModelLoad(layers=(LAYER,) * 4)
+    given = replace(limited(1.0, (4, 4), (12 * GIB,) * 2), deferred_tokens=(2.0, 0.0))
+    # Two layers: 2 of weights, 4 x 2 / 8 of inputs, 1 of work; and 2 x 2 that wait for gradients of weights.
+    found = partition(model, 2, **ROWS, recompute=(Recompute.LAYER,), limits=replace(given, cap_bytes=(8 * GIB, 4 * GIB)))
+    assert found.counts == (2, 2)
+    with pytest.raises(PlanError, match=r"7.99 GiB or less"):
+        partition(model, 2, **ROWS, recompute=(Recompute.LAYER,), limits=replace(given, cap_bytes=(7.99 * GIB, 4 * GIB)))
 
 
 def test_ranks_with_several_stages_become_even() -> None:
@@ -150,3 +171,17 @@ def test_ranks_with_several_stages_become_even() -> None:
     assert slowest_rank(found.counts) == pytest.approx(min(map(slowest_rank, every_way(10, 6))))
     assert slowest_rank(found.counts) <= slowest_rank(start.counts)
     assert balanced(model, found, owners, **ROWS) == found
+
+
+def test_the_least_share_decides_whether_any_partition_fits() -> None:
+    model = ModelLoad(layers=(LAYER,) * 8)
+    for cap in (9.0, 11.9, 12.1, 30.0):
+        limits = limited(1.0, (4, 1), (cap * GIB,) * 2)
+        share = least_share(model, 2, **ROWS, recompute=(Recompute.NONE,), limits=limits)
+        # Two layers hold 2 + 4 x 2, six hold 6 + 6; three would hold 15.
+        assert share == pytest.approx(12 / cap)
+        if share > 1:
+            with pytest.raises(PlanError, match="no partition fits"):
+                partition(model, 2, **ROWS, limits=limits)
+        else:
+            assert partition(model, 2, **ROWS, limits=limits).counts[0] >= 2

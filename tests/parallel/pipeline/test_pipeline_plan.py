@@ -21,28 +21,9 @@ from efflaunch.parallel.pipeline.pipeline_plan import (
     with_transfers,
 )
 from efflaunch.parallel.pipeline.pipeline_text import parse
+from efflaunch.tests.parallel.pipeline.random_problems import runs_to_the_end
 
 F, B, W = UnitKind.FORWARD, UnitKind.BACKWARD, UnitKind.WEIGHT
-
-
-def runs_to_the_end(schedule: PipelineSchedule, rng: random.Random) -> bool:
-    """Execute units one at a time, on a rank chosen at random, by the rules of what needs what alone."""
-    queues = [list(order) for order in schedule.orders]
-    done: set[tuple[str, int, int, int]] = set()
-
-    def ready(unit: Unit) -> bool:
-        stage, m, j = unit.stage, unit.micro_batch, unit.slice
-        if unit.kind is F:
-            return (stage == 0 or ("F", stage - 1, m, j) in done) and (j == 0 or ("F", stage, m, j - 1) in done)
-        if unit.kind is W:
-            return ("B", stage, m, j) in done
-        behind = stage == schedule.num_stages - 1 or ("B", stage + 1, m, j) in done
-        return behind and ("F", stage, m, j) in done and (j == schedule.slices - 1 or ("B", stage, m, j + 1) in done)
-
-    while able := [queue for queue in queues if queue and ready(queue[0])]:
-        unit = rng.choice(able).pop(0)
-        done.add((unit.kind.value, unit.stage, unit.micro_batch, unit.slice))
-    return not any(queues)
 
 
 def accepted(schedule: PipelineSchedule, **options: bool) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from efflaunch.errors import PlanError
-from efflaunch.parallel.pipeline.generators import one_f_one_b, sliced_1f1b
+from efflaunch.parallel.pipeline.generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
 from efflaunch.parallel.pipeline.pipeline_plan import PipelineSchedule, check, least_depth, max_in_flight
 from efflaunch.parallel.pipeline.simulate import PipelineTimeline, costs, simulate
 from efflaunch.parallel.pipeline.virtual_stages import dual_pipe_v, interleaved, zbv
+from efflaunch.tests.parallel.pipeline.random_problems import runs_to_the_end
 
 SIZES = [(ranks, batches) for ranks in range(2, 7) for batches in range(1, 13)]
 
@@ -89,3 +93,26 @@ def test_sends_without_a_buffer_need_receives_posted_ahead() -> None:
 def test_no_virtual_stage_is_refused() -> None:
     with pytest.raises(PlanError, match="0 virtual stages"):
         interleaved(2, 2, 0)
+
+
+def test_permuted_orders_are_refused_exactly_where_they_hang() -> None:
+    rng = random.Random(8)
+    makers = (gpipe, one_f_one_b, zero_bubble, zbv, dual_pipe_v)
+    sliced = (lambda ranks, batches: sliced_1f1b(ranks, batches, 2), lambda ranks, batches: interleaved(ranks, batches, 2, 2))
+    ended = []
+    for make in (*makers, *sliced):
+        for _ in range(60):
+            schedule = make(rng.randint(2, 4), rng.randint(1, 5))
+            orders = [list(order) for order in schedule.orders]
+            for _ in range(rng.randint(1, 3)):
+                order = rng.choice(orders)
+                at = rng.randrange(len(order))
+                order.insert(max(0, at + rng.randint(-3, 3)), order.pop(at))
+            permuted = replace(schedule, orders=tuple(map(tuple, orders)))
+            ended.append(runs_to_the_end(permuted, rng))
+            if ended[-1]:
+                check(permuted)
+            else:
+                with pytest.raises(PlanError, match="for ever"):
+                    check(permuted)
+    assert 100 < sum(ended) < len(ended) - 100
