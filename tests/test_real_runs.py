@@ -39,7 +39,7 @@ BASE = (
 )  # fmt: skip
 
 
-PIPED = ("parallel.pipeline.stages=2", "parallel.tokens_per_rank=256", "parallel.sequence=adaptive", "memory=streambp")
+PIPED = ("parallel.pipeline.stages=2", "parallel.tokens_per_rank=256", "memory=streambp")
 """Two stages of one rank, in micro-batches that plans choose, activations streamed."""
 
 
@@ -186,8 +186,8 @@ def test_a_killed_stage_is_restarted_and_bit_equal(place, piped):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("parallel.pipeline.stages=1", "parallel.sequence=static"),
-        ("cluster.ranks_per_node=4", "parallel.pipeline.order=gpipe", "memory=recompute"),
+        ("parallel.pipeline.stages=1",),
+        ("cluster.ranks_per_node=4", "parallel.pipeline.order=gpipe", "parallel.sequence=adaptive", "memory=recompute"),
     ],
     ids=["no stages", "two ranks a stage, GPipe"],
 )
