@@ -2,17 +2,19 @@
 
 Every candidate is a published schedule; its partition and recomputation come from partition.py, under the memory of what the schedule
 has in flight; then it is simulated with each unit's own costs. What cannot be faster than the best one so far, for its busiest rank
-alone takes as long, is not simulated. The result states a lower bound and the gap to it.
+alone takes as long, is not simulated. Where micro-batches are unequal, an order made for them is tried in the best one's place. The
+result states a lower bound and the gap to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import PlanError
 from .generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
+from .list_schedule import list_schedule
 from .partition import GIB, Partition, StageLimits, balanced, least_share, partition
 from .pipeline_bound import lower_bound_s
 from .pipeline_plan import PipelineSchedule, UnitKind
@@ -110,6 +112,12 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
         trials.append(trial)
         if trial.timeline is not None and (best is None or best.timeline is None or trial.timeline.step_s < best.timeline.step_s):
             best = trial
+    if best is not None and len(set(problem.batch.micro_batches)) > 1:
+        for trial in _list_orders(problem, best, sizes[best.candidate.slices]):
+            trials.append(trial)
+            assert best.timeline is not None
+            if trial.timeline is not None and trial.timeline.step_s < best.timeline.step_s:
+                best = trial
     if best is None or best.timeline is None or best.partition is None:
         nearest = min(trials, key=lambda trial: trial.share)
         found = f"none of {len(trials)} schedules that fits; nearest is {nearest.candidate}: {nearest.reason}"
@@ -157,6 +165,31 @@ def _interleaved(ranks: int, batches: int, virtual: int, slices: int) -> Callabl
     if virtual == 1:
         return lambda: sliced_1f1b(ranks, batches, slices)
     return lambda: interleaved(ranks, batches, virtual, slices)
+
+
+def _list_orders(problem: PipelineProblem, best: Trial, sizes: Sizes) -> Iterator[Trial]:
+    """Orders made for unequal micro-batches, with the stages, slices and partition of the best published one."""
+    if best.timeline is None or best.partition is None:
+        return
+    owners, costs = best.timeline.schedule.stage_ranks, _costs(problem, best.partition, sizes)
+    for split in (False, True):
+        name = f"list order{', weights apart' * split}, from {best.candidate.name}"
+        try:
+            schedule = list_schedule(owners, costs, problem.cap_bytes, split=split)
+        except PlanError as error:
+            candidate = replace(best.candidate, name=name)
+            yield Trial(candidate=candidate, partition=best.partition, reason=error.found)
+            continue
+        candidate = Candidate(name, best.candidate.virtual_stages, best.candidate.slices, _made(schedule))
+        simulator = Simulator(schedule)
+        share = max(peak / cap for peak, cap in zip(simulator.peak_bytes(costs), problem.cap_bytes, strict=True))
+        timeline = simulator.run(costs) if share <= 1.0 else None
+        reason = "" if timeline else f"{share:.2f} of a rank's memory"
+        yield Trial(candidate=candidate, partition=best.partition, timeline=timeline, reason=reason, share=share)
+
+
+def _made(schedule: PipelineSchedule) -> Callable[[], PipelineSchedule]:
+    return lambda: schedule
 
 
 def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf"), sizes: Sizes | None = None) -> Trial:
