@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
+
 from ...errors import PlanError
 from .generators import B, F, W
-from .pipeline_plan import PipelineSchedule, Unit
+from .pipeline_plan import PipelineSchedule, Unit, UnitKind
 from .simulate import PipelineCosts
 
 
@@ -60,42 +62,44 @@ class _Work:
         self.free_s = [0.0] * self.ranks
         self.held = [float(sum(costs.fixed_bytes[stage] for stage in own)) for own in self.own]
         self.orders: list[list[Unit]] = [[] for _ in range(self.ranks)]
-        rows = [(m, j) for m in range(self.batches) for j in range(self.slices)]
         back = [(m, j) for m in range(self.batches) for j in reversed(range(self.slices))]
-        self.forward = [deque(Unit(F, stage, m, j) for m, j in rows) for stage in range(self.stages)]
-        self.backward = [deque(Unit(B, stage, m, j) for m, j in back) for stage in range(self.stages)]
+        # Micro-batches and slices in the order in which each stage takes them.
+        self.forward = [deque(np.ndindex(self.batches, self.slices)) for _ in range(self.stages)]
+        self.backward = [deque(back) for _ in range(self.stages)]
         self.deferred: list[deque[Unit]] = [deque() for _ in range(self.ranks)]
-        # When what a unit needs of other stages is there.
-        self.come: dict[Unit, float] = {unit: 0.0 for unit in self.forward[0]}
+        # When what a pass needs of other stages is there, by stage, micro-batch and slice.
+        self.output_come: dict[tuple[int, int, int], float] = {(0, m, j): 0.0 for m, j in self.forward[0]}
+        self.gradient_come: dict[tuple[int, int, int], float] = {}
+        own_rows = [np.array(own) for own in self.own]
+        # What a slice of a micro-batch will hold in all stages of a rank, and what it needs to be let in.
+        held = [costs.held_bytes[rows].sum(axis=0) for rows in own_rows]
+        self.let_in = [values.tolist() for values in held]
+        self.room = [(values + costs.work_bytes[rows].max(axis=0)).tolist() for values, rows in zip(held, own_rows, strict=True)]
         self.message_s = (costs.alpha_s + costs.s_per_byte * costs.output_bytes).tolist()
         whole = costs.backward_s if split else costs.backward_s + costs.weight_s
         self.seconds = {F: costs.forward_s.tolist(), B: whole.tolist(), W: costs.weight_s.tolist()}
-        self.waits, self.later, self.work = costs.held_bytes.tolist(), costs.weight_bytes.tolist(), costs.work_bytes.tolist()
+        self.waits, self.later = costs.held_bytes.tolist(), costs.weight_bytes.tolist()
 
     def choice(self, rank: int) -> tuple[float, Unit] | None:
         """What a rank would do next, and when: the first that can start, the most urgent of those that start together."""
-        free = self.free_s[rank]
-        ready: list[tuple[float, int, int, Unit]] = []
+        free, first = self.free_s[rank], self.own[rank][0]
+        best: tuple[float, int, UnitKind, int] | None = None
         for stage in reversed(self.own[rank]):
-            for urgency, queue in ((0, self.backward[stage]), (1, self.forward[stage])):
-                if queue and queue[0] in self.come and (urgency == 0 or self.has_room(rank, queue[0])):
-                    ready.append((max(free, self.come[queue[0]]), urgency, len(ready), queue[0]))
-        if self.deferred[rank]:
-            ready.append((free, 2, len(ready), self.deferred[rank][0]))
-        if not ready:
+            for urgency, kind, queue, come in ((0, B, self.backward, self.gradient_come), (1, F, self.forward, self.output_come)):
+                at = come.get((stage, *queue[stage][0])) if queue[stage] else None
+                if at is None or (kind is F and stage == first and not self.has_room(rank, *queue[stage][0])):
+                    continue
+                if best is None or (max(free, at), urgency) < best[:2]:
+                    best = max(free, at), urgency, kind, stage
+        if self.deferred[rank] and (best is None or best[0] > free):
+            return free, self.deferred[rank][0]
+        if best is None:
             return None
-        start, _, _, unit = min(ready, key=lambda one: one[:3])
-        return start, unit
+        start, _, kind, stage = best
+        return start, Unit(kind, stage, *(self.backward if kind is B else self.forward)[stage][0])
 
-    def has_room(self, rank: int, unit: Unit) -> bool:
-        if unit.stage != self.own[rank][0]:
-            return True
-        work = max(self.work[stage][unit.micro_batch][unit.slice] for stage in self.own[rank])
-        return self.held[rank] + self.let_in(rank, unit) + work <= self.cap_bytes[rank]
-
-    def let_in(self, rank: int, unit: Unit) -> float:
-        """What a slice of a micro-batch will hold in all stages of a rank."""
-        return sum(self.waits[stage][unit.micro_batch][unit.slice] for stage in self.own[rank])
+    def has_room(self, rank: int, micro_batch: int, piece: int) -> bool:
+        return bool(self.held[rank] + self.room[rank][micro_batch][piece] <= self.cap_bytes[rank])
 
     def run(self, rank: int, start_s: float, unit: Unit) -> set[int]:
         """Do it; the ranks for which something has come."""
@@ -109,22 +113,22 @@ class _Work:
             return {rank}
         if unit.kind is F:
             self.forward[stage].popleft()
-            self.held[rank] += self.let_in(rank, unit) if stage == self.own[rank][0] else 0.0
+            self.held[rank] += self.let_in[rank][m][j] if stage == self.own[rank][0] else 0.0
             if stage + 1 == self.stages:
                 # Backward begins with the last slice, and needs the outputs of all.
-                self.come |= {Unit(B, stage, m, piece): end for piece in range(self.slices)} if j + 1 == self.slices else {}
+                self.gradient_come |= {(stage, m, piece): end for piece in range(self.slices)} if j + 1 == self.slices else {}
                 return {rank}
-            return {rank, self.arrive(Unit(F, stage + 1, m, j), end, unit)}
+            return {rank, self.arrive(self.output_come, stage + 1, end, unit)}
         self.backward[stage].popleft()
         self.held[rank] -= self.waits[stage][m][j]
         if self.split:
             self.held[rank] += self.later[stage][m][j]
             self.deferred[rank].append(unit.with_kind(W))
-        return {rank, self.arrive(Unit(B, stage - 1, m, j), end, unit)} if stage else {rank}
+        return {rank, self.arrive(self.gradient_come, stage - 1, end, unit)} if stage else {rank}
 
-    def arrive(self, unit: Unit, end_s: float, maker: Unit) -> int:
-        """What `maker` made comes to the rank of `unit`."""
-        rank = self.stage_ranks[unit.stage]
+    def arrive(self, come: dict[tuple[int, int, int], float], stage: int, end_s: float, maker: Unit) -> int:
+        """What `maker` made comes to the rank of another stage."""
+        rank, m, j = self.stage_ranks[stage], maker.micro_batch, maker.slice
         apart = rank != self.stage_ranks[maker.stage]
-        self.come[unit] = end_s + (self.message_s[maker.stage][maker.micro_batch][maker.slice] if apart else 0.0)
+        come[stage, m, j] = end_s + (self.message_s[maker.stage][m][j] if apart else 0.0)
         return rank

@@ -172,7 +172,8 @@ def _list_orders(problem: PipelineProblem, best: Trial, sizes: Sizes) -> Iterato
     if best.timeline is None or best.partition is None:
         return
     owners, costs = best.timeline.schedule.stage_ranks, _costs(problem, best.partition, sizes)
-    for split in (False, True):
+    # Gradients of weights that wait need what was recomputed for those of inputs: more than was let in.
+    for split in (False, True) if set(best.partition.recompute) == {Recompute.NONE} else (False,):
         name = f"list order{', weights apart' * split}, from {best.candidate.name}"
         try:
             schedule = list_schedule(owners, costs, problem.cap_bytes, split=split)
