@@ -1,18 +1,20 @@
 """`pipeline=auto`: the fastest of partition x schedule x virtual stages x slices x what each stage recomputes, by simulation. Pure.
 
 Every candidate is a published schedule; its partition and recomputation come from partition.py, under the memory of what the schedule
-has in flight; then it is simulated with each unit's own costs. What cannot be faster than the best one so far, for its busiest rank
-alone takes as long, is not simulated. The result states a lower bound and the gap to it.
+has in flight; then it is simulated with each unit's own costs. What cannot be faster than the best one so far, for its busiest rank or
+its slowest slice alone takes as long, is not simulated. Where micro-batches are unequal, an order made for them is tried with the best
+one's stages. The result states a lower bound and the gap to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import PlanError
 from .generators import gpipe, one_f_one_b, sliced_1f1b, zero_bubble
+from .list_schedule import list_schedule
 from .partition import GIB, Partition, StageLimits, balanced, least_share, partition
 from .pipeline_bound import lower_bound_s
 from .pipeline_plan import PipelineSchedule, UnitKind
@@ -110,6 +112,12 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
         trials.append(trial)
         if trial.timeline is not None and (best is None or best.timeline is None or trial.timeline.step_s < best.timeline.step_s):
             best = trial
+    if best is not None and len(set(problem.batch.micro_batches)) > 1:
+        for trial in _list_orders(problem, best, sizes[best.candidate.slices]):
+            trials.append(trial)
+            assert best.timeline is not None
+            if trial.timeline is not None and trial.timeline.step_s < best.timeline.step_s:
+                best = trial
     if best is None or best.timeline is None or best.partition is None:
         nearest = min(trials, key=lambda trial: trial.share)
         found = f"none of {len(trials)} schedules that fits; nearest is {nearest.candidate}: {nearest.reason}"
@@ -139,17 +147,17 @@ def candidates(problem: PipelineProblem) -> Iterator[Candidate]:
     ranks, batches = problem.ranks, len(problem.batch.micro_batches)
     most = len(problem.model.layers) // ranks
     shortest = min(sum(documents) for documents in problem.batch.micro_batches)
-    yield Candidate("1f1b", 1, 1, lambda: one_f_one_b(ranks, batches))
-    if most >= 2 and 2 in problem.virtual_stages:
-        yield Candidate("zbv", 2, 1, lambda: zbv(ranks, batches))
-        yield Candidate("dual_pipe_v", 2, 1, lambda: dual_pipe_v(ranks, batches))
-    yield Candidate("zero_bubble", 1, 1, lambda: zero_bubble(ranks, batches))
-    for slices in problem.slices:
+    for slices in sorted(problem.slices, reverse=True):
         for virtual in problem.virtual_stages:
             if virtual > most or slices > shortest or (virtual, slices) == (1, 1):
                 continue
             name = "interleaved" if slices == 1 else "sliced_1f1b" if virtual == 1 else "sliced interleaved"
             yield Candidate(name, virtual, slices, _interleaved(ranks, batches, virtual, slices))
+    if most >= 2 and 2 in problem.virtual_stages:
+        yield Candidate("zbv", 2, 1, lambda: zbv(ranks, batches))
+        yield Candidate("dual_pipe_v", 2, 1, lambda: dual_pipe_v(ranks, batches))
+    yield Candidate("zero_bubble", 1, 1, lambda: zero_bubble(ranks, batches))
+    yield Candidate("1f1b", 1, 1, lambda: one_f_one_b(ranks, batches))
     yield Candidate("gpipe", 1, 1, lambda: gpipe(ranks, batches))
 
 
@@ -159,13 +167,39 @@ def _interleaved(ranks: int, batches: int, virtual: int, slices: int) -> Callabl
     return lambda: interleaved(ranks, batches, virtual, slices)
 
 
+def _list_orders(problem: PipelineProblem, best: Trial, sizes: Sizes) -> Iterator[Trial]:
+    """Orders made for unequal micro-batches, with the stages, slices and partition of the best published one."""
+    if best.timeline is None or best.partition is None:
+        return
+    owners, costs = best.timeline.schedule.stage_ranks, _costs(problem, best.partition, sizes)
+    # Gradients of weights that wait need what was recomputed for those of inputs: more than was let in.
+    for split in (False, True) if set(best.partition.recompute) == {Recompute.NONE} else (False,):
+        name = f"list order{', weights apart' * split}, from {best.candidate.name}"
+        try:
+            schedule = list_schedule(owners, costs, problem.cap_bytes, split=split)
+        except PlanError as error:
+            candidate = replace(best.candidate, name=name)
+            yield Trial(candidate=candidate, partition=best.partition, reason=error.found)
+            continue
+        candidate = Candidate(name, best.candidate.virtual_stages, best.candidate.slices, _made(schedule))
+        simulator = Simulator(schedule)
+        share = max(peak / cap for peak, cap in zip(simulator.peak_bytes(costs), problem.cap_bytes, strict=True))
+        timeline = simulator.run(costs) if share <= 1.0 else None
+        reason = "" if timeline else f"{share:.2f} of a rank's memory"
+        yield Trial(candidate=candidate, partition=best.partition, timeline=timeline, reason=reason, share=share)
+
+
+def _made(schedule: PipelineSchedule) -> Callable[[], PipelineSchedule]:
+    return lambda: schedule
+
+
 def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s: float = float("inf"), sizes: Sizes | None = None) -> Trial:
-    """Cut a candidate's stages within memory and simulate it, unless its busiest rank alone takes `faster_than_s`.
+    """Cut a candidate's stages within memory and simulate it, unless one rank or one slice alone takes `faster_than_s`.
 
     `sizes`: tokens of the slices of each micro-batch, where they are known.
     """
     schedule = candidate.make()
-    simulator = Simulator(schedule)
+    simulator: Simulator | None = None
     sizes = sizes or problem.batch.sizes(problem.model, candidate.slices)
     reason, share = "no cap leaves room beside weights", float("inf")
     for limits in _limits(problem, schedule, sizes):
@@ -175,6 +209,11 @@ def try_candidate(problem: PipelineProblem, candidate: Candidate, faster_than_s:
             reason, share = error.found, least_share(problem.model, schedule.num_stages, **_means(problem), limits=limits)
             continue
         costs = _costs(problem, cut, sizes)
+        # Recomputation makes no slice's way shorter: what is too slow without it is too slow.
+        way = float((costs.forward_s + costs.backward_s).sum(axis=0).max())
+        if way >= faster_than_s:
+            return Trial(candidate=candidate, partition=cut, reason=f"its slowest slice's way alone takes {way:.3f} s")
+        simulator = simulator or Simulator(schedule)
         peaks = simulator.peak_bytes(costs)
         rank = max(range(problem.ranks), key=lambda rank: peaks[rank] / problem.cap_bytes[rank])
         if peaks[rank] > problem.cap_bytes[rank]:

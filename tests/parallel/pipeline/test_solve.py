@@ -32,7 +32,9 @@ def test_nothing_that_was_left_out_is_faster() -> None:
                 solve(problem)
             continue
         found = solve(problem)
-        assert found.timeline.step_s == pytest.approx(min(times)) and found.gap >= -1e-9
+        made = "list order" in found.candidate.name
+        assert found.timeline.step_s == pytest.approx(min(times)) or (made and found.timeline.step_s < min(times))
+        assert found.gap >= -1e-9
         assert all(peak <= cap for peak, cap in zip(found.timeline.peak_bytes, problem.cap_bytes, strict=True))
         check(found.timeline.schedule)
         costs = unit_costs(problem.model, problem.batch, found.partition.counts, found.sizes, found.partition.recompute)
@@ -102,3 +104,13 @@ def test_limits_of_unequal_slices_are_not_those_of_the_largest() -> None:
     (candidate,) = [one for one in candidates(problem) if (one.virtual_stages, one.slices) == (1, 4)]
     trial = try_candidate(problem, candidate)
     assert trial.partition is not None and set(trial.partition.recompute) == {Recompute.NONE}
+
+
+def test_orders_are_made_for_unequal_micro_batches() -> None:
+    rng = random.Random(9)
+    batch = Batch(tuple((int(16 * rng.paretovariate(1.3)),) for _ in range(24)))
+    found = solve(replace(PROBLEM, batch=batch))
+    published = [trial.timeline.step_s for trial in found.trials if trial.timeline and "list order" not in trial.candidate.name]
+    assert found.candidate.name.startswith("list order") and found.timeline.step_s < min(published)
+    assert found.candidate.make() == found.timeline.schedule
+    assert not any("list order" in trial.candidate.name for trial in solve(PROBLEM).trials)
