@@ -149,8 +149,8 @@ class _Bench:
         return {"sequences": len(self.source.lengths(step)), "longest": max(self.source.lengths(step)), "plan_s": plan_s, "plans": rows}
 
     def _measured(self, step: int, plan: Any) -> tuple[dict[str, Any], float]:
-        from ..training.reporting.predicted_vs_measured import StepTimes, bubble, group_rows
         from ..training.micro_batches import read_step
+        from ..training.reporting.predicted_vs_measured import StepTimes, bubble, group_rows
 
         works = read_step(self.source, step, plan, self.prober.topology.rank)
         used = time.process_time()

@@ -24,8 +24,8 @@ from ..parallel.sequence.kernels import block_kernel
 from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ..parallel.sharding.parts import write_shard
 from ..parallel.topology import Topology
-from ..training.objectives.heads import LanguageModelling
 from ..training.micro_batches import count_targets, read_step
+from ..training.objectives.heads import LanguageModelling
 from ..training.step import backward_step
 from ..training.step_setup import StepSetup
 

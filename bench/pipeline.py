@@ -2,7 +2,7 @@
 
 Everything under `simulated` is seconds of the cost model (parallel/pipeline/simulate.py), but `search`, which is processor time of this
 machine. `published` holds what papers measured on their machines, to stand beside it. `predicted_vs_measured`, `vs_torch_equal` and
-`vs_torch_padded` are of pipelines that run; they are null: nothing here executes a schedule.
+`vs_torch_padded` are of pipelines that run on gloo ranks (bench/pipeline_ranks.py); with `--ranks 0` they are null.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..parallel.pipeline.partition import GIB
 from ..parallel.pipeline.simulate import costs, simulate
 from ..parallel.pipeline.solve import PipelineProblem, Trial, candidates, solve, try_candidate
 from ..parallel.pipeline.work import Batch
+from .pipeline_ranks import against_torch, throttled
 from .record import machine, write_json
 
 EXPERIMENT = "+experiment=llama70b_512k"
@@ -30,6 +31,8 @@ GPUS = 256
 STEP_TOKENS = 4 << 20
 LENGTHS = (512 << 10, 2048 << 10)
 STAGES = (4, 8, 16)
+MICRO_BATCHES, UNIT_S, TOKENS = 8, 0.05, 512
+"""Of pipelines that run: micro-batches, seconds a forward pass of mean length sleeps, tokens of the small Llama's longest one."""
 SLICES = (1, 2, 4, 8, 16, 32)
 TABLE = {
     2: {1: (1.0, 1.0), 4: (1.07, 1.7), 32: (1.21, 1.8)},
@@ -49,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS), metavar="TOKENS", help="of the long sequences")
     parser.add_argument("--stages", type=int, nargs="*", default=list(STAGES), help="pipeline ranks, divisors of 256")
     parser.add_argument("--search", default="16/64", metavar="STAGES/MICRO_BATCHES", help="what is searched for")
+    parser.add_argument("--ranks", type=int, default=4, help="gloo ranks of the pipelines that run; 0: none does")
+    parser.add_argument("--rounds", type=int, default=5, help="of each pipeline that runs")
     options = parser.parse_args(arguments)
     stages, _, batches = options.search.partition("/")
     if not (stages.isdecimal() and batches.isdecimal() and int(stages) > 0 and int(batches) > 0):
@@ -60,12 +65,21 @@ def main(arguments: list[str] | None = None) -> int:
         "long_context": [row for length in options.lengths for count in options.stages for row in long_context(length, count)],
         "search": list(search(int(stages), int(batches))),
     }
-    measured = {"predicted_vs_measured": None, "vs_torch_equal": None, "vs_torch_padded": None}
+    measured = _measured(options.ranks, options.rounds)
     result = {"benchmark": "pipeline", **machine(), **measured, "simulated": simulated, "published": PUBLISHED}
     result["summary"] = summary(simulated["long_context"])
     write_json(options.json, result)
     print("\n".join(f"{key}: {value}" for key, value in result["summary"].items()))
     return 0
+
+
+def _measured(ranks: int, rounds: int) -> dict[str, Any]:
+    """What needs ranks: pipelines that sleep, on so many of them, and a small Llama's two stages against torch's."""
+    if not ranks:
+        return {"predicted_vs_measured": None, "vs_torch_equal": None, "vs_torch_padded": None}
+    predicted = throttled(ranks, MICRO_BATCHES, UNIT_S, rounds)
+    equal, padded = (against_torch(TOKENS, kind, rounds) for kind in ("equal", "padded"))
+    return {"predicted_vs_measured": predicted, "vs_torch_equal": equal, "vs_torch_padded": padded}
 
 
 def gpipe_table() -> list[dict[str, Any]]:

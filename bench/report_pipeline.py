@@ -25,6 +25,7 @@ def pipeline(result: dict[str, Any]) -> list[str]:
         "",
         "**Simulated, not measured**, but for the search's time: the cost model of [pipelines.md](pipelines.md).",
         *_not_measured(result),
+        *_measured(result),
         "",
         *_gpipe(simulated["gpipe_table"]),
     ]
@@ -39,6 +40,24 @@ def pipeline(result: dict[str, Any]) -> list[str]:
 def _not_measured(result: dict[str, Any]) -> list[str]:
     missing = [f"`{key}`" for key in _MEASURED if result.get(key) is None]
     return [f"Nothing ran: {', '.join(missing)} are empty."] if missing else []
+
+
+def _measured(result: dict[str, Any]) -> list[str]:
+    """What ran: sleeping ranks against the simulation, and a small model against torch's."""
+    if any(result.get(key) is None for key in _MEASURED):
+        return []
+    slept, equal, padded = (result[key] for key in _MEASURED)
+    return [
+        "",
+        f"Run on {slept['ranks']} gloo ranks that sleep in place of computing, {slept['micro_batches']} unequal micro-batches: seconds of",
+        f"a step, predicted / measured (worst error {slept['worst_error']:.1%}, aim below {slept['aim']:.0%}): "
+        + ", ".join(f"{row['order']} {row['predicted_s']:.2f} / {row['measured_s']:.2f}" for row in slept["rows"])
+        + ".",
+        "",
+        "A small Llama in two stages on two CPU ranks, tokens/s over torch.distributed.pipelining's 1F1B on Hugging Face's layers:",
+        f"{equal['speed_over_torch']:.2f} x with equal micro-batches, {padded['speed_over_torch']:.2f} x with long-tailed ones, which",
+        "torch's pads to the longest.",
+    ]
 
 
 def _gpipe(rows: list[dict[str, Any]]) -> list[str]:

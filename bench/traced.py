@@ -112,10 +112,10 @@ def build_case(case: Case) -> Any:
     from ..parallel.sequence.attention import CpuKernel
     from ..parallel.sequence.plan import Group, MicroBatch, StepPlan
     from ..parallel.topology import build_topology
+    from ..training.micro_batches import read_step
     from ..training.objectives.heads import LanguageModelling
     from ..training.optimizers.adamw import build_optimizer
     from ..training.optimizers.config import OptimConfig
-    from ..training.micro_batches import read_step
     from ..training.step import backward_step
     from ..training.step_setup import StepSetup
 

@@ -15,7 +15,7 @@ from efflaunch.bench.report import section
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("pipeline") / "r.json"
-    assert main(["--json", str(file), "--lengths", str(512 << 10), "--stages", "4", "--search", "4/8"]) == 0
+    assert main(["--json", str(file), "--lengths", str(512 << 10), "--stages", "4", "--search", "4/8", "--ranks", "0"]) == 0
     read: dict[str, Any] = json.loads(file.read_text())
     return read
 

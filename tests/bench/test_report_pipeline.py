@@ -42,5 +42,10 @@ def test_every_row_is_there() -> None:
 
 def test_what_was_not_measured_is_said() -> None:
     assert "Nothing ran: `predicted_vs_measured`, `vs_torch_equal`, `vs_torch_padded` are empty." in pipeline(RESULT)
-    lines = pipeline({**RESULT, "predicted_vs_measured": {}, "vs_torch_equal": {}, "vs_torch_padded": {}})
+    slept = {"ranks": 4, "micro_batches": 8, "worst_error": 0.018, "aim": 0.05}
+    slept["rows"] = [{"order": "1f1b", "predicted_s": 1.7, "measured_s": 1.71}]  # type: ignore[assignment]
+    ran = {"predicted_vs_measured": slept, "vs_torch_equal": {"speed_over_torch": 1.1}, "vs_torch_padded": {"speed_over_torch": 1.8}}
+    lines = pipeline({**RESULT, **ran})
     assert not any("Nothing ran" in line for line in lines)
+    assert any("worst error 1.8%" in line and "1f1b 1.70 / 1.71" in line for line in lines)
+    assert any("1.10 x with equal" in line and "1.80 x with long-tailed" in line for line in lines)

@@ -21,8 +21,8 @@ from efflaunch.tests.parity.ranks_side import ListSource, StrictStore
 from efflaunch.tests.parity.reference import hf_config
 from efflaunch.tests.parity.test_parity import LENGTHS, batch, make_documents, plan_of
 from efflaunch.tests.ranks import RankPool
-from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.micro_batches import count_targets, read_step
+from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.step import abandon_step, backward_step
 from efflaunch.training.step_setup import StepSetup
 

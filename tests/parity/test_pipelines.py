@@ -45,7 +45,8 @@ ROWS = {
         {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_deep", "layers": (2, 1, 1, 1), "reduce_each": True}, GROUPS,
     ),
     "2 stages, interleaved by 2, tied, uneven, recompute": (
-        {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_tied_deep", "layers": (1, 2, 1, 1), "policy": "recompute"}, GROUPS,
+        {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "llama_tied_deep", "layers": (1, 2, 1, 1), "policy": "recompute"},
+        GROUPS,
     ),
     "2 stages, some layers of experts, interleaved, balanced": (
         {"stages": 2, "order": INTERLEAVED, "virtual": 2, "family": "qwen3_moe_mixed", "router": (0.3, 0.05)}, GROUPS,

@@ -180,9 +180,9 @@ def _left_alone(words, folder):
     import torch
     import torch.distributed as dist
 
+    from efflaunch.training.micro_batches import EMPTY
     from efflaunch.training.profiling.first_probe import probe_before_training
     from efflaunch.training.profiling.probe import Prober
-    from efflaunch.training.micro_batches import EMPTY
     from efflaunch.training.step_planner import resolve_costs
 
     config, device = compose(words), torch.device("cpu")

@@ -1,17 +1,16 @@
-"""`python -m efflaunch.bench.pipeline_run --json FILE`: pipelines on real gloo ranks, against the simulation and against torch's own.
+"""Pipelines on real gloo ranks, against the simulation and against torch's own: what bench/pipeline.py measures.
 
-`predicted_vs_measured`: every order that runs, executed by the product's own actions and links on ranks that sleep in place of computing;
-the seconds of a step against those of parallel/pipeline/simulate.py. Micro-batches are unequal. Computing is only sleeping, so the
-machine's load matters little, and nothing is said about how fast any model is.
+`throttled`: every order that runs, executed by the product's own actions and links on ranks that sleep in place of computing; the seconds
+of a step against those of parallel/pipeline/simulate.py. Micro-batches are unequal. Computing is only sleeping, so the machine's load
+matters little, and nothing is said about how fast any model is.
 
-`vs_torch`: a small Llama in stages of one rank, forward and backward of a step: ours (recomputing nothing) over
+`against_torch`: a small Llama in two stages of one rank, forward and backward of a step: ours (recomputing nothing) over
 torch.distributed.pipelining's Schedule1F1B on Hugging Face's layers, in turns on the same ranks. `equal`: micro-batches of one length.
 `padded`: unequal ones, which torch's pads to the longest, for its stages have one shape.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from ..parallel.pipeline.pipeline_plan import ActionKind, Unit, UnitKind
 from ..parallel.pipeline.simulate import costs, simulate
 from ..parallel.pipeline.step_actions import step_actions, step_schedule
 from .ranks import on_fresh_ranks
-from .record import machine, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,32 +35,18 @@ AIM = 0.05
 """Largest error aimed for."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m efflaunch.bench.pipeline_run", description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the result goes")
-    parser.add_argument("--ranks", type=int, default=4, help="stages of the pipelines that sleep")
-    parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--unit", type=float, default=0.05, metavar="SECONDS", help="that a forward pass of mean length sleeps")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts: what disturbs a round is not the plan's")
-    parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch of the small Llama; 0: leave torch out")
-    options, origin = parser.parse_args(arguments), machine()
-    sizes = {name: value for name, value in vars(options).items() if name != "json"}
-    rows = on_fresh_ranks(_sleeping_rank, options.ranks, options.micro_batches, options.unit, options.rounds)["rows"]
+def throttled(ranks: int, micro_batches: int, unit_s: float, rounds: int) -> dict[str, Any]:
+    """Rows (order, predicted_s, measured_s: the fastest of `rounds`) and `worst_error`, the largest |measured / predicted - 1|."""
+    rows = on_fresh_ranks(_sleeping_rank, ranks, micro_batches, unit_s, rounds)["rows"]
     worst = max(abs(row["measured_s"] / row["predicted_s"] - 1) for row in rows)
-    result = {"benchmark": "pipeline_run", **origin, **sizes, "aim": AIM, "predicted_vs_measured": rows, "worst_error": worst}
-    for row in rows:
-        print(f"{row['order']:12} predicted {row['predicted_s']:.2f} s, measured {row['measured_s']:.2f} s")
-    if options.tokens:
-        from .peers.torch_pipeline import compete
+    return {"ranks": ranks, "micro_batches": micro_batches, "unit_s": unit_s, "aim": AIM, "rows": rows, "worst_error": worst}
 
-        result["vs_torch"] = {kind: on_fresh_ranks(compete, 2, options.tokens, kind, options.rounds) for kind in ("equal", "padded")}
-        for kind, figures in result["vs_torch"].items():
-            print(f"{kind}: {figures['speed_over_torch']:.2f} x the tokens/s of torch's 1F1B")
-    write_json(options.json, result)
-    print(f"worst error {worst:.1%}")
-    return 0
+
+def against_torch(tokens: int, kind: str, rounds: int) -> dict[str, Any]:
+    """Seconds of each round, and `speed_over_torch`: the median over rounds of torch's time over ours."""
+    from .peers.torch_pipeline import compete
+
+    return on_fresh_ranks(compete, 2, tokens, kind, rounds)
 
 
 def seconds_of(micro_batches: int, unit_s: float) -> list[float]:
@@ -138,6 +122,3 @@ def _name(unit: Unit) -> int:
 
 
 
-
-if __name__ == "__main__":
-    raise SystemExit(main())
