@@ -21,6 +21,7 @@ from efflaunch.model.spec import (
     ModelSpec,
     active_layer_parameters,
     check_model,
+    expert_weights,
     layer_parameters,
     model_spec,
     num_parameters,
@@ -39,6 +40,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 128,
     "max_positions": 256,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VARIANTS: list[dict[str, Any]] = [
     {"family": Family.LLAMA},
     {"family": Family.LLAMA, "tie_embeddings": True, "extra": {"attention_bias": True, "mlp_bias": True}},
@@ -53,6 +55,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": Family.GEMMA2, "sliding_window": 16, "tie_embeddings": True, "extra": {"attention_bias": True}},
     {"family": Family.GEMMA3, "sliding_window": 16, "tie_embeddings": True},
     {"family": Family.GEMMA3, "sliding_window": 16, "extra": {"sliding_window_pattern": 3}},
+    {"family": Family.QWEN3_MOE, "extra": {**EXPERTS, "mlp_only_layers": [0, 4]}},
+    {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 3}},
+    {
+        "family": Family.DOTS1,
+        "extra": {
+            "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 2,
+        },
+    },
 ]
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
@@ -90,7 +100,7 @@ def count_on_meta(hf: Any) -> tuple[int, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf)
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    layer = sum(p.numel() for p in model.model.layers[-1].parameters())
     return sum(p.numel() for p in model.parameters()), layer
 
 
@@ -113,8 +123,10 @@ def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
     spec, hf = model_spec(config), hugging_face(config)
     total, layer = count_on_meta(hf)
     active = layer if spec.experts is None else layer - idle_weights(spec)
-    assert (num_parameters(spec), layer_parameters(spec)) == (total, (LayerParameters(layer, active),) * spec.num_layers)
-    assert active_layer_parameters(spec) == active
+    assert num_parameters(spec) == total
+    layers, routed = layer_parameters(spec), LayerParameters(layer, active, expert_weights(spec))
+    assert [each for number, each in enumerate(layers) if number not in spec.dense_layers] == [routed] * (spec.num_layers - len(spec.dense_layers))
+    assert active_layer_parameters(spec) == sum(each.active for each in layers) / spec.num_layers
     assert spec.windows == hf_windows(hf)
     assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
         getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),
