@@ -99,7 +99,7 @@ def _time_table(timing: Timing) -> Table:
     parts = {
         "compute, recomputation in": timing.compute_s,
         "sequence exchanges": timing.sequence_s,
-        **({"rows to experts and back": timing.experts_s} if timing.experts_s else {}),
+        **({"rows to experts, waiting for the busiest": timing.experts_s} if timing.experts_s else {}),
         "weights and gradients, not hidden": timing.sharding_s,
         "copies of activations, not hidden": timing.host_s,
         "optimizer update, not hidden": timing.update_s,

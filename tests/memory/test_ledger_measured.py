@@ -21,6 +21,7 @@ CHOSEN = (
     "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "memo, half",
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
     "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
+    "qwen3 moe, a dense layer", "dots1",
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_all_chosen_configurations_are_there() -> None:
 
 COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
            "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2", "qwen3 moe", "mixtral, memo, half",
-           "qwen2 moe, everything kept by class")  # fmt: skip
+           "qwen2 moe, everything kept by class", "qwen3 moe, a dense layer", "dots1")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)
