@@ -24,7 +24,7 @@ def one_by_one(chosen: Tensor, factor: float) -> list[list[int]]:
         taken: Counter[int] = Counter()
         limit = math.ceil(factor * PER_TOKEN * length / EXPERTS)
         for token in chosen[row : row + length].tolist():
-            kept.append([expert if taken[expert] < limit else -1 for expert in token])
+            kept.append([expert if taken[expert] < limit else ~expert for expert in token])
             taken.update(token)
         row += length
     return kept
@@ -76,9 +76,9 @@ def test_dropped_rows_are_nowhere_and_have_no_gradient() -> None:
     """Against the routing with all rows, whose dropped ones weigh nothing."""
     h, weights, experts = build(True, True)
     chosen = torch.tensor([[2, 0], [0, 3], [2, 3], [0, 2], [3, 0]], dtype=torch.int32)
-    kept = torch.where(torch.tensor([[1, 1], [1, 1], [0, 1], [0, 0], [1, 0]]).bool(), chosen, -1)
+    kept = torch.where(torch.tensor([[1, 1], [1, 1], [0, 1], [0, 0], [1, 0]]).bool(), chosen, ~chosen)
     whole, dropping = Routing.of(chosen, 4), Routing.of(kept, 4, drops=True)
-    assert dropping.groups.counts.tolist() == [2, 0, 1, 3] and len(dropping.tokens) == 6
+    assert torch.equal(dropping.wanted, chosen) and dropping.groups.counts.tolist() == [2, 0, 1, 3] and len(dropping.tokens) == 6
     masked = torch.where(kept >= 0, weights.detach(), 0.0)
     dy = torch.randn(5, 6, dtype=torch.float64)
     with torch.no_grad():
@@ -93,6 +93,13 @@ def test_dropped_rows_are_nowhere_and_have_no_gradient() -> None:
     for own, other in zip(ours[2], theirs[2], strict=True):
         assert own is not None and other is not None
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_whose_rows_are_all_dropped() -> None:
+    """As in a late piece of a long document."""
+    routing = Routing.of(torch.tensor([[~0, ~1], [~2, ~0]], dtype=torch.int32), 4, drops=True)
+    assert len(routing.tokens) == 0 and not routing.sum_rows(torch.ones(0, 6), torch.ones(2, 2)).any()
+    assert routing.by_token(torch.ones(0)).tolist() == [[0.0, 0.0], [0.0, 0.0]] and routing.by_row(torch.ones(2, 2)).shape == (0,)
 
 
 def test_no_rows_at_all() -> None:
