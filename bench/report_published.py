@@ -14,10 +14,11 @@ def published(result: dict[str, Any]) -> list[str]:
         "## Published runs beside our plans",
         "",
         "Runs of other systems on H100 SXM 80 GB, one sequence a step, planned by `efflaunch` **as their authors ran them**: everything",
-        "recomputed, layer inputs on the host. Nothing was run here: the rows judge our cost model and ledger. A withdrawn figure is one whose",
-        "author corrected the series afterwards; it is in no summary.",
+        "recomputed, layer inputs on the host. Nothing was run here: the rows judge our cost model and ledger. A withdrawn figure is one",
+        "whose author corrected the series afterwards; it is in no summary.",
         "",
-        f"Time: {_error(result, 'time')}; memory: {_error(result, 'memory')} (aims: median {aims['median']:.0%}, worst {aims['worst']:.0%}).",
+        f"Time: {_error(result, 'time')}; memory: {_error(result, 'memory')} "
+        f"(aims: median {aims['median']:.0%}, worst {aims['worst']:.0%}).",
         "",
         "| run | GPUs | kernel | published s | predicted s | error | published GB | predicted GB | in tiles | float32 states |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -25,17 +26,17 @@ def published(result: dict[str, Any]) -> list[str]:
     for row in rows:
         name = f"[{row['name']}]({row['source']})" + " (withdrawn)" * row["withdrawn"]
         seconds = f"{row['step_s']:,.0f} | {row['predicted_s']:,.0f} | {row['time_error']:+.0%}"
-        theirs = "–" if row["memory_bytes"] is None else f"{row['memory_bytes'] / GB:.1f}"
+        theirs = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / GB:.1f}"
         ours = " | ".join(f"{row[key] / GB:.1f}" for key in ("predicted_bytes", "tiled_bytes", "state_bytes"))
         lines.append(f"| {name} | {row['gpus']} | {row['kernel']} | {seconds} | {theirs} | {ours} |")
     efficiencies = ", ".join(sorted({f"{row['efficiency']:.0%}" for row in rows}))
     return [
         *lines,
         "",
-        f"Plans take attention and products to run at {efficiencies} of the GPUs' peak whatever the kernel (`cluster.efficiency`, from runs with",
-        "FlashAttention 2): runs with another kernel show what that leaves out. `in tiles`: our ledger with feed-forwards of 16K rows at a time;",
-        "`float32 states`: 16 bytes a weight over the GPUs, part of both predictions. Where that alone is above what was published, the",
-        "authors' weights or moments were no float32.",
+        f"Plans take attention and products to run at {efficiencies} of the GPUs' peak whatever the kernel (`cluster.efficiency`, from",
+        "runs with FlashAttention 2): runs with another kernel show what that leaves out. `in tiles`: our ledger with feed-forwards of 16K",
+        "rows at a time; `float32 states`: 16 bytes a weight over the GPUs, part of both predictions. Where that alone is above what was",
+        "published, the authors' weights or moments were no float32.",
         "",
         *(f"- not said by {source}: {unsaid}" for source, unsaid in dict.fromkeys((row["source"], row["left_out"]) for row in rows)),
     ]

@@ -101,7 +101,7 @@ def install(
 ) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are.
 
-    `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank. `routers`: None: no losses, no updates.
+    `expert_ranks`: those that share the experts of every layer; None: all are on every rank. `routers`: None: no losses, no updates.
     """
     graphs = None if policy.compile is None else Graphs(policy.compile)
     routers = routers or RouterSettings()
@@ -190,7 +190,8 @@ def build_empty(
             parameter.data = parameter.data.to(compute_dtype)
     reduced = master_dtype(compute_dtype)
     layers = list(model.model.layers)
-    placement = None if expert_mesh is None else spread_experts([layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")], expert_mesh)
+    experts = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+    placement = None if expert_mesh is None else spread_experts(experts, expert_mesh)
     stage_of(model).weights = shard_model(
         model, layers, mesh, compute_dtype=compute_dtype, reduce_dtype=reduced, placement=placement
     )

@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 def load_weights(
     model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None, groups: Sequence[dist.ProcessGroup] = ()
 ) -> None:
-    """Fill every parameter and persistent buffer from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
+    """Fill every parameter and persistent buffer from `config.path`: a directory of safetensors, or a hub name. Collective.
 
     ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
     none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:

@@ -32,6 +32,14 @@ DOTS = (
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
+def ranks_of(pid: int) -> list[int]:
+    """The processes of a run's four ranks; a rank's own children plan steps and write checkpoints."""
+    (agent,) = (child for child in psutil.Process(pid).children() if "launcher.agent" in command(child.pid))
+    ranks = [child.pid for child in agent.children() if child.memory_info().rss > 1 << 28]
+    assert len(ranks) == 4, [command(child.pid) for child in agent.children()]
+    return ranks
+
+
 def steps_of(place: Path) -> dict[int, dict]:
     return {event["step"]: event for event in MetricsFollower(place / "runs" / "run").read() if event["event"] == "step"}
 
@@ -50,9 +58,7 @@ def test_a_killed_rank_resumes_and_so_do_other_numbers_of_expert_ranks(tmp_path:
     process = start(place, "train", *SMALL, *more, f"train.steps={STEPS}", script=SIDE, HOLD_STEPS="5")
     wait_until_held(place, process, 5)
     pids = descendants(process.pid)
-    others = [pid for pid in pids if "checkpoint.flusher" not in command(pid)]
-    ranks = [pid for pid in others if "forkserver" not in command(pid) or psutil.Process(pid).memory_info().rss > 1 << 28]
-    os.kill(ranks[-1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     finish(process, place)
     assert "signal 9" in (place / "output").read_text() and not [pid for pid in pids if is_alive(pid)]
     # Plans may come late and be others on a loaded machine: losses are the same but for rounding.

@@ -177,6 +177,7 @@ def collective_s(inputs: PlanInputs, num_bytes: float) -> float:
 def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
     cluster, length = inputs.cluster, inputs.data.max_seq_len
     twice = "forward and backward run twice, the first time for the norm to clip by (optim.clip_mode=two_pass)"
+    busiest = f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
         f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
@@ -184,7 +185,7 @@ def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
         *((_host_line(inputs),) if inputs.policy.uses_host or inputs.memory.solve else ()),
         *((twice,) if inputs.residency.two_passes else ()),
-        *((f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it",) * (inputs.expert_parallel > 1)),
+        *((busiest,) * (inputs.expert_parallel > 1)),
         update_time(inputs).assumption,
         "reading data and saving checkpoints take no time",
     )

@@ -185,7 +185,8 @@ def _step(step: Step) -> dict[str, Any]:
 
 def _experts_line(experts: dict[str, Any]) -> str:
     """What of the experts is in the seconds, in one sentence."""
-    size = f"{experts['active_parameters'] / 1e9:.2f} billion weights of a token, {experts['experts_per_token']} of {experts['experts']} experts"
+    chosen = f"{experts['experts_per_token']} of {experts['experts']} experts"
+    size = f"{experts['active_parameters'] / 1e9:.2f} billion weights of a token, {chosen}"
     if experts["expert_parallel"] == 1:
         return f"{size}; experts are gathered as all weights are."
     sent = f"{experts['exchange_s']:.4g} s a step for rows to experts on {experts['expert_parallel']} ranks and back, not hidden"

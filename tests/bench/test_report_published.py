@@ -19,4 +19,4 @@ def test_a_line_for_each_run_with_its_source() -> None:
 def test_what_was_not_published_is_a_dash() -> None:
     rows = [row(RUNS[-1])]
     lines = published({"rows": rows, "aims": AIMS, **summary(rows)})
-    assert any(" | – | " in line for line in lines) and any("worst_time_error" in line for line in lines)
+    assert any(" | - | " in line for line in lines) and any("worst_time_error" in line for line in lines)

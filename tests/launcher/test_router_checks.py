@@ -16,7 +16,7 @@ WRONG = {
     "a balance without experts": (DENSE, "train.router_balance=0.01", "0.01 for a model without experts", "train.router_balance=0"),
     "a bias without experts": (DENSE, "train.router_bias_rate=0.1", "0.1 for a model without experts", "train.router_bias_rate=0"),
     "a capacity without experts": (DENSE, "train.expert_capacity=2", "2 for a model without experts", "train.expert_capacity=null"),
-    "a bias of softmaxes": (SOFTMAX, "train.router_bias_rate=0.1", "0.1 for routers of qwen3_moe, which have no", "train.router_balance=0.01"),
+    "a bias of softmaxes": (SOFTMAX, "train.router_bias_rate=0.1", "of qwen3_moe, which have no", "train.router_balance=0.01"),
     "a balance of sigmoids": (SIGMOID, "train.router_balance=0.01", "whose scores are sigmoids", "train.router_bias_rate=0.001"),
     "a z-loss of sigmoids": (SIGMOID, "train.router_z_loss=0.1", "whose scores are sigmoids", "train.router_z_loss=0"),
     "a capacity, adaptive": (SOFTMAX, "train.expert_capacity=1.2", "1.2 with parallel.sequence=adaptive", "parallel.sp_degree=1"),

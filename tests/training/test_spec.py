@@ -125,7 +125,8 @@ def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
     active = layer if spec.experts is None else layer - idle_weights(spec)
     assert num_parameters(spec) == total
     layers, routed = layer_parameters(spec), LayerParameters(layer, active, expert_weights(spec))
-    assert [each for number, each in enumerate(layers) if number not in spec.dense_layers] == [routed] * (spec.num_layers - len(spec.dense_layers))
+    others = [each for number, each in enumerate(layers) if number not in spec.dense_layers]
+    assert others == [routed] * (spec.num_layers - len(spec.dense_layers))
     assert active_layer_parameters(spec) == sum(each.active for each in layers) / spec.num_layers
     assert spec.windows == hf_windows(hf)
     assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
