@@ -55,12 +55,12 @@ class Published:
     """What attention ran, as far as the source says."""
     left_out: str
     """What the source does not say."""
-    withdrawn: bool = False
-    """The author corrected the series later: shown, and in no summary."""
+    is_draft: bool = False
+    """From a draft whose author corrected the series later: shown, and in no summary."""
 
 
 def _trl(name: str, model: str, step_s: float, memory_gb: float | None, **more: Any) -> Published:
-    fields = {"source": TRL_DRAFT, "gpus": 8, "sequence_tokens": 1 << 20, "withdrawn": True, **more}
+    fields = {"source": TRL_DRAFT, "gpus": 8, "sequence_tokens": 1 << 20, "is_draft": True, **more}
     memory = None if memory_gb is None else memory_gb * GB
     return Published(
         name=name, model=model, step_s=step_s, memory_bytes=memory, words=RECOMPUTE, kernel="cuDNN", left_out=UNSAID_TRL, **fields
@@ -75,11 +75,11 @@ def _alst(name: str, gpus: int, tokens: int, step_s: float) -> Published:
 
 
 RUNS = (
-    _trl("Qwen3-8B, 1M, TRL", "qwen3_8b", 380.0, 56.2, source=TRL, withdrawn=False),
-    _trl("Qwen3-32B, 1M, TRL draft", "qwen3_32b", 1295.0, 60.8),
-    _trl("Qwen3-30B-A3B, 1M, TRL draft", "qwen3_30b_a3b", 483.0, 46.0),
-    _trl("Qwen3-8B, 2M, TRL draft", "qwen3_8b", 696.0, None, gpus=16, sequence_tokens=1 << 21),
-    _trl("Qwen3-8B, 4M, TRL draft", "qwen3_8b", 1346.0, None, gpus=32, sequence_tokens=1 << 22),
+    _trl("Qwen3-8B, 1M, TRL", "qwen3_8b", 380.0, 56.2, source=TRL, is_draft=False),
+    _trl("Qwen3-32B, 1M, TRL", "qwen3_32b", 1295.0, 60.8),
+    _trl("Qwen3-30B-A3B, 1M, TRL", "qwen3_30b_a3b", 483.0, 46.0),
+    _trl("Qwen3-8B, 2M, TRL", "qwen3_8b", 696.0, None, gpus=16, sequence_tokens=1 << 21),
+    _trl("Qwen3-8B, 4M, TRL", "qwen3_8b", 1346.0, None, gpus=32, sequence_tokens=1 << 22),
     _alst("Llama-3.1-8B, 3.8M, ALST", 8, 3_800_000, 6455.0),
     _alst("Llama-3.1-8B, 15.5M, ALST", 32, 15_500_000, 26709.0),
 )
@@ -134,10 +134,10 @@ def row(run: Published) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Median and worst error of time and of memory, over the runs that are not withdrawn; None without any."""
+    """Median and worst error of time and of memory, over the runs that are no drafts; None without any."""
     found: dict[str, float | None] = {}
     for what in ("time", "memory"):
-        errors = [abs(each[f"{what}_error"]) for each in rows if each[f"{what}_error"] is not None and not each["withdrawn"]]
+        errors = [abs(each[f"{what}_error"]) for each in rows if each[f"{what}_error"] is not None and not each["is_draft"]]
         found[f"median_{what}_error"] = statistics.median(errors) if errors else None
         found[f"worst_{what}_error"] = max(errors, default=None)
     return found

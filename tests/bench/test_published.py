@@ -1,4 +1,4 @@
-"""Published runs as their authors ran them: planned, compared, and summed up without those withdrawn."""
+"""Published runs as their authors ran them: planned, compared, and summed up without drafts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_each_is_planned_under_its_own_policy(run) -> None:  # type: ignore[no-u
     assert 0.9 < figures["attention_share"] < 1.0
 
 
-def test_withdrawn_figures_are_in_no_summary() -> None:
+def test_drafts_are_in_no_summary() -> None:
     rows = [
-        {"time_error": 0.1, "memory_error": None, "withdrawn": False},
-        {"time_error": -0.3, "memory_error": 0.05, "withdrawn": False},
-        {"time_error": 9.0, "memory_error": 9.0, "withdrawn": True},
+        {"time_error": 0.1, "memory_error": None, "is_draft": False},
+        {"time_error": -0.3, "memory_error": 0.05, "is_draft": False},
+        {"time_error": 9.0, "memory_error": 9.0, "is_draft": True},
     ]
     assert summary(rows) == {
         "median_time_error": 0.2, "worst_time_error": 0.3, "median_memory_error": 0.05, "worst_memory_error": 0.05,
