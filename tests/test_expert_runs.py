@@ -19,7 +19,7 @@ SMALL = (
     "+experiment=quickstart_moe", "data=indexed", "data.prefixes=[corpus]", "data.max_seq_len=256", "data.global_batch_tokens=1K",
     "model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=16", "model.vocab_size=97",
     "parallel.tokens_per_rank=128", "parallel.probe_s=0", "parallel.experts.ep=2", "optim.schedule=constant", "optim.lr=1e-3",
-    "checkpoint.every_steps=2", "run.id=run", "logging.display=plain",
+    "optim.warmup_steps=2", "checkpoint.every_steps=2", "run.id=run", "logging.display=plain",
 )  # fmt: skip
 """The experiment's own settings with a corpus that is there and small sizes: four ranks, adaptive groups."""
 QWEN = ("model.extra.num_experts=8", "model.extra.moe_intermediate_size=32")
