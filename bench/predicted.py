@@ -27,9 +27,12 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 QWEN3_MOE = {"family": Family.QWEN3_MOE, "head_dim": 32, "extra": EXPERTS}
 MIXTRAL = {"family": Family.MIXTRAL, "intermediate_size": 256, "extra": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 QWEN2_MOE = {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 384}}
-MIXED = {**QWEN3_MOE, "num_layers": 4, "extra": {**EXPERTS, "mlp_only_layers": [1]}}
+TWO_KINDS_OVER = 0.10
+"""The same where some layers are dense and others have experts: all are counted as the kind that holds more."""
+# As published models have it: a dense layer is as wide as what a token visits of experts.
+MIXED = {**QWEN3_MOE, "num_layers": 4, "intermediate_size": 384, "extra": {**EXPERTS, "mlp_only_layers": [1]}}
 DOTS = {
-    "family": Family.DOTS1, "head_dim": 32,
+    "family": Family.DOTS1, "head_dim": 32, "intermediate_size": 576,
     "extra": {
         "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "first_k_dense_replace": 1,
         "norm_topk_prob": True,

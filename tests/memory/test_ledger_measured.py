@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.bench.predicted import CASES, TARGETS
+from efflaunch.bench.predicted import CASES, TARGETS, TWO_KINDS_OVER
 from efflaunch.bench.traced import Case, case_ledger, predicted_by_phase, traced_peak
 from efflaunch.tests.ranks import RankPool
 
@@ -38,7 +38,8 @@ def test_prediction_holds(case: Case, pool: RankPool) -> None:
     measured = pool.run(traced_peak, case, ranks=case.ranks)[0]
     predicted = max(predicted_by_phase(case).values())
     error = predicted / measured - 1.0
-    assert -TARGETS["under"] <= error <= TARGETS["over"], f"predicted {predicted}, measured {measured}: {error:+.2%}"
+    over = TWO_KINDS_OVER if case_ledger(case).inputs.spec.dense_layers else TARGETS["over"]
+    assert -TARGETS["under"] <= error <= over, f"predicted {predicted}, measured {measured}: {error:+.2%}"
 
 
 def test_all_chosen_configurations_are_there() -> None:
