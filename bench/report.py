@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_experts, report_fuzz, report_launch, report_memory, report_pipeline
+from . import report_checkpoint, report_experts, report_fuzz, report_launch, report_memory, report_pipeline, report_published
 
 HEADER = """# Benchmarks
 
@@ -296,6 +296,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "experts": report_experts.experts,
     "experts_throttled": report_experts.experts_throttled,
     "pipeline": report_pipeline.pipeline,
+    "published": report_published.published,
 }
 
 

@@ -105,8 +105,8 @@ def install(
 ) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are.
 
-    `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank. `routers`: None: no losses, no
-    updates. `place`: of a stage, whose modules alone are kept; None: the model is one stage.
+    `expert_ranks`: those that share the experts of every layer; None: all are on every rank. `routers`: None: no losses, no updates.
+    `place`: of a stage, whose modules alone are kept; None: the model is one stage.
     """
     shapes = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *persistent_buffers(model).items())}
     parts = (StagePart(range(len(model.model.layers)), first=True, last=True),) if place is None else place.parts

@@ -38,7 +38,7 @@ def load_weights(
     groups: Sequence[dist.ProcessGroup] = (),
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Fill every parameter and persistent buffer from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
+    """Fill every parameter and persistent buffer from `config.path`: a directory of safetensors, or a hub name. Collective.
 
     ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
     none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:

@@ -36,7 +36,7 @@ class Capacity:
         self._taken.clear()
 
     def keep(self, layer: int, chosen: Tensor, num_experts: int) -> Tensor:
-        """`chosen` (T, K) of the layer's next rows, with -1 in place of what there is no room for."""
+        """`chosen` (T, K) of the layer's next rows, with ~expert, which is below 0, where there is no room."""
         start = self._rows.get(layer, 0)
         self._rows[layer] = stop = start + len(chosen)
         if start == stop:
@@ -46,7 +46,7 @@ class Capacity:
         keys = ((documents - documents[0]).unsqueeze(1) * num_experts + chosen).flatten()
         numbers = _occurrences(keys) + self._before(layer, documents, keys, num_experts)
         self._count(layer, documents, keys, num_experts)
-        return torch.where(numbers.view(chosen.shape) < limits.unsqueeze(1), chosen, -1)
+        return torch.where(numbers.view(chosen.shape) < limits.unsqueeze(1), chosen, ~chosen)
 
     def _before(self, layer: int, documents: Tensor, keys: Tensor, num_experts: int) -> Tensor:
         """Rows that each key's expert was asked to take of its document in pieces before."""

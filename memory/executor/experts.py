@@ -50,7 +50,7 @@ class Routing:
     """Which experts every token goes to, and where its rows are among those of all tokens in the order of experts."""
 
     chosen: Tensor
-    """Experts of each token (T, K) int32; -1 where the token's row is dropped."""
+    """Experts of each token (T, K) int32; ~expert, which is below 0, where the token's row is dropped."""
     tokens: Tensor
     """Token of each row (R,)."""
     places: Tensor
@@ -66,7 +66,7 @@ class Routing:
     def of(cls, chosen: Tensor, num_experts: int, ranks: ExpertRanks | None = None, *, drops: bool = False) -> Routing:
         """Sort by expert, tokens of one expert in their own order. `chosen` (T, K). Collective over `ranks`, where there are such.
 
-        `drops`: some of `chosen` may be -1.
+        `drops`: some of `chosen` may be below 0.
         """
         flat = chosen.flatten().long()
         if drops:  # behind all others
@@ -82,6 +82,11 @@ class Routing:
         exchange = None if ranks is None else ranks.exchange(counts)
         groups = Groups(counts if exchange is None else exchange.counts)
         return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), kept, groups, exchange)
+
+    @property
+    def wanted(self) -> Tensor:
+        """Experts of each token (T, K), whether there was room or not: a weight is a share of all of them."""
+        return self.chosen if self.kept is None else torch.where(self.kept, self.chosen, ~self.chosen)
 
     def at_experts(self, values: Tensor) -> Tensor:
         """Values of tokens (T, M) -> those of the rows whose experts are here (R, M)."""
@@ -107,7 +112,7 @@ class Routing:
         """Sum each token's rows (R, M), times its weights (T, K), in float32 at least -> (T, M) in the rows' dtype."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = rows.new_zeros((self.chosen.shape[0], rows.shape[1]), dtype=wide)
-        for column in range(self.chosen.shape[1]):
+        for column in range(self.chosen.shape[1] * bool(len(rows))):
             part = rows[self.places[:, column]]
             if self.kept is not None:
                 part = part.masked_fill(~self.kept[:, column : column + 1], 0)
@@ -124,6 +129,8 @@ class Routing:
 
     def by_token(self, values: Tensor) -> Tensor:
         """Values of rows (R,) -> those of tokens and experts (T, K); 0 where a row is dropped."""
+        if not len(values):
+            return values.new_zeros(self.places.shape)
         by_token = values[self.places.flatten()].view(self.places.shape)
         return by_token if self.kept is None else by_token.masked_fill(~self.kept, 0)
 

@@ -62,7 +62,7 @@ class ExpertLoad:
         self._counts: dict[int, Tensor] = {}
 
     def add(self, layer: int, chosen: Tensor, num_experts: int, kept: Tensor | None = None) -> None:
-        """Count what tokens chose (T, K); `kept` has -1 in place of what is dropped."""
+        """Count what tokens chose (T, K); `kept` is below 0 where a row is dropped."""
         counts = torch.bincount(chosen.flatten(), minlength=num_experts + 1)
         if kept is not None:
             counts[num_experts] = (kept < 0).sum()
@@ -98,7 +98,7 @@ class MixtureFeedForward:
         if torch.is_grad_enabled():
             logits = with_losses(logits, self._layer.router_losses, self._layer.index)
         routing = self._routing(logits, saved)
-        weights = self._layer.weigh(logits, routing.chosen)
+        weights = self._layer.weigh(logits, routing.wanted)
         if torch.is_grad_enabled():
             return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
         experts = self._layer.experts()
@@ -116,7 +116,7 @@ class MixtureFeedForward:
             held, (gate_up, *shared) = self._inner(h, experts, routing, saved)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            weights = self._layer.weigh(leaf, routing.chosen)
+            weights = self._layer.weigh(leaf, routing.wanted)
         d_h, d_weights, of_experts = experts.gradients(held, gate_up, weights.detach(), dy, routing)
         del gate_up, held
         for weight, part in zip(experts.weights, of_experts, strict=True):
@@ -142,7 +142,7 @@ class MixtureFeedForward:
         return Routing.of(chosen, self._layer.num_experts, self._layer.expert_ranks, drops=self._layer.capacity is not None)
 
     def _decided(self, chosen: Tensor) -> Tensor:
-        """What of the choices (T, K) there is room for: -1 in place of the others. Both are counted."""
+        """What of the choices (T, K) there is room for: below 0 where there is none. Both are counted."""
         layer, capacity = self._layer, self._layer.capacity
         kept = None if capacity is None else capacity.keep(layer.index, chosen, layer.num_experts)
         layer.expert_load.add(layer.index, chosen, layer.num_experts, kept)

@@ -67,8 +67,6 @@ class LayerAdapter(ABC):
     """Most rows that an expert takes; None: nothing is dropped."""
     index: int = 0
     """Number of the layer in the model."""
-    correction_bias: Tensor | None = None
-    """The bias (E,) that choices of experts see and no gradient reaches, as it is now; None without."""
 
     def trained(self) -> list[Tensor]:
         """Implements `LayerSteps.trained`. Of weights whose other parts are on other ranks it has a view of the part here."""
@@ -84,6 +82,11 @@ class LayerAdapter(ABC):
     def sinks(self) -> Tensor | None:
         """Implements `LayerSteps.sinks`. Read anew each time, as projections are."""
         return None if self.sinks_name is None else self.layer.get_parameter(self.sinks_name)
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """The bias (E,) that choices of experts see and no gradient reaches, as it is now; None without."""
+        return None
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""

@@ -1,4 +1,4 @@
-"""dots.llm1: norms over each head of queries and keys, windows from a layer on; the first layers dense, the others DeepSeek-V3's experts."""
+"""dots.llm1: norms over each head of queries and keys, windows from a layer on; first dense layers, then DeepSeek-V3's experts."""
 
 from __future__ import annotations
 

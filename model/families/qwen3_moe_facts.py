@@ -1,4 +1,4 @@
-"""Qwen3-MoE: norms over each head of queries and keys, one window for all layers or none; layers of experts, some dense where the config says so."""
+"""Qwen3-MoE: norms over each head of queries and keys, one window for all layers or none; layers of experts, some dense where asked."""
 
 from __future__ import annotations
 
@@ -40,7 +40,5 @@ FACTS = FamilyFacts(
     windows=one_window,
     window_fields=upper_window_fields,
     aliases=MappingProxyType({"num_local_experts": "num_experts"}),
-    experts=ExpertFacts(
-        count="num_experts", inner="moe_intermediate_size", dense_layers=listed_dense_layers, problem=listed_problem
-    ),
+    experts=ExpertFacts(count="num_experts", inner="moe_intermediate_size", dense_layers=listed_dense_layers, problem=listed_problem),
 )

@@ -1,6 +1,6 @@
 """The second half of a layer as DeepSeek-V3 has it: sigmoid scores, groups of experts, a bias that only choices see, a shared expert.
 
-Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2; the bias and its update are those of arXiv:2408.15664 (memory/executor/router_bias.py).
+Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2; the bias and its update (memory/executor/router_bias.py): arXiv:2408.15664.
 """
 
 from __future__ import annotations

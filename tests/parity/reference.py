@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -149,8 +151,16 @@ def reference_model(family: str, dtype: torch.dtype):
     return model.train()
 
 
-def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 0.0)):
-    """Mean loss over all target tokens; each document is its own forward. `router`: weights of balance and z-loss of its routers."""
+def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 0.0), capacity=None):
+    """Mean loss over all target tokens; each document is its own forward.
+
+    `router`: weights of balance and z-loss of its routers. `capacity`: factor of the rows that an expert takes of a document.
+    """
+    if capacity is not None:
+        with _capacity(model, capacity) as dropped:
+            loss = reference_loss(model, documents, targets, z_loss, router)
+        assert sum(dropped) > 0, "nothing is dropped: the row shows nothing"
+        return loss
     if any(router):
         with _router_logits(model) as logits:
             loss = reference_loss(model, documents, targets, z_loss)
@@ -168,6 +178,29 @@ def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 
         total = total + z_loss * logits[keep].logsumexp(-1).square().sum()
         count += int(keep.sum())
     return total / count
+
+
+@contextmanager
+def _capacity(model, factor):
+    """Routers that weigh nothing what an expert has no room for, the earliest tokens first; how many rows those are."""
+    dropped, hooks = [], []
+
+    def drop(module, inputs, output):
+        logits, weights, chosen = output
+        limit, taken, kept = math.ceil(factor * chosen.numel() / logits.shape[1]), Counter(), []
+        for token in chosen.tolist():
+            kept.append([taken[expert] < limit for expert in token])
+            taken.update(token)
+        dropped.append(sum(row.count(False) for row in kept))
+        return logits, weights * torch.tensor(kept, dtype=weights.dtype).view_as(weights), chosen
+
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+            hooks.append(router.register_forward_hook(drop))
+    yield dropped
+    for hook in hooks:
+        hook.remove()
 
 
 @contextmanager
