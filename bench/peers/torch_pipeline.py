@@ -66,7 +66,8 @@ class HalfOfModel(nn.Module):
         half = LAYERS // 2
         self.layers = nn.ModuleList(list(model.model.layers)[rank * half : (rank + 1) * half])
         self.embed, self.rotary = (model.model.embed_tokens if rank == 0 else None), model.model.rotary_emb
-        self.norm, self.head = (model.model.norm, model.lm_head) if rank == 1 else (None, None)
+        self.norm: nn.Module | None = model.model.norm if rank == 1 else None
+        self.head: nn.Module | None = model.lm_head if rank == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = x if self.embed is None else self.embed(x)
