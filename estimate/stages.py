@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..parallel.pipeline.config import PipelineOrder
-from ..parallel.pipeline.partition import partition
-from ..parallel.pipeline.work import LayerLoad, ModelLoad
 from .footprint.device import device_terms
 from .footprint.term import ALL
 from .plan_inputs import PlanInputs
 from .timing.step import Timing, estimate_time
+
+if TYPE_CHECKING:  # numpy is loaded where stages are cut, not with the launcher
+    from ..parallel.pipeline.work import ModelLoad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,8 @@ class StageMemory:
 
 def stage_layers(inputs: PlanInputs) -> tuple[range, ...]:
     """Decoder layers of each (virtual) stage: as configured, or so that the slowest takes least; of those the most even."""
+    from ..parallel.pipeline.partition import partition
+
     stages = inputs.layout.stages * inputs.parallel.pipeline.virtual
     given = inputs.parallel.pipeline.layers
     counts = tuple(given) if given is not None else partition(model_load(inputs), stages, tokens=1.0, pairs=0.0).counts
@@ -114,6 +118,8 @@ def transfer_s(inputs: PlanInputs) -> float:
 
 def model_load(inputs: PlanInputs) -> ModelLoad:
     """What each layer and the head take of a micro-batch of longest sequences, as if it were one token's work."""
+    from ..parallel.pipeline.work import LayerLoad, ModelLoad
+
     seconds: dict[tuple[object, ...], float] = {}
 
     def alone(layer: int, *, has_head: bool = False) -> float:

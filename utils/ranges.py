@@ -90,7 +90,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
     if isinstance(value, (int, float)):
         yield key, value
     elif isinstance(value, str):
-        yield from ((key, int(part)) for part in value.split(":") if part.isdigit())
+        yield from ((key, int(part)) for part in value.split(":") if part.isdecimal())
     elif isinstance(value, Mapping):
         for name, item in value.items():
             if not isinstance(item, str):

@@ -57,4 +57,4 @@ def parse_line(line: bytes) -> Event | None:
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
     names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/COMMIT"))
-    return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+    return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdecimal())

@@ -54,7 +54,7 @@ def submit(script: Path) -> str:
     """The job's number; ConfigError with sbatch's own words where it refuses."""
     done = _run("sbatch", "--parsable", str(script))
     number = done.stdout.strip().partition(";")[0]
-    if done.returncode or not number.isdigit():
+    if done.returncode or not number.isdecimal():
         said = " ".join((done.stderr or done.stdout).replace("sbatch: ", "").split()) or f"exit code {done.returncode}"
         hint = "cluster.slurm.partition=..., cluster.slurm.account=..., or whatever it asks for; --dry-run prints the script"
         raise ConfigError("sbatch", found=said, expected="the job to be accepted", hint=hint)
