@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..parallel.sharding.parts import memory_of, slices
+from .adapters.targets import is_factor
 from .config import ModelConfig
 from .families.facts import FamilyFacts
 from .hf_fields import model_fields
@@ -41,7 +42,8 @@ def load_weights(
     """
     assert config.path is not None
     folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
-    parameters = dict(model.named_parameters())
+    # Adapters beside the model's matrices are in no file of the model.
+    parameters = {name: each for name, each in model.named_parameters() if not is_factor(name)}
     shapes, headers = {name: tuple(each.shape) for name, each in parameters.items()}, read_headers(folder)
     plan = plan_load(Wanted.of(shapes, fields.facts, file_vocabulary(fields), headers), headers, folder)
     bad: list[str] = []

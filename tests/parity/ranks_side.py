@@ -14,6 +14,7 @@ from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.executor.router_losses import RouterLosses
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.model.adapters.config import NO_ADAPTER
 from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
@@ -167,10 +168,12 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         store=_store(case.get("store", "strict")),
         expert_mesh=topology.experts,
         router_losses=RouterLosses(*case.get("router", (0.0, 0.0))),
+        adapter=case.get("adapter", NO_ADAPTER),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-        parameter.requires_grad_(is_trained(case, name))
+        if "adapter" not in case:
+            parameter.requires_grad_(is_trained(case, name))
     source, results = ListSource(documents, targets), []
     for plan in plans:
         loss = _gradients(model, topology, source, plan, case)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -12,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ...errors import DataError
+from ...model.adapters.base import model_digest
 from ...model.config import ModelConfig
-from ...model.weights import weights_fingerprint
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
 from ..config import Objective, TrainConfig
@@ -78,15 +76,8 @@ def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
 
 
 def initial_weights(config: _Config) -> str:
-    """A digest that changes with the run's first model: every override, and the weights' files by content, not place.
-
-    The seed counts where it makes weights: all of them without files, and rows for added tokens.
-    """
-    model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "path")}
-    path = config.model.path
-    origin = config.train.seed if path is None else weights_fingerprint(path)
-    seeded = [config.train.seed] if path is not None and config.model.vocab_size is not None else []
-    return hashlib.sha256(repr([model, config.train.dtype, origin, *seeded]).encode()).hexdigest()
+    """A digest of the run's first model (`model_digest`). Adapters that start at zero change nothing of it."""
+    return model_digest(config.model, config.train.seed, config.train.dtype)
 
 
 def _agreed(name: str, topology: Topology) -> str:

@@ -1,0 +1,175 @@
+"""Decides which matrices of a model have adapters, which parameters are trained and how many numbers those are. Pure, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ..spec import ModelSpec
+from .config import AdapterConfig
+
+FACTORS = "lora"
+"""Name of the module beside a matrix that holds its factors A and B."""
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+SAVED = ("embedding", "head", "norms")
+"""Parts that adapter.modules_to_save may name."""
+_GROUPS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One matrix (rows, columns) of every decoder layer: x W^T maps `columns` numbers to `rows`."""
+
+    name: str
+    rows: int
+    columns: int
+
+    def numbers(self, rank: int) -> int:
+        """Numbers of A and B."""
+        return rank * (self.rows + self.columns)
+
+
+def matrices(spec: ModelSpec) -> tuple[Target, ...]:
+    """The matrices of a decoder layer that may have adapters: attention's, and those of a dense feed-forward."""
+    hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
+    sizes = dict(zip(ATTENTION, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True))
+    if spec.experts is None:
+        sizes |= dict(zip(MLP, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+    return tuple(Target(name, *size) for name, size in sizes.items())
+
+
+def target_names(config: AdapterConfig) -> tuple[str, ...]:
+    """Names of the matrices that `config` asks for, inside a layer, in the model's order; of a checked config."""
+    asked = {name for target in config.targets for name in _matching(target)}
+    return tuple(name for name in ATTENTION + MLP if name in asked)
+
+
+def _matching(target: str) -> tuple[str, ...]:
+    return _GROUPS.get(target) or tuple(name for name in ATTENTION + MLP if target in (name, name.rpartition(".")[2]))
+
+
+def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
+    """The matrices of a decoder layer that have adapters; none without adapters."""
+    names = target_names(config) if config.is_trained else ()
+    return tuple(matrix for matrix in matrices(spec) if matrix.name in names)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is one of an adapter's factors, by its name in the model."""
+    return f".{FACTORS}." in name
+
+
+def is_factor_b(name: str) -> bool:
+    """Whether a parameter is the second factor, B."""
+    return name.endswith(f".{FACTORS}.B")
+
+
+def is_trained(name: str, config: AdapterConfig) -> bool:
+    """Whether the parameter of this name in the model is trained."""
+    return not config.is_trained or is_factor(name) or any(_is_of(name, part) for part in config.modules_to_save)
+
+
+def _is_of(name: str, part: str) -> bool:
+    if part == "norms":
+        return name.endswith("norm.weight")
+    return name.startswith({"embedding": "model.embed_tokens.", "head": "lm_head."}[part])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedNumbers:
+    """How many numbers a run with adapters trains."""
+
+    adapter: int
+    """Numbers of the factors in one decoder layer."""
+    norms: int
+    """Numbers of the norms in one decoder layer, where they are trained."""
+    embedding: int
+    head: int
+    last_norm: int
+
+    @property
+    def layer(self) -> int:
+        """All of one decoder layer."""
+        return self.adapter + self.norms
+
+
+def trained_numbers(config: AdapterConfig, spec: ModelSpec) -> TrainedNumbers:
+    """Counts for a config that trains adapters."""
+    matrix, saved = spec.vocab_size * spec.hidden_size, config.modules_to_save
+    norms = spec.norms_per_layer * spec.hidden_size + 2 * spec.head_dim * spec.qk_norm
+    return TrainedNumbers(
+        adapter=sum(target.numbers(config.rank) for target in targets(config, spec)),
+        norms=norms * ("norms" in saved),
+        embedding=matrix * ("embedding" in saved),
+        head=matrix * ("head" in saved),
+        last_norm=spec.hidden_size * ("norms" in saved),
+    )
+
+
+def check_adapter(config: AdapterConfig, spec: ModelSpec) -> None:
+    """Raise ConfigError where adapters are asked for that cannot be made or trained exactly."""
+    if not config.is_trained:
+        if config.init is not None:
+            raise ConfigError("adapter.init", found=f"{config.init} without adapters", expected="adapter=lora", hint="adapter=lora")
+        return
+    if config.dropout:
+        raise ConfigError(
+            "adapter.dropout",
+            found=f"{config.dropout:g}",
+            expected="0: layers are computed again in backward, by chunks, and would drop other numbers than in forward",
+            hint="adapter.dropout=0",
+        )
+    _check_targets(config, spec)
+    _check_saved(config, spec)
+    smallest = min(targets(config, spec), key=lambda matrix: min(matrix.rows, matrix.columns))
+    most = min(smallest.rows, smallest.columns)
+    if config.rank > most:
+        raise ConfigError(
+            "adapter.rank",
+            found=f"{config.rank} for {smallest.name}, a matrix of {smallest.rows} x {smallest.columns}",
+            expected=f"at most {most}: more is not low-rank, the matrix itself has no more",
+            hint=f"adapter.rank={most}, or adapter.targets without {smallest.name.rpartition('.')[2]}",
+        )
+
+
+def _check_targets(config: AdapterConfig, spec: ModelSpec) -> None:
+    there = [matrix.name for matrix in matrices(spec)]
+    short = ", ".join(name.rpartition(".")[2] for name in there)
+    for target in config.targets:
+        found = _matching(target)
+        if found and spec.experts is not None and not set(found) <= set(there):
+            raise ConfigError(
+                "adapter.targets",
+                found=f"{target} for a model with experts",
+                expected="matrices of its attention: experts' projections lie in one stacked tensor that grouped products read, "
+                "and have no adapters yet",
+                hint="adapter.targets=[attention]",
+            )
+        if not found:
+            raise ConfigError(
+                "adapter.targets",
+                found=f"{target!r}, which matches no matrix of a decoder layer",
+                expected=f"{', '.join(_GROUPS)} or some of {short}",
+                hint="adapter.targets=[all-linear]" if spec.experts is None else "adapter.targets=[attention]",
+            )
+    if not config.targets:
+        raise ConfigError(
+            "adapter.targets", found="none", expected=f"{', '.join(_GROUPS)} or some of {short}", hint="adapter.targets=[attention]"
+        )
+
+
+def _check_saved(config: AdapterConfig, spec: ModelSpec) -> None:
+    for part in config.modules_to_save:
+        if part not in SAVED:
+            raise ConfigError(
+                "adapter.modules_to_save", found=repr(part), expected=f"some of {', '.join(SAVED)}", hint="adapter.modules_to_save=[]"
+            )
+    tied = [part for part in config.modules_to_save if part in ("embedding", "head")]
+    if tied and spec.tie_embeddings:
+        raise ConfigError(
+            "adapter.modules_to_save",
+            found=f"{tied[0]} of a model whose head is its embedding",
+            expected="parts that are a matrix of their own: a trained copy of one would untie them, and files of adapters cannot say so",
+            hint="adapter.modules_to_save=[], or without " + " and ".join(tied),
+        )
