@@ -11,7 +11,7 @@ from .flops import (
     attention_passes,
     forward_attention_flops,
     inner_share,
-    matrix_parameters,
+    model_flops_per_token,
     projections,
     sequence_flops,
 )
@@ -74,7 +74,7 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     return Timing(
         attention_flops=passes * sequences * attention,
         linear_flops=passes * sequences * linear,
-        model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(inputs) * length),
+        model_flops=sequences * (3.5 * forward + model_flops_per_token(inputs) * length),
         compute_s=compute,
         sequence_s=exchange,
         experts_s=in_turn * length * experts_exchange_s(inputs),
@@ -142,15 +142,17 @@ def sharding_s(inputs: PlanInputs) -> float:
 def gather_s(inputs: PlanInputs) -> float:
     """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
     reduce_each = inputs.parallel.grad_reduce is not GradReduce.STEP
-    return collective_s(inputs, (2 * inputs.width + inputs.master * reduce_each) * inputs.gathered_parameters)
+    reduced = inputs.master * reduce_each * inputs.trained_gathered_parameters
+    return collective_s(inputs, 2 * inputs.width * inputs.gathered_parameters + reduced)
 
 
 def reduce_s(inputs: PlanInputs) -> float:
     """Gradients once a step: scattered over shards unless every micro-batch did, then summed over replicas."""
-    once = collective_s(inputs, inputs.master * inputs.gathered_parameters) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
+    whole = inputs.master * inputs.trained_gathered_parameters
+    once = collective_s(inputs, whole) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
     copies = inputs.layout.replicate
     bandwidth = inputs.cluster.inter_node_bandwidth if inputs.layout.num_nodes > 1 else inputs.cluster.intra_node_bandwidth
-    return once + 2 * inputs.master * inputs.parameters / inputs.layout.shard * (copies - 1) / copies / bandwidth
+    return once + 2 * inputs.master * inputs.trained_parameters / inputs.layout.shard * (copies - 1) / copies / bandwidth
 
 
 def collective_s(inputs: PlanInputs, num_bytes: float) -> float:

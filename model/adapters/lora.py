@@ -57,8 +57,9 @@ def insert_adapters(model: nn.Module, config: AdapterConfig, compute_dtype: torc
     for layer in layers:
         for name in target_names(config):
             linear = layer.get_submodule(name)
+            rows, columns = linear.weight.shape
             with torch.device(linear.weight.device):
-                linear.add_module(FACTORS, LoraFactors(*linear.weight.shape, config, dtype))
+                linear.add_module(FACTORS, LoraFactors(rows, columns, config, dtype))
     for name, parameter in model.named_parameters():
         if not is_trained(name, config):
             parameter.requires_grad_(False)

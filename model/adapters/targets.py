@@ -94,8 +94,13 @@ class TrainedNumbers:
         return self.adapter + self.norms
 
 
+_NOTHING = TrainedNumbers(adapter=0, norms=0, embedding=0, head=0, last_norm=0)
+
+
 def trained_numbers(config: AdapterConfig, spec: ModelSpec) -> TrainedNumbers:
-    """Counts for a config that trains adapters."""
+    """Counts for a config that trains adapters; all 0 without."""
+    if not config.is_trained:
+        return _NOTHING
     matrix, saved = spec.vocab_size * spec.hidden_size, config.modules_to_save
     norms = spec.norms_per_layer * spec.hidden_size + 2 * spec.head_dim * spec.qk_norm
     return TrainedNumbers(

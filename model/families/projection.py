@@ -120,7 +120,7 @@ def _refusal(name: str, actual: str, otherwise: str) -> ConfigError:
         "model",
         found=f"{actual} at {name} of a decoder layer",
         expected=f"the family's own modules, projections of class torch.nn.Linear without hooks: {otherwise}",
-        hint="a model without foreign adapters, quantised or parametrised weights: merge them first, or adapter=lora adapter.init=DIRECTORY",
+        hint="a model without adapters, quantised or parametrised weights: merge them into plain weights first, or adapter.init=DIRECTORY",
     )
 
 

@@ -37,7 +37,8 @@ def peft_model(family: str, dtype: torch.dtype, config: AdapterConfig):
     with torch.no_grad():
         for name, parameter in named.items():
             if parameter.requires_grad:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype) + (parameter if ".lora." not in name else 0))
+                noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+                parameter.copy_(noise if ".lora." in name else parameter + noise)
     return model, named
 
 
