@@ -106,6 +106,7 @@ def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
         "name": config.model.name,
         "family": spec.family.value,
         "parameters": ledger.inputs.parameters,
+        "trained_parameters": ledger.inputs.trained_parameters,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,

@@ -28,6 +28,7 @@ TAKES_ZERO = {
         "train.router_balance",
         "train.router_z_loss",
         "train.grpo_kl_weight",
+        "adapter.dropout",
         "optim.betas",
         "optim.weight_decay",
         "parallel.probe_s",
