@@ -12,7 +12,7 @@ from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
 from ..model.adapters.config import NO_ADAPTER, AdapterConfig
-from ..model.adapters.targets import trained_numbers
+from ..model.adapters.targets import targets, trained_numbers
 from ..model.spec import LayerParameters, expert_weights, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
@@ -297,6 +297,16 @@ class PlanInputs:
     def adapter_layer_parameters(self) -> int:
         """Numbers of one layer's adapters; 0 without."""
         return trained_numbers(self.adapter, self.spec).adapter
+
+    @property
+    def adapter_inner_flops(self) -> float:
+        """FLOPs of one token's x A^T in all adapters of a layer."""
+        return 2.0 * self.adapter.rank * sum(matrix.columns for matrix in targets(self.adapter, self.spec))
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether the layers' norms are trained."""
+        return self.trains_all or "norms" in self.adapter.modules_to_save
 
     @property
     def trained_layer_parameters(self) -> int:

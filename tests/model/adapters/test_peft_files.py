@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -63,12 +65,8 @@ def test_what_was_written_is_read_again(tmp_path) -> None:
     trained = disturbed(adapted())
     model = ModelConfig(name="m")
     write_adapter(trained, tmp_path, OURS, base=None, digest=model_digest(model, 7, "float32"))
-    config, other = OURS.__class__(**{**_fields(OURS), "init": str(tmp_path)}), adapted(seed=1)
+    config, other = replace(OURS, init=str(tmp_path)), adapted(seed=1)
     load_adapter(other, config, model, 7, "float32")
     assert all(torch.equal(p, trained[name]) for name, p in other.named_parameters() if p.requires_grad)
     with pytest.raises(ConfigError, match="whose weights are not those of this seed"):
         load_adapter(other, config, model, 8, "float32")
-
-
-def _fields(config):
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
