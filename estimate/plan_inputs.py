@@ -299,6 +299,11 @@ class PlanInputs:
         return trained_numbers(self.adapter, self.spec).adapter
 
     @property
+    def makes_reference(self) -> bool:
+        """Whether each step has one forward pass more, of the frozen model: DPO's reference (training/objectives/implicit_reference.py)."""
+        return self.train.objective.value == "dpo" and self.adapter.leaves_reference
+
+    @property
     def adapter_inner_flops(self) -> float:
         """FLOPs of one token's x A^T in all adapters of a layer."""
         return 2.0 * self.adapter.rank * sum(matrix.columns for matrix in targets(self.adapter, self.spec))

@@ -259,5 +259,5 @@ TOGETHER: tuple[Move, ...] = (_auto, _recompute, _reduce_each, _chunks, _small_l
 """Made one after the other where none is enough by itself."""
 LAST: tuple[Move, ...] = (_spread, *OTHERWISE)
 """Moves on top of TOGETHER, where even those at once are not enough."""
-HARDWARE: tuple[Move, ...] = (_files, _larger_host, _larger_device)
-"""Moves that need other machines: not for a run that has just ended on those there are."""
+HARDWARE: tuple[Move, ...] = (_files, _larger_host, _larger_device, _adapters)
+"""Moves that need other machines, or another run: not for a run that has just ended on those there are."""

@@ -135,6 +135,15 @@ def sequence_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
     return attention, linear_flops(inputs) * length
 
 
+def reference_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
+    """Attention and linear FLOPs of one sequence's forward through the frozen model; 0 where no step makes a reference."""
+    if not inputs.makes_reference:
+        return 0.0, 0.0
+    frozen = inputs.active_parameters - inputs.spec.num_layers * inputs.adapter_layer_parameters
+    attention = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
+    return attention, 2.0 * (frozen + inputs.head_parameters) * length
+
+
 def matrix_parameters(inputs: PlanInputs) -> int:
     """Weights each token is multiplied with: all but the embedding table (the head counts, tied or not)."""
     return inputs.active_parameters + inputs.head_parameters

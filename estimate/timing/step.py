@@ -13,6 +13,7 @@ from .flops import (
     inner_share,
     model_flops_per_token,
     projections,
+    reference_flops,
     sequence_flops,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
@@ -66,14 +67,15 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     rate = inputs.cluster.peak_flops * inputs.cluster.efficiency
     # The busiest group sets the pace: sequences do not always divide over the groups.
     in_turn = layout.sequences_per_group * inputs.passes
-    compute = in_turn * (attention + linear) / (layout.sp_degree * rate)
+    reference = reference_flops(inputs, length)
+    compute = (in_turn * (attention + linear) + in_turn // passes * sum(reference)) / (layout.sp_degree * rate)
     ring = max(0.0, ring_s(inputs) * length - attention / (layout.sp_degree * rate))
     exchange = in_turn * (exchange_s(inputs) * length + ring)
     sharding = max(0.0, sharding_s(inputs) - compute)
     forward = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
     return Timing(
-        attention_flops=passes * sequences * attention,
-        linear_flops=passes * sequences * linear,
+        attention_flops=sequences * (passes * attention + reference[0]),
+        linear_flops=sequences * (passes * linear + reference[1]),
         model_flops=sequences * (3.5 * forward + model_flops_per_token(inputs) * length),
         compute_s=compute,
         sequence_s=exchange,
@@ -136,7 +138,8 @@ def ring_s(inputs: PlanInputs) -> float:
 
 def sharding_s(inputs: PlanInputs) -> float:
     """Gathers and reductions of a step, before what compute hides."""
-    return inputs.passes * gather_s(inputs) + inputs.passes // inputs.layout.num_micro_batches * reduce_s(inputs)
+    again = inputs.layout.num_micro_batches * collective_s(inputs, inputs.width * inputs.gathered_parameters) * inputs.makes_reference
+    return again + inputs.passes * gather_s(inputs) + inputs.passes // inputs.layout.num_micro_batches * reduce_s(inputs)
 
 
 def gather_s(inputs: PlanInputs) -> float:

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("out_dir", type=Path, metavar="OUT")
     parser.add_argument("--step", type=number_in(int, STEP), help="of which checkpoint; the newest if not given")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; training keeps float32")
+    words = "of the weights; training keeps float32. bfloat16 if not given, float32 for adapters"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help=words)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--merge", action="store_true", help="of a run with adapters: the whole model, adapters added to their matrices")
     form.add_argument("--base", action="store_true", help="of a run with adapters: the frozen model alone")
@@ -38,9 +39,13 @@ def main(words: list[str]) -> int:
     return export_run(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, as_json=options.json, form=form)
 
 
-def export_run(run_dir: Path, out_dir: Path, *, step: int | None, dtype: str, as_json: bool, form: str = "adapter") -> int:
-    """Write `out_dir`; a line per file of weights, then where it is. Errors are the export's own (exit code 93)."""
-    read_run(run_dir)
+def export_run(run_dir: Path, out_dir: Path, *, step: int | None, dtype: str | None, as_json: bool, form: str = "adapter") -> int:
+    """Write `out_dir`; a line per file of weights, then where it is. Errors are the export's own (exit code 93).
+
+    `dtype` None: bfloat16, or float32 for adapters, which are small and which peft keeps in it.
+    """
+    stored = read_run(run_dir).config
+    dtype = dtype or ("float32" if stored.adapter.is_trained and form == "adapter" else "bfloat16")
     from ...model.export import Form, export
 
     def progress(done: int, total: int) -> None:

@@ -56,6 +56,11 @@ class AdapterConfig:
         return self.method is AdapterMethod.LORA
 
     @property
+    def leaves_reference(self) -> bool:
+        """Whether the model as it was is there all the time: nothing but adapters is trained, and without them it is itself."""
+        return self.is_trained and not self.modules_to_save
+
+    @property
     def scaling(self) -> float:
         """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

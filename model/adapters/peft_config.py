@@ -112,7 +112,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 f"adapter.init {folder}",
                 found=f"{there}, no {name}",
                 expected=f"{SETTINGS} and {WEIGHTS}, as peft's save_pretrained and efflaunch export write them",
-                hint="adapter.init=DIRECTORY, or without it",
+                hint="adapter.init=DIRECTORY; adapter.init=null to go on from a checkpoint",
             )
     try:
         saved = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

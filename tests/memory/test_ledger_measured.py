@@ -48,7 +48,8 @@ def test_all_chosen_configurations_are_there() -> None:
 
 COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
            "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2", "qwen3 moe", "mixtral, memo, half",
-           "qwen2 moe, everything kept by class", "lora, recompute, attention kept", "lora, keep", "lora, streambp", "lora, memo, half")  # fmt: skip
+           "qwen2 moe, everything kept by class", "lora, recompute, attention kept", "lora, keep",
+           "lora, streambp", "lora, memo, half")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)

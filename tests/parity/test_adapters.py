@@ -134,6 +134,22 @@ def _kind(name):
     return "b" if name.endswith(".lora.B") else "a" if ".lora." in name else "norm"
 
 
+def test_in_bfloat16_states_on_the_host_and_in_backward_are_bit_equal_to_those_on_the_device(pool):
+    config = lora(modules_to_save=["head"])
+    weights = {name: array.astype("float32") for name, array in arrays(lifted("llama", "float32", config)[1]).items()}
+    case = {"family": "llama", "dtype": "bfloat16", "adapter": config}
+    found = [
+        pool.run(run_updates, case, weights, *make_documents(LENGTHS), static(2, 2, 2), optim, ranks=2)[0]
+        for optim in ({}, {"update": "backward"}, {"state_device": "host"}, {"state_device": "host", "update": "backward"})
+    ]
+    (losses, norms, trained, _, states), *others = found
+    assert losses[-1] < losses[0] and any((trained[name] != weights[name]).any() for name in trained)
+    for got in others:
+        assert got[0] == losses and got[1] == norms
+        assert all((got[2][name] == trained[name]).all() for name in trained)
+        assert got[4].keys() == states.keys() and all((got[4][key] == states[key]).all() for key in states)
+
+
 def test_in_bfloat16_frozen_weights_are_stored_in_it_and_factors_in_float32(pool):
     config = lora(modules_to_save=["head"])
     for states in ("device", "host"):

@@ -85,7 +85,7 @@ def run_dpo(case, config, weights, halves, plan):
     for _ in range(2):  # a second step starts from what the first one left
         model.zero_grad()
         reference = pair_reference(setup, works, len(halves))
-        step = Preference(len(halves), CPU, beta=BETA, reference=lambda index: reference[index])
+        step = Preference(len(halves), CPU, beta=BETA, reference=reference.__getitem__)
         loss = backward_step(setup, works, step).sum()
     dist.all_reduce(loss)
     gradients = {name: np.array(p.grad.full_tensor()) for name, p in model.named_parameters() if p.grad is not None}

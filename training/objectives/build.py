@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from ...errors import DataError
 from ...model.adapters.base import model_digest
 from ...model.adapters.config import AdapterConfig
+from ...model.adapters.peft_config import WEIGHTS
 from ...model.config import ModelConfig
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
@@ -38,7 +40,7 @@ class _Config(Protocol):
 
 def has_implicit_reference(train: TrainConfig, adapter: AdapterConfig) -> bool:
     """Whether the reference is the frozen model itself: that of DPO, where nothing but adapters is trained."""
-    return train.objective is Objective.DPO and adapter.is_trained and not adapter.modules_to_save
+    return train.objective is Objective.DPO and adapter.leaves_reference
 
 
 class RunObjective:
@@ -98,8 +100,12 @@ def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
 
 
 def initial_weights(config: _Config) -> str:
-    """A digest of the run's first model (`model_digest`). Adapters that start at zero change nothing of it."""
-    return model_digest(config.model, config.train.seed, config.train.dtype)
+    """A digest of the run's first model (`model_digest`), and of the adapter it starts from; one that starts at zero changes nothing."""
+    digest = model_digest(config.model, config.train.seed, config.train.dtype)
+    if config.adapter.init is None:
+        return digest
+    with (Path(config.adapter.init) / WEIGHTS).open("rb") as file:
+        return digest + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _agreed(name: str, topology: Topology) -> str:
