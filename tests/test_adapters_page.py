@@ -47,7 +47,7 @@ def test_adapters_page(tmp_path: Path) -> None:
     assert events(work / "runs" / "more", "step")[0]["loss"] < steps[1]["loss"], "it goes on where the adapter was"
 
     # One rank more or less, and then other frozen weights.
-    alone = ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=4K")
+    alone = ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=2K")
     assert efflaunch(work, "resume", "runs/lora", "train.steps=15", *alone).returncode == 0
     assert events(lora, "start")[-1]["world_size"] == 1 and events(lora, "step")[-1]["step"] == 15
     for other, found in (("train.seed=1", "other weights than those of this seed"), ("adapter.alpha=16", "scaled by 4; now by 2")):
