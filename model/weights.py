@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..parallel.sharding.parts import memory_of, slices
-from .adapters.targets import is_factor
+from .adapters.names import is_factor
 from .config import ModelConfig
 from .families.facts import FamilyFacts
 from .hf_fields import model_fields

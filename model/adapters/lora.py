@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import AdapterConfig
-from .targets import FACTORS, is_trained, target_names
+from .names import FACTORS, is_trained, target_names
 
 
 class Factors(NamedTuple):

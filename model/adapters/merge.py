@@ -20,7 +20,7 @@ from ..hf_fields import hf_config_dict
 from ..weights import load_weights
 from .base import model_digest
 from .config import AdapterConfig, AdapterMethod
-from .targets import FACTORS, is_factor
+from .names import FACTORS, is_factor
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Adapters as PEFT's files have them: names, settings, and which settings of others are refused. Reads headers; no torch.
 
 Note: a directory has adapter_config.json and adapter_model.safetensors, whose names are the model's own behind `base_model.model.`,
-`.lora_A.weight` and `.lora_B.weight` for factors (huggingface/peft, utils/save_and_load.py). What peft puts into its file for an
+`.lora_A.weight` and `.lora_B.weight` for factors (as huggingface/peft saves them). What peft puts into its file for an
 option that is not here would be trained as something else, so every setting that is not known to change nothing is refused by name.
 """
 
@@ -17,7 +17,8 @@ from ..load_plan import parameter_shapes
 from ..spec import ModelSpec
 from ..weight_files import read_header
 from .config import AdapterConfig
-from .targets import FACTORS, is_factor, is_trained, target_names, targets
+from .names import FACTORS, is_factor, is_trained, target_names
+from .targets import targets
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -16,8 +16,8 @@ from ...parallel.sharding.parts import memory_of, slices
 from ..config import ModelConfig
 from .base import check_init_base, model_digest
 from .config import AdapterConfig
+from .names import is_trained
 from .peft_config import BASE_KEY, SETTINGS, WEIGHTS, peft_name, read_settings, settings_of
-from .targets import is_trained
 
 
 @torch.no_grad()

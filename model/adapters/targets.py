@@ -1,4 +1,4 @@
-"""Decides which matrices of a model have adapters, which parameters are trained and how many numbers those are. Pure, no torch."""
+"""Decides which matrices of a model have adapters, and how many numbers are trained; refuses what cannot be. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from ...errors import ConfigError
 from ..spec import ModelSpec
 from .config import AdapterConfig
-
-FACTORS = "lora"
-"""Name of the module beside a matrix that holds its factors A and B."""
-ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
-SAVED = ("embedding", "head", "norms")
-"""Parts that adapter.modules_to_save may name."""
-_GROUPS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
+from .names import ATTENTION, GROUPS, MLP, SAVED, matching, target_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,41 +32,10 @@ def matrices(spec: ModelSpec) -> tuple[Target, ...]:
     return tuple(Target(name, *size) for name, size in sizes.items())
 
 
-def target_names(config: AdapterConfig) -> tuple[str, ...]:
-    """Names of the matrices that `config` asks for, inside a layer, in the model's order; of a checked config."""
-    asked = {name for target in config.targets for name in _matching(target)}
-    return tuple(name for name in ATTENTION + MLP if name in asked)
-
-
-def _matching(target: str) -> tuple[str, ...]:
-    return _GROUPS.get(target) or tuple(name for name in ATTENTION + MLP if target in (name, name.rpartition(".")[2]))
-
-
 def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
     """The matrices of a decoder layer that have adapters; none without adapters."""
     names = target_names(config) if config.is_trained else ()
     return tuple(matrix for matrix in matrices(spec) if matrix.name in names)
-
-
-def is_factor(name: str) -> bool:
-    """Whether a parameter is one of an adapter's factors, by its name in the model."""
-    return f".{FACTORS}." in name
-
-
-def is_factor_b(name: str) -> bool:
-    """Whether a parameter is the second factor, B."""
-    return name.endswith(f".{FACTORS}.B")
-
-
-def is_trained(name: str, config: AdapterConfig) -> bool:
-    """Whether the parameter of this name in the model is trained."""
-    return not config.is_trained or is_factor(name) or any(_is_of(name, part) for part in config.modules_to_save)
-
-
-def _is_of(name: str, part: str) -> bool:
-    if part == "norms":
-        return name.endswith("norm.weight")
-    return name.startswith({"embedding": "model.embed_tokens.", "head": "lm_head."}[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +104,7 @@ def _check_targets(config: AdapterConfig, spec: ModelSpec) -> None:
     there = [matrix.name for matrix in matrices(spec)]
     short = ", ".join(name.rpartition(".")[2] for name in there)
     for target in config.targets:
-        found = _matching(target)
+        found = matching(target)
         if found and spec.experts is not None and not set(found) <= set(there):
             raise ConfigError(
                 "adapter.targets",
@@ -155,12 +117,12 @@ def _check_targets(config: AdapterConfig, spec: ModelSpec) -> None:
             raise ConfigError(
                 "adapter.targets",
                 found=f"{target!r}, which matches no matrix of a decoder layer",
-                expected=f"{', '.join(_GROUPS)} or some of {short}",
+                expected=f"{', '.join(GROUPS)} or some of {short}",
                 hint="adapter.targets=[all-linear]" if spec.experts is None else "adapter.targets=[attention]",
             )
     if not config.targets:
         raise ConfigError(
-            "adapter.targets", found="none", expected=f"{', '.join(_GROUPS)} or some of {short}", hint="adapter.targets=[attention]"
+            "adapter.targets", found="none", expected=f"{', '.join(GROUPS)} or some of {short}", hint="adapter.targets=[attention]"
         )
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ..adapters.lora import Factors, LoraFactors, LoraProduct
-from ..adapters.targets import FACTORS
+from ..adapters.names import FACTORS
 
 NO_MODULES: Mapping[str, str] = MappingProxyType({})
 Rows = slice | Tensor | None

@@ -42,7 +42,7 @@ def test_bytes_of_what_is_frozen_and_of_what_is_trained() -> None:
     assert terms["gradients"].by_phase[Phase.OPTIMIZER] == 4 * trained
     assert terms.get("head gradient") is None or not terms["head gradient"].num_bytes
     host = {entry.name: entry for entry in build_ledger(inputs("optim.state_device=host")).device.terms}
-    assert host["weights"].num_bytes == 2 * s.parameters and "optimizer states" not in host or not host["optimizer states"].num_bytes
+    assert (host["weights"].num_bytes == 2 * s.parameters and "optimizer states" not in host) or not host["optimizer states"].num_bytes
 
 
 def test_parts_that_are_trained_whole_count() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model.adapters.targets import is_factor_b
+from ...model.adapters.names import is_factor_b
 from ...parallel.sharding.parts import local
 from .config import OptimConfig, StateDtype
 from .norm import NormMeter, clip_scale

@@ -17,8 +17,8 @@ from ...memory.executor.router_losses import RouterLosses
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.adapters.config import AdapterConfig
+from ...model.adapters.names import is_trained
 from ...model.adapters.peft_files import load_adapter
-from ...model.adapters.targets import is_trained
 from ...model.build import build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict

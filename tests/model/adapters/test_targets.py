@@ -8,16 +8,8 @@ import torch
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.model.adapters.config import NO_ADAPTER, AdapterConfig, AdapterMethod
-from efflaunch.model.adapters.targets import (
-    check_adapter,
-    is_factor,
-    is_factor_b,
-    is_trained,
-    matrices,
-    target_names,
-    targets,
-    trained_numbers,
-)
+from efflaunch.model.adapters.names import target_names
+from efflaunch.model.adapters.targets import check_adapter, matrices, targets, trained_numbers
 from efflaunch.model.build import build_config, build_on_meta
 from efflaunch.model.hf_fields import hf_config_dict
 from efflaunch.model.spec import model_spec
@@ -46,17 +38,6 @@ def test_matrices_are_those_of_the_model(name: str) -> None:
     shapes = {matrix.name: (matrix.rows, matrix.columns) for matrix in matrices(model_spec(config))}
     assert shapes == {key: tuple(layer.get_submodule(key).weight.shape) for key in shapes}
     assert len(shapes) == 7
-
-
-def test_what_is_trained() -> None:
-    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.lora.B",
-             "model.layers.0.self_attn.q_norm.weight", "model.norm.weight", "lm_head.weight"]  # fmt: skip
-    assert all(is_trained(name, NO_ADAPTER) for name in names)
-    assert [is_trained(name, lora()) for name in names] == [False, False, True, False, False, False]
-    assert [is_trained(name, lora(modules_to_save=["norms"])) for name in names] == [False, False, True, True, True, False]
-    assert [is_trained(name, lora(modules_to_save=["head", "embedding"])) for name in names] == [True, False, True, False, False, True]
-    assert [is_factor(name) for name in names] == [is_factor_b(name) for name in names] == [False, False, True, False, False, False]
-    assert not is_factor_b("model.layers.0.mlp.up_proj.lora.A")
 
 
 def test_counts_are_those_of_the_modules() -> None:
