@@ -43,7 +43,9 @@ def test_adapters_page(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     assert 12 * trained <= size < 12 * trained + (1 << 20), "float32 weights and two moments of what is trained, and nothing else"
 
-    assert torch.allclose(logits(work, "base", "adapter"), logits(work, "merged"), atol=0.1)
+    # What was exported for peft is of step 12; the page's own merged model is of step 14.
+    assert efflaunch(work, "export", "runs/lora", "merged12", "--merge", "--dtype", "float32", "--step", "12").returncode == 0
+    torch.testing.assert_close(logits(work, "base", "adapter"), logits(work, "merged12"), rtol=1e-4, atol=1e-4)
     assert events(work / "runs" / "more", "step")[0]["loss"] < steps[1]["loss"], "it goes on where the adapter was"
 
     # One rank more or less, and then other frozen weights.
