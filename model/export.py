@@ -32,7 +32,6 @@ from .stored_names import StoredPart, stored_parts
 if TYPE_CHECKING:
     import torch
 
-    from ..checkpoint.reader import SavedTensor
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -181,20 +180,20 @@ def _write_weights(
 ) -> tuple[int, int, int]:
     """Write the weights of a checkpoint and return the number of parameters, bytes and files."""
     with _damage_named(source):
-        saved = _Saved(source, dtype)
+        saved = _Saved(source, dtype, facts)
         return _write_shards(saved.shapes, saved.read, out_dir, max_shard_bytes, facts, on_progress)
 
 
 class _Saved:
     """The weights in a checkpoint, in the precision they are written in."""
 
-    def __init__(self, source: Path, dtype: Dtype) -> None:
+    def __init__(self, source: Path, dtype: Dtype, facts: FamilyFacts | None) -> None:
         from ..checkpoint.reader import Reader
         from ..checkpoint.state import MODEL
 
         self._reader, self._key = Reader(source), MODEL
         index = {key[len(MODEL) :]: entry for key, entry in self._reader.tensors.items() if key.startswith(MODEL)}
-        self.shapes = {name: (tuple(entry.size), _out_dtype(entry, dtype)) for name, entry in index.items()}
+        self.shapes = {name: (tuple(entry.size), _out_dtype(name, entry.dtype, dtype, facts)) for name, entry in index.items()}
         """Shape and type by name."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -230,31 +229,31 @@ def _write_adapted(
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[int, int, int]:
     """Write the adapter of a checkpoint, or the model it belongs to with or without it. Returns what `_write_weights` does."""
-    import torch
-
     from .adapters.merge import SavedAdapter, frozen_weights, merge
+    from .adapters.names import is_trained
     from .adapters.peft_files import write_adapter
 
     run = (metadata.get("config") or {}).get("run") or {}
     about = SavedAdapter.of(metadata, base_of(run_dir, run.get("root", ""), run.get("id")))
     assert about is not None, "a checkpoint of adapters"
-    chosen: torch.dtype = getattr(torch, dtype.value)
+    facts = _facts_of_checkpoint(metadata)
     with _damage_named(source):
         # Added up in what was trained, and rounded once.
-        saved = _Saved(source, dtype if form is Form.ADAPTER else Dtype.FLOAT32)
+        saved = _Saved(source, dtype if form is Form.ADAPTER else Dtype.FLOAT32, facts)
         trained = saved.read(saved.shapes)
     if form is Form.ADAPTER:
+        trained = {name: tensor for name, tensor in trained.items() if is_trained(name, about.adapter)}
         write_adapter(trained, out_dir, about.adapter, base=about.model.path, digest=about.digest)
         return sum(t.numel() for t in trained.values()), sum(t.nbytes for t in trained.values()), 1
     weights = frozen_weights(about, Dtype(about.dtype))
     if form is Form.MERGED:
         merge(weights, trained, about.adapter.scaling)
-    shapes = {name: (tuple(tensor.shape), chosen) for name, tensor in weights.items()}
+    shapes = {name: (tuple(tensor.shape), _out_dtype(name, tensor.dtype, dtype, facts)) for name, tensor in weights.items()}
 
     def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: weights.pop(name).to(chosen) for name in names}
+        return {name: weights.pop(name).to(shapes[name][1]) for name in names}
 
-    return _write_shards(shapes, read, out_dir, max_shard_bytes, _facts_of_checkpoint(metadata), on_progress)
+    return _write_shards(shapes, read, out_dir, max_shard_bytes, facts, on_progress)
 
 
 def _write_shards(
@@ -315,12 +314,15 @@ def _write_shard(tensors: dict[str, torch.Tensor], path: Path, facts: FamilyFact
     path.chmod(mode)
 
 
-def _out_dtype(entry: SavedTensor, dtype: Dtype) -> torch.dtype:
+def _out_dtype(name: str, saved: torch.dtype, dtype: Dtype, facts: FamilyFacts | None) -> torch.dtype:
+    """Precision of a tensor in files. Biases that move in steps of a thousandth keep theirs, as transformers keeps them."""
     import torch
 
-    saved = entry.dtype
+    bias = None if facts is None or facts.experts is None else facts.experts.correction_bias
+    if not saved.is_floating_point or (bias is not None and name.endswith(f".{bias}")):
+        return saved
     chosen: torch.dtype = getattr(torch, dtype.value)
-    return chosen if saved.is_floating_point else saved
+    return chosen
 
 
 def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> str | None:

@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 from ..build import build_config, build_on_meta, initialise
 from ..config import Family, ModelConfig
 from ..hf_fields import hf_config_dict
-from ..weights import load_weights
+from ..weights import load_weights, persistent_buffers
 from .base import model_digest
 from .config import AdapterConfig, AdapterMethod
 from .names import FACTORS, is_factor
@@ -70,7 +70,7 @@ def frozen_weights(saved: SavedAdapter, dtype_of_run: object) -> dict[str, Tenso
     initialise(model, saved.seed)
     if saved.model.path is not None:
         load_weights(model, saved.model, saved.seed)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach() for name, parameter in model.named_parameters()} | persistent_buffers(model)
 
 
 @torch.no_grad()

@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 
 from ...checkpoint.state import State
 from ...memory.executor.compiled_graph import check_compiler
-from ...memory.executor.router_losses import RouterLosses
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.adapters.config import AdapterConfig
 from ...model.adapters.names import is_trained
 from ...model.adapters.peft_files import load_adapter
-from ...model.build import build_config, build_empty, initialise, master_dtype
+from ...model.build import RouterSettings, build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
 from ...model.stage import stage_of
@@ -108,7 +107,7 @@ def build_trained(
         store=store,
         host_weights=on_host,
         expert_mesh=expert_mesh,
-        router_losses=RouterLosses(config.train.router_balance, config.train.router_z_loss),
+        routers=router_settings(config.train),
         adapter=config.adapter,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
@@ -120,6 +119,11 @@ def build_trained(
     updater = build_updater(model, weights, config.optim, device, b_lr_ratio=config.adapter.b_lr_ratio)
     frozen = [name for name, _ in model.named_parameters() if not is_trained(name, config.adapter)]
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer, frozen))
+
+
+def router_settings(train: TrainConfig) -> RouterSettings:
+    """What the configuration asks of routers."""
+    return RouterSettings(train.router_balance, train.router_z_loss, train.router_bias_rate, train.expert_capacity)
 
 
 def build_updater(
