@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..model.adapters.config import AdapterConfig, AdapterMethod
 from ..model.config import Family
 from .ranks import on_fresh_ranks
 from .record import machine, write_json
@@ -39,6 +41,8 @@ DOTS = {
     },
 }  # fmt: skip
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
+LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA, rank=8)
+LORA_HEAD = replace(LORA, modules_to_save=["head", "norms"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,6 +166,13 @@ CASES: tuple[Case, ...] = (
     _case("dots1", model=DOTS),
     _case("dots1 by 256, bfloat16", {"chunk_tokens": 256}, model=DOTS, dtype="bfloat16", tokens=2048),
     _case("qwen2 moe, Ulysses 2", model=QWEN2_MOE, ranks=2, scheme="ulysses"),
+    _case("lora, recompute, bfloat16", dtype="bfloat16", adapter=LORA),
+    _case("lora, recompute, attention kept", {"attention_output": "keep"}, adapter=LORA),
+    _case("lora, keep", KEEP, adapter=LORA),
+    _case("lora, streambp", STREAMBP, tokens=2048, adapter=LORA),
+    _case("lora, memo, half", {**MEMO, "host_fraction": 0.5}, tokens=2048, adapter=LORA),
+    _case("lora with a head of its own, alst, Ulysses 2, bfloat16", ALST, dtype="bfloat16", ranks=2, scheme="ulysses", adapter=LORA_HEAD),
+    _case("lora, recompute, two micro-batches", micro_batches=2, adapter=LORA),
     _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
     _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),
 )

@@ -19,6 +19,7 @@ from ..estimate.footprint.term import Phase
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..memory.config import ActivationPlace, AttentionTiling, MemoryConfig
+from ..model.adapters.config import NO_ADAPTER, AdapterConfig
 from ..model.config import Family, ModelConfig
 from ..model.hf_fields import hf_config_dict
 from ..model.spec import model_spec
@@ -57,6 +58,7 @@ class Case:
     loss_chunk: int = 256
     documents: int = 1
     """Number of documents in each sequence, of equal length: attention is block-diagonal over them."""
+    adapter: AdapterConfig = NO_ADAPTER
 
     @property
     def length(self) -> int:
@@ -89,6 +91,7 @@ def case_ledger(case: Case) -> Ledger:
             train=TrainConfig(steps=1, dtype=Dtype(case.dtype), loss_chunk_tokens=case.loss_chunk),
             data=DataConfig(name="bench", max_seq_len=case.length, global_batch_tokens=case.length * case.micro_batches),
             cluster=cluster,
+            adapter=case.adapter,
         )
     )
     assert ledger.layout.num_micro_batches == case.micro_batches and ledger.layout.sp_degree == case.ranks, case
@@ -126,6 +129,7 @@ def build_case(case: Case) -> Any:
     model = build_model(
         build_config(hf_config_dict(ModelConfig(**{**MODEL, **case.model}))), ledger.inputs.policy, topology.mesh,
         device=device, compute_dtype=getattr(torch, case.dtype), seed=0, loss_chunk_tokens=case.loss_chunk, store=store,
+        adapter=case.adapter,
     )  # fmt: skip
     optimizer = build_optimizer(model, OptimConfig(name="adamw", lr=1e-4))
     count, group = case.micro_batches, ledger.layout

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
+from ..model.adapters.config import NO_ADAPTER, AdapterConfig
+from ..model.adapters.targets import targets, trained_numbers
 from ..model.spec import LayerParameters, expert_weights, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
@@ -30,7 +32,7 @@ GIB = 1 << 30
 BUSIEST_RANK = 1.5
 """Rows that the busiest of the ranks that share experts gets, over the mean: assumed, for routing is known when it happens."""
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
-_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured")
+_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured", "adapter")
 """What the other fields follow from."""
 
 
@@ -39,6 +41,8 @@ class Configured(Protocol):
 
     @property
     def model(self) -> ModelConfig: ...
+    @property
+    def adapter(self) -> AdapterConfig: ...
     @property
     def data(self) -> DataConfig: ...
     @property
@@ -98,6 +102,8 @@ class PlanInputs:
     residency: Residency = field(default_factory=Residency)
     measured: MeasuredRates | None = None
     """Rates that stand in place of the cluster's."""
+    adapter: AdapterConfig = NO_ADAPTER
+    """Adapters that are trained beside a frozen model; their weights are in all counts of weights."""
     packed: float = 1.0
     """Share of a rank's tokens in two documents that attention walks one after the other; 0: every pack is one document."""
     in_flight: int = 1
@@ -122,6 +128,7 @@ class PlanInputs:
         embedding = parts[0].start == 0 if has_embedding is None else has_embedding
         head = parts[-1].stop == count if has_head is None else has_head
         matrix, both_tied = self.spec.vocab_size * self.spec.hidden_size, self.spec.tie_embeddings and embedding and head
+        # Adapters are in the layers' own counts.
         ends = matrix * (embedding + head - both_tied) + self.spec.hidden_size * head
         numbers = tuple(layer for part in parts for layer in part)
         own = tuple(self.layers[layer] for layer in numbers)
@@ -153,6 +160,7 @@ class PlanInputs:
             cluster=config.cluster,
             residency=residency_of(config.optim, config.checkpoint),
             measured=measured,
+            adapter=config.adapter,
         )
 
     @classmethod
@@ -167,10 +175,12 @@ class PlanInputs:
         cluster: ClusterConfig,
         residency: Residency = ON_DEVICE,
         measured: MeasuredRates | None = None,
+        adapter: AdapterConfig = NO_ADAPTER,
     ) -> PlanInputs:
         """`of` from parts, for what has no whole configuration: layout, policy and counts follow from them."""
         check_cluster(cluster)
-        layers = layer_parameters(spec)
+        beside = trained_numbers(adapter, spec).adapter
+        layers = tuple(LayerParameters(each.total + beside, each.active + beside) for each in layer_parameters(spec))
         return cls(
             spec=spec,
             parallel=parallel,
@@ -182,9 +192,10 @@ class PlanInputs:
             layout=solve_layout(parallel, cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens),
             layers=layers,
             layer_sums=LayerSums.of(layers),
-            parameters=num_parameters(spec),
+            parameters=num_parameters(spec) + spec.num_layers * beside,
             residency=residency,
             measured=measured,
+            adapter=adapter,
         )
 
     def with_parts(self, **changes: Any) -> PlanInputs:
@@ -292,6 +303,65 @@ class PlanInputs:
     def active_layer_parameters(self) -> float:
         """The mean of them over the layers."""
         return self.active_parameters / self.spec.num_layers
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight is trained; otherwise the model is frozen and the properties below count what is not."""
+        return not self.adapter.is_trained
+
+    @property
+    def adapter_layer_parameters(self) -> int:
+        """Numbers of one layer's adapters; 0 without."""
+        return trained_numbers(self.adapter, self.spec).adapter
+
+    @property
+    def makes_reference(self) -> bool:
+        """Whether each step has one forward pass more, of the frozen model: DPO's reference (training/objectives/implicit_reference.py)."""
+        return self.train.objective.value == "dpo" and self.adapter.leaves_reference
+
+    @property
+    def adapter_inner_flops(self) -> float:
+        """FLOPs of one token's x A^T in all adapters of a layer."""
+        return 2.0 * self.adapter.rank * sum(matrix.columns for matrix in targets(self.adapter, self.spec))
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether the layers' norms are trained."""
+        return self.trains_all or "norms" in self.adapter.modules_to_save
+
+    @property
+    def trained_layer_parameters(self) -> int:
+        """Trained weights of the largest decoder layer that one rank computes with."""
+        return self.gathered_layer_parameters if self.trains_all else trained_numbers(self.adapter, self.spec).layer
+
+    @property
+    def trained_head_parameters(self) -> int:
+        """The output matrix, where it is here and trained."""
+        return self.head_parameters if self.trains_all else trained_numbers(self.adapter, self.spec).head * self.has_head
+
+    @property
+    def trained_root_parameters(self) -> int:
+        """Trained weights of what is not in a decoder layer."""
+        if self.trains_all:
+            return self.root_parameters
+        numbers = trained_numbers(self.adapter, self.spec)
+        return numbers.embedding * self.has_embedding + (numbers.head + numbers.last_norm) * self.has_head
+
+    @property
+    def trained_gathered_parameters(self) -> int:
+        """Trained weights of the stage that one rank computes with: whole gradients are of these."""
+        return self.gathered_parameters if self.trains_all else self.trained_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        """Trained weights of the stage: gradients, masters, moments and checkpoints are of these."""
+        return self.parameters if self.trains_all else self.trained_decoder_parameters() + self.trained_root_parameters
+
+    def trained_decoder_parameters(self, first: int = 0) -> int:
+        """Trained weights of the decoder layers from `first` on."""
+        if self.trains_all:
+            return self.decoder_parameters(first)
+        return max(0, len(self.layers) - first) * self.trained_layer_parameters
 
     @property
     def on_gpu(self) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..memory.config import ActivationPlace, MemoryConfig
+from ..model.adapters.config import AdapterConfig, AdapterMethod
+from ..model.adapters.targets import matrices
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..units import format_tokens
 from .optimizer_residency import MOMENT_BYTES
@@ -37,6 +39,10 @@ OPEN = ("layer_input", "attention_output", "activations", "host_fraction", "segm
 """Fields of MemoryConfig that the solver decides where they are null."""
 _BESIDE = ("segment_layers", "chunk_tokens", "attention", "head_groups")
 """Fields that an experiment sets beside its memory preset."""
+
+
+LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA)
+"""What adapter=lora asks for (conf/adapter/lora.yaml)."""
 
 
 def _auto(inputs: PlanInputs) -> Iterator[Change]:
@@ -83,6 +89,17 @@ def _whole_host(inputs: PlanInputs) -> Iterator[Change]:
     if inputs.memory.host_budget is not None and inputs.memory.offload_dir is None:
         memory = replace(inputs.memory, host_budget=None)
         yield Change(("memory.host_budget=null",), "all the host memory there is", replace(inputs, memory=memory))
+
+
+def _adapters(inputs: PlanInputs) -> Iterator[Change]:
+    """Low-rank adapters on a frozen model: no masters, moments and gradients of its weights. Another training, so not among SETTINGS."""
+    rank = min(LORA.rank, *(min(matrix.rows, matrix.columns) for matrix in matrices(inputs.spec)))
+    if inputs.trains_all and rank == LORA.rank and inputs.expert_parallel == 1:
+        dense = inputs.spec.experts is None
+        adapter = LORA if dense else replace(LORA, targets=["attention"])
+        overrides = ("adapter=lora",) if dense else ("adapter=lora", "adapter.targets=[attention]")
+        words = "adapters are trained and the model is frozen: another result than training all of it"
+        yield Change(overrides, words, replace(inputs, adapter=adapter))
 
 
 def _files(inputs: PlanInputs) -> Iterator[Change]:
@@ -236,11 +253,11 @@ SETTINGS: tuple[Move, ...] = (
     _spread,
 )
 """The run's own settings: exact, on the machines there are."""
-OTHERWISE: tuple[Move, ...] = (_more_nodes, _in_backward, _files, _larger_host, _larger_device, shorter, _few_bits)
+OTHERWISE: tuple[Move, ...] = (_more_nodes, _in_backward, _adapters, _files, _larger_host, _larger_device, shorter, _few_bits)
 """Other machines, more time, less to do, another result."""
 TOGETHER: tuple[Move, ...] = (_auto, _recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more, _states_on_host)
 """Made one after the other where none is enough by itself."""
 LAST: tuple[Move, ...] = (_spread, *OTHERWISE)
 """Moves on top of TOGETHER, where even those at once are not enough."""
-HARDWARE: tuple[Move, ...] = (_files, _larger_host, _larger_device)
-"""Moves that need other machines: not for a run that has just ended on those there are."""
+HARDWARE: tuple[Move, ...] = (_files, _larger_host, _larger_device, _adapters)
+"""Moves that need other machines, or another run: not for a run that has just ended on those there are."""

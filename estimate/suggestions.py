@@ -35,7 +35,7 @@ def suggest(ledger: Ledger, *, most: int = 4, elsewhere: bool = True) -> tuple[S
     """At most `most` override sets that fit, the least intrusive first.
 
     One of the run's own settings if one is enough, else all that save memory together; then other machines, and less to do.
-    `elsewhere` False: nothing that asks for machines of another kind, or for a directory nobody has named.
+    `elsewhere` False: nothing that asks for machines of another kind, for a directory nobody has named, or for another training.
     """
     if ledger.fits:
         return ()

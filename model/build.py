@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ from ..parallel.pipeline.place import StagePart, StagePlace
 from ..parallel.sharding.experts import spread_experts
 from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
+from .adapters.config import NO_ADAPTER, AdapterConfig
+from .adapters.lora import LoraFactors, insert_adapters
 from .chunked_loss import LossOptions
 from .families import FACTS, family_of, layer_adapter
 from .families.facts import READ_BY_ALL
@@ -149,6 +152,19 @@ def keep_stage(model: PreTrainedModel, place: StagePlace) -> None:
         base.norm, model.lm_head = Elsewhere(), Elsewhere()
 
 
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, passes of `model` are those of the frozen weights alone. No pass may be under way at either end."""
+    executors = [layer.forward for layer in model.model.layers]
+    for executor in executors:
+        executor.use_adapters(False)
+    try:
+        yield
+    finally:
+        for executor in executors:
+            executor.use_adapters(True)
+
+
 def _logit_softcap(config: PretrainedConfig) -> float | None:
     """The softcap of logits, of families whose head has one: others may carry the field and do not read it."""
     family = family_of(config.model_type)
@@ -170,6 +186,7 @@ def build_model(
     expert_mesh: DeviceMesh | None = None,
     routers: RouterSettings | None = None,
     place: StagePlace | None = None,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> PreTrainedModel:
     """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
 
@@ -187,6 +204,7 @@ def build_model(
         expert_mesh=expert_mesh,
         routers=routers,
         place=place,
+        adapter=adapter,
     )
     initialise(model, seed)
     return model
@@ -206,13 +224,16 @@ def build_empty(
     expert_mesh: DeviceMesh | None = None,
     routers: RouterSettings | None = None,
     place: StagePlace | None = None,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> PreTrainedModel:
     """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host.
 
     `expert_mesh` (replicate, expert_shard, expert): its last axis shares the experts of each layer. `place`: of a stage, which alone is
-    built; `mesh` is that stage's.
+    built; `mesh` is that stage's. With an `adapter` all that is not trained is frozen and in compute precision.
     """
     model = build_on_meta(config, master_dtype(compute_dtype))
+    if adapter.is_trained:
+        insert_adapters(model, adapter, compute_dtype)
     ranks = None if expert_mesh is None else ExpertRanks(expert_mesh.get_group("expert"), expert_mesh["expert"].size())
     install(
         model,
@@ -262,7 +283,10 @@ def initialise(
         shadow, copies = _shadow(module, done, name, into)
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
-            model._init_weights(shadow)
+            if isinstance(shadow, LoraFactors):
+                shadow.initialise()
+            else:
+                model._init_weights(shadow)
         for target, full in copies:
             write_shard(target, full.data)
 

@@ -8,11 +8,13 @@ rename, or not at all.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from ..checkpoint import files
 from ..errors import CheckpointError
 from ..training.config import Dtype
 from ..utils.atomic_files import sync
+from ..utils.stored_paths import base_of
 from .export_files import origins_of, write_files
 from .families import facts_of, family_of
 from .families.facts import FamilyFacts
@@ -29,9 +32,19 @@ from .stored_names import StoredPart, stored_parts
 if TYPE_CHECKING:
     import torch
 
-    from ..checkpoint.reader import Reader, SavedTensor
 
 MAX_SHARD_BYTES = 4 << 30
+
+
+class Form(Enum):
+    """What of a run with adapters is written; a run without has the whole model only."""
+
+    ADAPTER = "adapter"
+    """The adapter alone, as peft has it."""
+    MERGED = "merged"
+    """The whole model, adapters added to their matrices."""
+    BASE = "base"
+    """The frozen model alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +74,14 @@ def export(
     step: int | None = None,
     *,
     dtype: Dtype = Dtype.BFLOAT16,
+    form: Form = Form.ADAPTER,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Writes the newest checkpoint of `run_dir` (or that of `step`) to `out_dir`, for `from_pretrained`.
 
-    `on_progress(bytes done, bytes of all)` is called after each file. CheckpointError: no such checkpoint, damaged,
-    `out_dir` in use, or not writable.
+    `form`: of a run with adapters. `on_progress(bytes done, bytes of all)` is called after each file. CheckpointError: no such
+    checkpoint, damaged, `out_dir` in use, or not writable; a form that the run has not.
     """
     info = choose_checkpoint(Path(run_dir), step)
     if Path(out_dir).resolve().is_relative_to((Path(run_dir) / files.FOLDER).resolve()):
@@ -75,9 +89,18 @@ def export(
         raise _unusable(Path(out_dir), "a place among the run's checkpoints")
     metadata = _saved_metadata(info.path)
     facts = _facts_of_checkpoint(metadata)
+    if metadata.get("adapter") is None and form is not Form.ADAPTER:
+        raise CheckpointError(
+            str(info.path), found="no adapters", expected=f"a run with adapter=lora for --{form.value}", hint="efflaunch export without it"
+        )
     with _appearing(Path(out_dir)) as temporary:
-        num_parameters, num_bytes, num_files = _write_weights(info.path, temporary, dtype, max_shard_bytes, facts, on_progress)
-        unsaid = _write_config(metadata, temporary, dtype, info.path)
+        num_parameters, num_bytes, num_files = (
+            _write_weights(info.path, temporary, dtype, max_shard_bytes, facts, on_progress)
+            if metadata.get("adapter") is None
+            else _write_adapted(info.path, temporary, dtype, max_shard_bytes, metadata, Path(run_dir), form, on_progress)
+        )
+        is_whole = metadata.get("adapter") is None or form is not Form.ADAPTER
+        unsaid = _write_config(metadata, temporary, dtype, info.path) if is_whole else None
         written = write_files(origins_of(Path(run_dir), metadata), temporary)
     notes = (*written.notes, *([] if unsaid is None else [unsaid]))
     weights = (num_parameters, num_bytes, num_files)
@@ -155,35 +178,110 @@ def _write_weights(
     facts: FamilyFacts | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[int, int, int]:
-    """Write the weights and return the number of parameters, bytes and files."""
-    from ..checkpoint.reader import Reader
-    from ..checkpoint.state import MODEL
+    """Write the weights of a checkpoint and return the number of parameters, bytes and files."""
+    with _damage_named(source):
+        saved = _Saved(source, dtype, facts)
+        return _write_shards(saved.shapes, saved.read, out_dir, max_shard_bytes, facts, on_progress)
+
+
+class _Saved:
+    """The weights in a checkpoint, in the precision they are written in."""
+
+    def __init__(self, source: Path, dtype: Dtype, facts: FamilyFacts | None) -> None:
+        from ..checkpoint.reader import Reader
+        from ..checkpoint.state import MODEL
+
+        self._reader, self._key = Reader(source), MODEL
+        index = {key[len(MODEL) :]: entry for key, entry in self._reader.tensors.items() if key.startswith(MODEL)}
+        self.shapes = {name: (tuple(entry.size), _out_dtype(name, entry.dtype, dtype, facts)) for name, entry in index.items()}
+        """Shape and type by name."""
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors, allocated in the output's precision: the reader casts batch by batch."""
+        import torch
+
+        tensors = {name: torch.empty(self.shapes[name][0], dtype=self.shapes[name][1]) for name in names}
+        self._reader.read({self._key + name: tensor for name, tensor in tensors.items()})
+        return tensors
+
+
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    """CheckpointError for what is wrong with the files of a checkpoint that are read inside."""
     from ..checkpoint.storage import FAILURES, describe
 
     try:
-        reader = Reader(source)
-        index = {key[len(MODEL) :]: entry for key, entry in reader.tensors.items() if key.startswith(MODEL)}
-        sizes = {name: entry.size.numel() * _out_dtype(name, entry, dtype, facts).itemsize for name, entry in index.items()}
-        shards = plan_shards(sizes, max_shard_bytes)
-        done, total = 0, sum(sizes.values())
-        for file_name, names in shards.items():
-            _write_shard(reader, out_dir / file_name, {name: index[name] for name in names}, dtype, facts)
-            done += sum(sizes[name] for name in names)
-            if on_progress is not None:
-                on_progress(done, total)
+        yield
     except FAILURES as error:
         if isinstance(error, OSError):
             raise
         raise CheckpointError(str(source), found=describe(error), expected="the files as they were written", hint="another step") from error
+
+
+def _write_adapted(
+    source: Path,
+    out_dir: Path,
+    dtype: Dtype,
+    max_shard_bytes: int,
+    metadata: dict[str, Any],
+    run_dir: Path,
+    form: Form,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[int, int, int]:
+    """Write the adapter of a checkpoint, or the model it belongs to with or without it. Returns what `_write_weights` does."""
+    from .adapters.merge import SavedAdapter, frozen_weights, merge
+    from .adapters.names import is_trained
+    from .adapters.peft_files import write_adapter
+
+    run = (metadata.get("config") or {}).get("run") or {}
+    about = SavedAdapter.of(metadata, base_of(run_dir, run.get("root", ""), run.get("id")))
+    assert about is not None, "a checkpoint of adapters"
+    facts = _facts_of_checkpoint(metadata)
+    with _damage_named(source):
+        # Added up in what was trained, and rounded once.
+        saved = _Saved(source, dtype if form is Form.ADAPTER else Dtype.FLOAT32, facts)
+        trained = saved.read(saved.shapes)
+    if form is Form.ADAPTER:
+        trained = {name: tensor for name, tensor in trained.items() if is_trained(name, about.adapter)}
+        write_adapter(trained, out_dir, about.adapter, base=about.model.path, digest=about.digest)
+        return sum(t.numel() for t in trained.values()), sum(t.nbytes for t in trained.values()), 1
+    weights = frozen_weights(about, Dtype(about.dtype))
+    if form is Form.MERGED:
+        merge(weights, trained, about.adapter.scaling)
+    shapes = {name: (tuple(tensor.shape), _out_dtype(name, tensor.dtype, dtype, facts)) for name, tensor in weights.items()}
+
+    def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: weights.pop(name).to(shapes[name][1]) for name in names}
+
+    return _write_shards(shapes, read, out_dir, max_shard_bytes, facts, on_progress)
+
+
+def _write_shards(
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[Iterable[str]], dict[str, torch.Tensor]],
+    out_dir: Path,
+    max_shard_bytes: int,
+    facts: FamilyFacts | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[int, int, int]:
+    """Write tensors of these shapes and types, which `read` gives, file by file; returns the number of parameters, bytes and files."""
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in shapes.items()}
+    shards = plan_shards(sizes, max_shard_bytes)
+    done, total = 0, sum(sizes.values())
+    for file_name, names in shards.items():
+        _write_shard(read(names), out_dir / file_name, facts)
+        done += sum(sizes[name] for name in names)
+        if on_progress is not None:
+            on_progress(done, total)
     if len(shards) > 1:
         weight_map = {
             part.name: file_name
             for file_name, names in shards.items()
             for name in names
-            for part in _parts_of(name, tuple(index[name].size), facts)
+            for part in _parts_of(name, shapes[name][0], facts)
         }
         _write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return sum(entry.size.numel() for entry in index.values()), total, len(shards)
+    return sum(math.prod(shape) for shape, _ in shapes.values()), total, len(shards)
 
 
 def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
@@ -201,15 +299,9 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[s
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtype: Dtype, facts: FamilyFacts | None) -> None:
-    import torch
+def _write_shard(tensors: dict[str, torch.Tensor], path: Path, facts: FamilyFacts | None) -> None:
     from safetensors.torch import save_file
 
-    from ..checkpoint.state import MODEL
-
-    # Allocated in the output's precision: the reader casts batch by batch.
-    tensors = {name: torch.empty(entry.size, dtype=_out_dtype(name, entry, dtype, facts)) for name, entry in index.items()}
-    reader.read({MODEL + name: tensor for name, tensor in tensors.items()})
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     parts = {
@@ -222,11 +314,10 @@ def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtyp
     path.chmod(mode)
 
 
-def _out_dtype(name: str, entry: SavedTensor, dtype: Dtype, facts: FamilyFacts | None) -> torch.dtype:
+def _out_dtype(name: str, saved: torch.dtype, dtype: Dtype, facts: FamilyFacts | None) -> torch.dtype:
     """Precision of a tensor in files. Biases that move in steps of a thousandth keep theirs, as transformers keeps them."""
     import torch
 
-    saved = entry.dtype
     bias = None if facts is None or facts.experts is None else facts.experts.correction_bias
     if not saved.is_floating_point or (bias is not None and name.endswith(f".{bias}")):
         return saved

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..parallel.sharding.parts import memory_of, slices
+from .adapters.names import is_factor
 from .config import ModelConfig
 from .families.facts import FamilyFacts
 from .hf_fields import model_fields
@@ -47,8 +48,10 @@ def load_weights(
     """
     assert config.path is not None
     folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
-    parameters, headers = dict(model.named_parameters()) | persistent_buffers(model), read_headers(folder)
-    wanted = dict(shapes or {name: tuple(each.shape) for name, each in parameters.items()})
+    # Adapters beside the model's matrices are in no file of the model.
+    parameters = {name: each for name, each in model.named_parameters() if not is_factor(name)} | persistent_buffers(model)
+    headers, everything = read_headers(folder), shapes or {name: tuple(each.shape) for name, each in parameters.items()}
+    wanted = {name: shape for name, shape in everything.items() if not is_factor(name)}
     plan = plan_load(Wanted.of(wanted, fields.facts, file_vocabulary(fields), headers), headers, folder)
     bad: list[str] = []
     with ExitStack() as stack:

@@ -28,6 +28,7 @@ from ..memory.offload.checks import check_offload_space
 from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
 from ..memory.position import Position
+from ..model.adapters.base import adapter_identity, model_digest
 from ..model.spec import ModelSpec, active_layer_parameters, model_spec
 from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
@@ -68,6 +69,8 @@ class Session:
     """What the data is (data.identity), as checkpoints keep it."""
     trained: Trained
     """The model, its weights and updater, as the engine built them."""
+    adapter: dict[str, Any] | None
+    """What the adapters are a part of (model.adapters.base), as checkpoints keep it; None: all weights are trained."""
     checkpointer: CheckpointEngine
     step_setup: StepSetup
     """Settings that all steps have in common."""
@@ -135,11 +138,12 @@ def build_session(
         build, policy = builder_of(config), ledger.inputs.policy
         place, experts = stage_place(topology, ledger), topology.experts
         trained = build(config, policy, topology.mesh, device, store, on_progress=on_progress, expert_mesh=experts, place=place)
+    adapter = agreed_adapter(config, topology)
     checkpointer = CheckpointEngine(
         config.checkpoint,
         run_dir / "checkpoints",
         state=trained.state,
-        metadata=_metadata(config, trained.model, layout, source, data),
+        metadata=_metadata(config, trained.model, layout, source, data, adapter),
         on_save=on_save,
         on_replica=on_replica,
         on_mirror=on_mirror,
@@ -155,6 +159,7 @@ def build_session(
         source=source,
         data=data,
         trained=trained,
+        adapter=adapter,
         checkpointer=checkpointer,
         step_setup=step_setup(trained.model, topology, ledger.inputs, device),
         store=store,
@@ -212,7 +217,24 @@ def plain_config(config: RunSettings) -> dict[str, Any]:
     return plain
 
 
-def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, source: DataSource, data: dict[str, Any]) -> dict[str, Any]:
+def agreed_adapter(config: RunSettings, topology: Topology) -> dict[str, Any] | None:
+    """What a checkpoint says in place of the frozen weights: rank 0 reads their files for all. Collective over all ranks."""
+    if not config.adapter.is_trained:
+        return None
+    mine = model_digest(config.model, config.train.seed, config.train.dtype) if topology.rank == 0 else ""
+    payload = [mine]
+    dist.broadcast_object_list(payload, 0, group=topology.world, device=torch.device("cpu"))
+    return adapter_identity(config.adapter, payload[0])
+
+
+def _metadata(
+    config: RunSettings,
+    model: PreTrainedModel,
+    layout: Layout,
+    source: DataSource,
+    data: dict[str, Any],
+    adapter: dict[str, Any] | None,
+) -> dict[str, Any]:
     """The metadata of a checkpoint."""
     return {
         "hf_config": model.config.to_dict(),
@@ -221,4 +243,5 @@ def _metadata(config: RunSettings, model: PreTrainedModel, layout: Layout, sourc
         "config": plain_config(config),
         "data": data,
         "tokenizer": source.tokenizer,
+        "adapter": adapter,
     }

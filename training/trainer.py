@@ -33,6 +33,7 @@ from ..estimate.measured.profile import DEFAULT_FILE, save_profile
 from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
 from ..memory.position import Position
+from ..model.adapters.base import check_same_base
 from ..model.build import position_of
 from ..model.stage import stage_of
 from ..parallel.config import SequenceMode
@@ -138,6 +139,8 @@ class _Run:
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
+        if restored is not None:
+            check_same_base(restored.metadata.get("adapter"), self.session.adapter, config.model, restored.step)
         self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
         self.course, self.course_change = _course(config, extra, self.done)
@@ -261,9 +264,9 @@ class _Run:
         rate = self.course.rate(self.config.optim, step)
         updater.start(rate, session.checkpointer.wait_for_snapshot)
         if updater.measures_first:
-            shares = self._backward(works, self._objective(plan, targets), watch)
+            shares = self._backward(works, self._objective(plan, targets, works), watch)
             self._check_finite(updater.finish_measuring(), shares, works, watch)
-        objective = self._objective(plan, targets)
+        objective = self._objective(plan, targets, works)
         shares = self._backward(works, objective, watch, clocks)
         self.position.at("gathering results")
         tokens = sum(work.shard.num_tokens for work in works)
@@ -284,9 +287,9 @@ class _Run:
         numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective), **balance}
         return results, numbers, backward_s
 
-    def _objective(self, plan: StepPlan, targets: int) -> StepObjective:
+    def _objective(self, plan: StepPlan, targets: int, works: list[MicroBatchWork]) -> StepObjective:
         """Anew for each pass over the step: it counts."""
-        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths))
+        return self.objective.step(self.done, num_targets=targets, num_sequences=len(plan.lengths), works=works)
 
     def _backward(
         self, works: list[MicroBatchWork], objective: StepObjective, watch: RowWatch, clocks: list[BusyClock] | None = None

@@ -193,9 +193,10 @@ IN_FLIGHT_BYTES = 1 << 30
 def graph_row(inputs: PlanInputs) -> int:
     """Bytes a token leaves in one layer's graph between its forward and its backward, besides the layer's input."""
     spec, width = inputs.spec, inputs.width
-    norms = (
-        norm_bytes(inputs) * spec.hidden_size * spec.norms_per_layer + norm_bytes(inputs) * (spec.query_size + spec.kv_size) * spec.qk_norm
-    )
+    # A frozen norm's normalised value is in no gradient. (Where norms multiply in float32 it counts all the same.)
+    unread = 0 if inputs.trains_norms or spec.norm_product_in_float32 else width
+    of_heads = norm_bytes(inputs) * (spec.query_size + spec.kv_size) * spec.qk_norm
+    norms = (norm_bytes(inputs) - unread) * spec.hidden_size * spec.norms_per_layer + of_heads
     residual = spec.hidden_size * width if width == 4 else 0  # bfloat16 norms save a float32 copy instead
     projected = width * (spec.query_size + 2 * spec.kv_size)
     attention = class_bytes(inputs)[ATTENTION_OUTPUT.name]

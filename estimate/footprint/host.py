@@ -74,8 +74,8 @@ def snapshot(inputs: PlanInputs, free_bytes: int) -> Term:
 
 
 def state_bytes(inputs: PlanInputs) -> int:
-    """One rank's weights and moments, as checkpoints hold them."""
-    return inputs.parameters * inputs.master * (1 + MOMENTS) // inputs.layout.shard
+    """One rank's trained weights and their moments, as checkpoints hold them."""
+    return inputs.trained_parameters * inputs.master * (1 + MOMENTS) // inputs.layout.shard
 
 
 def replicas(inputs: PlanInputs) -> Term:

@@ -25,7 +25,10 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
         for phase, candidates in moments.items()
     }
     whole = {phase: int(moment.whole * inputs.tokens) for phase, moment in largest.items()}
-    piece = {phase: int(moment.piece * inputs.piece_tokens + moment.fixed) for phase, moment in largest.items()}
+    inner = _adapter_rows(inputs) * inputs.piece_tokens
+    piece = {
+        phase: int(moment.piece * inputs.piece_tokens + moment.fixed) + inner * (phase in _COMPUTING) for phase, moment in largest.items()
+    }
     note = "everything between its ends" if not inputs.in_pieces else f"{inputs.piece_tokens} tokens of everything between its ends"
     return (
         Term(
@@ -35,6 +38,14 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
         ),
         Term("live layer, a piece", note, piece),
     )
+
+
+_COMPUTING = (Phase.FORWARD, Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
+
+
+def _adapter_rows(inputs: PlanInputs) -> int:
+    """Bytes of one row of x A^T and of dy B, of one product at a time (model/adapters/lora.py)."""
+    return 2 * inputs.adapter.rank * inputs.width * inputs.adapter.is_trained
 
 
 def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
@@ -189,7 +200,7 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     """
     total = piece + w.H * is_made(inputs, RESIDUAL)
     mixture = [] if inputs.spec.experts is None else mixture_backward(inputs, inputs.spec.experts, whole, total)
-    weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size
+    weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size * inputs.trains_all
     dense = [
         Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),

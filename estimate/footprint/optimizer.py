@@ -20,7 +20,7 @@ def optimizer_states(inputs: PlanInputs) -> Term:
         if inputs.residency.moment_bytes is None
         else f"two moments of {each / 2:.3g} bytes a number"
     )
-    return term("optimizer states", f"{kind}, 1/{inputs.layout.shard} of each", each * inputs.parameters / inputs.layout.shard)
+    return term("optimizer states", f"{kind}, 1/{inputs.layout.shard} of each", each * inputs.trained_parameters / inputs.layout.shard)
 
 
 def adds_up(inputs: PlanInputs) -> bool:
@@ -31,11 +31,11 @@ def adds_up(inputs: PlanInputs) -> bool:
 def gradients_left(inputs: PlanInputs, all_of_them: Term) -> Term:
     """Sharded gradients that are still on the device, of those that stay there to the end of the step."""
     layer, root = (
-        inputs.master * inputs.layer_parameters // inputs.layout.shard,
-        inputs.master * inputs.root_parameters // inputs.layout.shard,
+        inputs.master * _layer_numbers(inputs) // inputs.layout.shard,
+        inputs.master * inputs.trained_root_parameters // inputs.layout.shard,
     )
     if inputs.residency.on_host:
-        cast = inputs.width * inputs.layer_parameters // inputs.layout.shard if inputs.width < inputs.master else 0
+        cast = inputs.width * _layer_numbers(inputs) // inputs.layout.shard if inputs.width < inputs.master else 0
         by_phase = dict.fromkeys(BACKWARD, min(IN_FLIGHT * layer, inputs.spec.num_layers * layer) + cast) | {Phase.REDUCE: root + layer}
         return Term(all_of_them.name, "on their way to the host, a few layers at a time", by_phase)
     if inputs.residency.in_backward:
@@ -50,5 +50,10 @@ def host_optimizer_bytes(inputs: PlanInputs) -> int:
     if not inputs.residency.on_host:
         return 0
     waiting = inputs.master if not inputs.residency.in_backward or adds_up(inputs) else 0
-    moving = (inputs.master + inputs.width) * (IN_FLIGHT * inputs.layer_parameters + inputs.root_parameters)
-    return int((inputs.parameters * (inputs.residency.state_bytes(inputs.master) + waiting) + moving) / inputs.layout.shard)
+    moving = (inputs.master + inputs.width) * (IN_FLIGHT * _layer_numbers(inputs) + inputs.trained_root_parameters)
+    return int((inputs.trained_parameters * (inputs.residency.state_bytes(inputs.master) + waiting) + moving) / inputs.layout.shard)
+
+
+def _layer_numbers(inputs: PlanInputs) -> int:
+    """Trained weights of the largest decoder layer, those on other ranks counted."""
+    return inputs.layer_parameters if inputs.trains_all else inputs.trained_layer_parameters

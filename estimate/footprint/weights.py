@@ -14,26 +14,28 @@ from .term import BACKWARD, COMPUTE, KEEPING, Phase, Term, term
 
 
 def weights(inputs: PlanInputs) -> Term:
-    each = weight_bytes(inputs)
+    each, frozen = weight_bytes(inputs), inputs.parameters - inputs.trained_parameters
     kind = f"{'bfloat' if each == 2 else 'float'}{8 * each}"
-    return term("weights", f"{kind}, 1/{inputs.layout.shard} of each", each * inputs.parameters / inputs.layout.shard)
+    beside = f"; those that are frozen {inputs.width} bytes each" if frozen and each != inputs.width else ""
+    num_bytes = (each * inputs.trained_parameters + inputs.width * frozen) / inputs.layout.shard
+    return term("weights", f"{kind}, 1/{inputs.layout.shard} of each{beside}", num_bytes)
 
 
 def gradients(inputs: PlanInputs, layer: int) -> Term:
     """Sharded: of the layers done; of all from the first micro-batch on where each is reduced."""
-    total = inputs.master * inputs.parameters // inputs.layout.shard
+    total = inputs.master * inputs.trained_parameters // inputs.layout.shard
     early = total if inputs.layout.num_micro_batches > 1 and not reduces_once(inputs) else 0
-    done = inputs.master * inputs.decoder_parameters(layer + 1) // inputs.layout.shard
+    done = inputs.master * inputs.trained_decoder_parameters(layer + 1) // inputs.layout.shard
     by_phase = {Phase.FORWARD: early, Phase.LOSS: early} | dict.fromkeys(BACKWARD, early or done * (not reduces_once(inputs)))
-    layers = early or inputs.master * inputs.decoder_parameters() // inputs.layout.shard
+    layers = early or inputs.master * inputs.trained_decoder_parameters() // inputs.layout.shard
     whole = by_phase | {Phase.REDUCE: layers, Phase.OPTIMIZER: total}
     return gradients_left(inputs, Term("gradients", f"float{8 * inputs.master}, 1/{inputs.layout.shard} of each", whole))
 
 
 def whole_gradients(inputs: PlanInputs) -> Term:
     """Reduced once per step, gradients of all weights pile up unsharded; at the end only those of embedding and head are left."""
-    whole = inputs.master * inputs.gathered_parameters * reduces_once(inputs)
-    by_phase = dict.fromkeys(KEEPING, whole) | {Phase.REDUCE: inputs.master * inputs.root_parameters * reduces_once(inputs)}
+    whole = inputs.master * inputs.trained_gathered_parameters * reduces_once(inputs)
+    by_phase = dict.fromkeys(KEEPING, whole) | {Phase.REDUCE: inputs.master * inputs.trained_root_parameters * reduces_once(inputs)}
     return Term("gradients, whole", "kept over micro-batches, reduced once a step", by_phase)
 
 
@@ -69,22 +71,24 @@ def inputs_recomputed(inputs: PlanInputs, layer: int) -> bool:
 
 def reduction(inputs: PlanInputs, layer: int) -> Term:
     """Input of the last reduction, which lives on until the next; with one shard its output goes through a copy."""
-    one, only = inputs.master * inputs.gathered_layer_parameters, inputs.layout.shard == 1
-    root = inputs.master * inputs.root_parameters
+    one, only = inputs.master * inputs.trained_layer_parameters, inputs.layout.shard == 1
+    root = inputs.master * inputs.trained_root_parameters
     # Of the micro-batch before, as long as this one has reduced nothing.
     earlier = root * (inputs.layout.num_micro_batches > 1) * (not reduces_once(inputs))
-    own = inputs.width * inputs.gathered_layer_parameters
+    own = inputs.width * inputs.trained_layer_parameters
     by_phase = dict.fromkeys((Phase.FORWARD, Phase.LOSS), earlier)
     by_phase |= dict.fromkeys(BACKWARD, one * (not reduces_once(inputs)) if layer < inputs.spec.num_layers - 1 else earlier)
     by_phase[Phase.LAYER_REDUCE] = max(own + one, one + one * only + one // inputs.layout.shard)
     copied = root * (1 + only) + root // inputs.layout.shard
-    by_phase[Phase.REDUCE] = max(root + inputs.width * inputs.root_parameters * (not reduces_once(inputs)), copied)
+    by_phase[Phase.REDUCE] = max(root + inputs.width * inputs.trained_root_parameters * (not reduces_once(inputs)), copied)
     return Term("reduction", "one layer's gradients on their way; last those of embedding and head", by_phase)
 
 
 def layer_gradients(inputs: PlanInputs) -> Term:
     """Gradients of the live layer while pieces of rows add to them: compute precision after one, master precision after more."""
     spec = inputs.spec
+    if not inputs.trains_all:
+        return _adapter_gradients(inputs)
     mlp, whole = feed_forward_weights(spec, inputs.parameters_elsewhere), inputs.gathered_layer_parameters
     output = spec.hidden_size * spec.query_size
     # Of experts all gradients are counted where they are made (live_mixture.py).
@@ -103,9 +107,17 @@ def layer_gradients(inputs: PlanInputs) -> Term:
     return Term("layer gradients", f"of one layer, summed in float{8 * wide}", by_phase)
 
 
+def _adapter_gradients(inputs: PlanInputs) -> Term:
+    """All sums of a layer's trained weights, and a part of as many: next to nothing beside the matrices they adapt."""
+    own = (inputs.master if inputs.in_pieces else inputs.width) * inputs.trained_layer_parameters
+    live = (Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
+    by_phase = dict.fromkeys(live, own + inputs.width * inputs.trained_layer_parameters)
+    return Term("layer gradients", "of one layer's adapters and what else is trained", by_phase)
+
+
 def head_gradient(inputs: PlanInputs) -> Term:
     """Summed in master precision over chunks, each chunk's part beside it; then in compute precision to the end of backward."""
-    head = inputs.head_parameters
+    head = inputs.trained_head_parameters
     by_phase = {Phase.LOSS: inputs.master * head} | dict.fromkeys(BACKWARD, inputs.width * head)
     return Term("head gradient", f"summed in float{8 * inputs.master} over chunks", by_phase)
 

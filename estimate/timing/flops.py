@@ -53,7 +53,7 @@ def recompute_linear_flops(inputs: PlanInputs) -> float:
     by_token = [kind for kind in activation_classes(inputs.spec) if kind.by_token]
     times = {kind: projections(inputs) if kind.of_heads else 1 for kind in by_token}
     again = sum(costs[kind.name] * (inputs.policy.split(kind).recompute * times[kind]) for kind in by_token)
-    return again + norm_flops(inputs) + shared_flops(inputs)
+    return _beside_adapters(inputs, again + norm_flops(inputs)) + shared_flops(inputs)
 
 
 def projections(inputs: PlanInputs) -> int:
@@ -85,9 +85,31 @@ def segment_flops(inputs: PlanInputs) -> float:
     kinds = activation_classes(inputs.spec)
     if inputs.policy.attention_output.recompute == 0:
         kinds = after_attention(kinds)
-    return sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in kinds if kind.by_token) + feed_forward_costs(
-        inputs.spec
-    ).output_flops(inputs.spec)
+    again = sum(costs[kind.name] * inputs.policy.split(kind).recompute for kind in kinds if kind.by_token)
+    return _beside_adapters(inputs, again + feed_forward_costs(inputs.spec).output_flops(inputs.spec))
+
+
+def _beside_adapters(inputs: PlanInputs, matrices: float) -> float:
+    """FLOPs of products with a layer's matrices, those with their adapters in: the layer's mean."""
+    beside = inputs.adapter_layer_parameters
+    return matrices * (1.0 + beside / (inputs.active_layer_parameters - beside))
+
+
+def backward_flops(inputs: PlanInputs) -> float:
+    """Linear FLOPs of one token in one layer's backward, nothing recomputed: 4 a weight; 2 where it is frozen.
+
+    An adapter's factors take 4 a number, and x A^T is made again (model/adapters/lora.py).
+    """
+    if inputs.trains_all:
+        return 4.0 * inputs.active_layer_parameters
+    return 2.0 * (inputs.active_layer_parameters + inputs.adapter_layer_parameters) + inputs.adapter_inner_flops
+
+
+def model_flops_per_token(inputs: PlanInputs) -> float:
+    """Linear FLOPs of one token that training needs whatever is recomputed: 6 a weight, 4 of a frozen one."""
+    every = matrix_parameters(inputs)
+    trained = inputs.spec.num_layers * inputs.adapter_layer_parameters + inputs.trained_head_parameters
+    return 4.0 * every + 2.0 * (every if inputs.trains_all else trained)
 
 
 def inner_share(inputs: PlanInputs) -> float:
@@ -104,15 +126,24 @@ def attention_passes(inputs: PlanInputs) -> float:
 
 def linear_flops(inputs: PlanInputs) -> float:
     """Linear FLOPs of one token. The head is not recomputed: its gradient is made with its logits."""
-    head = inputs.head_parameters
-    layer = 6 * inputs.active_layer_parameters + recompute_linear_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
-    return inputs.spec.num_layers * layer + 6 * head
+    own = 2 * inputs.active_layer_parameters + backward_flops(inputs)
+    layer = own + recompute_linear_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
+    return inputs.spec.num_layers * layer + 4 * inputs.head_parameters + 2 * inputs.trained_head_parameters
 
 
 def sequence_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
     """Attention and linear FLOPs of one sequence, recomputation in."""
     attention = attention_passes(inputs) * forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
     return attention, linear_flops(inputs) * length
+
+
+def reference_flops(inputs: PlanInputs, length: int) -> tuple[float, float]:
+    """Attention and linear FLOPs of one sequence's forward through the frozen model; 0 where no step makes a reference."""
+    if not inputs.makes_reference:
+        return 0.0, 0.0
+    frozen = inputs.active_parameters - inputs.spec.num_layers * inputs.adapter_layer_parameters
+    attention = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
+    return attention, 2.0 * (frozen + inputs.head_parameters) * length
 
 
 def matrix_parameters(inputs: PlanInputs) -> int:
@@ -131,9 +162,9 @@ def layer_forward_s(inputs: PlanInputs) -> float:
 
 
 def layer_backward_s(inputs: PlanInputs) -> float:
-    """Seconds of one layer's backward with nothing recomputed: 2.5 forward passes of attention, 4 FLOPs a weight."""
+    """Seconds of one layer's backward with nothing recomputed: 2.5 forward passes of attention, and `backward_flops`."""
     attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
-    return batch_tokens(inputs) * (2.5 * attention + 4.0 * inputs.active_layer_parameters) / _rate(inputs)
+    return batch_tokens(inputs) * (2.5 * attention + backward_flops(inputs)) / _rate(inputs)
 
 
 def layer_recompute_s(inputs: PlanInputs) -> float:

@@ -83,5 +83,5 @@ def _exposed_s(inputs: PlanInputs) -> float:
     from .step import collective_s
 
     first = inputs.root_parameters + inputs.layer_parameters
-    reduced = 0 if inputs.parallel.grad_reduce is GradReduce.STEP else inputs.master * inputs.root_parameters
+    reduced = 0 if inputs.parallel.grad_reduce is GradReduce.STEP else inputs.master * inputs.trained_root_parameters
     return collective_s(inputs, inputs.width * first + reduced)

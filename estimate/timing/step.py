@@ -12,8 +12,9 @@ from .flops import (
     attention_passes,
     forward_attention_flops,
     inner_share,
-    matrix_parameters,
+    model_flops_per_token,
     projections,
+    reference_flops,
     sequence_flops,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
@@ -69,15 +70,16 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     rate = inputs.cluster.peak_flops * inputs.cluster.efficiency
     # The busiest group sets the pace: sequences do not always divide over the groups.
     in_turn = layout.sequences_per_group * inputs.passes
-    compute = in_turn * (attention + linear) / (layout.sp_degree * rate)
+    reference = reference_flops(inputs, length)
+    compute = (in_turn * (attention + linear) + in_turn // passes * sum(reference)) / (layout.sp_degree * rate)
     ring = max(0.0, ring_s(inputs) * length - attention / (layout.sp_degree * rate))
     exchange = in_turn * (exchange_s(inputs) * length + ring)
     sharding = max(0.0, sharding_s(inputs) - compute)
     forward = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
     return Timing(
-        attention_flops=passes * sequences * attention,
-        linear_flops=passes * sequences * linear,
-        model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(inputs) * length),
+        attention_flops=sequences * (passes * attention + reference[0]),
+        linear_flops=sequences * (passes * linear + reference[1]),
+        model_flops=sequences * (3.5 * forward + model_flops_per_token(inputs) * length),
         compute_s=compute,
         sequence_s=exchange,
         experts_s=in_turn * length * (experts_exchange_s(inputs) + experts_wait_s(inputs)),
@@ -151,21 +153,24 @@ def ring_s(inputs: PlanInputs) -> float:
 
 def sharding_s(inputs: PlanInputs) -> float:
     """Gathers and reductions of a step, before what compute hides."""
-    return inputs.passes * gather_s(inputs) + inputs.passes // inputs.layout.num_micro_batches * reduce_s(inputs)
+    again = inputs.layout.num_micro_batches * collective_s(inputs, inputs.width * inputs.gathered_parameters) * inputs.makes_reference
+    return again + inputs.passes * gather_s(inputs) + inputs.passes // inputs.layout.num_micro_batches * reduce_s(inputs)
 
 
 def gather_s(inputs: PlanInputs) -> float:
     """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
     reduce_each = inputs.parallel.grad_reduce is not GradReduce.STEP
-    return collective_s(inputs, (2 * inputs.width + inputs.master * reduce_each) * inputs.gathered_parameters)
+    reduced = inputs.master * reduce_each * inputs.trained_gathered_parameters
+    return collective_s(inputs, 2 * inputs.width * inputs.gathered_parameters + reduced)
 
 
 def reduce_s(inputs: PlanInputs) -> float:
     """Gradients once a step: scattered over shards unless every micro-batch did, then summed over replicas."""
-    once = collective_s(inputs, inputs.master * inputs.gathered_parameters) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
+    whole = inputs.master * inputs.trained_gathered_parameters
+    once = collective_s(inputs, whole) if inputs.parallel.grad_reduce is GradReduce.STEP else 0.0
     copies = inputs.layout.replicate
     bandwidth = inputs.cluster.inter_node_bandwidth if inputs.layout.num_nodes > 1 else inputs.cluster.intra_node_bandwidth
-    return once + 2 * inputs.master * inputs.parameters / inputs.layout.shard * (copies - 1) / copies / bandwidth
+    return once + 2 * inputs.master * inputs.trained_parameters / inputs.layout.shard * (copies - 1) / copies / bandwidth
 
 
 def collective_s(inputs: PlanInputs, num_bytes: float) -> float:

@@ -46,7 +46,7 @@ def adam_bytes(master: int, moment: float) -> float:
 
 
 def _numbers(inputs: PlanInputs) -> float:
-    return inputs.parameters / inputs.layout.shard
+    return inputs.trained_parameters / inputs.layout.shard
 
 
 def _each(inputs: PlanInputs) -> float:
@@ -83,7 +83,8 @@ def _shown_beside_gpu(inputs: PlanInputs, busy: float, down: float, reductions: 
     late = (reductions - 1) * max(0.0, down - backward)
     if not inputs.residency.in_backward:
         return late + max(0.0, down - backward) + max(busy, up)
-    last = (inputs.layer_parameters + inputs.root_parameters) / inputs.parameters
+    layer = inputs.layer_parameters if inputs.trains_all else inputs.trained_layer_parameters
+    last = (layer + inputs.trained_root_parameters) / inputs.trained_parameters
     tail, work = last * max(busy, up), max(busy, down, up)
     return late + tail + max(0.0, work - tail - backward)
 

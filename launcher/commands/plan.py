@@ -126,6 +126,7 @@ def _model(config: Config, ledger: Ledger) -> dict[str, Any]:
         "name": config.model.name,
         "family": spec.family.value,
         "parameters": ledger.asked.parameters,
+        "trained_parameters": ledger.asked.trained_parameters,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,

@@ -48,10 +48,11 @@ def _count(number: int) -> str:
 
 
 def _parameters(ledger: Ledger) -> str:
-    """All weights, and those one token is multiplied with where they are fewer."""
+    """All weights, and where they are fewer those one token is multiplied with, and those that are trained."""
     inputs = ledger.asked
     active = "" if inputs.spec.experts is None else f", {_count(matrix_parameters(inputs))} of them multiplied with a token"
-    return f"{_count(inputs.parameters)} parameters{active}"
+    trained = "" if inputs.trains_all else f", {_count(inputs.trained_parameters)} of them trained"
+    return f"{_count(inputs.parameters)} parameters{active}{trained}"
 
 
 def _batch(config: Config) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
+from ...model.adapters.peft_config import check_init
+from ...model.adapters.targets import check_adapter
 from ...model.model_check import check_weights
 from ...model.spec import ModelSpec, longer_positions, model_spec
 from ...parallel.config import SequenceMode
@@ -18,6 +20,7 @@ def check_config(config: Config) -> None:
     check_train(config.train)
     spec = model_spec(config.model)
     _check_routers(config, spec)
+    check_adapter(config.adapter, spec)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
             "data.global_batch_tokens",
@@ -105,6 +108,7 @@ def _check_capacity(config: Config, layout: Layout) -> None:
 def model_notes(config: Config) -> list[str]:
     """List surprises of the model and its files: parts that are not read, and lengths beyond its positions."""
     positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
+    check_init(config.adapter, model_spec(config.model))
     lines = check_weights(config.model)
     if length > positions:
         beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"

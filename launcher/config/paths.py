@@ -32,6 +32,7 @@ PATH_KEYS: Mapping[str, PathKind] = MappingProxyType(
     {
         "run.root": PathKind.FILE,
         "model.path": PathKind.NAME,
+        "adapter.init": PathKind.FILE,
         "data.prefixes": PathKind.FILE,
         "data.tokenizer": PathKind.NAME,
         "data.cache_dir": PathKind.FILE,

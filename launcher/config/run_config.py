@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 from ...checkpoint.config import CheckpointConfig
 from ...cluster.config import ClusterConfig
 from ...memory.config import MemoryConfig
+from ...model.adapters.config import NO_ADAPTER, AdapterConfig
 from ...model.config import ModelConfig
 from ...parallel.config import ParallelConfig
 from ...training.config import TrainConfig
@@ -196,6 +197,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    adapter: AdapterConfig = NO_ADAPTER
     optim: OptimConfig
     parallel: ParallelConfig
     memory: MemoryConfig

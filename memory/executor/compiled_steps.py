@@ -77,6 +77,15 @@ class CompiledSteps:
         """Implements `LayerSteps.sinks`: they are attention's, and no step reads them."""
         return self._adapter.sinks
 
+    @property
+    def adapted(self) -> bool:
+        """Implements `LayerSteps.adapted`."""
+        return self._adapter.adapted
+
+    @adapted.setter
+    def adapted(self, use: bool) -> None:
+        self._adapter.adapted = use
+
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
         return self._forward(Step("before_attention", heads), (x, *rope))
 
@@ -144,7 +153,7 @@ class CompiledSteps:
         """All that a trace depends on."""
         shapes = tuple((name, t.shape, t.dtype) for name, t in zip(weights.names, weights.tensors, strict=True))
         lines = tuple((t.shape[1:], t.dtype) for t in rows)
-        return type(self._adapter), step, which, shapes, weights.trained, lines, rows[0].device
+        return type(self._adapter), self._adapter.adapted, step, which, shapes, weights.trained, lines, rows[0].device
 
 
 def _alone(t: Tensor) -> Tensor:

@@ -53,6 +53,10 @@ class LayerExecutor:
                 return _forward(run, lambda index: x[run.rows(index)], save=False)
         return _Layer.apply(x, self, context, *parameters)  # type: ignore[no-any-return]
 
+    def use_adapters(self, use: bool) -> None:
+        """Whether the passes that start from now on go through the adapters that matrices have."""
+        self._raw.adapted = use
+
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:
         """This layer on one rank's rows of a micro-batch."""
         rope = context.tables[self.adapter.rope_key]

@@ -29,6 +29,8 @@ class LayerSteps(Protocol):
     rope_key: str | None
     traceable: bool
     """Whether one graph of tensors holds the whole second half; its steps have one each in any case."""
+    adapted: bool
+    """Whether products go through the adapters that matrices have beside them; may change between passes, never within one."""
 
     def trained(self) -> list[Tensor]:
         """The trained weights of the layer that this rank computes with, as autograd sees them; asked for at the start of each pass."""

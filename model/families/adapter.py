@@ -67,6 +67,8 @@ class LayerAdapter(ABC):
     """Most rows that an expert takes; None: nothing is dropped."""
     index: int = 0
     """Number of the layer in the model."""
+    adapted: bool = True
+    """Whether matrices with an adapter are multiplied with it (model/adapters); False: the layer is the frozen model's."""
 
     def trained(self) -> list[Tensor]:
         """Implements `LayerSteps.trained`. Of weights whose other parts are on other ranks it has a view of the part here."""
@@ -90,7 +92,7 @@ class LayerAdapter(ABC):
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""
-        return projection_of(self.layer, name)
+        return projection_of(self.layer, name, adapted=self.adapted)
 
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
         """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated; of the heads asked for, those of no head left out.

@@ -1,8 +1,9 @@
 """The matrix products of a layer: each goes through a `Projection`, the one place that knows what a product is made of.
 
 Note: why modules are read and not called. Backward computes gradients of products whose values it does not make again, and of some
-heads' rows only, so a product is a function of weight and bias. Whatever else a module does (an adapter beside its weight, a
-quantised weight, a hook) would be missing from the gradient, and nothing would say so. Such modules are refused.
+heads' rows only, so a product is a function of weight, bias and the factors of an adapter (model/adapters/lora.py). Whatever else a
+module does (another library's adapter, a quantised weight, a hook) would be missing from the gradient, and nothing would say so.
+Such modules are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..adapters.lora import Factors, LoraFactors, LoraProduct
+from ..adapters.names import FACTORS
 
 NO_MODULES: Mapping[str, str] = MappingProxyType({})
 Rows = slice | Tensor | None
@@ -26,30 +29,36 @@ Rows = slice | Tensor | None
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One product x W^T + b: W (M, I), b (M,) or None, as they are in this pass."""
+    """One product x W^T + b, or x (W + s B A)^T + b: W (M, I), b (M,) or None, as they are in this pass."""
 
     weight: Tensor
     bias: Tensor | None
+    factors: Factors | None = None
+    """A (rank, I), B (M, rank) and their scaling s, where the matrix has an adapter."""
 
     def __call__(self, x: Tensor, *, graph: bool = False, rows: Rows = None) -> Tensor:
         """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
-        weight, bias = self.weight, self.bias
+        weight, bias, factors = self.weight, self.bias, self.factors
         if rows is not None:
             rows = rows.to(weight.device) if isinstance(rows, Tensor) else rows
             weight, bias = weight[rows], None if bias is None else bias[rows]
+            factors = None if factors is None else factors._replace(b=factors.b[rows])
+        if factors is not None:
+            return LoraProduct.apply(x, weight, bias, *factors, not graph)  # type: ignore[no-any-return]
         return LinearGraph.apply(x, weight, bias) if graph else F.linear(x, weight, bias)  # type: ignore[no-any-return]
 
 
-def projection_of(layer: nn.Module, name: str) -> Projection:
+def projection_of(layer: nn.Module, name: str, *, adapted: bool = True) -> Projection:
     """The projection at `name` in `layer`. Read anew for every product: FSDP2 and compiled steps put other tensors in place.
 
-    ConfigError unless the module there is torch's own Linear.
+    `adapted` False: without its adapter, if it has one. ConfigError unless the module there is torch's own Linear.
     """
     module = layer.get_submodule(name)
     # A subclass may compute anything in its forward, so the class itself is asked for.
     if type(module) is not nn.Linear:
         raise _refusal(name, f"a {type(module).__qualname__}", "gradients of anything it adds would be lost")
-    return Projection(module.weight, module.bias)
+    beside = module._modules.get(FACTORS) if adapted else None
+    return Projection(module.weight, module.bias, beside.factors() if isinstance(beside, LoraFactors) else None)
 
 
 def check_modules(
@@ -74,6 +83,9 @@ def check_modules(
     for name in projections:
         projection_of(layer, name)
         _check_plain(layer.get_submodule(name), name)
+        for below, child in layer.get_submodule(name).named_children():
+            if not isinstance(child, LoraFactors):
+                raise _refusal(f"{name}.{below}", f"a {type(child).__qualname__}", "gradients of anything it adds would be lost")
     for name, expected in own.items():
         _check_own(layer.get_submodule(name), name, expected)
     for name in named:
@@ -108,7 +120,7 @@ def _refusal(name: str, actual: str, otherwise: str) -> ConfigError:
         "model",
         found=f"{actual} at {name} of a decoder layer",
         expected=f"the family's own modules, projections of class torch.nn.Linear without hooks: {otherwise}",
-        hint="a model without adapters, quantised or parametrised weights: merge them into plain weights first",
+        hint="a model without adapters, quantised or parametrised weights: merge them into plain weights first, or adapter.init=DIRECTORY",
     )
 
 

@@ -7,7 +7,7 @@ each wrapped module gets factor 1 and plain sum reductions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,8 +37,10 @@ def shard_model(
     """
     stored = next(model.parameters()).dtype
     reduced = reduce_dtype or stored
+    # Frozen weights are stored in compute precision beside trained ones that are not.
+    alike = all(parameter.dtype == compute_dtype for parameter in model.parameters())
     precision = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == stored else compute_dtype,
+        param_dtype=None if alike else compute_dtype,
         reduce_dtype=None if compute_dtype == reduced else reduced,
         cast_forward_inputs=False,
     )
@@ -129,10 +131,14 @@ def on_reduction(module: nn.Module, hook: Callable[[Tensor], None]) -> None:
 
 
 class Fsdp2State:
-    """The `State` of a model and its optimizer, sharded by FSDP2 or whole; `model` may be host weights of the same names."""
+    """The `State` of a model and its optimizer, sharded by FSDP2 or whole; `model` may be host weights of the same names.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    `frozen`: names of parameters that never change, and that checkpoints leave out.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: Collection[str] = ()) -> None:
         self._model, self._optimizer = model, optimizer
+        self._left_out = frozenset(state.MODEL + name for name in frozen)
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors by checkpoint key."""
@@ -140,7 +146,8 @@ class Fsdp2State:
             if isinstance(module, FSDPModule):
                 # After a forward without backward FSDP2 leaves whole parameters in place of its shards.
                 module.reshard()
-        return state.model_tensors(self._model) | state.optimizer_tensors(self._model, self._optimizer)
+        weights = {key: value for key, value in state.model_tensors(self._model).items() if key not in self._left_out}
+        return weights | state.optimizer_tensors(self._model, self._optimizer)
 
     def changing_in_forward(self) -> set[str]:
         """Keys of buffers."""

@@ -29,6 +29,7 @@ TAKES_ZERO = {
         "train.router_z_loss",
         "train.router_bias_rate",
         "train.grpo_kl_weight",
+        "adapter.dropout",
         "optim.betas",
         "optim.weight_decay",
         "parallel.probe_s",

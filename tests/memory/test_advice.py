@@ -131,7 +131,7 @@ def moved(ledger: Ledger) -> dict[str, list[Change]]:
 @pytest.mark.parametrize(
     ("ledgers", "name", "kinds"),
     [
-        (HOST, "solved", {"states_on_host", "files", "larger_host", "larger_device", "more_nodes", "in_backward", "few_bits", "shorter"}),
+        (HOST, "solved", {"states_on_host", "files", "larger_host", "larger_device", "more_nodes", "in_backward", "adapters", "shorter"}),
         (HOST, "given", {"auto", "chunks", "segments", "states_on_host", "files", "larger_host", "more_nodes", "in_backward", "few_bits"}),
         (TOO_LARGE, "few ranks used", {"spread"}),
         (TOO_LARGE, "host budget", {"whole_host"}),
@@ -147,6 +147,7 @@ def test_every_kind_of_change_is_there_and_says_what_it_is(ledgers: Ledgers, nam
         "segments": "layer's input waits",
         "in_backward": "run twice",
         "more_nodes": "ranks",
+        "adapters": "another result than training all of it",
     }
     for name, part in words.items():
         assert all(part in change.reason for change in suggestions.get(name, [])), name
@@ -159,7 +160,7 @@ def test_a_host_that_is_too_small_gets_files_more_memory_or_segments() -> None:
     assert [entry.overrides for entry in suggest(HOST["given"], most=20, elsewhere=False)] == [
         entry.overrides
         for name, entry in suggested.items()
-        if name not in ("memory.offload_dir", "cluster.host_memory_bytes", "cluster.device_memory_bytes")
+        if name not in ("memory.offload_dir", "cluster.host_memory_bytes", "cluster.device_memory_bytes", "adapter")
     ]
 
 

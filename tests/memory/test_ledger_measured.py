@@ -21,6 +21,7 @@ CHOSEN = (
     "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "memo, half",
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
     "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
+    "lora, recompute, bfloat16", "lora, streambp", "lora with a head of its own, alst, Ulysses 2, bfloat16",
     "qwen3 moe, a dense layer", "dots1",
 )  # fmt: skip
 
@@ -49,7 +50,8 @@ def test_all_chosen_configurations_are_there() -> None:
 
 COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
            "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2", "qwen3 moe", "mixtral, memo, half",
-           "qwen2 moe, everything kept by class", "qwen3 moe, a dense layer", "dots1")  # fmt: skip
+           "qwen2 moe, everything kept by class", "qwen3 moe, a dense layer", "dots1", "lora, recompute, attention kept",
+           "lora, keep", "lora, streambp", "lora, memo, half")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)
@@ -89,7 +91,7 @@ def product_flops(case: Case) -> int:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if str(func) in ("aten.mm.default", "aten.mm.out", "aten.addmm.default"):
+            if str(func) in ("aten.mm.default", "aten.mm.out", "aten.addmm.default", "aten.addmm_.default"):
                 self.flops += 2 * out.numel() * args[-1].shape[0]
             return out
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from efflaunch.model.adapters.config import NO_ADAPTER
 from efflaunch.model.build import build_empty, master_dtype
 from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.parallel.sequence.attention import CpuKernel
@@ -56,12 +57,14 @@ class Trainer:
             loss_chunk_tokens=7,
             host_weights=on_host,
             place=stage_place(self.topology, config.num_hidden_layers, case.get("virtual", 1)),
+            adapter=case.get("adapter", NO_ADAPTER),
         )
         self.weights = host_weights(self.model, master_dtype(dtype)) if on_host else self.model
         for name, parameter in self.weights.named_parameters():
             write_shard(parameter, torch.from_numpy(weights[name]))
         self.model.model.rotary_emb.__init__(self.model.config)  # to_empty left its tables unset
-        self.updater = build_updater(self.model, self.weights, self.config, device)
+        ratio = case.get("adapter", NO_ADAPTER).b_lr_ratio
+        self.updater = build_updater(self.model, self.weights, self.config, device, b_lr_ratio=ratio)
         self.source, self.snapshots = ListSource(documents, targets), 0
 
     def backward(self):

@@ -13,6 +13,7 @@ from efflaunch.errors import ConfigError
 from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
+from efflaunch.model.adapters.config import NO_ADAPTER
 from efflaunch.model.build import RouterSettings, build_model
 from efflaunch.model.weights import persistent_buffers
 from efflaunch.parallel.pipeline.config import PipelineOrder
@@ -173,10 +174,12 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         expert_mesh=topology.experts,
         routers=RouterSettings(*case.get("router", (0.0, 0.0)), capacity_factor=case.get("capacity")),
         place=stage_place(topology, case.get("layers") or config.num_hidden_layers, case.get("virtual", 1)),
+        adapter=case.get("adapter", NO_ADAPTER),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-        parameter.requires_grad_(is_trained(case, name))
+        if "adapter" not in case:
+            parameter.requires_grad_(is_trained(case, name))
     for name, buffer in persistent_buffers(model).items():
         buffer.copy_(torch.from_numpy(weights[name]))
     source, results = ListSource(documents, targets), []

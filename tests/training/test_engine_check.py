@@ -71,8 +71,9 @@ def test_every_engine_that_can_be_chosen_can_be_built() -> None:
     assert engine_facts(Config()).name in BUILDERS
 
 
-SPREAD = ("+experiment=quickstart_moe", "parallel.experts.ep=2", "optim.grad_clip=null")
+SPREAD = ("+experiment=quickstart_moe", "parallel.experts.ep=2", "optim.grad_clip=null", "adapter.targets=[attention]")
 REFUSED = {
+    "adapter.method=lora": "adapter.method=none",
     "parallel.barrier_free=true": "parallel.barrier_free=false",
     "optim.update=backward": "optim.update=step",
     "optim.state_device=host": "optim.state_device=device",

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from ...errors import DataError
+from ...model.adapters.base import model_digest
+from ...model.adapters.config import AdapterConfig
+from ...model.adapters.peft_config import WEIGHTS
 from ...model.config import ModelConfig
-from ...model.weights import weights_fingerprint
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
 from ..config import Objective, TrainConfig
 from ..data.scores import Scores, needed_scores
+from ..micro_batches import MicroBatchWork
 from ..run_settings import Stop
 from ..score_corpus import fill_scores
 from ..session import Session
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
+from .implicit_reference import pair_reference
 from .rollout import RolloutOptions
 
 
@@ -30,6 +34,13 @@ class _Config(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def model(self) -> ModelConfig: ...
+    @property
+    def adapter(self) -> AdapterConfig: ...
+
+
+def has_implicit_reference(train: TrainConfig, adapter: AdapterConfig) -> bool:
+    """Whether the reference is the frozen model itself: that of DPO, where nothing but adapters is trained."""
+    return train.objective is Objective.DPO and adapter.leaves_reference
 
 
 class RunObjective:
@@ -41,6 +52,9 @@ class RunObjective:
         needed = not resumed and any(needed_scores(config.train))
         self._weights = _agreed(initial_weights(config), session.topology) if needed else None
         self._scores = Scores(session.source, run_dir, config.train, self._weights)
+        self._implicit = has_implicit_reference(config.train, config.adapter) and bool(self._scores.missing)
+        self._reference: tuple[int, np.ndarray] | None = None
+        """The step that was last asked for, and its pairs' log-probabilities under the frozen model."""
 
     def ready(self, plan: Callable[[tuple[int, ...]], StepPlan], *, stop: Stop, report: Callable[..., None]) -> bool:
         """Score what is missing with the initial weights; False where a stop was requested meanwhile. Collective over all ranks.
@@ -48,7 +62,7 @@ class RunObjective:
         DataError where weights are not the initial ones any more.
         """
         missing = self._scores.missing
-        if not missing:
+        if not missing or self._implicit:
             return True
         if self._resumed:
             raise _lost(self._session.source.corpora[missing[0]].prefix)
@@ -59,9 +73,12 @@ class RunObjective:
         assert not self._scores.missing
         return True
 
-    def step(self, step: int, *, num_targets: int, num_sequences: int) -> StepObjective:
-        """The objective of step `step` (from 0)."""
+    def step(self, step: int, *, num_targets: int, num_sequences: int, works: Sequence[MicroBatchWork]) -> StepObjective:
+        """The objective of step `step` (from 0), whose work on this rank is `works`. Collective where the reference is made by it."""
         train, scores, device = self._train, self._scores, self._session.device
+        if self._implicit:
+            reference = self._implicit_reference(step, num_sequences, works)
+            return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: reference[index])
         if train.objective is Objective.DPO:
             return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: scores.pair(step, index))
         if train.objective is Objective.GRPO:
@@ -71,6 +88,11 @@ class RunObjective:
             )
         return LanguageModelling(num_targets, device)
 
+    def _implicit_reference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> np.ndarray:
+        if self._reference is None or self._reference[0] != step:
+            self._reference = step, pair_reference(self._session.step_setup, works, num_pairs)
+        return self._reference[1]
+
 
 def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
     """The objective's entries of metrics.jsonl, from sums over all ranks."""
@@ -78,15 +100,12 @@ def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
 
 
 def initial_weights(config: _Config) -> str:
-    """A digest that changes with the run's first model: every override, and the weights' files by content, not place.
-
-    The seed counts where it makes weights: all of them without files, and rows for added tokens.
-    """
-    model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "path")}
-    path = config.model.path
-    origin = config.train.seed if path is None else weights_fingerprint(path)
-    seeded = [config.train.seed] if path is not None and config.model.vocab_size is not None else []
-    return hashlib.sha256(repr([model, config.train.dtype, origin, *seeded]).encode()).hexdigest()
+    """A digest of the run's first model (`model_digest`), and of the adapter it starts from; one that starts at zero changes nothing."""
+    digest = model_digest(config.model, config.train.seed, config.train.dtype)
+    if config.adapter.init is None:
+        return digest
+    with (Path(config.adapter.init) / WEIGHTS).open("rb") as file:
+        return digest + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _agreed(name: str, topology: Topology) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ...model.adapters.names import is_factor_b
 from ...parallel.sharding.parts import local
 from .config import OptimConfig, StateDtype
 from .norm import NormMeter, NormScope, clip_scale
+
+RATIO = "lr_ratio"
+"""Key of a group of parameters whose learning rate is another than the schedule's, by this factor."""
 
 
 def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
@@ -18,21 +24,27 @@ def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, weights: nn.Module | None = None) -> torch.optim.Optimizer:
-    """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`.
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, weights: nn.Module | None = None, *, b_lr_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`, and `lora_b` where that has a rate of its own.
 
     Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype (or
     `state_dtype`), device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
-    `weights`: the parameters of the same names that are updated instead of the model's own.
+    `weights`: the parameters of the same names that are updated instead of the model's own. `b_lr_ratio`: the learning rate of
+    adapters' B over that of everything else (LoRA+).
     """
-    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": [], "lora_b": []}
     owners, updated = _owners(model), dict((weights or model).named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[is_decayed(owners[parameter], parameter)].append((name, updated[name]))
-    named_groups = [
-        {"params": named, "name": "decay" if decay else "no_decay", "weight_decay": config.weight_decay if decay else 0.0}
-        for decay, named in groups.items()
+            is_fast = b_lr_ratio != 1.0 and is_factor_b(name)
+            kind = "lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"
+            groups[kind].append((name, updated[name]))
+    named_groups: list[dict[str, Any]] = [
+        {"params": named, "name": kind, "weight_decay": 0.0 if kind == "no_decay" else config.weight_decay}
+        | ({RATIO: b_lr_ratio} if kind == "lora_b" else {})
+        for kind, named in groups.items()
         if named
     ]
     if config.state_dtype is not StateDtype.FLOAT32:
@@ -52,12 +64,13 @@ def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next update, for every group."""
+    """Set the learning rate of the next update, for every group: `lr` times the group's own ratio, where it has one."""
     for group in optimizer.param_groups:
+        rate = lr * group.get(RATIO, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 @torch.no_grad()

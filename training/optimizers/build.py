@@ -15,6 +15,9 @@ from ...checkpoint.state import State
 from ...memory.executor.compiled_graph import check_compiler
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
+from ...model.adapters.config import AdapterConfig
+from ...model.adapters.names import is_trained
+from ...model.adapters.peft_files import load_adapter
 from ...model.build import RouterSettings, build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
@@ -46,6 +49,8 @@ class Settings(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def optim(self) -> OptimConfig: ...
+    @property
+    def adapter(self) -> AdapterConfig: ...
 
 
 @dataclass(frozen=True)
@@ -109,14 +114,18 @@ def build_trained(
         expert_mesh=expert_mesh,
         routers=router_settings(config.train),
         place=place,
+        adapter=config.adapter,
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, on_progress)
     if load and config.model.path is not None:
         groups = [*mesh.get_all_groups(), *((place.ranks.column,) if place is not None else ())]
         load_weights(weights, config.model, config.train.seed, on_progress, groups, stage_of(model).shapes)
-    updater = build_updater(model, weights, config.optim, device)
-    return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
+    if load and config.adapter.init is not None:
+        load_adapter(weights, config.adapter, config.model, config.train.seed, config.train.dtype)
+    updater = build_updater(model, weights, config.optim, device, b_lr_ratio=config.adapter.b_lr_ratio)
+    frozen = [name for name, _ in model.named_parameters() if not is_trained(name, config.adapter)]
+    return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer, frozen))
 
 
 def router_settings(train: TrainConfig) -> RouterSettings:
@@ -124,12 +133,14 @@ def router_settings(train: TrainConfig) -> RouterSettings:
     return RouterSettings(train.router_balance, train.router_z_loss, train.router_bias_rate, train.expert_capacity)
 
 
-def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, device: torch.device) -> Updater:
+def build_updater(
+    model: nn.Module, weights: nn.Module, config: OptimConfig, device: torch.device, *, b_lr_ratio: float = 1.0
+) -> Updater:
     """The updater of a sharded `model`. `weights`: the model itself, or its host weights where states live on the host.
 
-    Call once the weights are filled: the model gets them.
+    Call once the weights are filled: the model gets them. `b_lr_ratio` as in `build_optimizer`.
     """
-    optimizer = build_optimizer(model, config, weights)
+    optimizer = build_optimizer(model, config, weights, b_lr_ratio=b_lr_ratio)
     scope = norm_scope(model, weights)
     if config.state_device is StateDevice.HOST:
         updater = HostUpdater(model, weights, optimizer, config, device, scope)

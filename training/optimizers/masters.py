@@ -15,7 +15,10 @@ class HostWeights(nn.Module):
 
 
 def host_weights(model: nn.Module, dtype: torch.dtype) -> HostWeights:
-    """Host parameters of `dtype` for each of the model's (sharded, materialised or on meta), not filled. No communication."""
+    """Host parameters of `dtype` for each trained one of the model's (sharded, materialised or on meta), not filled. No communication.
+
+    Frozen parameters are the model's own: nothing updates them.
+    """
     made: dict[Tensor, nn.Parameter] = {}
     root = HostWeights()
     _fill(root, model, made, dtype)
@@ -28,9 +31,7 @@ def _fill(shell: nn.Module, module: nn.Module, made: dict[Tensor, nn.Parameter],
             shell.register_parameter(name, None)
             continue
         if parameter not in made:
-            # A sharded tensor keeps its mesh; only this rank's part is on the host.
-            host = torch.empty_like(parameter.detach(), dtype=dtype, device="cpu")
-            made[parameter] = nn.Parameter(host, requires_grad=parameter.requires_grad)
+            made[parameter] = _on_host(parameter, dtype) if parameter.requires_grad else parameter
         shell.register_parameter(name, made[parameter])
     for name, buffer in module._buffers.items():
         shell.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
@@ -39,3 +40,8 @@ def _fill(shell: nn.Module, module: nn.Module, made: dict[Tensor, nn.Parameter],
         shell.add_module(name, inner)
         if child is not None and inner is not None:
             _fill(inner, child, made, dtype)
+
+
+def _on_host(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    # A sharded tensor keeps its mesh; only this rank's part is on the host.
+    return nn.Parameter(torch.empty_like(parameter.detach(), dtype=dtype, device="cpu"))

@@ -27,6 +27,7 @@ def start_fields(
         "world_size": session.topology.world_size,
         "hosts": list(hosts[:: config.cluster.ranks_per_node]),
         "parameters": num_parameters(session.spec),
+        "trained_parameters": session.ledger.inputs.trained_parameters,
         "plan": str(session.layout),
         "sequence": config.parallel.sequence.value,
         "optimizer": describe(config.optim),

@@ -1,0 +1,46 @@
+"""Names of matrices and parameters: which have adapters, which are trained. Pure, and below everything that knows a model's sizes."""
+
+from __future__ import annotations
+
+from .config import AdapterConfig
+
+FACTORS = "lora"
+"""Name of the module beside a matrix that holds its factors A and B."""
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+SAVED = ("embedding", "head", "norms")
+"""Parts that adapter.modules_to_save may name."""
+GROUPS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
+"""Words of adapter.targets for several matrices."""
+
+
+def target_names(config: AdapterConfig) -> tuple[str, ...]:
+    """Names of the matrices that `config` asks for, inside a layer, in the model's order; of a checked config."""
+    asked = {name for target in config.targets for name in matching(target)}
+    return tuple(name for name in ATTENTION + MLP if name in asked)
+
+
+def matching(target: str) -> tuple[str, ...]:
+    """The matrices that one item of adapter.targets means; none where it means nothing."""
+    return GROUPS.get(target) or tuple(name for name in ATTENTION + MLP if target in (name, name.rpartition(".")[2]))
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is one of an adapter's factors, by its name in the model."""
+    return f".{FACTORS}." in name
+
+
+def is_factor_b(name: str) -> bool:
+    """Whether a parameter is the second factor, B."""
+    return name.endswith(f".{FACTORS}.B")
+
+
+def is_trained(name: str, config: AdapterConfig) -> bool:
+    """Whether the parameter of this name in the model is trained."""
+    return not config.is_trained or is_factor(name) or any(_is_of(name, part) for part in config.modules_to_save)
+
+
+def _is_of(name: str, part: str) -> bool:
+    if part == "norms":
+        return name.endswith("norm.weight")
+    return name.startswith({"embedding": "model.embed_tokens.", "head": "lm_head."}[part])

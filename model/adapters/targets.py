@@ -1,0 +1,142 @@
+"""Decides which matrices of a model have adapters, and how many numbers are trained; refuses what cannot be. Pure, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ..spec import ModelSpec
+from .config import AdapterConfig
+from .names import ATTENTION, GROUPS, MLP, SAVED, matching, target_names
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One matrix (rows, columns) of every decoder layer: x W^T maps `columns` numbers to `rows`."""
+
+    name: str
+    rows: int
+    columns: int
+
+    def numbers(self, rank: int) -> int:
+        """Numbers of A and B."""
+        return rank * (self.rows + self.columns)
+
+
+def matrices(spec: ModelSpec) -> tuple[Target, ...]:
+    """The matrices of a decoder layer that may have adapters: attention's, and those of a dense feed-forward."""
+    hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
+    sizes = dict(zip(ATTENTION, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True))
+    if spec.experts is None:
+        sizes |= dict(zip(MLP, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+    return tuple(Target(name, *size) for name, size in sizes.items())
+
+
+def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
+    """The matrices of a decoder layer that have adapters; none without adapters."""
+    names = target_names(config) if config.is_trained else ()
+    return tuple(matrix for matrix in matrices(spec) if matrix.name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedNumbers:
+    """How many numbers a run with adapters trains."""
+
+    adapter: int
+    """Numbers of the factors in one decoder layer."""
+    norms: int
+    """Numbers of the norms in one decoder layer, where they are trained."""
+    embedding: int
+    head: int
+    last_norm: int
+
+    @property
+    def layer(self) -> int:
+        """All of one decoder layer."""
+        return self.adapter + self.norms
+
+
+_NOTHING = TrainedNumbers(adapter=0, norms=0, embedding=0, head=0, last_norm=0)
+
+
+def trained_numbers(config: AdapterConfig, spec: ModelSpec) -> TrainedNumbers:
+    """Counts for a config that trains adapters; all 0 without."""
+    if not config.is_trained:
+        return _NOTHING
+    matrix, saved = spec.vocab_size * spec.hidden_size, config.modules_to_save
+    norms = spec.norms_per_layer * spec.hidden_size + 2 * spec.head_dim * spec.qk_norm
+    return TrainedNumbers(
+        adapter=sum(target.numbers(config.rank) for target in targets(config, spec)),
+        norms=norms * ("norms" in saved),
+        embedding=matrix * ("embedding" in saved),
+        head=matrix * ("head" in saved),
+        last_norm=spec.hidden_size * ("norms" in saved),
+    )
+
+
+def check_adapter(config: AdapterConfig, spec: ModelSpec) -> None:
+    """Raise ConfigError where adapters are asked for that cannot be made or trained exactly."""
+    if not config.is_trained:
+        if config.init is not None:
+            raise ConfigError("adapter.init", found=f"{config.init} without adapters", expected="adapter=lora", hint="adapter=lora")
+        return
+    if config.dropout:
+        raise ConfigError(
+            "adapter.dropout",
+            found=f"{config.dropout:g}",
+            expected="0: layers are computed again in backward, by chunks, and would drop other numbers than in forward",
+            hint="adapter.dropout=0",
+        )
+    _check_targets(config, spec)
+    _check_saved(config, spec)
+    smallest = min(targets(config, spec), key=lambda matrix: min(matrix.rows, matrix.columns))
+    most = min(smallest.rows, smallest.columns)
+    if config.rank > most:
+        raise ConfigError(
+            "adapter.rank",
+            found=f"{config.rank} for {smallest.name}, a matrix of {smallest.rows} x {smallest.columns}",
+            expected=f"at most {most}: more is not low-rank, the matrix itself has no more",
+            hint=f"adapter.rank={most}, or adapter.targets without {smallest.name.rpartition('.')[2]}",
+        )
+
+
+def _check_targets(config: AdapterConfig, spec: ModelSpec) -> None:
+    there = [matrix.name for matrix in matrices(spec)]
+    short = ", ".join(name.rpartition(".")[2] for name in there)
+    for target in config.targets:
+        found = matching(target)
+        if found and spec.experts is not None and not set(found) <= set(there):
+            raise ConfigError(
+                "adapter.targets",
+                found=f"{target} for a model with experts",
+                expected="matrices of its attention: experts' projections lie in one stacked tensor that grouped products read, "
+                "and have no adapters yet",
+                hint="adapter.targets=[attention]",
+            )
+        if not found:
+            raise ConfigError(
+                "adapter.targets",
+                found=f"{target!r}, which matches no matrix of a decoder layer",
+                expected=f"{', '.join(GROUPS)} or some of {short}",
+                hint="adapter.targets=[all-linear]" if spec.experts is None else "adapter.targets=[attention]",
+            )
+    if not config.targets:
+        raise ConfigError(
+            "adapter.targets", found="none", expected=f"{', '.join(GROUPS)} or some of {short}", hint="adapter.targets=[attention]"
+        )
+
+
+def _check_saved(config: AdapterConfig, spec: ModelSpec) -> None:
+    for part in config.modules_to_save:
+        if part not in SAVED:
+            raise ConfigError(
+                "adapter.modules_to_save", found=repr(part), expected=f"some of {', '.join(SAVED)}", hint="adapter.modules_to_save=[]"
+            )
+    tied = [part for part in config.modules_to_save if part in ("embedding", "head")]
+    if tied and spec.tie_embeddings:
+        raise ConfigError(
+            "adapter.modules_to_save",
+            found=f"{tied[0]} of a model whose head is its embedding",
+            expected="parts that are a matrix of their own: a trained copy of one would untie them, and files of adapters cannot say so",
+            hint="adapter.modules_to_save=[], or without " + " and ".join(tied),
+        )

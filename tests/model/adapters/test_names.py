@@ -1,0 +1,27 @@
+"""Which parameters adapters train, by their names alone."""
+
+from __future__ import annotations
+
+from efflaunch.model.adapters.config import NO_ADAPTER, AdapterConfig, AdapterMethod
+from efflaunch.model.adapters.names import ATTENTION, MLP, is_factor, is_factor_b, is_trained, matching, target_names
+
+
+def lora(**fields):
+    return AdapterConfig(name="lora", method=AdapterMethod.LORA, **fields)
+
+
+def test_groups_and_single_names() -> None:
+    assert matching("all-linear") == ATTENTION + MLP and matching("attention") == ATTENTION and matching("x_proj") == ()
+    assert matching("up_proj") == matching("mlp.up_proj") == ("mlp.up_proj",)
+    assert target_names(lora(targets=["mlp", "q_proj", "up_proj"])) == ("self_attn.q_proj", *MLP)
+
+
+def test_what_is_trained() -> None:
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.lora.B",
+             "model.layers.0.self_attn.q_norm.weight", "model.norm.weight", "lm_head.weight"]  # fmt: skip
+    assert all(is_trained(name, NO_ADAPTER) for name in names)
+    assert [is_trained(name, lora()) for name in names] == [False, False, True, False, False, False]
+    assert [is_trained(name, lora(modules_to_save=["norms"])) for name in names] == [False, False, True, True, True, False]
+    assert [is_trained(name, lora(modules_to_save=["head", "embedding"])) for name in names] == [True, False, True, False, False, True]
+    assert [is_factor(name) for name in names] == [is_factor_b(name) for name in names] == [False, False, True, False, False, False]
+    assert not is_factor_b("model.layers.0.mlp.up_proj.lora.A")

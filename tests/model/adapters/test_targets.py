@@ -1,0 +1,82 @@
+"""Which matrices have adapters, what is trained, how many numbers that is; what cannot be asked for is refused with what can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efflaunch.errors import ConfigError
+from efflaunch.launcher.config.compose import compose
+from efflaunch.model.adapters.config import NO_ADAPTER, AdapterConfig, AdapterMethod
+from efflaunch.model.adapters.names import target_names
+from efflaunch.model.adapters.targets import check_adapter, matrices, targets, trained_numbers
+from efflaunch.model.build import build_config, build_on_meta
+from efflaunch.model.hf_fields import hf_config_dict
+from efflaunch.model.spec import model_spec
+
+
+def lora(**fields):
+    return AdapterConfig(name="lora", method=AdapterMethod.LORA, **fields)
+
+
+def spec_of(*overrides):
+    return model_spec(compose(["+experiment=quickstart", *overrides]).model)
+
+
+def test_groups_and_names() -> None:
+    assert target_names(lora(targets=["attention"])) == tuple(f"self_attn.{name}_proj" for name in "qkvo")
+    assert target_names(lora(targets=["down_proj", "self_attn.v_proj", "v_proj"])) == ("self_attn.v_proj", "mlp.down_proj")
+    assert target_names(lora()) == tuple(matrix.name for matrix in matrices(spec_of()))
+    assert targets(NO_ADAPTER, spec_of()) == ()
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen3_8b", "mistral_7b", "qwen2_7b"])
+def test_matrices_are_those_of_the_model(name: str) -> None:
+    config = compose(["+experiment=quickstart", f"model={name}"]).model
+    model = build_on_meta(build_config(hf_config_dict(config)), torch.float32)
+    layer = model.model.layers[0]
+    shapes = {matrix.name: (matrix.rows, matrix.columns) for matrix in matrices(model_spec(config))}
+    assert shapes == {key: tuple(layer.get_submodule(key).weight.shape) for key in shapes}
+    assert len(shapes) == 7
+
+
+def test_counts_are_those_of_the_modules() -> None:
+    from efflaunch.model.adapters.lora import insert_adapters
+
+    config = compose(["+experiment=quickstart", "model=qwen3_8b"]).model
+    for adapter in (lora(), lora(targets=["attention", "up_proj"], modules_to_save=["norms", "head"], rank=5)):
+        model, spec = build_on_meta(build_config(hf_config_dict(config)), torch.float32), model_spec(config)
+        insert_adapters(model, adapter, torch.bfloat16)
+        numbers = trained_numbers(adapter, spec)
+        want = spec.num_layers * numbers.layer + numbers.embedding + numbers.head + numbers.last_norm
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == want
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert trained_numbers(NO_ADAPTER, spec).layer == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "found", "hint"),
+    [
+        ({"targets": ["q_poj"]}, "'q_poj', which matches no matrix", "adapter.targets=[all-linear]"),
+        ({"targets": []}, "none", "adapter.targets=[attention]"),
+        ({"rank": 200}, "200 for self_attn.k_proj, a matrix of 128 x 256", "adapter.rank=128"),
+        ({"dropout": 0.1}, "0.1", "adapter.dropout=0"),
+        ({"modules_to_save": ["lm_head"]}, "'lm_head'", "adapter.modules_to_save=[]"),
+    ],
+)
+def test_what_cannot_be_asked_for(fields, found, hint) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_adapter(lora(**fields), spec_of())
+    assert found in caught.value.found and hint in caught.value.hint
+    if "targets" in fields:
+        assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in caught.value.expected
+
+
+def test_experts_tied_heads_and_files_without_adapters() -> None:
+    with pytest.raises(ConfigError, match="all-linear for a model with experts.*\n*.*attention"):
+        check_adapter(lora(), spec_of("model=tiny_moe"))
+    check_adapter(lora(targets=["attention"]), spec_of("model=tiny_moe"))
+    with pytest.raises(ConfigError, match="head of a model whose head is its embedding"):
+        check_adapter(lora(modules_to_save=["head"]), spec_of("model.tie_embeddings=true"))
+    with pytest.raises(ConfigError, match="adapter.init"):
+        check_adapter(AdapterConfig(init="somewhere"), spec_of())
