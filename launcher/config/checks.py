@@ -7,6 +7,7 @@ from ...model.model_check import check_weights
 from ...model.spec import ModelSpec, longer_positions, model_spec
 from ...parallel.layout import solve_layout
 from ...training.config import check_train
+from ...training.evaluation.config import check_eval, check_keep_best
 from ...units import format_tokens
 from .run_config import Config
 
@@ -16,6 +17,7 @@ def check_config(config: Config) -> None:
     check_train(config.train)
     spec = model_spec(config.model)
     _check_router_losses(config, spec)
+    _check_evaluation(config, spec)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
             "data.global_batch_tokens",
@@ -30,6 +32,14 @@ def check_config(config: Config) -> None:
         max_seq_len=config.data.max_seq_len,
         global_batch_tokens=config.data.global_batch_tokens,
     )
+
+
+def _check_evaluation(config: Config, spec: ModelSpec) -> None:
+    longest, longer = max(config.eval.lengths, default=0), ""
+    if longest > spec.max_positions:
+        longer = " ".join(longer_positions(config.model, longest))
+    check_eval(config.eval, max_seq_len=config.data.max_seq_len, max_positions=spec.max_positions, longer=longer)
+    check_keep_best(config.train.keep_best, config.train.patience, config.eval, config.data.max_seq_len)
 
 
 def _check_router_losses(config: Config, spec: ModelSpec) -> None:
