@@ -20,6 +20,7 @@ from .rundir.progress import (
     drift_line,
     early_stop_line,
     evaluation_line,
+    evaluation_progress_line,
     evaluation_text,
     mirror_line,
     number_text,
@@ -38,7 +39,13 @@ if TYPE_CHECKING:
 
 _MAX_RANK_ROWS = 16
 NEWS: Mapping[str, Callable[[Event], str]] = MappingProxyType(
-    {"score": score_line, "eval": evaluation_line, "best": best_line, "early_stop": early_stop_line}
+    {
+        "score": score_line,
+        "eval": evaluation_line,
+        "eval_progress": evaluation_progress_line,
+        "best": best_line,
+        "early_stop": early_stop_line,
+    }
 )
 """Events that every display tells of, and how."""
 

@@ -17,7 +17,7 @@ class Stop(Protocol):
 
 
 class RunSettings(Configured, Protocol):
-    """What training reads of the whole configuration (launcher.config.Config): all that estimates read, what to judge and what to report."""
+    """What training reads of the whole configuration (launcher.config.Config): what estimates read, what to judge and to report."""
 
     @property
     def eval(self) -> EvalConfig: ...

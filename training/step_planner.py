@@ -82,7 +82,7 @@ class StepPlanner:
         return self._rank_0s(lengths, lambda: self._decide(step, lengths))
 
     def plan_lengths(self, lengths: Sequence[int]) -> StepPlan:
-        """A plan of sequences that belong to no step, as an evaluation's: static, or greedy where sequence=adaptive. Collective as `plan`."""
+        """A plan of sequences that belong to no step, as an evaluation's: static, or greedy if adaptive. Collective as `plan`."""
         if self._mode is SequenceMode.STATIC:
             return static_plan(lengths, self.request)
         return self._rank_0s(lengths, lambda: _greedy(lengths, self.request.cost, "greedy"))

@@ -20,6 +20,7 @@ _NEEDED: dict[str, dict[str, str]] = {
     "certificate": {"predicted_bytes": _NUMBER, "measured_bytes": _COUNTS, "compared": _TEXT},
     "stragglers": {"step": _COUNT, "ranks": _LIST},
     "eval": {"step": _COUNT, "corpus": _TEXT, "targets": _COUNT, "metrics": _GROUP},
+    "eval_progress": {"corpus": _TEXT, "done_tokens": _COUNT, "total_tokens": _COUNT},
     "early_stop": {"step": _COUNT, "metric": _TEXT},
     "best": {"step": _COUNT, "metric": _TEXT},
     "score": {"done_tokens": _COUNT, "total_tokens": _COUNT, "elapsed_s": _NUMBER},

@@ -229,6 +229,11 @@ def evaluation_line(event: Event) -> str:
     return f"evaluation after step {event['step']}: {evaluation_text(event)}, {int(event['targets']):,} targets{seconds}"
 
 
+def evaluation_progress_line(event: Event) -> str:
+    """Describe how far an evaluation by itself is."""
+    return f"evaluating on {event['corpus']}: {event['done_tokens']:,} of {event['total_tokens']:,} tokens"
+
+
 def best_line(event: Event) -> str:
     """Describe which checkpoint is the best."""
     what = "pinned" if event.get("pinned") else "NOT pinned: it is not on disk"

@@ -56,14 +56,11 @@ def check_eval(config: EvalConfig, *, max_seq_len: int, max_positions: int, long
     check_ranges(config, "eval")
     for name in config.corpora:
         if not _NAME.fullmatch(name):
-            raise ConfigError(
-                "eval.corpora", found=f"the name {name!r}"[:200], expected="letters, digits, `.`, `_` and `-`", hint="eval.corpora={web: PREFIX}"
-            )
+            expected, hint = "letters, digits, `.`, `_` and `-`", "eval.corpora={web: PREFIX}"
+            raise ConfigError("eval.corpora", found=f"the name {name!r}"[:200], expected=expected, hint=hint)
     if not config.is_on and (config.every_steps is not None or config.at_start or config.lengths):
         asked = "every_steps" if config.every_steps is not None else "at_start" if config.at_start else "lengths"
-        raise ConfigError(
-            f"eval.{asked}", found="it, and no corpora", expected="corpora to evaluate on", hint="eval.corpora={web: PREFIX}"
-        )
+        raise ConfigError(f"eval.{asked}", found="it, and no corpora", expected="corpora to evaluate on", hint="eval.corpora={web: PREFIX}")
     for length in config.lengths:
         _check_length(length, max_seq_len, max_positions, longer)
 

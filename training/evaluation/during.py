@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,11 +85,7 @@ class RunEvaluation:
         if not self._corpora or self._last == done:
             return False
         every, over = self._eval.every_steps, self.is_over(done)
-        return (
-            (every is not None and done > 0 and done % every == 0)
-            or (self._eval.at_start and done == 0)
-            or (self._eval.at_end and over)
-        )
+        return (every is not None and done > 0 and done % every == 0) or (self._eval.at_start and done == 0) or (self._eval.at_end and over)
 
     def begin(self, done: int, stop: Stop) -> bool:
         """Evaluate what is due before the next step; True where a stop was asked for meanwhile. Collective."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import GAIN, length_name
-from .tally import Tally
+from .tally import Sums, Tally
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +49,12 @@ class CorpusResult:
             "loss": self.whole.total.mean,
             "targets": self.whole.total.targets,
             "tokens": self.tokens,
-            "lengths": [
-                {"length": length, "loss": tally.total.mean, "targets": tally.total.targets} for length, tally in sorted(self.lengths.items())
-            ],
-            "positions": [{"up_to": most, "loss": sums.mean, "targets": sums.targets} for most, sums in self.whole.by_context()],
+            "lengths": [{"length": length, **_sums(tally.total)} for length, tally in sorted(self.lengths.items())],
+            "positions": [{"up_to": most, **_sums(sums)} for most, sums in self.whole.by_context()],
             "context": None if short is None else {**short, "gain": self.gain},
             "metrics": self.metrics(),
         }
+
+
+def _sums(sums: Sums) -> dict[str, Any]:
+    return {"loss": sums.mean, "targets": sums.targets}
