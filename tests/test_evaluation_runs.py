@@ -141,7 +141,10 @@ def test_report_and_compare(plain: Path, judged: Path) -> None:
         (("evaluate", "runs/run", "eval.corpora={a: nowhere}"), "nowhere.idx"),
         (("evaluate", "runs/run", "--step", "5"), "checkpoints of steps"),
         (("evaluate", "runs/run", "eval.lengths=[1K]"), "data.max_seq_len=256"),
-        (("evaluate", "runs/run", "eval.corpora={held: held}", "eval.lengths=[256]", "data.max_seq_len=512", "model.vocab_size=50"), "another"),
+        (
+            ("evaluate", "runs/run", "eval.corpora={held: held}", "eval.lengths=[256]", "data.max_seq_len=512", "model.vocab_size=50"),
+            "another",
+        ),
     ],
 )
 def test_what_evaluate_refuses(judged: Path, words: tuple[str, ...], told: str) -> None:

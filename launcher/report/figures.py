@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
+from ...units import format_tokens
 from ..rundir.metrics_reader import Event
 from .facts import RunFacts
 
@@ -91,7 +92,7 @@ def draw_positions(axes: Axes, facts: RunFacts) -> bool:
                 context, losses = [row["up_to"] for row in rows], [row["loss"] for row in rows]
                 axes.plot(context, losses, style, color=colour, markersize=4, label=label)
                 drawn = True
-    axes.set_xscale("log", base=2)
+    _by_powers_of_two(axes)
     _label(axes, "tokens of context, up to", "loss per target token")
     return drawn
 
@@ -104,7 +105,7 @@ def draw_lengths(axes: Axes, facts: RunFacts) -> bool:
         if rows:
             axes.plot([row["length"] for row in rows], [row["loss"] for row in rows], "o-", color=colour, label=corpus)
             drawn = True
-    axes.set_xscale("log", base=2)
+    _by_powers_of_two(axes)
     _label(axes, "tokens of context", "loss of the same targets")
     return drawn
 
@@ -113,7 +114,7 @@ def draw_speed(axes: Axes, facts: RunFacts) -> bool:
     """Tokens per second, over all ranks."""
     steps, values = facts.series("tokens_per_s")
     axes.plot(steps, values, color=COLOURS[0], linewidth=1.2)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     _label(axes, "step", "tokens per second, all ranks")
     return bool(steps)
 
@@ -128,12 +129,12 @@ def draw_utilisation(axes: Axes, facts: RunFacts) -> bool:
             axes.plot(steps, [100 * value for value in values], color=colour, linewidth=1.2, label=label)
             drawn = True
     if drawn:
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         _label(axes, "step", "% of the device's peak")
         return True
     steps, values = facts.series("model_flops_per_s")
     axes.plot(steps, [value / 1e9 for value in values], color=COLOURS[0], linewidth=1.2)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     _label(axes, "step", "the model's GFLOP/s a rank (no peak known)")
     return bool(steps)
 
@@ -223,9 +224,20 @@ def _colours() -> Iterator[str]:
         yield from COLOURS
 
 
+def _from_zero(axes: Axes) -> None:
+    """Begin the vertical axis at zero."""
+    axes.set_ylim(0, 1.1 * max(axes.dataLim.ymax, 0.0) or 1.0)
+
+
+def _by_powers_of_two(axes: Axes) -> None:
+    """Number the horizontal axis as `4K`, in powers of two."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
+
+
 def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     handles: list[Any] = axes.get_legend_handles_labels()[0]
     if len(handles) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -50,7 +50,7 @@ def make_run(root: Path, name: str = "mine", *overrides: str, mfu: float | None 
     """A run of six steps with a crash after the fourth, evaluations, a pinned best checkpoint, and a second revision."""
     run_dir = root / name
     run_dir.mkdir(parents=True)
-    config = compose(["+experiment=quickstart", "train.steps=4", f"run.id={name}", "eval.corpora={web: held/<web>}", *overrides])
+    config = compose(["+experiment=quickstart", "train.steps=4", f"run.id={name}", "eval.corpora={web: 'held/<web>'}", *overrides])
     store_config(run_dir, config)
     store_config(run_dir, replace(config, train=replace(config.train, steps=6)))
     used = {} if mfu is None else {"mfu": mfu, "hfu": mfu * 1.2}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-from efflaunch.tests.launcher.report.evaluated_run import make_run
-
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.report.comparison import differences
+from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 
 def test_differences():

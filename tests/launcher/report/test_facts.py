@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.report.facts import newest_metrics, read_facts
+from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 
 def test_facts(tmp_path):

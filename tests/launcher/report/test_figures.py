@@ -8,11 +8,11 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.report.facts import read_facts
 from efflaunch.launcher.report.figures import PICTURES, pictures
+from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 
 def test_every_picture_is_whole_and_by_itself(tmp_path):

@@ -6,13 +6,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.cli import main
 from efflaunch.launcher.commands.report import write_report
 from efflaunch.launcher.report.facts import read_facts
 from efflaunch.launcher.report.page import page
+from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect"}
 
