@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,9 @@ def _shares(event: Event) -> dict[int, float]:
     """Share of the step's tokens by number of ranks of their group."""
     tokens: dict[int, float] = {}
     for group in event["groups"]:
-        tokens[int(group["degree"])] = tokens.get(int(group["degree"]), 0.0) + float(group.get("tokens") or 0)
+        # Somebody's edit may have left anything here.
+        if isinstance(group, dict) and isinstance(group.get("degree"), int) and isinstance(group.get("tokens"), int):
+            tokens[group["degree"]] = tokens.get(group["degree"], 0.0) + group["tokens"]
     total = sum(tokens.values()) or 1.0
     return {degree: count / total for degree, count in tokens.items()}
 
@@ -226,7 +229,8 @@ def _colours() -> Iterator[str]:
 
 def _from_zero(axes: Axes) -> None:
     """Begin the vertical axis at zero."""
-    axes.set_ylim(0, 1.1 * max(axes.dataLim.ymax, 0.0) or 1.0)
+    top = float(axes.dataLim.ymax)
+    axes.set_ylim(0, 1.1 * top if math.isfinite(top) and top > 0 else 1.0)
 
 
 def _by_powers_of_two(axes: Axes) -> None:

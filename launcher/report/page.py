@@ -81,7 +81,7 @@ def _happenings(facts: RunFacts) -> str:
     """Starts, checkpoints, failures, stragglers: a row each."""
     rows: list[tuple[object, ...]] = []
     for event in facts.events:
-        kind, step = event["event"], int(event.get("step") or 0)
+        kind, step = event["event"], event["step"] if isinstance(event.get("step"), int) else 0
         if kind == "start":
             resumed = event.get("resumed_from")
             where = "from the beginning" if resumed is None else f"after step {resumed}"

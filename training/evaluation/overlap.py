@@ -11,8 +11,8 @@ import numpy as np
 from ..data.indexed import IndexedCorpus
 
 HEAD_TOKENS = 64
-MOST_COMPARED = 200_000
-"""Training documents of a corpus whose beginnings are read at most, spread evenly over those that could be the same."""
+MOST_COMPARED = 20_000
+"""Documents of a corpus whose beginnings are read at most, spread evenly over those that could be the same: seconds on slow storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +23,21 @@ class Shared:
     first: str
     """Where the first of them is in training."""
     is_complete: bool
-    """False: some training documents of the same lengths were not looked at."""
+    """False: some documents were not looked at."""
 
 
 def shared_documents(held_out: IndexedCorpus, training: Sequence[IndexedCorpus]) -> Shared | None:
     """Documents of `held_out` with the same tokens as one of `training`; None where there is none. Lengths first, then beginnings."""
     beginnings: dict[bytes, list[int]] = {}
-    for document in range(held_out.num_documents):
-        if held_out.lengths[document]:
-            beginnings.setdefault(_digest(held_out, document, HEAD_TOKENS), []).append(document)
+    own = np.flatnonzero(held_out.lengths > 0)
+    complete = len(own) <= MOST_COMPARED
+    for document in _spread(own):
+        beginnings.setdefault(_digest(held_out, document, HEAD_TOKENS), []).append(document)
     found: dict[int, str] = {}
-    complete = True
     for corpus in training:
         like = np.flatnonzero(np.isin(corpus.lengths, held_out.lengths) & (corpus.lengths > 0))
         complete = complete and len(like) <= MOST_COMPARED
-        for document in like[:: max(1, -(-len(like) // MOST_COMPARED))].tolist():
+        for document in _spread(like):
             for other in beginnings.get(_digest(corpus, document, HEAD_TOKENS), ()):
                 if other not in found and _digest(corpus, document) == _digest(held_out, other):
                     found[other] = f"document {document} of {corpus.prefix}"
@@ -45,6 +45,11 @@ def shared_documents(held_out: IndexedCorpus, training: Sequence[IndexedCorpus])
         return None
     first = min(found)
     return Shared(tuple(sorted(found)), found[first], complete)
+
+
+def _spread(documents: np.ndarray) -> list[int]:
+    """At most MOST_COMPARED of them."""
+    return [int(document) for document in documents[:: max(1, -(-len(documents) // MOST_COMPARED))]]
 
 
 def _digest(corpus: IndexedCorpus, document: int, most: int | None = None) -> bytes:

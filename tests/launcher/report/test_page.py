@@ -5,11 +5,6 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-import pytest
-
-from efflaunch.errors import ConfigError
-from efflaunch.launcher.cli import main
-from efflaunch.launcher.commands.report import write_report
 from efflaunch.launcher.report.facts import read_facts
 from efflaunch.launcher.report.page import page
 from efflaunch.tests.launcher.report.evaluated_run import make_run
@@ -78,18 +73,3 @@ def test_a_run_that_has_not_started_has_a_page(tmp_path):
     (run_dir / "metrics.jsonl").unlink()
     seen = checked(page(read_facts(run_dir)))
     assert "every key" in seen
-
-
-def test_report_writes_it(tmp_path, capsys):
-    run_dir = make_run(tmp_path)
-    assert main(["report", str(run_dir), "--out", str(tmp_path / "r.html")]) == 0
-    assert (tmp_path / "r.html").read_text() == page(read_facts(run_dir))
-    assert "nothing else is needed" in capsys.readouterr().out
-    assert main(["report", str(run_dir)]) == 0 and (run_dir / "report.html").is_file()
-
-
-@pytest.mark.parametrize(("out", "words"), [("r.pdf", "ends in .html"), ("nowhere/r.html", "no directory")])
-def test_what_is_no_page_is_refused(tmp_path, out, words):
-    with pytest.raises(ConfigError, match=words):
-        write_report(make_run(tmp_path), tmp_path / out)
-    assert not (tmp_path / out).exists()
