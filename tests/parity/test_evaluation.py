@@ -35,26 +35,38 @@ def truth(family, masked):
     whole, short, beyond, at = [], [], [], {length: [] for length in LENGTHS}
     by_context = {}
     for row, mask in zip(tokens, masks, strict=True):
+        loss = Losses(model, row)
         for target in range(1, len(row)):
             if masked and not mask[target]:
                 continue
             # Documents over data.max_seq_len are cut: what came before the cut is not seen.
             piece = (target - 1) // LONGEST * LONGEST
-            loss = -float(log_probs(model, row[piece:target])[-1, row[target]])
-            whole.append(loss)
+            whole.append(loss(piece, target))
             context = target - piece
-            by_context.setdefault(1 << (context - 1).bit_length(), []).append(loss)
+            by_context.setdefault(1 << (context - 1).bit_length(), []).append(whole[-1])
             if context > CONTEXT:
-                beyond.append(loss)
+                beyond.append(whole[-1])
                 # Every half of the short context another window begins.
                 step = CONTEXT // 2
-                begin = piece + (context - 1 - CONTEXT) // step * step + step
-                short.append(-float(log_probs(model, row[begin:target])[-1, row[target]]))
-            for length in LENGTHS:
-                end = -(-target // max(LENGTHS)) * max(LENGTHS)
-                if end <= len(row) and target > end - min(LENGTHS) // 2:
-                    at[length].append(-float(log_probs(model, row[end - length : target])[-1, row[target]]))
+                short.append(loss(piece + (context - 1 - CONTEXT) // step * step + step, target))
+            end = -(-target // max(LENGTHS)) * max(LENGTHS)
+            if end <= len(row) and target > end - min(LENGTHS) // 2:
+                for length in LENGTHS:
+                    at[length].append(loss(end - length, target))
     return whole, short, beyond, at, by_context
+
+
+class Losses:
+    """`(begin, target)`: the loss of a document's token `target` for a model that sees the tokens from `begin` on up to it."""
+
+    def __init__(self, model, row):
+        self._model, self._row, self._known = model, row, {}
+
+    def __call__(self, begin, target):
+        # What comes behind a token is not seen by it, so one pass serves all targets behind one beginning.
+        if begin not in self._known:
+            self._known[begin] = log_probs(self._model, self._row[begin : begin + LONGEST])
+        return -float(self._known[begin][target - 1 - begin, self._row[target]])
 
 
 ROWS = {
