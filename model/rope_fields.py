@@ -131,8 +131,8 @@ def _file_blocks(facts: FamilyFacts, file: Mapping[str, Any], where: str) -> dic
     blocks = [{**block, "rope_theta": _theta(block.get("rope_theta"), theta)} for block in (old, new) if block]
     if len(blocks) == 2 and _comparable(blocks[0]) != _comparable(blocks[1]):
         raise _wrong(f"{where}rope_scaling", f"{old} beside rope_parameters {new}", "both to say the same", "delete the one that is wrong")
-    # A model from scratch is what is asked for; a file without a word on it is what transformers makes of that.
-    default = facts.default_rope if where.startswith("model.path") else {}
+    # A model from scratch is what is asked for; a file without a word on it is what transformers makes of that. An empty block is a word.
+    default = facts.default_rope if where.startswith("model.path") and file.get("rope_parameters") is None else {}
     block = blocks[0] if blocks else {**default, "rope_theta": theta}
     if file.get("partial_rotary_factor") is not None:
         block.setdefault("partial_rotary_factor", file["partial_rotary_factor"])

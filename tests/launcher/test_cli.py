@@ -113,7 +113,7 @@ def test_a_machine_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("efflaunch st", ["status"]),
         ("efflaunch +exp", ["+experiment="]),
-        ("efflaunch train +experiment=quick", ["+experiment=quickstart"]),
+        ("efflaunch train +experiment=quickstart_m", ["+experiment=quickstart_moe"]),
         ("efflaunch plan memory=", [f"memory={name}" for name in ("alst", "auto", "keep", "memo", "recompute", "streambp", "upipe")]),
         ("efflaunch train train.st", ["train.steps="]),
         (
