@@ -42,9 +42,10 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
 
 
 def forward_alone_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
-    """A layer's forward without gradients: as with a policy that keeps nothing. Pieces are as large as the ledger's own at least."""
+    """A layer's forward without gradients: as with a policy that keeps nothing, and cuts the rows as this one does."""
     nothing = inputs.policy.with_splits(dict.fromkeys(inputs.policy.splits, RECOMPUTED))
-    bare = replace(inputs, policy=replace(nothing, graph=False, segment_layers=1))
+    rows = inputs.piece_tokens if inputs.in_pieces else None
+    bare = replace(inputs, policy=replace(nothing, graph=False, segment_layers=1, chunk_tokens=rows))
     moments = chunked_moments(bare) if bare.by_chunks else whole_moments(bare)
     w = Widths.of(inputs)
     return {Phase.EVALUATION: moments[Phase.FORWARD], Phase.EVALUATION_LOSS: [Moment(w.H)]}

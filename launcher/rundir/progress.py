@@ -236,7 +236,7 @@ def evaluation_progress_line(event: Event) -> str:
 
 def best_line(event: Event) -> str:
     """Describe which checkpoint is the best."""
-    what = "pinned" if event.get("pinned") else "NOT pinned: it is not on disk"
+    what = "pinned" if event.get("pinned") else "not pinned: there is none on disk"
     return f"best {event['metric']} so far: {number_text(event.get('value'), '.4f')} at step {event['step']}; its checkpoint is {what}"
 
 

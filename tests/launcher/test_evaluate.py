@@ -33,13 +33,14 @@ def started(monkeypatch):
 
 
 def model_dir(folder):
-    """Of a tiny Llama, without its weights: nothing is read before ranks start."""
-    folder.mkdir()
-    config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    """A tiny Llama as save_pretrained writes it."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

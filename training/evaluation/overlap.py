@@ -66,7 +66,7 @@ def overlap_notes(corpora: Sequence[tuple[str, IndexedCorpus]], training: Sequen
         shared = shared_documents(held_out, training)
         if shared is not None:
             which = f"document {shared.documents[0]} is {shared.first}"
-            part = "" if shared.is_complete else ", of those that were compared"
+            part = "" if shared.is_complete else ", of those compared"
             notes.append(
                 f"eval.corpora.{name} shares {len(shared.documents):,} of {held_out.num_documents:,} documents with training ({which}"
                 f"{part}): their loss says nothing about new text"
