@@ -172,6 +172,16 @@ def test_a_stop_during_an_evaluation(plain: Path, judged: Path, tmp_path: Path) 
     assert events(tmp_path, "best")[-1]["step"] == events(judged, "best")[-1]["step"]
 
 
+def test_a_crash_during_an_evaluation(plain: Path, judged: Path, tmp_path: Path) -> None:
+    """The run starts again from its last checkpoint by itself, and in the end all is as if nothing had happened."""
+    copy_corpora(plain, tmp_path)
+    words = (*BASE, f"train.steps={STEPS}", *EVAL, "train.keep_best=eval/held/loss")
+    finish(start(tmp_path, "train", *words, script=SIDE, DIE_EVALUATION="4"), tmp_path)
+    assert (tmp_path / "runs" / "run" / "died-evaluation").exists() and len(read_state(tmp_path / "runs" / "run").attempts) == 2
+    numbers = {(event["step"], event["corpus"]): event["loss"] for event in events(tmp_path, "eval")}
+    assert numbers == {(event["step"], event["corpus"]): event["loss"] for event in events(judged, "eval")}
+
+
 def test_early_stop(plain: Path, tmp_path: Path) -> None:
     """With a rate of next to nothing nothing gets better: the run ends after its patience, for good."""
     copy_corpora(plain, tmp_path)
