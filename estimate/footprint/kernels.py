@@ -20,9 +20,13 @@ def loss_chunk(inputs: PlanInputs) -> Term:
     made = wide + bent + narrow * (inputs.width < inputs.master)
     most = max(made, narrow + inputs.width * words * inputs.spec.hidden_size)
     rows = chunk * inputs.spec.hidden_size * (norm_bytes(inputs) + inputs.width)
-    # Of every row the log-probability stays, and goes to the host in float64.
-    alone = made + rows + (inputs.master + 8) * inputs.tokens
-    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows, Phase.EVALUATION_LOSS: alone})
+    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows, Phase.EVALUATION_LOSS: made + rows})
+
+
+def row_losses(inputs: PlanInputs) -> Term:
+    """What an evaluation keeps of every row: its log-probability, and that in float64 on its way to the host."""
+    num_bytes = (inputs.master + 8) * inputs.tokens * inputs.has_head
+    return Term("losses of rows", "log-probabilities, in evaluations", {Phase.EVALUATION_LOSS: num_bytes})
 
 
 def scratch(inputs: PlanInputs) -> Term:
