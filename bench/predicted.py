@@ -27,6 +27,17 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 QWEN3_MOE = {"family": Family.QWEN3_MOE, "head_dim": 32, "extra": EXPERTS}
 MIXTRAL = {"family": Family.MIXTRAL, "intermediate_size": 256, "extra": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 QWEN2_MOE = {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 384}}
+TWO_KINDS_OVER = 0.10
+"""The same where some layers are dense and others have experts: all are counted as the kind that holds more."""
+# As published models have it: a dense layer is as wide as what a token visits of experts.
+MIXED = {**QWEN3_MOE, "num_layers": 4, "intermediate_size": 384, "extra": {**EXPERTS, "mlp_only_layers": [1]}}
+DOTS = {
+    "family": Family.DOTS1, "head_dim": 32, "intermediate_size": 576,
+    "extra": {
+        "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+    },
+}  # fmt: skip
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
 
 
@@ -146,6 +157,10 @@ CASES: tuple[Case, ...] = (
     _case("mixtral, memo, half", {**MEMO, "host_fraction": 0.5}, model=MIXTRAL, tokens=2048),
     _case("mixtral by 256, segments of 2", {"chunk_tokens": 256, "segment_layers": 2}, model=MIXTRAL, dtype="bfloat16", tokens=2048),
     _case("qwen2 moe, everything kept by class", {**KEEP, "layer_input": "host"}, model=QWEN2_MOE),
+    _case("qwen3 moe, a dense layer", model=MIXED),
+    _case("qwen3 moe, a dense layer, keep", KEEP, model=MIXED, tokens=2048),
+    _case("dots1", model=DOTS),
+    _case("dots1 by 256, bfloat16", {"chunk_tokens": 256}, model=DOTS, dtype="bfloat16", tokens=2048),
     _case("qwen2 moe, Ulysses 2", model=QWEN2_MOE, ranks=2, scheme="ulysses"),
     _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
     _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_experts, report_fuzz, report_launch, report_memory
+from . import report_checkpoint, report_experts, report_fuzz, report_launch, report_memory, report_published
 
 HEADER = """# Benchmarks
 
@@ -295,6 +295,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "gpu_memory": report_memory.gpu_memory,
     "experts": report_experts.experts,
     "experts_throttled": report_experts.experts_throttled,
+    "published": report_published.published,
 }
 
 

@@ -65,12 +65,16 @@ class LayerSums:
     """Weights of all layers that one token is multiplied with."""
     totals: tuple[int, ...]
     """Weights of the layers from each one on; 0 behind the last."""
+    largest_dense: int = 0
+    """Weights of the largest layer without experts, beside layers with them; 0: there is none."""
 
     @classmethod
     def of(cls, layers: Sequence[LayerParameters]) -> LayerSums:
         """Sums of one or more layers."""
         from_the_end = accumulate((layer.total for layer in reversed(layers)), initial=0)
-        return cls(max(layer.total for layer in layers), sum(layer.active for layer in layers), tuple(from_the_end)[::-1])
+        routed = any(layer.experts for layer in layers)
+        dense = max((layer.total for layer in layers if routed and not layer.experts), default=0)
+        return cls(max(layer.total for layer in layers), sum(layer.active for layer in layers), tuple(from_the_end)[::-1], dense)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +122,7 @@ class PlanInputs:
         own = self.layers[layers.start : layers.stop]
         return replace(
             self,
-            spec=replace(self.spec, num_layers=len(layers), windows=self.spec.windows[layers.start : layers.stop]),
+            spec=self.spec.of_layers(layers),
             layers=own,
             layer_sums=LayerSums.of(own),
             parameters=sum(layer.total for layer in own) + ends,
@@ -250,18 +254,20 @@ class PlanInputs:
 
     @property
     def parameters_elsewhere(self) -> int:
-        """Weights of one layer that this rank never gathers: those of experts on other ranks."""
+        """Weights of one layer with experts that this rank never gathers: those of experts on other ranks."""
+        if not self.spec.expert_layers:
+            return 0
         return expert_weights(self.spec) // self.expert_parallel * (self.expert_parallel - 1)
 
     @property
     def gathered_layer_parameters(self) -> int:
         """Weights of the largest decoder layer that one rank computes with."""
-        return self.layer_parameters - self.parameters_elsewhere
+        return max(self.layer_parameters - self.parameters_elsewhere, self.layer_sums.largest_dense)
 
     @property
     def gathered_parameters(self) -> int:
         """Weights of the stage that one rank computes with."""
-        return self.parameters - self.spec.num_layers * self.parameters_elsewhere
+        return self.parameters - self.spec.expert_layers * self.parameters_elsewhere
 
     def decoder_parameters(self, first: int = 0) -> int:
         """Weights of the decoder layers from `first` on."""

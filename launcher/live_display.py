@@ -208,7 +208,8 @@ class LiveDisplay:
             idle = f", {event['idle_experts']} idle" if event.get("idle_experts") else ""
             mean = number_text(event.get("expert_load_mean"), ".1f")
             busiest = f"the busiest gets {event['expert_load']:.1f} times the mean (layer {event.get('expert_load_layer')})"
-            table.add_row("experts", f"{busiest}, {mean} over layers{idle}")
+            dropped = "" if event.get("dropped_share") is None else f", {event['dropped_share']:.1%} of all rows dropped"
+            table.add_row("experts", f"{busiest}, {mean} over layers{idle}{dropped}")
         table.add_row("checkpoint", "none yet" if saved is None else f"step {saved['step']}")
         table.add_row("plan", f"{event['sequences']} sequences, {event['micro_batches']} micro-batches: {_shortened(event['plan'])}")
         plans = plans_text(self.progress)

@@ -27,11 +27,29 @@ class ExpertSizes:
     """Whether the experts' own projections have biases."""
     has_shared_gate: bool = False
     """Whether the shared expert's output is scaled token by token."""
+    has_correction_bias: bool = False
+    """Whether experts are chosen by scores to which a bias is added that no gradient reaches."""
+    has_wide_router: bool = False
+    """Whether logits are made in the precision of accumulations."""
+    dense_size: int = 0
+    """Width of the feed-forward of the layers without experts; 0: every layer has experts."""
+    dense_share: float = 0.0
+    """Share of the model's layers that have none."""
 
     @property
     def active_size(self) -> int:
         """Numbers of gate that one token makes, over all experts it visits."""
         return self.per_token * self.inner_size + self.shared_size
+
+    @property
+    def widest_size(self) -> int:
+        """The same of the widest layer, with experts or without."""
+        return max(self.active_size, self.dense_size)
+
+    @property
+    def mean_size(self) -> float:
+        """The same, the mean over the layers with experts and without."""
+        return self.active_size + self.dense_share * (self.dense_size - self.active_size)
 
 
 class LayerSizes(Protocol):
@@ -152,8 +170,9 @@ EXPERT_GATE_UP = ActivationClass(
     # One key of a policy for both kinds of feed-forward: it is the same part of a layer.
     name=GATE_UP.name,
     description="gate and up of each token's experts",
-    numbers_per_token=lambda sizes: 2 * _experts(sizes).active_size,
-    recompute_flops=lambda sizes, forward: 4.0 * sizes.hidden_size * _experts(sizes).active_size,
+    # Bytes are those of the widest layer, work is that of the mean one.
+    numbers_per_token=lambda sizes: 2 * _experts(sizes).widest_size,
+    recompute_flops=lambda sizes, forward: 4.0 * sizes.hidden_size * _experts(sizes).mean_size,
     made_from=(RESIDUAL, ROUTING),
 )
 
@@ -180,7 +199,7 @@ class FeedForwardCosts:
 
 DENSE = FeedForwardCosts(classes=(GATE_UP,), output_flops=lambda sizes: 2.0 * sizes.hidden_size * sizes.intermediate_size)
 MIXTURE = FeedForwardCosts(
-    classes=(ROUTING, EXPERT_GATE_UP), output_flops=lambda sizes: 2.0 * sizes.hidden_size * _experts(sizes).active_size
+    classes=(ROUTING, EXPERT_GATE_UP), output_flops=lambda sizes: 2.0 * sizes.hidden_size * _experts(sizes).mean_size
 )
 CLASSES = (*COMMON, *DENSE.classes)
 """All classes a policy can speak of, by name: gate and up of experts are under the same."""

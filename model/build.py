@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
+from ..memory.executor.capacity import Capacity
 from ..memory.executor.compiled_steps import Graphs
 from ..memory.executor.layer import LayerExecutor
 from ..memory.executor.mixture import ExpertLoad
+from ..memory.executor.router_bias import RouterBiases
 from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
@@ -33,6 +37,20 @@ from .chunked_loss import LossOptions
 from .families import FACTS, family_of, layer_adapter
 from .families.facts import READ_BY_ALL
 from .stage import Stage, stage_of
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """What is asked of a model's routers beside what its config says."""
+
+    balance: float = 0.0
+    """Weight of the loss that evens the use of experts."""
+    z_loss: float = 0.0
+    """Weight of the loss of large logits."""
+    bias_rate: float = 0.0
+    """Step of the update of the biases by which experts are chosen."""
+    capacity_factor: float | None = None
+    """Rows that an expert takes of a document at most, over the mean; None: nothing is dropped."""
 
 
 def position_of(model: PreTrainedModel) -> Position:
@@ -79,22 +97,28 @@ def install(
     z_loss: float = 0.0,
     store: HostStore | None = None,
     expert_ranks: ExpertRanks | None = None,
-    router_losses: RouterLosses | None = None,
+    routers: RouterSettings | None = None,
 ) -> None:
     """Put our forwards in place of Hugging Face's; weights, names and modules stay as they are.
 
-    `expert_ranks`: those that share the experts of every layer; None: all experts are on every rank. `router_losses`: None: there are none.
+    `expert_ranks`: those that share the experts of every layer; None: all are on every rank. `routers`: None: no losses, no updates.
     """
     graphs = None if policy.compile is None else Graphs(policy.compile)
-    load, losses = ExpertLoad(), router_losses or RouterLosses()
+    routers = routers or RouterSettings()
+    load, losses = ExpertLoad(), RouterLosses(routers.balance, routers.z_loss)
+    capacity, biases = None if routers.capacity_factor is None else Capacity(routers.capacity_factor), {}
     for index, layer in enumerate(model.model.layers):
         adapter = layer_adapter(layer, model.config.model_type)
         adapter.index, adapter.expert_ranks, adapter.expert_load, adapter.router_losses = index, expert_ranks, load, losses
+        adapter.capacity = capacity
+        if adapter.correction_bias is not None:
+            biases[index] = partial(getattr, adapter, "correction_bias")
         layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
     options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
     whole = range(len(model.model.layers))
     stage = Stage(model, whole, first=True, last=True, options=options, policy=policy, store=store)
-    stage.expert_load, stage.router_losses = load, losses
+    stage.expert_load, stage.router_losses, stage.capacity = load, losses, capacity
+    stage.router_biases = RouterBiases(biases, routers.bias_rate)
     model.forward = stage  # type: ignore[method-assign]
 
 
@@ -117,7 +141,7 @@ def build_model(
     z_loss: float = 0.0,
     store: HostStore | None = None,
     expert_mesh: DeviceMesh | None = None,
-    router_losses: RouterLosses | None = None,
+    routers: RouterSettings | None = None,
 ) -> PreTrainedModel:
     """A sharded model with random weights that depend on the seed only, not on the layout. Collective over the mesh.
 
@@ -133,7 +157,7 @@ def build_model(
         z_loss=z_loss,
         store=store,
         expert_mesh=expert_mesh,
-        router_losses=router_losses,
+        routers=routers,
     )
     initialise(model, seed)
     return model
@@ -151,7 +175,7 @@ def build_empty(
     store: HostStore | None = None,
     host_weights: bool = False,
     expert_mesh: DeviceMesh | None = None,
-    router_losses: RouterLosses | None = None,
+    routers: RouterSettings | None = None,
 ) -> PreTrainedModel:
     """A sharded model with unset weights: float32 (`master_dtype`), or in compute precision where float32 is on the host.
 
@@ -159,14 +183,15 @@ def build_empty(
     """
     model = build_on_meta(config, master_dtype(compute_dtype))
     ranks = None if expert_mesh is None else ExpertRanks(expert_mesh.get_group("expert"), expert_mesh["expert"].size())
-    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store, expert_ranks=ranks, router_losses=router_losses)
+    install(model, policy, loss_chunk_tokens=loss_chunk_tokens, z_loss=z_loss, store=store, expert_ranks=ranks, routers=routers)
     if host_weights:
         # Parameters only: buffers keep the precision Hugging Face made them in.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(compute_dtype)
     reduced = master_dtype(compute_dtype)
     layers = list(model.model.layers)
-    placement = None if expert_mesh is None else spread_experts([layer.mlp.experts for layer in layers], expert_mesh)
+    experts = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+    placement = None if expert_mesh is None else spread_experts(experts, expert_mesh)
     stage_of(model).weights = shard_model(
         model, layers, mesh, compute_dtype=compute_dtype, reduce_dtype=reduced, placement=placement
     )

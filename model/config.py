@@ -24,6 +24,7 @@ class Family(Enum):
     MIXTRAL = "mixtral"
     QWEN2_MOE = "qwen2_moe"
     QWEN3_MOE = "qwen3_moe"
+    DOTS1 = "dots1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,13 +23,21 @@ _RANGES: Mapping[str, tuple[int, int]] = {
     "sliding_window": (1, 1 << 40),
     "num_experts": (1, 1 << 14),
     "num_local_experts": (1, 1 << 14),
+    "n_routed_experts": (1, 1 << 14),
+    "n_shared_experts": (1, 1 << 14),
+    "n_group": (1, 1 << 14),
+    "topk_group": (1, 1 << 14),
+    "first_k_dense_replace": (0, 1 << 10),
     "num_experts_per_tok": (1, 1 << 14),
     "moe_intermediate_size": (1, 1 << 24),
     "shared_expert_intermediate_size": (1, 1 << 24),
 }
 """Sizes, both ends included: larger ones are no model of this decade but a damaged or hostile file."""
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
-_POSITIVE = ("rms_norm_eps", "swiglu_alpha", "swiglu_limit", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_POSITIVE = (
+    *("rms_norm_eps", "swiglu_alpha", "swiglu_limit", "routed_scaling_factor"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 _SWITCHES = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention", "norm_topk_prob"),
     "qkv_bias",

@@ -163,7 +163,7 @@ def _write_weights(
     try:
         reader = Reader(source)
         index = {key[len(MODEL) :]: entry for key, entry in reader.tensors.items() if key.startswith(MODEL)}
-        sizes = {name: entry.size.numel() * _out_dtype(entry, dtype).itemsize for name, entry in index.items()}
+        sizes = {name: entry.size.numel() * _out_dtype(name, entry, dtype, facts).itemsize for name, entry in index.items()}
         shards = plan_shards(sizes, max_shard_bytes)
         done, total = 0, sum(sizes.values())
         for file_name, names in shards.items():
@@ -208,7 +208,7 @@ def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtyp
     from ..checkpoint.state import MODEL
 
     # Allocated in the output's precision: the reader casts batch by batch.
-    tensors = {name: torch.empty(entry.size, dtype=_out_dtype(entry, dtype)) for name, entry in index.items()}
+    tensors = {name: torch.empty(entry.size, dtype=_out_dtype(name, entry, dtype, facts)) for name, entry in index.items()}
     reader.read({MODEL + name: tensor for name, tensor in tensors.items()})
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -222,12 +222,16 @@ def _write_shard(reader: Reader, path: Path, index: dict[str, SavedTensor], dtyp
     path.chmod(mode)
 
 
-def _out_dtype(entry: SavedTensor, dtype: Dtype) -> torch.dtype:
+def _out_dtype(name: str, entry: SavedTensor, dtype: Dtype, facts: FamilyFacts | None) -> torch.dtype:
+    """Precision of a tensor in files. Biases that move in steps of a thousandth keep theirs, as transformers keeps them."""
     import torch
 
     saved = entry.dtype
+    bias = None if facts is None or facts.experts is None else facts.experts.correction_bias
+    if not saved.is_floating_point or (bias is not None and name.endswith(f".{bias}")):
+        return saved
     chosen: torch.dtype = getattr(torch, dtype.value)
-    return chosen if saved.is_floating_point else saved
+    return chosen
 
 
 def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> str | None:

@@ -50,13 +50,27 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every parameter of the Hugging Face model, once, in its order; a tied head has none of its own."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(spec)}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(spec, layer)}
     shapes["model.norm.weight"] = (spec.hidden_size,)
     return shapes if spec.tie_embeddings else {**shapes, HEAD: (spec.vocab_size, spec.hidden_size)}
 
 
-def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden = spec.hidden_size
+def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model that files hold: parameters, and what is trained by no gradient."""
+    return parameter_shapes(spec) | buffer_shapes(spec)
+
+
+def buffer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every persistent buffer of the Hugging Face model: the bias of scores of each router that has one."""
+    facts = facts_of(spec.family).experts
+    if spec.experts is None or facts is None or facts.correction_bias is None:
+        return {}
+    layers = (layer for layer in range(spec.num_layers) if layer not in spec.dense_layers)
+    return {f"model.layers.{layer}.{facts.router}.{facts.correction_bias}": (spec.experts.num_experts,) for layer in layers}
+
+
+def _layer_shapes(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, experts = spec.hidden_size, None if layer in spec.dense_layers else spec.experts
     if spec.attention_sinks:
         yield "self_attn.sinks", (spec.num_heads,)
     linears = [
@@ -65,7 +79,7 @@ def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         ("self_attn.v_proj", spec.kv_size, hidden, spec.attention_bias),
         ("self_attn.o_proj", hidden, spec.query_size, spec.output_bias),
     ]
-    if spec.experts is None:
+    if experts is None:
         linears += _dense_linears("mlp.", hidden, spec.intermediate_size, spec.mlp_bias)
     for name, rows, columns, has_bias in linears:
         yield f"{name}.weight", (rows, columns)
@@ -73,8 +87,8 @@ def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}.bias", (rows,)
     if spec.qk_norm:
         yield from ((f"self_attn.{name}.weight", (spec.head_dim,)) for name in ("q_norm", "k_norm"))
-    if spec.experts is not None:
-        yield from _expert_shapes(spec.experts, facts_of(spec.family), hidden)
+    if experts is not None:
+        yield from _expert_shapes(experts, facts_of(spec.family), hidden)
     yield from ((f"{name}.weight", (hidden,)) for name in facts_of(spec.family).layer_norms)
 
 
@@ -95,9 +109,10 @@ def _expert_shapes(experts: ExpertSizes, facts: FamilyFacts, hidden: int) -> Ite
         if experts.has_biases:
             yield f"{name}_bias", (count, rows)
     if experts.shared_size:
-        shared = _dense_linears("mlp.shared_expert.", hidden, experts.shared_size, False)
+        shared = _dense_linears(f"{facts.experts.shared_name}.", hidden, experts.shared_size, False)
         yield from ((f"{name}.weight", (rows, columns)) for name, rows, columns, _ in shared)
-        yield "mlp.shared_expert_gate.weight", (1, hidden)
+    if experts.has_shared_gate:
+        yield f"{facts.experts.shared_name}_gate.weight", (1, hidden)
 
 
 @dataclass(frozen=True, slots=True)

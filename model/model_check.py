@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .config import ModelConfig
 from .families.facts import LABELS, READ_BY_ALL
 from .hf_fields import ModelFields, model_fields
-from .load_plan import LoadPlan, Wanted, parameter_shapes, plan_load
+from .load_plan import LoadPlan, Wanted, plan_load, stored_shapes
 from .model_files import local_folder, model_folder
 from .rope_fields import LEGACY_KEYS, ORIGINAL
 from .spec import model_spec
@@ -32,7 +32,7 @@ def check_weights(config: ModelConfig) -> list[str]:
     if local_folder(config.path) is None and not has_weights(folder):
         return [*notes, f"model.path={config.path}: the weights are not on this machine yet; they are checked as they are read"]
     headers = read_headers(folder)
-    wanted = Wanted.of(parameter_shapes(spec), fields.facts, file_vocabulary(fields), headers)
+    wanted = Wanted.of(stored_shapes(spec), fields.facts, file_vocabulary(fields), headers)
     plan = plan_load(wanted, headers, folder)
     notes += [*_head_note(config, plan, folder), *_adapter_note(folder)]
     if plan.unused:

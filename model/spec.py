@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 from ..memory.activation_classes import ExpertSizes
@@ -51,11 +51,25 @@ class ModelSpec:
     rotary_tables: int
     """Rotary tables of one micro-batch: one, or one per kind of layer."""
     experts: ExpertSizes | None = None
-    """The mixture of experts of every layer; None: feed-forwards are dense."""
+    """The mixture of experts of the layers that have one; None: feed-forwards are dense."""
+    dense_layers: tuple[int, ...] = ()
+    """Numbers of the layers without experts, in a model of layers with them."""
 
     @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return 0 if self.experts is None else self.num_layers - len(self.dense_layers)
+
+    def of_layers(self, own: range) -> ModelSpec:
+        """The same of some of the layers alone, numbered anew from 0."""
+        dense = tuple(layer - own.start for layer in self.dense_layers if layer in own)
+        experts = self.experts if self.experts is None else replace(self.experts, dense_share=len(dense) / len(own))
+        windows = self.windows[own.start : own.stop]
+        return replace(self, num_layers=len(own), windows=windows, experts=experts, dense_layers=dense)
 
     @property
     def kv_size(self) -> int:
@@ -71,13 +85,20 @@ class LayerParameters:
     """Number of all weights: bytes follow from them."""
     active: int
     """Number of weights one token is multiplied with: FLOPs follow. Fewer than `total` where a token visits some experts only."""
+    experts: int = 0
+    """Number of the routed experts' among all."""
 
 
 def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
     """Weights of each decoder layer, from the first to the last."""
     others = _attention_parameters(spec) + spec.norms_per_layer * spec.hidden_size
-    total, active = _dense_parameters(spec) if spec.experts is None else _expert_parameters(spec.experts, spec.hidden_size)
-    return (LayerParameters(total=others + total, active=others + active),) * spec.num_layers
+    every, active = _dense_parameters(spec)
+    dense = LayerParameters(total=others + every, active=others + active)
+    if spec.experts is None:
+        return (dense,) * spec.num_layers
+    every, active = _expert_parameters(spec.experts, spec.hidden_size)
+    routed = LayerParameters(total=others + every, active=others + active, experts=expert_weights(spec))
+    return tuple(dense if layer in spec.dense_layers else routed for layer in range(spec.num_layers))
 
 
 def active_layer_parameters(spec: ModelSpec) -> float:
@@ -85,11 +106,16 @@ def active_layer_parameters(spec: ModelSpec) -> float:
     return sum(layer.active for layer in layer_parameters(spec)) / spec.num_layers
 
 
-def feed_forward_weights(spec: ModelSpec) -> int:
-    """Numbers of the matrices of one feed-forward that gradients are made of: three of it, or of each expert and the shared one."""
+def feed_forward_weights(spec: ModelSpec, elsewhere: int = 0) -> int:
+    """Numbers of the matrices of the largest feed-forward that gradients are made of: three of it, or of each expert and the shared one.
+
+    `elsewhere`: weights of experts that are on other ranks.
+    """
+    dense = 3 * spec.hidden_size * spec.intermediate_size
     if spec.experts is None:
-        return 3 * spec.hidden_size * spec.intermediate_size
-    return 3 * spec.hidden_size * (spec.experts.num_experts * spec.experts.inner_size + spec.experts.shared_size)
+        return dense
+    routed = 3 * spec.hidden_size * (spec.experts.num_experts * spec.experts.inner_size + spec.experts.shared_size) - elsewhere
+    return max(routed, dense) if spec.dense_layers else routed
 
 
 def expert_weights(spec: ModelSpec) -> int:
@@ -157,6 +183,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         has_logit_softcap=facts.has_logit_softcap and fields.get("final_logit_softcapping") is not None,
         rotary_tables=facts.rotary_tables,
         experts=None if facts.experts is None else facts.experts.sizes(fields),
+        dense_layers=() if facts.experts is None else facts.experts.dense_layers(fields),
     )
 
 

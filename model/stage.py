@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..memory.executor.capacity import Capacity
 from ..memory.executor.layer_pass import AttentionRuntime
 from ..memory.executor.mixture import ExpertLoad
+from ..memory.executor.router_bias import RouterBiases
 from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
@@ -79,6 +81,10 @@ class Stage:
         """How many rows each expert got."""
         self.router_losses = RouterLosses()
         """The losses of the layers' routers."""
+        self.router_biases = RouterBiases({})
+        """The biases by which the layers' routers choose."""
+        self.capacity: Capacity | None = None
+        """Most rows that an expert takes of a document; None: nothing is dropped."""
 
     def __call__(
         self, tokens: Tokens, attention: AttentionRuntime, objective: Objective | None = None, received: Tensor | None = None
@@ -88,6 +94,8 @@ class Stage:
         `received` (T, M): the output of the stage before; None in the first stage.
         """
         assert self.first == (received is None) and self.last == (objective is not None), "what enters and leaves follows from the place"
+        if self.capacity is not None:
+            self.capacity.begin(tokens.position_ids, tokens.document_lengths)
         x = self.embed(tokens) if received is None else received
         x = self.run_layers(x, self._context(self._tables(x, tokens), attention))
         return x if objective is None else self.head(x, tokens, attention, objective)

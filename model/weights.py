@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 def load_weights(
     model: nn.Module, config: ModelConfig, seed: int, on_progress: Progress | None = None, groups: Sequence[dist.ProcessGroup] = ()
 ) -> None:
-    """Fill every parameter from `config.path`, a directory of safetensors, or a hub name where there is a network. Collective.
+    """Fill every parameter and persistent buffer from `config.path`: a directory of safetensors, or a hub name. Collective.
 
     ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
     none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:
@@ -41,7 +41,7 @@ def load_weights(
     """
     assert config.path is not None
     folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) | persistent_buffers(model)
     shapes, headers = {name: tuple(each.shape) for name, each in parameters.items()}, read_headers(folder)
     plan = plan_load(Wanted.of(shapes, fields.facts, file_vocabulary(fields), headers), headers, folder)
     bad: list[str] = []
@@ -61,7 +61,17 @@ def load_weights(
     _refuse_faults(bad, folder, groups)
 
 
-def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What files hold beside parameters: state of modules that no gradient reaches."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def _fill(parameter: Tensor, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
     """Fill this rank's part of one parameter, new rows included."""
     local, part = memory_of(parameter), slices(parameter)
     # safetensors slices must not be empty: a rank beyond the last row holds none.
@@ -78,7 +88,7 @@ def _fill(parameter: nn.Parameter, name: str, plan: LoadPlan, saved: Any, seed: 
     local[there:].copy_(made[max(part[0].start - rows, 0) : part[0].stop - rows, part[1]])
 
 
-def _fill_expert(parameter: nn.Parameter, part: StoredPart, expert: int, saved: Any) -> None:
+def _fill_expert(parameter: Tensor, part: StoredPart, expert: int, saved: Any) -> None:
     """Fill this rank's part of one expert's rows, if it has any of them."""
     local, (experts, rows, columns) = memory_of(parameter), slices(parameter)
     first, stop = max(rows.start, part.first_row), min(rows.stop, part.first_row + part.shape[0])
@@ -87,7 +97,7 @@ def _fill_expert(parameter: nn.Parameter, part: StoredPart, expert: int, saved: 
         local[expert - experts.start, first - rows.start : stop - rows.start].copy_(there)
 
 
-def _faults(parameter: nn.Parameter, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
+def _faults(parameter: Tensor, name: str, saved: Any, facts: FamilyFacts) -> list[str]:
     """Faults of the numbers of this rank's part, or of a whole norm."""
     local: Tensor = memory_of(parameter)
     if not bool(torch.isfinite(local).all()):

@@ -23,3 +23,5 @@ def test_experts_page(tmp_path: Path) -> None:
 def test_the_page_of_training_runs(tmp_path: Path) -> None:
     printed = run_page("experts.md", tmp_path)
     assert "128 a layer, 8 of them a token; 8 ranks share them" in printed and "16 a layer, 2 of them a token" in printed
+    assert "128 a layer in 61 of 62, 6 of them a token; 32 ranks share them" in printed
+    assert "which is taken to get 1.5 times the mean" in " ".join(printed.split())

@@ -41,6 +41,10 @@ class TrainConfig:
     """Models with experts: weight of the loss that evens their use over the whole step, summed over layers (docs/experts.md)."""
     router_z_loss: float = 0.0
     """Models with experts: weight of mean(logsumexp(router logits)^2) over the step's tokens, summed over layers."""
+    router_bias_rate: float = 0.0
+    """Models whose routers have a correction bias: how far each step moves it towards even use; 0: it stays (docs/experts.md)."""
+    expert_capacity: float | None = None
+    """Models with experts: rows that an expert takes of a document at most, over the mean; those beyond are dropped. null: none is."""
     loss_chunk_tokens: Tokens = 2048
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
     objective: Objective = Objective.LANGUAGE_MODELLING
@@ -64,6 +68,8 @@ class TrainConfig:
         "z_loss": Range(0, 1000),
         "router_balance": Range(0, 1000),
         "router_z_loss": Range(0, 1000),
+        "router_bias_rate": Range(0, 1),
+        "expert_capacity": Range(0, 1000, above=True),
         "loss_chunk_tokens": Range(1, TOKENS),
         "dpo_beta": Range(0, 1e6, above=True),
         "grpo_clip_low": Range(0, 1, above=True),

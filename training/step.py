@@ -144,6 +144,8 @@ class _StepPasses:
 
     def run(self, schedule: Schedule) -> Tensor:
         """Run the actions and return this rank's share of the loss per micro-batch."""
+        # What passes before counted (a probe, a norm measured first) is no part of the step.
+        self._stage.expert_load.clear()
         self._begin_router_losses()
         for index, action in enumerate(schedule):
             behind = schedule[index + 1 :]
@@ -190,13 +192,12 @@ class _StepPasses:
         dist.all_reduce(total, group=self._setup.topology.stage)
         losses.begin(int(total))
         if losses.balance > 0 and len(self._micro_batches) > 1:
-            self._stage.expert_load.take()
             with torch.no_grad():
                 for work in self._micro_batches:
                     self._stage.weights.forward(*self._inputs(work, BusyClock(self._setup.device)), _no_loss)
             self._agree_on_routing()
             # What the pass counted is of no other use: the step's own passes count anew.
-            self._stage.expert_load.take()
+            self._stage.expert_load.clear()
             losses.take()
 
     def _agree_on_routing(self) -> None:
@@ -204,7 +205,7 @@ class _StepPasses:
         counts = self._stage.expert_load.peek()
         assert counts is not None, "only models with experts have router losses"
         dist.all_reduce(counts, group=self._setup.topology.stage)
-        self._stage.router_losses.use(counts)
+        self._stage.router_losses.use(counts[:, :-1], self._stage.expert_load.layers)
 
     def _reduce_empty(self) -> None:
         weights = self._stage.weights

@@ -57,7 +57,7 @@ from .optimizers.lr_course import Course, first_course, load_course, resumed_cou
 from .optimizers.updater import Gradients
 from .profiling.first_probe import probe_before_training
 from .reporting.events import start_fields, step_fields, straggler_rows
-from .reporting.expert_balance import agreed_balance, agreed_losses
+from .reporting.expert_balance import agreed_rows, balance_fields
 from .reporting.metrics import Metrics
 from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
 from .reporting.step_pace import Pace
@@ -292,8 +292,10 @@ class _Run:
         self._check_finite(gradients, shares, works, watch, loss=results.loss)
         updater.apply()
         stage, ranks = stage_of(session.model), session.topology.stage
-        rows = stage.expert_load.take()
-        balance = agreed_balance(rows, ranks) | agreed_losses(stage.router_losses.take(), rows, ranks)
+        rows, layers = agreed_rows(stage.expert_load, ranks)
+        if rows is not None:
+            stage.router_biases.update(rows[:, :-1], layers)
+        balance = balance_fields(stage, rows, layers, ranks)
         numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective), **balance}
         return results, numbers, backward_s
 

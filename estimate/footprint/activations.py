@@ -190,16 +190,22 @@ def graph_row(inputs: PlanInputs) -> int:
 
 
 def _feed_forward_graph_row(inputs: PlanInputs) -> int:
-    """Dense: gate, up, activation and product. Experts: gate and up alone, what the shared one has, and the routing with its softmax."""
+    """Dense: gate, up, activation and product. Experts: gate and up alone, what the shared one has, and the routing with its softmax.
+
+    Of both kinds of layers, where a model has them, the larger.
+    """
     spec, width = inputs.spec, inputs.width
+    dense = 4 * spec.intermediate_size * width
     if spec.experts is None:
-        return 4 * spec.intermediate_size * width
+        return dense
     experts = spec.experts
-    routing = (width + inputs.master) * experts.num_experts + (20 + 4 * inputs.master) * experts.per_token
+    logits = 2 * inputs.master if experts.has_wide_router else width + inputs.master
+    routing = logits * experts.num_experts + (20 + 4 * inputs.master) * experts.per_token
+    routing += inputs.master * spec.hidden_size * experts.has_wide_router * (inputs.master > width)
     shared = (2 * experts.shared_size + spec.hidden_size) * width * (experts.shared_size > 0)
     inner = int(2 * width * (experts.per_token * experts.inner_size * inputs.row_share + experts.shared_size))
     came = int(width * spec.hidden_size * experts.per_token * inputs.row_share) * (inputs.expert_parallel > 1)
-    return inner + came + shared + routing
+    return max(inner + came + shared + routing, dense * bool(spec.dense_layers))
 
 
 def norm_bytes(inputs: PlanInputs) -> int:

@@ -171,9 +171,10 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     return {
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
-        Phase.BACKWARD_MLP: [Moment(saved + w.H + 2 * w.F)]
-        if inputs.spec.experts is None
-        else mixture_graph_backward(inputs, inputs.spec.experts, saved + w.H),
+        Phase.BACKWARD_MLP: [
+            *([Moment(saved + w.H + 2 * w.F)] * _has_dense(inputs)),
+            *([] if inputs.spec.experts is None else mixture_graph_backward(inputs, inputs.spec.experts, saved + w.H)),
+        ],
         Phase.BACKWARD_ATTENTION: [
             Moment(resident + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + flash_workspace(inputs, w))
         ],
@@ -189,9 +190,9 @@ def before_row(w: Widths) -> float:
 
 def after_row(inputs: PlanInputs, w: Widths) -> float:
     """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
-    if inputs.spec.experts is not None:
-        return is_made(inputs, RESIDUAL) * w.H + mixture_forward(inputs, inputs.spec.experts)
-    return is_made(inputs, RESIDUAL) * w.H + is_made(inputs, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+    dense = is_made(inputs, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
+    mixture = 0.0 if inputs.spec.experts is None else mixture_forward(inputs, inputs.spec.experts)
+    return is_made(inputs, RESIDUAL) * w.H + max(mixture, dense * _has_dense(inputs))
 
 
 def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
@@ -201,13 +202,18 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     up's gradients and their weights' beside its own work.
     """
     total = piece + w.H * is_made(inputs, RESIDUAL)
-    if inputs.spec.experts is not None:
-        return mixture_backward(inputs, inputs.spec.experts, whole, total)
+    mixture = [] if inputs.spec.experts is None else mixture_backward(inputs, inputs.spec.experts, whole, total)
     weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size
-    return [
+    dense = [
         Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
     ]
+    return [*mixture, *(dense * _has_dense(inputs))]
+
+
+def _has_dense(inputs: PlanInputs) -> bool:
+    """Whether some feed-forward is dense."""
+    return inputs.spec.experts is None or bool(inputs.spec.dense_layers)
 
 
 def before_backward_row(inputs: PlanInputs, w: Widths) -> float:

@@ -39,7 +39,8 @@ class _Widths:
     @classmethod
     def of(cls, inputs: PlanInputs, experts: ExpertSizes) -> _Widths:
         width, hidden, chosen = inputs.width, inputs.spec.hidden_size, experts.per_token
-        logits, spread = width * experts.num_experts, inputs.expert_parallel > 1
+        wide = experts.has_wide_router and inputs.master > width
+        logits, spread = (inputs.master if wide else width) * experts.num_experts, inputs.expert_parallel > 1
         rows = width * hidden * chosen * inputs.row_share
         return cls(
             H=width * hidden,
@@ -48,7 +49,7 @@ class _Widths:
             A=width * chosen * experts.inner_size * inputs.row_share,
             G=2 * width * (chosen * experts.inner_size * inputs.row_share + experts.shared_size),
             S=width * experts.shared_size,
-            base=width * hidden + logits + 16 * chosen,
+            base=width * hidden + inputs.master * hidden * wide + logits + 16 * chosen,
             weighed=inputs.master * (experts.num_experts + 3 * chosen) + 8 * chosen,
             wide=inputs.master * hidden,
             one=width * experts.num_experts // inputs.expert_parallel * experts.inner_size * hidden,

@@ -86,10 +86,10 @@ def reduction(inputs: PlanInputs, layer: int) -> Term:
 def layer_gradients(inputs: PlanInputs) -> Term:
     """Gradients of the live layer while pieces of rows add to them: compute precision after one, master precision after more."""
     spec = inputs.spec
-    mlp, whole = feed_forward_weights(spec) - inputs.parameters_elsewhere, inputs.gathered_layer_parameters
+    mlp, whole = feed_forward_weights(spec, inputs.parameters_elsewhere), inputs.gathered_layer_parameters
     output = spec.hidden_size * spec.query_size
     # Of experts all gradients are counted where they are made (live_mixture.py).
-    down = spec.hidden_size * spec.intermediate_size if spec.experts is None else 0
+    down = spec.hidden_size * spec.intermediate_size if spec.experts is None or spec.dense_layers else 0
     wide = inputs.master if inputs.in_pieces else inputs.width
     by_phase = {
         # One piece alone: those of the last product. More: all sums, and a part of one.

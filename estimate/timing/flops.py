@@ -71,7 +71,9 @@ def norm_flops(inputs: PlanInputs) -> float:
 def shared_flops(inputs: PlanInputs) -> float:
     """What the expert makes that all tokens visit is needed for the gradient of what scales it, whatever is stored."""
     experts = inputs.spec.experts
-    return 0.0 if experts is None else 2.0 * inputs.spec.hidden_size * experts.shared_size
+    if experts is None or not experts.has_shared_gate:
+        return 0.0
+    return 2.0 * inputs.spec.hidden_size * experts.shared_size * (1.0 - experts.dense_share)
 
 
 def segment_flops(inputs: PlanInputs) -> float:

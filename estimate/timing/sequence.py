@@ -58,7 +58,7 @@ def allowed_degrees(
 def degree_cost(inputs: PlanInputs) -> DegreeCost:
     """Arithmetic of the group size in the setting's layout."""
     from .flops import attention_passes, linear_flops
-    from .step import exchange_s, experts_exchange_s, ring_s
+    from .step import exchange_s, experts_exchange_s, experts_wait_s, ring_s
 
     rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * inputs.layout.sp_degree
     pair_s = attention_passes(inputs) * 4 * inputs.spec.query_size / rate
@@ -69,7 +69,7 @@ def degree_cost(inputs: PlanInputs) -> DegreeCost:
         ulysses=inputs.layout.ulysses,
         attention_s=full * pair_s / 2,
         linear_s=linear_flops(inputs) / rate,
-        exchange_s=exchange_s(inputs) + experts_exchange_s(inputs),
+        exchange_s=exchange_s(inputs) + experts_exchange_s(inputs) + experts_wait_s(inputs),
         ring_s=ring_s(inputs),
         windowed_s=tuple((window, pair_s * windows.count(window)) for window in sorted(set(windows))),
     )

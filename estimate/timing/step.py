@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...memory.activation_classes import EXPERT_GATE_UP
 from ...parallel.config import GradReduce
 from ..plan_inputs import PlanInputs
 from .bandwidth import gb_per_s, offload_link
@@ -32,7 +33,7 @@ class Timing:
     sequence_s: float
     """Exchanges of sequence parallelism that stand in compute's way."""
     experts_s: float
-    """Rows to their experts and back, where ranks share them."""
+    """Rows to their experts and back where ranks share them, and waiting for the rank whose experts have most to do."""
     sharding_s: float
     """Gathers and reductions that compute does not hide."""
     host_s: float
@@ -77,7 +78,7 @@ def estimate_time(inputs: PlanInputs) -> Timing:
         model_flops=sequences * (3.5 * forward + 6 * matrix_parameters(inputs) * length),
         compute_s=compute,
         sequence_s=exchange,
-        experts_s=in_turn * length * experts_exchange_s(inputs),
+        experts_s=in_turn * length * (experts_exchange_s(inputs) + experts_wait_s(inputs)),
         sharding_s=sharding,
         host_s=inputs.passes * host_stall_s(inputs),
         host_bytes=inputs.passes * inputs.spec.num_layers * (leaving_bytes(inputs) + returning_bytes(inputs)),
@@ -115,11 +116,23 @@ def experts_exchange_s(inputs: PlanInputs) -> float:
     if experts is None or ep == 1:
         return 0.0
     ways = 4.0 if inputs.policy.graph else 5 + 2 * inner_share(inputs)
-    rows = inputs.spec.num_layers * ways * experts.per_token * inputs.spec.hidden_size * inputs.width * inputs.row_share
+    rows = inputs.spec.expert_layers * ways * experts.per_token * inputs.spec.hidden_size * inputs.width * inputs.row_share
     near = min(ep, inputs.layout.ranks_per_node)
     within, across = rows * (near - 1) / ep, rows * (ep - near) / ep
     seconds = within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth
     return seconds / inputs.layout.sp_degree
+
+
+def experts_wait_s(inputs: PlanInputs) -> float:
+    """Seconds of one token of a sequence for which ranks wait for the one whose experts get most rows: its products beyond the mean."""
+    experts = inputs.spec.experts
+    if experts is None or inputs.expert_parallel == 1:
+        return 0.0
+    once = 2.0 * inputs.spec.expert_layers * experts.per_token * 3 * inputs.spec.hidden_size * experts.inner_size
+    # Backward makes two products for each of forward's, and of the three of an expert the first two once more where they are not stored.
+    passes = 3.0 if inputs.policy.graph else 3.0 + inputs.policy.split(EXPERT_GATE_UP).recompute * 2 / 3 + inner_share(inputs)
+    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * inputs.layout.sp_degree
+    return (inputs.row_share - 1.0) * passes * once / rate
 
 
 def ring_s(inputs: PlanInputs) -> float:
@@ -164,6 +177,7 @@ def collective_s(inputs: PlanInputs, num_bytes: float) -> float:
 def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
     cluster, length = inputs.cluster, inputs.data.max_seq_len
     twice = "forward and backward run twice, the first time for the norm to clip by (optim.clip_mode=two_pass)"
+    busiest = f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
         f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
@@ -171,7 +185,7 @@ def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
         *((_host_line(inputs),) if inputs.policy.uses_host or inputs.memory.solve else ()),
         *((twice,) if inputs.residency.two_passes else ()),
-        *((f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean",) * (inputs.expert_parallel > 1)),
+        *((busiest,) * (inputs.expert_parallel > 1)),
         update_time(inputs).assumption,
         "reading data and saving checkpoints take no time",
     )

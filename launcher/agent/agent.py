@@ -192,7 +192,8 @@ class Agent:
         assert self.ranks is not None and self.watch is not None, "asked by its monitor"
         self.peers.look(self.ranks, lambda: self._kill_now(signal.SIGQUIT, None))
         # Once they are to stop, launcher.grace_s is what they have. One that ended by itself explains the silence of the others.
-        if self.stopping or any(process.exitcode is not None for process in self.ranks.processes.values()):
+        # What was found of a hang stands: ranks that were killed for it and are not gone yet would be taken for another.
+        if self.stopping or self.hang is not None or any(process.exitcode is not None for process in self.ranks.processes.values()):
             return
         self.hang = self.watch.look({rank: process.pid for rank, process in self.ranks.processes.items() if process.pid is not None})
         if self.hang is not None:

@@ -118,6 +118,7 @@ def _experts(ledger: Ledger, experts: ExpertSizes) -> dict[str, Any]:
     return {
         "experts": experts.num_experts,
         "experts_per_token": experts.per_token,
+        "expert_layers": ledger.inputs.spec.expert_layers,
         "expert_parallel": ledger.inputs.expert_parallel,
         "active_parameters": matrix_parameters(ledger.inputs),
     }

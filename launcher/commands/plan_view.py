@@ -61,12 +61,13 @@ def _batch(config: Config) -> str:
 def _layout_lines(ledger: Ledger) -> list[str]:
     layout, reduced = ledger.layout, ledger.inputs.parallel.grad_reduce.value.replace("_", "-")
     tokens = format_tokens(layout.tokens_per_rank)
-    experts = ledger.inputs.spec.experts
+    spec, experts = ledger.inputs.spec, ledger.inputs.spec.experts
+    some = f" in {spec.expert_layers} of {spec.num_layers}" if spec.dense_layers else ""
     where = f"{ledger.inputs.expert_parallel} ranks share them" if ledger.inputs.expert_parallel > 1 else "sharded as all weights are"
     return [
         f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
         f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {reduced}",
-        *([] if experts is None else [f"experts     {experts.num_experts} a layer, {experts.per_token} of them a token; {where}"]),
+        *([] if experts is None else [f"experts     {experts.num_experts} a layer{some}, {experts.per_token} of them a token; {where}"]),
         f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {tokens} tokens a rank",
         f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
     ]
@@ -99,7 +100,7 @@ def _time_table(timing: Timing) -> Table:
     parts = {
         "compute, recomputation in": timing.compute_s,
         "sequence exchanges": timing.sequence_s,
-        **({"rows to experts and back": timing.experts_s} if timing.experts_s else {}),
+        **({"rows to experts, waiting for the busiest": timing.experts_s} if timing.experts_s else {}),
         "weights and gradients, not hidden": timing.sharding_s,
         "copies of activations, not hidden": timing.host_s,
         "optimizer update, not hidden": timing.update_s,

@@ -6,17 +6,21 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 from ...errors import EXIT_DONE, ConfigError
+from ...estimate.plan_inputs import PlanInputs
+from ...estimate.timing.flops import matrix_parameters
+from ...estimate.timing.step import experts_exchange_s, experts_wait_s
 from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.simulate import Contestant, Row, Step, gaps, rows, simulate
 from ...training.data.lengths import open_lengths
 from ...utils.ranges import Range
+from ..config.ledger import plan
 from ..config.run_config import Config
 from .arguments import SEARCH_S, CommandParser, add_config_arguments, add_json, add_lengths, composed, number_in
 from .sequence_plan import step_cost
@@ -144,8 +148,28 @@ def simulation_dict(config: Config, request: SimulateRequest, cost: CostModel, s
         "longest": max(step.longest for step in steps),
         "gap_mean": fmean(above) if above else None,
         "gap_max": max(above, default=None),
+        "experts": experts_dict(plan(config).inputs, fmean(step.tokens for step in steps)),
         "planners": [asdict(row) for row in rows(steps, OURS)],
         "steps": [_step(step) for step in steps],
+    }
+
+
+def experts_dict(inputs: PlanInputs, tokens: float) -> dict[str, Any] | None:
+    """What the modelled seconds of a step of so many tokens hold of experts; None for a model without."""
+    experts = inputs.spec.experts
+    if experts is None:
+        return None
+    # Of the whole world, whatever the groups: every token's rows are sent once for each of its experts.
+    alone = replace(inputs, layout=replace(inputs.layout, sp_degree=1, ulysses=1))
+    return {
+        "experts": experts.num_experts,
+        "experts_per_token": experts.per_token,
+        "layers": inputs.spec.expert_layers,
+        "expert_parallel": inputs.expert_parallel,
+        "active_parameters": matrix_parameters(inputs),
+        "imbalance": inputs.row_share,
+        "exchange_s": tokens * experts_exchange_s(alone) / inputs.layout.world_size,
+        "wait_s": tokens * experts_wait_s(alone) / inputs.layout.world_size,
     }
 
 
@@ -157,6 +181,17 @@ def _step(step: Step) -> dict[str, Any]:
         "lower_bound_s": step.lower_bound_s,
         "step_s": {name: outcome.step_s for name, outcome in step.outcomes.items()},
     }
+
+
+def _experts_line(experts: dict[str, Any]) -> str:
+    """What of the experts is in the seconds, in one sentence."""
+    chosen = f"{experts['experts_per_token']} of {experts['experts']} experts"
+    size = f"{experts['active_parameters'] / 1e9:.2f} billion weights of a token, {chosen}"
+    if experts["expert_parallel"] == 1:
+        return f"{size}; experts are gathered as all weights are."
+    sent = f"{experts['exchange_s']:.4g} s a step for rows to experts on {experts['expert_parallel']} ranks and back, not hidden"
+    waits = f"{experts['wait_s']:.4g} s of waiting for the busiest rank, which is taken to get {experts['imbalance']:g} times the mean"
+    return f"{size}; {sent}, and {waits}."
 
 
 def show(facts: dict[str, Any], results: list[Row]) -> None:
@@ -200,5 +235,7 @@ def show(facts: dict[str, Any], results: list[Row]) -> None:
         console.print(
             f"{OURS}'s plans are at most {facts['gap_mean']:.1%} above the best there can be, {facts['gap_max']:.1%} in the worst step."
         )
+    if facts["experts"] is not None:
+        console.print(_experts_line(facts["experts"]))
     console.print(f"These are seconds of a cost model ({facts['cost_source']}), not of a run.")
     console.print("`planning` is wall time here; in the first step it has the loading of compiled loops in it.")

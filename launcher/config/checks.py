@@ -5,7 +5,8 @@ from __future__ import annotations
 from ...errors import ConfigError
 from ...model.model_check import check_weights
 from ...model.spec import ModelSpec, longer_positions, model_spec
-from ...parallel.layout import solve_layout
+from ...parallel.config import SequenceMode
+from ...parallel.layout import Layout, solve_layout
 from ...training.config import check_train
 from ...training.evaluation.config import check_eval, check_keep_best
 from ...units import format_tokens
@@ -16,7 +17,7 @@ def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
     spec = model_spec(config.model)
-    _check_router_losses(config, spec)
+    _check_routers(config, spec)
     _check_evaluation(config, spec)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
@@ -25,13 +26,14 @@ def check_config(config: Config) -> None:
             expected=f"at least data.max_seq_len={format_tokens(config.data.max_seq_len)}",
             hint=f"data.global_batch_tokens={format_tokens(config.data.max_seq_len)}",
         )
-    solve_layout(
+    layout = solve_layout(
         config.parallel,
         config.cluster,
         spec,
         max_seq_len=config.data.max_seq_len,
         global_batch_tokens=config.data.global_batch_tokens,
     )
+    _check_capacity(config, layout)
 
 
 def _check_evaluation(config: Config, spec: ModelSpec) -> None:
@@ -42,11 +44,24 @@ def _check_evaluation(config: Config, spec: ModelSpec) -> None:
     check_keep_best(config.train.keep_best, config.train.patience, config.eval, config.data.max_seq_len)
 
 
-def _check_router_losses(config: Config, spec: ModelSpec) -> None:
-    asked = [name for name in ("router_balance", "router_z_loss") if getattr(config.train, name)]
+def _check_routers(config: Config, spec: ModelSpec) -> None:
+    """ConfigError for what is asked of routers that the model does not have, or that are balanced otherwise."""
+    train = config.train
+    losses = [name for name in ("router_balance", "router_z_loss") if getattr(train, name)]
+    asked = losses + ["router_bias_rate"] * bool(train.router_bias_rate) + ["expert_capacity"] * (train.expert_capacity is not None)
     if asked and spec.experts is None:
-        actual = f"{getattr(config.train, asked[0]):g} for a model without experts"
-        raise ConfigError(f"train.{asked[0]}", found=actual, expected="0: there is no router", hint=f"train.{asked[0]}=0")
+        off = "null" if asked[0] == "expert_capacity" else "0"
+        actual = f"{getattr(train, asked[0]):g} for a model without experts"
+        raise ConfigError(f"train.{asked[0]}", found=actual, expected=f"{off}: there is no router", hint=f"train.{asked[0]}={off}")
+    has_bias = spec.experts is not None and spec.experts.has_correction_bias
+    if losses and has_bias:
+        actual = f"{getattr(train, losses[0]):g} for routers of {spec.family.value}, whose scores are sigmoids"
+        hint = f"train.{losses[0]}=0 train.router_bias_rate=0.001"
+        raise ConfigError(f"train.{losses[0]}", found=actual, expected="0: a bias balances them, these losses are of softmaxes", hint=hint)
+    if train.router_bias_rate and not has_bias:
+        actual = f"{train.router_bias_rate:g} for routers of {spec.family.value}, which have no correction bias"
+        hint = "train.router_bias_rate=0, and train.router_balance=0.01 in its place"
+        raise ConfigError("train.router_bias_rate", found=actual, expected="0: there is no bias to move", hint=hint)
     if config.train.router_balance and config.parallel.barrier_free:
         raise ConfigError(
             "train.router_balance",
@@ -54,6 +69,23 @@ def _check_router_losses(config: Config, spec: ModelSpec) -> None:
             expected="ranks that meet in every micro-batch: routing is counted over all of them before the first backward",
             hint="parallel.barrier_free=false, or train.router_balance=0",
         )
+
+
+def _check_capacity(config: Config, layout: Layout) -> None:
+    """ConfigError where documents would be spread over ranks: none of them sees the tokens that come first."""
+    if config.train.expert_capacity is None:
+        return
+    adaptive = config.parallel.sequence is SequenceMode.ADAPTIVE
+    if not adaptive and layout.sp_degree == 1:
+        return
+    found = "parallel.sequence=adaptive" if adaptive else f"sequence groups of {layout.sp_degree} ranks"
+    room = f"parallel.sequence=static parallel.sp_degree=1 parallel.tokens_per_rank={format_tokens(config.data.max_seq_len)}"
+    raise ConfigError(
+        "train.expert_capacity",
+        found=f"{config.train.expert_capacity:g} with {found}",
+        expected="documents whole on a rank: the earliest tokens of each are served first, whatever the layout",
+        hint=f"{room}, or train.expert_capacity=null",
+    )
 
 
 def model_notes(config: Config) -> list[str]:

@@ -179,6 +179,8 @@ def step_line(progress: RunProgress) -> str:
         parts.append(f"grad {event['grad_norm']:.3f}")
     if event.get("expert_load") is not None:
         parts.append(f"experts {event['expert_load']:.1f}x")
+    if event.get("dropped_share") is not None:
+        parts.append(f"dropped {event['dropped_share']:.1%}")
     parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
     parts += [f"lr {number_text(event.get('lr'), '.2e')}", format_seconds(event["step_s"])]
     if progress.time_left_s is not None:

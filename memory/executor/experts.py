@@ -4,7 +4,7 @@ Note: why by formulas. Backward makes no down product: a token's weight for an e
 activation, <dy, W a> = <W^T dy, a>, and W^T dy is needed in any case. Sums over the experts of a token go over its own places in the
 sorted rows, so they come to the same bits every time, which adding by index does not on a GPU.
 
-Legend: T tokens, K experts of a token, R = T K rows in the order of their experts, M model width, I width of gate.
+Legend: T tokens, K experts of a token, R = T K rows (without those dropped) in the order of their experts, M model width, I width of gate.
 """
 
 from __future__ import annotations
@@ -50,27 +50,43 @@ class Routing:
     """Which experts every token goes to, and where its rows are among those of all tokens in the order of experts."""
 
     chosen: Tensor
-    """Experts of each token (T, K) int32."""
+    """Experts of each token (T, K) int32; ~expert, which is below 0, where the token's row is dropped."""
     tokens: Tensor
     """Token of each row (R,)."""
     places: Tensor
-    """Row of each token and expert (T, K)."""
+    """Row of each token and expert (T, K); any where that is dropped."""
+    kept: Tensor | None
+    """False where a token's row is dropped (T, K); None: no row is."""
     groups: Groups
     """Rows of each expert that is here: of all experts, or of those of this rank."""
     exchange: RowExchange | None = None
     """None: all experts are here."""
 
     @classmethod
-    def of(cls, chosen: Tensor, num_experts: int, ranks: ExpertRanks | None = None) -> Routing:
-        """Sort by expert, tokens of one expert in their own order. `chosen` (T, K). Collective over `ranks`, where there are such."""
+    def of(cls, chosen: Tensor, num_experts: int, ranks: ExpertRanks | None = None, *, drops: bool = False) -> Routing:
+        """Sort by expert, tokens of one expert in their own order. `chosen` (T, K). Collective over `ranks`, where there are such.
+
+        `drops`: some of `chosen` may be below 0.
+        """
         flat = chosen.flatten().long()
+        if drops:  # behind all others
+            flat = torch.where(flat < 0, num_experts, flat)
         order = torch.argsort(flat, stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(flat, minlength=num_experts)
+        counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
+        kept = None
+        if drops:
+            kept, order = chosen >= 0, order[: int(counts.sum())]
+            places.clamp_(max=max(len(order) - 1, 0))
         exchange = None if ranks is None else ranks.exchange(counts)
         groups = Groups(counts if exchange is None else exchange.counts)
-        return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), groups, exchange)
+        return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), kept, groups, exchange)
+
+    @property
+    def wanted(self) -> Tensor:
+        """Experts of each token (T, K), whether there was room or not: a weight is a share of all of them."""
+        return self.chosen if self.kept is None else torch.where(self.kept, self.chosen, ~self.chosen)
 
     def at_experts(self, values: Tensor) -> Tensor:
         """Values of tokens (T, M) -> those of the rows whose experts are here (R, M)."""
@@ -96,21 +112,27 @@ class Routing:
         """Sum each token's rows (R, M), times its weights (T, K), in float32 at least -> (T, M) in the rows' dtype."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = rows.new_zeros((self.chosen.shape[0], rows.shape[1]), dtype=wide)
-        for column in range(self.chosen.shape[1]):
+        for column in range(self.chosen.shape[1] * bool(len(rows))):
             part = rows[self.places[:, column]]
+            if self.kept is not None:
+                part = part.masked_fill(~self.kept[:, column : column + 1], 0)
             total += part if weights is None else part * weights[:, column : column + 1]
             del part  # before the next is made
         return total.to(rows.dtype)
 
     def by_row(self, values: Tensor) -> Tensor:
         """Values of tokens and experts (T, K) -> those of rows (R,)."""
-        out = torch.empty_like(values.flatten())
-        out[self.places.flatten()] = values.flatten()
+        out = values.new_empty(len(self.tokens))
+        kept = slice(None) if self.kept is None else self.kept.flatten()
+        out[self.places.flatten()[kept]] = values.flatten()[kept]
         return out
 
     def by_token(self, values: Tensor) -> Tensor:
-        """Values of rows (R,) -> those of tokens and experts (T, K)."""
-        return values[self.places.flatten()].view(self.places.shape)
+        """Values of rows (R,) -> those of tokens and experts (T, K); 0 where a row is dropped."""
+        if not len(values):
+            return values.new_zeros(self.places.shape)
+        by_token = values[self.places.flatten()].view(self.places.shape)
+        return by_token if self.kept is None else by_token.masked_fill(~self.kept, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,21 @@ Note: mirrored in estimate/footprint/live_mixture.py (bytes while it runs) and i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..activation_classes import EXPERT_GATE_UP, MIXTURE, ROUTING
+from .capacity import Capacity
 from .experts import ExpertRanks, Experts, Routing, in_graph
 from .router_losses import RouterLosses, with_losses
 from .token_local import GradientSums, LayerSteps, SavedPiece, Step
 
 ROUTE, SHARED_IN, SHARED_OUT = Step("route"), Step("shared_in"), Step("shared_out")
-"""(T, M) -> normed rows (T, M) and router logits (T, E); normed rows -> shared gate and up (T, S) each; normed rows with them -> (T, M)."""
+"""(T, M) -> normed rows (T, M) and router logits (T, E); normed rows -> shared gate and up (T, S) each; they -> (T, M), behind normed
+rows where those scale the result."""
 
 
 class RoutedLayer(Protocol):
@@ -28,10 +31,14 @@ class RoutedLayer(Protocol):
     num_experts: int
     has_shared: bool
     """Whether `shared_in` and `shared_out` exist."""
+    scales_shared: bool
+    """Whether `shared_out` reads normed rows before gate and up."""
     expert_ranks: ExpertRanks | None
     """Ranks that share the experts; None: all of them are here."""
     expert_load: ExpertLoad
     router_losses: RouterLosses
+    capacity: Capacity | None
+    """Most rows of an expert; None: nothing is dropped."""
     index: int
     """Number of the layer."""
 
@@ -49,26 +56,31 @@ class RoutedLayer(Protocol):
 
 
 class ExpertLoad:
-    """Counts the rows that this rank's tokens send to each expert of each layer, each decision once."""
+    """Counts the rows that this rank's tokens want sent to each expert of each layer, and those dropped, each decision once."""
 
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}
 
-    def add(self, layer: int, chosen: Tensor, num_experts: int) -> None:
-        """Count what tokens chose (T, K)."""
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+    def add(self, layer: int, chosen: Tensor, num_experts: int, kept: Tensor | None = None) -> None:
+        """Count what tokens chose (T, K); `kept` is below 0 where a row is dropped."""
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts + 1)
+        if kept is not None:
+            counts[num_experts] = (kept < 0).sum()
         self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that are counted: the rows of `peek`."""
+        return tuple(sorted(self._counts))
+
     def peek(self) -> Tensor | None:
-        """Rows by layer and expert (L, E) since the last `take`; None where no layer has experts, or none ran."""
-        counts = [self._counts[layer] for layer in sorted(self._counts)]
+        """Rows by layer and expert, and behind them those dropped (L, E + 1), since the last `take`; None where no layer has experts."""
+        counts = [self._counts[layer] for layer in self.layers]
         return torch.stack(counts) if counts else None
 
-    def take(self) -> Tensor | None:
-        """What `peek` gives, and start anew."""
-        counts = self.peek()
+    def clear(self) -> None:
+        """Start anew."""
         self._counts.clear()
-        return counts
 
 
 class MixtureFeedForward:
@@ -86,14 +98,14 @@ class MixtureFeedForward:
         if torch.is_grad_enabled():
             logits = with_losses(logits, self._layer.router_losses, self._layer.index)
         routing = self._routing(logits, saved)
-        weights = self._layer.weigh(logits, routing.chosen)
+        weights = self._layer.weigh(logits, routing.wanted)
         if torch.is_grad_enabled():
             return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
         experts = self._layer.experts()
         gate_up, *shared = self._inner(h, experts, routing, saved)[1]
         saved.put(EXPERT_GATE_UP, (gate_up, *shared))
         y = rows + experts.output(gate_up, weights, routing)
-        return y.add_(self._steps.run_step(SHARED_OUT, (h, *shared))[0]) if shared else y
+        return y.add_(self._shared_out(h, shared)) if shared else y
 
     def backward(self, rows: Tensor, dy: Tensor, saved: SavedPiece, sums: GradientSums) -> Tensor:
         """Implements `FeedForward.backward`."""
@@ -104,7 +116,7 @@ class MixtureFeedForward:
             held, (gate_up, *shared) = self._inner(h, experts, routing, saved)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            weights = self._layer.weigh(leaf, routing.chosen)
+            weights = self._layer.weigh(leaf, routing.wanted)
         d_h, d_weights, of_experts = experts.gradients(held, gate_up, weights.detach(), dy, routing)
         del gate_up, held
         for weight, part in zip(experts.weights, of_experts, strict=True):
@@ -124,10 +136,17 @@ class MixtureFeedForward:
         stored = saved.get(ROUTING)
         chosen = self._layer.choose(logits.detach()).to(torch.int32) if stored is None else stored[0]
         if stored is None:
+            chosen = self._decided(chosen)
             saved.put(ROUTING, (chosen,))
-            self._layer.expert_load.add(self._layer.index, chosen, self._layer.num_experts)
             self._layer.router_losses.add(self._layer.index, logits)
-        return Routing.of(chosen, self._layer.num_experts, self._layer.expert_ranks)
+        return Routing.of(chosen, self._layer.num_experts, self._layer.expert_ranks, drops=self._layer.capacity is not None)
+
+    def _decided(self, chosen: Tensor) -> Tensor:
+        """What of the choices (T, K) there is room for: below 0 where there is none. Both are counted."""
+        layer, capacity = self._layer, self._layer.capacity
+        kept = None if capacity is None else capacity.keep(layer.index, chosen, layer.num_experts)
+        layer.expert_load.add(layer.index, chosen, layer.num_experts, kept)
+        return chosen if kept is None else kept
 
     def _inner(self, h: Tensor, experts: Experts, routing: Routing, saved: SavedPiece) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What the routing holds of the experts' rows; their gate and up, and those of the shared expert."""
@@ -141,9 +160,14 @@ class MixtureFeedForward:
     def _shared(self, h: Tensor) -> Tensor | float:
         if not self._layer.has_shared:
             return 0.0
-        return self._steps.run_step(SHARED_OUT, (h, *self._steps.run_step(SHARED_IN, (h,))))[0]
+        return self._shared_out(h, self._steps.run_step(SHARED_IN, (h,)))
+
+    def _shared_out(self, h: Tensor, inner: Sequence[Tensor]) -> Tensor:
+        return self._steps.run_step(SHARED_OUT, (h, *inner) if self._layer.scales_shared else tuple(inner))[0]
 
     def _shared_backward(self, h: Tensor, inner: list[Tensor], dy: Tensor, sums: GradientSums) -> Tensor:
+        if not self._layer.scales_shared:
+            return self._steps.pull_back(SHARED_IN, (h,), (), self._steps.pull_back(SHARED_OUT, inner, (), (dy,), sums), sums)[0]
         d_h, *d_inner = self._steps.pull_back(SHARED_OUT, (h, *inner), (), (dy,), sums)
         (through,) = self._steps.pull_back(SHARED_IN, (h,), (), d_inner, sums)
         return through + d_h

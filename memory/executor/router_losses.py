@@ -10,6 +10,7 @@ Note: f is no function of the weights, but the gradient needs it before the firs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class RouterLosses:
     def __init__(self, balance: float = 0.0, z: float = 0.0) -> None:
         self.balance, self.z = balance, z
         self._num_tokens = 0
-        self._shares: Tensor | None = None
+        self._shares: dict[int, Tensor] | None = None
         self._sums: dict[int, Tensor] = {}
 
     @property
@@ -41,9 +42,10 @@ class RouterLosses:
         """Whether a backward needs `use` first."""
         return self.balance > 0 and self._shares is None
 
-    def use(self, counts: Tensor) -> None:
-        """Take rows by layer and expert (L, E) of all ranks and micro-batches of the step."""
-        self._shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    def use(self, counts: Tensor, layers: Sequence[int]) -> None:
+        """Take rows by layer and expert (L, E) of all ranks and micro-batches of the step; `layers`: the numbers of these layers."""
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        self._shares = dict(zip(layers, shares, strict=True))
 
     def add(self, layer: int, logits: Tensor) -> None:
         """Count the probabilities and logits (T, E) of a forward pass towards the losses' values."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import ConfigError
 from ..config import Family
 from . import (
+    dots1_facts,
     gemma2_facts,
     gemma3_facts,
     gpt_oss_facts,
@@ -46,10 +47,11 @@ FACTS: Mapping[Family, FamilyFacts] = MappingProxyType(
             mixtral_facts,
             qwen2_moe_facts,
             qwen3_moe_facts,
+            dots1_facts,
         )
     }
 )
-"""Every family; `NAME.py` beside its facts holds the adapter, as `LAYER`."""
+"""Every family; `NAME.py` beside its facts holds the adapter, as `LAYER`, and as `DENSE` that of layers without experts among others."""
 
 
 def facts_of(family: Family) -> FamilyFacts:
@@ -77,5 +79,7 @@ def layer_adapter(layer: nn.Module, model_type: str) -> LayerAdapter:
             expected=f"one of {', '.join(facts.model_type for facts in FACTS.values())}",
             hint=f"model/families/{model_type}_facts.py as llama_facts.py, and model/families/{model_type}.py as llama.py",
         )
-    adapter: type[LayerAdapter] = import_module(f".{family.value}", __package__).LAYER
+    module, experts = import_module(f".{family.value}", __package__), FACTS[family].experts
+    is_dense = experts is not None and experts.has_dense_layers and not hasattr(layer.mlp, "experts")
+    adapter: type[LayerAdapter] = module.DENSE if is_dense else module.LAYER
     return adapter(layer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import ConfigError
+from ...memory.executor.capacity import Capacity
 from ...memory.executor.experts import ExpertRanks
 from ...memory.executor.mixture import ExpertLoad
 from ...memory.executor.router_losses import RouterLosses
@@ -62,6 +63,8 @@ class LayerAdapter(ABC):
     """Whether one graph of tensors holds the whole second half."""
     expert_ranks: ExpertRanks | None = None
     """Ranks that share the layer's experts; None: all of them are here."""
+    capacity: Capacity | None = None
+    """Most rows that an expert takes; None: nothing is dropped."""
     index: int = 0
     """Number of the layer in the model."""
 
@@ -79,6 +82,11 @@ class LayerAdapter(ABC):
     def sinks(self) -> Tensor | None:
         """Implements `LayerSteps.sinks`. Read anew each time, as projections are."""
         return None if self.sinks_name is None else self.layer.get_parameter(self.sinks_name)
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """The bias (E,) that choices of experts see and no gradient reaches, as it is now; None without."""
+        return None
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""

@@ -95,7 +95,7 @@ class FamilyFacts:
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     """The rotary settings of a config.json that has none, beside the base."""
     experts: ExpertFacts | None = None
-    """The mixture of experts of every layer; None: feed-forwards are dense."""
+    """The mixture of experts of its layers; None: feed-forwards are dense."""
 
     @property
     def norms_per_layer(self) -> int:

@@ -22,7 +22,7 @@ class MixtureHalf(LayerAdapter):
     """Name of the router in the layer."""
     wide_weights: ClassVar[bool] = False
     """Weights of the chosen experts stay in float32; otherwise they are rounded to the precision of the logits."""
-    has_shared = False
+    has_shared = scales_shared = False
     # Routing follows from values, so one graph cannot hold the whole half; its steps are compiled one by one.
     traceable = False
 
@@ -71,10 +71,10 @@ class MixtureHalf(LayerAdapter):
 
 
 class SharedMixtureHalf(MixtureHalf):
-    """A mixture with one more expert that all tokens visit, scaled token by token."""
+    """Softmax routing, and one more expert that all tokens visit, scaled token by token."""
 
     projections = (*(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")), "mlp.shared_expert_gate")
-    has_shared = True
+    has_shared = scales_shared = True
 
     def shared_in(self, h: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
         """Normed rows (T, M) -> gate and up (T, S) each."""

@@ -1,8 +1,8 @@
-"""Qwen2-MoE: Qwen2's attention, a mixture of experts with a shared one."""
+"""Qwen2-MoE: Qwen2's attention, a mixture of experts with a shared one, or a dense feed-forward as Qwen2's."""
 
 from __future__ import annotations
 
-from .llama import LlamaAttention
+from .llama import LlamaAttention, LlamaLayer
 from .mixture import SharedMixtureHalf
 
 
@@ -14,3 +14,4 @@ class Qwen2MoeLayer(SharedMixtureHalf, LlamaAttention):
 
 
 LAYER = Qwen2MoeLayer
+DENSE = LlamaLayer

@@ -1,4 +1,5 @@
-"""Qwen2-MoE: biases on queries, keys and values, a window in every other layer; every layer a mixture of experts with a shared one."""
+"""Qwen2-MoE: biases on queries, keys and values, a window in every other layer; experts with a shared one, some layers dense
+where the config says so."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import Family
-from .expert_facts import EXPERT_FIELDS, ExpertFacts, every_layer
+from .expert_facts import EXPERT_FIELDS, ExpertFacts, listed_dense_layers, listed_problem
 from .facts import SLIDING, FamilyFacts, Windows, no_windows
 from .qwen2_facts import upper_window_fields
 
@@ -50,6 +51,11 @@ FACTS = FamilyFacts(
     window_fields=upper_window_fields,
     aliases=MappingProxyType({"num_local_experts": "num_experts"}),
     experts=ExpertFacts(
-        count="num_experts", inner="moe_intermediate_size", shared="shared_expert_intermediate_size", problem=every_layer
+        count="num_experts",
+        inner="moe_intermediate_size",
+        shared=lambda fields: int(fields["shared_expert_intermediate_size"]),
+        has_shared_gate=True,
+        dense_layers=listed_dense_layers,
+        problem=listed_problem,
     ),
 )

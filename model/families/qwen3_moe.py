@@ -1,8 +1,8 @@
-"""Qwen3-MoE: Qwen3's attention, every feed-forward a mixture of experts."""
+"""Qwen3-MoE: Qwen3's attention, feed-forwards of experts, or dense as Qwen3's."""
 
 from __future__ import annotations
 
-from .llama import HeadNormAttention
+from .llama import HeadNormAttention, HeadNormLayer
 from .mixture import MixtureHalf
 
 
@@ -14,3 +14,4 @@ class Qwen3MoeLayer(MixtureHalf, HeadNormAttention):
 
 
 LAYER = Qwen3MoeLayer
+DENSE = HeadNormLayer

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: norms over each head of queries and keys, one window for all layers or none; every layer a mixture of experts."""
+"""Qwen3-MoE: norms over each head of queries and keys, one window for all layers or none; layers of experts, some dense where asked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import Family
-from .expert_facts import EXPERT_FIELDS, ExpertFacts, every_layer
+from .expert_facts import EXPERT_FIELDS, ExpertFacts, listed_dense_layers, listed_problem
 from .facts import FamilyFacts, Windows
 from .qwen2_facts import upper_window_fields
 
@@ -40,5 +40,5 @@ FACTS = FamilyFacts(
     windows=one_window,
     window_fields=upper_window_fields,
     aliases=MappingProxyType({"num_local_experts": "num_experts"}),
-    experts=ExpertFacts(count="num_experts", inner="moe_intermediate_size", problem=every_layer),
+    experts=ExpertFacts(count="num_experts", inner="moe_intermediate_size", dense_layers=listed_dense_layers, problem=listed_problem),
 )

@@ -175,3 +175,23 @@ def test_a_process_that_is_gone() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     assert process_state(process.pid) == "" and "the process is gone" in kernel_view(process.pid)
+
+
+def test_what_was_found_of_a_hang_stands_until_its_ranks_are_gone() -> None:
+    """Ranks that were killed for it and are not reaped yet have no stacks: looked at again they would be a hang without a culprit."""
+    from types import SimpleNamespace
+
+    from efflaunch.launcher.agent.agent import Agent
+
+    verdicts, kills = ["rank 1 is stopped", "nobody is at fault"], []
+    agent: Any = SimpleNamespace(
+        stopping=False,
+        hang=None,
+        _note_stop=lambda: None,
+        peers=SimpleNamespace(look=lambda ranks, kill: None),
+        ranks=SimpleNamespace(processes={0: SimpleNamespace(pid=1, exitcode=None)}, kill=lambda: kills.append(1)),
+        watch=SimpleNamespace(look=lambda pids: verdicts.pop(0)),
+    )
+    for _ in range(3):
+        Agent._poll(agent)
+    assert agent.hang == "rank 1 is stopped" and kills == [1]

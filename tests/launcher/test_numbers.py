@@ -27,6 +27,7 @@ TAKES_ZERO = {
         "train.z_loss",
         "train.router_balance",
         "train.router_z_loss",
+        "train.router_bias_rate",
         "train.grpo_kl_weight",
         "optim.betas",
         "optim.weight_decay",

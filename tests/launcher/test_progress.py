@@ -157,6 +157,22 @@ def test_quiet_display_shows_notes_only(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == "something went wrong\n"
 
 
+def test_experts_and_what_is_dropped_are_shown() -> None:
+    balance = {"expert_load": 1.9, "expert_load_layer": 7, "expert_load_mean": 1.25, "idle_experts": 3}
+    events = [start(), step(1, 9.0), {**step(2, 8.0), **balance, "dropped_rows": 12, "dropped_share": 0.125}]
+    assert "grad 0.500  experts 1.9x  dropped 12.5%  lr" in step_line(RunProgress().apply(events))
+    assert "dropped" not in step_line(RunProgress().apply([*events[:2], {**step(2, 8.0), **balance}]))
+    display = LiveDisplay("quickstart", Console(file=io.StringIO(), width=120, force_terminal=True))
+    try:
+        display.show(events)
+    finally:
+        display.close()
+    drawing = Console(file=io.StringIO(), width=140)
+    drawing.print(display.render())
+    shown = drawing.file.getvalue()  # type: ignore[attr-defined]
+    assert "the busiest gets 1.9 times the mean (layer 7), 1.2 over layers, 3 idle, 12.5% of all rows dropped" in shown
+
+
 def test_live_display_draws_what_each_rank_holds() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     display = LiveDisplay("quickstart", console)

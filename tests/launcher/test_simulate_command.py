@@ -50,6 +50,33 @@ def test_the_same_words_give_the_same_seconds(capsys: pytest.CaptureFixture[str]
     assert first == repeated != other
 
 
+MOE = ["+experiment=qwen3_30b_a3b_1M", "data.max_seq_len=128K", "parallel.tokens_per_rank=32K", "--lengths", "github", "--sequences", "48"]
+
+
+def test_experts_over_ranks_cost_exchanges_and_waiting(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", *MOE, "--steps", "2", "--flexsp-steps", "0"]
+    gathered, spread = (run_json(capsys, *words, f"parallel.experts.ep={ep}") for ep in (1, 8))
+    sizes = {"experts": 128, "experts_per_token": 8, "layers": 48}
+    assert sizes.items() <= gathered["experts"].items() and sizes.items() <= spread["experts"].items()
+    assert 3.0e9 < spread["experts"]["active_parameters"] == gathered["experts"]["active_parameters"] < 3.4e9
+    assert (gathered["experts"]["exchange_s"], gathered["experts"]["wait_s"], gathered["experts"]["imbalance"]) == (0.0, 0.0, 1.0)
+    experts = spread["experts"]
+    assert experts["imbalance"] == 1.5 and experts["exchange_s"] > 0 and experts["wait_s"] > 0
+    # Both are in the steps, which lack nothing else but what need not be gathered any more.
+    added = experts["exchange_s"] + experts["wait_s"]
+    means = [row["planners"][-1]["mean_s"] for row in (gathered, spread)]
+    assert 0 < means[1] - means[0] < 1.5 * added
+
+
+def test_what_is_assumed_of_experts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", *MOE, "--steps", "1", "--flexsp-steps", "0"]
+    assert cli.main([*words, "parallel.experts.ep=8"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "8 of 128 experts" in shown and "rows to experts on 8 ranks and back, not hidden" in shown
+    assert "the busiest rank, which is taken to get 1.5 times the mean." in shown
+    assert cli.main(words) == 0 and "experts are gathered as all weights are." in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_table_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["simulate", *NODES, "--lengths", "wikipedia", "--sequences", "64", "--steps", "2", "--flexsp-steps", "0"]) == 0
     shown = capsys.readouterr().out

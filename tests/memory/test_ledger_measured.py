@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.bench.predicted import CASES, TARGETS
+from efflaunch.bench.predicted import CASES, TARGETS, TWO_KINDS_OVER
 from efflaunch.bench.traced import Case, case_ledger, predicted_by_phase, traced_peak
 from efflaunch.tests.ranks import RankPool
 
@@ -21,6 +21,7 @@ CHOSEN = (
     "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "memo, half",
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
     "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
+    "qwen3 moe, a dense layer", "dots1",
 )  # fmt: skip
 
 
@@ -37,7 +38,8 @@ def test_prediction_holds(case: Case, pool: RankPool) -> None:
     measured = pool.run(traced_peak, case, ranks=case.ranks)[0]
     predicted = max(predicted_by_phase(case).values())
     error = predicted / measured - 1.0
-    assert -TARGETS["under"] <= error <= TARGETS["over"], f"predicted {predicted}, measured {measured}: {error:+.2%}"
+    over = TWO_KINDS_OVER if case_ledger(case).inputs.spec.dense_layers else TARGETS["over"]
+    assert -TARGETS["under"] <= error <= over, f"predicted {predicted}, measured {measured}: {error:+.2%}"
 
 
 def test_all_chosen_configurations_are_there() -> None:
@@ -47,7 +49,7 @@ def test_all_chosen_configurations_are_there() -> None:
 
 COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
            "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2", "qwen3 moe", "mixtral, memo, half",
-           "qwen2 moe, everything kept by class")  # fmt: skip
+           "qwen2 moe, everything kept by class", "qwen3 moe, a dense layer", "dots1")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)

@@ -21,7 +21,7 @@ def losses(balance: float = BALANCE, z: float = Z) -> RouterLosses:
     """At the start of a step whose routing was counted."""
     made = RouterLosses(balance, z)
     made.begin(TOKENS)
-    made.use(COUNTS)
+    made.use(COUNTS, (0, 1))
     return made
 
 
@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_formulas_however_a_step_is_split(layer: int,
 def test_even_use_is_worth_the_weight_and_has_no_gradient_where_all_are_as_likely() -> None:
     even = RouterLosses(BALANCE, 0.0)
     even.begin(TOKENS)
-    even.use(torch.full((1, EXPERTS), 6))
+    even.use(torch.full((1, EXPERTS), 6), (0,))
     assert even.gradient(0, torch.zeros(TOKENS, EXPERTS, dtype=torch.float64)).abs().max() < 1e-15
 
 
@@ -78,7 +78,7 @@ def test_a_backward_before_the_step_was_counted_is_an_error() -> None:
     assert early.lacks_shares
     with pytest.raises(AssertionError, match="counts its routing"):
         early.gradient(0, logits_of(0))
-    early.use(COUNTS)
+    early.use(COUNTS, (0, 1))
     assert not early.lacks_shares
     early.begin(TOKENS)
     assert early.lacks_shares, "shares are of one step"

@@ -17,6 +17,7 @@ from efflaunch.model.families import layer_adapter
 from efflaunch.model.families.mixture import MixtureHalf
 from efflaunch.model.hf_fields import model_fields
 from efflaunch.model.spec import model_spec
+from efflaunch.model.weights import persistent_buffers
 from efflaunch.tests.model.small import FAMILIES, SIZES, edit_config, of, save_model
 
 TOKENS = 50
@@ -32,12 +33,14 @@ def hf_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
+        for bias in persistent_buffers(model).values():
+            bias.add_(torch.randn_like(bias) * 0.3)
     return model
 
 
 def half_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[MixtureHalf, Any]:
-    """The adapter of a layer, and the layer."""
-    layer = hf_model(family, dtype, **changes).model.layers[0]
+    """The adapter of the last layer, and the layer."""
+    layer = hf_model(family, dtype, **changes).model.layers[-1]
     adapter = layer_adapter(layer, family)
     assert isinstance(adapter, MixtureHalf)
     return adapter, layer

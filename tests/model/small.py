@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from efflaunch.model.config import ModelConfig
+from efflaunch.model.weights import persistent_buffers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -32,6 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 7, "query_pre_attn_scalar": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "dots1": {
+        "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": None,
+    },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7, "rope_parameters": PLAIN_ROPE},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "gemma3_text": {"sliding_window": 7, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
@@ -46,6 +51,8 @@ def save_model(folder: Path, model_type: str = "llama", shard: str = "1GB", **ch
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for bias in persistent_buffers(model).values():
+            bias.add_(torch.randn_like(bias))
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
 

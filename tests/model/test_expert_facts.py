@@ -19,10 +19,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 WHOLE = "a whole number from 1 to "
 WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "some dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}, "[1]", "no entry: all layers have experts or none"),
-    "dense layers of Qwen2": ("qwen2_moe", {"mlp_only_layers": [0]}, "[0]", "no entry: all layers have experts or none"),
-    "every other layer": ("qwen3_moe", {"decoder_sparse_step": 2}, "2", "1: all layers have experts or none"),
-    "every other layer of Qwen2": ("qwen2_moe", {"decoder_sparse_step": 2}, "2", "1: all layers have experts or none"),
+    "dense layers alone": ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "[0, 1]", "a layer with experts at least"),
+    "a layer that is none": ("qwen2_moe", {"mlp_only_layers": [2]}, "[2]", "numbers of layers, 0 to 1"),
+    "a layer by name": ("qwen3_moe", {"mlp_only_layers": ["0"]}, "['0']", "numbers of layers, 0 to 1"),
+    "every third of two": ("qwen3_moe", {"decoder_sparse_step": 3}, "3", "a layer with experts at least"),
+    "every none-th layer": ("qwen2_moe", {"decoder_sparse_step": 0}, "0", "a whole number, 1 or more"),
     "noise": ("mixtral", {"router_jitter_noise": 0.1}, "0.1", "0: routing has no noise"),
     "an auxiliary loss": ("mixtral", {"output_router_logits": True}, "True", "false: no auxiliary loss of the router is trained with"),
     "too many of a token": ("mixtral", {"num_experts_per_tok": 9}, "9", "at most the 8 experts there are (num_local_experts)"),
@@ -51,7 +52,7 @@ def test_what_cannot_be_trained_is_named(name: str) -> None:
 
 def test_in_a_file_the_directory_is_named(tmp_path: Path) -> None:
     config = of(save_model(tmp_path, "qwen3_moe"))
-    edit_config(tmp_path, mlp_only_layers=[0])
+    edit_config(tmp_path, mlp_only_layers=[0, 1])
     with pytest.raises(ConfigError) as caught:
         check_model(config)
     assert caught.value.where == f"model.path {tmp_path}: mlp_only_layers"
@@ -66,7 +67,7 @@ def test_a_plan_of_it_ends_with_93(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_mixture_has_its_count_under_two_names_and_its_sizes() -> None:
     mixtures = {family: facts for family, facts in FACTS.items() if facts.experts is not None}
-    assert [family.value for family in mixtures] == ["gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"]
+    assert [family.value for family in mixtures] == ["gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "dots1"]
     for facts in mixtures.values():
         assert facts.experts is not None
         other = "num_experts" if facts.experts.count == "num_local_experts" else "num_local_experts"

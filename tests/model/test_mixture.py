@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from efflaunch.model.families import layer_adapter
 from efflaunch.model.families.mixture import MixtureHalf, SharedMixtureHalf
 from efflaunch.tests.model.mixtures import half_of, hf_model, refuses
 
@@ -55,7 +56,14 @@ def test_weights_that_no_step_reads_are_refused() -> None:
 
 
 def test_a_dense_layer_is_no_mixture() -> None:
-    assert "no such module at mlp.gate of" in str(refuses(hf_model("qwen3").model.layers[0], "qwen3_moe"))
+    assert "no such module at mlp.gate of" in str(refuses(hf_model("llama").model.layers[0], "mixtral"))
+
+
+def test_layers_without_experts_are_those_of_the_dense_family() -> None:
+    layers = hf_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1]).model.layers
+    assert [type(layer_adapter(layer, "qwen3_moe")).__name__ for layer in layers] == ["Qwen3MoeLayer", "HeadNormLayer", "Qwen3MoeLayer"]
+    layers = hf_model("qwen2_moe", num_hidden_layers=3, decoder_sparse_step=2).model.layers
+    assert [type(layer_adapter(layer, "qwen2_moe")).__name__ for layer in layers] == ["LlamaLayer", "Qwen2MoeLayer", "LlamaLayer"]
 
 
 def test_the_router_says_how_many_and_whether_shares_add_up_to_one() -> None:

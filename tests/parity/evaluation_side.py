@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from efflaunch.memory.executor.router_losses import RouterLosses
-from efflaunch.model.build import build_model
+from efflaunch.model.build import RouterSettings, build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
@@ -61,7 +60,8 @@ def build(case, weights):
     topology, device = build_topology(replicate=case.get("replicate", 1), device="cpu", experts=case.get("ep", 1)), torch.device("cpu")
     model = build_model(
         hf_config(case["family"]), POLICIES[case.get("policy", "recompute")], topology.mesh, device=device, compute_dtype=torch.float64,
-        seed=0, loss_chunk_tokens=7, expert_mesh=topology.experts, router_losses=RouterLosses(*case.get("router", (0.0, 0.0))),
+        seed=0, loss_chunk_tokens=7, expert_mesh=topology.experts,
+        routers=RouterSettings(*case.get("router", (0.0, 0.0)), capacity_factor=case.get("capacity")),
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
@@ -104,7 +104,7 @@ def train(case, layout, weights, prefix, evaluates):
         works = read_step(source, step, plan, judged.topology.rank, shares_experts=judged.topology.shares_experts)
         count = count_targets(works, judged.topology, judged.device)
         losses.append(backward_step(setup, works, LanguageModelling(count, judged.device)).sum().item())
-        judged.model.forward.expert_load.take()
+        judged.model.forward.expert_load.clear()
         optimizer.step()
         optimizer.zero_grad()
     picked = {name: np.array(parameter.full_tensor().detach()) for name, parameter in judged.model.named_parameters()}

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.config import AttentionTiling
-from efflaunch.memory.executor.router_losses import RouterLosses
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
-from efflaunch.model.build import build_model
+from efflaunch.model.build import RouterSettings, build_model
+from efflaunch.model.weights import persistent_buffers
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
@@ -166,11 +166,13 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
         z_loss=case.get("z_loss", 0.0),
         store=_store(case.get("store", "strict")),
         expert_mesh=topology.experts,
-        router_losses=RouterLosses(*case.get("router", (0.0, 0.0))),
+        routers=RouterSettings(*case.get("router", (0.0, 0.0)), capacity_factor=case.get("capacity")),
     )
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
         parameter.requires_grad_(is_trained(case, name))
+    for name, buffer in persistent_buffers(model).items():
+        buffer.copy_(torch.from_numpy(weights[name]))
     source, results = ListSource(documents, targets), []
     for plan in plans:
         loss = _gradients(model, topology, source, plan, case)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from efflaunch.model.weights import persistent_buffers
 
 BASE = {
     "vocab_size": 97,
@@ -73,6 +77,23 @@ FAMILIES = {
         "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 24,
         "use_sliding_window": True, "sliding_window": 11,
     },
+    "qwen3_moe_mixed": {
+        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+        "num_hidden_layers": 5, "mlp_only_layers": [0, 2],
+    },
+    "qwen2_moe_mixed": {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56, "num_hidden_layers": 4, "decoder_sparse_step": 2,
+    },
+    "dots1": {
+        "model_type": "dots1", "head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": 11, "max_window_layers": 2,
+    },
+    "dots1_plain": {
+        "model_type": "dots1", "head_dim": 16, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40, "attention_bias": True, "sliding_window": None,
+    },
     "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 6, "num_experts_per_tok": 2, **GPT_OSS},
     "gpt_oss_dense": {"model_type": "gpt_oss_dense", "num_local_experts": 1, "num_experts_per_tok": 1, **GPT_OSS},
     "rope_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
@@ -99,7 +120,7 @@ FAMILIES = {
 }
 
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "dots1")
 EAGER = ("gemma2", "gpt_oss", "gpt_oss_dense")
 """Whose attention has more than SDPA computes."""
 
@@ -123,11 +144,22 @@ def reference_model(family: str, dtype: torch.dtype):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, bias in persistent_buffers(model).items():
+            assert name.endswith("e_score_correction_bias")
+            bias.add_(torch.randn_like(bias) * 0.2)
     return model.train()
 
 
-def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 0.0)):
-    """Mean loss over all target tokens; each document is its own forward. `router`: weights of balance and z-loss of its routers."""
+def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 0.0), capacity=None):
+    """Mean loss over all target tokens; each document is its own forward.
+
+    `router`: weights of balance and z-loss of its routers. `capacity`: factor of the rows that an expert takes of a document.
+    """
+    if capacity is not None:
+        with _capacity(model, capacity) as dropped:
+            loss = reference_loss(model, documents, targets, z_loss, router)
+        assert sum(dropped) > 0, "nothing is dropped: the row shows nothing"
+        return loss
     if any(router):
         with _router_logits(model) as logits:
             loss = reference_loss(model, documents, targets, z_loss)
@@ -148,10 +180,35 @@ def reference_loss(model, documents, targets, z_loss: float = 0.0, router=(0.0, 
 
 
 @contextmanager
+def _capacity(model, factor):
+    """Routers that weigh nothing what an expert has no room for, the earliest tokens first; how many rows those are."""
+    dropped, hooks = [], []
+
+    def drop(module, inputs, output):
+        logits, weights, chosen = output
+        limit, taken, kept = math.ceil(factor * chosen.numel() / logits.shape[1]), Counter(), []
+        for token in chosen.tolist():
+            kept.append([taken[expert] < limit for expert in token])
+            taken.update(token)
+        dropped.append(sum(row.count(False) for row in kept))
+        return logits, weights * torch.tensor(kept, dtype=weights.dtype).view_as(weights), chosen
+
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+            hooks.append(router.register_forward_hook(drop))
+    yield dropped
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
 def _router_logits(model):
     """(logits, chosen) of every router's forwards within, by layer."""
     seen, hooks = {}, []
     for index, layer in enumerate(model.model.layers):
+        if not hasattr(layer.mlp, "experts"):
+            continue
         router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
         keep = seen.setdefault(index, [])
         hooks.append(router.register_forward_hook(lambda module, inputs, output, keep=keep: keep.append((output[0], output[2]))))
@@ -186,6 +243,8 @@ def lift_to_float64() -> None:
             # gpt-oss weighs in the precision of its logits.
             if isinstance(kind, type) and name.endswith("TopKRouter") and family != "gpt_oss":
                 kind.forward = _router
+            if isinstance(kind, type) and name.endswith("TopkRouter"):
+                kind.forward = _sigmoid_router
         if hasattr(module, "eager_attention_forward") and family == "gemma2":
             module.eager_attention_forward = _eager
 
@@ -202,6 +261,25 @@ def _router(self, hidden_states):
     if getattr(self, "norm_topk_prob", True):
         weights = weights / weights.sum(-1, keepdim=True)
     return logits, weights.to(logits.dtype), chosen
+
+
+def _sigmoid_router(self, hidden_states):
+    """DeepSeek-V3's, as transformers has it but for float32 where the input is wider; token by token for the choice."""
+    x = hidden_states.reshape(-1, self.hidden_dim)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x.to(wide), self.weight.to(wide))
+    scores = logits.sigmoid()
+    wanted, size = scores + self.e_score_correction_bias, self.num_experts // self.num_group
+    chosen = []
+    for row in wanted.detach():
+        groups = sorted(range(self.num_group), key=lambda g: -sum(sorted(row[g * size : (g + 1) * size].tolist())[-2:]))[: self.topk_group]
+        allowed = [expert for group in groups for expert in range(group * size, (group + 1) * size)]
+        chosen.append(sorted(allowed, key=lambda expert: -float(row[expert]))[: self.top_k])
+    chosen = torch.tensor(chosen, dtype=torch.int64).view(-1, self.top_k)
+    weights = scores.gather(1, chosen)
+    if self.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return logits, weights * self.routed_scaling_factor, chosen
 
 
 def _gemma_norm(self, x):

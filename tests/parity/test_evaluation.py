@@ -83,6 +83,7 @@ ROWS = {
     "gemma2, caps and windows": ({"family": "gemma2"}, ("static", 2, 2, 1)),
     "qwen3 moe": ({"family": "qwen3_moe", "router": (0.3, 0.05)}, ("static", 2, 2, 2)),
     "qwen3 moe, EP 2, adaptive": ({"family": "qwen3_moe", "ep": 2}, ("adaptive", 4, 0, 0)),
+    "mixtral, a capacity that drops rows in training": ({"family": "mixtral", "capacity": 0.25}, ("static", 1, 1, 1)),
     "mixtral, EP 4, idle ranks": ({"family": "mixtral", "ep": 4}, ("idle", 4, 2, 2)),
 }
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from efflaunch.model.weights import persistent_buffers
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
@@ -241,6 +242,19 @@ ROWS = {
             ("gpt_oss", "shares_streamed", "adaptive", plan_of(4, *ADAPTIVE), {}),
             ("gpt_oss", "upipe_stored", "barrier-free, HSDP", plan_of(4, *ADAPTIVE), {"barrier_free": True, "replicate": 2}),
             ("qwen3_moe", "segments_2", "experts frozen", plan_of(4, *ADAPTIVE), {"frozen": ("experts",)}),
+            ("dots1", "keep", "HSDP 2x2, three steps", static(4, 4, 2), {"replicate": 2, "steps": 3}),
+            ("dots1", "shares_streamed", "EP 2, adaptive", plan_of(4, *ADAPTIVE), {"ep": 2}),
+            ("dots1", "upipe_stored", "EP 4, a rank without work", plan_of(4, batch((0, 2, 2, ALL))), {"ep": 4}),
+            ("dots1", "recompute", "compiled", static(2, 1, 1), {"compile": "aot_eager"}),
+            ("dots1_plain", "segments_3_host", "barrier-free", plan_of(4, *ADAPTIVE), {"barrier_free": True}),
+            ("qwen3_moe", "keep", "capacity of 1", static(2, 1, 1), {"capacity": 1.0}),
+            ("mixtral", "chunks_5", "capacity, several micro-batches", static(2, 1, 1, tokens_per_rank=64), {"capacity": 1.1}),
+            ("dots1", "upipe_stored", "capacity, EP 2", static(4, 1, 1), {"capacity": 0.7, "ep": 2}),
+            ("dots1_plain", "chunks_5", "float32", static(4, 2, 2), {"dtype": "float32"}),
+            ("qwen3_moe_mixed", "upipe_stored", "EP 2, adaptive, three steps", plan_of(4, *ADAPTIVE), {"ep": 2, "steps": 3}),
+            ("qwen3_moe_mixed", "segments_3_host", "balanced over four micro-batches", plan_of(4, *ADAPTIVE), {"router": (0.3, 0.05)}),
+            ("qwen2_moe_mixed", "shares_streamed", "ring 2", static(2, 2, 1), {}),
+            ("qwen2_moe_mixed", "keep", "compiled", static(2, 1, 1), {"compile": "aot_eager"}),
         )
     },
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
@@ -252,14 +266,15 @@ SLOW = [row for row in ROWS if ", compiled" in row and not any(part in row for p
 
 
 @lru_cache(maxsize=32)
-def reference(family, dtype, lengths, masked, z_loss, steps, router=(0.0, 0.0)):
+def reference(family, dtype, lengths, masked, z_loss, steps, router=(0.0, 0.0), capacity=None):
     """Weights, loss, gradients and the weights after `steps` AdamW steps of the plain model."""
     if dtype == "float64":
         lift_to_float64()
     model = reference_model(family, getattr(torch, dtype))
     documents, targets = make_documents(lengths, masked)
-    weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
-    loss = reference_loss(model, documents, targets, z_loss, router)
+    state = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    weights = {name: value.detach().numpy().copy() for name, value in state.items()}
+    loss = reference_loss(model, documents, targets, z_loss, router, capacity)
     loss.backward()
     # Losses of routers are reported by themselves.
     loss = reference_loss(model, documents, targets, z_loss) if any(router) else loss
@@ -284,7 +299,7 @@ def check_parity(pool, case, plans, run=run_plans):
     documents, targets = make_documents(lengths, case.get("masked", False))
     weights, loss, gradients, trained = reference(
         case["family"], case["dtype"], lengths, case.get("masked", False), case.get("z_loss", 0.0), case.get("steps", 0),
-        case.get("router", (0.0, 0.0)),
+        case.get("router", (0.0, 0.0)), case.get("capacity"),
     )
     answers = pool.run(run, case, weights, documents, targets, plans, case.get("steps", 0), ranks=plans[0].world_size)
     results, ours = answers[0]

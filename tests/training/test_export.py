@@ -50,12 +50,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True, **SIZES,
     },
     "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, **SIZES},
+    "dots1": {
+        "model_type": "dots1", "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "first_k_dense_replace": 1, "sliding_window": None, **SIZES,
+    },
 }  # fmt: skip
 EXPERTS = {
     "mixtral": ("num_local_experts", "block_sparse_moe.experts.3.w3.weight", (24, 16)),
     "qwen2_moe": ("num_experts", "mlp.experts.5.up_proj.weight", (12, 16)),
     "qwen3_moe": ("num_experts", "mlp.experts.7.up_proj.weight", (8, 16)),
     "gpt_oss": ("num_local_experts", "mlp.experts.gate_up_proj", (4, 16, 48)),
+    "dots1": ("n_routed_experts", "mlp.experts.3.up_proj.weight", (8, 16)),
 }
 """The field that counts experts in every version's config.json; a tensor below a layer, and its shape."""
 
@@ -77,6 +82,7 @@ OLD: dict[str, dict[str, Any]] = {
         },
         "num_local_experts": 4,
     },
+    "dots1": {"rope_theta": 1e4, "rope_scaling": None, "n_routed_experts": 4},
 }  # fmt: skip
 """What transformers 4.57 reads in config.json, in its own words."""
 
@@ -164,6 +170,18 @@ def test_experts_have_the_names_of_published_files(tmp_path: Path, name: str) ->
     assert len(fused) == (2 if stored in fused else 0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())[count] == fields[count]
     assert torch.equal(_exported_logits(tmp_path / "out"), logits)
+
+
+def test_a_bias_that_moves_in_thousandths_is_not_rounded(tmp_path: Path) -> None:
+    """In bfloat16 a bias of a quarter would know no step of 0.001."""
+    from safetensors.torch import load_file
+
+    _train_and_save(tmp_path / "run", MODELS["dots1"], (1,), {"hf_config": MODELS["dots1"]})
+    report = export(tmp_path / "run", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    bias = tensors.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert bias.dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert report.num_bytes == 2 * report.num_parameters + 2 * bias.numel()
 
 
 def _save_llama(folder: Path, steps: tuple[int, ...] = (1,), **metadata: Any) -> Tensor:

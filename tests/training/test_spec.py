@@ -21,6 +21,7 @@ from efflaunch.model.spec import (
     ModelSpec,
     active_layer_parameters,
     check_model,
+    expert_weights,
     layer_parameters,
     model_spec,
     num_parameters,
@@ -39,6 +40,9 @@ TINY: dict[str, Any] = {
     "vocab_size": 128,
     "max_positions": 256,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+NO_DEFAULTS = {Family.DOTS1: {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2}}
+"""Fields that Hugging Face's config classes leave open, and models need."""
 VARIANTS: list[dict[str, Any]] = [
     {"family": Family.LLAMA},
     {"family": Family.LLAMA, "tie_embeddings": True, "extra": {"attention_bias": True, "mlp_bias": True}},
@@ -53,6 +57,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": Family.GEMMA2, "sliding_window": 16, "tie_embeddings": True, "extra": {"attention_bias": True}},
     {"family": Family.GEMMA3, "sliding_window": 16, "tie_embeddings": True},
     {"family": Family.GEMMA3, "sliding_window": 16, "extra": {"sliding_window_pattern": 3}},
+    {"family": Family.QWEN3_MOE, "extra": {**EXPERTS, "mlp_only_layers": [0, 4]}},
+    {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 7}},
+    {"family": Family.DOTS1, "extra": {**NO_DEFAULTS[Family.DOTS1], "moe_intermediate_size": 24, "first_k_dense_replace": 2}},
 ]
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
@@ -90,7 +97,7 @@ def count_on_meta(hf: Any) -> tuple[int, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf)
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    layer = sum(p.numel() for p in model.model.layers[-1].parameters())
     return sum(p.numel() for p in model.parameters()), layer
 
 
@@ -113,8 +120,11 @@ def test_counts_equal_the_hugging_face_model(config: ModelConfig) -> None:
     spec, hf = model_spec(config), hugging_face(config)
     total, layer = count_on_meta(hf)
     active = layer if spec.experts is None else layer - idle_weights(spec)
-    assert (num_parameters(spec), layer_parameters(spec)) == (total, (LayerParameters(layer, active),) * spec.num_layers)
-    assert active_layer_parameters(spec) == active
+    assert num_parameters(spec) == total
+    layers, routed = layer_parameters(spec), LayerParameters(layer, active, expert_weights(spec))
+    others = [each for number, each in enumerate(layers) if number not in spec.dense_layers]
+    assert others == [routed] * (spec.num_layers - len(spec.dense_layers))
+    assert active_layer_parameters(spec) == sum(each.active for each in layers) / spec.num_layers
     assert spec.windows == hf_windows(hf)
     assert (spec.head_dim, spec.num_kv_heads, spec.max_positions) == (
         getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),
@@ -162,8 +172,8 @@ def test_presets_have_their_published_sizes(name: str, millions: float) -> None:
 @pytest.mark.parametrize("family", list(Family), ids=lambda f: f.value)
 @pytest.mark.parametrize("scaling", [None, *ROPES], ids=lambda r: "default" if r is None else str(r.get("rope_type", "old")))
 def test_rope_arrives_where_transformers_reads_it(family: Family, scaling: dict[str, Any] | None) -> None:
-    window = None if family in (Family.LLAMA, Family.QWEN2, Family.QWEN3) else 16
-    config = tiny(family=family, rope_theta=12345.0, rope_scaling=scaling, sliding_window=window)
+    window = None if family in (Family.LLAMA, Family.QWEN2, Family.QWEN3, Family.DOTS1) else 16
+    config = tiny(family=family, rope_theta=12345.0, rope_scaling=scaling, sliding_window=window, extra=NO_DEFAULTS.get(family, {}))
     found = hugging_face(config).rope_parameters
     full = found["full_attention"] if family is Family.GEMMA3 else found
     wanted = dict(scaling or {})
@@ -190,7 +200,7 @@ def test_a_saved_model_directory_gives_the_same_spec(variant: dict[str, Any], tm
 def test_a_file_with_defaults_left_out_reads_as_transformers_reads_it(family: Family, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": MODEL_TYPES[family]}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": MODEL_TYPES[family], **NO_DEFAULTS.get(family, {})}))
     spec, hf = model_spec(ModelConfig(name="t", path=str(tmp_path))), AutoConfig.for_model(MODEL_TYPES[family])
     assert (spec.num_layers, spec.hidden_size, spec.intermediate_size, spec.vocab_size, spec.num_heads, spec.num_kv_heads) == (
         hf.num_hidden_layers,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ...model.chunked_loss import IGNORE, chunked_log_probs
-from ...model.stage import stage_of
+from ...model.stage import Stage, stage_of
 from ...parallel.sequence.attention import BlockKernel
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.plan import StepPlan
@@ -24,6 +25,8 @@ from .results import CorpusResult
 from .tally import Tally
 from .windows import SHORT, WHOLE
 
+ROOM_FOR_ALL = 1e6
+"""Capacity factor at which no expert is ever full."""
 Plan = Callable[[Sequence[int]], StepPlan]
 """From the lengths of some sequences to who computes which; the same on every rank."""
 
@@ -82,12 +85,27 @@ class Evaluator:
 def add_step(judged: Judged, source: DataSource, step: int, plan: StepPlan, tally: Tally) -> None:
     """Add this rank's targets of a step to `tally`. Collective."""
     topology, stage = judged.topology, stage_of(judged.model)
-    for work in read_step(source, step, plan, topology.stage_rank, shares_experts=topology.shares_experts):
-        log_probs = _log_probs(judged, work)
-        tally.add(log_probs, work.shard.position_ids, work.shard.target_ids != IGNORE)
+    with _nothing_dropped(stage):
+        for work in read_step(source, step, plan, topology.stage_rank, shares_experts=topology.shares_experts):
+            log_probs = _log_probs(judged, work)
+            tally.add(log_probs, work.shard.position_ids, work.shard.target_ids != IGNORE)
     # Training's steps count for themselves.
-    stage.expert_load.take()
+    stage.expert_load.clear()
     stage.router_losses.take()
+
+
+@contextmanager
+def _nothing_dropped(stage: Stage) -> Iterator[None]:
+    """Give experts room for every row: what is judged is the model as it is used, whatever training drops."""
+    capacity = stage.capacity
+    if capacity is None:
+        yield
+        return
+    factor, capacity.factor = capacity.factor, ROOM_FOR_ALL
+    try:
+        yield
+    finally:
+        capacity.factor = factor
 
 
 def _log_probs(judged: Judged, work: MicroBatchWork) -> np.ndarray:

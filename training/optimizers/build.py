@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from ...checkpoint.state import State
 from ...memory.executor.compiled_graph import check_compiler
-from ...memory.executor.router_losses import RouterLosses
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
-from ...model.build import build_config, build_empty, initialise, master_dtype
+from ...model.build import RouterSettings, build_config, build_empty, initialise, master_dtype
 from ...model.config import ModelConfig
 from ...model.hf_fields import hf_config_dict
 from ...model.stage import stage_of
@@ -103,7 +102,7 @@ def build_trained(
         store=store,
         host_weights=on_host,
         expert_mesh=expert_mesh,
-        router_losses=RouterLosses(config.train.router_balance, config.train.router_z_loss),
+        routers=router_settings(config.train),
     )
     weights: nn.Module = host_weights(model, master_dtype(compute)) if on_host else model
     initialise(model, config.train.seed, weights, on_progress)
@@ -111,6 +110,11 @@ def build_trained(
         load_weights(weights, config.model, config.train.seed, on_progress, mesh.get_all_groups())
     updater = build_updater(model, weights, config.optim, device)
     return Trained(model, stage_of(model).weights, updater, Fsdp2State(weights, updater.optimizer))
+
+
+def router_settings(train: TrainConfig) -> RouterSettings:
+    """What the configuration asks of routers."""
+    return RouterSettings(train.router_balance, train.router_z_loss, train.router_bias_rate, train.expert_capacity)
 
 
 def build_updater(model: nn.Module, weights: nn.Module, config: OptimConfig, device: torch.device) -> Updater:

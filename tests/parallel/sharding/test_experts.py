@@ -20,7 +20,7 @@ from efflaunch.errors import ConfigError
 from efflaunch.memory.policy import MemoryPolicy
 from efflaunch.model.build import build_config, build_model
 from efflaunch.model.hf_fields import hf_config_dict
-from efflaunch.model.weights import load_weights
+from efflaunch.model.weights import load_weights, persistent_buffers
 from efflaunch.parallel.sharding.experts import spread_experts
 from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.parallel.sharding.parts import memory_of
@@ -80,13 +80,15 @@ def engine(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def loaded(folder: Path, layout: dict[str, int]) -> dict[str, Tensor]:
-    return whole(build(folder, layout).named_parameters())
+    model = build(folder, layout)
+    return whole([*model.named_parameters(), *persistent_buffers(model).items()])
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "mixtral", "dots1"])
 def test_files_fill_the_same_weights_whatever_the_layout(pool: RankPool, tmp_path: Path, family: str) -> None:
     files = save_model(tmp_path, family)
-    expected = dict(AutoModelForCausalLM.from_pretrained(files, dtype=torch.float32).double().named_parameters())
+    theirs = AutoModelForCausalLM.from_pretrained(files, dtype=torch.float32).double()
+    expected = {**dict(theirs.named_parameters()), **persistent_buffers(theirs)}
     for name in ("EP 2", "EP 4", "EP 2, HSDP"):
         ranks, layout = LAYOUTS[name]
         for weights in pool.run(loaded, files, layout, ranks=ranks):
