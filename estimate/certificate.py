@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ..units import format_bytes, format_tokens
 from .footprint.host import arena_bytes
 from .footprint.optimizer import host_optimizer_bytes
+from .footprint.term import FORWARD_ALONE
 from .ledger import Ledger
 from .solver.report import SolveReport, describe_policy
 
@@ -36,6 +37,8 @@ class Certificate:
     device_bytes: int
     device_phase: str
     device_capacity_bytes: int
+    evaluation_bytes: int
+    """The part of it that an evaluation, or scoring, takes at most: forward passes alone."""
     host_bytes: int
     host_capacity_bytes: int
     comparable_bytes: int
@@ -72,6 +75,7 @@ def certify(ledger: Ledger) -> Certificate:
         device_bytes=device.peak_bytes,
         device_phase=device.peak_phase.value,
         device_capacity_bytes=device.capacity_bytes,
+        evaluation_bytes=max(device.phase_bytes(phase) for phase in FORWARD_ALONE),
         host_bytes=ledger.host.peak_bytes,
         host_capacity_bytes=ledger.host.capacity_bytes,
         comparable_bytes=_comparable(ledger),

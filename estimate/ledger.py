@@ -78,6 +78,12 @@ class Ledger:
         return self.slowest_stage or self.inputs
 
     @property
+    def whole(self) -> PlanInputs:
+        """Inputs of all stages together, everything decided."""
+        decided = self.inputs
+        return replace(self.asked, policy=decided.policy, parallel=decided.parallel) if self.stages else decided
+
+    @property
     def accounts(self) -> tuple[Account, ...]:
         """All that have a capacity."""
         return (self.device, self.host, *((self.budget,) if self.budget is not None else ()))

@@ -45,6 +45,27 @@ def check_data(config: Config) -> None:
     print(f"data: {open_data(config.data, config.train.seed, vocab_size, config.train.objective).summary()}", flush=True)
 
 
+def report_evaluation(config: Config) -> None:
+    """Say which documents of evaluation are trained on; DataError where corpora cannot be evaluated on."""
+    if not config.eval.is_on:
+        return
+    from ..model.spec import model_spec
+    from ..training.data.indexed import IndexedCorpus
+    from ..training.data.source import open_data
+    from ..training.evaluation.corpus import check_followed, open_corpora
+    from ..training.evaluation.overlap import overlap_notes
+
+    vocab_size = model_spec(config.model).vocab_size
+    corpora = open_corpora(config.eval, max_seq_len=config.data.max_seq_len, vocab_size=vocab_size, tokenizer=config.data.tokenizer)
+    check_followed(config.train.keep_best, corpora)
+    if config.data.builtin is None:
+        training = [IndexedCorpus(prefix) for prefix in config.data.prefixes]
+    else:
+        training = open_data(config.data, config.train.seed, vocab_size, config.train.objective).corpora
+    for note in overlap_notes([(corpus.name, corpus.corpus) for corpus in corpora], training):
+        print(f"note: {note}", flush=True)
+
+
 def check_resumed(config: Config, run_dir: Path) -> list[str]:
     """List what a resume changes about the learning rate and the data, a line each.
 

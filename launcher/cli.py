@@ -16,7 +16,7 @@ from .commands import COMMANDS, command_module
 from .output import OutputError, complain, drop_output, finish_output, open_closed_streams, plain_output, steady_output
 from .unexpected import DEBUG, report_unexpected
 
-_WORKS = ("data", "export", "profile")
+_WORKS = ("data", "evaluate", "export", "profile")
 """Commands whose work does not end because nobody reads what they print; so do those that launch, from `start.launch` on."""
 
 

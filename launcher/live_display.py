@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from ..training.reporting.config import Display as Mode
@@ -14,12 +15,18 @@ from ..utils.text import plain
 from .rundir.metrics_reader import Event
 from .rundir.progress import (
     RunProgress,
+    best_line,
     certificate_line,
     drift_line,
+    early_stop_line,
+    evaluation_line,
+    evaluation_progress_line,
+    evaluation_text,
     mirror_line,
     number_text,
     plans_text,
     score_line,
+    speed_text,
     start_line,
     step_line,
     stragglers_line,
@@ -31,6 +38,16 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _MAX_RANK_ROWS = 16
+NEWS: Mapping[str, Callable[[Event], str]] = MappingProxyType(
+    {
+        "score": score_line,
+        "eval": evaluation_line,
+        "eval_progress": evaluation_progress_line,
+        "best": best_line,
+        "early_stop": early_stop_line,
+    }
+)
+"""Events that every display tells of, and how."""
 
 
 class Display(Protocol):
@@ -87,8 +104,8 @@ class PlainDisplay:
             return start_line(event)
         if event["event"] == "step" and self._is_shown(event["step"]):
             return step_line(self.progress)
-        if event["event"] == "score":
-            return score_line(event)
+        if event["event"] in NEWS:
+            return NEWS[event["event"]](event)
         if event["event"] == "certificate":
             return certificate_line(event)
         if event["event"] == "checkpoint":
@@ -128,8 +145,8 @@ class LiveDisplay:
         for event in events:
             if event["event"] == "start":
                 self.note(start_line(event))
-            elif event["event"] == "score":
-                self.note(score_line(event))
+            elif event["event"] in NEWS:
+                self.note(NEWS[event["event"]](event))
             elif news := _bad_news(event):
                 self.note(news)
         self.progress.apply(events)
@@ -179,6 +196,12 @@ class LiveDisplay:
             "speed",
             f"{speed} tokens/s, {format_seconds(event['step_s'])} a step, {self.progress.total_tokens:,} so far",
         )
+        used = speed_text(event)
+        if used:
+            table.add_row("devices", used)
+        for index, name in enumerate(sorted(self.progress.evaluations)):
+            evaluation = self.progress.evaluations[name]
+            table.add_row("" if index else "evaluation", _shortened(f"{evaluation_text(evaluation)}, after step {evaluation['step']}"))
         norm = event.get("grad_norm")
         table.add_row("optimizer", f"lr {number_text(event.get('lr'), '.2e')}" + ("" if norm is None else f", gradient norm {norm:.3f}"))
         if event.get("expert_load") is not None:

@@ -10,7 +10,7 @@ from ..errors import EXIT_DONE, ConfigError
 from ..training.data.config import DataChanged
 from ..utils.names import check_path
 from ..utils.text import typed
-from .checks import check_data, check_memory_plan, check_resumed, report_model
+from .checks import check_data, check_memory_plan, check_resumed, report_evaluation, report_model
 from .config.overrides import parse_overrides
 from .config.paths import absolute_paths
 from .config.run_config import Backend, Config
@@ -73,6 +73,7 @@ def launch(config: Config, run_dir: Path | None = None, *, entry: str | None = N
         check_mirror(config, run_dir)
         report_model(config)
         check_data(config)
+        report_evaluation(config)
         changes = check_resumed(config, run_dir)
         if config.launcher.backend is not Backend.LOCAL:
             # Ranks say so where they start, which is elsewhere.
@@ -94,6 +95,7 @@ def launch_array(configs: list[Config], folder: Path, *, entry: str | None = Non
             check_memory_plan(launch.config)
             check_mirror(launch.config, launch.run_dir)
             check_data(launch.config)
+            report_evaluation(launch.config)
             check_resumed(launch.config, launch.run_dir)
         report_model(configs[0])
         return launcher.submit_array(launches, folder)

@@ -161,7 +161,13 @@ PURE_FILES = (
     *("parallel/config.py", "parallel/layout.py", "parallel/sequence/plan.py", "parallel/sequence/degrees.py"),
     *("parallel/sharding/engine.py", "parallel/pipeline/plan.py", "training/optimizers/engine_check.py"),
     *("checkpoint/config.py", "checkpoint/interval.py", "checkpoint/throttle.py", "checkpoint/sizes.py", "checkpoint/replica/plan.py"),
-    *("training/config.py", "training/data/config.py", "training/optimizers/config.py", "training/reporting/config.py"),
+    *(
+        "training/config.py",
+        "training/data/config.py",
+        "training/evaluation/config.py",
+        "training/optimizers/config.py",
+        "training/reporting/config.py",
+    ),
 )
 """What they import of the folders that run."""
 NUMERIC = {"numpy", "scipy", "numba"}

@@ -27,6 +27,22 @@ def test_launching_page(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "runs" / "first").stat().st_mode & 0o777 == 0o700
 
 
+def test_evaluation_page(tmp_path: Path) -> None:
+    printed = run_page("evaluation.md", tmp_path)
+    work = tmp_path / "work"
+    events = [json.loads(line) for line in (work / "runs" / "judged" / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "eval"] == [2, 4]
+    last = [event for event in events if event["event"] == "eval"][-1]
+    assert f"numbers: loss {last['loss']:.4f} over {last['targets']:,} targets" in printed
+    assert '"length": 64' in printed and "best eval/numbers/loss so far" in printed
+
+
+def test_report_page(tmp_path: Path) -> None:
+    printed = run_page("report.md", tmp_path)
+    assert (tmp_path / "work" / "first.html").read_text().startswith("<!DOCTYPE html>")
+    assert "wrote first.html" in printed and '"optim.lr": [' in printed
+
+
 def test_memory_page(tmp_path: Path) -> None:
     printed = run_page("memory.md", tmp_path)
     assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed

@@ -57,6 +57,10 @@ class TrainConfig:
     """grpo only: how far above one."""
     grpo_kl_weight: float = 0.0
     """grpo only: weight of the divergence from the reference, per token."""
+    keep_best: str | None = None
+    """Metric of an evaluation, as eval/web/loss: its best checkpoint is pinned, so never removed. None: none is."""
+    patience: int | None = None
+    """Evaluations in a row without a better train.keep_best after which the run ends. None: it never does."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "steps": Range(1, STEPS, example=100),
@@ -71,6 +75,7 @@ class TrainConfig:
         "grpo_clip_low": Range(0, 1, above=True),
         "grpo_clip_high": Range(0, 1e6, above=True),
         "grpo_kl_weight": Range(0, 1e6),
+        "patience": Range(1, STEPS),
     }
 
 

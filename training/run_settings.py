@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ..estimate.plan_inputs import Configured
+from .evaluation.config import EvalConfig
 from .reporting.config import LoggingConfig
 
 
@@ -16,7 +17,9 @@ class Stop(Protocol):
 
 
 class RunSettings(Configured, Protocol):
-    """What training reads of the whole configuration (launcher.config.Config): all that estimates read, and what to report."""
+    """What training reads of the whole configuration (launcher.config.Config): what estimates read, what to judge and to report."""
 
+    @property
+    def eval(self) -> EvalConfig: ...
     @property
     def logging(self) -> LoggingConfig: ...

@@ -79,11 +79,21 @@ class StepPlanner:
         lengths = self._lengths_of(step)
         if self._mode is SequenceMode.STATIC:
             return self._priced(static_plan(lengths, self.request))
+        return self._rank_0s(lengths, lambda: self._decide(step, lengths))
+
+    def plan_lengths(self, lengths: Sequence[int]) -> StepPlan:
+        """A plan of sequences that belong to no step, as an evaluation's: static, or greedy if adaptive. Collective as `plan`."""
+        if self._mode is SequenceMode.STATIC:
+            return static_plan(lengths, self.request)
+        return self._rank_0s(lengths, lambda: replace(greedy_plan(lengths, self.request), source="greedy"))
+
+    def _rank_0s(self, lengths: Sequence[int], decide: Callable[[], StepPlan]) -> StepPlan:
+        """What rank 0 decides, on every rank."""
         packed = torch.zeros(packed_size(len(lengths)) + 1, dtype=torch.int64)
         error: Exception | None = None
         if self._service is not None:
             try:
-                packed[1:] = torch.from_numpy(pack_plan(self._checked(self._decide(step, lengths))))
+                packed[1:] = torch.from_numpy(pack_plan(self._checked(decide())))
             except Exception as failure:  # the others wait for it in the broadcast
                 packed[0], error = 1, failure
         dist.broadcast(packed, 0, group=whole_world())

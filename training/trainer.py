@@ -10,7 +10,7 @@ Note: the order of a step, the same on every rank (`_Run._step`, then `loop`). S
   7. gather_results *         loss, tokens, peaks, busy times and the stop flag of every rank
   8. updater.finish *         the norm and clipping; a number that is not finite ends the run on every rank, before
   9. updater.apply            what was not updated in backward is; then the step's allocations are gone
- 10. _finish_step             counts, certificate, stragglers, drift, metrics; `loop` then saves (*) where one is due, and ends
+ 10. _finish_step             counts, certificate, stragglers, drift, metrics; `loop` then evaluates (*) and saves (*) where that is due
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from ..checkpoint.restore import Restored
 from ..errors import EXIT_DONE, EXIT_PREEMPTED
 from ..estimate.measured.profile import DEFAULT_FILE, save_profile
+from ..estimate.timing.utilisation import utilisation
 from ..memory.arena.replay import Arena
 from ..memory.arena.step import open_arena, step_allocator
 from ..memory.position import Position
@@ -48,6 +49,7 @@ from ..utils.text import typed
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
 from .data.identity import DataChanges, check_data_changes, data_changes
+from .evaluation.during import RunEvaluation
 from .micro_batches import MicroBatchWork, count_targets, read_step, step_shape
 from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
@@ -172,6 +174,15 @@ class _Run:
         self.low_on_host: tuple[int, int] | None = None
         """The first rank whose node has next to nothing left, and the bytes it has."""
         self.hosts = host_names(self.session.topology.world)
+        self.evaluation = RunEvaluation(
+            config,
+            self.session,
+            self.planner.plan_lengths,
+            report=self.metrics.write,
+            pulse=pulse,
+            expected_s=self.pace.expected_s,
+            saved=extra.get("evaluation"),
+        )
         self._write_start(restored)
 
     def _resolve_costs(self, stored: dict[str, Any] | None) -> Costs:
@@ -212,11 +223,18 @@ class _Run:
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
             self._secure()
-            while self.done < self.config.train.steps:
+            if self.evaluation.begin(self.done, stop):
+                self.metrics.write("stop", step=self.done, reason="signal")
+                return EXIT_PREEMPTED
+            while not self.evaluation.is_over(self.done):
                 stopping = self._step(stop)
-                last = self.done == self.config.train.steps
-                if stopping or last or self.session.checkpointer.due(self.done):
-                    self._save(final=stopping or last)
+                stopping = self.evaluation.after(self.done, stop, stopping)
+                last = self.evaluation.is_over(self.done) and not self.evaluation.pending(self.done)
+                best = self.evaluation.is_best(self.done)
+                if stopping or last or best or self.session.checkpointer.due(self.done):
+                    self._save(final=stopping or last or best)
+                if best:
+                    self._pin_best()
                 if stopping or last:
                     with self.pulse.long("waiting for the checkpoint"):
                         self.saves.ensure_saved(self.done, mirrored=last)
@@ -344,7 +362,8 @@ class _Run:
             return
         stages, arena = self.session.topology.num_stages, self.allocator.outcome()
         fields = step_fields(results, plan, step_s=elapsed, total_tokens=self.total_tokens, arena=arena, num_stages=stages)
-        self.metrics.write("step", step=self.done, **fields, **numbers, **planned)
+        used = utilisation(self.session.ledger.whole, self.session.source.documents(self.done - 1), elapsed)
+        self.metrics.write("step", step=self.done, **fields, **used.fields(), **numbers, **planned)
 
     def _name_stragglers(self, plan: StepPlan, results: Results) -> None:
         # Rank 0 alone reports.
@@ -393,8 +412,15 @@ class _Run:
             "plan_totals": asdict(self.planner.totals),
             "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
             "updater": self.session.updater.state_dict(),
+            "evaluation": self.evaluation.state(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
+
+    def _pin_best(self) -> None:
+        """Later checkpoints may remove this one as soon as they are on disk: it is pinned before."""
+        with self.pulse.long("waiting for the checkpoint"):
+            self.session.checkpointer.wait()
+        self.evaluation.pin(self.done)
 
     def _secure(self) -> None:
         """What was restored from memory goes to disk first of all."""

@@ -13,14 +13,20 @@ from .term import Phase, Term
 def loss_chunk(inputs: PlanInputs) -> Term:
     """Logits of one chunk, in compute precision and in float32, or their gradient beside a part of the head's."""
     if not inputs.has_head:
-        return Term("loss chunk", "", {Phase.LOSS: 0})
+        return Term("loss chunk", "", {Phase.LOSS: 0, Phase.EVALUATION_LOSS: 0})
     chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
     narrow, wide = inputs.width * words * chunk, inputs.master * words * chunk
     bent = 3 * wide * inputs.spec.has_logit_softcap
     made = wide + bent + narrow * (inputs.width < inputs.master)
     most = max(made, narrow + inputs.width * words * inputs.spec.hidden_size)
     rows = chunk * inputs.spec.hidden_size * (norm_bytes(inputs) + inputs.width)
-    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows})
+    return Term("loss chunk", f"logits of {chunk} tokens x {words}", {Phase.LOSS: most + rows, Phase.EVALUATION_LOSS: made + rows})
+
+
+def row_losses(inputs: PlanInputs) -> Term:
+    """What an evaluation keeps of every row: its log-probability, and that in float64 on its way to the host."""
+    num_bytes = (inputs.master + 8) * inputs.tokens * inputs.has_head
+    return Term("losses of rows", "log-probabilities, in evaluations", {Phase.EVALUATION_LOSS: num_bytes})
 
 
 def scratch(inputs: PlanInputs) -> Term:
@@ -28,8 +34,9 @@ def scratch(inputs: PlanInputs) -> Term:
     chunk, words = min(inputs.train.loss_chunk_tokens, inputs.tokens), inputs.spec.vocab_size
     exponentials = inputs.master * words * chunk * inputs.has_head
     beside = exponentials * (1 + 3 * inputs.spec.has_logit_softcap)
-    counted = loss_chunk(inputs).by_phase[Phase.LOSS]
-    return Term("kernel scratch", "exponentials of the loss chunk's logits", {Phase.LOSS: max(0, exponentials + beside - counted)})
+    counted = loss_chunk(inputs).by_phase
+    by_phase = {phase: max(0, exponentials + beside - counted[phase]) for phase in (Phase.LOSS, Phase.EVALUATION_LOSS)}
+    return Term("kernel scratch", "exponentials of the loss chunk's logits", by_phase)
 
 
 def masked_scores(inputs: PlanInputs) -> Term:
@@ -52,7 +59,7 @@ def masked_scores(inputs: PlanInputs) -> Term:
     forward = max(5 + 3 * before, 6) if softcap else max(2 + 2 * before, 3)
     backward = max(5 + 4 * before, 7) if softcap else max(2 + 3 * before, 5)
     by_phase = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if inputs.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
-    by_phase[Phase.BACKWARD_ATTENTION] = int(backward * one + mask)
+    by_phase |= {Phase.BACKWARD_ATTENTION: int(backward * one + mask), Phase.EVALUATION: int(forward * one + mask)}
     return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", by_phase)
 
 

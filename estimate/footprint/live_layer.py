@@ -9,7 +9,10 @@ E log-sum-exp.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL
+from ...memory.policy import RECOMPUTED
 from ..plan_inputs import PlanInputs
 from .activations import graph_row, norm_bytes
 from .live_mixture import mixture_backward, mixture_forward, mixture_graph_backward
@@ -20,6 +23,7 @@ from .term import Phase, Term
 def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     """What the live layer holds of all rows, and of one piece."""
     moments = graph_moments(inputs) if inputs.policy.graph else chunked_moments(inputs) if inputs.by_chunks else whole_moments(inputs)
+    moments = moments | forward_alone_moments(inputs)
     largest = {
         phase: max(candidates, key=lambda moment: moment.whole * inputs.tokens + moment.piece * inputs.piece_tokens + moment.fixed)
         for phase, candidates in moments.items()
@@ -40,12 +44,25 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     )
 
 
-_COMPUTING = (Phase.FORWARD, Phase.SEGMENT, Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
+_COMPUTING = (
+    *(Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT),
+    *(Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS),
+)
 
 
 def _adapter_rows(inputs: PlanInputs) -> int:
     """Bytes of one row of x A^T and of dy B, of one product at a time (model/adapters/lora.py)."""
     return 2 * inputs.adapter.rank * inputs.width * inputs.adapter.is_trained
+
+
+def forward_alone_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
+    """A layer's forward without gradients: as with a policy that keeps nothing, and cuts the rows as this one does."""
+    nothing = inputs.policy.with_splits(dict.fromkeys(inputs.policy.splits, RECOMPUTED))
+    rows = inputs.piece_tokens if inputs.in_pieces else None
+    bare = replace(inputs, policy=replace(nothing, graph=False, segment_layers=1, chunk_tokens=rows))
+    moments = chunked_moments(bare) if bare.by_chunks else whole_moments(bare)
+    w = Widths.of(inputs)
+    return {Phase.EVALUATION: moments[Phase.FORWARD], Phase.EVALUATION_LOSS: [Moment(w.H)]}
 
 
 def whole_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:

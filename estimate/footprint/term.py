@@ -24,6 +24,9 @@ class Phase(Enum):
     REDUCE = "reduce"
     """The end of backward: embedding and head."""
     OPTIMIZER = "optimizer"
+    EVALUATION = "evaluation"
+    """A layer's forward between two steps, where nothing waits for a backward: evaluation, and scoring."""
+    EVALUATION_LOSS = "evaluation loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,14 @@ KEEPING = (Phase.FORWARD, Phase.LOSS, *BACKWARD)
 """Phases in which activations wait for their backward."""
 
 
+FORWARD_ALONE = (Phase.EVALUATION, Phase.EVALUATION_LOSS)
+"""Phases between two steps, without gradients."""
+
+
 ALL = tuple(Phase)
 
 
-COMPUTE = (*KEEPING, Phase.REDUCE)
+COMPUTE = (*KEEPING, Phase.REDUCE, *FORWARD_ALONE)
 
 
 def term(name: str, note: str, num_bytes: float, phases: tuple[Phase, ...] = ALL) -> Term:

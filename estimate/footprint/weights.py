@@ -10,7 +10,7 @@ from __future__ import annotations
 from ...model.spec import feed_forward_weights
 from ..plan_inputs import PlanInputs, reduces_once
 from .optimizer import gradients_left, weight_bytes
-from .term import BACKWARD, COMPUTE, KEEPING, Phase, Term, term
+from .term import BACKWARD, COMPUTE, FORWARD_ALONE, KEEPING, Phase, Term, term
 
 
 def weights(inputs: PlanInputs) -> Term:
@@ -44,7 +44,7 @@ def gathered_root(inputs: PlanInputs) -> Term:
         "embedding and head, gathered",
         "in compute precision, from forward to the end of backward",
         inputs.width * inputs.root_parameters,
-        KEEPING,
+        (*KEEPING, *FORWARD_ALONE),
     )
 
 
@@ -53,10 +53,11 @@ def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     one, several = inputs.width * inputs.gathered_layer_parameters, inputs.layout.shard > 1
     if inputs.parallel.barrier_free:
         note = "all layers, in compute precision, from the first micro-batch to the last"
-        return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), KEEPING)
+        return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), (*KEEPING, *FORWARD_ALONE))
     # The layer below is gathered ahead; where its input is recomputed from its segment's, that gather is used up by then.
     ahead = one * (several and layer > 0 and not inputs_recomputed(inputs, layer))
     by_phase = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
+    by_phase |= {Phase.EVALUATION: by_phase[Phase.FORWARD], Phase.EVALUATION_LOSS: by_phase[Phase.LOSS]}
     by_phase |= dict.fromkeys((Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS), one + ahead)
     if inputs_recomputed(inputs, layer):
         by_phase[Phase.SEGMENT] = (2 + several) * one

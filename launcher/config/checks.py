@@ -11,6 +11,7 @@ from ...parallel.config import SequenceMode
 from ...parallel.layout import Layout, solve_layout
 from ...parallel.pipeline.config import PipelineOrder
 from ...training.config import check_train
+from ...training.evaluation.config import check_eval, check_keep_best
 from ...units import format_tokens
 from .run_config import Config
 
@@ -21,6 +22,7 @@ def check_config(config: Config) -> None:
     spec = model_spec(config.model)
     _check_routers(config, spec)
     check_adapter(config.adapter, spec)
+    _check_evaluation(config, spec)
     if config.data.global_batch_tokens < config.data.max_seq_len:
         raise ConfigError(
             "data.global_batch_tokens",
@@ -41,8 +43,15 @@ def check_config(config: Config) -> None:
 
 
 def _check_stages(config: Config, spec: ModelSpec) -> None:
-    """ConfigError for updates that take each module's gradients within backward, where some are not complete with the last pass."""
+    """ConfigError for what has not been tried in stages, and for updates within backward where gradients are not complete with it."""
     optim, pipeline = config.optim, config.parallel.pipeline
+    tried = "parallel.pipeline.stages=1"
+    if config.adapter.is_trained:
+        found = f"{config.adapter.name} with parallel.pipeline.stages={pipeline.stages}"
+        raise ConfigError("adapter", found=found, expected="none: adapters have not been tried in stages", hint=f"adapter=none, or {tried}")
+    if config.eval.corpora:
+        found = f"corpora with parallel.pipeline.stages={pipeline.stages}"
+        raise ConfigError("eval", found=found, expected="none: evaluation does not go through stages yet", hint=f"eval=none, or {tried}")
     if spec.tie_embeddings:
         what, why = "tied embeddings", "the first and the last stage add up their gradients of the embedding after backward"
         other_way = "parallel.pipeline.stages=1"
@@ -59,6 +68,14 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
                 expected=f"{other}: {why}",
                 hint=f"optim.{key}={other}, or {other_way}",
             )
+
+
+def _check_evaluation(config: Config, spec: ModelSpec) -> None:
+    longest, longer = max(config.eval.lengths, default=0), ""
+    if longest > spec.max_positions:
+        longer = " ".join(longer_positions(config.model, longest))
+    check_eval(config.eval, max_seq_len=config.data.max_seq_len, max_positions=spec.max_positions, longer=longer)
+    check_keep_best(config.train.keep_best, config.train.patience, config.eval, config.data.max_seq_len)
 
 
 def _check_routers(config: Config, spec: ModelSpec) -> None:

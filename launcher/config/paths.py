@@ -36,6 +36,7 @@ PATH_KEYS: Mapping[str, PathKind] = MappingProxyType(
         "data.prefixes": PathKind.FILE,
         "data.tokenizer": PathKind.NAME,
         "data.cache_dir": PathKind.FILE,
+        "eval.corpora": PathKind.FILE,
         "parallel.profile": PathKind.FILE,
         "memory.offload_dir": PathKind.FILE,
         "checkpoint.mirror": PathKind.ADDRESS,
@@ -107,11 +108,13 @@ def _mapped(config: Config, change: Callable[[str, PathKind, str], str]) -> Conf
 
 
 def _with(group: Any, names: list[str], change: Callable[[str], str]) -> Any:
-    """`group` (a dataclass) with the text, or every text of the list, at `names` replaced."""
+    """`group` (a dataclass) with the text, or every text of the list or mapping, at `names` replaced."""
     name, *rest = names
     value = getattr(group, name)
     if rest:
         return replace(group, **{name: _with(value, rest, change)})
     if isinstance(value, list):
         return replace(group, **{name: [change(item) if item else item for item in value]})
+    if isinstance(value, dict):
+        return replace(group, **{name: {key: change(item) if item else item for key, item in value.items()}})
     return group if not value else replace(group, **{name: change(value)})

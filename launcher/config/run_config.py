@@ -15,6 +15,7 @@ from ...model.config import ModelConfig
 from ...parallel.config import ParallelConfig
 from ...training.config import TrainConfig
 from ...training.data.config import DataConfig
+from ...training.evaluation.config import EvalConfig
 from ...training.optimizers.config import OptimConfig
 from ...training.reporting.config import LoggingConfig
 from ...units import Bytes, Nodes, Seconds
@@ -205,3 +206,4 @@ class Config:
     cluster: ClusterConfig
     launcher: LauncherConfig
     logging: LoggingConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)

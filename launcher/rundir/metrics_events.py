@@ -19,6 +19,10 @@ _NEEDED: dict[str, dict[str, str]] = {
     "drift": {"measured_over_predicted": _GROUP},
     "certificate": {"predicted_bytes": _NUMBER, "measured_bytes": _COUNTS, "compared": _TEXT},
     "stragglers": {"step": _COUNT, "ranks": _LIST},
+    "eval": {"step": _COUNT, "corpus": _TEXT, "targets": _COUNT, "metrics": _GROUP},
+    "eval_progress": {"corpus": _TEXT, "done_tokens": _COUNT, "total_tokens": _COUNT},
+    "early_stop": {"step": _COUNT, "metric": _TEXT},
+    "best": {"step": _COUNT, "metric": _TEXT},
     "score": {"done_tokens": _COUNT, "total_tokens": _COUNT, "elapsed_s": _NUMBER},
 }
 _OPTIONAL: dict[str, dict[str, str]] = {
@@ -46,15 +50,21 @@ _OPTIONAL: dict[str, dict[str, str]] = {
         "bound": _TEXT,
         "planned_by": _TEXT,
         **dict.fromkeys(("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl"), _NUMBER),
+        **dict.fromkeys(("mfu", "hfu", "device_tokens_per_s", "model_flops_per_s"), _NUMBER),
         **dict.fromkeys(("expert_load", "expert_load_mean", "router_balance", "router_z", "router_bias", "dropped_share"), _NUMBER),
         **dict.fromkeys(("expert_load_layer", "idle_experts", "dropped_rows"), _COUNT),
     },
     "certificate": {"ok": _TRUTH},
+    "eval": {"loss": _NUMBER, "tokens": _COUNT, "eval_s": _NUMBER, "lengths": _LIST, "positions": _LIST, "context": _GROUP},
+    "early_stop": {"best": _NUMBER, "best_step": _COUNT, "evaluations": _COUNT},
+    "best": {"value": _NUMBER, "pinned": _TRUTH},
     "planner_failed": {"step": _COUNT},
     "checkpoint": {"path": _TEXT, "stall_s": _NUMBER, "save_s": _NUMBER, "snapshot_s": _NUMBER, "num_bytes": _COUNT},
 }
 _MEMBERS: dict[tuple[str, str], dict[str, str]] = {
     ("step", "ranks"): {"rank": _COUNT, "peak_bytes": _COUNT},
+    ("eval", "lengths"): {"length": _COUNT, "targets": _COUNT},
+    ("eval", "positions"): {"up_to": _COUNT, "targets": _COUNT},
     ("stragglers", "ranks"): {"rank": _COUNT, "host": _TEXT, "ratio": _NUMBER},
 }
 _PARTS: dict[tuple[str, str], dict[str, str]] = {
@@ -64,6 +74,7 @@ _PARTS: dict[tuple[str, str], dict[str, str]] = {
         "fits": _TRUTH,
         **dict.fromkeys(("device_bytes", "device_capacity_bytes", "host_bytes", "host_capacity_bytes"), _NUMBER),
     },
+    ("eval", "context"): {"tokens": _COUNT, "targets": _COUNT},
     ("step", "plan_totals"): dict.fromkeys(("late", "steps", "predicted_s", "static_s"), _NUMBER),
 }
 
@@ -82,7 +93,17 @@ def is_sound(event: Any) -> bool:
         return False
     if not all(_has(event[name], wanted) for (of, name), wanted in _PARTS.items() if of == kind and event.get(name)):
         return False
+    if kind == "eval" and not _are_losses(event):
+        return False
     return all(_is(number, _NUMBER) for name in ("measured_over_predicted", "plan_totals") for number in (event.get(name) or {}).values())
+
+
+def _are_losses(event: Event) -> bool:
+    """Whether every loss of an evaluation is a number, or null where it was not finite."""
+    context = event.get("context") or {}
+    rows = [*(event.get("lengths") or ()), *(event.get("positions") or ())]
+    losses = [*event["metrics"].values(), *(row.get("loss") for row in rows), *(context.get(key) for key in ("loss", "short_loss", "gain"))]
+    return all(loss is None or _is(loss, _NUMBER) for loss in losses)
 
 
 def _has(group: Any, wanted: dict[str, str]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...estimate.certificate import check_line
-from ...units import format_bytes, format_precise, format_seconds
+from ...units import format_bytes, format_precise, format_seconds, format_tokens
 from .metrics_reader import Event
 
 _RECENT_STEPS = 20
@@ -51,6 +51,12 @@ class RunProgress:
     """The memory policy of the run, in clauses."""
     bound: str = ""
     """Most memory the run takes, by its certificate."""
+    evaluations: dict[str, Event] = field(default_factory=dict)
+    """The newest evaluation on each corpus."""
+    best: Event | None = None
+    """The checkpoint that train.keep_best pinned."""
+    early_stop: Event | None = None
+    """Why the run ended before its last step."""
     certificate: Event | None = None
     """The newest check of a measured step against it."""
 
@@ -67,6 +73,9 @@ class RunProgress:
             "drift": self._drifted,
             "certificate": self._checked,
             "stragglers": self._named,
+            "eval": self._evaluated,
+            "best": self._is_best,
+            "early_stop": self._stopped_early,
         }
         for event in events:
             handler = handlers.get(event["event"])
@@ -80,7 +89,8 @@ class RunProgress:
         self.sequence, self.planner_error = event.get("sequence") or "static", None
         self.memory, self.certificate, self.stragglers = event.get("memory") or [], None, []
         self.bound = bound_text(event["certificate"]) if event.get("certificate") else ""
-        kept = self.resumed_from or 0
+        kept, self.early_stop = self.resumed_from or 0, None
+        self.evaluations = {name: event for name, event in self.evaluations.items() if event["step"] <= kept}
         for values in (self.losses, self.durations):
             for step in [step for step in values if step > kept]:
                 del values[step]
@@ -116,6 +126,15 @@ class RunProgress:
 
     def _named(self, event: Event) -> None:
         self.stragglers = event["ranks"]
+
+    def _evaluated(self, event: Event) -> None:
+        self.evaluations[event["corpus"]] = event
+
+    def _is_best(self, event: Event) -> None:
+        self.best = event
+
+    def _stopped_early(self, event: Event) -> None:
+        self.early_stop = event
 
     def _checked(self, event: Event) -> None:
         self.certificate = event
@@ -154,6 +173,8 @@ def step_line(progress: RunProgress) -> str:
     assert event is not None, "no step yet"
     speed = number_text(progress.tokens_per_s, ",.0f")
     parts = [f"step {event['step']}/{progress.steps}", f"loss {number_text(event['loss'], '.4f')}", f"{speed} tokens/s"]
+    if event.get("mfu") is not None:
+        parts.append(f"mfu {event['mfu']:.1%}")
     if event.get("grad_norm") is not None:
         parts.append(f"grad {event['grad_norm']:.3f}")
     if event.get("expert_load") is not None:
@@ -194,6 +215,51 @@ def score_line(event: Event) -> str:
     return f"log-probabilities under the initial weights: {done:,} of {total:,} tokens, {format_seconds(event['elapsed_s'])}"
 
 
+def evaluation_text(event: Event) -> str:
+    """`web 2.4131 (8K 2.51, 128K 2.44), 0.071 from context beyond 4K`, of one corpus."""
+    lengths = ", ".join(f"{format_tokens(int(row['length']))} {number_text(row.get('loss'), '.4f')}" for row in event.get("lengths") or ())
+    text = f"{event['corpus']} {number_text(event.get('loss'), '.4f')}" + (f" ({lengths})" if lengths else "")
+    context = event.get("context")
+    if context and context.get("gain") is not None:
+        text += f", {context['gain']:+.4f} from context beyond {format_tokens(int(context['tokens']))}"
+    return text
+
+
+def evaluation_line(event: Event) -> str:
+    """Describe an evaluation of one corpus."""
+    seconds = "" if event.get("eval_s") is None else f", {format_seconds(event['eval_s'])}"
+    return f"evaluation after step {event['step']}: {evaluation_text(event)}, {int(event['targets']):,} targets{seconds}"
+
+
+def evaluation_progress_line(event: Event) -> str:
+    """Describe how far an evaluation by itself is."""
+    return f"evaluating on {event['corpus']}: {event['done_tokens']:,} of {event['total_tokens']:,} tokens"
+
+
+def best_line(event: Event) -> str:
+    """Describe which checkpoint is the best."""
+    what = "pinned" if event.get("pinned") else "not pinned: there is none on disk"
+    return f"best {event['metric']} so far: {number_text(event.get('value'), '.4f')} at step {event['step']}; its checkpoint is {what}"
+
+
+def early_stop_line(event: Event) -> str:
+    """Describe why the run ends before its last step."""
+    best = f"{number_text(event.get('best'), '.4f')} at step {event.get('best_step')}"
+    return f"ending after step {event['step']}: {event['metric']} was no better in {event.get('evaluations')} evaluations than {best}"
+
+
+def speed_text(event: Event) -> str:
+    """Use of each device in a step; where no peak is known (on CPUs), what was reached instead of a share of it."""
+    parts = []
+    if event.get("device_tokens_per_s") is not None:
+        parts.append(f"{event['device_tokens_per_s']:,.0f} tokens/s a rank")
+    if event.get("mfu") is not None:
+        parts.append(f"MFU {event['mfu']:.1%}, HFU {number_text(event.get('hfu'), '.1%')}")
+    elif event.get("model_flops_per_s") is not None:
+        parts.append(f"{event['model_flops_per_s'] / 1e9:,.1f} GFLOP/s a rank (model's own, no peak known)")
+    return ", ".join(parts)
+
+
 def bound_text(certificate: Event) -> str:
     """Describe what a rank and a node take at most, and where that is more than there is."""
     place, size, room = certificate["place"], certificate["device_bytes"], certificate["device_capacity_bytes"]
@@ -225,6 +291,15 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
         ("loss", f"{losses[0]} at step {first}, {losses[1]} at step {last}"),
         ("tokens", f"{progress.total_tokens:,}" + (f", {format_seconds(trained)} of training" if trained else "")),
     ]
+    speed = speed_text(progress.last or {})
+    if speed:
+        rows.append(("speed", f"{speed}, in the last step"))
+    for index, event in enumerate(progress.evaluations[name] for name in sorted(progress.evaluations)):
+        rows.append(("" if index else "evaluation", f"{evaluation_text(event)}, after step {event['step']}"))
+    if progress.best is not None:
+        rows.append(("best", best_line(progress.best)))
+    if progress.early_stop is not None:
+        rows.append(("early end", early_stop_line(progress.early_stop)))
     plans = plans_text(progress)
     if plans:
         rows.append(("plans", plans))

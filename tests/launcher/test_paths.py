@@ -26,7 +26,7 @@ TEXTS = {
     *("cluster.slurm.constraint", "cluster.slurm.gres", "cluster.slurm.mem", "cluster.slurm.sbatch", "cluster.slurm.prologue"),
     *("cluster.slurm.srun", "launcher.slurm.interface", "launcher.slurm.after", "launcher.slurm.exclude", "launcher.ray.address"),
     *("adapter.targets", "adapter.modules_to_save"),
-    *("launcher.ray.exclude", "launcher.ray.interface", "launcher.ray.env", "logging.wandb_project"),
+    *("launcher.ray.exclude", "launcher.ray.interface", "launcher.ray.env", "logging.wandb_project", "train.keep_best"),
 }
 """Keys whose values are texts and no paths."""
 

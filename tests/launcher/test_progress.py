@@ -47,6 +47,43 @@ def test_pace_leaves_the_first_step_out() -> None:
     assert step_line(progress) == "step 3/10  loss 7.0000  50 tokens/s  grad 0.500  lr 1.00e-03  4.00 s  21 s to go  [0+2: 3 seq]"
 
 
+def evaluated(number: int, loss: float, corpus: str = "web") -> dict[str, Any]:
+    lengths = [{"length": 8192, "loss": loss + 0.1, "targets": 4}, {"length": 1 << 20, "loss": None, "targets": 4}]
+    context = {"tokens": 4096, "targets": 3, "loss": loss, "short_loss": loss + 0.25, "gain": 0.25}
+    return {
+        "event": "eval", "step": number, "corpus": corpus, "loss": loss, "targets": 1234, "tokens": 5000, "eval_s": 1.5,
+        "lengths": lengths, "positions": [], "context": context, "metrics": {f"eval/{corpus}/loss": loss},
+    }  # fmt: skip
+
+
+def test_evaluations_are_shown_and_forgotten_with_their_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    best = {"event": "best", "step": 2, "metric": "eval/web/loss", "value": 2.0, "pinned": True}
+    early = {"event": "early_stop", "step": 3, "metric": "eval/web/loss", "best": 2.0, "best_step": 2, "evaluations": 3}
+    events = [start(), step(1, 9.0), step(2, 8.0), evaluated(2, 2.0), best, step(3, 7.0), early]
+    PlainDisplay(1).show(events)
+    printed = capsys.readouterr().out
+    text = "web 2.0000 (8K 2.1000, 1M unknown), +0.2500 from context beyond 4K"
+    assert f"evaluation after step 2: {text}, 1,234 targets, 1.50 s" in printed
+    assert "best eval/web/loss so far: 2.0000 at step 2; its checkpoint is pinned" in printed
+    assert "ending after step 3: eval/web/loss was no better in 3 evaluations than 2.0000 at step 2" in printed
+    rows = dict(summary_lines(RunProgress().apply(events)))
+    assert rows["evaluation"] == f"{text}, after step 2" and rows["early end"].startswith("ending after step 3")
+    resumed = RunProgress().apply([*events, start(2, resumed_from=1)])
+    assert resumed.evaluations == {} and resumed.early_stop is None
+    console = Console(file=io.StringIO(), width=160, force_terminal=False)
+    display = LiveDisplay("title", console)
+    display.show([*events, step(4, 6.0) | {"mfu": 0.415, "hfu": 0.5, "device_tokens_per_s": 25.0}])
+    display.close()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{text}, after step 2" in shown and "25 tokens/s a rank, MFU 41.5%, HFU 50.0%" in shown
+
+
+def test_on_cpus_the_models_own_flops_are_shown() -> None:
+    events = [start(), step(1, 9.0) | {"device_tokens_per_s": 25.0, "model_flops_per_s": 3.25e9}]
+    rows = dict(summary_lines(RunProgress().apply(events)))
+    assert rows["speed"] == "25 tokens/s a rank, 3.2 GFLOP/s a rank (model's own, no peak known), in the last step"
+
+
 def test_lost_steps_are_forgotten_on_resume() -> None:
     events = [start(), step(1, 9.0), step(2, 8.0), step(3, 1.0), start(3, resumed_from=2)]
     progress = RunProgress().apply(events)

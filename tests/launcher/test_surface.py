@@ -18,7 +18,7 @@ def test_config_keys() -> None:
 
 
 def test_groups() -> None:
-    assert GROUPS == ("model", "adapter", "data", "optim", "parallel", "memory", "checkpoint", "cluster", "launcher", "logging")
+    assert GROUPS == ("model", "adapter", "data", "optim", "parallel", "memory", "checkpoint", "cluster", "launcher", "logging", "eval")
     folders = {path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == {*GROUPS, EXPERIMENT}
 
@@ -36,6 +36,9 @@ def test_commands() -> None:
         "checkpoints",
         "explain",
         "simulate",
+        "evaluate",
+        "compare",
+        "report",
         "export",
         "data",
         "completion",

@@ -113,6 +113,13 @@ def test_sinks_get_the_numbers_of_each_step_in_their_own_thread(tmp_path: Path) 
     assert sink.closed and sink.thread == "mine sink"
 
 
+def test_sinks_get_the_metrics_of_each_evaluation(tmp_path: Path) -> None:
+    sink = _Recorder()
+    with Metrics(tmp_path, CONFIG, {}, False, sinks={"mine": lambda: sink}) as metrics:
+        metrics.write("eval", step=3, corpus="web", loss=2.0, targets=7, metrics={"eval/web/loss": 2.0, "eval/web/context_gain": None})
+    assert sink.written == [(3, {"eval/web/loss": 2.0})]
+
+
 def test_a_sink_that_fails_is_reported_once_and_the_others_continue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = _Recorder()
 

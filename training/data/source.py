@@ -49,6 +49,10 @@ class DataSource:
         sequence = self.sequence(step, index)
         return self.corpora[sequence.corpus].parts(sequence.document) or (len(sequence),)
 
+    def documents(self, step: int) -> list[int]:
+        """Tokens of each document of the step, those inside sequences one by one; nothing is read."""
+        return [length for index in range(len(self._rows(step))) for length in self.parts(step, index)]
+
     def tokens(self, step: int, index: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and target ids (both int64, (stop - start,)) of positions of the step's sequence `index`.
 

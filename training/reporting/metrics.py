@@ -87,8 +87,8 @@ class Metrics:
             return
         record = {"event": event, "time": time.time(), **fields}
         self._lines.append(record)
-        if event == "step":
-            scalars = dict(_scalars(fields))
+        if event in ("step", "eval"):
+            scalars = dict(_scalars(fields if event == "step" else fields["metrics"]))
             for sink in self._sinks:
                 sink.put(scalars, int(fields["step"]))
 

@@ -1,0 +1,124 @@
+"""What the ranks of an evaluation do in tests: build a sharded model with given weights, open a small corpus, evaluate, train."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from efflaunch.model.build import RouterSettings, build_model
+from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
+from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
+from efflaunch.parallel.sequence.solve import solve_greedy, solve_static
+from efflaunch.parallel.sharding.parts import write_shard
+from efflaunch.parallel.topology import build_topology
+from efflaunch.tests.data.corpora import write_corpus
+from efflaunch.tests.parity.ranks_side import POLICIES
+from efflaunch.tests.parity.reference import BASE, hf_config, lift_to_float64, reference_model
+from efflaunch.training.evaluation.config import EvalConfig
+from efflaunch.training.evaluation.corpus import open_corpora
+from efflaunch.training.evaluation.measure import Evaluator
+from efflaunch.training.micro_batches import count_targets, read_step
+from efflaunch.training.objectives.heads import LanguageModelling
+from efflaunch.training.step import backward_step
+from efflaunch.training.step_setup import StepSetup
+
+DOCUMENTS = (37, 5, 64, 1, 18, 29, 90)
+LONGEST, CONTEXT, LENGTHS = 64, 16, (8, 32)
+"""data.max_seq_len, eval.context_tokens, eval.lengths."""
+
+
+def documents():
+    generator = np.random.default_rng(7)
+    tokens = [generator.integers(0, BASE["vocab_size"], n) for n in DOCUMENTS]
+    return tokens, [generator.random(n) < 0.7 for n in DOCUMENTS]
+
+
+def corpus(folder, masked):
+    tokens, masks = documents()
+    return write_corpus(
+        folder / "held", [list(map(int, row)) for row in tokens], [list(map(int, row)) for row in masks] if masked else None
+    )
+
+
+def plan_for(layout, lengths):
+    """The plan of a step of these lengths, by the name of a layout."""
+    kind, world, degree, ulysses = layout
+    if kind == "adaptive":
+        degrees = tuple(DegreeCost(degree=d, ulysses=u, attention_s=1e-4 / d, linear_s=1e-3 / d) for d, u in ((1, 1), (2, 1), (4, 2)))
+        return solve_greedy(lengths, CostModel(world_size=world, tokens_per_rank=20, degrees=degrees, beta_s=1e-3))
+    if kind == "idle":
+        return StepPlan(world, tuple(lengths), (MicroBatch((Group(0, degree, ulysses, tuple(range(len(lengths)))),)),))
+    return solve_static(lengths, world_size=world, degree=degree, ulysses=ulysses, tokens_per_rank=LONGEST, linear_cost_tokens=100)
+
+
+def build(case, weights):
+    """The sharded model of a case, as far as an evaluation looks at a session."""
+    torch.set_num_threads(1)
+    lift_to_float64()
+    topology, device = build_topology(replicate=case.get("replicate", 1), device="cpu", experts=case.get("ep", 1)), torch.device("cpu")
+    model = build_model(
+        hf_config(case["family"]), POLICIES[case.get("policy", "recompute")], topology.mesh, device=device, compute_dtype=torch.float64,
+        seed=0, loss_chunk_tokens=7, expert_mesh=topology.experts,
+        routers=RouterSettings(*case.get("router", (0.0, 0.0)), capacity_factor=case.get("capacity")),
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        write_shard(parameter, torch.from_numpy(weights[name]))
+    return SimpleNamespace(device=device, topology=topology, model=model, kernel=CpuKernel())
+
+
+def evaluator(judged, layout):
+    return Evaluator(
+        judged, lambda lengths: plan_for(layout, lengths), batch_tokens=100, vocab_size=BASE["vocab_size"], context_tokens=CONTEXT
+    )
+
+
+def opened(prefix):
+    config = EvalConfig(name="t", corpora={"held": prefix}, lengths=list(LENGTHS), context_tokens=CONTEXT)
+    return open_corpora(config, max_seq_len=LONGEST, vocab_size=BASE["vocab_size"], tokenizer=None)[0]
+
+
+def evaluate(case, layout, weights, prefix):
+    result = evaluator(build(case, weights), layout).corpus(opened(prefix), lambda done, total: True)
+    return result.fields()
+
+
+def reference(family):
+    lift_to_float64()
+    model = reference_model(family, torch.float64).eval()
+    return model, {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+def train(case, layout, weights, prefix, evaluates):
+    """Weights after three AdamW steps, with or without evaluations around them; and what the model counted of its experts."""
+    judged = build(case, weights)
+    source, judge = opened(prefix).source("whole", 100, BASE["vocab_size"]), evaluator(judged, layout)
+    setup = StepSetup(model=judged.model, topology=judged.topology, kernel=judged.kernel, device=judged.device, reduce_each=False,
+                      barrier_free=case.get("barrier_free", False))  # fmt: skip
+    optimizer, losses, found = torch.optim.AdamW(judged.model.parameters(), lr=1e-2), [], []
+    for step in (0, 1, 2):
+        if evaluates:
+            found.append(judge.corpus(opened(prefix), lambda done, total: True).whole.total.mean)
+        plan = plan_for(layout, source.lengths(step))
+        works = read_step(source, step, plan, judged.topology.rank, shares_experts=judged.topology.shares_experts)
+        count = count_targets(works, judged.topology, judged.device)
+        losses.append(backward_step(setup, works, LanguageModelling(count, judged.device)).sum().item())
+        judged.model.forward.expert_load.clear()
+        optimizer.step()
+        optimizer.zero_grad()
+    picked = {name: np.array(parameter.full_tensor().detach()) for name, parameter in judged.model.named_parameters()}
+    return losses, picked if dist.get_rank() == 0 else None, found
+
+
+def stop_after(case, layout, weights, prefix, steps):
+    """What an evaluation says that is told to stop after so many steps, and how often it was asked."""
+    asked = []
+
+    def go_on(done, total):
+        asked.append((done, total))
+        return len(asked) < steps
+
+    return evaluator(build(case, weights), layout).corpus(opened(prefix), go_on) is None, asked

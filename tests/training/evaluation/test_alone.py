@@ -1,0 +1,67 @@
+"""Weights of a checkpoint without its optimizer, and checkpoints that cannot be evaluated."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from efflaunch.checkpoint.config import CheckpointConfig
+from efflaunch.checkpoint.engine import CheckpointEngine
+from efflaunch.errors import CheckpointError
+from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
+from efflaunch.tests.training.small import Small, backward, plain_model
+from efflaunch.training.evaluation.alone import load_checkpoint, read_results
+
+
+def trained(model):
+    """As engines build it, whole on one rank; says how often its weights were said to have changed."""
+    updater, optimizer = SimpleNamespace(told=0), torch.optim.AdamW(model.parameters())
+    updater.weights_changed = lambda: setattr(updater, "told", updater.told + 1)
+    return SimpleNamespace(model=model, state=Fsdp2State(model, optimizer), updater=updater)
+
+
+def saved(folder, model):
+    """A checkpoint after one update, which has optimizer states in it."""
+    own = trained(model)
+    backward(model)
+    own.state._optimizer.step()
+    engine = CheckpointEngine(CheckpointConfig(name="t"), folder, state=own.state, metadata={})
+    engine.save(1, {})
+    engine.wait()
+    engine.close()
+    return folder / "step-00000001"
+
+
+def test_weights_are_filled_and_nothing_else(tmp_path):
+    model = plain_model()
+    path = saved(tmp_path / "checkpoints", model)
+    other = trained(plain_model(seed=5))
+    load_checkpoint(other, path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(other.model.named_parameters())[name])
+    assert other.updater.told == 1 and not other.state._optimizer.state
+
+
+def test_another_models_weights_are_refused(tmp_path):
+    path = saved(tmp_path / "checkpoints", plain_model())
+    with pytest.raises(CheckpointError, match="another model's weights"):
+        load_checkpoint(trained(Small(width=9)), path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = saved(tmp_path / "checkpoints", plain_model())
+    file = path / "__0_0.distcp"
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    with pytest.raises(CheckpointError, match="--verify finds a whole one"):
+        load_checkpoint(trained(plain_model(seed=5)), path)
+
+
+def test_results_are_what_evaluations_reported():
+    events = [
+        {"event": "eval_progress", "corpus": "a"},
+        {"event": "eval", "time": 1.0, "step": 0, "corpus": "a", "loss": 2.0},
+        {"event": "eval", "time": 2.0, "step": 0, "corpus": "b", "loss": 3.0},
+    ]
+    assert read_results(events) == [{"corpus": "a", "loss": 2.0}, {"corpus": "b", "loss": 3.0}]

@@ -1,0 +1,151 @@
+"""Evaluates a checkpoint or a model directory without training: the ranks' side of `efflaunch evaluate`.
+
+REQUEST_FILE in the run directory says which checkpoint; without one the weights are those of `model.path`. Results are `eval` events in
+metrics.jsonl, as a training run's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ...checkpoint import state
+from ...checkpoint.reader import DamageError, Reader
+from ...errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ...model.build import position_of
+from ...model.spec import active_layer_parameters, model_spec
+from ...parallel.config import SequenceMode
+from ...parallel.layout import solve_layout
+from ...parallel.sequence.attention import BlockKernel
+from ...parallel.sequence.kernels import block_kernel
+from ...parallel.sequence.service import PlanRequest, static_plan
+from ...parallel.sequence.solve import solve_greedy
+from ...parallel.sharding.engine import FSDP2
+from ...parallel.topology import Topology, build_topology
+from ...utils.heartbeat import Heartbeat
+from ..agreed_ledger import agreed_ledger
+from ..engines import builder_of
+from ..optimizers.build import Trained
+from ..reporting.metrics import Metrics
+from ..run_settings import RunSettings, Stop
+from ..session import join_ranks, plain_config
+from ..step_planner import resolve_costs
+from .corpus import open_corpora
+from .measure import Evaluator, Plan
+
+REQUEST_FILE = "evaluate.json"
+PRELOAD = FSDP2.preload
+REPORT_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model built to be judged, and for nothing else."""
+
+    device: torch.device
+    topology: Topology
+    model: PreTrainedModel
+    kernel: BlockKernel
+
+
+def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -> int:
+    """Evaluate on every corpus of the configuration; exit code 0, or 75 after a stop. Collective over the ranks the agent started."""
+    request = json.loads((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
+    device = join_ranks(config.cluster)
+    spec = model_spec(config.model)
+    try:
+        # First, for their errors come soonest.
+        corpora = open_corpora(
+            config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
+        )
+        pulse.at("building the model")
+        built, plan = _build(config, device, request["checkpoint"], pulse.at)
+        position_of(built.model).listener = pulse.at
+        evaluator = Evaluator(
+            built,
+            plan,
+            batch_tokens=config.data.global_batch_tokens,
+            vocab_size=spec.vocab_size,
+            context_tokens=config.eval.context_tokens,
+        )
+        with Metrics(run_dir, config.logging, plain_config(config), False, rank=built.topology.rank) as metrics:
+            for corpus in corpora:
+                begun = time.monotonic()
+                result = evaluator.corpus(corpus, _Progress(built, stop, corpus.name, metrics.write))
+                if result is None:
+                    return EXIT_PREEMPTED
+                metrics.write("eval", step=int(request["step"] or 0), **result.fields(), eval_s=time.monotonic() - begun)
+    finally:
+        dist.destroy_process_group()
+    return EXIT_DONE
+
+
+class _Progress:
+    """Reports how far an evaluation is; says no once any rank is to stop."""
+
+    def __init__(self, built: Built, stop: Stop, corpus: str, report: Callable[..., None]) -> None:
+        self._built, self._stop, self._corpus, self._report = built, stop, corpus, report
+        self._reported = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> bool:
+        if time.monotonic() - self._reported > REPORT_EVERY_S:
+            self._reported = time.monotonic()
+            self._report("eval_progress", corpus=self._corpus, done_tokens=done, total_tokens=total)
+        flags = torch.tensor(int(self._stop.requested), device=self._built.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._built.topology.world)
+        return not bool(flags)
+
+
+def _build(config: RunSettings, device: torch.device, checkpoint: str | None, beat: Callable[[str], None]) -> tuple[Built, Plan]:
+    """The model with its weights, and how sequences are planned. Collective."""
+    spec, parallel, data = model_spec(config.model), config.parallel, config.data
+    layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
+    ledger = agreed_ledger(config, device)
+    topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep)
+    build, load = builder_of(config), checkpoint is None
+    trained = build(config, ledger.inputs.policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=topology.experts)
+    if checkpoint is not None:
+        load_checkpoint(trained, Path(checkpoint))
+    request = PlanRequest(
+        cost=resolve_costs(config, ledger.inputs, device, None).model,
+        static_degree=layout.sp_degree,
+        static_ulysses=layout.ulysses,
+        linear_cost_tokens=active_layer_parameters(spec) / spec.query_size,
+        certify=False,
+    )
+    # The cost model is arithmetic, or of one file: the same on every rank.
+    adaptive = parallel.sequence is SequenceMode.ADAPTIVE
+    plan: Plan = (lambda lengths: solve_greedy(lengths, request.cost)) if adaptive else (lambda lengths: static_plan(lengths, request))
+    return Built(device, topology, trained.model, block_kernel(device)), plan
+
+
+def load_checkpoint(trained: Trained, path: Path) -> None:
+    """Fill the weights from the checkpoint in `path`, each rank its part; CheckpointError where it is damaged or another model's."""
+    own = trained.state
+    weights = state.weights_of(own.tensors())
+    try:
+        reader = Reader(path)
+        differing = state.differences(weights, reader.tensors)
+        if not differing:
+            reader.read(weights, lambda value: (own.local(value), own.offsets(value)))
+    except (DamageError, OSError, ValueError, KeyError) as error:
+        hint = "efflaunch checkpoints RUN_DIR --verify finds a whole one; --step takes it"
+        raise CheckpointError(str(path), found=str(error), expected="a whole checkpoint", hint=hint) from error
+    if differing:
+        found = "another model's weights:\n    " + "\n    ".join(differing[:5])
+        raise CheckpointError(str(path), found=found, expected="the weights of the configured model", hint="model settings as the run's")
+    trained.updater.weights_changed()
+
+
+def read_results(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fields of each corpus's evaluation among the events of an evaluation by itself."""
+    found = [event for event in events if event["event"] == "eval"]
+    return [{key: value for key, value in event.items() if key not in ("event", "time", "step")} for event in found]

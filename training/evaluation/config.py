@@ -1,0 +1,117 @@
+"""Settings of evaluation: which held-out corpora, when, and with how much context."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...errors import ConfigError
+from ...units import Tokens, format_tokens
+from ...utils.ranges import STEPS, TOKENS, Range, check_ranges
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+GAIN = "context_gain"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Settings of the corpora the model is judged on while it trains, and how (docs/evaluation.md)."""
+
+    name: str = "none"
+    corpora: dict[str, str] = field(default_factory=dict)
+    """Names and prefixes of held-out corpora, as {web: heldout/web, code: heldout/code}; empty: no evaluation."""
+    every_steps: int | None = None
+    """Updates from one evaluation to the next; None: only at_start and at_end."""
+    at_start: bool = False
+    """Also before the first update."""
+    at_end: bool = True
+    """Also after the last update."""
+    lengths: list[Tokens] = field(default_factory=list)
+    """Context lengths at which the same targets are judged, as [8K,128K]; at most data.max_seq_len. Empty: whole documents alone."""
+    max_tokens: Tokens | None = None
+    """Most tokens that each pass over a corpus reads, of windows spread over it; None: all of them."""
+    context_tokens: Tokens = 4096
+    """What is left of the context in the pass that shows what the rest of it is worth."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "every_steps": Range(1, STEPS),
+        "lengths": Range(2, TOKENS),
+        "max_tokens": Range(2, 1 << 50),
+        "context_tokens": Range(2, TOKENS),
+    }
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self.corpora)
+
+
+def check_eval(config: EvalConfig, *, max_seq_len: int, max_positions: int, longer: str) -> None:
+    """Raise ConfigError where names, lengths or times of evaluation make no sense.
+
+    `max_positions` of the model; `longer`: what to type for more of them.
+    """
+    check_ranges(config, "eval")
+    for name in config.corpora:
+        if not _NAME.fullmatch(name):
+            expected, hint = "letters, digits, `.`, `_` and `-`", "eval.corpora={web: PREFIX}"
+            raise ConfigError("eval.corpora", found=f"the name {name!r}"[:200], expected=expected, hint=hint)
+    if not config.is_on and (config.every_steps is not None or config.at_start or config.lengths):
+        asked = "every_steps" if config.every_steps is not None else "at_start" if config.at_start else "lengths"
+        raise ConfigError(f"eval.{asked}", found="it, and no corpora", expected="corpora to evaluate on", hint="eval.corpora={web: PREFIX}")
+    for length in config.lengths:
+        _check_length(length, max_seq_len, max_positions, longer)
+
+
+def _check_length(length: int, max_seq_len: int, max_positions: int, longer: str) -> None:
+    if length > max_positions:
+        raise ConfigError(
+            "eval.lengths",
+            found=f"{format_tokens(length)}",
+            expected=f"at most the {format_tokens(max_positions)} positions the model knows",
+            hint=f"shorter eval.lengths, or {longer}",
+        )
+    if length > max_seq_len:
+        raise ConfigError(
+            "eval.lengths",
+            found=f"{format_tokens(length)}",
+            expected=f"at most data.max_seq_len={format_tokens(max_seq_len)}, which layout and memory are planned for",
+            hint=f"shorter eval.lengths, or data.max_seq_len={format_tokens(length)}",
+        )
+
+
+def length_name(num_tokens: int) -> str:
+    """`8K`, `1M`, `1000`: a number of tokens in the name of a metric."""
+    return format_tokens(num_tokens).replace(",", "")
+
+
+def metric_names(config: EvalConfig, max_seq_len: int) -> list[str]:
+    """Names of the metrics an evaluation results in: what train.keep_best may follow."""
+    names = []
+    for corpus in sorted(config.corpora):
+        names.append(f"eval/{corpus}/loss")
+        names += [f"eval/{corpus}/loss_{length_name(length)}" for length in sorted(set(config.lengths))]
+        if config.context_tokens < max_seq_len:
+            names.append(f"eval/{corpus}/{GAIN}")
+    return names
+
+
+def check_keep_best(metric: str | None, patience: int | None, config: EvalConfig, max_seq_len: int) -> None:
+    """Raise ConfigError where train.keep_best names no metric of an evaluation, or train.patience has none to follow."""
+    if metric is None:
+        if patience is not None:
+            raise ConfigError(
+                "train.patience", found=f"{patience} without train.keep_best", expected="a metric to follow", hint="train.keep_best=METRIC"
+            )
+        return
+    names = metric_names(config, max_seq_len)
+    if metric not in names:
+        there = ", ".join(names) or "none: eval.corpora is empty"
+        hint = f"train.keep_best={names[0]}" if names else "eval.corpora={web: PREFIX} eval.every_steps=100"
+        raise ConfigError("train.keep_best", found=metric, expected=f"a metric of this run's evaluations ({there})", hint=hint)
+    if config.every_steps is None:
+        raise ConfigError(
+            "train.keep_best", found=f"{metric} with eval.every_steps=null", expected="evaluations to compare", hint="eval.every_steps=100"
+        )
