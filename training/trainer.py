@@ -132,9 +132,8 @@ class _Run:
         arena: Arena | None = None,
     ) -> None:
         self.config, self.rank, self.run_dir, self.pulse = config, dist.get_rank(whole_world()), run_dir, pulse
-        self.saves = Saves()
+        saves = self.saves = Saves()
         pulse.at("building the model")
-        saves = self.saves
         self.session: Session = build_session(
             config, run_dir, device, saves.on_saved, saves.replicated, saves.mirrored, on_progress=pulse.at
         )
@@ -156,10 +155,9 @@ class _Run:
         self.step_s: list[float] = []
         self.pace = Pace()
         self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
-        self.saves.begin(
-            self.session.checkpointer, self.metrics.write, None if restored is None or not restored.is_durable else restored.step
-        )
         self.only_in_memory = restored is not None and not restored.is_durable
+        durable = None if restored is None or self.only_in_memory else restored.step
+        saves.begin(self.session.checkpointer, self.metrics.write, durable)
         self.arena, self.allocator = arena, step_allocator(arena, self.metrics.write)
         self.position: Position = position_of(self.session.model)
         self.costs: Costs = self._resolve_costs(extra.get("costs"))
