@@ -33,8 +33,15 @@ BLOCKS: dict[str, dict[str, Any]] = {
 HAS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
+MUST_SAY: dict[Family, dict[str, Any]] = {
+    Family.DOTS1: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+}
+"""What transformers has no sensible default for."""
+
+
 def file(folder: Path, family: Family = Family.LLAMA, **fields: Any) -> Path:
-    (folder / "config.json").write_text(json.dumps({"model_type": facts_of(family).model_type, **SIZES, **LENGTH, **fields}))
+    own = MUST_SAY.get(family, {})
+    (folder / "config.json").write_text(json.dumps({"model_type": facts_of(family).model_type, **SIZES, **LENGTH, **own, **fields}))
     return folder
 
 
