@@ -122,7 +122,7 @@ def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: ModelShape
     world, stages = cluster.num_nodes * cluster.ranks_per_node, parallel.pipeline.stages
     layers = spec.num_layers if stages > 1 else 0
     check_pipeline(parallel.pipeline, world_size=world, num_layers=layers, barrier_free=parallel.barrier_free)
-    _check_world(parallel, world // stages)
+    _check_world(parallel, cluster)
     _check_degree(parallel, world // stages)
     _check_scheme(parallel, spec.num_heads)
     _check_barrier_free(parallel)
@@ -155,14 +155,14 @@ def _wrong_ep(ep: int, actual: str, expected: str, nearest: int) -> ConfigError:
     return ConfigError("parallel.experts.ep", found=f"{ep} for {actual}", expected=expected, hint=f"parallel.experts.ep={nearest}")
 
 
-def _check_world(parallel: ParallelConfig, world: int) -> None:
+def _check_world(parallel: ParallelConfig, cluster: Machines) -> None:
+    world = cluster.num_nodes * cluster.ranks_per_node // parallel.pipeline.stages
     of_a_stage = f" of each of {parallel.pipeline.stages} stages" * (parallel.pipeline.stages > 1)
     if parallel.shard is not None and parallel.replicate * parallel.shard != world:
         raise ConfigError(
             "parallel.shard",
             found=f"replicate {parallel.replicate} x shard {parallel.shard} = {parallel.replicate * parallel.shard} ranks",
-            expected=f"{world} ranks{of_a_stage}: cluster.num_nodes x cluster.ranks_per_node"
-            + " / parallel.pipeline.stages" * (parallel.pipeline.stages > 1),
+            expected=f"{world} ranks{of_a_stage}: {cluster.num_nodes} x {cluster.ranks_per_node} of cluster",
             hint=f"parallel.shard={world // parallel.replicate}"
             if world % parallel.replicate == 0
             else "parallel.replicate=1 parallel.shard=null",

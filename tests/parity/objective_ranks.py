@@ -10,7 +10,7 @@ from efflaunch.model.build import build_model
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
-from efflaunch.tests.parity.ranks_side import POLICIES
+from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import Preference, Rollout
 from efflaunch.training.objectives.rollout import RolloutOptions
@@ -60,14 +60,15 @@ def run_objective(objective, case, weights, options, plan):
 
     torch.set_num_threads(1)
     lift_to_float64()
-    topology = build_topology(replicate=1, device="cpu")
+    topology, config = build_topology(replicate=1, device="cpu", stages=case.get("stages", 1)), hf_config(case["family"])
     model = build_model(
-        hf_config(case["family"]), POLICIES[case.get("policy", "keep")], topology.mesh,
+        config, POLICIES[case.get("policy", "keep")], topology.mesh,
         device=CPU, compute_dtype=torch.float64, seed=0, loss_chunk_tokens=case["loss_chunk"],
+        place=stage_place(topology, config.num_hidden_layers),
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-    works = read_step(UnitSource(_units(objective, options)), 0, plan, topology.rank)
+    works = read_step(UnitSource(_units(objective, options)), 0, plan, topology.stage_rank)
     count = count_targets(works, topology, CPU)
     step = _objective(objective, options, count)
     setup = StepSetup(
@@ -77,5 +78,6 @@ def run_objective(objective, case, weights, options, plan):
     loss = backward_step(setup, works, step).sum()
     sums = torch.cat([loss.reshape(1), step.stats])
     dist.all_reduce(sums)
-    gradients = {name: np.array(parameter.grad.full_tensor()) for name, parameter in model.named_parameters()}
+    mine = {name: np.array(parameter.grad.full_tensor()) for name, parameter in model.named_parameters()}
+    gradients = of_all_stages(mine, topology)
     return (float(sums[0]), sums[1:].numpy() / step.count, gradients) if dist.get_rank() == 0 else None

@@ -117,6 +117,8 @@ ROWS = {
     "ulysses 2, streambp": (whole, 2, 2, {"policy": "streambp"}),
     "hybrid 2x2, gemma2": (whole, 4, 2, {"family": "gemma2"}),
     "hybrid 2x2, tied, one sequence a micro-batch": (singles, 4, 2, {"family": "llama_mha_tied"}),
+    "two stages, one sequence a micro-batch": (singles, 1, 1, {"stages": 2}),
+    "two stages, ulysses 2, tied, recompute": (singles, 2, 2, {"stages": 2, "family": "llama_mha_tied", "policy": "recompute"}),
 }
 
 
@@ -140,7 +142,7 @@ def check_objective(pool, objective, plan, case):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
     weights, options, loss, means, gradients = truth(case["family"], objective)
-    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=plan.world_size)[0]
+    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=plan.world_size * case.get("stages", 1))[0]
     assert abs(got_loss - loss) <= 1e-10 * abs(loss)
     np.testing.assert_allclose(got_means, means, rtol=1e-10, atol=1e-12)
     for name, want in gradients.items():
