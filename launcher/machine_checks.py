@@ -130,7 +130,12 @@ def local_overrides(config: Config) -> list[str]:
         "train.dtype=float32",
         "train.steps=20",
     ]
+    if config.cluster.ranks_per_node == 1:
+        # An experiment for one GPU says so itself, and its one rank would not hold the longest sequence.
+        overrides.append("cluster.ranks_per_node=2")
     parallel = config.parallel
+    if parallel.pipeline.stages > 1:
+        overrides.append("parallel.pipeline.stages=1")
     if parallel.replicate != 1 or parallel.shard is not None:
         overrides += ["parallel.replicate=1", "parallel.shard=null"]
     if parallel.sp_degree is not None or parallel.ulysses_degree is not None:

@@ -77,7 +77,8 @@ def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -
     dear = plan_json(capsys, "+experiment=llama8b_1M", "cluster.device_memory_bytes=40GiB", "cluster.host_memory_bytes=100GiB")
     assert dear["solver"]["prices"], "and in this one memory must be worth something"
     piped = plan_json(capsys, "+experiment=llama8b_1M", "parallel.pipeline.stages=2", "cluster.num_nodes=2")
-    assert flat(short) | flat(dear) | flat(piped) == documented_keys()
+    # Where one stage is all of the model `pipeline` is null.
+    assert (flat(short) | flat(dear) | flat(piped)) - {"pipeline"} == documented_keys()
     assert plan_json(capsys, "+experiment=llama8b_1M", "memory=recompute")["solver"] is None
 
 
