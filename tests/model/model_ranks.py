@@ -23,7 +23,7 @@ def losses(configs, documents, targets, plan):
     for config in configs:
         model = _loaded(config, topology, torch.float64)
         loss = _gradients(model, topology, ListSource(documents, targets), plan, {})
-        results.append((loss, _gathered(model, lambda p: p.grad)))
+        results.append((loss, _gathered(model, topology, lambda p: p.grad)))
     return results if dist.get_rank() == 0 else None
 
 

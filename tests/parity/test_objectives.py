@@ -142,7 +142,8 @@ def check_objective(pool, objective, plan, case):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
     weights, options, loss, means, gradients = truth(case["family"], objective)
-    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=plan.world_size * case.get("stages", 1))[0]
+    ranks = plan.world_size * case.get("stages", 1)
+    got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=ranks)[0]
     assert abs(got_loss - loss) <= 1e-10 * abs(loss)
     np.testing.assert_allclose(got_means, means, rtol=1e-10, atol=1e-12)
     for name, want in gradients.items():

@@ -27,6 +27,7 @@ from efflaunch.training.data.indexed import IndexedCorpus, Kind
 from efflaunch.training.data.source import open_data
 from efflaunch.training.data.writer import IndexedWriter
 from efflaunch.training.score_corpus import fill_scores
+from efflaunch.training.step_setup import StepSetup
 
 PAIRS = ((4, 9, 3), (2, 30, 11), (6, 5, 5), (3, 60, 61), (1, 8, 8))
 """(prompt, chosen, rejected); the fourth is too long and left out."""
@@ -83,7 +84,8 @@ def _score(prefixes, objective, weights, run_dir, ulysses, stop_at, name="w"):
     for key, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[key]))
     source, reports = _open(prefixes, objective), []
-    session = SimpleNamespace(source=source, device=device, topology=topology, kernel=CpuKernel(), model=model)
+    setup = StepSetup(model=model, topology=topology, kernel=CpuKernel(), device=device, reduce_each=False)
+    session = SimpleNamespace(source=source, device=device, topology=topology, step_setup=setup)
 
     def plan(lengths):
         return solve_static(lengths, world_size=ranks, degree=ranks, ulysses=ulysses, tokens_per_rank=64, linear_cost_tokens=100)
