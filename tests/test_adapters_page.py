@@ -26,6 +26,7 @@ def efflaunch(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "efflaunch", *words], cwd=work, capture_output=True, text=True, timeout=ENDS_S)
 
 
+@pytest.mark.slow
 def test_adapters_page(tmp_path: Path) -> None:
     printed = run_page("adapters.md", tmp_path)
     work = tmp_path / "work"
