@@ -30,7 +30,8 @@ def test_a_step_without_tokens_divides_by_nothing() -> None:
 
 def test_models_without_experts_have_none_and_send_nothing() -> None:
     nothing: Any = None
-    assert agreed_rows(ExpertLoad(), nothing) == (None, ()) and balance_fields(SimpleNamespace(), None, (), nothing) == {}  # type: ignore[arg-type]
+    dense: Any = SimpleNamespace(has_experts=False)
+    assert agreed_rows(ExpertLoad(), nothing) == (None, ()) and balance_fields(dense, None, (), nothing) == {}
 
 
 def test_dropped_rows_are_counted_of_all_that_were_wanted() -> None:
