@@ -53,7 +53,7 @@ def test_adapters_page(tmp_path: Path) -> None:
     alone = ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=2K")
     assert efflaunch(work, "resume", "runs/lora", "train.steps=15", *alone).returncode == 0
     assert events(lora, "start")[-1]["world_size"] == 1 and events(lora, "step")[-1]["step"] == 15
-    for other, found in (("train.seed=1", "other weights than those of this seed"), ("adapter.alpha=16", "scaled by 4; now by 2")):
+    for other, found in (("adapter.alpha=16", "scaled by 4; now by 2"), ("train.seed=1", "other weights than those of this seed")):
         refused = efflaunch(work, "resume", "runs/lora", "train.steps=16", "data.changed=accept", other)
         assert refused.returncode == 93 and found in refused.stdout + refused.stderr
     refused = efflaunch(work, "+experiment=quickstart_lora", "adapter.init=adapter", "adapter.rank=4", "run.id=refused")

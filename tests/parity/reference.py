@@ -243,9 +243,9 @@ def lift_to_float64() -> None:
                 kind.forward = _rotary_forward(kind.forward, copies=1 if family == "gpt_oss" else 2)
             # gpt-oss weighs in the precision of its logits.
             if isinstance(kind, type) and name.endswith("TopKRouter") and family != "gpt_oss":
-                kind.forward = _router
+                kind.forward = _wide_only(_router, kind.forward)
             if isinstance(kind, type) and name.endswith("TopkRouter"):
-                kind.forward = _wide_only(kind.forward)
+                kind.forward = _wide_only(_sigmoid_router, kind.forward)
         if hasattr(module, "eager_attention_forward") and family == "gemma2":
             module.eager_attention_forward = _eager
 
@@ -264,13 +264,13 @@ def _router(self, hidden_states):
     return logits, weights.to(logits.dtype), chosen
 
 
-def _wide_only(forward):
-    """Lifts a sigmoid router for float64 alone: in others its choices come in transformers' own order, which tests compare."""
+def _wide_only(wide, forward):
+    """Lifts a router for float64 alone: in others tests compare with transformers' own bits and order."""
     if getattr(forward, "is_lifted", False):
         return forward
 
     def lifted(self, hidden_states):
-        return (_sigmoid_router if hidden_states.dtype == torch.float64 else forward)(self, hidden_states)
+        return (wide if hidden_states.dtype == torch.float64 else forward)(self, hidden_states)
 
     lifted.is_lifted = True
     return lifted
