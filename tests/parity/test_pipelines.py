@@ -54,6 +54,7 @@ ROWS = {
     "2 stages, one of them without experts, balanced, EP 2": (
         {"stages": 2, "family": "qwen3_moe_mixed", "router": (0.3, 0.05), "layers": (1, 4), "ep": 2, "policy": "recompute"}, GROUPS,
     ),
+    "2 stages, experts that drop rows": ({"stages": 2, "family": "qwen3_moe", "capacity": 1.0, "policy": "segments_2"}, EACH),
     "2 stages, sigmoid routers, shared experts": ({"stages": 2, "family": "dots1", "policy": "streambp"}, GROUPS),
     "2 uneven stages": ({"stages": 2, "family": "llama_deep", "layers": (4, 1)}, EACH),
     "2 stages, sequence groups, three steps": ({"stages": 2, "steps": 3}, GROUPS),
