@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..units import format_bytes, format_tokens
-from .footprint.host import arena_bytes
 from .footprint.optimizer import host_optimizer_bytes
 from .footprint.term import FORWARD_ALONE
 from .ledger import Ledger
@@ -92,7 +91,7 @@ def _comparable(ledger: Ledger) -> int:
     phases = {phase for term in ledger.device.terms for phase in term.by_phase}
     most = max(sum(term.by_phase.get(phase, 0) for term in ledger.device.terms if term.name not in unseen) for phase in phases)
     # A rank without a GPU has what waits on the host in its own resident memory. (Mapped files do not stay there.)
-    waiting = 0 if s.policy.offload_dir is not None else arena_bytes(s)
+    waiting = 0 if s.policy.offload_dir is not None else ledger.arena_bytes
     beside = sum(term.num_bytes for term in ledger.host.terms if term.name in _IN_RANKS) // s.layout.ranks_per_node
     return most if s.on_gpu else most + waiting + host_optimizer_bytes(s) + beside
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..parallel.config import GradReduce
 from ..parallel.layout import Layout
 from .footprint.device import device_terms
-from .footprint.host import host_terms
+from .footprint.host import arena_bytes, host_terms
 from .footprint.term import ALL, Phase, Term
 from .plan_inputs import PlanInputs
 from .timing.step import Timing
@@ -76,6 +76,11 @@ class Ledger:
     def slowest(self) -> PlanInputs:
         """Inputs whose ranks set the pace of a step."""
         return self.slowest_stage or self.inputs
+
+    @property
+    def arena_bytes(self) -> int:
+        """What each rank opens its host store with: room for the stage that moves most."""
+        return max((stage.arena_bytes for stage in self.stages), default=arena_bytes(self.inputs))
 
     @property
     def whole(self) -> PlanInputs:

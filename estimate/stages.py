@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..parallel.pipeline.config import PipelineOrder
 from .footprint.device import device_terms
+from .footprint.host import arena_bytes
 from .footprint.term import ALL
 from .plan_inputs import PlanInputs
 from .timing.step import Timing, estimate_time
@@ -24,6 +25,8 @@ class StageMemory:
     in_flight: int
     """Micro-batches that wait for their backward, at most."""
     peak_bytes: int
+    arena_bytes: int
+    """Of host memory, or files, for what its policy moves there."""
     seconds: float
     """Seconds of one micro-batch of longest sequences, forward and backward."""
 
@@ -70,7 +73,13 @@ def gpipe_in_flight(inputs: PlanInputs) -> int:
 def memories(stages: tuple[PlanInputs, ...], layers: tuple[tuple[range, ...], ...]) -> tuple[StageMemory, ...]:
     """What each stage's ranks hold, by the policies of `stages`."""
     return tuple(
-        StageMemory(layers=each, in_flight=stage.in_flight, peak_bytes=peak_bytes(stage), seconds=micro_batch_s(stage))
+        StageMemory(
+            layers=each,
+            in_flight=stage.in_flight,
+            peak_bytes=peak_bytes(stage),
+            arena_bytes=arena_bytes(stage),
+            seconds=micro_batch_s(stage),
+        )
         for stage, each in zip(stages, layers, strict=True)
     )
 

@@ -19,7 +19,6 @@ from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
-from ..estimate.footprint.host import arena_bytes
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.stages import gpipe_in_flight
@@ -133,7 +132,7 @@ def build_session(
     ledger = agreed_ledger(config, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type, stages=layout.stages, experts=config.parallel.experts.ep)
     check_update_memory(ledger.inputs)
-    store = host_store(ledger.inputs, device)
+    store = host_store(ledger, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
         build, policy = builder_of(config), ledger.inputs.policy
         place, experts = stage_place(topology, ledger), topology.experts
@@ -198,11 +197,12 @@ def closing_store(session: Session) -> Iterator[None]:
             session.store.close()
 
 
-def host_store(inputs: PlanInputs, device: torch.device) -> HostStore | None:
+def host_store(ledger: Ledger, device: torch.device) -> HostStore | None:
     """Allocate host memory for what the policy moves, before step 1; ConfigError on every rank of a node with too little."""
+    inputs = ledger.inputs
     if not inputs.policy.uses_host:
         return None
-    capacity, directory = arena_bytes(inputs), inputs.policy.offload_dir
+    capacity, directory = ledger.arena_bytes, inputs.policy.offload_dir
     check_offload_space(capacity, inputs.layout.ranks_per_node, directory)
     # Nobody takes memory before everybody has looked.
     dist.barrier(group=whole_world())

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.footprint.host import arena_bytes
 from efflaunch.estimate.ledger import Ledger
 from efflaunch.estimate.stages import layers_by_rank, model_load, peak_bytes, stage_inputs, stage_layers
-from efflaunch.memory.config import MemoryConfig
+from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.parallel.pipeline.config import PipelineConfig, PipelineOrder
 from efflaunch.tests.memory.settings import LLAMA_8B, make_ledger, policy
 
@@ -76,3 +77,15 @@ def test_work_is_that_of_all_stages() -> None:
 def test_alike_layers_have_alike_loads() -> None:
     load = model_load(ledger(stages=2).asked)
     assert len(set(load.layers)) == 1 and len(load.layers) == 32 and load.head.token_s > 0
+
+
+def test_every_rank_has_host_memory_for_the_stage_that_moves_most() -> None:
+    """The head's stage may hold most on the device, and the first one has most micro-batches in flight."""
+    host = ActivationPlace.HOST
+    moved = MemoryConfig(name="m", layer_input=host, attention_output=host, activations=ActivationPlace.RECOMPUTE)
+    made = ledger(moved, stages=4, layers=[2, 2, 2, 26])
+    most = max(stage.arena_bytes for stage in made.stages)
+    assert made.arena_bytes == most > 0
+    assert arena_bytes(made.inputs) <= most
+    node = {term.name: term.num_bytes for term in made.host.terms}
+    assert node["activations on the host"] == made.layout.ranks_per_node * most

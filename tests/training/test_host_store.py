@@ -29,6 +29,6 @@ def test_a_disk_slower_than_the_plan_thinks_will_be_named(directory, speeds, exp
         offload_dir=directory,
     )
     ledger = make_ledger(length=1 << 13, tokens_per_rank=1 << 10, memory=memory, machines=cluster(host_link_bandwidth=25e9, **speeds))
-    setup.host_store(ledger.inputs, torch.device("cpu"))
+    setup.host_store(ledger, torch.device("cpu"))
     assert [settings["expected_write_bytes_per_s"] for settings in opened] == [expected]
     assert opened[0]["offload_dir"] == directory
