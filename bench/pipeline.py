@@ -174,7 +174,7 @@ def _name(row: dict[str, Any] | None) -> str:
 
 
 def search(stages: int, batches: int) -> Iterator[dict[str, Any]]:
-    """Processor seconds of `pipeline=auto` for 80 layers: equal micro-batches, and documents of a long tail."""
+    """Processor seconds of the search for 80 layers: equal micro-batches, and documents of a long tail."""
     base = problem(512 << 10, min(stages, 16))
     drawn = random.Random(0)
     tail = Batch(tuple(tuple(int(2048 * drawn.paretovariate(1.2)) for _ in range(4)) for _ in range(batches)))

@@ -23,7 +23,8 @@ def pipeline(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Schedules of pipelines, simulated",
         "",
-        "**Simulated, not measured**, but for the search's time: the cost model of [pipelines.md](pipelines.md).",
+        "**Simulated, not measured**, but for the search's time and what is said to have run: the cost model of "
+        "[pipelines.md](pipelines.md).",
         *_not_measured(result),
         *_measured(result),
         "",
@@ -112,7 +113,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def _search(row: dict[str, Any]) -> str:
     sizes = f"{row['stages']} stages x {row['micro_batches']} micro-batches, {row['batch']}"
-    what = f"`pipeline=auto`, {sizes}: {row['search_s']:.2f} s of processor"
+    what = f"The search, {sizes}: {row['search_s']:.2f} s of processor"
     if "refused" in row:
         return f"- {what}; nothing fits"
     return f"- {what} (aim: below 2), {row['tried']} candidates, kept {row['kept']}, {row['gap']:.0%} above the lower bound"

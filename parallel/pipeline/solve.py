@@ -1,4 +1,4 @@
-"""`pipeline=auto`: the fastest of partition x schedule x virtual stages x slices x what each stage recomputes, by simulation. Pure.
+"""Searches for the fastest of partition x schedule x virtual stages x slices x what each stage recomputes, by simulation. Pure.
 
 Every candidate is a published schedule; its partition and recomputation come from partition.py, under the memory of what the schedule
 has in flight; then it is simulated with each unit's own costs. What cannot be faster than the best one so far, for its busiest rank or
@@ -122,7 +122,7 @@ def solve(problem: PipelineProblem) -> PipelineChoice:
         nearest = min(trials, key=lambda trial: trial.share)
         found = f"none of {len(trials)} schedules that fits; nearest is {nearest.candidate}: {nearest.reason}"
         hint = "smaller micro-batches, more ranks, more slices"
-        raise PlanError("pipeline=auto", found=found, expected="one within memory", hint=hint)
+        raise PlanError("search for a pipeline", found=found, expected="one within memory", hint=hint)
     return PipelineChoice(
         candidate=best.candidate,
         partition=best.partition,
@@ -139,7 +139,7 @@ def _check(problem: PipelineProblem) -> None:
     if not 1 <= problem.ranks <= layers or len(problem.cap_bytes) != problem.ranks or short < 1:
         found = f"{problem.ranks} ranks with {len(problem.cap_bytes)} caps, {layers} layers, shortest micro-batch {short} tokens"
         expected = "as many ranks as layers at most, a cap for each, and tokens in every micro-batch"
-        raise PlanError("pipeline=auto", found=found, expected=expected, hint="fewer pipeline ranks")
+        raise PlanError("search for a pipeline", found=found, expected=expected, hint="fewer pipeline ranks")
 
 
 def candidates(problem: PipelineProblem) -> Iterator[Candidate]:
