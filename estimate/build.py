@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .footprint.host import arena_bytes, file_bytes
+from .footprint.host import file_bytes
 from .ledger import Ledger, budget_account, device_account, host_account, resolve_grad_reduce
 from .plan_inputs import PlanInputs
 from .solver.report import SolveReport
@@ -40,7 +40,8 @@ def _of_stages(inputs: PlanInputs) -> Ledger:
         decided, report = _decided(tightest)
         all_decided = tuple(replace(stage, policy=decided.policy, parallel=decided.parallel) for stage in stages)
         fullest = max(all_decided, key=peak_bytes)
-        ledger = _ledger(inputs, fullest, report, host=max(all_decided, key=lambda stage: (arena_bytes(stage), peak_bytes(stage))))
+        device = device_account(fullest)
+        ledger = _ledger(inputs, fullest, report, host=max(all_decided, key=lambda stage: host_account(stage, device).peak_bytes))
         stages_of_it, slowest = memories(all_decided, layers), max(all_decided, key=micro_batch_s)
         ledgers.append(replace(ledger, timing=pipelined(all_decided), stages=stages_of_it, slowest_stage=slowest))
         if ledgers[-1].fits:
@@ -49,16 +50,17 @@ def _of_stages(inputs: PlanInputs) -> Ledger:
 
 
 def _ledger(asked: PlanInputs, inputs: PlanInputs, report: SolveReport | None = None, host: PlanInputs | None = None) -> Ledger:
-    """The ledger of `inputs`; `host`: of the stage that moves most to the host, whose node is accounted for; None: the same."""
-    device, mover = device_account(inputs), host or inputs
-    node = host_account(mover, device)
+    """The ledger of `inputs`; `host`: of the stage whose node holds most; None: the same."""
+    device, on_host = device_account(inputs), host or inputs
+    node = host_account(on_host, device)
     return Ledger(
         asked=asked,
         inputs=inputs,
         device=device,
         host=node,
-        budget=budget_account(mover, node),
-        file_bytes=file_bytes(mover),
+        budget=budget_account(on_host, node),
+        file_bytes=file_bytes(on_host),
+        fullest_on_host=host,
         timing=estimate_time(inputs),
         report=report,
     )

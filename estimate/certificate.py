@@ -93,7 +93,7 @@ def _comparable(ledger: Ledger) -> int:
     # A rank without a GPU has what waits on the host in its own resident memory. (Mapped files do not stay there.)
     waiting = 0 if s.policy.offload_dir is not None else ledger.arena_bytes
     beside = sum(term.num_bytes for term in ledger.host.terms if term.name in _IN_RANKS) // s.layout.ranks_per_node
-    return most if s.on_gpu else most + waiting + host_optimizer_bytes(s) + beside
+    return most if s.on_gpu else most + waiting + host_optimizer_bytes(ledger.on_host) + beside
 
 
 def _assumptions(ledger: Ledger) -> tuple[str, ...]:

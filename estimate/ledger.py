@@ -65,6 +65,8 @@ class Ledger:
     """How the policy was found, with memory.solve."""
     stages: tuple[StageMemory, ...] = ()
     """Each stage of a pipeline: `inputs` and `device` are of that which holds most. Empty where there is one stage."""
+    fullest_on_host: PlanInputs | None = None
+    """Inputs of the stage whose node holds most; None where there is one stage."""
     slowest_stage: PlanInputs | None = None
     """Inputs of the stage that takes longest; None where there is one stage."""
 
@@ -76,6 +78,11 @@ class Ledger:
     def slowest(self) -> PlanInputs:
         """Inputs whose ranks set the pace of a step."""
         return self.slowest_stage or self.inputs
+
+    @property
+    def on_host(self) -> PlanInputs:
+        """Inputs of the ranks that the host's account is of."""
+        return self.fullest_on_host or self.inputs
 
     @property
     def arena_bytes(self) -> int:

@@ -131,7 +131,7 @@ def build_session(
     )
     ledger = agreed_ledger(config, device, run_dir)
     topology = build_topology(replicate=layout.replicate, device=device.type, stages=layout.stages, experts=config.parallel.experts.ep)
-    check_update_memory(ledger.inputs)
+    check_update_memory(ledger.on_host)
     store = host_store(ledger, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):
         build, policy = builder_of(config), ledger.inputs.policy

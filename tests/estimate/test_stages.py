@@ -9,7 +9,7 @@ import pytest
 
 from efflaunch.estimate.build import build_ledger
 from efflaunch.estimate.footprint.host import arena_bytes
-from efflaunch.estimate.ledger import Ledger
+from efflaunch.estimate.ledger import Ledger, host_account
 from efflaunch.estimate.stages import layers_by_rank, model_load, peak_bytes, stage_inputs, stage_layers
 from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.parallel.pipeline.config import PipelineConfig, PipelineOrder
@@ -89,3 +89,9 @@ def test_every_rank_has_host_memory_for_the_stage_that_moves_most() -> None:
     assert arena_bytes(made.inputs) <= most
     node = {term.name: term.num_bytes for term in made.host.terms}
     assert node["activations on the host"] == made.layout.ranks_per_node * most
+
+
+def test_the_hosts_account_is_of_the_stage_whose_node_holds_most() -> None:
+    made = ledger(stages=4, layers=[2, 2, 2, 26])
+    assert made.host.peak_bytes == max(host_account(stage, made.device).peak_bytes for stage in stage_inputs(made.asked))
+    assert ledger().on_host is not None and ledger().fullest_on_host is None

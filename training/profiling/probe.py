@@ -162,7 +162,7 @@ class Prober:
         )
         topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep)
         ledger = agreed_ledger(config, device)
-        check_update_memory(ledger.inputs)
+        check_update_memory(ledger.on_host)
         store = host_store(ledger, device)
         build, policy = builder_of(config), ledger.inputs.policy
         trained = build(config, policy, topology.mesh, device, store, load=False, expert_mesh=topology.experts)
