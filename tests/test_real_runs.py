@@ -130,6 +130,7 @@ def piped(tmp_path_factory, reference):
         shutil.copy(file, directory)
     finish(train(directory, *PIPED), directory)
     assert_close(losses(directory), losses(reference))
+    assert not (directory / "runs" / "run" / "profile.yaml").exists(), "it would be taken for one of all layers"
     return directory
 
 

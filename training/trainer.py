@@ -387,7 +387,9 @@ class _Run:
         with self.pulse.long("saving"):
             if not self.saves.request(self.done, self._extra, final=final):
                 return
-            refitted = self.measured.profile(self.costs.key) if self.rank == 0 else None
+            # Of stages there is no profile: it would be taken for one of all layers.
+            whole = self.session.topology.num_stages == 1
+            refitted = self.measured.profile(self.costs.key) if self.rank == 0 and whole else None
             if refitted is not None:
                 rates = self.session.ledger.inputs.measured
                 try:

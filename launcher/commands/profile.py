@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import EXIT_DONE
+from ...errors import EXIT_DONE, ConfigError
 from ...estimate.timing.bandwidth import gb_per_s
 from ...training.reporting.config import Display
 from ...units import format_bytes, format_seconds
@@ -54,6 +54,7 @@ def profile(config: Config, out: Path, seconds: float, as_json: bool) -> int:
     from ...estimate.measured.profile import load_profiles, save_profile
     from ..machine_checks import check_machine
 
+    _check_stages(config)
     unprofiled = replace(config, parallel=replace(config.parallel, profile=None))
     check_machine(unprofiled)
     if out.exists():
@@ -71,6 +72,18 @@ def profile(config: Config, out: Path, seconds: float, as_json: bool) -> int:
     else:
         show(profile, out)
     return EXIT_DONE
+
+
+def _check_stages(config: Config) -> None:
+    """ConfigError with several stages: what a profile says is of a rank that has all layers."""
+    stages = config.parallel.pipeline.stages
+    if stages > 1:
+        raise ConfigError(
+            "parallel.pipeline.stages",
+            found=f"{stages} for a profile",
+            expected="1: probes are of all layers, and plans of stages go by arithmetic",
+            hint="parallel.pipeline.stages=1",
+        )
 
 
 def _probe(config: Config, run_dir: Path, seconds: float) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from efflaunch.errors import ConfigError
+from efflaunch.launcher.commands.profile import profile
 from efflaunch.launcher.config.checks import check_config
 from efflaunch.launcher.config.compose import compose
 
@@ -31,6 +34,12 @@ def test_a_refusal_says_what_to_type(overrides: tuple[str, ...], where: str, hin
     with pytest.raises(ConfigError) as caught:
         check_config(compose([*STAGES, *overrides]))
     assert caught.value.where == where and hint in caught.value.hint
+
+
+def test_there_is_no_profile_of_stages(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a profile"):
+        profile(compose([*STAGES]), tmp_path / "profile.yaml", 1.0, False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
