@@ -189,9 +189,10 @@ def resolve_costs(config: Any, inputs: PlanInputs, device: torch.device, stored:
     restored = None if stored is None else load_costs(stored, key, fingerprint)
     if restored is not None:
         return restored
+    if arithmetic.num_stages > 1:
+        origin = "arithmetic on data sheets: a profile is of all layers, and a stage has some"
+        return Costs(arithmetic, 0.0, key, origin, fingerprint, is_assumed=True)
     profile, origin = find_profile(config.parallel.profile, key)
-    if profile is not None and arithmetic.num_stages > 1:
-        profile, origin = None, "arithmetic: a profile is of all layers, and a stage has some"
     if profile is None:
         return Costs(arithmetic, 0.0, key, origin, fingerprint, is_assumed=True)
     return Costs(profile.refine(arithmetic), profile.overhead_s, key, origin, fingerprint)

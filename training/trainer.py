@@ -378,7 +378,9 @@ class _Run:
             self.planner.totals.timed_predicted_s += plan.predicted_s
         drifted = self.measured.drift.news()
         if drifted:
-            self.metrics.write("drift", step=self.done, measured_over_predicted={str(d): ratio for d, ratio in drifted.items()})
+            ratios = {str(degree): ratio for degree, ratio in drifted.items()}
+            whole = self.session.topology.num_stages == 1
+            self.metrics.write("drift", step=self.done, measured_over_predicted=ratios, can_profile=whole)
         totals, barrier_free = asdict(self.planner.totals), self.config.parallel.barrier_free
         return plan_report(plan, times, self.costs.overhead_s, barrier_free=barrier_free) | {"static_s": static_s, "plan_totals": totals}
 

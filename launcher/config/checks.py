@@ -49,6 +49,10 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
     if config.adapter.is_trained:
         found = f"{config.adapter.name} with parallel.pipeline.stages={pipeline.stages}"
         raise ConfigError("adapter", found=found, expected="none: adapters have not been tried in stages", hint=f"adapter=none, or {tried}")
+    if config.parallel.profile is not None:
+        found = f"{config.parallel.profile} with parallel.pipeline.stages={pipeline.stages}"
+        expected = "null: a profile is of all layers, and plans of stages go by arithmetic"
+        raise ConfigError("parallel.profile", found=found, expected=expected, hint=f"parallel.profile=null, or {tried}")
     if config.eval.corpora:
         found = f"corpora with parallel.pipeline.stages={pipeline.stages}"
         raise ConfigError("eval", found=found, expected="none: evaluation does not go through stages yet", hint=f"eval=none, or {tried}")

@@ -371,4 +371,5 @@ def stragglers_line(event: Event) -> str:
 def drift_line(event: Event) -> str:
     """Describe which groups do not take the time the cost model predicts, and what to do about it."""
     ratios = ", ".join(f"groups of {degree} take {ratio:.2f} x" for degree, ratio in event["measured_over_predicted"].items())
-    return f"the cost model is off: {ratios} the modelled time (efflaunch profile measures this machine)"
+    advice = " (efflaunch profile measures this machine)" if event.get("can_profile", True) else ""
+    return f"the cost model is off: {ratios} the modelled time{advice}"

@@ -18,7 +18,7 @@ from efflaunch.launcher.rundir import state as states
 from efflaunch.launcher.rundir.lock import lock_run
 from efflaunch.launcher.rundir.metrics_index import newest_step
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
-from efflaunch.launcher.rundir.progress import RunProgress, start_line, step_line, summary_lines
+from efflaunch.launcher.rundir.progress import RunProgress, drift_line, start_line, step_line, summary_lines
 from efflaunch.launcher.rundir.run_dir import config_diff, make_run_dir, read_run, store_config
 from efflaunch.launcher.rundir.state import Attempt, Failure, new_state, read_state, write_state
 
@@ -263,3 +263,9 @@ def test_status_running_and_died(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert status.print_status(run_dir, as_json=False) == 0
     text = capsys.readouterr().out
     assert "state       died" in text and "killed by signal 9" in text and "efflaunch resume" in text
+
+
+def test_a_profile_is_advised_where_one_can_be_made() -> None:
+    event: dict[str, Any] = {"measured_over_predicted": {"2": 1.5}}
+    assert drift_line(event).endswith("groups of 2 take 1.50 x the modelled time (efflaunch profile measures this machine)")
+    assert drift_line(event | {"can_profile": False}).endswith("the modelled time"), "stages have none"
