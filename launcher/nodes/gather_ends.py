@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 _POLL_S = 0.1
-_NOTICE_S = 5.0
-"""Seconds an agent may take to see that ranks elsewhere have failed."""
-_END_S = 30.0
+_NOTICE_S = 30.0
+"""Seconds an agent may take to see that ranks elsewhere have failed: it looks ten times a second, but its machine or disk may stand still.
+
+Given up too early, it is killed before it has reported, and a healthy node is called lost. Too late costs nothing but this wait.
+"""
+_END_S = 60.0
 """Seconds it may take from there on to end its own ranks and to write down what became of them."""
 
 

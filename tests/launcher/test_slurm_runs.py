@@ -75,7 +75,7 @@ def test_a_failing_rank_and_a_mistake(cluster: SlurmCluster, place: Path) -> Non
     assert failing.end() == "COMPLETED", failing.output()
     first, second = failing.state().attempts
     assert first.failure is not None and first.failure.rank == 3 and first.failure.message == "rank 3: RuntimeError: the wheels came off"
-    assert first.decision == "restart 1 of 2 since the last progress" and second.exit_code == 0
+    assert first.decision == "restart 1 of 2 since the last progress" and second.exit_code == 0, failing.output()
     assert failing.losses() == {step: 10.0 / step for step in range(1, 13)}
 
     assert mistaken.end() == "FAILED"
