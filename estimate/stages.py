@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..memory.policy import KEEP_ALL
+from ..parallel.config import GradReduce
 from ..parallel.pipeline.config import PipelineOrder
 from .footprint.device import device_terms
 from .footprint.host import arena_bytes
@@ -32,14 +34,25 @@ class StageMemory:
 
 
 def stage_layers(inputs: PlanInputs) -> tuple[range, ...]:
-    """Decoder layers of each (virtual) stage: as configured, or so that the slowest takes least; of those the most even."""
-    from ..parallel.pipeline.partition import partition
+    """Decoder layers of each (virtual) stage: as configured, or so that the slowest takes least; of those the most even.
 
+    Where ranks have several virtual stages, layers then move between them until no move makes the slowest rank faster.
+    """
     stages = inputs.layout.stages * inputs.parallel.pipeline.virtual
     given = inputs.parallel.pipeline.layers
-    counts = tuple(given) if given is not None else partition(model_load(inputs), stages, tokens=1.0, pairs=0.0).counts
+    counts = tuple(given) if given is not None else _even_counts(inputs, stages)
     ends = [sum(counts[: index + 1]) for index in range(stages)]
     return tuple(range(end - size, end) for end, size in zip(ends, counts, strict=True))
+
+
+def _even_counts(inputs: PlanInputs, stages: int) -> tuple[int, ...]:
+    from ..parallel.pipeline.partition import balanced, partition
+
+    model, ranks = model_load(inputs), inputs.layout.stages
+    cut = partition(model, stages, tokens=1.0, pairs=0.0)
+    if stages == ranks:
+        return cut.counts
+    return balanced(model, cut, [stage % ranks for stage in range(stages)], tokens=1.0, pairs=0.0).counts
 
 
 def layers_by_rank(inputs: PlanInputs) -> tuple[tuple[range, ...], ...]:
@@ -116,6 +129,15 @@ def pipelined(stages: tuple[PlanInputs, ...]) -> Timing:
         bubble_s=bubble * first.passes / first.layout.num_micro_batches,
         assumptions=(*each[slowest].assumptions, line),
     )
+
+
+def least_step_s(inputs: PlanInputs) -> float:
+    """Seconds of a step that no memory policy makes shorter: everything kept on the device, whether it fits or not."""
+    policy = KEEP_ALL if inputs.memory.solve else inputs.policy
+    fastest = replace(inputs, policy=policy, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))
+    if inputs.layout.stages == 1:
+        return estimate_time(fastest).step_s
+    return pipelined(stage_inputs(fastest)).step_s
 
 
 def transfer_s(inputs: PlanInputs) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import EXIT_DONE
+from ...errors import EXIT_DONE, ConfigError
 from ...estimate.build import build_ledger
 from ...estimate.certificate import RECORD, certify
 from ...estimate.footprint.activations import class_splits
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_lengths(parser, required=False)
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --lengths: draw the step, as .svg, .png or .pdf")
     add_certify(parser)
+    parser.add_argument("--pipelines", action="store_true", help="compare the ways to cut the model into stages, and none, instead")
 
 
 def main(words: list[str]) -> int:
@@ -51,6 +52,13 @@ def main(words: list[str]) -> int:
     config = composed(options)
     if config is None:
         return EXIT_DONE
+    if options.pipelines:
+        from .plan_pipelines import print_pipelines
+
+        if options.lengths is not None:
+            hint = "parallel.pipeline.auto=true --lengths ..., for a step of the pipeline that is chosen"
+            raise ConfigError("efflaunch plan", found="--pipelines with --lengths", expected="one of the two", hint=hint)
+        return print_pipelines(config, options.json)
     if options.lengths is None:
         return print_plan(config, options.json)
     from .plan_step import PlanStepRequest, print_step_plan

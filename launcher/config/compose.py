@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,11 +60,21 @@ def _checked(data: dict[str, Any], overrides: list[Override]) -> Config:
     missing = list(_missing_keys(data))
     if missing:
         raise _missing_choice(missing[0], overrides)
-    config = resolve_nodes(expand_homes(load_config(data)), [item.key for item in overrides])
+    config = decided(resolve_nodes(expand_homes(load_config(data)), [item.key for item in overrides]))
     check_config(config)
     if config.run.id is not None:
         check_identifier("run.id", config.run.id)
     return config
+
+
+def decided(config: Config) -> Config:
+    """`config` with what its command line leaves to be decided: parallel.pipeline.auto. Lines about it go to standard error."""
+    if not config.parallel.pipeline.auto:
+        return config
+    from .pipeline_choice import decide_pipeline
+
+    # Standard output may be a script, or JSON.
+    return decide_pipeline(config, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _whole(item: Override) -> list[str]:

@@ -13,8 +13,13 @@ from .run_config import Config
 
 def plan(config: Config) -> Ledger:
     """The ledger of a whole configuration."""
+    return build_ledger(plan_inputs(config))
+
+
+def plan_inputs(config: Config) -> PlanInputs:
+    """What the ledger is made from, with nothing decided that is left open."""
     measured = find_rates(config.parallel.profile, config.cluster, hardware_of(config), config.memory.offload_dir)
-    return build_ledger(PlanInputs.of(config, measured))
+    return PlanInputs.of(config, measured)
 
 
 def hardware_of(config: Config) -> str:

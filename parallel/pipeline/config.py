@@ -11,6 +11,9 @@ from ...errors import ConfigError
 from ...utils.divisors import divisors, nearest_divisor
 from ...utils.ranges import Range, check_ranges
 
+AUTO = "parallel.pipeline.auto=true"
+"""What is typed to have a pipeline chosen."""
+
 
 class PipelineOrder(Enum):
     """In which order each stage makes the forward and backward passes of a step's micro-batches."""
@@ -34,6 +37,8 @@ class PipelineConfig:
     """interleaved: virtual stages of each stage's ranks; the layers are cut into `stages` x `virtual` pieces, dealt out in turn."""
     layers: list[int] | None = None
     """Decoder layers of each (virtual) stage, from the first on; None: chosen so that the slowest is as fast as can be."""
+    auto: bool = False
+    """Decide stages, order, virtual and layers, when a command line is read: the least estimated step time that fits, none included."""
     micro_batches: int | None = None
     """Micro-batches of a step, at least; fewer where there are not as many sequences. None: chosen for the least step time."""
 
@@ -49,6 +54,9 @@ def check_pipeline(pipeline: PipelineConfig, *, world_size: int, num_layers: int
     """ConfigError unless ranks and layers divide over the stages; nothing is checked of `num_layers` where there is one stage."""
     check_ranges(pipeline, "parallel.pipeline")
     stages = pipeline.stages
+    if pipeline.auto:
+        expected = "false: what was decided stands in the stages of a run's configuration"
+        _refuse("auto", "true in a configuration that no command line was read for", expected, "efflaunch resume RUN_DIR " + AUTO)
     if stages == 1:
         if pipeline.layers is not None:
             _refuse("layers", str(pipeline.layers), "null with one stage, which has all layers", "parallel.pipeline.layers=null")
