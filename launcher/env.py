@@ -40,6 +40,24 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
     return values
 
 
+RECORDER_PIPE = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
+_OTHER_NAMES = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
+"""Other names by which torch takes the same."""
+_RECORDER_ENTRIES = 2000
+
+
+def recorder_variables(prefix: str) -> dict[str, str]:
+    """Return variables that switch NCCL's flight recorder on, with files that begin with `prefix`. What the user has set stays.
+
+    Where that is the place of the dumps, nobody waits for one: there is no pipe to ask by.
+    """
+    wanted = {"TORCH_NCCL_TRACE_BUFFER_SIZE": str(_RECORDER_ENTRIES), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": prefix}
+    values = {name: value for name, value in wanted.items() if not {name, _OTHER_NAMES.get(name, name)} & os.environ.keys()}
+    if "TORCH_FR_DUMP_TEMP_FILE" in values and RECORDER_PIPE not in os.environ:
+        values[RECORDER_PIPE] = prefix
+    return values
+
+
 def secrets() -> dict[str, str]:
     """Variables of this process that hold a secret: to be found in no file, no argument and no message."""
     return secrets_of(os.environ)

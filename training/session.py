@@ -36,6 +36,7 @@ from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
 from ..parallel.topology import Topology, build_topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
+from ..utils.orderly_end import closed_in_order
 from ..utils.text import typed
 from .agreed_ledger import agreed_ledger
 from .data.identity import data_identity, settings_of
@@ -97,8 +98,18 @@ class Session:
         return active_layer_parameters(self.spec) / self.spec.query_size
 
 
-def join_ranks(cluster: ClusterConfig) -> torch.device:
-    """Start the default process group from the agent's environment, and return this rank's device."""
+@contextmanager
+def joined_ranks(cluster: ClusterConfig) -> Iterator[torch.device]:
+    """Start the default process group from the agent's environment, and yield this rank's device.
+
+    The group is destroyed at an orderly end only: NCCL waits there for what was begun, and so for ranks that wait for this one.
+    """
+    device = _join_ranks(cluster)
+    with closed_in_order(dist.destroy_process_group):
+        yield device
+
+
+def _join_ranks(cluster: ClusterConfig) -> torch.device:
     if cluster.device is Device.CPU:
         if not return_freed_blocks():
             log.warning("this C library keeps freed blocks: resident memory may pass the memory certificate")
@@ -187,14 +198,10 @@ def step_setup(model: PreTrainedModel, topology: Topology, inputs: PlanInputs, d
     )
 
 
-@contextmanager
-def closing_store(session: Session) -> Iterator[None]:
-    """Closes the store at the end: gives back host memory, or files."""
-    try:
-        yield
-    finally:
-        if session.store is not None:
-            session.store.close()
+def close_store(session: Session) -> None:
+    """Give back host memory, or files. Waits for copies, which may follow a collective: for orderly ends alone."""
+    if session.store is not None:
+        session.store.close()
 
 
 def host_store(ledger: Ledger, device: torch.device) -> HostStore | None:

@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import time
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..parallel.sharding.engine import FSDP2
 from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
+from ..utils.orderly_end import closed_in_order
 from ..utils.text import typed
 from .agreed_ledger import PeakMemoryCheck
 from .checkpointing import Saves
@@ -66,7 +67,7 @@ from .reporting.step_pace import Pace
 from .reporting.step_results import Results, gather_results, host_names
 from .reporting.stragglers import StageStragglers
 from .run_settings import RunSettings, Stop
-from .session import Session, build_session, closing_store, join_ranks, plain_config
+from .session import Session, build_session, close_store, joined_ranks, plain_config
 from .step import backward_step
 from .step_planner import Costs, StepPlanner, Totals, resolve_costs
 
@@ -83,20 +84,17 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
     arena = open_arena(config.memory.arena, config.cluster.device.value)
     pulse = pulse or Heartbeat()
     pulse.at("joining the other ranks")
-    device = join_ranks(config.cluster)
-    # First of all: it starts while the model is built.
-    service = _plan_service(config)
-    try:
+    # Nothing here or below closes after an error, which is not to wait for anything: what was snapshotted is written by itself.
+    with joined_ranks(config.cluster) as device:
+        # First of all: it starts while the model is built.
+        service = _plan_service(config)
         run = _Run(config, run_dir, device, service, pulse, arena)
         code = run.loop(stop)
         with pulse.long("closing"):
-            # Not after an error, which is not to wait for anything: what was snapshotted is written by itself.
             run.session.checkpointer.close()
-        return code
-    finally:
         if service is not None:
             service.close()
-        dist.destroy_process_group()
+    return code
 
 
 def _plan_service(config: RunSettings) -> PlanService | None:
@@ -215,8 +213,8 @@ class _Run:
         return planner
 
     def loop(self, stop: Stop) -> int:
-        """Steps until the end; the metrics are closed whatever happens."""
-        with self.metrics, closing(self.allocator), closing(self.session.updater), closing_store(self.session), self._memory_errors_named():
+        """Steps until the end. After an error only the metrics end, and nothing is waited for (utils/orderly_end.py)."""
+        with self.metrics, closed_in_order(self._close), self._memory_errors_named():
             if not self._ready(stop):
                 self.metrics.write("stop", step=self.done, reason="signal")
                 return EXIT_PREEMPTED
@@ -245,6 +243,11 @@ class _Run:
                     return EXIT_PREEMPTED
             self._write_end()
         return EXIT_DONE
+
+    def _close(self) -> None:
+        close_store(self.session)
+        self.session.updater.close()
+        self.allocator.close()
 
     def _memory_errors_named(self) -> AbstractContextManager[None]:
         return memory_errors_named(

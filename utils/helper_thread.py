@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ class HelperThread(threading.Thread):
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         super().__init__(target=work, name=name, daemon=True)
+        self.is_ending = False
+        """Whether it was told to finish: a process that ends gives it some time."""
 
     def run(self) -> None:
         try:
@@ -29,6 +32,14 @@ class HelperDiedError(Exception):
     def __init__(self, name: str, cause: BaseException) -> None:
         super().__init__(f"the helper thread `{name}` ended: {type(cause).__name__}: {cause}")
         self.__cause__ = cause
+
+
+def await_ending(limit_s: float) -> None:
+    """Wait for the helper threads of this process that are ending, `limit_s` at most in all."""
+    deadline = time.monotonic() + limit_s
+    for thread in threading.enumerate():
+        if isinstance(thread, HelperThread) and thread.is_ending:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ...cluster.config import Device
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
 from ..config.run_config import Config
 from ..config.secrets import redact
-from ..env import rank_environment, secrets
+from ..env import rank_environment, secrets, variables_set
 from ..output import lenient_output
 from ..rundir import state
 from ..rundir.metrics_index import newest_step
@@ -32,6 +32,7 @@ from ..rundir.run_dir import attempt_dir, keep_private, read_run
 from ..rundir.small_files import tail_lines
 from ..rundir.state import Attempt, Failure, RunState, read_state, write_state
 from . import worker
+from .flight_recorder import recorder_of
 from .hang_watch import HangWatch
 from .peers import NoPeers, Peers
 from .restart_policy import Action, AttemptOutcome, RankReport, first_failure, next_action
@@ -126,7 +127,8 @@ class Agent:
 
         flush_output()
         launcher, ranks_here = self.config.launcher, self.peers.ranks(self.config.cluster.ranks_per_node)
-        self.hang, self.watch = None, HangWatch(self.run_dir, number, ranks_here, launcher, self.peers.others())
+        recorder = recorder_of(self.config, attempt_dir(self.run_dir, number), ranks_here)
+        self.hang, self.watch = None, HangWatch(self.run_dir, number, ranks_here, launcher, self.peers.others(), recorder=recorder)
         self.ranks = make_agent(
             worker.main,
             (str(self.run_dir), self.entry, number, os.getpid(), self.watch.place()),
@@ -136,7 +138,7 @@ class Agent:
             on_start=self._hand_over,
             on_poll=self._poll,
         )
-        with closing(self.watch):
+        with closing(self.watch), variables_set({} if recorder is None else recorder.variables()):
             result = self.ranks.run()
         signal.setitimer(signal.ITIMER_REAL, 0)
         ranks, self.ranks, self.reports = self.ranks, None, []

@@ -93,6 +93,8 @@ class RankFacts:
     """The process's state by the kernel, as `T (stopped)`; empty where unknown."""
     frames: tuple[Frame, ...] = ()
     """Stack of the training thread, innermost first; empty where the rank wrote none."""
+    recorded: bool = False
+    """Whether NCCL's flight recorder wrote the rank's collectives."""
 
     @property
     def is_stopped(self) -> bool:

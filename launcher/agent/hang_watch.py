@@ -1,6 +1,7 @@
 """An agent's eye on its ranks: looks at their beats, has them write their stacks, finds out with the other agents who is to blame.
 
-Files of an attempt, written only when they are needed: `stacks-R.txt` for each rank of a hang, `hang.json` (what was found, by
+Files of an attempt, written only when they are needed: `stacks-R.txt` for each rank of a hang, `nccl-R` where NCCL's flight recorder
+answers (flight_recorder.py), `hang.json` (what was found, by
 whichever agent is last: all find the same) and `pulse-N.json` for node N while something looks stuck, which `efflaunch status` shows.
 """
 
@@ -12,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from ..config.run_config import LauncherConfig
 from ..rundir.run_dir import attempt_dir
 from ..rundir.small_files import read_json, write_if_room
 from ..rundir.state import Failure
+from .flight_recorder import PREFIX, FlightRecorder
 from .hang_verdict import Frame, Limits, RankFacts, Silences, blame, describe_hang, parse_stacks, short_file, training_frames
 from .procfs import kernel_view, native_stacks, process_state
 
@@ -60,9 +62,10 @@ class HangWatch:
         config: LauncherConfig,
         others: Others | None,
         *,
+        recorder: FlightRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run_dir, self._number, self._ranks, self._others = run_dir, number, ranks, others
+        self._run_dir, self._number, self._ranks, self._others, self._recorder = run_dir, number, ranks, others, recorder
         self._limits, self._clock = limits_of(config), clock
         self._board = HeartbeatBoard(len(ranks))
         self._silences = Silences()
@@ -74,6 +77,8 @@ class HangWatch:
 
     def close(self) -> None:
         self._board.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def look(self, pids: Mapping[int, int]) -> Failure | None:
         """The failure of the attempt, where its ranks hang; `pids` of those that run. Takes a while only when they do."""
@@ -97,7 +102,10 @@ class HangWatch:
         blamed = blame(facts)
         first = blamed.ranks[0] if blamed.ranks else facts[0].rank
         logs = attempt_dir(Path(), self._number)
-        message = describe_hang(facts, blamed, allowance_s=allowance_s, missing=missing, stacks=str(logs / "stacks-*.txt"))
+        stacks = str(logs / "stacks-*.txt")
+        if any(fact.recorded for fact in facts):
+            stacks += f", collectives by NCCL's flight recorder: {logs / PREFIX}*"
+        message = describe_hang(facts, blamed, allowance_s=allowance_s, missing=missing, stacks=stacks)
         stack = next((_text(fact) for fact in facts if fact.rank == first), "")
         failure = Failure(rank=first if blamed.ranks else -1, message=message, traceback=stack, log=str(logs / _stacks_name(first)))
         write_if_room(self._run_dir / logs / HANG_FILE, asdict(failure))
@@ -130,10 +138,13 @@ class HangWatch:
             _signal(pids[rank])
         self._wait_for({rank: before[rank] for rank in asked if not process_state(pids[rank]).startswith("T")})
         texts = {rank: self._board.stacks(self._local(rank))[before[rank] :] for rank in pids}
+        # A stopped process does not answer.
+        listening = [rank for rank in pids if not process_state(pids[rank]).startswith("T")]
+        recorded = frozenset() if self._recorder is None else self._recorder.dump(listening)
         native = native_stacks(pids)
         facts = []
         for rank, pid in pids.items():
-            facts.append(self._facts(rank, pid, texts[rank], native.frames.get(rank, ())))
+            facts.append(replace(self._facts(rank, pid, texts[rank], native.frames.get(rank, ())), recorded=rank in recorded))
             text = _page(facts[-1], pid, texts[rank], _why_none(facts[-1], rank in asked), kernel_view(pid), native.texts[rank])
             with suppress(OSError):  # a full disk
                 (attempt_dir(self._run_dir, self._number) / _stacks_name(rank)).write_text(text, encoding="utf-8")
@@ -216,6 +227,7 @@ def _page(fact: RankFacts, pid: int, python: str, why_none: str, kernel: str, na
         ("Python stacks (faulthandler)", python or why_none),
         ("the kernel's view", kernel),
         ("Python and native stacks (py-spy)", native),
+        *([("NCCL's flight recorder", f"{PREFIX}{fact.rank}, beside this file; torchfrtrace reads it")] if fact.recorded else []),
     )
     return head + "".join(f"\n== {name} ==\n{text.rstrip()}\n" for name, text in sections)
 

@@ -16,12 +16,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ...errors import EXIT_RETRY, EXIT_USER, UserError
 from ...utils.atomic_files import write_atomic
 from ...utils.heartbeat import Heartbeat, attach
-from ...utils.helper_thread import ends_with_helpers
+from ...utils.helper_thread import await_ending, ends_with_helpers
 from ..config.run_config import Config
 from ..config.secrets import redact
 from ..env import secrets
@@ -33,11 +33,14 @@ from .signals import StopFlag, die_with_parent, on_stop_signals, release_stop_si
 TRAIN = f"{__package__.partition('.')[0]}.training.trainer:train"
 """The training function of every real run; tests name another."""
 
+LAST_WORDS_S = 10.0
+"""Longest wait, after the error is on record, for threads that write what the run had to report."""
+
 TrainFunction = Callable[[Config, Path, StopFlag, Heartbeat], int]
 
 
 def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> int:
-    """The rank's life; returns 0 or 75, or exits 93 or 1 with `rank-R.error.json` written. RANK and LOCAL_RANK must be set.
+    """The rank's life; returns 0 or 75, or ends the process with 93 or 1 and `rank-R.error.json` written. RANK and LOCAL_RANK must be set.
 
     `board`: where the agent listens for this node's pulses (pulse.Board.place).
     """
@@ -58,9 +61,9 @@ def main(run_dir: str, entry: str, attempt: int, agent_pid: int, board: str) -> 
         with ends_with_helpers(lambda died: _record(logs, rank, died, EXIT_USER if isinstance(died.__cause__, UserError) else EXIT_RETRY)):
             return load_entry(entry)(read_attempt(Path(run_dir), attempt), Path(run_dir), stop, pulse)
     except UserError as error:
-        raise SystemExit(_record(logs, rank, error, EXIT_USER)) from error
+        _end(_record(logs, rank, error, EXIT_USER))
     except Exception as error:
-        raise SystemExit(_record(logs, rank, error, EXIT_RETRY)) from error
+        _end(_record(logs, rank, error, EXIT_RETRY))
 
 
 def load_entry(entry: str) -> TrainFunction:
@@ -91,6 +94,14 @@ def _keep_log() -> None:
     """Send this package's messages to the rank's log, with times, and warnings and worse of other packages."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process without Python's own end, which joins threads and takes communicators down: both may wait for other ranks."""
+    await_ending(LAST_WORDS_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _record(logs: Path, rank: int, error: Exception, exit_code: int) -> int:

@@ -21,6 +21,7 @@ from efflaunch.training.reporting import metrics as metrics_module
 from efflaunch.training.reporting import wandb_sink
 from efflaunch.training.reporting.config import LoggingConfig, WandbMode
 from efflaunch.training.reporting.metrics import Metrics, check_logging
+from efflaunch.utils.helper_thread import await_ending
 
 CONFIG = LoggingConfig(name="test")
 
@@ -266,3 +267,16 @@ def test_real_wandb_offline_segments_share_one_id(tmp_path: Path) -> None:
     assert all(list(segment.glob(f"run-{run_id}*.wandb")) for segment in segments)
     assert [line["event"] for line in _lines(tmp_path / "run")] == ["step", "step"]
     assert logging.getLogger("efflaunch").level == logging.NOTSET
+
+
+def test_after_an_error_sinks_end_by_themselves(tmp_path: Path) -> None:
+    """The error goes on record first: nobody has waited for them when it leaves the block."""
+    gate = threading.Event()
+    sink = _Recorder(gate)
+    with pytest.raises(ZeroDivisionError), Metrics(tmp_path, CONFIG, {}, False, sinks={"slow": lambda: sink}) as metrics:
+        metrics.write("step", step=1, loss=1.5)
+        _ = 1 // 0
+    assert not sink.closed
+    gate.set()
+    await_ending(ENDS_S)
+    assert sink.closed and sink.written == [(1, {"loss": 1.5})]

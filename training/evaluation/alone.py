@@ -36,7 +36,7 @@ from ..engines import builder_of
 from ..optimizers.build import Trained
 from ..reporting.metrics import Metrics
 from ..run_settings import RunSettings, Stop
-from ..session import join_ranks, plain_config
+from ..session import joined_ranks, plain_config
 from ..step_planner import resolve_costs
 from .corpus import open_corpora
 from .measure import Evaluator, Plan
@@ -59,9 +59,8 @@ class Built:
 def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -> int:
     """Evaluate on every corpus of the configuration; exit code 0, or 75 after a stop. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
-    device = join_ranks(config.cluster)
     spec = model_spec(config.model)
-    try:
+    with joined_ranks(config.cluster) as device:
         # First, for their errors come soonest.
         corpora = open_corpora(
             config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
@@ -83,8 +82,6 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
                 if result is None:
                     return EXIT_PREEMPTED
                 metrics.write("eval", step=int(request["step"] or 0), **result.fields(), eval_s=time.monotonic() - begun)
-    finally:
-        dist.destroy_process_group()
     return EXIT_DONE
 
 

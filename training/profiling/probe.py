@@ -53,7 +53,7 @@ from ..objectives.heads import LanguageModelling
 from ..optimizers.room import check_update_memory
 from ..optimizers.updater import Updater
 from ..run_settings import RunSettings
-from ..session import host_store, join_ranks, step_setup
+from ..session import host_store, joined_ranks, step_setup
 from ..step import backward_step
 from ..step_planner import this_hardware
 from .collectives import probe_collectives
@@ -103,15 +103,12 @@ class Run:
 def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Heartbeat) -> int:
     """Write the profile of this machine and model to RUN_DIR/profile.yaml. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text())
-    device = join_ranks(config.cluster)
-    try:
+    with joined_ranks(config.cluster) as device:
         prober = Prober.of(config, device)
         position_of(prober.model).listener = pulse.at
         profile = prober.profile(float(request["seconds"]))
         if prober.topology.rank == 0:
             save_profile(run_dir / DEFAULT_FILE, profile)
-    finally:
-        dist.destroy_process_group()
     return 0
 
 

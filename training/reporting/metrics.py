@@ -111,7 +111,12 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        # The error is not on record yet: whoever writes that waits for the sinks then (HelperThread.is_ending).
+        for sink in self._sinks:
+            sink.finish()
 
 
 class _Lines:
@@ -188,6 +193,8 @@ class _SinkThread:
             self.dropped += 1
 
     def finish(self) -> None:
+        """Have the thread write what it was given, and end."""
+        self._thread.is_ending = True
         self._closing.set()
 
     def join(self, timeout_s: float) -> None:
