@@ -115,6 +115,20 @@ def test_evaluate_agrees_with_the_run_and_with_hugging_face(judged: Path, tmp_pa
     assert f"held: loss {found['loss']:.4f} over {found['targets']:,} targets" in text and "128 of context" in text
 
 
+def test_in_stages_it_is_what_one_stage_says(plain: Path, tmp_path: Path) -> None:
+    """A run in two stages judges itself; its checkpoint evaluated in stages, and without, says the same to the last bit."""
+    copy_corpora(plain, tmp_path)
+    stages, words = "parallel.pipeline.stages=2", ("evaluate", "runs/run", "eval.corpora={held: held}", "--json")
+    overrides = (*EVAL, "train.keep_best=eval/held/loss", "parallel.sequence=static", stages, "parallel.tokens_per_rank=256")
+    finish(start(tmp_path, "train", *BASE, "train.steps=2", *overrides), tmp_path)
+    wanted = next(event for event in events(tmp_path, "eval")[::-1] if event["corpus"] == "held")
+    (in_stages,), (whole,) = (printed_json(run(tmp_path, *words, more))["corpora"] for more in (stages, "parallel.pipeline.stages=1"))
+    for key in ("loss", "targets", "lengths", "positions", "context"):
+        assert in_stages[key] == wanted[key]
+    assert whole["loss"] == pytest.approx(in_stages["loss"], rel=1e-6) and whole["targets"] == in_stages["targets"]
+    assert [info.is_pinned for info in list_checkpoints(tmp_path / "runs" / "run") if info.step == 2] == [True]
+
+
 def plain_loss(model_dir: Path, prefix: Path) -> float:
     """Hugging Face's, over documents cut as training cuts them."""
     model, corpus = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64), IndexedCorpus(str(prefix))

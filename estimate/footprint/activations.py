@@ -23,7 +23,7 @@ from ...memory.policy import AHEAD, Split
 from ...parallel.pipeline.place import SENDS_UNDER_WAY
 from ...parallel.pipeline.step_actions import DEPTH
 from ..plan_inputs import PlanInputs
-from .term import BACKWARD, KEEPING, Phase, Term, term
+from .term import BACKWARD, FORWARD_ALONE, KEEPING, Phase, Term
 
 
 def class_bytes(inputs: PlanInputs) -> dict[str, int]:
@@ -118,8 +118,9 @@ def between_stages(inputs: PlanInputs) -> Term:
     if inputs.num_parts > 1:
         ends, shared = 2 * inputs.num_parts, 0
     by_phase = inputs.in_flight * row * (inputs.tokens * ends - shared)
-    gradient = row * inputs.tokens * (ends > 0)
-    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, by_phase) | {Phase.REDUCE: gradient})
+    one = row * inputs.tokens * (ends > 0)
+    alone = dict.fromkeys(FORWARD_ALONE, one * min(ends, 2)) | {Phase.REDUCE: one}
+    return Term("activations between stages", "received, sent, and a gradient", dict.fromkeys(KEEPING, by_phase) | alone)
 
 
 def messages(inputs: PlanInputs) -> Term:
@@ -129,8 +130,11 @@ def messages(inputs: PlanInputs) -> Term:
     if inputs.num_parts > 1:
         from_before, from_behind = True, True
     ahead = DEPTH[inputs.parallel.pipeline.order]
-    count = (inputs.layout.stages > 1) * (from_before * (ahead + SENDS_UNDER_WAY) + from_behind * ahead)
-    return term("messages between stages", "received ahead of use, or not yet taken", count * row * inputs.tokens, KEEPING)
+    row *= inputs.layout.stages > 1
+    both = from_before * (ahead + SENDS_UNDER_WAY) + from_behind * ahead
+    forward_alone = from_before * ahead + from_behind * SENDS_UNDER_WAY
+    by_phase = dict.fromkeys(KEEPING, both * row * inputs.tokens) | dict.fromkeys(FORWARD_ALONE, forward_alone * row * inputs.tokens)
+    return Term("messages between stages", "received ahead of use, or not yet taken", by_phase)
 
 
 def _while_kept(inputs: PlanInputs, layer: int, per_layer: int) -> dict[Phase, int]:

@@ -24,8 +24,8 @@ def loss_chunk(inputs: PlanInputs) -> Term:
 
 
 def row_losses(inputs: PlanInputs) -> Term:
-    """What an evaluation keeps of every row: its log-probability, and that in float64 on its way to the host."""
-    num_bytes = (inputs.master + 8) * inputs.tokens * inputs.has_head
+    """What an evaluation keeps of every row of a step: its log-probability; and one micro-batch's in float64 on its way to the host."""
+    num_bytes = (inputs.master * inputs.layout.num_micro_batches + 8) * inputs.tokens * inputs.has_head
     return Term("losses of rows", "log-probabilities, in evaluations", {Phase.EVALUATION_LOSS: num_bytes})
 
 

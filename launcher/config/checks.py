@@ -53,9 +53,6 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
         found = f"{config.parallel.profile} with parallel.pipeline.stages={pipeline.stages}"
         expected = "null: a profile is of all layers, and plans of stages go by arithmetic"
         raise ConfigError("parallel.profile", found=found, expected=expected, hint=f"parallel.profile=null, or {tried}")
-    if config.eval.corpora:
-        found = f"corpora with parallel.pipeline.stages={pipeline.stages}"
-        raise ConfigError("eval", found=found, expected="none: evaluation does not go through stages yet", hint=f"eval=none, or {tried}")
     if spec.tie_embeddings:
         what, why = "tied embeddings", "the first and the last stage add up their gradients of the embedding after backward"
         other_way = "parallel.pipeline.stages=1"

@@ -38,6 +38,7 @@ def evaluation_peak(case: Case) -> int:
     from efflaunch.parallel.topology import build_topology
     from efflaunch.training.evaluation.measure import add_step
     from efflaunch.training.evaluation.tally import Tally
+    from efflaunch.training.step_setup import StepSetup
 
     torch.set_num_threads(1)
     ledger, topology, device = case_ledger(case), build_topology(replicate=1, device="cpu"), torch.device("cpu")
@@ -49,7 +50,8 @@ def evaluation_peak(case: Case) -> int:
     plan = StepPlan(case.ranks, (case.length,), (MicroBatch((Group(0, case.ranks, ledger.layout.ulysses, (0,)),)),))
     ids = np.random.default_rng(0).integers(0, ledger.inputs.spec.vocab_size, case.length)
     source = SimpleNamespace(lengths=lambda _: plan.lengths, parts=lambda *_: plan.lengths, tokens=lambda s, i, a, b: (ids[a:b], ids[a:b]))
-    judged = SimpleNamespace(device=device, topology=topology, model=model, kernel=CpuKernel())
+    setup = StepSetup(model=model, topology=topology, kernel=CpuKernel(), device=device, reduce_each=False)
+    judged = SimpleNamespace(device=device, topology=topology, model=model, step_setup=setup)
     add_step(judged, source, 0, plan, Tally())
     with StorageTracer([*model.parameters(), *states]) as tracer:
         add_step(judged, source, 0, plan, Tally())

@@ -9,7 +9,7 @@ import pytest
 
 from efflaunch.estimate.footprint.device import device_terms
 from efflaunch.estimate.footprint.host import arena_bytes, moved_bytes
-from efflaunch.estimate.footprint.term import KEEPING, Phase
+from efflaunch.estimate.footprint.term import FORWARD_ALONE, KEEPING, Phase
 from efflaunch.estimate.plan_inputs import LayerSums, PlanInputs
 from efflaunch.estimate.timing.flops import linear_flops, matrix_parameters, sequence_flops
 from efflaunch.estimate.timing.step import estimate_time
@@ -119,6 +119,17 @@ def test_activations_between_stages_are_there_once() -> None:
         assert term["first"][Phase.FORWARD] == 2 * row and term["middle"][Phase.FORWARD] == 2 * (row + received)
         assert term["last"][Phase.FORWARD] == 2 * received
         assert "activations between stages" not in by_name(whole)
+
+
+def test_forward_alone_receives_and_sends() -> None:
+    """An evaluation's micro-batch waits for nothing; no gradient comes back."""
+    row, whole = 4096 * 2 * 8192, inputs()
+    in_stages = replace(whole, layout=replace(whole.layout, stages=4))
+    for layers, ends in ((range(8), 1), (range(8, 16), 2), (range(24, 32), 1)):
+        terms = by_name(in_stages.stage(layers, in_flight=3))
+        assert {terms["activations between stages"][phase] for phase in FORWARD_ALONE} == {ends * row}
+        forward, alone = (terms["messages between stages"][phase] for phase in (Phase.FORWARD, Phase.EVALUATION))
+        assert 0 < alone < forward
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ INTERLEAVED = ("parallel.pipeline.order=interleaved", "parallel.pipeline.virtual
         ((*INTERLEAVED, "optim.state_device=host"), "optim.state_device", "parallel.pipeline.order=1f1b"),
         (("adapter=lora",), "adapter", "adapter=none"),
         (("parallel.profile=profile.yaml",), "parallel.profile", "parallel.profile=null"),
-        (("eval.corpora={web: web}", "eval.at_end=true"), "eval", "eval=none"),
         (("parallel.replicate=4",), "parallel.replicate", "parallel.replicate=2"),
         (("parallel.sequence=static", "parallel.sp_degree=4"), "parallel.sp_degree", "parallel.sp_degree=2"),
     ],

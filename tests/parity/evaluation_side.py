@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from efflaunch.model.build import RouterSettings, build_model
+from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.cost import CostModel, DegreeCost
 from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan
@@ -16,7 +17,7 @@ from efflaunch.parallel.sequence.solve import solve_greedy, solve_static
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.data.corpora import write_corpus
-from efflaunch.tests.parity.ranks_side import POLICIES
+from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
 from efflaunch.tests.parity.reference import BASE, hf_config, lift_to_float64, reference_model
 from efflaunch.training.evaluation.config import EvalConfig
 from efflaunch.training.evaluation.corpus import open_corpora
@@ -48,8 +49,10 @@ def plan_for(layout, lengths):
     """The plan of a step of these lengths, by the name of a layout."""
     kind, world, degree, ulysses = layout
     if kind == "adaptive":
-        degrees = tuple(DegreeCost(degree=d, ulysses=u, attention_s=1e-4 / d, linear_s=1e-3 / d) for d, u in ((1, 1), (2, 1), (4, 2)))
-        return solve_greedy(lengths, CostModel(world_size=world, tokens_per_rank=20, degrees=degrees, beta_s=1e-3))
+        degrees = tuple(
+            DegreeCost(degree=d, ulysses=u, attention_s=1e-4 / d, linear_s=1e-3 / d) for d, u in ((1, 1), (2, 1), (4, 2)) if d <= world
+        )
+        return solve_greedy(lengths, CostModel(world_size=world, tokens_per_rank=80 // world, degrees=degrees, beta_s=1e-3))
     if kind == "idle":
         return StepPlan(world, tuple(lengths), (MicroBatch((Group(0, degree, ulysses, tuple(range(len(lengths)))),)),))
     return solve_static(lengths, world_size=world, degree=degree, ulysses=ulysses, tokens_per_rank=LONGEST, linear_cost_tokens=100)
@@ -59,15 +62,22 @@ def build(case, weights):
     """The sharded model of a case, as far as an evaluation looks at a session."""
     torch.set_num_threads(1)
     lift_to_float64()
-    topology, device = build_topology(replicate=case.get("replicate", 1), device="cpu", experts=case.get("ep", 1)), torch.device("cpu")
+    topology = build_topology(replicate=case.get("replicate", 1), device="cpu", stages=case.get("stages", 1), experts=case.get("ep", 1))
+    device = torch.device("cpu")
+    config, virtual = hf_config(case["family"]), case.get("virtual", 1)
     model = build_model(
-        hf_config(case["family"]), POLICIES[case.get("policy", "recompute")], topology.mesh, device=device, compute_dtype=torch.float64,
+        config, POLICIES[case.get("policy", "recompute")], topology.mesh, device=device, compute_dtype=torch.float64,
         seed=0, loss_chunk_tokens=7, expert_mesh=topology.experts,
         routers=RouterSettings(*case.get("router", (0.0, 0.0)), capacity_factor=case.get("capacity")),
+        place=stage_place(topology, config.num_hidden_layers, virtual),
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-    return SimpleNamespace(device=device, topology=topology, model=model, kernel=CpuKernel())
+    setup = StepSetup(
+        model=model, topology=topology, kernel=CpuKernel(), device=device, reduce_each=False,
+        barrier_free=case.get("barrier_free", False), order=case.get("order", PipelineOrder.ONE_F_ONE_B), gpipe_in_flight=2,
+    )  # fmt: skip
+    return SimpleNamespace(device=device, topology=topology, model=model, step_setup=setup)
 
 
 def evaluator(judged, layout):
@@ -96,20 +106,19 @@ def train(case, layout, weights, prefix, evaluates):
     """Weights after three AdamW steps, with or without evaluations around them; and what the model counted of its experts."""
     judged = build(case, weights)
     source, judge = opened(prefix).source("whole", 100, BASE["vocab_size"]), evaluator(judged, layout)
-    setup = StepSetup(model=judged.model, topology=judged.topology, kernel=judged.kernel, device=judged.device, reduce_each=False,
-                      barrier_free=case.get("barrier_free", False))  # fmt: skip
     optimizer, losses, found = torch.optim.AdamW(judged.model.parameters(), lr=1e-2), [], []
     for step in (0, 1, 2):
         if evaluates:
             found.append(judge.corpus(opened(prefix), lambda done, total: True).whole.total.mean)
         plan = plan_for(layout, source.lengths(step))
-        works = read_step(source, step, plan, judged.topology.rank, shares_experts=judged.topology.shares_experts)
+        works = read_step(source, step, plan, judged.topology.stage_rank, shares_experts=judged.topology.shares_experts)
         count = count_targets(works, judged.topology, judged.device)
-        losses.append(backward_step(setup, works, LanguageModelling(count, judged.device)).sum().item())
+        losses.append(backward_step(judged.step_setup, works, LanguageModelling(count, judged.device)).sum().item())
         judged.model.forward.expert_load.clear()
         optimizer.step()
         optimizer.zero_grad()
     picked = {name: np.array(parameter.full_tensor().detach()) for name, parameter in judged.model.named_parameters()}
+    picked = of_all_stages(picked, judged.topology)
     return losses, picked if dist.get_rank() == 0 else None, found
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.tests.parity.evaluation_side import CONTEXT, LENGTHS, LONGEST, corpus, documents, evaluate, reference, train
 from efflaunch.tests.ranks import RankPool
 
@@ -85,6 +86,12 @@ ROWS = {
     "qwen3 moe, EP 2, adaptive": ({"family": "qwen3_moe", "ep": 2}, ("adaptive", 4, 0, 0)),
     "mixtral, a capacity that drops rows in training": ({"family": "mixtral", "capacity": 0.25}, ("static", 1, 1, 1)),
     "mixtral, EP 4, idle ranks": ({"family": "mixtral", "ep": 4}, ("idle", 4, 2, 2)),
+    "2 stages": ({"stages": 2}, ("static", 1, 1, 1)),
+    "2 stages, GPipe, ring 2, loss mask": ({"stages": 2, "order": PipelineOrder.GPIPE, "masked": True}, ("static", 2, 2, 1)),
+    "2 stages, adaptive, streambp": ({"stages": 2, "policy": "streambp_11_host"}, ("adaptive", 2, 0, 0)),
+    "2 stages of 2, idle ranks": ({"stages": 2}, ("idle", 2, 1, 1)),
+    "2 stages, interleaved": ({"stages": 2, "virtual": 2, "order": PipelineOrder.INTERLEAVED, "family": "gemma2"}, ("static", 1, 1, 1)),
+    "2 stages, mixtral, EP 2": ({"stages": 2, "family": "mixtral", "ep": 2, "capacity": 0.25}, ("static", 2, 1, 1)),
 }
 
 
@@ -99,7 +106,7 @@ def test_losses_equal_plain_hugging_face(pool, tmp_path, row):
     case = {"family": "llama", **case}
     _, weights = reference(case["family"])
     prefix = corpus(tmp_path, case.get("masked", False))
-    answers = pool.run(evaluate, case, layout, weights, prefix, ranks=layout[1])
+    answers = pool.run(evaluate, case, layout, weights, prefix, ranks=layout[1] * case.get("stages", 1))
     assert all(answer == answers[0] for answer in answers), "the same numbers to the last bit on every rank"
     found = answers[0]
     whole, short, beyond, at, by_context = truth(case["family"], case.get("masked", False))
@@ -124,14 +131,15 @@ def test_losses_equal_plain_hugging_face(pool, tmp_path, row):
         ({}, ("static", 2, 2, 2)),
         ({"policy": "keep", "barrier_free": True}, ("adaptive", 4, 0, 0)),
         ({"family": "qwen3_moe", "router": (0.3, 0.05), "ep": 2}, ("static", 2, 1, 1)),
+        ({"stages": 2}, ("static", 2, 1, 1)),
     ],
-    ids=["Ulysses", "barrier-free", "experts with router losses"],
+    ids=["Ulysses", "barrier-free", "experts with router losses", "2 stages"],
 )
 def test_training_is_bit_equal_with_and_without(pool, tmp_path, case, layout):
     case = {"family": "llama", **case}
     _, weights = reference(case["family"])
-    prefix = corpus(tmp_path, False)
-    without, with_it = (pool.run(train, case, layout, weights, prefix, evaluates, ranks=layout[1]) for evaluates in (False, True))
+    prefix, ranks = corpus(tmp_path, False), layout[1] * case.get("stages", 1)
+    without, with_it = (pool.run(train, case, layout, weights, prefix, evaluates, ranks=ranks) for evaluates in (False, True))
     assert [losses for losses, _, _ in without] == [losses for losses, _, _ in with_it]
     for name, weight in without[0][1].items():
         assert np.array_equal(weight, with_it[0][1][name]), name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from ...model.build import position_of
 from ...model.spec import active_layer_parameters, model_spec
 from ...parallel.config import SequenceMode
 from ...parallel.layout import solve_layout
-from ...parallel.sequence.attention import BlockKernel
-from ...parallel.sequence.kernels import block_kernel
 from ...parallel.sequence.service import PlanRequest, static_plan
 from ...parallel.sequence.solve import solve_greedy
 from ...parallel.sharding.engine import FSDP2
@@ -36,8 +34,9 @@ from ..engines import builder_of
 from ..optimizers.build import Trained
 from ..reporting.metrics import Metrics
 from ..run_settings import RunSettings, Stop
-from ..session import joined_ranks, plain_config
+from ..session import joined_ranks, plain_config, stage_place, step_setup
 from ..step_planner import resolve_costs
+from ..step_setup import StepSetup
 from .corpus import open_corpora
 from .measure import Evaluator, Plan
 
@@ -53,7 +52,7 @@ class Built:
     device: torch.device
     topology: Topology
     model: PreTrainedModel
-    kernel: BlockKernel
+    step_setup: StepSetup
 
 
 def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -> int:
@@ -106,13 +105,14 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     spec, parallel, data = model_spec(config.model), config.parallel, config.data
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
     ledger = agreed_ledger(config, device)
-    topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep)
-    build, load = builder_of(config), checkpoint is None
-    trained = build(config, ledger.inputs.policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=topology.experts)
+    topology = build_topology(replicate=layout.replicate, device=device.type, stages=layout.stages, experts=parallel.experts.ep)
+    build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)
+    policy, experts = ledger.inputs.policy, topology.experts
+    trained = build(config, policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=experts, place=place)
     if checkpoint is not None:
-        load_checkpoint(trained, Path(checkpoint))
+        load_checkpoint(trained, Path(checkpoint), topology)
     request = PlanRequest(
-        cost=resolve_costs(config, ledger.inputs, device, None).model,
+        cost=resolve_costs(config, ledger.slowest, device, None).model,
         static_degree=layout.sp_degree,
         static_ulysses=layout.ulysses,
         linear_cost_tokens=active_layer_parameters(spec) / spec.query_size,
@@ -121,16 +121,20 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     # The cost model is arithmetic, or of one file: the same on every rank.
     adaptive = parallel.sequence is SequenceMode.ADAPTIVE
     plan: Plan = (lambda lengths: solve_greedy(lengths, request.cost)) if adaptive else (lambda lengths: static_plan(lengths, request))
-    return Built(device, topology, trained.model, block_kernel(device)), plan
+    return Built(device, topology, trained.model, step_setup(trained.model, topology, ledger.inputs, device)), plan
 
 
-def load_checkpoint(trained: Trained, path: Path) -> None:
-    """Fill the weights from the checkpoint in `path`, each rank its part; CheckpointError where it is damaged or another model's."""
+def load_checkpoint(trained: Trained, path: Path, topology: Topology) -> None:
+    """Fill the weights from the checkpoint in `path`, each rank its part; CheckpointError where it is damaged or another model's.
+
+    Collective where there are several stages.
+    """
     own = trained.state
     weights = state.weights_of(own.tensors())
+    elsewhere = _other_stages(weights, topology)
     try:
         reader = Reader(path)
-        differing = state.differences(weights, reader.tensors)
+        differing = state.differences(weights, {key: entry for key, entry in reader.tensors.items() if key not in elsewhere})
         if not differing:
             reader.read(weights, lambda value: (own.local(value), own.offsets(value)))
     except (DamageError, OSError, ValueError, KeyError) as error:
@@ -140,6 +144,15 @@ def load_checkpoint(trained: Trained, path: Path) -> None:
         found = "another model's weights:\n    " + "\n    ".join(differing[:5])
         raise CheckpointError(str(path), found=found, expected="the weights of the configured model", hint="model settings as the run's")
     trained.updater.weights_changed()
+
+
+def _other_stages(weights: Mapping[str, torch.Tensor], topology: Topology) -> set[str]:
+    """Keys of the weights that other stages alone have. Collective where there are any."""
+    if topology.pipeline is None:
+        return set()
+    keys: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(keys, list(weights), group=topology.world)
+    return {key for row in keys for key in row} - set(weights)
 
 
 def read_results(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

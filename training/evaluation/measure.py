@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 
 from ...model.chunked_loss import IGNORE, chunked_log_probs
 from ...model.stage import Stage, stage_of
-from ...parallel.sequence.attention import BlockKernel
-from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.plan import StepPlan
-from ...parallel.sequence.runtime import sequence_attention
 from ...parallel.topology import Topology
 from ..data.source import DataSource
-from ..micro_batches import MicroBatchWork, read_step, to_tokens
+from ..forward_only import forward_only
+from ..micro_batches import read_step
+from ..step_setup import StepSetup
 from .corpus import EvalCorpus
 from .results import CorpusResult
 from .tally import Tally
@@ -41,7 +40,7 @@ class Judged(Protocol):
     @property
     def model(self) -> PreTrainedModel: ...
     @property
-    def kernel(self) -> BlockKernel: ...
+    def step_setup(self) -> StepSetup: ...
 
 
 class Evaluator:
@@ -81,14 +80,14 @@ class Evaluator:
         )
 
 
-@torch.no_grad()
 def add_step(judged: Judged, source: DataSource, step: int, plan: StepPlan, tally: Tally) -> None:
-    """Add this rank's targets of a step to `tally`. Collective."""
+    """Add this rank's targets of a step to `tally`: on ranks of the last stage, which alone know their log-probabilities. Collective."""
     topology, stage = judged.topology, stage_of(judged.model)
+    works = read_step(source, step, plan, topology.stage_rank, shares_experts=topology.shares_experts)
     with _nothing_dropped(stage):
-        for work in read_step(source, step, plan, topology.stage_rank, shares_experts=topology.shares_experts):
-            log_probs = _log_probs(judged, work)
-            tally.add(log_probs, work.shard.position_ids, work.shard.target_ids != IGNORE)
+        outputs = forward_only(judged.step_setup, works, lambda work: chunked_log_probs)
+    for work, values in zip(works, outputs, strict=True) if outputs is not None else ():
+        tally.add(np.asarray(values.double().cpu().numpy()), work.shard.position_ids, work.shard.target_ids != IGNORE)
     # Training's steps count for themselves.
     stage.expert_load.clear()
     stage.router_losses.take()
@@ -108,16 +107,12 @@ def _nothing_dropped(stage: Stage) -> Iterator[None]:
         capacity.factor = factor
 
 
-def _log_probs(judged: Judged, work: MicroBatchWork) -> np.ndarray:
-    """Log-probability of each row's target, (T,) float64."""
-    attention = sequence_attention(judged.topology, judged.kernel, work.group, work.layout, BusyClock(judged.device), work.rank_tokens)
-    values = stage_of(judged.model).weights.forward(to_tokens(work, judged.device), attention, chunked_log_probs)
-    return np.asarray(values.double().cpu().numpy())
-
-
 def agree(tally: Tally, judged: Judged) -> None:
-    """Make `tally` that of all ranks: summed in their order, so bit-equal on each. Collective over the stage."""
-    ranks = judged.topology.stage
+    """Make `tally` that of all ranks: summed in their order, so bit-equal on each. Collective over all ranks.
+
+    Those of earlier stages add zeros, which change no sum.
+    """
+    ranks = judged.topology.world
     mine = torch.from_numpy(tally.vector()).to(judged.device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(ranks))]
     dist.all_gather(rows, mine, group=ranks)

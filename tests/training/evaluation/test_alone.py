@@ -14,6 +14,8 @@ from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
 from efflaunch.tests.training.small import Small, backward, plain_model
 from efflaunch.training.evaluation.alone import load_checkpoint, read_results
 
+ONE_STAGE = SimpleNamespace(pipeline=None)
+
 
 def trained(model):
     """As engines build it, whole on one rank; says how often its weights were said to have changed."""
@@ -38,7 +40,7 @@ def test_weights_are_filled_and_nothing_else(tmp_path):
     model = plain_model()
     path = saved(tmp_path / "checkpoints", model)
     other = trained(plain_model(seed=5))
-    load_checkpoint(other, path)
+    load_checkpoint(other, path, ONE_STAGE)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(other.model.named_parameters())[name])
     assert other.updater.told == 1 and not other.state._optimizer.state
@@ -47,7 +49,7 @@ def test_weights_are_filled_and_nothing_else(tmp_path):
 def test_another_models_weights_are_refused(tmp_path):
     path = saved(tmp_path / "checkpoints", plain_model())
     with pytest.raises(CheckpointError, match="another model's weights"):
-        load_checkpoint(trained(Small(width=9)), path)
+        load_checkpoint(trained(Small(width=9)), path, ONE_STAGE)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -55,7 +57,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     file = path / "__0_0.distcp"
     file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
     with pytest.raises(CheckpointError, match="--verify finds a whole one"):
-        load_checkpoint(trained(plain_model(seed=5)), path)
+        load_checkpoint(trained(plain_model(seed=5)), path, ONE_STAGE)
 
 
 def test_results_are_what_evaluations_reported():
