@@ -28,6 +28,17 @@ class Objective(Enum):
     GRPO = "grpo"
 
 
+class DpoLoss(Enum):
+    """Loss of a pair of answers (docs/objectives.md, training/objectives/preference.py)."""
+
+    SIGMOID = "sigmoid"
+    SIGMOID_NORM = "sigmoid_norm"
+    HINGE = "hinge"
+    IPO = "ipo"
+    ROBUST = "robust"
+    APO_ZERO = "apo_zero"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Objective, length, seed and numerics of the run."""
@@ -51,6 +62,10 @@ class TrainConfig:
     """dpo needs corpora of pairs, grpo of completions with rewards (efflaunch data prepare)."""
     dpo_beta: float = 0.1
     """dpo only: how strongly the reference holds; the margin of log-probabilities is multiplied with it."""
+    dpo_loss: DpoLoss = DpoLoss.SIGMOID
+    """dpo only: what a pair costs; ipo and sigmoid_norm divide each answer's log-probability by its tokens."""
+    dpo_label_smoothing: float = 0.0
+    """dpo only, with sigmoid (conservative DPO) and robust: the share of pairs whose answers are taken to be swapped."""
     grpo_clip_low: float = 0.2
     """grpo only: how far below one the ratio to the old probability still counts."""
     grpo_clip_high: float = 0.2
@@ -72,6 +87,7 @@ class TrainConfig:
         "expert_capacity": Range(0, 1000, above=True),
         "loss_chunk_tokens": Range(1, TOKENS),
         "dpo_beta": Range(0, 1e6, above=True),
+        "dpo_label_smoothing": Range(0, 0.5, below=True),
         "grpo_clip_low": Range(0, 1, above=True),
         "grpo_clip_high": Range(0, 1e6, above=True),
         "grpo_kl_weight": Range(0, 1e6),
@@ -88,4 +104,38 @@ def check_train(config: TrainConfig) -> None:
             found=f"{config.z_loss} with train.objective={config.objective.value}",
             expected="it with language modelling only",
             hint="train.z_loss=0",
+        )
+    _check_dpo(config)
+
+
+def _check_dpo(config: TrainConfig) -> None:
+    _check_owner(config, Objective.DPO, "dpo_loss", DpoLoss.SIGMOID.value)
+    _check_owner(config, Objective.DPO, "dpo_label_smoothing", 0)
+    loss, smoothing = config.dpo_loss, config.dpo_label_smoothing
+    if loss is DpoLoss.ROBUST and not smoothing:
+        raise ConfigError(
+            "train.dpo_label_smoothing",
+            found="0 with train.dpo_loss=robust",
+            expected="the share of pairs that are swapped, more than 0",
+            hint="train.dpo_label_smoothing=0.1, or train.dpo_loss=sigmoid",
+        )
+    if smoothing and loss not in (DpoLoss.SIGMOID, DpoLoss.ROBUST):
+        raise ConfigError(
+            "train.dpo_label_smoothing",
+            found=f"{smoothing:g} with train.dpo_loss={loss.value}",
+            expected="it with sigmoid and robust only",
+            hint="train.dpo_label_smoothing=0",
+        )
+
+
+def _check_owner(config: TrainConfig, owner: Objective, name: str, default: object) -> None:
+    """ConfigError where a key of one objective is set, not to `default`, and another is trained."""
+    value = getattr(config, name)
+    value = value.value if isinstance(value, Enum) else value
+    if config.objective is not owner and value != default:
+        raise ConfigError(
+            f"train.{name}",
+            found=f"{value} with train.objective={config.objective.value}",
+            expected=f"it with train.objective={owner.value} only",
+            hint=f"train.{name}={'null' if default is None else default}",
         )

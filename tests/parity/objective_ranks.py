@@ -11,8 +11,10 @@ from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
+from efflaunch.training.config import DpoLoss
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import Preference, Rollout
+from efflaunch.training.objectives.preference import PairOptions
 from efflaunch.training.objectives.rollout import RolloutOptions
 from efflaunch.training.step import backward_step
 from efflaunch.training.step_setup import StepSetup
@@ -45,7 +47,8 @@ def _units(objective, options):
 def _objective(objective, options, num_targets):
     if objective == "dpo":
         reference = options["reference"]
-        return Preference(len(reference), CPU, beta=options["beta"], reference=lambda sequence: reference[sequence])
+        settings = PairOptions(options["beta"], DpoLoss(options.get("loss", "sigmoid")), options.get("smoothing", 0.0))
+        return Preference(len(reference), CPU, options=settings, reference=lambda sequence: reference[sequence])
 
     def data(sequence, start, stop):
         old, reference = (np.append(options[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 
 def log_probs(model, tokens):
@@ -19,13 +18,30 @@ def answer(model, tokens, mask):
     return log_probs(model, tokens)[torch.as_tensor(mask[1:])].sum()
 
 
-def dpo(model, pairs, reference, beta):
+def pair_loss(gains, tokens, *, beta, loss="sigmoid", smoothing=0.0):
+    """Loss of one pair from both answers' gains over the reference in log-probability, and their numbers of tokens."""
+    good, bad = beta * gains[0], beta * gains[1]
+    if loss == "hinge":
+        return torch.clamp(1 - (good - bad), min=0)
+    if loss == "ipo":
+        return (gains[0] / tokens[0] - gains[1] / tokens[1] - 1 / (2 * beta)) ** 2
+    if loss == "sigmoid_norm":
+        return torch.log1p(torch.exp(bad / tokens[1] - good / tokens[0]))
+    if loss == "apo_zero":
+        return 1 - 1 / (1 + torch.exp(-good)) + 1 / (1 + torch.exp(-bad))
+    as_labelled, swapped = torch.log1p(torch.exp(bad - good)), torch.log1p(torch.exp(good - bad))
+    if loss == "robust":
+        return ((1 - smoothing) * as_labelled - smoothing * swapped) / (1 - 2 * smoothing)
+    return (1 - smoothing) * as_labelled + smoothing * swapped
+
+
+def dpo(model, pairs, reference, beta, **settings):
     """Mean over pairs; `pairs`: ((tokens, mask) chosen, (tokens, mask) rejected), `reference` (P, 2). Also (margins, rewards)."""
     losses, rewards = [], []
-    for (chosen, rejected), before in zip(pairs, reference, strict=True):
-        good, bad = (beta * (answer(model, *half) - value) for half, value in zip((chosen, rejected), before, strict=True))
-        losses.append(-F.logsigmoid(good - bad))
-        rewards.append((float(good.detach()), float(bad.detach())))
+    for halves, before in zip(pairs, reference, strict=True):
+        gains = [answer(model, *half) - value for half, value in zip(halves, before, strict=True)]
+        losses.append(pair_loss(gains, [int(mask[1:].sum()) for _, mask in halves], beta=beta, **settings))
+        rewards.append([beta * float(gain.detach()) for gain in gains])
     return torch.stack(losses).mean(), np.array(rewards)
 
 

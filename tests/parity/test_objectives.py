@@ -64,19 +64,20 @@ def near(model, docs, spread, seed):
         ]
 
 
-@lru_cache(maxsize=8)
-def truth(family, objective):
-    """Weights, what the ranks are told, loss, means, gradients."""
+@lru_cache(maxsize=16)
+def truth(family, objective, variant=None):
+    """Weights, what the ranks are told, loss, means, gradients. `variant`: settings other than the objective's default, of VARIANTS."""
     lift_to_float64()
     model = reference_model(family, torch.float64)
     weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
     if objective == "dpo":
         halves, reference = pairs()
-        loss, rewards = objective_reference.dpo(model, halves, reference, BETA)
+        settings = {"beta": BETA, **VARIANTS["dpo"].get(variant, {})}
+        loss, rewards = objective_reference.dpo(model, halves, reference, **settings)
         margins = rewards[:, 0] - rewards[:, 1]
         assert 0 < (margins > 0).sum() < len(margins), "both outcomes"
         means = [margins.mean(), (margins > 0).mean(), *rewards.mean(0)]
-        options = {"documents": halves, "reference": reference, "beta": BETA}
+        options = {"documents": halves, "reference": reference, **settings}
     else:
         docs, advantages = completions()
         old, reference = near(model, docs, 0.3, 1), near(model, docs, 0.5, 2)
@@ -88,6 +89,16 @@ def truth(family, objective):
     return weights, options, loss.item(), np.array(means), gradients
 
 
+VARIANTS = {
+    "dpo": {
+        "conservative": {"smoothing": 0.2},
+        "robust": {"loss": "robust", "smoothing": 0.2},
+        "hinge": {"loss": "hinge", "beta": 0.1},
+        "ipo": {"loss": "ipo"},
+        "length-normalised": {"loss": "sigmoid_norm"},
+        "apo_zero": {"loss": "apo_zero", "beta": 0.1},
+    },
+}
 LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}
 ALL = {"dpo": (0, 1, 2, 3), "grpo": (0, 1, 2, 3, 4)}
 
@@ -138,10 +149,19 @@ def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
     check_objective(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
 
 
-def check_objective(pool, objective, plan, case):
+@pytest.mark.parametrize("row", ["one rank, chunk of 1", "ulysses 2, one sequence a micro-batch", "ring 2"])
+@pytest.mark.parametrize(("objective", "variant"), [(objective, name) for objective, named in VARIANTS.items() for name in named])
+def test_variants_equal_plain_torch(pool, objective, variant, row):
+    """Several pairs in one group and one alone: with one number for all its gradients, or two."""
+    made, degree, ulysses, case = ROWS[row]
+    world, *batches = made(objective, degree, ulysses)
+    check_objective(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case, variant)
+
+
+def check_objective(pool, objective, plan, case, variant=None):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
-    weights, options, loss, means, gradients = truth(case["family"], objective)
+    weights, options, loss, means, gradients = truth(case["family"], objective, variant)
     ranks = plan.world_size * case.get("stages", 1)
     got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=ranks)[0]
     assert abs(got_loss - loss) <= 1e-10 * abs(loss)

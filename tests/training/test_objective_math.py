@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from efflaunch.memory.arena.tracer import StorageTracer
 from efflaunch.model.chunked_loss import Head, LossOptions, chunked_log_probs
 from efflaunch.parallel.sequence.layout import Slice
+from efflaunch.tests.parity.objective_reference import pair_loss
 from efflaunch.tests.training.test_loss import Norm
+from efflaunch.training.config import DpoLoss
 from efflaunch.training.data.shard import PackedShard, Part
 from efflaunch.training.objectives.heads import Preference
-from efflaunch.training.objectives.preference import preference_losses, sum_by
+from efflaunch.training.objectives.preference import PairOptions, preference_losses, sum_by
 from efflaunch.training.objectives.rollout import RolloutOptions, RolloutRows, rollout_terms
 
 CPU = torch.device("cpu")
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 def test_preference_slopes_are_the_derivatives():
     torch.manual_seed(0)
     sums, reference = torch.randn(6, 2).double().requires_grad_(), torch.randn(6, 2).double()
-    losses = preference_losses(sums, reference, 0.3)
+    losses = preference_losses(sums, reference, PairOptions(0.3))
     rewards = 0.3 * (sums - reference)
     want = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
     torch.testing.assert_close(losses.losses, want, rtol=1e-14, atol=0)
@@ -32,13 +34,33 @@ def test_preference_slopes_are_the_derivatives():
     assert losses.stats[:, 1].sum() == (rewards[:, 0] > rewards[:, 1]).sum()
 
 
+@pytest.mark.parametrize(("loss", "smoothing"), [*((loss, 0.0) for loss in DpoLoss), (DpoLoss.SIGMOID, 0.3), (DpoLoss.ROBUST, 0.3)])
+def test_slopes_of_every_pair_loss_are_the_derivatives(loss, smoothing):
+    """Against autograd of the formula as it is written."""
+    torch.manual_seed(0)
+    sums, reference = (3 * torch.randn(20, 2).double()).requires_grad_(), 3 * torch.randn(20, 2).double()
+    tokens, options = torch.randint(1, 9, (20, 2)).double(), PairOptions(0.3, loss, smoothing)
+    losses = preference_losses(sums.detach(), reference, options, tokens if options.averages else None)
+    gains, settings = sums - reference, {"beta": 0.3, "loss": loss.value, "smoothing": smoothing}
+    want = torch.stack([pair_loss(gain, count, **settings) for gain, count in zip(gains, tokens, strict=True)])
+    (slopes,) = torch.autograd.grad(want.sum(), sums)
+    torch.testing.assert_close(losses.losses, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(losses.slopes, slopes, rtol=1e-12, atol=1e-14)
+    plain = preference_losses(sums.detach(), reference, PairOptions(0.3))
+    assert torch.equal(losses.stats, plain.stats), "what is reported means the same for every loss"
+    if options.of_margin and not options.averages:
+        assert torch.equal(losses.slopes[:, 0], -losses.slopes[:, 1])
+    if loss is DpoLoss.HINGE:
+        assert 0 < (losses.losses == 0).sum() < 20, "some are beyond it"
+
+
 def test_equal_answers_cost_ln_2():
-    losses = preference_losses(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), 0.1)
+    losses = preference_losses(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), PairOptions(0.1))
     assert float(losses.losses) == pytest.approx(math.log(2)) and losses.slopes.tolist() == [[-0.05, 0.05]]
 
 
 def test_huge_margins_stay_finite():
-    losses = preference_losses(torch.tensor([[0.0, 1e6], [1e6, 0.0]]).double(), torch.zeros(2, 2).double(), 1.0)
+    losses = preference_losses(torch.tensor([[0.0, 1e6], [1e6, 0.0]]).double(), torch.zeros(2, 2).double(), PairOptions(1.0))
     assert losses.losses.tolist() == [1e6, 0.0] and losses.slopes.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
 
 
@@ -95,7 +117,7 @@ def test_preference_needs_bytes_per_row_only(pairs):
     weight, norm, chunk, peaks = torch.randn(500, 32).bfloat16().requires_grad_(), Norm(32, torch.bfloat16), 64, []
     for rows in (1024, 2048):
         for _ in range(2):
-            objective = Preference(pairs, CPU, beta=0.1, reference=lambda index: np.zeros(2))
+            objective = Preference(pairs, CPU, options=PairOptions(0.1), reference=lambda index: np.zeros(2))
             loss_of = objective.head_loss(pair_shard(rows, pairs), leads=True, group_sum=lambda value: value)
             head = pair_head(rows, weight, norm, chunk)
             with StorageTracer([head.x, head.targets, weight, *norm.parameters()]) as tracer:
@@ -135,7 +157,7 @@ def test_preference_in_bfloat16_is_near_the_truth(pairs):
     for dtype in (torch.float64, torch.bfloat16):
         leaf, w, n = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), Norm(32, dtype)
         n.load_state_dict({name: value.to(dtype) for name, value in norm.state_dict().items()})
-        objective = Preference(pairs, CPU, beta=0.05, reference=lambda index: np.array([-70.0, -75.0 + 40 * index]))
+        objective = Preference(pairs, CPU, options=PairOptions(0.05), reference=lambda index: np.array([-70.0, -75.0 + 40 * index]))
         loss_of = objective.head_loss(pair_shard(64, pairs), leads=True, group_sum=lambda value: value)
         loss = loss_of(Head(leaf, n, w, targets, LossOptions(7)))
         loss.backward()

@@ -7,7 +7,9 @@ import math
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.training.config import Objective, TrainConfig, check_train
+from efflaunch.training.config import DpoLoss, Objective, TrainConfig, check_train
+
+DPO = {"objective": Objective.DPO}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,14 @@ from efflaunch.training.config import Objective, TrainConfig, check_train
         ({"grpo_clip_high": -1.0}, r"train.grpo_clip_high: found -1"),
         ({"grpo_kl_weight": -1.0}, r"train.grpo_kl_weight: found -1; expected 0 or more.*\n.*train.grpo_kl_weight=0"),
         ({"z_loss": 0.1, "objective": Objective.DPO}, r"train.z_loss: found 0.1 with train.objective=dpo.*\n.*train.z_loss=0"),
+        ({**DPO, "dpo_label_smoothing": 0.5}, r"train.dpo_label_smoothing: found 0.5; expected 0 to below 0.5"),
+        ({**DPO, "dpo_loss": DpoLoss.ROBUST}, r"found 0 with train.dpo_loss=robust; expected .* more than 0.*\n.*smoothing=0.1"),
+        (
+            {**DPO, "dpo_loss": DpoLoss.IPO, "dpo_label_smoothing": 0.1},
+            r"found 0.1 with train.dpo_loss=ipo; expected it with sigmoid and robust only.*\n.*train.dpo_label_smoothing=0",
+        ),
+        ({"dpo_loss": DpoLoss.IPO}, r"train.dpo_loss: found ipo with train.objective=language_modelling; .*dpo only.*\n.*=sigmoid"),
+        ({"objective": Objective.GRPO, "dpo_label_smoothing": 0.1}, r"train.dpo_label_smoothing: found 0.1 with train.objective=grpo"),
     ],
 )
 def test_refused(changes: dict[str, object], message: str) -> None:
@@ -31,5 +41,7 @@ def test_accepted_up_to_the_edge() -> None:
     """z-loss goes with the objectives that have logits of every token; a clip of one is the largest there is."""
     check_train(TrainConfig(steps=1, z_loss=0.1))
     check_train(TrainConfig(steps=1, objective=Objective.GRPO, grpo_clip_low=1.0))
+    for loss in (DpoLoss.SIGMOID, DpoLoss.ROBUST):
+        check_train(TrainConfig(steps=1, objective=Objective.DPO, dpo_loss=loss, dpo_label_smoothing=0.49))
     allowed = TrainConfig.RANGES["grpo_clip_low"]
     assert 1.0 in allowed and math.nextafter(1.0, 2.0) not in allowed

@@ -26,6 +26,7 @@ from ..score_corpus import fill_scores
 from ..session import Session
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
 from .implicit_reference import pair_reference
+from .preference import PairOptions
 from .rollout import RolloutOptions
 
 
@@ -76,17 +77,22 @@ class RunObjective:
     def step(self, step: int, *, num_targets: int, num_sequences: int, works: Sequence[MicroBatchWork]) -> StepObjective:
         """The objective of step `step` (from 0), whose work on this rank is `works`. Collective where the reference is made by it."""
         train, scores, device = self._train, self._scores, self._session.device
-        if self._implicit:
-            reference = self._implicit_reference(step, num_sequences, works)
-            return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: reference[index])
         if train.objective is Objective.DPO:
-            return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: scores.pair(step, index))
+            return self._preference(step, num_sequences, works)
         if train.objective is Objective.GRPO:
             options = RolloutOptions(train.grpo_clip_low, train.grpo_clip_high, train.grpo_kl_weight)
             return Rollout(
                 num_targets, device, options=options, data=lambda *place: scores.completion(step, *place), kl=scores.has_reference
             )
         return LanguageModelling(num_targets, device)
+
+    def _preference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> Preference:
+        train, device, scores = self._train, self._session.device, self._scores
+        options = PairOptions(train.dpo_beta, train.dpo_loss, train.dpo_label_smoothing)
+        if not self._implicit:
+            return Preference(num_pairs, device, options=options, reference=lambda index: scores.pair(step, index))
+        reference = self._implicit_reference(step, num_pairs, works)
+        return Preference(num_pairs, device, options=options, reference=lambda index: reference[index])
 
     def _implicit_reference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> np.ndarray:
         if self._reference is None or self._reference[0] != step:

@@ -1,10 +1,11 @@
 """Applies an objective to a micro-batch's last layer output. One object per step; ranks meet in `group_sum` alone.
 
 Note: pairs. The two answers of a pair lie in one group of one micro-batch (their unit of planning), as two documents, so a sum
-over the group's ranks completes the margin of each. With one pair in the group, its rows are gone through once: gradients are
-made with slopes of +1 and -1 and multiplied with the one number at the end (StreamBP, 2506.03077, sec. 3.3). With several, their
-numbers differ and the head's gradient would need an accumulator of V x M each: instead the head runs once more, without
-gradients, for the log-probabilities first (2 x V x M operations per answer token, of about 8 x V x M the head takes anyway).
+over the group's ranks completes the margin of each. With one pair in the group, and a loss that is a function of its margin, its rows
+are gone through once: gradients are made with slopes of +1 and -1 (over each answer's tokens, where the loss averages: those are counted
+before) and multiplied with the one number at the end (StreamBP, 2506.03077, sec. 3.3). With several pairs, or two numbers of one, the
+head's gradient would need an accumulator of V x M for each number: instead the head runs once more, without gradients, for the
+log-probabilities first (2 x V x M operations per answer token, of about 8 x V x M the head takes anyway).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...model.chunked_loss import Head, chunked_log_probs, chunked_loss, cross_entropy
+from ...model.chunked_loss import IGNORE, Head, chunked_log_probs, chunked_loss, cross_entropy
 from ..data.shard import PackedShard
 from .preference import STATS as PAIR_STATS
-from .preference import preference_losses, sum_by
+from .preference import PairOptions, preference_losses, sum_by
 from .rollout import STATS as TOKEN_STATS
 from .rollout import RolloutOptions, RolloutRows, rollout_terms
 
@@ -65,64 +66,76 @@ class Preference:
 
     names: tuple[str, ...] = PAIR_STATS
 
-    def __init__(self, num_pairs: int, device: torch.device, *, beta: float, reference: PairReference) -> None:
+    def __init__(self, num_pairs: int, device: torch.device, *, options: PairOptions, reference: PairReference) -> None:
         self.count, self.stats = num_pairs, torch.zeros(len(PAIR_STATS), dtype=torch.float64, device=device)
-        self._beta, self._reference = beta, reference
+        self.options, self._reference = options, reference
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
         units = dict.fromkeys(part.sequence for part in shard.parts)
         if not units:
             return lambda head: cross_entropy(head, 0.0)
         order = {sequence: index for index, sequence in enumerate(units)}
-        sides = np.repeat(
-            [2 * order[shard.parts[piece.sequence].sequence] + shard.parts[piece.sequence].number for piece in shard.slices],
-            [len(piece) for piece in shard.slices],
-        ).astype(np.int64)
+        sides = shard.by_row(lambda part: 2 * order[part.sequence] + part.number)
+        tokens = np.bincount(sides[shard.target_ids != IGNORE], minlength=2 * len(units)).astype(np.float64)
         reference = np.stack([self._reference(sequence) for sequence in units])
-        pairs = _Pairs(self, torch.from_numpy(sides), torch.from_numpy(reference), leads, group_sum)
-        return pairs.once if len(units) == 1 else pairs.twice
+        pairs = _Pairs(self, sides, reference, tokens, leads, group_sum)
+        return pairs.once if len(units) == 1 and self.options.of_margin else pairs.twice
 
-    def judge(self, sums: Tensor, reference: Tensor, *, leads: bool) -> tuple[Tensor, Tensor]:
+    def judge(self, sums: Tensor, reference: Tensor, tokens: Tensor | None, *, leads: bool) -> tuple[Tensor, Tensor]:
         """Loss and slopes (P, 2) from the pairs' complete sums (P, 2), divided by the step's pairs; counted where it leads."""
-        pairs = preference_losses(sums, reference, self._beta)
+        pairs = preference_losses(sums, reference, self.options, tokens)
         if leads:
             self.stats += pairs.stats.sum(0)
         return pairs.losses.sum() * (leads / self.count), pairs.slopes / self.count
 
 
 class _Pairs:
-    """The pairs of one micro-batch on one rank; `sides` (T,): 2 x pair + (0 chosen, 1 rejected), `reference` (P, 2)."""
+    """The pairs of one micro-batch on one rank; `sides` (T,): 2 x pair + (0 chosen, 1 rejected), `reference` (P, 2), `tokens` (2P,): this
+    rank's targets of each side."""
 
-    def __init__(self, objective: Preference, sides: Tensor, reference: Tensor, leads: bool, group_sum: GroupSum) -> None:
+    def __init__(
+        self, objective: Preference, sides: np.ndarray, reference: np.ndarray, tokens: np.ndarray, leads: bool, group_sum: GroupSum
+    ) -> None:
         self._objective, self._leads, self._group_sum = objective, leads, group_sum
-        self._sides, self._reference = sides.to(objective.stats.device), reference.to(objective.stats.device)
+        self._sides, self._reference, self._own_tokens = (
+            torch.from_numpy(column).to(objective.stats.device) for column in (sides, reference, tokens)
+        )
 
     def once(self, head: Head) -> Tensor:
-        """One pair: slopes +1 and -1 in one pass, then the number all gradients have in common."""
-        sums = torch.zeros(2, dtype=torch.float64, device=head.x.device)
+        """One pair: slopes +1 and -1, or those over each answer's tokens, in one pass; then the number all gradients have in common."""
+        sums, tokens = torch.zeros(2, dtype=torch.float64, device=head.x.device), self._tokens()
+        signs = torch.tensor((1, -1), dtype=torch.float64, device=head.x.device)
+        shares = (signs if tokens is None else signs / tokens[0]).to(head.wide)
 
         def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
             sides = self._sides[rows]
             sums.add_(sum_by(sides, log_probs, 2))
-            return log_probs, (1 - 2 * sides).to(log_probs.dtype)
+            return log_probs, shares[sides]
 
         def finish() -> tuple[Tensor, Tensor]:
-            loss, slopes = self._objective.judge(self._group_sum(sums).unsqueeze(0), self._reference, leads=self._leads)
-            return loss, slopes[0, 0].to(head.wide)
+            loss, slopes = self._judge(self._group_sum(sums), tokens)
+            return loss, (slopes[0, 0] if tokens is None else slopes[0, 0] * tokens[0, 0]).to(head.wide)
 
         return chunked_loss(head, terms, finish=finish)
 
     def twice(self, head: Head) -> Tensor:
-        """Several pairs: log-probabilities first, then each row with its pair's number."""
-        log_probs, size = chunked_log_probs(head), self._reference.numel()
+        """Several numbers: log-probabilities first, then each row with that of its pair or answer."""
+        log_probs, size, tokens = chunked_log_probs(head), self._reference.numel(), self._tokens()
         sums = torch.zeros(size, dtype=torch.float64, device=head.x.device)
         for rows in head.chunks():
             sums += sum_by(self._sides[rows], log_probs[rows], size)
-        loss, slopes = self._objective.judge(self._group_sum(sums).view(-1, 2), self._reference, leads=self._leads)
+        loss, slopes = self._judge(self._group_sum(sums), tokens)
         by_side = slopes.flatten().to(head.wide)
         return chunked_loss(
             head, lambda rows, log_probs: (log_probs, by_side[self._sides[rows]]), finish=lambda: (loss, torch.ones_like(loss))
         )
+
+    def _tokens(self) -> Tensor | None:
+        """Target tokens (P, 2) of each answer over the group's ranks, where the loss divides by them."""
+        return self._group_sum(self._own_tokens.clone()).view(-1, 2) if self._objective.options.averages else None
+
+    def _judge(self, sums: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._objective.judge(sums.view(-1, 2), self._reference, tokens, leads=self._leads)
 
 
 class RolloutData(Protocol):
