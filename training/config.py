@@ -66,6 +66,8 @@ class TrainConfig:
     """dpo only: what a pair costs; ipo and sigmoid_norm divide each answer's log-probability by its tokens."""
     dpo_label_smoothing: float = 0.0
     """dpo only, with sigmoid (conservative DPO) and robust: the share of pairs whose answers are taken to be swapped."""
+    dpo_sft_weight: float = 0.0
+    """dpo only: weight of the chosen answers' cross-entropy, a mean over their tokens in the step, added to the loss."""
     grpo_clip_low: float = 0.2
     """grpo only: how far below one the ratio to the old probability still counts."""
     grpo_clip_high: float = 0.2
@@ -88,6 +90,7 @@ class TrainConfig:
         "loss_chunk_tokens": Range(1, TOKENS),
         "dpo_beta": Range(0, 1e6, above=True),
         "dpo_label_smoothing": Range(0, 0.5, below=True),
+        "dpo_sft_weight": Range(0, 1e6),
         "grpo_clip_low": Range(0, 1, above=True),
         "grpo_clip_high": Range(0, 1e6, above=True),
         "grpo_kl_weight": Range(0, 1e6),
@@ -111,6 +114,7 @@ def check_train(config: TrainConfig) -> None:
 def _check_dpo(config: TrainConfig) -> None:
     _check_owner(config, Objective.DPO, "dpo_loss", DpoLoss.SIGMOID.value)
     _check_owner(config, Objective.DPO, "dpo_label_smoothing", 0)
+    _check_owner(config, Objective.DPO, "dpo_sft_weight", 0)
     loss, smoothing = config.dpo_loss, config.dpo_label_smoothing
     if loss is DpoLoss.ROBUST and not smoothing:
         raise ConfigError(

@@ -29,6 +29,7 @@ TAKES_ZERO = {
         "train.router_z_loss",
         "train.router_bias_rate",
         "train.dpo_label_smoothing",
+        "train.dpo_sft_weight",
         "train.grpo_kl_weight",
         "adapter.dropout",
         "optim.betas",

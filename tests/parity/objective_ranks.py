@@ -14,7 +14,7 @@ from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_pla
 from efflaunch.training.config import DpoLoss
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import Preference, Rollout
-from efflaunch.training.objectives.preference import PairOptions
+from efflaunch.training.objectives.preference import CHOSEN, PairOptions
 from efflaunch.training.objectives.rollout import RolloutOptions
 from efflaunch.training.step import backward_step
 from efflaunch.training.step_setup import StepSetup
@@ -44,17 +44,20 @@ def _units(objective, options):
     return options["documents"] if objective == "dpo" else [(document,) for document in options["documents"]]
 
 
-def _objective(objective, options, num_targets):
+def _objective(objective, options, works, topology):
     if objective == "dpo":
         reference = options["reference"]
-        settings = PairOptions(options["beta"], DpoLoss(options.get("loss", "sigmoid")), options.get("smoothing", 0.0))
-        return Preference(len(reference), CPU, options=settings, reference=lambda sequence: reference[sequence])
+        loss, smoothing, weight = (options.get(name, default) for name, default in (("loss", "sigmoid"), ("smoothing", 0.0), ("sft", 0.0)))
+        settings = PairOptions(options["beta"], DpoLoss(loss), smoothing, weight)
+        chosen = count_targets(works, topology, CPU, number=CHOSEN)
+        return Preference(len(reference), CPU, options=settings, reference=lambda sequence: reference[sequence], chosen_tokens=chosen)
 
     def data(sequence, start, stop):
         old, reference = (np.append(options[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
         return options["advantages"][sequence], old, reference
 
-    return Rollout(num_targets, CPU, options=RolloutOptions(options["low"], options["high"], options["weight"]), data=data, kl=True)
+    settings = RolloutOptions(options["low"], options["high"], options["weight"])
+    return Rollout(count_targets(works, topology, CPU), CPU, options=settings, data=data, kl=True)
 
 
 def run_objective(objective, case, weights, options, plan):
@@ -72,8 +75,7 @@ def run_objective(objective, case, weights, options, plan):
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
     works = read_step(UnitSource(_units(objective, options)), 0, plan, topology.stage_rank)
-    count = count_targets(works, topology, CPU)
-    step = _objective(objective, options, count)
+    step = _objective(objective, options, works, topology)
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=CPU,
         reduce_each=False, barrier_free=case.get("barrier_free", False),

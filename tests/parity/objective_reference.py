@@ -35,14 +35,21 @@ def pair_loss(gains, tokens, *, beta, loss="sigmoid", smoothing=0.0):
     return (1 - smoothing) * as_labelled + smoothing * swapped
 
 
-def dpo(model, pairs, reference, beta, **settings):
-    """Mean over pairs; `pairs`: ((tokens, mask) chosen, (tokens, mask) rejected), `reference` (P, 2). Also (margins, rewards)."""
+def dpo(model, pairs, reference, beta, sft=0.0, **settings):
+    """Mean over pairs; `pairs`: ((tokens, mask) chosen, (tokens, mask) rejected), `reference` (P, 2). Also (margins, rewards).
+
+    `sft`: weight of the mean of -log p over the tokens of all chosen answers.
+    """
     losses, rewards = [], []
     for halves, before in zip(pairs, reference, strict=True):
         gains = [answer(model, *half) - value for half, value in zip(halves, before, strict=True)]
         losses.append(pair_loss(gains, [int(mask[1:].sum()) for _, mask in halves], beta=beta, **settings))
         rewards.append([beta * float(gain.detach()) for gain in gains])
-    return torch.stack(losses).mean(), np.array(rewards)
+    loss = torch.stack(losses).mean()
+    if sft:
+        tokens = torch.cat([log_probs(model, tokens)[torch.as_tensor(mask[1:])] for (tokens, mask), _ in pairs])
+        loss = loss - sft * tokens.mean()
+    return loss, np.array(rewards)
 
 
 def grpo(model, completions, advantages, old, reference, *, low, high, weight):

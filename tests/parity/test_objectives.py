@@ -97,6 +97,8 @@ VARIANTS = {
         "ipo": {"loss": "ipo"},
         "length-normalised": {"loss": "sigmoid_norm"},
         "apo_zero": {"loss": "apo_zero", "beta": 0.1},
+        "with fine-tuning": {"sft": 0.3},
+        "ipo with fine-tuning": {"loss": "ipo", "sft": 0.3},
     },
 }
 LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}

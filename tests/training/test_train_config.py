@@ -28,6 +28,8 @@ DPO = {"objective": Objective.DPO}
             {**DPO, "dpo_loss": DpoLoss.IPO, "dpo_label_smoothing": 0.1},
             r"found 0.1 with train.dpo_loss=ipo; expected it with sigmoid and robust only.*\n.*train.dpo_label_smoothing=0",
         ),
+        ({**DPO, "dpo_sft_weight": -1.0}, r"train.dpo_sft_weight: found -1; expected 0 or more.*\n.*train.dpo_sft_weight=0"),
+        ({"dpo_sft_weight": 0.5}, r"train.dpo_sft_weight: found 0.5 with train.objective=language_modelling; .*\n.*=0"),
         ({"dpo_loss": DpoLoss.IPO}, r"train.dpo_loss: found ipo with train.objective=language_modelling; .*dpo only.*\n.*=sigmoid"),
         ({"objective": Objective.GRPO, "dpo_label_smoothing": 0.1}, r"train.dpo_label_smoothing: found 0.1 with train.objective=grpo"),
     ],

@@ -20,13 +20,13 @@ from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
 from ..config import Objective, TrainConfig
 from ..data.scores import Scores, needed_scores
-from ..micro_batches import MicroBatchWork
+from ..micro_batches import MicroBatchWork, count_targets
 from ..run_settings import Stop
 from ..score_corpus import fill_scores
 from ..session import Session
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
 from .implicit_reference import pair_reference
-from .preference import PairOptions
+from .preference import CHOSEN, PairOptions
 from .rollout import RolloutOptions
 
 
@@ -75,7 +75,7 @@ class RunObjective:
         return True
 
     def step(self, step: int, *, num_targets: int, num_sequences: int, works: Sequence[MicroBatchWork]) -> StepObjective:
-        """The objective of step `step` (from 0), whose work on this rank is `works`. Collective where the reference is made by it."""
+        """The objective of step `step` (from 0), whose work on this rank is `works`. Collective over the stage."""
         train, scores, device = self._train, self._scores, self._session.device
         if train.objective is Objective.DPO:
             return self._preference(step, num_sequences, works)
@@ -88,11 +88,14 @@ class RunObjective:
 
     def _preference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> Preference:
         train, device, scores = self._train, self._session.device, self._scores
-        options = PairOptions(train.dpo_beta, train.dpo_loss, train.dpo_label_smoothing)
-        if not self._implicit:
-            return Preference(num_pairs, device, options=options, reference=lambda index: scores.pair(step, index))
-        reference = self._implicit_reference(step, num_pairs, works)
-        return Preference(num_pairs, device, options=options, reference=lambda index: reference[index])
+        options = PairOptions(train.dpo_beta, train.dpo_loss, train.dpo_label_smoothing, train.dpo_sft_weight)
+        chosen = count_targets(works, self._session.topology, device, number=CHOSEN) if train.dpo_sft_weight else 0
+        pairs = self._implicit_reference(step, num_pairs, works) if self._implicit else None
+
+        def reference(sequence: int) -> np.ndarray:
+            return scores.pair(step, sequence) if pairs is None else pairs[sequence]
+
+        return Preference(num_pairs, device, options=options, reference=reference, chosen_tokens=chosen)
 
     def _implicit_reference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> np.ndarray:
         if self._reference is None or self._reference[0] != step:

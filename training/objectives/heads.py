@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...model.chunked_loss import IGNORE, Head, chunked_log_probs, chunked_loss, cross_entropy
 from ..data.shard import PackedShard
+from .preference import CHOSEN, PairOptions, preference_losses, sum_by
 from .preference import STATS as PAIR_STATS
-from .preference import PairOptions, preference_losses, sum_by
 from .rollout import STATS as TOKEN_STATS
 from .rollout import RolloutOptions, RolloutRows, rollout_terms
 
@@ -66,9 +66,12 @@ class Preference:
 
     names: tuple[str, ...] = PAIR_STATS
 
-    def __init__(self, num_pairs: int, device: torch.device, *, options: PairOptions, reference: PairReference) -> None:
+    def __init__(
+        self, num_pairs: int, device: torch.device, *, options: PairOptions, reference: PairReference, chosen_tokens: int = 0
+    ) -> None:
+        """Prepare the step; `chosen_tokens`: targets of all its chosen answers, where their cross-entropy is added."""
         self.count, self.stats = num_pairs, torch.zeros(len(PAIR_STATS), dtype=torch.float64, device=device)
-        self.options, self._reference = options, reference
+        self.options, self._reference, self._chosen_tokens = options, reference, chosen_tokens
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
         units = dict.fromkeys(part.sequence for part in shard.parts)
@@ -86,7 +89,12 @@ class Preference:
         pairs = preference_losses(sums, reference, self.options, tokens)
         if leads:
             self.stats += pairs.stats.sum(0)
-        return pairs.losses.sum() * (leads / self.count), pairs.slopes / self.count
+        loss, slopes = pairs.losses.sum() * (leads / self.count), pairs.slopes / self.count
+        if self.options.sft_weight:
+            share = self.options.sft_weight / self._chosen_tokens
+            loss = loss - leads * share * sums[:, CHOSEN].sum()
+            slopes[:, CHOSEN] -= share
+        return loss, slopes
 
 
 class _Pairs:

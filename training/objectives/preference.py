@@ -12,7 +12,8 @@ answer's reward less the rejected one's. Losses of a pair, s = sigmoid, e = the 
 
 Where an answer's reward is divided by its number of tokens, margins are of averages. All but apo_zero are functions of the margin
 alone: their derivatives by the two rewards are one number and its negative, known only once the whole pair was seen, a factor of
-everything before it.
+everything before it. The chosen answers' cross-entropy may be added (2404.19733, which averages within each answer; here it
+is the mean over all their tokens in the step, as fine-tuning on them would be).
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ STATS = ("dpo_margin", "dpo_accuracy", "dpo_chosen_reward", "dpo_rejected_reward
 
 @dataclass(frozen=True, slots=True)
 class PairOptions:
-    """Settings of the pairs' loss; `smoothing`: share of labels taken to be wrong."""
+    """Settings of the pairs' loss; `smoothing`: share of labels taken to be wrong; `sft_weight`: of the chosen answers' cross-entropy."""
 
     beta: float
     loss: DpoLoss = DpoLoss.SIGMOID
     smoothing: float = 0.0
+    sft_weight: float = 0.0
 
     @property
     def averages(self) -> bool:
@@ -45,8 +47,8 @@ class PairOptions:
 
     @property
     def of_margin(self) -> bool:
-        """Whether the loss is a function of the margin: its derivatives by the two rewards add up to zero."""
-        return self.loss is not DpoLoss.APO_ZERO
+        """Whether the loss is a function of the margin alone: its derivatives by the two rewards add up to zero."""
+        return self.loss is not DpoLoss.APO_ZERO and not self.sft_weight
 
 
 @dataclass(frozen=True, slots=True)
