@@ -39,6 +39,21 @@ class DpoLoss(Enum):
     APO_ZERO = "apo_zero"
 
 
+class GrpoNormalize(Enum):
+    """What the sum over completion tokens is divided by (training/objectives/rollout.py)."""
+
+    DAPO = "dapo"
+    GRPO = "grpo"
+    DR_GRPO = "dr_grpo"
+
+
+class GrpoRatio(Enum):
+    """What a ratio to the old probability is of."""
+
+    TOKEN = "token"
+    SEQUENCE = "sequence"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Objective, length, seed and numerics of the run."""
@@ -74,6 +89,14 @@ class TrainConfig:
     """grpo only: how far above one."""
     grpo_kl_weight: float = 0.0
     """grpo only: weight of the divergence from the reference, per token."""
+    grpo_normalize: GrpoNormalize = GrpoNormalize.DAPO
+    """grpo only: dapo: mean over the step's completion tokens; grpo: first over each completion's; dr_grpo: over grpo_max_completion."""
+    grpo_max_completion: Tokens | None = None
+    """grpo only, with grpo_normalize=dr_grpo: the tokens that every completion counts as, whatever its length."""
+    grpo_delta: float | None = None
+    """grpo only: the ratio counts no further than this, where the advantage is negative too (two-sided clip). null: no such end."""
+    grpo_ratio: GrpoRatio = GrpoRatio.TOKEN
+    """grpo only: sequence: every token has its completion's ratio, the geometric mean of its tokens' (GSPO)."""
     keep_best: str | None = None
     """Metric of an evaluation, as eval/web/loss: its best checkpoint is pinned, so never removed. None: none is."""
     patience: int | None = None
@@ -94,6 +117,8 @@ class TrainConfig:
         "grpo_clip_low": Range(0, 1, above=True),
         "grpo_clip_high": Range(0, 1e6, above=True),
         "grpo_kl_weight": Range(0, 1e6),
+        "grpo_max_completion": Range(1, TOKENS, example=1024),
+        "grpo_delta": Range(1, 1e6, above=True, example=4),
         "patience": Range(1, STEPS),
     }
 
@@ -109,6 +134,7 @@ def check_train(config: TrainConfig) -> None:
             hint="train.z_loss=0",
         )
     _check_dpo(config)
+    _check_grpo(config)
 
 
 def _check_dpo(config: TrainConfig) -> None:
@@ -129,6 +155,28 @@ def _check_dpo(config: TrainConfig) -> None:
             found=f"{smoothing:g} with train.dpo_loss={loss.value}",
             expected="it with sigmoid and robust only",
             hint="train.dpo_label_smoothing=0",
+        )
+
+
+def _check_grpo(config: TrainConfig) -> None:
+    _check_owner(config, Objective.GRPO, "grpo_normalize", GrpoNormalize.DAPO.value)
+    _check_owner(config, Objective.GRPO, "grpo_max_completion", None)
+    _check_owner(config, Objective.GRPO, "grpo_delta", None)
+    _check_owner(config, Objective.GRPO, "grpo_ratio", GrpoRatio.TOKEN.value)
+    length, delta = config.grpo_max_completion, config.grpo_delta
+    if (config.grpo_normalize is GrpoNormalize.DR_GRPO) != (length is not None):
+        raise ConfigError(
+            "train.grpo_max_completion",
+            found=f"{'null' if length is None else length} with train.grpo_normalize={config.grpo_normalize.value}",
+            expected="the tokens every completion counts as, with dr_grpo and only there",
+            hint=f"train.grpo_max_completion={'1024, the most a completion may have' if length is None else 'null'}",
+        )
+    if delta is not None and delta <= 1 + config.grpo_clip_high:
+        raise ConfigError(
+            "train.grpo_delta",
+            found=f"{delta:g} with train.grpo_clip_high={config.grpo_clip_high:g}",
+            expected=f"more than 1 + train.grpo_clip_high, {1 + config.grpo_clip_high:g}",
+            hint=f"train.grpo_delta={2 * (1 + config.grpo_clip_high):g}, or train.grpo_delta=null",
         )
 
 

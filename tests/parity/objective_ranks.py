@@ -11,7 +11,7 @@ from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
-from efflaunch.training.config import DpoLoss
+from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import Preference, Rollout
 from efflaunch.training.objectives.preference import CHOSEN, PairOptions
@@ -56,8 +56,11 @@ def _objective(objective, options, works, topology):
         old, reference = (np.append(options[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
         return options["advantages"][sequence], old, reference
 
-    settings = RolloutOptions(options["low"], options["high"], options["weight"])
-    return Rollout(count_targets(works, topology, CPU), CPU, options=settings, data=data, kl=True)
+    settings = RolloutOptions(
+        options["low"], options["high"], options["weight"], delta=options.get("delta"), max_completion=options.get("length"),
+        normalize=GrpoNormalize(options.get("normalize", "dapo")), level=GrpoRatio(options.get("level", "token")),
+    )  # fmt: skip
+    return Rollout(count_targets(works, topology, CPU), len(options["advantages"]), CPU, options=settings, data=data, kl=True)
 
 
 def run_objective(objective, case, weights, options, plan):

@@ -52,16 +52,27 @@ def dpo(model, pairs, reference, beta, sft=0.0, **settings):
     return loss, np.array(rewards)
 
 
-def grpo(model, completions, advantages, old, reference, *, low, high, weight):
-    """Mean over completion tokens; `completions`: (tokens, mask), `old` and `reference`: per token. Also sums of (ratio, clipped, kl)."""
+def policy_loss(now, before, initial, advantage, *, low, high, weight, delta=None, level="token"):
+    """Terms (n,) of one completion's tokens; `now`, `before`, `initial`: log-probabilities (n,). Also (ratio, whether clipped, kl)."""
+    ratio = (now - before).exp()
+    if level == "sequence":
+        ratio = (now - before).mean().exp().expand(len(now))
+    first = ratio if delta is None else torch.where(ratio > delta, torch.full_like(ratio, delta), ratio)
+    gain, clipped = first * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+    kl = (initial - now).exp() - (initial - now) - 1
+    lost = (clipped < gain) | (ratio > (delta or float("inf")))
+    return -torch.minimum(gain, clipped) + weight * kl, (ratio.detach(), lost, kl.detach())
+
+
+def grpo(model, completions, advantages, old, reference, *, normalize="dapo", length=None, **settings):
+    """The loss; `completions`: (tokens, mask), `old` and `reference`: per token. Also means over tokens of (ratio, clipped, kl)."""
     total, count, stats = 0.0, 0, np.zeros(3)
     for (tokens, mask), advantage, before, initial in zip(completions, advantages, old, reference, strict=True):
         keep = torch.as_tensor(mask[1:])
         now, before, initial = (t[keep] for t in (log_probs(model, tokens), torch.as_tensor(before[1:]), torch.as_tensor(initial[1:])))
-        ratio = (now - before).exp()
-        gain, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
-        kl = (initial - now).exp() - (initial - now) - 1
-        total = total + (-torch.minimum(gain, clipped) + weight * kl).sum()
-        stats += [ratio.detach().sum(), (clipped < gain).sum(), kl.detach().sum()]
+        terms, numbers = policy_loss(now, before, initial, advantage, **settings)
+        total = total + (terms.mean() if normalize == "grpo" else terms.sum())
+        stats += [float(number.sum()) for number in numbers]
         count += int(keep.sum())
-    return total / count, stats / count
+    divisor = {"dapo": count, "grpo": len(completions), "dr_grpo": len(completions) * (length or 0)}[normalize]
+    return total / divisor, stats / count

@@ -19,6 +19,8 @@ from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_mo
 from efflaunch.tests.ranks import RankPool
 
 BETA, CLIP = 0.7, {"low": 0.15, "high": 0.3, "weight": 0.2}
+NARROW = {"low": 0.03, "high": 0.04}
+"""Clips of ratios of sequences, whose tokens' even out."""
 PAIRS = ((7, 12, 19), (5, 21, 3), (11, 4, 17), (2, 30, 26))
 """(prompt, chosen, rejected) tokens."""
 COMPLETIONS = ((7, 12), (7, 19), (5, 33), (11, 2), (3, 24))
@@ -81,9 +83,10 @@ def truth(family, objective, variant=None):
     else:
         docs, advantages = completions()
         old, reference = near(model, docs, 0.3, 1), near(model, docs, 0.5, 2)
-        loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **CLIP)
+        settings = {**CLIP, **VARIANTS["grpo"].get(variant, {})}
+        loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **settings)
         assert 0.1 < means[1] < 0.9, "some tokens are clipped"
-        options = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
+        options = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **settings}
     loss.backward()
     gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
     return weights, options, loss.item(), np.array(means), gradients
@@ -99,6 +102,13 @@ VARIANTS = {
         "apo_zero": {"loss": "apo_zero", "beta": 0.1},
         "with fine-tuning": {"sft": 0.3},
         "ipo with fine-tuning": {"loss": "ipo", "sft": 0.3},
+    },
+    "grpo": {
+        "per completion": {"normalize": "grpo"},
+        "fixed length": {"normalize": "dr_grpo", "length": 40},
+        "two-sided": {"delta": 1.4},
+        "ratios of sequences": {"level": "sequence", **NARROW},
+        "ratios of sequences, per completion, two-sided": {"level": "sequence", "normalize": "grpo", "delta": 1.05, **NARROW},
     },
 }
 LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}

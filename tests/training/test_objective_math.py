@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from efflaunch.memory.arena.tracer import StorageTracer
 from efflaunch.model.chunked_loss import Head, LossOptions, chunked_log_probs
 from efflaunch.parallel.sequence.layout import Slice
-from efflaunch.tests.parity.objective_reference import pair_loss
+from efflaunch.tests.parity.objective_reference import pair_loss, policy_loss
 from efflaunch.tests.training.test_loss import Norm
-from efflaunch.training.config import DpoLoss
+from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio
 from efflaunch.training.data.shard import PackedShard, Part
 from efflaunch.training.objectives.heads import Preference
 from efflaunch.training.objectives.preference import PairOptions, preference_losses, sum_by
-from efflaunch.training.objectives.rollout import RolloutOptions, RolloutRows, rollout_terms
+from efflaunch.training.objectives.rollout import RolloutOptions, RolloutRows, rollout_terms, token_divisor
 
 CPU = torch.device("cpu")
 
@@ -80,6 +80,44 @@ def test_rollout_slopes_are_the_derivatives(weight):
     outside = ((ratio > 1.3) & (rows.advantage > 0)) | ((ratio < 0.8) & (rows.advantage < 0))
     assert losses.stats[:, 1].tolist() == outside.double().tolist() and 0 < outside.sum() < 200
     assert (losses.stats[:, 2] >= 0).all()
+
+
+@pytest.mark.parametrize("level", GrpoRatio, ids=lambda level: level.value)
+@pytest.mark.parametrize("delta", [None, 1.5])
+@pytest.mark.parametrize("normalize", GrpoNormalize, ids=lambda normalize: normalize.value)
+def test_slopes_of_every_policy_loss_are_the_derivatives(normalize, delta, level):
+    """Against autograd of the formula as it is written, one completion at a time."""
+    torch.manual_seed(2)
+    lengths, advantages = torch.tensor([1, 7, 40, 23]), torch.tensor([0.7, -1.1, 0.4, -0.2]).double()
+    owner, shifts = torch.arange(4).repeat_interleave(lengths), torch.tensor([0.05, 0.6, 0.15, -0.4]).double()
+    log_probs, reference = (-torch.rand(71).double()).requires_grad_(), -torch.rand(71).double()
+    old = log_probs.detach() - shifts[owner] - 0.1 * torch.randn(71).double()
+    options = RolloutOptions(0.1, 0.2, 0.3, delta, normalize, 64 if normalize is GrpoNormalize.DR_GRPO else None, level)
+    rows = RolloutRows(advantages[owner], old, reference)
+    means = torch.stack([(log_probs.detach() - old)[owner == index].mean() for index in range(4)])
+    made = rollout_terms(log_probs.detach(), rows, options, means[owner] if level is GrpoRatio.SEQUENCE else None)
+    divisor = token_divisor(options, 71, 4, lengths[owner].double())
+
+    want, clipped = 0.0, []
+    for index, advantage in enumerate(advantages):
+        now, before, initial = (values[owner == index] for values in (log_probs, old, reference))
+        settings = {"low": 0.1, "high": 0.2, "weight": 0.3, "delta": delta, "level": level.value}
+        terms, (_, lost, _) = policy_loss(now, before, initial, advantage, **settings)
+        share = {"dapo": terms.sum() / 71, "grpo": terms.mean() / 4, "dr_grpo": terms.sum() / (4 * 64)}[normalize.value]
+        want, clipped = want + share, [*clipped, *lost.tolist()]
+    (slopes,) = torch.autograd.grad(want, log_probs)
+    torch.testing.assert_close((made.terms / divisor).sum(), want.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(made.slopes / divisor, slopes, rtol=1e-12, atol=1e-14)
+    assert made.stats[:, 1].tolist() == clipped and 0 < sum(clipped) < 71
+
+
+def test_the_largest_ratio_holds_negative_advantages_too():
+    old, advantage = torch.tensor([-3.0, -3.0, -1.0]).double(), torch.tensor([-1.0, 1.0, -1.0]).double()
+    rows, log_probs = RolloutRows(advantage, old, None), torch.tensor([-1.0, -1.0, -0.5]).double()
+    loose, held = (rollout_terms(log_probs, rows, RolloutOptions(0.2, 0.2, 0.0, delta)) for delta in (None, 4.0))
+    assert loose.terms[0] == pytest.approx(math.exp(2)) and loose.slopes[0] == pytest.approx(math.exp(2))
+    assert held.terms.tolist() == [4.0, *loose.terms[1:].tolist()] and held.slopes.tolist() == [0.0, *loose.slopes[1:].tolist()]
+    assert loose.stats[:, 1].tolist() == [0, 1, 0] and held.stats[:, 1].tolist() == [1, 1, 0]
 
 
 def test_the_first_update_on_own_samples_is_the_policy_gradient():

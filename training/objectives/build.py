@@ -80,10 +80,8 @@ class RunObjective:
         if train.objective is Objective.DPO:
             return self._preference(step, num_sequences, works)
         if train.objective is Objective.GRPO:
-            options = RolloutOptions(train.grpo_clip_low, train.grpo_clip_high, train.grpo_kl_weight)
-            return Rollout(
-                num_targets, device, options=options, data=lambda *place: scores.completion(step, *place), kl=scores.has_reference
-            )
+            data, options = (lambda *place: scores.completion(step, *place)), _rollout_options(train)
+            return Rollout(num_targets, num_sequences, device, options=options, data=data, kl=scores.has_reference)
         return LanguageModelling(num_targets, device)
 
     def _preference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> Preference:
@@ -101,6 +99,18 @@ class RunObjective:
         if self._reference is None or self._reference[0] != step:
             self._reference = step, pair_reference(self._session.step_setup, works, num_pairs)
         return self._reference[1]
+
+
+def _rollout_options(train: TrainConfig) -> RolloutOptions:
+    return RolloutOptions(
+        train.grpo_clip_low,
+        train.grpo_clip_high,
+        train.grpo_kl_weight,
+        delta=train.grpo_delta,
+        normalize=train.grpo_normalize,
+        max_completion=train.grpo_max_completion,
+        level=train.grpo_ratio,
+    )
 
 
 def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...model.chunked_loss import IGNORE, Head, chunked_log_probs, chunked_loss, cross_entropy
+from ...model.chunked_loss import IGNORE, Head, Terms, chunked_log_probs, chunked_loss, cross_entropy
+from ..config import GrpoRatio
 from ..data.shard import PackedShard
 from .preference import CHOSEN, PairOptions, preference_losses, sum_by
 from .preference import STATS as PAIR_STATS
 from .rollout import STATS as TOKEN_STATS
-from .rollout import RolloutOptions, RolloutRows, rollout_terms
+from .rollout import RolloutOptions, RolloutRows, rollout_terms, token_divisor
 
 HeadLoss = Callable[[Head], Tensor]
 GroupSum = Callable[[Tensor], Tensor]
@@ -153,23 +154,33 @@ class RolloutData(Protocol):
 
 
 class Rollout:
-    """GRPO: the mean over the completion tokens of the step."""
+    """GRPO: the sum over the completion tokens of the step, over what `options.normalize` says."""
 
-    def __init__(self, num_targets: int, device: torch.device, *, options: RolloutOptions, data: RolloutData, kl: bool) -> None:
+    def __init__(
+        self, num_targets: int, num_completions: int, device: torch.device, *, options: RolloutOptions, data: RolloutData, kl: bool
+    ) -> None:
         """Prepare the step; `kl`: the data has a reference."""
         self.names: tuple[str, ...] = TOKEN_STATS if kl else TOKEN_STATS[:-1]
         self.count, self.stats = num_targets, torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self._options, self._data = options, data
+        self.options, self._num_completions, self._data = options, num_completions, data
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
-        rollout = self._rows(shard)
+        rows = self._rows(shard)
+        if not self.options.needs_lengths:
+            return lambda head: chunked_loss(head, self.terms(rows))
+        return _Completions(self, rows, shard, group_sum)
+
+    def terms(self, rollout: RolloutRows, lengths: Tensor | None = None, log_ratios: Tensor | None = None) -> Terms:
+        """The terms of rows; `lengths` (T,): tokens of each row's completion, `log_ratios` (T,): its log-ratio, where they are its."""
 
         def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-            token_terms = rollout_terms(log_probs.double(), rollout.pick(rows), self._options)
-            self.stats += token_terms.stats.sum(0)[: len(self.stats)]
-            return (token_terms.terms / self.count).to(log_probs.dtype), (token_terms.slopes / self.count).to(log_probs.dtype)
+            log_ratio = None if log_ratios is None else log_ratios[rows]
+            made = rollout_terms(log_probs.double(), rollout.pick(rows), self.options, log_ratio)
+            self.stats += made.stats.sum(0)[: len(self.stats)]
+            divisor = token_divisor(self.options, self.count, self._num_completions, None if lengths is None else lengths[rows])
+            return (made.terms / divisor).to(log_probs.dtype), (made.slopes / divisor).to(log_probs.dtype)
 
-        return lambda head: chunked_loss(head, terms)
+        return terms
 
     def _rows(self, shard: PackedShard) -> RolloutRows:
         pieces = [(len(piece), *self._data(shard.parts[piece.sequence].sequence, piece.start, piece.stop)) for piece in shard.slices]
@@ -180,3 +191,28 @@ class Rollout:
         assert not reference or len(reference) == len(pieces), "a reference for some sequences only"
         columns = (torch.from_numpy(advantage).to(device), torch.from_numpy(old).to(device))
         return RolloutRows(*columns, torch.from_numpy(np.concatenate(reference)).to(device) if reference else None)
+
+
+class _Completions:
+    """The completions of one micro-batch on one rank, where a row's term depends on the whole of its own."""
+
+    def __init__(self, objective: Rollout, rows: RolloutRows, shard: PackedShard, group_sum: GroupSum) -> None:
+        self._objective, self._rows, self._group_sum, device = objective, rows, group_sum, objective.stats.device
+        order = {part.sequence: index for index, part in enumerate(shard.parts)}
+        owners = shard.by_row(lambda part: order[part.sequence])
+        tokens = np.bincount(owners[shard.target_ids != IGNORE], minlength=len(order)).astype(np.float64)
+        self._owners, self._own_tokens = torch.from_numpy(owners).to(device), torch.from_numpy(tokens).to(device)
+
+    def __call__(self, head: Head) -> Tensor:
+        """With ratios of sequences log-probabilities first, then each row with its completion's ratio."""
+        lengths, log_ratios = self._group_sum(self._own_tokens.clone()), None
+        if self._objective.options.level is GrpoRatio.SEQUENCE:
+            log_ratios = (self._group_sum(self._sums(head)) / lengths)[self._owners]
+        return chunked_loss(head, self._objective.terms(self._rows, lengths[self._owners], log_ratios))
+
+    def _sums(self, head: Head) -> Tensor:
+        """Sums of log p - log p_old over this rank's tokens of each completion."""
+        log_probs, sums = chunked_log_probs(head), torch.zeros_like(self._own_tokens)
+        for rows in head.chunks():
+            sums += sum_by(self._owners[rows], log_probs[rows].double() - self._rows.old[rows], len(sums))
+        return sums
