@@ -75,6 +75,8 @@ class TrainConfig:
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
     objective: Objective = Objective.LANGUAGE_MODELLING
     """dpo needs corpora of pairs, grpo of completions with rewards (efflaunch data prepare)."""
+    label_smoothing: float = 0.0
+    """language_modelling only: share of each target's probability that is spread evenly over the vocabulary."""
     dpo_beta: float = 0.1
     """dpo only: how strongly the reference holds; the margin of log-probabilities is multiplied with it."""
     dpo_loss: DpoLoss = DpoLoss.SIGMOID
@@ -111,6 +113,7 @@ class TrainConfig:
         "router_bias_rate": Range(0, 1),
         "expert_capacity": Range(0, 1000, above=True),
         "loss_chunk_tokens": Range(1, TOKENS),
+        "label_smoothing": Range(0, 1, below=True),
         "dpo_beta": Range(0, 1e6, above=True),
         "dpo_label_smoothing": Range(0, 0.5, below=True),
         "dpo_sft_weight": Range(0, 1e6),
@@ -133,6 +136,7 @@ def check_train(config: TrainConfig) -> None:
             expected="it with language modelling only",
             hint="train.z_loss=0",
         )
+    _check_owner(config, Objective.LANGUAGE_MODELLING, "label_smoothing", 0)
     _check_dpo(config)
     _check_grpo(config)
 

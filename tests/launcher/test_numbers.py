@@ -28,6 +28,7 @@ TAKES_ZERO = {
         "train.router_balance",
         "train.router_z_loss",
         "train.router_bias_rate",
+        "train.label_smoothing",
         "train.dpo_label_smoothing",
         "train.dpo_sft_weight",
         "train.grpo_kl_weight",

@@ -13,7 +13,7 @@ from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
 from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio
 from efflaunch.training.micro_batches import count_targets, read_step
-from efflaunch.training.objectives.heads import Preference, Rollout
+from efflaunch.training.objectives.heads import LanguageModelling, Preference, Rollout
 from efflaunch.training.objectives.preference import CHOSEN, PairOptions
 from efflaunch.training.objectives.rollout import RolloutOptions
 from efflaunch.training.step import backward_step
@@ -45,6 +45,8 @@ def _units(objective, options):
 
 
 def _objective(objective, options, works, topology):
+    if objective == "fine-tuning":
+        return LanguageModelling(count_targets(works, topology, CPU), CPU, smoothing=options["smoothing"])
     if objective == "dpo":
         reference = options["reference"]
         loss, smoothing, weight = (options.get(name, default) for name, default in (("loss", "sigmoid"), ("smoothing", 0.0), ("sft", 0.0)))

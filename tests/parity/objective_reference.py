@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 def log_probs(model, tokens):
@@ -16,6 +17,17 @@ def log_probs(model, tokens):
 def answer(model, tokens, mask):
     """Summed log-probability of the tokens whose mask is set."""
     return log_probs(model, tokens)[torch.as_tensor(mask[1:])].sum()
+
+
+def fine_tuning(model, documents, smoothing):
+    """Mean over all targets of cross-entropy with smoothed labels; `documents`: (tokens, mask)."""
+    total, count = 0.0, 0
+    for tokens, mask in documents:
+        ids, keep = torch.as_tensor(tokens).unsqueeze(0), torch.as_tensor(mask[1:])
+        logits = model(input_ids=ids, position_ids=torch.arange(ids.shape[1]).unsqueeze(0), use_cache=False).logits[0, :-1][keep]
+        total = total + F.cross_entropy(logits, ids[0, 1:][keep], label_smoothing=smoothing, reduction="sum")
+        count += int(keep.sum())
+    return total / count
 
 
 def pair_loss(gains, tokens, *, beta, loss="sigmoid", smoothing=0.0):

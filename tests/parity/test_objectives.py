@@ -72,7 +72,10 @@ def truth(family, objective, variant=None):
     lift_to_float64()
     model = reference_model(family, torch.float64)
     weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
-    if objective == "dpo":
+    if objective == "fine-tuning":
+        options, means = {"documents": completions()[0], "smoothing": 0.1}, []
+        loss = objective_reference.fine_tuning(model, **options)
+    elif objective == "dpo":
         halves, reference = pairs()
         settings = {"beta": BETA, **VARIANTS["dpo"].get(variant, {})}
         loss, rewards = objective_reference.dpo(model, halves, reference, **settings)
@@ -111,8 +114,12 @@ VARIANTS = {
         "ratios of sequences, per completion, two-sided": {"level": "sequence", "normalize": "grpo", "delta": 1.05, **NARROW},
     },
 }
-LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}
-ALL = {"dpo": (0, 1, 2, 3), "grpo": (0, 1, 2, 3, 4)}
+LENGTHS = {
+    "fine-tuning": tuple(p + c for p, c in COMPLETIONS),
+    "dpo": tuple(2 * p + c + r for p, c, r in PAIRS),
+    "grpo": tuple(p + c for p, c in COMPLETIONS),
+}
+ALL = {"fine-tuning": (0, 1, 2, 3, 4), "dpo": (0, 1, 2, 3), "grpo": (0, 1, 2, 3, 4)}
 
 
 def batch(*groups):
@@ -168,6 +175,13 @@ def test_variants_equal_plain_torch(pool, objective, variant, row):
     made, degree, ulysses, case = ROWS[row]
     world, *batches = made(objective, degree, ulysses)
     check_objective(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case, variant)
+
+
+@pytest.mark.parametrize("row", ["one rank, chunk of 1", "ring 2", "hybrid 2x2, gemma2", "two stages, ulysses 2, tied, recompute"])
+def test_smoothed_labels_equal_plain_torch(pool, row):
+    made, degree, ulysses, case = ROWS[row]
+    world, *batches = made("fine-tuning", degree, ulysses)
+    check_objective(pool, "fine-tuning", StepPlan(world, LENGTHS["fine-tuning"], tuple(batches)), case)
 
 
 def check_objective(pool, objective, plan, case, variant=None):

@@ -54,6 +54,21 @@ def test_slopes_of_every_pair_loss_are_the_derivatives(loss, smoothing):
         assert 0 < (losses.losses == 0).sum() < 20, "some are beyond it"
 
 
+def test_slopes_with_fine_tuning_beside_are_the_derivatives():
+    torch.manual_seed(0)
+    sums, reference = torch.randn(3, 2).double().requires_grad_(), torch.randn(3, 2).double()
+    objective = Preference(
+        3, CPU, options=PairOptions(0.3, sft_weight=0.2), reference=lambda index: reference[index].numpy(), chosen_tokens=11
+    )
+    want = torch.stack([pair_loss(gain, None, beta=0.3) for gain in sums - reference]).mean() - 0.2 * sums[:, 0].sum() / 11
+    (slopes,) = torch.autograd.grad(want, sums)
+    for leads in (True, False):
+        loss, got = objective.judge(sums.detach(), reference, None, leads=leads)
+        torch.testing.assert_close(loss, leads * want.detach(), rtol=1e-14, atol=0)
+        torch.testing.assert_close(got, slopes, rtol=1e-12, atol=1e-14)
+    assert not objective.options.of_margin and PairOptions(0.3).of_margin
+
+
 def test_equal_answers_cost_ln_2():
     losses = preference_losses(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), PairOptions(0.1))
     assert float(losses.losses) == pytest.approx(math.log(2)) and losses.slopes.tolist() == [[-0.05, 0.05]]

@@ -22,6 +22,8 @@ DPO, GRPO = {"objective": Objective.DPO}, {"objective": Objective.GRPO}
         ({"grpo_clip_high": -1.0}, r"train.grpo_clip_high: found -1"),
         ({"grpo_kl_weight": -1.0}, r"train.grpo_kl_weight: found -1; expected 0 or more.*\n.*train.grpo_kl_weight=0"),
         ({"z_loss": 0.1, "objective": Objective.DPO}, r"train.z_loss: found 0.1 with train.objective=dpo.*\n.*train.z_loss=0"),
+        ({"label_smoothing": 1.0}, r"train.label_smoothing: found 1; expected 0 to below 1.*\n.*train.label_smoothing=0"),
+        ({**DPO, "label_smoothing": 0.1}, r"train.label_smoothing: found 0.1 with train.objective=dpo; .*\n.*train.label_smoothing=0"),
         ({**DPO, "dpo_label_smoothing": 0.5}, r"train.dpo_label_smoothing: found 0.5; expected 0 to below 0.5"),
         ({**DPO, "dpo_loss": DpoLoss.ROBUST}, r"found 0 with train.dpo_loss=robust; expected .* more than 0.*\n.*smoothing=0.1"),
         (

@@ -82,7 +82,7 @@ class RunObjective:
         if train.objective is Objective.GRPO:
             data, options = (lambda *place: scores.completion(step, *place)), _rollout_options(train)
             return Rollout(num_targets, num_sequences, device, options=options, data=data, kl=scores.has_reference)
-        return LanguageModelling(num_targets, device)
+        return LanguageModelling(num_targets, device, smoothing=train.label_smoothing)
 
     def _preference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> Preference:
         train, device, scores = self._train, self._session.device, self._scores

@@ -46,15 +46,16 @@ class StepObjective(Protocol):
 
 
 class LanguageModelling:
-    """Cross-entropy of the next token, the mean over all target tokens of the step."""
+    """Cross-entropy of the next token, the mean over all target tokens of the step; `smoothing`: of labels, as `cross_entropy` takes it."""
 
     names: tuple[str, ...] = ()
 
-    def __init__(self, num_targets: int, device: torch.device) -> None:
+    def __init__(self, num_targets: int, device: torch.device, *, smoothing: float = 0.0) -> None:
         self.count, self.stats = num_targets, torch.zeros(0, dtype=torch.float64, device=device)
+        self._smoothing = smoothing
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
-        return lambda head: cross_entropy(head, 1.0 / self.count)
+        return lambda head: cross_entropy(head, 1.0 / self.count, self._smoothing)
 
 
 class PairReference(Protocol):
