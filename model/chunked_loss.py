@@ -85,22 +85,27 @@ def chunked_cross_entropy(
     return cross_entropy(Head(x, norm, weight, targets, options, overwrite, not_finite), scale)
 
 
-def cross_entropy(head: Head, scale: float) -> Tensor:
-    """The loss scale x sum over rows of -log p(target) + z_loss x logsumexp^2."""
+def cross_entropy(head: Head, scale: float, smoothing: float = 0.0) -> Tensor:
+    """The loss scale x sum over rows of -log p(target) + z_loss x logsumexp^2.
+
+    `smoothing`: share of the target's probability that is spread evenly over the whole vocabulary (1512.00567, sec. 7).
+    """
+    slope = -scale * (1 - smoothing)
 
     def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        return log_probs * -scale, torch.full_like(log_probs, -scale)
+        return log_probs * slope, torch.full_like(log_probs, slope)
 
-    return chunked_loss(head, terms, z_weight=scale * head.options.z_loss)
+    return chunked_loss(head, terms, z_weight=scale * head.options.z_loss, even_weight=-scale * smoothing)
 
 
-def chunked_loss(head: Head, terms: Terms, *, finish: Finish | None = None, z_weight: float = 0.0) -> Tensor:
+def chunked_loss(head: Head, terms: Terms, *, finish: Finish | None = None, z_weight: float = 0.0, even_weight: float = 0.0) -> Tensor:
     """Sum of the terms of all rows (or what `finish` says), a scalar, with gradients for x, the norm and the head.
 
     Of length T there is x and its gradient, in x's own place with `overwrite`. Peak beside them: about 10 x V x chunk_tokens
-    bytes in bfloat16, and the head's gradient in float32. `z_weight`: of logsumexp^2 per row, added to the sum.
+    bytes in bfloat16, and the head's gradient in float32. `z_weight`: of logsumexp^2 per row, added to the sum; `even_weight`:
+    of the mean log-probability over the vocabulary.
     """
-    job = _Job(head, terms, finish, z_weight)
+    job = _Job(head, terms, finish, z_weight, even_weight)
     return _ChunkedLoss.apply(head.x, head.weight, job, *head.norm.parameters())  # type: ignore[no-any-return]
 
 
@@ -123,6 +128,7 @@ class _Job:
     terms: Terms
     finish: Finish | None
     z_weight: float
+    even_weight: float
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -161,7 +167,9 @@ def _add_chunk(job: _Job, rows: Tensor, weight: Tensor, sums: _Gradients) -> Ten
         losses = losses + job.z_weight * chunk.normaliser.square()
     if head.not_finite is not None:
         head.not_finite[rows] = ~losses.isfinite()
-    d_logits = chunk.gradient(slopes, job.z_weight).to(h.dtype)
+    if job.even_weight:
+        losses = losses + job.even_weight * chunk.mean_log_probs()
+    d_logits = chunk.gradient(slopes, job.z_weight, job.even_weight).to(h.dtype)
     del chunk
     sums.add(rows, leaf, h, d_logits, weight)
     return losses.sum()
@@ -230,9 +238,18 @@ class _Chunk:
         self.normaliser = logits.logsumexp(-1)
         self.log_probs = logits.gather(1, self._targets).squeeze(1) - self.normaliser
 
-    def gradient(self, slopes: Tensor, z_weight: float) -> Tensor:
-        """The gradient of sum(slopes x log_probs + z_weight x normaliser^2) by the raw logits, (C, V). Once."""
+    def mean_log_probs(self) -> Tensor:
+        """Means (C,) of the log-probabilities of the whole vocabulary. Before `gradient`."""
+        return self._logits.mean(-1) - self.normaliser
+
+    def gradient(self, slopes: Tensor, z_weight: float, even_weight: float) -> Tensor:
+        """The gradient of sum(slopes x log_probs + z_weight x normaliser^2 + even_weight x mean_log_probs) by the raw logits.
+
+        (C, V), once: it takes their place.
+        """
         gradient = self._logits.sub_(self.normaliser.unsqueeze(1)).exp_()
-        gradient *= (2 * z_weight * self.normaliser - slopes).unsqueeze(1)
+        gradient *= (2 * z_weight * self.normaliser - slopes - even_weight).unsqueeze(1)
+        if even_weight:
+            gradient += even_weight / gradient.shape[1]
         gradient.scatter_add_(1, self._targets, slopes.to(gradient.dtype).unsqueeze(1))
         return gradient if self._bend is None else gradient.mul_(self._bend)

@@ -65,12 +65,20 @@ def step_shape(micro_batches: Sequence[MicroBatchWork]) -> Hashable:
     )
 
 
-def count_targets(micro_batches: Sequence[MicroBatchWork], topology: Topology, device: torch.device) -> int:
-    """Target tokens of the whole step over all ranks of a stage: the one divisor of its loss. Collective over the stage."""
-    local = sum(int(np.count_nonzero(work.shard.target_ids != IGNORE)) for work in micro_batches)
+def count_targets(micro_batches: Sequence[MicroBatchWork], topology: Topology, device: torch.device, *, number: int | None = None) -> int:
+    """Target tokens of the whole step over all ranks of a stage: the one divisor of its loss. Collective over the stage.
+
+    `number`: those of every sequence's document of that number alone (pairs: 0 is the chosen answer).
+    """
+    local = sum(_local_targets(work.shard, number) for work in micro_batches)
     total = torch.tensor(local, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=topology.stage)
     return int(total)
+
+
+def _local_targets(shard: PackedShard, number: int | None) -> int:
+    counted = shard.target_ids != IGNORE
+    return int(np.count_nonzero(counted if number is None else counted & (shard.by_row(lambda part: part.number) == number)))
 
 
 def to_tokens(work: MicroBatchWork, device: torch.device, not_finite: torch.Tensor | None = None) -> Tokens:

@@ -39,6 +39,7 @@ def _gather(source: DataSource, step: int, plan: StepPlan) -> list[list[tuple[in
                 continue
             assert layout.member_slices[rank - group.first_rank] == shard.slices
             owners = [group.sequences[piece.sequence] for piece in shard.slices for _ in range(len(piece))]
+            assert shard.by_row(lambda part: part.sequence).tolist() == owners
             columns = (shard.position_ids, shard.token_ids, shard.target_ids)
             for owner, *row in zip(owners, *(column.tolist() for column in columns), strict=True):
                 held[owner].append(tuple(row))

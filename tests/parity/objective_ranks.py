@@ -11,8 +11,10 @@ from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
+from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio
 from efflaunch.training.micro_batches import count_targets, read_step
-from efflaunch.training.objectives.heads import Preference, Rollout
+from efflaunch.training.objectives.heads import LanguageModelling, Preference, Rollout
+from efflaunch.training.objectives.preference import CHOSEN, PairOptions
 from efflaunch.training.objectives.rollout import RolloutOptions
 from efflaunch.training.step import backward_step
 from efflaunch.training.step_setup import StepSetup
@@ -42,16 +44,25 @@ def _units(objective, options):
     return options["documents"] if objective == "dpo" else [(document,) for document in options["documents"]]
 
 
-def _objective(objective, options, num_targets):
+def _objective(objective, options, works, topology):
+    if objective == "fine-tuning":
+        return LanguageModelling(count_targets(works, topology, CPU), CPU, smoothing=options["smoothing"])
     if objective == "dpo":
         reference = options["reference"]
-        return Preference(len(reference), CPU, beta=options["beta"], reference=lambda sequence: reference[sequence])
+        loss, smoothing, weight = (options.get(name, default) for name, default in (("loss", "sigmoid"), ("smoothing", 0.0), ("sft", 0.0)))
+        settings = PairOptions(options["beta"], DpoLoss(loss), smoothing, weight)
+        chosen = count_targets(works, topology, CPU, number=CHOSEN)
+        return Preference(len(reference), CPU, options=settings, reference=lambda sequence: reference[sequence], chosen_tokens=chosen)
 
     def data(sequence, start, stop):
         old, reference = (np.append(options[name][sequence], 0.0)[start + 1 : stop + 1] for name in ("old", "reference"))
         return options["advantages"][sequence], old, reference
 
-    return Rollout(num_targets, CPU, options=RolloutOptions(options["low"], options["high"], options["weight"]), data=data, kl=True)
+    settings = RolloutOptions(
+        options["low"], options["high"], options["weight"], delta=options.get("delta"), max_completion=options.get("length"),
+        normalize=GrpoNormalize(options.get("normalize", "dapo")), level=GrpoRatio(options.get("level", "token")),
+    )  # fmt: skip
+    return Rollout(count_targets(works, topology, CPU), len(options["advantages"]), CPU, options=settings, data=data, kl=True)
 
 
 def run_objective(objective, case, weights, options, plan):
@@ -69,8 +80,7 @@ def run_objective(objective, case, weights, options, plan):
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
     works = read_step(UnitSource(_units(objective, options)), 0, plan, topology.stage_rank)
-    count = count_targets(works, topology, CPU)
-    step = _objective(objective, options, count)
+    step = _objective(objective, options, works, topology)
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=CPU,
         reduce_each=False, barrier_free=case.get("barrier_free", False),

@@ -19,6 +19,8 @@ from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_mo
 from efflaunch.tests.ranks import RankPool
 
 BETA, CLIP = 0.7, {"low": 0.15, "high": 0.3, "weight": 0.2}
+NARROW = {"low": 0.03, "high": 0.04}
+"""Clips of ratios of sequences, whose tokens' even out."""
 PAIRS = ((7, 12, 19), (5, 21, 3), (11, 4, 17), (2, 30, 26))
 """(prompt, chosen, rejected) tokens."""
 COMPLETIONS = ((7, 12), (7, 19), (5, 33), (11, 2), (3, 24))
@@ -64,32 +66,60 @@ def near(model, docs, spread, seed):
         ]
 
 
-@lru_cache(maxsize=8)
-def truth(family, objective):
-    """Weights, what the ranks are told, loss, means, gradients."""
+@lru_cache(maxsize=16)
+def truth(family, objective, variant=None):
+    """Weights, what the ranks are told, loss, means, gradients. `variant`: settings other than the objective's default, of VARIANTS."""
     lift_to_float64()
     model = reference_model(family, torch.float64)
     weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
-    if objective == "dpo":
+    if objective == "fine-tuning":
+        options, means = {"documents": completions()[0], "smoothing": 0.1}, []
+        loss = objective_reference.fine_tuning(model, **options)
+    elif objective == "dpo":
         halves, reference = pairs()
-        loss, rewards = objective_reference.dpo(model, halves, reference, BETA)
+        settings = {"beta": BETA, **VARIANTS["dpo"].get(variant, {})}
+        loss, rewards = objective_reference.dpo(model, halves, reference, **settings)
         margins = rewards[:, 0] - rewards[:, 1]
         assert 0 < (margins > 0).sum() < len(margins), "both outcomes"
         means = [margins.mean(), (margins > 0).mean(), *rewards.mean(0)]
-        options = {"documents": halves, "reference": reference, "beta": BETA}
+        options = {"documents": halves, "reference": reference, **settings}
     else:
         docs, advantages = completions()
         old, reference = near(model, docs, 0.3, 1), near(model, docs, 0.5, 2)
-        loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **CLIP)
+        settings = {**CLIP, **VARIANTS["grpo"].get(variant, {})}
+        loss, means = objective_reference.grpo(model, docs, advantages, old, reference, **settings)
         assert 0.1 < means[1] < 0.9, "some tokens are clipped"
-        options = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **CLIP}
+        options = {"documents": docs, "advantages": advantages, "old": old, "reference": reference, **settings}
     loss.backward()
     gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
     return weights, options, loss.item(), np.array(means), gradients
 
 
-LENGTHS = {"dpo": tuple(2 * p + c + r for p, c, r in PAIRS), "grpo": tuple(p + c for p, c in COMPLETIONS)}
-ALL = {"dpo": (0, 1, 2, 3), "grpo": (0, 1, 2, 3, 4)}
+VARIANTS = {
+    "dpo": {
+        "conservative": {"smoothing": 0.2},
+        "robust": {"loss": "robust", "smoothing": 0.2},
+        "hinge": {"loss": "hinge", "beta": 0.1},
+        "ipo": {"loss": "ipo"},
+        "length-normalised": {"loss": "sigmoid_norm"},
+        "apo_zero": {"loss": "apo_zero", "beta": 0.1},
+        "with fine-tuning": {"sft": 0.3},
+        "ipo with fine-tuning": {"loss": "ipo", "sft": 0.3},
+    },
+    "grpo": {
+        "per completion": {"normalize": "grpo"},
+        "fixed length": {"normalize": "dr_grpo", "length": 40},
+        "two-sided": {"delta": 1.4},
+        "ratios of sequences": {"level": "sequence", **NARROW},
+        "ratios of sequences, per completion, two-sided": {"level": "sequence", "normalize": "grpo", "delta": 1.05, **NARROW},
+    },
+}
+LENGTHS = {
+    "fine-tuning": tuple(p + c for p, c in COMPLETIONS),
+    "dpo": tuple(2 * p + c + r for p, c, r in PAIRS),
+    "grpo": tuple(p + c for p, c in COMPLETIONS),
+}
+ALL = {"fine-tuning": (0, 1, 2, 3, 4), "dpo": (0, 1, 2, 3), "grpo": (0, 1, 2, 3, 4)}
 
 
 def batch(*groups):
@@ -138,10 +168,26 @@ def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
     check_objective(pool, objective, StepPlan(4, LENGTHS[objective], batches), {"barrier_free": barrier_free})
 
 
-def check_objective(pool, objective, plan, case):
+@pytest.mark.parametrize("row", ["one rank, chunk of 1", "ulysses 2, one sequence a micro-batch", "ring 2"])
+@pytest.mark.parametrize(("objective", "variant"), [(objective, name) for objective, named in VARIANTS.items() for name in named])
+def test_variants_equal_plain_torch(pool, objective, variant, row):
+    """Several pairs in one group and one alone: with one number for all its gradients, or two."""
+    made, degree, ulysses, case = ROWS[row]
+    world, *batches = made(objective, degree, ulysses)
+    check_objective(pool, objective, StepPlan(world, LENGTHS[objective], tuple(batches)), case, variant)
+
+
+@pytest.mark.parametrize("row", ["one rank, chunk of 1", "ring 2", "hybrid 2x2, gemma2", "two stages, ulysses 2, tied, recompute"])
+def test_smoothed_labels_equal_plain_torch(pool, row):
+    made, degree, ulysses, case = ROWS[row]
+    world, *batches = made("fine-tuning", degree, ulysses)
+    check_objective(pool, "fine-tuning", StepPlan(world, LENGTHS["fine-tuning"], tuple(batches)), case)
+
+
+def check_objective(pool, objective, plan, case, variant=None):
     check_plan(plan)
     case = {"family": "llama", "loss_chunk": 7, **case}
-    weights, options, loss, means, gradients = truth(case["family"], objective)
+    weights, options, loss, means, gradients = truth(case["family"], objective, variant)
     ranks = plan.world_size * case.get("stages", 1)
     got_loss, got_means, got = pool.run(run_objective, objective, case, weights, options, plan, ranks=ranks)[0]
     assert abs(got_loss - loss) <= 1e-10 * abs(loss)

@@ -68,6 +68,7 @@ def run_dpo(case, config, weights, halves, plan):
     from efflaunch.training.micro_batches import read_step
     from efflaunch.training.objectives.heads import Preference
     from efflaunch.training.objectives.implicit_reference import pair_reference
+    from efflaunch.training.objectives.preference import PairOptions
     from efflaunch.training.step import backward_step
     from efflaunch.training.step_setup import StepSetup
 
@@ -87,7 +88,7 @@ def run_dpo(case, config, weights, halves, plan):
     for _ in range(2):  # a second step starts from what the first one left
         model.zero_grad()
         reference = pair_reference(setup, works, len(halves))
-        step = Preference(len(halves), CPU, beta=BETA, reference=reference.__getitem__)
+        step = Preference(len(halves), CPU, options=PairOptions(BETA), reference=reference.__getitem__)
         loss = backward_step(setup, works, step).sum()
     dist.all_reduce(loss)
     gradients = {name: np.array(p.grad.full_tensor()) for name, p in model.named_parameters() if p.grad is not None}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efflaunch.memory.arena.tracer import StorageTracer
-from efflaunch.model.chunked_loss import Head, LossOptions, chunked_cross_entropy, chunked_log_probs
+from efflaunch.model.chunked_loss import Head, LossOptions, chunked_cross_entropy, chunked_log_probs, cross_entropy
 
 
 class Norm(nn.Module):
@@ -24,13 +24,13 @@ class Norm(nn.Module):
         return self.weight * wide.to(x.dtype) + self.bias
 
 
-def plain(x, norm, weight, targets, scale, softcap=None, z_loss=0.0):
+def plain(x, norm, weight, targets, scale, softcap=None, z_loss=0.0, smoothing=0.0):
     logits = F.linear(norm(x), weight)
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     keep = targets != -100
-    total = F.cross_entropy(logits[keep], targets[keep], reduction="sum") + z_loss * logits[keep].logsumexp(-1).square().sum()
-    return total * scale
+    total = F.cross_entropy(logits[keep], targets[keep], reduction="sum", label_smoothing=smoothing)
+    return (total + z_loss * logits[keep].logsumexp(-1).square().sum()) * scale
 
 
 def made(rows=31, width=12, vocabulary=53, dtype=torch.float64):
@@ -60,6 +60,17 @@ def test_loss_and_gradients_equal_plain_torch(chunk, softcap, z_loss, overwrite)
     got = gradients(
         lambda a, w: chunked_cross_entropy(a, norm, w, targets, scale=0.25, options=options, overwrite=overwrite), x, norm, weight
     )
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (2.0, 0.01)])
+def test_smoothed_labels_equal_plain_torch(chunk, softcap, z_loss):
+    x, norm, weight, targets = made()
+    options = LossOptions(chunk, softcap, z_loss)
+    want = gradients(lambda a, w: plain(a, norm, w, targets, 0.25, softcap, z_loss, smoothing=0.1), x, norm, weight)
+    got = gradients(lambda a, w: cross_entropy(Head(a, norm, w, targets, options, overwrite=True), 0.25, 0.1), x, norm, weight)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

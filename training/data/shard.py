@@ -7,6 +7,7 @@ documents, so nothing below it knows of pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,11 @@ class PackedShard:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    def by_row(self, number: Callable[[Part], int]) -> np.ndarray:
+        """`number` of the document that each row lies in, int64 (T,)."""
+        numbers = [number(self.parts[piece.sequence]) for piece in self.slices]
+        return np.repeat(np.array(numbers, dtype=np.int64), [len(piece) for piece in self.slices])
 
 
 def build_shard(source: DataSource, step: int, plan: StepPlan, micro_batch: int, rank: int) -> tuple[PackedShard, GroupLayout | None]:

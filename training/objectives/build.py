@@ -20,12 +20,13 @@ from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
 from ..config import Objective, TrainConfig
 from ..data.scores import Scores, needed_scores
-from ..micro_batches import MicroBatchWork
+from ..micro_batches import MicroBatchWork, count_targets
 from ..run_settings import Stop
 from ..score_corpus import fill_scores
 from ..session import Session
 from .heads import LanguageModelling, Preference, Rollout, StepObjective
 from .implicit_reference import pair_reference
+from .preference import CHOSEN, PairOptions
 from .rollout import RolloutOptions
 
 
@@ -74,24 +75,42 @@ class RunObjective:
         return True
 
     def step(self, step: int, *, num_targets: int, num_sequences: int, works: Sequence[MicroBatchWork]) -> StepObjective:
-        """The objective of step `step` (from 0), whose work on this rank is `works`. Collective where the reference is made by it."""
+        """The objective of step `step` (from 0), whose work on this rank is `works`. Collective over the stage."""
         train, scores, device = self._train, self._scores, self._session.device
-        if self._implicit:
-            reference = self._implicit_reference(step, num_sequences, works)
-            return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: reference[index])
         if train.objective is Objective.DPO:
-            return Preference(num_sequences, device, beta=train.dpo_beta, reference=lambda index: scores.pair(step, index))
+            return self._preference(step, num_sequences, works)
         if train.objective is Objective.GRPO:
-            options = RolloutOptions(train.grpo_clip_low, train.grpo_clip_high, train.grpo_kl_weight)
-            return Rollout(
-                num_targets, device, options=options, data=lambda *place: scores.completion(step, *place), kl=scores.has_reference
-            )
-        return LanguageModelling(num_targets, device)
+            data, options = (lambda *place: scores.completion(step, *place)), _rollout_options(train)
+            return Rollout(num_targets, num_sequences, device, options=options, data=data, kl=scores.has_reference)
+        return LanguageModelling(num_targets, device, smoothing=train.label_smoothing)
+
+    def _preference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> Preference:
+        train, device, scores = self._train, self._session.device, self._scores
+        options = PairOptions(train.dpo_beta, train.dpo_loss, train.dpo_label_smoothing, train.dpo_sft_weight)
+        chosen = count_targets(works, self._session.topology, device, number=CHOSEN) if train.dpo_sft_weight else 0
+        pairs = self._implicit_reference(step, num_pairs, works) if self._implicit else None
+
+        def reference(sequence: int) -> np.ndarray:
+            return scores.pair(step, sequence) if pairs is None else pairs[sequence]
+
+        return Preference(num_pairs, device, options=options, reference=reference, chosen_tokens=chosen)
 
     def _implicit_reference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> np.ndarray:
         if self._reference is None or self._reference[0] != step:
             self._reference = step, pair_reference(self._session.step_setup, works, num_pairs)
         return self._reference[1]
+
+
+def _rollout_options(train: TrainConfig) -> RolloutOptions:
+    return RolloutOptions(
+        train.grpo_clip_low,
+        train.grpo_clip_high,
+        train.grpo_kl_weight,
+        delta=train.grpo_delta,
+        normalize=train.grpo_normalize,
+        max_completion=train.grpo_max_completion,
+        level=train.grpo_ratio,
+    )
 
 
 def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:

@@ -32,13 +32,7 @@ def pair_reference(setup: StepSetup, works: Sequence[MicroBatchWork], num_pairs:
             clock = BusyClock(setup.device)
             attention = sequence_attention(setup.topology, setup.kernel, work.group, work.layout, clock, work.rank_tokens)
             log_probs = weights.forward(to_tokens(work, setup.device), attention, chunked_log_probs)
-            sums += sum_by(_sides(work).to(setup.device), log_probs, len(sums))
+            sides = torch.from_numpy(work.shard.by_row(lambda part: 2 * part.sequence + part.number))
+            sums += sum_by(sides.to(setup.device), log_probs, len(sums))
     dist.all_reduce(sums, group=setup.topology.stage)
     return sums.view(-1, 2).cpu().numpy()
-
-
-def _sides(work: MicroBatchWork) -> torch.Tensor:
-    """2 x pair of the step + (0 chosen, 1 rejected), of each row (T,)."""
-    parts = [work.shard.parts[piece.sequence] for piece in work.shard.slices]
-    sides = np.repeat([2 * part.sequence + part.number for part in parts], [len(piece) for piece in work.shard.slices])
-    return torch.from_numpy(sides.astype(np.int64))
