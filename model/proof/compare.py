@@ -43,6 +43,9 @@ POLICIES: Mapping[str, MemoryPolicy] = {
     "streamed": MemoryPolicy(attention=AttentionTiling.CHUNKS, chunk_tokens=7),
 }
 _LOSS_CHUNK = 16
+_LEAST_SHARE = 1e-3
+"""Of the largest gradient of the model: smaller ones are compared with it. Some are zero but for rounding, as biases of keys that
+nothing rotates: a softmax does not change with them."""
 _SEED = 1234
 _CPU = torch.device("cpu")
 
@@ -156,20 +159,21 @@ def _num_targets(documents: list[Tensor]) -> int:
 
 
 def _agreement(plain: PreTrainedModel, loss: float, models: Mapping[str, PreTrainedModel], losses: Mapping[str, float]) -> Agreement:
+    least = _LEAST_SHARE * max(float(each.grad.abs().max()) for each in plain.parameters() if each.grad is not None)
     ours = {policy: dict(model.named_parameters()) for policy, model in models.items()}
     rows = [
-        ParameterAgreement(name, tuple(wanted.shape), {policy: difference(ours[policy][name].grad, wanted.grad) for policy in ours})
+        ParameterAgreement(name, tuple(wanted.shape), {policy: difference(ours[policy][name].grad, wanted.grad, least) for policy in ours})
         for name, wanted in plain.named_parameters()
     ]
     by_policy = {policy: abs(value - loss) / abs(loss) for policy, value in losses.items()}
     return Agreement(loss, by_policy, tuple(sorted(rows, key=lambda row: -row.worst)))
 
 
-def difference(ours: Tensor | None, wanted: Tensor | None) -> float:
-    """Largest difference of two tensors over the largest entry of `wanted`; infinite where one is missing or no number."""
+def difference(ours: Tensor | None, wanted: Tensor | None, least: float = 0.0) -> float:
+    """Largest difference of two tensors over the largest entry of `wanted`, or `least`; infinite where one is missing or no number."""
     if ours is None or wanted is None:
         return 0.0 if ours is wanted else math.inf
-    apart, size = float((ours - wanted).abs().max()), float(wanted.abs().max())
+    apart, size = float((ours - wanted).abs().max()), max(float(wanted.abs().max()), least)
     if apart == 0.0:
         return 0.0
     return apart / size if math.isfinite(apart) and size > 0.0 else math.inf

@@ -55,7 +55,7 @@ def tiny_config(config: ModelConfig) -> TinyConfig:
         **_layers(spec.of_layers(layers), model),
         **_reachable(model, spec, sizes),
         **_positions(model, spec, sizes),
-        **_tokens(model.given),
+        **_tokens(model.full),
     }
     if "layer_types" not in model.facts.fields:
         fields.pop("layer_types", None)  # of all the layers there were, and no layer reads it
@@ -63,10 +63,10 @@ def tiny_config(config: ModelConfig) -> TinyConfig:
 
 
 def kept_layers(spec: ModelSpec) -> tuple[int, ...]:
-    """Numbers of the first layer of every kind, in their order: kinds differ in window and experts. Two layers at least, if there are."""
-    kinds: dict[tuple[int | None, bool], int] = {}
+    """Numbers of the first layer of every kind, in their order: kinds differ in window, experts, rotation. Two layers at least."""
+    kinds: dict[tuple[int | None, bool, bool], int] = {}
     for layer, window in enumerate(spec.windows):
-        kinds.setdefault((window, layer in spec.dense_layers), layer)
+        kinds.setdefault((window, layer in spec.dense_layers, layer in spec.unrotated_layers), layer)
     kept = set(kinds.values())
     others = (layer for layer in range(spec.num_layers) if layer not in kept)
     return tuple(sorted([*kept, *list(others)[: max(_LEAST_LAYERS - len(kept), 0)]]))
@@ -107,6 +107,8 @@ def _layers(kept: ModelSpec, model: ModelFields) -> dict[str, Any]:
         out["layer_types"] = [FULL if window is None else SLIDING for window in kept.windows]
     if "first_k_dense_replace" in facts.fields:
         out["first_k_dense_replace"] = len(kept.dense_layers)
+    if "no_rope_layers" in facts.fields:
+        out["no_rope_layers"] = [int(layer not in kept.unrotated_layers) for layer in range(kept.num_layers)]
     if "mlp_only_layers" in facts.fields:
         out |= {"mlp_only_layers": list(kept.dense_layers), "decoder_sparse_step": 1}
     return out
@@ -141,9 +143,9 @@ def _positions(model: ModelFields, spec: ModelSpec, sizes: Mapping[str, int]) ->
     return {"rope_parameters": blocks if nested else blocks[""], "max_position_embeddings": positions}
 
 
-def _tokens(given: Mapping[str, Any]) -> dict[str, Any]:
+def _tokens(full: Mapping[str, Any]) -> dict[str, Any]:
     """A small vocabulary; a padding token is one of it, for its row has no gradient."""
-    pad = {} if given.get("pad_token_id") is None else {"pad_token_id": 0}
+    pad = {} if full.get("pad_token_id") is None else {"pad_token_id": 0}
     return {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, **pad}
 
 

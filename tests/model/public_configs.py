@@ -97,6 +97,13 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
         "max_window_layers": 62, "sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 10000000, "tie_word_embeddings": False,
     },
+    "SmolLM3-3B": {
+        **_SILU, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], **_sizes(36, 2048, 11008, 16, 4, 128256, 65536),
+        "attention_bias": False, "mlp_bias": False, "layer_types": ["full_attention"] * 36, "max_window_layers": 28,
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "sliding_window": None, "use_sliding_window": False,
+        "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0, "pad_token_id": 128004, "eos_token_id": 128012,
+        "bos_token_id": 128000, "pretraining_tp": 2,
+    },
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "BERT": (

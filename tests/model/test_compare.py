@@ -30,6 +30,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("Llama-3.2-1B", {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "attention_bias": True, "mlp_bias": True}),
     "longrope": ("Llama-3.2-1B", {"rope_scaling": LONGROPE}),
     "windows, dense and experts": ("Qwen1.5-MoE-A2.7B", {"use_sliding_window": True, "decoder_sparse_step": 2}),
+    "biases without rotation": ("SmolLM3-3B", {"attention_bias": True}),
+    "windows without rotation": ("SmolLM3-3B", {"use_sliding_window": True, "sliding_window": 4096, "layer_types": None}),
     "groups of experts": ("dots.llm1", {"n_routed_experts": 64, "n_group": 4, "topk_group": 2, "sliding_window": 4096}),
 }
 
@@ -114,9 +116,15 @@ def test_a_parameter_that_no_step_reads_is_named(tmp_path: Path, monkeypatch: py
         agreement_of(tmp_path, "gemma-2-27b")
 
 
+def test_a_field_that_transformers_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model: found what transformers [\d.]+ refuses: Validation error for field 'pretraining_tp'"):
+        agreement_of(tmp_path, "Llama-3.2-1B", pretraining_tp="many")
+
+
 def test_differences_are_of_the_largest_entry() -> None:
     wanted = torch.tensor([4.0, 0.0, -2.0])
     assert difference(torch.tensor([4.0, 1.0, -2.0]), wanted) == 0.25 and difference(wanted, wanted) == 0.0
+    assert difference(torch.tensor([4.0, 1.0, -2.0]), wanted, 10.0) == 0.1
     assert difference(None, None) == 0.0 and difference(torch.zeros(3), torch.zeros(3)) == 0.0
     for ours, theirs in ((None, wanted), (wanted, None), (wanted, torch.zeros(3)), (torch.full((3,), math.nan), wanted)):
         assert difference(ours, theirs) == math.inf

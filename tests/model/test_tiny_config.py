@@ -46,7 +46,7 @@ def test_what_a_copy_keeps(name: str, tmp_path: Path) -> None:
     assert (small.has_score_softcap, small.has_logit_softcap) == (large.has_score_softcap, large.has_logit_softcap)
     kept = large.of_layers(tiny.layers)
     assert small.windows == tuple(None if window is None else WINDOW for window in kept.windows)
-    assert small.dense_layers == kept.dense_layers and small.num_layers >= 2
+    assert small.unrotated_layers == kept.unrotated_layers and small.dense_layers == kept.dense_layers and small.num_layers >= 2
     if large.experts is not None:
         assert small.experts is not None and small.experts.per_token == large.experts.per_token
         assert small.experts.per_token < small.experts.num_experts <= large.experts.num_experts
@@ -60,6 +60,8 @@ def test_what_a_copy_keeps(name: str, tmp_path: Path) -> None:
         ("Llama-3.2-1B", {"num_hidden_layers": 1}, (0,)),
         ("gemma-2-27b", {}, (0, 1)),
         ("gemma-3-1b", {}, (0, 5)),
+        ("SmolLM3-3B", {}, (0, 3)),
+        ("SmolLM3-3B", {"no_rope_layers": None, "no_rope_layer_interval": 6}, (0, 5)),
         ("dots.llm1", {}, (0, 1)),
         ("dots.llm1", {"first_k_dense_replace": 3}, (0, 3)),
         ("dots.llm1", {"first_k_dense_replace": 3, "sliding_window": 4096, "max_window_layers": 40}, (0, 3, 40)),
