@@ -1,4 +1,4 @@
-"""What the config.json of public models says: one and more of every family, as they are published."""
+"""A config.json with the sizes and switches of public models, one and more of every family; and some that are refused."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "found model_type 'qwen', with code of its own (auto_map), which is not run;",
     ),
     "GPT-2": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "found model_type 'gpt2'; expected one of llama, mistral"),
-    "gpt-oss-20b as published": (
+    "gpt-oss-20b before it is dequantised": (
         {**SUPPORTED["gpt-oss-20b"], "quantization_config": {"quant_method": "mxfp4"}}, "quantization_config in config.json (mxfp4)",
     ),
     "an unknown rope type": (
