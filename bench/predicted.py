@@ -27,6 +27,7 @@ MEMO = {"layer_input": "host", "attention_output": "host", "activations": "host"
 KEEP = {"attention_output": "keep", "activations": "keep"}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
 QWEN3_MOE = {"family": Family.QWEN3_MOE, "head_dim": 32, "extra": EXPERTS}
+SMOLLM3 = {"family": Family.SMOLLM3, "extra": {"no_rope_layer_interval": 2}}
 MIXTRAL = {"family": Family.MIXTRAL, "intermediate_size": 256, "extra": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 QWEN2_MOE = {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 384}}
 TWO_KINDS_OVER = 0.10
@@ -153,6 +154,7 @@ CASES: tuple[Case, ...] = (
     _case("qwen3", model={"family": Family.QWEN3, "head_dim": 64}),
     _case("qwen2 by 256", {"chunk_tokens": 256}, model={"family": Family.QWEN2}, tokens=2048),
     _case("mistral, window 512", {"chunk_tokens": 256}, model={"family": Family.MISTRAL, "sliding_window": 512}, tokens=2048),
+    _case("smollm3, a layer without rotation, by 256", {"chunk_tokens": 256}, model=SMOLLM3, tokens=2048),
     _case("qwen3 moe", model=QWEN3_MOE),
     _case("qwen3 moe, many tokens", model=QWEN3_MOE, tokens=4096),
     _case("qwen3 moe, bfloat16", model=QWEN3_MOE, dtype="bfloat16", tokens=4096),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -67,7 +68,15 @@ def position_of(model: PreTrainedModel) -> Position:
 def build_config(arguments: dict[str, Any]) -> PretrainedConfig:
     """The Hugging Face config of `hf_config_dict`'s arguments. ConfigError where transformers makes something else of them."""
     fields = copy.deepcopy(arguments)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except StrictDataclassError as error:
+        raise ConfigError(
+            "model",
+            found=f"what transformers {transformers.__version__} refuses: {' '.join(str(error).split())[:300]}",
+            expected="fields of the types that its configuration has",
+            hint="config.json as it was published, or model.extra.FIELD=VALUE for a field that layers read",
+        ) from error
     for name, asked in arguments.items():
         if name in _ARRIVES and _plain(getattr(config, name, None)) != _plain(asked) and asked is not None:
             raise ConfigError(

@@ -25,6 +25,7 @@ class Family(Enum):
     QWEN2_MOE = "qwen2_moe"
     QWEN3_MOE = "qwen3_moe"
     DOTS1 = "dots1"
+    SMOLLM3 = "smollm3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from .families.expert_facts import Refusal
 from .families.facts import FULL, SLIDING, FamilyFacts
 
 _RANGES: Mapping[str, tuple[int, int]] = {
@@ -58,6 +59,7 @@ def check_fields(fields: Mapping[str, Any], facts: FamilyFacts, where: str) -> N
     _check_shapes(fields, facts, where)
     _check_layer_types(fields, where)
     _check_experts(fields, facts, where)
+    _refuse(facts.problem(fields), where)
     _check_windows(fields, facts, where)
     for name in _POSITIVE:
         value = fields.get(name)
@@ -126,7 +128,10 @@ def _check_experts(fields: Mapping[str, Any], facts: FamilyFacts, where: str) ->
         raise _wrong(where, "num_experts_per_tok", chosen, f"at most the {count} experts there are ({facts.experts.count})")
     if fields.get("output_router_logits"):
         raise _wrong(where, "output_router_logits", True, "false: no auxiliary loss of the router is trained with")
-    refusal = facts.experts.problem(fields)
+    _refuse(facts.experts.problem(fields), where)
+
+
+def _refuse(refusal: Refusal | None, where: str) -> None:
     if refusal is not None:
         raise _wrong(where, refusal.field, refusal.actual, refusal.expected)
 

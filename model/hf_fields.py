@@ -45,6 +45,10 @@ _SIZE_NAMES: Mapping[str, str] = MappingProxyType(
 """Fields of a Hugging Face config that a model from scratch takes from a key here, by that key."""
 _MAKE_LAYER_TYPES = ("sliding_window_pattern", "max_window_layers", "use_sliding_window")
 """Fields that layer types are made from where they are not listed."""
+_TOWERS = ("vision_config", "visual", "mm_vision_tower", "audio_config")
+"""Fields of a config that has parts beside a language model."""
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of the names of classes with a decoder."""
 _SIZES = (
     "family",
     "num_layers",
@@ -64,16 +68,30 @@ def model_family(config: ModelConfig) -> Family:
         if config.family is None:
             raise _missing(config, "family")
         return config.family
-    model_type = read_config_json(config.path).get("model_type")
+    file = read_config_json(config.path)
+    model_type = file.get("model_type")
     family = family_of(model_type) or wrapped_family(model_type)
     if family is not None:
         return family
     raise ConfigError(
         f"model.path {config.path}",
-        found=f"model_type {model_type!r}",
+        found=f"model_type {model_type!r}{_other_kind(file)}",
         expected=f"one of {', '.join(MODEL_TYPES.values())}",
         hint=f"a supported model, or write its facts and adapter: model/families/{model_type}_facts.py and model/families/{model_type}.py",
     )
+
+
+def _other_kind(file: Mapping[str, Any]) -> str:
+    """What a config.json says of itself that no family here has."""
+    names = [name for name in file.get("architectures") or () if isinstance(name, str)]
+    words = []
+    if file.get("auto_map"):
+        words.append("with code of its own (auto_map), which is not run")
+    if any(file.get(name) is not None for name in _TOWERS):
+        words.append("with a tower for images or sound, which is not trained")
+    if file.get("is_encoder_decoder") or (names and not any(name.endswith(_DECODERS) for name in names)):
+        words.append(f"no decoder alone ({', '.join(names) or 'is_encoder_decoder'})")
+    return "".join(f", {word}" for word in words)
 
 
 @dataclass(frozen=True, slots=True)

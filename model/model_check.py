@@ -28,7 +28,7 @@ def check_weights(config: ModelConfig) -> list[str]:
     if config.path is None:
         return []
     spec, fields, folder = model_spec(config), model_fields(config), model_folder(config.path)
-    notes = [*_unread_fields(fields), *_padding_note(fields.full)]
+    notes = [*unread_fields(fields), *_padding_note(fields.full)]
     if local_folder(config.path) is None and not has_weights(folder):
         return [*notes, f"model.path={config.path}: the weights are not on this machine yet; they are checked as they are read"]
     headers = read_headers(folder)
@@ -68,7 +68,8 @@ def _adapter_note(folder: Path) -> list[str]:
     return [f"model.path: {', '.join(names)} beside the weights: the adapter is not read; merge it first to train with it"] if names else []
 
 
-def _unread_fields(fields: ModelFields) -> list[str]:
+def unread_fields(fields: ModelFields) -> list[str]:
+    """A note on fields of config.json that no layer reads, if there are any."""
     unread_rope = ORIGINAL if fields.facts.rope_per_layer_type else "rope_local_base_freq"
     rope = {name for name in LEGACY_KEYS if name != unread_rope}
     read = READ_BY_ALL | fields.facts.fields | LABELS | fields.facts.aliases.keys() | rope

@@ -50,11 +50,13 @@ class ModelSpec:
     has_logit_softcap: bool
     """Logits go through tanh."""
     rotary_tables: int
-    """Rotary tables of one micro-batch: one, or one per kind of layer."""
+    """Rotary tables of one micro-batch: one, or one per kind of layer, and one that turns nothing for layers that do not rotate."""
     experts: ExpertSizes | None = None
     """The mixture of experts of the layers that have one; None: feed-forwards are dense."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers without experts, in a model of layers with them."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Numbers of the layers that do not rotate queries and keys."""
 
     @property
     def query_size(self) -> int:
@@ -67,10 +69,12 @@ class ModelSpec:
 
     def of_layers(self, own: Sequence[int]) -> ModelSpec:
         """The same of some of the layers alone, numbered anew from 0."""
-        dense = tuple(place for place, layer in enumerate(own) if layer in self.dense_layers)
+        dense, unrotated = (
+            tuple(place for place, layer in enumerate(own) if layer in layers) for layers in (self.dense_layers, self.unrotated_layers)
+        )
         experts = self.experts if self.experts is None else replace(self.experts, dense_share=len(dense) / len(own))
         windows = tuple(self.windows[layer] for layer in own)
-        return replace(self, num_layers=len(own), windows=windows, experts=experts, dense_layers=dense)
+        return replace(self, num_layers=len(own), windows=windows, experts=experts, dense_layers=dense, unrotated_layers=unrotated)
 
     @property
     def kv_size(self) -> int:
@@ -160,7 +164,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
     """The sizes of a checked config: from its own fields, or from the config.json at its path."""
     model = _checked(config)
     facts, fields = model.facts, model.full
-    heads = fields["num_attention_heads"]
+    heads, unrotated = fields["num_attention_heads"], facts.unrotated(fields)
     return ModelSpec(
         family=facts.family,
         num_layers=fields["num_hidden_layers"],
@@ -182,9 +186,10 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         norm_product_in_float32=facts.norm_product_in_float32,
         has_score_softcap=facts.has_score_softcap and fields.get("attn_logit_softcapping") is not None,
         has_logit_softcap=facts.has_logit_softcap and fields.get("final_logit_softcapping") is not None,
-        rotary_tables=facts.rotary_tables,
+        rotary_tables=facts.rotary_tables + bool(unrotated),
         experts=None if facts.experts is None else facts.experts.sizes(fields),
         dense_layers=() if facts.experts is None else facts.experts.dense_layers(fields),
+        unrotated_layers=unrotated,
     )
 
 

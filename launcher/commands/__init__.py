@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train, or resume the run of the same run.id (the default command)",
     "sweep": "one run for every combination of key=a,b values",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
+    "check-model": "whether a model is trained exactly as plain Hugging Face computes it; needs its config alone",
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "resume a run directory, with changes if wanted",
     "status": "where a run stands",
@@ -29,7 +30,7 @@ COMMANDS = {
     "data": "data prepare: text, JSONL, Parquet -> indexed corpus",
     "completion": "print a script for tab completion: bash, zsh or fish",
 }
-"""First words and their lines of the help screen; each is a module of this folder."""
+"""First words and their lines of the help screen; each is a module of this folder, `-` as `_`."""
 
 
 class CommandModule(Protocol):
@@ -41,4 +42,4 @@ class CommandModule(Protocol):
 
 def command_module(name: str) -> CommandModule:
     """The module behind a first word, imported now: `efflaunch --help` needs none of them."""
-    return cast(CommandModule, import_module(f".{name}", __package__))
+    return cast(CommandModule, import_module(f".{name.replace('-', '_')}", __package__))

@@ -25,6 +25,7 @@ from . import (
     qwen2_moe_facts,
     qwen3_facts,
     qwen3_moe_facts,
+    smollm3_facts,
 )
 from .facts import FamilyFacts
 
@@ -48,6 +49,7 @@ FACTS: Mapping[Family, FamilyFacts] = MappingProxyType(
             qwen2_moe_facts,
             qwen3_moe_facts,
             dots1_facts,
+            smollm3_facts,
         )
     }
 )

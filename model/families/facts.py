@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Family
-from .expert_facts import ExpertFacts
+from .expert_facts import ExpertFacts, Refusal
 
 Windows = tuple[int | None, ...]
 """Per layer: tokens attention looks back over, None for all of them."""
@@ -42,6 +42,11 @@ LABELS = frozenset(
 def no_windows(fields: Mapping[str, Any]) -> Windows:
     """Every layer attends to everything before a token."""
     return (None,) * int(fields["num_hidden_layers"])
+
+
+def all_rotate(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every layer rotates queries and keys."""
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +95,16 @@ class FamilyFacts:
     """Logits go through tanh where `final_logit_softcapping` is set."""
     rope_per_layer_type: bool = False
     """A rotary table for layers with a window and one for the others."""
+    unrotated: Callable[[Mapping[str, Any]], tuple[int, ...]] = all_rotate
+    """Numbers of the layers that do not rotate queries and keys."""
     default_theta: float = DEFAULT_THETA
     """Base of the rotary angles (of layers without a window, where there are two tables)."""
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     """The rotary settings of a config.json that has none, beside the base."""
     experts: ExpertFacts | None = None
     """The mixture of experts of its layers; None: feed-forwards are dense."""
+    problem: Callable[[Mapping[str, Any]], Refusal | None] = field(default=lambda fields: None)
+    """What of a config cannot be trained, beside its experts."""
 
     @property
     def norms_per_layer(self) -> int:

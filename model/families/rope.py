@@ -16,15 +16,22 @@ from .adapter import Rope
 
 BY_LENGTH = ("dynamic", "longrope")
 """Rotary types whose tables depend on the length seen."""
+UNROTATED = "unrotated"
+"""Key of the table of layers that do not rotate."""
 
 
 def rotary_tables(rotary: nn.Module, like: Tensor, position_ids: Tensor, document_lengths: Tensor) -> dict[str | None, Rope]:
-    """cos and sin (T, D) in `like`'s dtype per kind of layer (None where all layers share one).
+    """cos and sin (T, D) in `like`'s dtype per kind of layer (None where all layers share one), UNROTATED among them if there are such.
 
     position_ids (T,): position in the document; document_lengths (T,): the whole document's tokens.
     """
     keys: list[str | None] = list(rotary.layer_types) if isinstance(rotary.rope_type, dict) else [None]
-    return {key: _table(rotary, key, like, position_ids, document_lengths) for key in keys}
+    tables = {key: _table(rotary, key, like, position_ids, document_lengths) for key in keys}
+    listed = getattr(rotary.config, "no_rope_layers", None) or ()
+    if not all(listed[: rotary.config.num_hidden_layers]):
+        cos, sin = tables[keys[0]]
+        tables[UNROTATED] = torch.ones_like(cos), torch.zeros_like(sin)
+    return tables
 
 
 def _table(rotary: nn.Module, key: str | None, like: Tensor, position_ids: Tensor, document_lengths: Tensor) -> Rope:

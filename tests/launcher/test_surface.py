@@ -28,6 +28,7 @@ def test_commands() -> None:
         "train",
         "sweep",
         "plan",
+        "check-model",
         "profile",
         "resume",
         "status",

@@ -84,10 +84,10 @@ def test_gradients_are_those_of_plain_steps(name: str) -> None:
     check_equal(gradients("llama", replace(policy, compile="eager"), LENGTHS), gradients("llama", policy, LENGTHS))
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["gemma2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "llama_mha_tied", "mistral", "qwen3", "gemma3"))],
-)
+SLOW_FAMILIES = ("qwen2", "llama_mha_tied", "mistral", "qwen3", "gemma3")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "smollm3", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW_FAMILIES)])
 def test_every_family(family: str) -> None:
     policy = POLICIES["chunks"]
     check_equal(gradients(family, replace(policy, compile="aot_eager"), LENGTHS), gradients(family, policy, LENGTHS))

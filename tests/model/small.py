@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "gemma2": {"sliding_window": 7, "query_pre_attn_scalar": 8},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "dots1": {

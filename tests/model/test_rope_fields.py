@@ -34,9 +34,10 @@ HAS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
 MUST_SAY: dict[Family, dict[str, Any]] = {
-    Family.DOTS1: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    Family.DOTS1: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    Family.SMOLLM3: {"pad_token_id": None},
 }
-"""What transformers has no sensible default for."""
+"""What transformers has no sensible default for: its padding token of SmolLM3 is beyond a small vocabulary."""
 
 
 def file(folder: Path, family: Family = Family.LLAMA, **fields: Any) -> Path:

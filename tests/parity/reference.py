@@ -65,6 +65,7 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "pad_token_id": None,
     },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "pad_token_id": None},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 13},
     "qwen2_moe": {
         "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
@@ -234,7 +235,7 @@ def lift_to_float64() -> None:
     """
     import importlib
 
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", *MIXTURES):
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", *MIXTURES):
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name, kind in vars(module).items():
             if isinstance(kind, type) and name.endswith("RMSNorm"):

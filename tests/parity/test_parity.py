@@ -84,6 +84,7 @@ MEMORY_PLANS = {
     "mixed groups, accumulation": plan_of(4, *ADAPTIVE),
 }
 """Each with every memory policy; the documents' boundaries lie inside chunks."""
+DENSE_FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
 ROWS = {
     "one rank": ({}, static(1, 1, 1)),
     "two ranks, data parallel": ({}, static(2, 1, 1)),
@@ -135,7 +136,7 @@ ROWS = {
     ),
     "loss mask": ({"masked": True}, static(4, 2, 2)),
     "z-loss": ({"z_loss": 1e-2}, static(2, 2, 2)),
-    **{f"{family}, hybrid 2x2": ({"family": family}, static(4, 4, 2)) for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")},
+    **{f"{family}, hybrid 2x2": ({"family": family}, static(4, 4, 2)) for family in DENSE_FAMILIES},
     **{
         f"{family}, recompute, ring 2": ({"family": family, "policy": "recompute"}, static(2, 2, 1))
         for family in ("mistral", "gemma2", "gemma3")
@@ -177,6 +178,7 @@ ROWS = {
         for policy, family, scheme in (
             ("chunks_1", "gemma2", "ulysses 2"), ("chunks_1", "qwen3", "ring 2"),
             ("streambp_1", "llama", "one rank, packed"), ("streambp_1", "mistral", "ulysses 2"),
+            ("streambp_1", "smollm3", "ring 2"), ("upipe_stored", "smollm3", "mixed groups, accumulation"),
             ("streambp_1000", "mistral_wide", "one rank, packed"), ("streambp_1000", "llama_mha_tied", "mixed groups, accumulation"),
             ("recompute", "mistral_wide", "ring 2"), ("keep", "mistral_wide", "mixed groups, accumulation"),
             ("streambp_stored", "llama_deep", "one rank, packed"), ("streambp_stored", "llama_deep", "mixed groups, accumulation"),

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
         **SIZES,
     },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [0, 1], "pad_token_id": None, **SIZES},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, **SIZES},
     "qwen2_moe": {
         "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
@@ -71,6 +72,7 @@ OLD: dict[str, dict[str, Any]] = {
     "llama-tied": {"rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": True},
     "gemma3-tied": {"rope_theta": 1e6, "rope_scaling": None, "rope_local_base_freq": 1e4, "layer_types": ["sliding_attention"] * 2},
     "llama-yarn": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "smollm3": {"rope_theta": 2e6, "rope_scaling": None, "no_rope_layers": [0, 1]},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen2_moe": {"rope_theta": 1e4, "rope_scaling": None, "num_experts": 6},
     "qwen3_moe": {"rope_theta": 1e4, "rope_scaling": None, "num_experts": 8, "num_local_experts": 8},

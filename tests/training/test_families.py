@@ -26,7 +26,7 @@ def test_every_family_has_an_adapter_for_its_hugging_face_layer(family: Family) 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 8}
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 8, "pad_token_id": None}
     if family is Family.DOTS1:
         sizes |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     config = AutoConfig.for_model(facts_of(family).model_type, **sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=8)

@@ -57,6 +57,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": Family.GEMMA2, "sliding_window": 16, "tie_embeddings": True, "extra": {"attention_bias": True}},
     {"family": Family.GEMMA3, "sliding_window": 16, "tie_embeddings": True},
     {"family": Family.GEMMA3, "sliding_window": 16, "extra": {"sliding_window_pattern": 3}},
+    {"family": Family.SMOLLM3, "tie_embeddings": True, "extra": {"attention_bias": True, "mlp_bias": True}},
+    {"family": Family.SMOLLM3, "sliding_window": 16},
     {"family": Family.QWEN3_MOE, "extra": {**EXPERTS, "mlp_only_layers": [0, 4]}},
     {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 7}},
     {"family": Family.DOTS1, "extra": {**NO_DEFAULTS[Family.DOTS1], "moe_intermediate_size": 24, "first_k_dense_replace": 2}},
@@ -163,6 +165,7 @@ def test_sinks_are_counted_and_looked_for_in_files() -> None:
         ("qwen3_30b_a3b", 30532.1),
         ("mixtral_8x7b", 46702.8),
         ("gpt_oss_20b", 20914.8),
+        ("smollm3_3b", 3075.1),
     ],
 )
 def test_presets_have_their_published_sizes(name: str, millions: float) -> None:
