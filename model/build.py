@@ -164,7 +164,7 @@ def keep_stage(model: PreTrainedModel, place: StagePlace) -> None:
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     """Inside, passes of `model` are those of the frozen weights alone. No pass may be under way at either end."""
-    executors = [layer.forward for layer in model.model.layers]
+    executors = [layer.forward for layer in model.model.layers if not isinstance(layer, Elsewhere)]
     for executor in executors:
         executor.use_adapters(False)
     try:

@@ -46,9 +46,6 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
     """ConfigError for what has not been tried in stages, and for updates within backward where gradients are not complete with it."""
     optim, pipeline = config.optim, config.parallel.pipeline
     tried = "parallel.pipeline.stages=1"
-    if config.adapter.is_trained:
-        found = f"{config.adapter.name} with parallel.pipeline.stages={pipeline.stages}"
-        raise ConfigError("adapter", found=found, expected="none: adapters have not been tried in stages", hint=f"adapter=none, or {tried}")
     if config.parallel.profile is not None:
         found = f"{config.parallel.profile} with parallel.pipeline.stages={pipeline.stages}"
         expected = "null: a profile is of all layers, and plans of stages go by arithmetic"

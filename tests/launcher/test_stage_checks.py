@@ -24,7 +24,6 @@ INTERLEAVED = ("parallel.pipeline.order=interleaved", "parallel.pipeline.virtual
         (("model.tie_embeddings=true", "optim.state_device=host"), "optim.state_device", "optim.state_device=device"),
         (("model.tie_embeddings=true", "optim.update=backward", "optim.grad_clip=null"), "optim.update", "optim.update=step"),
         ((*INTERLEAVED, "optim.state_device=host"), "optim.state_device", "parallel.pipeline.order=1f1b"),
-        (("adapter=lora",), "adapter", "adapter=none"),
         (("parallel.profile=profile.yaml",), "parallel.profile", "parallel.profile=null"),
         (("parallel.replicate=4",), "parallel.replicate", "parallel.replicate=2"),
         (("parallel.sequence=static", "parallel.sp_degree=4"), "parallel.sp_degree", "parallel.sp_degree=2"),

@@ -10,6 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 
+from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.tests.parity.optimizers_side import RATES, run_updates
 from efflaunch.tests.parity.peft_reference import arrays, lifted, lora
 from efflaunch.tests.parity.ranks_side import run_plans
@@ -48,6 +49,19 @@ ROWS = {
     ),
     "compiled": ("llama", ALL, "chunks_16", {"compile": "aot_eager"}, lambda: [static(1, 1, 1)]),
     "compiled, kept": ("llama", ALL, "keep", {"compile": "aot_eager"}, lambda: [static(1, 1, 1)]),
+    **{
+        f"2 stages, {policy}": (
+            "llama_deep", ALL, policy, {"stages": 2}, lambda: [plan_of(1, *(batch((0, 1, 1, (i,))) for i in range(len(LENGTHS))))],
+        )
+        for policy in ("keep", "recompute", "streambp")
+    },
+    "2 stages of 2, embedding and head": (
+        "llama", lora(modules_to_save=["embedding", "head"]), "recompute", {"stages": 2}, lambda: [static(2, 2, 2), static(2, 1, 1)],
+    ),
+    "2 stages, tied embeddings": ("llama_mha_tied", ALL, "recompute", {"stages": 2}, lambda: [static(2, 2, 2)]),
+    "2 stages, interleaved": (
+        "llama_deep", ALL, "keep", {"stages": 2, "virtual": 2, "order": PipelineOrder.INTERLEAVED}, lambda: [static(2, 2, 1)],
+    ),
 }  # fmt: skip
 
 
@@ -76,7 +90,7 @@ def test_gradients_equal_peft(pool, row):
     weights, loss, gradients = _reference(family, repr(config))
     case = {"family": family, "dtype": "float64", "policy": policy, "adapter": config, **more}
     made = plans()
-    answers = pool.run(run_plans, case, weights, *make_documents(LENGTHS), made, 0, ranks=made[0].world_size)
+    answers = pool.run(run_plans, case, weights, *make_documents(LENGTHS), made, 0, ranks=made[0].world_size * more.get("stages", 1))
     for plan, (got_loss, got) in zip(made, answers[0][0], strict=True):
         assert abs(got_loss - loss) <= 1e-10 * abs(loss), f"{plan}: loss {got_loss} is not {loss}"
         error, name = worst(got, gradients)
@@ -87,6 +101,7 @@ UPDATES = {
     "device, step": ({}, {}),
     "device, backward": ({}, {"update": "backward"}),
     "host, step, clipped": ({}, {"state_device": "host", "grad_clip": 0.5}),
+    "2 stages, host, backward": ({"stages": 2}, {"state_device": "host", "update": "backward", "grad_clip": 0.5, "clip_mode": "two_pass"}),
     "host, backward": ({"replicate": 2}, {"state_device": "host", "update": "backward"}),
 }
 
@@ -100,7 +115,7 @@ def test_three_steps_equal_plain_adamw_with_a_rate_of_its_own_for_b(pool, mode):
     case = {"family": "llama", "dtype": "float64", "adapter": config, **more}
     world = 4 if more else 2
     got_losses, _, weights, model, states = pool.run(
-        run_updates, case, first, *make_documents(LENGTHS), static(world, 2, 2), optim, ranks=world
+        run_updates, case, first, *make_documents(LENGTHS), static(world // more.get("stages", 1), 2, 2), optim, ranks=world
     )[0]
     assert got_losses == pytest.approx(losses, rel=1e-10)
     error, name = worst(weights, trained)

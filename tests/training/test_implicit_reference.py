@@ -21,6 +21,8 @@ PLANS = {
     "one rank": lambda: [1, batch((0, 1, 1, ALL["dpo"]))],
     "ulysses 2, accumulation": lambda: [2, batch((0, 2, 2, (0, 3))), batch((0, 2, 2, (1,)), ), batch((0, 1, 1, (2,)))],
     "ring 2": lambda: [2, batch((0, 2, 1, ALL["dpo"]))],
+    "2 stages": lambda: [1, batch((0, 1, 1, (0, 3))), batch((0, 1, 1, (1, 2)))],
+    "2 stages of 2": lambda: [2, batch((0, 2, 1, (0,))), batch((0, 1, 1, (1,)), (1, 1, 1, (2, 3)))],
     "barrier-free, mixed groups": lambda: [4, batch((0, 2, 1, (1,)), (2, 1, 1, (0,))), batch((2, 2, 2, (2, 3)))],
 }  # fmt: skip
 
@@ -36,9 +38,11 @@ def test_loss_reference_and_gradients_equal_peft(row: str, policy: str) -> None:
     loss, _ = objective_reference.dpo(model, halves, reference, BETA)
     loss.backward()
     world, *batches = PLANS[row]()
-    plan, case = StepPlan(world, LENGTHS["dpo"], tuple(batches)), {"policy": policy, "barrier_free": row.startswith("barrier-free")}
+    stages = 2 if row.startswith("2 stages") else 1
+    plan = StepPlan(world, LENGTHS["dpo"], tuple(batches))
+    case = {"policy": policy, "barrier_free": row.startswith("barrier-free"), "stages": stages}
     with RankPool() as pool:
-        got_loss, got_reference, got = pool.run(run_dpo, case, config, arrays(named), halves, plan, ranks=world)[0]
+        got_loss, got_reference, got = pool.run(run_dpo, case, config, arrays(named), halves, plan, ranks=world * stages)[0]
     np.testing.assert_allclose(got_reference, reference, rtol=1e-10)
     assert got_loss == pytest.approx(float(loss), rel=1e-10)
     assert worst(got, arrays(named, lambda p: p.grad))[0] <= 1e-10
@@ -63,7 +67,7 @@ def run_dpo(case, config, weights, halves, plan):
     from efflaunch.parallel.sequence.attention import CpuKernel
     from efflaunch.parallel.sharding.parts import write_shard
     from efflaunch.parallel.topology import build_topology
-    from efflaunch.tests.parity.ranks_side import POLICIES
+    from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
     from efflaunch.tests.parity.reference import hf_config, lift_to_float64
     from efflaunch.training.micro_batches import read_step
     from efflaunch.training.objectives.heads import Preference
@@ -74,14 +78,15 @@ def run_dpo(case, config, weights, halves, plan):
 
     torch.set_num_threads(1)
     lift_to_float64()
-    topology = build_topology(replicate=1, device="cpu")
+    topology = build_topology(replicate=1, device="cpu", stages=case["stages"])
     model = build_model(
         hf_config("llama"), POLICIES[case["policy"]], topology.mesh,
         device=CPU, compute_dtype=torch.float64, seed=0, loss_chunk_tokens=7, adapter=config,
+        place=stage_place(topology, hf_config("llama").num_hidden_layers),
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-    works = read_step(UnitSource(halves), 0, plan, topology.rank)
+    works = read_step(UnitSource(halves), 0, plan, topology.stage_rank)
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=CPU, reduce_each=False, barrier_free=case["barrier_free"]
     )  # fmt: skip
@@ -92,6 +97,7 @@ def run_dpo(case, config, weights, halves, plan):
         loss = backward_step(setup, works, step).sum()
     dist.all_reduce(loss)
     gradients = {name: np.array(p.grad.full_tensor()) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = of_all_stages(gradients, topology)
     return (float(loss), reference, gradients) if dist.get_rank() == 0 else None
 
 
