@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..cluster.config import Device
 from ..errors import ConfigError
 from ..memory.config import Arena
+from ..training.optimizers.config import StateDevice
 from ..utils.names import check_text
 from .config.run_config import Backend, Config
 from .config.secrets import secrets_of
@@ -18,14 +19,17 @@ from .config.secrets import secrets_of
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables by which a user sets torch's CUDA allocator, today's and the older one."""
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Variable with the number of hardware queues that streams of a GPU share; 8 where unset."""
+
 
 def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
-    """Variables to set in an agent, which its ranks inherit. What the user has set for the network or torch's allocator stays.
+    """Variables to set in an agent, which its ranks inherit. What the user has set for the network, the device or torch's allocator stays.
 
     `interface`: where the other nodes are, for gloo. NCCL chooses for itself, but on one machine: there both stay on loopback.
     """
     values = {
-        "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
+        "OMP_NUM_THREADS": _threads(config),
         "TOKENIZERS_PARALLELISM": "false",
         # Elastic insists on handling some signal itself; every one that matters is the agent's own.
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGXCPU",
@@ -34,10 +38,28 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
         values |= {name: value for name, value in _loopback().items() if name not in os.environ}
     if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
         values["GLOO_SOCKET_IFNAME"] = interface
+    if config.cluster.device is Device.CUDA and QUEUES not in os.environ:
+        # Streams compute, gather, reduce, offload and save side by side: with fewer queues than streams some would wait for others.
+        values[QUEUES] = "32"
     if config.cluster.device is Device.CUDA and config.memory.arena is Arena.DEFAULT and not any(name in os.environ for name in ALLOCATOR):
         # Segments that grow: blocks of one length leave no holes that those of the next do not fit.
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values
+
+
+def _threads(config: Config) -> str:
+    """OMP_NUM_THREADS: where an optimizer's states are on the host of a GPU, its ranks share the cores that this process may use."""
+    if config.launcher.threads_per_rank is not None:
+        return str(config.launcher.threads_per_rank)
+    if os.environ.get("OMP_NUM_THREADS"):
+        return os.environ["OMP_NUM_THREADS"]
+    if config.cluster.device is Device.CUDA and config.optim.state_device is StateDevice.HOST:
+        return str(max(1, _cores() // config.cluster.ranks_per_node))
+    return "1"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 RECORDER_PIPE = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"

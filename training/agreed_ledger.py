@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,25 +19,30 @@ from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.suggestions import check_fits
 from ..parallel.topology import whole_world
+from ..units import format_bytes
 from .agreed_rates import frozen_rates
 from .step_planner import this_hardware
 
 if TYPE_CHECKING:
     from .run_settings import RunSettings
 
+log = logging.getLogger(__name__)
+
 
 def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | None = None) -> Ledger:
     """Build the run's ledger on rank 0, with a solved policy where one is asked for, and give it to every rank. Collective.
 
-    `run_dir` keeps the measured rates it goes by, for later attempts.
+    `run_dir` keeps the measured rates it goes by, for later attempts. GPUs have what their driver says where that is less than configured:
+    a card sold with 80 GB gives out less.
     PlanError on every rank where nothing fits; what else rank 0 fails with ends the other ranks too.
     """
     payload: list[Ledger | UserError | str | None] = [None]
     failure: Exception | None = None
     world = whole_world()
+    capacity = _agreed_capacity(config, device)
     if dist.get_rank(world) == 0:
         try:
-            ledger = build_ledger(PlanInputs.of(config, frozen_rates(config, this_hardware(device), run_dir)))
+            ledger = build_ledger(_inputs(config, device, run_dir, capacity))
             check_fits(ledger)
             payload[0] = ledger
         except UserError as error:
@@ -53,6 +59,31 @@ def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | Non
         raise RuntimeError(f"rank 0 could not make the ledger of this run ({answer}); its log says where")
     assert answer is not None
     return answer
+
+
+def real_capacity(device: torch.device) -> int | None:
+    """Memory of this rank's GPU in bytes, as its driver has it; None on a CPU, whose ranks have what the configuration gives them."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
+def _agreed_capacity(config: RunSettings, device: torch.device) -> int:
+    """The memory of a rank to plan for: the least of what is configured and what any rank has. Collective where ranks have GPUs."""
+    configured, mine = config.cluster.device_memory_bytes, real_capacity(device)
+    if mine is None:
+        return configured
+    least = torch.tensor(min(configured, mine), dtype=torch.int64)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=whole_world())
+    return int(least)
+
+
+def _inputs(config: RunSettings, device: torch.device, run_dir: Path | None, capacity: int) -> PlanInputs:
+    """Inputs of the run's ledger, with `capacity` bytes on each rank."""
+    inputs = PlanInputs.of(config, frozen_rates(config, this_hardware(device), run_dir))
+    if capacity == inputs.cluster.device_memory_bytes:
+        return inputs
+    configured = format_bytes(inputs.cluster.device_memory_bytes)
+    log.warning("a GPU of this run has %s: planned for that, not for cluster.device_memory_bytes=%s", format_bytes(capacity), configured)
+    return inputs.with_parts(cluster=replace(inputs.cluster, device_memory_bytes=capacity))
 
 
 class Report(Protocol):

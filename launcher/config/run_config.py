@@ -150,8 +150,8 @@ class LauncherConfig:
     """Restarts after a crash without a new checkpoint in between; a step forward resets the count."""
     grace_s: Seconds = 120.0
     """Time from a stop signal to the end of the save before ranks are killed."""
-    threads_per_rank: int = 1
-    """OMP_NUM_THREADS of each rank."""
+    threads_per_rank: int | None = None
+    """OMP_NUM_THREADS of each rank; None: the environment's, else 1, or its share of the cores where ranks update GPUs' weights."""
     start_timeout_s: Seconds = 300.0
     """Longest time for all ranks to meet."""
     nodes: Nodes | None = None

@@ -1,7 +1,10 @@
-"""Rotary tables for packed documents. Every scaling variant is Hugging Face's own; nothing here depends on the plan.
+"""Rotary tables for packed documents. The frequencies of every scaling variant are Hugging Face's own; nothing depends on the plan.
 
 Note: "dynamic" and "longrope" tables depend on the length seen. Here that is always the document's own, as if it had been run
 alone, whichever rank holds it and whatever shares its pack.
+
+Note: angles are products of one position and one frequency, in float32 at least, and never a matrix product, as which some versions of
+transformers write them. A GPU may round the factors of those to TF32's 10 bits of mantissa: position 1,000,003 becomes 999,936.
 """
 
 from __future__ import annotations
@@ -38,12 +41,11 @@ def _table(rotary: nn.Module, key: str | None, like: Tensor, position_ids: Tenso
     rope_type = rotary.rope_type if key is None else rotary.rope_type[key]
     if rope_type in BY_LENGTH:
         return _table_by_length(rotary, rope_type, key, like, position_ids, document_lengths)
-    layer_type = {} if key is None else {"layer_type": key}
-    cos, sin = rotary(like, position_ids.unsqueeze(0), **layer_type)
-    frequencies: Tensor = getattr(rotary, "inv_freq" if key is None else f"{key}_inv_freq")
-    if cos.shape[-1] == len(frequencies):  # one column for both halves of a head, as gpt-oss has it
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    return cos[0], sin[0]
+    prefix = "" if key is None else f"{key}_"
+    frequencies: Tensor = getattr(rotary, f"{prefix}inv_freq")
+    wide = _wide(like)
+    angles = position_ids.unsqueeze(-1).to(wide) * frequencies.to(like.device, wide)
+    return _cos_sin(angles, getattr(rotary, f"{prefix}attention_scaling"), like)
 
 
 def _table_by_length(
@@ -51,7 +53,7 @@ def _table_by_length(
 ) -> Rope:
     config: Any = rotary.config
     layer_type = {} if key is None else {"layer_type": key}
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wide = _wide(like)
     # Of all lengths up to the original one the tables are the same; of longer ones they are too in longrope.
     block = config.rope_parameters if key is None else config.rope_parameters[key]
     original = config.max_position_embeddings if rope_type == "dynamic" else block["original_max_position_embeddings"]
@@ -61,6 +63,16 @@ def _table_by_length(
         inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](config, like.device, seq_len=_seen(rope_type, length, like), **layer_type)
         part = position_ids.unsqueeze(-1).to(wide) * inv_freq.to(wide)
         angles = part if angles.shape[1] == 0 else torch.where((classes == length).unsqueeze(-1), part, angles)
+    return _cos_sin(angles, factor, like)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """The precision of angles: float32 as Hugging Face has it, float64 in a float64 model."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _cos_sin(angles: Tensor, factor: float, like: Tensor) -> Rope:
+    """The tables of angles (T, D/2), the same for both halves of a head."""
     both = torch.cat((angles, angles), -1)
     return (both.cos() * factor).to(like.dtype), (both.sin() * factor).to(like.dtype)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from efflaunch.launcher import env
 from efflaunch.launcher.config.compose import compose
-from efflaunch.launcher.env import ALLOCATOR, rank_environment
+from efflaunch.launcher.env import ALLOCATOR, QUEUES, rank_environment
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ALLOCATOR:
+    for name in (*ALLOCATOR, QUEUES, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -39,3 +40,28 @@ def test_ranks_of_one_machine_stay_on_loopback(monkeypatch: pytest.MonkeyPatch) 
     assert rank_environment(slurm, "ib0")["GLOO_SOCKET_IFNAME"] == "ib0" and "NCCL_SOCKET_IFNAME" not in rank_environment(slurm, "ib0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
     assert "NCCL_SOCKET_IFNAME" not in rank_environment(local), "what the user has set stays"
+
+
+def test_ranks_that_update_weights_of_gpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_cores", lambda: 112)
+
+    def threads(*overrides: str) -> str:
+        return rank_environment(compose(list(overrides)))["OMP_NUM_THREADS"]
+
+    on_host = ("+experiment=llama8b_1M", "cluster.ranks_per_node=8", "optim.state_device=host")
+    assert threads(*on_host) == "14" and threads("+experiment=llama8b_1M") == "1"
+    assert threads("+experiment=quickstart", "optim.state_device=host") == "1", "on a CPU they would compute with other sums"
+    assert threads(*on_host, "launcher.threads_per_rank=3") == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert threads(*on_host) == threads("+experiment=quickstart") == "6", "what the user has set stays"
+    assert threads(*on_host, "launcher.threads_per_rank=3") == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(env, "_cores", lambda: 4)
+    assert threads(*on_host) == "1"
+
+
+def test_streams_of_a_gpu_have_queues_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = compose(["+experiment=llama8b_1M"])
+    assert rank_environment(on_cuda)[QUEUES] == "32" and QUEUES not in rank_environment(compose(["+experiment=quickstart"]))
+    monkeypatch.setenv(QUEUES, "1")
+    assert QUEUES not in rank_environment(on_cuda)

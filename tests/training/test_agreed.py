@@ -61,6 +61,35 @@ def test_all_ranks_get_the_same_ledger_or_the_same_error(pool):
     assert errors[0] == errors[1] and errors[0][0] == "PlanError"
 
 
+def _planned(words: list[str], sizes: list[int]) -> Any:
+    """On a rank with a GPU of its size: capacity, peak and layout of the ledger, or what was raised."""
+    config = compose(words)
+    certified.real_capacity = lambda device: sizes[dist.get_rank()]  # type: ignore[assignment]
+    try:
+        ledger = certified.agreed_ledger(config, torch.device("cpu"))
+    except PlanError as error:
+        return str(error)
+    return ledger.device.capacity_bytes, ledger.device.peak_bytes, str(ledger.inputs.policy)
+
+
+def test_every_rank_plans_for_the_smallest_gpu(pool):
+    words, gib = [*QUICK, "memory=auto"], 1 << 30
+    whole = pool.run(_planned, words, [200 * gib, 100 * gib], ranks=2)[0]
+    configured = compose(words).cluster.device_memory_bytes
+    assert whole[0] == configured, "more than configured is not used"
+    size = whole[1] - 4096
+    first, second = pool.run(_planned, words, [200 * gib, size], ranks=2)
+    assert first == second and first[0] == size and first[1] <= size < whole[1] and first[2] != whole[2]
+    refused = pool.run(_planned, words, [64 << 20, 200 * gib], ranks=2)
+    assert refused[0] == refused[1] and "no policy that fits" in refused[0]
+    given = pool.run(_planned, [*QUICK, "memory=keep"], [64 << 20, 200 * gib], ranks=2)
+    assert given[0][0] == 64 << 20 < given[0][1], "a given policy may run: the ledger is an upper bound"
+
+
+def test_ranks_on_a_cpu_have_what_is_configured():
+    assert certified.real_capacity(torch.device("cpu")) is None
+
+
 def _host_error(words: list[str]) -> str:
     """On a rank of a node of its own, of which the second is full."""
     rank = dist.get_rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,6 +37,8 @@ from .host import HostUpdater
 from .masters import host_weights
 from .norm import NormScope
 from .updater import Updater
+
+log = logging.getLogger(__name__)
 
 
 class Settings(Protocol):
@@ -145,6 +148,7 @@ def build_updater(
     if config.state_device is StateDevice.HOST:
         updater = HostUpdater(model, weights, optimizer, config, device, scope)
         updater.weights_changed()
+        log.info("optim.state_device=host: weights are updated on %d threads (launcher.threads_per_rank)", torch.get_num_threads())
         return updater
     return (BackwardUpdater if config.update is Update.BACKWARD else StepUpdater)(model, optimizer, config, scope)
 
