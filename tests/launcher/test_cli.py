@@ -49,7 +49,7 @@ def test_train_help_lists_everything(capsys: pytest.CaptureFixture[str]) -> None
         assert f"    {key} " in text
     assert re.search(r"^ +quickstart +A small Llama", text, re.MULTILINE)
     assert "optim.betas                        list of number = [0.9, 0.95]" in text
-    assert "OMP_NUM_THREADS of each rank; None: the environment's" in text
+    assert "OMP_NUM_THREADS of each rank; null: the environment's" in text
 
 
 def test_train_help_knows_the_users_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
