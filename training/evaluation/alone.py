@@ -60,7 +60,7 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
     """Evaluate on every corpus of the configuration; exit code 0, or 75 after a stop. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
     spec = model_spec(config.model)
-    with joined_ranks(config.cluster) as device:
+    with joined_ranks(config.cluster, config.parallel.collective_timeout_s) as device:
         # First, for their errors come soonest.
         corpora = open_corpora(
             config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
@@ -106,7 +106,8 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     spec, parallel, data = model_spec(config.model), config.parallel, config.data
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
     ledger = agreed_ledger(config, device)
-    topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep)
+    timeout_s = parallel.collective_timeout_s
+    topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep, timeout_s=timeout_s)
     build, load = builder_of(config), checkpoint is None
     trained = build(config, ledger.inputs.policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=topology.experts)
     if checkpoint is not None:
