@@ -80,6 +80,8 @@ class ParallelConfig:
     """adaptive: longest a step waits for a plan that is late before the greedy plan is used."""
     probe_s: Seconds = 10.0
     """adaptive: how long a run measures this machine before its first step, where no profile is of it; 0: plans go by arithmetic."""
+    collective_timeout_s: Seconds = 1800.0
+    """Longest a collective waits for its slowest rank, a save to slow storage included; five expected steps where that is more."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
@@ -91,6 +93,7 @@ class ParallelConfig:
         "tokens_per_rank": Range(1, TOKENS),
         "plan_timeout_s": Range(0, WAIT_S),
         "probe_s": Range(0, WAIT_S),
+        "collective_timeout_s": Range(0, WAIT_S, above=True),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -105,6 +106,26 @@ class Topology:
         return None if degree == 1 else self.groups[AlignedBlock(first, degree)]
 
 
+def groups_of(topology: Topology) -> Iterator[ProcessGroup]:
+    """Yield every group this rank is in, some of them more than once."""
+    yield topology.world
+    yield topology.stage
+    yield from topology.groups.values()
+    for mesh in (topology.mesh, topology.experts):
+        yield from [] if mesh is None else mesh.get_all_groups()
+    pipeline = topology.pipeline
+    if pipeline is not None:
+        yield from (group for group in (pipeline.column, pipeline.forward, pipeline.backward, pipeline.ends) if group is not None)
+
+
+def set_timeout(topology: Topology, timeout_s: float) -> None:
+    """Have collectives that begin from now on end after `timeout_s`, in every group of this rank. Not collective."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    for group in groups_of(topology):
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 def whole_world() -> ProcessGroup:
     """The group of all ranks of the run, for collectives that come before there is a topology; after init_process_group."""
     import torch.distributed as dist
@@ -114,11 +135,11 @@ def whole_world() -> ProcessGroup:
     return world
 
 
-def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int = 1, timeout_s: float = 600.0) -> Topology:
+def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int = 1, timeout_s: float = 1800.0) -> Topology:
     """Make the mesh and every aligned group of every stage. Collective: all ranks call it at the same point, after init_process_group.
 
-    `replicate`: copies of a stage's weights. `experts`: ranks next to each other that share the experts of a layer. The world is a
-    multiple of `stages` x `replicate` x `experts`.
+    `replicate`: copies of a stage's weights. `experts`: ranks next to each other that share the experts of a layer. `timeout_s`: of
+    all collectives, those of `world` too. The world is a multiple of `stages` x `replicate` x `experts`.
     """
     import torch.distributed as dist
 
@@ -138,9 +159,11 @@ def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int
             if mine and rank - first in block.ranks:
                 groups[block] = made
     pipeline = _pipeline_ranks(rank, stages, size, timeout) if stages > 1 else None
-    return Topology(
-        rank, world_size, device, mesh, world, stage, groups, stages, pipeline, _expert_mesh(device, stages, replicate, size, experts)
-    )
+    expert_mesh = _expert_mesh(device, stages, replicate, size, experts)
+    topology = Topology(rank, world_size, device, mesh, world, stage, groups, stages, pipeline, expert_mesh)
+    # Those of meshes have torch's default: ten minutes with NCCL.
+    set_timeout(topology, timeout_s)
+    return topology
 
 
 def _pipeline_ranks(rank: int, stages: int, size: int, timeout: timedelta) -> PipelineRanks:

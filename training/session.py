@@ -51,8 +51,6 @@ from .run_settings import RunSettings
 from .step_setup import StepSetup
 
 log = logging.getLogger(__name__)
-COLLECTIVE_TIMEOUT_S = 1800.0
-"""Longest a collective waits for its slowest rank; a save to slow storage is part of it."""
 
 
 @dataclass(frozen=True)
@@ -99,23 +97,23 @@ class Session:
 
 
 @contextmanager
-def joined_ranks(cluster: ClusterConfig) -> Iterator[torch.device]:
-    """Start the default process group from the agent's environment, and yield this rank's device.
+def joined_ranks(cluster: ClusterConfig, timeout_s: float) -> Iterator[torch.device]:
+    """Start the default process group from the agent's environment, and yield this rank's device; `timeout_s`: of its collectives.
 
     The group is destroyed at an orderly end only: NCCL waits there for what was begun, and so for ranks that wait for this one.
     """
-    device = _join_ranks(cluster)
+    device = _join_ranks(cluster, timedelta(seconds=timeout_s))
     with closed_in_order(dist.destroy_process_group):
         yield device
 
 
-def _join_ranks(cluster: ClusterConfig) -> torch.device:
+def _join_ranks(cluster: ClusterConfig, timeout: timedelta) -> torch.device:
     if cluster.device is Device.CPU:
         if not return_freed_blocks():
             log.warning("this C library keeps freed blocks: resident memory may pass the memory certificate")
-        dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
     return device
@@ -141,7 +139,13 @@ def build_session(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     ledger = agreed_ledger(config, device, run_dir)
-    topology = build_topology(replicate=layout.replicate, device=device.type, stages=layout.stages, experts=config.parallel.experts.ep)
+    topology = build_topology(
+        replicate=layout.replicate,
+        device=device.type,
+        stages=layout.stages,
+        experts=config.parallel.experts.ep,
+        timeout_s=config.parallel.collective_timeout_s,
+    )
     check_update_memory(ledger.on_host)
     store = host_store(ledger, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):

@@ -43,6 +43,7 @@ from ..parallel.sequence.drift import Drift
 from ..parallel.sequence.plan import StepPlan
 from ..parallel.sequence.service import PlanRequest, PlanService, static_plan
 from ..parallel.sharding.engine import FSDP2
+from ..parallel.timeouts import CollectiveTimeout
 from ..parallel.topology import whole_world
 from ..utils.heartbeat import Heartbeat
 from ..utils.orderly_end import closed_in_order
@@ -85,7 +86,7 @@ def train(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat | Non
     pulse = pulse or Heartbeat()
     pulse.at("joining the other ranks")
     # Nothing here or below closes after an error, which is not to wait for anything: what was snapshotted is written by itself.
-    with joined_ranks(config.cluster) as device:
+    with joined_ranks(config.cluster, config.parallel.collective_timeout_s) as device:
         # First of all: it starts while the model is built.
         service = _plan_service(config)
         run = _Run(config, run_dir, device, service, pulse, arena)
@@ -151,7 +152,7 @@ class _Run:
             self.session.updater.weights_changed()
             self.session.updater.load_state_dict(extra.get("updater", {}))
         self.step_s: list[float] = []
-        self.pace = Pace()
+        self.pace, self.timeout = Pace(), CollectiveTimeout(self.session.topology, config.parallel.collective_timeout_s)
         self.metrics = Metrics(run_dir, config.logging, plain_config(config), restored is not None, rank=self.rank)
         self.only_in_memory = restored is not None and not restored.is_durable
         durable = None if restored is None or self.only_in_memory else restored.step
@@ -265,7 +266,9 @@ class _Run:
         started = time.monotonic()
         self.pulse.begin_step(self.done, expected_s=self.pace.expected_s(), is_long=self.done == self.began)
         plan = self.planner.plan(self.done)
-        self.pulse.expect(self.pace.expected_s(plan.predicted_s))
+        expected_s = self.pace.expected_s(plan.predicted_s)
+        self.pulse.expect(expected_s)
+        self.timeout.expect(expected_s)
         self.position.at("reading data")
         topology = self.session.topology
         works = read_step(self.session.source, self.done, plan, topology.stage_rank, shares_experts=topology.shares_experts)

@@ -24,12 +24,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_an_orderly_end_destroys_the_group(calls: list[str]) -> None:
-    with session.joined_ranks(compose(["+experiment=quickstart"]).cluster) as device:
+    with session.joined_ranks(compose(["+experiment=quickstart"]).cluster, 60.0) as device:
         assert device.type == "cpu" and calls == ["init_process_group"]
     assert calls == ["init_process_group", "destroy_process_group"]
 
 
 def test_an_error_leaves_it_alone(calls: list[str]) -> None:
-    with pytest.raises(ZeroDivisionError), session.joined_ranks(compose(["+experiment=quickstart"]).cluster):
+    with pytest.raises(ZeroDivisionError), session.joined_ranks(compose(["+experiment=quickstart"]).cluster, 60.0):
         _ = 1 // 0
     assert calls == ["init_process_group"]

@@ -59,7 +59,7 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
     """Evaluate on every corpus of the configuration; exit code 0, or 75 after a stop. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text(encoding="utf-8"))
     spec = model_spec(config.model)
-    with joined_ranks(config.cluster) as device:
+    with joined_ranks(config.cluster, config.parallel.collective_timeout_s) as device:
         # First, for their errors come soonest.
         corpora = open_corpora(
             config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
@@ -105,10 +105,13 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     spec, parallel, data = model_spec(config.model), config.parallel, config.data
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
     ledger = agreed_ledger(config, device)
-    topology = build_topology(replicate=layout.replicate, device=device.type, stages=layout.stages, experts=parallel.experts.ep)
+    timeout_s, experts = parallel.collective_timeout_s, parallel.experts.ep
+    topology = build_topology(
+        replicate=layout.replicate, device=device.type, stages=layout.stages, experts=experts, timeout_s=timeout_s
+    )
     build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)
-    policy, experts = ledger.inputs.policy, topology.experts
-    trained = build(config, policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=experts, place=place)
+    policy, mesh = ledger.inputs.policy, topology.experts
+    trained = build(config, policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=mesh, place=place)
     if checkpoint is not None:
         load_checkpoint(trained, Path(checkpoint), topology)
     request = PlanRequest(

@@ -103,7 +103,7 @@ class Run:
 def probe(config: RunSettings, run_dir: Path, stop: object, pulse: Heartbeat) -> int:
     """Write the profile of this machine and model to RUN_DIR/profile.yaml. Collective over the ranks the agent started."""
     request = json.loads((run_dir / REQUEST_FILE).read_text())
-    with joined_ranks(config.cluster) as device:
+    with joined_ranks(config.cluster, config.parallel.collective_timeout_s) as device:
         prober = Prober.of(config, device)
         position_of(prober.model).listener = pulse.at
         profile = prober.profile(float(request["seconds"]))
@@ -157,7 +157,8 @@ class Prober:
         layout = solve_layout(
             parallel, config.cluster, model_spec(config.model), max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
-        topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep)
+        timeout_s = parallel.collective_timeout_s
+        topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep, timeout_s=timeout_s)
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.on_host)
         store = host_store(ledger, device)
