@@ -47,9 +47,9 @@ def install(*, answer_s: float = 120.0) -> None:
     watch: Any = hang.HangWatch
     begin, look = watch.__init__, watch.look
 
-    def begins(self: Any, *args: Any) -> None:
+    def begins(self: Any, *args: Any, **more: Any) -> None:
         self.rest = RestClock()
-        begin(self, *args, clock=self.rest)
+        begin(self, *args, clock=self.rest, **more)
 
     def looks(self: Any, pids: Mapping[int, int]) -> Any:
         self.rest.look(pids.values())
