@@ -18,12 +18,14 @@ ObjectiveOf = Callable[[MicroBatchWork], Objective]
 
 
 @torch.no_grad()
-def forward_only(setup: StepSetup, micro_batches: Sequence[MicroBatchWork], objective: ObjectiveOf) -> list[Tensor] | None:
-    """What `objective` makes of each micro-batch's last layer output; None on ranks without the last stage. Collective."""
+def forward_only(
+    setup: StepSetup, micro_batches: Sequence[MicroBatchWork], objective: ObjectiveOf
+) -> list[tuple[MicroBatchWork, Tensor]]:
+    """Each micro-batch with what `objective` makes of its last layer output; none on ranks without the last stage. Collective."""
     stage = stage_of(setup.model)
     if stage.links is not None:
         return _through_stages(setup, stage, stage.links, micro_batches, objective)
-    return [_forward(setup, stage, work, objective) for work in micro_batches]
+    return [(work, _forward(setup, stage, work, objective)) for work in micro_batches]
 
 
 def _forward(
@@ -35,7 +37,7 @@ def _forward(
 
 def _through_stages(
     setup: StepSetup, stage: Stage, links: StageLinks, micro_batches: Sequence[MicroBatchWork], objective: ObjectiveOf
-) -> list[Tensor] | None:
+) -> list[tuple[MicroBatchWork, Tensor]]:
     """The forward units of a step's actions, with their messages: in the same order, so they cannot hang either."""
     place, outputs = links.place, dict[Unit, Tensor]()
     for action in setup.actions(place, len(micro_batches)):
@@ -55,5 +57,6 @@ def _through_stages(
             outputs[unit] = _forward(setup, stage, work, objective, before, part)
     links.finish()
     if not place.has_head:
-        return None
-    return [outputs[Unit(UnitKind.FORWARD, place.num_stages - 1, number)] for number in range(len(micro_batches))]
+        return []
+    last = place.num_stages - 1
+    return [(work, outputs[Unit(UnitKind.FORWARD, last, number)]) for number, work in enumerate(micro_batches)]

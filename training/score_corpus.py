@@ -91,9 +91,7 @@ def _score_step(session: Session, source: DataSource, step: int, plan: StepPlan)
     """This rank's part of the sequences of a step."""
     scored: list[ScoredTokens] = []
     works = read_step(source, step, plan, session.topology.stage_rank, shares_experts=session.topology.shares_experts)
-    outputs = forward_only(session.step_setup, works, lambda work: chunked_log_probs)
-    # Before the last stage nobody knows any.
-    for work, values in zip(works, outputs, strict=True) if outputs is not None else ():
+    for work, values in forward_only(session.step_setup, works, lambda work: chunked_log_probs):
         scored += _pieces(source, step, work, values.double().cpu().numpy())
     return scored
 

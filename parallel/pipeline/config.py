@@ -11,9 +11,6 @@ from ...errors import ConfigError
 from ...utils.divisors import divisors, nearest_divisor
 from ...utils.ranges import Range, check_ranges
 
-AUTO = "parallel.pipeline.auto=true"
-"""What is typed to have a pipeline chosen."""
-
 
 class PipelineOrder(Enum):
     """In which order each stage makes the forward and backward passes of a step's micro-batches."""
@@ -56,7 +53,7 @@ def check_pipeline(pipeline: PipelineConfig, *, world_size: int, num_layers: int
     stages = pipeline.stages
     if pipeline.auto:
         expected = "false: what was decided stands in the stages of a run's configuration"
-        _refuse("auto", "true in a configuration that no command line was read for", expected, "efflaunch resume RUN_DIR " + AUTO)
+        _refuse("auto", "true in a configuration that no command line was read for", expected, "efflaunch resume RUN_DIR parallel.pipeline.auto=true")
     if stages == 1:
         if pipeline.layers is not None:
             _refuse("layers", str(pipeline.layers), "null with one stage, which has all layers", "parallel.pipeline.layers=null")

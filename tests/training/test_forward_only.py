@@ -19,15 +19,16 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
-def log_probs(stages: int) -> list[np.ndarray] | None:
+def log_probs(stages: int) -> list[np.ndarray]:
     setup, works = prepared(stages)
-    outputs = forward_only(setup, works, lambda work: chunked_log_probs)
-    return None if outputs is None else [np.array(values) for values in outputs]
+    scored = forward_only(setup, works, lambda work: chunked_log_probs)
+    assert [work for work, _ in scored] in (works, [])
+    return [np.array(values) for _, values in scored]
 
 
 def test_scores_do_not_depend_on_the_stages(pool: RankPool) -> None:
     (whole,) = pool.run(log_probs, 1, ranks=1)
     first, last = pool.run(log_probs, 2, ranks=2)
-    assert first is None and [len(values) for values in last] == list(LENGTHS)
+    assert first == [] and [len(values) for values in last] == list(LENGTHS)
     for mine, theirs in zip(last, whole, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)

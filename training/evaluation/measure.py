@@ -85,8 +85,8 @@ def add_step(judged: Judged, source: DataSource, step: int, plan: StepPlan, tall
     topology, stage = judged.topology, stage_of(judged.model)
     works = read_step(source, step, plan, topology.stage_rank, shares_experts=topology.shares_experts)
     with _nothing_dropped(stage):
-        outputs = forward_only(judged.step_setup, works, lambda work: chunked_log_probs)
-    for work, values in zip(works, outputs, strict=True) if outputs is not None else ():
+        scored = forward_only(judged.step_setup, works, lambda work: chunked_log_probs)
+    for work, values in scored:
         tally.add(np.asarray(values.double().cpu().numpy()), work.shard.position_ids, work.shard.target_ids != IGNORE)
     # Training's steps count for themselves.
     stage.expert_load.clear()

@@ -24,9 +24,8 @@ def pair_reference(setup: StepSetup, works: Sequence[MicroBatchWork], num_pairs:
     """Log-probabilities (P, 2) float64 of both answers of the step's pairs under the frozen model alone. Collective over all ranks."""
     sums = torch.zeros(2 * num_pairs, dtype=torch.float64, device=setup.device)
     with without_adapters(setup.model):
-        outputs = forward_only(setup, works, lambda work: chunked_log_probs)
-    # Before the last stage nobody knows any.
-    for work, log_probs in zip(works, outputs, strict=True) if outputs is not None else ():
+        scored = forward_only(setup, works, lambda work: chunked_log_probs)
+    for work, log_probs in scored:
         sides = torch.from_numpy(work.shard.by_row(lambda part: 2 * part.sequence + part.number))
         sums += sum_by(sides.to(setup.device), log_probs, len(sums))
     dist.all_reduce(sums, group=setup.topology.world)
