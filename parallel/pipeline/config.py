@@ -52,8 +52,9 @@ def check_pipeline(pipeline: PipelineConfig, *, world_size: int, num_layers: int
     check_ranges(pipeline, "parallel.pipeline")
     stages = pipeline.stages
     if pipeline.auto:
+        found = "true in a configuration that no command line was read for"
         expected = "false: what was decided stands in the stages of a run's configuration"
-        _refuse("auto", "true in a configuration that no command line was read for", expected, "efflaunch resume RUN_DIR parallel.pipeline.auto=true")
+        _refuse("auto", found, expected, "efflaunch resume RUN_DIR parallel.pipeline.auto=true")
     if stages == 1:
         if pipeline.layers is not None:
             _refuse("layers", str(pipeline.layers), "null with one stage, which has all layers", "parallel.pipeline.layers=null")
