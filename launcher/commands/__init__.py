@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "one run for every combination of key=a,b values",
     "plan": "what a run would need: layout, memory per term, time; needs no GPU",
     "check-model": "whether a model is trained exactly as plain Hugging Face computes it; needs its config alone",
+    "doctor": "what this machine and its software are fit for, and what is missing for the rest",
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
     "resume": "resume a run directory, with changes if wanted",
     "status": "where a run stands",

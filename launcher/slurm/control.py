@@ -50,6 +50,16 @@ def check_slurm() -> None:
         )
 
 
+def controller_words() -> str:
+    """Return SLURM's version and its controllers' states, as `slurm-wlm 22.05.8; slurmctld at head is UP`. ConfigError where none is up."""
+    version, ping = _run("sinfo", "--version"), _run("scontrol", "ping")
+    said = " ".join((ping.stdout.strip() or ping.stderr.strip().rpartition("\n")[2]).split())
+    if ping.returncode or " UP" not in said:
+        hint = "ask the site; --dry-run prints scripts without it"
+        raise ConfigError("SLURM", found=said or f"exit code {ping.returncode}", expected="a controller that is up", hint=hint)
+    return f"{version.stdout.strip()}; {said}"
+
+
 def submit(script: Path) -> str:
     """The job's number; ConfigError with sbatch's own words where it refuses."""
     done = _run("sbatch", "--parsable", str(script))

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,10 +15,9 @@ from pathlib import Path
 import torch
 
 from ...errors import ConfigError
+from ...utils.compilers import COMPILERS, PACKAGE, compiler_path
 
 HERE = Path(__file__).resolve().parent
-COMPILERS = ("c++", "g++", "clang++")
-PACKAGE = "g++ (apt-get install g++, dnf install gcc-c++, apk add g++, conda install gxx)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def build(recipe: Recipe, cache: Path, *, compilers: Sequence[str] = COMPILERS) 
 def find_compiler(compilers: Iterable[str] = COMPILERS) -> str:
     """ConfigError naming the package to install where there is none."""
     names = tuple(compilers)
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    compiler = compiler_path(names)
     if compiler is None:
         raise _failed(f"no C++ compiler (looked for {', '.join(names)})", "one, to build the arena's allocator on first use", PACKAGE)
     return compiler

@@ -67,7 +67,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stauts", "x"], "efflaunch: command line: found 'stauts'; expected a command (train, sweep, plan, check-model, profile,"),
+        (["stauts", "x"], "efflaunch: command line: found 'stauts'; expected a command (train, sweep, plan, check-model, doctor, profile,"),
         (["train", "--colour"], "efflaunch: efflaunch train: found unrecognized arguments: --colour; expected usage: efflaunch train"),
         (["status"], "efflaunch: efflaunch status: found the following arguments are required: RUN_DIR; expected usage: efflaunch status"),
         (["status", "nowhere"], "efflaunch: nowhere: found no run.yaml; expected a run directory."),

@@ -300,3 +300,15 @@ def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(EfflaunchError, match="SLURM does not answer: slurm_load_jobs error: Unable to contact slurm controller"):
         control.find_job("5")
+
+
+def test_controllers_in_their_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"sinfo": 'echo "slurm-wlm 22.05.8"', "scontrol": 'echo "Slurmctld(primary) at head is UP"'}
+    for name, script in said.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert control.controller_words() == "slurm-wlm 22.05.8; Slurmctld(primary) at head is UP"
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'error: no DNS record\\nfatal: no configuration\\n' >&2\nexit 1\n")
+    with pytest.raises(ConfigError, match="SLURM: found fatal: no configuration; expected a controller that is up"):
+        control.controller_words()

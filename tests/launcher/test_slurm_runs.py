@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -195,6 +196,13 @@ def test_a_clock_that_is_off(cluster: SlurmCluster, place: Path) -> None:
     assert job.end() == "FAILED", job.output()
     assert job.state().exit_code == 93 and "\nFAIL  node1  its clock is +45 s off the head's; " in job.output()
     assert "Try: mend them, or leave them out: launcher.slurm.exclude=[node1]" in job.output()
+
+
+def test_the_doctor_asks_the_controller(cluster: SlurmCluster, place: Path) -> None:
+    facts = json.loads(efflaunch(cluster, place, "doctor", "--json", "--storage-mib", "0"))
+    (slurm,) = (each for each in facts["findings"] if each["name"] == "SLURM")
+    assert slurm["state"] == "ok" and slurm["found"].startswith("slurm") and slurm["found"].endswith("is UP")
+    assert {each["name"]: each["can"] for each in facts["works"]}["launcher=slurm"] is True
 
 
 def test_sbatch_refuses(cluster: SlurmCluster, place: Path) -> None:

@@ -29,6 +29,7 @@ def test_commands() -> None:
         "sweep",
         "plan",
         "check-model",
+        "doctor",
         "profile",
         "resume",
         "status",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.arena.build import COMPILERS, build, cuda_recipe
+from efflaunch.memory.arena.build import build, cuda_recipe
 from efflaunch.memory.arena.cuda import ALIGNMENT, CudaArena, find_runtime
 from efflaunch.memory.arena.plan import plan_arena, spread
+from efflaunch.utils.compilers import compiler_path
 
 STUB = Path(__file__).parent / "stub"
 STEP, OTHER = 11, 22
@@ -24,7 +24,7 @@ class Device:
     """The pluggable allocator's functions as torch calls them."""
 
     def __init__(self, folder: Path) -> None:
-        compiler = next(path for name in COMPILERS if (path := shutil.which(name)))
+        compiler = compiler_path() or "none was found"
         runtime = folder / "libcudart.so.99"
         subprocess.run(
             [compiler, "-shared", "-fPIC", "-std=c++17", f"-Wl,-soname,{runtime.name}", str(STUB / "cudart.cpp"), "-o", str(runtime)],
@@ -64,7 +64,7 @@ class StepStream(CudaArena):
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    if not any(map(shutil.which, COMPILERS)):
+    if compiler_path() is None:
         pytest.skip("no C++ compiler")
     return Device(tmp_path_factory.mktemp("cuda"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.memory.arena.build import COMPILERS, Recipe, build, cpu_recipe
+from efflaunch.memory.arena.build import Recipe, build, cpu_recipe
 from efflaunch.memory.policy import KEPT, MemoryPolicy
 from efflaunch.tests.ranks import RankPool
+from efflaunch.utils.compilers import compiler_path
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler_path() is None, reason="no C++ compiler")
 POLICIES = {
     "keep": MemoryPolicy(graph=True),
     "chunks": MemoryPolicy(chunk_tokens=40),

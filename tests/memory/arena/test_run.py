@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efflaunch.memory.arena.build import COMPILERS
 from efflaunch.tests.launcher.runs import environment
 from efflaunch.tests.limits import ENDS_S
 from efflaunch.training.data.writer import IndexedWriter
+from efflaunch.utils.compilers import compiler_path
 
 BASE = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2",
@@ -32,7 +31,7 @@ def events(directory: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+@pytest.mark.skipif(compiler_path() is None, reason="no C++ compiler")
 def test_a_planned_run_is_the_default_run(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     writer = IndexedWriter(str(tmp_path / "corpus"), "uint16")
