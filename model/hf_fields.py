@@ -33,7 +33,7 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 _OWN_NAMES = MappingProxyType({"rope_scaling": "rope_scaling", "rope_theta": "rope_theta", "max_position_embeddings": "max_positions"})
 """Fields of a Hugging Face config that have a key here, which says more than the field."""
-_SIZE_NAMES: Mapping[str, str] = MappingProxyType(
+SIZE_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
@@ -197,7 +197,7 @@ def check_extra(config: ModelConfig, facts: FamilyFacts) -> None:
         if name in _OWN_NAMES:
             key = _OWN_NAMES[name]
             raise ConfigError(f"model.extra.{name}", found="a second name", expected=f"model.{key}", hint=f"model.{key}=VALUE")
-        own = _SIZE_NAMES.get(name)
+        own = SIZE_NAMES.get(name)
         if config.path is None and own is not None and getattr(config, own) is not None:
             actual, expected = f"{config.extra[name]} beside model.{own}={getattr(config, own)}", f"model.{own} alone"
             raise ConfigError(f"model.extra.{name}", found=actual, expected=expected, hint=f"model.{own}={config.extra[name]}")

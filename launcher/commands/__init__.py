@@ -17,6 +17,7 @@ COMMANDS = {
     "check-model": "whether a model is trained exactly as plain Hugging Face computes it; needs its config alone",
     "doctor": "what this machine and its software are fit for, and what is missing for the rest",
     "profile": "measure this machine for a configuration; planning then goes by what was measured",
+    "rehearse": "an experiment in miniature on this machine: same code paths, tiny sizes",
     "resume": "resume a run directory, with changes if wanted",
     "status": "where a run stands",
     "logs": "what its ranks printed, the one that failed first last and in full",

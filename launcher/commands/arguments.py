@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...errors import ConfigError
+from ...units import parse_quantity
 from ...utils.ranges import LONG_S, STEPS, Range
 from ..config.run_config import Config
 
@@ -27,6 +28,14 @@ def number_in(kind: type[int] | type[float], allowed: Range) -> Callable[[str], 
         return value
 
     return read
+
+
+def token_count(text: str) -> int:
+    """A number of tokens for argparse, such as `128K`."""
+    try:
+        return int(parse_quantity(text, "tokens"))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 128K") from error
 
 
 class CommandParser(argparse.ArgumentParser):

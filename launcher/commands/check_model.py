@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EXIT_DONE, ConfigError
 from ...model.config import ModelConfig
-from ...units import format_tokens, parse_quantity
+from ...units import format_tokens
 from ...utils.text import typed
-from .arguments import CommandParser, add_json, add_own_files
+from .arguments import CommandParser, add_json, add_own_files, token_count
 
 if TYPE_CHECKING:
     from ...model.proof.compare import Agreement
@@ -30,7 +30,8 @@ ROWS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `efflaunch check-model`."""
     parser.add_argument("place", metavar="MODEL_DIR|NAME", help="a directory with a config.json, or what model=NAME takes, as llama3_8b")
-    parser.add_argument("--max-seq-len", type=_tokens, metavar="TOKENS", help="say what to set where the model knows fewer positions: 128K")
+    help_text = "say what to set where the model knows fewer positions: 128K"
+    parser.add_argument("--max-seq-len", type=token_count, metavar="TOKENS", help=help_text)
     parser.add_argument("--all", action="store_true", help=f"show every parameter, not the {ROWS} worst alone")
     add_own_files(parser)
     add_json(parser, "the comparison as JSON, every parameter in it")
@@ -192,10 +193,3 @@ def _number(value: float) -> float | None:
 
 def _shown(by_policy: dict[str, float | None]) -> dict[str, str]:
     return {policy: "missing" if value is None else f"{value:.1e}" for policy, value in by_policy.items()}
-
-
-def _tokens(text: str) -> int:
-    try:
-        return int(parse_quantity(text, "tokens"))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 128K") from error

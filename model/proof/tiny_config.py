@@ -42,10 +42,10 @@ class TinyConfig:
     """Numbers of the large model's layers that it has, in their order."""
 
 
-def tiny_config(config: ModelConfig) -> TinyConfig:
+def tiny_config(config: ModelConfig, least_layers: int = _LEAST_LAYERS) -> TinyConfig:
     """The tiny copy of a config. ConfigError where it is none that can be trained, as training would raise it."""
     spec, model = model_spec(config), model_fields(config)
-    layers = kept_layers(spec)
+    layers = kept_layers(spec, least_layers)
     sizes = _sizes(spec, model)
     fields = {
         **model.given,
@@ -62,14 +62,14 @@ def tiny_config(config: ModelConfig) -> TinyConfig:
     return TinyConfig(fields, spec, layers)
 
 
-def kept_layers(spec: ModelSpec) -> tuple[int, ...]:
-    """Numbers of the first layer of every kind, in their order: kinds differ in window, experts, rotation. Two layers at least."""
+def kept_layers(spec: ModelSpec, least: int = _LEAST_LAYERS) -> tuple[int, ...]:
+    """Numbers of the first layer of every kind, in their order: kinds differ in window, experts, rotation. `least` layers, if there are."""
     kinds: dict[tuple[int | None, bool, bool], int] = {}
     for layer, window in enumerate(spec.windows):
         kinds.setdefault((window, layer in spec.dense_layers, layer in spec.unrotated_layers), layer)
     kept = set(kinds.values())
     others = (layer for layer in range(spec.num_layers) if layer not in kept)
-    return tuple(sorted([*kept, *list(others)[: max(_LEAST_LAYERS - len(kept), 0)]]))
+    return tuple(sorted([*kept, *list(others)[: max(least - len(kept), 0)]]))
 
 
 def _sizes(spec: ModelSpec, model: ModelFields) -> dict[str, int]:

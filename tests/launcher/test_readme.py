@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from efflaunch.launcher import cli, start
-from efflaunch.launcher.commands import completion, data, status
+from efflaunch.launcher.commands import completion, data, rehearse, status
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.rundir.run_dir import make_run_dir, store_config
 
@@ -36,6 +36,7 @@ def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run for real where that is cheap; what trains or converts is stopped at its own door, after its arguments are checked."""
     monkeypatch.setattr(start, "launch", lambda config, run_dir=None: 0)
     monkeypatch.setattr(data, "_prepare", lambda options: 0)
+    monkeypatch.setattr(rehearse, "_run", lambda config, overrides, config_dir: 0)
     words = shlex.split(command)
     if words[0] in ("evaluate", "export"):
         pytest.skip("needs a trained run: tests/test_evaluation_runs.py, tests/test_real_runs.py")
@@ -43,4 +44,4 @@ def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stand_ins_exist() -> None:
-    assert callable(start.launch) and callable(data._prepare) and callable(status.main) and callable(completion.main)
+    assert callable(start.launch) and callable(data._prepare) and callable(rehearse._run) and callable(status.main) and callable(completion.main)

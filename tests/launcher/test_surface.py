@@ -31,6 +31,7 @@ def test_commands() -> None:
         "check-model",
         "doctor",
         "profile",
+        "rehearse",
         "resume",
         "status",
         "logs",
