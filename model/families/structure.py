@@ -23,6 +23,8 @@ QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 _SEPARATE_QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _OUT, _DOWN = "self_attn.o_proj", "mlp.down_proj"
+_MATRICES = (QKV, *_SEPARATE_QKV, _OUT, GATE_UP, *_SEPARATE_GATE_UP, _DOWN)
+"""What is inside of one is looked at where it is read (projection.py): factors of an adapter may be."""
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ACTIVATIONS = ("act_fn", "activation_fn")
 _NUMBERS = frozenset({"scaling", "attention_dropout", "residual_multiplier", "attn_logit_softcapping"})
@@ -104,7 +106,7 @@ class Structure:
 
 def read_structure(layer: nn.Module) -> Structure:
     """Read a decoder layer. ConfigError names the module, or the number in one, that it does not recognise, and its class."""
-    modules = {name: module for name, module in layer.named_modules() if name and not any(True for _ in module.children())}
+    modules = _modules(layer)
     fused = QKV in modules, GATE_UP in modules
     projections = _projections(*fused)
     pairs, wide = _rotation(layer)
@@ -124,6 +126,13 @@ def read_structure(layer: nn.Module) -> Structure:
             raise _unknown(name, module)
     _check_numbers(layer)
     return structure
+
+
+def _modules(layer: nn.Module) -> dict[str, nn.Module]:
+    """The layer's matrices, and of all other modules those that have none below them, by name."""
+    inside = tuple(f"{name}." for name in _MATRICES)
+    named = ((name, module) for name, module in layer.named_modules() if name and not name.startswith(inside))
+    return {name: module for name, module in named if name in _MATRICES or not any(True for _ in module.children())}
 
 
 def _projections(fused_qkv: bool, fused_gate_up: bool) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
     },
     "Mistral-Small-3.1-24B": {
-        "model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10, "tie_word_embeddings": False,
+        "model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10,
+        "tie_word_embeddings": False,
         "text_config": {
             **_SILU, "model_type": "mistral", **_sizes(40, 5120, 32768, 32, 8, 131072, 131072), "head_dim": 128, "rms_norm_eps": 1e-5,
             "rope_theta": 1000000000.0, "sliding_window": None,
