@@ -194,6 +194,10 @@ class _Sizes:
     num_heads: int
     experts: None = None
 
+    @property
+    def residual_size(self) -> int:
+        return self.hidden_size
+
     @classmethod
     def of(cls, config: Any) -> _Sizes:
         width, heads = config.hidden_size, config.num_attention_heads

@@ -41,6 +41,21 @@ DOTS = {
         "norm_topk_prob": True,
     },
 }  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "olmo2": {"family": Family.OLMO2},
+    "granite": {"family": Family.GRANITE, "extra": {"logits_scaling": 8.0, "residual_multiplier": 0.5}},
+    "glm4": {"family": Family.GLM4},
+    "cohere2": {"family": Family.COHERE2, "sliding_window": 512},
+    "stablelm": {"family": Family.STABLELM},
+}
+BY_FAMILY: dict[str, tuple[str, ...]] = {
+    "olmo2": ("by 256", "streambp"),
+    "granite": ("recompute", "by 256", "keep", "streambp"),
+    "glm4": ("by 256", "streambp"),
+    "cohere2": ("streambp",),
+    "stablelm": ("recompute",),
+}
+HOW: dict[str, dict[str, Any]] = {"recompute": {}, "by 256": {"chunk_tokens": 256}, "keep": KEEP, "streambp": STREAMBP}
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
 LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA, rank=8)
 LORA_HEAD = replace(LORA, modules_to_save=["head", "norms"])
@@ -175,6 +190,8 @@ CASES: tuple[Case, ...] = (
     _case("lora, memo, half", {**MEMO, "host_fraction": 0.5}, tokens=2048, adapter=LORA),
     _case("lora with a head of its own, alst, Ulysses 2, bfloat16", ALST, dtype="bfloat16", ranks=2, scheme="ulysses", adapter=LORA_HEAD),
     _case("lora, recompute, two micro-batches", micro_batches=2, adapter=LORA),
+    *(_case(f"{name}, {how}", HOW[how], model=MORE[name], tokens=2048) for name, policies in BY_FAMILY.items() for how in policies),
+    _case("cohere2, by 256, bfloat16", HOW["by 256"], model=MORE["cohere2"], tokens=2048, dtype="bfloat16"),
     _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
     _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),
 )

@@ -62,6 +62,8 @@ class LayerSizes(Protocol):
     @property
     def kv_size(self) -> int: ...
     @property
+    def residual_size(self) -> int: ...
+    @property
     def intermediate_size(self) -> int: ...
     @property
     def num_heads(self) -> int: ...
@@ -143,7 +145,7 @@ ATTENTION_OUTPUT = ActivationClass(
 RESIDUAL = ActivationClass(
     name="residual",
     description="sums after attention",
-    numbers_per_token=lambda sizes: sizes.hidden_size,
+    numbers_per_token=lambda sizes: sizes.residual_size,
     recompute_flops=lambda sizes, forward: 2.0 * sizes.hidden_size * sizes.query_size,
     made_from=(ATTENTION_OUTPUT, LAYER_INPUT),
 )

@@ -136,8 +136,10 @@ def install(
         if adapter.correction_bias is not None:
             biases[index] = partial(getattr, adapter, "correction_bias")
         layer.forward = LayerExecutor(layer, adapter, policy, index, graphs)
-    options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss)
+    embedding_scale, logit_scale = _scales(model.config)
+    options = LossOptions(loss_chunk_tokens, _logit_softcap(model.config), z_loss, logit_scale)
     stage = Stage(model, parts, options=options, policy=policy, store=store)
+    stage.embedding_scale = embedding_scale
     stage.shapes = shapes
     stage.expert_load, stage.router_losses, stage.capacity = load, losses, capacity
     stage.router_biases = RouterBiases(biases, routers.bias_rate)
@@ -179,6 +181,13 @@ def _logit_softcap(config: PretrainedConfig) -> float | None:
     family = family_of(config.model_type)
     has_softcap = family is not None and FACTS[family].has_logit_softcap
     return getattr(config, "final_logit_softcapping", None) if has_softcap else None
+
+
+def _scales(config: PretrainedConfig) -> tuple[float, float]:
+    """What embeddings and logits are multiplied with outside the modules that make them."""
+    family = family_of(config.model_type)
+    fields = vars(config)
+    return (1.0, 1.0) if family is None else (FACTS[family].embedding_scale(fields), FACTS[family].logit_scale(fields))
 
 
 def build_model(

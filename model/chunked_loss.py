@@ -29,6 +29,8 @@ class LossOptions:
     chunk_tokens: int
     softcap: float | None = None
     z_loss: float = 0.0
+    scale: float = 1.0
+    """What logits are multiplied with, before any softcap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,12 @@ class Head:
     def chunks(self) -> tuple[Tensor, ...]:
         """Row numbers of those with a target, `options.chunk_tokens` at a time."""
         return (self.targets != IGNORE).nonzero().squeeze(1).split(self.options.chunk_tokens)
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """Rows (C, M) of x -> what the head's weight is multiplied with: their norm, and the scale of logits, which are linear in it."""
+        # Without the module's hooks: an engine counts calls, and ranks have different numbers of chunks.
+        h: Tensor = self.norm.forward(rows)
+        return h if self.options.scale == 1.0 else h * self.options.scale
 
     @property
     def wide(self) -> torch.dtype:
@@ -117,7 +125,7 @@ def chunked_log_probs(head: Head) -> Tensor:
     """
     out = head.x.new_zeros(len(head.x), dtype=head.wide)
     for rows in head.chunks():
-        logits = F.linear(head.norm.forward(head.x[rows]), head.weight).to(head.wide)
+        logits = F.linear(head.normed(head.x[rows]), head.weight).to(head.wide)
         out[rows] = _Chunk(logits, head.targets[rows], head.options.softcap).log_probs
     return out
 
@@ -160,7 +168,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _add_chunk(job: _Job, rows: Tensor, weight: Tensor, sums: _Gradients) -> Tensor:
     """Sum of the rows' terms; their gradients into `sums`. No logits are left when it returns."""
     head = job.head
-    leaf, h = sums.normed(rows, head.norm)
+    leaf, h = sums.normed(rows, head)
     chunk = _Chunk(F.linear(h.detach(), weight).to(head.wide), head.targets[rows], head.options.softcap)
     losses, slopes = job.terms(rows, chunk.log_probs)
     if job.z_weight:
@@ -192,14 +200,13 @@ class _Gradients:
         self._weight_dtype = None if weight is None else weight.dtype
         self._d_norm = [torch.zeros_like(p, dtype=wide) for p in self._trained]
 
-    def normed(self, rows: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """The given rows of x, and the norm of them with its graph from there."""
+    def normed(self, rows: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """The given rows of x, and `head.normed` of them with its graph from there."""
         leaf = self._x.index_select(0, rows)
         wanted = self._d_x is not None or bool(self._trained)
         with torch.set_grad_enabled(wanted):
             leaf.requires_grad_(wanted)
-            # Without the module's hooks: an engine counts calls, and ranks have different numbers of chunks.
-            return leaf, norm.forward(leaf)
+            return leaf, head.normed(leaf)
 
     def add(self, rows: Tensor, leaf: Tensor, h: Tensor, d_logits: Tensor, weight: Tensor) -> None:
         """Add the gradients of the given rows, from the gradient (C, V) of their logits h @ weight^T in h's dtype."""

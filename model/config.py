@@ -26,6 +26,14 @@ class Family(Enum):
     QWEN3_MOE = "qwen3_moe"
     DOTS1 = "dots1"
     SMOLLM3 = "smollm3"
+    OLMO2 = "olmo2"
+    OLMO3 = "olmo3"
+    PHI3 = "phi3"
+    GRANITE = "granite"
+    GLM4 = "glm4"
+    COHERE2 = "cohere2"
+    MINISTRAL = "ministral"
+    STABLELM = "stablelm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

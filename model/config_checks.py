@@ -36,12 +36,13 @@ _RANGES: Mapping[str, tuple[int, int]] = {
 """Sizes, both ends included: larger ones are no model of this decade but a damaged or hostile file."""
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
 _POSITIVE = (
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "layer_norm_eps"),
     *("rms_norm_eps", "swiglu_alpha", "swiglu_limit", "routed_scaling_factor"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
 )
 _SWITCHES = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention", "norm_topk_prob"),
-    "qkv_bias",
+    *("qkv_bias", "use_qkv_bias", "qk_layernorm", "use_parallel_residual"),
 )
 ACTIVATIONS = frozenset(
     {

@@ -15,7 +15,7 @@ from .families import FACTS, facts_of, family_of, wrapped_family
 from .families.facts import LABELS, READ_BY_ALL, FamilyFacts
 from .model_files import read_config_json
 from .plain_weights import quantised
-from .rope_fields import LEGACY_KEYS, RopeFields, rope_fields
+from .rope_fields import LEGACY_KEYS, ORIGINAL, RopeFields, rope_fields
 
 MODEL_TYPES: Mapping[Family, str] = MappingProxyType({family: facts.model_type for family, facts in FACTS.items()})
 """What `AutoConfig.for_model` calls each family; Gemma 3 is its text model."""
@@ -70,7 +70,7 @@ def model_family(config: ModelConfig) -> Family:
         return config.family
     file = read_config_json(config.path)
     model_type = file.get("model_type")
-    family = family_of(model_type) or wrapped_family(model_type)
+    family = family_of(model_type) or wrapped_family(file)
     if family is not None:
         return family
     raise ConfigError(
@@ -84,7 +84,9 @@ def model_family(config: ModelConfig) -> Family:
 def _other_kind(file: Mapping[str, Any]) -> str:
     """What a config.json says of itself that no family here has."""
     names = [name for name in file.get("architectures") or () if isinstance(name, str)]
-    words = []
+    words, text = [], file.get("text_config")
+    if isinstance(text, Mapping) and text.get("model_type") is not None:
+        words.append(f"around a text model of type {text['model_type']!r}")
     if file.get("auto_map"):
         words.append("with code of its own (auto_map), which is not run")
     if any(file.get(name) is not None for name in _TOWERS):
@@ -133,6 +135,8 @@ def model_fields(config: ModelConfig) -> ModelFields:
     heads = full["num_attention_heads"]
     rope = rope_fields(config, facts, file, full.get("head_dim") or full["hidden_size"] // heads, full["max_position_embeddings"])
     settled = {"rope_parameters": rope.parameters, "max_position_embeddings": rope.positions}
+    if facts.outer_original_length and ORIGINAL in rope.parameters:
+        settled[ORIGINAL] = rope.parameters[ORIGINAL]
     fields = {name: value for name, value in fields.items() if name not in LEGACY_KEYS} | settled
     return ModelFields(facts, fields, {**full, **settled}, rope, file)
 

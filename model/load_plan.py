@@ -51,7 +51,7 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(spec, layer)}
-    shapes["model.norm.weight"] = (spec.hidden_size,)
+    shapes |= dict(_norm_shapes("model.norm", spec))
     return shapes if spec.tie_embeddings else {**shapes, HEAD: (spec.vocab_size, spec.hidden_size)}
 
 
@@ -73,28 +73,40 @@ def _layer_shapes(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int,
     hidden, experts = spec.hidden_size, None if layer in spec.dense_layers else spec.experts
     if spec.attention_sinks:
         yield "self_attn.sinks", (spec.num_heads,)
-    linears = [
-        ("self_attn.q_proj", spec.query_size, hidden, spec.attention_bias),
-        ("self_attn.k_proj", spec.kv_size, hidden, spec.attention_bias),
-        ("self_attn.v_proj", spec.kv_size, hidden, spec.attention_bias),
-        ("self_attn.o_proj", hidden, spec.query_size, spec.output_bias),
-    ]
+    facts = facts_of(spec.family)
+    linears = [*_attention_linears(spec, facts), ("self_attn.o_proj", hidden, spec.query_size, spec.output_bias)]
     if experts is None:
-        linears += _dense_linears("mlp.", hidden, spec.intermediate_size, spec.mlp_bias)
+        linears += _dense_linears("mlp.", hidden, spec.intermediate_size, spec.mlp_bias, fused=facts.fused_gate_up)
     for name, rows, columns, has_bias in linears:
         yield f"{name}.weight", (rows, columns)
         if has_bias:
             yield f"{name}.bias", (rows,)
     if spec.qk_norm:
-        yield from ((f"self_attn.{name}.weight", (spec.head_dim,)) for name in ("q_norm", "k_norm"))
+        sizes = (spec.query_size, spec.kv_size) if spec.norm_of_all_heads else (spec.head_dim,) * 2
+        yield from ((f"self_attn.{name}.weight", (size,)) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True))
     if experts is not None:
-        yield from _expert_shapes(experts, facts_of(spec.family), hidden)
-    yield from ((f"{name}.weight", (hidden,)) for name in facts_of(spec.family).layer_norms)
+        yield from _expert_shapes(experts, facts, hidden)
+    for name in facts.layer_norms:
+        yield from _norm_shapes(name, spec)
 
 
-def _dense_linears(prefix: str, hidden: int, inner: int, has_bias: bool) -> list[tuple[str, int, int, bool]]:
+def _norm_shapes(name: str, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (spec.hidden_size,)
+    if spec.norm_bias:
+        yield f"{name}.bias", (spec.hidden_size,)
+
+
+def _attention_linears(spec: ModelSpec, facts: FamilyFacts) -> list[tuple[str, int, int, bool]]:
+    """Of queries, keys and values: name, outputs, inputs and whether there is a bias."""
+    sizes = {"q": spec.query_size, "k": spec.kv_size, "v": spec.kv_size}
+    sizes = {"qkv": sum(sizes.values())} if facts.fused_qkv else sizes
+    return [(f"self_attn.{name}_proj", rows, spec.hidden_size, spec.attention_bias) for name, rows in sizes.items()]
+
+
+def _dense_linears(prefix: str, hidden: int, inner: int, has_bias: bool, *, fused: bool = False) -> list[tuple[str, int, int, bool]]:
     """Name, outputs, inputs and whether there is a bias."""
-    ends = (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner))
+    into = (("gate_up", 2 * inner, hidden),) if fused else (("gate", inner, hidden), ("up", inner, hidden))
+    ends = (*into, ("down", hidden, inner))
     return [(f"{prefix}{end}_proj", rows, columns, has_bias) for end, rows, columns in ends]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..units import parse_quantity
 from .config import ModelConfig
-from .families.facts import DEFAULT_THETA, FULL, SLIDING, FamilyFacts
+from .families.facts import FULL, SLIDING, FamilyFacts
 
 ORIGINAL = "original_max_position_embeddings"
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -93,20 +93,25 @@ def rope_fields(config: ModelConfig, facts: FamilyFacts, file: Mapping[str, Any]
 
 def _with_extra(config: ModelConfig, facts: FamilyFacts, file: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary fields of the file, or those of `model.extra` in their place."""
-    asked: dict[str, Any] = {name: config.extra[name] for name in ("rope_parameters", "rope_local_base_freq") if name in config.extra}
+    names = ("rope_parameters", "rope_local_base_freq", "partial_rotary_factor")
+    asked: dict[str, Any] = {name: config.extra[name] for name in names if name in config.extra}
     fields = {name: value for name, value in file.items() if name in (*LEGACY_KEYS, "rope_parameters")}
     if "rope_parameters" in asked:
         both = [name for name in ("rope_theta", "rope_scaling") if getattr(config, name) is not None]
-        both += ["extra.rope_local_base_freq"] * ("rope_local_base_freq" in asked)
+        both += [f"extra.{name}" for name in names[1:] if name in asked]
         if both:
             raise _wrong("model.extra.rope_parameters", f"it beside model.{both[0]}", "one of the two", f"model.{both[0]}=null")
         return {"rope_parameters": asked["rope_parameters"]}
-    if "rope_local_base_freq" in asked and not facts.rope_per_layer_type:
+    if "rope_local_base_freq" in asked and not (facts.rope_per_layer_type and facts.has_local_theta):
         actual = f"{asked['rope_local_base_freq']} for a {facts.model_type} model"
         raise _wrong("model.extra.rope_local_base_freq", actual, "a family with a table for layers with a window", "model.rope_theta=VALUE")
     if "rope_local_base_freq" in asked and isinstance(fields.get("rope_parameters"), Mapping):
         inner = fields["rope_parameters"]
         fields["rope_parameters"] = {**inner, SLIDING: {**(inner.get(SLIDING) or {}), "rope_theta": asked["rope_local_base_freq"]}}
+    if "partial_rotary_factor" in asked:
+        for form in ("rope_parameters", "rope_scaling"):
+            if isinstance(fields.get(form), Mapping):
+                fields[form] = {name: value for name, value in fields[form].items() if name != "partial_rotary_factor"}
     return {**fields, **asked}
 
 
@@ -128,17 +133,24 @@ def _file_blocks(facts: FamilyFacts, file: Mapping[str, Any], where: str) -> dic
             "one block",
         )
     theta = _theta(file.get("rope_theta"), facts.default_theta)
-    blocks = [{**block, "rope_theta": _theta(block.get("rope_theta"), theta)} for block in (old, new) if block]
+    blocks = [_completed({**block, "rope_theta": _theta(block.get("rope_theta"), theta)}, facts, file) for block in (old, new) if block]
     if len(blocks) == 2 and _comparable(blocks[0]) != _comparable(blocks[1]):
         raise _wrong(f"{where}rope_scaling", f"{old} beside rope_parameters {new}", "both to say the same", "delete the one that is wrong")
     # A model from scratch is what is asked for; a file without a word on it is what transformers makes of that. An empty block is a word.
     default = facts.default_rope if where.startswith("model.path") and file.get("rope_parameters") is None else {}
-    block = blocks[0] if blocks else {**default, "rope_theta": theta}
+    return {None: blocks[0] if blocks else _completed({**default, "rope_theta": theta}, facts, file)}
+
+
+def _completed(block: Block, facts: FamilyFacts, file: Mapping[str, Any]) -> Block:
+    """A block with what the file says of it outside."""
     if file.get("partial_rotary_factor") is not None:
         block.setdefault("partial_rotary_factor", file["partial_rotary_factor"])
-    if file.get(ORIGINAL) is not None and _kind(block) in ("llama3", "yarn", "longrope"):
-        block[ORIGINAL] = file[ORIGINAL]
-    return {None: block}
+    outside = file.get(ORIGINAL)
+    if facts.outer_original_length and outside is None and file:
+        outside = facts.defaults[ORIGINAL]
+    if outside is not None and facts.rope_type_aliases.get(_kind(block), _kind(block)) in ("llama3", "yarn", "longrope"):
+        block[ORIGINAL] = outside
+    return block
 
 
 def _blocks_by_layer_type(
@@ -159,7 +171,7 @@ def _blocks_by_layer_type(
         raise _wrong(f"{where}rope_scaling", f"{old} beside rope_parameters {new}", "both to say the same", "delete the one that is wrong")
     blocks[FULL] |= old
     blocks[FULL]["rope_theta"] = _theta(blocks[FULL].get("rope_theta"), _theta(file.get("rope_theta"), facts.default_theta))
-    local = _theta(file.get("rope_local_base_freq"), DEFAULT_THETA)
+    local = _theta(file.get("rope_local_base_freq") if facts.has_local_theta else None, facts.local_theta)
     blocks[SLIDING]["rope_theta"] = _theta(blocks[SLIDING].get("rope_theta"), local)
     if file.get("partial_rotary_factor") is not None:
         for block in blocks.values():
@@ -180,6 +192,8 @@ def _override(
                 "model.rope_scaling.rope_theta", f"{inner} beside model.rope_theta={config.rope_theta}", "one base", "leave one out"
             )
         asked["rope_theta"] = inner if inner is not None else block["rope_theta"]
+        if facts.partial_rotary is not None and block.get("partial_rotary_factor") is not None:
+            asked.setdefault("partial_rotary_factor", block["partial_rotary_factor"])
         original = block.get(ORIGINAL, positions) if config.path is not None else None
         _settle(asked, main, "model.rope_scaling", facts, head_dim, original, strict=True)
         blocks[main] = block = asked
@@ -194,13 +208,15 @@ def _settle(
 
     `original`: the length that stands in where the block gives none; None where nothing can.
     """
-    kind = _kind(block)
-    if kind not in ROPE_KEYS:
+    kind = facts.rope_type_aliases.get(_kind(block), _kind(block))
+    known = facts.rope_types or tuple(ROPE_KEYS)
+    if kind not in known:
+        other = "linear" if "linear" in known else known[-1]
         raise _wrong(
             f"{where}.rope_type",
             repr(kind),
-            f"one of {', '.join(ROPE_KEYS)}",
-            "rope_type: linear, with its factor" if where.startswith("model.path") else f"{where}.rope_type=linear",
+            f"one of {', '.join(known)}",
+            f"rope_type: {other}, with its factor" if where.startswith("model.path") else f"{where}.rope_type={other}",
         )
     block.pop("type", None)
     block["rope_type"] = kind
@@ -216,6 +232,7 @@ def _settle(
         actual = f"no {', '.join(missing)} for rope_type {kind}"
         raise _wrong(f"{where}.{missing[0]}", actual, ", ".join(needed), hint if strict else "the file as it was published")
     names = {*needed, *_OPTIONAL.get(kind, ()), "rope_type", "rope_theta"}
+    names |= {"partial_rotary_factor"} if facts.partial_rotary is not None else set()
     unread = sorted(name for name in block if name not in names)
     if not strict and kind == "dynamic" and ORIGINAL in block:
         unread.append(ORIGINAL)  # transformers takes max_position_embeddings
@@ -234,8 +251,16 @@ def _settle(
 
 
 def _check_partial(block: Block, kind: str, where: str, facts: FamilyFacts, head_dim: int) -> None:
+    if facts.partial_rotary is not None and kind != "proportional":
+        block["partial_rotary_factor"] = block.get("partial_rotary_factor") or facts.partial_rotary
     share = block.get("partial_rotary_factor")
     if share is None or kind == "proportional":
+        return
+    if facts.partial_rotary is not None:
+        size = int(head_dim * _number(share, f"{where}.partial_rotary_factor"))
+        if not 0 < size <= head_dim or size % 2:
+            expected = f"a share of which an even number of a head's {head_dim} turns"
+            raise _wrong(f"{where}.partial_rotary_factor", str(share), expected, _hint(f"{where}.partial_rotary_factor"))
         return
     if _number(share, f"{where}.partial_rotary_factor") != 1.0:
         expected = f"1: {facts.model_type} layers turn whole heads of {head_dim}, but for rope_type proportional"
@@ -252,11 +277,10 @@ def _check_numbers(block: Block, where: str, head_dim: int) -> None:
         if name == ORIGINAL:
             block[name] = _length(value, place)
         elif name in ("short_factor", "long_factor"):
-            if not isinstance(value, (list, tuple)) or len(value) != head_dim // 2:
+            pairs = int(head_dim * (block.get("partial_rotary_factor") or 1)) // 2
+            if not isinstance(value, (list, tuple)) or len(value) != pairs:
                 actual = f"{len(value)} numbers" if isinstance(value, (list, tuple)) else repr(value)
-                raise _wrong(
-                    place, actual, f"{head_dim // 2} numbers, one per pair of a head of {head_dim}", "the list as it was published"
-                )
+                raise _wrong(place, actual, f"{pairs} numbers, one per pair of a head of {head_dim}", "the list as it was published")
             block[name] = [_number(item, place) for item in value]
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
             block[name] = _number(value, place)

@@ -33,7 +33,7 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     """Tokens that attention looks back over, per layer; None for all of them."""
     qk_norm: bool
-    """RMS norm over the head dim of queries and keys."""
+    """Norms of queries and keys before they are rotated."""
     attention_sinks: bool
     """A learnt logit of each query head joins attention's softmax."""
     attention_bias: bool
@@ -42,7 +42,7 @@ class ModelSpec:
     """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     norms_per_layer: int
-    """RMS norms over the hidden size in one decoder layer."""
+    """Norms over the hidden size in one decoder layer."""
     norm_product_in_float32: bool
     """Norms multiply with their weight before they return to the compute precision."""
     has_score_softcap: bool
@@ -57,6 +57,40 @@ class ModelSpec:
     """Numbers of the layers without experts, in a model of layers with them."""
     unrotated_layers: tuple[int, ...] = ()
     """Numbers of the layers that do not rotate queries and keys."""
+    norm_bias: bool = False
+    """Norms over the hidden size have biases."""
+    ends_with_norms: bool = False
+    """Both halves of a layer end with a norm."""
+    parallel: bool = False
+    """Attention and feed-forward read the same norm of the layer's input, which is made for each of them."""
+    wide_rotation: bool = False
+    """Queries and keys turn in the precision of accumulations."""
+    wide_tables: bool = False
+    """Rotary tables are in the precision of accumulations."""
+    fused_gate_up: bool = False
+    """Gate and up are made by one matrix."""
+    norm_of_all_heads: bool = False
+    """The norms of queries and keys are over all heads together."""
+
+    @property
+    def head_norm_weights(self) -> int:
+        """Weights of the norms of queries and keys in one layer."""
+        return ((self.query_size + self.kv_size) if self.norm_of_all_heads else 2 * self.head_dim) * self.qk_norm
+
+    @property
+    def norm_weights(self) -> int:
+        """Weights and biases of one norm over the hidden size."""
+        return self.hidden_size * (1 + self.norm_bias)
+
+    @property
+    def norms_computed(self) -> int:
+        """Norms over the hidden size that one pass of a layer computes."""
+        return self.norms_per_layer + self.parallel
+
+    @property
+    def residual_size(self) -> int:
+        """Numbers of a token's sum after attention; with the layer's input beside it where a parallel feed-forward reads that."""
+        return self.hidden_size * (1 + self.parallel)
 
     @property
     def query_size(self) -> int:
@@ -96,7 +130,7 @@ class LayerParameters:
 
 def layer_parameters(spec: ModelSpec) -> tuple[LayerParameters, ...]:
     """Weights of each decoder layer, from the first to the last."""
-    others = _attention_parameters(spec) + spec.norms_per_layer * spec.hidden_size
+    others = _attention_parameters(spec) + spec.norms_per_layer * spec.norm_weights
     every, active = _dense_parameters(spec)
     dense = LayerParameters(total=others + every, active=others + active)
     if spec.experts is None:
@@ -132,7 +166,7 @@ def _attention_parameters(spec: ModelSpec) -> int:
     hidden, queries, keys = spec.hidden_size, spec.query_size, spec.kv_size
     biases = (queries + 2 * keys) * spec.attention_bias + hidden * spec.output_bias
     sinks = spec.num_heads * spec.attention_sinks
-    return 2 * hidden * queries + 2 * hidden * keys + biases + 2 * spec.head_dim * spec.qk_norm + sinks
+    return 2 * hidden * queries + 2 * hidden * keys + biases + spec.head_norm_weights + sinks
 
 
 def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
@@ -157,7 +191,7 @@ def _one_expert(experts: ExpertSizes, hidden: int) -> int:
 def num_parameters(spec: ModelSpec) -> int:
     """All weights; a tied head counts once."""
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    return sum(layer.total for layer in layer_parameters(spec)) + embeddings + spec.hidden_size
+    return sum(layer.total for layer in layer_parameters(spec)) + embeddings + spec.norm_weights
 
 
 def model_spec(config: ModelConfig) -> ModelSpec:
@@ -190,6 +224,13 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         experts=None if facts.experts is None else facts.experts.sizes(fields),
         dense_layers=() if facts.experts is None else facts.experts.dense_layers(fields),
         unrotated_layers=unrotated,
+        norm_bias=facts.norm_bias,
+        ends_with_norms=facts.ends_with_norms,
+        parallel=facts.parallel,
+        wide_rotation=facts.wide_rotation,
+        wide_tables=facts.wide_tables,
+        fused_gate_up=facts.fused_gate_up,
+        norm_of_all_heads=facts.norm_of_all_heads,
     )
 
 
@@ -214,7 +255,7 @@ def longer_positions(config: ModelConfig, length: int) -> list[str]:
     model = _checked(config)
     raised = f"model.max_positions={length}"
     block = model.rope.parameters.get(FULL, model.rope.parameters)
-    if config.path is None and block["rope_type"] == "default":
+    if (config.path is None and block["rope_type"] == "default") or "yarn" not in (model.facts.rope_types or ("yarn",)):
         return [raised]
     original = block.get(ORIGINAL) or model.rope.positions
     factor = max(-(-length // original), 1)

@@ -75,6 +75,8 @@ class Stage:
         self._model, self._options, self._policy, self._store = model, options, policy, store
         self.parts = tuple(parts)
         """Its virtual stages: one, but on ranks whose stages are interleaved."""
+        self.embedding_scale = 1.0
+        """What embeddings are multiplied with, beside what their module does."""
         self.position = Position()
         """Where this rank is, for reports."""
         self.weights: Weights = PlainWeights(model)
@@ -144,7 +146,7 @@ class Stage:
         """Activations (T, M) that the first layer starts from."""
         self.position.at("embedding")
         x: Tensor = self._model.model.embed_tokens(tokens.token_ids)
-        return x
+        return x if self.embedding_scale == 1.0 else x * self.embedding_scale
 
     def run_layers(self, x: Tensor, layers: range, context: LayerContext) -> Tensor:
         """Layers of this stage, one after the other, on x (T, M)."""

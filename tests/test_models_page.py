@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from efflaunch.model.config import ModelConfig
 from efflaunch.model.proof.tiny_config import tiny_config
@@ -22,11 +23,20 @@ def test_models_page(tmp_path: Path) -> None:
     assert facts["exact"] is True and set(facts["loss_difference"]) == {"keep", "recompute", "streamed"}
 
 
-def test_the_table_of_public_models_is_what_is_proven(tmp_path: Path) -> None:
-    """Those of the table are the rows of tests/model/test_compare.py, with the layers that are compared there."""
-    rows = re.findall(r"^\| (.+?) \| (\w+) \| ([\d, ]+) of (\d+) \|$", (DOCS / "models.md").read_text(), re.MULTILINE)
-    proven = []
+def table(folder: Path) -> list[str]:
+    """Rows of the models that tests/model/test_compare.py compares, with the layers that are compared there."""
+    rows = []
     for name, config in SUPPORTED.items():
-        tiny = tiny_config(ModelConfig(name="m", path=str(write_config(tmp_path / name, config))))
-        proven.append((name, tiny.spec.family.value, ", ".join(map(str, tiny.layers)), str(tiny.spec.num_layers)))
-    assert rows == proven
+        tiny = tiny_config(ModelConfig(name="m", path=str(write_config(folder / name, config))))
+        rows.append(f"| {name} | {tiny.spec.family.value} | {', '.join(map(str, tiny.layers))} of {tiny.spec.num_layers} |")
+    return rows
+
+
+def test_the_table_of_public_models_is_what_is_proven(tmp_path: Path) -> None:
+    """`python -m efflaunch.tests.test_models_page` prints it."""
+    assert re.findall(r"^\| .+? \| \w+ \| [\d, ]+ of \d+ \|$", (DOCS / "models.md").read_text(), re.MULTILINE) == table(tmp_path)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        print("\n".join(table(Path(folder))))

@@ -47,6 +47,7 @@ from .optimizers.build import Trained
 from .optimizers.config import Update
 from .optimizers.room import check_update_memory
 from .optimizers.updater import Updater
+from .proven_model import prove_model
 from .run_settings import RunSettings
 from .step_setup import StepSetup
 
@@ -139,6 +140,7 @@ def build_session(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     ledger = agreed_ledger(config, device, run_dir)
+    prove_model(config.model, run_dir, on_progress)
     topology = build_topology(
         replicate=layout.replicate,
         device=device.type,

@@ -200,8 +200,9 @@ def graph_row(inputs: PlanInputs) -> int:
     # A frozen norm's normalised value is in no gradient. (Where norms multiply in float32 it counts all the same.)
     unread = 0 if inputs.trains_norms or spec.norm_product_in_float32 else width
     of_heads = norm_bytes(inputs) * (spec.query_size + spec.kv_size) * spec.qk_norm
-    norms = (norm_bytes(inputs) - unread) * spec.hidden_size * spec.norms_per_layer + of_heads
+    norms = (norm_bytes(inputs) - unread) * spec.hidden_size * spec.norms_computed + of_heads
     residual = spec.hidden_size * width if width == 4 else 0  # bfloat16 norms save a float32 copy instead
+    residual += (spec.residual_size - spec.hidden_size) * width
     projected = width * (spec.query_size + 2 * spec.kv_size)
     attention = class_bytes(inputs)[ATTENTION_OUTPUT.name]
     if inputs.layout.ulysses > 1:

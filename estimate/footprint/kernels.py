@@ -50,7 +50,7 @@ def masked_scores(inputs: PlanInputs) -> Term:
     length = min(inputs.data.max_seq_len, inputs.tokens * inputs.layout.sp_degree)
     rows = min(length, inputs.piece_tokens * inputs.layout.sp_degree) if inputs.by_chunks else length
     queries = min(MASKED_QUERY_CHUNK, rows)
-    several, everything = rows > MASKED_QUERY_CHUNK, inputs.on_gpu or len(windows) < inputs.spec.num_layers
+    several, everything = rows > MASKED_QUERY_CHUNK, inputs.on_gpu or (softcap and len(windows) < inputs.spec.num_layers)
     keys = length if everything else min(length, max(windows) + queries * several)
     one = inputs.master * inputs.spec.num_heads // inputs.layout.ulysses * queries * keys
     # A chunk's scores are made while those of the chunk before are still there.

@@ -3,8 +3,8 @@
 The formulas follow memory/executor/{token_local,feed_forward,attention_whole,attention_chunked,kept_graph}.py and
 parallel/sequence/{ulysses,ring}.py, moment by moment: a phase holds the most that one of its moments does.
 
-Legend, bytes of one row: H hidden, Q queries, K keys and values, X keys and values between the exchanges, F feed-forward,
-E log-sum-exp.
+Legend, bytes of one row: H hidden, R the sum after attention, Q queries, K keys and values, X keys and values between the exchanges,
+F feed-forward, E log-sum-exp.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _forward_moments(inputs: PlanInputs, w: Widths, part: Widths) -> list[Moment
     output = (w.Q + w.E) * (not is_kept(inputs, ATTENTION_OUTPUT))
     others = output * groups
     moments = [
-        Moment(others + made * cut, before_row(part)),
+        Moment(others + made * cut, before_row(inputs, part)),
         Moment(others + read + (part.Q + part.E if groups else output) + ring + documents),
         Moment(output + w.H * cut, after_row(inputs, w)),
     ]
@@ -137,7 +137,7 @@ def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Mom
     else:
         kernel = Moment(both + _read(inputs, w) + w.Q + w.E + w.Q * sides + gradients + ring)
     made = part.Q + part.K
-    projected = [Moment(both + made * cut, before_row(part))] * (groups or _stored(inputs))
+    projected = [Moment(both + made * cut, before_row(inputs, part))] * (groups or _stored(inputs))
     if not sides:
         return [kernel, *projected]
     projected += [Moment(both + made + 3 * (part.Q + part.X))] * (groups or _stored(inputs))
@@ -152,7 +152,7 @@ def chunked_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     keys = w.X if sides else w.K * (inputs.in_pieces or is_made(inputs, KEY_VALUE))
     kept = w.K * is_kept(inputs, KEY_VALUE) * (not sides)
     query, output = w.Q * is_made(inputs, QUERY), (w.Q + w.E) * is_made(inputs, ATTENTION_OUTPUT)
-    project = [Moment(w.K + 3 * w.X * sides, before_row(w))]
+    project = [Moment(w.K + 3 * w.X * sides, before_row(inputs, w))]
     attention = w.Q + w.K + 3 * w.Q + w.E + w.wide * 2 * w.Q
     forward = [*project, Moment(w.X + w.H, attention), Moment(w.X + w.H, w.Q + w.K + w.Q + after_row(inputs, w))]
     chunk = query + output
@@ -197,16 +197,23 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
     }
 
 
-def before_row(w: Widths) -> float:
+def before_row(inputs: PlanInputs, w: Widths) -> float:
     """First norm, projections and rotation, no graph: queries as projected, turned, and the parts of the turn."""
-    return w.H + max(4 * w.Q, 2 * w.Q + 2.5 * w.K)
+    w = _all_heads(inputs, w)
+    turn = w.wide if inputs.spec.wide_rotation else 1.0
+    return w.H + max((1 + 3 * turn) * w.Q, 2 * w.Q + (1 + 1.5 * turn) * w.K)
+
+
+def _all_heads(inputs: PlanInputs, w: Widths) -> Widths:
+    """The widths of one group of heads; of all of them, where a norm over all is made for each group."""
+    return Widths.of(inputs) if inputs.spec.norm_of_all_heads else w
 
 
 def after_row(inputs: PlanInputs, w: Widths) -> float:
     """Second half, no graph: the sum, gate and up, beside them activation and product, or product and output."""
     dense = is_made(inputs, GATE_UP) * 2 * w.F + max(2 * w.F, w.F + 2 * w.H)
     mixture = 0.0 if inputs.spec.experts is None else mixture_forward(inputs, inputs.spec.experts)
-    return is_made(inputs, RESIDUAL) * w.H + max(mixture, dense * _has_dense(inputs))
+    return is_made(inputs, RESIDUAL) * w.R + max(mixture, dense * _has_dense(inputs))
 
 
 def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0.0) -> list[Moment]:
@@ -215,11 +222,13 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
     up's gradients and their weights' beside its own work.
     """
-    total = piece + w.H * is_made(inputs, RESIDUAL)
+    total = piece + w.R * is_made(inputs, RESIDUAL) + 2 * (w.R - w.H)
     mixture = [] if inputs.spec.experts is None else mixture_backward(inputs, inputs.spec.experts, whole, total)
-    weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size * inputs.trains_all
+    # The gradients of gate's and of up's rows in one matrix are as large as that matrix each.
+    weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size * inputs.trains_all * (1 + inputs.spec.fused_gate_up)
+    ended = w.H * inputs.spec.ends_with_norms  # the last product, which the norm behind it reads
     dense = [
-        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H),
+        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H + ended),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
     ]
     return [*mixture, *(dense * _has_dense(inputs))]
@@ -232,7 +241,8 @@ def _has_dense(inputs: PlanInputs) -> bool:
 
 def before_backward_row(inputs: PlanInputs, w: Widths) -> float:
     """Projections' backward: the norm's graph, the turn's parts, and their gradients; or beside the norms of each head."""
-    turn = 5 * w.Q + w.K / 2 + w.H
+    w = _all_heads(inputs, w)
+    turn = 5 * w.Q * (w.wide if inputs.spec.wide_rotation else 1.0) + w.K / 2 + w.H
     heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(inputs, w.Q // inputs.width)) * inputs.spec.qk_norm
     return w.norm + max(turn, heads)
 

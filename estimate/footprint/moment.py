@@ -1,7 +1,7 @@
 """What a layer holds at one moment, and the widths it is counted in. Pure.
 
-Legend, bytes of one row: H hidden, Q queries, K keys and values, X keys and values between the exchanges, F feed-forward,
-E log-sum-exp.
+Legend, bytes of one row: H hidden, R the sum after attention, Q queries, K keys and values, X keys and values between the exchanges,
+F feed-forward, E log-sum-exp.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Widths:
     """Numbers of one row, by the legend; `norm`: what a norm's graph holds."""
 
     H: int
+    R: int
     Q: int
     K: int
     X: int
@@ -44,7 +45,8 @@ class Widths:
         heads = ulysses * max(1, -(-spec.num_heads // (ulysses * groups * share))) if groups > 1 else spec.num_kv_heads * inputs.kv_copies
         keys = 2 * width * spec.head_dim
         return cls(
-            H=width * spec.hidden_size, Q=width * spec.query_size // groups, K=keys * min(heads, spec.num_kv_heads), X=keys * heads,
+            H=width * spec.hidden_size, R=width * spec.residual_size,
+            Q=width * spec.query_size // groups, K=keys * min(heads, spec.num_kv_heads), X=keys * heads,
             F=width * spec.intermediate_size, E=inputs.master * spec.num_heads // groups, norm=norm_bytes(inputs) * spec.hidden_size,
             wide=inputs.master / inputs.width,
         )  # fmt: skip

@@ -125,5 +125,6 @@ def head_gradient(inputs: PlanInputs) -> Term:
 
 def batch(inputs: PlanInputs) -> Term:
     """Token, target and position ids, document lengths, and rotary tables."""
-    per_token = 4 * 8 + 1 + 2 * inputs.spec.rotary_tables * inputs.spec.head_dim * inputs.width
+    width = inputs.master if inputs.spec.wide_tables else inputs.width
+    per_token = 4 * 8 + 1 + 2 * inputs.spec.rotary_tables * inputs.spec.head_dim * width
     return term("batch and rotary tables", "ids of the micro-batch, cos and sin", inputs.in_flight * per_token * inputs.tokens, COMPUTE)

@@ -64,8 +64,11 @@ def projections(inputs: PlanInputs) -> int:
 def norm_flops(inputs: PlanInputs) -> float:
     """A norm after a product needs the product for its gradient, whatever is stored: per-head norms, and those that end Gemma's halves."""
     heads = 2.0 * inputs.spec.hidden_size * (inputs.spec.query_size + inputs.spec.kv_size) * inputs.spec.qk_norm
+    if inputs.spec.norm_of_all_heads:
+        # Of every group of heads all are made, for its norm: once more than is counted with the classes.
+        heads *= 1 + (inputs.policy.head_groups - 1) * (1 + projections(inputs))
     ends = 2.0 * inputs.spec.hidden_size * inputs.spec.query_size + feed_forward_costs(inputs.spec).output_flops(inputs.spec)
-    return heads + ends * (inputs.spec.norms_per_layer > 2)
+    return heads + ends * inputs.spec.ends_with_norms
 
 
 def shared_flops(inputs: PlanInputs) -> float:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ...errors import EXIT_DONE, ConfigError
 from ...model.config import ModelConfig
 from ...units import format_tokens
-from ...utils.text import typed
 from .arguments import CommandParser, add_json, add_own_files, token_count
 
 if TYPE_CHECKING:
@@ -76,7 +75,8 @@ def check_model(config: ModelConfig, *, max_seq_len: int | None, show_all: bool,
     tiny = tiny_config(config)
     _check_tokenizer(config, tiny)
     notes = notes_of(config, tiny, max_seq_len)
-    from ...model.proof.compare import compare
+    from ...model.proof.compare import TOLERANCE, compare
+    from ...model.proof.verdict import difference
 
     def progress(what: str) -> None:
         if not as_json:
@@ -86,7 +86,7 @@ def check_model(config: ModelConfig, *, max_seq_len: int | None, show_all: bool,
     facts = describe(config, tiny, agreement, notes)
     print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts, show_all)))
     if not agreement.is_exact:
-        raise _difference(config, tiny, agreement)
+        raise difference(config, tiny, agreement, TOLERANCE)
     return EXIT_DONE
 
 
@@ -168,23 +168,6 @@ def _check_tokenizer(config: ModelConfig, tiny: TinyConfig) -> None:
         from ...training.data.source import check_vocabularies
 
         check_vocabularies([], str(Path(config.path).expanduser()), tiny.spec.vocab_size)
-
-
-def _difference(config: ModelConfig, tiny: TinyConfig, agreement: Agreement) -> ConfigError:
-    from ...model.proof.compare import TOLERANCE
-
-    worst = agreement.parameters[0]
-    by_policy, what = worst.by_policy, f"the gradient of {worst.name}"
-    if worst.worst <= TOLERANCE:
-        by_policy, what = agreement.loss_by_policy, "the loss"
-    policy = max(by_policy, key=lambda name: by_policy[name])
-    family = tiny.spec.family.value
-    return ConfigError(
-        f"model {config.name}",
-        found=f"{what} {by_policy[policy]:.1e} from plain Hugging Face's, relative to its largest entry, with {policy}",
-        expected=f"at most {TOLERANCE:.0e}: trained like this it would be another model",
-        hint=f"{typed('check-model', config.path or config.name, '--all')}; what computes its layers is model/families/{family}.py",
-    )
 
 
 def _number(value: float) -> float | None:

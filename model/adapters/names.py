@@ -42,5 +42,5 @@ def is_trained(name: str, config: AdapterConfig) -> bool:
 
 def _is_of(name: str, part: str) -> bool:
     if part == "norms":
-        return name.endswith("norm.weight")
+        return name.endswith(("norm.weight", "norm.bias"))
     return name.startswith({"embedding": "model.embed_tokens.", "head": "lm_head."}[part])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import ConfigError
+from ..families import facts_of
 from ..spec import ModelSpec
 from .config import AdapterConfig
 from .names import ATTENTION, GROUPS, MLP, SAVED, matching, target_names
@@ -29,7 +30,15 @@ def matrices(spec: ModelSpec) -> tuple[Target, ...]:
     sizes = dict(zip(ATTENTION, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True))
     if spec.experts is None:
         sizes |= dict(zip(MLP, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+    fused = _fused(spec)
+    sizes = {name: size for name, size in sizes.items() if name not in fused}
     return tuple(Target(name, *size) for name, size in sizes.items())
+
+
+def _fused(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of matrices that are rows of one, in the model's family."""
+    facts = facts_of(spec.family)
+    return (*(ATTENTION[:3] * facts.fused_qkv), *(MLP[:2] * facts.fused_gate_up))
 
 
 def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
@@ -64,13 +73,13 @@ def trained_numbers(config: AdapterConfig, spec: ModelSpec) -> TrainedNumbers:
     if not config.is_trained:
         return _NOTHING
     matrix, saved = spec.vocab_size * spec.hidden_size, config.modules_to_save
-    norms = spec.norms_per_layer * spec.hidden_size + 2 * spec.head_dim * spec.qk_norm
+    norms = spec.norms_per_layer * spec.norm_weights + spec.head_norm_weights
     return TrainedNumbers(
         adapter=sum(target.numbers(config.rank) for target in targets(config, spec)),
         norms=norms * ("norms" in saved),
         embedding=matrix * ("embedding" in saved),
         head=matrix * ("head" in saved),
-        last_norm=spec.hidden_size * ("norms" in saved),
+        last_norm=spec.norm_weights * ("norms" in saved),
     )
 
 
@@ -112,6 +121,13 @@ def _check_targets(config: AdapterConfig, spec: ModelSpec) -> None:
                 expected="matrices of its attention: experts' projections lie in one stacked tensor that grouped products read, "
                 "and have no adapters yet",
                 hint="adapter.targets=[attention]",
+            )
+        if set(found) & set(_fused(spec)):
+            raise ConfigError(
+                "adapter.targets",
+                found=f"{target} for a {spec.family.value} model",
+                expected=f"some of {short}: this family has one matrix for several of the others, which has no adapter yet",
+                hint=f"adapter.targets=[{short.replace(' ', '')}]",
             )
         if not found:
             raise ConfigError(

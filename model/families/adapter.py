@@ -31,9 +31,9 @@ Rope = tuple[Tensor, Tensor]
 class LayerAdapter(ABC):
     """Reads the modules of one Hugging Face decoder layer; owns no weights."""
 
-    projections: ClassVar[tuple[str, ...]]
+    projections: tuple[str, ...]
     """Modules whose products the steps make (projection.py): their weights and biases are read, they are not called."""
-    norms: ClassVar[tuple[str, ...]]
+    norms: tuple[str, ...]
     """Modules that the steps call."""
     own: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Modules of the family's own classes, by name: their parameters are read, they are not called."""
@@ -104,11 +104,15 @@ class LayerAdapter(ABC):
         out = []
         if heads.queries != ():
             q = self.query(h, heads.queries, graph)
-            out.append(q * cos + rotate_half(q) * sin)
+            out.append(self.rotate(q, cos, sin))
         if heads.keys != ():
             k, v = self.key_value(h, heads.keys, graph)
-            out += [k * cos + rotate_half(k) * sin, v]
+            out += [self.rotate(k, cos, sin), v]
         return tuple(out)
+
+    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn queries or keys (T, H, D) by tables (T, 1, D): pairs are a number and the one half a head further."""
+        return heads * cos + rotate_half(heads) * sin
 
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor:
         """Layer input x (T, M) and attention output o (T, H, D) -> layer output (T, M). Token-local."""

@@ -42,6 +42,7 @@ def group_problem(fields: Mapping[str, Any]) -> Refusal | None:
 FACTS = FamilyFacts(
     family=Family.DOTS1,
     model_type="dots1",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 152064,
         "hidden_size": 4608,

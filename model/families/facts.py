@@ -73,12 +73,28 @@ class FamilyFacts:
     """Names of the norms over the hidden size in one decoder layer."""
     norm_offset: float = 0.0
     """What norms add to their weight before they multiply."""
+    norm_bias: bool = False
+    """Norms over the hidden size have biases."""
+    ends_with_norms: bool = False
+    """Both halves of a layer end with a norm before they are added to its input."""
+    parallel: bool = False
+    """Attention and feed-forward read the same norm of the layer's input, and both are added to it."""
     qk_norm: bool = False
-    """RMS norm over the head dim of queries and keys."""
+    """Norms of queries and keys before they are rotated."""
+    norm_of_all_heads: bool = False
+    """These norms are over all heads together, not over each."""
     attention_sinks: bool = False
     """`self_attn.sinks`: a learnt logit of each query head joins attention's softmax."""
     norm_product_in_float32: bool = False
     """Norms multiply with their weight before they return to the compute precision: more is saved for backward."""
+    has_parity_rows: bool = False
+    """Tests compare it with Hugging Face on ranks that share sequences (tests/parity/); a run of any other is compared before it trains."""
+    fused_qkv: bool = False
+    """Queries, keys and values are made by one matrix, `qkv_proj`, in this order."""
+    fused_gate_up: bool = False
+    """Gate and up are made by one matrix, `gate_up_proj`, in this order."""
+    structural: bool = False
+    """What computes a layer is read off its modules (structure.py): there is no adapter of the family's own."""
     qkv_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: bool(fields.get("attention_bias")))
     output_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: bool(fields.get("attention_bias")))
     mlp_bias: Callable[[Mapping[str, Any]], bool] = field(default=lambda fields: False)
@@ -93,8 +109,28 @@ class FamilyFacts:
     """Scores go through tanh before their softmax where `attn_logit_softcapping` is set."""
     has_logit_softcap: bool = False
     """Logits go through tanh where `final_logit_softcapping` is set."""
+    logit_scale: Callable[[Mapping[str, Any]], float] = field(default=lambda fields: 1.0)
+    """What logits are multiplied with."""
+    embedding_scale: Callable[[Mapping[str, Any]], float] = field(default=lambda fields: 1.0)
+    """What embeddings are multiplied with outside their module."""
+    partial_rotary: float | None = None
+    """Share of a head that turns where a config.json does not say it; None: whole heads do, and no other share is read."""
+    wide_rotation: bool = False
+    """Queries and keys turn in float32 at least."""
+    wide_tables: bool = False
+    """Rotary tables are not rounded to the precision of computation."""
+    rope_types: tuple[str, ...] = ()
+    """The rotary types that its config class takes; none: all."""
+    outer_original_length: bool = False
+    """Its config class has `original_max_position_embeddings` beside the rotary settings as well, and reads that one."""
+    rope_type_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Older names of rotary types in its config.json."""
     rope_per_layer_type: bool = False
     """A rotary table for layers with a window and one for the others."""
+    local_theta: float = DEFAULT_THETA
+    """Base of the rotary angles of layers with a window, where there are two tables."""
+    has_local_theta: bool = True
+    """Whether `rope_local_base_freq` sets that base."""
     unrotated: Callable[[Mapping[str, Any]], tuple[int, ...]] = all_rotate
     """Numbers of the layers that do not rotate queries and keys."""
     default_theta: float = DEFAULT_THETA

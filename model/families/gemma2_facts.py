@@ -20,6 +20,7 @@ def patterned_windows(fields: Mapping[str, Any], period: int) -> Windows:
 FACTS = FamilyFacts(
     family=Family.GEMMA2,
     model_type="gemma2",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 256000,
         "hidden_size": 2304,
@@ -43,6 +44,7 @@ FACTS = FamilyFacts(
     activation_field="hidden_activation",
     heads_divide_hidden=True,
     layer_norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ends_with_norms=True,
     norm_offset=1.0,
     norm_product_in_float32=True,
     needs_window=True,

@@ -9,6 +9,7 @@ from .gemma2_facts import patterned_windows
 FACTS = FamilyFacts(
     family=Family.GEMMA3,
     model_type="gemma3_text",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 262208,
         "hidden_size": 2304,
@@ -33,6 +34,7 @@ FACTS = FamilyFacts(
     activation_field="hidden_activation",
     heads_divide_hidden=True,
     layer_norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ends_with_norms=True,
     norm_offset=1.0,
     norm_product_in_float32=True,
     needs_window=True,

@@ -12,6 +12,7 @@ from .gemma2_facts import patterned_windows
 FACTS = FamilyFacts(
     family=Family.GPT_OSS,
     model_type="gpt_oss",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 201088,
         "hidden_size": 2880,

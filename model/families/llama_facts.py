@@ -8,6 +8,7 @@ from .facts import FamilyFacts
 FACTS = FamilyFacts(
     family=Family.LLAMA,
     model_type="llama",
+    has_parity_rows=True,
     defaults={"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
     fields=frozenset({"hidden_act", "attention_bias", "mlp_bias"}),
     unread=frozenset({"pretraining_tp"}),

@@ -17,6 +17,8 @@ def window_everywhere(fields: Mapping[str, Any]) -> Windows:
 FACTS = FamilyFacts(
     family=Family.MISTRAL,
     model_type="mistral",
+    has_parity_rows=True,
+    wrapped_by="mistral3",
     defaults={
         "vocab_size": 32000,
         "intermediate_size": 14336,

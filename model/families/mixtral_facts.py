@@ -21,6 +21,7 @@ def no_jitter(fields: Mapping[str, Any]) -> Refusal | None:
 FACTS = FamilyFacts(
     family=Family.MIXTRAL,
     model_type="mixtral",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 32000,
         "intermediate_size": 14336,

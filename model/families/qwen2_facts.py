@@ -31,6 +31,7 @@ def upper_window_fields(window: int | None) -> dict[str, Any]:
 FACTS = FamilyFacts(
     family=Family.QWEN2,
     model_type="qwen2",
+    has_parity_rows=True,
     defaults={"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "sliding_window": 4096},
     qkv_bias=lambda fields: True,
     output_bias=lambda fields: False,

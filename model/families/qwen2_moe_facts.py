@@ -27,6 +27,7 @@ def alternate_windows(fields: Mapping[str, Any]) -> Windows:
 FACTS = FamilyFacts(
     family=Family.QWEN2_MOE,
     model_type="qwen2_moe",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 151936,
         "hidden_size": 2048,

@@ -9,6 +9,7 @@ from .qwen2_facts import upper_window_fields, upper_windows
 FACTS = FamilyFacts(
     family=Family.QWEN3,
     model_type="qwen3",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 151936,
         "intermediate_size": 22016,

@@ -21,6 +21,7 @@ def one_window(fields: Mapping[str, Any]) -> Windows:
 FACTS = FamilyFacts(
     family=Family.QWEN3_MOE,
     model_type="qwen3_moe",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 151936,
         "hidden_size": 2048,

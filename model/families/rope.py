@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from . import facts_of, family_of
 from .adapter import Rope
 
 BY_LENGTH = ("dynamic", "longrope")
@@ -24,14 +25,16 @@ UNROTATED = "unrotated"
 
 
 def rotary_tables(rotary: nn.Module, like: Tensor, position_ids: Tensor, document_lengths: Tensor) -> dict[str | None, Rope]:
-    """cos and sin (T, D) in `like`'s dtype per kind of layer (None where all layers share one), UNROTATED among them if there are such.
+    """cos and sin (T, R) in `like`'s dtype per kind of layer (None where all layers share one), UNROTATED among them if there are such.
 
-    position_ids (T,): position in the document; document_lengths (T,): the whole document's tokens.
+    R of a head's numbers turn. position_ids (T,): position in the document; document_lengths (T,): the whole document's tokens.
     """
+    family = family_of(rotary.config.model_type)
+    if family is not None and facts_of(family).wide_tables:
+        like = like.new_empty(0, dtype=_wide(like))
     keys: list[str | None] = list(rotary.layer_types) if isinstance(rotary.rope_type, dict) else [None]
     tables = {key: _table(rotary, key, like, position_ids, document_lengths) for key in keys}
-    listed = getattr(rotary.config, "no_rope_layers", None) or ()
-    if not all(listed[: rotary.config.num_hidden_layers]):
+    if family is not None and facts_of(family).unrotated(vars(rotary.config)):
         cos, sin = tables[keys[0]]
         tables[UNROTATED] = torch.ones_like(cos), torch.zeros_like(sin)
     return tables
@@ -72,7 +75,7 @@ def _wide(like: Tensor) -> torch.dtype:
 
 
 def _cos_sin(angles: Tensor, factor: float, like: Tensor) -> Rope:
-    """The tables of angles (T, D/2), the same for both halves of a head."""
+    """The tables of angles (T, R/2), the same for both halves of the R numbers of a head that turn."""
     both = torch.cat((angles, angles), -1)
     return (both.cos() * factor).to(like.dtype), (both.sin() * factor).to(like.dtype)
 

@@ -43,6 +43,7 @@ def unrotated_problem(fields: Mapping[str, Any]) -> Refusal | None:
 FACTS = FamilyFacts(
     family=Family.SMOLLM3,
     model_type="smollm3",
+    has_parity_rows=True,
     defaults={
         "vocab_size": 128256,
         "hidden_size": 2048,

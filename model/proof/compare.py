@@ -75,6 +75,11 @@ class Agreement:
     """Every parameter, the worst first."""
 
     @property
+    def worst_parameter(self) -> tuple[str, Mapping[str, float]]:
+        """Name and differences by policy of the parameter that differs most."""
+        return self.parameters[0].name, self.parameters[0].by_policy
+
+    @property
     def is_exact(self) -> bool:
         return all(value <= TOLERANCE for value in (*self.loss_by_policy.values(), *(each.worst for each in self.parameters)))
 

@@ -124,6 +124,8 @@ def _reachable(model: ModelFields, spec: ModelSpec, sizes: Mapping[str, int]) ->
     scalar = model.full.get("query_pre_attn_scalar")
     if scalar is not None:
         out["query_pre_attn_scalar"] = max(round(scalar * _head_dim(sizes) / spec.head_dim), 1)
+    if "attention_multiplier" in model.facts.fields:
+        out["attention_multiplier"] = model.full.get("attention_multiplier", 1.0) * spec.head_dim / _head_dim(sizes)
     return out
 
 
@@ -139,8 +141,9 @@ def _positions(model: ModelFields, spec: ModelSpec, sizes: Mapping[str, int]) ->
             positions = max(round(LENGTH_SEEN * model.rope.positions / block[ORIGINAL]), LENGTH_SEEN)
             block[ORIGINAL] = LENGTH_SEEN
             for name in ("short_factor", "long_factor"):
-                block[name] = _sample(block[name], _head_dim(sizes) // 2)
-    return {"rope_parameters": blocks if nested else blocks[""], "max_position_embeddings": positions}
+                block[name] = _sample(block[name], int(_head_dim(sizes) * block.get("partial_rotary_factor", 1.0)) // 2)
+    outer = {ORIGINAL: blocks[""][ORIGINAL]} if model.facts.outer_original_length and ORIGINAL in blocks.get("", {}) else {}
+    return {"rope_parameters": blocks if nested else blocks[""], "max_position_embeddings": positions, **outer}
 
 
 def _tokens(full: Mapping[str, Any]) -> dict[str, Any]:

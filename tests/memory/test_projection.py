@@ -62,7 +62,7 @@ def test_wrapped_projections_are_refused_under_every_policy(wrap: Any) -> None:
             install(model, policy, loss_chunk_tokens=16)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "cohere2"])
 def test_every_product_of_every_family_is_guarded(family: str) -> None:
     layer, config = (model := reference_model(family, torch.float32)).model.layers[0], model.config
     linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]

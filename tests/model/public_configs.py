@@ -33,6 +33,15 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         **_SILU, "model_type": "mistral", "architectures": ["MistralForCausalLM"], **_sizes(32, 4096, 14336, 32, 8, 32000, 32768),
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
     },
+    "Mistral-Small-3.1-24B": {
+        "model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10,
+        "tie_word_embeddings": False,
+        "text_config": {
+            **_SILU, "model_type": "mistral", **_sizes(40, 5120, 32768, 32, 8, 131072, 131072), "head_dim": 128, "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000000.0, "sliding_window": None,
+        },
+        "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
+    },
     "Qwen2.5-7B": {
         **_SILU, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **_sizes(28, 3584, 18944, 28, 4, 152064, 131072),
         "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "use_mrope": False, "rms_norm_eps": 1e-6,
@@ -104,6 +113,63 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0, "pad_token_id": 128004, "eos_token_id": 128012,
         "bos_token_id": 128000, "pretraining_tp": 2,
     },
+    "OLMo-2-1124-7B": {
+        **_SILU, "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **_sizes(32, 4096, 11008, 32, 32, 100352, 4096),
+        "attention_bias": False, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False,
+        "pad_token_id": 100277, "eos_token_id": 100257,
+    },
+    "Olmo-3-1025-7B": {
+        **_SILU, "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], **_sizes(32, 4096, 11008, 32, 32, 100278, 65536),
+        "attention_bias": False, "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8, "sliding_window": 4096,
+        "rms_norm_eps": 1e-6, "rope_theta": 500000, "tie_word_embeddings": False, "pad_token_id": 100277, "eos_token_id": 100257,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1,
+            "attention_factor": 1.2079441541679836,
+        },
+    },
+    "Phi-3-mini-128k": {
+        **_SILU, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **_sizes(32, 3072, 8192, 32, 32, 32064, 131072),
+        "original_max_position_embeddings": 4096, "sliding_window": 262144, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", "short_factor": [1 + i / 50 for i in range(48)], "long_factor": [1.0 + i for i in range(48)]},
+        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 32000,
+        "pad_token_id": 32000, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    },
+    "Phi-4-mini": {
+        **_SILU, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **_sizes(32, 3072, 8192, 24, 8, 200064, 131072),
+        "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "sliding_window": 262144, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i / 2 for i in range(48)]},
+        "rope_theta": 10000.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True, "bos_token_id": 199999,
+        "eos_token_id": 199999, "pad_token_id": 199999, "attention_bias": False, "mlp_bias": False, "interpolate_factor": 1,
+    },
+    "granite-3.1-8b": {
+        **_SILU, "model_type": "granite", "architectures": ["GraniteForCausalLM"], **_sizes(40, 4096, 12800, 32, 8, 49152, 131072),
+        "attention_bias": False, "mlp_bias": False, "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0,
+        "logits_scaling": 16.0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000000.0,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "attention_dropout": 0.0,
+    },
+    "GLM-4-9B-0414": {
+        **_SILU, "model_type": "glm4", "architectures": ["Glm4ForCausalLM"], **_sizes(40, 4096, 13696, 32, 2, 151552, 32768),
+        "attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "pad_token_id": 151329, "eos_token_id": [151329, 151336, 151338],
+    },
+    "c4ai-command-r7b": {
+        **_SILU, "model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], **_sizes(32, 4096, 14336, 32, 8, 256000, 132096),
+        "attention_bias": False, "head_dim": 128, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "rope_scaling": None,
+        "rope_theta": 50000, "rotary_pct": 1.0, "sliding_window": 4096, "sliding_window_pattern": 4, "layer_switch": 4,
+        "order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj", "use_embedding_sharing": True,
+        "use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": False, "use_qk_norm": False,
+        "bos_token_id": 5, "eos_token_id": 255001, "pad_token_id": 0,
+    },
+    "Ministral-8B": {
+        **_SILU, "model_type": "ministral", "architectures": ["MinistralForCausalLM"], **_sizes(36, 4096, 12288, 32, 8, 131072, 32768),
+        "head_dim": 128, "layer_types": ["full_attention", *["sliding_attention"] * 3] * 9, "sliding_window": 32768,
+        "rms_norm_eps": 1e-5, "rope_theta": 100000000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "stablelm-3b-4e1t": {
+        **_SILU, "model_type": "stablelm", "architectures": ["StableLmForCausalLM"], **_sizes(32, 2560, 6912, 32, 32, 50304, 4096),
+        "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "rope_theta": 10000, "tie_word_embeddings": False,
+        "use_qkv_bias": False, "bos_token_id": 0, "eos_token_id": 0,
+    },
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "BERT": (
@@ -117,6 +183,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Llava": (
         {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": {}, "vision_config": _VISION},
         "found model_type 'llava', with a tower for images or sound, which is not trained;",
+    ),
+    "Ministral-3-8B": (
+        {"model_type": "mistral3", "text_config": {"model_type": "ministral3"}, "vision_config": _VISION},
+        "found model_type 'mistral3', around a text model of type 'ministral3', with a tower for images or sound, which is not trained;",
     ),
     "Qwen-7B": (
         {"model_type": "qwen", "architectures": ["QWenLMHeadModel"], "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}},

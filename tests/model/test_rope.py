@@ -94,7 +94,10 @@ def test_tables_are_hugging_faces(family: str) -> None:
         for key, tables in found.items():
             theirs = rotary(like, positions.unsqueeze(0), **({} if key is None else {"layer_type": key}))
             for table, whole in zip(tables, theirs, strict=True):
-                assert table.dtype == dtype and torch.equal(table[:, : whole.shape[-1]], whole[0])
+                if family == "cohere2":  # neighbours turn together: the adapter puts the table in their order
+                    table = table[:, : table.shape[-1] // 2].repeat_interleave(2, -1)
+                assert table.dtype == whole.dtype and torch.equal(table[:, : whole.shape[-1]], whole[0])
+                assert table.dtype == (torch.float32 if family == "olmo2" else dtype)
 
 
 def test_a_float64_model_has_float64_angles() -> None:

@@ -36,8 +36,10 @@ HAS_ORIGINAL = ("yarn", "longrope", "llama3")
 MUST_SAY: dict[Family, dict[str, Any]] = {
     Family.DOTS1: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     Family.SMOLLM3: {"pad_token_id": None},
+    Family.GLM4: {"pad_token_id": None},
+    Family.PHI3: {"pad_token_id": None, ORIGINAL: 64},
 }
-"""What transformers has no sensible default for: its padding token of SmolLM3 is beyond a small vocabulary."""
+"""What transformers has no sensible default for: padding tokens beyond a small vocabulary, a length beyond a small one."""
 
 
 def file(folder: Path, family: Family = Family.LLAMA, **fields: Any) -> Path:
@@ -69,12 +71,29 @@ def forms(family: Family, block: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"new": new, "old": old, "both": {**new, **old}}
 
 
-@pytest.mark.parametrize("family", list(Family), ids=lambda family: family.value)
-@pytest.mark.parametrize("kind", BLOCKS)
+def is_known(family: Family, kind: str) -> bool:
+    """Whether the family's config class takes a rotary type."""
+    return kind in (facts_of(family).rope_types or (kind,))
+
+
+def own(family: Family, block: dict[str, Any]) -> dict[str, Any]:
+    """The block with the share of a head that turns in this family, and a factor for each of its pairs."""
+    share = facts_of(family).partial_rotary
+    if share is None or block["rope_type"] == "proportional":
+        return block
+    cut = {name: value[: int(8 * share) // 2] for name, value in block.items() if isinstance(value, list)}
+    return {**block, **cut, "partial_rotary_factor": share}
+
+
+KNOWN = [(family, kind) for family in Family for kind in BLOCKS if is_known(family, kind)]
+
+
+@pytest.mark.parametrize(("family", "kind"), KNOWN, ids=lambda value: getattr(value, "value", value))
 def test_files_of_every_form_and_overrides_of_them(tmp_path: Path, family: Family, kind: str) -> None:
-    block = {"rope_type": kind, **BLOCKS[kind]}
+    block, other = own(family, {"rope_type": kind, **BLOCKS[kind]}), {"rope_type": "linear", "factor": 3.0}
+    other = own(family, other if is_known(family, "linear") else {"rope_type": "default"})
     original = {ORIGINAL: 64} if kind in HAS_ORIGINAL else {}
-    for fields in [*forms(family, block).values(), *forms(family, {"rope_type": "linear", "factor": 3.0}).values()]:
+    for fields in [*forms(family, block).values(), *forms(family, other).values()]:
         asked = of(file(tmp_path, family, **fields), rope_scaling={**block}, max_positions=256, rope_theta=7e5)
         assert arrives(asked) == ({**block, **original, "rope_theta": 7e5}, 64 if kind == "dynamic" else 256)
         assert model_spec(asked).max_positions == 256
@@ -259,10 +278,11 @@ def test_patterns_replace_listed_layer_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", list(Family), ids=lambda family: family.value)
 def test_the_second_rotary_base(tmp_path: Path, family: Family) -> None:
     file(tmp_path, family)
-    if facts_of(family).rope_per_layer_type:
+    if facts_of(family).rope_per_layer_type and facts_of(family).has_local_theta:
         found = model_fields(of(tmp_path, extra={"rope_local_base_freq": 123.0})).rope.parameters
         assert found["sliding_attention"]["rope_theta"] == 123.0 and found["full_attention"]["rope_theta"] == 1e6
-    asked = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
+    scaling = {"rope_type": "linear", "factor": 2.0} if is_known(family, "linear") else {"rope_type": "default"}
+    asked = own(family, {**scaling, "rope_theta": 5e4})
     parameters = {"full_attention": asked, "sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}
     whole = parameters if facts_of(family).rope_per_layer_type else asked
     assert build_config(hf_config_dict(of(tmp_path, extra={"rope_parameters": whole}))).rope_parameters == whole

@@ -28,8 +28,7 @@ def spec_of(folder: Path, tiny: TinyConfig) -> ModelSpec:
 
 
 def test_there_is_a_config_of_every_family() -> None:
-    types = [config["model_type"] for config in SUPPORTED.values()]
-    assert {family_of(name) or wrapped_family(name) for name in types} == set(FACTS)
+    assert {family_of(config["model_type"]) or wrapped_family(config) for config in SUPPORTED.values()} == set(FACTS)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

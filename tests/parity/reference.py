@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -66,6 +67,20 @@ FAMILIES = {
         "pad_token_id": None,
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "pad_token_id": None},
+    "olmo2": {"model_type": "olmo2", "pad_token_id": None},
+    "phi3": {
+        "model_type": "phi3", "sliding_window": 11, "pad_token_id": None, "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
+        "logits_scaling": 3.0, "attention_bias": True, "mlp_bias": True,
+    },
+    "glm4": {"model_type": "glm4", "head_dim": 16, "pad_token_id": None, "eos_token_id": 1},
+    "cohere2": {
+        "model_type": "cohere2", "sliding_window": 7, "num_hidden_layers": 3, "logit_scale": 0.3, "pad_token_id": None, "eos_token_id": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 13},
     "qwen2_moe": {
         "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
@@ -122,6 +137,8 @@ FAMILIES = {
 }
 
 
+STRUCTURAL = ("olmo2", "phi3", "granite", "glm4", "cohere2")
+"""Whose layers are read by their modules (model/families/structural.py)."""
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "dots1")
 EAGER = ("gemma2", "gpt_oss", "gpt_oss_dense")
 """Whose attention has more than SDPA computes."""
@@ -235,13 +252,15 @@ def lift_to_float64() -> None:
     """
     import importlib
 
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", *MIXTURES):
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", *STRUCTURAL, *MIXTURES):
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name, kind in vars(module).items():
             if isinstance(kind, type) and name.endswith("RMSNorm"):
                 kind.forward = _gemma_norm if family.startswith("gemma") else _norm
             if isinstance(kind, type) and name.endswith("RotaryEmbedding"):
-                kind.forward = _rotary_forward(kind.forward, copies=1 if family == "gpt_oss" else 2)
+                kind.forward = _rotary_forward(kind.forward, copies=1 if family == "gpt_oss" else 2, neighbours=family == "cohere2")
+            if isinstance(kind, type) and name == "Cohere2LayerNorm":
+                kind.forward = _layer_norm
             # gpt-oss weighs in the precision of its logits.
             if isinstance(kind, type) and name.endswith("TopKRouter") and family != "gpt_oss":
                 kind.forward = _wide_only(_router, kind.forward)
@@ -249,11 +268,25 @@ def lift_to_float64() -> None:
                 kind.forward = _wide_only(_sigmoid_router, kind.forward)
         if hasattr(module, "eager_attention_forward") and family == "gemma2":
             module.eager_attention_forward = _eager
+        if family == "cohere2":
+            module.apply_rotary_pos_emb = partial(_wide_rotation, module.rotate_half)
 
 
 def _norm(self, x):
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def _layer_norm(self, x):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.layer_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), None, self.variance_epsilon).to(x.dtype)
+
+
+def _wide_rotation(rotate_half, q, k, cos, sin, unsqueeze_dim=1):
+    """Cohere 2's, which turns in float32 whatever comes, but for what is wider."""
+    wide, (cos, sin) = torch.promote_types(q.dtype, torch.float32), (table.unsqueeze(unsqueeze_dim) for table in (cos, sin))
+    q_wide, k_wide = q.to(wide), k.to(wide)
+    return (q_wide * cos + rotate_half(q_wide) * sin).to(q.dtype), (k_wide * cos + rotate_half(k_wide) * sin).to(q.dtype)
 
 
 def _router(self, hidden_states):
@@ -302,7 +335,7 @@ def _gemma_norm(self, x):
     return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
 
 
-def _rotary_forward(original, copies):
+def _rotary_forward(original, copies, neighbours=False):
     if getattr(original, "lifted", False):
         return original
 
@@ -313,7 +346,7 @@ def _rotary_forward(original, copies):
         original(self, x, position_ids, *([] if layer_type is None else [layer_type]))  # lets "dynamic" update its table
         prefix = "" if layer_type is None else f"{layer_type}_"
         angles = position_ids[..., None].double() * getattr(self, f"{prefix}inv_freq").double()
-        both = torch.cat([angles] * copies, -1)
+        both = angles.repeat_interleave(2, -1) if neighbours else torch.cat([angles] * copies, -1)
         scaling = getattr(self, f"{prefix}attention_scaling")
         return both.cos() * scaling, both.sin() * scaling
 

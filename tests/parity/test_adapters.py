@@ -32,6 +32,8 @@ ROWS = {
     "norms of heads": ("qwen3", ALL, "upipe", {}, lambda: [static(2, 2, 2), static(2, 2, 1)]),
     "biases, windows": ("qwen2", ALL, "streambp", {}, lambda: [static(2, 2, 2)]),
     "norms behind products": ("gemma2", ALL, "chunks_16", {}, lambda: [static(1, 1, 1)]),
+    "norms of all heads": ("olmo2", ALL, "upipe", {}, lambda: [static(2, 2, 2)]),
+    "beside fused matrices": ("phi3", lora(targets=["o_proj", "down_proj"]), "recompute", {}, lambda: [static(1, 1, 1)]),
     "attention beside experts": ("mixtral", lora(targets=["attention"]), "recompute", {}, lambda: [static(1, 1, 1), static(1, 1, 1)]),
     "attention beside experts with sinks": ("gpt_oss", lora(targets=["attention"]), "keep", {}, lambda: [static(1, 1, 1)]),
     **{

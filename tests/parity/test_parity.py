@@ -21,7 +21,7 @@ from efflaunch.parallel.sequence.plan import Group, MicroBatch, StepPlan, check_
 from efflaunch.parallel.sequence.solve import solve_adaptive, solve_greedy, solve_static
 from efflaunch.tests.parallel.sequence.random_plans import step_plans
 from efflaunch.tests.parity.ranks_side import POLICIES, is_trained, run_plans
-from efflaunch.tests.parity.reference import BASE, lift_to_float64, reference_loss, reference_model
+from efflaunch.tests.parity.reference import BASE, STRUCTURAL, lift_to_float64, reference_loss, reference_model
 from efflaunch.tests.ranks import RankPool
 
 BOUND = {"float64": 1e-10, "float32": 1e-5}
@@ -84,7 +84,7 @@ MEMORY_PLANS = {
     "mixed groups, accumulation": plan_of(4, *ADAPTIVE),
 }
 """Each with every memory policy; the documents' boundaries lie inside chunks."""
-DENSE_FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
+DENSE_FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", *STRUCTURAL)
 ROWS = {
     "one rank": ({}, static(1, 1, 1)),
     "two ranks, data parallel": ({}, static(2, 1, 1)),
@@ -179,6 +179,9 @@ ROWS = {
             ("chunks_1", "gemma2", "ulysses 2"), ("chunks_1", "qwen3", "ring 2"),
             ("streambp_1", "llama", "one rank, packed"), ("streambp_1", "mistral", "ulysses 2"),
             ("streambp_1", "smollm3", "ring 2"), ("upipe_stored", "smollm3", "mixed groups, accumulation"),
+            ("streambp_1", "olmo2", "ring 2"), ("upipe_3", "olmo2", "ulysses 2"), ("recompute", "granite", "ring 2"),
+            ("upipe_stored", "phi3", "mixed groups, accumulation"), ("streambp_1", "cohere2", "ulysses 2"),
+            ("shares_streamed", "cohere2", "mixed groups, accumulation"), ("recompute", "glm4", "ring 2"),
             ("streambp_1000", "mistral_wide", "one rank, packed"), ("streambp_1000", "llama_mha_tied", "mixed groups, accumulation"),
             ("recompute", "mistral_wide", "ring 2"), ("keep", "mistral_wide", "mixed groups, accumulation"),
             ("streambp_stored", "llama_deep", "one rank, packed"), ("streambp_stored", "llama_deep", "mixed groups, accumulation"),

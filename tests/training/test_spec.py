@@ -14,6 +14,7 @@ import yaml
 
 from efflaunch.errors import ConfigError
 from efflaunch.model.config import Family, ModelConfig
+from efflaunch.model.families import facts_of
 from efflaunch.model.hf_fields import MODEL_TYPES, hf_config_dict, model_family
 from efflaunch.model.load_plan import parameter_shapes
 from efflaunch.model.spec import (
@@ -59,6 +60,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": Family.GEMMA3, "sliding_window": 16, "extra": {"sliding_window_pattern": 3}},
     {"family": Family.SMOLLM3, "tie_embeddings": True, "extra": {"attention_bias": True, "mlp_bias": True}},
     {"family": Family.SMOLLM3, "sliding_window": 16},
+    {"family": Family.OLMO2, "extra": {"attention_bias": True}},
+    {"family": Family.OLMO3, "sliding_window": 16, "extra": {"layer_types": [*["full_attention"] * 2, *["sliding_attention"] * 5]}},
+    {"family": Family.PHI3, "sliding_window": 16, "tie_embeddings": True, "extra": {"partial_rotary_factor": 0.75}},
+    {"family": Family.GRANITE, "extra": {"attention_bias": True, "mlp_bias": True, "logits_scaling": 8.0}},
+    {"family": Family.GLM4, "head_dim": 32},
+    {"family": Family.COHERE2, "sliding_window": 16, "tie_embeddings": True, "extra": {"sliding_window_pattern": 3}},
+    {"family": Family.MINISTRAL, "sliding_window": 16, "extra": {"layer_types": ["sliding_attention", *["full_attention"] * 6]}},
+    {"family": Family.STABLELM, "extra": {"use_qkv_bias": True}},
     {"family": Family.QWEN3_MOE, "extra": {**EXPERTS, "mlp_only_layers": [0, 4]}},
     {"family": Family.QWEN2_MOE, "extra": {**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 7}},
     {"family": Family.DOTS1, "extra": {**NO_DEFAULTS[Family.DOTS1], "moe_intermediate_size": 24, "first_k_dense_replace": 2}},
@@ -166,6 +175,15 @@ def test_sinks_are_counted_and_looked_for_in_files() -> None:
         ("mixtral_8x7b", 46702.8),
         ("gpt_oss_20b", 20914.8),
         ("smollm3_3b", 3075.1),
+        ("olmo2_7b", 7298.6),
+        ("olmo3_7b", 7298.0),
+        ("phi4_14b", 14659.5),
+        ("granite3_8b", 8170.8),
+        ("glm4_9b", 9400.3),
+        ("command_r7b", 8028.0),
+        ("gemma3_4b", 3880.3),
+        ("mistral_small_24b", 23572.4),
+        ("stablelm_3b", 2795.4),
     ],
 )
 def test_presets_have_their_published_sizes(name: str, millions: float) -> None:
@@ -175,19 +193,28 @@ def test_presets_have_their_published_sizes(name: str, millions: float) -> None:
 @pytest.mark.parametrize("family", list(Family), ids=lambda f: f.value)
 @pytest.mark.parametrize("scaling", [None, *ROPES], ids=lambda r: "default" if r is None else str(r.get("rope_type", "old")))
 def test_rope_arrives_where_transformers_reads_it(family: Family, scaling: dict[str, Any] | None) -> None:
-    window = None if family in (Family.LLAMA, Family.QWEN2, Family.QWEN3, Family.DOTS1) else 16
+    facts = facts_of(family)
+    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    if facts.rope_types and kind not in facts.rope_types:
+        return
+    if facts.partial_rotary is not None and kind == "longrope":
+        pairs = int(16 * facts.partial_rotary) // 2
+        scaling = {name: value[:pairs] if isinstance(value, list) else value for name, value in (scaling or {}).items()}
+    window = None if not facts.has_window or family in (Family.QWEN2, Family.QWEN3, Family.DOTS1) else 16
     config = tiny(family=family, rope_theta=12345.0, rope_scaling=scaling, sliding_window=window, extra=NO_DEFAULTS.get(family, {}))
     found = hugging_face(config).rope_parameters
-    full = found["full_attention"] if family is Family.GEMMA3 else found
+    full = found["full_attention"] if facts.rope_per_layer_type else found
     wanted = dict(scaling or {})
+    if facts.partial_rotary is not None and wanted.get("rope_type") != "proportional":
+        wanted["partial_rotary_factor"] = facts.partial_rotary
     wanted["rope_type"] = wanted.pop("rope_type", None) or wanted.pop("type", None) or "default"
     wanted.pop("type", None)
     if wanted["rope_type"] == "dynamic":  # takes the original length from max_position_embeddings
         assert hugging_face(config).max_position_embeddings == wanted.pop("original_max_position_embeddings")
         assert model_spec(config).max_positions == 256
     assert full == {**wanted, "rope_theta": 12345.0}
-    if family is Family.GEMMA3:
-        assert found["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
+    if facts.rope_per_layer_type:
+        assert found["sliding_attention"] == {"rope_type": "default", "rope_theta": facts.local_theta}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v["family"].value)
@@ -281,10 +308,10 @@ def test_sizes_beside_a_path(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_type_names_the_adapter_to_write(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
-    with pytest.raises(ConfigError, match=r"found model_type 'phi3'") as caught:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi"}))
+    with pytest.raises(ConfigError, match=r"found model_type 'phi'") as caught:
         check_model(ModelConfig(name="t", path=str(tmp_path)))
-    assert "model/families/phi3.py" in caught.value.hint
+    assert "model/families/phi.py" in caught.value.hint
     (tmp_path / "config.json").write_text("[1")
     with pytest.raises(ConfigError, match=r"no readable config.json"):
         check_model(ModelConfig(name="t", path=str(tmp_path)))

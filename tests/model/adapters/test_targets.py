@@ -80,3 +80,19 @@ def test_experts_tied_heads_and_files_without_adapters() -> None:
         check_adapter(lora(modules_to_save=["head"]), spec_of("model.tie_embeddings=true"))
     with pytest.raises(ConfigError, match="adapter.init"):
         check_adapter(AdapterConfig(init="somewhere"), spec_of())
+
+
+@pytest.mark.parametrize(
+    ("model", "refused", "there"),
+    [
+        ("phi4_14b", ["all-linear", "attention", "q_proj"], ["o_proj", "down_proj"]),
+        ("glm4_9b", ["mlp", "gate_proj"], ["attention", "down_proj"]),
+    ],
+)
+def test_matrices_that_a_family_has_fused_take_none(model: str, refused: list[str], there: list[str]) -> None:
+    spec = spec_of(f"model={model}")
+    for target in refused:
+        with pytest.raises(ConfigError, match=f"{target} for a {spec.family.value} model(.|\n)*adapter.targets=\\["):
+            check_adapter(lora(targets=[target]), spec)
+    check_adapter(lora(targets=there), spec)
+    assert {matrix.name.rpartition(".")[2] for matrix in targets(lora(targets=there), spec)} >= {"o_proj", "down_proj"}
