@@ -11,7 +11,7 @@ from ..model.adapters.targets import matrices
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..units import format_tokens
 from .optimizer_residency import MOMENT_BYTES
-from .plan_inputs import GIB, PlanInputs
+from .plan_inputs import GIB, PlanInputs, reduction_of_engine
 from .solver.report import ordinal
 from .solver.shapes import SEGMENTS
 from .timing.bandwidth import host_update_rate
@@ -164,7 +164,8 @@ def _chunks(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def _reduce_each(inputs: PlanInputs) -> Iterator[Change]:
-    if inputs.parallel.grad_reduce is GradReduce.STEP and inputs.layout.num_micro_batches > 1:
+    ours = reduction_of_engine(inputs) is None
+    if ours and inputs.parallel.grad_reduce is GradReduce.STEP and inputs.layout.num_micro_batches > 1:
         parallel = replace(inputs.parallel, grad_reduce=GradReduce.MICRO_BATCH)
         yield Change(("parallel.grad_reduce=micro_batch",), "no whole gradients are kept", replace(inputs, parallel=parallel))
 

@@ -341,7 +341,7 @@ class _Run:
                     layer=gradients.first_bad,
                     partly_applied=gradients.partly_applied,
                     # Where modules before were updated with bad numbers, weights say nothing of where those came from.
-                    bad_weights=() if gradients.partly_applied else weights_at_fault(self.session.model, self.session.topology.world),
+                    bad_weights=() if gradients.partly_applied else weights_at_fault(self.session.updater.weights, self.session.topology.world),
                 )
 
     def _finish_step(self, results: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:
