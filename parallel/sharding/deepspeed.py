@@ -73,7 +73,9 @@ def shard_by_zero(
     return Zero(model, engine, settings.stage)
 
 
-def _materialise(model: nn.Module, modules: Sequence[nn.Module], device: torch.device, then: Callable[[nn.Module], None] | None = None) -> None:
+def _materialise(
+    model: nn.Module, modules: Sequence[nn.Module], device: torch.device, then: Callable[[nn.Module], None] | None = None
+) -> None:
     """Give modules memory, one after the other, `then` being called for each; tied parameters stay one."""
     ties = _ties(model)
     for module in modules:

@@ -137,7 +137,7 @@ DEEPSPEED = EngineFacts(
         Refused("optim.state_device", ("host",), "has no states in host memory here"),
         Refused("optim.state_dtype", ("float32",), "has moments in float32 alone", accepts=True),
         Refused("parallel.barrier_free", ("true",), "gathers weights or reduces gradients in every micro-batch"),
-        Refused("parallel.grad_reduce", ("auto",), "reduces when its stage says: 1 once a step, 2 and 3 in every micro-batch", accepts=True),
+        Refused("parallel.grad_reduce", ("auto",), "reduces as its stage does: 1 once a step, 2 and 3 in every micro-batch", accepts=True),
         Refused("parallel.replicate", ("1",), "shards over all ranks", accepts=True),
         Refused("parallel.pipeline.stages", ("1",), "begins backward at a loss, which inner stages do not have", accepts=True),
         Refused("parallel.experts.ep", ("1",), "has no second mesh for experts", accepts=True),

@@ -32,7 +32,10 @@ class ZeroTrainer:
         os.environ["LOCAL_RANK"] = str(dist.get_rank())
         torch.set_num_threads(1)
         compute = getattr(torch, case["dtype"])
-        self.topology, self.model = build_topology(replicate=1, device="cpu"), build_on_meta(hf_config(case["family"]), master_dtype(compute))
+        self.topology, self.model = (
+            build_topology(replicate=1, device="cpu"),
+            build_on_meta(hf_config(case["family"]), master_dtype(compute)),
+        )
         policy = POLICIES[case["policy"]]
         install(self.model, policy, loss_chunk_tokens=7, store=_store("strict"))
         for parameter in self.model.parameters():

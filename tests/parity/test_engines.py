@@ -15,7 +15,7 @@ import torch
 
 from efflaunch.tests.parity.engines_side import run_zero
 from efflaunch.tests.parity.reference import reference_loss, reference_model
-from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of, worst
+from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of, reference, rms, worst
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.optimizers.adamw import is_decayed
 
@@ -94,3 +94,27 @@ def test_clipped_and_accumulated_with_tied_embeddings(pool: RankPool, stage: int
 def test_experts_under_zero(pool: RankPool, stage: int) -> None:
     """All experts on every rank: stacks of matrices are flattened as matrices are."""
     check_zero(pool, stage, "recompute", "qwen3_moe", plans=(UNEQUAL,))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool: RankPool, stage: int) -> None:
+    """bfloat16 compute, float32 weights, gradients and reduction: the error against float64 is that of Hugging Face in bfloat16."""
+    documents, targets = make_documents(LENGTHS)
+    weights, loss, exact, _ = reference("llama", "float64", LENGTHS, False, 0.0, 0)
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    plain_model = reference_model("llama", torch.float32)
+    with torch.no_grad():
+        for name, parameter in plain_model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    plain_model = plain_model.to(torch.bfloat16)
+    reference_loss(plain_model, documents, targets).backward()
+    theirs = {name: parameter.grad.double().numpy() for name, parameter in plain_model.named_parameters()}
+    case = {"stage": stage, "policy": "recompute", "family": "llama", "dtype": "bfloat16"}
+    passes, steps, trained = pool.run(run_zero, case, weights, documents, targets, [ULYSSES], RATES, ranks=2)[0]
+    got_loss, ours, norm = passes[0]
+    assert abs(got_loss - loss) < 1e-2 * loss and all(gradient.dtype == np.float32 for gradient in ours.values())
+    assert rms(ours, exact) <= 1.1 * rms(theirs, exact)
+    assert norm == pytest.approx(sum(float(np.square(each.astype(np.float64)).sum()) for each in ours.values()) ** 0.5, rel=1e-6)
+    # Updates are of float32 weights: their last bits are not bfloat16's.
+    rounded = {name: torch.from_numpy(each).bfloat16().float().numpy() for name, each in trained.items()}
+    assert steps[1][0] < steps[0][0] and any(not np.array_equal(trained[name], rounded[name]) for name in trained)

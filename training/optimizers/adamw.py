@@ -36,7 +36,7 @@ def build_optimizer(
     """
     updated = dict((weights or model).named_parameters())
     named_groups: list[dict[str, Any]] = [
-        {"params": [(name, updated[name]) for name in names], "name": kind, "weight_decay": 0.0 if kind == "no_decay" else config.weight_decay}
+        {"params": [(name, updated[name]) for name in names], "name": kind, "weight_decay": weight_decay(kind, config)}
         | ({RATIO: b_lr_ratio} if kind == "lora_b" else {})
         for kind, names in parameter_groups(model, b_lr_ratio=b_lr_ratio).items()
     ]
@@ -50,6 +50,11 @@ def build_optimizer(
 def fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW as configured, over groups of parameters."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+def weight_decay(kind: str, config: OptimConfig) -> float:
+    """Weight decay of a group of parameters."""
+    return 0.0 if kind == "no_decay" else config.weight_decay
 
 
 def parameter_groups(model: nn.Module, *, b_lr_ratio: float = 1.0) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...parallel.sharding.deepspeed import Zero
 from ...parallel.sharding.deepspeed_state import FlatWeights, discard_gradients, gradient_norm, weights_changed
-from .adamw import fused_adamw, parameter_groups, set_learning_rate
+from .adamw import fused_adamw, parameter_groups, set_learning_rate, weight_decay
 from .config import OptimConfig
 from .updater import Gradients
 
@@ -23,7 +23,7 @@ def zero_optimizer(model: nn.Module, config: OptimConfig) -> Callable[[dict[str,
 
     def build(parameters: dict[str, nn.Parameter]) -> Any:
         groups = [
-            {"params": [parameters[name] for name in group], "name": kind, "weight_decay": 0.0 if kind == "no_decay" else config.weight_decay}
+            {"params": [parameters[name] for name in group], "name": kind, "weight_decay": weight_decay(kind, config)}
             for kind, group in names.items()
         ]
         return fused_adamw(groups, config)
