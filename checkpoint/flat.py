@@ -49,7 +49,7 @@ class Flat(Tensor):
         raise KeyError(tuple(offsets))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Itself where only its graph is asked about; nothing computes with a run as if it were the whole. TypeError otherwise."""
@@ -57,7 +57,7 @@ class Flat(Tensor):
             return args[0]
         raise TypeError(f"{func} of a tensor that is here in part")
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Which part of what it is."""
         return f"Flat({tuple(self.shape)}, {self.dtype}, numbers {self.begin} to {self.begin + self.run.numel()})"
 

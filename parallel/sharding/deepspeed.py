@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import UserError
@@ -120,7 +119,7 @@ class ZeroWeights:
 
     def __init__(self, zero: Zero) -> None:
         self._engine, self._stage = zero.engine, zero.stage
-        self._factor = gradient_factor(zero.stage, dist.get_world_size())
+        self._factor = gradient_factor(zero.stage, zero.engine.dp_world_size)
 
     def forward(self, *inputs: Any) -> Tensor:
         """Through the engine's hooks, which gather and prefetch."""

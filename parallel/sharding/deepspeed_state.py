@@ -42,11 +42,18 @@ def places(zero: Zero) -> dict[str, Place]:
     return {name: find(zero.engine.optimizer, parameter) for name, parameter in zero.model.named_parameters()}
 
 
+def _is_bf16_optimizer(optimizer: Any) -> bool:
+    """Whether it is what DeepSpeed takes for stage 1 in bfloat16: BF16_Optimizer, with names of its own and whole gradients."""
+    return hasattr(optimizer, "bf16_groups")
+
+
 def _place_of_whole(optimizer: Any, parameter: Any) -> Place:
     """Stages 1 and 2: a flat buffer of each group of parameters, cut evenly over ranks."""
     shape, mapping = tuple(parameter.shape), parameter._hp_mapping
-    group = next(index for index, group in enumerate(optimizer.bit16_groups) if any(each is parameter for each in group))
-    buffer = optimizer.single_partition_of_fp32_groups[group]
+    bf16 = _is_bf16_optimizer(optimizer)
+    groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
+    group = next(index for index, group in enumerate(groups) if any(each is parameter for each in group))
+    buffer = (optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups)[group]
     if mapping is None:
         return Place(shape, buffer, 0, 0, 0)
     inside = mapping.hp_fragment_address
@@ -99,10 +106,16 @@ def weights_changed(zero: Zero) -> None:
 
 def gradient_norm(zero: Zero) -> float:
     """The global norm of a step's gradients, before its update; NaN where it is not finite. Collective."""
+    from deepspeed.runtime.utils import get_global_norm_of_tensors
     from deepspeed.runtime.zero import stage3
 
     optimizer = zero.engine.optimizer
-    norm = optimizer.scaled_global_norm() if zero.stage < 3 else stage3.combine_grad_norm_groups(optimizer._get_norm_groups())
+    if zero.stage == 3:
+        norm = stage3.combine_grad_norm_groups(optimizer._get_norm_groups())
+    elif _is_bf16_optimizer(optimizer):
+        norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=None)
+    else:
+        norm = optimizer.scaled_global_norm()
     # It has -1 for what is not finite.
     value = float(norm)
     return value if value >= 0.0 and math.isfinite(value) else math.nan
