@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...parallel.sharding.config import Backend
 from ..plan_inputs import PlanInputs
 from . import weights as fsdp2
-from .term import BACKWARD, Phase, Term, term
+from .term import BACKWARD, KEEPING, Phase, Term, term
 
 
 def is_zero(inputs: PlanInputs) -> bool:
@@ -35,8 +35,8 @@ def gradients(inputs: PlanInputs, layer: int) -> Term:
     part = inputs.master * inputs.parameters // inputs.layout.shard
     if inputs.engine.stage == 1:
         whole = inputs.master * inputs.parameters
-        return Term("gradients", "float32, whole", dict.fromkeys((*fsdp2.KEEPING, Phase.REDUCE), whole) | {Phase.OPTIMIZER: whole + part})
-    by_phase = dict.fromkeys((*fsdp2.KEEPING, Phase.REDUCE), part) | {Phase.OPTIMIZER: 2 * part}
+        return Term("gradients", "float32, whole", dict.fromkeys((*KEEPING, Phase.REDUCE), whole) | {Phase.OPTIMIZER: whole + part})
+    by_phase = dict.fromkeys((*KEEPING, Phase.REDUCE), part) | {Phase.OPTIMIZER: 2 * part}
     return Term("gradients", f"float32, 1/{inputs.layout.shard} of each", by_phase)
 
 

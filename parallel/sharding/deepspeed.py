@@ -7,6 +7,8 @@ Nothing of DeepSpeed is compiled: the collectives are torch's, and so is AdamW.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 from collections import defaultdict
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from .deepspeed_settings import ZeroSettings, deepspeed_config, gradient_factor
 
+log = logging.getLogger(__name__)
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 """Makes the optimizer of parameters by name."""
 
@@ -62,13 +65,15 @@ def shard_by_zero(
     With stage 3 no rank has more than one module whole. Every rank of the process group takes part.
     """
     deepspeed, config = load_deepspeed(device), deepspeed_config(settings)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(io.StringIO()) as printed:
         if settings.stage == 3:
             _partition(model, layers, device, deepspeed, config)
         else:
             _materialise(model, [model], device)
         optimizer = build_optimizer(dict(model.named_parameters()))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    # Tables of memory, from one of its optimizers.
+    log.debug("DeepSpeed: %s", printed.getvalue())
     return Zero(model, engine, settings.stage)
 
 

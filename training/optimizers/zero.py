@@ -37,7 +37,8 @@ class ZeroUpdater:
     measures_first = False
 
     def __init__(self, zero: Zero, weights: FlatWeights) -> None:
-        self._zero, self.weights = zero, weights
+        self._zero = zero
+        self.weights: nn.Module = weights
         self.optimizer = zero.engine.optimizer.optimizer
         self._before_update: Callable[[], None] = _nothing
 
