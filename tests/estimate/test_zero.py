@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from efflaunch.estimate.build import build_ledger
 from efflaunch.estimate.footprint import zero
 from efflaunch.estimate.footprint.device import device_terms
 from efflaunch.estimate.footprint.optimizer import optimizer_states
 from efflaunch.estimate.footprint.term import Phase
 from efflaunch.estimate.ledger import resolve_grad_reduce
 from efflaunch.estimate.plan_inputs import PlanInputs
+from efflaunch.estimate.suggestions import suggest
 from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.config import GradReduce
 
@@ -55,3 +57,14 @@ def test_the_same_terms_are_counted_under_either_engine() -> None:
     torch, deepspeed = ({term.name for term in device_terms(inputs(*typed))} for typed in ((), ("engine=deepspeed",)))
     assert torch ^ deepspeed <= {"gradients, whole"}
     assert zero.is_zero(replace(inputs("engine=deepspeed"))) and not zero.is_zero(inputs())
+
+
+def test_what_is_suggested_is_what_the_engine_runs() -> None:
+    """A model too large for stage 1: a higher stage is named, and nothing that is refused with this engine."""
+    typed = ["+experiment=llama8b_128k_sft", "engine=deepspeed", "engine.stage=1", "cluster.device_memory_bytes=60GiB"]
+    ledger = build_ledger(PlanInputs.of(compose(typed)))
+    suggestions = suggest(ledger, most=20)
+    assert not ledger.fits and suggestions
+    for suggestion in suggestions:
+        compose([*typed, *suggestion.overrides])
+    assert any("engine.stage=3" in suggestion.overrides or "engine.stage=2" in suggestion.overrides for suggestion in suggestions)
