@@ -16,6 +16,7 @@ from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.optimizers_side import optim_config
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource, _store
+from efflaunch.training.forward_only import forward_only
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build_zero import shard
@@ -50,11 +51,13 @@ class ZeroTrainer:
         self.updater.weights_changed()
         self.source = ListSource(documents, targets)
 
+    def setup(self):
+        return StepSetup(model=self.model, topology=self.topology, kernel=CpuKernel(), device=torch.device("cpu"), reduce_each=True)
+
     def backward(self, plan):
         works, device = read_step(self.source, 0, plan, self.topology.stage_rank), torch.device("cpu")
-        setup = StepSetup(model=self.model, topology=self.topology, kernel=CpuKernel(), device=device, reduce_each=True, barrier_free=False)
         objective = LanguageModelling(count_targets(works, self.topology, device), device)
-        loss = backward_step(setup, works, objective, on_last=self.updater.before_final_backward).sum()
+        loss = backward_step(self.setup(), works, objective, on_last=self.updater.before_final_backward).sum()
         dist.all_reduce(loss)
         return float(loss)
 
@@ -88,6 +91,25 @@ def whole(tensors):
             full.copy_(value)
         out[key] = full.numpy()
     return out
+
+
+def run_with_forwards(case, weights, documents, targets, plan, rates):
+    """(loss, norm) of each step, with forward passes alone in between and without."""
+    outcomes = []
+    for looks in (False, True):
+        trainer, steps = ZeroTrainer(case, weights, documents, targets), []
+        for rate in rates:
+            if looks:
+                works = read_step(trainer.source, 0, plan, trainer.topology.stage_rank)
+                forward_only(trainer.setup(), works, lambda work: _squares)
+            steps.append(trainer.step(plan, rate))
+        trainer.close()
+        outcomes.append(steps)
+    return outcomes
+
+
+def _squares(head):
+    return head.x.float().square().sum()
 
 
 def run_zero(case, weights, documents, targets, plans, rates):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from efflaunch.tests.parity.engines_side import run_zero
+from efflaunch.tests.parity.engines_side import run_with_forwards, run_zero
 from efflaunch.tests.parity.reference import reference_loss, reference_model
 from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of, reference, rms, worst
 from efflaunch.tests.ranks import RankPool
@@ -118,3 +118,11 @@ def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool: RankPool, sta
     # Updates are of float32 weights: their last bits are not bfloat16's.
     rounded = {name: torch.from_numpy(each).bfloat16().float().numpy() for name, each in trained.items()}
     assert steps[1][0] < steps[0][0] and any(not np.array_equal(trained[name], rounded[name]) for name in trained)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_forward_passes_alone_between_steps_change_nothing(pool: RankPool, stage: int) -> None:
+    """As evaluations and scores make them: no gradient, no gathered weight and no order of modules is left behind."""
+    case = {"stage": stage, "policy": "recompute", "family": "llama", "dtype": "float32"}
+    plain_steps, looked = pool.run(run_with_forwards, case, plain("llama", None)[0], *make_documents(LENGTHS), UNEQUAL, RATES, ranks=2)[0]
+    assert plain_steps == looked and looked[1][0] < looked[0][0]
