@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@# torch first and alone: later packages that only name it then keep this build.
 	@echo "installing torch into $(VENV) ..."
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch
+	@# DeepSpeed's setup.py imports torch, and would compile its operations, none of which is used.
+	@$(BIN)/python -m pip install -qq -c constraints.txt "setuptools>=77" wheel ninja
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation deepspeed
 	@echo "installing efflaunch and the rest ..."
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[test]"
 	@# mypy needs a directory called efflaunch, whatever this one is called.

@@ -398,9 +398,9 @@ def _numbers(tensor: Any, number: int, step: int) -> tuple[Any, Any]:
     """Return this rank's part of a tensor and what it holds after `step`: other numbers at every place, tensor and step."""
     import torch
 
-    from ..parallel.sharding.parts import part as part_of
+    from ..parallel.sharding.parts import pieces
 
-    part, offsets = part_of(tensor)
+    ((part, offsets),) = pieces(tensor)
     whole = (torch.arange(tensor.numel(), dtype=torch.float32) % 997 + 1000 * (step % 4096) + number / 8).reshape(tensor.shape)
     slices = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
     return part, whole[slices]

@@ -262,8 +262,9 @@ class CheckpointEngine:
         self._num_attempts += 1
         name = f"{self._peers.session}-{self._num_attempts}"
         at_once, local = self._state.changing_in_forward(), self._state.local
+        sources = [local(tensors[piece.key], piece.offsets) for piece in self._layout.pieces]
         sources = [
-            local(tensors[piece.key]).clone() if piece.key in at_once else local(tensors[piece.key]) for piece in self._layout.pieces
+            source.clone() if piece.key in at_once else source for piece, source in zip(self._layout.pieces, sources, strict=True)
         ]
         facts = {"step": step, "attempt": name, "rank": self._peers.rank, "world_size": self._peers.world_size}
         folder = files.temporary_path(self.directory, step, name)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .archive import INDEX_FILE
+from .flat import Piece
 from .manifest import Manifest, digest
 from .pool import copy_memory
 from .progress import RestoreProgress
@@ -33,15 +34,15 @@ BATCH_BYTES = 256 << 20
 THREADS = 3
 
 
-Part = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
-"""Maps a tensor to this rank's memory of it and where that starts in the whole."""
+Pieces = Callable[[Tensor], list[Piece]]
+"""Maps a tensor to this rank's memory of it, piece by piece, and where each starts in the whole."""
 
 
-def whole(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The `Part` of a tensor that nobody shards: all of it. TypeError for one that is of a kind of its own, which may be sharded."""
+def whole(value: Tensor) -> list[Piece]:
+    """The `Pieces` of a tensor that nobody shards: all of it. TypeError for one that is of a kind of its own, which may be sharded."""
     if type(value) not in (Tensor, torch.nn.Parameter):
-        raise TypeError(f"a {type(value).__name__} may be a part of a tensor: say by `part` which")
-    return value.detach(), (0,) * value.ndim
+        raise TypeError(f"a {type(value).__name__} may be a part of a tensor: say by `pieces` which")
+    return [(value.detach(), (0,) * value.ndim)]
 
 
 class DamageError(Exception):
@@ -99,15 +100,15 @@ class Reader:
         self._manifests: dict[int, Manifest] = {}
         self.tensors = self._read_index()
 
-    def read(self, targets: dict[str, Tensor], part: Part = whole) -> None:
-        """Fill this rank's `part` of each target from its key, cast to its dtype. No communication."""
+    def read(self, targets: dict[str, Tensor], pieces: Pieces = whole) -> None:
+        """Fill this rank's `pieces` of each target from its key, cast to its dtype. No communication."""
         spans: list[_Span] = []
         later: list[tuple[Tensor, Tensor]] = []
         waiting = 0
-        parts = {key: part(value) for key, value in targets.items()}
-        self.progress.begin(f"reading {self.source.name}", sum(own.numel() * own.element_size() for own, _ in parts.values()))
+        parts = [(key, *piece) for key, value in targets.items() for piece in pieces(value)]
+        self.progress.begin(f"reading {self.source.name}", sum(own.numel() * own.element_size() for _, own, _ in parts))
         with _Files(self) as opened:
-            for key, (own, offsets) in parts.items():
+            for key, own, offsets in parts:
                 begin = len(later)
                 if own.numel():
                     self._plan(key, own, offsets, spans, later)

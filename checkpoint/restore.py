@@ -174,13 +174,10 @@ class Restorer:
         self._state.allocate(reader.tensors)
         rng = _rng_targets(reader.tensors, self.peers.rank)
         tensors = self._state.tensors() | rng
-        failure = self.peers.agreed(lambda: reader.read(tensors, self._part))
+        failure = self.peers.agreed(lambda: reader.read(tensors, self._state.pieces))
         if failure is not None:
             return None, failure
         return self._finish(reader, contents, rng), None
-
-    def _part(self, value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        return self._state.local(value), self._state.offsets(value)
 
     def _differences(self, model: dict[str, Tensor], saved: dict[str, SavedTensor]) -> list[str]:
         """Differences to the model, those of the first rank with any, on all ranks. Weights may be on some ranks only (pipelines)."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .flat import Piece
 from .reader import SavedTensor
 
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
@@ -35,12 +36,12 @@ class State(Protocol):
         """Empty the optimizer and give it the states that `saved` names, unset, for a restore to fill."""
         ...
 
-    def local(self, value: Tensor) -> Tensor:
-        """This rank's own memory of one of the tensors. Called for each at every save: fast."""
+    def local(self, value: Tensor, offsets: tuple[int, ...]) -> Tensor:
+        """This rank's own memory of one of the tensors, of the piece that starts at `offsets`. Called for each at every save: fast."""
         ...
 
-    def offsets(self, value: Tensor) -> tuple[int, ...]:
-        """Offsets of that memory in the whole tensor, by dim."""
+    def pieces(self, value: Tensor) -> list[Piece]:
+        """All this rank's memory of one of the tensors, each piece with its offsets in the whole, by dim."""
         ...
 
     def sharding(self, value: Tensor) -> Hashable:
@@ -88,10 +89,9 @@ def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved
     optimizer.state.clear()
     trainable = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        prefix = f"{OPTIMIZER}{name}."
         if parameter not in trainable:
             continue
-        for key, entry in _starting_with(saved, prefix):
+        for key, entry in saved_states(saved, name):
             dtype = entry.dtype
             if entry.size == parameter.shape and parameter.ndim:
                 value: Tensor = torch.empty_like(parameter, dtype=dtype)
@@ -100,7 +100,9 @@ def allocate_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved
             optimizer.state[parameter][key] = value.detach()
 
 
-def _starting_with(saved: dict[str, SavedTensor], prefix: str) -> Iterable[tuple[str, SavedTensor]]:
+def saved_states(saved: dict[str, SavedTensor], name: str) -> list[tuple[str, SavedTensor]]:
+    """Optimizer states that a checkpoint holds of a parameter, by their own names (`exp_avg`)."""
+    prefix = f"{OPTIMIZER}{name}."
     return [(key[len(prefix) :], entry) for key, entry in saved.items() if key.startswith(prefix) and "." not in key[len(prefix) :]]
 
 

@@ -10,7 +10,7 @@ from ..parallel.layout import Layout
 from .footprint.device import device_terms
 from .footprint.host import arena_bytes, host_terms
 from .footprint.term import ALL, Phase, Term
-from .plan_inputs import PlanInputs
+from .plan_inputs import PlanInputs, reduction_of_engine
 from .timing.step import Timing
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def resolve_grad_reduce(inputs: PlanInputs) -> PlanInputs:
     """Resolves `auto`: once per step without barriers, or where whole gradients fit on the device, else after every micro-batch."""
     if inputs.parallel.grad_reduce is not GradReduce.AUTO:
         return inputs
+    if (own := reduction_of_engine(inputs)) is not None:
+        return replace(inputs, parallel=replace(inputs.parallel, grad_reduce=own))
     per_step = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))
     if inputs.parallel.barrier_free or device_account(per_step).fits:
         return per_step

@@ -16,6 +16,7 @@ from ..model.adapters.targets import targets, trained_numbers
 from ..model.spec import LayerParameters, expert_weights, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
+from ..parallel.sharding.config import TORCH, Backend, EngineConfig
 from .optimizer_residency import ON_DEVICE, Residency, residency_of
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
@@ -32,7 +33,7 @@ GIB = 1 << 30
 BUSIEST_RANK = 1.5
 """Rows that the busiest of the ranks that share experts gets, over the mean: assumed, for routing is known when it happens."""
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
-_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured", "adapter")
+_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured", "adapter", "engine")
 """What the other fields follow from."""
 
 
@@ -57,6 +58,8 @@ class Configured(Protocol):
     def checkpoint(self) -> CheckpointConfig: ...
     @property
     def cluster(self) -> ClusterConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ class PlanInputs:
     """Rates that stand in place of the cluster's."""
     adapter: AdapterConfig = NO_ADAPTER
     """Adapters that are trained beside a frozen model; their weights are in all counts of weights."""
+    engine: EngineConfig = TORCH
+    """Engine that shards and updates."""
     packed: float = 1.0
     """Share of a rank's tokens in two documents that attention walks one after the other; 0: every pack is one document."""
     in_flight: int = 1
@@ -161,6 +166,7 @@ class PlanInputs:
             residency=residency_of(config.optim, config.checkpoint),
             measured=measured,
             adapter=config.adapter,
+            engine=config.engine,
         )
 
     @classmethod
@@ -176,6 +182,7 @@ class PlanInputs:
         residency: Residency = ON_DEVICE,
         measured: MeasuredRates | None = None,
         adapter: AdapterConfig = NO_ADAPTER,
+        engine: EngineConfig = TORCH,
     ) -> PlanInputs:
         """`of` from parts, for what has no whole configuration: layout, policy and counts follow from them."""
         check_cluster(cluster)
@@ -196,6 +203,7 @@ class PlanInputs:
             residency=residency,
             measured=measured,
             adapter=adapter,
+            engine=engine,
         )
 
     def with_parts(self, **changes: Any) -> PlanInputs:
@@ -379,6 +387,13 @@ def _largest_piece(policy: MemoryPolicy, tokens: int) -> int:
     cuts = sorted({0, tokens, *(row for split in inside for row in split.rows(tokens))})
     largest = max(stop - start for start, stop in pairwise(cuts)) if len(cuts) > 1 else 0
     return min(largest, policy.chunk_tokens or largest)
+
+
+def reduction_of_engine(inputs: PlanInputs) -> GradReduce | None:
+    """When gradients are reduced, where the engine's stage says so and there is nothing to choose; None: FSDP2 does either."""
+    if inputs.engine.backend is not Backend.DEEPSPEED:
+        return None
+    return GradReduce.STEP if inputs.engine.stage == 1 else GradReduce.MICRO_BATCH
 
 
 def reduces_once(inputs: PlanInputs) -> bool:

@@ -9,6 +9,7 @@ from ..memory.config import ActivationPlace, MemoryConfig
 from ..model.adapters.config import AdapterConfig, AdapterMethod
 from ..model.adapters.targets import matrices
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
+from ..parallel.sharding.config import Backend
 from ..units import format_tokens
 from .optimizer_residency import MOMENT_BYTES
 from .plan_inputs import GIB, PlanInputs
@@ -45,6 +46,19 @@ LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA)
 """What adapter=lora asks for (conf/adapter/lora.yaml)."""
 
 
+def _has_every_setting(inputs: PlanInputs) -> bool:
+    """Whether the engine runs whatever can be configured; DeepSpeed's refuses what some moves type (parallel/sharding/engine.py)."""
+    return inputs.engine.backend is Backend.TORCH
+
+
+def _higher_stage(inputs: PlanInputs) -> Iterator[Change]:
+    """More of what ZeRO can shard."""
+    if not _has_every_setting(inputs):
+        for stage, shards in ((2, "gradients are sharded too"), (3, "gradients and weights are sharded too")):
+            if stage > (inputs.engine.stage or 0):
+                yield Change((f"engine.stage={stage}",), shards, replace(inputs, engine=replace(inputs.engine, stage=stage)))
+
+
 def _auto(inputs: PlanInputs) -> Iterator[Change]:
     """Let the solver decide, first what is open, then also what was given."""
     given = [key for key in OPEN if getattr(inputs.memory, key) is not None]
@@ -63,7 +77,7 @@ def _auto(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def _states_on_host(inputs: PlanInputs) -> Iterator[Change]:
-    if not inputs.residency.on_host:
+    if _has_every_setting(inputs) and not inputs.residency.on_host:
         moved = replace(inputs, residency=replace(inputs.residency, on_host=True))
         unknown = "; the time of that is not in the estimate" if host_update_rate(moved).bytes_per_s is None else ""
         yield Change(("optim.state_device=host",), f"float32 weights and moments on the host and updated there{unknown}", moved)
@@ -71,7 +85,7 @@ def _states_on_host(inputs: PlanInputs) -> Iterator[Change]:
 
 def _in_backward(inputs: PlanInputs) -> Iterator[Change]:
     """Gradients are freed layer by layer; with a norm to clip by only after a pass of its own."""
-    if not inputs.residency.in_backward:
+    if _has_every_setting(inputs) and not inputs.residency.in_backward:
         clipped = inputs.residency.clipped
         overrides = ("optim.update=backward", *(("optim.clip_mode=two_pass",) if clipped else ()))
         twice = "; exact, but forward and backward run twice, first for the norm to clip by" if clipped else ""
@@ -80,7 +94,7 @@ def _in_backward(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def _few_bits(inputs: PlanInputs) -> Iterator[Change]:
-    if inputs.residency.moment_bytes is None and inputs.width < 8:
+    if _has_every_setting(inputs) and inputs.residency.moment_bytes is None and inputs.width < 8:
         changed = replace(inputs.residency, moment_bytes=MOMENT_BYTES["8bit"])
         yield Change(("optim.state_dtype=8bit",), "moments in 8 bits: NOT EXACT", replace(inputs, residency=changed))
 
@@ -94,7 +108,7 @@ def _whole_host(inputs: PlanInputs) -> Iterator[Change]:
 def _adapters(inputs: PlanInputs) -> Iterator[Change]:
     """Low-rank adapters on a frozen model: no masters, moments and gradients of its weights. Another training, so not among SETTINGS."""
     rank = min(LORA.rank, *(min(matrix.rows, matrix.columns) for matrix in matrices(inputs.spec)))
-    if inputs.trains_all and rank == LORA.rank and inputs.expert_parallel == 1:
+    if _has_every_setting(inputs) and inputs.trains_all and rank == LORA.rank and inputs.expert_parallel == 1:
         dense = inputs.spec.experts is None
         adapter = LORA if dense else replace(LORA, targets=["attention"])
         overrides = ("adapter=lora",) if dense else ("adapter=lora", "adapter.targets=[attention]")
@@ -164,7 +178,7 @@ def _chunks(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def _reduce_each(inputs: PlanInputs) -> Iterator[Change]:
-    if inputs.parallel.grad_reduce is GradReduce.STEP and inputs.layout.num_micro_batches > 1:
+    if _has_every_setting(inputs) and inputs.parallel.grad_reduce is GradReduce.STEP and inputs.layout.num_micro_batches > 1:
         parallel = replace(inputs.parallel, grad_reduce=GradReduce.MICRO_BATCH)
         yield Change(("parallel.grad_reduce=micro_batch",), "no whole gradients are kept", replace(inputs, parallel=parallel))
 
@@ -247,6 +261,7 @@ SETTINGS: tuple[Move, ...] = (
     _segments,
     _whole_host,
     _reduce_each,
+    _higher_stage,
     _small_loss_chunks,
     _shard_more,
     _states_on_host,
@@ -255,7 +270,7 @@ SETTINGS: tuple[Move, ...] = (
 """The run's own settings: exact, on the machines there are."""
 OTHERWISE: tuple[Move, ...] = (_more_nodes, _in_backward, _adapters, _files, _larger_host, _larger_device, shorter, _few_bits)
 """Other machines, more time, less to do, another result."""
-TOGETHER: tuple[Move, ...] = (_auto, _recompute, _reduce_each, _chunks, _small_loss_chunks, _shard_more, _states_on_host)
+TOGETHER: tuple[Move, ...] = (_auto, _recompute, _reduce_each, _higher_stage, _chunks, _small_loss_chunks, _shard_more, _states_on_host)
 """Made one after the other where none is enough by itself."""
 LAST: tuple[Move, ...] = (_spread, *OTHERWISE)
 """Moves on top of TOGETHER, where even those at once are not enough."""

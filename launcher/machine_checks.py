@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 
 from ..cluster.config import Device
 from ..errors import ConfigError, UserError
@@ -47,8 +48,23 @@ def check_node(config: Config, machine: Machine) -> None:
     else:
         _check_cores(config, machine)
         _check_memory(config, machine)
+    _check_engine(config)
     _check_offload_dir(config)
     _check_profile(config, machine)
+
+
+def _check_engine(config: Config) -> None:
+    """ConfigError where the package of the configured engine is not here."""
+    from ..training.optimizers.engine_check import check_package, engine_facts
+
+    check_package(engine_facts(config), _version_of)
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _check_offload_dir(config: Config) -> None:

@@ -319,7 +319,7 @@ def _shadow(
             continue
         done.add(id(parameter))
         target = parameter if into is None else into[f"{prefix}.{name}" if prefix else name]
-        parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=memory_of(target).dtype, device=parameter.device))
+        parameters[name] = nn.Parameter(torch.empty(target.shape, dtype=memory_of(target).dtype, device=parameter.device))
         copies.append((target, parameters[name]))
     shadow = copy.copy(module)
     shadow.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..parallel.sharding.parts import memory_of, slices
+from ..parallel.sharding.parts import indexed, memory_of
 from .adapters.names import is_factor
 from .config import ModelConfig
 from .families.facts import FamilyFacts
@@ -82,10 +82,14 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _fill(parameter: Tensor, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
     """Fill this rank's part of one parameter, new rows included."""
-    local, part = memory_of(parameter), slices(parameter)
-    # safetensors slices must not be empty: a rank beyond the last row holds none.
-    if any(piece.start >= piece.stop for piece in part):
-        return
+    for local, part in indexed(parameter):
+        # safetensors slices must not be empty: a rank beyond the last row holds none.
+        if local.numel():
+            _fill_piece(local, part, parameter.shape[0] if part else 1, name, plan, saved, seed)
+
+
+def _fill_piece(local: Tensor, part: tuple[slice, ...], num_rows: int, name: str, plan: LoadPlan, saved: Any, seed: int) -> None:
+    """Fill one box of a parameter of `num_rows` rows."""
     rows = plan.sources[name].shape[0]
     if name not in (EMBEDDING, HEAD) or part[0].stop <= rows:
         local.copy_(saved[part])
@@ -93,17 +97,17 @@ def _fill(parameter: Tensor, name: str, plan: LoadPlan, saved: Any, seed: int) -
     there = max(0, rows - part[0].start)
     if there:
         local[:there].copy_(saved[(slice(part[0].start, rows), *part[1:])])
-    made = new_rows(saved, rows, parameter.shape[0] - rows, f"{seed}:{name}")
+    made = new_rows(saved, rows, num_rows - rows, f"{seed}:{name}")
     local[there:].copy_(made[max(part[0].start - rows, 0) : part[0].stop - rows, part[1]])
 
 
 def _fill_expert(parameter: Tensor, part: StoredPart, expert: int, saved: Any) -> None:
     """Fill this rank's part of one expert's rows, if it has any of them."""
-    local, (experts, rows, columns) = memory_of(parameter), slices(parameter)
-    first, stop = max(rows.start, part.first_row), min(rows.stop, part.first_row + part.shape[0])
-    if experts.start <= expert < experts.stop and first < stop and columns.start < columns.stop:
-        there = saved[(slice(first - part.first_row, stop - part.first_row), columns)]
-        local[expert - experts.start, first - rows.start : stop - rows.start].copy_(there)
+    for local, (experts, rows, columns) in indexed(parameter):
+        first, stop = max(rows.start, part.first_row), min(rows.stop, part.first_row + part.shape[0])
+        if experts.start <= expert < experts.stop and first < stop and columns.start < columns.stop:
+            there = saved[(slice(first - part.first_row, stop - part.first_row), columns)]
+            local[expert - experts.start, first - rows.start : stop - rows.start].copy_(there)
 
 
 def _faults(parameter: Tensor, name: str, saved: Any, facts: FamilyFacts) -> list[str]:

@@ -159,7 +159,8 @@ PURE_FOLDERS = ("launcher", "estimate", "cluster", "utils", "parallel/experts")
 PURE_FILES = (
     *("model/config.py", "model/spec.py", "model/hf_fields.py", "memory/config.py", "memory/policy.py", "memory/ranges.py"),
     *("parallel/config.py", "parallel/layout.py", "parallel/sequence/plan.py", "parallel/sequence/degrees.py"),
-    *("parallel/sharding/engine.py", "parallel/pipeline/plan.py", "training/optimizers/engine_check.py"),
+    *("parallel/sharding/config.py", "parallel/sharding/engine.py", "parallel/sharding/deepspeed_settings.py", "checkpoint/boxes.py"),
+    *("parallel/pipeline/plan.py", "training/optimizers/engine_check.py"),
     *("checkpoint/config.py", "checkpoint/interval.py", "checkpoint/throttle.py", "checkpoint/sizes.py", "checkpoint/replica/plan.py"),
     *(
         "training/config.py",
@@ -234,6 +235,7 @@ def test_constraints_pin_every_dependency() -> None:
         *extras["tensorboard"],
         *extras["plot"],
         *extras["bench"],
+        *extras["deepspeed"],
     ]
     names = {re.split(r"[\[<>=~! ]", requirement)[0].lower().replace("_", "-") for requirement in wanted} - {"efflaunch"}
     assert names <= pinned

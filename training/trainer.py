@@ -329,6 +329,7 @@ class _Run:
         self, gradients: Gradients, shares: torch.Tensor, works: list[MicroBatchWork], watch: RowWatch, loss: float = 0.0
     ) -> None:
         """NonFiniteLossError on every rank, naming the ranks, documents and tokens it came from."""
+        session = self.session
         for value in (loss, gradients.norm):
             if not math.isfinite(value):
                 raise non_finite(
@@ -336,12 +337,12 @@ class _Run:
                     shares,
                     works,
                     watch,
-                    self.session.source,
+                    session.source,
                     self.done,
                     layer=gradients.first_bad,
                     partly_applied=gradients.partly_applied,
                     # Where modules before were updated with bad numbers, weights say nothing of where those came from.
-                    bad_weights=() if gradients.partly_applied else weights_at_fault(self.session.model, self.session.topology.world),
+                    bad_weights=() if gradients.partly_applied else weights_at_fault(session.updater.weights, session.topology.world),
                 )
 
     def _finish_step(self, results: Results, plan: StepPlan, numbers: dict[str, Any], started: float, backward_s: float) -> None:

@@ -6,12 +6,15 @@ tests/memory/test_ledger_measured.py and `python -m efflaunch.bench.predicted` c
 from __future__ import annotations
 
 from ..plan_inputs import GIB, PlanInputs
+from . import weights as fsdp2
+from . import zero
 from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs, messages
 from .kernels import loss_chunk, masked_scores, row_losses, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states
 from .term import Phase, Term, term
-from .weights import batch, gathered_layers, gathered_root, gradients, head_gradient, layer_gradients, reduction, weights, whole_gradients
+from .weights import batch, head_gradient, layer_gradients
+from .zero import is_zero
 
 UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""
@@ -42,9 +45,10 @@ def reserve(inputs: PlanInputs) -> Term:
 
 def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
+    engine = zero if is_zero(inputs) else fsdp2
     fixed = (
-        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk, row_losses,
-        masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
+        engine.weights, optimizer_states, engine.whole_gradients, engine.gathered_root, layer_gradients, head_gradient, loss_chunk,
+        row_losses, masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)
@@ -52,7 +56,8 @@ def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
 
 def worst_layers(inputs: PlanInputs) -> list[Term]:
     """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
-    makers = (gradients, gathered_layers, reduction, layer_inputs, attention_outputs, activations, in_flight)
+    engine = zero if is_zero(inputs) else fsdp2
+    makers = (engine.gradients, engine.gathered_layers, engine.reduction, layer_inputs, attention_outputs, activations, in_flight)
     layers = [[make(inputs, layer) for make in makers] for layer in candidates(inputs)]
     worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
     return [

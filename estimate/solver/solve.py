@@ -13,7 +13,7 @@ from dataclasses import replace
 from ...memory.heads import num_head_groups
 from ...memory.policy import MemoryPolicy
 from ...parallel.config import GradReduce, SequenceMode
-from ..plan_inputs import PlanInputs, reduces_once
+from ..plan_inputs import PlanInputs, reduces_once, reduction_of_engine
 from .evaluate import measure_of
 from .report import SolveReport
 from .search import Candidate, PolicySearch
@@ -62,6 +62,8 @@ def _reductions(inputs: PlanInputs) -> list[GradReduce]:
     asked = inputs.parallel.grad_reduce
     if asked is not GradReduce.AUTO:
         return [asked]
+    if (own := reduction_of_engine(inputs)) is not None:
+        return [own]
     once = replace(inputs, parallel=replace(inputs.parallel, grad_reduce=GradReduce.STEP))
     several = reduces_once(once) and not inputs.parallel.barrier_free
     return [GradReduce.STEP, GradReduce.MICRO_BATCH] if several else [GradReduce.STEP]

@@ -14,6 +14,7 @@ from ...estimate.solver.report import describe_report
 from ...estimate.suggestions import Suggestion
 from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
+from ...parallel.sharding.config import Backend
 from ...units import format_precise, format_seconds, format_tokens
 from ..config.run_config import Config
 
@@ -67,6 +68,7 @@ def _layout_lines(ledger: Ledger) -> list[str]:
     where = f"{ledger.inputs.expert_parallel} ranks share them" if ledger.inputs.expert_parallel > 1 else "sharded as all weights are"
     return [
         f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
+        *([f"engine      DeepSpeed, ZeRO stage {ledger.inputs.engine.stage}"] if ledger.inputs.engine.backend is Backend.DEEPSPEED else []),
         f"weights     {layout.replicate} copies x {layout.shard} shards; gradients reduced per {reduced}",
         *([] if experts is None else [f"experts     {experts.num_experts} a layer{some}, {experts.per_token} of them a token; {where}"]),
         f"sequences   groups of {layout.sp_degree} ranks = Ulysses {layout.ulysses} x ring {layout.ring}; up to {tokens} tokens a rank",

@@ -129,6 +129,7 @@ def check_config(config: Config) -> None:
     from ...checkpoint.config import check_checkpoint
     from ...memory.config import check_memory
     from ...model.model_check import check_weights
+    from ...parallel.sharding.config import check_stage
     from ...training.optimizers.check import check_residency
     from ...training.optimizers.engine_check import check_engine, engine_facts
     from ...training.optimizers.lr_schedule import check_optim
@@ -144,6 +145,7 @@ def check_config(config: Config) -> None:
     check_memory(config.memory)
     check_optim(config.optim, config.train.steps)
     check_residency(config.optim, config.train.dtype)
+    check_stage(config.engine)
     check_engine(engine_facts(config), config)
     check_logging(config.logging)
     check_weights(config.model)

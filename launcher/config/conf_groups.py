@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 
-GROUPS = ("model", "adapter", "data", "optim", "parallel", "memory", "checkpoint", "cluster", "launcher", "logging", "eval")
+GROUPS = ("model", "adapter", "data", "optim", "parallel", "engine", "memory", "checkpoint", "cluster", "launcher", "logging", "eval")
 """Groups that always have exactly one option; `experiment` comes on top of them."""
 EXPERIMENT = "experiment"
 

@@ -13,6 +13,7 @@ from ...memory.config import MemoryConfig
 from ...model.adapters.config import NO_ADAPTER, AdapterConfig
 from ...model.config import ModelConfig
 from ...parallel.config import ParallelConfig
+from ...parallel.sharding.config import EngineConfig
 from ...training.config import TrainConfig
 from ...training.data.config import DataConfig
 from ...training.evaluation.config import EvalConfig
@@ -207,3 +208,4 @@ class Config:
     launcher: LauncherConfig
     logging: LoggingConfig
     eval: EvalConfig = field(default_factory=EvalConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)

@@ -81,9 +81,24 @@ class Refused:
     key: str
     """The key as typed: `optim.update`, `parallel.barrier_free`."""
     values: tuple[str, ...]
-    """Those it cannot run, as typed."""
+    """Those it cannot run, as typed; or the only ones it can, where `accepts`."""
     reason: str
     """What the engine does or lacks, as the end of "the engine ..."."""
+    accepts: bool = False
+
+    def refuses(self, text: str) -> bool:
+        """Whether the value, as typed, is refused."""
+        return (text in self.values) is not self.accepts
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package that an engine is made of, in the one version whose inner parts it is written for."""
+
+    name: str
+    version: str
+    install: str
+    """How to install it, as typed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,8 @@ class EngineFacts:
     preload: tuple[str, ...]
     """Modules it is made of, for the agent to import once before it forks the ranks."""
     refused: tuple[Refused, ...] = ()
+    package: Package | None = None
+    """None: it comes with torch."""
 
 
 FSDP2 = EngineFacts("fsdp2", ("torch.distributed.fsdp", "torch.distributed.tensor"))
@@ -111,3 +128,23 @@ EXPERT_PARALLEL = EngineFacts(
     ),
 )
 """The same with experts spread over ranks (experts.py)."""
+DEEPSPEED = EngineFacts(
+    "deepspeed",
+    FSDP2.preload,
+    refused=(
+        Refused("train.dtype", ("float64",), "keeps weights, gradients and states in float32"),
+        Refused("optim.update", ("backward",), "updates when all gradients are reduced"),
+        Refused("optim.state_device", ("host",), "has no states in host memory here"),
+        Refused("optim.state_dtype", ("float32",), "has moments in float32 alone", accepts=True),
+        Refused("parallel.barrier_free", ("true",), "gathers weights or reduces gradients in every micro-batch"),
+        Refused("parallel.grad_reduce", ("auto",), "reduces as its stage does: 1 once a step, 2 and 3 in every micro-batch", accepts=True),
+        Refused("parallel.replicate", ("1",), "shards over all ranks", accepts=True),
+        Refused("parallel.pipeline.stages", ("1",), "begins backward at a loss, which inner stages do not have", accepts=True),
+        Refused("parallel.experts.ep", ("1",), "has no second mesh for experts", accepts=True),
+        Refused("adapter.method", ("lora",), "has not been tried with frozen weights"),
+        Refused("memory.compile", ("true",), "has not been tried with compiled steps"),
+        Refused("memory.arena", ("planned",), "takes buffers that no plan knows of"),
+    ),
+    package=Package("deepspeed", "0.19.8", "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8"),
+)
+"""DeepSpeed's ZeRO, stages 1 to 3 (deepspeed.py)."""

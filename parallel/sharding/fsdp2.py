@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ...checkpoint import state
+from ...checkpoint.flat import Piece
 from ...checkpoint.reader import SavedTensor
 from . import parts
 
@@ -157,13 +158,13 @@ class Fsdp2State:
         """Empty optimizer states as `saved` has them."""
         state.allocate_optimizer(self._model, self._optimizer, saved)
 
-    def local(self, value: Tensor) -> Tensor:
-        """This rank's own memory."""
+    def local(self, value: Tensor, offsets: tuple[int, ...]) -> Tensor:
+        """This rank's own memory, which is one piece."""
         return parts.memory_of(value)
 
-    def offsets(self, value: Tensor) -> tuple[int, ...]:
-        """Where it starts in the whole."""
-        return parts.offsets(value)
+    def pieces(self, value: Tensor) -> list[Piece]:
+        """The one piece, and where it starts in the whole."""
+        return parts.pieces(value)
 
     def sharding(self, value: Tensor) -> Hashable:
         """How it lies over the ranks."""

@@ -14,10 +14,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ...checkpoint.flat import Flat, Piece
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether an engine gave this rank a part of the tensor; the part may be all of it, or nothing."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor | Flat)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -26,31 +28,43 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """This rank's part, without a copy, of its own class and outside any graph."""
+    """This rank's part, without a copy, of its own class and outside any graph; of a flattened tensor a run of numbers (n,)."""
+    if isinstance(tensor, Flat):
+        return tensor.run.detach()
     # What to_local() returns; but that is an operation of autograd: slow where many are asked for, and it wraps the part once more.
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def offsets(tensor: Tensor) -> tuple[int, ...]:
-    """Where this rank's part starts in the whole tensor, by dim."""
+    """Where this rank's part starts in the whole tensor, by dim; it is one box (a flattened tensor's is not: `pieces`)."""
+    assert not isinstance(tensor, Flat), "a run of numbers is several boxes"
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim
     _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(start)
 
 
-def part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's memory of a tensor and where it starts in the whole: a `checkpoint.reader.Part`."""
-    return memory_of(tensor), offsets(tensor)
+def pieces(tensor: Tensor) -> list[Piece]:
+    """This rank's memory of a tensor, box by box, and where each starts in the whole: a `checkpoint.reader.Pieces`."""
+    return tensor.pieces() if isinstance(tensor, Flat) else [(memory_of(tensor), offsets(tensor))]
 
 
 def slices(tensor: Tensor) -> tuple[slice, ...]:
-    """This rank's part of the whole tensor, as an index; also right for `_StridedShard`."""
+    """This rank's part of the whole tensor, as an index, where it is one box; also right for `_StridedShard`."""
     return tuple(slice(start, start + size) for start, size in zip(offsets(tensor), memory_of(tensor).shape, strict=True))
+
+
+def indexed(tensor: Tensor) -> list[tuple[Tensor, tuple[slice, ...]]]:
+    """This rank's memory of a tensor, box by box, and each as an index of the whole."""
+    return [
+        (memory, tuple(slice(start, start + size) for start, size in zip(begin, memory.shape, strict=True)))
+        for memory, begin in pieces(tensor)
+    ]
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
     """`part` as this rank's part of a whole that is sharded as `tensor` is, on the part's own device."""
+    assert not isinstance(tensor, Flat), "an engine that flattens has its own states"
     if not isinstance(tensor, DTensor):
         return part
     # Not from_local: it would move the part to the mesh's device.
@@ -60,7 +74,11 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
 @torch.no_grad()
 def write_shard(target: Tensor, full: Tensor) -> None:
     """This rank's part of `full` into a sharded (or plain) tensor."""
-    memory_of(target).copy_(full[slices(target)] if is_sharded(target) else full)
+    if not is_sharded(target):
+        target.detach().copy_(full)
+        return
+    for memory, index in indexed(target):
+        memory.copy_(full[index])
 
 
 def groups_of_parts(tensor: Tensor) -> tuple[ProcessGroup, ...]:
@@ -77,6 +95,8 @@ def groups_of_parts(tensor: Tensor) -> tuple[ProcessGroup, ...]:
 
 def sharding(tensor: Tensor) -> Hashable:
     """Changes with how a tensor lies over the ranks, or its device where it is whole; the same for alike tensors."""
+    if isinstance(tensor, Flat):
+        return (tensor.begin, tensor.run.numel(), tensor.device.type)
     if not isinstance(tensor, DTensor):
         return tensor.device.type
     return (tensor.placements, tuple(tensor.device_mesh.shape), tuple(memory_of(tensor).shape))

@@ -23,7 +23,7 @@ from efflaunch.checkpoint.config import CheckpointConfig
 from efflaunch.checkpoint.engine import CheckpointEngine
 from efflaunch.checkpoint.reader import Reader
 from efflaunch.parallel.sharding.fsdp2 import Fsdp2State
-from efflaunch.parallel.sharding.parts import part
+from efflaunch.parallel.sharding.parts import pieces
 from efflaunch.tests.ranks import RankPool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64)
@@ -114,7 +114,7 @@ def _our_load(path: Path, dim: int) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
     for value in tensors.values():
         value.zero_()
-    Reader(path).read(tensors, part)
+    Reader(path).read(tensors, pieces)
     return {key: _whole(value) for key, value in tensors.items()}
 
 

@@ -72,10 +72,10 @@ def _many_saves(folder: Path, pool_bytes: int | None) -> bool:
     for step in range(1, 7):
         restored = State()
         from efflaunch.checkpoint.reader import Reader
-        from efflaunch.parallel.sharding.parts import part
+        from efflaunch.parallel.sharding.parts import pieces
 
         tensors = Fsdp2State(restored.model, restored.optimizer).tensors()
-        Reader(files.step_path(folder, step)).read(tensors, part)
+        Reader(files.step_path(folder, step)).read(tensors, pieces)
         assert restored.wrong(step) == ""
     return True
 

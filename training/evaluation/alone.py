@@ -139,7 +139,7 @@ def load_checkpoint(trained: Trained, path: Path, topology: Topology) -> None:
         reader = Reader(path)
         differing = state.differences(weights, {key: entry for key, entry in reader.tensors.items() if key not in elsewhere})
         if not differing:
-            reader.read(weights, lambda value: (own.local(value), own.offsets(value)))
+            reader.read(weights, own.pieces)
     except (DamageError, OSError, ValueError, KeyError) as error:
         hint = "efflaunch checkpoints RUN_DIR --verify finds a whole one; --step takes it"
         raise CheckpointError(str(path), found=str(error), expected="a whole checkpoint", hint=hint) from error

@@ -34,24 +34,38 @@ def build_optimizer(
     `weights`: the parameters of the same names that are updated instead of the model's own. `b_lr_ratio`: the learning rate of
     adapters' B over that of everything else (LoRA+).
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": [], "lora_b": []}
-    owners, updated = _owners(model), dict((weights or model).named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_fast = b_lr_ratio != 1.0 and is_factor_b(name)
-            kind = "lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"
-            groups[kind].append((name, updated[name]))
+    updated = dict((weights or model).named_parameters())
     named_groups: list[dict[str, Any]] = [
-        {"params": named, "name": kind, "weight_decay": 0.0 if kind == "no_decay" else config.weight_decay}
+        {"params": [(name, updated[name]) for name in names], "name": kind, "weight_decay": weight_decay(kind, config)}
         | ({RATIO: b_lr_ratio} if kind == "lora_b" else {})
-        for kind, named in groups.items()
-        if named
+        for kind, names in parameter_groups(model, b_lr_ratio=b_lr_ratio).items()
     ]
     if config.state_dtype is not StateDtype.FLOAT32:
         from .lowbit import build_lowbit
 
         return build_lowbit(named_groups, config)
-    return torch.optim.AdamW(named_groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    return fused_adamw(named_groups, config)
+
+
+def fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW as configured, over groups of parameters."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+def weight_decay(kind: str, config: OptimConfig) -> float:
+    """Weight decay of a group of parameters."""
+    return 0.0 if kind == "no_decay" else config.weight_decay
+
+
+def parameter_groups(model: nn.Module, *, b_lr_ratio: float = 1.0) -> dict[str, list[str]]:
+    """Names of the trainable parameters by group, in the model's order; groups without any are left out. Asks for whole shapes."""
+    groups: dict[str, list[str]] = {"decay": [], "no_decay": [], "lora_b": []}
+    owners = _owners(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_fast = b_lr_ratio != 1.0 and is_factor_b(name)
+            groups["lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"].append(name)
+    return {kind: names for kind, names in groups.items() if names}
 
 
 def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:

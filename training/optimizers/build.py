@@ -27,6 +27,7 @@ from ...model.stage import Stage, stage_of
 from ...model.weights import load_weights
 from ...parallel.config import ParallelConfig
 from ...parallel.pipeline.place import StagePlace
+from ...parallel.sharding.config import EngineConfig
 from ...parallel.sharding.engine import Weights
 from ...parallel.sharding.fsdp2 import Fsdp2State
 from ..config import TrainConfig
@@ -54,6 +55,8 @@ class Settings(Protocol):
     def optim(self) -> OptimConfig: ...
     @property
     def adapter(self) -> AdapterConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Weights and their gradients on one rank under DeepSpeed's ZeRO, by stage: the mirror of weights.py, which follows FSDP2. Pure.
+
+Follows deepspeed/runtime/zero (0.19): stage_1_and_2.py has every weight whole in compute precision beside its part of the float32
+ones; stage3.py has a part of both. Gradients are added up in float32; those of a step lie flat once more when they are taken.
+"""
+
+from __future__ import annotations
+
+from ...parallel.sharding.config import Backend
+from ..plan_inputs import PlanInputs
+from . import weights as fsdp2
+from .term import BACKWARD, KEEPING, Phase, Term, term
+
+
+def is_zero(inputs: PlanInputs) -> bool:
+    """Whether the engine is DeepSpeed's."""
+    return inputs.engine.backend is Backend.DEEPSPEED
+
+
+def shards_weights(inputs: PlanInputs) -> bool:
+    """Whether weights come together layer by layer; with stages 1 and 2 they always are whole."""
+    return inputs.engine.stage == 3
+
+
+def weights(inputs: PlanInputs) -> Term:
+    """Float32 weights and those that the model computes with; they are two, in float32 too."""
+    ranks = inputs.layout.shard
+    share = 1 / ranks if shards_weights(inputs) else 1
+    kind = f"float32, 1/{ranks} of each; in compute precision " + (f"1/{ranks} of each" if shards_weights(inputs) else "whole")
+    return term("weights", kind, (inputs.master / ranks + inputs.width * share) * inputs.parameters)
+
+
+def gradients(inputs: PlanInputs, layer: int) -> Term:
+    """Stage 1 has them whole up to the update, 2 and 3 this rank's part; taken, the part lies flat beside them."""
+    part = inputs.master * inputs.parameters // inputs.layout.shard
+    if inputs.engine.stage == 1:
+        whole = inputs.master * inputs.parameters
+        return Term("gradients", "float32, whole", dict.fromkeys((*KEEPING, Phase.REDUCE), whole) | {Phase.OPTIMIZER: whole + part})
+    by_phase = dict.fromkeys((*KEEPING, Phase.REDUCE), part) | {Phase.OPTIMIZER: 2 * part}
+    return Term("gradients", f"float32, 1/{inputs.layout.shard} of each", by_phase)
+
+
+def whole_gradients(inputs: PlanInputs) -> Term:
+    """None: those of stage 1 are in `gradients`."""
+    return Term("gradients, whole", "", {})
+
+
+def gathered_root(inputs: PlanInputs) -> Term:
+    """Stage 3: last norm, head and embedding, as FSDP2 has them."""
+    return fsdp2.gathered_root(inputs) if shards_weights(inputs) else Term("embedding and head, gathered", "", {})
+
+
+def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
+    """Stage 3: the running layer, and the next one, which is gathered ahead."""
+    return fsdp2.gathered_layers(inputs, layer) if shards_weights(inputs) else Term("layers, gathered", "", {})
+
+
+def reduction(inputs: PlanInputs, layer: int) -> Term:
+    """The bucket that gradients are reduced in, and a copy of it on its way."""
+    bucket = inputs.master * max(inputs.layer_parameters, inputs.head_parameters)
+    phases = (Phase.FORWARD, Phase.LOSS, *BACKWARD, Phase.REDUCE)
+    return Term("reduction", "a bucket of gradients, and its copy on the way", dict.fromkeys(phases, 2 * bucket))
