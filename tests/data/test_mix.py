@@ -105,6 +105,18 @@ def test_changed_weights_repeat_no_document_and_leave_none_out(folder: Path, don
     assert documents(after, range(done)) == documents(before, range(done))
 
 
+def test_steps_of_before_a_change_of_sources(folder: Path) -> None:
+    before = open_mix(folder, a=1, b=1)
+    more, other = open_mix(folder, a=1, b=1, c=1), open_mix(folder, a=1, c=1)
+    for after in (more, other):
+        after.resume_mix(before.mix_state(), 4, 100)
+        assert after.usage(4)[-1].tokens == 0 and after.lengths(4)
+        assert [use.name for use in after.usage(5)] == list(after.source_names)
+    assert documents(more, range(4)) == documents(before, range(4))
+    with pytest.raises(DataError, match=r"step 2: found a mix in which b had other documents, or was there"):
+        other.lengths(1)
+
+
 def test_long_documents_are_seen_more_often(folder: Path) -> None:
     plain = open_mix(folder, a=1, b=1)
     weighed = SourceConfig(prefixes=[str(folder / "a")], length_weights={"20": 2.0, "40": 6.0})

@@ -13,7 +13,7 @@ from ...errors import ConfigError, DataError
 from ...units import format_tokens
 from .config import DataConfig, length_classes
 from .indexed import IndexedCorpus
-from .mix_course import MixCourse, MixSettings, first_course
+from .mix_course import MixCourse, MixSettings, Place, Segment, first_course
 from .sampler import EpochStream, SequenceTable
 
 
@@ -67,13 +67,29 @@ class MixedSampler:
         self.course: MixCourse = first_course(self.settings)
 
     def step(self, step: int) -> np.ndarray:
-        """Indices (int64) into the table of the sequences of a step, counted from 0, source after source."""
+        """Indices (int64) into the table of the sequences of a step, counted from 0, source after source.
+
+        DataError for a step of before a change of the mix whose sources are not there any more.
+        """
         segment = self.course.segment(step)
+        self._check_streams(segment, step)
         parts = []
         for stream in self.streams:
+            if stream.name not in segment.shares:
+                continue
             low, high = (segment.cursor(stream.name, at) for at in (step, step + 1))
             parts.append(stream.rows[stream.epochs.between(low, high)])
         return np.concatenate(parts)
+
+    def _check_streams(self, segment: Segment, step: int) -> None:
+        for name, share in segment.shares.items():
+            if share and self.settings.digests.get(name) != segment.places[name].digest:
+                raise DataError(
+                    f"step {step + 1}",
+                    found=f"a mix in which {name.partition(':')[0]} had other documents, or was there",
+                    expected="the sources, their classes of lengths and data.max_seq_len of that time",
+                    hint="the configuration of that start, in the run's revisions",
+                )
 
     def describe(self) -> str:
         """`code 30.0 % of the tokens, web 70.0 %`: the shares from here on."""
@@ -89,8 +105,8 @@ class MixedSampler:
         tokens: dict[str, int] = {}
         epochs: dict[str, float] = {}
         for stream in self.streams:
-            place = segment.places[stream.name]
-            at = stream.epochs.start_from(segment.cursor(stream.name, step))
+            place = segment.places.get(stream.name, Place(0, stream.digest))
+            at = stream.epochs.start_from(segment.cursor(stream.name, step)) if stream.name in segment.places else 0
             tokens[stream.source] = tokens.get(stream.source, 0) + place.tokens_before + at
             epochs[stream.source] = max(epochs.get(stream.source, 0.0), place.epochs_before + at / stream.epochs.tokens)
         total = sum(tokens.values()) or 1

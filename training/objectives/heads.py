@@ -80,7 +80,8 @@ class LanguageModelling:
     def _summed(self, shard: PackedShard, by_source: SourceLosses) -> Seen:
         """Adds what rows come to to their sources: by where the pieces end, for a number per token would be memory of its own."""
         size, device = by_source.num_sources, self.stats.device
-        owners = torch.tensor([by_source.source_of(shard.parts[piece.sequence].sequence) for piece in shard.slices], device=device)
+        numbers = [by_source.source_of(shard.parts[piece.sequence].sequence) for piece in shard.slices]
+        owners = torch.tensor(numbers, dtype=torch.int64, device=device)
         ends = torch.tensor([len(piece) for piece in shard.slices], dtype=torch.int64, device=device).cumsum(0)
 
         def seen(rows: Tensor, log_probs: Tensor) -> None:
