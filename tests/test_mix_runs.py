@@ -17,6 +17,8 @@ from efflaunch.training.data.writer import IndexedWriter
 SOURCES = "data.sources={{web: {{prefixes: [web], weight: {}}}, code: {{prefixes: [code], weight: {}, max_epochs: 4}}}}"
 OPTIONS = [word for word in BASE if not word.startswith(("data.prefixes", "cluster.ranks", "parallel.tokens"))]
 STEPS = 8
+SHORT = ("train.steps=4", "run.id=x")
+pytestmark = pytest.mark.slow
 
 
 def mixed(*overrides: str) -> list[str]:
@@ -92,8 +94,8 @@ def test_an_exhausted_source_is_refused_before_anything_is_written(place: Path) 
 
 
 def test_mistakes_are_named(place: Path) -> None:
-    assert "data.sources.web.weight: found -1" in run(place, *mixed("data.sources.web.weight=-1", "run.id=x"), expect=93)
-    assert "data.sources.web.wieght: found an unknown key" in run(place, *mixed("++data.sources.web.wieght=1", "run.id=x"), expect=93)
-    weightless = ("data.sources.web.weight=0", "data.sources.code.weight=0", "run.id=x")
+    assert "data.sources.web.weight: found -1" in run(place, *mixed("data.sources.web.weight=-1", *SHORT), expect=93)
+    assert "data.sources.web.wieght: found an unknown key" in run(place, *mixed("++data.sources.web.wieght=1", *SHORT), expect=93)
+    weightless = ("data.sources.web.weight=0", "data.sources.code.weight=0", *SHORT)
     assert "weights that sum to more than 0" in run(place, *mixed(*weightless), expect=93)
     assert not (place / "runs" / "x").exists()
