@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import list_checkpoints, read_state
 from ..training.optimizers.lr_course import load_course, resumed_course
 from .config.run_config import Config
+
+if TYPE_CHECKING:
+    from ..training.data.source import DataSource
 
 
 def check_memory_plan(config: Config) -> None:
@@ -50,6 +53,7 @@ def report_evaluation(config: Config) -> None:
     if not config.eval.is_on:
         return
     from ..model.spec import model_spec
+    from ..training.data.config import corpus_prefixes
     from ..training.data.indexed import IndexedCorpus
     from ..training.data.source import open_data
     from ..training.evaluation.corpus import check_followed, open_corpora
@@ -59,7 +63,7 @@ def report_evaluation(config: Config) -> None:
     corpora = open_corpora(config.eval, max_seq_len=config.data.max_seq_len, vocab_size=vocab_size, tokenizer=config.data.tokenizer)
     check_followed(config.train.keep_best, corpora)
     if config.data.builtin is None:
-        training = [IndexedCorpus(prefix) for prefix in config.data.prefixes]
+        training = [IndexedCorpus(prefix) for prefix in corpus_prefixes(config.data)]
     else:
         training = open_data(config.data, config.train.seed, vocab_size, config.train.objective).corpora
     for note in overlap_notes([(corpus.name, corpus.corpus) for corpus in corpora], training):
@@ -73,13 +77,28 @@ def check_resumed(config: Config, run_dir: Path) -> list[str]:
     Looks at the newest whole checkpoint of the run directory; the ranks look again at the one they restore.
     """
     newest = _newest_state(run_dir)
+    mix = [open_run_data(config, run_dir)[1]] if config.data.sources else []
     if newest is None:
         return []
     step, saved = newest
     course = load_course(saved["extra"].get("schedule", {}), config.optim)
     change = None if course is None else resumed_course(config.optim, course, step, config.train.steps)[1]
     replaced = () if config.data.builtin else _check_data(config, saved["metadata"].get("data"), step)
-    return [*([] if change is None else [change]), *(f"data: {line}" for line in replaced)]
+    return [*([] if change is None else [change]), *(line for line in mix if line), *(f"data: {line}" for line in replaced)]
+
+
+def open_run_data(config: Config, run_dir: Path) -> tuple[DataSource, str | None]:
+    """The data of a run as its next start has it, and one line where the mix is another than so far.
+
+    DataError for a source of data.sources that train.steps see too often. The mix goes on where the newest whole checkpoint was.
+    """
+    from ..model.spec import model_spec
+    from ..training.data.source import open_data
+
+    source = open_data(config.data, config.train.seed, model_spec(config.model).vocab_size, config.train.objective)
+    newest = _newest_state(run_dir) if config.data.sources else None
+    step, saved = (0, None) if newest is None else (newest[0], newest[1]["extra"].get("mix"))
+    return source, source.resume_mix(saved, step, config.train.steps)
 
 
 def _newest_state(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
@@ -95,10 +114,11 @@ def _newest_state(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def _check_data(config: Config, saved: Any, step: int) -> tuple[str, ...]:
+    from ..training.data.config import corpus_prefixes
     from ..training.data.identity import check_data_changes, data_changes, data_identity, settings_of
     from ..training.data.indexed import IndexedCorpus
 
-    corpora = [IndexedCorpus(prefix) for prefix in config.data.prefixes]
+    corpora = [IndexedCorpus(prefix) for prefix in corpus_prefixes(config.data)]
     now = data_identity(corpora, settings_of(config.data, config.train.seed), None)
     changes = data_changes(saved, now)
     check_data_changes(changes, config.data.changed, step)

@@ -26,6 +26,7 @@ from .rundir.progress import (
     number_text,
     plans_text,
     score_line,
+    source_texts,
     speed_text,
     start_line,
     step_line,
@@ -199,6 +200,8 @@ class LiveDisplay:
         used = speed_text(event)
         if used:
             table.add_row("devices", used)
+        for index, text in enumerate(source_texts(event)):
+            table.add_row("" if index else "sources", _shortened(text))
         for index, name in enumerate(sorted(self.progress.evaluations)):
             evaluation = self.progress.evaluations[name]
             table.add_row("" if index else "evaluation", _shortened(f"{evaluation_text(evaluation)}, after step {evaluation['step']}"))

@@ -71,6 +71,8 @@ class Terms(Protocol):
         """Terms (C,) of the given rows, and their slopes (C,): derivatives by log_probs (C,), the targets' log-probabilities."""
 
 
+Seen = Callable[[Tensor, Tensor], None]
+"""Told of rows (C,) and the log-probabilities (C,) of their targets, chunk after chunk."""
 Finish = Callable[[], tuple[Tensor, Tensor]]
 """Finish after the last chunk: rows `unused` (T,), bool, have no gradient. x is not needed any more."""
 
@@ -93,7 +95,7 @@ def chunked_cross_entropy(
     return cross_entropy(Head(x, norm, weight, targets, options, overwrite, not_finite), scale)
 
 
-def cross_entropy(head: Head, scale: float, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(head: Head, scale: float, smoothing: float = 0.0, seen: Seen | None = None) -> Tensor:
     """The loss scale x sum over rows of -log p(target) + z_loss x logsumexp^2.
 
     `smoothing`: share of the target's probability that is spread evenly over the whole vocabulary (1512.00567, sec. 7).
@@ -101,6 +103,8 @@ def cross_entropy(head: Head, scale: float, smoothing: float = 0.0) -> Tensor:
     slope = -scale * (1 - smoothing)
 
     def terms(rows: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        if seen is not None:
+            seen(rows, log_probs)
         return log_probs * slope, torch.full_like(log_probs, slope)
 
     return chunked_loss(head, terms, z_weight=scale * head.options.z_loss, even_weight=-scale * smoothing)

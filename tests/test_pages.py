@@ -43,6 +43,15 @@ def test_report_page(tmp_path: Path) -> None:
     assert "wrote first.html" in printed and '"optim.lr": [' in printed
 
 
+def test_mixes_page(tmp_path: Path) -> None:
+    printed = run_page("mixes.md", tmp_path)
+    run = tmp_path / "work" / "runs" / "mixed"
+    steps = [event for event in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if event["event"] == "step"]
+    assert [len(event["sources"]) for event in steps] == [2] * 6
+    assert "data.sources from step 5 on: books 60.0 % of the tokens, notes 40.0 %" in printed
+    assert "books: loss" in printed and "sequences up to 512K, 8M tokens a step" in printed
+
+
 def test_memory_page(tmp_path: Path) -> None:
     printed = run_page("memory.md", tmp_path)
     assert "memory policy streambp: layer inputs kept on the GPU" in printed and "memory policy auto: " in printed

@@ -64,6 +64,7 @@ from .reporting.events import start_fields, step_fields, straggler_rows
 from .reporting.expert_balance import agreed_rows, balance_fields
 from .reporting.metrics import Metrics
 from .reporting.predicted_vs_measured import StepComparison, StepTimes, plan_report
+from .reporting.source_use import source_fields
 from .reporting.step_pace import Pace
 from .reporting.step_results import Results, gather_results, host_names
 from .reporting.stragglers import StageStragglers
@@ -104,9 +105,10 @@ def _plan_service(config: RunSettings) -> PlanService | None:
 
 
 def _data_changes(config: RunSettings, session: Session, restored: Restored | None) -> DataChanges:
-    """What is different from the data of the checkpoint; DataError where nobody asked for it."""
+    """What is different from the data of the checkpoint; DataError where nobody asked for it, and as check_same_base."""
     if restored is None:
         return DataChanges((), ())
+    check_same_base(restored.metadata.get("adapter"), session.adapter, config.model, restored.step)
     changes = data_changes(restored.metadata.get("data"), session.data)
     check_data_changes(changes, config.data.changed, restored.step)
     return changes
@@ -139,11 +141,10 @@ class _Run:
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
-        if restored is not None:
-            check_same_base(restored.metadata.get("adapter"), self.session.adapter, config.model, restored.step)
         self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
         self.course, self.course_change = _course(config, extra, self.done)
+        self.mix_change = self.session.source.resume_mix(extra.get("mix"), self.done, config.train.steps)
         self.first_loss: float | None = extra.get("first_loss")
         self.last_loss: float | None = extra.get("last_loss")
         self.total_tokens: int = extra.get("total_tokens", 0)
@@ -307,6 +308,7 @@ class _Run:
             stage.router_biases.update(rows[:, :-1], layers)
         balance = balance_fields(stage, rows, layers, topology)
         numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective), **balance}
+        numbers |= source_fields(session.source, step, objective, results.objective)
         return results, numbers, backward_s
 
     def _objective(self, plan: StepPlan, targets: int, works: list[MicroBatchWork]) -> StepObjective:
@@ -422,6 +424,7 @@ class _Run:
             "planner": {"sequence": self.config.parallel.sequence.value, "pending": self.planner.pending(self.done)},
             "updater": self.session.updater.state_dict(),
             "evaluation": self.evaluation.state(),
+            "mix": self.session.source.mix_state(),
             "wandb_id": wandb.read_text().strip() if (wandb := self.run_dir / "wandb_id").exists() else None,
         }
 
@@ -442,7 +445,8 @@ class _Run:
     def _write_start(self, restored: Restored | None) -> None:
         fields = start_fields(self.config, self.session, self.costs, self.certified.certificate, restored, self.hosts)
         schedule = {**self.course.dump(self.config.optim, self.done), "change": self.course_change}
-        self.metrics.write("start", step=self.done, **fields, schedule=schedule, data_changes=list(self.data_changes.lines))
+        changes = {"data_changes": list(self.data_changes.lines), "mix_change": self.mix_change}
+        self.metrics.write("start", step=self.done, **fields, schedule=schedule, **changes)
 
     def _write_end(self) -> None:
         self.metrics.write(

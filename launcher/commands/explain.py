@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EXIT_DONE, ConfigError
-from ...model.spec import model_spec
 from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.explain import Explanation
 from ...parallel.sequence.plan import Group, MicroBatch, StepPlan, check_plan
@@ -117,17 +116,17 @@ def find_step(run_dir: Path, config: Config, cost: CostModel, step: int | None, 
         raise ConfigError("--step", found=str(number), expected=f"1 to {config.train.steps}, the steps of this run", hint="--step 1")
     event = steps.get(number)
     if event is not None and event.get("groups"):
-        plan, measured = recorded_plan(event["groups"], cost, str(run_dir), lambda: step_lengths(config, number))
+        plan, measured = recorded_plan(event["groups"], cost, str(run_dir), lambda: step_lengths(config, number, run_dir))
         return RecordedStep(step=number, plan=_as_run(plan, event, cost), measured=measured, event=event, notes=())
-    plan = plan_step(config, step_lengths(config, number), cost)
+    plan = plan_step(config, step_lengths(config, number, run_dir), cost)
     return RecordedStep(step=number, plan=plan, measured={}, event=event, notes=_replanned(plan, event))
 
 
-def step_lengths(config: Config, step: int) -> tuple[int, ...]:
-    """Lengths of a step's sequences, counted from 1: a function of the configuration and the corpus."""
-    from ...training.data.source import open_data
+def step_lengths(config: Config, step: int, run_dir: Path) -> tuple[int, ...]:
+    """Lengths of a step's sequences, counted from 1: a function of the configuration, the corpora and the mixes the run has had."""
+    from ..checks import open_run_data
 
-    return open_data(config.data, config.train.seed, model_spec(config.model).vocab_size, config.train.objective).lengths(step - 1)
+    return open_run_data(config, run_dir)[0].lengths(step - 1)
 
 
 def _replanned(plan: StepPlan, event: Event | None) -> tuple[str, ...]:

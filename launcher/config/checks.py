@@ -11,6 +11,7 @@ from ...parallel.config import SequenceMode
 from ...parallel.layout import Layout, solve_layout
 from ...parallel.pipeline.config import PipelineOrder
 from ...training.config import check_train
+from ...training.data.config import check_sources
 from ...training.evaluation.config import check_eval, check_keep_best
 from ...units import format_tokens
 from .run_config import Config
@@ -19,6 +20,7 @@ from .run_config import Config
 def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
+    check_sources(config.data)
     spec = model_spec(config.model)
     _check_routers(config, spec)
     check_adapter(config.adapter, spec)

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import ConfigError
+from ...training.data.config import SourceConfig
 from .run_config import Backend, Config
 
 
@@ -34,6 +35,7 @@ PATH_KEYS: Mapping[str, PathKind] = MappingProxyType(
         "model.path": PathKind.NAME,
         "adapter.init": PathKind.FILE,
         "data.prefixes": PathKind.FILE,
+        "data.sources": PathKind.FILE,
         "data.tokenizer": PathKind.NAME,
         "data.cache_dir": PathKind.FILE,
         "eval.corpora": PathKind.FILE,
@@ -57,7 +59,7 @@ _HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<![^\[,\s])(~[\w.-]
 
 def expand_home(key: str, text: str) -> str:
     """The text of `key=text` with `~` and `~user` written out where the key holds paths. ConfigError for an unknown user."""
-    if key not in PATH_KEYS:
+    if key not in PATH_KEYS and not key.startswith("data.sources."):
         return text
     return _HOME.sub(lambda match: match[0] if match[1] is None else _home(key, match[1]), text)
 
@@ -108,7 +110,7 @@ def _mapped(config: Config, change: Callable[[str, PathKind, str], str]) -> Conf
 
 
 def _with(group: Any, names: list[str], change: Callable[[str], str]) -> Any:
-    """`group` (a dataclass) with the text, or every text of the list or mapping, at `names` replaced."""
+    """`group` (a dataclass) with the text, or every text of the list or mapping, at `names` replaced; of sources, their prefixes."""
     name, *rest = names
     value = getattr(group, name)
     if rest:
@@ -116,5 +118,9 @@ def _with(group: Any, names: list[str], change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return replace(group, **{name: [change(item) if item else item for item in value]})
     if isinstance(value, dict):
-        return replace(group, **{name: {key: change(item) if item else item for key, item in value.items()}})
+        return replace(group, **{name: {key: _item(item, change) for key, item in value.items()}})
     return group if not value else replace(group, **{name: change(value)})
+
+
+def _item(item: Any, change: Callable[[str], str]) -> Any:
+    return _with(item, ["prefixes"], change) if isinstance(item, SourceConfig) else change(item) if item else item

@@ -34,6 +34,7 @@ _OPTIONAL: dict[str, dict[str, str]] = {
         "cost_model": _GROUP,
         "schedule": _GROUP,
         "restored_from": _TEXT,
+        "mix_change": _TEXT,
         **dict.fromkeys(("memory", "data_changes", "optimizer_inexact", "skipped_checkpoints"), _TEXTS),
     },
     "step": {
@@ -43,6 +44,7 @@ _OPTIONAL: dict[str, dict[str, str]] = {
         "lr": _NUMBER,
         "plan": _TEXT,
         "ranks": _LIST,
+        "sources": _LIST,
         "grad_norm": _NUMBER,
         "plan_totals": _GROUP,
         "groups": _LIST,
@@ -63,6 +65,7 @@ _OPTIONAL: dict[str, dict[str, str]] = {
 }
 _MEMBERS: dict[tuple[str, str], dict[str, str]] = {
     ("step", "ranks"): {"rank": _COUNT, "peak_bytes": _COUNT},
+    ("step", "sources"): {"name": _TEXT, "tokens": _COUNT, "share": _NUMBER, "epochs": _NUMBER},
     ("eval", "lengths"): {"length": _COUNT, "targets": _COUNT},
     ("eval", "positions"): {"up_to": _COUNT, "targets": _COUNT},
     ("stragglers", "ranks"): {"rank": _COUNT, "host": _TEXT, "ratio": _NUMBER},
@@ -94,6 +97,8 @@ def is_sound(event: Any) -> bool:
     if not all(_has(event[name], wanted) for (of, name), wanted in _PARTS.items() if of == kind and event.get(name)):
         return False
     if kind == "eval" and not _are_losses(event):
+        return False
+    if kind == "step" and not all(row.get("loss") is None or _is(row["loss"], _NUMBER) for row in event.get("sources") or ()):
         return False
     return all(_is(number, _NUMBER) for name in ("measured_over_predicted", "plan_totals") for number in (event.get(name) or {}).values())
 

@@ -181,6 +181,7 @@ def step_line(progress: RunProgress) -> str:
         parts.append(f"experts {event['expert_load']:.1f}x")
     if event.get("dropped_share") is not None:
         parts.append(f"dropped {event['dropped_share']:.1%}")
+    parts += [f"{row['name']} {number_text(row.get('loss'), '.4f')}" for row in event.get("sources") or () if "loss" in row]
     parts += [f"{name.partition('_')[2].replace('_', ' ')} {event[name]:.3f}" for name in SHOWN if event.get(name) is not None]
     parts += [f"lr {number_text(event.get('lr'), '.2e')}", format_seconds(event["step_s"])]
     if progress.time_left_s is not None:
@@ -200,6 +201,8 @@ def start_line(event: Event) -> str:
         lines.append(f"step times are modelled: {event['costs']}")
     if event.get("data_changes"):
         lines.append(f"the data is not what the checkpoint was trained on, other documents follow: {'; '.join(event['data_changes'])}")
+    if event.get("mix_change"):
+        lines.append(str(event["mix_change"]))
     if (event.get("schedule") or {}).get("change"):
         lines.append(str(event["schedule"]["change"]))
     if event.get("memory"):
@@ -260,6 +263,16 @@ def speed_text(event: Event) -> str:
     return ", ".join(parts)
 
 
+def source_texts(event: Event) -> list[str]:
+    """`web: loss 2.4131, 70.0 % of the tokens, 0.31 epochs`, of each source of a step."""
+    return [
+        f"{row['name']}: "
+        + (f"loss {number_text(row['loss'], '.4f')}, " if row.get("loss") is not None else "")
+        + f"{row['share']:.1%} of the tokens, {row['epochs']:.2f} epochs"
+        for row in event.get("sources") or ()
+    ]
+
+
 def bound_text(certificate: Event) -> str:
     """Describe what a rank and a node take at most, and where that is more than there is."""
     place, size, room = certificate["place"], certificate["device_bytes"], certificate["device_capacity_bytes"]
@@ -294,6 +307,7 @@ def summary_lines(progress: RunProgress) -> list[tuple[str, str]]:
     speed = speed_text(progress.last or {})
     if speed:
         rows.append(("speed", f"{speed}, in the last step"))
+    rows += [("" if index else "sources", text) for index, text in enumerate(source_texts(progress.last or {}))]
     for index, event in enumerate(progress.evaluations[name] for name in sorted(progress.evaluations)):
         rows.append(("" if index else "evaluation", f"{evaluation_text(event)}, after step {event['step']}"))
     if progress.best is not None:

@@ -11,8 +11,8 @@ import pytest
 
 from efflaunch.errors import DataError
 from efflaunch.training.data import identity
-from efflaunch.training.data.config import DataChanged
-from efflaunch.training.data.identity import block_starts, check_data_changes, corpus_content, data_changes, data_identity
+from efflaunch.training.data.config import DataChanged, DataConfig, SourceConfig
+from efflaunch.training.data.identity import block_starts, check_data_changes, corpus_content, data_changes, data_identity, settings_of
 from efflaunch.training.data.indexed import IndexedCorpus
 from efflaunch.training.data.scores import corpus_digest
 
@@ -84,6 +84,20 @@ def test_what_settings_ask_for_is_said_and_not_refused(tmp_path: Path) -> None:
     assert named.silent == () and named.asked_for[0] == "data.prefixes: ['c'] -> ['d']" and len(named.asked_for) == 2
     more = data_changes(saved([corpus]), saved([corpus, other], "t", data_prefixes=["c", "d"]))
     assert more.silent == () and "2 corpora, not 1" in more.asked_for
+
+
+def test_weights_and_sources_may_change(tmp_path: Path) -> None:
+    corpus, other = make(tmp_path / "c", [1, 2, 3, 4, 5], [2, 3]), make(tmp_path / "d", [9, 8], [2])
+
+    def settings(*names: str, weight: float = 1.0) -> dict[str, Any]:
+        sources = {name: SourceConfig(prefixes=[name], weight=weight) for name in names}
+        return settings_of(DataConfig(name="t", sources=sources, max_seq_len=8, global_batch_tokens=8), 0)
+
+    before = data_identity([corpus], settings("c"), "s")
+    (line,) = data_changes(before, data_identity([corpus], settings("c", weight=2.0), "s")).asked_for
+    assert line.startswith("data.sources' weights: {'c': {'weight': 1.0,")
+    more = data_changes(before, data_identity([corpus, other], settings("c", "d"), "t"))
+    assert more.silent == () and more.asked_for[0] == "data.sources: {'c': ['c']} -> {'c': ['c'], 'd': ['d']}"
 
 
 def test_the_sequences_alone_and_what_earlier_versions_hold(tmp_path: Path) -> None:

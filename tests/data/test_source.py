@@ -178,7 +178,7 @@ def test_a_tokenizer_that_cannot_be_loaded(tmp_path: Path, content: str | None) 
 
 def test_prefixes_and_builtin_exclude_each_other(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", [[1, 2]])
-    with pytest.raises(ConfigError, match="data: found both prefixes and builtin; expected one of them"):
+    with pytest.raises(ConfigError, match="data: found prefixes and builtin; expected one of prefixes, sources and builtin"):
         open_data(_config(prefix, builtin="python_stdlib"), 0, 270)
-    with pytest.raises(ConfigError, match="data: found neither prefixes nor builtin; expected one of them"):
+    with pytest.raises(ConfigError, match="data: found none of prefixes, sources and builtin; expected one of prefixes"):
         open_data(_config(), 0, 270)

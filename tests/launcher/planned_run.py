@@ -34,7 +34,7 @@ def make_run(directory: Path, *overrides: str, recorded: bool = True) -> tuple[P
     )
     write_run(run_dir, config, 1)
     cost = step_cost(config)
-    plans = [plan_step(config, step_lengths(config, step), cost) for step in range(1, STEPS + 1)]
+    plans = [plan_step(config, step_lengths(config, step, Path(prefix).parent), cost) for step in range(1, STEPS + 1)]
     lines = [
         json.dumps(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,23 @@ def test_a_replaced_corpus_is_asked_about(tmp_path: Path, saved: dict[int, Any])
     with pytest.raises(DataError, match=r"step 20: found something else now: corpus .*/c: other tokens"):
         checks.check_resumed(config_of(tmp_path), tmp_path)
     assert checks.check_resumed(config_of(tmp_path, "data.changed=accept"), tmp_path) == [f"data: corpus {tmp_path}/c: other tokens"]
+
+
+def test_a_source_that_is_exhausted_is_refused_at_a_first_start_too(tmp_path: Path) -> None:
+    make(tmp_path / "c", [1, 2, 3, 4, 5], [2, 3])
+    sources = f"data.sources={{web: {{prefixes: [{tmp_path}/c], max_epochs: 2}}}}"
+    mixed = config_of(tmp_path, "data.prefixes=[]", sources, "data.max_seq_len=4", "data.global_batch_tokens=4", "train.steps=2")
+    assert checks.check_resumed(mixed, tmp_path) == []
+    with pytest.raises(DataError, match=r"data.sources.web.max_epochs: found 3.20 epochs of 5 tokens .*exhausted after step 2"):
+        checks.check_resumed(replace(mixed, train=replace(mixed.train, steps=4)), tmp_path)
+
+
+def test_what_evaluation_shares_with_a_source_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("c", "held"):
+        make(tmp_path / name, [1, 2, 3, 4, 5], [2, 3])
+    words = ("data.prefixes=[]", f"data.sources={{web: {{prefixes: [{tmp_path}/c]}}}}", f"eval.corpora={{mine: {tmp_path}/held}}")
+    checks.report_evaluation(config_of(tmp_path, *words))
+    assert "note: eval.corpora.mine shares 2 of 2 documents with training (document 0 is document 0 of" in capsys.readouterr().out
 
 
 def test_a_run_without_checkpoints_has_nothing_to_compare(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ EVENTS: tuple[Event, ...] = (
         "micro_batches": 1,
         "plan": "p",
         "ranks": [{"rank": 0, "tokens": 9, "peak_bytes": 7}],
+        "sources": [{"name": "web", "tokens": 9, "share": 1.0, "epochs": 0.5, "targets": 8, "loss": 5.0}],
         "total_tokens": 9,
         "grad_norm": 1.0,
         "lr": 1e-3,

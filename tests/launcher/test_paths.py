@@ -57,6 +57,7 @@ def test_home_in_what_is_typed(monkeypatch: pytest.MonkeyPatch, text: str, expec
     monkeypatch.setenv("HOME", "/home/me")
     assert expand_home("data.prefixes", text) == expected
     assert expand_home("logging.wandb_project", text) == text
+    assert expand_home("data.sources.web.prefixes", text) == expected
 
 
 def test_home_is_written_out_by_every_way_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,6 +70,9 @@ def test_home_is_written_out_by_every_way_in(monkeypatch: pytest.MonkeyPatch, tm
     assert (from_file.data.prefixes, from_file.data.tokenizer, from_file.run.root) == (["/home/me/c"], "/home/me/t", "/home/me/runs")
     quoted = changed(from_file, parse_overrides(["data.prefixes=['~/a b']", "checkpoint.mirror=~/second"]), None)
     assert (quoted.data.prefixes, quoted.checkpoint.mirror) == (["/home/me/a b"], "/home/me/second")
+    mixed = changed(from_file, parse_overrides(["data.sources={web: {prefixes: [~/a, b]}}", "data.prefixes=[]"]), None)
+    assert mixed.data.sources["web"].prefixes == ["/home/me/a", "b"]
+    assert absolute_paths(mixed, tmp_path).data.sources["web"].prefixes == ["/home/me/a", f"{tmp_path}/b"]
     with pytest.raises(ConfigError, match=r"data.tokenizer: found ~nobody-here, and no user nobody-here"):
         compose([QUICK, "data.tokenizer=~nobody-here/t"])
     assert cli._with_home("--config-dir=~/x") == "--config-dir=/home/me/x" and cli._with_home("~/runs/a") == "/home/me/runs/a"

@@ -78,6 +78,26 @@ def test_evaluations_are_shown_and_forgotten_with_their_steps(capsys: pytest.Cap
     assert f"{text}, after step 2" in shown and "25 tokens/s a rank, MFU 41.5%, HFU 50.0%" in shown
 
 
+def test_sources_are_shown_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"name": "code", "tokens": 30, "share": 0.3, "epochs": 1.25, "targets": 0, "loss": None},
+        {"name": "web", "tokens": 70, "share": 0.7, "epochs": 0.5, "targets": 9, "loss": 2.5},
+    ]
+    change = "data.sources from step 3 on: code 30.0 % of the tokens, web 70.0 %"
+    events = [start(2, resumed_from=2) | {"mix_change": change}, step(3, 2.5) | {"sources": rows}]
+    PlainDisplay(1).show(events)
+    printed = capsys.readouterr().out
+    assert change in printed and "code unknown  web 2.5000" in printed
+    texts = ["code: 30.0% of the tokens, 1.25 epochs", "web: loss 2.5000, 70.0% of the tokens, 0.50 epochs"]
+    lines = summary_lines(RunProgress().apply(events))
+    assert ("sources", texts[0]) in lines and lines[lines.index(("sources", texts[0])) + 1] == ("", texts[1])
+    console = Console(file=io.StringIO(), width=160, force_terminal=False)
+    display = LiveDisplay("title", console)
+    display.show(events)
+    display.close()
+    assert all(text in console.file.getvalue() for text in texts)  # type: ignore[attr-defined]
+
+
 def test_on_cpus_the_models_own_flops_are_shown() -> None:
     events = [start(), step(1, 9.0) | {"device_tokens_per_s": 25.0, "model_flops_per_s": 3.25e9}]
     rows = dict(summary_lines(RunProgress().apply(events)))

@@ -13,7 +13,7 @@ from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.parity.ranks_side import POLICIES, of_all_stages, stage_place
 from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio
 from efflaunch.training.micro_batches import count_targets, read_step
-from efflaunch.training.objectives.heads import LanguageModelling, Preference, Rollout
+from efflaunch.training.objectives.heads import LanguageModelling, Preference, Rollout, SourceLosses
 from efflaunch.training.objectives.preference import CHOSEN, PairOptions
 from efflaunch.training.objectives.rollout import RolloutOptions
 from efflaunch.training.step import backward_step
@@ -46,7 +46,9 @@ def _units(objective, options):
 
 def _objective(objective, options, works, topology):
     if objective == "fine-tuning":
-        return LanguageModelling(count_targets(works, topology, CPU), CPU, smoothing=options["smoothing"])
+        owners = options.get("owners")
+        by_source = None if owners is None else SourceLosses(max(owners) + 1, owners.__getitem__)
+        return LanguageModelling(count_targets(works, topology, CPU), CPU, smoothing=options["smoothing"], by_source=by_source)
     if objective == "dpo":
         reference = options["reference"]
         loss, smoothing, weight = (options.get(name, default) for name, default in (("loss", "sigmoid"), ("smoothing", 0.0), ("sft", 0.0)))

@@ -30,6 +30,16 @@ def fine_tuning(model, documents, smoothing):
     return total / count
 
 
+def by_source(model, documents, owners):
+    """Sums of -log p over the targets of each source, and how many they are, both over the targets of all."""
+    sums, counts = np.zeros(max(owners) + 1), np.zeros(max(owners) + 1)
+    with torch.no_grad():
+        for (tokens, mask), owner in zip(documents, owners, strict=True):
+            sums[owner] -= log_probs(model, tokens).numpy()[mask[1:]].sum()
+            counts[owner] += mask[1:].sum()
+    return np.concatenate([sums, counts]) / counts.sum()
+
+
 def pair_loss(gains, tokens, *, beta, loss="sigmoid", smoothing=0.0):
     """Loss of one pair from both answers' gains over the reference in log-probability, and their numbers of tokens."""
     good, bad = beta * gains[0], beta * gains[1]

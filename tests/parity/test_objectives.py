@@ -73,8 +73,11 @@ def truth(family, objective, variant=None):
     model = reference_model(family, torch.float64)
     weights = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
     if objective == "fine-tuning":
-        options, means = {"documents": completions()[0], "smoothing": 0.1}, []
+        settings = VARIANTS["fine-tuning"].get(variant, {})
+        options, means = {"documents": completions()[0], "smoothing": settings.get("smoothing", 0.1)}, []
         loss = objective_reference.fine_tuning(model, **options)
+        if settings:
+            means, options = objective_reference.by_source(model, options["documents"], settings["owners"]), options | settings
     elif objective == "dpo":
         halves, reference = pairs()
         settings = {"beta": BETA, **VARIANTS["dpo"].get(variant, {})}
@@ -96,6 +99,10 @@ def truth(family, objective, variant=None):
 
 
 VARIANTS = {
+    "fine-tuning": {
+        "sources": {"owners": (1, 0, 2, 1, 0), "smoothing": 0.0},
+        "sources, smoothed": {"owners": (0, 0, 1, 0, 1), "smoothing": 0.1},
+    },
     "dpo": {
         "conservative": {"smoothing": 0.2},
         "robust": {"loss": "robust", "smoothing": 0.2},
@@ -169,7 +176,7 @@ def test_mixed_groups_and_ranks_without_work(pool, objective, barrier_free):
 
 
 @pytest.mark.parametrize("row", ["one rank, chunk of 1", "ulysses 2, one sequence a micro-batch", "ring 2"])
-@pytest.mark.parametrize(("objective", "variant"), [(objective, name) for objective, named in VARIANTS.items() for name in named])
+@pytest.mark.parametrize(("objective", "variant"), [(objective, name) for objective in ("dpo", "grpo") for name in VARIANTS[objective]])
 def test_variants_equal_plain_torch(pool, objective, variant, row):
     """Several pairs in one group and one alone: with one number for all its gradients, or two."""
     made, degree, ulysses, case = ROWS[row]
@@ -182,6 +189,20 @@ def test_smoothed_labels_equal_plain_torch(pool, row):
     made, degree, ulysses, case = ROWS[row]
     world, *batches = made("fine-tuning", degree, ulysses)
     check_objective(pool, "fine-tuning", StepPlan(world, LENGTHS["fine-tuning"], tuple(batches)), case)
+
+
+def test_losses_of_sources_are_exact_sums(pool):
+    """Of whatever ranks hold the rows; without smoothed labels they add up to the loss."""
+    for row in ("one rank, chunk of 1", "ring 2", "hybrid 2x2, gemma2", "two stages, ulysses 2, tied, recompute"):
+        made, degree, ulysses, case = ROWS[row]
+        world, *batches = made("fine-tuning", degree, ulysses)
+        check_objective(pool, "fine-tuning", StepPlan(world, LENGTHS["fine-tuning"], tuple(batches)), case, "sources")
+    batches = batch((0, 2, 1, (1,)), (2, 1, 1, (0,))), batch((0, 4, 2, (2,))), batch((2, 2, 2, (3, 4)))
+    plan = StepPlan(4, LENGTHS["fine-tuning"], batches)
+    for variant in VARIANTS["fine-tuning"]:
+        check_objective(pool, "fine-tuning", plan, {"barrier_free": True}, variant)
+    _, _, loss, means, _ = truth("llama", "fine-tuning", "sources")
+    assert abs(means[:3].sum() - loss) <= 1e-12 * loss
 
 
 def check_objective(pool, objective, plan, case, variant=None):

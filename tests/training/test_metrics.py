@@ -47,6 +47,18 @@ def test_each_event_is_one_flushed_line_with_its_time(tmp_path: Path) -> None:
     assert second == {"event": "step", "step": 1, "loss": 2.5, "ranks": [{"rank": 0, "tokens": 5, "peak_bytes": 7}], "grad_norm": None}
 
 
+def test_sinks_get_the_numbers_of_sources() -> None:
+    web, code = {"name": "web", "share": 0.5, "epochs": 0.1, "loss": None}, {"name": "code", "share": 0.5, "epochs": 2, "loss": 1.5}
+    assert dict(metrics_module._scalars({"step": 1, "lr": 0.1, "sources": [web, code]})) == {
+        "lr": 0.1,
+        "source/web/share": 0.5,
+        "source/web/epochs": 0.1,
+        "source/code/loss": 1.5,
+        "source/code/share": 0.5,
+        "source/code/epochs": 2.0,
+    }
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     Metrics(tmp_path, CONFIG, {}, False).write("step", step=1, loss=float("nan"), ranks=[{"x": float("inf")}], t=(float("-inf"), 1))
     (line,) = _lines(tmp_path)

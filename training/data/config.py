@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from ...units import Tokens
+from ...errors import ConfigError
+from ...units import Tokens, parse_quantity
 from ...utils.ranges import TOKENS, Range
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class LongDocuments(Enum):
@@ -26,12 +30,34 @@ class DataChanged(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Settings of one source of a mix: corpora that have a share of every step's tokens (docs/mixes.md)."""
+
+    prefixes: list[str]
+    """Indexed corpora, as data.prefixes."""
+    weight: float = 1.0
+    """Share of the tokens, beside the weights of the other sources."""
+    max_epochs: float | None = None
+    """Most times that a document may be seen over all of train.steps; None: as often as the weight asks for."""
+    length_weights: dict[str, float] = field(default_factory=dict)
+    """Lengths and weights of documents that are at least so long, as {8K: 2, 64K: 5}; shorter ones than any have 1."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "weight": Range(0, 1e9),
+        "max_epochs": Range(0, 1e6, above=True, example=1),
+        "length_weights": Range(0, 1e9),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Settings of the documents that are trained on and of how many a step has."""
 
     name: str
     prefixes: list[str] = field(default_factory=list)
     """Megatron indexed corpora: PREFIX.bin + PREFIX.idx (+ PREFIX.mask.bin where a loss mask is kept)."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Corpora with shares of the tokens, in place of `prefixes`, as {web: {prefixes: [web], weight: 0.7}, code: {...}}."""
     builtin: str | None = None
     """A corpus made on the spot instead of `prefixes`: `python_stdlib` (source files of this Python)."""
     tokenizer: str | None = None
@@ -53,3 +79,51 @@ class DataConfig:
         "max_seq_len": Range(2, TOKENS),
         "global_batch_tokens": Range(2, 1 << 50),
     }
+
+
+def corpus_prefixes(config: DataConfig) -> list[str]:
+    """Every corpus that is trained on, in the order of their numbers: those of sources by the sources' names."""
+    return [*config.prefixes, *(prefix for name in sorted(config.sources) for prefix in config.sources[name].prefixes)]
+
+
+def length_classes(source: SourceConfig, key: str) -> list[tuple[int, float]]:
+    """(least tokens of a document, weight) of a source's classes of lengths, from 0 tokens on; ConfigError for what is no length.
+
+    `key`: the source's, for messages.
+    """
+    classes = {0: 1.0}
+    for text, weight in source.length_weights.items():
+        try:
+            classes[int(parse_quantity(text, "tokens"))] = weight
+        except ValueError as error:
+            raise ConfigError(
+                f"{key}.length_weights",
+                found=f"the length {text!r}"[:200],
+                expected="lengths in tokens, and a weight for each",
+                hint=f"{key}.length_weights={{8K: 2, 64K: 5}}",
+            ) from error
+    return sorted(classes.items())
+
+
+def check_sources(config: DataConfig) -> None:
+    """Raise ConfigError where names, prefixes or weights of data.sources make no mix."""
+    owners: dict[str, str] = {}
+    for name, source in sorted(config.sources.items()):
+        key = f"data.sources.{name}"
+        if not _NAME.fullmatch(name):
+            expected, hint = "letters, digits, `.`, `_` and `-`", "data.sources={web: {prefixes: [PREFIX]}}"
+            raise ConfigError("data.sources", found=f"the name {name!r}"[:200], expected=expected, hint=hint)
+        if not source.prefixes:
+            raise ConfigError(f"{key}.prefixes", found="none", expected="at least one corpus", hint=f"{key}.prefixes=[PREFIX]")
+        for prefix in source.prefixes:
+            other = owners.setdefault(prefix, name)
+            if other != name or source.prefixes.count(prefix) > 1:
+                expected, hint = "each corpus once", f"data.sources.{other}.weight=NUMBER, to see more of its documents"
+                raise ConfigError(f"{key}.prefixes", found=f"{prefix}, which {other} has", expected=expected, hint=hint)
+        if not any(weight for _, weight in length_classes(source, key)):
+            found = "weights of 0 alone"
+            raise ConfigError(f"{key}.length_weights", found=found, expected="one above 0", hint=f"{key}.weight=0, to leave it out")
+    if config.sources and not any(source.weight for source in config.sources.values()):
+        name = sorted(config.sources)[0]
+        found = f"{len(config.sources)} weights of 0"
+        raise ConfigError("data.sources", found=found, expected="weights that sum to more than 0", hint=f"data.sources.{name}.weight=1")

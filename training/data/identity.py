@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from .config import DataChanged, DataConfig
+from .config import DataChanged, DataConfig, SourceConfig
 from .indexed import IndexedCorpus
 
 SAMPLE_BLOCKS, BLOCK_NUMBERS = 256, 4096
 """At most so many blocks of so many numbers are read of a column."""
+_NAMES = ("data.prefixes:", "data.sources:", "data.builtin:")
+"""Settings that say which corpora there are."""
 _PARTS = {"documents": "document lengths", "tokens": "tokens", "mask": "loss mask", "scalars": "rewards"}
 
 
@@ -50,12 +52,18 @@ def settings_of(config: DataConfig, seed: int) -> dict[str, Any]:
     return {
         "train.seed": seed,
         "data.prefixes": list(config.prefixes),
+        "data.sources": {name: list(source.prefixes) for name, source in sorted(config.sources.items())},
+        "data.sources' weights": {name: _weights(source) for name, source in sorted(config.sources.items())},
         "data.builtin": config.builtin,
         "data.vocab_size": config.vocab_size,
         "data.max_seq_len": config.max_seq_len,
         "data.long_documents": config.long_documents.value,
         "data.global_batch_tokens": config.global_batch_tokens,
     }
+
+
+def _weights(source: SourceConfig) -> dict[str, Any]:
+    return {"weight": source.weight, "length_weights": dict(source.length_weights)}
 
 
 def data_identity(corpora: Sequence[IndexedCorpus], settings: Mapping[str, Any], stream: str | None) -> dict[str, Any]:
@@ -92,8 +100,8 @@ def data_changes(saved: object, now: Mapping[str, Any]) -> DataChanges:
     is_moved = not replaced and len(saved["corpora"]) == len(now["corpora"])
     if is_moved:
         # The same documents in another place.
-        settings = [line for line in settings if not line.startswith(("data.prefixes:", "data.builtin:"))]
-    names_other = any(line.startswith(("data.prefixes:", "data.builtin:", "data.vocab_size:")) for line in settings)
+        settings = [line for line in settings if not line.startswith(_NAMES)]
+    names_other = any(line.startswith((*_NAMES, "data.vocab_size:")) for line in settings)
     if names_other:
         return DataChanges((*settings, *replaced), ())
     if not settings and not replaced and now["stream"] is not None and saved["stream"] not in (None, now["stream"]):

@@ -92,6 +92,46 @@ def _rows(lengths: np.ndarray, max_seq_len: int, split: bool) -> tuple[np.ndarra
     return document, start, np.minimum(start + max_seq_len, lengths[document])
 
 
+class EpochStream:
+    """The endless stream of shuffled epochs of some sequences: each holds each once, in an order that depends on (seed, epoch) alone."""
+
+    def __init__(self, lengths: np.ndarray, seed: int) -> None:
+        """`lengths` (N,) int64, tokens of each sequence; there is at least one."""
+        self._lengths, self._seed = lengths, seed
+        self.tokens = int(lengths.sum())
+        """Tokens of one epoch."""
+        self.longest = int(lengths.max())
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def between(self, low: int, high: int) -> np.ndarray:
+        """Indices (int64) of the sequences that start in tokens `low ... high - 1` of the stream, in its order."""
+        parts = [np.zeros(0, dtype=np.int64)]
+        for epoch in range(low // self.tokens, (high - 1) // self.tokens + 1) if high > low else ():
+            order, starts = self._epoch(epoch)
+            base = epoch * self.tokens
+            first, last = np.searchsorted(starts, (low - base, high - base))
+            parts.append(order[first:last])
+        return np.concatenate(parts).astype(np.int64)
+
+    def start_from(self, position: int) -> int:
+        """Tokens of the stream before the first sequence that starts at `position` or later."""
+        epoch, inside = divmod(position, self.tokens)
+        _, starts = self._epoch(epoch)
+        index = int(np.searchsorted(starts, inside))
+        return epoch * self.tokens + (int(starts[index]) if index < len(starts) else self.tokens)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            order = shuffled(len(self._lengths), self._seed, epoch)
+            lengths = self._lengths[order]
+            starts = np.cumsum(lengths, dtype=np.int64)
+            starts -= lengths
+            # Two epochs are enough to walk over a border; more would cost 12 bytes per sequence each.
+            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
+            self._epochs[epoch] = (order, starts)
+        return self._epochs[epoch]
+
+
 class Sampler:
     """Cuts the endless stream of shuffled epochs into steps of `global_batch_tokens`.
 
@@ -101,20 +141,18 @@ class Sampler:
 
     def __init__(self, table: SequenceTable, seed: int, global_batch_tokens: int) -> None:
         self.table, self.seed, self.batch_tokens = table, seed, global_batch_tokens
-        self._lengths = table.lengths
         if len(table) == 0:
             raise DataError("data", found="no sequence to train on", expected="documents of two tokens or more", hint="check data.prefixes")
-        longest = int(self._lengths.max())
-        if global_batch_tokens < longest:
+        self._stream = EpochStream(table.lengths, seed)
+        if global_batch_tokens < self._stream.longest:
             raise ConfigError(
                 "data.global_batch_tokens",
                 found=f"{global_batch_tokens}",
-                expected=f"at least the longest sequence, {longest} tokens",
-                hint=f"data.global_batch_tokens={longest}",
+                expected=f"at least the longest sequence, {self._stream.longest} tokens",
+                hint=f"data.global_batch_tokens={self._stream.longest}",
             )
-        self.epoch_tokens = int(self._lengths.sum())
+        self.epoch_tokens = self._stream.tokens
         """Tokens of one epoch."""
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def epoch(self, step: int) -> float:
         """How many epochs are done before `step`."""
@@ -122,25 +160,7 @@ class Sampler:
 
     def step(self, step: int) -> np.ndarray:
         """Indices (int64) into the table of the sequences of a step, counted from 0, in stream order."""
-        low, high = step * self.batch_tokens, (step + 1) * self.batch_tokens
-        parts = []
-        for epoch in range(low // self.epoch_tokens, (high - 1) // self.epoch_tokens + 1):
-            order, starts = self._epoch(epoch)
-            base = epoch * self.epoch_tokens
-            first, last = np.searchsorted(starts, (low - base, high - base))
-            parts.append(order[first:last])
-        return np.concatenate(parts).astype(np.int64)
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch not in self._epochs:
-            order = shuffled(len(self.table), self.seed, epoch)
-            lengths = self._lengths[order]
-            starts = np.cumsum(lengths, dtype=np.int64)
-            starts -= lengths
-            # Two epochs are enough to walk over a border; more would cost 12 bytes per sequence each.
-            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
-            self._epochs[epoch] = (order, starts)
-        return self._epochs[epoch]
+        return self._stream.between(step * self.batch_tokens, (step + 1) * self.batch_tokens)
 
 
 class InOrder:

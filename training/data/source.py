@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from ...errors import ConfigError, DataError
 from ..config import Objective
-from .config import DataConfig, LongDocuments
+from .config import DataConfig, LongDocuments, check_sources, corpus_prefixes
 from .indexed import IndexedCorpus, Kind
+from .mix import MixedSampler, SourceUse, mix_streams
+from .mix_course import load_mix_course, resumed_course
 from .sampler import InOrder, Sampler, Sequence, SequenceTable
 from .tokenizer import read_vocabulary
 
@@ -26,15 +29,47 @@ class DataSource:
     """Sequences of every step, from one or more indexed corpora. Steps count from 0."""
 
     def __init__(
-        self, corpora: list[IndexedCorpus], table: SequenceTable, sampler: Sampler | InOrder, vocab_size: int, tokenizer: str | None = None
+        self,
+        corpora: list[IndexedCorpus],
+        table: SequenceTable,
+        sampler: Sampler | InOrder | MixedSampler,
+        vocab_size: int,
+        tokenizer: str | None = None,
+        owners: tuple[str, ...] = (),
     ) -> None:
+        """`owners`: the source of data.sources that each corpus belongs to; none without sources."""
         self.corpora, self.table, self.sampler, self.vocab_size, self.tokenizer = corpora, table, sampler, vocab_size, tokenizer
+        self._owners, self.source_names = owners, tuple(sorted(set(owners)))
         self._steps: dict[int, np.ndarray] = {}
 
     def in_order(self, rows: np.ndarray) -> DataSource:
         """The given rows of the table once, in order, as steps of about the same size."""
         sampler = InOrder(self.table, rows, self.sampler.batch_tokens)
         return DataSource(self.corpora, self.table, sampler, self.vocab_size, self.tokenizer)
+
+    def source_of(self, step: int, index: int) -> int:
+        """Number in `source_names` of the source that the step's sequence `index` is of."""
+        return self.source_names.index(self._owners[self.sequence(step, index).corpus])
+
+    def usage(self, step: int) -> list[SourceUse]:
+        """What was given out of each source before step `step`; nothing without sources."""
+        return self.sampler.usage(step) if isinstance(self.sampler, MixedSampler) else []
+
+    def mix_state(self) -> list[dict[str, Any]] | None:
+        """What a checkpoint keeps of the mix; None without sources."""
+        return self.sampler.course.dump() if isinstance(self.sampler, MixedSampler) else None
+
+    def resume_mix(self, saved: list[dict[str, Any]] | None, done: int, steps: int) -> str | None:
+        """Go on after `done` steps from what a checkpoint's `mix_state` was; one line where the mix is another from here on.
+
+        DataError for a source that is seen too often in `steps` steps.
+        """
+        if not isinstance(self.sampler, MixedSampler):
+            return None
+        self.sampler.course, is_new = resumed_course(self.sampler.settings, load_mix_course(saved), done)
+        self._steps.clear()
+        self.sampler.check_epochs(steps)
+        return f"data.sources from step {done + 1} on: {self.sampler.describe()}" if is_new else None
 
     def sequence(self, step: int, index: int) -> Sequence:
         """What the step's sequence `index` is."""
@@ -96,6 +131,8 @@ class DataSource:
     def summary(self) -> str:
         """One line for logs: how much there is, and what was left out."""
         parts = [f"{len(self.table):,} sequences", f"{self.sampler.epoch_tokens:,} tokens per epoch"]
+        if isinstance(self.sampler, MixedSampler):
+            parts.append(self.sampler.describe())
         if self.table.num_too_short:
             parts.append(f"{self.table.num_too_short:,} documents under 2 tokens skipped")
         if self.table.num_dropped:
@@ -150,37 +187,45 @@ def no_loss_token(corpus: IndexedCorpus, document: int) -> DataError:
 def open_data(config: DataConfig, seed: int, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> DataSource:
     """The data of a run, checked: corpora whole and of the objective's kind, tokenizer inside the model's vocabulary,
     something to train on."""
-    prefixes, tokenizer = _located(config)
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
-    check_vocabularies(corpora, tokenizer, model_vocab_size)
-    check_kinds(corpora, objective)
+    corpora, tokenizer = _opened(config, model_vocab_size, objective)
     split = config.long_documents is LongDocuments.SPLIT
     if split and objective is not Objective.LANGUAGE_MODELLING:
         _check_lengths(corpora, config.max_seq_len)
     table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=config.max_seq_len, split=split)
     table = _without_untaught_pieces(corpora, table)
-    return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
+    if not config.sources:
+        return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
+    mixed = MixedSampler(table, mix_streams(config, corpora, table, seed), seed, config.global_batch_tokens)
+    owners = tuple(name for name in sorted(config.sources) for _ in config.sources[name].prefixes)
+    return DataSource(corpora, table, mixed, model_vocab_size, tokenizer, owners)
 
 
 def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> list[IndexedCorpus]:
     """The corpora of the prefixes, opened; DataError where they or the tokenizer cannot be used, or are not for the objective."""
+    return _opened(config, model_vocab_size, objective)[0]
+
+
+def _opened(config: DataConfig, model_vocab_size: int, objective: Objective) -> tuple[list[IndexedCorpus], str | None]:
+    """The corpora, and the tokenizer."""
     prefixes, tokenizer = _located(config)
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     check_vocabularies(corpora, tokenizer, model_vocab_size)
     check_kinds(corpora, objective)
-    return corpora
+    return corpora, tokenizer
 
 
 def _located(config: DataConfig) -> tuple[list[str], str | None]:
-    if (config.builtin is None) == (not config.prefixes):
+    given = [name for name in ("prefixes", "sources", "builtin") if getattr(config, name)]
+    if len(given) != 1:
         raise ConfigError(
             "data",
-            found="both prefixes and builtin" if config.prefixes else "neither prefixes nor builtin",
-            expected="one of them",
+            found=" and ".join(given) if given else "none of prefixes, sources and builtin",
+            expected="one of prefixes, sources and builtin",
             hint="data.prefixes=[PREFIX] data.builtin=null, or data.builtin=python_stdlib data.prefixes=[]",
         )
+    check_sources(config)
     if config.builtin is None:
-        return list(config.prefixes), config.tokenizer
+        return corpus_prefixes(config), config.tokenizer
     from .builtin import builtin_corpus
 
     made = builtin_corpus(config.builtin, vocab_size=config.vocab_size, cache_dir=config.cache_dir)

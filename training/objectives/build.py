@@ -24,7 +24,7 @@ from ..micro_batches import MicroBatchWork, count_targets
 from ..run_settings import Stop
 from ..score_corpus import fill_scores
 from ..session import Session
-from .heads import LanguageModelling, Preference, Rollout, StepObjective
+from .heads import LanguageModelling, Preference, Rollout, SourceLosses, StepObjective
 from .implicit_reference import pair_reference
 from .preference import CHOSEN, PairOptions
 from .rollout import RolloutOptions
@@ -82,7 +82,13 @@ class RunObjective:
         if train.objective is Objective.GRPO:
             data, options = (lambda *place: scores.completion(step, *place)), _rollout_options(train)
             return Rollout(num_targets, num_sequences, device, options=options, data=data, kl=scores.has_reference)
-        return LanguageModelling(num_targets, device, smoothing=train.label_smoothing)
+        return LanguageModelling(num_targets, device, smoothing=train.label_smoothing, by_source=self._by_source(step))
+
+    def _by_source(self, step: int) -> SourceLosses | None:
+        source = self._session.source
+        if not source.source_names:
+            return None
+        return SourceLosses(len(source.source_names), lambda sequence: source.source_of(step, sequence))
 
     def _preference(self, step: int, num_pairs: int, works: Sequence[MicroBatchWork]) -> Preference:
         train, device, scores = self._train, self._session.device, self._scores
@@ -115,7 +121,7 @@ def _rollout_options(train: TrainConfig) -> RolloutOptions:
 
 def means(objective: StepObjective, sums: list[float]) -> dict[str, float]:
     """The objective's entries of metrics.jsonl, from sums over all ranks."""
-    return {name: total / objective.count for name, total in zip(objective.names, sums, strict=True)}
+    return {name: total / objective.count for name, total in zip(objective.names, sums[: len(objective.names)], strict=True)}
 
 
 def initial_weights(config: _Config) -> str:

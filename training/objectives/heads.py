@@ -11,13 +11,14 @@ log-probabilities first (2 x V x M operations per answer token, of about 8 x V x
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...model.chunked_loss import IGNORE, Head, Terms, chunked_log_probs, chunked_loss, cross_entropy
+from ...model.chunked_loss import IGNORE, Head, Seen, Terms, chunked_log_probs, chunked_loss, cross_entropy
 from ..config import GrpoRatio
 from ..data.shard import PackedShard
 from .preference import CHOSEN, PairOptions, preference_losses, sum_by
@@ -35,7 +36,10 @@ class StepObjective(Protocol):
 
     names: tuple[str, ...]
     stats: Tensor
-    """Sums (len(names),) float64 of this rank over the step so far; divided by `count` over all ranks they are means."""
+    """Sums (len(names),) float64 of this rank over the step so far; divided by `count` over all ranks they are means.
+
+    Of language modelling with data.sources there follow, for each source, -log p over its targets, and how many those are.
+    """
     count: int
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
@@ -45,17 +49,47 @@ class StepObjective(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class SourceLosses:
+    """What the losses of each source are summed by."""
+
+    num_sources: int
+    source_of: Callable[[int], int]
+    """The number of the source that a sequence of the step is of."""
+
+
 class LanguageModelling:
-    """Cross-entropy of the next token, the mean over all target tokens of the step; `smoothing`: of labels, as `cross_entropy` takes it."""
+    """Cross-entropy of the next token, the mean over all target tokens of the step; `smoothing`: of labels, as `cross_entropy` takes it.
+
+    `by_source`: also sum -log p of the targets of each source, which adds nothing to the gradient.
+    """
 
     names: tuple[str, ...] = ()
 
-    def __init__(self, num_targets: int, device: torch.device, *, smoothing: float = 0.0) -> None:
-        self.count, self.stats = num_targets, torch.zeros(0, dtype=torch.float64, device=device)
-        self._smoothing = smoothing
+    def __init__(
+        self, num_targets: int, device: torch.device, *, smoothing: float = 0.0, by_source: SourceLosses | None = None
+    ) -> None:
+        size = 0 if by_source is None else 2 * by_source.num_sources
+        self.count, self.stats = num_targets, torch.zeros(size, dtype=torch.float64, device=device)
+        self._smoothing, self._by_source = smoothing, by_source
 
     def head_loss(self, shard: PackedShard, *, leads: bool, group_sum: GroupSum) -> HeadLoss:
-        return lambda head: cross_entropy(head, 1.0 / self.count, self._smoothing)
+        seen = None if self._by_source is None else self._summed(shard, self._by_source)
+        return lambda head: cross_entropy(head, 1.0 / self.count, self._smoothing, seen)
+
+    def _summed(self, shard: PackedShard, by_source: SourceLosses) -> Seen:
+        """Adds what rows come to to their sources: by where the pieces end, for a number per token would be memory of its own."""
+        size, device = by_source.num_sources, self.stats.device
+        numbers = [by_source.source_of(shard.parts[piece.sequence].sequence) for piece in shard.slices]
+        owners = torch.tensor(numbers, dtype=torch.int64, device=device)
+        ends = torch.tensor([len(piece) for piece in shard.slices], dtype=torch.int64, device=device).cumsum(0)
+
+        def seen(rows: Tensor, log_probs: Tensor) -> None:
+            mine = owners[torch.bucketize(rows, ends, right=True)]
+            self.stats[:size] -= sum_by(mine, log_probs, size)
+            self.stats[size:] += sum_by(mine, torch.ones_like(log_probs), size)
+
+        return seen
 
 
 class PairReference(Protocol):

@@ -168,6 +168,8 @@ def _scalars(fields: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in fields.items():
         if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
             yield key, float(value)
+    for row in fields.get("sources") or []:
+        yield from ((f"source/{row['name']}/{key}", float(row[key])) for key in ("loss", "share", "epochs") if row.get(key) is not None)
     peaks = [rank["peak_bytes"] for rank in fields.get("ranks") or [] if rank.get("peak_bytes") is not None]
     if peaks:
         yield "peak_bytes", float(max(peaks))
