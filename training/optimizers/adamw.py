@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ...model.adapters.names import is_factor_b
+from ...model.families import facts_of, family_of
+from ...parallel.sharding.matrix_plan import is_matrix
 from ...parallel.sharding.parts import local
-from .config import OptimConfig, StateDtype
+from .config import MUON, OptimConfig, StateDtype
 from .norm import NormMeter, NormScope, clip_scale
 
 RATIO = "lr_ratio"
@@ -27,31 +29,49 @@ def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, weights: nn.Module | None = None, *, b_lr_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`, and `lora_b` where that has a rate of its own.
+    """The optimizer over the trainable parameters, in the groups `decay` and `no_decay`, and `lora_b` where that has a rate of its own.
 
+    Fused AdamW, or `config.algorithm`; matrices that Muon updates are the group `muon`.
     Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype (or
     `state_dtype`), device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
     `weights`: the parameters of the same names that are updated instead of the model's own. `b_lr_ratio`: the learning rate of
     adapters' B over that of everything else (LoRA+).
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": [], "lora_b": []}
-    owners, updated = _owners(model), dict((weights or model).named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_fast = b_lr_ratio != 1.0 and is_factor_b(name)
-            kind = "lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"
-            groups[kind].append((name, updated[name]))
-    named_groups: list[dict[str, Any]] = [
-        {"params": named, "name": kind, "weight_decay": 0.0 if kind == "no_decay" else config.weight_decay}
-        | ({RATIO: b_lr_ratio} if kind == "lora_b" else {})
-        for kind, named in groups.items()
-        if named
-    ]
+    named_groups = _named_groups(model, config, weights or model, b_lr_ratio)
+    if config.algorithm == MUON:
+        from .muon import Muon
+
+        return Muon(named_groups, config, transposed_experts=_has_transposed_experts(model))
     if config.state_dtype is not StateDtype.FLOAT32:
         from .lowbit import build_lowbit
 
         return build_lowbit(named_groups, config)
     return torch.optim.AdamW(named_groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+def _named_groups(model: nn.Module, config: OptimConfig, weights: nn.Module, b_lr_ratio: float) -> list[dict[str, Any]]:
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "decay": [], "no_decay": [], "lora_b": []}
+    ratios = {"muon": config.muon_lr_ratio, "lora_b": b_lr_ratio}
+    owners, updated = _owners(model), dict(weights.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_fast = b_lr_ratio != 1.0 and is_factor_b(name)
+            kind = "lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"
+            by_muon = config.algorithm == MUON and is_matrix(name, parameter.shape)
+            groups["muon" if by_muon else kind].append((name, updated[name]))
+    return [
+        {"params": named, "name": kind, "weight_decay": 0.0 if kind == "no_decay" else config.weight_decay}
+        | ({RATIO: ratios[kind]} if kind in ratios else {})
+        for kind, named in groups.items()
+        if named
+    ]
+
+
+def _has_transposed_experts(model: nn.Module) -> bool:
+    """Whether stacks of experts are (E, inputs, outputs), gate and up column by column."""
+    family = family_of(getattr(getattr(model, "config", None), "model_type", None))
+    experts = None if family is None else facts_of(family).experts
+    return experts is not None and experts.transposed
 
 
 def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:
