@@ -9,7 +9,7 @@ from ..plan_inputs import GIB, PlanInputs
 from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs, messages
 from .kernels import loss_chunk, masked_scores, row_losses, scratch
 from .live_layer import layer_rows
-from .optimizer import optimizer_states
+from .optimizer import optimizer_states, whole_matrices
 from .term import Phase, Term, term
 from .weights import batch, gathered_layers, gathered_root, gradients, head_gradient, layer_gradients, reduction, weights, whole_gradients
 
@@ -43,7 +43,7 @@ def reserve(inputs: PlanInputs) -> Term:
 def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
-        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk, row_losses,
+        weights, optimizer_states, whole_matrices, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk, row_losses,
         masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]

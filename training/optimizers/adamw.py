@@ -11,6 +11,7 @@ from ...model.adapters.names import is_factor_b
 from ...model.families import facts_of, family_of
 from ...parallel.sharding.matrix_plan import is_matrix
 from ...parallel.sharding.parts import local
+from .algorithms import LIBRARY
 from .config import MUON, OptimConfig, StateDtype
 from .norm import NormMeter, NormScope, clip_scale
 
@@ -42,6 +43,10 @@ def build_optimizer(
         from .muon import Muon
 
         return Muon(named_groups, config, transposed_experts=_has_transposed_experts(model))
+    if config.algorithm in LIBRARY:
+        from .library import LibraryOptimizer
+
+        return LibraryOptimizer(named_groups, config)
     if config.state_dtype is not StateDtype.FLOAT32:
         from .lowbit import build_lowbit
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ..config import Dtype
-from .config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
+from .algorithms import LIBRARY
+from .config import ADAMW, MUON, ClipMode, OptimConfig, StateDevice, StateDtype, Update
 
 
 def check_residency(optim: OptimConfig, dtype: Dtype) -> None:
@@ -62,4 +63,10 @@ def describe(optim: OptimConfig) -> str:
     when = "each layer in backward" if optim.update is Update.BACKWARD else "after backward"
     extra = {ClipMode.GLOBAL: "", ClipMode.TWO_PASS: ", one more backward pass for the norm"}.get(optim.clip_mode, "")
     rest = "".join(f"; NOT EXACT: {line}" for line in inexact(optim))
-    return f"AdamW, states in {place}, updated {when}{extra}{rest}"
+    return f"{_named(optim.algorithm)}, states in {place}, updated {when}{extra}{rest}"
+
+
+def _named(algorithm: str) -> str:
+    if algorithm == MUON:
+        return "Muon for matrices of decoder layers, AdamW for the rest"
+    return "AdamW" if algorithm == ADAMW else f"{LIBRARY[algorithm].name} of {LIBRARY[algorithm].module}"

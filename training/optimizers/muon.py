@@ -112,8 +112,10 @@ class Muon(torch.optim.Optimizer):
         self._config = config
         others = [group for group in self.param_groups if group["name"] != "muon"]
         # The same groups and states: what sets rates, saves and restores sees one optimizer.
-        self._adamw = torch.optim.AdamW(others, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
-        self._adamw.state = self.state
+        self._adamw: torch.optim.Optimizer | None = None
+        if others:
+            self._adamw = torch.optim.AdamW(others, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+            self._adamw.state = self.state
         self._muon = next(group for group in self.param_groups if group["name"] == "muon")
         named = list(zip(self._muon["param_names"], self._muon["params"], strict=True))
         self._alone, self._teams = _teams(named, transposed_experts)
@@ -125,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         assert not missing, f"no gradient for {', '.join(missing)}"
         self._update_momentum()
         first = [self._gather(team, team.rounds[0]) for team in self._teams]
-        if self._adamw.param_groups:
+        if self._adamw is not None:
             self._adamw.step()
         for matrix in self._alone:
             self._apply(matrix, orthogonal(self._direction(matrix).contiguous(), self._config.muon_steps))
