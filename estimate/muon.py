@@ -74,8 +74,8 @@ def _sent(shapes: list[Shape], ranks: int) -> float:
 
 
 def _live(shape: Shape, travels: bool) -> int:
-    """The next round's and the last one's sent and received, this one's received, sent, put together, and two iterates; two squares."""
-    return (9 if travels else 3) * shape[0] * shape[1] + 2 * min(shape) ** 2
+    """The next round's and the last one's, sent and received each; this one put together, and two iterates; two squares."""
+    return (7 if travels else 3) * shape[0] * shape[1] + 2 * min(shape) ** 2
 
 
 def _layers(spec: ModelSpec) -> list[Shape]:

@@ -56,7 +56,7 @@ def alone(algorithm: str) -> dict[str, torch.Tensor]:
 def check_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name].double(), value.double(), rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got[name].double(), value.double(), rtol=1e-12, atol=1e-13, msg=lambda text, key=name: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("algorithm", LIBRARY)

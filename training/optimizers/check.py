@@ -57,6 +57,21 @@ def inexact(optim: OptimConfig) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+USUAL_RATES = {"dpo": 1e-6, "grpo": 1e-6}
+"""Peak learning rates of the presets optim=dpo and optim=grpo (TRL's defaults for both), by objective."""
+FAR_ABOVE = 50.0
+"""Times the usual rate that are no choice but an oversight; adapters are trained with about ten times as much."""
+
+
+def rate_notes(optim: OptimConfig, objective: str) -> list[str]:
+    """What is to be said of a learning rate that is not this objective's: pretraining's is 300 times too large for preferences."""
+    usual = USUAL_RATES.get(objective)
+    if usual is None or optim.lr <= FAR_ABOVE * usual:
+        return []
+    times = f"{optim.lr / usual:,.0f} times the usual rate of train.objective={objective}"
+    return [f"optim.lr={optim.lr:g} is {times}: optim={objective} has it"]
+
+
 def describe(optim: OptimConfig) -> str:
     """One line: where the states live, when they change, what is not exact."""
     place = "host memory, weights on the device in compute precision" if optim.state_device is StateDevice.HOST else "device memory"

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from ...utils.ranges import STEPS, Range
 
-
 ADAMW, MUON = "adamw", "muon"
 """Values of optim.algorithm that are no library's."""
 

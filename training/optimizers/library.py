@@ -42,7 +42,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.lr})
         known = LIBRARY[config.algorithm]
         self._parts = {p: nn.Parameter(memory_of(p), requires_grad=True) for group in self.param_groups for p in group["params"]}
-        inner = [{"params": [self._parts[p] for p in group["params"]], "weight_decay": group["weight_decay"]} for group in self.param_groups]
+        inner: list[dict[str, Any]] = [
+            {"params": [self._parts[p] for p in group["params"]], "weight_decay": group["weight_decay"]} for group in self.param_groups
+        ]
         given = {"lr": config.lr, "betas": tuple(config.betas), **({"eps": config.eps} if known.has_eps else {}), **known.arguments}
         self._inner = library_class(config.algorithm)(inner, **given)
 

@@ -10,6 +10,7 @@ stands behind the first. Stacks of experts whose ranks have as many each stay wh
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,13 +127,13 @@ class Muon(torch.optim.Optimizer):
         missing = [name for name, each in zip(self._muon["param_names"], self._muon["params"], strict=True) if each.grad is None]
         assert not missing, f"no gradient for {', '.join(missing)}"
         self._update_momentum()
-        first = [self._gather(team, team.rounds[0]) for team in self._teams]
+        first = deque(deque([self._gather(team, team.rounds[0])]) for team in self._teams)
         if self._adamw is not None:
             self._adamw.step()
         for matrix in self._alone:
             self._apply(matrix, orthogonal(self._direction(matrix).contiguous(), self._config.muon_steps))
-        for team, travelling in zip(self._teams, first, strict=True):
-            self._work(team, travelling)
+        for team in self._teams:
+            self._work(team, first.popleft())
 
     def _update_momentum(self) -> None:
         for parameter in self._muon["params"]:
@@ -153,21 +154,28 @@ class Muon(torch.optim.Optimizer):
         weights.mul_(1 - rate * self._muon["weight_decay"])
         weights.add_(rows, alpha=-rate * update_scale(self._config.muon_scale, *matrix.scaled_by))
 
-    def _work(self, team: _Team, coming: _Travelling) -> None:
-        """All rounds of a team: gather the next round's, orthogonalise this one's, send them back, apply the last one's."""
-        rank = dist.get_rank(team.group)
-        leaving: tuple[Round, _Travelling] | None = None
+    def _work(self, team: _Team, coming: deque[_Travelling]) -> None:
+        """All rounds of a team: gather the next round's, orthogonalise this one's, apply the last one's, send this one's back."""
+        # Queues, so that nothing lives on in a variable: memory is counted (estimate/muon.py).
+        leaving: deque[tuple[Round, _Travelling]] = deque()
         for number, each in enumerate(team.rounds):
-            following = self._gather(team, team.rounds[number + 1]) if number + 1 < len(team.rounds) else None
-            whole = _assembled(team, [team.matrices[index] for index in each[rank]], coming.wait())
-            done = [orthogonal(matrix, self._config.muon_steps) for matrix in whole]
-            if leaving is not None:
-                self._take(team, *leaving)
-            leaving = each, self._scatter(team, each, done)
-            if following is not None:
-                coming = following
-        if leaving is not None:
-            self._take(team, *leaving)
+            if number + 1 < len(team.rounds):
+                coming.append(self._gather(team, team.rounds[number + 1]))
+            done = self._orthogonalised(team, each, coming)
+            if leaving:
+                self._take(team, *leaving.popleft())
+            leaving.append((each, self._scatter(team, each, done)))
+            del done
+        while leaving:
+            self._take(team, *leaving.popleft())
+
+    def _orthogonalised(self, team: _Team, each: Round, coming: deque[_Travelling]) -> list[Tensor]:
+        """This rank's matrices of a round, which came first; each is gone once its orthogonal one is there."""
+        matrices = [team.matrices[index] for index in each[dist.get_rank(team.group)]]
+        whole, done = _assembled(team, matrices, coming.popleft().wait()), []
+        while whole:
+            done.append(orthogonal(whole.pop(0), self._config.muon_steps))
+        return done
 
     def _gather(self, team: _Team, each: Round) -> _Travelling:
         parts = [self._direction(team.matrices[index]).reshape(-1) for index in _in_order(each)]
