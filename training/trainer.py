@@ -57,6 +57,7 @@ from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
+from .optimizers.algorithms import check_same_algorithm
 from .optimizers.lr_course import Course, first_course, load_course, resumed_course
 from .optimizers.updater import Gradients
 from .profiling.first_probe import probe_before_training
@@ -141,6 +142,7 @@ class _Run:
         extra = restored.extra if restored is not None else {}
         if restored is not None:
             check_same_base(restored.metadata.get("adapter"), self.session.adapter, config.model, restored.step)
+            check_same_algorithm(restored.metadata, config.optim, restored.step)
         self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
         self.course, self.course_change = _course(config, extra, self.done)

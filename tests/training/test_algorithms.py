@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
-from efflaunch.training.optimizers.algorithms import LIBRARY, REFUSED, algorithms, num_betas
+from efflaunch.training.optimizers.algorithms import LIBRARY, REFUSED, algorithms, check_same_algorithm, num_betas
 from efflaunch.training.optimizers.check import describe
+from efflaunch.training.optimizers.config import OptimConfig
 
 QUICK = ["+experiment=quickstart"]
 BETAS = {2: [], 3: ["optim.betas=[0.98,0.92,0.99]"]}
@@ -47,6 +50,14 @@ def test_what_cannot_be_is_refused(typed: list[str], where: str, message: str) -
     with pytest.raises(ConfigError, match=f"(?s){message}") as error:
         compose([*QUICK, *typed])
     assert error.value.where == where
+
+
+def test_states_of_another_optimizer_are_refused() -> None:
+    muon = OptimConfig(name="test", lr=1.0, algorithm="muon")
+    check_same_algorithm({"config": {"optim": {"algorithm": "muon"}}}, muon, 7)
+    check_same_algorithm({}, replace(muon, algorithm="adamw"), 7)
+    with pytest.raises(ConfigError, match=r"muon, and states of adamw in the checkpoint of step 7.*optim\.algorithm=adamw"):
+        check_same_algorithm({"config": {"optim": {"lr": 1.0}}}, muon, 7)
 
 
 def test_whatever_is_refused_by_name_has_a_reason() -> None:

@@ -84,6 +84,18 @@ def check_algorithm(optim: OptimConfig, adapter: AdapterConfig) -> None:
         )
 
 
+def check_same_algorithm(metadata: Mapping[str, Any], optim: OptimConfig, step: int) -> None:
+    """Raise ConfigError where the checkpoint of `step` (its metadata) holds another optimizer's states: none could go on with them."""
+    saved = metadata.get("config", {}).get("optim", {}).get("algorithm", ADAMW)
+    if saved != optim.algorithm:
+        raise ConfigError(
+            "optim.algorithm",
+            found=f"{optim.algorithm}, and states of {saved} in the checkpoint of step {step}",
+            expected=f"{saved}: no optimizer can go on with another's states",
+            hint=f"optim.algorithm={saved}; or a new run from exported weights: efflaunch export, then model.path=...",
+        )
+
+
 def _adamws_own(optim: OptimConfig) -> list[tuple[str, str, str, str]]:
     """(key, value, the one that goes, why), of what is asked for that AdamW alone can do."""
     is_muon = optim.algorithm == MUON

@@ -180,13 +180,13 @@ class Muon(torch.optim.Optimizer):
     def _gather(self, team: _Team, each: Round) -> _Travelling:
         parts = [self._direction(team.matrices[index]).reshape(-1) for index in _in_order(each)]
         ours, theirs = _counts(team, each)
-        return _exchange(parts, ours, theirs, team.group)
+        return _exchange(team, parts, ours, theirs)
 
     def _scatter(self, team: _Team, each: Round, done: Sequence[Tensor]) -> _Travelling:
         rank, ranks = dist.get_rank(team.group), range(dist.get_world_size(team.group))
         cut = [matrix.split(team.matrices[index].rows) for index, matrix in zip(each[rank], done, strict=True)]
         ours, theirs = _counts(team, each)
-        return _exchange([rows[other].reshape(-1) for other in ranks for rows in cut], theirs, ours, team.group)
+        return _exchange(team, [rows[other].reshape(-1) for other in ranks for rows in cut], theirs, ours)
 
     def _take(self, team: _Team, each: Round, coming: _Travelling) -> None:
         received, start, rank = coming.wait(), 0, dist.get_rank(team.group)
@@ -212,10 +212,12 @@ def _counts(team: _Team, each: Round) -> tuple[list[int], list[int]]:
     return ours, theirs
 
 
-def _exchange(parts: list[Tensor], sent: list[int], received: list[int], group: ProcessGroup) -> _Travelling:
-    buffer = torch.cat(parts) if parts else torch.empty(0, dtype=torch.bfloat16)
+def _exchange(team: _Team, parts: list[Tensor], sent: list[int], received: list[int]) -> _Travelling:
+    # A rank without a matrix in a round has nothing to send back.
+    nothing = memory_of(team.matrices[0].parameter).new_empty(0, dtype=torch.bfloat16)
+    buffer = torch.cat([nothing, *parts])
     target = buffer.new_empty(sum(received))
-    return _Travelling(target, buffer, dist.all_to_all_single(target, buffer, received, sent, group=group, async_op=True))
+    return _Travelling(target, buffer, dist.all_to_all_single(target, buffer, received, sent, group=team.group, async_op=True))
 
 
 def _assembled(team: _Team, matrices: Sequence[_Matrix], received: Tensor) -> list[Tensor]:
@@ -231,8 +233,7 @@ def _teams(named: Sequence[tuple[str, nn.Parameter]], transposed_experts: bool) 
     teams: dict[ProcessGroup, _Team] = {}
     for name, parameter in named:
         split, halves = row_split(parameter), _halves(name, parameter, transposed_experts)
-        together = split.group is not None and not _is_even_stack(parameter)
-        if not together:
+        if split.group is None or _is_even_stack(parameter):
             alone += [_whole(parameter, number, half) for number in _stack(parameter) for half in halves]
             continue
         team = teams.setdefault(split.group, _Team(split.group))
