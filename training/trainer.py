@@ -104,6 +104,13 @@ def _plan_service(config: RunSettings) -> PlanService | None:
     return PlanService(patience_s=config.parallel.plan_timeout_s) if adaptive else None
 
 
+def _check_goes_on(config: RunSettings, session: Session, restored: Restored | None) -> None:
+    """Raise ConfigError where the checkpoint's adapters are of another model, or its states another optimizer's."""
+    if restored is not None:
+        check_same_base(restored.metadata.get("adapter"), session.adapter, config.model, restored.step)
+        check_same_algorithm(restored.metadata, config.optim, restored.step)
+
+
 def _data_changes(config: RunSettings, session: Session, restored: Restored | None) -> DataChanges:
     """What is different from the data of the checkpoint; DataError where nobody asked for it."""
     if restored is None:
@@ -140,9 +147,7 @@ class _Run:
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
-        if restored is not None:
-            check_same_base(restored.metadata.get("adapter"), self.session.adapter, config.model, restored.step)
-            check_same_algorithm(restored.metadata, config.optim, restored.step)
+        _check_goes_on(config, self.session, restored)
         self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
         self.course, self.course_change = _course(config, extra, self.done)
