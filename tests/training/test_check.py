@@ -6,7 +6,7 @@ import pytest
 
 from efflaunch.launcher.commands.plan import notes
 from efflaunch.launcher.config.checks import model_notes
-from efflaunch.launcher.config.compose import compose
+from efflaunch.launcher.config.compose import compose, compose_group
 from efflaunch.launcher.config.ledger import plan
 from efflaunch.training.optimizers.check import USUAL_RATES, rate_notes
 from efflaunch.training.optimizers.config import OptimConfig
@@ -25,7 +25,7 @@ QUICK = ["+experiment=quickstart"]
     ],
 )
 def test_presets_differ_in_rate_decay_beta2_and_schedule(preset: str, expected: tuple[float, float, float, str], last: float) -> None:
-    optim = compose([*QUICK, f"optim={preset}"]).optim
+    optim = OptimConfig(**compose_group("optim", preset))
     assert (optim.lr, optim.betas[1], optim.weight_decay, optim.schedule) == expected
     assert optim.warmup_steps is None, "20 steps, or a quarter of a short run"
     assert learning_rate(optim, 100, 100) == pytest.approx(last)
@@ -33,7 +33,7 @@ def test_presets_differ_in_rate_decay_beta2_and_schedule(preset: str, expected: 
 
 
 def test_pretrainings_rate_with_preferences_is_named_in_a_plan_and_at_the_start() -> None:
-    wrong, right = (compose([*QUICK, "train.objective=dpo", *more]) for more in ([], ["optim=dpo"]))
+    wrong, right = (compose([*QUICK, "train.objective=dpo", f"optim.lr={rate}"]) for rate in (3e-4, 1e-6))
     note = "optim.lr=0.0003 is 300 times the usual rate of train.objective=dpo: optim=dpo has it"
     assert note in model_notes(wrong) and note in notes(wrong, plan(wrong))
     assert model_notes(right) == []
