@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MOMENT_BYTES = {"float32": None, "bfloat16": 2.0, "8bit": 1.0 + 4.0 / 256}
 """Bytes of one number of one moment; 8bit: a code, and a float32 scale for 256 of them."""
+STORED = {"adamw": 2.0, "muon": 2.0, "lion": 1.0, "adan": 4.0, "ademamix": 3.0, "nadam": 2.0, "radam": 2.0}
+"""Numbers that an optimizer keeps of each weight; of Muon's matrices one less. tests/training/test_library.py measures them on meta."""
 IN_FLIGHT = 2
 """Modules whose gradients are on their way to the host at one time (training/optimizers/host.py)."""
 
@@ -27,6 +29,10 @@ class Residency:
     """Float32 weights, moments and the update; the device has weights in compute precision."""
     in_backward: bool = False
     """A layer's gradients are gone once it is updated."""
+    algorithm: str = "adamw"
+    """optim.algorithm."""
+    orthogonalise_steps: int = 0
+    """Steps of Newton-Schulz on each matrix of the decoder layers, which then has one number less of each weight; 0: no Muon."""
     moment_bytes: float | None = None
     """Bytes of one number of a moment; None: the master precision."""
     snapshot_bytes: int | None = None
@@ -38,9 +44,19 @@ class Residency:
     two_passes: bool = False
     """Forward and backward run once more, before, for the norm alone."""
 
+    @property
+    def state_numbers(self) -> float:
+        """Numbers kept of each weight: AdamW's two moments."""
+        return STORED[self.algorithm]
+
+    @property
+    def is_adamw(self) -> bool:
+        """Whether states may go to the host, be smaller, and be updated in backward: AdamW's alone (training/optimizers/algorithms.py)."""
+        return self.algorithm == "adamw"
+
     def state_bytes(self, master: int) -> float:
-        """Bytes of state of one parameter: both moments, and the master weight where it is not the model's own."""
-        return 2 * (self.moment_bytes or master) + master * self.on_host
+        """Bytes of state of one parameter: its moments, and the master weight where it is not the model's own."""
+        return self.state_numbers * (self.moment_bytes or master) + master * self.on_host
 
 
 ON_DEVICE = Residency()
@@ -56,6 +72,8 @@ def residency_of(optim: OptimConfig, checkpoint: CheckpointConfig | None = None)
         **kept,
         on_host=optim.state_device.value == "host",
         in_backward=optim.update.value == "backward",
+        algorithm=optim.algorithm,
+        orthogonalise_steps=optim.muon_steps if optim.algorithm == "muon" else 0,
         moment_bytes=MOMENT_BYTES[optim.state_dtype.value],
         clipped=optim.grad_clip is not None,
         two_passes=optim.update.value == "backward" and optim.grad_clip is not None and optim.clip_mode.value == "two_pass",

@@ -77,7 +77,7 @@ def _auto(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def _states_on_host(inputs: PlanInputs) -> Iterator[Change]:
-    if _has_every_setting(inputs) and not inputs.residency.on_host:
+    if _has_every_setting(inputs) and inputs.residency.is_adamw and not inputs.residency.on_host:
         moved = replace(inputs, residency=replace(inputs.residency, on_host=True))
         unknown = "; the time of that is not in the estimate" if host_update_rate(moved).bytes_per_s is None else ""
         yield Change(("optim.state_device=host",), f"float32 weights and moments on the host and updated there{unknown}", moved)
@@ -85,7 +85,7 @@ def _states_on_host(inputs: PlanInputs) -> Iterator[Change]:
 
 def _in_backward(inputs: PlanInputs) -> Iterator[Change]:
     """Gradients are freed layer by layer; with a norm to clip by only after a pass of its own."""
-    if _has_every_setting(inputs) and not inputs.residency.in_backward:
+    if _has_every_setting(inputs) and inputs.residency.is_adamw and not inputs.residency.in_backward:
         clipped = inputs.residency.clipped
         overrides = ("optim.update=backward", *(("optim.clip_mode=two_pass",) if clipped else ()))
         twice = "; exact, but forward and backward run twice, first for the norm to clip by" if clipped else ""
@@ -94,7 +94,7 @@ def _in_backward(inputs: PlanInputs) -> Iterator[Change]:
 
 
 def _few_bits(inputs: PlanInputs) -> Iterator[Change]:
-    if _has_every_setting(inputs) and inputs.residency.moment_bytes is None and inputs.width < 8:
+    if _has_every_setting(inputs) and inputs.residency.is_adamw and inputs.residency.moment_bytes is None and inputs.width < 8:
         changed = replace(inputs.residency, moment_bytes=MOMENT_BYTES["8bit"])
         yield Change(("optim.state_dtype=8bit",), "moments in 8 bits: NOT EXACT", replace(inputs, residency=changed))
 
@@ -108,7 +108,8 @@ def _whole_host(inputs: PlanInputs) -> Iterator[Change]:
 def _adapters(inputs: PlanInputs) -> Iterator[Change]:
     """Low-rank adapters on a frozen model: no masters, moments and gradients of its weights. Another training, so not among SETTINGS."""
     rank = min(LORA.rank, *(min(matrix.rows, matrix.columns) for matrix in matrices(inputs.spec)))
-    if _has_every_setting(inputs) and inputs.trains_all and rank == LORA.rank and inputs.expert_parallel == 1:
+    simple = _has_every_setting(inputs) and not inputs.residency.orthogonalise_steps
+    if simple and inputs.trains_all and rank == LORA.rank and inputs.expert_parallel == 1:
         dense = inputs.spec.experts is None
         adapter = LORA if dense else replace(LORA, targets=["attention"])
         overrides = ("adapter=lora",) if dense else ("adapter=lora", "adapter.targets=[attention]")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import list_checkpoints, read_state
+from ..training.optimizers.algorithms import check_same_algorithm
 from ..training.optimizers.lr_course import load_course, resumed_course
 from .config.run_config import Config
 
@@ -73,7 +74,7 @@ def report_evaluation(config: Config) -> None:
 def check_resumed(config: Config, run_dir: Path) -> list[str]:
     """List what a resume changes about the learning rate and the data, a line each.
 
-    ConfigError where no schedule reaches the last step, DataError where corpora were replaced (data.changed).
+    ConfigError where no schedule reaches the last step or the optimizer is another, DataError where corpora were replaced (data.changed).
     Looks at the newest whole checkpoint of the run directory; the ranks look again at the one they restore.
     """
     newest = _newest_state(run_dir)
@@ -81,6 +82,7 @@ def check_resumed(config: Config, run_dir: Path) -> list[str]:
     if newest is None:
         return []
     step, saved = newest
+    check_same_algorithm(saved["metadata"], config.optim, step)
     course = load_course(saved["extra"].get("schedule", {}), config.optim)
     change = None if course is None else resumed_course(config.optim, course, step, config.train.steps)[1]
     replaced = () if config.data.builtin else _check_data(config, saved["metadata"].get("data"), step)

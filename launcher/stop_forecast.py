@@ -102,13 +102,14 @@ def planned(config: Config) -> Forecast | None:
     bandwidth = config.cluster.storage_bandwidth
     if bandwidth is None:
         return None
-    from ..estimate.footprint.host import MOMENTS
+    from ..estimate.muon import muon_work
     from .config.ledger import plan
 
     ledger = plan(config)
     inputs = ledger.inputs
     # Weights as the optimizer keeps them, and its moments; copies of the model are saved once.
-    num_bytes = inputs.parameters * inputs.master * (1 + MOMENTS)
+    numbers = inputs.parameters * (1 + inputs.residency.state_numbers) - muon_work(inputs).parameters
+    num_bytes = int(numbers) * inputs.master
     save_s = num_bytes / (bandwidth * config.cluster.num_nodes)
     source = f"planned: {format_bytes(num_bytes)} at {format_bytes(bandwidth)}/s a node"
     return Forecast(step_s=ledger.timing.step_s, save_s=save_s, grace_s=config.launcher.grace_s, source=source)

@@ -27,3 +27,11 @@ def test_optimizer_page(tmp_path: Path) -> None:
     assert events(runs / "small", "start")[0]["optimizer_inexact"]
     assert "NOT EXACT: moments are rounded to 8bit" in printed
     assert "note: not exact: gradients are clipped by the norm of the step before" in " ".join(printed.split())
+
+
+def test_muon_page(tmp_path: Path) -> None:
+    printed = run_page("muon.md", tmp_path)
+    run = tmp_path / "work" / "runs" / "muon"
+    assert [event["step"] for event in events(run, "step")] == [1, 2]
+    assert events(run, "start")[0]["optimizer"].startswith("Muon for matrices of decoder layers, AdamW for the rest")
+    assert "matrices, whole" in printed and "Newton-Schulz takes" in printed

@@ -57,6 +57,7 @@ from .non_finite import RowWatch, non_finite, weights_at_fault
 from .objectives.build import RunObjective, means
 from .objectives.heads import StepObjective
 from .oom import LOW_HOST_BYTES, host_error, memory_errors_named
+from .optimizers.algorithms import check_same_algorithm
 from .optimizers.lr_course import Course, first_course, load_course, resumed_course
 from .optimizers.updater import Gradients
 from .profiling.first_probe import probe_before_training
@@ -104,11 +105,17 @@ def _plan_service(config: RunSettings) -> PlanService | None:
     return PlanService(patience_s=config.parallel.plan_timeout_s) if adaptive else None
 
 
+def _check_goes_on(config: RunSettings, session: Session, restored: Restored | None) -> None:
+    """Raise ConfigError where the checkpoint's adapters are of another model, or its states another optimizer's."""
+    if restored is not None:
+        check_same_base(restored.metadata.get("adapter"), session.adapter, config.model, restored.step)
+        check_same_algorithm(restored.metadata, config.optim, restored.step)
+
+
 def _data_changes(config: RunSettings, session: Session, restored: Restored | None) -> DataChanges:
-    """What is different from the data of the checkpoint; DataError where nobody asked for it, and as check_same_base."""
+    """What is different from the data of the checkpoint; DataError where nobody asked for it."""
     if restored is None:
         return DataChanges((), ())
-    check_same_base(restored.metadata.get("adapter"), session.adapter, config.model, restored.step)
     changes = data_changes(restored.metadata.get("data"), session.data)
     check_data_changes(changes, config.data.changed, restored.step)
     return changes
@@ -141,6 +148,7 @@ class _Run:
         pulse.at("looking for a checkpoint")
         restored = self.session.checkpointer.restore(lambda: pulse.at("reading a checkpoint"))
         extra = restored.extra if restored is not None else {}
+        _check_goes_on(config, self.session, restored)
         self.data_changes = _data_changes(config, self.session, restored)
         self.done = self.began = restored.step if restored is not None else 0
         self.course, self.course_change = _course(config, extra, self.done)

@@ -11,7 +11,7 @@ from . import zero
 from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs, messages
 from .kernels import loss_chunk, masked_scores, row_losses, scratch
 from .live_layer import layer_rows
-from .optimizer import optimizer_states
+from .optimizer import optimizer_states, whole_matrices
 from .term import Phase, Term, term
 from .weights import batch, head_gradient, layer_gradients
 from .zero import is_zero
@@ -47,8 +47,8 @@ def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     engine = zero if is_zero(inputs) else fsdp2
     fixed = (
-        engine.weights, optimizer_states, engine.whole_gradients, engine.gathered_root, layer_gradients, head_gradient, loss_chunk,
-        row_losses, masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
+        engine.weights, optimizer_states, whole_matrices, engine.whole_gradients, engine.gathered_root, layer_gradients, head_gradient,
+        loss_chunk, row_losses, masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)

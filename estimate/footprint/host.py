@@ -7,7 +7,7 @@ from ...memory.activation_classes import activation_classes
 from ...memory.ranges import group_ranges
 from ..plan_inputs import GIB, PlanInputs
 from .activations import class_layers, moved_by_class
-from .optimizer import host_optimizer_bytes
+from .optimizer import host_optimizer_bytes, moment_numbers
 from .term import KEEPING, Term, term
 
 
@@ -44,8 +44,6 @@ def file_bytes(inputs: PlanInputs) -> int:
     return inputs.layout.ranks_per_node * moved_bytes(inputs) if inputs.policy.offload_dir else 0
 
 
-MOMENTS = 2
-"""AdamW's, of each weight."""
 ARENA_BLOCK_BYTES = 64 << 10
 """What the arena hands out at least (memory/offload/host_pool.py)."""
 
@@ -75,7 +73,7 @@ def snapshot(inputs: PlanInputs, free_bytes: int) -> Term:
 
 def state_bytes(inputs: PlanInputs) -> int:
     """One rank's trained weights and their moments, as checkpoints hold them."""
-    return inputs.trained_parameters * inputs.master * (1 + MOMENTS) // inputs.layout.shard
+    return int(inputs.master * (inputs.trained_parameters + moment_numbers(inputs))) // inputs.layout.shard
 
 
 def replicas(inputs: PlanInputs) -> Term:

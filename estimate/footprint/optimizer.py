@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..muon import BYTES, muon_work
 from ..optimizer_residency import IN_FLIGHT
 from ..plan_inputs import PlanInputs, reduces_once
 from .term import BACKWARD, Phase, Term, term
@@ -12,15 +13,31 @@ def weight_bytes(inputs: PlanInputs) -> int:
     return inputs.width if inputs.residency.on_host else inputs.master
 
 
+def moment_numbers(inputs: PlanInputs) -> float:
+    """Numbers that the optimizer keeps of the stage's trained weights, over all shards."""
+    return inputs.residency.state_numbers * inputs.trained_parameters - muon_work(inputs).parameters
+
+
 def optimizer_states(inputs: PlanInputs) -> Term:
     """Optimizer states of one rank on the device."""
-    each = 0.0 if inputs.residency.on_host else inputs.residency.state_bytes(inputs.master)
-    kind = (
-        f"two float{8 * inputs.master} moments"
-        if inputs.residency.moment_bytes is None
-        else f"two moments of {each / 2:.3g} bytes a number"
-    )
-    return term("optimizer states", f"{kind}, 1/{inputs.layout.shard} of each", each * inputs.trained_parameters / inputs.layout.shard)
+    each = 0.0 if inputs.residency.on_host else inputs.residency.moment_bytes or inputs.master
+    return term("optimizer states", _states_note(inputs, each), each * moment_numbers(inputs) / inputs.layout.shard)
+
+
+def _states_note(inputs: PlanInputs, each: float) -> str:
+    share, several = f", 1/{inputs.layout.shard} of each", inputs.residency.state_numbers
+    if inputs.residency.orthogonalise_steps:
+        return f"float{8 * inputs.master}: momentum of matrices, two moments of the rest{share}"
+    many = "two" if several == 2 else f"{several:g}"
+    if inputs.residency.moment_bytes is None:
+        return f"{many} float{8 * inputs.master} moment{'s' * (several != 1)}{share}"
+    return f"{many} moments of {each:.3g} bytes a number{share}"
+
+
+def whole_matrices(inputs: PlanInputs) -> Term:
+    """Matrices that Muon orthogonalises, on their way or being worked on; 0 with another optimizer."""
+    note = "bfloat16: sent, received and orthogonalised, the largest of a rank's rounds"
+    return term("matrices, whole", note, BYTES * muon_work(inputs).live, (Phase.OPTIMIZER,))
 
 
 def adds_up(inputs: PlanInputs) -> bool:

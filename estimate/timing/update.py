@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..footprint.optimizer import adds_up
+from ..muon import exchange_s, muon_work, orthogonalise_s
 from ..plan_inputs import PlanInputs
 from .bandwidth import device_update_rate, gb_per_s, host_link, host_update_rate
 from .flops import layer_backward_s
@@ -52,13 +53,34 @@ def _numbers(inputs: PlanInputs) -> float:
 def _each(inputs: PlanInputs) -> float:
     """Bytes of one weight's update, measuring and clipping in."""
     clipping = 2 * inputs.master if inputs.residency.clipped else 0
-    return adam_bytes(inputs.master, inputs.residency.moment_bytes or inputs.master) + inputs.master + clipping
+    moments = inputs.residency.state_numbers / 2 * (inputs.residency.moment_bytes or inputs.master)
+    return adam_bytes(inputs.master, moments) + inputs.master + clipping
+
+
+def muon_bytes(master: int) -> int:
+    """What Muon reads and writes for one weight but for its product: momentum, what is sent, the weight, twice."""
+    return 9 * master + 10
 
 
 def _device_update(inputs: PlanInputs) -> UpdateTime:
+    if inputs.residency.orthogonalise_steps:
+        return _muon_update(inputs)
     rate, num_bytes = device_update_rate(inputs), _numbers(inputs) * _each(inputs)
     busy = 0.0 if rate.bytes_per_s is None else num_bytes / rate.bytes_per_s
     return UpdateTime(busy_s=busy, link_s=0.0, shown_s=busy, assumption=_words(inputs, _each(inputs), rate.bytes_per_s, rate.source))
+
+
+def _muon_update(inputs: PlanInputs) -> UpdateTime:
+    """AdamW's bytes for the rest, Muon's for matrices, then the longer of the products and of what travels beside them."""
+    rate, work, shard = device_update_rate(inputs), muon_work(inputs), inputs.layout.shard
+    more = muon_bytes(inputs.master) - adam_bytes(inputs.master, inputs.master)
+    num_bytes = _numbers(inputs) * _each(inputs) + work.parameters / shard * more
+    element_wise = 0.0 if rate.bytes_per_s is None else num_bytes / rate.bytes_per_s
+    products, travel = orthogonalise_s(inputs), exchange_s(inputs)
+    said = f"Newton-Schulz takes {work.flops / 1e12:.3g} TFLOP on the busiest rank, at cluster.efficiency; matrices travel beside it"
+    words = _words(inputs, num_bytes / _numbers(inputs), rate.bytes_per_s, rate.source)
+    shown = element_wise + max(products, travel)
+    return UpdateTime(busy_s=element_wise + products, link_s=0.0, shown_s=shown, assumption=f"{words}; {said}")
 
 
 def _host_update(inputs: PlanInputs) -> UpdateTime:

@@ -13,6 +13,7 @@ from ...parallel.pipeline.config import PipelineOrder
 from ...training.config import check_train
 from ...training.data.config import check_sources
 from ...training.evaluation.config import check_eval, check_keep_best
+from ...training.optimizers.check import rate_notes
 from ...units import format_tokens
 from .run_config import Config
 
@@ -123,11 +124,11 @@ def _check_capacity(config: Config, layout: Layout) -> None:
 
 
 def model_notes(config: Config) -> list[str]:
-    """List surprises of the model and its files: parts that are not read, and lengths beyond its positions."""
+    """List surprises of the model, its files and its rate: parts that are not read, lengths beyond its positions, rates of pretraining."""
     positions, length = model_spec(config.model).max_positions, config.data.max_seq_len
     check_init(config.adapter, model_spec(config.model))
     lines = check_weights(config.model)
     if length > positions:
         beyond = f"data.max_seq_len={format_tokens(length)} is beyond the {format_tokens(positions)} positions the model knows"
         lines.append(f"{beyond}: extend it with {' '.join(longer_positions(config.model, length))}")
-    return lines
+    return [*lines, *rate_notes(config.optim, config.train.objective.value)]

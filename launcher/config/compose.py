@@ -130,6 +130,7 @@ def check_config(config: Config) -> None:
     from ...memory.config import check_memory
     from ...model.model_check import check_weights
     from ...parallel.sharding.config import check_stage
+    from ...training.optimizers.algorithms import check_algorithm
     from ...training.optimizers.check import check_residency
     from ...training.optimizers.engine_check import check_engine, engine_facts
     from ...training.optimizers.lr_schedule import check_optim
@@ -143,6 +144,7 @@ def check_config(config: Config) -> None:
     check_checkpoint(config.checkpoint)
     checks.check_config(config)
     check_memory(config.memory)
+    check_algorithm(config.optim, config.adapter)
     check_optim(config.optim, config.train.steps)
     check_residency(config.optim, config.train.dtype)
     check_stage(config.engine)

@@ -7,11 +7,12 @@ Note: strided shards. With a tensor axis and a shard axis on one dim, torch has 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ...checkpoint.flat import Flat, Piece
@@ -91,6 +92,40 @@ def groups_of_parts(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     assert not any(placement.is_partial() for placement in tensor.placements), "a sum over ranks is not reduced yet"
     split = (axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate())
     return tuple(tensor.device_mesh.get_group(axis) for axis in split)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSplit:
+    """How the rows of a matrix, or the matrices of a stack, lie over the ranks of one group."""
+
+    group: ProcessGroup | None
+    """None: this rank has all of each matrix it has, and nobody beside replicas has any of them."""
+    dim: int = 0
+    """The dim that is cut; of a stack 0, whole matrices, or 1, rows of each."""
+    ranges: tuple[range, ...] = ()
+    """Of that dim, by rank of the group; the last ones may be empty."""
+
+
+def row_split(tensor: Tensor) -> RowSplit:
+    """How a matrix or a stack of matrices is cut. AssertionError for cuts of columns, or of rows by two axes.
+
+    A stack that is cut on both dims (experts over ranks, experts.py) is split by rows; what this rank has of dim 0 is its own stack.
+    """
+    if not isinstance(tensor, DTensor):
+        return RowSplit(None)
+    cuts: dict[int, int] = {}
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate() and tensor.device_mesh.size(axis) > 1:
+            assert isinstance(placement, Shard) and placement.dim not in cuts, f"cut by {tensor.placements}"
+            cuts[placement.dim] = axis
+    if not cuts:
+        return RowSplit(None)
+    dim = max(cuts)
+    assert dim < tensor.ndim - 1, f"columns are cut by {tensor.placements}"
+    size, ranks = tensor.shape[dim], tensor.device_mesh.size(cuts[dim])
+    each = -(-size // ranks)
+    ranges = tuple(range(min(size, rank * each), min(size, (rank + 1) * each)) for rank in range(ranks))
+    return RowSplit(tensor.device_mesh.get_group(cuts[dim]), dim, ranges)
 
 
 def sharding(tensor: Tensor) -> Hashable:

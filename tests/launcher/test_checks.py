@@ -47,6 +47,11 @@ def test_a_schedule_that_has_ended_at_zero_is_asked_about(tmp_path: Path, saved:
         checks.check_resumed(config_of(tmp_path, "train.steps=40", "optim.min_lr_ratio=0"), tmp_path)
 
 
+def test_another_optimizer_is_refused(tmp_path: Path, saved: dict[int, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)optim\.algorithm: found muon, and states of adamw in the checkpoint of step 20"):
+        checks.check_resumed(config_of(tmp_path, "optim=muon"), tmp_path)
+
+
 def test_a_replaced_corpus_is_asked_about(tmp_path: Path, saved: dict[int, Any]) -> None:
     make(tmp_path / "c", [1, 2, 3, 4, 6], [2, 3])
     with pytest.raises(DataError, match=r"step 20: found something else now: corpus .*/c: other tokens"):

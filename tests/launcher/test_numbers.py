@@ -38,6 +38,7 @@ TAKES_ZERO = {
         "parallel.probe_s",
         "optim.warmup_steps",
         "optim.min_lr_ratio",
+        "optim.muon_momentum",
     ),
     *("parallel.plan_timeout_s", "memory.host_fraction", "memory.host_budget", "checkpoint.max_slowdown"),
     *("launcher.max_restarts", "launcher.slurm.max_preemptions", "launcher.slurm.max_excluded", "launcher.ray.max_preemptions"),

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ...model.adapters.names import is_factor_b
+from ...model.families import facts_of, family_of
+from ...parallel.sharding.matrix_plan import is_matrix
 from ...parallel.sharding.parts import local
-from .config import OptimConfig, StateDtype
+from .algorithms import LIBRARY
+from .config import MUON, OptimConfig, StateDtype
 from .norm import NormMeter, NormScope, clip_scale
 
 RATIO = "lr_ratio"
@@ -27,19 +30,28 @@ def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, weights: nn.Module | None = None, *, b_lr_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """Fused AdamW over the trainable parameters, in the groups `decay` and `no_decay`, and `lora_b` where that has a rate of its own.
+    """The optimizer over the trainable parameters, in the groups `decay` and `no_decay`, and `lora_b` where that has a rate of its own.
 
+    Fused AdamW, or `config.algorithm`; matrices that Muon updates are the group `muon`.
     Groups carry the parameters' names (`param_names`) in the model's own order. States have the parameters' dtype (or
     `state_dtype`), device and sharding; nothing is gathered. Call after sharding: FSDP replaces the parameters.
     `weights`: the parameters of the same names that are updated instead of the model's own. `b_lr_ratio`: the learning rate of
     adapters' B over that of everything else (LoRA+).
     """
-    updated = dict((weights or model).named_parameters())
+    updated, ratios = dict((weights or model).named_parameters()), {"muon": config.muon_lr_ratio, "lora_b": b_lr_ratio}
     named_groups: list[dict[str, Any]] = [
         {"params": [(name, updated[name]) for name in names], "name": kind, "weight_decay": weight_decay(kind, config)}
-        | ({RATIO: b_lr_ratio} if kind == "lora_b" else {})
-        for kind, names in parameter_groups(model, b_lr_ratio=b_lr_ratio).items()
+        | ({RATIO: ratios[kind]} if kind in ratios else {})
+        for kind, names in parameter_groups(model, b_lr_ratio=b_lr_ratio, by_muon=config.algorithm == MUON).items()
     ]
+    if config.algorithm == MUON:
+        from .muon import Muon
+
+        return Muon(named_groups, config, transposed_experts=_has_transposed_experts(model))
+    if config.algorithm in LIBRARY:
+        from .library import LibraryOptimizer
+
+        return LibraryOptimizer(named_groups, config)
     if config.state_dtype is not StateDtype.FLOAT32:
         from .lowbit import build_lowbit
 
@@ -57,15 +69,26 @@ def weight_decay(kind: str, config: OptimConfig) -> float:
     return 0.0 if kind == "no_decay" else config.weight_decay
 
 
-def parameter_groups(model: nn.Module, *, b_lr_ratio: float = 1.0) -> dict[str, list[str]]:
-    """Names of the trainable parameters by group, in the model's order; groups without any are left out. Asks for whole shapes."""
-    groups: dict[str, list[str]] = {"decay": [], "no_decay": [], "lora_b": []}
+def parameter_groups(model: nn.Module, *, b_lr_ratio: float = 1.0, by_muon: bool = False) -> dict[str, list[str]]:
+    """Names of the trainable parameters by group, in the model's order; groups without any are left out. Asks for whole shapes.
+
+    `by_muon`: matrices that Muon updates are a group of their own.
+    """
+    groups: dict[str, list[str]] = {"muon": [], "decay": [], "no_decay": [], "lora_b": []}
     owners = _owners(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_fast = b_lr_ratio != 1.0 and is_factor_b(name)
-            groups["lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"].append(name)
+            kind = "lora_b" if is_fast else "decay" if is_decayed(owners[parameter], parameter) else "no_decay"
+            groups["muon" if by_muon and is_matrix(name, parameter.shape) else kind].append(name)
     return {kind: names for kind, names in groups.items() if names}
+
+
+def _has_transposed_experts(model: nn.Module) -> bool:
+    """Whether stacks of experts are (E, inputs, outputs), gate and up column by column."""
+    family = family_of(getattr(getattr(model, "config", None), "model_type", None))
+    experts = None if family is None else facts_of(family).experts
+    return experts is not None and experts.transposed
 
 
 def _owners(model: nn.Module) -> dict[Tensor, nn.Module]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ..config import Dtype
-from .config import ClipMode, OptimConfig, StateDevice, StateDtype, Update
+from .algorithms import LIBRARY
+from .config import ADAMW, MUON, ClipMode, OptimConfig, StateDevice, StateDtype, Update
 
 
 def check_residency(optim: OptimConfig, dtype: Dtype) -> None:
@@ -56,10 +57,31 @@ def inexact(optim: OptimConfig) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+USUAL_RATES = {"dpo": 1e-6, "grpo": 1e-6}
+"""Peak learning rates of the presets optim=dpo and optim=grpo (TRL's defaults for both), by objective."""
+FAR_ABOVE = 50.0
+"""Times the usual rate that are no choice but an oversight; adapters are trained with about ten times as much."""
+
+
+def rate_notes(optim: OptimConfig, objective: str) -> list[str]:
+    """What is to be said of a learning rate that is not this objective's: pretraining's is 300 times too large for preferences."""
+    usual = USUAL_RATES.get(objective)
+    if usual is None or optim.lr <= FAR_ABOVE * usual:
+        return []
+    times = f"{optim.lr / usual:,.0f} times the usual rate of train.objective={objective}"
+    return [f"optim.lr={optim.lr:g} is {times}: optim={objective} has it"]
+
+
 def describe(optim: OptimConfig) -> str:
     """One line: where the states live, when they change, what is not exact."""
     place = "host memory, weights on the device in compute precision" if optim.state_device is StateDevice.HOST else "device memory"
     when = "each layer in backward" if optim.update is Update.BACKWARD else "after backward"
     extra = {ClipMode.GLOBAL: "", ClipMode.TWO_PASS: ", one more backward pass for the norm"}.get(optim.clip_mode, "")
     rest = "".join(f"; NOT EXACT: {line}" for line in inexact(optim))
-    return f"AdamW, states in {place}, updated {when}{extra}{rest}"
+    return f"{_named(optim.algorithm)}, states in {place}, updated {when}{extra}{rest}"
+
+
+def _named(algorithm: str) -> str:
+    if algorithm == MUON:
+        return "Muon for matrices of decoder layers, AdamW for the rest"
+    return "AdamW" if algorithm == ADAMW else f"{LIBRARY[algorithm].name} of {LIBRARY[algorithm].module}"

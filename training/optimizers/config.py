@@ -9,6 +9,9 @@ from typing import ClassVar
 
 from ...utils.ranges import STEPS, Range
 
+ADAMW, MUON = "adamw", "muon"
+"""Values of optim.algorithm that are no library's."""
+
 
 class StateDevice(Enum):
     """Where the optimizer's numbers live."""
@@ -49,6 +52,15 @@ class StateDtype(Enum):
     """Blocks of 256 numbers share a scale; tensors that are small or not of whole blocks keep float32."""
 
 
+class MuonScale(Enum):
+    """How large the update of a matrix is beside optim.lr, by its shape; torch.optim.Muon's names."""
+
+    MATCH_RMS_ADAMW = "match_rms_adamw"
+    """0.2 sqrt(longer side): as large as AdamW's updates are, so optim.lr and optim.weight_decay are AdamW's."""
+    ORIGINAL = "original"
+    """sqrt(max(1, rows / columns)): rates of about 0.02, so optim.muon_lr_ratio is needed beside AdamW."""
+
+
 class ScheduleOnResume(Enum):
     """What becomes of the learning rate's schedule where a run is resumed with another train.steps."""
 
@@ -62,9 +74,11 @@ class ScheduleOnResume(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW on float32 master weights, and its schedule."""
+    """An optimizer on float32 master weights, and its schedule."""
 
     name: str
+    algorithm: str = "adamw"
+    """adamw; muon (matrices of decoder layers by Muon, the rest by AdamW); or one of a library (training/optimizers/algorithms.py)."""
     lr: float
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -91,6 +105,14 @@ class OptimConfig:
     """Which norm grad_clip means. previous_norm is not exact."""
     state_dtype: StateDtype = StateDtype.FLOAT32
     """Precision of the moments. bfloat16 and 8bit are not exact."""
+    muon_momentum: float = 0.95
+    """muon only: share of the momentum that a step keeps."""
+    muon_steps: int = 5
+    """muon only: steps of Newton-Schulz."""
+    muon_scale: MuonScale = MuonScale.MATCH_RMS_ADAMW
+    """muon only: size of a matrix's update by its shape."""
+    muon_lr_ratio: float = 1.0
+    """muon only: learning rate of the matrices over optim.lr, which the rest has."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "lr": Range(0, 1e38, above=True, example=3e-4),
@@ -101,4 +123,7 @@ class OptimConfig:
         "warmup_steps": Range(0, STEPS),
         "decay_steps": Range(1, STEPS),
         "min_lr_ratio": Range(0, 1),
+        "muon_momentum": Range(0, 1, below=True),
+        "muon_steps": Range(1, 99),
+        "muon_lr_ratio": Range(0, 1e6, above=True),
     }

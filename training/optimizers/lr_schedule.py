@@ -6,6 +6,7 @@ import math
 
 from ...errors import ConfigError
 from ...utils.ranges import check_ranges
+from .algorithms import num_betas
 from .config import OptimConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -77,8 +78,11 @@ def _check_wsd(config: OptimConfig, total_steps: int) -> None:
 
 def _check_numbers(config: OptimConfig) -> None:
     check_ranges(config, "optim")
-    if len(config.betas) != 2:
+    if len(config.betas) != 2 and num_betas(config.algorithm) == 2:
         raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
+    if len(config.betas) != 3 and num_betas(config.algorithm) == 3:
+        three = f"three numbers from 0 to below 1: optim.algorithm={config.algorithm} has as many"
+        raise _wrong("betas", str(config.betas), three, "optim.betas=[0.98,0.92,0.99]")
 
 
 def _wrong(key: str, actual: str, expected: str, hint: str) -> ConfigError:

@@ -28,7 +28,7 @@ from efflaunch.parallel.topology import build_topology
 from efflaunch.tests.model.small import of, save_model
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.optimizers.adamw import build_optimizer, clip_gradients
-from efflaunch.training.optimizers.config import OptimConfig, StateDtype
+from efflaunch.training.optimizers.config import MuonScale, OptimConfig, StateDtype
 
 EP_2, HSDP = {"experts": 2}, {"replicate": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -127,6 +127,30 @@ def test_the_norm_and_an_update_are_those_of_one_process(pool: RankPool, folder:
             assert groups == [(group["name"], len(group["params"])) for group in optimizer.param_groups]
             for key, parameter in plain.named_parameters():
                 torch.testing.assert_close(weights[key], parameter.detach(), rtol=1e-12, atol=1e-12, msg=lambda m, n=key: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("scale", list(MuonScale), ids=lambda scale: scale.value)
+def test_muons_update_is_that_of_one_process(pool: RankPool, folder: Path, scale: MuonScale) -> None:
+    """Each expert's rows lie over the ranks that have it; one of them orthogonalises it, as one process does."""
+    optim = replace(OPTIM, algorithm="muon", muon_scale=scale)
+    alone = pool.run(updated, folder, {}, None, optim, ranks=1)[0][0]
+    for name in ("EP 2", "EP 2, HSDP", "EP 4"):
+        ranks, layout = LAYOUTS[name]
+        for key, value in pool.run(updated, folder, layout, None, optim, ranks=ranks)[0][0].items():
+            torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_the_original_scale_goes_by_outputs_over_inputs(pool: RankPool, folder: Path) -> None:
+    """Of gpt_oss, whose stacks are (E, inputs, outputs): down is 48 to 32, gate and up 32 to 48, and an update's length tells which."""
+    model = pool.run(updated, folder, {}, None, replace(OPTIM, lr=0.0, weight_decay=0.0), ranks=1)[0][0]
+    scales = {"down_proj": 1.0, "gate_up_proj": (48 / 32) ** 0.5}
+    optim = replace(OPTIM, algorithm="muon", muon_scale=MuonScale.ORIGINAL, weight_decay=0.0, muon_momentum=0.0)
+    moved = pool.run(updated, folder, {}, None, optim, ranks=1)[0][0]
+    for name, scale in scales.items():
+        key = f"model.layers.0.mlp.experts.{name}"
+        change = (moved[key] - model[key])[0] if name == "down_proj" else (moved[key] - model[key])[0, :, ::2]
+        largest = float(torch.linalg.matrix_norm(change, 2)) / (2 * OPTIM.lr * scale)
+        assert 0.7 < largest < 1.25, "twice the rate times a matrix whose singular values are about 1"
 
 
 def test_moments_of_less_precision_lie_on_two_meshes_too(pool: RankPool, tmp_path: Path) -> None:
