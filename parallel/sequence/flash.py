@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention import AttentionSpec, MaskedKernel, accumulation_dtype
 from .blocks import Block, Documents
-from .head_parts import heads_of_call, head_parts
+from .head_parts import head_parts, heads_of_call
 
 HALF = (torch.bfloat16, torch.float16)
 CUDNN_LEAST_ROWS = 64

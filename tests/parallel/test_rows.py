@@ -47,8 +47,8 @@ def test_joined_documents_are_the_same_blocks(lengths, most, window, start, data
             assert call.windowed == any(block.windowed for block in call.each(window))
             assert call.longest == max(block.q_stop - block.q_start for block in call.each(window))
         each = call.each(window) if isinstance(call, Documents) else [call]
-        shift = (call.q_start, call.k_start) if isinstance(call, Documents) else (0, 0)
-        apart += [(b.q_start + shift[0], b.q_stop + shift[0], b.k_start + shift[1], b.k_stop + shift[1], b.causal, b.windowed) for b in each]
+        q, k = (call.q_start, call.k_start) if isinstance(call, Documents) else (0, 0)
+        apart += [(b.q_start + q, b.q_stop + q, b.k_start + k, b.k_stop + k, b.causal, b.windowed) for b in each]
     wanted = [(b.q_start, b.q_stop, b.k_start, b.k_stop, b.causal, b.windowed) for b in blocks]
     assert sorted(apart) == sorted(wanted)
 

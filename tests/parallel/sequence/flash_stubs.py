@@ -141,13 +141,13 @@ def torch_operators_on_cpu(calls: Calls) -> Iterator[None]:
         empty = torch.empty(0, dtype=torch.int64)
         return o.transpose(1, 2), lse.unsqueeze(-1), empty, empty, q.shape[2], k.shape[2], empty, empty, empty
 
-    def cudnn_backward(do, q, k, v, o, lse, seed, offset, bias, cuts, _, longest_q, longest_k, dropout, causal, *, scale=None):  # type: ignore[no-untyped-def]  # noqa: E501
+    def cudnn_backward(do, q, k, v, o, lse, seed, offset, bias, cuts, _, longest_q, longest_k, dropout, causal, *, scale=None):  # type: ignore[no-untyped-def]
         assert lse.shape == (*q.shape[:3], 1)
         rows = [t.transpose(1, 2) for t in (do, q, k, v, o)]
         rows[0] = rows[0].contiguous()
         return tuple(t.transpose(1, 2) for t in calls.backward("cudnn", [*rows, lse[..., 0]], None, scale, causal, None, None, 0.0))
 
-    library = Library("aten", "IMPL")  # noqa: TOR901
+    library = Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
     library.impl("_scaled_dot_product_cudnn_attention", cudnn, "CPU")

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efflaunch.parallel.sequence import flash, head_parts
 from efflaunch.parallel.sequence.attention import AttentionSpec, attention_backward, attention_forward
-from efflaunch.parallel.sequence.blocks import attention_blocks, join_documents, split_keys
+from efflaunch.parallel.sequence.blocks import Block, Documents, attention_blocks, join_documents, split_keys
 from efflaunch.parallel.sequence.flash import CudnnKernel, FlashAttnKernel, FlashKernel, TorchFlashKernel
 from efflaunch.parallel.sequence.layout import Slice, zigzag_slices
 from efflaunch.tests.parallel.sequence.flash_stubs import Calls, stub_flash_attn, torch_operators_on_cpu
@@ -104,3 +105,29 @@ def test_other_precisions_go_the_masked_way(calls: Calls) -> None:
     check_against_dense(kernel, AttentionSpec(4, 2, 8, 0.3, 4, 2.0), whole)
     check_against_dense(kernel, AttentionSpec(4, 2, 8, 0.3), zigzag_slices(LENGTHS, 2, 0))
     assert calls.names == []
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kind", [TorchFlashKernel, CudnnKernel])
+def test_torchs_operators_have_these_shapes_on_cuda(kind: type[FlashKernel], window: int | None) -> None:
+    """torch's own description of its CUDA operators, on tensors without memory: schemas, shapes and dtypes of every kind of call."""
+    device, spec, kernel = torch.device("cuda", 0), AttentionSpec(8, 2, 128, 0.1, window), kind()
+    calls: list[tuple[int, int, Block | Documents]] = [
+        (256, 256, Block(0, 256, 0, 256, 0, True, window is not None)),
+        (64, 256, Block(0, 64, 0, 256, 256, False, window is not None)),
+        (512, 512, Documents(0, 0, (0, 100, 512), window is not None)),
+    ]
+    for rows, keys, call in calls:
+        with FakeTensorMode():
+            q = torch.empty((rows, 8, 128), dtype=torch.bfloat16, device=device)
+            k, v = (torch.empty((keys, 2, 128), dtype=torch.bfloat16, device=device) for _ in range(2))
+            if isinstance(call, Documents):
+                call.on_device[device] = torch.empty(call.count + 1, dtype=torch.int32, device=device)
+                o, lse = kernel.forward_documents(q, k, v, call, spec)
+                grads = kernel.backward_documents(torch.empty_like(o), q, k, v, o, lse, call, spec)
+            else:
+                o, lse = kernel.forward(q, k, v, call, spec)
+                grads = kernel.backward(torch.empty_like(o), q, k, v, o, lse, call, spec)
+        assert (o.shape, o.dtype, o.device) == (q.shape, torch.bfloat16, device)
+        assert (lse.shape, lse.dtype) == (q.shape[:2], torch.float32)
+        assert [(t.shape, t.dtype) for t in grads] == [(t.shape, t.dtype) for t in (q, k, v)]
