@@ -36,6 +36,11 @@ class AttentionSpec:
 class BlockKernel(Protocol):
     """One block of attention on one device. Inputs are row slices of the tensors in the legend."""
 
+    @property
+    def pads(self) -> int:
+        """Rows that the workspace of a call has more for each of its documents."""
+        ...
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """o (T, H, D) in q's dtype, lse (T, H) in the accumulation dtype."""
 
@@ -168,6 +173,8 @@ def _disjoint_keys(blocks: Calls) -> bool:
 
 class EachDocument(ABC):
     """Documents one after the other, for kernels that take one document a call: what comes out is what one call gives."""
+
+    pads = 0
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

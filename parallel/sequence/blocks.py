@@ -152,20 +152,34 @@ def _part(block: Block, q_start: int, q_stop: int, k_start: int, k_stop: int, ca
     return Block(q_start, q_stop, k_start, k_stop, offset, causal, windowed)
 
 
-def join_documents(blocks: Blocks, most: int | None = None) -> Calls:
+def join_documents(blocks: Blocks, most: int | None = None, pads: int = 0) -> Calls:
     """`blocks` with runs of causal ones joined, of at most `most` keys a run: first those, in the order of their rows, then the others.
 
+    `pads`: rows that a kernel's workspace has more for each document of a call. Up to half as many rows as there are, one call has
+    them all; beyond, calls are cut so that each one's workspace is no larger than that of as many rows without a pad.
     Sums over blocks do not depend on their order but for rounding.
     """
+    squares = sorted((block for block in blocks if block.causal), key=lambda block: (block.q_start, block.k_start))
+    total = sum(block.q_stop - block.q_start for block in squares)
+    cut = 2 * pads * len(squares) > total
     runs: list[list[Block]] = []
-    for block in sorted((block for block in blocks if block.causal), key=lambda block: (block.q_start, block.k_start)):
-        last = runs[-1][-1] if runs else None
-        follows = last is not None and (last.q_stop, last.k_stop) == (block.q_start, block.k_start)
-        if follows and (most is None or block.k_stop - runs[-1][0].k_start <= most):
-            runs[-1].append(block)
+    for block in squares:
+        run = runs[-1] if runs else None
+        if run is not None and _follows(run, block, most) and not (cut and _rows(run, block) + pads * (len(run) + 1) > total):
+            run.append(block)
         else:
             runs.append([block])
     return (*map(_joined, runs), *(block for block in blocks if not block.causal))
+
+
+def _follows(run: list[Block], block: Block, most: int | None) -> bool:
+    """Whether `block` can join a run: its rows come next, and the keys stay within `most`."""
+    is_next = (run[-1].q_stop, run[-1].k_stop) == (block.q_start, block.k_start)
+    return is_next and (most is None or _rows(run, block) <= most)
+
+
+def _rows(run: list[Block], block: Block) -> int:
+    return block.k_stop - run[0].k_start
 
 
 def _joined(run: list[Block]) -> Block | Documents:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention import AttentionSpec, MaskedKernel, accumulation_dtype
 from .blocks import Block, Documents
-from .head_parts import head_parts, heads_of_call
+from .head_parts import ROWS_OF_TILE, head_parts, heads_of_call
 
 HALF = (torch.bfloat16, torch.float16)
 CUDNN_LEAST_ROWS = 64
@@ -75,6 +75,8 @@ class FlashKernel(ABC):
 
     `dtypes`: what goes to the library; others go to the masked path. `int32`: the library's backward counts rows x heads x dim in int32.
     """
+
+    pads = ROWS_OF_TILE
 
     def __init__(self, *, int32: bool = False, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
         self.int32, self._dtypes, self._masked = int32, dtypes, MaskedKernel()

@@ -175,7 +175,7 @@ class SequenceAttention:
                 queries = tuple(p for member, (a, b) in zip(members, rows, strict=True) for p in cut_slices(member, a, b))
                 blocks = attention_blocks(queries, self.layout.ring_slices[self._first_member // len(rows)], window)
                 blocks = split_keys(blocks, key_block, window) if key_block else blocks
-                self._chunk_blocks[key] = join_documents(blocks, key_block or None)
+                self._chunk_blocks[key] = join_documents(blocks, key_block or None, self.kernel.pads)
         return self._chunk_blocks[key]
 
     def _ring(self, group: Group) -> Ring:
@@ -194,7 +194,8 @@ class SequenceAttention:
                 self._blocks[window] = ((),)
             else:
                 mine = self.layout.ring_slices[self.member // self.group.ulysses]
-                self._blocks[window] = tuple(join_documents(attention_blocks(mine, theirs, window)) for theirs in self.layout.ring_slices)
+                blocks = (attention_blocks(mine, theirs, window) for theirs in self.layout.ring_slices)
+                self._blocks[window] = tuple(join_documents(each, pads=self.kernel.pads) for each in blocks)
         return self._blocks[window]
 
 

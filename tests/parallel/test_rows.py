@@ -57,6 +57,9 @@ def test_whole_documents_are_one_call():
     whole = tuple(Slice(i, 0, 10) for i in range(100))
     (call,) = join_documents(attention_blocks(whole, whole, 4))
     assert (call.count, call.longest, call.q_stop, call.k_stop, call.windowed) == (100, 10, 1000, 1000, True)
+    assert len(join_documents(attention_blocks(whole, whole), pads=5)) == 1, "half as many rows again"
+    calls = join_documents(attention_blocks(whole, whole), pads=6)
+    assert [call.count for call in calls] == [62, 38] and all(call.cuts[-1] + 6 * call.count <= 1000 for call in calls)
     (alone,) = join_documents(attention_blocks(whole[:1], whole[:1]))
     assert not isinstance(alone, Documents)
 

@@ -38,6 +38,7 @@ VIEWS = {
     "split_with_sizes", "alias", "permute", "reshape", "unflatten", "chunk", "empty", "empty_like", "new_empty", "empty_strided",
     "unbind", "narrow", "flatten", "_reshape_alias", "is_same_size",
 }  # fmt: skip
+"""Operations without a kernel of their own."""
 KERNELS = {"_flash_attention_backward": 3}
 WAITS = {
     "_local_scalar_dense": "a number read from the device",
@@ -62,12 +63,22 @@ class Count(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        self.names[name] += 1
-        # A single-element index reads no list; an index of the CPU would be copied to a GPU, and lists are made by lift_fresh.
-        if name in WAITS or (name == "repeat_interleave" and func._overloadname == "Tensor"):
+        space, _, name = func._schema.name.partition("::")
+        self.names[name] += space != "prim"
+        sized = (kwargs or {}).get("output_size") is not None
+        if name in WAITS or (name == "repeat_interleave" and not sized):
             self.waits[f"{_place()} {name}"] += 1
         return func(*args, **(kwargs or {}))
+
+    @property
+    def tolist(self) -> Any:
+        """A `Tensor.tolist`, which no dispatch sees, that is counted."""
+
+        def counted(tensor: Tensor) -> Any:
+            self.waits[f"{_place()} tolist"] += 1
+            return torch._C.TensorBase.tolist(tensor)
+
+        return counted
 
     @property
     def launches(self) -> int:
@@ -82,9 +93,10 @@ def _place() -> str:
     """The innermost function of the package that is running."""
     frame = sys._getframe(2)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if ROOT in path.resolve().parents and "tests" not in path.parts and ".venv" not in path.relative_to(ROOT).parts:
-            return f"{path.resolve().relative_to(ROOT)}:{frame.f_code.co_name}"
+        path = Path(frame.f_code.co_filename).resolve()
+        inside = path.relative_to(ROOT).parts if ROOT in path.parents else ()
+        if inside and inside[0] not in ("tests", ".venv"):
+            return f"{'/'.join(inside)}:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "outside"
 
