@@ -140,9 +140,7 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    kernel = attention_kernel(
-        spec, layout, config.parallel, installed_on(device), dtype=config.train.dtype.value, max_seq_len=config.data.max_seq_len
-    )
+    kernel = _kernel(config, spec, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
     topology = build_topology(
         replicate=layout.replicate,
@@ -167,8 +165,6 @@ def build_session(
         on_replica=on_replica,
         on_mirror=on_mirror,
     )
-    if device.type == "cuda" and topology.rank == 0:
-        log.info("attention kernel: %s", kernel)
     if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and topology.rank == 0:
         log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
     return Session(
@@ -185,6 +181,15 @@ def build_session(
         step_setup=step_setup(trained.model, topology, ledger.inputs, device, kernel),
         store=store,
     )
+
+
+def _kernel(config: RunSettings, spec: ModelSpec, layout: Layout, device: torch.device) -> KernelChoice:
+    """The attention kernel of this rank, said by rank 0; ConfigError where none that is installed can do the case."""
+    dtype, length = config.train.dtype.value, config.data.max_seq_len
+    kernel = attention_kernel(spec, layout, config.parallel, installed_on(device), dtype=dtype, max_seq_len=length)
+    if device.type == "cuda" and dist.get_rank(whole_world()) == 0:
+        log.info("attention kernel: %s", kernel)
+    return kernel
 
 
 def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:
