@@ -85,10 +85,12 @@ Calls = tuple[Block | Documents, ...]
 def attention_blocks(q_slices: Slices, k_slices: Slices, window: int | None = None) -> Blocks:
     """Blocks of causal attention inside each sequence; `window` keeps keys with query - key < window."""
     out: list[Block] = []
-    keys = list(_with_rows(k_slices))
+    keys: dict[int, list[tuple[int, Slice]]] = {}  # by sequence: a pack has thousands
+    for k_row, k in _with_rows(k_slices):
+        keys.setdefault(k.sequence, []).append((k_row, k))
     for q_row, q in _with_rows(q_slices):
-        for k_row, k in keys:
-            if k.sequence == q.sequence and k.start < q.stop:
+        for k_row, k in keys.get(q.sequence, ()):
+            if k.start < q.stop:
                 out.extend(_pair(q, q_row, k, k_row, window))
     return tuple(out)
 
