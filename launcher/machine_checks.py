@@ -7,8 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..cluster.config import Device
 from ..errors import ConfigError, UserError
+from ..estimate.attention_case import attention_kernel
 from ..estimate.plan_inputs import GIB
 from ..model.spec import model_spec
+from ..parallel.layout import solve_layout
+from ..parallel.sequence.installed_kernels import installed_versions
+from ..parallel.sequence.kernel_choice import Installed, KernelChoice
 from ..units import format_bytes, format_tokens
 from .config.ledger import plan
 from .config.run_config import Config
@@ -45,6 +49,7 @@ def check_node(config: Config, machine: Machine) -> None:
     """MachineError where `machine` cannot be one of the configuration's nodes."""
     if config.cluster.device is Device.CUDA:
         _check_gpus(config, machine, is_node=True)
+        kernel_here(config)
     else:
         _check_cores(config, machine)
         _check_memory(config, machine)
@@ -65,6 +70,16 @@ def _version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def kernel_here(config: Config) -> KernelChoice:
+    """The attention kernel of a run with what this Python has, whatever its GPUs are; ConfigError where none can do it."""
+    spec, length = model_spec(config.model), config.data.max_seq_len
+    layout = solve_layout(
+        config.parallel, config.cluster, spec, max_seq_len=length, global_batch_tokens=config.data.global_batch_tokens
+    )
+    installed = Installed(installed_versions()) if config.cluster.device is Device.CUDA else None
+    return attention_kernel(spec, layout, config.parallel, installed, dtype=config.train.dtype.value, max_seq_len=length)
 
 
 def _check_offload_dir(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 HeadIndex = tuple[int, ...] | None
@@ -14,6 +15,17 @@ class Heads:
 
     queries: HeadIndex = None
     keys: HeadIndex = None
+
+
+def head_runs(heads: Sequence[int]) -> tuple[slice, ...]:
+    """`heads`, in their order, as runs of ones next to each other: views of a tensor, where a list would have to go to the device."""
+    runs: list[list[int]] = []
+    for head in heads:
+        if runs and runs[-1][1] == head:
+            runs[-1][1] += 1
+        else:
+            runs.append([head, head + 1])
+    return tuple(slice(start, stop) for start, stop in runs)
 
 
 ALL_HEADS, QUERIES, KEYS = Heads(), Heads(keys=()), Heads(queries=())

@@ -35,6 +35,23 @@ class Scheme(Enum):
     """Ulysses of `ulysses_degree` ranks inside x ring across."""
 
 
+class AttentionKernel(Enum):
+    """The library that computes attention on GPUs."""
+
+    AUTO = "auto"
+    """The fastest that is installed and can do what the model asks; the log says which, and why not the others."""
+    FA4 = "fa4"
+    """FlashAttention 4, through torch's registry."""
+    FA3 = "fa3"
+    """FlashAttention 3, through torch's registry."""
+    FA2 = "fa2"
+    """The flash-attn package."""
+    CUDNN = "cudnn"
+    """cuDNN's operator; packs of documents go to torch's own flash operators."""
+    SDPA = "sdpa"
+    """torch's own FlashAttention 2."""
+
+
 class GradReduce(Enum):
     """When gradients are reduced across ranks."""
 
@@ -71,6 +88,8 @@ class ParallelConfig:
     """hybrid only: ranks of the inner Ulysses exchange."""
     tokens_per_rank: Tokens
     """Most tokens one rank holds in a micro-batch."""
+    attention_kernel: AttentionKernel = AttentionKernel.AUTO
+    """The library that computes attention on GPUs."""
     grad_reduce: GradReduce = GradReduce.AUTO
     barrier_free: bool = False
     """Ranks meet once a step instead of once a micro-batch: whole weights and gradients stay on every rank within the step."""

@@ -19,6 +19,7 @@ from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
+from ..estimate.attention_case import attention_kernel
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.stages import gpipe_in_flight
@@ -33,7 +34,8 @@ from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
-from ..parallel.sequence.kernels import block_kernel
+from ..parallel.sequence.kernel_choice import KernelChoice
+from ..parallel.sequence.kernels import block_kernel, installed_on
 from ..parallel.topology import Topology, build_topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
 from ..utils.orderly_end import closed_in_order
@@ -139,6 +141,7 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
+    kernel = _kernel(config, spec, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
     prove_model(config.model, run_dir, on_progress)
     topology = build_topology(
@@ -177,9 +180,18 @@ def build_session(
         trained=trained,
         adapter=adapter,
         checkpointer=checkpointer,
-        step_setup=step_setup(trained.model, topology, ledger.inputs, device),
+        step_setup=step_setup(trained.model, topology, ledger.inputs, device, kernel),
         store=store,
     )
+
+
+def _kernel(config: RunSettings, spec: ModelSpec, layout: Layout, device: torch.device) -> KernelChoice:
+    """The attention kernel of this rank, said by rank 0; ConfigError where none that is installed can do the case."""
+    dtype, length = config.train.dtype.value, config.data.max_seq_len
+    kernel = attention_kernel(spec, layout, config.parallel, installed_on(device), dtype=dtype, max_seq_len=length)
+    if device.type == "cuda" and dist.get_rank(whole_world()) == 0:
+        log.info("attention kernel: %s", kernel)
+    return kernel
 
 
 def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:
@@ -189,13 +201,15 @@ def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:
     return StagePlace(ledger.stages[topology.stage_index].layers, topology.stage_index, topology.pipeline)
 
 
-def step_setup(model: PreTrainedModel, topology: Topology, inputs: PlanInputs, device: torch.device) -> StepSetup:
+def step_setup(
+    model: PreTrainedModel, topology: Topology, inputs: PlanInputs, device: torch.device, kernel: KernelChoice | None = None
+) -> StepSetup:
     """The setup of the rank's steps by the ledger's own inputs, in which nothing is left open."""
     parallel = inputs.parallel
     return StepSetup(
         model=model,
         topology=topology,
-        kernel=block_kernel(device),
+        kernel=block_kernel(device, kernel),
         device=device,
         reduce_each=parallel.grad_reduce is not GradReduce.STEP,
         barrier_free=parallel.barrier_free,

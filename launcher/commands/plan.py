@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...cluster.config import Device
 from ...errors import EXIT_DONE, ConfigError
 from ...estimate.build import build_ledger
 from ...estimate.certificate import RECORD, certify
@@ -25,6 +26,7 @@ from ...units import format_seconds
 from ..config.checks import model_notes
 from ..config.ledger import plan
 from ..config.run_config import Config
+from ..machine_checks import kernel_here
 from .arguments import CommandParser, add_certify, add_config_arguments, add_json, add_lengths, composed
 
 SUGGESTIONS = 8
@@ -96,6 +98,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
         "policy": _policy(ledger),
         "solver": _solver(ledger.report),
         "certificate": _certificate(ledger),
+        "attention_kernel": _attention_kernel(config),
         "fits": ledger.fits,
         "suggestions": [_suggestion(entry) for entry in suggestions],
         "notes": notes(config, ledger),
@@ -109,9 +112,22 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         lines.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
     lines += _pipeline_notes(ledger)
+    if config.cluster.device is Device.CUDA:
+        kernel = _attention_kernel(config)
+        lines.append(f"attention kernel, by what is installed here: {kernel['name'] or 'none'}; {kernel['why']}")
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
         lines.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*lines, *(f"not exact: {line}" for line in inexact(config.optim))]
+
+
+def _attention_kernel(config: Config) -> dict[str, Any]:
+    """The kernel that this Python's packages would give; name null where none of them can do it, and why."""
+    try:
+        choice = kernel_here(config)
+    except ConfigError as error:
+        # Ranks may run where more is installed: they, and a start on this machine, refuse.
+        return {"name": None, "version": None, "why": f"{error.found}; {error.hint}"}
+    return {"name": choice.kernel, "version": choice.version, "why": choice.why}
 
 
 def _pipeline_notes(ledger: Ledger) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..activation_classes import ATTENTION_OUTPUT, KEY_VALUE, LOG_SUM_EXP, QUERY
 from ..config import ActivationPlace
-from ..heads import Heads, head_groups
+from ..heads import Heads, head_groups, head_runs
 from .layer_pass import QKV, Gathered, Inputs, LayerRun
 from .sinks import sinks_backward, sinks_of
 from .token_local import GradientSums
@@ -133,13 +133,18 @@ def _with_group(o: Tensor | None, part: Tensor, heads: Heads, num_heads: int) ->
     if heads.queries is None:
         return part
     o = part.new_empty((part.shape[0], num_heads, part.shape[2])) if o is None else o
-    o[:, _index(heads.queries)] = part
+    runs = head_runs(heads.queries)
+    for run, rows in zip(runs, part.split([run.stop - run.start for run in runs], 1), strict=True):
+        o[:, run] = rows
     return o
 
 
-def _index(heads: Sequence[int]) -> slice | list[int]:
-    """A view where the heads are next to each other."""
-    return slice(heads[0], heads[-1] + 1) if len(heads) == heads[-1] + 1 - heads[0] else list(heads)
+def _of_group(t: Tensor, heads: Heads) -> Tensor:
+    """The group's heads of (T, all heads, D), contiguous."""
+    if heads.queries is None:
+        return t.contiguous()
+    runs = [t[:, run] for run in head_runs(heads.queries)]
+    return runs[0].contiguous() if len(runs) == 1 else torch.cat(runs, 1)
 
 
 def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
@@ -166,13 +171,12 @@ def _outputs(run: LayerRun, groups: Sequence[HeadGroupState]) -> Tensor:
 def _attention_backward(run: LayerRun, index: int, state: HeadGroupState, o: Tensor, do: Tensor, sums: GradientSums) -> QKV:
     """Gradients of one group's projections, of all rows; those of its sinks go to `sums`."""
     attention, spec, heads = run.attention, state.spec, state.heads
-    part = slice(None) if heads.queries is None else _index(heads.queries)
     with torch.no_grad():
         qkv = state.qkv or _project(run, run.input_rows, index, state)
         lse = state.lse if state.lse is not None else _stored_lse(run, index)
-        mine = state.o if state.o is not None else attention.exchange_out_backward(o[:, part].contiguous(), spec)
+        mine = state.o if state.o is not None else attention.exchange_out_backward(_of_group(o, heads), spec)
         dtype = qkv[0].dtype
-        upstream = attention.exchange_out_backward(do[:, part].contiguous(), spec)
+        upstream = attention.exchange_out_backward(_of_group(do, heads), spec)
         sinks_backward(run.adapter, attention, upstream, mine, lse, sums, heads)
         wide = attention.core_backward(upstream, qkv, mine, lse, spec)
         state.qkv = state.o = state.lse = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .grouped import GroupedProjection, Groups
+from .grouped import GroupedProjection, Groups, count_each
 
 
 class RowExchange(Protocol):
@@ -74,7 +74,7 @@ class Routing:
         order = torch.argsort(flat, stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
+        counts = count_each(flat, num_experts + drops)[:num_experts]
         kept = None
         if drops:
             kept, order = chosen >= 0, order[: int(counts.sum())]
@@ -178,7 +178,7 @@ class Experts:
         back = self.down.input_gradient(upstream, groups)
         d_weights = _dot(back, activation)
         if self.down.bias is not None:
-            d_weights += _dot(upstream, self.down.bias.detach()[groups.experts()])
+            d_weights += _dot(upstream, self.down.bias.detach()[groups.experts(len(upstream))])
         # In place: these rows are K times as many as the tokens.
         down = _of_projection(self.down, activation, upstream.mul_(scale), groups)
         del upstream, activation

@@ -19,6 +19,11 @@ _ALIGNED_BYTES = 16
 """Strides that the grouped kernel takes are multiples of this."""
 
 
+def count_each(values: Tensor, size: int) -> Tensor:
+    """How often each number below `size` is in `values` (N,) int64: (size,) int64. On CUDA `bincount` waits to see the largest."""
+    return values.new_zeros(size).index_add_(0, values, values.new_ones(()).expand(len(values)))
+
+
 @dataclass(frozen=True, slots=True)
 class Groups:
     """How many rows each expert has: `counts` (E,) int64 on the rows' device."""
@@ -33,9 +38,9 @@ class Groups:
                 yield expert, slice(start, start + count)
             start += count
 
-    def experts(self) -> Tensor:
-        """The expert of each row (R,)."""
-        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
+    def experts(self, num_rows: int) -> Tensor:
+        """The expert of each row (R,); `num_rows` is R, which the host would wait for otherwise."""
+        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts, output_size=num_rows)
 
     @property
     def ends(self) -> Tensor:
@@ -59,7 +64,7 @@ class GroupedProjection:
     def __call__(self, x: Tensor, groups: Groups) -> Tensor:
         """Project rows x (R, I) -> (R, O)."""
         out = _times(x, self.matrices.transpose(1, 2), groups)
-        return out if self.bias is None else out.add_(self.bias[groups.experts()])
+        return out if self.bias is None else out.add_(self.bias[groups.experts(len(out))])
 
     def input_gradient(self, dy: Tensor, groups: Groups) -> Tensor:
         """Gradient of the inputs (R, I), given that of the outputs (R, O)."""

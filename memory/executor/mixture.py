@@ -17,6 +17,7 @@ from torch import Tensor
 from ..activation_classes import EXPERT_GATE_UP, MIXTURE, ROUTING
 from .capacity import Capacity
 from .experts import ExpertRanks, Experts, Routing, in_graph
+from .grouped import count_each
 from .router_losses import RouterLosses, with_losses
 from .token_local import GradientSums, LayerSteps, SavedPiece, Step
 
@@ -63,7 +64,7 @@ class ExpertLoad:
 
     def add(self, layer: int, chosen: Tensor, num_experts: int, kept: Tensor | None = None) -> None:
         """Count what tokens chose (T, K); `kept` is below 0 where a row is dropped."""
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts + 1)
+        counts = count_each(chosen.flatten().long(), num_experts + 1)
         if kept is not None:
             counts[num_experts] = (kept < 0).sum()
         self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts

@@ -7,10 +7,12 @@ forward again adds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..heads import ALL_HEADS, Heads
+from ..heads import ALL_HEADS, Heads, head_runs
 from .layer_pass import AttentionRuntime
 from .token_local import GradientSums, LayerSteps
 
@@ -18,7 +20,7 @@ from .token_local import GradientSums, LayerSteps
 def sinks_of(adapter: LayerSteps, heads: Heads = ALL_HEADS) -> Tensor | None:
     """The sinks of the query heads in `heads` as they are now, in that order; None of a layer that has none."""
     sinks = adapter.sinks
-    return sinks if sinks is None or heads.queries is None else sinks[list(heads.queries)]
+    return sinks if sinks is None or heads.queries is None else torch.cat([sinks[run] for run in head_runs(heads.queries)])
 
 
 def sinks_backward(
@@ -33,5 +35,13 @@ def sinks_backward(
         return
     part = attention.sinks_backward(do, o, lse, sinks)
     if heads.queries is not None:
-        part = part.new_zeros(parameter.shape).index_put_((torch.tensor(heads.queries, device=part.device),), part)
+        part = _spread(part, heads.queries, parameter.shape)
     sums.add_of(parameter, part)
+
+
+def _spread(part: Tensor, heads: Sequence[int], shape: torch.Size) -> Tensor:
+    """Gradients of all heads from those of `heads`; 0 for the others."""
+    whole, runs = part.new_zeros(shape), head_runs(heads)
+    for run, own in zip(runs, part.split([run.stop - run.start for run in runs]), strict=True):
+        whole[run] = own
+    return whole

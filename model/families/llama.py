@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...memory.executor.feed_forward import DenseFeedForward
 from ...memory.executor.token_local import FeedForward, LayerSteps
-from ...memory.heads import HeadIndex
+from ...memory.heads import HeadIndex, head_runs
 from .adapter import LayerAdapter
+from .projection import Rows
 
 
 class LlamaAttention(LayerAdapter):
@@ -33,14 +33,12 @@ class LlamaAttention(LayerAdapter):
         """Project (T, M) -> (T, heads, D) of the heads asked for, through the projection `name`."""
         return self.projection(name)(h, graph=graph, rows=self._rows(heads)).unflatten(-1, (-1, self.spec.head_dim))
 
-    def _rows(self, heads: HeadIndex) -> slice | Tensor | None:
+    def _rows(self, heads: HeadIndex) -> Rows:
         """Rows of a projection's weight that make these heads."""
         if heads is None:
             return None
-        size, count = self.spec.head_dim, len(heads)
-        if heads == tuple(range(heads[0], heads[0] + count)):
-            return slice(heads[0] * size, (heads[0] + count) * size)
-        return (torch.tensor(heads).unsqueeze(1) * size + torch.arange(size)).flatten()
+        size = self.spec.head_dim
+        return tuple(slice(run.start * size, run.stop * size) for run in head_runs(heads))
 
 
 class HeadNormAttention(LlamaAttention):

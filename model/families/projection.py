@@ -23,8 +23,8 @@ from ..adapters.lora import Factors, LoraFactors, LoraProduct
 from ..adapters.names import FACTORS
 
 NO_MODULES: Mapping[str, str] = MappingProxyType({})
-Rows = slice | Tensor | None
-"""Rows of a weight (M, I), which are columns of its product; None: all of them."""
+Rows = tuple[slice, ...] | None
+"""Runs of rows of a weight (M, I), which are columns of its product; None: all of them. No list: it would wait for the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,16 @@ class Projection:
         """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
         weight, bias, factors = self.weight, self.bias, self.factors
         if rows is not None:
-            rows = rows.to(weight.device) if isinstance(rows, Tensor) else rows
-            weight, bias = weight[rows], None if bias is None else bias[rows]
-            factors = None if factors is None else factors._replace(b=factors.b[rows])
+            weight, bias = _runs(weight, rows), None if bias is None else _runs(bias, rows)
+            factors = None if factors is None else factors._replace(b=_runs(factors.b, rows))
         if factors is not None:
             return LoraProduct.apply(x, weight, bias, *factors, not graph)  # type: ignore[no-any-return]
         return LinearGraph.apply(x, weight, bias) if graph else F.linear(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _runs(t: Tensor, rows: tuple[slice, ...]) -> Tensor:
+    """The rows of (M, ...): a view where they are one run."""
+    return t[rows[0]] if len(rows) == 1 else torch.cat([t[run] for run in rows])
 
 
 def projection_of(layer: nn.Module, name: str, *, adapted: bool = True) -> Projection:

@@ -8,13 +8,14 @@ Rows that no block covers get o = 0 and lse = -inf.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .blocks import Block, Blocks, disjoint_queries
+from .blocks import Block, Calls, Documents, disjoint_queries
 
 MASKED_QUERY_CHUNK = 512
 """Query rows whose scores exist at one time in the masked path: peak is this x keys x heads."""
@@ -35,6 +36,11 @@ class AttentionSpec:
 class BlockKernel(Protocol):
     """One block of attention on one device. Inputs are row slices of the tensors in the legend."""
 
+    @property
+    def pads(self) -> int:
+        """Rows that the workspace of a call has more for each of its documents."""
+        ...
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """o (T, H, D) in q's dtype, lse (T, H) in the accumulation dtype."""
 
@@ -42,6 +48,14 @@ class BlockKernel(Protocol):
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block: Block, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of this block alone, given the o and lse merged over all blocks."""
+
+    def forward_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """o and lse of several documents, each seeing itself alone; rows as `documents` has them."""
+
+    def backward_documents(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, documents: Documents, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of several documents, given the o and lse merged over all blocks."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,34 +88,49 @@ class Partial:
         return self.out.to(self.dtype), self.lse
 
 
-def add_blocks(partial: Partial, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, spec: AttentionSpec, kernel: BlockKernel) -> None:
+def add_blocks(partial: Partial, q: Tensor, k: Tensor, v: Tensor, blocks: Calls, spec: AttentionSpec, kernel: BlockKernel) -> None:
     """Run `blocks` of q against this shard of keys and merge them into `partial`."""
     for block in blocks:
         rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        partial.add(rows, *kernel.forward(q[rows], k[keys], v[keys], block, spec))
+        partial.add(rows, *_forward(q[rows], k[keys], v[keys], block, spec, kernel))
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, spec: AttentionSpec, kernel: BlockKernel) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Block | Documents, spec: AttentionSpec, kernel: BlockKernel) -> tuple[Tensor, Tensor]:
+    if isinstance(call, Documents):
+        return kernel.forward_documents(q, k, v, call, spec)
+    return kernel.forward(q, k, v, call, spec)
+
+
+def _backward(
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], call: Block | Documents, spec: AttentionSpec, kernel: BlockKernel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rows`: do, q, k, v, o and lse."""
+    if isinstance(call, Documents):
+        return kernel.backward_documents(*rows, call, spec)
+    return kernel.backward(*rows, call, spec)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Calls, spec: AttentionSpec, kernel: BlockKernel) -> tuple[Tensor, Tensor]:
     """o and lse over one shard of keys."""
     if len(blocks) == 1 and _whole(blocks[0], q, k):
-        return kernel.forward(q, k, v, blocks[0], spec)
+        return _forward(q, k, v, blocks[0], spec, kernel)
     partial = Partial(q, merges=not disjoint_queries(blocks))
     add_blocks(partial, q, k, v, blocks, spec, kernel)
     return partial.result()
 
 
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, blocks: Blocks, spec: AttentionSpec, kernel: BlockKernel
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, blocks: Calls, spec: AttentionSpec, kernel: BlockKernel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv over one shard of keys, in the accumulation dtype (in q's own where no row is touched twice)."""
     if len(blocks) == 1 and _whole(blocks[0], q, k):
-        return kernel.backward(do, q, k, v, o, lse, blocks[0], spec)
+        return _backward((do, q, k, v, o, lse), blocks[0], spec, kernel)
     wide = accumulation_dtype(q.dtype)
     single = len(blocks) == 1 or (disjoint_queries(blocks) and _disjoint_keys(blocks))
     dq, dk, dv = (torch.zeros_like(t, dtype=t.dtype if single else wide) for t in (q, k, v))
     for block in blocks:
         rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        grads = kernel.backward(do[rows], q[rows], k[keys], v[keys], o[rows], lse[rows], block, spec)
+        grads = _backward((do[rows], q[rows], k[keys], v[keys], o[rows], lse[rows]), block, spec, kernel)
         for total, part, where in zip((dq, dk, dv), grads, (rows, keys, keys), strict=True):
             if single:
                 total[where] = part
@@ -115,7 +144,7 @@ def attention_backward_into(
     qkv: tuple[Tensor, Tensor, Tensor],
     o: Tensor,
     lse: Tensor,
-    blocks: Blocks,
+    blocks: Calls,
     spec: AttentionSpec,
     kernel: BlockKernel,
     totals: tuple[Tensor, Tensor],
@@ -125,24 +154,59 @@ def attention_backward_into(
     dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
     for block in blocks:
         rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        part, dk, dv = kernel.backward(do[rows], q[rows], k[keys], v[keys], o[rows], lse[rows], block, spec)
+        part, dk, dv = _backward((do[rows], q[rows], k[keys], v[keys], o[rows], lse[rows]), block, spec, kernel)
         dq[rows] += part
         totals[0][keys] += dk
         totals[1][keys] += dv
     return dq
 
 
-def _whole(block: Block, q: Tensor, k: Tensor) -> bool:
+def _whole(block: Block | Documents, q: Tensor, k: Tensor) -> bool:
     """Whether one block covers every row, so that its results are the results."""
     return (block.q_start, block.q_stop, block.k_start, block.k_stop) == (0, q.shape[0], 0, k.shape[0])
 
 
-def _disjoint_keys(blocks: Blocks) -> bool:
+def _disjoint_keys(blocks: Calls) -> bool:
     ranges = sorted((block.k_start, block.k_stop) for block in blocks)
     return all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
 
 
-class MaskedKernel:
+class EachDocument(ABC):
+    """Documents one after the other, for kernels that take one document a call: what comes out is what one call gives."""
+
+    pads = 0
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Implements `BlockKernel.forward`."""
+
+    @abstractmethod
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block: Block, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Implements `BlockKernel.backward`."""
+
+    def forward_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Implements `BlockKernel.forward_documents`."""
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+        for block in documents.each(spec.window):
+            rows = slice(block.q_start, block.q_stop)
+            out[rows], lse[rows] = self.forward(q[rows], k[rows], v[rows], block, spec)
+        return out, lse
+
+    def backward_documents(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, documents: Documents, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Implements `BlockKernel.backward_documents`."""
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for block in documents.each(spec.window):
+            rows = slice(block.q_start, block.q_stop)
+            parts = self.backward(do[rows], q[rows], k[rows], v[rows], o[rows], lse[rows], block, spec)
+            dq[rows], dk[rows], dv[rows] = parts
+        return dq, dk, dv
+
+
+class MaskedKernel(EachDocument):
     """Any mask and softcap in plain torch, by query chunks: exact everywhere, slower than flash."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -209,7 +273,7 @@ def _query_chunks(num_queries: int, num_keys: int, block: Block, window: int | N
     return out
 
 
-class CpuKernel:
+class CpuKernel(EachDocument):
     """torch's CPU flash operator (linear memory, returns lse, accepts merged o and lse), or the masked path where a mask is needed."""
 
     def __init__(self) -> None:

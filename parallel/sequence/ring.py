@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .attention import AttentionSpec, BlockKernel, Partial, accumulation_dtype, add_blocks, attention_backward
-from .blocks import Blocks
+from .blocks import Calls
 
 
 class Ring:
@@ -59,7 +59,7 @@ def ring_forward(
     k: Tensor,
     v: Tensor,
     ring: Ring,
-    blocks: Sequence[Blocks],
+    blocks: Sequence[Calls],
     num_tokens: Sequence[int],
     spec: AttentionSpec,
     kernel: BlockKernel,
@@ -82,7 +82,7 @@ def ring_backward(
     do: Tensor,
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     ring: Ring,
-    blocks: Sequence[Blocks],
+    blocks: Sequence[Calls],
     num_tokens: Sequence[int],
     spec: AttentionSpec,
     kernel: BlockKernel,

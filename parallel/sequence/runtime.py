@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..topology import Topology
 from .attention import AttentionSpec, BlockKernel, attention_backward, attention_backward_into, attention_forward
-from .blocks import Blocks, attention_blocks, split_keys
+from .blocks import Calls, attention_blocks, join_documents, split_keys
 from .clock import BusyClock
 from .layout import GroupLayout, cut_slices
 from .plan import Group
@@ -39,8 +39,8 @@ class SequenceAttention:
     layout: GroupLayout | None
     clock: BusyClock
     """How long the group is busy."""
-    _blocks: dict[int | None, tuple[Blocks, ...]]
-    _chunk_blocks: dict[tuple[int | None, Rows, int], Blocks]
+    _blocks: dict[int | None, tuple[Calls, ...]]
+    _chunk_blocks: dict[tuple[int | None, Rows, int], Calls]
     rank_tokens: tuple[int, ...] | None = None
     """Tokens of every rank of the stage, where layers exchange rows beyond the group."""
 
@@ -164,7 +164,7 @@ class SequenceAttention:
         communicator = self.topology.group(self.group.first_rank + self._first_member, self.group.ulysses)
         return UlyssesExchange(communicator, tokens, self.ulysses_index, spec, self.clock.waiting)
 
-    def _blocks_of_rows(self, rows: Rows, window: int | None, key_block: int = 0) -> Blocks:
+    def _blocks_of_rows(self, rows: Rows, window: int | None, key_block: int = 0) -> Calls:
         """Blocks of each member's `rows` against all keys; with `key_block`, cut so that no block has more keys."""
         key = window, rows, key_block
         if key not in self._chunk_blocks:
@@ -174,7 +174,8 @@ class SequenceAttention:
                 members = self.layout.member_slices[self._first_member : self._first_member + len(rows)]
                 queries = tuple(p for member, (a, b) in zip(members, rows, strict=True) for p in cut_slices(member, a, b))
                 blocks = attention_blocks(queries, self.layout.ring_slices[self._first_member // len(rows)], window)
-                self._chunk_blocks[key] = split_keys(blocks, key_block, window) if key_block else blocks
+                blocks = split_keys(blocks, key_block, window) if key_block else blocks
+                self._chunk_blocks[key] = join_documents(blocks, key_block or None, self.kernel.pads)
         return self._chunk_blocks[key]
 
     def _ring(self, group: Group) -> Ring:
@@ -186,14 +187,15 @@ class SequenceAttention:
         assert self.layout is not None
         return [sum(len(piece) for piece in slices) for slices in self.layout.ring_slices]
 
-    def _blocks_for(self, window: int | None) -> tuple[Blocks, ...]:
+    def _blocks_for(self, window: int | None) -> tuple[Calls, ...]:
         """Per ring member: my queries against its keys. Made once per window and micro-batch."""
         if window not in self._blocks:
             if self.layout is None or self.group is None:
                 self._blocks[window] = ((),)
             else:
                 mine = self.layout.ring_slices[self.member // self.group.ulysses]
-                self._blocks[window] = tuple(attention_blocks(mine, theirs, window) for theirs in self.layout.ring_slices)
+                blocks = (attention_blocks(mine, theirs, window) for theirs in self.layout.ring_slices)
+                self._blocks[window] = tuple(join_documents(each, pads=self.kernel.pads) for each in blocks)
         return self._blocks[window]
 
 

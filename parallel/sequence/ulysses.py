@@ -6,6 +6,7 @@ key/value heads its query heads read: where ranks outnumber key/value heads, hea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ class HeadSplit:
     def local(self) -> tuple[int, int]:
         """Local query heads and local key/value heads."""
         return self.num_heads // self.degree, len(self.kv_of_rank[0])
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """How many times each key/value head is held; copies of one head lie next to each other, for ranks follow the heads."""
+        held = Counter(head for heads in self.kv_of_rank for head in heads)
+        return tuple(held[head] for head in range(self.num_kv_heads))
 
     @property
     def identity(self) -> bool:
@@ -109,20 +116,23 @@ class UlyssesExchange:
         return self._sum_replicas(back[0]), self._sum_replicas(back[1])
 
     def _replicate(self, t: Tensor) -> Tensor:
+        """(T, kv heads, D) -> (T, degree x local kv heads, D): each head as often as ranks need it."""
         if self._split.identity:
             return t
-        index = torch.tensor([head for heads in self._split.kv_of_rank for head in heads], device=t.device)
-        return t.index_select(1, index)
+        copies = self._split.copies
+        if len(set(copies)) == 1:
+            return t.unsqueeze(2).expand(-1, -1, copies[0], -1).flatten(1, 2)
+        return torch.cat([t[:, head : head + 1].expand(-1, count, -1) for head, count in enumerate(copies)], 1)
 
     def _sum_replicas(self, t: Tensor) -> Tensor:
         """(T, degree, local kv heads, D) -> (T, kv heads, D)."""
-        flat = t.flatten(1, 2)
+        flat, wide = t.flatten(1, 2), accumulation_dtype(t.dtype)
         if self._split.identity:
             return flat
-        index = torch.tensor([head for heads in self._split.kv_of_rank for head in heads], device=t.device)
-        wide = accumulation_dtype(t.dtype)
-        total = flat.new_zeros((flat.shape[0], self._split.num_kv_heads, flat.shape[2]), dtype=wide)
-        return total.index_add_(1, index, flat.to(wide)).to(t.dtype)
+        copies = self._split.copies
+        if len(set(copies)) == 1:
+            return flat.unflatten(1, (-1, copies[0])).sum(2, dtype=wide).to(t.dtype)
+        return torch.cat([part.sum(1, keepdim=True, dtype=wide) for part in flat.split(list(copies), 1)], 1).to(t.dtype)
 
     def _all_to_all_heads(self, t: Tensor) -> Tensor:
         """(T_mine, degree, h, D) -> (T_all, h, D)."""

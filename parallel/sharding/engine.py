@@ -133,6 +133,7 @@ DEEPSPEED = EngineFacts(
     FSDP2.preload,
     refused=(
         Refused("train.dtype", ("float64",), "keeps weights, gradients and states in float32"),
+        Refused("optim.algorithm", ("adamw",), "flattens weights: no matrix is left to another optimizer", accepts=True),
         Refused("optim.update", ("backward",), "updates when all gradients are reduced"),
         Refused("optim.state_device", ("host",), "has no states in host memory here"),
         Refused("optim.state_dtype", ("float32",), "has moments in float32 alone", accepts=True),

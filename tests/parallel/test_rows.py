@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.parallel.sequence.attention import AttentionSpec, CpuKernel, attention_backward, attention_backward_into, attention_forward
-from efflaunch.parallel.sequence.blocks import attention_blocks, split_keys
+from efflaunch.parallel.sequence.blocks import Documents, attention_blocks, join_documents, split_keys
 from efflaunch.parallel.sequence.layout import Slice, cut_slices
 
 
@@ -29,6 +29,39 @@ def test_splitting_keys_leaves_every_visible_pair_once(lengths, most, window, st
         if other == sequence and t - u >= 0 and (window is None or t - u < window)
     ]
     assert seen == wanted
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from([None, 3, 12]), st.sampled_from([None, 1, 5]),
+    st.integers(0, 30), st.data(),
+)  # fmt: skip
+def test_joined_documents_are_the_same_blocks(lengths, most, window, start, data):
+    whole = tuple(Slice(i, 0, n) for i, n in enumerate(lengths))
+    queries = cut_slices(whole, start, data.draw(st.integers(start, start + 40)))
+    blocks = attention_blocks(queries, whole, window)
+    blocks = split_keys(blocks, most, window) if most else blocks
+    apart = []
+    for call in join_documents(blocks, most):
+        if isinstance(call, Documents):
+            assert call.count > 1 and (most is None or call.k_stop - call.k_start <= most)
+            assert call.windowed == any(block.windowed for block in call.each(window))
+            assert call.longest == max(block.q_stop - block.q_start for block in call.each(window))
+        each = call.each(window) if isinstance(call, Documents) else [call]
+        q, k = (call.q_start, call.k_start) if isinstance(call, Documents) else (0, 0)
+        apart += [(b.q_start + q, b.q_stop + q, b.k_start + k, b.k_stop + k, b.causal, b.windowed) for b in each]
+    wanted = [(b.q_start, b.q_stop, b.k_start, b.k_stop, b.causal, b.windowed) for b in blocks]
+    assert sorted(apart) == sorted(wanted)
+
+
+def test_whole_documents_are_one_call():
+    whole = tuple(Slice(i, 0, 10) for i in range(100))
+    (call,) = join_documents(attention_blocks(whole, whole, 4))
+    assert (call.count, call.longest, call.q_stop, call.k_stop, call.windowed) == (100, 10, 1000, 1000, True)
+    assert len(join_documents(attention_blocks(whole, whole), pads=5)) == 1, "half as many rows again"
+    calls = join_documents(attention_blocks(whole, whole), pads=6)
+    assert [call.count for call in calls] == [62, 38] and all(call.cuts[-1] + 6 * call.count <= 1000 for call in calls)
+    (alone,) = join_documents(attention_blocks(whole[:1], whole[:1]))
+    assert not isinstance(alone, Documents)
 
 
 def _visible(block, window):

@@ -60,6 +60,8 @@ def static(world, degree, ulysses, lengths=LENGTHS, tokens_per_rank=1000):
 
 
 ALL = tuple(range(len(LENGTHS)))
+SMALL = (3, 1, 7, 2, 12, 1, 4, 6, 2, 9, 1, 8, 5, 3, 2)
+"""Documents that attention takes in few calls."""
 ADAPTIVE = (
     batch((0, 4, 2, (2,))),
     batch((0, 2, 1, (0,)), (2, 1, 1, (1,)), (3, 1, 1, (3,))),
@@ -260,6 +262,15 @@ ROWS = {
             ("qwen3_moe_mixed", "segments_3_host", "balanced over four micro-batches", plan_of(4, *ADAPTIVE), {"router": (0.3, 0.05)}),
             ("qwen2_moe_mixed", "shares_streamed", "ring 2", static(2, 2, 1), {}),
             ("qwen2_moe_mixed", "keep", "compiled", static(2, 1, 1), {"compile": "aot_eager"}),
+        )
+    },
+    **{
+        f"many small documents, {family}, {policy}": (
+            {"family": family, "policy": policy},
+            plan_of(world, batch((0, world, ulysses, tuple(range(len(SMALL))))), lengths=SMALL),
+        )
+        for family, policy, world, ulysses in (
+            ("llama", "streambp", 1, 1), ("gpt_oss", "upipe_stored", 2, 2), ("gemma2", "chunks_16", 2, 1), ("gemma3", "recompute", 4, 2),
         )
     },
     "rope dynamic, a rank without work": ({"family": "rope_dynamic"}, plan_of(4, batch((0, 2, 2, ALL)))),
