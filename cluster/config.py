@@ -29,7 +29,7 @@ class ClusterConfig:
     ranks_per_node: int
     """GPUs of a node, or processes on a CPU machine."""
     device_memory_bytes: Bytes
-    """Memory of one GPU, or one CPU rank's share."""
+    """Memory that one GPU gives out (CUDA's total, which is less than its data sheet's), or one CPU rank's share."""
     host_memory_bytes: Bytes
     """Host memory of one node."""
     peak_flops: float
@@ -53,6 +53,8 @@ class ClusterConfig:
     """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
     storage_bandwidth: float | None = None
     """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
+    reserve: float = 0.05
+    """Share of device_memory_bytes that no plan uses: head-room for what estimates miss, which plans show as a row of its own."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -70,6 +72,7 @@ class ClusterConfig:
         "disk_write_bandwidth": Range(0, PER_S, above=True),
         "disk_read_bandwidth": Range(0, PER_S, above=True),
         "storage_bandwidth": Range(0, PER_S, above=True),
+        "reserve": Range(0, 0.5),
     }
 
 

@@ -37,7 +37,7 @@ def test_no_gpu() -> None:
         check_machine(compose(["+experiment=llama8b_1M"]), NO_GPU)
     error = caught.value
     assert str(error).startswith(
-        "llama8b_1M: needs 8 GPUs with 80 GB, found none.\n  Try: efflaunch plan +experiment=llama8b_1M to see what it needs"
+        "llama8b_1M: needs 8 GPUs with 79.1 GiB, found none.\n  Try: efflaunch plan +experiment=llama8b_1M to see what it needs"
     )
     assert error.exit_code == EXIT_USER
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
@@ -45,10 +45,10 @@ def test_no_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "found"),
-    [(gpus(4, 79.6), "found 4 with 80 GB."), (gpus(8, 39.4), "found 8 with 39 GB."), (gpus(1, 10), "found 1 with 10 GB.")],
+    [(gpus(4, 79.6), "found 4 with 79.6 GiB."), (gpus(8, 39.4), "found 8 with 39.4 GiB."), (gpus(1, 10), "found 1 with 10 GiB.")],
 )
 def test_too_few_or_too_small(machine: Machine, found: str) -> None:
-    with pytest.raises(MachineError, match=re.escape(f"llama8b_1M: needs 8 GPUs with 80 GB, {found}")):
+    with pytest.raises(MachineError, match=re.escape(f"llama8b_1M: needs 8 GPUs with 79.1 GiB, {found}")):
         check_machine(compose(["+experiment=llama8b_1M"]), machine)
 
 
@@ -56,7 +56,7 @@ def test_one_node_of_several() -> None:
     config = compose(["+experiment=llama70b_512k"])
     assert config.cluster.num_nodes > 1
     total = config.cluster.num_nodes * config.cluster.ranks_per_node
-    message = f"needs {total} GPUs with 80 GB on {config.cluster.num_nodes} nodes, found 8 with 80 GB on this machine, which is one node."
+    message = f"needs {total} GPUs with 79.1 GiB on {config.cluster.num_nodes} nodes, found 8 with 79.6 GiB on this machine, which is one node."
     with pytest.raises(MachineError, match=re.escape(message)):
         check_machine(config, gpus(8, 79.6))
 
@@ -80,7 +80,7 @@ def test_enough_gpus() -> None:
     """As many as it has ranks, and not one less."""
     config = compose(["+experiment=llama8b_1M"])
     check_machine(config, gpus(8, 79.6))
-    with pytest.raises(MachineError, match="needs 8 GPUs with 80 GB, found 7 with 80 GB"):
+    with pytest.raises(MachineError, match="needs 8 GPUs with 79.1 GiB, found 7 with 79.6 GiB"):
         check_machine(config, gpus(7, 79.6))
 
 

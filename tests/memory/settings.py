@@ -54,6 +54,7 @@ def cluster(**changes: Any) -> ClusterConfig:
         "intra_node_bandwidth": 450e9,
         "inter_node_bandwidth": 50e9,
         "host_link_bandwidth": 50e9,
+        "reserve": 0.0,
     }
     return ClusterConfig(**{**fields, **changes})
 
