@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..cluster.attention_rates import AttentionKernel, AttentionRate, attention_rate, estimated_kernel
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
@@ -32,7 +33,7 @@ GIB = 1 << 30
 BUSIEST_RANK = 1.5
 """Rows that the busiest of the ranks that share experts gets, over the mean: assumed, for routing is known when it happens."""
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
-_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured", "adapter")
+_PARTS = ("spec", "parallel", "memory", "train", "data", "cluster", "residency", "measured", "adapter", "kernel")
 """What the other fields follow from."""
 
 
@@ -104,6 +105,8 @@ class PlanInputs:
     """Rates that stand in place of the cluster's."""
     adapter: AdapterConfig = NO_ADAPTER
     """Adapters that are trained beside a frozen model; their weights are in all counts of weights."""
+    kernel: str = "auto"
+    """Attention kernel that is asked for (cluster/attention_rates.py)."""
     packed: float = 1.0
     """Share of a rank's tokens in two documents that attention walks one after the other; 0: every pack is one document."""
     in_flight: int = 1
@@ -176,6 +179,7 @@ class PlanInputs:
         residency: Residency = ON_DEVICE,
         measured: MeasuredRates | None = None,
         adapter: AdapterConfig = NO_ADAPTER,
+        kernel: str = "auto",
     ) -> PlanInputs:
         """`of` from parts, for what has no whole configuration: layout, policy and counts follow from them."""
         check_cluster(cluster)
@@ -196,6 +200,7 @@ class PlanInputs:
             residency=residency,
             measured=measured,
             adapter=adapter,
+            kernel=kernel,
         )
 
     def with_parts(self, **changes: Any) -> PlanInputs:
@@ -362,6 +367,21 @@ class PlanInputs:
         if self.trains_all:
             return self.decoder_parameters(first)
         return max(0, len(self.layers) - first) * self.trained_layer_parameters
+
+    @property
+    def gemm_rate(self) -> float:
+        """FLOP/s of one rank in matrix products."""
+        return self.cluster.peak_flops * self.cluster.gemm_efficiency
+
+    @property
+    def attention_kernel(self) -> AttentionKernel:
+        """The kernel that time and memory are estimated for."""
+        return estimated_kernel(self.cluster, self.kernel)
+
+    @property
+    def attention_rate(self) -> AttentionRate:
+        """FLOP/s of one rank in that kernel, forward and backward."""
+        return attention_rate(self.cluster, self.attention_kernel)
 
     @property
     def on_gpu(self) -> bool:
