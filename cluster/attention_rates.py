@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .config import ClusterConfig
 
 
 class AttentionKernel(Enum):
@@ -41,6 +38,19 @@ class AttentionRate:
     def both(self) -> float:
         """FLOP/s of a forward and its backward together."""
         return 3.5 / (1.0 / self.forward + 2.5 / self.backward)
+
+
+class Processor(Protocol):
+    """Facts of a rank's device that its speed follows from (cluster/config.py)."""
+
+    @property
+    def gpu(self) -> str | None: ...
+
+    @property
+    def peak_flops(self) -> float: ...
+
+    @property
+    def attention_efficiency(self) -> float | None: ...
 
 
 _FA3_PAPER = "arXiv 2407.08608, figures 5 and 6"  # 16K tokens, head dim 128; forward causal, backward published without a mask alone
@@ -80,14 +90,14 @@ def check_gpu(gpu: str | None, *, has_own_rate: bool) -> None:
         raise ConfigError("cluster.gpu", found=repr(gpu), expected=f"one of {kinds}, whose rates are published", hint=hint)
 
 
-def estimated_kernel(cluster: ClusterConfig, asked: str = "auto") -> AttentionKernel:
+def estimated_kernel(cluster: Processor, asked: str = "auto") -> AttentionKernel:
     """The kernel that estimates are made for: `asked`, or with `auto` the fastest that torch alone has on such a GPU."""
     if asked != "auto":
         return AttentionKernel(asked)
     return AttentionKernel.CUDNN if AttentionKernel.CUDNN in RATES.get(cluster.gpu or "", {}) else AttentionKernel.SDPA
 
 
-def attention_rate(cluster: ClusterConfig, kernel: AttentionKernel) -> AttentionRate:
+def attention_rate(cluster: Processor, kernel: AttentionKernel) -> AttentionRate:
     """FLOP/s of one rank in attention with `kernel`. ConfigError where nothing is published of the kernel on this kind of GPU."""
     if cluster.attention_efficiency is not None:
         rate = cluster.peak_flops * cluster.attention_efficiency
