@@ -25,7 +25,7 @@ ROOM_STEP = 0.05
 _ROOMY_STEPS = round(ROOMY / ROOM_STEP)
 MIN_SHARE = 0.05
 """Shares of tokens smaller than this are left out where that costs next to nothing."""
-_LOOKS = 16
+LOOKS = 16
 """Most shapes that are solved for their room alone."""
 _FULL_STEPS = math.ceil(1.0 / ROOM_STEP)
 _NEAREST = 4
@@ -164,13 +164,16 @@ class PolicySearch:
         """Those first that could be the fastest."""
         return sorted(self.candidates, key=lambda entry: (entry.bound_s, entry.complexity))
 
-    def best(self, room: ExtraCapacity = NO_EXTRA) -> SearchResult | None:
-        """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits."""
+    def best(self, room: ExtraCapacity = NO_EXTRA, looks: int = LOOKS) -> SearchResult | None:
+        """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits.
+
+        `looks`: most shapes that are solved for the room they leave alone, where time is all that is asked about: 0.
+        """
         broken: set[int] = set()
         if not self.may_fit(room):
             return None
         for attempt in range(_ROUNDS + len(self.candidates)):
-            answers, bound = self._answers(room, broken)
+            answers, bound = self._answers(room, broken, looks)
             if not answers:
                 return None
             least = min(answer.time_s for _, answer in answers)
@@ -206,29 +209,29 @@ class PolicySearch:
             self._can_hold_minimum[key] = _can_hold_minimum(self.smallest[entry.family], room, self.ranks)
         return self._can_hold_minimum[key]
 
-    def _answers(self, room: ExtraCapacity, broken: set[int]) -> tuple[list[tuple[Candidate, LpSolution]], float]:
+    def _answers(self, room: ExtraCapacity, broken: set[int], looks: int) -> tuple[list[tuple[Candidate, LpSolution]], float]:
         """Optima of the shapes that can matter, and what the others take at least.
 
         A shape that could not be faster by PREFERENCE matters only where it may leave more room than those before it.
         """
         solutions: list[tuple[Candidate, LpSolution]] = []
         least = others = float("inf")
-        fullest, looks = _FULL_STEPS, 0
+        fullest = _FULL_STEPS
         for candidate in self.in_order:
             equal = candidate.bound_s * (1.0 + PREFERENCE) >= least
-            if equal and (fullest <= _ROOMY_STEPS or candidate.bound_s > least * (1.0 + PREFERENCE)):
+            if equal and (fullest <= _ROOMY_STEPS or looks <= 0 or candidate.bound_s > least * (1.0 + PREFERENCE)):
                 return solutions, min(others, candidate.bound_s)
             if id(candidate) in broken or not self._has_room(candidate, room):
                 continue
-            if equal and (looks >= _LOOKS or self._least_steps(candidate, room) >= fullest):
+            if equal and self._least_steps(candidate, room) >= fullest:
                 others = min(others, candidate.bound_s)
                 continue
-            looks += equal
+            looks -= equal
             answer = solve_program(room.of(candidate.program))
             if answer is not None:
                 solutions.append((candidate, answer))
                 least = min(least, answer.time_s)
-                fullest = min(fullest, self._fullness(candidate, least * (1.0 + PREFERENCE), room))
+                fullest = min(fullest, self._fullness(candidate, least * (1.0 + PREFERENCE), room)) if looks > 0 else fullest
         return solutions, others
 
     def _fullness(self, candidate: Candidate, within_s: float, room: ExtraCapacity) -> int:

@@ -114,7 +114,7 @@ def _changes(inputs: PlanInputs) -> Iterator[list[_Change]]:
 def _first_that_counts(search: PolicySearch, result: SearchResult, changes: Sequence[_Change]) -> ShadowPrice | None:
     """The smallest of the changes that saves something, by a solution with it."""
     for change in changes:
-        changed = search.best(change.room)
+        changed = search.best(change.room, looks=0)
         if changed is None or result.least_s - changed.least_s < PREFERENCE * result.least_s:
             continue
         # What a person would see: the policies taken may be slower than the fastest by a little.

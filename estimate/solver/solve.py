@@ -89,4 +89,4 @@ def solve_memory(inputs: PlanInputs) -> tuple[PlanInputs, SolveReport]:
 
 def can_fit(inputs: PlanInputs) -> bool:
     """Whether some policy fits; nothing is said about the nearest one where none does, which takes longer."""
-    return search_of(inputs).best() is not None
+    return search_of(inputs).best(looks=0) is not None
