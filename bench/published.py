@@ -1,10 +1,12 @@
 """`python -m efflaunch.bench.published --json FILE`: published runs of other systems beside what we plan for them under their own policy.
 
-Each run is planned as its authors ran it: the same model, GPUs, tokens, and everything recomputed as they do, not as we would. So the
-rows judge our cost model and ledger, not a contest. Nothing is trained and no torch is loaded; a second in all.
+Each run is planned as its authors ran it: the same model, GPUs, tokens, attention kernel, and everything recomputed as they do, not as we
+would. So the rows judge our cost model and ledger, not a contest. Nothing is trained and no torch is loaded; a few seconds in all.
 
 Headline keys: `median_time_error`, `worst_time_error`, `median_memory_error`, `worst_memory_error`: shares by which predictions differ
-from what was published, of the runs whose figures their authors stand by. `left_out` says what a source does not tell.
+from what was published, of the runs whose figures their authors stand by; `median_time_error_drafts` and `worst_time_error_drafts` of the
+others. `left_out` says what a source does not tell. No figure of ours is fitted to a row: kernels run at their published rates
+(cluster/attention_rates.py), products at the cluster's gemm_efficiency.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..estimate.build import build_ledger
+from ..estimate.ledger import Ledger
+from ..estimate.plan_inputs import PlanInputs
 from ..launcher.config.compose import compose
-from ..launcher.config.ledger import plan
 from .record import machine, write_json
 
 AIMS = {"median": 0.10, "worst": 0.25}
@@ -27,11 +31,17 @@ RECOMPUTE = (
     "memory=alst", "memory.chunk_tokens=null", "parallel.scheme=ring", "train.dtype=bfloat16",
 )  # fmt: skip
 """Layer inputs on the host, everything else recomputed, feed-forwards of all rows at once; keys and values travel in a ring."""
-TILED = ("memory=alst", "parallel.scheme=ulysses", "train.dtype=bfloat16", "optim.state_device=host")
+STATES = ("parallel.scheme=ulysses", "train.dtype=bfloat16", "optim.state_device=host")
+TILED = ("memory=alst", *STATES)
 """The same with feed-forwards in tiles, Ulysses, and optimizer states on the host."""
+WHOLE = ("memory=recompute", *STATES)
+"""Layer inputs on the GPU, feed-forwards of all rows at once."""
 TRL = "https://github.com/huggingface/trl/pull/6846"
 TRL_DRAFT = "https://github.com/huggingface/trl/pull/6845"
+FALLBACK = "https://github.com/huggingface/transformers/pull/48324"
 ALST = "https://arxiv.org/abs/2506.13996"
+ARCTIC = "https://github.com/snowflakedb/ArcticTraining"
+UNSAID_ARCTIC = "seconds a step, whether GB are allocated or reserved"
 UNSAID_TRL = "precision of weights and states, whether feed-forwards are tiled, whether GB are allocated or reserved"
 UNSAID_ALST = "memory in GB; lengths are rounded in the paper (3.8M and 15.5M in its recipes)"
 
@@ -46,13 +56,18 @@ class Published:
     """Our preset, and the authors' model."""
     gpus: int
     sequence_tokens: int
-    step_s: float
+    step_s: float | None
+    """Seconds of a step; None: not published."""
     memory_bytes: float | None
     """Of one GPU; None: not published."""
     words: tuple[str, ...]
     """Configuration of the peer's policy."""
     kernel: str
-    """What attention ran, as far as the source says."""
+    """What attention ran, as far as the source says: a name of cluster/attention_rates.py."""
+    cluster: str = "h100_80g_8"
+    """Our preset of its GPUs."""
+    num_sequences: int = 1
+    """Sequences of a step."""
     left_out: str
     """What the source does not say."""
     is_draft: bool = False
@@ -63,27 +78,37 @@ def _trl(name: str, model: str, step_s: float, memory_gb: float | None, **more: 
     fields = {"source": TRL_DRAFT, "gpus": 8, "sequence_tokens": 1 << 20, "is_draft": True, **more}
     memory = None if memory_gb is None else memory_gb * GB
     return Published(
-        name=name, model=model, step_s=step_s, memory_bytes=memory, words=RECOMPUTE, kernel="cuDNN", left_out=UNSAID_TRL, **fields
+        name=name, model=model, step_s=step_s, memory_bytes=memory, words=RECOMPUTE, left_out=UNSAID_TRL, **{"kernel": "cudnn", **fields}
     )  # fmt: skip
 
 
-def _alst(name: str, gpus: int, tokens: int, step_s: float) -> Published:
+def _alst(name: str, gpus: int, tokens: int, step_s: float, words: tuple[str, ...] = TILED, num_sequences: int = 1) -> Published:
     return Published(
-        name=name, source=ALST, model="llama3_8b", gpus=gpus, sequence_tokens=tokens, step_s=step_s, memory_bytes=None, words=TILED,
-        kernel="FlashAttention 2", left_out=UNSAID_ALST,
+        name=f"Llama-3.1-8B, {name}, ALST", source=ALST, model="llama3_8b", gpus=gpus, sequence_tokens=tokens, step_s=step_s,
+        memory_bytes=None, words=words, kernel="fa2", left_out=UNSAID_ALST, num_sequences=num_sequences,
     )  # fmt: skip
 
 
 RUNS = (
     _trl("Qwen3-8B, 1M, TRL", "qwen3_8b", 380.0, 56.2, source=TRL, is_draft=False),
+    _trl("Qwen3-8B, 1M, TRL, cuDNN missing", "qwen3_8b", 606.0, 56.2, source=FALLBACK, is_draft=False, kernel="sdpa"),
     _trl("Qwen3-32B, 1M, TRL", "qwen3_32b", 1295.0, 60.8),
     _trl("Qwen3-30B-A3B, 1M, TRL", "qwen3_30b_a3b", 483.0, 46.0),
     _trl("Qwen3-8B, 2M, TRL", "qwen3_8b", 696.0, None, gpus=16, sequence_tokens=1 << 21),
     _trl("Qwen3-8B, 4M, TRL", "qwen3_8b", 1346.0, None, gpus=32, sequence_tokens=1 << 22),
-    _alst("Llama-3.1-8B, 3.8M, ALST", 8, 3_800_000, 6455.0),
-    _alst("Llama-3.1-8B, 15.5M, ALST", 32, 15_500_000, 26709.0),
+    _alst("160K a GPU", 8, 160_000, 123.0, WHOLE, 8),
+    _alst("500K on one", 1, 500_000, 1010.0),
+    _alst("1.1M", 8, 1_100_000, 564.0, WHOLE),
+    _alst("1.2M", 8, 1_200_000, 703.0, (*WHOLE, "memory.chunk_tokens=16K")),
+    _alst("2.4M", 8, 2_400_000, 2610.0, (*TILED, "memory.chunk_tokens=null")),
+    _alst("3.8M", 8, 3_800_000, 6455.0),
+    _alst("15.5M", 32, 15_500_000, 26709.0),
+    Published(
+        name="Llama-3.1-8B, 1.2M on one H200, ALST", source=ARCTIC, model="llama3_8b", gpus=1, sequence_tokens=1_200_000, step_s=None,
+        memory_bytes=136 * GB, words=TILED, kernel="fa3", left_out=UNSAID_ARCTIC, cluster="h200_141g_8",
+    ),
 )
-"""H100 SXM 80 GB, eight a node, one sequence a step in all of them."""
+"""H100 SXM 80 GB, eight a node, but for the last; one sequence a step, but for the first of ALST's rows: one a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no run is called {options.only!r}: {', '.join(run.name for run in RUNS)}")
     write_json(options.json, {"benchmark": "published", **origin, "aims": AIMS, **summary(chosen), "rows": chosen})
     for each in chosen:
-        print(f"{each['name']}: predicted {each['predicted_s']:,.0f} s, published {each['step_s']:,.0f} s ({each['time_error']:+.1%})")
+        if each["step_s"] is not None:
+            print(f"{each['name']}: predicted {each['predicted_s']:,.0f} s, published {each['step_s']:,.0f} s ({each['time_error']:+.1%})")
     print(f"-> {options.json}")
     return 0
 
@@ -107,39 +133,48 @@ def configuration(run: Published, *more: str) -> list[str]:
     nodes = -(-run.gpus // 8)
     return [
         f"model={run.model}", f"model.max_positions={run.sequence_tokens}", "model.rope_scaling=null", "data=indexed",
-        "data.prefixes=[corpus]", f"data.max_seq_len={run.sequence_tokens}", f"data.global_batch_tokens={run.sequence_tokens}",
-        "cluster=h100_80g_8", f"cluster.num_nodes={nodes}", f"cluster.ranks_per_node={run.gpus // nodes}",
-        f"parallel.tokens_per_rank={-(-run.sequence_tokens // run.gpus)}", "train.steps=1", *run.words, *more,
+        "data.prefixes=[corpus]", f"data.max_seq_len={run.sequence_tokens}",
+        f"data.global_batch_tokens={run.sequence_tokens * run.num_sequences}",
+        f"cluster={run.cluster}", f"cluster.num_nodes={nodes}", f"cluster.ranks_per_node={run.gpus // nodes}",
+        f"parallel.tokens_per_rank={-(-run.sequence_tokens * run.num_sequences // run.gpus)}", "train.steps=1", *run.words, *more,
     ]  # fmt: skip
 
 
 def row(run: Published) -> dict[str, Any]:
     """The figures of one run, published and predicted, and how far apart they are: predicted over published, less 1."""
-    ledger = plan(compose(configuration(run)))
+    ledger = planned(run)
     timing, peak = ledger.timing, ledger.device.peak_bytes
     return {
         **asdict(run),
         "words": configuration(run),
         "predicted_s": timing.step_s,
         "predicted_bytes": peak,
-        "time_error": timing.step_s / run.step_s - 1.0,
-        "tiled_bytes": plan(compose(configuration(run, "memory.chunk_tokens=16K"))).device.peak_bytes,
+        "time_error": None if run.step_s is None else timing.step_s / run.step_s - 1.0,
+        "tiled_bytes": planned(run, "memory.chunk_tokens=16K").device.peak_bytes,
         "state_bytes": STATE_BYTES * ledger.inputs.parameters / run.gpus,
         "memory_error": None if run.memory_bytes is None else peak / run.memory_bytes - 1.0,
         # Causal work and none of it twice, over the GPUs' peak: what both times come to.
-        "published_utilisation": timing.model_flops / (run.step_s * run.gpus * ledger.inputs.cluster.peak_flops),
+        "published_utilisation": timing.model_flops / (run.step_s * run.gpus * ledger.inputs.cluster.peak_flops) if run.step_s else None,
         "attention_share": timing.attention_flops / timing.flops,
-        "efficiency": ledger.inputs.cluster.efficiency,
+        "forward_flops": ledger.inputs.attention_rate.forward,
+        "backward_flops": ledger.inputs.attention_rate.backward,
+        "gemm_efficiency": ledger.inputs.cluster.gemm_efficiency,
     }
 
 
+def planned(run: Published, *more: str) -> Ledger:
+    """The ledger of a run with its own kernel."""
+    return build_ledger(PlanInputs.of(compose(configuration(run, f"parallel.attention_kernel={run.kernel}", *more))))
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Median and worst error of time and of memory, over the runs that are no drafts; None without any."""
+    """Median and worst error of time and of memory, over the runs that are no drafts, and of the drafts' times; None without any."""
     found: dict[str, float | None] = {}
-    for what in ("time", "memory"):
-        errors = [abs(each[f"{what}_error"]) for each in rows if each[f"{what}_error"] is not None and not each["is_draft"]]
-        found[f"median_{what}_error"] = statistics.median(errors) if errors else None
-        found[f"worst_{what}_error"] = max(errors, default=None)
+    for what, is_draft in (("time", False), ("memory", False), ("time", True)):
+        errors = [abs(each[f"{what}_error"]) for each in rows if each[f"{what}_error"] is not None and each["is_draft"] == is_draft]
+        of_drafts = "_drafts" * is_draft
+        found[f"median_{what}_error{of_drafts}"] = statistics.median(errors) if errors else None
+        found[f"worst_{what}_error{of_drafts}"] = max(errors, default=None)
     return found
 
 

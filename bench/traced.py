@@ -79,7 +79,8 @@ def case_ledger(case: Case) -> Ledger:
     """The ledger of a CPU machine with room for all of it."""
     cluster = ClusterConfig(
         name="bench", device=Device.CPU, num_nodes=1, ranks_per_node=case.ranks, device_memory_bytes=64 * GIB, host_memory_bytes=512 * GIB,
-        peak_flops=1e11, efficiency=0.5, intra_node_bandwidth=1e9, inter_node_bandwidth=1e9, host_link_bandwidth=1e9,
+        peak_flops=1e11, gemm_efficiency=0.5, attention_efficiency=0.5, intra_node_bandwidth=1e9, inter_node_bandwidth=1e9,
+        host_link_bandwidth=1e9,
     )  # fmt: skip
     ledger = build_ledger(
         PlanInputs.make(

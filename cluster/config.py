@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from ..units import Bytes
 from ..utils.ranges import BYTES, PER_S, Range, check_ranges
+from .attention_rates import check_gpu
 from .slurm_site import SlurmSite
 
 
@@ -29,13 +30,13 @@ class ClusterConfig:
     ranks_per_node: int
     """GPUs of a node, or processes on a CPU machine."""
     device_memory_bytes: Bytes
-    """Memory of one GPU, or one CPU rank's share."""
+    """Memory that one GPU gives out (CUDA's total, which is less than its data sheet's), or one CPU rank's share."""
     host_memory_bytes: Bytes
     """Host memory of one node."""
     peak_flops: float
     """Dense bfloat16 FLOP/s of one rank, by its data sheet."""
-    efficiency: float
-    """Share of peak_flops that long-context training reaches; an assumption of time estimates."""
+    gemm_efficiency: float
+    """Share of peak_flops that matrix products reach, with norms, rotations and activations between them; an assumption of estimates."""
     intra_node_bandwidth: float
     """Bytes/s of one rank to another of its node, one direction."""
     inter_node_bandwidth: float
@@ -53,6 +54,12 @@ class ClusterConfig:
     """Bytes/s that it gives, all ranks of a node together. null: as fast as host_link_bandwidth."""
     storage_bandwidth: float | None = None
     """Bytes/s that one node writes to where checkpoints go, all nodes writing at once. null: not known before the first one."""
+    gpu: str | None = None
+    """Kind of GPU, by which published speeds of attention kernels are known (cluster/attention_rates.py): a100, h100, h200 or b200."""
+    attention_efficiency: float | None = None
+    """Share of peak_flops that attention reaches, forward and backward alike. null: what is published for cluster.gpu and the kernel."""
+    reserve: float = 0.05
+    """Share of device_memory_bytes that no plan uses: head-room for what estimates miss, which plans show as a row of its own."""
     slurm: SlurmSite = field(default_factory=SlurmSite)
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -61,7 +68,8 @@ class ClusterConfig:
         "device_memory_bytes": Range(1, BYTES),
         "host_memory_bytes": Range(1, BYTES),
         "peak_flops": Range(0, 1e21, above=True),
-        "efficiency": Range(0, 1, above=True),
+        "gemm_efficiency": Range(0, 1, above=True),
+        "attention_efficiency": Range(0, 1, above=True),
         "intra_node_bandwidth": Range(0, PER_S, above=True),
         "inter_node_bandwidth": Range(0, PER_S, above=True),
         "host_link_bandwidth": Range(0, PER_S, above=True),
@@ -70,6 +78,7 @@ class ClusterConfig:
         "disk_write_bandwidth": Range(0, PER_S, above=True),
         "disk_read_bandwidth": Range(0, PER_S, above=True),
         "storage_bandwidth": Range(0, PER_S, above=True),
+        "reserve": Range(0, 0.5),
     }
 
 
@@ -84,5 +93,6 @@ class Machines(Protocol):
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """Raise ConfigError where a count, a speed or a memory is out of its range."""
+    """Raise ConfigError where a count, a speed or a memory is out of its range, or nothing tells how fast attention is."""
     check_ranges(cluster, "cluster")
+    check_gpu(cluster.gpu, has_own_rate=cluster.attention_efficiency is not None)

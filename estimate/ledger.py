@@ -25,6 +25,14 @@ class Account:
     name: str
     terms: tuple[Term, ...]
     capacity_bytes: int
+    """Bytes there are."""
+    reserve_bytes: int = 0
+    """Bytes of them that are never planned into (cluster.reserve)."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a plan may use."""
+        return self.capacity_bytes - self.reserve_bytes
 
     def phase_bytes(self, phase: Phase) -> int:
         return sum(entry.by_phase.get(phase, 0) for entry in self.terms)
@@ -39,7 +47,7 @@ class Account:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.capacity_bytes
+        return self.peak_bytes <= self.usable_bytes
 
     @property
     def largest(self) -> Term:
@@ -118,7 +126,10 @@ def resolve_grad_reduce(inputs: PlanInputs) -> PlanInputs:
 
 
 def device_account(inputs: PlanInputs) -> Account:
-    return Account(name="GPU" if inputs.on_gpu else "rank", terms=device_terms(inputs), capacity_bytes=inputs.cluster.device_memory_bytes)
+    """Memory of one rank, with the part of it that stays free."""
+    size = inputs.cluster.device_memory_bytes
+    reserve = int(inputs.cluster.reserve * size)
+    return Account(name="GPU" if inputs.on_gpu else "rank", terms=device_terms(inputs), capacity_bytes=size, reserve_bytes=reserve)
 
 
 def host_account(inputs: PlanInputs, device: Account) -> Account:

@@ -21,7 +21,8 @@ def pipeline_model(inputs: PlanInputs, *, group: int, weight_shards: int) -> Mod
     `weight_shards`: ranks of a stage over which weights, gradients and states are cut.
     """
     spec, size = inputs.spec, class_bytes(inputs)
-    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * group
+    # A pair's backward takes PAIR_BACKWARD times its forward there: the rate is that of both together.
+    rate, pairs = inputs.gemm_rate * group, inputs.attention_rate.both * group
     width = spec.hidden_size * inputs.width / group
     matrix = spec.vocab_size * spec.hidden_size
     layers = []
@@ -29,8 +30,8 @@ def pipeline_model(inputs: PlanInputs, *, group: int, weight_shards: int) -> Mod
         near = 0.0 if window is None else 4.0 * spec.query_size * window
         layers.append(
             LayerLoad(
-                token_s=(2.0 * layer.active + near) / rate,
-                pair_s=0.0 if near else 4.0 * spec.query_size / rate,
+                token_s=2.0 * layer.active / rate + near / pairs,
+                pair_s=0.0 if near else 4.0 * spec.query_size / pairs,
                 kept_bytes=sum(size.values()) / group,
                 attention_bytes=size[ATTENTION_OUTPUT.name] / group,
                 input_bytes=width,

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..cluster.attention_rates import AttentionRate, RatedKernel, attention_rate, estimated_kernel
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
@@ -370,6 +371,21 @@ class PlanInputs:
         if self.trains_all:
             return self.decoder_parameters(first)
         return max(0, len(self.layers) - first) * self.trained_layer_parameters
+
+    @property
+    def gemm_rate(self) -> float:
+        """FLOP/s of one rank in matrix products."""
+        return self.cluster.peak_flops * self.cluster.gemm_efficiency
+
+    @property
+    def attention_kernel(self) -> RatedKernel:
+        """The kernel that time and memory are estimated for."""
+        return estimated_kernel(self.cluster, self.parallel.attention_kernel.value)
+
+    @property
+    def attention_rate(self) -> AttentionRate:
+        """FLOP/s of one rank in that kernel, forward and backward."""
+        return attention_rate(self.cluster, self.attention_kernel)
 
     @property
     def on_gpu(self) -> bool:

@@ -84,7 +84,7 @@ def check_fits(ledger: Ledger) -> None:
         return
     short = [account for account in ledger.accounts if not account.fits]
     missing = " and ".join(
-        f"{format_bytes(account.peak_bytes - account.capacity_bytes)} too little on each {_place(account)}" for account in short
+        f"{format_bytes(account.peak_bytes - account.usable_bytes)} too little on each {_place(account)}" for account in short
     )
     options = [" ".join(entry.overrides) for entry in suggest(ledger, most=2)]
     if report.least_budget is not None:

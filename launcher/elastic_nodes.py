@@ -152,7 +152,7 @@ def check_nodes_memory(config: Config) -> None:
         # Without the suggestions of check_fits, which are made for one size and take a while.
         worst = short[0]
         fixed = f": {fixed_line(ledger.report)}" if ledger.report is not None else ""
-        shortfall = f"{format_bytes(worst.peak_bytes)} at least on each {worst.name} of {format_bytes(worst.capacity_bytes)}{fixed}"
+        shortfall = f"{format_bytes(worst.peak_bytes)} at least on each {worst.name} of {format_bytes(worst.usable_bytes)}{fixed}"
         raise ConfigError("memory", found=shortfall, expected="a plan that fits", hint="memory=auto, or a larger MIN of launcher.nodes")
 
 

@@ -6,21 +6,15 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cluster.config import Device
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    name: str
-    memory_bytes: int
-    free_bytes: int | None = None
-    """Bytes not in use by any process; None where unknown."""
+from .visible_gpus import Gpu, parse_list, visible_gpus
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """GPUs, cores and memory of this machine."""
+    """GPUs that processes here can use, cores and memory of this machine."""
 
     gpus: tuple[Gpu, ...]
     num_cores: int
@@ -35,7 +29,12 @@ def this_machine(device: Device) -> Machine:
 
 
 def find_gpus() -> list[Gpu]:
-    """GPUs of this machine by NVML, or by nvidia-smi where its Python package is not installed; none where there is no driver."""
+    """GPUs that a process started here can use: those of the machine that CUDA_VISIBLE_DEVICES leaves it; none where there is no driver."""
+    return visible_gpus(_all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _all_gpus() -> list[Gpu]:
+    """GPUs of this machine by NVML, or by nvidia-smi where its Python package is not installed."""
     try:
         import pynvml
     except ImportError:
@@ -45,19 +44,48 @@ def find_gpus() -> list[Gpu]:
     except pynvml.NVMLError:
         return []
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    memories = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
-    names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    return [Gpu(name, int(memory.total), int(memory.free)) for name, memory in zip(names, memories, strict=True)]
+    return [_by_nvml(pynvml, handle) for handle in handles]
+
+
+def _by_nvml(pynvml: Any, handle: Any) -> Gpu:
+    """One GPU, with its slices where it is in MIG mode, or a slice."""
+    memory, name, uuid = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    try:
+        in_mig_mode = bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
+    except pynvml.NVMLError:  # a GPU without MIG, or a slice
+        in_mig_mode = False
+    slices = []
+    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if in_mig_mode else 0):
+        try:
+            slices.append(_by_nvml(pynvml, pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
+        except pynvml.NVMLError:  # no slice has this number
+            continue
+    return Gpu(_text(name), int(memory.total), int(memory.free), _text(uuid), tuple(slices), in_mig_mode)
+
+
+def _text(value: str | bytes) -> str:
+    """Older versions of NVML's package give bytes."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _gpus_by_smi() -> list[Gpu]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    fields = "name,memory.total,memory.free,uuid,mig.mode.current"
+    rows = [line.rsplit(",", 4) for line in _smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines() if line.strip()]
+    modes = [mode.strip() == "Enabled" for *_, mode in rows]
+    slices = parse_list(_smi("-L")) if any(modes) else {}
+    gpus = []
+    for (name, total, free, uuid, _), in_mig_mode in zip(rows, modes, strict=True):
+        own = slices.get(uuid.strip(), ())
+        gpus.append(Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20, uuid.strip(), own, in_mig_mode))
+    return gpus
+
+
+def _smi(*options: str) -> str:
+    """What nvidia-smi prints; empty without a driver, without the tool, or with a tool without a driver: no GPU to use."""
     try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # no driver, no tool or a tool without a driver: no GPU to use
-        return []
-    rows = [line.rsplit(",", 2) for line in output.splitlines() if line.strip()]
-    return [Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20) for name, total, free in rows]
+        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def available_memory() -> int:

@@ -19,7 +19,7 @@ from .config.run_config import Config
 from .hardware import Machine, this_machine
 
 MAX_RANKS_PER_CORE = 4
-# Data sheets say 80 GB, drivers show 79.6 GiB.
+# Cards sold with one size differ by tenths of a GiB; a run plans for what its own have (training/agreed_ledger.py).
 _NOMINAL = 0.97
 _IN_USE = 0.9
 """A GPU with less of its memory free has somebody else's process on it."""
@@ -106,7 +106,7 @@ def _check_profile(config: Config, machine: Machine) -> None:
 
 def _check_gpus(config: Config, machine: Machine, *, is_node: bool) -> None:
     cluster = config.cluster
-    needed, gib = cluster.ranks_per_node, round(cluster.device_memory_bytes / GIB)
+    needed, gib = cluster.ranks_per_node, round(cluster.device_memory_bytes / GIB, 1)
     large_enough = [gpu for gpu in machine.gpus if gpu.memory_bytes >= _NOMINAL * cluster.device_memory_bytes]
     if len(large_enough) >= needed and (is_node or cluster.num_nodes == 1):
         return
@@ -114,7 +114,7 @@ def _check_gpus(config: Config, machine: Machine, *, is_node: bool) -> None:
     raise MachineError(
         config.experiment,
         found=_gpus_in_words(machine) + (" on this machine, which is one node" if places else ""),
-        expected=f"{needed * cluster.num_nodes} GPU{'s' * (needed * cluster.num_nodes > 1)} with {gib} GB{places}",
+        expected=f"{needed * cluster.num_nodes} GPU{'s' * (needed * cluster.num_nodes > 1)} with {gib:g} GiB{places}",
         hint=_instead(config),
     )
 
@@ -133,8 +133,8 @@ def check_free(config: Config, machine: Machine) -> None:
 def _gpus_in_words(machine: Machine) -> str:
     if not machine.gpus:
         return "none"
-    sizes = sorted({round(gpu.memory_bytes / GIB) for gpu in machine.gpus})
-    return f"{len(machine.gpus)} with {' and '.join(map(str, sizes))} GB"
+    sizes = sorted({round(gpu.memory_bytes / GIB, 1) for gpu in machine.gpus})
+    return f"{len(machine.gpus)} with {' and '.join(f'{size:g}' for size in sizes)} GiB"
 
 
 def _instead(config: Config) -> str:

@@ -1,13 +1,20 @@
 """What single operations need for a moment: a chunk's logits, scores under a mask, scratch inside kernels. Pure.
 
-The formulas follow model/chunked_loss.py and the masked path of parallel/sequence/attention.py.
+The formulas follow model/chunked_loss.py, the masked path of parallel/sequence/attention.py, and what attention kernels allocate for
+themselves in backward (flash-attn 2.8 csrc/flash_attn/flash_api.cpp, hopper/flash_api.cpp, cudnn-frontend's attention backward).
 """
 
 from __future__ import annotations
 
+from ...cluster.attention_rates import RatedKernel
 from ..plan_inputs import PlanInputs
 from .activations import norm_bytes
+from .moment import Widths
 from .term import Phase, Term
+
+_HEADS_OF_THEIR_OWN = (RatedKernel.FA3, RatedKernel.FA4)
+"""Kernels that sum the gradients of shared keys and values in place, in float32; the others write them for every query head first."""
+_WITH_SOFTCAP = (RatedKernel.FA2, RatedKernel.FA3, RatedKernel.FA4)
 
 
 def loss_chunk(inputs: PlanInputs) -> Term:
@@ -43,9 +50,7 @@ def masked_scores(inputs: PlanInputs) -> Term:
     """Kernels without the mask that is needed make scores of MASKED_QUERY_CHUNK queries in float32 (parallel/sequence/attention.py)."""
     softcap = inputs.spec.has_score_softcap
     windows = [window for window in inputs.spec.windows if window is not None]
-    if inputs.on_gpu and inputs.width == 2:
-        return Term("masked scores", "", {})
-    if not (softcap or windows or inputs.on_gpu):
+    if not _is_masked(inputs):
         return Term("masked scores", "", {})
     length = min(inputs.data.max_seq_len, inputs.tokens * inputs.layout.sp_degree)
     rows = min(length, inputs.piece_tokens * inputs.layout.sp_degree) if inputs.by_chunks else length
@@ -61,6 +66,32 @@ def masked_scores(inputs: PlanInputs) -> Term:
     by_phase = dict.fromkeys((Phase.FORWARD, Phase.SEGMENT) if inputs.segment_layers > 1 else (Phase.FORWARD,), int(forward * one + mask))
     by_phase |= {Phase.BACKWARD_ATTENTION: int(backward * one + mask), Phase.EVALUATION: int(forward * one + mask)}
     return Term("masked scores", f"{queries} queries x {keys} keys of each head, in float32", by_phase)
+
+
+def _is_masked(inputs: PlanInputs) -> bool:
+    """Whether some block of attention has a mask, a softcap or a precision that the device's kernel lacks."""
+    softcap, windows = inputs.spec.has_score_softcap, any(window is not None for window in inputs.spec.windows)
+    if not inputs.on_gpu:
+        return softcap or windows
+    if inputs.width != 2:
+        return True
+    # A window's edge goes through blocks off the diagonal where queries or keys come in pieces.
+    edges = windows and (inputs.by_chunks or inputs.layout.ring > 1)
+    return edges or (softcap and inputs.attention_kernel not in _WITH_SOFTCAP)
+
+
+def attention_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:
+    """Bytes of one row of queries that the kernel's backward allocates for itself on CUDA.
+
+    Queries' gradient in float32; with shared key/value heads theirs for every query head, or in float32 once (FlashAttention 3 and 4);
+    cuDNN also one float32 a row and head. `key_rows`: keys of a block, in rows of the queries' piece.
+    """
+    if not inputs.on_gpu:
+        return 0.0
+    shared = inputs.spec.num_kv_heads < inputs.spec.num_heads
+    sums = w.wide * w.X if inputs.attention_kernel in _HEADS_OF_THEIR_OWN else 2 * w.Q
+    beside = w.E * (inputs.attention_kernel is RatedKernel.CUDNN)
+    return w.wide * w.Q + sums * key_rows * shared + beside
 
 
 MASKED_QUERY_CHUNK = 512

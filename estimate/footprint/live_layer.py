@@ -15,6 +15,7 @@ from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, L
 from ...memory.policy import RECOMPUTED
 from ..plan_inputs import PlanInputs
 from .activations import graph_row, norm_bytes
+from .kernels import attention_workspace
 from .live_mixture import mixture_backward, mixture_forward, mixture_graph_backward
 from .moment import Moment, Widths, is_kept, is_made, norm_backward
 from .term import Phase, Term
@@ -129,7 +130,7 @@ def _attention_backward(inputs: PlanInputs, w: Widths, part: Widths) -> list[Mom
     # Of a group of heads: log-sum-exp of all, and the gradients of the group before.
     both = w.H + w.Q + output + (w.E + part.Q + part.X) * groups
     # Of documents in one pack, those of the last two are made beside those of all.
-    gradients = (wide + inputs.packed) * (part.Q + part.X) + flash_workspace(inputs, part)
+    gradients = (wide + inputs.packed) * (part.Q + part.X) + attention_workspace(inputs, part)
     if groups:
         kernel = Moment(both + _read(inputs, part) + (2 + 2 * sides) * part.Q + gradients)
     elif _stored(inputs):
@@ -164,7 +165,7 @@ def chunked_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
             *after_backward(inputs, w, w.H + keys + totals, chunk + w.Q * sides),
         ],
         Phase.BACKWARD_ATTENTION: [
-            Moment(w.H + keys + totals, chunk + w.Q + w.H + w.wide * w.Q + w.Q + 4 * w.X + 2 * w.Q * sides + flash_workspace(inputs, w, 4))
+            Moment(w.H + keys + totals, chunk + w.H + (2 + w.wide + 2 * sides) * w.Q + 4 * w.X + attention_workspace(inputs, w, 4))
         ],
         Phase.BACKWARD_PROJECTIONS: [
             Moment(w.H + keys + totals, w.H + w.Q + w.K + before_backward_row(inputs, w)),
@@ -190,7 +191,7 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
             *([] if inputs.spec.experts is None else mixture_graph_backward(inputs, inputs.spec.experts, saved + w.H)),
         ],
         Phase.BACKWARD_ATTENTION: [
-            Moment(resident + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + flash_workspace(inputs, w))
+            Moment(resident + 2 * w.H + w.Q * (1 + sides) + (1 + inputs.packed) * read + attention_workspace(inputs, w))
         ],
         Phase.BACKWARD_PROJECTIONS: [Moment(before + 2 * w.H + w.Q + w.K + 2 * w.Q)],
         Phase.LAYER_REDUCE: [Moment(w.H)],
@@ -245,15 +246,6 @@ def before_backward_row(inputs: PlanInputs, w: Widths) -> float:
     turn = 5 * w.Q * (w.wide if inputs.spec.wide_rotation else 1.0) + w.K / 2 + w.H
     heads = (w.Q + w.K / 2 + 2 * w.H + norm_backward(inputs, w.Q // inputs.width)) * inputs.spec.qk_norm
     return w.norm + max(turn, heads)
-
-
-def flash_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:
-    """FlashAttention-2's backward on CUDA: queries' gradient in float32, and with shared key/value heads theirs for every query head.
-
-    `key_rows`: keys of a block, in rows of the queries' piece.
-    """
-    shared = 2 * w.Q * key_rows * (inputs.spec.num_kv_heads < inputs.spec.num_heads)
-    return (w.wide * w.Q + shared) * inputs.on_gpu
 
 
 def head_norms(inputs: PlanInputs) -> int:

@@ -45,7 +45,7 @@ def measures(inputs: PlanInputs) -> PolicyCost:
 def _rows(inputs: PlanInputs) -> dict[str, tuple[float, float]]:
     device = device_account(inputs)
     host = host_account(inputs, device)
-    rows = {f"device, {phase.value}": (float(device.phase_bytes(phase)), float(device.capacity_bytes)) for phase in ALL}
+    rows = {f"device, {phase.value}": (float(device.phase_bytes(phase)), float(device.usable_bytes)) for phase in ALL}
     rows |= {f"host, {phase.value}": (float(host.phase_bytes(phase)), float(host.capacity_bytes)) for phase in ALL}
     budget = budget_account(inputs, host)
     if budget is not None:

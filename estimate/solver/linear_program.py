@@ -20,7 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _MOVED_S = 1e-6
-"""Weight of a second of link time: of shares that take the same time, those that move less; when that is asked for, the other way round."""
+"""Weight of what decides last: a second of link time, of shares that take the same time; where room decides, time and link together."""
+ROOMY = 0.5
+"""A memory of which so large a share is used has room enough: below it less is moved instead."""
+_FIRST_MEMORY = 0.01
+"""Weight of the first of the memories that are to have room, beside the fullest of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,12 @@ class PolicyProgram:
     fixed_s: float = 0.0
     hidden_s: float = 0.0
     """Communication beside forward and backward; what is longer than both of them shows."""
+    roomy: tuple[str, ...] = ()
+    """Beginnings of the names of rows whose memories are to be left as empty as the time allows; the first of them most of all."""
+
+    def fullness(self, x: Sequence[float]) -> float:
+        """The share of its limit that the fullest of the memories in `roomy` takes with these shares; 0 without any."""
+        return max((row.num_bytes(x) / _scale(row) for row in self.rows if row.name.startswith(self.roomy)), default=0.0)
 
     def time_s(self, x: Sequence[float]) -> float:
         """The step with these shares."""
@@ -85,7 +95,11 @@ class LpSolution:
 
 
 def solve_program(program: PolicyProgram, within_s: float | None = None) -> LpSolution | None:
-    """The fastest shares; None where none satisfy all rows. `within_s`: of those that take no longer, the shares that move least."""
+    """The fastest shares; None where none satisfy all rows.
+
+    `within_s`: of those that take no longer, the shares that leave most room. The memory of `roomy` that is fullest, in shares of its
+    limit, is as empty as it can be, down to ROOMY; then the first of them; and of what is left undecided the least is moved.
+    """
     if not program.forward_s.slope:
         inside = all(row.num_bytes.constant <= row.limit for row in program.rows)
         return LpSolution((), program.time_s(()), {}) if inside else None
@@ -94,13 +108,16 @@ def solve_program(program: PolicyProgram, within_s: float | None = None) -> LpSo
     size = len(program.forward_s.slope)
     rows, limits = _matrices(program, size)
     seconds, moved = _objectives(program)
+    cost, bounds = [a + _MOVED_S * b for a, b in zip(seconds, moved, strict=True)], _bounds(size)
     if within_s is not None:
         # seconds(x) <= within_s: constants of the step moved to the right.
         rows.append(seconds)
         limits.append(within_s - program.fixed_s - program.forward_s.constant - program.backward_s.constant)
-        seconds, moved = moved, seconds
-    cost = [a + _MOVED_S * b for a, b in zip(seconds, moved, strict=True)]
-    solution = linprog(cost, A_ub=rows, b_ub=limits, bounds=_bounds(size), method="highs-ds")
+        rows, limits = _with_room(program, rows, limits, size)
+        # In shares of what there is of each: seconds of the step, and of the link.
+        least = [(b + _MOVED_S * a) / within_s for a, b in zip(seconds, moved, strict=True)]
+        cost, bounds = [_MOVED_S * share for share in least] + [1.0, _FIRST_MEMORY], [*bounds, (ROOMY, None), (ROOMY, None)]
+    solution = linprog(cost, A_ub=rows, b_ub=limits, bounds=bounds, method="highs-ds")
     if solution.status == 2:
         return None
     assert solution.status == 0, f"the solver stopped: {solution.message}"
@@ -143,6 +160,21 @@ def _matrices(program: PolicyProgram, size: int) -> tuple[list[list[float]], lis
     for together in program.exclusive:
         rows.append([1.0 if index in together else 0.0 for index in range(size)] + [0.0] * 3)
         limits.append(1.0)
+    return rows, limits
+
+
+def _with_room(
+    program: PolicyProgram, rows: list[list[float]], limits: list[float], size: int
+) -> tuple[list[list[float]], list[float]]:
+    """The rows with two variables more: the share of its limit that the fullest memory of `roomy` takes, and the first of them alone."""
+    rows, limits = [[*row, 0.0, 0.0] for row in rows], list(limits)
+    for row in program.rows:
+        for column, names in enumerate((program.roomy, program.roomy[:1])):
+            if row.name.startswith(names):
+                # bytes_r(x) / limit_r - fullness <= 0
+                slope = [a / _scale(row) for a in row.num_bytes.slope]
+                rows.append([*slope, 0.0, 0.0, 0.0, -float(column == 0), -float(column == 1)])
+                limits.append(-row.num_bytes.constant / _scale(row))
     return rows, limits
 
 

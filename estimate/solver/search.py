@@ -2,8 +2,8 @@
 
 Note: what is proven. A shape is passed over only where it could not be faster by PREFERENCE with all memory in the world than what
 was found, or where its program has no solution. So no policy of any shape is faster by more than `SearchResult.gap`, by the estimates of
-estimate/timing/step.py. What PREFERENCE leaves is used to move less: a host memory full of activations for a thousandth of the time
-would be a bad bargain.
+estimate/timing/step.py. What PREFERENCE leaves is used for room: a memory filled to its last GiB for a thousandth of the time would
+be a bad bargain, for what an estimate misses then ends the run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from functools import cached_property
 
 from ...memory.policy import MemoryPolicy
 from ...parallel.config import GradReduce
-from .linear_program import Affine, LpSolution, PolicyProgram, least_growth, solve_program
+from .linear_program import ROOMY, Affine, LpSolution, PolicyProgram, least_growth, solve_program
 from .shapes import BUDGET, Evaluate, PolicyCost, Shape, Share, linearise, rounded
 
 PREFERENCE = 0.01
-"""Policies whose times differ by less than this share are equal: the simpler shape, and the one that moves less, is taken."""
+"""Policies whose times differ by less than this share are equal: the one that leaves most room is taken."""
+ROOM_STEP = 0.05
+"""Shapes whose fullest memories differ by less than a step of this share leave as much room: the simpler one is taken."""
+_ROOMY_STEPS = round(ROOMY / ROOM_STEP)
 MIN_SHARE = 0.05
 """Shares of tokens smaller than this are left out where that costs next to nothing."""
+LOOKS = 16
+"""Most shapes that are solved for their room alone."""
+_FULL_STEPS = math.ceil(1.0 / ROOM_STEP)
 _NEAREST = 4
 """Shapes that are solved for where none fits: those that come nearest with nothing kept."""
 _ROUNDS = 12
@@ -73,6 +79,8 @@ class Candidate:
     variables: list[Share]
     policy: Callable[[Sequence[float]], MemoryPolicy]
     measure: Evaluate
+    roomy: tuple[str, ...] = ()
+    """Beginnings of the names of rows whose memories are to have room."""
     _bound_s: float | None = field(default=None, repr=False)
     _program: PolicyProgram | None = field(default=None, repr=False)
 
@@ -98,7 +106,8 @@ class Candidate:
     def program(self) -> PolicyProgram:
         """The linear program of the shares, from differences; later with cuts."""
         if self._program is None:
-            self._program = linearise(self.measure, self.policy, self.variables, [0.0] * len(self.variables))
+            program = linearise(self.measure, self.policy, self.variables, [0.0] * len(self.variables))
+            self._program = replace(program, roomy=self.roomy)
         return self._program
 
     def cut(self, x: Sequence[float]) -> None:
@@ -155,20 +164,24 @@ class PolicySearch:
         """Those first that could be the fastest."""
         return sorted(self.candidates, key=lambda entry: (entry.bound_s, entry.complexity))
 
-    def best(self, room: ExtraCapacity = NO_EXTRA) -> SearchResult | None:
-        """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits."""
+    def best(self, room: ExtraCapacity = NO_EXTRA, looks: int = LOOKS) -> SearchResult | None:
+        """The policy that fits, by the ledger, and is the fastest but for PREFERENCE; None where none fits.
+
+        `looks`: most shapes that are solved for the room they leave alone, where time is all that is asked about: 0.
+        """
         broken: set[int] = set()
         if not self.may_fit(room):
             return None
         for attempt in range(_ROUNDS + len(self.candidates)):
-            answers, bound = self._answers(room, broken)
+            answers, bound = self._answers(room, broken, looks)
             if not answers:
                 return None
             least = min(answer.time_s for _, answer in answers)
             bound = min(bound, least)
             within = max(least, bound * (1.0 + PREFERENCE))
             candidate, answer = min(
-                (pair for pair in answers if pair[1].time_s <= within), key=lambda pair: (pair[0].complexity, pair[1].time_s)
+                (pair for pair in answers if pair[1].time_s <= within),
+                key=lambda pair: (self._fullness(pair[0], within, room), pair[0].complexity, pair[1].time_s),
             )
             num_rows = len(candidate.program.rows)
             checked = self._round_and_check(candidate, within, room)
@@ -196,23 +209,46 @@ class PolicySearch:
             self._can_hold_minimum[key] = _can_hold_minimum(self.smallest[entry.family], room, self.ranks)
         return self._can_hold_minimum[key]
 
-    def _answers(self, room: ExtraCapacity, broken: set[int]) -> tuple[list[tuple[Candidate, LpSolution]], float]:
-        """Optima of the shapes that can matter, and what the others take at least."""
+    def _answers(self, room: ExtraCapacity, broken: set[int], looks: int) -> tuple[list[tuple[Candidate, LpSolution]], float]:
+        """Optima of the shapes that can matter, and what the others take at least.
+
+        A shape that could not be faster by PREFERENCE matters only where it may leave more room than those before it.
+        """
         solutions: list[tuple[Candidate, LpSolution]] = []
-        least = float("inf")
+        least = others = float("inf")
+        fullest = _FULL_STEPS
         for candidate in self.in_order:
-            if candidate.bound_s * (1.0 + PREFERENCE) >= least:
-                return solutions, candidate.bound_s
+            equal = candidate.bound_s * (1.0 + PREFERENCE) >= least
+            if equal and (fullest <= _ROOMY_STEPS or looks <= 0 or candidate.bound_s > least * (1.0 + PREFERENCE)):
+                return solutions, min(others, candidate.bound_s)
             if id(candidate) in broken or not self._has_room(candidate, room):
                 continue
+            if equal and self._least_steps(candidate, room) >= fullest:
+                others = min(others, candidate.bound_s)
+                continue
+            looks -= equal
             answer = solve_program(room.of(candidate.program))
             if answer is not None:
                 solutions.append((candidate, answer))
                 least = min(least, answer.time_s)
-        return solutions, float("inf")
+                fullest = min(fullest, self._fullness(candidate, least * (1.0 + PREFERENCE), room)) if looks > 0 else fullest
+        return solutions, others
+
+    def _fullness(self, candidate: Candidate, within_s: float, room: ExtraCapacity) -> int:
+        """Steps of ROOM_STEP to which the shape's fullest memory is full at least, if it may take so long; from ROOMY on."""
+        program = room.of(candidate.program)
+        answer = solve_program(program, within_s)
+        return _steps(program.fullness(answer.x)) if answer is not None else _FULL_STEPS
+
+    def _least_steps(self, candidate: Candidate, room: ExtraCapacity) -> int:
+        """The same for the device alone with nothing kept on it: no shares of this shape leave more room."""
+        if "device, " not in candidate.roomy:
+            return _ROOMY_STEPS
+        rows = candidate.measure(candidate.policy(_ends(candidate)[0])).rows.items()
+        return _steps(max(used / max(limit + room.extra(name), 1.0) for name, (used, limit) in rows if name.startswith("device, ")))
 
     def _round_and_check(self, candidate: Candidate, within_s: float, room: ExtraCapacity) -> tuple[MemoryPolicy, float] | None:
-        """Rounded shares that fit by the ledger, of those within the time the ones that move least."""
+        """Rounded shares that fit by the ledger, of those within the time the ones that leave most room."""
         for attempt in range(_ROUNDS):
             program = room.of(candidate.program)
             answer = solve_program(program, within_s) or solve_program(program)
@@ -261,6 +297,10 @@ class PolicySearch:
         grown = [(*least_growth(entry.program, memory), entry) for entry in nearest]
         _, x, candidate = min(grown, key=lambda item: (item[0], item[2].complexity))
         return candidate, candidate.policy(rounded(candidate.variables, x, self.tokens))
+
+
+def _steps(fullness: float) -> int:
+    return max(_ROOMY_STEPS, math.ceil(fullness / ROOM_STEP - 1e-6))
 
 
 def _nearest(entry: Candidate) -> float:

@@ -88,7 +88,7 @@ def _prices(solved: PlanInputs, search: PolicySearch, result: SearchResult) -> t
 def _changes(inputs: PlanInputs) -> Iterator[list[_Change]]:
     """Changes of the machine by kind, the small one before the large one."""
     place, ranks, budget = "GPU" if inputs.on_gpu else "rank", inputs.layout.ranks_per_node, inputs.memory.host_budget
-    kept = 1.0 - reserve_share(inputs)
+    kept = 1.0 - reserve_share(inputs) - inputs.cluster.reserve
     yield [
         _Change("device", f"{format_bytes(size)} more memory on each {place}", size * kept, ExtraCapacity(device_bytes=size * kept))
         for size in _amounts(inputs.cluster.device_memory_bytes)
@@ -114,7 +114,7 @@ def _changes(inputs: PlanInputs) -> Iterator[list[_Change]]:
 def _first_that_counts(search: PolicySearch, result: SearchResult, changes: Sequence[_Change]) -> ShadowPrice | None:
     """The smallest of the changes that saves something, by a solution with it."""
     for change in changes:
-        changed = search.best(change.room)
+        changed = search.best(change.room, looks=0)
         if changed is None or result.least_s - changed.least_s < PREFERENCE * result.least_s:
             continue
         # What a person would see: the policies taken may be slower than the fastest by a little.
@@ -157,7 +157,8 @@ def least_budget(least: PlanInputs) -> str | None:
         return None if host.fits else f"cluster.host_memory_bytes={-(-host.peak_bytes // MIB)}MiB"
     for _ in range(16):
         # What is reserved is a share of the device, so it grows with it.
-        least = replace(least, cluster=replace(least.cluster, device_memory_bytes=-(-device.peak_bytes // MIB) * MIB))
+        size = int(device.peak_bytes / (1.0 - least.cluster.reserve))
+        least = replace(least, cluster=replace(least.cluster, device_memory_bytes=(size // MIB + 1) * MIB))
         device = device_account(least)
         if device.fits:
             return f"cluster.device_memory_bytes={device.capacity_bytes // MIB}MiB" if host_account(least, device).fits else None

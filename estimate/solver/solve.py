@@ -44,7 +44,9 @@ def _candidate(inputs: PlanInputs, shape: Shape, measure: Evaluate) -> Candidate
     def policy(x: Sequence[float]) -> MemoryPolicy:
         return policy_of(inputs.memory, shape, variables, x)
 
-    return Candidate(shape, inputs.parallel.grad_reduce, variables, policy, measure)
+    # A rank without a GPU has its memory from the node's.
+    roomy = ("device, ", "host, ") if inputs.on_gpu else ("host, ",)
+    return Candidate(shape, inputs.parallel.grad_reduce, variables, policy, measure, roomy)
 
 
 def _head_groups(inputs: PlanInputs) -> list[int]:
@@ -89,4 +91,4 @@ def solve_memory(inputs: PlanInputs) -> tuple[PlanInputs, SolveReport]:
 
 def can_fit(inputs: PlanInputs) -> bool:
     """Whether some policy fits; nothing is said about the nearest one where none does, which takes longer."""
-    return search_of(inputs).best() is not None
+    return search_of(inputs).best(looks=0) is not None

@@ -161,20 +161,30 @@ def batch_tokens(inputs: PlanInputs) -> float:
 
 def layer_forward_s(inputs: PlanInputs) -> float:
     """Seconds of one layer's forward on one rank: a micro-batch of longest sequences, the layers' mean."""
-    return batch_tokens(inputs) * class_recompute_flops(inputs)[LAYER_INPUT.name] / _rate(inputs)
+    attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
+    products = class_recompute_flops(inputs)[LAYER_INPUT.name] - attention
+    return batch_tokens(inputs) * (products / inputs.gemm_rate + attention / inputs.attention_rate.forward)
 
 
 def layer_backward_s(inputs: PlanInputs) -> float:
     """Seconds of one layer's backward with nothing recomputed: 2.5 forward passes of attention, and `backward_flops`."""
     attention = class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
-    return batch_tokens(inputs) * (2.5 * attention + backward_flops(inputs)) / _rate(inputs)
+    return batch_tokens(inputs) * (2.5 * attention / inputs.attention_rate.backward + backward_flops(inputs) / inputs.gemm_rate)
 
 
 def layer_recompute_s(inputs: PlanInputs) -> float:
     """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
     attention = (attention_passes(inputs) - 3.5) * class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]
-    return batch_tokens(inputs) * (attention + recompute_linear_flops(inputs) + inner_share(inputs) * segment_flops(inputs)) / _rate(inputs)
+    products = recompute_linear_flops(inputs) + inner_share(inputs) * segment_flops(inputs)
+    return batch_tokens(inputs) * (attention / inputs.attention_rate.forward + products / inputs.gemm_rate)
 
 
-def _rate(inputs: PlanInputs) -> float:
-    return inputs.cluster.peak_flops * inputs.cluster.efficiency
+def attention_pass_s(inputs: PlanInputs) -> float:
+    """Seconds of a step for each FLOP of one forward pass of attention on one rank: forward, recomputed and backward."""
+    rate = inputs.attention_rate
+    return (attention_passes(inputs) - 2.5) / rate.forward + 2.5 / rate.backward
+
+
+def work_s(inputs: PlanInputs, attention_flops: float, linear_flops: float) -> float:
+    """Seconds of one rank for FLOPs as sequence_flops counts them: each kind at its own rate."""
+    return attention_flops / attention_passes(inputs) * attention_pass_s(inputs) + linear_flops / inputs.gemm_rate

@@ -59,18 +59,17 @@ def allowed_degrees(
 
 def degree_cost(inputs: PlanInputs) -> DegreeCost:
     """Arithmetic of the group size in the setting's layout."""
-    from .flops import attention_passes, linear_flops
+    from .flops import attention_pass_s, linear_flops
     from .step import exchange_s, experts_exchange_s, experts_wait_s, ring_s
 
-    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * inputs.layout.sp_degree
-    pair_s = attention_passes(inputs) * 4 * inputs.spec.query_size / rate
+    pair_s = attention_pass_s(inputs) * 4 * inputs.spec.query_size / inputs.layout.sp_degree
     windows = sorted(window for window in inputs.spec.windows if window is not None)
     full = len(inputs.spec.windows) - len(windows)
     return DegreeCost(
         degree=inputs.layout.sp_degree,
         ulysses=inputs.layout.ulysses,
         attention_s=full * pair_s / 2,
-        linear_s=linear_flops(inputs) / rate,
+        linear_s=linear_flops(inputs) / (inputs.gemm_rate * inputs.layout.sp_degree),
         exchange_s=exchange_s(inputs) + experts_exchange_s(inputs) + experts_wait_s(inputs),
         ring_s=ring_s(inputs),
         windowed_s=tuple((window, pair_s * windows.count(window)) for window in sorted(set(windows))),

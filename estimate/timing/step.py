@@ -16,6 +16,7 @@ from .flops import (
     projections,
     reference_flops,
     sequence_flops,
+    work_s,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
 from .update import update_time
@@ -67,12 +68,12 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     sequences = max(1, inputs.data.global_batch_tokens // length)
     attention, linear = sequence_flops(inputs, length)
     passes = inputs.passes // layout.num_micro_batches
-    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency
     # The busiest group sets the pace: sequences do not always divide over the groups.
     in_turn = layout.sequences_per_group * inputs.passes
     reference = reference_flops(inputs, length)
-    compute = (in_turn * (attention + linear) + in_turn // passes * sum(reference)) / (layout.sp_degree * rate)
-    ring = max(0.0, ring_s(inputs) * length - attention / (layout.sp_degree * rate))
+    reference_s = reference[0] / inputs.attention_rate.forward + reference[1] / inputs.gemm_rate
+    compute = (in_turn * work_s(inputs, attention, linear) + in_turn // passes * reference_s) / layout.sp_degree
+    ring = max(0.0, ring_s(inputs) * length - work_s(inputs, attention, 0.0) / layout.sp_degree)
     exchange = in_turn * (exchange_s(inputs) * length + ring)
     sharding = max(0.0, sharding_s(inputs) - compute)
     forward = forward_attention_flops(inputs.spec.windows, inputs.spec.query_size, length)
@@ -135,8 +136,7 @@ def experts_wait_s(inputs: PlanInputs) -> float:
     once = 2.0 * inputs.spec.expert_layers * experts.per_token * 3 * inputs.spec.hidden_size * experts.inner_size
     # Backward makes two products for each of forward's, and of the three of an expert the first two once more where they are not stored.
     passes = 3.0 if inputs.policy.graph else 3.0 + inputs.policy.split(EXPERT_GATE_UP).recompute * 2 / 3 + inner_share(inputs)
-    rate = inputs.cluster.peak_flops * inputs.cluster.efficiency * inputs.layout.sp_degree
-    return (inputs.row_share - 1.0) * passes * once / rate
+    return (inputs.row_share - 1.0) * passes * once / (inputs.gemm_rate * inputs.layout.sp_degree)
 
 
 def ring_s(inputs: PlanInputs) -> float:
@@ -187,7 +187,9 @@ def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
     busiest = f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
-        f"{cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a rank (cluster.efficiency); causal FLOPs, recomputation in",
+        f"products at {inputs.gemm_rate / 1e12:.3g} TFLOP/s a rank ({cluster.gemm_efficiency:.0%} of cluster.peak_flops, "
+        "cluster.gemm_efficiency); causal FLOPs, recomputation in",
+        _attention_line(inputs),
         f"{cluster.intra_node_bandwidth / 1e9:g} GB/s inside a node, {cluster.inter_node_bandwidth / 1e9:g} GB/s between, per rank",
         "Ulysses exchanges are not hidden; ring hops hide behind attention, weight gathers and gradient reductions behind all compute",
         *((_host_line(inputs),) if inputs.policy.uses_host or inputs.memory.solve else ()),
@@ -196,6 +198,13 @@ def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
         update_time(inputs).assumption,
         "reading data and saving checkpoints take no time",
     )
+
+
+def _attention_line(inputs: PlanInputs) -> str:
+    """States the rates of attention, of which kernel they are and where from."""
+    rate, kernel = inputs.attention_rate, inputs.attention_kernel.value
+    name = f"attention ({kernel})" if inputs.on_gpu else "attention"
+    return f"{name} at {rate.forward / 1e12:.3g} TFLOP/s forward and {rate.backward / 1e12:.3g} backward ({rate.source})"
 
 
 def _host_line(inputs: PlanInputs) -> str:

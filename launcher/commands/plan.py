@@ -211,6 +211,7 @@ def _account(account: Account) -> dict[str, Any]:
     return {
         "name": account.name,
         "capacity_bytes": account.capacity_bytes,
+        "reserve_bytes": account.reserve_bytes,
         "peak_bytes": account.peak_bytes,
         "peak_phase": account.peak_phase.value,
         "fits": account.fits,

@@ -99,6 +99,9 @@ def _table(account: Account, title: str) -> Table:
         table.add_row(entry.name, _gib(entry.by_phase.get(phase, 0)), _gib(entry.num_bytes), entry.note)
     table.add_section()
     table.add_row("[bold]sum[/bold]", f"[bold]{_gib(account.peak_bytes)}[/bold]", "", f"of {_gib(account.capacity_bytes)} there are")
+    if account.reserve_bytes:
+        note = f"never planned into (cluster.reserve), of {_gib(account.capacity_bytes - account.peak_bytes)} left"
+        table.add_row("reserve", _gib(account.reserve_bytes), "", note)
     return table
 
 
@@ -167,7 +170,7 @@ def _verdict(ledger: Ledger, suggestions: Iterable[Suggestion]) -> list[str]:
     lines = []
     for account in (ledger.device, ledger.host):
         if not account.fits:
-            missing = account.peak_bytes - account.capacity_bytes
+            missing = account.peak_bytes - account.usable_bytes
             lines.append(
                 f"[bold red]does not fit[/bold red]: {_gib(missing)} GiB too much on each {account.name}; "
                 f"largest: {account.largest.name}, {_gib(account.largest.by_phase[account.peak_phase])} GiB"

@@ -24,6 +24,11 @@ RENAMED: Mapping[str, str] = MappingProxyType(
 )
 """Old key to new key; both are of the same group."""
 
+REMOVED: Mapping[str, str] = MappingProxyType(
+    {"cluster.efficiency": "cluster.gemm_efficiency for products, and cluster.gpu or cluster.attention_efficiency for attention"}
+)
+"""Keys that are gone, and what took their place."""
+
 # Backslashes before `${` make it plain text where they are odd in number; those are left alone.
 _REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*\$\{\s*)(" + "|".join(re.escape(key) for key in RENAMED) + r")(?=\s*\})")
 
@@ -55,6 +60,11 @@ def current_data(data: Any, where: str) -> Any:
     if isinstance(model, Mapping) and model.get("tie_embeddings") is False:
         # Until it could be null, false was the default and said nothing of a model with a path.
         result["model"] = {**model, "tie_embeddings": None}
+    cluster = result.get("cluster")
+    if isinstance(cluster, Mapping) and "efficiency" in cluster:
+        # Runs of before took one share for products and attention.
+        both = {"gemm_efficiency": cluster["efficiency"], "attention_efficiency": cluster["efficiency"]}
+        result["cluster"] = {key: value for key, value in cluster.items() if key != "efficiency"} | both
     for old in RENAMED:
         group, name = old.split(".")
         values = result.get(group)

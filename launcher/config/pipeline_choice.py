@@ -51,7 +51,7 @@ class PipelineTrial:
             return (2.0, self.least_s or float("inf"), stages)
         if self.ledger.fits:
             return (0.0, self.ledger.timing.step_s, stages)
-        return (1.0, max(account.peak_bytes / account.capacity_bytes for account in self.ledger.accounts), stages)
+        return (1.0, max(account.peak_bytes / account.usable_bytes for account in self.ledger.accounts), stages)
 
     def describe(self) -> str:
         """How it is cut, its order and what a step takes, in words."""

@@ -17,6 +17,7 @@ from ...errors import ConfigError
 from ...units import parse_nodes, parse_quantity
 from ...utils.names import check_text, texts_of
 from ...utils.ranges import check_finite, check_ranges, range_hint, ranges_of
+from .aliases import REMOVED
 from .run_config import Config
 
 PROLOGUE = "cluster.slurm.prologue"
@@ -200,7 +201,10 @@ def enum_values(hint: Any) -> list[str]:
 
 
 def unknown_key(key: str, valid: list[str]) -> ConfigError:
-    """The error for a key no dataclass has, with the nearest one that exists."""
+    """The error for a key no dataclass has, with the nearest one that exists, or what took its place."""
+    if key in REMOVED:
+        share = "cluster.gemm_efficiency=0.34 cluster.attention_efficiency=0.34, with the share it had, for the times it gave"
+        return ConfigError(key, found="a key that is gone", expected=REMOVED[key], hint=share)
     everywhere = config_keys()
     near = (
         difflib.get_close_matches(key, valid, 1, 0.6) or difflib.get_close_matches(key, everywhere, 1, 0.6) or _same_leaf(key, everywhere)

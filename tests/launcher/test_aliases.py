@@ -138,3 +138,18 @@ def test_stored_data_with_both_names() -> None:
     assert current_data(None, "f") is None and current_data({"optim": 3}, "f") == {"optim": 3}
     with pytest.raises(ConfigError, match=r"run\.yaml: found optim\.states and optim\.state_device"):
         current_data({"optim": {"states": "host", "state_device": "host"}}, "run.yaml")
+
+
+def test_a_key_that_is_gone_says_what_took_its_place(tmp_path: Path) -> None:
+    """cluster.efficiency was one share for products and attention; runs of before are read with both at that share."""
+    with pytest.raises(ConfigError) as caught:
+        compose([*BASE, "cluster.efficiency=0.34"])
+    error = caught.value
+    assert error.where == "cluster.efficiency" and error.found == "a key that is gone" and "cluster.gemm_efficiency" in error.expected
+    assert error.hint.startswith("cluster.gemm_efficiency=0.34 cluster.attention_efficiency=0.34")
+    compose([*BASE, *error.hint.partition(",")[0].split()])
+    stored = dump_config(compose(BASE))
+    new = ("gemm_efficiency", "attention_efficiency", "gpu", "reserve")
+    old = {key: value for key, value in stored["cluster"].items() if key not in new}
+    data = current_data({**stored, "cluster": {**old, "efficiency": 0.25}}, "run.yaml")
+    assert data["cluster"]["gemm_efficiency"] == data["cluster"]["attention_efficiency"] == 0.25 and "efficiency" not in data["cluster"]

@@ -22,6 +22,7 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "numeric_ranges.txt
 UPDATE = "EFFLAUNCH_UPDATE_GOLDEN"
 NONSENSE: tuple[Any, ...] = (0, -1, -0.5, math.nan, math.inf, -math.inf, 10**30, 10**5000, 1e308, "nan", "1e400", "-1h", "0:0", True)
 TAKES_ZERO = {
+    "cluster.reserve",
     *(
         "train.seed",
         "train.z_loss",

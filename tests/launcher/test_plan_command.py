@@ -62,13 +62,21 @@ def test_every_experiment_has_a_plan(experiment: str, capsys: pytest.CaptureFixt
     assert shown["experiment"] == experiment
     for account in (shown["device"], shown["host"]):
         assert account["peak_bytes"] == sum(entry["bytes_at_peak"] for entry in account["terms"])
-        assert account["fits"] == (account["peak_bytes"] <= account["capacity_bytes"])
+        assert account["fits"] == (account["peak_bytes"] <= account["capacity_bytes"] - account["reserve_bytes"])
         assert all(entry["bytes"] == max(entry["by_phase"].values()) for entry in account["terms"])
+    check_head_room(experiment, shown["device"])
     layout = shown["layout"]
     assert layout["replicate"] * layout["shard"] == layout["world_size"] == layout["groups_per_micro_batch"] * layout["sp_degree"]
     parts = ("compute_s", "sequence_s", "sharding_s", "host_s", "update_s")
     assert shown["step"]["time_s"] == pytest.approx(sum(shown["step"][key] for key in parts)) and shown["step"]["update_s"] > 0
     assert shown["fits"] == (shown["device"]["fits"] and shown["host"]["fits"])
+
+
+def check_head_room(experiment: str, device: dict[str, Any]) -> None:
+    """A twentieth of the device stays free, or the experiment's file says in a line of its own why it cannot."""
+    words = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
+    excused = re.search(r"^\s+reserve: [0-9.]+ +# \w+", words, re.MULTILINE)
+    assert device["peak_bytes"] <= 0.95 * device["capacity_bytes"] or excused, "no head-room, and no reason beside cluster.reserve"
 
 
 def test_the_keys_are_those_the_page_lists(capsys: pytest.CaptureFixture[str]) -> None:

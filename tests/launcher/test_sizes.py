@@ -144,7 +144,7 @@ def test_memory_is_planned_anew() -> None:
     waits = size_for(config, 2)
     assert waits.waits and "2 nodes available, 3 needed at least; 2 nodes would not do (memory: " in waits.reason
     two = replace(three.config, cluster=replace(config.cluster, num_nodes=2))
-    with pytest.raises(ConfigError, match=r"GiB at least on each GPU of 80\.0 GiB: .*optimizer states"):
+    with pytest.raises(ConfigError, match=r"GiB at least on each GPU of 75\.1 GiB: .*optimizer states"):
         check_nodes_memory(two)
 
 

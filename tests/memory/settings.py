@@ -50,10 +50,12 @@ def cluster(**changes: Any) -> ClusterConfig:
         "device_memory_bytes": 80 * GIB,
         "host_memory_bytes": 2000 * GIB,
         "peak_flops": 1e15,
-        "efficiency": 0.33,
+        "gemm_efficiency": 0.33,
+        "attention_efficiency": 0.33,
         "intra_node_bandwidth": 450e9,
         "inter_node_bandwidth": 50e9,
         "host_link_bandwidth": 50e9,
+        "reserve": 0.0,
     }
     return ClusterConfig(**{**fields, **changes})
 

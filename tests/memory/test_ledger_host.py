@@ -115,7 +115,7 @@ def test_the_host_budget_limits_what_waits() -> None:
 @pytest.mark.parametrize(("tokens", "segment", "minutes"), [(1 << 19, 1, 18), (1 << 20, 1, 69), (1 << 20, 4, 80), (1 << 21, 1, 268)])
 def test_minutes_of_a_step_on_one_gpu(tokens: int, segment: int, minutes: float) -> None:
     """(4.5 + (k-1)/k) 2 d L S^2 + (8 + 2 (k-1)/k) weights x S at 330 TFLOP/s; we leave each layer's last product out of recomputation."""
-    machine = cluster(**ONE, peak_flops=330e12, efficiency=1.0)
+    machine = cluster(**ONE, peak_flops=330e12, gemm_efficiency=1.0, attention_efficiency=1.0)
     memory = MemoryConfig(name="m", **STREAMED, segment_layers=segment)
     timing = make_ledger(length=tokens, tokens_per_rank=tokens, machines=machine, memory=memory).timing
     assert timing.step_s / 60 == pytest.approx(minutes, rel=0.03)

@@ -156,3 +156,22 @@ def test_how_much_is_missing():
     assert (growth, x[0]) == (pytest.approx(1.5), pytest.approx(0.5))
     growth, x = least_growth(replace(program, rows=(program.rows[0], Row("host", Affine(20.0, (10.0,)), 5.0))), "device")
     assert growth == pytest.approx(3.0) and x[0] == pytest.approx(0.0)
+
+
+def kept_or_moved(always: float) -> PolicyProgram:
+    """One share that is kept or moved in the same time; the device holds `always` of 20 whatever the share."""
+    link = Affine(8.0, (-8.0,))
+    rows = (Row("device, forward", Affine(always, (12.0,)), 20.0), Row("host, forward", Affine(16.0, (-8.0,)), 32.0))
+    return PolicyProgram(
+        forward_s=Affine(10.0, (0.0,)), backward_s=Affine(20.0, (0.0,)), to_host_s=link, from_host_s=link, rows=rows,
+        roomy=("device, ", "host, "),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("always", "share", "fullness"), [(1.0, 0.75, 0.5), (4.0, 0.5, 0.5), (14.0, 0.0, 0.7), (8.0, 1 / 6, 0.5)])
+def test_of_equal_times_the_one_with_most_room(always: float, share: float, fullness: float) -> None:
+    """The fullest memory is emptied as far as half of it; then nothing more moves than must."""
+    program = kept_or_moved(always)
+    fastest, roomy = solve_program(program), solve_program(program, within_s=30.0)
+    assert fastest is not None and roomy is not None and fastest.time_s == roomy.time_s == 30.0
+    assert roomy.x[0] == pytest.approx(share) and program.fullness(roomy.x) == pytest.approx(fullness)

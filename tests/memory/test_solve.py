@@ -313,3 +313,20 @@ def test_ranks_without_a_gpu():
     assert ledger.fits
     solved, report = solve_memory(ledger.asked)
     assert solved == ledger.inputs and report == ledger.report
+
+
+@pytest.mark.parametrize("size", [48, 80])
+def test_room_is_left_where_it_costs_no_time(size: int) -> None:
+    """A million tokens on eight GPUs: more than half of 80 GiB would save nothing, so no more is used."""
+    machines = cluster(device_memory_bytes=size * GIB, reserve=0.05)
+    ledger = make_ledger(length=M, tokens_per_rank=128 * K, memory=auto(), machines=machines)
+    large = make_ledger(length=M, tokens_per_rank=128 * K, memory=auto(), machines=cluster(device_memory_bytes=1000 * GIB))
+    assert ledger.fits and ledger.timing.step_s <= large.timing.step_s * (1 + 2 * PREFERENCE)
+    assert ledger.device.peak_bytes <= max(0.75 * size, 40) * GIB and ledger.device.reserve_bytes == int(0.05 * size * GIB)
+
+
+def test_a_reserve_is_never_planned_into() -> None:
+    """The same device with a quarter of it reserved holds a quarter less, and what no longer fits is refused."""
+    whole, part = small(4.0), small(4.0, reserve=0.25)
+    assert whole.fits and part.fits and part.device.usable_bytes == 3 * GIB and part.device.peak_bytes <= 3 * GIB
+    assert not small(4.0, reserve=0.5).fits
