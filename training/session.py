@@ -34,7 +34,7 @@ from ..parallel.layout import Layout, solve_layout
 from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernels import block_kernel
-from ..parallel.topology import Topology, build_topology, whole_world
+from ..parallel.topology import Topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
 from ..utils.orderly_end import closed_in_order
 from ..utils.text import typed
@@ -42,6 +42,7 @@ from .agreed_ledger import agreed_ledger
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
 from .engines import builder_of
+from .make_groups import make_groups
 from .oom import memory_errors_named
 from .optimizers.build import Trained
 from .optimizers.config import Update
@@ -138,14 +139,9 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
+    # First: what communicators take of a GPU is taken when the ledger asks for its memory.
+    topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
-    topology = build_topology(
-        replicate=layout.replicate,
-        device=device.type,
-        stages=layout.stages,
-        experts=config.parallel.experts.ep,
-        timeout_s=config.parallel.collective_timeout_s,
-    )
     check_update_memory(ledger.on_host)
     store = host_store(ledger, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):

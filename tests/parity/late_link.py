@@ -19,7 +19,8 @@ class LateCopied:
     def wait(self):
         with self._link.lock:
             for (target, source), then in zip(self._pairs, self._then, strict=True):
-                assert torch.allclose(source, then, rtol=0.0, atol=0.0, equal_nan=True), f"{self._check} were written into before their copy"
+                same = torch.allclose(source, then, rtol=0.0, atol=0.0, equal_nan=True)
+                assert same, f"{self._check} were written into before their copy"
                 target.copy_(source)
             self._pairs, self._then = (), []
 

@@ -125,4 +125,4 @@ def test_weights_that_nobody_waited_for_are_seen(pool):
     first, losses, _, _ = plain("llama", "float64", None)
     case, plan = {"family": "llama", "dtype": "float64"}, static(1, 1, 1)
     got = pool.run(run_unawaited, case, first, documents, targets, plan, EXACT["host, step"], ranks=1)[0][0]
-    assert got[0] == pytest.approx(losses[0], rel=1e-10) and np.isnan(got[1:]).all()
+    assert np.isfinite(losses).all() and np.isnan(got).all()

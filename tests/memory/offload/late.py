@@ -19,7 +19,7 @@ from efflaunch.memory.offload.allocator import Extent, Extents
 from efflaunch.memory.offload.device import Mark
 from efflaunch.memory.offload.file_blocks import DIRECT_BYTES, OffloadFile, WriteMeter
 from efflaunch.memory.offload.file_store import FileStore
-from efflaunch.memory.offload.host_pool import HostArena
+from efflaunch.memory.offload.host_pool import BLOCK_BYTES, HostArena
 from efflaunch.memory.offload.host_store import ArenaStore, HostStore
 from efflaunch.memory.offload.staging import Staging
 
@@ -94,13 +94,13 @@ class PoisonedFile(OffloadFile):
 
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
         super().__init__(directory, capacity_bytes)
-        self._page = memoryview(mmap.mmap(-1, DIRECT_BYTES))
-        self._page[:] = bytes([POISON]) * DIRECT_BYTES
+        self._block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+        self._block[:] = bytes([POISON]) * BLOCK_BYTES
         self.extents = _Spoiling([self.extents.capacity_bytes], self.extents.block_bytes, self)
 
     def spoil(self, extent: Extent) -> None:
-        for offset in range(extent.start, extent.stop, DIRECT_BYTES):
-            self.write(self._page, offset)
+        for offset in range(extent.start, extent.stop, BLOCK_BYTES):
+            self.write(self._block, offset)
 
 
 class _Spoiling(Extents):
@@ -114,7 +114,7 @@ class _Spoiling(Extents):
         super().give(extents, num_bytes)
 
 
-def late_store(directory: Path | None, *, in_flight_bytes: int = 1 << 16, capacity_bytes: int = 16 << 20) -> HostStore:
+def late_store(directory: Path | None, *, in_flight_bytes: int = 1 << 16, capacity_bytes: int = 64 << 20) -> HostStore:
     """A store in host memory, or in a file of the directory."""
     device = LateDevice()
     if directory is None:
