@@ -39,6 +39,7 @@ from ..utils.c_allocator import return_freed_blocks
 from ..utils.orderly_end import closed_in_order
 from ..utils.text import typed
 from .agreed_ledger import agreed_ledger
+from .bind_cores import bind_to_gpu
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
 from .engines import builder_of
@@ -117,6 +118,7 @@ def _join_ranks(cluster: ClusterConfig, timeout: timedelta) -> torch.device:
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
+    bind_to_gpu(device)
     return device
 
 
