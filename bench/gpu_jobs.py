@@ -125,8 +125,8 @@ def executor(job: dict[str, Any]) -> dict[str, Any]:
     theirs = _worst(_plain_gradients(job, ids, torch.bfloat16), exact)
     ours = {}
     for name, policy in policies(job["chunk"]).items():
-        model = _model(job, torch.bfloat16)
-        with _store(policy, model, num_tokens, device) as store:
+        model = random_model(job, torch.bfloat16)
+        with opened_store(policy, model, num_tokens, device) as store:
             install(model, policy, loss_chunk_tokens=job["loss_chunk"], store=store)
             mean_loss(model, ids, alone(num_tokens, device)).backward()
         ours[name] = _worst({key: p.grad for key, p in model.named_parameters()}, exact)
@@ -150,7 +150,7 @@ def policies(chunk: int) -> dict[str, MemoryPolicy]:
 
 
 def _plain_gradients(job: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    model = _model(job, dtype)
+    model = random_model(job, dtype)
     row = ids.unsqueeze(0)
     model(input_ids=row, labels=row, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -160,7 +160,7 @@ def _worst(computed: dict[str, Any], exact: dict[str, Tensor]) -> float:
     return max(_error(computed[name], gradient) for name, gradient in exact.items())
 
 
-def _model(job: dict[str, Any], dtype: torch.dtype) -> Any:
+def random_model(job: dict[str, Any], dtype: torch.dtype) -> Any:
     """Random weights, the same for every dtype but for rounding, made on the device itself."""
     fields = Shape(*job["shape"]).fields(job["layers"])
     torch.manual_seed(1)
@@ -170,7 +170,7 @@ def _model(job: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _store(policy: MemoryPolicy, model: Any, num_tokens: int, device: torch.device) -> Iterator[HostStore | None]:
+def opened_store(policy: MemoryPolicy, model: Any, num_tokens: int, device: torch.device) -> Iterator[HostStore | None]:
     if not policy.uses_host:
         yield None
         return
@@ -225,7 +225,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
     policy = replace(policies(job["chunk"])[job["policy"]], segment_layers=job["segment_layers"])
     policy = replace(policy, layer_input=KEPT) if job["keep_inputs"] else policy
     model = _model_in_bfloat16(job)
-    with _store(policy, model, num_tokens, device) as store:
+    with opened_store(policy, model, num_tokens, device) as store:
         install(model, policy, loss_chunk_tokens=job["loss_chunk"], store=store)
         ids = torch.randint(0, model.config.vocab_size, (num_tokens,), device=device)
         short = ids[: min(num_tokens, 2 * job["chunk"])]

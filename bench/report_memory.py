@@ -103,6 +103,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
             "slope above is without it."
         )
     lines.append("- no GPU was used; `python -m efflaunch.bench.gpu_memory --json FILE` measures the executor on one (not yet run)")
+    lines.append("- `python -m efflaunch.bench.first_gpu OUT` does all that only a GPU can show, within `--seconds` (not yet run on a GPU)")
     if details:
         worst = max(row["gradient_error"] for row in details.values())
         lines.append(f"- gradients against plain Hugging Face, float32: off by {worst:.1e} at most")

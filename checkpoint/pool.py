@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 
 from ..utils.helper_thread import HelperThread
+from ..utils.pages import advise_huge_pages, pieces, touch
 
 log = logging.getLogger(__name__)
 
 
 class Pool:
-    """`num_bytes` of shared memory. Pages are touched in the background (first touch is slow), then pinned on CUDA."""
+    """`num_bytes` of shared memory. Pages are touched in the background (first touch is slow), then pinned on CUDA.
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.num_bytes, self.device = num_bytes, device
+    `unit_bytes`: no copy crosses a multiple of it, and so none goes from one pinned piece into the next.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, unit_bytes: int = 1) -> None:
+        self.num_bytes, self.device, self._unit_bytes = num_bytes, device, unit_bytes
         self.descriptor = _anonymous_file()
         os.ftruncate(self.descriptor, num_bytes)
         self._map = mmap.mmap(self.descriptor, num_bytes)
         self.view: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.view.data_ptr()
-        self._pinned = False
+        self._pinned: list[int] = []
         self._ready = HelperThread(self._prepare, "snapshot pool")
         self._ready.start()
 
@@ -35,23 +39,25 @@ class Pool:
         self._ready.join()
 
     def _prepare(self) -> None:
-        page = mmap.PAGESIZE
-        for start in range(0, self.num_bytes, 64 << 20):
-            self.view[start : start + (64 << 20) : page].zero_()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            code = torch.cuda.cudart().cudaHostRegister(self.address, self.num_bytes, 0)
-            self._pinned = int(code) == 0
-            if not self._pinned:
-                log.warning(
-                    "%d bytes for snapshots cannot be page-locked (CUDA error %d): copies to the host are slower", self.num_bytes, code
-                )
+        if self.device.type != "cuda":
+            # The cores have ranks' work to do.
+            touch(self.view, threads=1)
+            return
+        advise_huge_pages(self._map)
+        touch(self.view)
+        torch.cuda.set_device(self.device)
+        for start, length in pieces(self.num_bytes, self._unit_bytes):
+            code = int(torch.cuda.cudart().cudaHostRegister(self.address + start, length, 0))
+            if code != 0:
+                log.warning("%d bytes for snapshots cannot be page-locked (CUDA error %d): copies to the host are slower", length, code)
+                return
+            self._pinned.append(self.address + start)
 
     def close(self) -> None:
         """Close this end; the flusher keeps its own mapping for as long as it needs it."""
         self._ready.join()
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())
         os.close(self.descriptor)
         del self.view
         # The mapping goes when its last view does.

@@ -48,7 +48,7 @@ class Saver:
         self._replicate, self._abandoned = replicate, False
         self.segment_bytes, self.device, self._fault = segment_bytes, device, fault
         self.ring = SegmentPool(pool_bytes // segment_bytes)
-        self.pool = Pool(pool_bytes, device)
+        self.pool = Pool(pool_bytes, device, segment_bytes)
         self.flusher: FlusherProcess | None = None
         self.delay_s = 0.0
         """Pause after each chunk; set by the throttle."""

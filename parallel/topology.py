@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,14 +24,15 @@ class AlignedBlock:
         return tuple(range(self.first, self.first + self.degree))
 
 
-def aligned_blocks(world_size: int) -> tuple[AlignedBlock, ...]:
-    """Every aligned power-of-two block of two or more ranks that lies inside the world, small ones first.
+def aligned_blocks(world_size: int, degrees: Collection[int] | None = None) -> tuple[AlignedBlock, ...]:
+    """Every aligned power-of-two block of two or more ranks that lies inside the world, small ones first; of `degrees` alone, if given.
 
     A world that is not a power of two simply has fewer large blocks; at most world_size - 1 in all.
     """
     out, degree = [], 2
     while degree <= world_size:
-        out += [AlignedBlock(first, degree) for first in range(0, world_size - degree + 1, degree)]
+        if degrees is None or degree in degrees:
+            out += [AlignedBlock(first, degree) for first in range(0, world_size - degree + 1, degree)]
         degree *= 2
     return tuple(out)
 
@@ -135,11 +136,20 @@ def whole_world() -> ProcessGroup:
     return world
 
 
-def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int = 1, timeout_s: float = 1800.0) -> Topology:
-    """Make the mesh and every aligned group of every stage. Collective: all ranks call it at the same point, after init_process_group.
+def build_topology(
+    *,
+    replicate: int,
+    device: str,
+    stages: int = 1,
+    experts: int = 1,
+    timeout_s: float = 1800.0,
+    degrees: Collection[int] | None = None,
+) -> Topology:
+    """Make the mesh and the aligned groups of every stage. Collective: all ranks call it at the same point, after init_process_group.
 
     `replicate`: copies of a stage's weights. `experts`: ranks next to each other that share the experts of a layer. `timeout_s`: of
-    all collectives, those of `world` too. The world is a multiple of `stages` x `replicate` x `experts`.
+    all collectives, those of `world` too. `degrees`: ranks of the groups that sequences can have; None: every power of two. On GPUs
+    this rank's has been set. The world is a multiple of `stages` x `replicate` x `experts`.
     """
     import torch.distributed as dist
 
@@ -154,8 +164,8 @@ def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int
         if stages > 1:
             made = dist.new_group(list(range(first, first + size)), timeout=timeout)
             stage = made if mine else stage
-        for block in aligned_blocks(size):
-            made = dist.new_group([first + member for member in block.ranks], timeout=timeout)
+        for block in aligned_blocks(size, degrees):
+            made = dist.new_group([first + member for member in block.ranks], timeout=timeout, **_options(device))
             if mine and rank - first in block.ranks:
                 groups[block] = made
     pipeline = _pipeline_ranks(rank, stages, size, timeout) if stages > 1 else None
@@ -164,6 +174,13 @@ def build_topology(*, replicate: int, device: str, stages: int = 1, experts: int
     # Those of meshes have torch's default: ten minutes with NCCL.
     set_timeout(topology, timeout_s)
     return topology
+
+
+def _options(device: str) -> dict[str, Any]:
+    """How groups of sequences are made: with NCCL alone on GPUs, whose communicator then is there at once; they send nothing else."""
+    import torch
+
+    return {"backend": "nccl", "device_id": torch.device("cuda", torch.cuda.current_device())} if device == "cuda" else {}
 
 
 def _pipeline_ranks(rank: int, stages: int, size: int, timeout: timedelta) -> PipelineRanks:

@@ -36,14 +36,16 @@ from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
 from ..parallel.sequence.kernel_choice import KernelChoice
 from ..parallel.sequence.kernels import block_kernel, installed_on
-from ..parallel.topology import Topology, build_topology, whole_world
+from ..parallel.topology import Topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
 from ..utils.orderly_end import closed_in_order
 from ..utils.text import typed
 from .agreed_ledger import agreed_ledger
+from .bind_cores import bind_to_gpu
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
 from .engines import builder_of
+from .make_groups import make_groups
 from .oom import memory_errors_named
 from .optimizers.build import Trained
 from .optimizers.config import Update
@@ -119,6 +121,7 @@ def _join_ranks(cluster: ClusterConfig, timeout: timedelta) -> torch.device:
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
+    bind_to_gpu(device)
     return device
 
 
@@ -142,15 +145,10 @@ def build_session(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     kernel = _kernel(config, spec, layout, device)
+    # First: what communicators take of a GPU is taken when the ledger asks for its memory.
+    topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
     prove_model(config.model, run_dir, on_progress)
-    topology = build_topology(
-        replicate=layout.replicate,
-        device=device.type,
-        stages=layout.stages,
-        experts=config.parallel.experts.ep,
-        timeout_s=config.parallel.collective_timeout_s,
-    )
     check_update_memory(ledger.on_host)
     store = host_store(ledger, device)
     with memory_errors_named(ledger, Position("building the model"), device, step=lambda: 0, resume=typed("resume", run_dir)):

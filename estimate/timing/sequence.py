@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from ...parallel.config import ParallelConfig, Scheme
+from ...parallel.config import ParallelConfig, Scheme, SequenceMode
+from ...parallel.layout import Layout
 from ...parallel.sequence.cost import CostModel, DegreeCost
 from ...parallel.sequence.degrees import choose_ulysses
 
@@ -55,6 +56,15 @@ def allowed_degrees(
         except ConfigError as error:
             excluded.append((degree, f"{error.found}: {error.expected}"))
     return allowed, tuple(excluded)
+
+
+def group_degrees(parallel: ParallelConfig, layout: Layout, *, num_heads: int) -> frozenset[int]:
+    """Ranks of every group of two or more that a step's plan can have, the Ulysses groups inside rings among them."""
+    found = {layout.sp_degree, layout.ulysses}
+    if parallel.sequence is SequenceMode.ADAPTIVE:
+        allowed, _ = allowed_degrees(parallel, num_heads=num_heads, ranks_per_node=layout.ranks_per_node, world_size=layout.stage_size)
+        found |= {ranks for pair in allowed.items() for ranks in pair}
+    return frozenset(found - {1})
 
 
 def degree_cost(inputs: PlanInputs) -> DegreeCost:

@@ -1,7 +1,7 @@
 """Host memory taken once and cut into blocks: pinned, where a GPU copies into it, exactly as many bytes as were asked for.
 
 torch's own pinned allocator rounds every request up to a power of two, which wastes up to half of it; here the memory is a
-plain mapping that is registered with CUDA afterwards (cudaHostRegister), in one or few slabs, before the first step.
+plain mapping that is registered with CUDA afterwards (cudaHostRegister), slab by slab, before the first step.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ...errors import ConfigError, PlanError
 from ...units import format_bytes
+from ...utils.pages import PIECE_BYTES, advise_huge_pages, touch
 from .allocator import Extent, Extents
 
 BLOCK_BYTES = 64 << 10
 """The least that is handed out. Large parcels come in few runs of many blocks, so this only bounds what ends of blocks waste."""
-SLAB_BYTES = 16 << 30
+SLAB_BYTES = PIECE_BYTES
+"""What is mapped, and pinned, at a time; no extent crosses from one slab into the next."""
 
 
 class Pinner(Protocol):
@@ -68,6 +70,8 @@ class HostArena:
         if self._pinner is not None:
             # A child process must not get copies of pinned pages: the GPU would go on writing to the other ones.
             memory.madvise(mmap.MADV_DONTFORK)
+            advise_huge_pages(memory)
+            touch(slab)
             self._pinner.register(slab.data_ptr(), size)
             self._pinned.append(slab.data_ptr())
 

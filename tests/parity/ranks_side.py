@@ -124,6 +124,9 @@ class StrictStore:
 
 
 def _store(kind):
+    """The store of a case, which may be one itself."""
+    if not isinstance(kind, str):
+        return kind
     if kind == "strict":
         return StrictStore()
     folder, room = tempfile.gettempdir() if kind == "files" else None, 64 << 20

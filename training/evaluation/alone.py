@@ -27,10 +27,11 @@ from ...parallel.layout import solve_layout
 from ...parallel.sequence.service import PlanRequest, static_plan
 from ...parallel.sequence.solve import solve_greedy
 from ...parallel.sharding.engine import FSDP2
-from ...parallel.topology import Topology, build_topology
+from ...parallel.topology import Topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
 from ..engines import builder_of
+from ..make_groups import make_groups
 from ..optimizers.build import Trained
 from ..reporting.metrics import Metrics
 from ..run_settings import RunSettings, Stop
@@ -104,11 +105,8 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     """The model with its weights, and how sequences are planned. Collective."""
     spec, parallel, data = model_spec(config.model), config.parallel, config.data
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
+    topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device)
-    timeout_s, experts = parallel.collective_timeout_s, parallel.experts.ep
-    topology = build_topology(
-        replicate=layout.replicate, device=device.type, stages=layout.stages, experts=experts, timeout_s=timeout_s
-    )
     build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)
     policy, mesh = ledger.inputs.policy, topology.experts
     trained = build(config, policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=mesh, place=place)

@@ -44,10 +44,11 @@ from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.plan import Group, MicroBatch, StepPlan
 from ...parallel.sharding.engine import FSDP2
-from ...parallel.topology import Topology, build_topology
+from ...parallel.topology import Topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
 from ..engines import builder_of
+from ..make_groups import make_groups
 from ..micro_batches import EMPTY, MicroBatchWork, read_step
 from ..objectives.heads import LanguageModelling
 from ..optimizers.room import check_update_memory
@@ -157,8 +158,7 @@ class Prober:
         layout = solve_layout(
             parallel, config.cluster, model_spec(config.model), max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
-        timeout_s = parallel.collective_timeout_s
-        topology = build_topology(replicate=layout.replicate, device=device.type, experts=parallel.experts.ep, timeout_s=timeout_s)
+        topology = make_groups(config, layout, device, every_degree=True)
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.on_host)
         store = host_store(ledger, device)
