@@ -43,6 +43,7 @@ DOTS = {
 }  # fmt: skip
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
 LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA, rank=8)
+QLORA = replace(LORA, name="qlora", method=AdapterMethod.QLORA)
 LORA_HEAD = replace(LORA, modules_to_save=["head", "norms"])
 
 
@@ -175,6 +176,9 @@ CASES: tuple[Case, ...] = (
     _case("lora, memo, half", {**MEMO, "host_fraction": 0.5}, tokens=2048, adapter=LORA),
     _case("lora with a head of its own, alst, Ulysses 2, bfloat16", ALST, dtype="bfloat16", ranks=2, scheme="ulysses", adapter=LORA_HEAD),
     _case("lora, recompute, two micro-batches", micro_batches=2, adapter=LORA),
+    _case("qlora, recompute, bfloat16", dtype="bfloat16", adapter=QLORA),
+    _case("qlora, keep", KEEP, adapter=QLORA),
+    _case("qlora by 256, streambp, Ulysses 2", STREAMBP, dtype="bfloat16", ranks=2, scheme="ulysses", tokens=2048, adapter=QLORA),
     _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
     _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),
 )

@@ -12,7 +12,18 @@ from .kernels import loss_chunk, masked_scores, row_losses, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states
 from .term import Phase, Term, term
-from .weights import batch, gathered_layers, gathered_root, gradients, head_gradient, layer_gradients, reduction, weights, whole_gradients
+from .weights import (
+    batch,
+    gathered_layers,
+    gathered_root,
+    gradients,
+    head_gradient,
+    layer_gradients,
+    reduction,
+    unpacked_matrix,
+    weights,
+    whole_gradients,
+)
 
 UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 """Terms that are assumed: no count of tensors can show them."""
@@ -60,7 +71,7 @@ def _heaps(inputs: PlanInputs) -> int:
 def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     fixed = (
-        weights, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk, row_losses,
+        weights, unpacked_matrix, optimizer_states, whole_gradients, gathered_root, layer_gradients, head_gradient, loss_chunk, row_losses,
         masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]

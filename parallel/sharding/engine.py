@@ -102,7 +102,7 @@ EXPERT_PARALLEL = EngineFacts(
     "fsdp2 with parallel.experts.ep above 1",
     FSDP2.preload,
     refused=(
-        Refused("adapter.method", ("lora",), "has experts on a mesh of their own, where frozen weights have not been tried"),
+        Refused("adapter.method", ("lora", "qlora"), "has experts on a mesh of their own, where frozen weights have not been tried"),
         Refused("parallel.barrier_free", ("true",), "has ranks exchange rows in every layer of every micro-batch"),
         Refused("optim.update", ("backward",), "reduces a layer's weights on two meshes at once"),
         Refused("optim.state_device", ("host",), "has no host weights on two meshes"),
