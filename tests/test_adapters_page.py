@@ -69,7 +69,7 @@ def test_adapters_page(tmp_path: Path) -> None:
     assert events(lora, "start")[-1]["world_size"] == 1 and events(lora, "step")[-1]["step"] == 15
     for other, found in (
         ("adapter.alpha=16", "scaled by 4; now by 2"),
-        ("adapter=qlora", "others were in NF4"),
+        ("adapter.method=qlora", "others were in NF4"),
         ("train.seed=1", "other weights than those of this seed"),
     ):
         refused = efflaunch(work, "resume", "runs/lora", "train.steps=16", "data.changed=accept", other)

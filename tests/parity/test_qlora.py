@@ -104,3 +104,16 @@ def test_three_steps_equal_plain_adamw_and_leave_the_bytes_as_they_were(pool, op
     assert error <= 1e-10, f"{name} is off by {error:.1e}"
     packed = [name for name in first if name.endswith(".packed")]
     assert packed and all((weights[name] == first[name]).all() for name in packed)
+
+
+def test_in_bfloat16_bytes_are_gathered_as_bytes(pool):
+    first, model, _ = packed_and_plain("llama", "float32", ALL)
+    plain = reference_loss(model, *make_documents(LENGTHS)).item()
+    case = {"family": "llama", "dtype": "bfloat16", "adapter": ALL}
+    device, host = (
+        pool.run(run_updates, case, first, *make_documents(LENGTHS), static(2, 2, 2), optim, ranks=2)[0]
+        for optim in ({}, {"state_device": "host", "update": "backward"})
+    )
+    assert device[0] == host[0] and device[0][0] == pytest.approx(plain, rel=0.02) and device[0][-1] < device[0][0]
+    assert all((device[3][name] == first[name]).all() for name in first if name.endswith(".packed"))
+    assert all((device[2][name] == host[2][name]).all() for name in first if ".lora." in name)
