@@ -332,6 +332,8 @@ class PlanInputs:
     @property
     def packed_layer_savings(self) -> int:
         """Bytes that one decoder layer takes less, frozen and gathered, than with all of it in compute precision."""
+        if not self.adapter.quantizes:  # asked for by several terms of every policy the solver looks at
+            return 0
         return self.width * self.packed_layer_parameters - sum(matrix.packed_bytes for matrix in quantized(self.adapter, self.spec))
 
     @property

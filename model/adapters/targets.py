@@ -46,6 +46,8 @@ def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
 
 def quantized(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
     """The matrices of a decoder layer that are packed; none without adapter=qlora."""
+    if not config.quantizes:
+        return ()
     names = quantized_names(config)
     return tuple(matrix for matrix in matrices(spec) if matrix.name in names)
 
