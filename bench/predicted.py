@@ -58,6 +58,7 @@ BY_FAMILY: dict[str, tuple[str, ...]] = {
 HOW: dict[str, dict[str, Any]] = {"recompute": {}, "by 256": {"chunk_tokens": 256}, "keep": KEEP, "streambp": STREAMBP}
 GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings": True}
 LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA, rank=8)
+QLORA = replace(LORA, name="qlora", method=AdapterMethod.QLORA)
 LORA_HEAD = replace(LORA, modules_to_save=["head", "norms"])
 
 
@@ -192,6 +193,9 @@ CASES: tuple[Case, ...] = (
     _case("lora, recompute, two micro-batches", micro_batches=2, adapter=LORA),
     *(_case(f"{name}, {how}", HOW[how], model=MORE[name], tokens=2048) for name, policies in BY_FAMILY.items() for how in policies),
     _case("cohere2, by 256, bfloat16", HOW["by 256"], model=MORE["cohere2"], tokens=2048, dtype="bfloat16"),
+    _case("qlora, recompute, bfloat16", dtype="bfloat16", adapter=QLORA),
+    _case("qlora, keep", KEEP, adapter=QLORA),
+    _case("qlora by 256, streambp, Ulysses 2", STREAMBP, dtype="bfloat16", ranks=2, scheme="ulysses", tokens=2048, adapter=QLORA),
     _case("gemma2", model={"family": Family.GEMMA2, **GEMMA}),
     _case("gemma3 by 256, streambp", STREAMBP, model={"family": Family.GEMMA3, **GEMMA}, tokens=2048),
 )

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import report_checkpoint, report_experts, report_fuzz, report_launch, report_memory, report_pipeline, report_published
+from . import (
+    report_adapters,
+    report_checkpoint,
+    report_experts,
+    report_fuzz,
+    report_launch,
+    report_memory,
+    report_pipeline,
+    report_published,
+)
 
 HEADER = """# Benchmarks
 
@@ -291,6 +300,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "predicted": _predicted,
     "update": _update,
     "arena": _arena,
+    "adapters": report_adapters.adapters,
     "memory": report_memory.memory,
     "gpu_memory": report_memory.gpu_memory,
     "experts": report_experts.experts,

@@ -13,7 +13,7 @@ from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
 from ..model.adapters.config import NO_ADAPTER, AdapterConfig
-from ..model.adapters.targets import targets, trained_numbers
+from ..model.adapters.targets import quantized, targets, trained_numbers
 from ..model.spec import LayerParameters, expert_weights, layer_parameters, model_spec, num_parameters
 from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
@@ -332,6 +332,18 @@ class PlanInputs:
     def adapter_inner_flops(self) -> float:
         """FLOPs of one token's x A^T in all adapters of a layer."""
         return 2.0 * self.adapter.rank * sum(matrix.columns for matrix in targets(self.adapter, self.spec))
+
+    @property
+    def packed_layer_parameters(self) -> int:
+        """Weights of one decoder layer that are packed in NF4 (adapter=qlora)."""
+        return sum(matrix.rows * matrix.columns for matrix in quantized(self.adapter, self.spec))
+
+    @property
+    def packed_layer_savings(self) -> int:
+        """Bytes that one decoder layer takes less, frozen and gathered, than with all of it in compute precision."""
+        if not self.adapter.quantizes:  # asked for by several terms of every policy the solver looks at
+            return 0
+        return self.width * self.packed_layer_parameters - sum(matrix.packed_bytes for matrix in quantized(self.adapter, self.spec))
 
     @property
     def trains_norms(self) -> bool:

@@ -39,6 +39,8 @@ from ..parallel.sharding.fsdp2 import shard_model
 from ..parallel.sharding.parts import memory_of, write_shard
 from .adapters.config import NO_ADAPTER, AdapterConfig
 from .adapters.lora import LoraFactors, insert_adapters
+from .adapters.names import quantized_names
+from .adapters.quantized import QuantizedLinear, fill_levels, insert_quantized, plain_shapes
 from .chunked_loss import LossOptions
 from .families import FACTS, family_of, layer_adapter
 from .families.facts import READ_BY_ALL
@@ -120,7 +122,7 @@ def install(
     `expert_ranks`: those that share the experts of every layer; None: all are on every rank. `routers`: None: no losses, no updates.
     `place`: of a stage, whose modules alone are kept; None: the model is one stage.
     """
-    shapes = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *persistent_buffers(model).items())}
+    shapes = plain_shapes(dict(model.named_parameters()) | persistent_buffers(model), model)
     parts = (StagePart(range(len(model.model.layers)), first=True, last=True),) if place is None else place.parts
     if place is not None:
         keep_stage(model, place)
@@ -252,6 +254,8 @@ def build_empty(
     model = build_on_meta(config, master_dtype(compute_dtype))
     if adapter.is_trained:
         insert_adapters(model, adapter, compute_dtype)
+        for layer in model.model.layers:
+            insert_quantized(layer, quantized_names(adapter), compute_dtype)
     ranks = None if expert_mesh is None else ExpertRanks(expert_mesh.get_group("expert"), expert_mesh["expert"].size())
     install(
         model,
@@ -264,9 +268,9 @@ def build_empty(
         place=place,
     )
     if host_weights:
-        # Parameters only: buffers keep the precision Hugging Face made them in.
+        # Parameters only: buffers keep the precision Hugging Face made them in. Packed matrices are bytes.
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(compute_dtype)
+            parameter.data = parameter.data.to(compute_dtype) if parameter.is_floating_point() else parameter.data
     if place is not None:
         stage = stage_of(model)
         stage.links = StageLinks(place, model.config.hidden_size, compute_dtype, device, stage.position.at)
@@ -276,6 +280,7 @@ def build_empty(
     placement = None if expert_mesh is None else spread_experts(experts, expert_mesh)
     stage_of(model).weights = shard_model(model, layers, mesh, compute_dtype=compute_dtype, reduce_dtype=reduced, placement=placement)
     model.to_empty(device=device)
+    fill_levels(model)
     return model
 
 
@@ -298,15 +303,36 @@ def initialise(
             continue
         if on_progress is not None:
             on_progress("initialising weights")
+        if isinstance(module, QuantizedLinear):
+            _initialise_packed(model, module, seed, name, into)
+            continue
         shadow, copies = _shadow(module, done, name, into)
-        with torch.random.fork_rng():
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+        with _seeded(seed, name):
             if isinstance(shadow, LoraFactors):
                 shadow.initialise()
             else:
                 model._init_weights(shadow)
         for target, full in copies:
             write_shard(target, full.data)
+
+
+def _initialise_packed(
+    model: PreTrainedModel, module: QuantizedLinear, seed: int, name: str, into: dict[str, nn.Parameter] | None
+) -> None:
+    """Pack the matrix that a model which is not quantised would have there."""
+    linear = module.shadow()
+    with _seeded(seed, name):
+        model._init_weights(linear)
+    own = dict(module.named_parameters(recurse=False))
+    module.fill_from(linear, own if into is None else {key: into[f"{name}.{key}"] for key in own})
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    """Random numbers inside are those of (seed, module name); outside they go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+        yield
 
 
 def _shadow(

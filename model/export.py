@@ -94,15 +94,15 @@ def export(
             str(info.path), found="no adapters", expected=f"a run with adapter=lora for --{form.value}", hint="efflaunch export without it"
         )
     with _appearing(Path(out_dir)) as temporary:
-        num_parameters, num_bytes, num_files = (
-            _write_weights(info.path, temporary, dtype, max_shard_bytes, facts, on_progress)
+        (num_parameters, num_bytes, num_files), said = (
+            (_write_weights(info.path, temporary, dtype, max_shard_bytes, facts, on_progress), ())
             if metadata.get("adapter") is None
             else _write_adapted(info.path, temporary, dtype, max_shard_bytes, metadata, Path(run_dir), form, on_progress)
         )
         is_whole = metadata.get("adapter") is None or form is not Form.ADAPTER
         unsaid = _write_config(metadata, temporary, dtype, info.path) if is_whole else None
         written = write_files(origins_of(Path(run_dir), metadata), temporary)
-    notes = (*written.notes, *([] if unsaid is None else [unsaid]))
+    notes = (*written.notes, *([] if unsaid is None else [unsaid]), *said)
     weights = (num_parameters, num_bytes, num_files)
     return ExportReport(Path(out_dir), info.step, *weights, written.tokenizer, written.chat_template, written.end_of_turn, notes)
 
@@ -227,8 +227,10 @@ def _write_adapted(
     run_dir: Path,
     form: Form,
     on_progress: Callable[[int, int], None] | None,
-) -> tuple[int, int, int]:
-    """Write the adapter of a checkpoint, or the model it belongs to with or without it. Returns what `_write_weights` does."""
+) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Write the adapter of a checkpoint, or the model it belongs to with or without it. Returns what `_write_weights` does, and notes."""
+    import torch
+
     from .adapters.merge import SavedAdapter, frozen_weights, merge
     from .adapters.names import is_trained
     from .adapters.peft_files import write_adapter
@@ -244,16 +246,20 @@ def _write_adapted(
     if form is Form.ADAPTER:
         trained = {name: tensor for name, tensor in trained.items() if is_trained(name, about.adapter)}
         write_adapter(trained, out_dir, about.adapter, base=about.model.path, digest=about.digest)
-        return sum(t.numel() for t in trained.values()), sum(t.nbytes for t in trained.values()), 1
+        return (sum(t.numel() for t in trained.values()), sum(t.nbytes for t in trained.values()), 1), ()
     weights = frozen_weights(about, Dtype(about.dtype))
+    notes: tuple[str, ...] = ()
+    if about.adapter.quantizes:
+        notes = ("matrices that were packed in NF4 have the numbers they were trained beside",)
     if form is Form.MERGED:
-        merge(weights, trained, about.adapter.scaling)
+        rounding = merge(weights, trained, about.adapter.scaling, getattr(torch, dtype.value))
+        notes += () if rounding is None else (f"rounded to {dtype.value}: an error of {rounding}",)
     shapes = {name: (tuple(tensor.shape), _out_dtype(name, tensor.dtype, dtype, facts)) for name, tensor in weights.items()}
 
     def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: weights.pop(name).to(shapes[name][1]) for name in names}
 
-    return _write_shards(shapes, read, out_dir, max_shard_bytes, facts, on_progress)
+    return _write_shards(shapes, read, out_dir, max_shard_bytes, facts, on_progress), notes
 
 
 def _write_shards(

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..parallel.sharding.parts import indexed, memory_of
-from .adapters.names import is_factor
+from ..parallel.sharding.parts import indexed, memory_of, slices
+from .adapters.names import is_factor, is_packed, plain_name
+from .adapters.quantized import write_packed
 from .config import ModelConfig
 from .families.facts import FamilyFacts
 from .hf_fields import model_fields
@@ -38,18 +39,21 @@ def load_weights(
     on_progress: Progress | None = None,
     groups: Sequence[dist.ProcessGroup] = (),
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    packed_from: torch.dtype = torch.float32,
 ) -> None:
     """Fill every parameter and persistent buffer from `config.path`: a directory of safetensors, or a hub name. Collective.
 
     ConfigError where the files do not make the model (as `model_check.check_weights` finds it before a run), or hold numbers that are
     none. Rows of embedding and head that the files do not have are made by `seed`. `on_progress` is called for each tensor. `groups`:
     those along each axis of the mesh the model lies on, through which all ranks hear of the faults of any. `shapes`: of every parameter
-    of the whole model, by name, where `model` is a stage of it.
+    of the whole model, by name, where `model` is a stage of it or has packed matrices. `packed_from`: the precision that those are
+    rounded to before they are packed, that of computation.
     """
     assert config.path is not None
     folder, fields = _whole_folder(config.path), model_fields(ModelConfig(name=config.name, path=config.path))
     # Adapters beside the model's matrices are in no file of the model.
-    parameters = {name: each for name, each in model.named_parameters() if not is_factor(name)} | persistent_buffers(model)
+    own = {name: each for name, each in model.named_parameters() if not is_factor(name)} | persistent_buffers(model)
+    parameters, packed = {plain_name(name): each for name, each in own.items()}, {plain_name(name) for name in own if is_packed(name)}
     headers, everything = read_headers(folder), shapes or {name: tuple(each.shape) for name, each in parameters.items()}
     wanted = {name: shape for name, shape in everything.items() if not is_factor(name)}
     plan = plan_load(Wanted.of(wanted, fields.facts, file_vocabulary(fields), headers), headers, folder)
@@ -62,7 +66,9 @@ def load_weights(
                 on_progress("reading weights")
             for part in plan.parts[name]:
                 saved = opened[plan.sources[part.name].file].get_slice(plan.names[part.name])
-                if part.expert is None:
+                if name in packed:
+                    parameter = _fill_packed(parameter, saved, packed_from)
+                elif part.expert is None:
                     _fill(parameter, part.name, plan, saved, seed)
                 else:
                     _fill_expert(parameter, part, part.expert, saved)
@@ -99,6 +105,15 @@ def _fill_piece(local: Tensor, part: tuple[slice, ...], num_rows: int, name: str
         local[:there].copy_(saved[(slice(part[0].start, rows), *part[1:])])
     made = new_rows(saved, rows, num_rows - rows, f"{seed}:{name}")
     local[there:].copy_(made[max(part[0].start - rows, 0) : part[0].stop - rows, part[1]])
+
+
+def _fill_packed(parameter: Tensor, saved: Any, dtype: torch.dtype) -> Tensor:
+    """Fill this rank's part of a packed matrix; returns the rows it was made of, in `dtype`."""
+    rows = slices(parameter)[0]
+    own: Tensor = saved[rows, :].to(dtype) if rows.start < rows.stop else torch.empty(0)
+    if bool(torch.isfinite(own).all()):
+        write_packed(parameter, own)
+    return own
 
 
 def _fill_expert(parameter: Tensor, part: StoredPart, expert: int, saved: Any) -> None:

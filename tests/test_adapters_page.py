@@ -26,6 +26,18 @@ def efflaunch(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "efflaunch", *words], cwd=work, capture_output=True, text=True, timeout=ENDS_S)
 
 
+def check_packed(work: Path, printed: str, weights: set[str]) -> None:
+    """The page's run beside packed matrices: a checkpoint without them, peft's logits on what they say, the error of merging stated."""
+    newest = max((work / "runs" / "qlora" / "checkpoints").iterdir())
+    assert {key for key in Reader(newest).tensors if key.startswith("model.")} == weights
+    assert "packed in NF4" in printed and "rounded to bfloat16: an error of" in printed
+    assert efflaunch(work, "export", "runs/qlora", "qadapter").returncode == 0
+    for out, form in (("qbase", "--base"), ("qmerged", "--merge")):
+        assert efflaunch(work, "export", "runs/qlora", out, form, "--dtype", "float32").returncode == 0
+    torch.testing.assert_close(logits(work, "qbase", "qadapter"), logits(work, "qmerged"), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(work, "qbase"), logits(work, "base")), "the numbers of 4 bits"
+
+
 @pytest.mark.slow
 def test_adapters_page(tmp_path: Path) -> None:
     printed = run_page("adapters.md", tmp_path)
@@ -49,11 +61,17 @@ def test_adapters_page(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(work, "base", "adapter"), logits(work, "merged12"), rtol=1e-4, atol=1e-4)
     assert events(work / "runs" / "more", "step")[0]["loss"] < steps[1]["loss"], "it goes on where the adapter was"
 
+    check_packed(work, printed, weights)
+
     # One rank more or less, and then other frozen weights.
     alone = ("cluster.ranks_per_node=1", "parallel.tokens_per_rank=2K")
     assert efflaunch(work, "resume", "runs/lora", "train.steps=15", *alone).returncode == 0
     assert events(lora, "start")[-1]["world_size"] == 1 and events(lora, "step")[-1]["step"] == 15
-    for other, found in (("adapter.alpha=16", "scaled by 4; now by 2"), ("train.seed=1", "other weights than those of this seed")):
+    for other, found in (
+        ("adapter.alpha=16", "scaled by 4; now by 2"),
+        ("adapter.method=qlora", "others were in NF4"),
+        ("train.seed=1", "other weights than those of this seed"),
+    ):
         refused = efflaunch(work, "resume", "runs/lora", "train.steps=16", "data.changed=accept", other)
         assert refused.returncode == 93 and found in refused.stdout + refused.stderr
     refused = efflaunch(work, "+experiment=quickstart_lora", "adapter.init=adapter", "adapter.rank=4", "run.id=refused")

@@ -97,7 +97,7 @@ class Ours(Contestant):
 
     def __init__(self, task: Task, policy: MemoryPolicy) -> None:
         self.model, self.host = stock_model(task), HostMemory()
-        self._store = _store(task) if policy.uses_host else None
+        self._store = store_of(task) if policy.uses_host else None
         install(self.model, policy, loss_chunk_tokens=task.chunks.loss, store=self._store)
         self._ids = token_ids(task)[0]
         self._attention = alone(task.num_tokens, torch.device("cpu"))
@@ -114,7 +114,7 @@ class Ours(Contestant):
         return 0 if self._store is None else self._store.stats.high_water_bytes
 
 
-def _store(task: Task) -> HostStore:
+def store_of(task: Task) -> HostStore:
     """An arena for everything a layer makes, of blocks so small that ends of blocks do not show in its high water."""
     wide = 4 if task.dtype == "float32" else 2
     everything = task.num_tokens * task.num_layers * task.shape.hidden_size * 16 * wide

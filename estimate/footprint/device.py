@@ -5,15 +5,16 @@ tests/memory/test_ledger_measured.py and `python -m efflaunch.bench.predicted` c
 
 from __future__ import annotations
 
+from ...utils.c_allocator import LARGE_BYTES
 from ..plan_inputs import GIB, PlanInputs
 from . import weights as fsdp2
 from . import zero
-from .activations import activations, attention_outputs, between_stages, in_flight, layer_inputs, messages
+from .activations import activations, attention_outputs, between_stages, graph_row, in_flight, layer_inputs, messages
 from .kernels import loss_chunk, masked_scores, row_losses, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states, whole_matrices
 from .term import Phase, Term, term
-from .weights import batch, head_gradient, layer_gradients
+from .weights import batch, head_gradient, layer_gradients, unpacked_matrix
 from .zero import is_zero
 
 UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
@@ -39,16 +40,32 @@ def reserve_share(inputs: PlanInputs) -> float:
 
 
 def reserve(inputs: PlanInputs) -> Term:
+    if not inputs.on_gpu:
+        return term("allocator reserve", "freed blocks that the C library keeps, as much as small ones in use (assumed)", _heaps(inputs))
     size = reserve_share(inputs) * inputs.cluster.device_memory_bytes
     return term("allocator reserve", "3 % of the device lost between blocks (assumed)", size)
+
+
+TENSORS_PER_LAYER = 20
+"""Tensors that one layer leaves for its backward at most: what norms, projections, rotation, exchanges, attention and a feed-forward do."""
+
+
+def _heaps(inputs: PlanInputs) -> int:
+    """What heaps of a rank without a GPU keep of blocks that are freed: of those below LARGE_BYTES (utils/c_allocator.py).
+
+    Documents differ in length from step to step, so holes seldom fit what comes: there is as much free between blocks as the layers'
+    tensors can take in heaps, whatever is kept of them. (`quickstart_lora` grew by 50 MiB of holes in 14 steps, of 80 here.)
+    """
+    in_heaps = inputs.spec.num_layers * TENSORS_PER_LAYER * LARGE_BYTES
+    return min(in_heaps, inputs.spec.num_layers * graph_row(inputs) * inputs.tokens)
 
 
 def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
     """Every term of one rank, those of no bytes left out."""
     engine = zero if is_zero(inputs) else fsdp2
     fixed = (
-        engine.weights, optimizer_states, whole_matrices, engine.whole_gradients, engine.gathered_root, layer_gradients, head_gradient,
-        loss_chunk, row_losses, masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
+        engine.weights, unpacked_matrix, optimizer_states, whole_matrices, engine.whole_gradients, engine.gathered_root, layer_gradients,
+        head_gradient, loss_chunk, row_losses, masked_scores, scratch, batch, between_stages, messages, communicators, context, reserve,
     )  # fmt: skip
     made = [*layer_rows(inputs), *worst_layers(inputs), *(make(inputs) for make in fixed)]
     return tuple(entry for entry in made if entry.num_bytes)

@@ -7,6 +7,9 @@ lives until the next one starts. `layer` is the layer whose backward the backwar
 
 from __future__ import annotations
 
+from ...model.adapters.names import ATTENTION
+from ...model.adapters.nf4_layout import STRIP_NUMBERS
+from ...model.adapters.targets import quantized
 from ...model.spec import feed_forward_weights
 from ..plan_inputs import PlanInputs, reduces_once
 from .optimizer import gradients_left, weight_bytes
@@ -17,7 +20,9 @@ def weights(inputs: PlanInputs) -> Term:
     each, frozen = weight_bytes(inputs), inputs.parameters - inputs.trained_parameters
     kind = f"{'bfloat' if each == 2 else 'float'}{8 * each}"
     beside = f"; those that are frozen {inputs.width} bytes each" if frozen and each != inputs.width else ""
-    num_bytes = (each * inputs.trained_parameters + inputs.width * frozen) / inputs.layout.shard
+    beside += "; packed matrices in NF4" if inputs.packed_layer_parameters else ""
+    whole = each * inputs.trained_parameters + inputs.width * frozen - len(inputs.layers) * inputs.packed_layer_savings
+    num_bytes = whole / inputs.layout.shard
     return term("weights", f"{kind}, 1/{inputs.layout.shard} of each{beside}", num_bytes)
 
 
@@ -50,10 +55,11 @@ def gathered_root(inputs: PlanInputs) -> Term:
 
 def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     """The running layer, and with several shards the buffer of one more gather."""
-    one, several = inputs.width * inputs.gathered_layer_parameters, inputs.layout.shard > 1
+    one, several = inputs.width * inputs.gathered_layer_parameters - inputs.packed_layer_savings, inputs.layout.shard > 1
     if inputs.parallel.barrier_free:
         note = "all layers, in compute precision, from the first micro-batch to the last"
-        return term("layers, gathered", note, inputs.width * inputs.decoder_parameters(), (*KEEPING, *FORWARD_ALONE))
+        num_bytes = inputs.width * inputs.decoder_parameters() - len(inputs.layers) * inputs.packed_layer_savings
+        return term("layers, gathered", note, num_bytes, (*KEEPING, *FORWARD_ALONE))
     # The layer below is gathered ahead; where its input is recomputed from its segment's, that gather is used up by then.
     ahead = one * (several and layer > 0 and not inputs_recomputed(inputs, layer))
     by_phase = {Phase.FORWARD: (1 + several) * one, Phase.LOSS: several * one, Phase.LAYER_REDUCE: ahead}
@@ -62,6 +68,24 @@ def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
     if inputs_recomputed(inputs, layer):
         by_phase[Phase.SEGMENT] = (2 + several) * one
     return Term("layers, gathered", "the running layer" + ", and a gather's buffer" * several + ", in compute precision", by_phase)
+
+
+def unpacked_matrix(inputs: PlanInputs) -> Term:
+    """The packed matrix that a product runs with, whole in compute precision, and indices and numbers of the strip that is unpacked.
+
+    Note: mirrors model/adapters/{quantized,nf4}.py, one product at a time.
+    """
+    sizes = {matrix.name: (matrix.rows * matrix.columns, matrix.columns) for matrix in quantized(inputs.adapter, inputs.spec)}
+    each = {name: inputs.width * whole + STRIP_BYTES * max(row, min(whole, STRIP_NUMBERS)) for name, (whole, row) in sizes.items()}
+    before = max((each[name] for name in each if name in ATTENTION[:3]), default=0)
+    after = max((each[name] for name in each if name not in ATTENTION[:3]), default=0)
+    by_phase = dict.fromkeys((Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT), max(before, after))
+    by_phase |= {Phase.BACKWARD_MLP: after, Phase.BACKWARD_ATTENTION: before, Phase.BACKWARD_PROJECTIONS: before}
+    return Term("unpacked matrix", "of one product, and what unpacks it", by_phase)
+
+
+STRIP_BYTES = 6
+"""Bytes of each number of a strip: half an index of 4 bytes, and float32."""
 
 
 def inputs_recomputed(inputs: PlanInputs, layer: int) -> bool:

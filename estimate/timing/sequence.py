@@ -93,4 +93,4 @@ def _exposed_s(inputs: PlanInputs) -> float:
 
     first = inputs.root_parameters + inputs.layer_parameters
     reduced = 0 if inputs.parallel.grad_reduce is GradReduce.STEP else inputs.master * inputs.trained_root_parameters
-    return collective_s(inputs, inputs.width * first + reduced)
+    return collective_s(inputs, inputs.width * first - inputs.packed_layer_savings + reduced)

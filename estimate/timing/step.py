@@ -19,6 +19,7 @@ from .flops import (
     work_s,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
+from .unpack import unpack_s
 from .update import update_time
 
 
@@ -73,6 +74,7 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     reference = reference_flops(inputs, length)
     reference_s = reference[0] / inputs.attention_rate.forward + reference[1] / inputs.gemm_rate
     compute = (in_turn * work_s(inputs, attention, linear) + in_turn // passes * reference_s) / layout.sp_degree
+    compute += inputs.passes * unpack_s(inputs)
     ring = max(0.0, ring_s(inputs) * length - work_s(inputs, attention, 0.0) / layout.sp_degree)
     exchange = in_turn * (exchange_s(inputs) * length + ring)
     sharding = max(0.0, sharding_s(inputs) - compute)
@@ -153,7 +155,7 @@ def ring_s(inputs: PlanInputs) -> float:
 
 def sharding_s(inputs: PlanInputs) -> float:
     """Gathers and reductions of a step, before what compute hides."""
-    again = inputs.layout.num_micro_batches * collective_s(inputs, inputs.width * inputs.gathered_parameters) * inputs.makes_reference
+    again = inputs.layout.num_micro_batches * collective_s(inputs, _gathered_bytes(inputs)) * inputs.makes_reference
     return again + inputs.passes * gather_s(inputs) + inputs.passes // inputs.layout.num_micro_batches * reduce_s(inputs)
 
 
@@ -161,7 +163,12 @@ def gather_s(inputs: PlanInputs) -> float:
     """Weights gathered twice a micro-batch, and gradients scattered where they are reduced each time."""
     reduce_each = inputs.parallel.grad_reduce is not GradReduce.STEP
     reduced = inputs.master * reduce_each * inputs.trained_gathered_parameters
-    return collective_s(inputs, 2 * inputs.width * inputs.gathered_parameters + reduced)
+    return collective_s(inputs, 2 * _gathered_bytes(inputs) + reduced)
+
+
+def _gathered_bytes(inputs: PlanInputs) -> int:
+    """Weights of the stage, each gathered once: in compute precision, packed matrices as they are."""
+    return inputs.width * inputs.gathered_parameters - len(inputs.layers) * inputs.packed_layer_savings
 
 
 def reduce_s(inputs: PlanInputs) -> float:

@@ -12,6 +12,7 @@ from ...errors import ConfigError
 from ..config import ModelConfig
 from ..weights import weights_fingerprint
 from .config import AdapterConfig
+from .names import quantized_names
 
 
 def model_digest(config: ModelConfig, seed: int, dtype: object) -> str:
@@ -28,7 +29,8 @@ def model_digest(config: ModelConfig, seed: int, dtype: object) -> str:
 
 def adapter_identity(adapter: AdapterConfig, base: str) -> dict[str, Any]:
     """What a checkpoint of adapters keeps of the function they are a part of, as JSON; shapes are in its tensors."""
-    return {"base": base, "scaling": adapter.scaling, "rank": adapter.rank}
+    packed = {"packed": list(quantized_names(adapter))} if adapter.quantizes else {}
+    return {"base": base, "scaling": adapter.scaling, "rank": adapter.rank, **packed}
 
 
 def check_same_base(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, config: ModelConfig, step: int) -> None:
@@ -45,6 +47,14 @@ def check_same_base(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | No
             found=f"adapters that were trained beside other weights than {config.path or 'those of this seed and these sizes'}",
             expected="the frozen model the run began with: adapters mean nothing beside another",
             hint="the model's files as they were (model.path, model.*, train.seed, train.dtype); run.id=ANOTHER for a new run",
+        )
+    if saved.get("packed") != now.get("packed"):
+        before = f"adapter=qlora adapter.quantized=[{','.join(saved['packed'])}]" if saved.get("packed") else "adapter=lora"
+        raise ConfigError(
+            where,
+            found="adapters that were trained beside matrices of another precision: others were in NF4",
+            expected="the frozen numbers they were trained with",
+            hint=f"{before}; run.id=ANOTHER for a new run",
         )
     if saved["scaling"] != now["scaling"]:
         raise ConfigError(

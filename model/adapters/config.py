@@ -18,6 +18,8 @@ class AdapterMethod(Enum):
     """Every weight of the model."""
     LORA = "lora"
     """Two factors beside each targeted matrix (LoRA, 2106.09685, sec. 4.1); the model itself is frozen, in compute precision."""
+    QLORA = "qlora"
+    """The same beside matrices that stay packed in NF4 (QLoRA, 2305.14314, sec. 3) and are wide for one product at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,8 @@ class AdapterConfig:
     """Scale by alpha / sqrt(rank), which keeps updates the same size for any rank (2312.03732)."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Matrices with an adapter: all-linear, attention, mlp, or names as q_proj."""
+    quantized: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Matrices of decoder layers that are packed with adapter=qlora: all-linear, attention, mlp, or names as q_proj."""
     modules_to_save: list[str] = field(default_factory=list)
     """Parts that are trained whole beside the adapters, and saved with them: embedding, head, norms."""
     dropout: float = 0.0
@@ -53,7 +57,12 @@ class AdapterConfig:
     @property
     def is_trained(self) -> bool:
         """Whether adapters are trained, and the model is frozen."""
-        return self.method is AdapterMethod.LORA
+        return self.method is not AdapterMethod.NONE
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether frozen matrices are packed."""
+        return self.method is AdapterMethod.QLORA
 
     @property
     def leaves_reference(self) -> bool:

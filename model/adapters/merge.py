@@ -20,7 +20,8 @@ from ..hf_fields import hf_config_dict
 from ..weights import load_weights, persistent_buffers
 from .base import model_digest
 from .config import AdapterConfig, AdapterMethod
-from .names import FACTORS, is_factor
+from .names import FACTORS, is_factor, quantized_names
+from .nf4 import byte_levels, pack, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class SavedAdapter:
 def frozen_weights(saved: SavedAdapter, dtype_of_run: object) -> dict[str, Tensor]:
     """Every weight of the frozen model by name, in the precision of the run: read from model.path, or made from the seed.
 
+    Matrices that were packed have the numbers they were computed with, those of NF4.
     `dtype_of_run`: the configuration's own value, as it went into the digest. CheckpointError where they are other weights now.
     """
     if (saved.model.path is not None and not Path(saved.model.path).exists()) or (
@@ -70,17 +72,45 @@ def frozen_weights(saved: SavedAdapter, dtype_of_run: object) -> dict[str, Tenso
     initialise(model, saved.seed)
     if saved.model.path is not None:
         load_weights(model, saved.model, saved.seed)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()} | persistent_buffers(model)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()} | persistent_buffers(model)
+    packed = tuple(f".{name}.weight" for name in quantized_names(saved.adapter))
+    for name in (name for name in weights if packed and name.endswith(packed)):
+        matrix = weights[name]
+        weights[name] = unpack(pack(matrix), matrix.shape[1], matrix.dtype, byte_levels())
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What is lost where merged matrices are written in less than float32: the worst matrix, by its share of what adapters add."""
+
+    name: str
+    of_update: float
+    """Norm of the rounding error over the norm of s B A."""
+    of_matrix: float
+    """The same over the norm of the merged matrix."""
+
+    def __str__(self) -> str:
+        return f"{self.of_update:.2%} of what the adapter adds, {self.of_matrix:.2%} of the matrix, in {self.name}"
 
 
 @torch.no_grad()
-def merge(weights: dict[str, Tensor], trained: Mapping[str, Tensor], scaling: float) -> None:
-    """Put trained parts in place of the model's, and add each matrix its s B A; sums in float32 (float64 for float64), rounded once."""
+def merge(weights: dict[str, Tensor], trained: Mapping[str, Tensor], scaling: float, dtype: torch.dtype | None = None) -> Rounding | None:
+    """Put trained parts in place of the model's, and add each matrix its s B A; sums in float32 (float64 for float64), rounded once.
+
+    `dtype`: that of the merged matrices; None: as they were. Returns the largest error of that rounding; None where nothing was rounded.
+    """
+    worst: Rounding | None = None
     for name, tensor in trained.items():
         if not is_factor(name):
             weights[name] = tensor
         elif name.endswith(".A"):
             owner = name.removesuffix(f".{FACTORS}.A") + ".weight"
             wide = torch.promote_types(weights[owner].dtype, torch.float32)
-            both = trained[name.removesuffix(".A") + ".B"].to(wide) @ tensor.to(wide)
-            weights[owner] = (weights[owner].to(wide).add_(both, alpha=scaling)).to(weights[owner].dtype)
+            update = (trained[name.removesuffix(".A") + ".B"].to(wide) @ tensor.to(wide)).mul_(scaling)
+            exact = weights[owner].to(wide).add(update)
+            weights[owner] = exact.to(dtype or weights[owner].dtype)
+            error, size = (exact - weights[owner].to(wide)).norm().item(), update.norm().item()
+            if error and (worst is None or error > worst.of_update * size):
+                worst = Rounding(owner, error / size if size else float("inf"), error / exact.norm().item())
+    return worst

@@ -8,6 +8,8 @@ FACTORS = "lora"
 """Name of the module beside a matrix that holds its factors A and B."""
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+PACKED = "packed"
+"""Name of the parameter that holds a quantised matrix as bytes, in place of `weight`."""
 SAVED = ("embedding", "head", "norms")
 """Parts that adapter.modules_to_save may name."""
 GROUPS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
@@ -15,8 +17,17 @@ GROUPS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
 
 
 def target_names(config: AdapterConfig) -> tuple[str, ...]:
-    """Names of the matrices that `config` asks for, inside a layer, in the model's order; of a checked config."""
-    asked = {name for target in config.targets for name in matching(target)}
+    """Names of the matrices that `config` asks adapters for, inside a layer, in the model's order; of a checked config."""
+    return _names(config.targets)
+
+
+def quantized_names(config: AdapterConfig) -> tuple[str, ...]:
+    """Names of the matrices that are packed, as `target_names`; none without adapter=qlora."""
+    return _names(config.quantized) if config.quantizes else ()
+
+
+def _names(words: list[str]) -> tuple[str, ...]:
+    asked = {name for word in words for name in matching(word)}
     return tuple(name for name in ATTENTION + MLP if name in asked)
 
 
@@ -28,6 +39,16 @@ def matching(target: str) -> tuple[str, ...]:
 def is_factor(name: str) -> bool:
     """Whether a parameter is one of an adapter's factors, by its name in the model."""
     return f".{FACTORS}." in name
+
+
+def is_packed(name: str) -> bool:
+    """Whether a parameter is a matrix in bytes."""
+    return name.endswith(f".{PACKED}")
+
+
+def plain_name(name: str) -> str:
+    """Name that a parameter has in a model that is not quantised."""
+    return name.removesuffix(PACKED) + "weight" if is_packed(name) else name
 
 
 def is_factor_b(name: str) -> bool:

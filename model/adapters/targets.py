@@ -8,7 +8,8 @@ from ...errors import ConfigError
 from ..families import facts_of
 from ..spec import ModelSpec
 from .config import AdapterConfig
-from .names import ATTENTION, GROUPS, MLP, SAVED, matching, target_names
+from .names import ATTENTION, GROUPS, MLP, SAVED, matching, quantized_names, target_names
+from .nf4_layout import RowLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,11 @@ class Target:
     def numbers(self, rank: int) -> int:
         """Numbers of A and B."""
         return rank * (self.rows + self.columns)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the matrix in NF4."""
+        return self.rows * RowLayout(self.columns).num_bytes
 
 
 def matrices(spec: ModelSpec) -> tuple[Target, ...]:
@@ -44,6 +50,14 @@ def _fused(spec: ModelSpec) -> tuple[str, ...]:
 def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
     """The matrices of a decoder layer that have adapters; none without adapters."""
     names = target_names(config) if config.is_trained else ()
+    return tuple(matrix for matrix in matrices(spec) if matrix.name in names)
+
+
+def quantized(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
+    """The matrices of a decoder layer that are packed; none without adapter=qlora."""
+    if not config.quantizes:
+        return ()
+    names = quantized_names(config)
     return tuple(matrix for matrix in matrices(spec) if matrix.name in names)
 
 
@@ -96,8 +110,11 @@ def check_adapter(config: AdapterConfig, spec: ModelSpec) -> None:
             expected="0: layers are computed again in backward, by chunks, and would drop other numbers than in forward",
             hint="adapter.dropout=0",
         )
-    _check_targets(config, spec)
+    _check_names("adapter.targets", config.targets, spec)
     _check_saved(config, spec)
+    if config.quantizes:
+        _check_ends(config, spec)
+        _check_names("adapter.quantized", config.quantized, spec)
     smallest = min(targets(config, spec), key=lambda matrix: min(matrix.rows, matrix.columns))
     most = min(smallest.rows, smallest.columns)
     if config.rank > most:
@@ -109,36 +126,48 @@ def check_adapter(config: AdapterConfig, spec: ModelSpec) -> None:
         )
 
 
-def _check_targets(config: AdapterConfig, spec: ModelSpec) -> None:
+def _check_names(key: str, words: list[str], spec: ModelSpec) -> None:
     there = [matrix.name for matrix in matrices(spec)]
     short = ", ".join(name.rpartition(".")[2] for name in there)
-    for target in config.targets:
-        found = matching(target)
+    lack = "has no adapter yet" if key == "adapter.targets" else "is not packed yet"
+    for word in words:
+        found = matching(word)
         if found and spec.experts is not None and not set(found) <= set(there):
             raise ConfigError(
-                "adapter.targets",
-                found=f"{target} for a model with experts",
+                key,
+                found=f"{word} for a model with experts",
                 expected="matrices of its attention: experts' projections lie in one stacked tensor that grouped products read, "
-                "and have no adapters yet",
-                hint="adapter.targets=[attention]",
+                f"and {'have no adapters' if key == 'adapter.targets' else 'are not packed'} yet",
+                hint=f"{key}=[attention]",
             )
         if set(found) & set(_fused(spec)):
             raise ConfigError(
-                "adapter.targets",
-                found=f"{target} for a {spec.family.value} model",
-                expected=f"some of {short}: this family has one matrix for several of the others, which has no adapter yet",
-                hint=f"adapter.targets=[{short.replace(' ', '')}]",
+                key,
+                found=f"{word} for a {spec.family.value} model",
+                expected=f"some of {short}: this family has one matrix for several of the others, which {lack}",
+                hint=f"{key}=[{short.replace(' ', '')}]",
             )
         if not found:
             raise ConfigError(
-                "adapter.targets",
-                found=f"{target!r}, which matches no matrix of a decoder layer",
+                key,
+                found=f"{word!r}, which matches no matrix of a decoder layer",
                 expected=f"{', '.join(GROUPS)} or some of {short}",
-                hint="adapter.targets=[all-linear]" if spec.experts is None else "adapter.targets=[attention]",
+                hint=f"{key}=[all-linear]" if spec.experts is None else f"{key}=[attention]",
             )
-    if not config.targets:
+    if not words:
+        raise ConfigError(key, found="none", expected=f"{', '.join(GROUPS)} or some of {short}", hint=f"{key}=[attention]")
+
+
+def _check_ends(config: AdapterConfig, spec: ModelSpec) -> None:
+    """Refuse to pack embedding and head: rows of one are looked up, and the loss reads the other whole."""
+    ends = [word for word in config.quantized if word in ("embedding", "head", "embed_tokens", "lm_head")]
+    if ends:
         raise ConfigError(
-            "adapter.targets", found="none", expected=f"{', '.join(GROUPS)} or some of {short}", hint="adapter.targets=[attention]"
+            "adapter.quantized",
+            found=f"{ends[0]}{', of a model whose head is its embedding' if spec.tie_embeddings else ''}",
+            expected="matrices of decoder layers: the embedding is a table of rows and the loss reads the head whole, in chunks of "
+            "tokens; in NF4 their error would be in every logit",
+            hint="adapter.quantized=[all-linear]",
         )
 
 

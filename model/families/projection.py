@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ...errors import ConfigError
 from ..adapters.lora import Factors, LoraFactors, LoraProduct
 from ..adapters.names import FACTORS
+from ..adapters.quantized import PackedMatrix, QuantizedLinear, packed_product
 
 NO_MODULES: Mapping[str, str] = MappingProxyType({})
 Rows = tuple[slice, ...] | None
@@ -29,9 +30,9 @@ Rows = tuple[slice, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One product x W^T + b, or x (W + s B A)^T + b: W (M, I), b (M,) or None, as they are in this pass."""
+    """One product x W^T + b, or x (W + s B A)^T + b: W (M, I), packed or not, b (M,) or None, as they are in this pass."""
 
-    weight: Tensor
+    weight: Tensor | PackedMatrix
     bias: Tensor | None
     factors: Factors | None = None
     """A (rank, I), B (M, rank) and their scaling s, where the matrix has an adapter."""
@@ -40,8 +41,12 @@ class Projection:
         """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
         weight, bias, factors = self.weight, self.bias, self.factors
         if rows is not None:
-            weight, bias = _runs(weight, rows), None if bias is None else _runs(bias, rows)
+            packed = isinstance(weight, PackedMatrix)
+            weight = weight._replace(packed=_runs(weight.packed, rows)) if packed else _runs(weight, rows)
+            bias = None if bias is None else _runs(bias, rows)
             factors = None if factors is None else factors._replace(b=_runs(factors.b, rows))
+        if isinstance(weight, PackedMatrix):
+            return packed_product(x, weight, bias, factors, values=not graph)
         if factors is not None:
             return LoraProduct.apply(x, weight, bias, *factors, not graph)  # type: ignore[no-any-return]
         return LinearGraph.apply(x, weight, bias) if graph else F.linear(x, weight, bias)  # type: ignore[no-any-return]
@@ -55,14 +60,17 @@ def _runs(t: Tensor, rows: tuple[slice, ...]) -> Tensor:
 def projection_of(layer: nn.Module, name: str, *, adapted: bool = True) -> Projection:
     """The projection at `name` in `layer`. Read anew for every product: FSDP2 and compiled steps put other tensors in place.
 
-    `adapted` False: without its adapter, if it has one. ConfigError unless the module there is torch's own Linear.
+    `adapted` False: without its adapter, if it has one. ConfigError unless the module there is torch's own Linear, or one of ours.
     """
     module = layer.get_submodule(name)
+    beside = module._modules.get(FACTORS) if adapted else None
+    factors = beside.factors() if isinstance(beside, LoraFactors) else None
+    if isinstance(module, QuantizedLinear):
+        return Projection(module.matrix(), module.bias, factors)  # type: ignore[arg-type]
     # A subclass may compute anything in its forward, so the class itself is asked for.
     if type(module) is not nn.Linear:
         raise _refusal(name, f"a {type(module).__qualname__}", "gradients of anything it adds would be lost")
-    beside = module._modules.get(FACTORS) if adapted else None
-    return Projection(module.weight, module.bias, beside.factors() if isinstance(beside, LoraFactors) else None)
+    return Projection(module.weight, module.bias, factors)
 
 
 def check_modules(

@@ -119,7 +119,7 @@ EXPERT_PARALLEL = EngineFacts(
     "fsdp2 with parallel.experts.ep above 1",
     FSDP2.preload,
     refused=(
-        Refused("adapter.method", ("lora",), "has experts on a mesh of their own, where frozen weights have not been tried"),
+        Refused("adapter.method", ("lora", "qlora"), "has experts on a mesh of their own, where frozen weights have not been tried"),
         Refused("parallel.barrier_free", ("true",), "has ranks exchange rows in every layer of every micro-batch"),
         Refused("optim.update", ("backward",), "reduces a layer's weights on two meshes at once"),
         Refused("optim.state_device", ("host",), "has no host weights on two meshes"),
@@ -142,7 +142,7 @@ DEEPSPEED = EngineFacts(
         Refused("parallel.replicate", ("1",), "shards over all ranks", accepts=True),
         Refused("parallel.pipeline.stages", ("1",), "begins backward at a loss, which inner stages do not have", accepts=True),
         Refused("parallel.experts.ep", ("1",), "has no second mesh for experts", accepts=True),
-        Refused("adapter.method", ("lora",), "has not been tried with frozen weights"),
+        Refused("adapter.method", ("none",), "has not been tried with frozen weights", accepts=True),
         Refused("memory.compile", ("true",), "has not been tried with compiled steps"),
         Refused("memory.arena", ("planned",), "takes buffers that no plan knows of"),
     ),

@@ -16,6 +16,7 @@ from efflaunch.estimate.timing.flops import linear_flops, model_flops_per_token,
 from efflaunch.estimate.timing.step import estimate_time
 from efflaunch.estimate.timing.update import update_time
 from efflaunch.launcher.config.compose import compose
+from efflaunch.model.adapters.nf4_layout import STRIP_NUMBERS, RowLayout
 from efflaunch.model.adapters.targets import trained_numbers
 from efflaunch.training.config import Objective
 
@@ -81,3 +82,19 @@ def test_adapters_are_suggested_where_all_weights_do_not_fit() -> None:
     assert found[0].ledger.inputs.adapter == LORA and "another result" in found[0].reason
     # What ended on these machines is resumed, which adapters cannot be.
     assert not any("adapter=lora" in entry.overrides for entry in suggest(ledger, elsewhere=False))
+
+
+def test_packed_matrices_take_their_bytes_and_are_wide_one_at_a_time() -> None:
+    plain, packed = inputs(), inputs("adapter=qlora")
+    each = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
+    saved = sum(count * rows * (2 * columns - RowLayout(columns).num_bytes) for (rows, columns), count in each.items())
+    assert (packed.packed_layer_savings, plain.packed_layer_savings, plain.packed_layer_parameters) == (saved, 0, 0)
+    before, after = ({entry.name: entry for entry in build_ledger(s).device.terms} for s in (plain, packed))
+    assert after["weights"].num_bytes == before["weights"].num_bytes - 32 * saved < before["weights"].num_bytes / 2.5
+    assert before["layers, gathered"].num_bytes - after["layers, gathered"].num_bytes == saved
+    wide = after["unpacked matrix"].by_phase
+    assert wide[Phase.BACKWARD_MLP] == wide[Phase.FORWARD] == 2 * 14336 * 4096 + 6 * STRIP_NUMBERS and "unpacked matrix" not in before
+    assert wide[Phase.BACKWARD_PROJECTIONS] == 2 * 4096 * 4096 + 6 * STRIP_NUMBERS
+    assert after["optimizer states"] == before["optimizer states"] and packed.trained_parameters == plain.trained_parameters
+    some = inputs("adapter=qlora", "adapter.quantized=[q_proj]")
+    assert some.packed_layer_parameters == 4096 * 4096

@@ -21,7 +21,7 @@ CHOSEN = (
     "recompute, segments of 3 of 8 layers", "keep, Ulysses 2", "alst, bfloat16, segments of 2", "streambp", "memo, half",
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
     "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
-    "lora, recompute, bfloat16", "lora, streambp", "lora with a head of its own, alst, Ulysses 2, bfloat16",
+    "lora, recompute, bfloat16", "lora, streambp", "qlora, recompute, bfloat16", "lora with a head of its own, alst, Ulysses 2, bfloat16",
     "qwen3 moe, a dense layer", "dots1",
 )  # fmt: skip
 
@@ -39,7 +39,10 @@ def test_prediction_holds(case: Case, pool: RankPool) -> None:
     measured = pool.run(traced_peak, case, ranks=case.ranks)[0]
     predicted = max(predicted_by_phase(case).values())
     error = predicted / measured - 1.0
-    over = TWO_KINDS_OVER if case_ledger(case).inputs.spec.dense_layers else TARGETS["over"]
+    ledger = case_ledger(case)
+    over = TWO_KINDS_OVER if ledger.inputs.spec.dense_layers else TARGETS["over"]
+    # A packed matrix is wide beside the most that a layer's backward holds: in models as small as these that is another moment.
+    over += sum(term.num_bytes for term in ledger.device.terms if term.name == "unpacked matrix") / measured
     assert -TARGETS["under"] <= error <= over, f"predicted {predicted}, measured {measured}: {error:+.2%}"
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from efflaunch.launcher.config.compose import compose
 from efflaunch.parallel.sequence.plan import StepPlan
 from efflaunch.tests.parity import objective_reference
+from efflaunch.tests.parity.nf4_reference import packed_and_plain, qlora
 from efflaunch.tests.parity.objective_ranks import CPU, UnitSource
 from efflaunch.tests.parity.peft_reference import arrays, lifted, lora
 from efflaunch.tests.parity.test_objectives import ALL, BETA, LENGTHS, batch, pairs
@@ -32,6 +33,17 @@ PLANS = {
 def test_loss_reference_and_gradients_equal_peft(row: str, policy: str) -> None:
     config = lora()
     model, named = lifted("llama", "float64", config)
+    check_dpo(row, policy, config, model, named, arrays(named))
+
+
+@pytest.mark.parametrize(("row", "policy"), [("ulysses 2, accumulation", "recompute"), ("ring 2", "keep")])
+def test_beside_packed_matrices_the_reference_is_what_they_say(row: str, policy: str) -> None:
+    weights, model, named = packed_and_plain("llama", "float64", qlora())
+    check_dpo(row, policy, qlora(), model, named, weights)
+
+
+def check_dpo(row, policy, config, model, named, weights) -> None:
+    """Loss, reference and gradients of the ranks are those of peft's `model`, whose parameters are `named`; `weights`: the ranks'."""
     halves, _ = pairs()
     with torch.no_grad(), _switched_off(model):
         reference = [[float(objective_reference.answer(model, *half)) for half in pair] for pair in halves]
@@ -42,7 +54,7 @@ def test_loss_reference_and_gradients_equal_peft(row: str, policy: str) -> None:
     plan = StepPlan(world, LENGTHS["dpo"], tuple(batches))
     case = {"policy": policy, "barrier_free": row.startswith("barrier-free"), "stages": stages}
     with RankPool() as pool:
-        got_loss, got_reference, got = pool.run(run_dpo, case, config, arrays(named), halves, plan, ranks=world * stages)[0]
+        got_loss, got_reference, got = pool.run(run_dpo, case, config, weights, halves, plan, ranks=world * stages)[0]
     np.testing.assert_allclose(got_reference, reference, rtol=1e-10)
     assert got_loss == pytest.approx(float(loss), rel=1e-10)
     assert worst(got, arrays(named, lambda p: p.grad))[0] <= 1e-10

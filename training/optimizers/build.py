@@ -126,7 +126,7 @@ def build_trained(
     initialise(model, config.train.seed, weights, on_progress)
     if load and config.model.path is not None:
         groups = [*mesh.get_all_groups(), *((place.ranks.column,) if place is not None else ())]
-        load_weights(weights, config.model, config.train.seed, on_progress, groups, stage_of(model).shapes)
+        load_weights(weights, config.model, config.train.seed, on_progress, groups, stage_of(model).shapes, compute)
     if load and config.adapter.init is not None:
         load_adapter(weights, config.adapter, config.model, config.train.seed, config.train.dtype)
     updater = build_updater(model, weights, config.optim, device, b_lr_ratio=config.adapter.b_lr_ratio)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.model.adapters.base import adapter_identity, check_init_base, check_same_base, model_digest
+from efflaunch.model.adapters.config import AdapterMethod
 from efflaunch.model.config import ModelConfig
 from efflaunch.tests.parity.reference import hf_config
 
@@ -43,6 +44,12 @@ def test_another_base_or_scaling_is_refused_on_resume() -> None:
     check_same_base(None, saved, TINY, 3)
     with pytest.raises(ConfigError, match="step 3.*other weights than those of this seed"):
         check_same_base(saved, {**saved, "base": "def"}, TINY, 3)
+    packed = adapter_identity(replace(LORA, method=AdapterMethod.QLORA, quantized=["q_proj"]), "abc")
+    check_same_base(packed, packed, TINY, 3)
+    with pytest.raises(ConfigError, match="matrices of another precision.*\n.*adapter=lora"):
+        check_same_base(saved, packed, TINY, 3)
+    with pytest.raises(ConfigError, match=r"adapter=qlora adapter.quantized=\[self_attn.q_proj\]"):
+        check_same_base(packed, saved, TINY, 3)
     with pytest.raises(ConfigError, match="scaled by 2; now by 4"):
         check_same_base(saved, adapter_identity(replace(LORA, alpha=64.0), "abc"), TINY, 3)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from efflaunch.estimate.suggestion_moves import LORA
@@ -18,8 +20,10 @@ def test_the_group_has_what_the_dataclass_has() -> None:
     assert compose(["+experiment=quickstart"]).adapter == NO_ADAPTER
     # What is suggested where full training does not fit is what the override makes.
     assert compose(["+experiment=quickstart", "adapter=lora"]).adapter == LORA
+    assert compose(["+experiment=quickstart", "adapter=qlora"]).adapter == replace(LORA, name="qlora", method=AdapterMethod.QLORA)
 
 
 @pytest.mark.parametrize("method", list(AdapterMethod))
-def test_only_lora_trains_adapters(method: AdapterMethod) -> None:
-    assert AdapterConfig(method=method).is_trained == (method is AdapterMethod.LORA)
+def test_lora_trains_adapters_and_qlora_packs_what_is_frozen(method: AdapterMethod) -> None:
+    config = AdapterConfig(method=method)
+    assert (config.is_trained, config.quantizes) == (method is not AdapterMethod.NONE, method is AdapterMethod.QLORA)

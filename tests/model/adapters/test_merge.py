@@ -11,6 +11,7 @@ from efflaunch.errors import CheckpointError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.model.adapters.base import adapter_identity, model_digest
 from efflaunch.model.adapters.merge import SavedAdapter, frozen_weights, merge
+from efflaunch.model.adapters.nf4 import byte_levels, pack, unpack
 from efflaunch.training.session import plain_config
 
 
@@ -21,6 +22,22 @@ def test_products_are_added_in_float32_and_rounded_once() -> None:
     merge(weights, {"q.lora.A": a, "q.lora.B": b, "norm.weight": norm}, 0.5)
     assert torch.equal(weights["q.weight"], (weight.float() + 0.5 * b @ a).to(torch.bfloat16))
     assert torch.equal(weights["norm.weight"], norm)
+
+
+def test_the_error_of_rounding_is_that_of_the_worst_matrix() -> None:
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    update = 0.5 * b @ a
+    trained = {"q.lora.A": a, "q.lora.B": b, "k.lora.A": a, "k.lora.B": 1e-3 * b}
+    weights = {"q.weight": weight.clone(), "k.weight": weight.clone()}
+    rounding = merge(weights, trained, 0.5, torch.bfloat16)
+    exact = weight + 1e-3 * update
+    error = (exact - exact.to(torch.bfloat16).float()).norm()
+    assert rounding is not None and rounding.name == "k.weight" and weights["k.weight"].dtype == torch.bfloat16
+    assert rounding.of_matrix == pytest.approx((error / exact.norm()).item(), rel=1e-5)
+    assert rounding.of_update == pytest.approx((error / (1e-3 * update).norm()).item(), rel=1e-4)
+    assert str(rounding).endswith("of the matrix, in k.weight")
+    assert merge({"q.weight": weight.clone()}, {"q.lora.A": a, "q.lora.B": b}, 0.5) is None
 
 
 def saved(*overrides):
@@ -41,3 +58,14 @@ def test_the_frozen_model_is_made_anew() -> None:
     with pytest.raises(CheckpointError, match="other weights than those the adapters were trained beside"):
         frozen_weights(replace(about, seed=4), config.train.dtype)
     assert SavedAdapter.of({}) is None
+
+
+def test_matrices_that_were_packed_are_what_was_computed_with() -> None:
+    plain, config = saved("train.seed=3", "train.dtype=bfloat16")
+    packed, _ = saved("train.seed=3", "train.dtype=bfloat16", "adapter=qlora", "adapter.quantized=[mlp]")
+    assert plain is not None and packed is not None and plain.digest == packed.digest
+    before, after = (frozen_weights(about, config.train.dtype) for about in (plain, packed))
+    for name, matrix in before.items():
+        is_packed = ".mlp." in name
+        want = unpack(pack(matrix), matrix.shape[1], torch.bfloat16, byte_levels()) if is_packed else matrix
+        assert torch.equal(after[name], want) and (is_packed != torch.equal(matrix, want))

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from efflaunch.model.adapters.config import NO_ADAPTER, AdapterConfig, AdapterMethod
-from efflaunch.model.adapters.names import ATTENTION, MLP, is_factor, is_factor_b, is_trained, matching, target_names
+from efflaunch.model.adapters.names import (
+    ATTENTION,
+    MLP,
+    is_factor,
+    is_factor_b,
+    is_packed,
+    is_trained,
+    matching,
+    plain_name,
+    quantized_names,
+    target_names,
+)
 
 
 def lora(**fields):
@@ -25,3 +36,11 @@ def test_what_is_trained() -> None:
     assert [is_trained(name, lora(modules_to_save=["head", "embedding"])) for name in names] == [True, False, True, False, False, True]
     assert [is_factor(name) for name in names] == [is_factor_b(name) for name in names] == [False, False, True, False, False, False]
     assert not is_factor_b("model.layers.0.mlp.up_proj.lora.A")
+
+
+def test_what_is_packed() -> None:
+    qlora = AdapterConfig(method=AdapterMethod.QLORA, targets=["q_proj"], quantized=["mlp", "o_proj"])
+    assert quantized_names(qlora) == ("self_attn.o_proj", *MLP) and quantized_names(lora()) == () == quantized_names(NO_ADAPTER)
+    name = "model.layers.0.mlp.up_proj.packed"
+    assert is_packed(name) and plain_name(name) == "model.layers.0.mlp.up_proj.weight" and not is_trained(name, qlora)
+    assert not is_packed("lm_head.weight") and plain_name("lm_head.weight") == "lm_head.weight"

@@ -9,7 +9,7 @@ from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.model.adapters.config import NO_ADAPTER, AdapterConfig, AdapterMethod
 from efflaunch.model.adapters.names import target_names
-from efflaunch.model.adapters.targets import check_adapter, matrices, targets, trained_numbers
+from efflaunch.model.adapters.targets import check_adapter, matrices, quantized, targets, trained_numbers
 from efflaunch.model.build import build_config, build_on_meta
 from efflaunch.model.hf_fields import hf_config_dict
 from efflaunch.model.spec import model_spec
@@ -96,3 +96,25 @@ def test_matrices_that_a_family_has_fused_take_none(model: str, refused: list[st
             check_adapter(lora(targets=[target]), spec)
     check_adapter(lora(targets=there), spec)
     assert {matrix.name.rpartition(".")[2] for matrix in targets(lora(targets=there), spec)} >= {"o_proj", "down_proj"}
+
+
+def test_what_can_be_packed() -> None:
+    def qlora(**fields):
+        return AdapterConfig(name="qlora", method=AdapterMethod.QLORA, **fields)
+
+    mlp = quantized(qlora(quantized=["mlp"]), spec_of())
+    assert [matrix.name for matrix in mlp] == [f"mlp.{name}_proj" for name in ("gate", "up", "down")] and quantized(lora(), spec_of()) == ()
+    assert sum(matrix.packed_bytes for matrix in mlp) < 0.3 * sum(2 * matrix.rows * matrix.columns for matrix in mlp)
+    check_adapter(qlora(), spec_of())
+    check_adapter(qlora(targets=["attention"], quantized=["attention"]), spec_of("model=tiny_moe"))
+    for words, overrides, found in (
+        (["lm_head"], ["model.tie_embeddings=true"], "lm_head, of a model whose head is its embedding"),
+        (["embedding", "mlp"], [], "embedding"),
+        (["q_poj"], [], "'q_poj', which matches no matrix of a decoder layer"),
+        ([], [], "none"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_adapter(qlora(quantized=words), spec_of(*overrides))
+        assert caught.value.where == "adapter.quantized" and caught.value.found == found
+    with pytest.raises(ConfigError, match="(?s)all-linear for a model with experts.*are not packed yet"):
+        check_adapter(qlora(targets=["attention"]), spec_of("model=tiny_moe"))
