@@ -111,4 +111,4 @@ def exchange_s(inputs: PlanInputs) -> float:
 
 def orthogonalise_s(inputs: PlanInputs) -> float:
     """Seconds of Newton-Schulz on the rank that has most to do."""
-    return muon_work(inputs).flops / (inputs.cluster.peak_flops * inputs.cluster.efficiency)
+    return muon_work(inputs).flops / inputs.gemm_rate

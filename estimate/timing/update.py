@@ -77,7 +77,7 @@ def _muon_update(inputs: PlanInputs) -> UpdateTime:
     num_bytes = _numbers(inputs) * _each(inputs) + work.parameters / shard * more
     element_wise = 0.0 if rate.bytes_per_s is None else num_bytes / rate.bytes_per_s
     products, travel = orthogonalise_s(inputs), exchange_s(inputs)
-    said = f"Newton-Schulz takes {work.flops / 1e12:.3g} TFLOP on the busiest rank, at cluster.efficiency; matrices travel beside it"
+    said = f"Newton-Schulz takes {work.flops / 1e12:.3g} TFLOP on the busiest rank, at cluster.gemm_efficiency; matrices travel beside it"
     words = _words(inputs, num_bytes / _numbers(inputs), rate.bytes_per_s, rate.source)
     shown = element_wise + max(products, travel)
     return UpdateTime(busy_s=element_wise + products, link_s=0.0, shown_s=shown, assumption=f"{words}; {said}")

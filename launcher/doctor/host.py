@@ -14,7 +14,8 @@ import psutil
 
 from ...units import format_bytes
 from ...utils.compilers import PACKAGE, compiler_path
-from ..hardware import Gpu, Machine
+from ..hardware import Machine
+from ..visible_gpus import Gpu
 from .finding import Finding, State
 from .torch_probe import TorchFacts
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...memory.executor.feed_forward import DenseFeedForward
 from ...memory.executor.token_local import FeedForward, LayerSteps
-from ...memory.heads import HeadIndex
+from ...memory.heads import HeadIndex, head_runs
 from . import facts_of, family_of
 from .adapter import LayerAdapter
 from .facts import FamilyFacts
@@ -79,7 +79,7 @@ class StructuralLayer(LayerAdapter):
             return self.projection("mlp.gate_proj")(h, graph=graph), self.projection("mlp.up_proj")(h, graph=graph)
         both = self.projection(GATE_UP)
         inner = both.weight.shape[0] // 2
-        return both(h, graph=graph, rows=slice(0, inner)), both(h, graph=graph, rows=slice(inner, 2 * inner))
+        return both(h, graph=graph, rows=(slice(0, inner),)), both(h, graph=graph, rows=(slice(inner, 2 * inner),))
 
     def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:
         """Finish the layer: what `residual` and `mlp_in` made -> the layer's output (T, M)."""
@@ -105,7 +105,7 @@ class StructuralLayer(LayerAdapter):
             return norm(self._split(self._product(name, h, heads, False)))  # type: ignore[no-any-return]
         # A norm over all heads needs all of them, whichever are asked for.
         whole = self._split(norm(self._product(name, h, None, False)))
-        return whole if heads is None else whole[:, list(heads)]
+        return whole if heads is None else torch.cat([whole[:, run] for run in head_runs(heads)], 1)
 
     def _split(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (-1, self.spec.head_dim))
@@ -132,8 +132,4 @@ class StructuralLayer(LayerAdapter):
 
 def _rows(heads: HeadIndex, size: int) -> Rows:
     """Rows of a matrix that make these heads of `size` numbers."""
-    if heads is None:
-        return None
-    if heads == tuple(range(heads[0], heads[0] + len(heads))):
-        return slice(heads[0] * size, (heads[0] + len(heads)) * size)
-    return (torch.tensor(heads).unsqueeze(1) * size + torch.arange(size)).flatten()
+    return None if heads is None else tuple(slice(run.start * size, run.stop * size) for run in head_runs(heads))

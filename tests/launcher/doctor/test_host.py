@@ -12,7 +12,8 @@ from efflaunch.launcher.doctor import host as looked
 from efflaunch.launcher.doctor.finding import Finding, State
 from efflaunch.launcher.doctor.host import clock_status, gpus, host
 from efflaunch.launcher.doctor.torch_probe import SeenGpu, TorchFacts
-from efflaunch.launcher.hardware import Gpu, Machine
+from efflaunch.launcher.hardware import Machine
+from efflaunch.launcher.visible_gpus import Gpu
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984)
 SEEN = SeenGpu(name=H100.name, capability="9.0", total_bytes=85_000_000_000, free_bytes=84_000_000_000)
