@@ -164,6 +164,7 @@ def local_overrides(config: Config) -> list[str]:
     if config.cluster.ranks_per_node == 1:
         # An experiment for one GPU says so itself, and its one rank would not hold the longest sequence.
         overrides.append("cluster.ranks_per_node=2")
+    overrides += [f"optim.{name}=null" for name in ("warmup_steps", "decay_steps") if getattr(config.optim, name) is not None]
     parallel = config.parallel
     if parallel.pipeline.stages > 1:
         overrides.append("parallel.pipeline.stages=1")

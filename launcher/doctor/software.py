@@ -21,6 +21,7 @@ GIVES = {
     "tensorboard": "logging.tensorboard",
     "plot": "pictures of efflaunch report and explain",
     "lowbit": "optim.state_dtype=bfloat16 and 8bit",
+    "optimizers": "optim=library",
     "planner": "the same plans about ten times as fast",
     "watch": "native stacks of ranks that hang",
 }

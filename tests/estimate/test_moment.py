@@ -24,13 +24,13 @@ def inputs(ranks: int = 1, dtype: Dtype = Dtype.BFLOAT16, memory: MemoryConfig |
 @pytest.mark.parametrize(
     ("given", "groups", "expected"),
     [
-        # H 2 x 256, Q the same, K and X 2 x 2 x 32 of each of 2 heads, F 2 x 640, E 4 x 8, norm 8 x 256.
-        (inputs(), 1, (512, 512, 256, 256, 1280, 32, 2048, 2.0)),
+        # H 2 x 256, R and Q the same, K and X 2 x 2 x 32 of each of 2 heads, F 2 x 640, E 4 x 8, norm 8 x 256.
+        (inputs(), 1, (512, 512, 512, 256, 256, 1280, 32, 2048, 2.0)),
         # Half the heads: 4 of queries, which one of keys is for.
-        (inputs(), 2, (512, 256, 128, 128, 1280, 16, 2048, 2.0)),
+        (inputs(), 2, (512, 512, 256, 128, 128, 1280, 16, 2048, 2.0)),
         # 4 ranks exchange 2 heads of keys: each has a copy of one.
-        (inputs(4), 1, (512, 512, 256, 512, 1280, 32, 2048, 2.0)),
-        (inputs(dtype=Dtype.FLOAT64), 1, (2048, 2048, 1024, 1024, 5120, 64, 5120, 1.0)),
+        (inputs(4), 1, (512, 512, 512, 256, 512, 1280, 32, 2048, 2.0)),
+        (inputs(dtype=Dtype.FLOAT64), 1, (2048, 2048, 2048, 1024, 1024, 5120, 64, 5120, 1.0)),
     ],
     ids=["whole", "two groups of heads", "Ulysses 4", "float64"],
 )

@@ -25,7 +25,7 @@ TEXTS = {
     *("experiment", "run.id", "data.builtin", "optim.schedule", "cluster.slurm.partition", "cluster.slurm.account", "cluster.slurm.qos"),
     *("cluster.slurm.constraint", "cluster.slurm.gres", "cluster.slurm.mem", "cluster.slurm.sbatch", "cluster.slurm.prologue"),
     *("cluster.slurm.srun", "launcher.slurm.interface", "launcher.slurm.after", "launcher.slurm.exclude", "launcher.ray.address"),
-    *("adapter.targets", "adapter.modules_to_save"),
+    *("adapter.targets", "adapter.modules_to_save", "adapter.quantized", "optim.algorithm", "cluster.gpu"),
     *("launcher.ray.exclude", "launcher.ray.interface", "launcher.ray.env", "logging.wandb_project", "train.keep_best"),
 }
 """Keys whose values are texts and no paths."""
