@@ -30,11 +30,11 @@ def this_machine(device: Device) -> Machine:
 
 def find_gpus() -> list[Gpu]:
     """GPUs that a process started here can use: those of the machine that CUDA_VISIBLE_DEVICES leaves it; none where there is no driver."""
-    return visible_gpus(_all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible_gpus(all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _all_gpus() -> list[Gpu]:
-    """GPUs of this machine by NVML, or by nvidia-smi where its Python package is not installed."""
+def all_gpus() -> list[Gpu]:
+    """GPUs of this machine, hidden ones too, by NVML, or by nvidia-smi where its Python package is not installed."""
     try:
         import pynvml
     except ImportError:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...cluster.config import Device
 from ...errors import UserError
-from ..hardware import this_machine
+from ..hardware import all_gpus, this_machine
 from .finding import Finding, State, Work
 from .host import gpus, host
 from .software import environment, software, torch_findings
@@ -40,7 +40,7 @@ def examine(directory: Path, *, num_bytes: int, on_progress: Callable[[str], Non
     on_progress("torch and GPUs, in a process of its own")
     torch = ask_torch()
     machine = this_machine(Device.CUDA)
-    found += [*torch_findings(torch), *host(machine), *gpus(machine.gpus, torch)]
+    found += [*torch_findings(torch), *host(machine), *gpus(all_gpus(), torch)]
     on_progress("schedulers")
     found += [_slurm()]
     on_progress(f"storage at {directory}")
