@@ -49,15 +49,20 @@ def prove_model(config: ModelConfig, run_dir: Path, on_progress: Callable[[str],
         raise RuntimeError(f"rank 0 could not compare the model with Hugging Face's ({payload[0]}); its log says where")
 
 
-def cache_folder() -> Path:
-    """The user's cache of proofs."""
-    return Path.home() / ".cache" / "efflaunch" / "proofs"
+def cache_folder() -> Path | None:
+    """The user's cache of proofs; None for a user without a home, as in some containers."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home / ".cache" / "efflaunch" / "proofs"
 
 
 def _prove(config: ModelConfig, tiny: TinyConfig, run_dir: Path, on_progress: Callable[[str], None]) -> None:
     digest = proof_digest(tiny)
-    own, shared = run_dir / FILE, cache_folder() / f"{digest}.json"
-    for file in (own, shared):
+    own, cache = run_dir / FILE, cache_folder()
+    shared = None if cache is None else cache / f"{digest}.json"
+    for file in filter(None, (own, shared)):
         if is_proof(file, digest):
             log.info("%s is proven already: %s", config.name, file)
             return
@@ -69,9 +74,11 @@ def _prove(config: ModelConfig, tiny: TinyConfig, run_dir: Path, on_progress: Ca
         raise difference(config, tiny, agreement, TOLERANCE)
     text = proof_text(config.name, tiny, agreement)
     write_atomic(own, text)
+    log.info("%s is proven: loss and gradients are Hugging Face's, layers %s of %d", config.name, tiny.layers, tiny.spec.num_layers)
+    if shared is None:
+        return
     try:
         shared.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(shared, text)
     except (OSError, UserError) as error:
         log.warning("the proof of %s is kept in the run's directory alone: %s", config.name, error)
-    log.info("%s is proven: loss and gradients are Hugging Face's, layers %s of %d", config.name, tiny.layers, tiny.spec.num_layers)

@@ -49,7 +49,8 @@ def main(words: list[str]) -> int:
         return start.show_config(compose(overrides, options.config_dir))
     print("\n".join(lines(config, small)), flush=True)
     if options.dry_run:
-        print(typed("train", *overrides))
+        own = ["--config-dir", options.config_dir] if options.config_dir else []
+        print(typed("train", *own, *overrides))
         return EXIT_DONE
     return _run(config, overrides, options.config_dir)
 

@@ -21,6 +21,7 @@ from ...model.families.facts import READ_BY_ALL
 from ...model.hf_fields import SIZE_NAMES
 from ...model.proof.tiny_config import tiny_config
 from ...training.config import Objective
+from ...training.data.config import corpus_prefixes
 from ...training.reporting.config import WandbMode
 from ...units import format_bytes, format_tokens
 from .ledger import plan
@@ -151,7 +152,7 @@ def _word(value: Any) -> str:
 
 def _data(config: Config, axes: Axes, tokens: int) -> list[str]:
     step = tokens * (axes.ranks // axes.stages // axes.group) * axes.micro_batches
-    words = ["data=stdlib", "data.prefixes=[]", "data.tokenizer=null", f"data.vocab_size={VOCABULARY}", f"data.max_seq_len={tokens}"]
+    words = ["data=stdlib", "data.prefixes=[]", "data.sources={}", "data.tokenizer=null", f"data.vocab_size={VOCABULARY}", f"data.max_seq_len={tokens}"]
     words.append(f"data.global_batch_tokens={step}")
     # Pairs and rewarded completions are no built-in corpus: whoever starts the miniature makes one.
     return words if config.train.objective is Objective.LANGUAGE_MODELLING else [*words, "data.builtin=null"]
@@ -172,7 +173,7 @@ def _parallel(config: Config, axes: Axes, tokens: int) -> list[str]:
 
 
 def _machine(config: Config, axes: Axes) -> list[str]:
-    words = ["cluster=local_cpu", "cluster.name=local_cpu", "cluster.num_nodes=1", f"cluster.ranks_per_node={axes.ranks}"]
+    words = ["cluster=local_cpu", "cluster.name=local_cpu", "cluster.device=cpu", "cluster.num_nodes=1", f"cluster.ranks_per_node={axes.ranks}"]
     words += ["cluster.device_memory_bytes=3GiB", f"cluster.host_memory_bytes={3 * axes.ranks}GiB", "launcher=local", "launcher.nodes=null"]
     if config.logging.wandb is WandbMode.ONLINE:
         words.append("logging.wandb=offline")
@@ -199,7 +200,8 @@ def _place(split: Split) -> str:
 
 def _rest(config: Config) -> list[str]:
     words = [f"train.steps={FIRST_STEPS}", f"checkpoint.every_steps={FIRST_STEPS}", "checkpoint.interval=fixed", "checkpoint.mirror=null"]
-    words += ["checkpoint.pool_bytes=null", "optim.warmup_steps=null", "optim.decay_steps=null"]
+    words += ["checkpoint.pool_bytes=null", "optim.warmup_steps=null", "optim.schedule_on_resume=stretch"]
+    words.append("optim.decay_steps=" + ("1" if config.optim.schedule == "wsd" else "null"))
     words += ["eval=none", "train.keep_best=null", "train.patience=null"]
     if config.adapter.method is not AdapterMethod.NONE:
         words += [f"adapter.rank={min(config.adapter.rank, _MOST_RANK)}", "adapter.init=null"]
@@ -227,9 +229,10 @@ def _left_out(config: Config) -> list[str]:
     found.append(
         f"sequences of {format_tokens(data.max_seq_len)} tokens, {format_bytes(cluster.device_memory_bytes)} a device: efflaunch plan"
     )
-    if data.prefixes or data.builtin is None:
+    corpora = corpus_prefixes(data)
+    if corpora or data.builtin is None:
         stand_in = "Python's own sources stand" if config.train.objective is Objective.LANGUAGE_MODELLING else "random answers stand"
-        found.append(f"the corpora ({', '.join(data.prefixes) or 'none is given yet'}): {stand_in} for them")
+        found.append(f"the corpora ({', '.join(corpora) or 'none is given yet'}): {stand_in} for them")
     if config.model.path is not None:
         found.append(f"the weights of {config.model.path}: random ones stand for them")
     if config.launcher.backend is not Backend.LOCAL:

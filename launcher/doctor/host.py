@@ -132,7 +132,7 @@ def gpus(seen_by_driver: Sequence[Gpu], torch: TorchFacts | str) -> list[Finding
     """Judge each GPU, and whether torch can use what the driver shows."""
     if isinstance(torch, str):
         return []
-    if torch.problem:
+    if torch.problem and seen_by_driver and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
         return [_finding("GPUs", State.BROKEN, torch.problem, "nvidia-smi; the driver must be as new as torch's CUDA asks for")]
     if not torch.gpus:
         return [_no_gpus(seen_by_driver, torch)]

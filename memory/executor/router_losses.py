@@ -23,6 +23,8 @@ class RouterLosses:
 
     def __init__(self, balance: float = 0.0, z: float = 0.0) -> None:
         self.balance, self.z = balance, z
+        self.factor = 1
+        """What the step's other losses are multiplied by before their backward: an engine's, whose reduction divides by it."""
         self._num_tokens = 0
         self._shares: dict[int, Tensor] | None = None
         self._sums: dict[int, Tensor] = {}
@@ -72,7 +74,7 @@ class RouterLosses:
             total += self.balance * wide.shape[1] * probabilities * (shares - (probabilities @ shares).unsqueeze(1))
         if self.z > 0:
             total += 2 * self.z * wide.logsumexp(-1, keepdim=True) * probabilities
-        return (total / self._num_tokens).to(logits.dtype)
+        return (total * (self.factor / self._num_tokens)).to(logits.dtype)
 
 
 def _wide(logits: Tensor) -> Tensor:

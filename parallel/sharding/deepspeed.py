@@ -20,16 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...errors import EfflaunchError
 from .deepspeed_settings import ZeroSettings, deepspeed_config, gradient_factor
 
 log = logging.getLogger(__name__)
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 """Makes the optimizer of parameters by name."""
-
-
-class EngineBrokenError(UserError):
-    """An engine whose pass was aborted cannot make another one."""
 
 
 def load_deepspeed(device: torch.device) -> Any:
@@ -124,7 +120,8 @@ class ZeroWeights:
 
     def __init__(self, zero: Zero) -> None:
         self._engine, self._stage = zero.engine, zero.stage
-        self._factor = gradient_factor(zero.stage, zero.engine.dp_world_size)
+        self.factor = gradient_factor(zero.stage, zero.engine.dp_world_size)
+        """What a loss is multiplied by in `backward`; gradients that do not come through the loss have to be."""
 
     def forward(self, *inputs: Any) -> Tensor:
         """Through the engine's hooks, which gather and prefetch."""
@@ -138,7 +135,7 @@ class ZeroWeights:
     def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """Backward of a loss; the engine's hooks gather and reduce on the way."""
         assert gradient is None, "ZeRO has no stages of a pipeline here"
-        self._engine.backward(output * self._factor, scale_wrt_gas=False)
+        self._engine.backward(output * self.factor, scale_wrt_gas=False)
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
@@ -156,10 +153,5 @@ class ZeroWeights:
         raise AssertionError("ranks meet in every micro-batch under ZeRO")
 
     def forget(self) -> None:
-        """EngineBrokenError: what hooks hold of an aborted pass cannot be given back."""
-        raise EngineBrokenError(
-            "engine=deepspeed",
-            found="an exception inside a forward or backward pass",
-            expected="passes that end: DeepSpeed cannot take one back",
-            hint="efflaunch resume RUN_DIR, or engine=torch",
-        )
+        """EfflaunchError: what hooks hold of an aborted pass cannot be given back; a start from the last checkpoint can go on."""
+        raise EfflaunchError("engine=deepspeed cannot take back a pass that ended in an exception; efflaunch resume RUN_DIR begins anew")

@@ -7,7 +7,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efflaunch.training.data.mix_course import MixCourse, MixSettings, first_course, load_mix_course, resumed_course
+from efflaunch.training.data.mix_course import MixCourse, MixSettings, Place, first_course, load_mix_course, resumed_course
 
 
 def settings(weights: dict[str, int], batch: int = 100, digests: dict[str, str] | None = None) -> MixSettings:
@@ -68,6 +68,25 @@ def test_other_documents_begin_anew_and_what_was_seen_is_kept() -> None:
     course, is_new = resumed_course(settings({"a": 1}, digests={"a": "other"}), first_course(settings({"a": 1})), 5)
     place = course.segment(5).places["a"]
     assert is_new and (place.at, place.tokens_before, place.epochs_before) == (0, 500, 0.5)
+
+
+def test_other_classes_of_lengths_know_what_was_seen_before() -> None:
+    """Streams are named by the lengths at which classes begin: with others they begin anew, and neither tokens nor epochs are lost."""
+    course = first_course(settings({"a": 1, "b": 1}))
+    course, is_new = resumed_course(settings({"a:0": 1, "a:200": 1, "b": 2}), stored(course), 12)
+    places = course.segment(12).places
+    assert is_new and places["b"] == Place(600, "d")
+    assert (places["a:0"], places["a:200"]) == (Place(0, "d", 600, 0.6), Place(0, "d", 0, 0.6))
+    # Of the classes the one that is ahead counts; the tokens are of all of them.
+    course, _ = resumed_course(settings({"a:0": 1, "a:500": 1, "b": 2}), stored(course), 16)
+    places = course.segment(16).places
+    assert (places["a:0"], places["a:500"]) == (Place(0, "d", 800, 0.7), Place(0, "d", 0, 0.7))
+    # Away for a while and back with the same ones: they go on where they were.
+    course, _ = resumed_course(settings({"b": 1}), stored(course), 16)
+    course, _ = resumed_course(settings({"a:0": 1, "a:500": 1, "b": 2}), stored(course), 20)
+    assert course.segment(20).places["a:0"] == Place(0, "d", 800, 0.7)
+    course, _ = resumed_course(settings({"a": 1, "b": 1}), stored(course), 24)
+    assert course.segment(24).places["a"] == Place(0, "d", 1000, 0.8)
 
 
 def test_a_run_without_sources_so_far_begins_its_mix_where_it_is() -> None:

@@ -16,7 +16,9 @@ CPU = TorchFacts(version="2.13.0+cpu", cuda=None, nccl=None, backends=["gloo"], 
 
 @pytest.fixture
 def torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without GPUs, whatever this one has."""
     monkeypatch.setattr(examination, "ask_torch", lambda: CPU)
+    monkeypatch.setattr(examination, "all_gpus", list)
 
 
 @pytest.mark.usefixtures("torch_answers")

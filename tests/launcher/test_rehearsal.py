@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from efflaunch.cluster.config import Device
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.conf_groups import conf_dir
 from efflaunch.launcher.config.ledger import plan
-from efflaunch.launcher.config.rehearsal import Rehearsal, axes_of, rehearsal
+from efflaunch.launcher.config.rehearsal import FIRST_STEPS, STEPS, Rehearsal, axes_of, rehearsal
 from efflaunch.launcher.config.run_config import Config
 from efflaunch.model import model_check
 from efflaunch.model.spec import model_spec
 from efflaunch.tests.model.public_configs import SUPPORTED, write_config
+from efflaunch.training.optimizers.lr_course import first_course, resumed_course
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 FULL = "+experiment=llama8b_1M"
@@ -38,6 +40,9 @@ def test_every_experiment_has_one(experiment: str) -> None:
     assert (mini.train.objective, mini.train.dtype, mini.adapter.method) == (full.train.objective, full.train.dtype, full.adapter.method)
     assert (mini.parallel.sequence, mini.parallel.scheme) == (full.parallel.sequence, full.parallel.scheme)
     assert (mini.optim.state_device, mini.optim.update) == (full.optim.state_device, full.optim.update)
+    assert [bool(mini.data.prefixes), bool(mini.data.sources), mini.data.builtin is not None] == [False, False, True]
+    # The save and the resume behind it.
+    assert resumed_course(mini.optim, first_course(mini.optim, FIRST_STEPS), FIRST_STEPS, STEPS)
     ledger, chosen = plan(mini), plan(full).inputs.policy
     assert ledger.fits and mini.cluster.ranks_per_node == min(4, full.cluster.num_nodes * full.cluster.ranks_per_node)
     policy = ledger.inputs.policy
@@ -86,6 +91,14 @@ def test_a_directory_is_read_for_its_sizes_alone(tmp_path: Path, monkeypatch: py
     assert model_spec(mini.model).windows[0] == (None if model_spec(full.model).windows[0] is None else 11)
     assert any(str(path) in line for line in made.left_out)
     assert json.loads((path / "config.json").read_text()) == SUPPORTED[name]
+
+
+def test_schedules_of_every_shape_and_a_device_that_was_typed(tmp_path: Path) -> None:
+    for schedule in ("constant", "linear", "cosine", "wsd"):
+        words = [f"optim.schedule={schedule}", "optim.min_lr_ratio=0", *(["optim.decay_steps=50"] if schedule == "wsd" else [])]
+        _, mini, _ = small(FULL, *words, "memory=recompute", "cluster.device=cuda")
+        assert resumed_course(mini.optim, first_course(mini.optim, FIRST_STEPS), FIRST_STEPS, STEPS)
+        assert mini.cluster.device is Device.CPU
 
 
 def test_what_stays_behind_is_said(tmp_path: Path) -> None:

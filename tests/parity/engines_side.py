@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from efflaunch.checkpoint.flat import Flat
-from efflaunch.model.build import build_on_meta, install, master_dtype
+from efflaunch.model.build import RouterSettings, build_on_meta, install, master_dtype
 from efflaunch.model.weights import persistent_buffers
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sharding.parts import write_shard
@@ -38,7 +38,8 @@ class ZeroTrainer:
             build_on_meta(hf_config(case["family"]), master_dtype(compute)),
         )
         policy = POLICIES[case["policy"]]
-        install(self.model, policy, loss_chunk_tokens=7, store=_store("strict"))
+        routers = RouterSettings(*case.get("router", (0.0, 0.0)))
+        install(self.model, policy, loss_chunk_tokens=7, store=_store("strict"), routers=routers)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(compute)
         self.trained = shard(self.model, torch.device("cpu"), optim_config(**case.get("optim", {})), case["stage"], policy)

@@ -96,6 +96,22 @@ def test_experts_under_zero(pool: RankPool, stage: int) -> None:
     check_zero(pool, stage, "recompute", "qwen3_moe", plans=(UNEQUAL,))
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_router_losses_weigh_what_they_should(pool: RankPool, stage: int) -> None:
+    """Their gradients do not come through the loss, which stage 3 has multiplied by the number of ranks."""
+    documents, targets = make_documents(LENGTHS)
+    router = (0.3, 0.05)
+    model = reference_model("qwen3_moe", torch.float32)
+    reference_loss(model, documents, targets, router=router).backward()
+    want = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    without = plain("qwen3_moe", None)[2]
+    assert worst(without, want)[0] > 1e3 * BOUND, "they would not be seen"
+    case = {"stage": stage, "policy": "recompute", "family": "qwen3_moe", "dtype": "float32", "router": router}
+    passes, _, _ = pool.run(run_zero, case, plain("qwen3_moe", None)[0], documents, targets, [UNEQUAL], RATES, ranks=2)[0]
+    error, name = worst(passes[0][1], want)
+    assert error <= BOUND, f"gradient of {name} is off by {error:.1e}"
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool: RankPool, stage: int) -> None:
     """bfloat16 compute, float32 weights, gradients and reduction: the error against float64 is that of Hugging Face in bfloat16."""
@@ -110,10 +126,11 @@ def test_bfloat16_is_as_close_to_the_truth_as_plain_bfloat16(pool: RankPool, sta
     reference_loss(plain_model, documents, targets).backward()
     theirs = {name: parameter.grad.double().numpy() for name, parameter in plain_model.named_parameters()}
     case = {"stage": stage, "policy": "recompute", "family": "llama", "dtype": "bfloat16"}
-    passes, steps, trained = pool.run(run_zero, case, weights, documents, targets, [ULYSSES], RATES, ranks=2)[0]
+    passes, steps, trained = pool.run(run_zero, case, weights, documents, targets, [ULYSSES, UNEQUAL], RATES, ranks=2)[0]
     got_loss, ours, norm = passes[0]
     assert abs(got_loss - loss) < 1e-2 * loss and all(gradient.dtype == np.float32 for gradient in ours.values())
     assert rms(ours, exact) <= 1.1 * rms(theirs, exact)
+    assert rms(passes[1][1], exact) <= 1.1 * rms(theirs, exact), "several micro-batches of unequal groups, one with an idle rank"
     assert norm == pytest.approx(sum(float(np.square(each.astype(np.float64)).sum()) for each in ours.values()) ** 0.5, rel=1e-6)
     # Updates are of float32 weights: their last bits are not bfloat16's.
     rounded = {name: torch.from_numpy(each).bfloat16().float().numpy() for name, each in trained.items()}

@@ -24,7 +24,7 @@ class Place:
     digest: str
     """Names the sequences of the stream: of others, the place means nothing."""
     tokens_before: int = 0
-    """Tokens given out of streams of the same name that held other sequences."""
+    """Tokens given out of streams of the same name, or of the source's other classes of lengths, that held other sequences."""
     epochs_before: float = 0.0
 
     def on(self, digest: str, epoch_tokens: int) -> Place:
@@ -115,6 +115,33 @@ def first_course(settings: MixSettings, start: int = 0) -> MixCourse:
     return MixCourse((Segment(start, settings.batch_tokens, settings.shares, places, settings.epoch_tokens),))
 
 
+def source_of(stream: str) -> str:
+    """The source of a stream: `books` of `books:8192`, which has its documents from 8,192 tokens on."""
+    return stream.partition(":")[0]
+
+
+def _latest_streams(saved: MixCourse, done: int, source: str) -> set[str]:
+    """Streams that a source had when it last had any."""
+    for segment in reversed([segment for segment in saved.segments if segment.start <= done] or saved.segments[:1]):
+        streams = {name for name in segment.shares if source_of(name) == source}
+        if streams:
+            return streams
+    return set()
+
+
+def _places(names: Mapping[str, str], reached: Mapping[str, Place], epoch_tokens: Mapping[str, int], latest: set[str]) -> dict[str, Place]:
+    """Where the streams of one source (digests by name) go on. Classes of other lengths begin anew, and know what was seen before."""
+    if not latest or latest == set(names):
+        return {
+            name: reached[name].on(digest, epoch_tokens[name]) if name in reached else Place(0, digest) for name, digest in names.items()
+        }
+    before = {name: reached[name] for name in latest if name in reached}
+    seen = max((place.epochs_before + place.at / epoch_tokens[name] for name, place in before.items()), default=0.0)
+    given = sum(place.tokens_before + place.at for place in before.values())
+    first = min(names)
+    return {name: Place(0, digest, given if name == first else 0, seen) for name, digest in names.items()}
+
+
 def resumed_course(settings: MixSettings, saved: MixCourse | None, done: int) -> tuple[MixCourse, bool]:
     """The course after `done` steps of the course that a checkpoint holds, and whether a new segment begins there."""
     if saved is None:
@@ -125,9 +152,13 @@ def resumed_course(settings: MixSettings, saved: MixCourse | None, done: int) ->
     if is_same and all(name in last.places and last.places[name].digest == digest for name, digest in names.items()):
         return saved, False
     reached = {name: replace(place, at=last.cursor(name, done)) for name, place in last.places.items()}
-    places = reached | {
-        name: reached[name].on(digest, last.epoch_tokens[name]) if name in reached else Place(0, digest) for name, digest in names.items()
-    }
+    places = dict(reached)
+    for source in {source_of(name) for name in names}:
+        own = {name: digest for name, digest in names.items() if source_of(name) == source}
+        latest = _latest_streams(saved, done, source)
+        # What is carried on to other streams is counted there from now on.
+        places = {name: place for name, place in places.items() if name in own or name not in latest}
+        places |= _places(own, reached, last.epoch_tokens, latest)
     epoch_tokens = {**last.epoch_tokens, **settings.epoch_tokens}
     segment = Segment(done, settings.batch_tokens, settings.shares, places, epoch_tokens)
     before = tuple(one for one in saved.segments if one.start < done)

@@ -78,5 +78,6 @@ def shard(model: PreTrainedModel, device: torch.device, optim: OptimConfig, stag
     zero: Zero = shard_by_zero(model, layers, device, settings, zero_optimizer(model, optim))
     stage_of(model).weights = weights = ZeroWeights(zero)
     found = places(zero)
+    stage_of(model).router_losses.factor = weights.factor
     masters = flat_weights(model, found)
     return Trained(model, weights, ZeroUpdater(zero, masters), ZeroState(zero, masters, found))

@@ -62,6 +62,7 @@ def test_everything_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise ConfigError("SLURM", found="slurmctld is DOWN", expected="a controller that is up", hint="ask the site")
 
     monkeypatch.setattr(examination, "ask_torch", lambda: CPU)
+    monkeypatch.setattr(examination, "all_gpus", list)
     monkeypatch.setattr(control, "has_slurm", lambda: has_slurm)
     monkeypatch.setattr(control, "controller_words", fail)
     said: list[str] = []

@@ -78,7 +78,7 @@ def test_gpus_that_torch_can_use() -> None:
         (replace(CUDA, gpus=[], problem="CUDA driver version is insufficient"), None, "CUDA driver version is insufficient"),
         (replace(CUDA, gpus=[], cuda=None, nccl=None), None, "1, and torch was built without CUDA"),
         (replace(CUDA, gpus=[]), None, "1 by the driver, and torch's CUDA 13.0 sees none of them"),
-        (replace(CUDA, gpus=[]), "", "1 by the driver, and CUDA_VISIBLE_DEVICES= hides them"),
+        (replace(CUDA, gpus=[], problem="No CUDA GPUs are available"), "", "1 by the driver, and CUDA_VISIBLE_DEVICES= hides them"),
     ],
 )
 def test_gpus_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch, torch: TorchFacts, hidden: str | None, words: str) -> None:
@@ -90,6 +90,8 @@ def test_gpus_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch, torch: TorchFa
 
 
 def test_no_gpu_is_no_fault() -> None:
-    (finding,) = gpus([], replace(CUDA, gpus=[]))
-    assert finding.state is State.NOTE
+    """A build with CUDA says so as well where there is no driver, as on a login node."""
+    for problem in ("", "Found no NVIDIA driver on your system."):
+        (finding,) = gpus([], replace(CUDA, gpus=[], problem=problem))
+        assert finding.state is State.NOTE
     assert gpus([], "torch does not import") == []
