@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..model.adapters.targets import matrices
+from ..model.families import facts_of
 from ..model.spec import ModelSpec
 from ..parallel.sharding.matrix_plan import Shape, orthogonalise_flops, slowest_flops, spread_matrices
 from .plan_inputs import PlanInputs
@@ -81,13 +81,24 @@ def _live(shape: Shape, travels: bool) -> int:
 def _layers(spec: ModelSpec) -> list[Shape]:
     """Every matrix of the decoder layers but those of routed experts."""
     hidden, dense = spec.hidden_size, spec.num_layers - spec.expert_layers
-    attention = [(each.rows, each.columns) for each in matrices(spec) if ".self_attn." in f".{each.name}"]
-    shapes = attention * spec.num_layers + _feed_forward(hidden, spec.intermediate_size) * dense
+    shapes = _attention(spec) * spec.num_layers + _dense_feed_forward(spec) * dense
     if spec.experts is not None:
         router = [(spec.experts.num_experts, hidden)] * (spec.experts.num_experts > 1)
         shared = _feed_forward(hidden, spec.experts.shared_size) if spec.experts.shared_size else []
         shapes += (router + shared) * spec.expert_layers
     return shapes
+
+
+def _attention(spec: ModelSpec) -> list[Shape]:
+    """As the model has them: of a family that fuses queries, keys and values one matrix."""
+    hidden, queries, keys = spec.hidden_size, spec.query_size, spec.kv_size
+    inner = [(queries + 2 * keys, hidden)] if facts_of(spec.family).fused_qkv else [(queries, hidden), (keys, hidden), (keys, hidden)]
+    return [*inner, (hidden, queries)]
+
+
+def _dense_feed_forward(spec: ModelSpec) -> list[Shape]:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    return [(2 * inner, hidden), (hidden, inner)] if spec.fused_gate_up else _feed_forward(hidden, inner)
 
 
 def _feed_forward(hidden: int, inner: int) -> list[Shape]:

@@ -53,16 +53,18 @@ def check_node(config: Config, machine: Machine) -> None:
     else:
         _check_cores(config, machine)
         _check_memory(config, machine)
-    _check_engine(config)
+    _check_packages(config)
     _check_offload_dir(config)
     _check_profile(config, machine)
 
 
-def _check_engine(config: Config) -> None:
-    """ConfigError where the package of the configured engine is not here."""
+def _check_packages(config: Config) -> None:
+    """ConfigError where the package of the configured engine or optimizer is not here."""
+    from ..training.optimizers.algorithms import check_packages
     from ..training.optimizers.engine_check import check_package, engine_facts
 
     check_package(engine_facts(config), _version_of)
+    check_packages(config.optim, _version_of)
 
 
 def _version_of(package: str) -> str | None:

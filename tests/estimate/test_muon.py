@@ -54,7 +54,7 @@ def test_matrices_have_one_number_the_rest_two() -> None:
     assert muon_work(setting(Residency())).parameters == 0 and whole_matrices(setting(Residency())).num_bytes == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe", "gpt_oss", "dots1"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe", "gpt_oss", "dots1", "phi3", "glm4"])
 def test_the_count_is_that_of_the_model_itself(tmp_path: Path, family: str) -> None:
     folder = save_model(tmp_path, family)
     with torch.device("meta"):

@@ -8,7 +8,8 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
-from efflaunch.training.optimizers.algorithms import LIBRARY, REFUSED, algorithms, check_same_algorithm, num_betas
+from efflaunch.launcher.doctor.software import installed_version
+from efflaunch.training.optimizers.algorithms import LIBRARY, REFUSED, algorithms, check_packages, check_same_algorithm, num_betas
 from efflaunch.training.optimizers.check import describe
 from efflaunch.training.optimizers.config import OptimConfig
 
@@ -50,6 +51,36 @@ def test_what_cannot_be_is_refused(typed: list[str], where: str, message: str) -
     with pytest.raises(ConfigError, match=f"(?s){message}") as error:
         compose([*QUICK, *typed])
     assert error.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("typed", "package", "version"),
+    [
+        (["optim=library", "optim.algorithm=lion"], "pytorch-optimizer", "3.9.0"),
+        (["optim=library", "optim.algorithm=lion"], "pytorch-optimizer", None),
+        (["optim.state_dtype=8bit"], "torchao", None),
+    ],
+)
+def test_a_package_that_is_not_here_is_named_before_anything_starts(typed: list[str], package: str, version: str | None) -> None:
+    optim, asked = compose([*QUICK, *typed]).optim, []
+
+    def version_of(name: str) -> str | None:
+        asked.append(name)
+        return version
+
+    with pytest.raises(ConfigError, match=r"(?s)pip install 'efflaunch\[(optimizers|lowbit)\]', or optim=adamw"):
+        check_packages(optim, version_of)
+    assert asked == [package]
+    check_packages(optim, installed_version)
+    check_packages(compose([*QUICK, "optim=library", "optim.algorithm=nadam"]).optim, lambda name: None)
+
+
+def test_usual_betas_are_the_algorithms_own() -> None:
+    for algorithm, known in LIBRARY.items():
+        compose([*QUICK, "optim=library", f"optim.algorithm={algorithm}", f"optim.betas={known.betas}"])
+    with pytest.raises(ConfigError) as error:
+        compose([*QUICK, "optim=library", "optim.algorithm=ademamix"])
+    assert error.value.hint == "optim.betas=[0.9,0.999,0.9999]"
 
 
 def test_states_of_another_optimizer_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def alone(algorithm: str) -> dict[str, torch.Tensor]:
         state |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
         state.setdefault(f"{name}.step", torch.tensor(3.0))
     return state
+
+
+@pytest.mark.parametrize("algorithm", LIBRARY)
+def test_decay_is_decoupled_from_the_gradient(algorithm: str) -> None:
+    """As AdamW's: without a gradient a weight shrinks by the learning rate times the decay, and no moment sees it."""
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    model.weight.grad = torch.zeros(4, 4)
+    chosen = replace(config(algorithm), lr=0.01, weight_decay=0.1)
+    build_optimizer(model, chosen).step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((4, 4), 1 - 0.01 * 0.1), rtol=0, atol=2e-6)
 
 
 def check_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+from packaging.specifiers import SpecifierSet
 
 from ...errors import ConfigError
 from ...model.adapters.config import AdapterConfig
@@ -24,16 +26,27 @@ class LibraryAlgorithm:
     num_betas: int = 2
     has_eps: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What it is built with besides lr, betas, eps and weight decay."""
+    """What it is built with besides lr, betas, eps and weight decay, which is decoupled from the gradient in each."""
+    betas: str = "[0.9,0.95]"
+    """Usual ones, as typed."""
+
+    @property
+    def package(self) -> str | None:
+        """The package to install, as pip calls it; None: it comes with torch."""
+        return None if self.module.startswith("torch") else self.module.replace("_", "-")
 
 
+ONE_BY_ONE: Mapping[str, Any] = MappingProxyType({"foreach": False})
+"""No lists of whole groups: their temporaries would be as large as all weights together."""
 LIBRARY: Mapping[str, LibraryAlgorithm] = MappingProxyType(
     {
-        "lion": LibraryAlgorithm("pytorch_optimizer", "Lion", has_eps=False),
-        "adan": LibraryAlgorithm("pytorch_optimizer", "Adan", num_betas=3),
-        "ademamix": LibraryAlgorithm("pytorch_optimizer", "AdEMAMix", num_betas=3),
-        "nadam": LibraryAlgorithm("torch.optim", "NAdam", arguments={"decoupled_weight_decay": True}),
-        "radam": LibraryAlgorithm("torch.optim", "RAdam", arguments={"decoupled_weight_decay": True}),
+        "lion": LibraryAlgorithm("pytorch_optimizer", "Lion", has_eps=False, arguments=ONE_BY_ONE),
+        "adan": LibraryAlgorithm("pytorch_optimizer", "Adan", num_betas=3, arguments=ONE_BY_ONE, betas="[0.98,0.92,0.99]"),
+        "ademamix": LibraryAlgorithm(
+            "pytorch_optimizer", "AdEMAMix", num_betas=3, arguments={"weight_decouple": True, **ONE_BY_ONE}, betas="[0.9,0.999,0.9999]"
+        ),
+        "nadam": LibraryAlgorithm("torch.optim", "NAdam", arguments={"decoupled_weight_decay": True, **ONE_BY_ONE}),
+        "radam": LibraryAlgorithm("torch.optim", "RAdam", arguments={"decoupled_weight_decay": True, **ONE_BY_ONE}),
     }
 )
 """Lion (arXiv 2302.06675), Adan (2208.06677), AdEMAMix (2409.03137), NAdam and RAdam (1908.03265)."""
@@ -82,6 +95,27 @@ def check_algorithm(optim: OptimConfig, adapter: AdapterConfig) -> None:
         raise ConfigError(
             f"optim.{key}", found=f"{value} with optim.algorithm={algorithm}", expected=f"{only}: {reason}", hint=f"optim.{key}={only}"
         )
+
+
+def check_packages(optim: OptimConfig, version_of: Callable[[str], str | None]) -> None:
+    """Raise ConfigError where the package that an optimizer is taken from is not here. `version_of`: of what is installed, None if nothing.
+
+    Of another version the defaults may be others, and with them the update.
+    """
+    needed: list[tuple[str, str, str, str, str]] = []
+    if optim.algorithm in LIBRARY and (package := LIBRARY[optim.algorithm].package) is not None:
+        needed.append(("algorithm", optim.algorithm, package, ">=4.1,<5", "optimizers"))
+    if optim.state_dtype is not StateDtype.FLOAT32:
+        needed.append(("state_dtype", optim.state_dtype.value, "torchao", ">=0.18,<0.19", "lowbit"))
+    for key, value, package, wanted, extra in needed:
+        version = version_of(package)
+        if version is None or not SpecifierSet(wanted).contains(version, prereleases=True):
+            raise ConfigError(
+                f"optim.{key}",
+                found=f"{value} without {package}" if version is None else f"{value} with {package} {version}",
+                expected=f"{package}{wanted}, which it is taken from",
+                hint=f"pip install 'efflaunch[{extra}]', or optim=adamw",
+            )
 
 
 def check_same_algorithm(metadata: Mapping[str, Any], optim: OptimConfig, step: int) -> None:

@@ -6,7 +6,7 @@ import math
 
 from ...errors import ConfigError
 from ...utils.ranges import check_ranges
-from .algorithms import num_betas
+from .algorithms import LIBRARY, num_betas
 from .config import OptimConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -82,7 +82,7 @@ def _check_numbers(config: OptimConfig) -> None:
         raise _wrong("betas", str(config.betas), "two numbers from 0 to below 1", "optim.betas=[0.9,0.95]")
     if len(config.betas) != 3 and num_betas(config.algorithm) == 3:
         three = f"three numbers from 0 to below 1: optim.algorithm={config.algorithm} has as many"
-        raise _wrong("betas", str(config.betas), three, "optim.betas=[0.98,0.92,0.99]")
+        raise _wrong("betas", str(config.betas), three, f"optim.betas={LIBRARY[config.algorithm].betas}")
 
 
 def _wrong(key: str, actual: str, expected: str, hint: str) -> ConfigError:
