@@ -152,8 +152,8 @@ def _word(value: Any) -> str:
 
 def _data(config: Config, axes: Axes, tokens: int) -> list[str]:
     step = tokens * (axes.ranks // axes.stages // axes.group) * axes.micro_batches
-    words = ["data=stdlib", "data.prefixes=[]", "data.sources={}", "data.tokenizer=null", f"data.vocab_size={VOCABULARY}", f"data.max_seq_len={tokens}"]
-    words.append(f"data.global_batch_tokens={step}")
+    words = ["data=stdlib", "data.prefixes=[]", "data.sources={}", "data.tokenizer=null", f"data.vocab_size={VOCABULARY}"]
+    words += [f"data.max_seq_len={tokens}", f"data.global_batch_tokens={step}"]
     # Pairs and rewarded completions are no built-in corpus: whoever starts the miniature makes one.
     return words if config.train.objective is Objective.LANGUAGE_MODELLING else [*words, "data.builtin=null"]
 
@@ -173,7 +173,8 @@ def _parallel(config: Config, axes: Axes, tokens: int) -> list[str]:
 
 
 def _machine(config: Config, axes: Axes) -> list[str]:
-    words = ["cluster=local_cpu", "cluster.name=local_cpu", "cluster.device=cpu", "cluster.num_nodes=1", f"cluster.ranks_per_node={axes.ranks}"]
+    words = ["cluster=local_cpu", "cluster.name=local_cpu", "cluster.device=cpu", "cluster.num_nodes=1"]
+    words.append(f"cluster.ranks_per_node={axes.ranks}")
     words += ["cluster.device_memory_bytes=3GiB", f"cluster.host_memory_bytes={3 * axes.ranks}GiB", "launcher=local", "launcher.nodes=null"]
     if config.logging.wandb is WandbMode.ONLINE:
         words.append("logging.wandb=offline")

@@ -74,8 +74,9 @@ def test_streambp_holds_no_more_than_the_released_one(bytes_per_token: dict[str,
     assert bytes_per_token["streambp"] <= slope("streambp_released")
 
 
-def test_auto_holds_a_third_of_alst(bytes_per_token: dict[str, float]) -> None:
-    assert 3 * bytes_per_token["auto"] <= slope("deepspeed_alst")
+def test_auto_holds_half_of_alst(bytes_per_token: dict[str, float]) -> None:
+    """At this width, where the logits weigh little; a sixth at Llama 8B's (docs/benchmarks.md)."""
+    assert 2 * bytes_per_token["auto"] <= slope("deepspeed_alst")
 
 
 def test_layer_inputs_on_the_host_are_counted_there_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_an_option_with_a_shipped_name_wins(tmp_path: Path) -> None:
     assert made(*BARE).optim.lr == 0.25 and compose(BARE).optim.lr != 0.25
     assert made(*BARE, "+experiment=quickstart").optim.lr == 0.125
     assert compose_group("optim", "adamw", folder)["lr"] == 0.25
-    assert "adamw  Mine." in train_help("", folder)
+    assert re.search(r"^ +adamw +Mine\.", train_help("", folder), re.MULTILINE)
 
 
 def test_a_shipped_option_is_not_extended_under_its_own_name(tmp_path: Path) -> None:

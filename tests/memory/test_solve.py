@@ -229,7 +229,8 @@ def test_prices_are_kept_by_the_machine_they_speak_of(device, host, changes, kin
     for price in report.prices:
         repeated = resized(ledger, price.change).report
         assert repeated is not None and price.saved_share >= PREFERENCE
-        assert report.step_s - repeated.step_s == pytest.approx(price.saved_s, abs=PREFERENCE / 2 * report.step_s)
+        # Either plan may be PREFERENCE slower than the fastest, for room that it leaves; the price is of the fastest.
+        assert report.step_s - repeated.step_s == pytest.approx(price.saved_s, abs=1.5 * PREFERENCE * report.step_s)
         assert price.saved_share == pytest.approx(price.saved_s / report.step_s)
         assert str(price) == f"{price.change} would save {100 * price.saved_share:.1f} % of the step"
         assert (price.slope_s is None) == ("link" in price.change)

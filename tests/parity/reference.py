@@ -248,7 +248,7 @@ def _router_loss(parts, balance, z):
 def lift_to_float64() -> None:
     """Hugging Face computes norms, rotary tables and eager softmax in float32 even in float64 models; here they use the input's dtype.
 
-    Both sides of a float64 comparison call this, so its bound can be 1e-10. Idempotent.
+    Both sides of a float64 comparison call this, so its bound can be 1e-10. Idempotent; nothing changes for other dtypes.
     """
     import importlib
 
@@ -256,11 +256,11 @@ def lift_to_float64() -> None:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name, kind in vars(module).items():
             if isinstance(kind, type) and name.endswith("RMSNorm"):
-                kind.forward = _gemma_norm if family.startswith("gemma") else _norm
+                kind.forward = _wide_only(_gemma_norm if family.startswith("gemma") else _norm, kind.forward)
             if isinstance(kind, type) and name.endswith("RotaryEmbedding"):
                 kind.forward = _rotary_forward(kind.forward, copies=1 if family == "gpt_oss" else 2, neighbours=family == "cohere2")
             if isinstance(kind, type) and name == "Cohere2LayerNorm":
-                kind.forward = _layer_norm
+                kind.forward = _wide_only(_layer_norm, kind.forward)
             # gpt-oss weighs in the precision of its logits.
             if isinstance(kind, type) and name.endswith("TopKRouter") and family != "gpt_oss":
                 kind.forward = _wide_only(_router, kind.forward)
@@ -299,7 +299,7 @@ def _router(self, hidden_states):
 
 
 def _wide_only(wide, forward):
-    """Lifts a router for float64 alone: in others tests compare with transformers' own bits and order."""
+    """Lifts a module for float64 alone: in others tests compare with transformers' own bits, order and number of launches."""
     if getattr(forward, "is_lifted", False):
         return forward
 
