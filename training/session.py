@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -117,10 +118,11 @@ def _join_ranks(cluster: ClusterConfig, timeout: timedelta) -> torch.device:
             log.warning("this C library keeps freed blocks: resident memory may pass the memory certificate")
         dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
+    device = torch.device("cuda", int(os.environ["RANK"]) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
-    bind_to_gpu(device)
+    # First: threads of the process group have the cores of the one that starts them.
+    bind_to_gpu(device, cluster.ranks_per_node)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     return device
 
 
@@ -144,7 +146,7 @@ def build_session(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
     kernel = rank_kernel(config, layout, device)
-    # First: what communicators take of a GPU is taken when the ledger asks for its memory.
+    # First, so that communicators take their memory before the model does. The ledger assumes how much: it asks a GPU for its total.
     topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
     prove_model(config.model, run_dir, on_progress)
