@@ -111,21 +111,38 @@ def run_all(
             continue
         started = clock()
         result = run(name, min(LIMITS_S[name], left_s))
-        row = {"section": name, "seconds": round(clock() - started, 1), **result, "machine": machine()}
-        with file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+        row = {"section": name, "seconds": round(clock() - started, 1), **result}
+        _append(file, row | machine())
         rows.append(row)
-        print(f"{name}: {json.dumps({key: value for key, value in row.items() if key not in ('section', 'machine')})}", flush=True)
+        print(f"{name}: {json.dumps({key: value for key, value in row.items() if key != 'section'})}", flush=True)
     return [row for row in rows if row["section"] in names]
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Rows of an earlier call; a line that was cut off does not count."""
-    rows = []
-    for line in file.read_text().splitlines(keepends=True) if file.exists() else []:
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    """Rows of an earlier call; lines that were cut off do not count, and how many is said."""
+    rows: list[Row] = []
+    lost = 0
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            lost += 1
+        else:
+            rows.append(row)
+    if lost:
+        print(f"{file}: {lost} line(s) that were cut off are left out", file=sys.stderr, flush=True)
     return rows
+
+
+def _append(file: Path, row: Row) -> None:
+    """Add a line, behind one that was cut off too."""
+    with file.open("a+b") as lines:
+        lines.seek(0, os.SEEK_END)
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            if lines.read(1) != b"\n":
+                lines.write(b"\n")
+        lines.write(json.dumps(row).encode() + b"\n")
 
 
 def _apart(options: argparse.Namespace, name: str, left_s: float) -> Row:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..errors import ConfigError
 from ..model.families.rope import rotary_tables
 from ..parallel.sequence.attention import AttentionSpec, BlockKernel, MaskedKernel, attention_backward, attention_forward
-from ..parallel.sequence.blocks import Block, Blocks, attention_blocks
-from ..parallel.sequence.kernels import block_kernel
+from ..parallel.sequence.blocks import Block, Calls, Documents, attention_blocks, join_documents
+from ..parallel.sequence.kernel_choice import FACTS, AttentionCase, KernelChoice, choose_kernel
+from ..parallel.sequence.kernels import block_kernel, installed_on
 from ..parallel.sequence.layout import group_layout
 from .gpu_section import Row, Scale
 
@@ -25,14 +28,25 @@ TOLERANCE = 0.02
 """Relative error of a bfloat16 block against float64; rounding alone gives about 0.004."""
 
 
-def kernels_for(device: torch.device) -> dict[str, BlockKernel]:
-    """Every kernel that can be had here, by name; the first is the one that runs use."""
-    found: dict[str, BlockKernel] = {type(block_kernel(device)).__name__: block_kernel(device)}
-    if device.type == "cuda":
-        from ..parallel.sequence.flash import TorchFlashKernel
+FAILURES = (RuntimeError, ImportError, TypeError, ValueError, AttributeError, ConfigError)
+"""What a library may raise where it is called as it does not like."""
 
-        found.setdefault("TorchFlashKernel", TorchFlashKernel())
-    return found
+
+def kernels_for(device: torch.device, case: AttentionCase) -> Iterator[tuple[str, BlockKernel | str]]:
+    """Every kernel there is by name, from the fastest, or why it cannot be had for `case`.
+
+    Each is put in place when it is taken and to be used before the next: torch's registry has one at a time.
+    """
+    if device.type == "cpu":
+        yield "cpu", block_kernel(device)
+        return
+    installed = installed_on(device)
+    for asked in FACTS:
+        try:
+            kernel: BlockKernel | str = block_kernel(device, choose_kernel(asked, case, installed))
+        except ConfigError as error:
+            kernel = error.found
+        yield asked.value, kernel
 
 
 def rope(scale: Scale) -> Row:
@@ -68,26 +82,53 @@ SHAPES = (
     (1, 1, True, None),
 )  # fmt: skip
 """Rows, keys, causal, window of each kind of block there is."""
+LENGTHS = (300, 10, 1, 689)
+"""Rows of documents that are joined in one call."""
+WINDOWS = (None, 128)
+"""Windows of joined documents."""
 
 
 def attention(scale: Scale) -> Row:
-    """The worst relative error of o, lse and gradients of every kernel, head dim and kind of block against float64."""
+    """The worst relative error of o, lse and gradients of every kernel, head dim and kind of call against float64; what was refused."""
     device, dtype = torch.device(scale.device), torch.float32 if scale.device == "cpu" else torch.bfloat16
     worst: dict[str, float] = {}
-    for name, kernel in kernels_for(device).items():
-        for dim in (16,) if scale.tiny else (64, 128, 256):
-            for rows, keys, causal, window in SHAPES:
-                shape = (max(1, rows // 10), max(1, keys // 10)) if scale.tiny else (rows, keys)
-                seen = window // 10 if window and scale.tiny else window
-                spec = AttentionSpec(8, 2, dim, dim**-0.5, window=seen)
-                offset = 0 if causal else shape[1]
-                block = Block(0, shape[0], 0, shape[1], offset, causal, seen is not None)
-                inputs = _inputs(*shape, (8, 2), dim, device, dtype)
-                worst[f"{name}, dim {dim}, {shape[0]}x{shape[1]}, causal {causal}, window {seen}"] = _error(kernel, inputs, block, spec)
-    return {"worst": worst, "ok": max(worst.values()) < TOLERANCE}
+    refused: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for dim in (16,) if scale.tiny else (64, 128, 256):
+        for call, window in _calls(scale):
+            spec, rows, keys = AttentionSpec(8, 2, dim, dim**-0.5, window=window), call.q_stop, call.k_stop
+            case = AttentionCase(str(dtype).removeprefix("torch."), dim, 8, rows, windows=window is not None)
+            inputs = _inputs(rows, keys, (8, 2), dim, device, dtype)
+            for name, kernel in kernels_for(device, case):
+                where = f"{name}, dim {dim}, {_in_words(call)}, window {window}"
+                if isinstance(kernel, str):
+                    refused[where] = kernel
+                    continue
+                try:
+                    worst[where] = _error(kernel, inputs, call, spec)
+                except FAILURES as error:
+                    failed[where] = f"{type(error).__name__}: {error}"[:300]
+    return {"worst": worst, "refused": refused, "failed": failed, "ok": not failed and max(worst.values(), default=1.0) < TOLERANCE}
 
 
-def _error(kernel: BlockKernel, inputs: QKVD, block: Block, spec: AttentionSpec) -> float:
+def _calls(scale: Scale) -> Iterator[tuple[Block | Documents, int | None]]:
+    """Every kind of call with its window; a tenth of the rows where `scale` is tiny."""
+    part = scale.pick(1, 10)
+    for rows, keys, causal, window in SHAPES:
+        shape, seen = (max(1, rows // part), max(1, keys // part)), window // part if window else None
+        yield Block(0, shape[0], 0, shape[1], 0 if causal else shape[1], causal, seen is not None), seen
+    cuts = (0, *accumulate(max(1, length // part) for length in LENGTHS))
+    for window in WINDOWS:
+        yield Documents(0, 0, cuts, window is not None), window // part if window else None
+
+
+def _in_words(call: Block | Documents) -> str:
+    if isinstance(call, Documents):
+        return f"{call.count} documents of {call.q_stop}"
+    return f"{call.q_stop}x{call.k_stop}, causal {call.causal}"
+
+
+def _error(kernel: BlockKernel, inputs: QKVD, block: Block | Documents, spec: AttentionSpec) -> float:
     """The largest error relative to the norm of o, lse, dq, dk and dv."""
     ours, exact = _both_ways(kernel, inputs, block, spec), _both_ways(MaskedKernel(), _wide(inputs), block, spec)
     pairs = [(a.double(), b.double()) for a, b in zip(ours, exact, strict=True)]
@@ -101,8 +142,11 @@ def _wide(inputs: QKVD) -> QKVD:
     return q, k, v, do
 
 
-def _both_ways(kernel: BlockKernel, inputs: QKVD, block: Block, spec: AttentionSpec) -> tuple[Tensor, ...]:
+def _both_ways(kernel: BlockKernel, inputs: QKVD, block: Block | Documents, spec: AttentionSpec) -> tuple[Tensor, ...]:
     q, k, v, do = inputs
+    if isinstance(block, Documents):
+        o, lse = kernel.forward_documents(q, k, v, block, spec)
+        return o, lse, *kernel.backward_documents(do, q, k, v, o, lse, block, spec)
     o, lse = kernel.forward(q, k, v, block, spec)
     return o, lse, *kernel.backward(do, q, k, v, o, lse, block, spec)
 
@@ -111,7 +155,8 @@ def int32(scale: Scale) -> Row:
     """A backward block with rows x heads x dim beyond 2^31: equal rows at both ends have equal gradients (FlashAttention 2.7 fails)."""
     device, part = torch.device(scale.device), scale.pick(4096, 8)
     repeats, dtype = scale.pick((1 << 19) // 4096 + 1, 3), torch.float32 if scale.device == "cpu" else torch.bfloat16
-    kernel, spec = block_kernel(device), AttentionSpec(32, 8, 128, 128**-0.5)
+    # torch's own, of whose copy it is not known.
+    kernel, spec = block_kernel(device, KernelChoice("sdpa", "")), AttentionSpec(32, 8, 128, 128**-0.5)
     q, k, v, _ = _inputs(part, 128, (32, 8), 128, device, dtype)
     q = q.repeat(repeats, 1, 1)
     block = Block(0, len(q), 0, 128, 128, False, False)
@@ -125,16 +170,25 @@ def speed(scale: Scale) -> Row:
     """TFLOP/s of causal attention by kernel: forward, and backward as 2.5 times the forward's work."""
     device, dtype = torch.device(scale.device), torch.float32 if scale.device == "cpu" else torch.bfloat16
     figures: Row = {}
+    missing: dict[str, str] = {}
     for rows, heads in ((scale.pick(65536, 64), (4, 1)), (scale.pick(32768, 64), (32, 8))):
         spec, block = AttentionSpec(*heads, 128, 128**-0.5), Block(0, rows, 0, rows, 0, True, False)
         q, k, v, do = _inputs(rows, rows, heads, 128, device, dtype)
         flops = 2.0 * rows * rows * 128 * heads[0]
-        for name, kernel in kernels_for(device).items():
-            o, lse = kernel.forward(q, k, v, block, spec)
-            ahead = _seconds(partial(kernel.forward, q, k, v, block, spec), device)
-            back = _seconds(partial(kernel.backward, do, q, k, v, o, lse, block, spec), device)
-            figures[f"{name} {rows}x{heads[0]}"] = {"forward": flops / ahead / 1e12, "backward": 2.5 * flops / back / 1e12}
-    return {"tflops": figures}
+        for name, kernel in kernels_for(device, AttentionCase(str(dtype).removeprefix("torch."), 128, heads[0], rows)):
+            where = f"{name} {rows}x{heads[0]}"
+            if isinstance(kernel, str):
+                missing[where] = kernel
+                continue
+            try:
+                o, lse = kernel.forward(q, k, v, block, spec)
+                ahead = _seconds(partial(kernel.forward, q, k, v, block, spec), device)
+                back = _seconds(partial(kernel.backward, do, q, k, v, o, lse, block, spec), device)
+            except FAILURES as error:
+                missing[where] = f"{type(error).__name__}: {error}"[:300]
+            else:
+                figures[where] = {"forward": flops / ahead / 1e12, "backward": 2.5 * flops / back / 1e12}
+    return {"tflops": figures, "missing": missing}
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -157,7 +211,7 @@ def packs(scale: Scale) -> Row:
         # One document is as long as an eighth of a pack: the whole would take longer than all others.
         length = total // count if count > 1 else total // 8
         layout = group_layout((length,) * count, ulysses=1, ring=1)
-        blocks = attention_blocks(layout.ring_slices[0], layout.ring_slices[0])
+        blocks = join_documents(attention_blocks(layout.ring_slices[0], layout.ring_slices[0]), pads=kernel.pads)
         both = partial(_all_blocks, _inputs(length * count, length * count, (4, 1), 128, device, dtype), blocks, spec, kernel)
         both()
         _wait(device)
@@ -169,7 +223,7 @@ def packs(scale: Scale) -> Row:
     return {"packs": found}
 
 
-def _all_blocks(inputs: QKVD, blocks: Blocks, spec: AttentionSpec, kernel: BlockKernel) -> None:
+def _all_blocks(inputs: QKVD, blocks: Calls, spec: AttentionSpec, kernel: BlockKernel) -> None:
     q, k, v, do = inputs
     o, lse = attention_forward(q, k, v, blocks, spec, kernel)
     attention_backward(do, q, k, v, o, lse, blocks, spec, kernel)

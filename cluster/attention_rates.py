@@ -7,7 +7,7 @@ mask is causal, and 2.5 times as many backward. Head dim 128 and long sequences;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Protocol
@@ -77,6 +77,8 @@ RATES: Mapping[str, Mapping[RatedKernel, AttentionRate]] = MappingProxyType(
     }
 )
 """By kind of GPU (cluster.gpu) and kernel."""
+CAPABILITIES: Mapping[str, tuple[int, int]] = MappingProxyType({"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)})
+"""CUDA compute capability by kind of GPU, which decides the kernels it runs."""
 
 
 def check_gpu(gpu: str | None, *, has_own_rate: bool) -> None:
@@ -90,21 +92,21 @@ def check_gpu(gpu: str | None, *, has_own_rate: bool) -> None:
         raise ConfigError("cluster.gpu", found=repr(gpu), expected=f"one of {kinds}, whose rates are published", hint=hint)
 
 
-def estimated_kernel(cluster: Processor, asked: str = "auto") -> RatedKernel:
-    """The kernel that estimates are made for: `asked`, or with `auto` the fastest that torch alone has on such a GPU."""
-    if asked != "auto":
-        return RatedKernel(asked)
-    return RatedKernel.CUDNN if RatedKernel.CUDNN in RATES.get(cluster.gpu or "", {}) else RatedKernel.SDPA
+def attention_rate(cluster: Processor, kernel: RatedKernel, *, or_nearest: bool = False) -> AttentionRate:
+    """FLOP/s of one rank in attention with `kernel`. ConfigError where nothing is published of the kernel on this kind of GPU.
 
-
-def attention_rate(cluster: Processor, kernel: RatedKernel) -> AttentionRate:
-    """FLOP/s of one rank in attention with `kernel`. ConfigError where nothing is published of the kernel on this kind of GPU."""
+    `or_nearest`: the slowest that is published instead, and the source says so.
+    """
     if cluster.attention_efficiency is not None:
         rate = cluster.peak_flops * cluster.attention_efficiency
         return AttentionRate(rate, rate, "cluster.attention_efficiency")
     rates = RATES[cluster.gpu or ""]
     same = RatedKernel.FA2 if kernel is RatedKernel.SDPA else kernel
     found = rates.get(same)
+    if found is None and or_nearest:
+        nearest = min(rates, key=lambda name: rates[name].both)
+        source = f"{nearest.value}'s, nothing is published of {kernel.value} on {cluster.gpu}; {rates[nearest].source}"
+        return replace(rates[nearest], source=source)
     if found is None:
         known = f"a kernel with published rates: {', '.join(sorted(each.value for each in rates))}"
         hint = "cluster.attention_efficiency=0.4, as measured or assumed"

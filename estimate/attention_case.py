@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ..parallel.config import ParallelConfig
+from ..cluster.attention_rates import CAPABILITIES, RatedKernel
+from ..errors import ConfigError
+from ..parallel.config import AttentionKernel, ParallelConfig
 from ..parallel.layout import Layout
 from ..parallel.sequence.kernel_choice import AttentionCase, Installed, KernelChoice, choose_kernel
 
@@ -30,3 +33,24 @@ def attention_kernel(
 ) -> KernelChoice:
     """The kernel that parallel.attention_kernel comes to where this is installed (None: on the CPU); ConfigError where none can."""
     return choose_kernel(parallel.attention_kernel, attention_case(spec, layout, dtype=dtype, max_seq_len=max_seq_len), installed)
+
+
+_LEAST_CAPABILITY = (8, 0)
+"""Of a GPU nobody has named: every kernel it runs runs on the others too."""
+
+
+@lru_cache(maxsize=64)  # asked for by terms of every policy the solver looks at
+def estimated_kernel(asked: AttentionKernel, case: AttentionCase, gpu: str | None) -> RatedKernel:
+    """The kernel that estimates are made for: `asked`, or with `auto` what a run takes on `gpu` (cluster.gpu) with torch alone.
+
+    A softcap takes flash-attn, which nothing else has. What no kernel of half precision can do is estimated as torch's.
+    """
+    if asked is not AttentionKernel.AUTO:
+        return RatedKernel(asked.value)
+    versions = {RatedKernel.FA2.value: "2.8"} if case.softcap else {}
+    try:
+        choice = choose_kernel(asked, case, Installed(versions, CAPABILITIES.get(gpu or "", _LEAST_CAPABILITY)))
+    except ConfigError:  # that no kernel can do it is said where kernels are looked for
+        return RatedKernel.SDPA
+    known = {kernel.value: kernel for kernel in RatedKernel}
+    return known.get(choice.kernel, RatedKernel.SDPA)

@@ -115,14 +115,17 @@ def _largest_unplanned(ledger: Ledger, numbers: Numbers, planned: int) -> tuple[
 
 
 def usable_bytes(ledger: Ledger, numbers: Numbers, planned: int) -> int:
-    """The cluster.device_memory_bytes for which the ledger would have foreseen this end, less a margin; whole MiB."""
+    """The cluster.device_memory_bytes for which the ledger would have foreseen this end, less a margin; whole MiB.
+
+    What a plan may take is cluster.reserve less than that, so the size is as much larger.
+    """
     capacity = ledger.device.capacity_bytes
     unseen = sum(term.num_bytes for term in ledger.device.terms if term.name in OUTSIDE)
     over = max(0, numbers.active + numbers.requested - planned)
     room = min(capacity, numbers.active + numbers.requested + unseen)
     # A device for which the present plan fits would not change anything.
     least = min(room, capacity - over, ledger.device.peak_bytes - max(MIB, numbers.requested))
-    return max(MIB, int(least * (1.0 - _MARGIN)) // MIB * MIB)
+    return max(MIB, int(least * (1.0 - _MARGIN) / (1.0 - ledger.asked.cluster.reserve)) // MIB * MIB)
 
 
 def _cure(ledger: Ledger, cluster: ClusterConfig, limit: str, resume: str) -> str:

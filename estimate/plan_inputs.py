@@ -8,16 +8,17 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..cluster.attention_rates import AttentionRate, RatedKernel, attention_rate, estimated_kernel
+from ..cluster.attention_rates import AttentionRate, RatedKernel, attention_rate
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
 from ..model.adapters.config import NO_ADAPTER, AdapterConfig
 from ..model.adapters.targets import quantized, targets, trained_numbers
 from ..model.spec import LayerParameters, expert_weights, layer_parameters, model_spec, num_parameters
-from ..parallel.config import GradReduce, ParallelConfig, SequenceMode
+from ..parallel.config import AttentionKernel, GradReduce, ParallelConfig, SequenceMode
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.sharding.config import TORCH, Backend, EngineConfig
+from .attention_case import attention_case, estimated_kernel
 from .optimizer_residency import ON_DEVICE, Residency, residency_of
 
 if TYPE_CHECKING:  # plans are shared, runtimes and the launcher are not
@@ -392,12 +393,15 @@ class PlanInputs:
     @property
     def attention_kernel(self) -> RatedKernel:
         """The kernel that time and memory are estimated for."""
-        return estimated_kernel(self.cluster, self.parallel.attention_kernel.value)
+        dtype, length = self.train.dtype.value, self.data.max_seq_len
+        case = attention_case(self.whole or self.spec, self.layout, dtype=dtype, max_seq_len=length)
+        return estimated_kernel(self.parallel.attention_kernel, case, self.cluster.gpu)
 
     @property
     def attention_rate(self) -> AttentionRate:
         """FLOP/s of one rank in that kernel, forward and backward."""
-        return attention_rate(self.cluster, self.attention_kernel)
+        is_open = self.parallel.attention_kernel is AttentionKernel.AUTO
+        return attention_rate(self.cluster, self.attention_kernel, or_nearest=is_open)
 
     @property
     def on_gpu(self) -> bool:

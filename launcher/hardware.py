@@ -49,7 +49,12 @@ def all_gpus() -> list[Gpu]:
 
 def _by_nvml(pynvml: Any, handle: Any) -> Gpu:
     """One GPU, with its slices where it is in MIG mode, or a slice."""
-    memory, name, uuid = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except pynvml.NVMLError:  # a card that shares the host's memory, or one this user may not ask about
+        total, free = 0, None
     try:
         in_mig_mode = bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
     except pynvml.NVMLError:  # a GPU without MIG, or a slice
@@ -60,7 +65,7 @@ def _by_nvml(pynvml: Any, handle: Any) -> Gpu:
             slices.append(_by_nvml(pynvml, pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
         except pynvml.NVMLError:  # no slice has this number
             continue
-    return Gpu(_text(name), int(memory.total), int(memory.free), _text(uuid), tuple(slices), in_mig_mode)
+    return Gpu(_text(name), total, free, _text(uuid), tuple(slices), in_mig_mode)
 
 
 def _text(value: str | bytes) -> str:
@@ -76,8 +81,16 @@ def _gpus_by_smi() -> list[Gpu]:
     gpus = []
     for (name, total, free, uuid, _), in_mig_mode in zip(rows, modes, strict=True):
         own = slices.get(uuid.strip(), ())
-        gpus.append(Gpu(name.strip(), int(float(total)) << 20, int(float(free)) << 20, uuid.strip(), own, in_mig_mode))
+        gpus.append(Gpu(name.strip(), _mib(total) or 0, _mib(free), uuid.strip(), own, in_mig_mode))
     return gpus
+
+
+def _mib(figure: str) -> int | None:
+    """Bytes of a figure of nvidia-smi; None where it says `[N/A]` or why there is none."""
+    try:
+        return int(float(figure)) << 20
+    except ValueError:
+        return None
 
 
 def _smi(*options: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+from ..cluster.attention_rates import CAPABILITIES
 from ..cluster.config import Device
 from ..errors import ConfigError, UserError
 from ..estimate.attention_case import attention_kernel
@@ -75,12 +76,11 @@ def _version_of(package: str) -> str | None:
 
 
 def kernel_here(config: Config) -> KernelChoice:
-    """The attention kernel of a run with what this Python has, whatever its GPUs are; ConfigError where none can do it."""
+    """The attention kernel of a run with what this Python has, on GPUs as cluster.gpu says; ConfigError where none can do it."""
     spec, length = model_spec(config.model), config.data.max_seq_len
-    layout = solve_layout(
-        config.parallel, config.cluster, spec, max_seq_len=length, global_batch_tokens=config.data.global_batch_tokens
-    )
-    installed = Installed(installed_versions()) if config.cluster.device is Device.CUDA else None
+    layout = solve_layout(config.parallel, config.cluster, spec, max_seq_len=length, global_batch_tokens=config.data.global_batch_tokens)
+    on_gpu, capability = config.cluster.device is Device.CUDA, CAPABILITIES.get(config.cluster.gpu or "")
+    installed = Installed(installed_versions(), capability) if on_gpu else None
     return attention_kernel(spec, layout, config.parallel, installed, dtype=config.train.dtype.value, max_seq_len=length)
 
 
@@ -126,10 +126,10 @@ def check_free(config: Config, machine: Machine) -> None:
     free = [gpu for gpu in machine.gpus if gpu.free_bytes is None or gpu.free_bytes >= _IN_USE * gpu.memory_bytes]
     if config.cluster.device is Device.CPU or len(free) >= config.cluster.ranks_per_node:
         return
-    least = min(gpu.free_bytes for gpu in machine.gpus if gpu.free_bytes is not None)
-    shortfall = f"{len(free)} free; one of the others has {format_bytes(least)} left: another process is on it"
+    least = min((gpu.free_bytes for gpu in machine.gpus if gpu.free_bytes is not None), default=None)
+    others = "" if least is None else f"; one of the others has {format_bytes(least)} left: another process is on it"
     expected = f"{config.cluster.ranks_per_node} with nothing on them"
-    raise MachineError("GPUs", found=shortfall, expected=expected, hint="nvidia-smi names it")
+    raise MachineError("GPUs", found=f"{len(free)} free{others}", expected=expected, hint="nvidia-smi names it")
 
 
 def _gpus_in_words(machine: Machine) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from ..checkpoint.engine import CheckpointEngine, SaveReport
 from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
-from ..estimate.attention_case import attention_kernel
+from ..estimate.attention_case import attention_case
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.stages import gpipe_in_flight
@@ -34,8 +35,7 @@ from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
-from ..parallel.sequence.kernel_choice import KernelChoice
-from ..parallel.sequence.kernels import block_kernel, installed_on
+from ..parallel.sequence.kernels import kernel_for
 from ..parallel.topology import Topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
 from ..utils.orderly_end import closed_in_order
@@ -118,10 +118,11 @@ def _join_ranks(cluster: ClusterConfig, timeout: timedelta) -> torch.device:
             log.warning("this C library keeps freed blocks: resident memory may pass the memory certificate")
         dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    device = torch.device("cuda", dist.get_rank(whole_world()) % cluster.ranks_per_node)
+    device = torch.device("cuda", int(os.environ["RANK"]) % cluster.ranks_per_node)
     torch.cuda.set_device(device)
-    bind_to_gpu(device)
+    # First: threads of the process group have the cores of the one that starts them.
+    bind_to_gpu(device, cluster.ranks_per_node)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     return device
 
 
@@ -144,8 +145,8 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    kernel = _kernel(config, spec, layout, device)
-    # First: what communicators take of a GPU is taken when the ledger asks for its memory.
+    kernel = rank_kernel(config, layout, device)
+    # First, so that communicators take their memory before the model does. The ledger assumes how much: it asks a GPU for its total.
     topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
     prove_model(config.model, run_dir, on_progress)
@@ -183,12 +184,12 @@ def build_session(
     )
 
 
-def _kernel(config: RunSettings, spec: ModelSpec, layout: Layout, device: torch.device) -> KernelChoice:
-    """The attention kernel of this rank, said by rank 0; ConfigError where none that is installed can do the case."""
-    dtype, length = config.train.dtype.value, config.data.max_seq_len
-    kernel = attention_kernel(spec, layout, config.parallel, installed_on(device), dtype=dtype, max_seq_len=length)
+def rank_kernel(config: RunSettings, layout: Layout, device: torch.device) -> BlockKernel:
+    """The attention kernel of this rank, said by rank 0; ConfigError where none that is installed can do what the configuration asks."""
+    case = attention_case(model_spec(config.model), layout, dtype=config.train.dtype.value, max_seq_len=config.data.max_seq_len)
+    kernel, choice = kernel_for(config.parallel.attention_kernel, case, device)
     if device.type == "cuda" and dist.get_rank(whole_world()) == 0:
-        log.info("attention kernel: %s", kernel)
+        log.info("attention kernel: %s", choice)
     return kernel
 
 
@@ -199,15 +200,13 @@ def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:
     return StagePlace(ledger.stages[topology.stage_index].layers, topology.stage_index, topology.pipeline)
 
 
-def step_setup(
-    model: PreTrainedModel, topology: Topology, inputs: PlanInputs, device: torch.device, kernel: KernelChoice | None = None
-) -> StepSetup:
+def step_setup(model: PreTrainedModel, topology: Topology, inputs: PlanInputs, device: torch.device, kernel: BlockKernel) -> StepSetup:
     """The setup of the rank's steps by the ledger's own inputs, in which nothing is left open."""
     parallel = inputs.parallel
     return StepSetup(
         model=model,
         topology=topology,
-        kernel=block_kernel(device, kernel),
+        kernel=kernel,
         device=device,
         reduce_each=parallel.grad_reduce is not GradReduce.STEP,
         barrier_free=parallel.barrier_free,

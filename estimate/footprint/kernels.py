@@ -14,7 +14,6 @@ from .term import Phase, Term
 
 _HEADS_OF_THEIR_OWN = (RatedKernel.FA3, RatedKernel.FA4)
 """Kernels that sum the gradients of shared keys and values in place, in float32; the others write them for every query head first."""
-_WITH_SOFTCAP = (RatedKernel.FA2, RatedKernel.FA3, RatedKernel.FA4)
 
 
 def loss_chunk(inputs: PlanInputs) -> Term:
@@ -69,15 +68,13 @@ def masked_scores(inputs: PlanInputs) -> Term:
 
 
 def _is_masked(inputs: PlanInputs) -> bool:
-    """Whether some block of attention has a mask, a softcap or a precision that the device's kernel lacks."""
-    softcap, windows = inputs.spec.has_score_softcap, any(window is not None for window in inputs.spec.windows)
-    if not inputs.on_gpu:
-        return softcap or windows
-    if inputs.width != 2:
-        return True
-    # A window's edge goes through blocks off the diagonal where queries or keys come in pieces.
-    edges = windows and (inputs.by_chunks or inputs.layout.ring > 1)
-    return edges or (softcap and inputs.attention_kernel not in _WITH_SOFTCAP)
+    """Whether some block of attention has a mask, a softcap or a precision that the device's kernel lacks.
+
+    On GPUs only precisions: their kernels have windows in every block, and one without a softcap is refused where one is asked for.
+    """
+    if inputs.on_gpu:
+        return inputs.width != 2
+    return inputs.spec.has_score_softcap or any(window is not None for window in inputs.spec.windows)
 
 
 def attention_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:

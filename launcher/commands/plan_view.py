@@ -157,8 +157,8 @@ def _certificate_lines(ledger: Ledger) -> list[str]:
 
 
 def _spare(device: Account) -> str:
-    """A fit, and by how much; a narrow one is called so."""
-    spare = device.capacity_bytes - device.peak_bytes
+    """A fit, and by how much beside the reserve; a narrow one is called so."""
+    spare = device.usable_bytes - device.peak_bytes
     if spare < NARROW * device.capacity_bytes:
         return f"[bold yellow]fits[/bold yellow], only just: {spare / MIB:,.0f} MiB to spare on each {device.name}"
     return f"[bold green]fits[/bold green]: {_gib(spare)} GiB to spare on each {device.name}"

@@ -62,9 +62,10 @@ def current_data(data: Any, where: str) -> Any:
         result["model"] = {**model, "tie_embeddings": None}
     cluster = result.get("cluster")
     if isinstance(cluster, Mapping) and "efficiency" in cluster:
-        # Runs of before took one share for products and attention.
+        # Runs of before took one share for products and attention, and planned into all of a device.
         both = {"gemm_efficiency": cluster["efficiency"], "attention_efficiency": cluster["efficiency"]}
         result["cluster"] = {key: value for key, value in cluster.items() if key != "efficiency"} | both
+        result["cluster"].setdefault("reserve", 0.0)
     for old in RENAMED:
         group, name = old.split(".")
         values = result.get(group)

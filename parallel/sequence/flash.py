@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from .attention import AttentionSpec, MaskedKernel, accumulation_dtype
 from .blocks import Block, Documents
 from .head_parts import ROWS_OF_TILE, head_parts, heads_of_call
+from .kernel_choice import KEY
 
 HALF = (torch.bfloat16, torch.float16)
 CUDNN_LEAST_ROWS = 64
@@ -77,6 +79,7 @@ class FlashKernel(ABC):
     """
 
     pads = ROWS_OF_TILE
+    has_softcap = False
 
     def __init__(self, *, int32: bool = False, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
         self.int32, self._dtypes, self._masked = int32, dtypes, MaskedKernel()
@@ -85,6 +88,7 @@ class FlashKernel(ABC):
         """Implements `BlockKernel.forward`."""
         if q.dtype not in self._dtypes:
             return self._masked.forward(q, k, v, block, spec)
+        self._check(spec)
         out, lse = self._forward(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), call_of(block, spec), spec)
         return out.squeeze(0), lse.squeeze(0).T
 
@@ -102,6 +106,7 @@ class FlashKernel(ABC):
         """Implements `BlockKernel.forward_documents`."""
         if q.dtype not in self._dtypes:
             return self._masked.forward_documents(q, k, v, documents, spec)
+        self._check(spec)
         out, lse = self._forward(q, k, v, call_of_documents(documents, spec, q.device), spec)
         return out, lse.T
 
@@ -112,6 +117,12 @@ class FlashKernel(ABC):
         if q.dtype not in self._dtypes:
             return self._masked.backward_documents(do, q, k, v, o, lse, documents, spec)
         return self._by_heads([do, q, k, v, o, lse.T], call_of_documents(documents, spec, q.device), spec)
+
+    def _check(self, spec: AttentionSpec) -> None:
+        """ConfigError where scores have a softcap that the library would drop without a word. A choice by the case has refused it."""
+        if spec.softcap and not self.has_softcap:
+            found = f"a softcap of {spec.softcap:g} in {type(self).__name__}, which has none"
+            raise ConfigError(KEY, found=found, expected="a kernel that has one", hint=f"{KEY}=fa2, or train.dtype=float32")
 
     def _by_heads(self, rows: list[Tensor], call: Call, spec: AttentionSpec) -> Grads:
         """Backward of `rows` (do, q, k, v, o, and lse by heads), a few heads after the other where all are too many for int32.
@@ -192,6 +203,8 @@ class CudnnKernel(TorchFlashKernel):
 
 class FlashAttnKernel(FlashKernel):
     """The flash-attn package (2.7 or newer), which also has softcap. Its functions take the same places since 2.7."""
+
+    has_softcap = True
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_forward

@@ -1,7 +1,8 @@
 """Which attention kernels this Python has: looked for on disk, for importing them needs a GPU's libraries. Imports no torch.
 
 A package that is only a namespace tells nothing: flash-attn-4 installs flash_attn/cute and no flash_attn/flash_attn_interface.py, so
-it is the file with the functions that is looked for, below the parent that `find_spec` names.
+it is the file with the functions that is looked for, below the parent that `find_spec` names. The wheel of flash-attn 2.8.3 has a
+flash_attn/cute too, which is not FlashAttention 4: that kernel counts only where its own distribution is installed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ PLACES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Kernel: the module with its functions, and names of the distribution that brings it."""
 UNKNOWN = "?"
+_IN_OTHERS = ("fa4",)
+"""Kernels whose module another package ships too."""
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the kernels whose module is there, by their names; `?` where no distribution says."""
-    return {kernel: _version(names) for kernel, (module, names) in PLACES.items() if has_module(module)}
+    """Versions of the kernels whose module is there, by their names; `?` where no distribution says, which FlashAttention 4 needs."""
+    found = {kernel: _version(names) for kernel, (module, names) in PLACES.items() if has_module(module)}
+    return {kernel: number for kernel, number in found.items() if kernel not in _IN_OTHERS or number != UNKNOWN}
 
 
 def has_module(module: str) -> bool:

@@ -43,6 +43,15 @@ def test_sections_run_in_order_until_too_little_time_is_left(tmp_path: Path) -> 
     assert len(read_rows(file)) == 3, "a line that was cut off is none"
 
 
+def test_rows_behind_a_line_that_was_cut_off_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / FILE
+    file.write_text('{"section": "device"}\n{"section": "int32", "cut o')
+    for name in ("rope", "int32"):
+        run_all([name], file, 100.0, lambda name, left_s: {"value": 1}, Clock())
+    assert [row["section"] for row in read_rows(file)] == ["device", "rope", "int32"] and file.read_text().count("\n") == 4
+    assert "1 line(s) that were cut off" in capsys.readouterr().err
+
+
 def test_what_is_in_the_file_is_not_run_again_and_limits_end_at_the_lease(tmp_path: Path) -> None:
     clock, begun = Clock(), []
 

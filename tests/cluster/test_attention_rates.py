@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.cluster.attention_rates import RATES, AttentionRate, RatedKernel, attention_rate, check_gpu, estimated_kernel
+from efflaunch.cluster.attention_rates import CAPABILITIES, RATES, AttentionRate, RatedKernel, attention_rate, check_gpu
 from efflaunch.cluster.config import check_cluster
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
@@ -17,7 +17,7 @@ CONF = Path(__file__).parents[2] / "conf" / "cluster"
 
 def test_every_rate_has_a_source_and_is_below_the_peak() -> None:
     peaks = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
-    assert set(RATES) == set(peaks)
+    assert set(RATES) == set(CAPABILITIES) == set(peaks)
     for gpu, rates in RATES.items():
         for rate in rates.values():
             assert 0.3 * peaks[gpu] < rate.backward < rate.forward < 0.8 * peaks[gpu] and rate.source
@@ -26,7 +26,7 @@ def test_every_rate_has_a_source_and_is_below_the_peak() -> None:
 @pytest.mark.parametrize("preset", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_every_preset_knows_how_fast_attention_is(preset: str) -> None:
     machines = compose(["model=llama3_8b", "data=stdlib", f"cluster={preset}", "train.steps=1"]).cluster
-    rate = attention_rate(machines, estimated_kernel(machines))
+    rate = attention_rate(machines, RatedKernel.FA2 if machines.gpu == "a100" else RatedKernel.CUDNN)
     assert rate == RATES[machines.gpu][RatedKernel.FA2 if machines.gpu == "a100" else RatedKernel.CUDNN] if machines.gpu else (
         rate.source == "cluster.attention_efficiency"
     )
@@ -38,14 +38,15 @@ def test_a_forward_and_its_backward_together() -> None:
     assert rate.both == pytest.approx(3.5 / (1 / 4 + 2.5 / 2))
 
 
-def test_what_is_asked_for_goes_before_what_torch_has() -> None:
+def test_a_kernel_without_a_published_rate() -> None:
     h100, a100, plain = cluster(gpu="h100", attention_efficiency=None), cluster(gpu="a100", attention_efficiency=None), cluster()
-    assert [estimated_kernel(machines).value for machines in (h100, a100, plain)] == ["cudnn", "sdpa", "sdpa"]
-    assert estimated_kernel(h100, "fa3") is RatedKernel.FA3
     assert attention_rate(h100, RatedKernel.SDPA) == attention_rate(h100, RatedKernel.FA2) == RATES["h100"][RatedKernel.FA2]
     assert attention_rate(plain, RatedKernel.FA3).forward == plain.peak_flops * 0.33
     with pytest.raises(ConfigError, match=r"cluster\.gpu: found fa4 on a100; expected a kernel with published rates: fa2"):
         attention_rate(a100, RatedKernel.FA4)
+    nearest = attention_rate(cluster(gpu="b200", attention_efficiency=None), RatedKernel.SDPA, or_nearest=True)
+    assert nearest.forward == RATES["b200"][RatedKernel.CUDNN].forward
+    assert nearest.source.startswith("cudnn's, nothing is published of sdpa on b200; ")
 
 
 def test_a_cluster_must_say_how_fast_attention_is() -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from efflaunch.errors import ConfigError
+from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.launcher.commands.plan import main
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.hardware import Gpu, Machine
@@ -60,3 +61,34 @@ def test_a_softcap_without_flash_attn_is_refused_before_a_start(versions: dict[s
     versions["fa2"] = "2.8.3"
     check_machine(config, eight)
     assert kernel_here(config).kernel == "fa2"
+
+
+MISTRAL = ("model=mistral_7b", "data.max_seq_len=32K", "data.global_batch_tokens=256K")
+
+
+@pytest.mark.parametrize(
+    ("words", "kernel"),
+    [
+        ((), "cudnn"),
+        (("parallel.attention_kernel=fa3",), "fa3"),
+        ((*MISTRAL, "model.sliding_window=4K"), "sdpa"),
+        ((*MISTRAL, "model.sliding_window=64K"), "cudnn"),
+        (GEMMA, "fa2"),
+        (("train.dtype=float32",), "sdpa"),
+        (("cluster.gpu=a100",), "sdpa"),
+        (("cluster.gpu=null", "cluster.attention_efficiency=0.4"), "sdpa"),
+        (("cluster.gpu=b200", *MISTRAL, "model.sliding_window=4K"), "sdpa"),
+    ],
+)
+def test_estimates_are_made_for_the_kernel_of_the_case(words: tuple[str, ...], kernel: str) -> None:
+    """cuDNN has neither windows nor softcaps; where nothing is published of the kernel its nearest stands in, and says so."""
+    inputs = PlanInputs.of(compose(["+experiment=llama8b_1M", *words], None))
+    assert inputs.attention_kernel.value == kernel
+    assert ("nothing is published of sdpa on b200" in inputs.attention_rate.source) == ("cluster.gpu=b200" in words)
+
+
+def test_a_plan_names_one_kernel(versions: dict[str, str]) -> None:
+    """What the packages here would give, of which there are none, is what the estimate is for, on other GPUs too."""
+    for words in ((), (*MISTRAL, "model.sliding_window=4K"), ("cluster.gpu=a100",)):
+        config = compose(["+experiment=llama8b_1M", *words], None)
+        assert kernel_here(config).kernel == PlanInputs.of(config).attention_kernel.value

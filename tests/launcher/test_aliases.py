@@ -153,3 +153,6 @@ def test_a_key_that_is_gone_says_what_took_its_place(tmp_path: Path) -> None:
     old = {key: value for key, value in stored["cluster"].items() if key not in new}
     data = current_data({**stored, "cluster": {**old, "efficiency": 0.25}}, "run.yaml")
     assert data["cluster"]["gemm_efficiency"] == data["cluster"]["attention_efficiency"] == 0.25 and "efficiency" not in data["cluster"]
+    assert data["cluster"]["reserve"] == 0.0, "such a run had all of its device, and is resumed with it"
+    kept = current_data({**stored, "cluster": {**old, "efficiency": 0.25, "reserve": 0.1}}, "run.yaml")
+    assert kept["cluster"]["reserve"] == 0.1

@@ -105,6 +105,34 @@ def test_a_slice_is_no_whole_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_gpus() == [Gpu(*CARD, 80 * GIB, "GPU-1a")]
 
 
+def test_a_card_that_tells_no_memory_has_none_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Driver):
+        def nvmlDeviceGetMemoryInfo(self, handle: tuple[int, int | None]) -> Any:
+            raise Unsupported
+
+    monkeypatch.setitem(sys.modules, "pynvml", Silent([0]))
+    assert find_gpus() == [Gpu(CARD[0], 0, None, "GPU-0a")]
+    config = compose(["+experiment=llama8b_1M", "cluster.ranks_per_node=4", "parallel.tokens_per_rank=256K"])
+    machine = Machine(tuple(find_gpus()), 64, 1000 * GIB)
+    with pytest.raises(MachineError, match=r"4 with nothing on them, found 1 free\."):
+        check_free(config, machine)
+    with pytest.raises(MachineError, match=r"needs 4 GPUs with 79\.1 GiB, found 1 with 0 GiB"):
+        check_node(config, machine)
+
+
+def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Puts an nvidia-smi that prints `text` in front of PATH, and NVML's package out of reach."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+
+def test_words_in_place_of_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(tmp_path, monkeypatch, "GB10, [N/A], [N/A], GPU-0a, [N/A]\nH100, 81559, [Insufficient Permissions], GPU-1a, Disabled")
+    assert find_gpus() == [Gpu("GB10", 0, None, "GPU-0a"), Gpu("H100", 81559 << 20, None, "GPU-1a")]
+
+
 def test_the_same_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     rows = "\n".join(f"NVIDIA H100 80GB HBM3, 81559, 80000, GPU-{index}a, {mode}" for index, mode in enumerate(["[N/A]", "Enabled"]))

@@ -184,3 +184,5 @@ def test_a_narrow_fit_is_called_one(spare_bytes: int, words: str) -> None:
     entry = Term(name="weights", note="", by_phase={Phase.FORWARD: capacity - spare_bytes})
     device = Account(name="GPU", capacity_bytes=capacity, terms=(entry,))
     assert Text.from_markup(_spare(device)).plain == words
+    larger = Account(name="GPU", capacity_bytes=capacity + 4 * GIB, reserve_bytes=4 * GIB, terms=(entry,))
+    assert Text.from_markup(_spare(larger)).plain == words, "the reserve is not to spare"

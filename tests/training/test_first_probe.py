@@ -193,6 +193,7 @@ def _left_alone(words, folder):
         ledger=SimpleNamespace(inputs=prober.inputs),
         model=prober.model,
         updater=prober.updater,
+        kernel=prober.setup.kernel,
     )
     prober._backward([EMPTY], None)
     prober.updater.finish()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
+from efflaunch.model.spec import model_spec
+from efflaunch.parallel.layout import solve_layout
+from efflaunch.parallel.sequence import kernels
+from efflaunch.parallel.sequence.kernel_choice import Installed
 from efflaunch.training import session
+from efflaunch.training.evaluation import alone
+from efflaunch.training.profiling import probe
 
 
 @pytest.fixture
@@ -33,3 +43,35 @@ def test_an_error_leaves_it_alone(calls: list[str]) -> None:
     with pytest.raises(ZeroDivisionError), session.joined_ranks(compose(["+experiment=quickstart"]).cluster, 60.0):
         _ = 1 // 0
     assert calls == ["init_process_group"]
+
+
+SOFTCAP = (
+    "model=tiny", "model.family=gemma2", "model.max_positions=1M", "model.sliding_window=4K", "model.extra={attn_logit_softcapping:50.0}",
+)  # fmt: skip
+
+
+def test_steps_are_not_made_without_a_kernel() -> None:
+    assert inspect.signature(session.step_setup).parameters["kernel"].default is inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("build", [lambda config, device: alone._build(config, device, None, print), probe.Prober.of])
+def test_evaluations_and_probes_have_the_sessions_kernel(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softcap that nothing on the machine has is refused there, before any communicator or model is made."""
+    monkeypatch.setattr(kernels, "installed_on", lambda device: Installed({"fa3": "3.0"}, (9, 0)))
+    with pytest.raises(ConfigError, match="has no softcap"):
+        build(compose(["+experiment=llama8b_1M", *SOFTCAP]), torch.device("cuda", 0))
+
+
+def test_a_rank_has_the_kernel_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN has neither windows nor heads of 256, and what is asked for is what is taken."""
+    monkeypatch.setattr(kernels, "installed_on", lambda device: Installed({}, (9, 0)))
+    monkeypatch.setattr(session.dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(session, "whole_world", lambda: SimpleNamespace())
+    mistral = ("model=mistral_7b", "data.max_seq_len=32K", "data.global_batch_tokens=256K")
+    for words, kind in (((), "CudnnKernel"), (("parallel.attention_kernel=sdpa",), "TorchFlashKernel"), (mistral, "TorchFlashKernel")):
+        config = compose(["+experiment=llama8b_1M", *words, *["model.sliding_window=4K"] * (words is mistral)])
+        layout = solve_layout(
+            config.parallel, config.cluster, model_spec(config.model), max_seq_len=config.data.max_seq_len,
+            global_batch_tokens=config.data.global_batch_tokens,
+        )  # fmt: skip
+        assert type(session.rank_kernel(config, layout, torch.device("cuda", 0))).__name__ == kind

@@ -35,7 +35,7 @@ from ..make_groups import make_groups
 from ..optimizers.build import Trained
 from ..reporting.metrics import Metrics
 from ..run_settings import RunSettings, Stop
-from ..session import joined_ranks, plain_config, stage_place, step_setup
+from ..session import joined_ranks, plain_config, rank_kernel, stage_place, step_setup
 from ..step_planner import resolve_costs
 from ..step_setup import StepSetup
 from .corpus import open_corpora
@@ -105,6 +105,7 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     """The model with its weights, and how sequences are planned. Collective."""
     spec, parallel, data = model_spec(config.model), config.parallel, config.data
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
+    kernel = rank_kernel(config, layout, device)
     topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device)
     build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)
@@ -122,7 +123,7 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     # The cost model is arithmetic, or of one file: the same on every rank.
     adaptive = parallel.sequence is SequenceMode.ADAPTIVE
     plan: Plan = (lambda lengths: solve_greedy(lengths, request.cost)) if adaptive else (lambda lengths: static_plan(lengths, request))
-    return Built(device, topology, trained.model, step_setup(trained.model, topology, ledger.inputs, device)), plan
+    return Built(device, topology, trained.model, step_setup(trained.model, topology, ledger.inputs, device, kernel)), plan
 
 
 def load_checkpoint(trained: Trained, path: Path, topology: Topology) -> None:

@@ -40,6 +40,7 @@ from ...estimate.timing.sequence import cost_model_of
 from ...model.build import position_of
 from ...model.spec import model_spec
 from ...parallel.layout import solve_layout
+from ...parallel.sequence.attention import BlockKernel
 from ...parallel.sequence.clock import BusyClock
 from ...parallel.sequence.cost import CostModel
 from ...parallel.sequence.plan import Group, MicroBatch, StepPlan
@@ -54,7 +55,7 @@ from ..objectives.heads import LanguageModelling
 from ..optimizers.room import check_update_memory
 from ..optimizers.updater import Updater
 from ..run_settings import RunSettings
-from ..session import host_store, joined_ranks, step_setup
+from ..session import host_store, joined_ranks, rank_kernel, step_setup
 from ..step import backward_step
 from ..step_planner import this_hardware
 from .collectives import probe_collectives
@@ -126,6 +127,8 @@ class Probed(Protocol):
     def model(self) -> PreTrainedModel: ...
     @property
     def updater(self) -> Updater: ...
+    @property
+    def kernel(self) -> BlockKernel: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,7 @@ class Built:
     ledger: Ledger
     model: PreTrainedModel
     updater: Updater
+    kernel: BlockKernel
 
 
 class Prober:
@@ -148,7 +152,7 @@ class Prober:
         self.spec = self.inputs.spec
         # Barriers stay: what is fitted are micro-batches that all ranks run together.
         inputs = replace(self.inputs, parallel=replace(self.inputs.parallel, barrier_free=False))
-        self.setup = step_setup(self.model, self.topology, inputs, self.device)
+        self.setup = step_setup(self.model, self.topology, inputs, self.device, built.kernel)
         self.cost: CostModel = cost_model_of(self.inputs)
 
     @classmethod
@@ -158,13 +162,14 @@ class Prober:
         layout = solve_layout(
             parallel, config.cluster, model_spec(config.model), max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
+        kernel = rank_kernel(config, layout, device)
         topology = make_groups(config, layout, device, every_degree=True)
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.on_host)
         store = host_store(ledger, device)
         build, policy = builder_of(config), ledger.inputs.policy
         trained = build(config, policy, topology.mesh, device, store, load=False, expert_mesh=topology.experts)
-        return cls(config, Built(device, topology, ledger, trained.model, trained.updater))
+        return cls(config, Built(device, topology, ledger, trained.model, trained.updater, kernel))
 
     def profile(self, seconds: float) -> Profile:
         """All probes, in about `seconds` beyond the shortest of each kind."""

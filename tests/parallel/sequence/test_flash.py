@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from efflaunch.errors import ConfigError
 from efflaunch.parallel.sequence import flash, head_parts
 from efflaunch.parallel.sequence.attention import AttentionSpec, attention_backward, attention_forward
 from efflaunch.parallel.sequence.blocks import Block, Documents, attention_blocks, join_documents, split_keys
@@ -74,6 +75,15 @@ def test_softcap_is_the_packages(calls: Calls) -> None:
         check_against_dense(kernel_of("fa2"), spec, zigzag_slices(LENGTHS, 2, 1))
         check_against_dense(kernel_of("fa2"), spec, tuple(Slice(i, 0, n) for i, n in enumerate(LENGTHS)))
     assert set(calls.names) == {"block", "documents"}
+
+
+@pytest.mark.parametrize("kind", ["torch", "cudnn"])
+def test_a_softcap_is_never_dropped(kind: str, calls: Calls) -> None:
+    spec, whole = AttentionSpec(4, 2, 8, 0.3, softcap=2.0), tuple(Slice(i, 0, n) for i, n in enumerate(LENGTHS))
+    for queries in (whole, zigzag_slices(LENGTHS, 2, 1)):
+        with pytest.raises(ConfigError, match="a softcap of 2 in"):
+            check_against_dense(kernel_of(kind), spec, queries)
+    assert calls.names == []
 
 
 @pytest.mark.parametrize("kv_heads, most, heads", [(4, 3, [3, 1]), (2, 3, [2, 2]), (2, 1, [1, 1, 1, 1]), (1, 3, [3, 1])])

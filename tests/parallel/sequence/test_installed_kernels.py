@@ -48,3 +48,9 @@ def test_a_package_without_a_distribution_has_no_version(site: Path) -> None:
     (site / "flash_attn_interface.py").unlink()
     (site / "flash_attn_interface").mkdir()
     assert not has_module("flash_attn_interface"), "an empty folder is a namespace too"
+
+
+def test_the_part_that_flash_attn_ships_is_no_flash_attn_4(site: Path) -> None:
+    files = ("flash_attn/__init__.py", "flash_attn/flash_attn_interface.py", "flash_attn/cute/__init__.py", "flash_attn/cute/interface.py")
+    put(site, *files, name="flash_attn", version="2.8.3")
+    assert installed_versions() == {"fa2": "2.8.3"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from efflaunch.errors import ConfigError
+from efflaunch.parallel.config import AttentionKernel
 from efflaunch.parallel.sequence import kernels
 from efflaunch.parallel.sequence.attention import CpuKernel
 from efflaunch.parallel.sequence.flash import CudnnKernel, FlashAttnKernel, FlashKernel, TorchFlashKernel
-from efflaunch.parallel.sequence.kernel_choice import Installed, KernelChoice
+from efflaunch.parallel.sequence.kernel_choice import AttentionCase, Installed, KernelChoice
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -46,6 +48,40 @@ def test_without_a_choice_it_is_what_auto_takes(activated: list[str], monkeypatc
     monkeypatch.setattr(kernels, "installed_versions", lambda: {"fa3": "3.0", "fa2": "2.8.3"})
     assert kernels.installed_on(CUDA) == Installed({"fa3": "3.0", "fa2": "2.8.3"}, (9, 0))
     assert type(kernels.block_kernel(CUDA)) is TorchFlashKernel and activated == ["FA3"]
+
+
+class Registry:
+    """torch's, in which FlashAttention 4 cannot be put in place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.active: str | None = None
+        monkeypatch.setattr(kernels.torch_attention, "activate_flash_attention_impl", self.activate)
+        monkeypatch.setattr(kernels.torch_attention, "current_flash_attention_impl", lambda: self.active)
+        monkeypatch.setattr(kernels.torch_attention, "restore_flash_attention_impl", lambda: setattr(self, "active", None))
+
+    def activate(self, name: str) -> None:
+        if name == "FA4":
+            raise ImportError("no cutlass")
+        self.active = name
+
+
+def test_auto_goes_on_where_a_package_cannot_be_put_in_place(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    registry, case = Registry(monkeypatch), AttentionCase("bfloat16", 128, 8, 1 << 17)
+    monkeypatch.setattr(kernels, "installed_on", lambda device: Installed({"fa4": "4.0", "fa3": "3.0"}, (9, 0)))
+    kernel, choice = kernels.kernel_for(AttentionKernel.AUTO, case, CUDA)
+    assert (type(kernel), choice.kernel, registry.active) == (TorchFlashKernel, "fa3", "FA3")
+    assert "fa4 is passed over: fa4 4.0, which torch cannot use: no cutlass" in caplog.text
+    with pytest.raises(ConfigError, match="no cutlass") as refused:
+        kernels.kernel_for(AttentionKernel.FA4, case, CUDA)
+    assert refused.value.hint.startswith("parallel.attention_kernel=fa2")
+
+
+@pytest.mark.parametrize("name, active", [("sdpa", None), ("cudnn", None), ("fa3", "FA3")])
+def test_torchs_own_kernel_is_put_back(name: str, active: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(monkeypatch)
+    registry.active = "FA3"
+    kernels.block_kernel(CUDA, KernelChoice(name, ""))
+    assert registry.active == active
 
 
 def test_the_cpu(activated: list[str]) -> None:
