@@ -56,6 +56,6 @@ def test_without_a_bias_nothing_is_added() -> None:
 def test_groups_are_runs_of_rows_of_experts_that_have_some() -> None:
     groups = Groups(torch.tensor([2, 0, 3, 0]))
     assert list(groups.slices()) == [(0, slice(0, 2)), (2, slice(2, 5))]
-    assert groups.experts().tolist() == [0, 0, 2, 2, 2]
+    assert groups.experts(5).tolist() == [0, 0, 2, 2, 2]
     assert groups.ends.tolist() == [2, 2, 5, 5] and groups.ends.dtype == torch.int32
     assert not list(Groups(torch.zeros(3, dtype=torch.int64)).slices())

@@ -77,6 +77,7 @@ def test_every_engine_that_can_be_chosen_can_be_built() -> None:
 SPREAD = ("+experiment=quickstart_moe", "parallel.experts.ep=2", "optim.grad_clip=null", "adapter.targets=[attention]")
 REFUSED = {
     "adapter.method=lora": "adapter.method=none",
+    "adapter.method=qlora": "adapter.method=none",
     "parallel.barrier_free=true": "parallel.barrier_free=false",
     "optim.update=backward": "optim.update=step",
     "optim.state_device=host": "optim.state_device=device",
@@ -102,6 +103,7 @@ def test_every_pair_that_is_refused_is_tried() -> None:
 ZERO = ("+experiment=quickstart", "engine=deepspeed")
 REFUSED_BY_ZERO = {
     "train.dtype=float64": "train.dtype=bfloat16 or train.dtype=float32",
+    "optim.algorithm=nadam": "optim.algorithm=adamw",
     "optim.update=backward": "optim.update=step",
     "optim.state_device=host": "optim.state_device=device",
     "optim.state_dtype=8bit": "optim.state_dtype=float32",
