@@ -74,7 +74,10 @@ def test_every_engine_that_can_be_chosen_can_be_built() -> None:
     assert engine_facts(Config()).name in BUILDERS
 
 
-SPREAD = ("+experiment=quickstart_moe", "parallel.experts.ep=2", "optim.grad_clip=null", "adapter.targets=[attention]", "adapter.quantized=[attention]")
+SPREAD = (
+    *("+experiment=quickstart_moe", "parallel.experts.ep=2", "optim.grad_clip=null"),
+    *("adapter.targets=[attention]", "adapter.quantized=[attention]"),
+)
 REFUSED = {
     "adapter.method=lora": "adapter.method=none",
     "adapter.method=qlora": "adapter.method=none",
