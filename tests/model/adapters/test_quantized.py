@@ -53,8 +53,8 @@ def test_rows_are_taken_from_the_bytes() -> None:
     layer.q, wide = quantized_linear()
     x = torch.randn(3, 80, dtype=torch.float64)
     projection = projection_of(layer, "q")
-    torch.testing.assert_close(projection(x, rows=slice(2, 4)), x @ wide[2:4].T)
-    torch.testing.assert_close(projection(x, rows=torch.tensor([5, 0])), x @ wide[[5, 0]].T)
+    torch.testing.assert_close(projection(x, rows=(slice(2, 4),)), x @ wide[2:4].T)
+    torch.testing.assert_close(projection(x, rows=(slice(5, 6), slice(0, 1))), x @ wide[[5, 0]].T)
 
 
 def quantized_model(family: str = "qwen2"):
