@@ -31,11 +31,17 @@ def weights(inputs: PlanInputs) -> Term:
 
 
 def gradients(inputs: PlanInputs, layer: int) -> Term:
-    """Stage 1 has them whole up to the update, 2 and 3 this rank's part; taken, the part lies flat beside them."""
+    """Stage 1 has them whole up to the update, 2 and 3 this rank's part; taken, the part lies flat beside them.
+
+    Stage 1 in bfloat16 (bf16_optimizer.py) adds up float32 beside the layers' own gradients, and updates from a view of the sums.
+    """
     part = inputs.master * inputs.parameters // inputs.layout.shard
     if inputs.engine.stage == 1:
-        whole = inputs.master * inputs.parameters
-        return Term("gradients", "float32, whole", dict.fromkeys((*KEEPING, Phase.REDUCE), whole) | {Phase.OPTIMIZER: whole + part})
+        is_narrow = inputs.width < inputs.master
+        whole = (inputs.master + inputs.width * is_narrow) * inputs.parameters
+        note = "float32, whole, and the layers' own" if is_narrow else "float32, whole"
+        by_phase = dict.fromkeys((*KEEPING, Phase.REDUCE), whole) | {Phase.OPTIMIZER: whole + part * (not is_narrow)}
+        return Term("gradients", note, by_phase)
     by_phase = dict.fromkeys((*KEEPING, Phase.REDUCE), part) | {Phase.OPTIMIZER: 2 * part}
     return Term("gradients", f"float32, 1/{inputs.layout.shard} of each", by_phase)
 

@@ -22,13 +22,19 @@ def inputs(*typed: str) -> PlanInputs:
     return PlanInputs.of(compose(["+experiment=llama8b_128k_sft", *typed]))
 
 
-@pytest.mark.parametrize(("stage", "per_weight"), [(1, "2 + 4/N, 4, 8/N"), (2, "2 + 4/N, 4/N, 8/N"), (3, "2/N + 4/N, 4/N, 8/N")])
+@pytest.mark.parametrize(("stage", "per_weight"), [(1, "2 + 4/N, 6, 8/N"), (2, "2 + 4/N, 4/N, 8/N"), (3, "2/N + 4/N, 4/N, 8/N")])
 def test_each_stage_shards_what_it_says(stage: int, per_weight: str) -> None:
     plan = inputs("engine=deepspeed", f"engine.stage={stage}")
     ranks, numbers = plan.layout.shard, plan.parameters
     found = (zero.weights(plan).num_bytes, zero.gradients(plan, 0).by_phase[Phase.REDUCE], optimizer_states(plan).num_bytes)
     wanted = [eval(text, {"N": ranks}) * numbers for text in per_weight.split(", ")]
     assert ranks == 8 and found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_in_float32_stage_one_adds_up_in_the_layers_own_gradients() -> None:
+    plan = inputs("engine=deepspeed", "engine.stage=1", "train.dtype=float32")
+    held = zero.gradients(plan, 0).by_phase
+    assert held[Phase.REDUCE] == 4 * plan.parameters and held[Phase.OPTIMIZER] == held[Phase.REDUCE] + 4 * plan.parameters // 8
 
 
 def test_only_stage_three_gathers_weights() -> None:
