@@ -13,7 +13,7 @@ from ...errors import UserError
 from ..hardware import all_gpus, this_machine
 from .finding import Finding, State, Work
 from .host import gpus, host
-from .software import environment, software, torch_findings
+from .software import GIVES, environment, software, torch_findings
 from .storage import storage
 from .torch_probe import TorchFacts, ask_torch
 
@@ -85,7 +85,7 @@ def works(findings: Sequence[Finding], torch: TorchFacts | str) -> tuple[Work, .
         _work("train on GPUs (cluster.device=cuda)", broken, writing, no_gpu, no_nccl),
         _work("memory.compile on processors", broken, _lacks(by_name, "C++ compiler")),
         _work("launcher=slurm", _lacks(by_name, "SLURM")),
-        *(_work(_given(name), _lacks(by_name, name)) for name in by_name if name.startswith("extra ")),
+        *(_work(GIVES[name.removeprefix("extra ")], _lacks(by_name, name)) for name in by_name if name.startswith("extra ")),
     )
 
 
@@ -98,9 +98,3 @@ def _lacks(by_name: dict[str, Finding], name: str) -> list[str]:
     if finding is None:
         return [f"{name}: not looked at"]
     return [] if finding.state is State.OK else [f"{name}: {finding.found}"]
-
-
-def _given(extra: str) -> str:
-    from .software import GIVES
-
-    return GIVES[extra.removeprefix("extra ")]
