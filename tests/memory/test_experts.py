@@ -21,7 +21,7 @@ def test_rows_lie_expert_after_expert_and_tokens_in_their_own_order() -> None:
     assert routing.groups.counts.tolist() == [4, 0, 3, 3]
     assert routing.tokens.tolist() == [0, 1, 3, 4, 0, 2, 3, 1, 2, 4]
     assert sorted(routing.places.flatten().tolist()) == list(range(TOKENS * PER_TOKEN))
-    of_row = routing.groups.experts()
+    of_row = routing.groups.experts(TOKENS * PER_TOKEN)
     for token, experts in enumerate(CHOSEN.tolist()):
         for column, expert in enumerate(experts):
             place = routing.places[token, column]
