@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ settings.load_profile("shared-machine")
 
 # Under nohup it is ignored, and so it would be in every process that a test starts and hangs up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests, and all they import, stay: the collector need not go through them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

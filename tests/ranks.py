@@ -38,12 +38,19 @@ from typing import Any, Self
 
 from efflaunch.tests.limits import ENDS_S
 
+FAMILIES = (
+    *("cohere2", "gemma2", "gemma3", "glm4", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe"),
+    *("qwen3", "qwen3_moe", "smollm3"),
+)
+"""Whose layers rows are made of."""
 PRELOAD = (
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint.state_dict",
-    "transformers.models.llama.modeling_llama",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+    "efflaunch.training.trainer",
+    "efflaunch.tests.uncollected",
 )
 """Loaded once by the fork server; a worker then starts in tens of milliseconds."""
 _LOOK_S = 0.2

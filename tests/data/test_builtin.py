@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_a_changed_file_or_size_makes_another_corpus(few_files: list[Path], tmp_
     few_files[2].write_text("x = 2\n")
     made.append(builtin_corpus("python_stdlib", vocab_size=300, cache_dir=str(tmp_path / "cache")).prefix)
     assert made[0] == made[2] and len(set(made)) == 3
+
+
+def test_files_are_read_again_only_where_they_changed(few_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = str(tmp_path / "cache")
+    first = builtin_corpus("python_stdlib", vocab_size=300, cache_dir=cache)
+    with monkeypatch.context() as unread:
+        unread.setattr(builtin, "read_texts", lambda _: pytest.fail("read again"))
+        assert builtin_corpus("python_stdlib", vocab_size=300, cache_dir=cache) == first
+    touched = few_files[2].stat()
+    os.utime(few_files[2], ns=(touched.st_atime_ns, touched.st_mtime_ns + 1))
+    assert builtin_corpus("python_stdlib", vocab_size=300, cache_dir=cache) == first, "other times, the same texts"
 
 
 def test_what_a_killed_builder_left_is_no_harm(few_files: list[Path], tmp_path: Path) -> None:

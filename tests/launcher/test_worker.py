@@ -73,3 +73,10 @@ def test_threads_with_last_words_are_waited_for_and_others_are_not(monkeypatch: 
     threading.Timer(0.1, gate.set).start()
     worker._end(93)
     assert codes == [(93, ["last words"])]
+
+
+def test_what_is_imported_before_ranks_are_forked_is_not_collected_in_them() -> None:
+    preloads = "import gc; from efflaunch.launcher.agent.worker import TRAIN, preload; preload(TRAIN)"
+    code = f"{preloads}; print(gc.isenabled(), gc.get_freeze_count())"
+    enabled, frozen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert enabled == "True" and int(frozen) > 1000

@@ -14,6 +14,7 @@ from ...parallel.sharding.parts import local
 from .algorithms import LIBRARY
 from .config import MUON, OptimConfig, StateDtype
 from .norm import NormMeter, NormScope, clip_scale
+from .sharded_adamw import fused_adamw
 
 RATIO = "lr_ratio"
 """Key of a group of parameters whose learning rate is another than the schedule's, by this factor."""
@@ -57,11 +58,6 @@ def build_optimizer(
 
         return build_lowbit(named_groups, config)
     return fused_adamw(named_groups, config)
-
-
-def fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW as configured, over groups of parameters."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def weight_decay(kind: str, config: OptimConfig) -> float:

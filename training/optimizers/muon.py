@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from ...parallel.sharding.matrix_plan import Round, spread_matrices
 from ...parallel.sharding.parts import memory_of, row_split
 from .config import MuonScale, OptimConfig
+from .sharded_adamw import fused_adamw
 
 MOMENTUM = "momentum_buffer"
 """Name of a matrix's state, as torch.optim.Muon has it."""
@@ -115,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         # The same groups and states: what sets rates, saves and restores sees one optimizer.
         self._adamw: torch.optim.Optimizer | None = None
         if others:
-            self._adamw = torch.optim.AdamW(others, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+            self._adamw = fused_adamw(others, config)
             self._adamw.state = self.state
         self._muon = next(group for group in self.param_groups if group["name"] == "muon")
         named = list(zip(self._muon["param_names"], self._muon["params"], strict=True))

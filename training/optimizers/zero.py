@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...parallel.sharding.deepspeed import Zero
 from ...parallel.sharding.deepspeed_state import FlatWeights, discard_gradients, gradient_norm, weights_changed
-from .adamw import fused_adamw, parameter_groups, set_learning_rate, weight_decay
+from .adamw import parameter_groups, set_learning_rate, weight_decay
 from .config import OptimConfig
+from .sharded_adamw import fused_adamw
 from .updater import Gradients
 
 
@@ -26,7 +28,8 @@ def zero_optimizer(model: nn.Module, config: OptimConfig) -> Callable[[dict[str,
             {"params": [parameters[name] for name in group], "name": kind, "weight_decay": weight_decay(kind, config)}
             for kind, group in names.items()
         ]
-        return fused_adamw(groups, config)
+        # DeepSpeed knows this class by name, and hands it flat parts of its own.
+        return fused_adamw(groups, config, torch.optim.AdamW)
 
     return build
 
