@@ -80,8 +80,9 @@ def _is_masked(inputs: PlanInputs) -> bool:
 def attention_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:
     """Bytes of one row of queries that the kernel's backward allocates for itself on CUDA.
 
-    Queries' gradient in float32, in parts where they are added in order; with shared key/value heads theirs for every query head, or in
-    float32 once (FlashAttention 3 and 4); cuDNN also one float32 a row and head. `key_rows`: keys of a block, in rows of the queries' piece.
+    Queries' gradient in float32, in parts where they are added in order; with shared key/value heads theirs for every query head, or
+    in float32 once (FlashAttention 3 and 4); cuDNN also one float32 a row and head. `key_rows`: keys of a block, in rows of the
+    queries' piece.
     """
     if not inputs.on_gpu:
         return 0.0

@@ -22,6 +22,7 @@ from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...memory.activation_classes import ExpertSizes
 from ...parallel.pipeline.config import PipelineConfig
+from ...parallel.sequence.kernel_choice import KernelChoice
 from ...training.optimizers.check import inexact
 from ...units import format_seconds
 from ..config.checks import model_notes
@@ -135,9 +136,10 @@ def _attention_kernel(config: Config) -> dict[str, Any]:
 def _order(config: Config, ledger: Ledger) -> list[str]:
     """Which sums of this plan differ from one time to the next, by the kernel that is installed here, or what it costs that none does."""
     try:
-        said = said_of_order(ledger.inputs, kernel_here(config))
-    except ConfigError:  # the line on the kernel says why there is none
-        return []
+        choice = kernel_here(config)
+    except ConfigError:  # the line on the kernel says why there is none; the plan is made for this one all the same
+        choice = KernelChoice(ledger.inputs.attention_kernel.value, "estimated")
+    said = said_of_order(ledger.inputs, choice)
     return [] if said is None else [said]
 
 

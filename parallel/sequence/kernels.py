@@ -82,6 +82,5 @@ def _activate(choice: KernelChoice) -> None:
 
 def _restore() -> None:
     """Put torch's own FlashAttention 2 back, where a kernel that was chosen before took its place."""
-    current = getattr(torch_attention, "current_flash_attention_impl", None)  # not in the first torch with a registry
-    if current is not None and current() is not None:
+    if torch_attention.current_flash_attention_impl() is not None:
         torch_attention.restore_flash_attention_impl()

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from efflaunch.errors import ConfigError
 from efflaunch.estimate.build import build_ledger
 from efflaunch.estimate.determinism import price_of_order, said_of_order, unordered_sums
 from efflaunch.estimate.plan_inputs import PlanInputs
@@ -63,3 +64,18 @@ def test_plan_says_it(asked: str, begins: str, monkeypatch: pytest.MonkeyPatch, 
     assert main([ONE_MILLION, "memory=recompute", f"train.deterministic={asked}", "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert len([note for note in notes if note.startswith(begins)]) == 1
+
+
+def test_a_kernel_that_is_not_here_has_its_price_in_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("efflaunch.launcher.machine_checks.installed_versions", dict)
+    words = [ONE_MILLION, "memory=recompute", "train.deterministic=true", "parallel.attention_kernel=fa3", "--json"]
+    assert main(words) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert [note for note in notes if note.startswith("train.deterministic: fa3's backward at 62% of its speed")]
+
+
+def test_cudnn_and_one_order_are_refused_on_whatever_machine() -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose([ONE_MILLION, "parallel.attention_kernel=cudnn", "train.deterministic=true"])
+    assert (refused.value.where, refused.value.expected) == ("train.deterministic", "one of fa4, fa3, fa2, sdpa")
+    assert "parallel.attention_kernel=auto" in refused.value.hint
