@@ -6,9 +6,10 @@ that would begin with less left than MIN_S is not begun, and one that is under w
 A section that is in the file is not run again.
 
 Sections: device (real capacity, context), rope (angles at a million positions, with TF32 allowed), attention (every kind of block
-against float64), int32 (rows x heads x dim beyond 2^31), speed (FLOP/s by kernel), syncs (hidden waits for the device, by policy),
-packs (1 to 1,024 documents), pinning, offload (overlap with compute), memory (bench.gpu_memory at 128K and 256K tokens), trainer (four
-steps in five configurations, ended and resumed in the middle; needs hydra-core too).
+against float64), int32 (rows x heads x dim beyond 2^31), speed (FLOP/s by kernel), order (the same bits each time,
+and what that takes), syncs (hidden waits for the device, by policy), packs (1 to 1,024 documents), pinning, offload (overlap with
+compute), memory (bench.gpu_memory at 128K and 256K tokens), trainer (four steps in five configurations, ended and resumed in the
+middle; needs hydra-core too).
 
 `--device cpu --tiny` runs all of it on CPU kernels in small sizes: what the program does, not what a GPU would.
 """
@@ -35,6 +36,7 @@ LIMITS_S = {
     "attention": 90.0,
     "int32": 60.0,
     "speed": 90.0,
+    "order": 40.0,
     "syncs": 90.0,
     "packs": 60.0,
     "pinning": 60.0,
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 def section(name: str) -> Callable[[Scale], Row]:
     """What a section does; it needs torch."""
     from . import first_gpu_kernels as kernels
+    from . import first_gpu_order as ordered
     from . import first_gpu_paths as paths
     from . import first_gpu_runs as runs
 
@@ -83,6 +86,7 @@ def section(name: str) -> Callable[[Scale], Row]:
         "attention": kernels.attention,
         "int32": kernels.int32,
         "speed": kernels.speed,
+        "order": ordered.order,
         "syncs": paths.syncs,
         "packs": kernels.packs,
         "pinning": paths.pinning,

@@ -5,8 +5,9 @@ would. So the rows judge our cost model and ledger, not a contest. Nothing is tr
 
 Headline keys: `median_time_error`, `worst_time_error`, `median_memory_error`, `worst_memory_error`: shares by which predictions differ
 from what was published, of the runs whose figures their authors stand by; `median_time_error_drafts` and `worst_time_error_drafts` of the
-others. `left_out` says what a source does not tell. No figure of ours is fitted to a row: kernels run at their published rates
-(cluster/attention_rates.py), products at the cluster's gemm_efficiency.
+others. `limits`: runs of which is published that they ran on these GPUs, and at most a share of the peak (`mfu`); `limits_that_fit` is
+how many of them our ledger has room for, and they are in no error. `left_out` says what a source does not tell. No figure of ours
+is fitted to a row: kernels run at their published rates (cluster/attention_rates.py), products at the cluster's gemm_efficiency.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Published:
     """Sequences of a step."""
     left_out: str
     """What the source does not say."""
+    mfu: float | None = None
+    """Share of the peak, for runs of which no seconds are published; authors differ in which pairs of attention they count."""
     is_draft: bool = False
     """From a draft whose author corrected the series later: shown, and in no summary."""
 
@@ -110,6 +113,43 @@ RUNS = (
 )
 """H100 SXM 80 GB, eight a node, but for the last; one sequence a step, but for the first of ALST's rows: one a GPU."""
 
+CHUNKS_ON_HOST = (
+    "memory=streambp", "memory.layer_input=host", "parallel.scheme=ulysses", "train.dtype=bfloat16", "optim.state_device=host",
+)  # fmt: skip
+"""Chunks of queries with layer inputs and optimizer states on the host."""
+UNSAID_FPDT = "seconds and GB; its keys and values are on the host by chunks, ours on the GPU; the share is over 55 %, of which FLOPs"
+MEMO = Published(
+    name="7B, 1M, MEMO", source="https://arxiv.org/abs/2407.12117", model="llama3_8b", gpus=8, sequence_tokens=1 << 20, step_s=None,
+    memory_bytes=None, kernel="fa2", cluster="a100_80g_8", mfu=0.523,
+    words=("memory=memo", "parallel.scheme=ulysses", "train.dtype=bfloat16", "model.num_kv_heads=32", "model.intermediate_size=11008",
+           "model.vocab_size=50304"),
+    left_out="seconds and GB (abstract only); a GPT, planned as a Llama of its size without shared heads; its A800 have slower NVLink "
+    "than our A100; which FLOPs the share counts",
+)  # fmt: skip
+STREAMBP = Published(
+    name="Qwen3-8B, LoRA, 142.4K, StreamBP", source="https://arxiv.org/abs/2506.03077", model="qwen3_8b", gpus=1, sequence_tokens=142_400,
+    step_s=None, memory_bytes=None, kernel="sdpa", cluster="a100_80g_8",
+    words=("memory=streambp", "memory.chunk_tokens=500", "adapter=lora", "adapter.rank=32", "parallel.scheme=ulysses",
+           "train.dtype=bfloat16", "train.loss_chunk_tokens=100"),
+    left_out="GB at this length, which is the longest that ran on an A800 of 80 GB; a dense mask keeps its attention off flash kernels. "
+    "Its full fine-tuning has moments in bfloat16 and its seconds no optimizer, which no plan of ours has",
+)  # fmt: skip
+LIMITS = (
+    MEMO,
+    STREAMBP,
+    Published(
+        name="Llama-8B, 2M on four of 40 GB, Ulysses-Offload", source="https://arxiv.org/abs/2408.16978", model="llama3_8b", gpus=4,
+        sequence_tokens=1 << 21, step_s=None, memory_bytes=None, words=CHUNKS_ON_HOST, kernel="fa2", cluster="a100_40g_8x8", mfu=0.55,
+        left_out=UNSAID_FPDT,
+    ),
+    Published(
+        name="Llama-70B, 4M, Ulysses-Offload", source="https://arxiv.org/abs/2408.16978", model="llama3_70b", gpus=32,
+        sequence_tokens=1 << 22, step_s=None, memory_bytes=None, words=CHUNKS_ON_HOST, kernel="fa2", cluster="a100_80g_8", mfu=0.55,
+        left_out=UNSAID_FPDT,
+    ),
+)  # fmt: skip
+"""Runs of which is known that they fitted; A100 (A800) 80 GB but where 40 is said."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m efflaunch.bench.published", description=__doc__.splitlines()[0] if __doc__ else None)
@@ -118,9 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     origin = machine()
     chosen = [row(run) for run in RUNS if options.only in run.name]
-    if not chosen:
-        parser.error(f"no run is called {options.only!r}: {', '.join(run.name for run in RUNS)}")
-    write_json(options.json, {"benchmark": "published", **origin, "aims": AIMS, **summary(chosen), "rows": chosen})
+    limits = [limit_row(run) for run in LIMITS if options.only in run.name]
+    if not chosen and not limits:
+        parser.error(f"no run is called {options.only!r}: {', '.join(run.name for run in (*RUNS, *LIMITS))}")
+    fitting = sum(each["fits"] for each in limits)
+    figures = {"aims": AIMS, **summary(chosen), "limits_that_fit": fitting, "rows": chosen, "limits": limits}
+    write_json(options.json, {"benchmark": "published", **origin, **figures})
     for each in chosen:
         if each["step_s"] is not None:
             print(f"{each['name']}: predicted {each['predicted_s']:,.0f} s, published {each['step_s']:,.0f} s ({each['time_error']:+.1%})")
@@ -159,6 +202,21 @@ def row(run: Published) -> dict[str, Any]:
         "forward_flops": ledger.inputs.attention_rate.forward,
         "backward_flops": ledger.inputs.attention_rate.backward,
         "gemm_efficiency": ledger.inputs.cluster.gemm_efficiency,
+    }
+
+
+def limit_row(run: Published) -> dict[str, Any]:
+    """A run of which is published that it fitted: whether our ledger has room for it, and the share of the peak that we predict."""
+    ledger = planned(run)
+    timing, cluster = ledger.timing, ledger.inputs.cluster
+    return {
+        **asdict(run),
+        "words": configuration(run),
+        "predicted_bytes": ledger.device.peak_bytes,
+        "device_bytes": ledger.device.capacity_bytes,
+        "fits": ledger.device.fits,
+        "predicted_s": timing.step_s,
+        "predicted_utilisation": timing.model_flops / (timing.step_s * run.gpus * cluster.peak_flops),
     }
 
 

@@ -79,6 +79,41 @@ RATES: Mapping[str, Mapping[RatedKernel, AttentionRate]] = MappingProxyType(
 """By kind of GPU (cluster.gpu) and kernel."""
 CAPABILITIES: Mapping[str, tuple[int, int]] = MappingProxyType({"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)})
 """CUDA compute capability by kind of GPU, which decides the kernels it runs."""
+_MULTIPROCESSORS: Mapping[str, int] = MappingProxyType({"a100": 108, "h100": 132, "h200": 132, "b200": 148})
+"""Streaming multiprocessors of the SXM boards, by kind of GPU (NVIDIA's architecture papers)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SumsInOrder:
+    """What a kernel's backward keeps of its speed where it adds in the same order every time."""
+
+    share: float
+    source: str
+
+
+_OF_FA2 = SumsInOrder(0.52, "166 TFLOP/s, github.com/Dao-AILab/flash-attention/pull/1893, of 322, arXiv 2407.08608; H100, 8K to 16K tokens")
+_OF_FA3 = SumsInOrder(0.62, "up to 37.9 % slower, arXiv 2601.21824; 63 to 82 % by flash-attention's pull request 1893")
+IN_ORDER: Mapping[RatedKernel, SumsInOrder] = MappingProxyType(
+    {
+        RatedKernel.FA4: SumsInOrder(0.62, "FlashAttention 3's, arXiv 2601.21824; nothing is published of FlashAttention 4"),
+        RatedKernel.FA3: _OF_FA3,
+        RatedKernel.FA2: _OF_FA2,
+        RatedKernel.SDPA: _OF_FA2,
+    }
+)
+"""By kernel; cuDNN's operator has no such backward."""
+
+
+def multiprocessors(gpu: str | None) -> int:
+    """Streaming multiprocessors of a kind of GPU; the most there are where it is not known."""
+    return _MULTIPROCESSORS.get(gpu or "", max(_MULTIPROCESSORS.values()))
+
+
+def in_order(rate: AttentionRate, kernel: RatedKernel) -> AttentionRate:
+    """`rate` with a backward that adds in the same order every time."""
+    slower = IN_ORDER[kernel]
+    source = f"{rate.source}; backward x {slower.share:g} in order: {slower.source}"
+    return AttentionRate(rate.forward, rate.backward * slower.share, source)
 
 
 def check_gpu(gpu: str | None, *, has_own_rate: bool) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..model.spec import ModelSpec
 
 
-def attention_case(spec: ModelSpec, layout: Layout, *, dtype: str, max_seq_len: int) -> AttentionCase:
+def attention_case(spec: ModelSpec, layout: Layout, *, dtype: str, max_seq_len: int, deterministic: bool) -> AttentionCase:
     """The case of the longest document in the largest group: rows of one ring member, query heads of one Ulysses rank."""
     longest = min(max_seq_len, layout.tokens_per_rank * layout.sp_degree)
     return AttentionCase(
@@ -25,14 +25,23 @@ def attention_case(spec: ModelSpec, layout: Layout, *, dtype: str, max_seq_len: 
         rows=-(-longest // layout.ring),
         softcap=spec.has_score_softcap,
         windows=any(window is not None and window < longest for window in spec.windows),
+        deterministic=deterministic,
     )
 
 
 def attention_kernel(
-    spec: ModelSpec, layout: Layout, parallel: ParallelConfig, installed: Installed | None, *, dtype: str, max_seq_len: int
+    spec: ModelSpec,
+    layout: Layout,
+    parallel: ParallelConfig,
+    installed: Installed | None,
+    *,
+    dtype: str,
+    max_seq_len: int,
+    deterministic: bool,
 ) -> KernelChoice:
     """The kernel that parallel.attention_kernel comes to where this is installed (None: on the CPU); ConfigError where none can."""
-    return choose_kernel(parallel.attention_kernel, attention_case(spec, layout, dtype=dtype, max_seq_len=max_seq_len), installed)
+    case = attention_case(spec, layout, dtype=dtype, max_seq_len=max_seq_len, deterministic=deterministic)
+    return choose_kernel(parallel.attention_kernel, case, installed)
 
 
 _LEAST_CAPABILITY = (8, 0)

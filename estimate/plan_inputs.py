@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..cluster.attention_rates import AttentionRate, RatedKernel, attention_rate
+from ..cluster.attention_rates import AttentionRate, RatedKernel, attention_rate, in_order
 from ..cluster.config import check_cluster
 from ..memory.config import AttentionTiling, MemoryConfig
 from ..memory.policy import MemoryPolicy, explicit_policy
@@ -393,15 +393,21 @@ class PlanInputs:
     @property
     def attention_kernel(self) -> RatedKernel:
         """The kernel that time and memory are estimated for."""
-        dtype, length = self.train.dtype.value, self.data.max_seq_len
-        case = attention_case(self.whole or self.spec, self.layout, dtype=dtype, max_seq_len=length)
+        dtype, length, ordered = self.train.dtype.value, self.data.max_seq_len, self.train.deterministic
+        case = attention_case(self.whole or self.spec, self.layout, dtype=dtype, max_seq_len=length, deterministic=ordered)
         return estimated_kernel(self.parallel.attention_kernel, case, self.cluster.gpu)
 
     @property
     def attention_rate(self) -> AttentionRate:
         """FLOP/s of one rank in that kernel, forward and backward."""
         is_open = self.parallel.attention_kernel is AttentionKernel.AUTO
-        return attention_rate(self.cluster, self.attention_kernel, or_nearest=is_open)
+        rate = attention_rate(self.cluster, self.attention_kernel, or_nearest=is_open)
+        return in_order(rate, self.attention_kernel) if self.sums_in_order else rate
+
+    @property
+    def sums_in_order(self) -> bool:
+        """Whether a flash kernel's backward is told to add in the same order every time (train.deterministic)."""
+        return self.train.deterministic and self.on_gpu and self.width == 2
 
     @property
     def on_gpu(self) -> bool:

@@ -22,6 +22,19 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 """Variable with the number of hardware queues that streams of a GPU share; 8 where unset."""
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+"""Variable with the sizes of cuBLAS's workspaces, without which it promises the same bits for one stream alone."""
+_CUBLAS_IN_ORDER = (":4096:8", ":16:8")
+"""Its values that torch takes for deterministic (aten/src/ATen/Context.cpp)."""
+_IN_ORDER = {
+    CUBLAS: _CUBLAS_IN_ORDER[0],
+    # Not in the node's switches, which add in the order that numbers arrive in (as Megatron-LM's deterministic mode asks for it).
+    "NCCL_ALGO": "^NVLS,NVLSTree",
+    # What torch.compile makes is not chosen by timing.
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
+}
+"""What train.deterministic sets for libraries that read it when they are loaded."""
+
 
 def rank_environment(config: Config, interface: str | None = None) -> dict[str, str]:
     """Variables to set in an agent, which its ranks inherit. What the user has set for the network, the device or torch's allocator stays.
@@ -41,10 +54,20 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
     if config.cluster.device is Device.CUDA and QUEUES not in os.environ:
         # Streams compute, gather, reduce, offload and save side by side: with fewer queues than streams some would wait for others.
         values[QUEUES] = "32"
+    if config.cluster.device is Device.CUDA and config.train.deterministic:
+        values |= {name: value for name, value in _IN_ORDER.items() if name not in os.environ}
     if config.cluster.device is Device.CUDA and config.memory.arena is Arena.DEFAULT and not any(name in os.environ for name in ALLOCATOR):
         # Segments that grow: blocks of one length leave no holes that those of the next do not fit.
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values
+
+
+def check_order(config: Config) -> None:
+    """ConfigError where cuBLAS is set otherwise here than train.deterministic wants it: torch refuses its products then."""
+    found = os.environ.get(CUBLAS)
+    if config.cluster.device is Device.CUDA and config.train.deterministic and found is not None and found not in _CUBLAS_IN_ORDER:
+        expected = f"one of {', '.join(_CUBLAS_IN_ORDER)} with train.deterministic=true"
+        raise ConfigError(CUBLAS, found=repr(found), expected=expected, hint=f"unset {CUBLAS}: ranks are given {_CUBLAS_IN_ORDER[0]}")
 
 
 def _threads(config: Config) -> str:

@@ -17,6 +17,7 @@ from ..parallel.sequence.kernel_choice import Installed, KernelChoice
 from ..units import format_bytes, format_tokens
 from .config.ledger import plan
 from .config.run_config import Config
+from .env import check_order
 from .hardware import Machine, this_machine
 
 MAX_RANKS_PER_CORE = 4
@@ -51,6 +52,7 @@ def check_node(config: Config, machine: Machine) -> None:
     if config.cluster.device is Device.CUDA:
         _check_gpus(config, machine, is_node=True)
         kernel_here(config)
+        check_order(config)
     else:
         _check_cores(config, machine)
         _check_memory(config, machine)
@@ -81,7 +83,10 @@ def kernel_here(config: Config) -> KernelChoice:
     layout = solve_layout(config.parallel, config.cluster, spec, max_seq_len=length, global_batch_tokens=config.data.global_batch_tokens)
     on_gpu, capability = config.cluster.device is Device.CUDA, CAPABILITIES.get(config.cluster.gpu or "")
     installed = Installed(installed_versions(), capability) if on_gpu else None
-    return attention_kernel(spec, layout, config.parallel, installed, dtype=config.train.dtype.value, max_seq_len=length)
+    train = config.train
+    return attention_kernel(
+        spec, layout, config.parallel, installed, dtype=train.dtype.value, max_seq_len=length, deterministic=train.deterministic
+    )
 
 
 def _check_offload_dir(config: Config) -> None:

@@ -61,6 +61,8 @@ class TrainConfig:
     steps: int
     seed: int = 0
     dtype: Dtype = Dtype.BFLOAT16
+    deterministic: bool = False
+    """The same run gives the same bits on GPUs too: kernels add in one order, which takes time and memory (docs/checkpoints.md)."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2), added to the loss per target token."""
     router_balance: float = 0.0

@@ -21,6 +21,7 @@ from ..checkpoint.mirror import MirrorReport
 from ..checkpoint.replica.replicas import ReplicaReport
 from ..cluster.config import ClusterConfig, Device
 from ..estimate.attention_case import attention_case
+from ..estimate.determinism import said_of_order
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.stages import gpipe_in_flight
@@ -35,6 +36,7 @@ from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
 from ..parallel.pipeline.place import StagePlace
 from ..parallel.sequence.attention import BlockKernel
+from ..parallel.sequence.kernel_choice import KernelChoice
 from ..parallel.sequence.kernels import kernel_for
 from ..parallel.topology import Topology, whole_world
 from ..utils.c_allocator import return_freed_blocks
@@ -44,6 +46,7 @@ from .agreed_ledger import agreed_ledger
 from .bind_cores import bind_to_gpu
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
+from .deterministic import compute_in_order
 from .engines import builder_of
 from .make_groups import make_groups
 from .oom import memory_errors_named
@@ -145,10 +148,13 @@ def build_session(
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )
-    kernel = rank_kernel(config, layout, device)
+    kernel, choice = rank_kernel(config, layout, device)
     # First, so that communicators take their memory before the model does. The ledger assumes how much: it asks a GPU for its total.
     topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
+    order = said_of_order(ledger.inputs, choice)
+    if order is not None and topology.rank == 0:
+        log.info("%s", order)
     prove_model(config.model, run_dir, on_progress)
     check_update_memory(ledger.on_host)
     store = host_store(ledger, device)
@@ -184,13 +190,20 @@ def build_session(
     )
 
 
-def rank_kernel(config: RunSettings, layout: Layout, device: torch.device) -> BlockKernel:
-    """The attention kernel of this rank, said by rank 0; ConfigError where none that is installed can do what the configuration asks."""
-    case = attention_case(model_spec(config.model), layout, dtype=config.train.dtype.value, max_seq_len=config.data.max_seq_len)
+def rank_kernel(config: RunSettings, layout: Layout, device: torch.device) -> tuple[BlockKernel, KernelChoice]:
+    """The attention kernel of this rank, said by rank 0; ConfigError where none that is installed can do what the configuration asks.
+
+    With train.deterministic everything this process computes from here on adds in one order.
+    """
+    train = config.train
+    compute_in_order(deterministic=train.deterministic)
+    case = attention_case(
+        model_spec(config.model), layout, dtype=train.dtype.value, max_seq_len=config.data.max_seq_len, deterministic=train.deterministic
+    )
     kernel, choice = kernel_for(config.parallel.attention_kernel, case, device)
     if device.type == "cuda" and dist.get_rank(whole_world()) == 0:
         log.info("attention kernel: %s", choice)
-    return kernel
+    return kernel, choice
 
 
 def stage_place(topology: Topology, ledger: Ledger) -> StagePlace | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...utils.c_allocator import LARGE_BYTES
 from ..plan_inputs import GIB, PlanInputs
+from ..timing.sequence import group_degrees
 from . import weights as fsdp2
 from . import zero
 from .activations import activations, attention_outputs, between_stages, graph_row, in_flight, layer_inputs, messages
@@ -22,9 +23,18 @@ UNSEEN = ("kernel scratch", "communicators", "context", "allocator reserve")
 
 
 def communicators(inputs: PlanInputs) -> Term:
-    """One communicator per power of two of a stage's ranks, the mesh's own, and three between stages; on GPUs each has buffers."""
-    ranks = inputs.layout.stage_size
-    count = (ranks.bit_length() if ranks > 1 else 0) + 4 * (inputs.layout.stages > 1)
+    """A rank's groups, each a communicator, with buffers on GPUs: those that training/make_groups.py makes and warms.
+
+    Of plans, one for each of their sizes but that of a single rank; of all ranks, and of a stage's where there are several; of the
+    mesh, one for each axis that has ranks; of a pipeline, four at its ends. Axes of one rank have no traffic, and so no buffers.
+    """
+    layout, parallel = inputs.layout, inputs.parallel
+    whole = inputs.whole or inputs.spec
+    sequences = len(group_degrees(parallel, layout, num_heads=whole.num_heads))
+    several, shared = layout.stages > 1, parallel.experts.ep
+    axes = [layout.replicate, layout.shard, *((layout.replicate, shared, layout.shard // shared) if shared > 1 else ())]
+    meshes = sum(ranks > 1 for ranks in axes)
+    count = (layout.world_size > 1) + (several and layout.stage_size > 1) + sequences + meshes + 4 * several
     each = GIB // 4 if inputs.on_gpu else 8 << 20
     return term("communicators", f"{count} groups of ranks, about {each >> 20} MiB each (assumed)", count * each)
 

@@ -6,7 +6,7 @@ themselves in backward (flash-attn 2.8 csrc/flash_attn/flash_api.cpp, hopper/fla
 
 from __future__ import annotations
 
-from ...cluster.attention_rates import RatedKernel
+from ...cluster.attention_rates import RatedKernel, multiprocessors
 from ..plan_inputs import PlanInputs
 from .activations import norm_bytes
 from .moment import Widths
@@ -80,15 +80,28 @@ def _is_masked(inputs: PlanInputs) -> bool:
 def attention_workspace(inputs: PlanInputs, w: Widths, key_rows: int = 1) -> float:
     """Bytes of one row of queries that the kernel's backward allocates for itself on CUDA.
 
-    Queries' gradient in float32; with shared key/value heads theirs for every query head, or in float32 once (FlashAttention 3 and 4);
-    cuDNN also one float32 a row and head. `key_rows`: keys of a block, in rows of the queries' piece.
+    Queries' gradient in float32, in parts where they are added in order; with shared key/value heads theirs for every query head, or
+    in float32 once (FlashAttention 3 and 4); cuDNN also one float32 a row and head. `key_rows`: keys of a block, in rows of the
+    queries' piece.
     """
     if not inputs.on_gpu:
         return 0.0
     shared = inputs.spec.num_kv_heads < inputs.spec.num_heads
     sums = w.wide * w.X if inputs.attention_kernel in _HEADS_OF_THEIR_OWN else 2 * w.Q
     beside = w.E * (inputs.attention_kernel is RatedKernel.CUDNN)
-    return w.wide * w.Q + sums * key_rows * shared + beside
+    return w.wide * w.Q * dq_parts(inputs, w) + sums * key_rows * shared + beside
+
+
+def dq_parts(inputs: PlanInputs, w: Widths) -> int:
+    """Parts of queries' gradient that are held at a time, of heads as `w` has them: 1 where it is added as blocks of keys finish.
+
+    FlashAttention 2 in order makes one for each multiprocessor, shared by the heads of a call (csrc/flash_attn/flash_api.cpp, mha_bwd):
+    with documents joined there are fewer, so this is of one. FlashAttention 3 and 4 wait for one another instead.
+    """
+    if not inputs.sums_in_order or inputs.attention_kernel not in (RatedKernel.FA2, RatedKernel.SDPA):
+        return 1
+    heads = max(1, w.Q // (inputs.width * inputs.spec.head_dim * inputs.layout.ulysses))
+    return -(-multiprocessors(inputs.cluster.gpu) // heads)
 
 
 MASKED_QUERY_CHUNK = 512

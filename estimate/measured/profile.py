@@ -184,9 +184,10 @@ def profile_key(spec: ModelSpec, memory: MemoryConfig, train: TrainConfig, clust
     kept = _kept(memory)
     heads = f"{spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}"
     shape = f"{spec.family.value}, {spec.num_layers} layers, {spec.hidden_size} wide, {heads}, {spec.intermediate_size} inner"
+    dtype = train.dtype.value + ", deterministic" * train.deterministic
     nodes = f"{cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)} x {cluster.ranks_per_node} ranks"
     return ProfileKey(
-        hardware=hardware, ranks=nodes, model=f"{shape}, {spec.vocab_size} words, {train.dtype.value}; {kept}", versions=_versions()
+        hardware=hardware, ranks=nodes, model=f"{shape}, {spec.vocab_size} words, {dtype}; {kept}", versions=_versions()
     )
 
 

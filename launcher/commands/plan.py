@@ -12,6 +12,7 @@ from ...cluster.config import Device
 from ...errors import EXIT_DONE, ConfigError
 from ...estimate.build import build_ledger
 from ...estimate.certificate import RECORD, certify
+from ...estimate.determinism import said_of_order
 from ...estimate.footprint.activations import class_splits
 from ...estimate.ledger import Account, Ledger
 from ...estimate.solver.report import SolveReport, describe_policy
@@ -21,6 +22,7 @@ from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...memory.activation_classes import ExpertSizes
 from ...parallel.pipeline.config import PipelineConfig
+from ...parallel.sequence.kernel_choice import KernelChoice
 from ...training.optimizers.check import inexact
 from ...units import format_seconds
 from ..config.checks import model_notes
@@ -115,6 +117,7 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
     if config.cluster.device is Device.CUDA:
         kernel = _attention_kernel(config)
         lines.append(f"attention kernel, by what is installed here: {kernel['name'] or 'none'}; {kernel['why']}")
+        lines += _order(config, ledger)
     if config.optim.update.value == "backward" and config.checkpoint.every_steps is not None:
         lines.append("optim.update=backward: checkpoints are copied behind the forward pass alone, backward already changes weights")
     return [*lines, *(f"not exact: {line}" for line in inexact(config.optim))]
@@ -128,6 +131,16 @@ def _attention_kernel(config: Config) -> dict[str, Any]:
         # Ranks may run where more is installed: they, and a start on this machine, refuse.
         return {"name": None, "version": None, "why": f"{error.found}; {error.hint}"}
     return {"name": choice.kernel, "version": choice.version, "why": choice.why}
+
+
+def _order(config: Config, ledger: Ledger) -> list[str]:
+    """Which sums of this plan differ from one time to the next, by the kernel that is installed here, or what it costs that none does."""
+    try:
+        choice = kernel_here(config)
+    except ConfigError:  # the line on the kernel says why there is none; the plan is made for this one all the same
+        choice = KernelChoice(ledger.inputs.attention_kernel.value, "estimated")
+    said = said_of_order(ledger.inputs, choice)
+    return [] if said is None else [said]
 
 
 def _pipeline_notes(ledger: Ledger) -> list[str]:

@@ -7,9 +7,11 @@ from ...model.adapters.peft_config import check_init
 from ...model.adapters.targets import check_adapter
 from ...model.model_check import check_weights
 from ...model.spec import ModelSpec, longer_positions, model_spec
-from ...parallel.config import SequenceMode
+from ...parallel.config import AttentionKernel, SequenceMode
 from ...parallel.layout import Layout, solve_layout
 from ...parallel.pipeline.config import PipelineOrder
+from ...parallel.sequence.kernel_choice import FACTS
+from ...parallel.sequence.kernel_choice import KEY as KERNEL_KEY
 from ...training.config import check_train
 from ...training.data.config import check_sources
 from ...training.evaluation.config import check_eval, check_keep_best
@@ -23,6 +25,7 @@ def check_config(config: Config) -> None:
     check_train(config.train)
     check_sources(config.data)
     spec = model_spec(config.model)
+    _check_order(config)
     _check_routers(config, spec)
     check_adapter(config.adapter, spec)
     _check_evaluation(config, spec)
@@ -77,6 +80,20 @@ def _check_evaluation(config: Config, spec: ModelSpec) -> None:
         longer = " ".join(longer_positions(config.model, longest))
     check_eval(config.eval, max_seq_len=config.data.max_seq_len, max_positions=spec.max_positions, longer=longer)
     check_keep_best(config.train.keep_best, config.train.patience, config.eval, config.data.max_seq_len)
+
+
+def _check_order(config: Config) -> None:
+    """ConfigError where an attention kernel is asked for that cannot add in the same order every time, and that is asked for too."""
+    asked = config.parallel.attention_kernel
+    if not config.train.deterministic or asked is AttentionKernel.AUTO or FACTS[asked].most_deterministic_head_dim:
+        return
+    able = ", ".join(kernel.value for kernel, facts in FACTS.items() if facts.most_deterministic_head_dim)
+    raise ConfigError(
+        "train.deterministic",
+        found=f"true with {KERNEL_KEY}={asked.value}, which has no deterministic backward",
+        expected=f"one of {able}",
+        hint=f"{KERNEL_KEY}=auto, or train.deterministic=false",
+    )
 
 
 def _check_routers(config: Config, spec: ModelSpec) -> None:

@@ -206,6 +206,10 @@ class FlashAttnKernel(FlashKernel):
 
     has_softcap = True
 
+    def __init__(self, *, int32: bool = False, dtypes: tuple[torch.dtype, ...] = HALF, deterministic: bool = False) -> None:
+        super().__init__(int32=int32, dtypes=dtypes)
+        self._deterministic = deterministic
+
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_forward
 
@@ -220,7 +224,7 @@ class FlashAttnKernel(FlashKernel):
         from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
 
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        options = 0.0, spec.scale, call.causal, *call.window, spec.softcap or 0.0, None, False
+        options = 0.0, spec.scale, call.causal, *call.window, spec.softcap or 0.0, None, self._deterministic
         if call.cuts is None:
             _flash_attn_backward(do, q, k, v, o, lse, *grads, *options)
         else:

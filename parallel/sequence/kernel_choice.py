@@ -2,7 +2,8 @@
 
 From the fastest: FlashAttention 4 and FlashAttention 3 (2407.08608), which torch.nn.attention's registry puts behind torch's own
 operators; the flash-attn package (2307.08691); cuDNN's operator; torch's own copy of FlashAttention 2. What a kernel can do is what its
-code says: torch's operators pass no softcap on, whatever stands behind them, so softcap is flash-attn's alone.
+code says: torch's operators pass no softcap on, whatever stands behind them, so softcap is flash-attn's alone. Forward is deterministic
+in all of them; backward sums a query's gradient over blocks of keys as they finish, unless it is told not to.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class AttentionCase:
     """Most rows of one document between the exchanges."""
     softcap: bool = False
     windows: bool = False
+    deterministic: bool = False
+    """Whether backward is to add in the same order every time (train.deterministic)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class KernelFacts:
     majors: tuple[int, int]
     """Compute capabilities it runs on, first and last major version."""
     most_head_dim: int
+    most_deterministic_head_dim: int
+    """The largest whose backward can add in the same order every time; 0: none can."""
     softcap: bool = False
     windows: bool = True
 
@@ -62,12 +67,14 @@ class KernelFacts:
 FACTS: Mapping[AttentionKernel, KernelFacts] = MappingProxyType(
     {
         # torch/nn/attention/_fa4.py: capability 9.0 or 10.0. Backward with windows is not relied on yet.
-        AttentionKernel.FA4: KernelFacts("FlashAttention 4", "pip install flash-attn-4", (9, 10), 128, windows=False),
-        # torch/nn/attention/_fa3.py: capability 9.0; softcap is 0 in every call it makes.
-        AttentionKernel.FA3: KernelFacts("FlashAttention 3", "pip install flash-attn-3, or build flash-attention/hopper", (9, 9), 256),
-        AttentionKernel.FA2: KernelFacts("flash-attn", "pip install 'efflaunch[flash-attn]'", (8, 12), 256, softcap=True),
-        AttentionKernel.CUDNN: KernelFacts("cuDNN", "", (9, 12), 128, windows=False),
-        AttentionKernel.SDPA: KernelFacts("torch's FlashAttention 2", "", (8, 12), 256),
+        AttentionKernel.FA4: KernelFacts("FlashAttention 4", "pip install flash-attn-4", (9, 10), 128, 128, windows=False),
+        # torch/nn/attention/_fa3.py: capability 9.0; softcap is 0 in every call it makes. hopper/flash_api.cpp: heads above 192 are
+        # rounded to 256, which has no deterministic backward.
+        AttentionKernel.FA3: KernelFacts("FlashAttention 3", "pip install flash-attn-3, or build flash-attention/hopper", (9, 9), 256, 192),
+        AttentionKernel.FA2: KernelFacts("flash-attn", "pip install 'efflaunch[flash-attn]'", (8, 12), 256, 256, softcap=True),
+        # torch takes it for not deterministic itself (check_cudnn_deterministic in sdp_utils.cpp).
+        AttentionKernel.CUDNN: KernelFacts("cuDNN", "", (9, 12), 128, 0, windows=False),
+        AttentionKernel.SDPA: KernelFacts("torch's FlashAttention 2", "", (8, 12), 256, 256),
     }
 )
 """From the fastest on."""
@@ -82,9 +89,16 @@ class KernelChoice:
     why: str
     """One line."""
     version: str | None = None
+    deterministic: bool = False
+    """Whether its backward is told to add in the same order every time."""
 
     def __str__(self) -> str:
         return f"{self.kernel}{f' {self.version}' if self.version else ''}, {self.why}"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same rows give the same bits every time: plain torch and the CPU's operator need not be told to."""
+        return self.deterministic or self.kernel in (MASKED, CPU)
 
     @property
     def counts_in_int32(self) -> bool:
@@ -100,7 +114,7 @@ def choose_kernel(asked: AttentionKernel, case: AttentionCase, installed: Instal
         reason = _reason(asked, case, installed)
         if reason is not None:
             raise _refused(asked, reason, case, installed)
-        return KernelChoice(asked.value, f"asked for by {KEY}", installed.versions.get(asked.value))
+        return KernelChoice(asked.value, f"asked for by {KEY}", installed.versions.get(asked.value), case.deterministic)
     if case.dtype not in HALF_DTYPES:
         return KernelChoice(MASKED, f"{case.dtype}: plain torch by chunks of queries, for flash kernels are of half precision")
     reasons = {kernel: _reason(kernel, case, installed) for kernel in FACTS}
@@ -109,7 +123,7 @@ def choose_kernel(asked: AttentionKernel, case: AttentionCase, installed: Instal
         raise _refused(asked, next(reason for reason in reversed(reasons.values()) if reason is not None), case, installed)
     passed = [f"{kernel.value}: {reason}" for kernel, reason in reasons.items() if reason is not None and _rank(kernel) < _rank(best)]
     why = "the fastest that is here and can do this" + (f" ({'; '.join(passed)})" if passed else "")
-    return KernelChoice(best.value, why, installed.versions.get(best.value))
+    return KernelChoice(best.value, why, installed.versions.get(best.value), case.deterministic)
 
 
 def _on_cpu(asked: AttentionKernel) -> KernelChoice:
@@ -134,6 +148,9 @@ def _reason(kernel: AttentionKernel, case: AttentionCase, installed: Installed) 
         return "has no windows"
     if case.head_dim % 8 or case.head_dim > facts.most_head_dim:
         return f"has head dims in steps of 8 up to {facts.most_head_dim}, this is {case.head_dim}"
+    if case.deterministic and case.head_dim > facts.most_deterministic_head_dim:
+        to = f"adds in the same order for head dims up to {facts.most_deterministic_head_dim} alone, this is {case.head_dim}"
+        return to if facts.most_deterministic_head_dim else "has no deterministic backward"
     first, last = facts.majors
     if installed.capability is not None and not first <= installed.capability[0] <= last:
         major, minor = installed.capability
@@ -174,7 +191,7 @@ def _refused(asked: AttentionKernel, reason: str, case: AttentionCase, installed
 
 
 def _asked_of(case: AttentionCase) -> str:
-    more = ["a softcap"] * case.softcap + ["windows"] * case.windows
+    more = ["a softcap"] * case.softcap + ["windows"] * case.windows + ["a deterministic backward"] * case.deterministic
     return f"{case.dtype}, head dim {case.head_dim}" + (f", with {' and '.join(more)}" if more else "")
 
 

@@ -47,7 +47,8 @@ def kernel_for(asked: AttentionKernel, case: AttentionCase, device: torch.device
 def block_kernel(device: torch.device, choice: KernelChoice | None = None) -> BlockKernel:
     """The kernel of `choice` (None: what `auto` takes for bfloat16 heads of 128) on `device`; torch's registry is switched to it.
 
-    The registry is the process's: kernels made before that are not of the flash-attn package change with it. ConfigError where it fails.
+    The registry is the process's: kernels made before that are not of the flash-attn package change with it. torch's operators are
+    deterministic where the process is (training/deterministic.py). ConfigError where it fails.
     """
     if choice is None:
         case = AttentionCase(dtype="bfloat16", head_dim=128, num_heads=1, rows=1)
@@ -61,7 +62,7 @@ def block_kernel(device: torch.device, choice: KernelChoice | None = None) -> Bl
     elif choice.kernel != "fa2":
         _restore()
     if choice.kernel == "fa2":
-        return FlashAttnKernel(int32=choice.counts_in_int32)
+        return FlashAttnKernel(int32=choice.counts_in_int32, deterministic=choice.deterministic)
     kind = CudnnKernel if choice.kernel == "cudnn" else TorchFlashKernel
     return kind(int32=choice.counts_in_int32)
 
@@ -81,6 +82,5 @@ def _activate(choice: KernelChoice) -> None:
 
 def _restore() -> None:
     """Put torch's own FlashAttention 2 back, where a kernel that was chosen before took its place."""
-    current = getattr(torch_attention, "current_flash_attention_impl", None)  # not in the first torch with a registry
-    if current is not None and current() is not None:
+    if torch_attention.current_flash_attention_impl() is not None:
         torch_attention.restore_flash_attention_impl()

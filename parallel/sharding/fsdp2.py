@@ -109,12 +109,8 @@ class Fsdp2Weights:
 
 def groups_of(module: FSDPModule) -> list[Any]:
     """FSDP2's groups of a module's own parameters: one for each mesh they lie on."""
-    state = module._get_fsdp_state()
-    several: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
-    if several is not None:
-        return several
-    # Before torch 2.12 a module has one.
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+    return groups
 
 
 def reduces_together(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.bench.published import AIMS, RUNS, Published, configuration, main, row, summary
+from efflaunch.bench.published import AIMS, LIMITS, RUNS, Published, configuration, limit_row, main, row, summary
 from efflaunch.launcher.config.compose import compose
 from efflaunch.memory.config import ActivationPlace
 
@@ -49,6 +49,15 @@ def test_each_is_planned_under_its_own_policy(run) -> None:  # type: ignore[no-u
     else:
         assert figures["time_error"] == figures["predicted_s"] / run.step_s - 1.0 and 0.2 < figures["published_utilisation"] < 0.5
     assert figures["predicted_bytes"] >= figures["tiled_bytes"] > 0 and 0.7 < figures["attention_share"] < 1.0
+
+
+@pytest.mark.parametrize("run", LIMITS, ids=lambda run: run.name)
+def test_what_ran_elsewhere_fits_by_our_ledger(run) -> None:  # type: ignore[no-untyped-def]
+    """Under its authors' policy, on their GPUs; they say neither seconds nor bytes, so no error is made of it."""
+    assert run.step_s is run.memory_bytes is None and run.left_out and not run.is_draft
+    figures = limit_row(run)
+    assert figures["fits"] and figures["predicted_bytes"] < figures["device_bytes"]
+    assert 0.3 < figures["predicted_utilisation"] < 0.7
 
 
 def test_drafts_are_summed_up_apart() -> None:

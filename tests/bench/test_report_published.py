@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from efflaunch.bench.published import AIMS, RUNS, row, summary
+from efflaunch.bench.published import AIMS, MEMO, RUNS, limit_row, row, summary
 from efflaunch.bench.report_published import published
 
 
@@ -18,5 +18,7 @@ def test_a_line_for_each_run_with_its_source() -> None:
 
 def test_what_was_not_published_is_a_dash() -> None:
     rows = [row(RUNS[-1])]
-    lines = published({"rows": rows, "aims": AIMS, **summary(rows)})
+    lines = published({"rows": rows, "limits": [limit_row(MEMO)], "aims": AIMS, **summary(rows)})
+    assert any(line.startswith("| [7B, 1M, MEMO](https://arxiv.org/abs/2407.12117) | 8 | ") and "| 52% |" in line for line in lines)
+    assert any("1 of 1 fit by our ledger" in line for line in lines) and any("2407.12117: seconds and GB" in line for line in lines)
     assert any(" | - | " in line for line in lines) and any("Time: nothing published; memory: **median" in line for line in lines)

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from efflaunch.cluster.attention_rates import CAPABILITIES, RATES, AttentionRate, RatedKernel, attention_rate, check_gpu
+from efflaunch.cluster.attention_rates import (
+    CAPABILITIES,
+    IN_ORDER,
+    RATES,
+    AttentionRate,
+    RatedKernel,
+    attention_rate,
+    check_gpu,
+    in_order,
+    multiprocessors,
+)
 from efflaunch.cluster.config import check_cluster
 from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
@@ -36,6 +46,20 @@ def test_a_forward_and_its_backward_together() -> None:
     """Of 3.5 parts of work one is done at one rate and 2.5 at the other."""
     rate = AttentionRate(4.0, 2.0, "here")
     assert rate.both == pytest.approx(3.5 / (1 / 4 + 2.5 / 2))
+
+
+def test_a_backward_in_order_is_slower() -> None:
+    """Of every kernel that has one, and forward is as it was."""
+    assert set(IN_ORDER) == set(RatedKernel) - {RatedKernel.CUDNN}
+    fast = RATES["h100"][RatedKernel.FA3]
+    slow = in_order(fast, RatedKernel.FA3)
+    assert (slow.forward, slow.backward) == (fast.forward, pytest.approx(0.62 * fast.backward))
+    assert slow.source.startswith(fast.source) and "2601.21824" in slow.source
+
+
+def test_multiprocessors() -> None:
+    assert [multiprocessors(gpu) for gpu in ("a100", "h100", None)] == [108, 132, 148]
+    assert all(multiprocessors(gpu) > 100 for gpu in RATES)
 
 
 def test_a_kernel_without_a_published_rate() -> None:

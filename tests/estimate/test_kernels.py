@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from efflaunch.estimate.footprint.kernels import attention_workspace, masked_scores
+from efflaunch.estimate.footprint.kernels import attention_workspace, dq_parts, masked_scores
 from efflaunch.estimate.footprint.moment import Widths
 from efflaunch.estimate.footprint.term import Phase
 from efflaunch.estimate.plan_inputs import PlanInputs
@@ -36,6 +36,29 @@ def test_workspace_of_a_row_of_llama_8b(kernel: str, per_row: float) -> None:
     assert attention_workspace(made, Widths.of(made)) == per_row * 1024
     assert attention_workspace(made, Widths.of(made), 4) - attention_workspace(made, Widths.of(made)) == 3 * (per_row // 8 * 8 - 16) * 1024
     assert attention_workspace(replace(made, cluster=compose(["+experiment=quickstart"]).cluster), Widths.of(made)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words", "parts"),
+    [
+        ("fa2", (), 33),
+        ("sdpa", ("cluster.gpu=b200",), 37),
+        ("fa2", ("parallel.sp_degree=1", "data.max_seq_len=64K"), 5),
+        ("fa3", (), 1),
+        ("fa4", (), 1),
+        ("fa2", ("train.dtype=float32",), 1),
+    ],
+)
+def test_parts_of_queries_gradient_in_order(kernel: str, words: tuple[str, ...], parts: int) -> None:
+    """FlashAttention 2 has one for each of 132 (148) multiprocessors over the 4 (32) heads of a rank; each is 16 KiB of a row."""
+    eight = ("parallel.sp_degree=8", "parallel.tokens_per_rank=128K", "data.max_seq_len=1M", "data.global_batch_tokens=8M")
+    fast = ("cluster.attention_efficiency=0.3", f"parallel.attention_kernel={kernel}")
+    free, ordered = (inputs(kernel, *eight, *fast, *words, f"train.deterministic={asked}") for asked in ("false", "true"))
+    w = Widths.of(ordered)
+    assert (dq_parts(free, w), dq_parts(ordered, w)) == (1, parts)
+    assert attention_workspace(ordered, w) - attention_workspace(free, w) == (parts - 1) * 16 * 1024
+    half = Widths.of(ordered, 2)
+    assert dq_parts(ordered, half) == (1 if parts == 1 else -(-(148 if "cluster.gpu=b200" in words else 132) // (16 if parts == 5 else 2)))
 
 
 def test_a_kernel_with_less_workspace_has_a_smaller_peak() -> None:

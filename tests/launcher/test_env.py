@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from efflaunch.errors import ConfigError
 from efflaunch.launcher import env
 from efflaunch.launcher.config.compose import compose
-from efflaunch.launcher.env import ALLOCATOR, QUEUES, rank_environment
+from efflaunch.launcher.env import ALLOCATOR, CUBLAS, QUEUES, check_order, rank_environment
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*ALLOCATOR, QUEUES, "OMP_NUM_THREADS"):
+    for name in (*ALLOCATOR, QUEUES, "OMP_NUM_THREADS", *env._IN_ORDER):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -65,3 +66,22 @@ def test_streams_of_a_gpu_have_queues_of_their_own(monkeypatch: pytest.MonkeyPat
     assert rank_environment(on_cuda)[QUEUES] == "32" and QUEUES not in rank_environment(compose(["+experiment=quickstart"]))
     monkeypatch.setenv(QUEUES, "1")
     assert QUEUES not in rank_environment(on_cuda)
+
+
+def test_libraries_add_in_order_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read it when they are loaded, so it is there before; on a CPU there is nothing to set."""
+    free, ordered = (compose(["+experiment=llama8b_1M", f"train.deterministic={asked}"]) for asked in ("false", "true"))
+    assert not rank_environment(free).keys() & env._IN_ORDER.keys()
+    given = rank_environment(ordered)
+    assert (given[CUBLAS], given["NCCL_ALGO"], given["TORCHINDUCTOR_DETERMINISTIC"]) == (":4096:8", "^NVLS,NVLSTree", "1")
+    assert CUBLAS not in rank_environment(compose(["+experiment=quickstart", "train.deterministic=true"]))
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    assert "NCCL_ALGO" not in rank_environment(ordered), "what the user has set stays"
+    monkeypatch.setenv(CUBLAS, ":16:8")
+    check_order(ordered)
+    assert CUBLAS not in rank_environment(ordered)
+    monkeypatch.setenv(CUBLAS, ":4096:2")
+    check_order(free)
+    with pytest.raises(ConfigError) as refused:
+        check_order(ordered)
+    assert (refused.value.where, refused.value.found) == (CUBLAS, "':4096:2'") and refused.value.hint.startswith(f"unset {CUBLAS}")

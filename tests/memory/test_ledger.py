@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from efflaunch.estimate.footprint.device import communicators
 from efflaunch.estimate.footprint.term import ALL, Phase
 from efflaunch.estimate.ledger import Account, Ledger
+from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.estimate.timing.flops import causal_pairs
+from efflaunch.launcher.config.compose import compose
 from efflaunch.model.config import Family
 from efflaunch.parallel.config import GradReduce, Scheme
 from efflaunch.training.config import Dtype
@@ -175,3 +178,25 @@ def test_nothing_heavy_is_imported() -> None:
     code = f"import sys, efflaunch.estimate.suggestions; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "groups"),
+    [
+        ((), 3),
+        (("parallel.scheme=hybrid", "parallel.ulysses_degree=4"), 4),  # blocks of 8 and of 4
+        (("parallel.sequence=adaptive",), 5),  # of 8, 4 and 2
+        (("parallel.sp_degree=1", "data.max_seq_len=64K"), 2),
+        (("parallel.replicate=2",), 4),
+        (("parallel.replicate=8", "parallel.sp_degree=1", "data.max_seq_len=64K"), 2),
+        (("parallel.pipeline.stages=2", "parallel.sp_degree=4", "data.max_seq_len=256K"), 8),
+        (("cluster.ranks_per_node=1", "parallel.sp_degree=1", "data.max_seq_len=64K"), 0),
+    ],
+)
+def test_communicators_are_those_that_plans_can_use(words: tuple[str, ...], groups: int) -> None:
+    """256 MiB each: the run, its mesh, and the blocks of the sizes that plans have; stages have a group, and four between them."""
+    config = compose(
+        ["model=llama3_8b", "data=stdlib", "data.max_seq_len=512K", "data.global_batch_tokens=8M", "cluster=h100_80g_8", "memory=recompute",
+         "parallel.sequence=static", "parallel.tokens_per_rank=64K", "train.steps=1", *words]
+    )  # fmt: skip
+    assert communicators(PlanInputs.of(config)).num_bytes == groups * GIB // 4

@@ -105,7 +105,7 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     """The model with its weights, and how sequences are planned. Collective."""
     spec, parallel, data = model_spec(config.model), config.parallel, config.data
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
-    kernel = rank_kernel(config, layout, device)
+    kernel, _ = rank_kernel(config, layout, device)
     topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device)
     build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)

@@ -162,7 +162,7 @@ class Prober:
         layout = solve_layout(
             parallel, config.cluster, model_spec(config.model), max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens
         )
-        kernel = rank_kernel(config, layout, device)
+        kernel, _ = rank_kernel(config, layout, device)
         topology = make_groups(config, layout, device, every_degree=True)
         ledger = agreed_ledger(config, device)
         check_update_memory(ledger.on_host)

@@ -11,7 +11,7 @@ import pytest
 
 from efflaunch.errors import ConfigError
 from efflaunch.memory.arena.build import build, cuda_recipe
-from efflaunch.memory.arena.cuda import ALIGNMENT, CudaArena, find_runtime
+from efflaunch.memory.arena.cuda import ALIGNMENT, CudaArena, _roots, find_runtime
 from efflaunch.memory.arena.plan import plan_arena, spread
 from efflaunch.utils.compilers import compiler_path
 
@@ -127,3 +127,13 @@ def test_where_the_runtime_is_found(tmp_path: Path) -> None:
     for name in ("include/cuda_runtime_api.h", "include/crt/host_defines.h", "lib/libcudart.so.13"):
         (tmp_path / name).write_text("")
     assert find_runtime([tmp_path / "nowhere", tmp_path]) == (tmp_path / "include", tmp_path / "lib" / "libcudart.so.13")
+
+
+def test_it_is_built_against_the_real_headers_where_there_are_any(tmp_path: Path) -> None:
+    """Of a toolkit, or of the packages nvidia-cuda-runtime and nvidia-cuda-crt; loading it finds every function of the real runtime."""
+    try:
+        headers, runtime = find_runtime(_roots())
+    except ConfigError:
+        pytest.skip("no CUDA headers here; pip install nvidia-cuda-runtime nvidia-cuda-crt")
+    library = ctypes.CDLL(str(build(cuda_recipe(headers, runtime), tmp_path)))
+    assert all(hasattr(library, f"arena_cuda_{name}") for name in ("alloc", "free", "record_stream"))

@@ -63,6 +63,8 @@ class Calls:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.heads: list[int] = []
+        self.in_order: list[bool] = []
+        """Whether each backward of flash-attn was to be deterministic."""
 
     def forward(self, name: str, q: Tensor, k: Tensor, v: Tensor, cuts: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
         """o and lse in the shapes of `q`: four dims for one block, three with `cuts`."""
@@ -105,11 +107,13 @@ def stub_flash_attn(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
         return *calls.forward("documents", q, k, v, cu_seqlens_q, softmax_scale, causal, window_size_left, window_size_right, softcap), None, None  # noqa: E501
 
     def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic):  # type: ignore[no-untyped-def]  # noqa: E501
+        calls.in_order.append(deterministic)
         options = softmax_scale, causal, window_size_left, window_size_right, softcap
         for into, part in zip((dq, dk, dv), calls.backward("block", [dout, q, k, v, out, softmax_lse], None, *options), strict=True):
             into.copy_(part)
 
     def _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic):  # type: ignore[no-untyped-def]  # noqa: E501
+        calls.in_order.append(deterministic)
         options = softmax_scale, causal, window_size_left, window_size_right, softcap
         rows = [dout, q, k, v, out, softmax_lse]
         for into, part in zip((dq, dk, dv), calls.backward("documents", rows, cu_seqlens_q, *options), strict=True):

@@ -69,6 +69,16 @@ def test_documents_pieces_of_rings_and_cut_keys_are_dense_attention(kind: str, w
         assert "cudnn" in calls.names
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_package_is_told_to_add_in_order(deterministic: bool, calls: Calls) -> None:
+    """Blocks and joined documents; torch's operators ask torch itself."""
+    spec, whole = AttentionSpec(4, 2, 8, 0.3), tuple(Slice(i, 0, n) for i, n in enumerate(LENGTHS))
+    kernel = FlashAttnKernel(dtypes=(torch.float64,), deterministic=deterministic)
+    for queries in (whole, zigzag_slices(LENGTHS, 2, 1)):
+        check_against_dense(kernel, spec, queries)
+    assert {"block", "documents"} == set(calls.names) and set(calls.in_order) == {deterministic}
+
+
 def test_softcap_is_the_packages(calls: Calls) -> None:
     for window in (None, 4):
         spec = AttentionSpec(4, 2, 8, 0.3, window, 2.0)

@@ -81,6 +81,8 @@ def test_a_kernel_that_is_asked_for_is_taken(kernel: AttentionKernel) -> None:
         (SDPA, replace(PLAIN, softcap=True), {}, HOPPER, "sdpa: torch's FlashAttention 2 has no softcap", "pip install 'efflaunch[flash-attn]'"),  # noqa: E501
         (SDPA, replace(PLAIN, softcap=True), ALL, HOPPER, "sdpa: torch's FlashAttention 2 has no softcap", "parallel.attention_kernel=fa2, or parallel.attention_kernel=auto"),  # noqa: E501
         (CUDNN, replace(PLAIN, rows=1 << 22), {}, HOPPER, "cudnn: cuDNN has not been tried beyond 2^31 numbers", "parallel.attention_kernel=sdpa, or parallel.attention_kernel=auto"),  # noqa: E501
+        (CUDNN, replace(PLAIN, deterministic=True), {}, HOPPER, "cudnn: cuDNN has no deterministic backward", "parallel.attention_kernel=sdpa, or parallel.attention_kernel=auto"),  # noqa: E501
+        (FA3, replace(PLAIN, deterministic=True, head_dim=256), ALL, HOPPER, "fa3: FlashAttention 3 adds in the same order for head dims up to 192 alone, this is 256", "parallel.attention_kernel=fa2, or parallel.attention_kernel=auto"),  # noqa: E501
         (FA2, replace(PLAIN, dtype="float32"), ALL, HOPPER, "fa2: flash-attn is of half precision, this is float32", "train.dtype=float32, in plain torch"),  # noqa: E501
     ],
 )  # fmt: skip
@@ -90,6 +92,17 @@ def test_a_kernel_that_cannot_is_refused(
     with pytest.raises(ConfigError) as error:
         choose_kernel(kernel, case, Installed(versions, capability))
     assert (error.value.where, error.value.found, error.value.hint) == ("parallel.attention_kernel", found, hint)
+
+
+def test_auto_takes_what_adds_in_order() -> None:
+    """cuDNN is passed over, and heads of 256 go to flash-attn; the choice tells its kernel."""
+    ordered = replace(PLAIN, deterministic=True)
+    assert [chosen(ordered, versions) for versions in (ALL, {"fa2": "2.8.3"}, {})] == ["fa4", "fa2", "sdpa"]
+    assert chosen(replace(ordered, head_dim=256)) == "fa2"
+    choices = [choose_kernel(kernel, case, Installed(ALL, HOPPER)) for kernel in (AUTO, FA2) for case in (PLAIN, ordered)]
+    assert [(choice.deterministic, choice.repeats) for choice in choices] == [(False, False), (True, True)] * 2
+    assert choose_kernel(AUTO, replace(PLAIN, dtype="float32"), Installed(ALL, HOPPER)).repeats
+    assert choose_kernel(AUTO, PLAIN, None).repeats
 
 
 def test_int32() -> None:

@@ -43,6 +43,11 @@ def test_a_choice_is_put_in_place(
     assert (kernel.int32, activated) == (int32, impl)
 
 
+def test_flash_attn_adds_in_order_where_the_choice_says_so() -> None:
+    kernel = kernels.block_kernel(CUDA, KernelChoice("fa2", "", "2.8.3", deterministic=True))
+    assert isinstance(kernel, FlashAttnKernel) and kernel._deterministic
+
+
 def test_without_a_choice_it_is_what_auto_takes(activated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels, "installed_versions", lambda: {"fa3": "3.0", "fa2": "2.8.3"})
