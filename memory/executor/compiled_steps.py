@@ -77,6 +77,9 @@ class CompiledSteps:
         """Implements `LayerSteps.sinks`: they are attention's, and no step reads them."""
         return self._adapter.sinks
 
+    products = None
+    """Implements `LayerSteps.products`: a compiled backward makes all gradients at once."""
+
     @property
     def adapted(self) -> bool:
         """Implements `LayerSteps.adapted`."""
