@@ -23,6 +23,7 @@ from torch.func import functional_call
 from ..heads import ALL_HEADS, Heads
 from .compiled_graph import LEAST_ROWS, Graph, Traced, refusal, trace
 from .token_local import FeedForward, GradientSums, LayerSteps, Rope, Step
+from .weight_products import LayerProducts
 
 
 class Graphs:
@@ -77,7 +78,7 @@ class CompiledSteps:
         """Implements `LayerSteps.sinks`: they are attention's, and no step reads them."""
         return self._adapter.sinks
 
-    products = None
+    products: LayerProducts | None = None
     """Implements `LayerSteps.products`: a compiled backward makes all gradients at once."""
 
     @property

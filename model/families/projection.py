@@ -65,7 +65,8 @@ def _runs(t: Tensor, rows: tuple[slice, ...]) -> Tensor:
 def projection_of(layer: nn.Module, name: str, *, adapted: bool = True, products: LayerProducts | None = None) -> Projection:
     """The projection at `name` in `layer`. Read anew for every product: FSDP2 and compiled steps put other tensors in place.
 
-    `adapted` False: without its adapter, if it has one. `products`: as the field. ConfigError unless the module there is torch's own Linear, or one of ours.
+    `adapted` False: without its adapter, if it has one. `products`: as the field. ConfigError unless the module there is torch's own
+    Linear, or one of ours.
     """
     module = layer.get_submodule(name)
     beside = module._modules.get(FACTORS) if adapted else None

@@ -81,7 +81,9 @@ ROWS = {
     "4 stages, zero bubble, tied, three steps": (
         {"stages": 4, "order": ZERO, "family": "llama_tied_deep", "steps": 3, "policy": "recompute"}, EACH,
     ),
-    "2 stages, zero bubble, reduced each time": ({"stages": 2, "order": ZERO, "reduce_each": True, "policy": "streambp", "steps": 2}, GROUPS),
+    "2 stages, zero bubble, reduced each time": (
+        {"stages": 2, "order": ZERO, "reduce_each": True, "policy": "streambp", "steps": 2}, GROUPS,
+    ),
     "2 stages, zero bubble, HSDP": ({"stages": 2, "order": ZERO, "replicate": 2, "policy": "shares_streamed"}, GROUPS),
     "2 stages, zero bubble, experts, EP 2": (
         {"stages": 2, "order": ZERO, "family": "qwen3_moe_mixed", "router": (0.3, 0.05), "ep": 2, "reduce_each": True}, GROUPS,
