@@ -30,6 +30,7 @@ ORDERS = {
     "1f1b": (PipelineOrder.ONE_F_ONE_B, 1),
     "gpipe": (PipelineOrder.GPIPE, 1),
     "interleaved": (PipelineOrder.INTERLEAVED, 2),
+    "zero_bubble": (PipelineOrder.ZERO_BUBBLE, 1),
 }
 AIM = 0.05
 """Largest error aimed for."""
@@ -71,7 +72,7 @@ def _sleeping_rank(rank: int, ranks: int, store: Path, micro_batches: int, unit_
         links = StageLinks(place, 64, torch.float32, torch.device("cpu"), lambda what: None)
         shape = ranks * virtual, micro_batches, 1
         each = [[second / virtual] for second in forward]
-        made = costs(shape, forward_s=[each] * shape[0], backward_s=[[[2 * second[0]] for second in each]] * shape[0], weight_s=0.0)
+        made = costs(shape, forward_s=[each] * shape[0], backward_s=[each] * shape[0], weight_s=[each] * shape[0])
         predicted = simulate(step_schedule(order, ranks, virtual, micro_batches, micro_batches), made).step_s
         measured = min(_step(order, virtual, links, [second[0] for second in each]) for _ in range(rounds))
         rows.append({"order": name, "predicted_s": predicted, "measured_s": measured})
@@ -90,7 +91,9 @@ def _step(order: PipelineOrder, virtual: int, links: StageLinks, forward_s: list
     made: dict[Unit, Tensor] = {}
     dist.barrier()
     begun = time.perf_counter()
-    for action in step_actions(order, place.num_ranks, virtual, len(forward_s), len(forward_s))[place.index]:
+    actions = step_actions(order, place.num_ranks, virtual, len(forward_s), len(forward_s))[place.index]
+    apart = any(action.unit.kind is UnitKind.WEIGHT for action in actions)
+    for action in actions:
         unit = action.unit
         if action.peer is not None and action.kind is ActionKind.RECEIVE:
             links.post(unit, action.peer, 4)
@@ -98,7 +101,8 @@ def _step(order: PipelineOrder, virtual: int, links: StageLinks, forward_s: list
             links.send(unit, action.peer, made.pop(unit))
         else:
             _check(unit, links)
-            time.sleep(forward_s[unit.micro_batch] * (1 if unit.kind is UnitKind.FORWARD else 2))
+            # Gradients of inputs and of weights take as long as forward, each.
+            time.sleep(forward_s[unit.micro_batch] * (2 if unit.kind is UnitKind.BACKWARD and not apart else 1))
             made[unit] = torch.full((4, 64), float(_name(unit)))
     links.finish()
     took = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
@@ -109,7 +113,7 @@ def _step(order: PipelineOrder, virtual: int, links: StageLinks, forward_s: list
 def _check(unit: Unit, links: StageLinks) -> None:
     """Take what the unit needs from another rank, and see that it is what that unit made."""
     step = -1 if unit.kind is UnitKind.FORWARD else 1
-    if not 0 <= unit.stage + step < links.place.num_stages:
+    if unit.kind is UnitKind.WEIGHT or not 0 <= unit.stage + step < links.place.num_stages:
         return
     sender = Unit(unit.kind, unit.stage + step, unit.micro_batch)
     assert bool((links.take(sender, 4) == _name(sender)).all()), f"{unit} got something else than what {sender} made"

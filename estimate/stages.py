@@ -12,7 +12,7 @@ from .footprint.device import device_terms
 from .footprint.host import arena_bytes
 from .footprint.term import ALL
 from .plan_inputs import PlanInputs
-from .timing.step import Timing, estimate_time
+from .timing.step import Timing, estimate_time, fill_share
 
 if TYPE_CHECKING:  # numpy is loaded where stages are cut, not with the launcher
     from ..parallel.pipeline.work import ModelLoad
@@ -72,7 +72,7 @@ def in_flight(inputs: PlanInputs, stage: int, parts: tuple[range, ...]) -> int:
     stages, order = inputs.layout.stages, inputs.parallel.pipeline.order
     if order is PipelineOrder.GPIPE:
         return gpipe_in_flight(inputs)
-    if order is PipelineOrder.ONE_F_ONE_B:
+    if order in (PipelineOrder.ONE_F_ONE_B, PipelineOrder.ZERO_BUBBLE):
         return stages - stage
     units = 2 * (stages - 1 - stage) + (len(parts) - 1) * stages + 1
     return -(-units * max(map(len, parts)) // sum(map(len, parts)))
@@ -113,12 +113,12 @@ def pipelined(stages: tuple[PlanInputs, ...]) -> Timing:
     """The step of all stages: as long as the slowest, and longer by what fills and drains the pipeline; work is that of all."""
     each = [estimate_time(stage) for stage in stages]
     slowest = max(range(len(stages)), key=lambda index: micro_batch_s(stages[index]))
-    virtual = stages[0].num_parts
-    bubble = (len(stages) - 1) * (micro_batch_s(stages[slowest]) / virtual + transfer_s(stages[slowest]))
+    share = fill_share(stages[slowest])
+    bubble = (len(stages) - 1) * (micro_batch_s(stages[slowest]) * share + transfer_s(stages[slowest]))
     first = stages[0]
     line = (
         f"{first.layout.num_micro_batches} micro-batches through {len(stages)} stages: filling and draining take "
-        f"{(len(stages) - 1) / virtual:g} more; "
+        f"{(len(stages) - 1) * share:.3g} more; "
         "activations between stages hide behind compute once the pipeline is full"
     )
     return replace(

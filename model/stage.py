@@ -6,11 +6,11 @@ one piece is one stage that is first and last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..memory.executor.capacity import Capacity
@@ -20,6 +20,7 @@ from ..memory.executor.router_bias import RouterBiases
 from ..memory.executor.router_losses import RouterLosses
 from ..memory.executor.saved import HostStore
 from ..memory.executor.tape import LayerContext, Tables, Tape
+from ..memory.executor.weight_products import WeightProducts
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
 from ..parallel.pipeline.links import StageLinks
@@ -54,6 +55,8 @@ class StagePass:
     """Activations (T, M) for the next stage, in its graph; of the last stage what the objective made."""
     received: Tensor | None
     """The activations of the stage before, whose gradient backward fills; None in the first stage."""
+    products: WeightProducts | None = None
+    """Operands of the weights' gradients, which wait for `Stage.weight_gradients`; None: backward makes them."""
 
 
 class Stage:
@@ -106,17 +109,19 @@ class Stage:
         objective: Objective | None = None,
         received: Tensor | None = None,
         part: int = 0,
+        products: WeightProducts | None = None,
     ) -> Tensor:
         """What `objective` makes of the last layer's output (last stage), or that output (T, M).
 
-        `received` (T, M): the output of the stage before; None in the first stage. `part`: which of its virtual stages.
+        `received` (T, M): the output of the stage before; None in the first stage. `part`: which of its virtual stages. `products`: where
+        a backward leaves the operands of weights' gradients; None: it makes them.
         """
         own = self.parts[part]
         assert own.first == (received is None) and own.last == (objective is not None), "what enters and leaves follows from the place"
         if self.capacity is not None:
             self.capacity.begin(tokens.position_ids, tokens.document_lengths)
         x = self.embed(tokens) if received is None else received
-        x = self.run_layers(x, own.layers, self._context(self._tables(x, tokens), attention))
+        x = self.run_layers(x, own.layers, self._context(self._tables(x, tokens), attention, products))
         return x if objective is None else self.head(x, tokens, attention, objective)
 
     def forward(
@@ -126,11 +131,18 @@ class Stage:
         objective: Objective | None = None,
         received: Tensor | None = None,
         part: int = 0,
+        *,
+        weights_apart: bool = False,
     ) -> StagePass:
-        """Run a virtual stage through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective."""
+        """Run a virtual stage through the engine, for a backward that follows. `received` becomes a leaf of its own. Collective.
+
+        `weights_apart`: that backward leaves the gradients of layers' matrices to `weight_gradients`.
+        """
         if received is not None:
             received = received.detach().requires_grad_()
-        return StagePass(self.weights.forward(tokens, attention, objective, received, part), received)
+        products = WeightProducts() if weights_apart else None
+        output = self.weights.forward(tokens, attention, objective, received, part, products)
+        return StagePass(output, received, products)
 
     def backward(self, stage_pass: StagePass, gradient: Tensor | None = None) -> Tensor | None:
         """Add the stage's gradients; returns that of what it received (T, M), for the stage before. Collective.
@@ -141,6 +153,18 @@ class Stage:
         if gradient is None or stage_pass.output.requires_grad:
             self.weights.backward(stage_pass.output, gradient)
         return None if stage_pass.received is None else stage_pass.received.grad
+
+    def weight_gradients(self, products: WeightProducts, part: int = 0) -> None:
+        """Add the gradients of a virtual stage's matrices that a backward left, from its last layer to its first. Collective."""
+        layers = self._model.model.layers
+
+        def added() -> Iterator[nn.Module]:
+            for index in reversed(self.parts[part].layers):
+                self.position.at("weight gradients", index)
+                products.add_gradients(index)
+                yield layers[index]
+
+        self.weights.weight_pass(added())
 
     def embed(self, tokens: Tokens) -> Tensor:
         """Activations (T, M) that the first layer starts from."""
@@ -172,11 +196,11 @@ class Stage:
     def _tables(self, x: Tensor, tokens: Tokens) -> Tables:
         return rotary_tables(self._model.model.rotary_emb, x, tokens.position_ids, tokens.document_lengths)
 
-    def _context(self, tables: Tables, attention: AttentionRuntime) -> LayerContext:
+    def _context(self, tables: Tables, attention: AttentionRuntime, products: WeightProducts | None) -> LayerContext:
         """What the layers of one micro-batch share: each micro-batch in flight has a tape of its own."""
         layers = self._model.model.layers
         tape = Tape(self._policy, len(layers), self._store) if torch.is_grad_enabled() else None
-        return LayerContext(tables, attention, tape, lambda index: self.weights.gathered(layers[index]), self.position)
+        return LayerContext(tables, attention, tape, lambda index: self.weights.gathered(layers[index]), self.position, products)
 
     @property
     def has_experts(self) -> bool:

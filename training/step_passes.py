@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..memory.executor.weight_products import WeightProducts
 from ..model.chunked_loss import Head
 from ..model.stage import StagePass, stage_of
 from ..parallel.pipeline.links import StageLinks
@@ -78,21 +79,28 @@ class StepPasses:
         self._stage.expert_load.clear()
         self._begin_router_losses()
 
-    def forward_pass(self, index: int, received: Tensor | None = None, part: int = 0) -> StagePass:
-        """Run a virtual stage on a micro-batch; the last one's loss is noted."""
+    def forward_pass(self, index: int, received: Tensor | None = None, part: int = 0, *, weights_apart: bool = False) -> StagePass:
+        """Run a virtual stage on a micro-batch; the last one's loss is noted. `weights_apart`: a `weight_pass` follows its backward."""
         work, is_last = self._micro_batches[index], self._stage.parts[part].last
         flags = self._watch.flags(index, work.shard.num_tokens) if self._watch is not None and is_last else None
-        done = self._pass(work, self._clocks[index], flags, received, part)
+        done = self._pass(work, self._clocks[index], flags, received, part, weights_apart=weights_apart)
         if is_last:
             self._shares[index] = done.output.detach()
         return done
 
     def _pass(
-        self, work: MicroBatchWork, clock: BusyClock, flags: Tensor | None = None, received: Tensor | None = None, part: int = 0
+        self,
+        work: MicroBatchWork,
+        clock: BusyClock,
+        flags: Tensor | None = None,
+        received: Tensor | None = None,
+        part: int = 0,
+        *,
+        weights_apart: bool = False,
     ) -> StagePass:
         head_loss = _head_loss(self._objective, work, self._setup.topology, clock) if self._stage.parts[part].last else None
         tokens = to_tokens(work, self._setup.device, flags)
-        return self._stage.forward(tokens, self._setup.attention(work, clock), head_loss, received, part)
+        return self._stage.forward(tokens, self._setup.attention(work, clock), head_loss, received, part, weights_apart=weights_apart)
 
     def backward_pass(self, done: StagePass, gradient: Tensor | None = None, *, reduce: bool, last: bool) -> Tensor | None:
         """Add a micro-batch's gradients, and `reduce` what has piled up; returns the gradient of what was received."""
@@ -102,6 +110,13 @@ class StepPasses:
         if last:
             self._on_last()
         return self._stage.backward(done, gradient)
+
+    def weight_pass(self, products: WeightProducts, part: int, *, reduce: bool, last: bool) -> None:
+        """Add the gradients of weights that a micro-batch's backward left, and `reduce` what has piled up."""
+        self._stage.weights.prepare(reduce=reduce, last=last)
+        if last:
+            self._on_last()
+        self._stage.weight_gradients(products, part)
 
     def _sum_tied(self, links: StageLinks) -> None:
         """Add up the gradients of a matrix that is the embedding on the first stage and the head on the last."""
@@ -154,10 +169,15 @@ class _PipelineRank:
         self._in_flight: dict[Unit, StagePass] = {}
         self._made: dict[Unit, Tensor] = {}
         """What waits to be sent."""
-        backward = [action.unit for action in actions if action.kind is ActionKind.COMPUTE and action.unit.kind is UnitKind.BACKWARD]
-        self._last = backward[-1] if backward else None
-        self._last_of_stage = set({unit.stage: unit for unit in backward}.values())
-        """The last backward pass of each virtual stage: its gradients are complete then."""
+        computed = [action.unit for action in actions if action.kind is ActionKind.COMPUTE]
+        self._apart = {unit.with_kind(UnitKind.BACKWARD) for unit in computed if unit.kind is UnitKind.WEIGHT}
+        """Backward passes that leave gradients of weights to a pass of their own."""
+        self._left: dict[Unit, WeightProducts] = {}
+        """What they left."""
+        ends = [unit for unit in computed if unit.kind is not UnitKind.FORWARD and unit not in self._apart]
+        self._last = ends[-1] if ends else None
+        self._last_of_stage = set({unit.stage: unit for unit in ends}.values())
+        """The last pass of each virtual stage that adds gradients: they are complete then."""
 
     def run(self) -> None:
         """Run them all."""
@@ -169,15 +189,18 @@ class _PipelineRank:
                 self._links.send(unit, action.peer, self._made.pop(unit))
             elif unit.kind is UnitKind.FORWARD:
                 self._forward(unit)
-            else:
+            elif unit.kind is UnitKind.BACKWARD:
                 self._backward(unit)
+            else:
+                self._weights(unit)
 
     def _forward(self, unit: Unit) -> None:
         part = self._place.part_of(unit.stage)
         own = self._place.parts[part]
         sender, rows = Unit(unit.kind, unit.stage - 1, unit.micro_batch), self._passes.rows(unit.micro_batch)
         before = None if own.first else self._links.take(sender, rows)
-        done = self._in_flight[unit] = self._passes.forward_pass(unit.micro_batch, before, part)
+        apart = unit.with_kind(UnitKind.BACKWARD) in self._apart
+        done = self._in_flight[unit] = self._passes.forward_pass(unit.micro_batch, before, part, weights_apart=apart)
         if not own.last:
             self._made[unit] = done.output.detach()
 
@@ -187,10 +210,20 @@ class _PipelineRank:
         if not own.last:
             gradient = self._links.take(Unit(unit.kind, unit.stage + 1, unit.micro_batch), self._passes.rows(unit.micro_batch))
             self._links.release(forward)
-        reduce = self._passes.reduce_each or unit in self._last_of_stage
-        back = self._passes.backward_pass(self._in_flight.pop(forward), gradient, reduce=reduce, last=unit == self._last)
+        done = self._in_flight.pop(forward)
+        if unit in self._apart:
+            assert done.products is not None, "its forward pass was told so"
+            self._left[unit] = done.products
+        back = self._passes.backward_pass(done, gradient, reduce=self._reduces(unit), last=unit == self._last)
         if back is not None:
             self._made[unit] = back
+
+    def _weights(self, unit: Unit) -> None:
+        products = self._left.pop(unit.with_kind(UnitKind.BACKWARD))
+        self._passes.weight_pass(products, self._place.part_of(unit.stage), reduce=self._reduces(unit), last=unit == self._last)
+
+    def _reduces(self, unit: Unit) -> bool:
+        return self._passes.reduce_each or unit in self._last_of_stage
 
 
 def _no_loss(head: Head) -> Tensor:

@@ -184,6 +184,8 @@ def resolve_costs(config: Any, inputs: PlanInputs, device: torch.device, stored:
     if arithmetic.num_stages == 1:
         # As in checkpoints of runs that knew of no stages.
         del fields["num_stages"], fields["virtual_stages"]
+    if arithmetic.fill_share == 1.0:
+        del fields["fill_share"]
     text = json.dumps([fields, config.parallel.profile, asdict(key)])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     restored = None if stored is None else load_costs(stored, key, fingerprint)

@@ -7,6 +7,7 @@ all start from `class_bytes`. Splits are shares of a rank's tokens (memory/polic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from ...memory.activation_classes import (
     ATTENTION_OUTPUT,
@@ -20,6 +21,7 @@ from ...memory.activation_classes import (
     after_attention,
 )
 from ...memory.policy import AHEAD, Split
+from ...model.spec import ModelSpec
 from ...parallel.pipeline.place import SENDS_UNDER_WAY
 from ...parallel.pipeline.step_actions import DEPTH
 from ..plan_inputs import PlanInputs
@@ -28,14 +30,18 @@ from .term import BACKWARD, FORWARD_ALONE, KEEPING, Phase, Term
 
 def class_bytes(inputs: PlanInputs) -> dict[str, int]:
     """Bytes of one token in one layer, by class."""
-    size = {
-        kind.name: kind.numbers_per_token(inputs.spec) * inputs.width + kind.wide_numbers_per_token(inputs.spec) * inputs.master
-        for kind in activation_classes(inputs.spec)
-    }
+    size = dict(_class_sizes(inputs.spec, inputs.width, inputs.master))
     if inputs.expert_parallel > 1:
         # Gate and up are of the rows whose experts are here, not of this rank's tokens.
         size[EXPERT_GATE_UP.name] = int(size[EXPERT_GATE_UP.name] * inputs.row_share)
     return size
+
+
+@lru_cache(maxsize=64)  # a search for a policy asks for the same one over and over
+def _class_sizes(spec: ModelSpec, width: int, master: int) -> tuple[tuple[str, int], ...]:
+    return tuple(
+        (kind.name, kind.numbers_per_token(spec) * width + kind.wide_numbers_per_token(spec) * master) for kind in activation_classes(spec)
+    )
 
 
 def class_layers(inputs: PlanInputs) -> dict[str, int]:

@@ -15,6 +15,7 @@ from .kernels import loss_chunk, masked_scores, row_losses, scratch
 from .live_layer import layer_rows
 from .optimizer import optimizer_states, whole_matrices
 from .term import Phase, Term, term
+from .weight_operands import weight_operands
 from .weights import batch, head_gradient, layer_gradients, unpacked_matrix
 from .zero import is_zero
 
@@ -84,7 +85,10 @@ def device_terms(inputs: PlanInputs) -> tuple[Term, ...]:
 def worst_layers(inputs: PlanInputs) -> list[Term]:
     """Terms that differ from layer to layer in backward: in each phase those of the layer where their sum is largest."""
     engine = zero if is_zero(inputs) else fsdp2
-    makers = (engine.gradients, engine.gathered_layers, engine.reduction, layer_inputs, attention_outputs, activations, in_flight)
+    makers = (
+        engine.gradients, engine.gathered_layers, engine.reduction, layer_inputs, attention_outputs, activations, in_flight,
+        weight_operands,
+    )  # fmt: skip
     layers = [[make(inputs, layer) for make in makers] for layer in candidates(inputs)]
     worst = {phase: max(layers, key=lambda terms: sum(entry.by_phase.get(phase, 0) for entry in terms)) for phase in Phase}
     return [

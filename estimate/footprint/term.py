@@ -28,6 +28,9 @@ class Phase(Enum):
     """A layer's forward between two steps, where nothing waits for a backward: evaluation, and scoring."""
     EVALUATION_LOSS = "evaluation loss"
 
+    # Members are alone of their kind. Enum's own hash is Python code, which a search for a policy would run millions of times.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True)
 class Term:

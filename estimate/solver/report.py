@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from ...memory.activation_classes import activation_classes
 from ...memory.config import AttentionTiling
@@ -29,7 +31,7 @@ class ShadowPrice:
         return f"{self.change} would save {percent(self.saved_share)} of the step"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SolveReport:
     """How memory=auto was decided."""
 
@@ -43,7 +45,8 @@ class SolveReport:
     num_solved: int
     binding: tuple[str, ...]
     """Memories that are full, and in which phase."""
-    prices: tuple[ShadowPrice, ...]
+    find_prices: Callable[[], tuple[ShadowPrice, ...]] = field(compare=False, repr=False)
+    """Solves anew with more of each memory, for `prices`."""
     step_s: float
     keep_s: float
     """The step if every activation could be kept."""
@@ -55,6 +58,11 @@ class SolveReport:
     """The largest of them, in bytes."""
     least_budget: str | None
     """Where nothing fits: the one override that gives the device, or the host, the least that works; None where one is not enough."""
+
+    @cached_property
+    def prices(self) -> tuple[ShadowPrice, ...]:
+        """What more memory and a faster link would save; solved when first asked for, as it takes longer than the policy itself."""
+        return self.find_prices()
 
     @property
     def proof(self) -> str:

@@ -34,7 +34,7 @@ def report_of(solved: PlanInputs, search: PolicySearch, result: SearchResult | N
         num_shapes=len(search.candidates),
         num_solved=result.num_solved if result is not None else 0,
         binding=_binding(solved),
-        prices=_prices(solved, search, result) if result is not None else (),
+        find_prices=lambda: _prices(solved, search, result) if result is not None else (),
         step_s=measures(solved).step_s(),
         keep_s=keep,
         recompute_s=recompute_s,

@@ -172,6 +172,14 @@ def layer_backward_s(inputs: PlanInputs) -> float:
     return batch_tokens(inputs) * (2.5 * attention / inputs.attention_rate.backward + backward_flops(inputs) / inputs.gemm_rate)
 
 
+def weight_gradient_s(inputs: PlanInputs) -> float:
+    """Seconds of a micro-batch's gradients of weights that a pass of their own can make: of layers' matrices, but for experts'."""
+    spec, experts = inputs.spec, inputs.spec.experts
+    routed = 0.0 if experts is None else 3.0 * spec.hidden_size * experts.per_token * experts.inner_size * spec.expert_layers
+    apart = spec.num_layers * inputs.active_layer_parameters - routed
+    return batch_tokens(inputs) * 2.0 * apart / inputs.gemm_rate
+
+
 def layer_recompute_s(inputs: PlanInputs) -> float:
     """Seconds that the policy's recomputation adds to one layer's backward, segments in."""
     attention = (attention_passes(inputs) - 3.5) * class_recompute_flops(inputs)[ATTENTION_OUTPUT.name]

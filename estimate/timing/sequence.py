@@ -10,6 +10,7 @@ from ...parallel.config import ParallelConfig, Scheme, SequenceMode
 from ...parallel.layout import Layout
 from ...parallel.sequence.cost import CostModel, DegreeCost
 from ...parallel.sequence.degrees import choose_ulysses
+from ..footprint.weight_operands import makes_weights_apart
 
 if TYPE_CHECKING:
     from ..plan_inputs import PlanInputs
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def cost_model_of(inputs: PlanInputs) -> CostModel:
     """The model of a ledger's setting, by arithmetic. No one static degree need suit the longest sequence."""
-    from .step import gather_s, reduce_s
+    from .step import fill_share, gather_s, reduce_s
     from .update import update_time
 
     parallel, cluster = inputs.parallel, inputs.cluster
@@ -36,6 +37,7 @@ def cost_model_of(inputs: PlanInputs) -> CostModel:
         step_s=reduce_s(inputs) + update_time(inputs).shown_s,
         num_stages=inputs.layout.stages,
         virtual_stages=inputs.parallel.pipeline.virtual,
+        fill_share=fill_share(inputs) if makes_weights_apart(inputs) else 1.0,
     )
 
 

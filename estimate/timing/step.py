@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...memory.activation_classes import EXPERT_GATE_UP
 from ...parallel.config import GradReduce
+from ..footprint.weight_operands import makes_weights_apart
 from ..plan_inputs import PlanInputs
 from .bandwidth import gb_per_s, offload_link
 from .flops import (
@@ -16,6 +17,7 @@ from .flops import (
     projections,
     reference_flops,
     sequence_flops,
+    weight_gradient_s,
     work_s,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
@@ -93,6 +95,18 @@ def estimate_time(inputs: PlanInputs) -> Timing:
         tokens=sequences * length,
         assumptions=_assumptions(inputs, sequences),
     )
+
+
+def fill_share(inputs: PlanInputs) -> float:
+    """What each stage beyond the first adds to a step, in micro-batches of this stage: all, or of a virtual stage its part.
+
+    Where gradients of weights are put off it is F + B - W in place of F + B + W (2401.10241, section 2.1).
+    """
+    if not makes_weights_apart(inputs):
+        return 1.0 / inputs.num_parts
+    timing = estimate_time(inputs)
+    micro_batch = (timing.compute_s + timing.sequence_s + timing.experts_s + timing.host_s) / inputs.passes
+    return 1.0 - 2.0 * weight_gradient_s(inputs) / micro_batch
 
 
 def exchange_s(inputs: PlanInputs) -> float:

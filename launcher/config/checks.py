@@ -56,12 +56,17 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
         found = f"{config.parallel.profile} with parallel.pipeline.stages={pipeline.stages}"
         expected = "null: a profile is of all layers, and plans of stages go by arithmetic"
         raise ConfigError("parallel.profile", found=found, expected=expected, hint=f"parallel.profile=null, or {tried}")
+    if pipeline.order is PipelineOrder.ZERO_BUBBLE:
+        _check_weights_apart(config)
     if spec.tie_embeddings:
         what, why = "tied embeddings", "the first and the last stage add up their gradients of the embedding after backward"
         other_way = "parallel.pipeline.stages=1"
     elif pipeline.order is PipelineOrder.INTERLEAVED:
         what, why = f"parallel.pipeline.order={pipeline.order.value}", "virtual stages make their last backward passes at different times"
         other_way = "parallel.pipeline.order=1f1b parallel.pipeline.virtual=1"
+    elif pipeline.order is PipelineOrder.ZERO_BUBBLE:
+        what, why = f"parallel.pipeline.order={pipeline.order.value}", "gradients of weights come after backward, in a pass of their own"
+        other_way = "parallel.pipeline.order=1f1b"
     else:
         return
     for key, value, other in (("update", optim.update.value, "step"), ("state_device", optim.state_device.value, "device")):
@@ -72,6 +77,18 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
                 expected=f"{other}: {why}",
                 hint=f"optim.{key}={other}, or {other_way}",
             )
+
+
+def _check_weights_apart(config: Config) -> None:
+    """ConfigError where backward makes all gradients at once, or leaves none of matrices, so that nothing could be put off."""
+    found = f"with parallel.pipeline.order={config.parallel.pipeline.order.value}"
+    other = "parallel.pipeline.order=1f1b"
+    if config.memory.compile:
+        expected = "false: a compiled backward makes gradients of weights with those of inputs"
+        raise ConfigError("memory.compile", found=f"true {found}", expected=expected, hint=f"memory.compile=false, or {other}")
+    if config.adapter.is_trained:
+        expected = "none: frozen matrices have no gradients that could come later"
+        raise ConfigError("adapter.method", found=f"{config.adapter.method.value} {found}", expected=expected, hint=other)
 
 
 def _check_evaluation(config: Config, spec: ModelSpec) -> None:

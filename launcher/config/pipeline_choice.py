@@ -1,8 +1,8 @@
 """Which pipeline suits a configuration best: each number of stages and each order is planned as a whole, memory policy included.
 
 Imports no torch. What is compared are the ledgers that `efflaunch plan` shows for the same keys, so a choice is made by nothing else
-than what is told of it. GPipe's order is left out: it takes as long as 1f1b and holds more. Published orders of slices and of weight
-gradients apart are not run yet (docs/pipelines.md), so none is chosen.
+than what is told of it. GPipe's order is left out: it takes as long as 1f1b and holds more. Orders of slices and in a V are not run yet
+(docs/pipelines.md), so none is chosen.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def candidates(config: Config) -> Iterator[PipelineTrial]:
     yield _candidate(config, PipelineConfig(micro_batches=given))
     for stages in divisors(world):
         if 2 <= stages <= layers:
-            yield _candidate(config, PipelineConfig(stages=stages, micro_batches=given))
+            for order in (PipelineOrder.ONE_F_ONE_B, PipelineOrder.ZERO_BUBBLE):
+                yield _candidate(config, PipelineConfig(stages=stages, order=order, micro_batches=given))
             for virtual in VIRTUAL_STAGES:
                 if stages * virtual <= layers:
                     order = PipelineOrder.INTERLEAVED
@@ -124,8 +125,8 @@ def candidates(config: Config) -> Iterator[PipelineTrial]:
 def _candidate(config: Config, pipeline: PipelineConfig) -> PipelineTrial:
     """The configuration with these stages, and with more tokens a rank where those of one stage could not hold a longest sequence."""
     overrides = [f"{_KEY}.stages={pipeline.stages}"]
-    if pipeline.virtual > 1:
-        overrides += [f"{_KEY}.order={pipeline.order.value}", f"{_KEY}.virtual={pipeline.virtual}"]
+    overrides += [f"{_KEY}.order={pipeline.order.value}"] * (pipeline.order is not PipelineOrder.ONE_F_ONE_B)
+    overrides += [f"{_KEY}.virtual={pipeline.virtual}"] * (pipeline.virtual > 1)
     ranks = config.cluster.num_nodes * config.cluster.ranks_per_node // pipeline.stages
     # Sequence groups have powers of two of ranks.
     least = -(-config.data.max_seq_len // (1 << (ranks.bit_length() - 1)))

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from ..heads import ALL_HEADS, Heads
 from .compiled_graph import LEAST_ROWS, Graph, Traced, refusal, trace
 from .token_local import FeedForward, GradientSums, LayerSteps, Rope, Step
+from .weight_products import LayerProducts
 
 
 class Graphs:
@@ -76,6 +77,9 @@ class CompiledSteps:
     def sinks(self) -> Tensor | None:
         """Implements `LayerSteps.sinks`: they are attention's, and no step reads them."""
         return self._adapter.sinks
+
+    products: LayerProducts | None = None
+    """Implements `LayerSteps.products`: a compiled backward makes all gradients at once."""
 
     @property
     def adapted(self) -> bool:

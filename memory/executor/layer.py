@@ -13,6 +13,7 @@ parts run by pieces of rows (token_local.py); attention runs over all rows (atte
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,16 @@ class LayerExecutor:
         """Whether the passes that start from now on go through the adapters that matrices have."""
         self._raw.adapted = use
 
+    @contextmanager
+    def weights_apart(self, context: LayerContext) -> Iterator[None]:
+        """The matrices' gradients of the pass inside wait where `context` says; compiled steps make them with the others."""
+        if context.products is not None and self.adapter is self._raw:
+            self._raw.products = context.products.of(self.index)
+        try:
+            yield
+        finally:
+            self._raw.products = None
+
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:
         """This layer on one rank's rows of a micro-batch."""
         rope = context.tables[self.adapter.rope_key]
@@ -83,7 +94,8 @@ class _Layer(torch.autograd.Function):
         ctx.executor, ctx.context, ctx.parameters, ctx.halves, ctx.run = executor, context, parameters, None, None
         with context.attention.busy():
             if executor.policy.graph:
-                ctx.halves = Halves(executor.adapter, x, context.tables[executor.adapter.rope_key], context.attention)
+                with executor.weights_apart(context):
+                    ctx.halves = Halves(executor.adapter, x, context.tables[executor.adapter.rope_key], context.attention)
                 assert ctx.halves.y is not None
                 return ctx.halves.y.detach()  # type: ignore[no-any-return]
             run = ctx.run = executor.run(x.shape[0], context, tape.saved[executor.index])
@@ -100,7 +112,7 @@ class _Layer(torch.autograd.Function):
         sums = GradientSums(ctx.parameters)
         if ctx.halves is None:
             ctx.context.tape.restore_input(ctx.executor.index)
-        with ctx.context.attention.busy():
+        with ctx.context.attention.busy(), ctx.executor.weights_apart(ctx.context):
             if ctx.halves is not None:
                 halves, ctx.halves = ctx.halves, None
                 dx = halves.backward(dy, sums)

@@ -19,6 +19,7 @@ from ..activation_classes import LAYER_INPUT
 from ..policy import MemoryPolicy
 from ..position import Position
 from .saved import HostStore, Key, Saved
+from .weight_products import WeightProducts
 
 if TYPE_CHECKING:
     from .layer_pass import AttentionRuntime
@@ -99,8 +100,11 @@ class LayerContext:
         tape: Tape | None,
         gathered: Callable[[int], AbstractContextManager[None]],
         position: Position | None = None,
+        products: WeightProducts | None = None,
     ) -> None:
         self.tables, self.attention, self.tape, self.gathered = tables, attention, tape, gathered
         """Rotary tables by kind of layer; the tape is None where no backward follows; `gathered(layer)` holds a layer's whole weights."""
         self.position = position or Position()
         """Where this rank is, for reports."""
+        self.products = products
+        """Where operands of the weights' gradients wait for a pass of their own; None: backward makes them."""

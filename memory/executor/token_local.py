@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..activation_classes import ActivationClass
 from ..heads import ALL_HEADS, Heads
+from .weight_products import LayerProducts
 
 Rope = tuple[Tensor, Tensor]
 
@@ -29,6 +30,8 @@ class LayerSteps(Protocol):
     rope_key: str | None
     traceable: bool
     """Whether one graph of tensors holds the whole second half; its steps have one each in any case."""
+    products: LayerProducts | None
+    """Where operands of the matrices' gradients wait for a pass of their own; None: backward makes them. Set for each pass anew."""
     adapted: bool
     """Whether products go through the adapters that matrices have beside them; may change between passes, never within one."""
 

@@ -19,6 +19,7 @@ from ...memory.executor.experts import ExpertRanks
 from ...memory.executor.mixture import ExpertLoad
 from ...memory.executor.router_losses import RouterLosses
 from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
+from ...memory.executor.weight_products import LayerProducts
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
 from ...parallel.sequence.attention import AttentionSpec
 from ...parallel.sharding.parts import is_sharded, local
@@ -67,6 +68,8 @@ class LayerAdapter(ABC):
     """Most rows that an expert takes; None: nothing is dropped."""
     index: int = 0
     """Number of the layer in the model."""
+    products: LayerProducts | None = None
+    """Where operands of the matrices' gradients wait for a pass of their own; None: backward makes them."""
     adapted: bool = True
     """Whether matrices with an adapter are multiplied with it (model/adapters); False: the layer is the frozen model's."""
 
@@ -92,7 +95,7 @@ class LayerAdapter(ABC):
 
     def projection(self, name: str) -> Projection:
         """One of `projections`, with its weights as they are now."""
-        return projection_of(self.layer, name, adapted=self.adapted)
+        return projection_of(self.layer, name, adapted=self.adapted, products=self.products)
 
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ALL_HEADS, *, graph: bool = False) -> tuple[Tensor, ...]:
         """x (T, M) -> q (T, H, D), k and v (T, K, D), rotated; of the heads asked for, those of no head left out.
@@ -130,7 +133,10 @@ class LayerAdapter(ABC):
         self, step: Step, inputs: Sequence[Tensor], constants: Sequence[Tensor], upstream: Sequence[Tensor], sums: GradientSums
     ) -> tuple[Tensor, ...]:
         """Gradients through one of these steps (memory/executor/token_local.py)."""
-        return pull_back(self, step, inputs, constants, upstream, sums)
+        gradients = pull_back(self, step, inputs, constants, upstream, sums)
+        if self.products is not None:
+            self.products.own((*inputs, *constants, *upstream))
+        return gradients
 
     @abstractmethod
     def input_norm(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ...memory.executor.weight_products import LayerProducts
 from ..adapters.lora import Factors, LoraFactors, LoraProduct
 from ..adapters.names import FACTORS
 from ..adapters.quantized import PackedMatrix, QuantizedLinear, packed_product
@@ -36,10 +37,14 @@ class Projection:
     bias: Tensor | None
     factors: Factors | None = None
     """A (rank, I), B (M, rank) and their scaling s, where the matrix has an adapter."""
+    products: LayerProducts | None = None
+    """Where operands of the weight's gradient wait; None: backward makes it."""
 
     def __call__(self, x: Tensor, *, graph: bool = False, rows: Rows = None) -> Tensor:
         """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
         weight, bias, factors = self.weight, self.bias, self.factors
+        if self.products is not None and factors is None and isinstance(weight, Tensor) and weight.requires_grad:
+            return self.products.product(x, weight, bias if bias is None or rows is None else _runs(bias, rows), rows, values=not graph)
         if rows is not None:
             packed = isinstance(weight, PackedMatrix)
             weight = weight._replace(packed=_runs(weight.packed, rows)) if packed else _runs(weight, rows)
@@ -57,10 +62,11 @@ def _runs(t: Tensor, rows: tuple[slice, ...]) -> Tensor:
     return t[rows[0]] if len(rows) == 1 else torch.cat([t[run] for run in rows])
 
 
-def projection_of(layer: nn.Module, name: str, *, adapted: bool = True) -> Projection:
+def projection_of(layer: nn.Module, name: str, *, adapted: bool = True, products: LayerProducts | None = None) -> Projection:
     """The projection at `name` in `layer`. Read anew for every product: FSDP2 and compiled steps put other tensors in place.
 
-    `adapted` False: without its adapter, if it has one. ConfigError unless the module there is torch's own Linear, or one of ours.
+    `adapted` False: without its adapter, if it has one. `products`: as the field. ConfigError unless the module there is torch's own
+    Linear, or one of ours.
     """
     module = layer.get_submodule(name)
     beside = module._modules.get(FACTORS) if adapted else None
@@ -70,7 +76,7 @@ def projection_of(layer: nn.Module, name: str, *, adapted: bool = True) -> Proje
     # A subclass may compute anything in its forward, so the class itself is asked for.
     if type(module) is not nn.Linear:
         raise _refusal(name, f"a {type(module).__qualname__}", "gradients of anything it adds would be lost")
-    return Projection(module.weight, module.bias, factors)
+    return Projection(module.weight, module.bias, factors, products)
 
 
 def check_modules(

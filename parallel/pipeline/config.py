@@ -21,6 +21,8 @@ class PipelineOrder(Enum):
     """All forward passes, then all backward ones (1811.06965): every micro-batch of the step is in flight."""
     INTERLEAVED = "interleaved"
     """1f1b over several virtual stages on each rank (2104.04473): the bubble is so many times smaller, and more is in flight."""
+    ZERO_BUBBLE = "zero_bubble"
+    """1f1b whose gradients of weights are made later, where a rank would wait (ZB-H1, 2401.10241): their operands wait too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,11 @@ from functools import lru_cache
 
 from ...errors import PlanError
 from .config import PipelineOrder
-from .generators import gpipe, make, one_f_one_b
+from .generators import gpipe, make, one_f_one_b, zero_bubble
 from .pipeline_plan import Actions, PipelineSchedule, Unit, check_actions, with_transfers
 from .virtual_stages import interleaved
 
-DEPTH = {PipelineOrder.ONE_F_ONE_B: 1, PipelineOrder.GPIPE: 1, PipelineOrder.INTERLEAVED: 2}
+DEPTH = {PipelineOrder.ONE_F_ONE_B: 1, PipelineOrder.GPIPE: 1, PipelineOrder.INTERLEAVED: 2, PipelineOrder.ZERO_BUBBLE: 1}
 """Receives are posted so many units ahead: with fewer, sends that wait for their receive could hang."""
 
 
@@ -35,7 +35,7 @@ def step_schedule(order: PipelineOrder, ranks: int, virtual: int, micro_batches:
         raise PlanError("pipeline schedule", found=f"{virtual} virtual stages", expected=expected, hint="interleaved")
     if order is PipelineOrder.GPIPE:
         return _gpipe_in_turns(ranks, micro_batches, most_in_flight)
-    return one_f_one_b(ranks, micro_batches)
+    return zero_bubble(ranks, micro_batches) if order is PipelineOrder.ZERO_BUBBLE else one_f_one_b(ranks, micro_batches)
 
 
 def _gpipe_in_turns(ranks: int, micro_batches: int, most: int) -> PipelineSchedule:

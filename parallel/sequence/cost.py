@@ -72,6 +72,8 @@ class CostModel:
     """Stages of the pipeline; all else is of the slowest one, over its ranks."""
     virtual_stages: int = 1
     """Of each stage, where they are interleaved."""
+    fill_share: float = 1.0
+    """Of a micro-batch's time, what a stage adds that fills and drains; less than 1 where gradients of weights come later."""
     source: str = "arithmetic"
     """Where the figures come from: "arithmetic", "profile" or a publication."""
 
@@ -132,7 +134,7 @@ class CostModel:
         Note: exact for all forward passes in a row, and all backward ones, where every stage takes as long (a flow shop whose machines
         are alike); one forward, one backward in turn is as long.
         """
-        return sum(micro_batches_s) + (self.num_stages - 1) / self.virtual_stages * max(micro_batches_s, default=0.0)
+        return sum(micro_batches_s) + (self.num_stages - 1) * self.fill_share / self.virtual_stages * max(micro_batches_s, default=0.0)
 
     def _barrier_free_s(self, plan: StepPlan) -> float:
         ready = [0.0] * plan.world_size

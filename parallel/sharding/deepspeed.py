@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +136,10 @@ class ZeroWeights:
         """Backward of a loss; the engine's hooks gather and reduce on the way."""
         assert gradient is None, "ZeRO has no stages of a pipeline here"
         self._engine.backward(output * self.factor, scale_wrt_gas=False)
+
+    def weight_pass(self, layers: Iterable[nn.Module]) -> None:
+        """AssertionError: refused where stages are configured."""
+        raise AssertionError("ZeRO has no stages of a pipeline here")
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:

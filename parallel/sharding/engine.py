@@ -7,7 +7,8 @@ saves is a `checkpoint.state.State`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +30,13 @@ class Weights(Protocol):
 
     def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """Add the gradients of `output`, given its `gradient` (None: it is a scalar loss). Collective where weights are sharded."""
+        ...
+
+    def weight_pass(self, layers: Iterable[nn.Module]) -> None:
+        """End a pass that adds gradients to whole weights' `grad` by itself: a layer's are there when `layers` comes to it.
+
+        They are reduced or kept as `prepare` said. Collective.
+        """
         ...
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
@@ -61,6 +69,10 @@ class PlainWeights:
     def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """Autograd's own backward."""
         output.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def weight_pass(self, layers: Iterable[nn.Module]) -> None:
+        """Nothing but what `layers` does: gradients stay where they are."""
+        deque(layers, maxlen=0)
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:

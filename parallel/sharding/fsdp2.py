@@ -7,7 +7,7 @@ each wrapped module gets factor 1 and plain sum reductions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,17 @@ class Fsdp2Weights:
     def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """Autograd's backward; FSDP2's hooks gather and reduce on the way."""
         output.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def weight_pass(self, layers: Iterable[nn.Module]) -> None:
+        """What FSDP2's hooks do behind each layer's backward and behind the model's, for there is no graph that they hang on.
+
+        Note: the trap. torch's own zero bubble leaves the reduction to the hooks of a backward that is of inputs alone, and is silently
+        wrong with layers that FSDP2 wraps: weights' gradients come after it. Here that backward reduces nothing of them, and this does.
+        """
+        for layer in layers:
+            for group in reversed(groups_of(layer)) if isinstance(layer, FSDPModule) else ():
+                group.post_backward()
+        self._model._get_fsdp_state()._root_post_backward_final_callback()
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:

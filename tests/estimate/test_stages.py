@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from efflaunch.estimate.build import build_ledger
+from efflaunch.estimate.footprint.device import device_terms
 from efflaunch.estimate.footprint.host import arena_bytes
+from efflaunch.estimate.footprint.term import Phase
 from efflaunch.estimate.ledger import Ledger, host_account
 from efflaunch.estimate.stages import layers_by_rank, model_load, peak_bytes, stage_inputs, stage_layers
+from efflaunch.estimate.timing.flops import weight_gradient_s
 from efflaunch.memory.config import ActivationPlace, MemoryConfig
 from efflaunch.parallel.pipeline.config import PipelineConfig, PipelineOrder
 from efflaunch.tests.memory.settings import LLAMA_8B, make_ledger, policy
@@ -66,6 +69,25 @@ def test_the_bubble_is_what_fills_and_drains_the_stages() -> None:
     assert one.timing.bubble_s == pytest.approx(3 * slowest, rel=0.05)
     assert interleaved.timing.bubble_s == pytest.approx(one.timing.bubble_s / 2, rel=0.1)
     assert ledger().timing.bubble_s == 0.0
+
+
+def test_gradients_of_weights_fill_the_bubble_and_their_operands_wait() -> None:
+    """F + B - W in place of F + B + W for each stage beyond the first, and as many micro-batches held on every rank."""
+    memory = policy("keep", "keep")
+    one, zero = ledger(memory, stages=4, layers=[8] * 4), ledger(memory, stages=4, layers=[8] * 4, order=PipelineOrder.ZERO_BUBBLE)
+    stages, slowest = stage_inputs(zero.asked), max(stage.seconds for stage in zero.stages)
+    apart = max(weight_gradient_s(stage) for stage in stages)
+    assert one.timing.bubble_s - zero.timing.bubble_s == pytest.approx(3 * 2 * apart, rel=0.05)
+    assert 0.1 * slowest < apart < slowest / 3
+    # Two norms, the sums after attention and of the layer; queries twice, keys and values twice, gate, up and their product.
+    row = 2 * (4 * 4096 + 2 * (4096 + 1024) + 3 * 14336)
+    for stage, inputs in enumerate(stages):
+        waits = {term.name: term.by_phase for term in device_terms(inputs)}["operands of weight gradients"]
+        assert waits.get(Phase.FORWARD, 0) == stage * 8 * row * inputs.tokens
+        # The live micro-batch's come layer by layer.
+        assert waits[Phase.BACKWARD_MLP] - waits.get(Phase.FORWARD, 0) in [layers * row * inputs.tokens for layers in range(1, 9)]
+    assert [stage.in_flight for stage in zero.stages] == [4, 3, 2, 1]
+    assert zero.stages[3].peak_bytes > one.stages[3].peak_bytes
 
 
 def test_work_is_that_of_all_stages() -> None:

@@ -70,7 +70,7 @@ def test_no_policy_is_faster_than_the_bound(memory: str) -> None:
 def test_there_are_ranks_layers_and_room_for_every_candidate() -> None:
     config = compose([*QUICK])
     found = list(candidates(config))
-    assert [trial.config.parallel.pipeline.stages for trial in found] == [1, 2, 2, 4], "two layers a stage make virtual ones possible"
+    assert [trial.config.parallel.pipeline.stages for trial in found] == [1, 2, 2, 2, 4, 4], "two layers a stage make virtual ones possible"
     assert found[0].overrides == ("parallel.pipeline.stages=1",)
     # Four ranks of 4K tokens hold the longest sequence; one alone needs room for all of it.
     assert found[-1].config.parallel.tokens_per_rank == config.data.max_seq_len

@@ -14,7 +14,7 @@ def test_the_table_has_each_way_as_it_is_typed(capsys: pytest.CaptureFixture[str
     assert cli.main(["plan", *SLOW_LINKS, "--pipelines"]) == 0
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if "parallel.pipeline.stages=" in line]
-    assert len(rows) == 16 and "parallel.pipeline.stages=1 " in printed and " at least" in rows[-1]
+    assert len(rows) == 22 and "parallel.pipeline.stages=1 " in printed and " at least" in rows[-1]
     assert "at least" not in rows[0] and "order=interleaved" in rows[0]
 
 

@@ -13,6 +13,7 @@ from efflaunch.launcher.config.compose import compose
 
 STAGES = ("+experiment=quickstart", "parallel.pipeline.stages=2")
 INTERLEAVED = ("parallel.pipeline.order=interleaved", "parallel.pipeline.virtual=2")
+ZERO = "parallel.pipeline.order=zero_bubble"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,10 @@ INTERLEAVED = ("parallel.pipeline.order=interleaved", "parallel.pipeline.virtual
         (("model.tie_embeddings=true", "optim.state_device=host"), "optim.state_device", "optim.state_device=device"),
         (("model.tie_embeddings=true", "optim.update=backward", "optim.grad_clip=null"), "optim.update", "optim.update=step"),
         ((*INTERLEAVED, "optim.state_device=host"), "optim.state_device", "parallel.pipeline.order=1f1b"),
+        ((ZERO, "optim.state_device=host"), "optim.state_device", "parallel.pipeline.order=1f1b"),
+        ((ZERO, "memory.compile=true"), "memory.compile", "parallel.pipeline.order=1f1b"),
+        ((ZERO, "adapter=lora"), "adapter.method", "parallel.pipeline.order=1f1b"),
+        ((ZERO, "parallel.pipeline.virtual=2"), "parallel.pipeline.virtual", "parallel.pipeline.order=interleaved"),
         (("parallel.profile=profile.yaml",), "parallel.profile", "parallel.profile=null"),
         (("parallel.replicate=4",), "parallel.replicate", "parallel.replicate=2"),
         (("parallel.sequence=static", "parallel.sp_degree=4"), "parallel.sp_degree", "parallel.sp_degree=2"),
@@ -43,7 +48,7 @@ def test_there_is_no_profile_of_stages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), INTERLEAVED, ("parallel.pipeline.order=gpipe",), ("parallel.pipeline.layers=[3,1]",), ("optim.state_device=host",)],
+    [(), INTERLEAVED, (ZERO,), ("parallel.pipeline.order=gpipe",), ("parallel.pipeline.layers=[3,1]",), ("optim.state_device=host",)],
 )
 def test_what_works_is_accepted(overrides: tuple[str, ...]) -> None:
     config = compose([*STAGES, *overrides])

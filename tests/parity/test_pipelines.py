@@ -17,7 +17,7 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
-GPIPE, INTERLEAVED = PipelineOrder.GPIPE, PipelineOrder.INTERLEAVED
+GPIPE, INTERLEAVED, ZERO = PipelineOrder.GPIPE, PipelineOrder.INTERLEAVED, PipelineOrder.ZERO_BUBBLE
 EACH = plan_of(1, *(batch((0, 1, 1, (index,))) for index in ALL))
 """One rank a stage, a micro-batch for each document: unequal, down to five tokens."""
 GROUPS = plan_of(
@@ -78,6 +78,30 @@ ROWS = {
     "2 stages, mixture of experts, balanced": ({"stages": 2, "family": "qwen3_moe", "router": (0.3, 0.05)}, GROUPS),
     "2 stages, gpt_oss, GPipe": ({"stages": 2, "family": "gpt_oss", "order": GPIPE, "gpipe": 4, "policy": "segments_2"}, GROUPS),
     "2 stages, first stage frozen": ({"stages": 2, "family": "llama_deep", "frozen": ("embed_tokens", "layers.0.", "layers.1.")}, GROUPS),
+    "4 stages, zero bubble, tied, three steps": (
+        {"stages": 4, "order": ZERO, "family": "llama_tied_deep", "steps": 3, "policy": "recompute"}, EACH,
+    ),
+    "2 stages, zero bubble, reduced each time": (
+        {"stages": 2, "order": ZERO, "reduce_each": True, "policy": "streambp", "steps": 2}, GROUPS,
+    ),
+    "2 stages, zero bubble, HSDP": ({"stages": 2, "order": ZERO, "replicate": 2, "policy": "shares_streamed"}, GROUPS),
+    "2 stages, zero bubble, experts, EP 2": (
+        {"stages": 2, "order": ZERO, "family": "qwen3_moe_mixed", "router": (0.3, 0.05), "ep": 2, "reduce_each": True}, GROUPS,
+    ),
+    "2 stages, zero bubble, first stage frozen": (
+        {"stages": 2, "order": ZERO, "family": "llama_deep", "frozen": ("embed_tokens", "layers.0.", "layers.1.")}, GROUPS,
+    ),
+    "2 stages, zero bubble, compiled": ({"stages": 2, "order": ZERO, "policy": "recompute", "compile": "aot_eager"}, GROUPS),
+    "2 stages, zero bubble, host store": (
+        {"stages": 2, "order": ZERO, "policy": "shares_streamed", "family": "qwen2", "store": "arena"}, GROUPS,
+    ),
+    **{
+        f"2 stages, zero bubble, {policy}, {family}": ({"stages": 2, "order": ZERO, "policy": policy, "family": family}, GROUPS)
+        for policy, family in (
+            ("keep", "llama_mha_tied"), ("upipe_stored", "qwen3"), ("chunks_5", "gemma2"), ("segments_3_host", "olmo2"),
+            ("everything kept by class", "phi3"), ("streambp_1", "gpt_oss"), ("memo_0.3", "dots1"), ("recompute", "qwen2_moe"),
+        )
+    },
 }  # fmt: skip
 
 
