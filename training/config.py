@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
@@ -55,10 +55,33 @@ class GrpoRatio(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainStage:
+    """Settings of some of a run's steps, in place of those in `data` (docs/mixes.md)."""
+
+    steps: int | None = None
+    """Steps of the stage. None, in the last one: what is left of train.steps."""
+    max_seq_len: Tokens | None = None
+    """As data.max_seq_len, and at most that."""
+    global_batch_tokens: Tokens | None = None
+    """As data.global_batch_tokens, and at most that."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights of sources, by name; those that are not named keep the weight in data.sources."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "steps": Range(1, STEPS, example=100),
+        "max_seq_len": Range(2, TOKENS, example=8192),
+        "global_batch_tokens": Range(2, 1 << 50, example=65536),
+        "weights": Range(0, 1e9),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Objective, length, seed and numerics of the run."""
 
     steps: int
+    stages: list[TrainStage] = field(default_factory=list)
+    """Stages one after the other, each with a length, a batch and weights of its own, as [{steps: 900, max_seq_len: 8K}, {}]."""
     seed: int = 0
     dtype: Dtype = Dtype.BFLOAT16
     z_loss: float = 0.0

@@ -12,6 +12,7 @@ from ...parallel.layout import Layout, solve_layout
 from ...parallel.pipeline.config import PipelineOrder
 from ...training.config import check_train
 from ...training.data.config import check_sources
+from ...training.data.train_stages import check_stages, train_stages
 from ...training.evaluation.config import check_eval, check_keep_best
 from ...training.optimizers.check import rate_notes
 from ...units import format_tokens
@@ -40,9 +41,28 @@ def check_config(config: Config) -> None:
         max_seq_len=config.data.max_seq_len,
         global_batch_tokens=config.data.global_batch_tokens,
     )
+    check_stages(config.train, config.data)
+    _check_stage_layouts(config, spec, layout)
     _check_capacity(config, layout)
     if config.parallel.pipeline.stages > 1:
         _check_stages(config, spec)
+
+
+def _check_stage_layouts(config: Config, spec: ModelSpec, layout: Layout) -> None:
+    """ConfigError for a stage of train.stages whose sequences want other groups of ranks: a run's communicators are made once."""
+    if config.parallel.sequence is SequenceMode.ADAPTIVE:
+        return
+    for stage in train_stages(config.train, config.data):
+        length, batch = stage.data.max_seq_len, stage.data.global_batch_tokens
+        own = solve_layout(config.parallel, config.cluster, spec, max_seq_len=length, global_batch_tokens=batch)
+        if (own.sp_degree, own.ulysses) != (layout.sp_degree, layout.ulysses):
+            groups, best = f"groups of {own.sp_degree} ranks", f"of {layout.sp_degree}, as data.max_seq_len has"
+            raise ConfigError(
+                f"{stage.key}.max_seq_len",
+                found=f"{format_tokens(length)}, for {groups}",
+                expected=f"a length for groups {best}: one layout serves all stages",
+                hint=f"parallel.sp_degree={layout.sp_degree}, parallel.sequence=adaptive, or a run of its own for the stage",
+            )
 
 
 def _check_stages(config: Config, spec: ModelSpec) -> None:

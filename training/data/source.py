@@ -13,9 +13,10 @@ from ..config import Objective
 from .config import DataConfig, LongDocuments, check_sources, corpus_prefixes
 from .indexed import IndexedCorpus, Kind
 from .mix import MixedSampler, SourceUse, mix_streams
-from .mix_course import load_mix_course, resumed_course
 from .sampler import InOrder, Sampler, Sequence, SequenceTable
+from .staged import StagedSampler, StageMix, in_one_table
 from .tokenizer import read_vocabulary
+from .train_stages import Stage
 
 IGNORE = -100
 """Target of a position that has no loss."""
@@ -32,7 +33,7 @@ class DataSource:
         self,
         corpora: list[IndexedCorpus],
         table: SequenceTable,
-        sampler: Sampler | InOrder | MixedSampler,
+        sampler: Sampler | InOrder | MixedSampler | StagedSampler,
         vocab_size: int,
         tokenizer: str | None = None,
         owners: tuple[str, ...] = (),
@@ -53,20 +54,24 @@ class DataSource:
 
     def usage(self, step: int) -> list[SourceUse]:
         """What was given out of each source before step `step`; nothing without sources."""
-        return self.sampler.usage(step) if isinstance(self.sampler, MixedSampler) else []
+        return self.sampler.usage(step) if isinstance(self.sampler, (MixedSampler, StagedSampler)) else []
+
+    def stage(self, step: int) -> int | None:
+        """The number, from 1, of the stage of train.stages that a step is in; None without stages."""
+        return self.sampler.stage(step).number if isinstance(self.sampler, StagedSampler) else None
 
     def mix_state(self) -> list[dict[str, Any]] | None:
         """What a checkpoint keeps of the mix; None without sources."""
-        return self.sampler.course.dump() if isinstance(self.sampler, MixedSampler) else None
+        return self.sampler.course.dump() if isinstance(self.sampler, (MixedSampler, StagedSampler)) else None
 
     def resume_mix(self, saved: list[dict[str, Any]] | None, done: int, steps: int) -> str | None:
         """Go on after `done` steps from what a checkpoint's `mix_state` was; one line where the mix is another from here on.
 
         DataError for a source that is seen too often in `steps` steps.
         """
-        if not isinstance(self.sampler, MixedSampler):
+        if not isinstance(self.sampler, (MixedSampler, StagedSampler)):
             return None
-        self.sampler.course, is_new = resumed_course(self.sampler.settings, load_mix_course(saved), done)
+        is_new = self.sampler.resume(saved, done)
         self._steps.clear()
         self.sampler.check_epochs(steps)
         return f"data.sources from step {done + 1} on: {self.sampler.describe()}" if is_new else None
@@ -131,7 +136,7 @@ class DataSource:
     def summary(self) -> str:
         """One line for logs: how much there is, and what was left out."""
         parts = [f"{len(self.table):,} sequences", f"{self.sampler.epoch_tokens:,} tokens per epoch"]
-        if isinstance(self.sampler, MixedSampler):
+        if isinstance(self.sampler, (MixedSampler, StagedSampler)):
             parts.append(self.sampler.describe())
         if self.table.num_too_short:
             parts.append(f"{self.table.num_too_short:,} documents under 2 tokens skipped")
@@ -184,20 +189,38 @@ def no_loss_token(corpus: IndexedCorpus, document: int) -> DataError:
     )
 
 
-def open_data(config: DataConfig, seed: int, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> DataSource:
+def open_data(
+    config: DataConfig,
+    seed: int,
+    model_vocab_size: int,
+    objective: Objective = Objective.LANGUAGE_MODELLING,
+    stages: tuple[Stage, ...] = (),
+) -> DataSource:
     """The data of a run, checked: corpora whole and of the objective's kind, tokenizer inside the model's vocabulary,
-    something to train on."""
+    something to train on. `stages`: those of train.stages."""
     corpora, tokenizer = _opened(config, model_vocab_size, objective)
-    split = config.long_documents is LongDocuments.SPLIT
-    if split and objective is not Objective.LANGUAGE_MODELLING:
+    if config.long_documents is LongDocuments.SPLIT and objective is not Objective.LANGUAGE_MODELLING:
         _check_lengths(corpora, config.max_seq_len)
-    table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=config.max_seq_len, split=split)
-    table = _without_untaught_pieces(corpora, table)
+    owners = tuple(name for name in sorted(config.sources) for _ in config.sources[name].prefixes)
+    if stages:
+        tables = {length: _table(corpora, config, length) for length in {stage.data.max_seq_len for stage in stages}}
+        mixes = [StageMix(stage, _mixed(stage.data, corpora, tables[stage.data.max_seq_len], seed, stage.key)) for stage in stages]
+        table, mixes = in_one_table(tables, mixes)
+        return DataSource(corpora, table, StagedSampler(mixes, seed), model_vocab_size, tokenizer, owners)
+    table = _table(corpora, config, config.max_seq_len)
     if not config.sources:
         return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
-    mixed = MixedSampler(table, mix_streams(config, corpora, table, seed), seed, config.global_batch_tokens)
-    owners = tuple(name for name in sorted(config.sources) for _ in config.sources[name].prefixes)
-    return DataSource(corpora, table, mixed, model_vocab_size, tokenizer, owners)
+    return DataSource(corpora, table, _mixed(config, corpora, table, seed), model_vocab_size, tokenizer, owners)
+
+
+def _table(corpora: list[IndexedCorpus], config: DataConfig, max_seq_len: int) -> SequenceTable:
+    split = config.long_documents is LongDocuments.SPLIT
+    table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=max_seq_len, split=split)
+    return _without_untaught_pieces(corpora, table)
+
+
+def _mixed(config: DataConfig, corpora: list[IndexedCorpus], table: SequenceTable, seed: int, key: str = "data") -> MixedSampler:
+    return MixedSampler(table, mix_streams(config, corpora, table, seed), seed, config.global_batch_tokens, key)
 
 
 def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> list[IndexedCorpus]:
