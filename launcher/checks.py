@@ -102,7 +102,8 @@ def open_run_data(config: Config, run_dir: Path) -> tuple[DataSource, str | None
     from ..training.data.train_stages import train_stages
 
     stages = train_stages(config.train, config.data)
-    source = open_data(config.data, config.train.seed, model_spec(config.model).vocab_size, config.train.objective, stages)
+    vocab_size = model_spec(config.model).vocab_size
+    source = open_data(config.data, config.train.seed, vocab_size, config.train.objective, stages, config.train.learn)
     newest = _newest_state(run_dir) if config.data.sources else None
     step, saved = (0, None) if newest is None else (newest[0], newest[1]["extra"].get("mix"))
     return source, source.resume_mix(saved, step, config.train.steps)
@@ -127,7 +128,8 @@ def _check_data(config: Config, saved: Any, step: int) -> tuple[str, ...]:
     from ..training.data.train_stages import train_stages
 
     corpora = [IndexedCorpus(prefix) for prefix in corpus_prefixes(config.data)]
-    now = data_identity(corpora, settings_of(config.data, config.train.seed, train_stages(config.train, config.data)), None)
+    stages = train_stages(config.train, config.data)
+    now = data_identity(corpora, settings_of(config.data, config.train.seed, stages, config.train.learn), None)
     changes = data_changes(saved, now)
     check_data_changes(changes, config.data.changed, step)
     return changes.lines

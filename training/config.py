@@ -28,6 +28,13 @@ class Objective(Enum):
     GRPO = "grpo"
 
 
+class Learn(Enum):
+    """Which tokens are targets where a corpus has a loss mask."""
+
+    ASSISTANT = "assistant"
+    ALL = "all"
+
+
 class DpoLoss(Enum):
     """Loss of a pair of answers (docs/objectives.md, training/objectives/preference.py)."""
 
@@ -98,6 +105,8 @@ class TrainConfig:
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
     objective: Objective = Objective.LANGUAGE_MODELLING
     """dpo needs corpora of pairs, grpo of completions with rewards (efflaunch data prepare)."""
+    learn: Learn = Learn.ASSISTANT
+    """language_modelling only: assistant: the targets of the corpora's loss masks, where they have any; all: prompts and every turn too."""
     label_smoothing: float = 0.0
     """language_modelling only: share of each target's probability that is spread evenly over the vocabulary."""
     dpo_beta: float = 0.1
@@ -160,6 +169,7 @@ def check_train(config: TrainConfig) -> None:
             hint="train.z_loss=0",
         )
     _check_owner(config, Objective.LANGUAGE_MODELLING, "label_smoothing", 0)
+    _check_owner(config, Objective.LANGUAGE_MODELLING, "learn", Learn.ASSISTANT.value)
     _check_dpo(config)
     _check_grpo(config)
 

@@ -142,8 +142,8 @@ def build_session(
     """
     spec = model_spec(config.model)
     stages = train_stages(config.train, config.data)
-    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective, stages)
-    data = data_identity(source.corpora, settings_of(config.data, config.train.seed, stages), source.fingerprint())
+    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective, stages, config.train.learn)
+    data = data_identity(source.corpora, settings_of(config.data, config.train.seed, stages, config.train.learn), source.fingerprint())
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )

@@ -20,6 +20,7 @@ class LongDocuments(Enum):
 
     SPLIT = "split"
     DROP = "drop"
+    TRUNCATE = "truncate"
 
 
 class DataChanged(Enum):
@@ -67,7 +68,7 @@ class DataConfig:
     cache_dir: str | None = None
     """Where built-in corpora are kept; None: the user's cache directory."""
     max_seq_len: Tokens
-    """Longest sequence; longer documents are split or dropped."""
+    """Longest sequence; longer documents are split, dropped or truncated."""
     long_documents: LongDocuments = LongDocuments.SPLIT
     global_batch_tokens: Tokens
     """Tokens of one optimizer step, over all ranks; at least max_seq_len."""

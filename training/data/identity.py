@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from ..config import Learn
 from .config import DataChanged, DataConfig, SourceConfig
 from .indexed import IndexedCorpus
 from .train_stages import Stage
@@ -21,8 +22,8 @@ SAMPLE_BLOCKS, BLOCK_NUMBERS = 256, 4096
 """At most so many blocks of so many numbers are read of a column."""
 _NAMES = ("data.prefixes:", "data.sources:", "data.builtin:")
 """Settings that say which corpora there are."""
-STAGES = "train.stages"
-_DEFAULTS: Mapping[str, Any] = {STAGES: []}
+STAGES, LEARN = "train.stages", "train.learn"
+_DEFAULTS: Mapping[str, Any] = {STAGES: [], LEARN: Learn.ASSISTANT.value}
 """Settings that checkpoints of earlier versions do not hold, as they were then."""
 _PARTS = {"documents": "document lengths", "tokens": "tokens", "mask": "loss mask", "scalars": "rewards"}
 
@@ -51,7 +52,7 @@ def block_starts(length: int) -> list[int]:
     return [last * index // (SAMPLE_BLOCKS - 1) for index in range(SAMPLE_BLOCKS)]
 
 
-def settings_of(config: DataConfig, seed: int, stages: Sequence[Stage] = ()) -> dict[str, Any]:
+def settings_of(config: DataConfig, seed: int, stages: Sequence[Stage] = (), learn: Learn = Learn.ASSISTANT) -> dict[str, Any]:
     """What decides, beside the corpora, which documents a step has; by its key. `stages`: those of train.stages."""
     return {
         "train.seed": seed,
@@ -64,6 +65,7 @@ def settings_of(config: DataConfig, seed: int, stages: Sequence[Stage] = ()) -> 
         "data.long_documents": config.long_documents.value,
         "data.global_batch_tokens": config.global_batch_tokens,
         STAGES: [_stage(stage) for stage in stages],
+        LEARN: learn.value,
     }
 
 

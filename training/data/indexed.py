@@ -104,9 +104,12 @@ def _checked_index(path: str, num_items: int, num_boundaries: int, dtype: np.dty
 class IndexedCorpus:
     """Documents of one corpus, read from memory maps: only the pages that are asked for are touched."""
 
-    def __init__(self, prefix: str) -> None:
-        """Raise DataError if a file is missing, cut short or does not belong to the others."""
-        self.prefix = _checked_prefix(prefix)
+    def __init__(self, prefix: str, *, learns_all: bool = False) -> None:
+        """Raise DataError if a file is missing, cut short or does not belong to the others.
+
+        `learns_all`: every token is a training target, whatever the loss mask says.
+        """
+        self.prefix, self.learns_all = _checked_prefix(prefix), learns_all
         index = read_index(self.prefix + ".idx")
         self._starts = index.starts
         self.lengths: np.ndarray = np.diff(index.starts)
@@ -131,7 +134,8 @@ class IndexedCorpus:
 
     @property
     def has_mask(self) -> bool:
-        return self._mask is not None
+        """Whether a loss mask says what the targets are."""
+        return self._mask is not None and not self.learns_all
 
     def parts(self, document: int) -> tuple[int, ...]:
         """Tokens of the chosen and of the rejected half of a pair, each with its prompt; nothing for other documents."""
@@ -155,7 +159,7 @@ class IndexedCorpus:
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """The loss mask of the same tokens: bool, True where the token is a training target; None where everything is."""
-        if self._mask is None:
+        if self._mask is None or self.learns_all:
             return None
         return np.asarray(np.asarray(self._mask[self.span(document, start, stop)]) != 0)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ..config import Objective
+from ..config import Learn, Objective
 from .config import DataConfig, LongDocuments, check_sources, corpus_prefixes
 from .indexed import IndexedCorpus, Kind
 from .mix import MixedSampler, SourceUse, mix_streams
@@ -142,6 +142,8 @@ class DataSource:
             parts.append(f"{self.table.num_too_short:,} documents under 2 tokens skipped")
         if self.table.num_dropped:
             parts.append(f"{self.table.num_dropped:,} documents over max_seq_len dropped")
+        if self.table.num_truncated:
+            parts.append(f"{self.table.num_truncated:,} documents over max_seq_len truncated")
         return ", ".join(parts)
 
     def _rows(self, step: int) -> np.ndarray:
@@ -195,11 +197,12 @@ def open_data(
     model_vocab_size: int,
     objective: Objective = Objective.LANGUAGE_MODELLING,
     stages: tuple[Stage, ...] = (),
+    learn: Learn = Learn.ASSISTANT,
 ) -> DataSource:
     """The data of a run, checked: corpora whole and of the objective's kind, tokenizer inside the model's vocabulary,
     something to train on. `stages`: those of train.stages."""
-    corpora, tokenizer = _opened(config, model_vocab_size, objective)
-    if config.long_documents is LongDocuments.SPLIT and objective is not Objective.LANGUAGE_MODELLING:
+    corpora, tokenizer = _opened(config, model_vocab_size, objective, learns_all=learn is Learn.ALL)
+    if config.long_documents is not LongDocuments.DROP and objective is not Objective.LANGUAGE_MODELLING:
         _check_lengths(corpora, config.max_seq_len)
     owners = tuple(name for name in sorted(config.sources) for _ in config.sources[name].prefixes)
     if stages:
@@ -214,8 +217,9 @@ def open_data(
 
 
 def _table(corpora: list[IndexedCorpus], config: DataConfig, max_seq_len: int) -> SequenceTable:
-    split = config.long_documents is LongDocuments.SPLIT
-    table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=max_seq_len, split=split)
+    split, truncate = config.long_documents is LongDocuments.SPLIT, config.long_documents is LongDocuments.TRUNCATE
+    lengths = [corpus.lengths for corpus in corpora]
+    table = SequenceTable.from_lengths(lengths, max_seq_len=max_seq_len, split=split, truncate=truncate)
     return _without_untaught_pieces(corpora, table)
 
 
@@ -228,10 +232,12 @@ def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objectiv
     return _opened(config, model_vocab_size, objective)[0]
 
 
-def _opened(config: DataConfig, model_vocab_size: int, objective: Objective) -> tuple[list[IndexedCorpus], str | None]:
+def _opened(
+    config: DataConfig, model_vocab_size: int, objective: Objective, *, learns_all: bool = False
+) -> tuple[list[IndexedCorpus], str | None]:
     """The corpora, and the tokenizer."""
     prefixes, tokenizer = _located(config)
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    corpora = [IndexedCorpus(prefix, learns_all=learns_all) for prefix in prefixes]
     check_vocabularies(corpora, tokenizer, model_vocab_size)
     check_kinds(corpora, objective)
     return corpora, tokenizer
@@ -276,7 +282,7 @@ def _check_lengths(corpora: list[IndexedCorpus], max_seq_len: int) -> None:
             raise DataError(
                 f"corpus {corpus.prefix} document {longest}",
                 found=f"{corpus.lengths[longest]:,} tokens",
-                expected=f"at most data.max_seq_len={max_seq_len}: {corpus.kind.value} are not split (a pair counts both its halves)",
+                expected=f"at most data.max_seq_len={max_seq_len}: {corpus.kind.value} are not cut (a pair counts both its halves)",
                 hint=f"data.max_seq_len={corpus.lengths[longest]}, or data.long_documents=drop",
             )
 
@@ -309,13 +315,17 @@ def _vocab_mismatch(where: str, vocab_size: int, model_vocab_size: int) -> DataE
 
 
 def _without_untaught_pieces(corpora: list[IndexedCorpus], table: SequenceTable) -> SequenceTable:
-    # Only split documents are looked at: a piece that is all prompt would cost compute and teach nothing.
+    # Only cut documents are looked at: a piece that is all prompt would cost compute and teach nothing.
     masked = np.array([corpus.has_mask for corpus in corpora], dtype=bool)
     if not masked.any():
         return table
     untaught = []
-    split = (np.diff(table.document, prepend=-1) == 0) | (np.diff(table.document, append=-1) == 0)
-    for row in np.flatnonzero(split & masked[table.corpus]).tolist():
+    whole = np.empty(len(table), dtype=np.int64)
+    for number, corpus in enumerate(corpora):
+        mine = table.corpus == number
+        whole[mine] = corpus.lengths[table.document[mine]]
+    cut = (table.start > 0) | (table.stop < whole)
+    for row in np.flatnonzero(cut & masked[table.corpus]).tolist():
         sequence = table[row]
         corpus = corpora[sequence.corpus]
         last = min(sequence.stop + 1, int(corpus.lengths[sequence.document]))

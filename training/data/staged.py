@@ -35,6 +35,7 @@ def in_one_table(tables: Mapping[int, SequenceTable], mixes: Sequence[StageMix])
         stop=np.concatenate([table.stop for table in ordered]),
         num_too_short=max(table.num_too_short for table in ordered),
         num_dropped=max(table.num_dropped for table in ordered),
+        num_truncated=max(table.num_truncated for table in ordered),
     )
     moved = []
     for mix in mixes:

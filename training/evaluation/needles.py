@@ -37,7 +37,7 @@ class TextCorpus(IndexedCorpus):
         self.lengths = np.array([len(document) for document in documents], dtype=np.int64)
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])
         self._tokens = np.concatenate(documents)
-        self.metadata, self.kind = None, Kind.DOCUMENTS
+        self.metadata, self.kind, self.learns_all = None, Kind.DOCUMENTS, False
         self._mask = self._first_parts = self._scalars = None
 
 
