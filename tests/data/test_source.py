@@ -95,7 +95,7 @@ def test_a_truncated_document_that_is_all_prompt_is_left_out(tmp_path: Path) -> 
 
 def test_all_tokens_are_learnt_where_that_is_asked_for(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", [[1, 2, 3, 4, 5]], [[0, 0, 0, 1, 1]])
-    masked, everything = (open_data(_config(prefix), 0, 100, learn=learn) for learn in Learn)
+    masked, everything = (open_data(_config(prefix, global_batch_tokens=5, max_seq_len=5), 0, 100, learn=learn) for learn in Learn)
     assert masked.tokens(0, 0, 0, 5)[1].tolist() == [-100, -100, 4, 5, -100] and masked.num_target_tokens(0) == 2
     assert everything.tokens(0, 0, 0, 5)[1].tolist() == [2, 3, 4, 5, -100] and everything.num_target_tokens(0) == 4
     # What the files hold is the same: no other corpus for a resume.

@@ -12,7 +12,8 @@ ON = "eval.needles.lengths=[1K,4K]"
 
 
 def test_needles_alone_are_an_evaluation() -> None:
-    config = compose(["+experiment=quickstart", ON, "eval.needles.tasks=[one_key]", "train.keep_best=eval/needles/exact_4K"])
+    words = ["eval.needles.tasks=[one_key]", "eval.every_steps=5", "train.keep_best=eval/needles/exact_4K"]
+    config = compose(["+experiment=quickstart", ON, *words])
     assert config.eval.is_on and config.eval.needles.tasks == [NeedleTask.ONE_KEY] and config.eval.needles.lengths == [1024, 4096]
     assert compose(["+experiment=quickstart"]).eval.needles.tasks == list(NeedleTask)
 
