@@ -10,8 +10,8 @@ from ...model.spec import ModelSpec, longer_positions, model_spec
 from ...parallel.config import SequenceMode
 from ...parallel.layout import Layout, solve_layout
 from ...parallel.pipeline.config import PipelineOrder
-from ...training.config import check_train
-from ...training.data.config import check_sources
+from ...training.config import Objective, check_train
+from ...training.data.config import check_cross_document, check_sources
 from ...training.data.train_stages import check_stages, train_stages
 from ...training.evaluation.config import check_eval, check_keep_best
 from ...training.optimizers.check import rate_notes
@@ -23,6 +23,7 @@ def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
     check_sources(config.data)
+    check_cross_document(config.data, language_modelling=config.train.objective is Objective.LANGUAGE_MODELLING)
     spec = model_spec(config.model)
     _check_routers(config, spec)
     check_adapter(config.adapter, spec)
@@ -92,7 +93,7 @@ def _check_stages(config: Config, spec: ModelSpec) -> None:
 
 
 def _check_evaluation(config: Config, spec: ModelSpec) -> None:
-    longest, longer = max(config.eval.lengths, default=0), ""
+    longest, longer = max([*config.eval.lengths, *config.eval.needles.lengths], default=0), ""
     if longest > spec.max_positions:
         longer = " ".join(longer_positions(config.model, longest))
     check_eval(config.eval, max_seq_len=config.data.max_seq_len, max_positions=spec.max_positions, longer=longer)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from efflaunch.errors import ConfigError, DataError
 from efflaunch.training.config import Learn
 from efflaunch.training.data.builtin import train_tokenizer
-from efflaunch.training.data.config import DataConfig, LongDocuments
+from efflaunch.training.data.config import DataConfig, LongDocuments, SourceConfig, check_cross_document
 from efflaunch.training.data.identity import corpus_content, data_changes, data_identity, settings_of
 from efflaunch.training.data.source import open_data
 
@@ -103,6 +103,39 @@ def test_all_tokens_are_learnt_where_that_is_asked_for(tmp_path: Path) -> None:
     before, after = (data_identity(masked.corpora, settings_of(_config(prefix), 0, (), learn), "s") for learn in Learn)
     lines = data_changes(before, after)
     assert lines.asked_for == ("train.learn: assistant -> all",) and not lines.silent
+
+
+def test_sequences_go_over_the_borders_of_documents_where_that_is_asked_for(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[1, 2, 3], [4], list(range(5, 18))], [[1, 1, 0], [1], [1] * 13])
+    config = _config(prefix, cross_document=True, global_batch_tokens=16)
+    source = open_data(config, 0, 100)
+    read = sorted([ids.tolist() for ids in source.tokens(0, index, 0, length)] for index, length in enumerate(source.lengths(0)))
+    # Nothing is too short, and the last token of a document predicts the first of the next one.
+    assert read == [[list(range(1, 9)), [2, -100, *range(4, 10)]], [list(range(9, 17)), list(range(10, 18))]]
+    assert source.parts(0, 0) == (8,) and source.num_target_tokens(0) == 15
+    assert "attention over the borders of documents" in source.summary()
+    before, after = (
+        data_identity(one.corpora, settings_of(_config(prefix, cross_document=joined), 0), one.fingerprint())
+        for joined in (False, True)
+        for one in [open_data(_config(prefix, cross_document=joined), 0, 100)]
+    )
+    changes = data_changes(before, after)
+    assert changes.asked_for == ("data.cross_document: False -> True",) and not changes.silent
+
+
+@pytest.mark.parametrize(
+    ("changes", "language_modelling", "found"),
+    [
+        ({}, False, "true with pairs or completions"),
+        ({"long_documents": LongDocuments.DROP}, True, "true with data.long_documents=drop"),
+        ({"sources": {"a": SourceConfig(prefixes=["p"], length_weights={"8K": 2.0})}}, True, "lengths that have weights in data.sources.a"),
+    ],
+)
+def test_what_needs_documents_by_themselves_is_refused(changes: dict[str, Any], language_modelling: bool, found: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.cross_document: found ") as error:
+        check_cross_document(_config(cross_document=True, **changes), language_modelling=language_modelling)
+    assert found in str(error.value)
+    assert check_cross_document(_config(**changes), language_modelling=language_modelling) is None
 
 
 @pytest.mark.parametrize("bad", [100, 250])

@@ -22,8 +22,8 @@ SAMPLE_BLOCKS, BLOCK_NUMBERS = 256, 4096
 """At most so many blocks of so many numbers are read of a column."""
 _NAMES = ("data.prefixes:", "data.sources:", "data.builtin:")
 """Settings that say which corpora there are."""
-STAGES, LEARN = "train.stages", "train.learn"
-_DEFAULTS: Mapping[str, Any] = {STAGES: [], LEARN: Learn.ASSISTANT.value}
+STAGES, LEARN, CROSS = "train.stages", "train.learn", "data.cross_document"
+_DEFAULTS: Mapping[str, Any] = {STAGES: [], LEARN: Learn.ASSISTANT.value, CROSS: False}
 """Settings that checkpoints of earlier versions do not hold, as they were then."""
 _PARTS = {"documents": "document lengths", "tokens": "tokens", "mask": "loss mask", "scalars": "rewards"}
 
@@ -31,7 +31,7 @@ _PARTS = {"documents": "document lengths", "tokens": "tokens", "mask": "loss mas
 def corpus_content(corpus: IndexedCorpus) -> dict[str, str | None]:
     """A hash of each part of a corpus by its name in `_PARTS`; None: it has no such part. Independent of place and integer width."""
     return {
-        "documents": _hash(corpus.lengths),
+        "documents": _hash(corpus.stored_lengths),
         **{name: None if column is None else _hash(column) for name, column in corpus.columns().items()},
     }
 
@@ -66,6 +66,7 @@ def settings_of(config: DataConfig, seed: int, stages: Sequence[Stage] = (), lea
         "data.global_batch_tokens": config.global_batch_tokens,
         STAGES: [_stage(stage) for stage in stages],
         LEARN: learn.value,
+        CROSS: config.cross_document,
     }
 
 

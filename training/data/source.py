@@ -138,6 +138,8 @@ class DataSource:
         parts = [f"{len(self.table):,} sequences", f"{self.sampler.epoch_tokens:,} tokens per epoch"]
         if isinstance(self.sampler, (MixedSampler, StagedSampler)):
             parts.append(self.sampler.describe())
+        if any(len(corpus.lengths) != len(corpus.stored_lengths) for corpus in self.corpora):
+            parts.append("attention over the borders of documents")
         if self.table.num_too_short:
             parts.append(f"{self.table.num_too_short:,} documents under 2 tokens skipped")
         if self.table.num_dropped:
@@ -237,7 +239,7 @@ def _opened(
 ) -> tuple[list[IndexedCorpus], str | None]:
     """The corpora, and the tokenizer."""
     prefixes, tokenizer = _located(config)
-    corpora = [IndexedCorpus(prefix, learns_all=learns_all) for prefix in prefixes]
+    corpora = [IndexedCorpus(prefix, learns_all=learns_all, joined=config.cross_document) for prefix in prefixes]
     check_vocabularies(corpora, tokenizer, model_vocab_size)
     check_kinds(corpora, objective)
     return corpora, tokenizer

@@ -34,7 +34,7 @@ class TextCorpus(IndexedCorpus):
     def __init__(self, name: str, documents: list[np.ndarray]) -> None:
         """`documents`: token ids of each, int64."""
         self.prefix = name
-        self.lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self.lengths = self.stored_lengths = np.array([len(document) for document in documents], dtype=np.int64)
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])
         self._tokens = np.concatenate(documents)
         self.metadata, self.kind, self.learns_all = None, Kind.DOCUMENTS, False
