@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 def check_memory_plan(config: Config) -> None:
-    """PlanError where memory is to be solved and nothing fits, or a given policy is over a given host budget.
+    """PlanError where memory is to be solved and nothing fits, a policy is over a given host budget, or a stage takes more than the run.
 
     A given policy that does not fit otherwise may run: the ledger is an upper bound.
     """
+    from ..estimate.stage_plans import check_stage_plans
     from ..estimate.suggestions import check_budget, check_fits
+    from ..training.data.train_stages import train_stages
     from .config.ledger import plan
 
-    if config.memory.solve or config.memory.host_budget is not None:
+    stages = train_stages(config.train, config.data)
+    if config.memory.solve or config.memory.host_budget is not None or stages:
         ledger = plan(config)
         check_fits(ledger)
         check_budget(ledger)
+        check_stage_plans(ledger, [stage.data for stage in stages])
 
 
 def report_model(config: Config) -> None:

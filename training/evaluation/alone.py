@@ -67,6 +67,7 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
         corpora = open_corpora(
             config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
         )
+        pulse.at("making needles")
         needles = make_needles(config.eval, config.data.tokenizer, spec.vocab_size)
         pulse.at("building the model")
         built, plan = _build(config, device, request["checkpoint"], pulse.at)

@@ -52,7 +52,8 @@ class RunEvaluation:
                 config.eval, max_seq_len=config.data.max_seq_len, vocab_size=session.spec.vocab_size, tokenizer=session.source.tokenizer
             )
             check_followed(config.train.keep_best, self._corpora)
-        self._needles = make_needles(config.eval, session.source.tokenizer, session.spec.vocab_size)
+        with pulse.long("making needles"):
+            self._needles = make_needles(config.eval, session.source.tokenizer, session.spec.vocab_size)
         self._evaluator = Evaluator(
             session,
             plan,
