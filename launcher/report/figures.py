@@ -126,7 +126,8 @@ def draw_needles(axes: Axes, facts: RunFacts) -> bool:
     for y, line in enumerate(grid):
         for x, share in enumerate(line):
             if math.isfinite(share):
-                axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+                colour = "white" if abs(share - 0.5) > 0.4 else "black"
+                axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks([x + 0.5 for x in range(len(columns))], [f"{task}\n{format_tokens(length)}" for task, length in columns], fontsize=7)
     axes.set_yticks([y + 0.5 for y in range(len(depths))], [f"{100 * depth:g} %" for depth in depths])
     axes.invert_yaxis()
