@@ -322,11 +322,11 @@ def _without_untaught_pieces(corpora: list[IndexedCorpus], table: SequenceTable)
     if not masked.any():
         return table
     untaught = []
-    whole = np.empty(len(table), dtype=np.int64)
+    ends = np.empty(len(table), dtype=np.int64)
     for number, corpus in enumerate(corpora):
         mine = table.corpus == number
-        whole[mine] = corpus.lengths[table.document[mine]]
-    cut = (table.start > 0) | (table.stop < whole)
+        ends[mine] = corpus.lengths[table.document[mine]]
+    cut = (table.start > 0) | (table.stop < ends)
     for row in np.flatnonzero(cut & masked[table.corpus]).tolist():
         sequence = table[row]
         corpus = corpora[sequence.corpus]
