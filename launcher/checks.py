@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 def check_memory_plan(config: Config) -> None:
-    """PlanError where memory is to be solved and nothing fits, or a given policy is over a given host budget.
+    """PlanError where memory is to be solved and nothing fits, a policy is over a given host budget, or a stage takes more than the run.
 
     A given policy that does not fit otherwise may run: the ledger is an upper bound.
     """
+    from ..estimate.stage_plans import check_stage_plans
     from ..estimate.suggestions import check_budget, check_fits
+    from ..training.data.train_stages import train_stages
     from .config.ledger import plan
 
-    if config.memory.solve or config.memory.host_budget is not None:
+    stages = train_stages(config.train, config.data)
+    if config.memory.solve or config.memory.host_budget is not None or stages:
         ledger = plan(config)
         check_fits(ledger)
         check_budget(ledger)
+        check_stage_plans(ledger, [stage.data for stage in stages])
 
 
 def report_model(config: Config) -> None:
@@ -58,15 +62,18 @@ def report_evaluation(config: Config) -> None:
     from ..training.data.indexed import IndexedCorpus
     from ..training.data.source import open_data
     from ..training.evaluation.corpus import check_followed, open_corpora
+    from ..training.evaluation.needles import check_needles
     from ..training.evaluation.overlap import overlap_notes
 
     vocab_size = model_spec(config.model).vocab_size
     corpora = open_corpora(config.eval, max_seq_len=config.data.max_seq_len, vocab_size=vocab_size, tokenizer=config.data.tokenizer)
     check_followed(config.train.keep_best, corpora)
     if config.data.builtin is None:
-        training = [IndexedCorpus(prefix) for prefix in corpus_prefixes(config.data)]
+        training, tokenizer = [IndexedCorpus(prefix) for prefix in corpus_prefixes(config.data)], config.data.tokenizer
     else:
-        training = open_data(config.data, config.train.seed, vocab_size, config.train.objective).corpora
+        source = open_data(config.data, config.train.seed, vocab_size, config.train.objective)
+        training, tokenizer = source.corpora, source.tokenizer
+    check_needles(config.eval, tokenizer, vocab_size)
     for note in overlap_notes([(corpus.name, corpus.corpus) for corpus in corpora], training):
         print(f"note: {note}", flush=True)
 
@@ -96,8 +103,11 @@ def open_run_data(config: Config, run_dir: Path) -> tuple[DataSource, str | None
     """
     from ..model.spec import model_spec
     from ..training.data.source import open_data
+    from ..training.data.train_stages import train_stages
 
-    source = open_data(config.data, config.train.seed, model_spec(config.model).vocab_size, config.train.objective)
+    stages = train_stages(config.train, config.data)
+    vocab_size = model_spec(config.model).vocab_size
+    source = open_data(config.data, config.train.seed, vocab_size, config.train.objective, stages, config.train.learn)
     newest = _newest_state(run_dir) if config.data.sources else None
     step, saved = (0, None) if newest is None else (newest[0], newest[1]["extra"].get("mix"))
     return source, source.resume_mix(saved, step, config.train.steps)
@@ -119,9 +129,11 @@ def _check_data(config: Config, saved: Any, step: int) -> tuple[str, ...]:
     from ..training.data.config import corpus_prefixes
     from ..training.data.identity import check_data_changes, data_changes, data_identity, settings_of
     from ..training.data.indexed import IndexedCorpus
+    from ..training.data.train_stages import train_stages
 
     corpora = [IndexedCorpus(prefix) for prefix in corpus_prefixes(config.data)]
-    now = data_identity(corpora, settings_of(config.data, config.train.seed), None)
+    stages = train_stages(config.train, config.data)
+    now = data_identity(corpora, settings_of(config.data, config.train.seed, stages, config.train.learn), None)
     changes = data_changes(saved, now)
     check_data_changes(changes, config.data.changed, step)
     return changes.lines

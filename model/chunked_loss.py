@@ -134,6 +134,18 @@ def chunked_log_probs(head: Head) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def chunked_hits(head: Head) -> Tensor:
+    """Log-probability of each row's target, and 1 where no token is likelier: (T, 2) as `chunked_log_probs`; 0 where there is no target."""
+    out = head.x.new_zeros(len(head.x), 2, dtype=head.wide)
+    for rows in head.chunks():
+        logits, targets = F.linear(head.normed(head.x[rows]), head.weight).to(head.wide), head.targets[rows]
+        # A cap keeps the order of logits.
+        likeliest = logits.argmax(-1) == targets
+        out[rows] = torch.stack([_Chunk(logits, targets, head.options.softcap).log_probs, likeliest.to(head.wide)], dim=1)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     head: Head

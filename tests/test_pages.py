@@ -34,6 +34,7 @@ def test_evaluation_page(tmp_path: Path) -> None:
     assert [event["step"] for event in events if event["event"] == "eval"] == [2, 4]
     last = [event for event in events if event["event"] == "eval"][-1]
     assert f"numbers: loss {last['loss']:.4f} over {last['targets']:,} targets" in printed
+    assert "  many_values      512  exact: " in printed and "% at 0.25, " in printed
     assert '"length": 64' in printed and "best eval/numbers/loss so far" in printed
 
 
@@ -49,6 +50,8 @@ def test_mixes_page(tmp_path: Path) -> None:
     steps = [event for event in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if event["event"] == "step"]
     assert [len(event["sources"]) for event in steps] == [2] * 6
     assert "data.sources from step 5 on: books 60.0 % of the tokens, notes 40.0 %" in printed
+    staged = map(json.loads, (run.parent / "staged" / "metrics.jsonl").read_text().splitlines())
+    assert [event["train_stage"] for event in staged if event["event"] == "step"] == [1, 1, 2, 2]
     assert "books: loss" in printed and "sequences up to 512K, 8M tokens a step" in printed
 
 

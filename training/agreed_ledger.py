@@ -17,10 +17,12 @@ from ..estimate.build import build_ledger
 from ..estimate.certificate import Certificate, Check, certify
 from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
+from ..estimate.stage_plans import check_stage_plans
 from ..estimate.suggestions import check_fits
 from ..parallel.topology import whole_world
 from ..units import format_bytes
 from .agreed_rates import frozen_rates
+from .data.train_stages import train_stages
 from .step_planner import this_hardware
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def agreed_ledger(config: RunSettings, device: torch.device, run_dir: Path | Non
         try:
             ledger = build_ledger(_inputs(config, device, run_dir, capacity))
             check_fits(ledger)
+            check_stage_plans(ledger, [stage.data for stage in train_stages(config.train, config.data)])
             payload[0] = ledger
         except UserError as error:
             payload[0] = error

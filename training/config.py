@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
@@ -26,6 +26,13 @@ class Objective(Enum):
     LANGUAGE_MODELLING = "language_modelling"
     DPO = "dpo"
     GRPO = "grpo"
+
+
+class Learn(Enum):
+    """Which tokens are targets where a corpus has a loss mask."""
+
+    ASSISTANT = "assistant"
+    ALL = "all"
 
 
 class DpoLoss(Enum):
@@ -55,10 +62,33 @@ class GrpoRatio(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainStage:
+    """Settings of some of a run's steps, in place of those in `data` (docs/mixes.md)."""
+
+    steps: int | None = None
+    """Steps of the stage. None, in the last one: what is left of train.steps."""
+    max_seq_len: Tokens | None = None
+    """As data.max_seq_len, and at most that."""
+    global_batch_tokens: Tokens | None = None
+    """As data.global_batch_tokens, and at most that."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights of sources, by name; those that are not named keep the weight in data.sources."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "steps": Range(1, STEPS, example=100),
+        "max_seq_len": Range(2, TOKENS, example=8192),
+        "global_batch_tokens": Range(2, 1 << 50, example=65536),
+        "weights": Range(0, 1e9),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Objective, length, seed and numerics of the run."""
 
     steps: int
+    stages: list[TrainStage] = field(default_factory=list)
+    """Stages one after the other, each with a length, a batch and weights of its own, as [{steps: 900, max_seq_len: 8K}, {}]."""
     seed: int = 0
     dtype: Dtype = Dtype.BFLOAT16
     deterministic: bool = False
@@ -77,6 +107,8 @@ class TrainConfig:
     """Tokens whose logits exist at one time: 10 bytes x vocabulary x this is the loss's peak."""
     objective: Objective = Objective.LANGUAGE_MODELLING
     """dpo needs corpora of pairs, grpo of completions with rewards (efflaunch data prepare)."""
+    learn: Learn = Learn.ASSISTANT
+    """language_modelling only: assistant: the targets of the corpora's loss masks, where they have any; all: prompts and every turn too."""
     label_smoothing: float = 0.0
     """language_modelling only: share of each target's probability that is spread evenly over the vocabulary."""
     dpo_beta: float = 0.1
@@ -139,6 +171,7 @@ def check_train(config: TrainConfig) -> None:
             hint="train.z_loss=0",
         )
     _check_owner(config, Objective.LANGUAGE_MODELLING, "label_smoothing", 0)
+    _check_owner(config, Objective.LANGUAGE_MODELLING, "learn", Learn.ASSISTANT.value)
     _check_dpo(config)
     _check_grpo(config)
 

@@ -46,6 +46,7 @@ from .agreed_ledger import agreed_ledger
 from .bind_cores import bind_to_gpu
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
+from .data.train_stages import train_stages
 from .deterministic import compute_in_order
 from .engines import builder_of
 from .make_groups import make_groups
@@ -143,8 +144,9 @@ def build_session(
     `on_progress` is called with the name of each phase.
     """
     spec = model_spec(config.model)
-    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective)
-    data = data_identity(source.corpora, settings_of(config.data, config.train.seed), source.fingerprint())
+    stages = train_stages(config.train, config.data)
+    source = open_data(config.data, config.train.seed, spec.vocab_size, config.train.objective, stages, config.train.learn)
+    data = data_identity(source.corpora, settings_of(config.data, config.train.seed, stages, config.train.learn), source.fingerprint())
     layout = solve_layout(
         config.parallel, config.cluster, spec, max_seq_len=config.data.max_seq_len, global_batch_tokens=config.data.global_batch_tokens
     )

@@ -317,6 +317,8 @@ class _Run:
         balance = balance_fields(stage, rows, layers, topology)
         numbers = {"target_tokens": targets, "grad_norm": gradients.norm, "lr": rate, **means(objective, results.objective), **balance}
         numbers |= source_fields(session.source, step, objective, results.objective)
+        if (number := session.source.stage(step)) is not None:
+            numbers["train_stage"] = number
         return results, numbers, backward_s
 
     def _objective(self, plan: StepPlan, targets: int, works: list[MicroBatchWork]) -> StepObjective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -90,10 +91,25 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         help="what special tokens written in texts and messages are: themselves (parse), or plain text",
     )
     parser.add_argument("--date", metavar="YYYY-MM-DD", help="today's date for chat templates that ask (2025-01-01)")
+    parser.add_argument(
+        "--reward-weight",
+        action="append",
+        default=[],
+        type=_weight,
+        metavar="NAME=NUMBER",
+        help="weight of one of several rewards of completions (1)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count and leave out records that cannot be used, instead of stopping")
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenise (one per core, fewer for small inputs)")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished earlier attempt")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, _, number = text.rpartition("=")
+    if not name or not math.isfinite(float(number)):
+        raise ValueError(text)
+    return name, float(number)
 
 
 def _positive(text: str) -> int:
@@ -134,6 +150,7 @@ def _prepare(options: argparse.Namespace) -> int:
         special_tokens=SpecialTokens(options.special_tokens),
         turns=Turns(options.turns),
         date=options.date or DATE,
+        reward_weights=tuple(dict(options.reward_weight).items()),
     )
     request = PrepareRequest(
         inputs=options.inputs,

@@ -65,8 +65,8 @@ def evaluate_run(run_dir: Path, overrides: list[str], config_dir: str | None, *,
     from ..rundir.run_dir import read_run
 
     config = read_run(run_dir).config
-    # It follows metrics of training, perhaps of corpora that are not asked for here.
-    config = replace(config, train=replace(config.train, keep_best=None, patience=None))
+    # It follows metrics of training, perhaps of corpora that are not asked for here; nor are steps taken.
+    config = replace(config, train=replace(config.train, keep_best=None, patience=None, stages=[]))
     if overrides:
         config = changed(config, parse_overrides(overrides, config_dir), config_dir)
     _check_corpora(config, run_dir)
@@ -89,6 +89,7 @@ def _check_corpora(config: Config, place: Path) -> None:
     """Refuse here what the ranks would refuse."""
     from ...model.spec import model_spec
     from ...training.evaluation.corpus import open_corpora
+    from ...training.evaluation.needles import check_needles
 
     if not config.eval.is_on:
         hint = typed("evaluate", place, "eval.corpora={web: PREFIX}")
@@ -99,6 +100,7 @@ def _check_corpora(config: Config, place: Path) -> None:
         vocab_size=model_spec(config.model).vocab_size,
         tokenizer=config.data.tokenizer,
     )
+    check_needles(config.eval, config.data.tokenizer, model_spec(config.model).vocab_size)
 
 
 def _evaluate(config: Config, name: str, request: dict[str, Any], as_json: bool) -> int:
@@ -156,9 +158,20 @@ def describe(facts: dict[str, Any]) -> list[str]:
                 f"  beyond {kept}: {_loss(context['loss'])}, with the last {kept} alone {_loss(context['short_loss'])}: "
                 f"the rest of the context is worth {_loss(context['gain'])}"
             )
+        if corpus.get("needles"):
+            lines += needle_lines(corpus["needles"])
+            continue
         lines.append("  loss by tokens of context, up to")
         lines += [f"  {format_tokens(row['up_to']):>8}  {_loss(row['loss'])}  {row['targets']:>12,} targets" for row in corpus["positions"]]
     return lines
+
+
+def needle_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Share of exact answers of each task at each length, from the shallowest needle to the deepest."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["depth"]):
+        found.setdefault((row["task"], row["length"]), []).append(f"{row['exact']:.0%} at {row['depth']:g}")
+    return [f"  {task:<11} {format_tokens(length):>8}  exact: {', '.join(shares)}" for (task, length), shares in found.items()]
 
 
 def _loss(value: float | None) -> str:

@@ -16,6 +16,7 @@ from ...estimate.determinism import said_of_order
 from ...estimate.footprint.activations import class_splits
 from ...estimate.ledger import Account, Ledger
 from ...estimate.solver.report import SolveReport, describe_policy
+from ...estimate.stage_plans import stage_plans
 from ...estimate.suggestions import Suggestion, suggest
 from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
 from ...estimate.timing.flops import matrix_parameters
@@ -23,6 +24,7 @@ from ...estimate.timing.step import Timing
 from ...memory.activation_classes import ExpertSizes
 from ...parallel.pipeline.config import PipelineConfig
 from ...parallel.sequence.kernel_choice import KernelChoice
+from ...training.data.train_stages import train_stages
 from ...training.optimizers.check import inexact
 from ...units import format_seconds
 from ..config.checks import model_notes
@@ -100,6 +102,7 @@ def plan_dict(config: Config, ledger: Ledger, suggestions: tuple[Suggestion, ...
         "policy": _policy(ledger),
         "solver": _solver(ledger.report),
         "certificate": _certificate(ledger),
+        **_train_stages(config, ledger),
         "attention_kernel": _attention_kernel(config),
         "fits": ledger.fits,
         "suggestions": [_suggestion(entry) for entry in suggestions],
@@ -290,6 +293,24 @@ def _policy(ledger: Ledger) -> dict[str, Any]:
         "attention": policy.attention.value,
         "head_groups": policy.head_groups,
     }
+
+
+def _train_stages(config: Config, ledger: Ledger) -> dict[str, Any]:
+    """A row for each stage of train.stages; nothing without."""
+    stages = train_stages(config.train, config.data)
+    plans = stage_plans(ledger, [stage.data for stage in stages])
+    rows = [
+        {
+            "steps": stage.steps,
+            "max_seq_len": stage.data.max_seq_len,
+            "global_batch_tokens": stage.data.global_batch_tokens,
+            "device_bytes": own.ledger.device.peak_bytes,
+            "host_bytes": own.ledger.host.peak_bytes,
+            "time_s": own.ledger.timing.step_s,
+        }
+        for stage, own in zip(stages, plans, strict=True)
+    ]
+    return {"train_stages": rows} if rows else {}
 
 
 def _solver(report: SolveReport | None) -> dict[str, Any] | None:

@@ -11,10 +11,12 @@ from ...estimate.certificate import RECORD, bound_line, certify
 from ...estimate.ledger import Account, Ledger
 from ...estimate.plan_inputs import GIB
 from ...estimate.solver.report import describe_report
+from ...estimate.stage_plans import stage_plans
 from ...estimate.suggestions import Suggestion
 from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...parallel.sharding.config import Backend
+from ...training.data.train_stages import train_stages
 from ...units import format_precise, format_seconds, format_tokens
 from ..config.run_config import Config
 
@@ -35,7 +37,7 @@ def show_plan(config: Config, ledger: Ledger, suggestions: Iterable[Suggestion],
     console.print(_table(ledger.device, f"each {ledger.device.name}" + " of the stage that holds most" * bool(ledger.stages)))
     console.print(_table(ledger.host, f"each node ({ledger.layout.ranks_per_node} ranks)"))
     console.print(_time_table(ledger.timing))
-    for line in _time_lines(ledger.timing):
+    for line in (*_time_lines(ledger.timing), *_train_stage_lines(config, ledger)):
         console.print(line)
     for note in notes:
         console.print(f"note: {note}")
@@ -137,6 +139,18 @@ def _time_lines(timing: Timing) -> list[str]:
         f"step: {format_seconds(timing.step_s)}, {timing.tokens_per_s:,.0f} tokens/s (an estimate)",
         f"  {timing.flops:.3g} FLOPs, causal, {share:.0%} of them attention; without recomputation {timing.model_flops:.3g}",
         *(f"  assumed: {text}" for text in timing.assumptions),
+    ]
+
+
+def _train_stage_lines(config: Config, ledger: Ledger) -> list[str]:
+    """A line for each stage of train.stages: its steps, what they hold and how long they take."""
+    stages = train_stages(config.train, config.data)
+    plans = stage_plans(ledger, [stage.data for stage in stages])
+    return [
+        f"{stage.key}: {stage.steps:,} steps of {format_tokens(stage.data.global_batch_tokens)} tokens, sequences up to "
+        f"{format_tokens(stage.data.max_seq_len)}: {_gib(own.ledger.device.peak_bytes)} GiB on each {own.ledger.device.name}, "
+        f"{format_seconds(own.ledger.timing.step_s)} a step"
+        for stage, own in zip(stages, plans, strict=True)
     ]
 
 

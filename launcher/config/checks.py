@@ -12,8 +12,9 @@ from ...parallel.layout import Layout, solve_layout
 from ...parallel.pipeline.config import PipelineOrder
 from ...parallel.sequence.kernel_choice import FACTS
 from ...parallel.sequence.kernel_choice import KEY as KERNEL_KEY
-from ...training.config import check_train
-from ...training.data.config import check_sources
+from ...training.config import Objective, check_train
+from ...training.data.config import check_cross_document, check_sources
+from ...training.data.train_stages import check_stages, train_stages
 from ...training.evaluation.config import check_eval, check_keep_best
 from ...training.optimizers.check import rate_notes
 from ...units import format_tokens
@@ -24,6 +25,7 @@ def check_config(config: Config) -> None:
     """ConfigError unless model, layout and batch go together, on whatever machine."""
     check_train(config.train)
     check_sources(config.data)
+    check_cross_document(config.data, language_modelling=config.train.objective is Objective.LANGUAGE_MODELLING)
     spec = model_spec(config.model)
     _check_order(config)
     _check_routers(config, spec)
@@ -43,9 +45,28 @@ def check_config(config: Config) -> None:
         max_seq_len=config.data.max_seq_len,
         global_batch_tokens=config.data.global_batch_tokens,
     )
+    check_stages(config.train, config.data)
+    _check_stage_layouts(config, spec, layout)
     _check_capacity(config, layout)
     if config.parallel.pipeline.stages > 1:
         _check_stages(config, spec)
+
+
+def _check_stage_layouts(config: Config, spec: ModelSpec, layout: Layout) -> None:
+    """ConfigError for a stage of train.stages whose sequences want other groups of ranks: a run's communicators are made once."""
+    if config.parallel.sequence is SequenceMode.ADAPTIVE:
+        return
+    for stage in train_stages(config.train, config.data):
+        length, batch = stage.data.max_seq_len, stage.data.global_batch_tokens
+        own = solve_layout(config.parallel, config.cluster, spec, max_seq_len=length, global_batch_tokens=batch)
+        if (own.sp_degree, own.ulysses) != (layout.sp_degree, layout.ulysses):
+            groups, best = f"groups of {own.sp_degree} ranks", f"of {layout.sp_degree}, as data.max_seq_len has"
+            raise ConfigError(
+                f"{stage.key}.max_seq_len",
+                found=f"{format_tokens(length)}, for {groups}",
+                expected=f"a length for groups {best}: one layout serves all stages",
+                hint=f"parallel.sp_degree={layout.sp_degree}, parallel.sequence=adaptive, or a run of its own for the stage",
+            )
 
 
 def _check_stages(config: Config, spec: ModelSpec) -> None:
@@ -92,7 +113,7 @@ def _check_weights_apart(config: Config) -> None:
 
 
 def _check_evaluation(config: Config, spec: ModelSpec) -> None:
-    longest, longer = max(config.eval.lengths, default=0), ""
+    longest, longer = max([*config.eval.lengths, *config.eval.needles.lengths], default=0), ""
     if longest > spec.max_positions:
         longer = " ".join(longer_positions(config.model, longest))
     check_eval(config.eval, max_seq_len=config.data.max_seq_len, max_positions=spec.max_positions, longer=longer)

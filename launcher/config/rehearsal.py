@@ -200,8 +200,8 @@ def _place(split: Split) -> str:
 
 
 def _rest(config: Config) -> list[str]:
-    words = [f"train.steps={FIRST_STEPS}", f"checkpoint.every_steps={FIRST_STEPS}", "checkpoint.interval=fixed", "checkpoint.mirror=null"]
-    words += ["checkpoint.pool_bytes=null", "optim.warmup_steps=null", "optim.schedule_on_resume=stretch"]
+    words = [f"train.steps={FIRST_STEPS}", "train.stages=[]", f"checkpoint.every_steps={FIRST_STEPS}", "checkpoint.interval=fixed"]
+    words += ["checkpoint.mirror=null", "checkpoint.pool_bytes=null", "optim.warmup_steps=null", "optim.schedule_on_resume=stretch"]
     words.append("optim.decay_steps=" + ("1" if config.optim.schedule == "wsd" else "null"))
     words += ["eval=none", "train.keep_best=null", "train.patience=null"]
     if config.adapter.method is not AdapterMethod.NONE:
@@ -240,6 +240,7 @@ def _left_out(config: Config) -> list[str]:
         found.append(f"launcher={config.launcher.backend.value}: --dry-run shows what it would submit")
     found += ["checkpoint.mirror: not written to"] * (config.checkpoint.mirror is not None)
     found += ["memory.offload_dir: host memory stands for it"] * (config.memory.offload_dir is not None)
+    found += [f"train.stages: {len(config.train.stages)}, here one of the longest sequences"] * bool(config.train.stages)
     found += ["evaluation on eval.corpora"] * bool(config.eval.corpora)
     found += ["adapter.init: adapters start anew"] * (config.adapter.init is not None)
     found += ["parallel.shard: weights are sharded over all ranks"] * (config.parallel.shard is not None)

@@ -184,7 +184,7 @@ def describe_type(hint: Any) -> str:
         return f"{describe_type(_without_none(arguments))} or null"
     if origin is list:
         return f"list of {describe_type(arguments[0])}"
-    if origin is dict:
+    if origin is dict or is_dataclass(hint):
         return "keys and values"
     if issubclass(hint, Enum):
         return "|".join(member.value for member in hint)

@@ -111,6 +111,30 @@ def draw_lengths(axes: Axes, facts: RunFacts) -> bool:
     return drawn
 
 
+def draw_needles(axes: Axes, facts: RunFacts) -> bool:
+    """A heat map of the last evaluation on needles: the share of exact answers, tasks and lengths across, depths down."""
+    events = [event for event in facts.evaluations if event.get("needles")]
+    if not events:
+        return False
+    rows = events[-1]["needles"]
+    columns = sorted({(row["task"], row["length"]) for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    shares = {(row["task"], row["length"], row["depth"]): row["exact"] for row in rows}
+    grid = [[shares.get((*column, depth), math.nan) for column in columns] for depth in depths]
+    axes.grid(visible=False)
+    axes.pcolormesh(grid, cmap="RdYlGn", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    for y, line in enumerate(grid):
+        for x, share in enumerate(line):
+            if math.isfinite(share):
+                colour = "white" if abs(share - 0.5) > 0.4 else "black"
+                axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], [f"{task}\n{format_tokens(length)}" for task, length in columns], fontsize=7)
+    axes.set_yticks([y + 0.5 for y in range(len(depths))], [f"{100 * depth:g} %" for depth in depths])
+    axes.invert_yaxis()
+    _label(axes, f"% of exact answers, step {events[-1]['step']}", "tokens before the needle")
+    return True
+
+
 def draw_speed(axes: Axes, facts: RunFacts) -> bool:
     """Tokens per second, over all ranks."""
     steps, values = facts.series("tokens_per_s")
@@ -194,6 +218,7 @@ PICTURES: tuple[tuple[str, Draw], ...] = (
     ("Loss", draw_loss),
     ("Loss by position", draw_positions),
     ("The same targets with more context", draw_lengths),
+    ("Needles by length and depth", draw_needles),
     ("Speed", draw_speed),
     ("Use of the devices", draw_utilisation),
     ("Plans: groups over steps", draw_plans),

@@ -9,6 +9,7 @@ Event = dict[str, Any]
 _NUMBER, _COUNT, _TEXT, _LIST, _GROUP, _TRUTH = "number", "count", "text", "list", "group", "truth"
 _TEXTS, _COUNTS = "texts", "counts"
 """Lists of texts; lists of counts, one at least."""
+_NEEDLES = {"needles": _LIST, "exact": _NUMBER}
 _NEEDED: dict[str, dict[str, str]] = {
     "start": {"steps": _COUNT, "world_size": _COUNT, "parameters": _COUNT},
     "step": {"step": _COUNT, "step_s": _NUMBER},
@@ -54,10 +55,10 @@ _OPTIONAL: dict[str, dict[str, str]] = {
         **dict.fromkeys(("dpo_margin", "dpo_accuracy", "grpo_clip_fraction", "grpo_kl"), _NUMBER),
         **dict.fromkeys(("mfu", "hfu", "device_tokens_per_s", "model_flops_per_s"), _NUMBER),
         **dict.fromkeys(("expert_load", "expert_load_mean", "router_balance", "router_z", "router_bias", "dropped_share"), _NUMBER),
-        **dict.fromkeys(("expert_load_layer", "idle_experts", "dropped_rows"), _COUNT),
+        **dict.fromkeys(("expert_load_layer", "idle_experts", "dropped_rows", "train_stage"), _COUNT),
     },
     "certificate": {"ok": _TRUTH},
-    "eval": {"loss": _NUMBER, "tokens": _COUNT, "eval_s": _NUMBER, "lengths": _LIST, "positions": _LIST, "context": _GROUP},
+    "eval": {"loss": _NUMBER, "tokens": _COUNT, "eval_s": _NUMBER, "lengths": _LIST, "positions": _LIST, "context": _GROUP, **_NEEDLES},
     "early_stop": {"best": _NUMBER, "best_step": _COUNT, "evaluations": _COUNT},
     "best": {"value": _NUMBER, "pinned": _TRUTH},
     "planner_failed": {"step": _COUNT},
@@ -68,6 +69,7 @@ _MEMBERS: dict[tuple[str, str], dict[str, str]] = {
     ("step", "sources"): {"name": _TEXT, "tokens": _COUNT, "share": _NUMBER, "epochs": _NUMBER},
     ("eval", "lengths"): {"length": _COUNT, "targets": _COUNT},
     ("eval", "positions"): {"up_to": _COUNT, "targets": _COUNT},
+    ("eval", "needles"): {"task": _TEXT, "length": _COUNT, "depth": _NUMBER, "exact": _NUMBER},
     ("stragglers", "ranks"): {"rank": _COUNT, "host": _TEXT, "ratio": _NUMBER},
 }
 _PARTS: dict[tuple[str, str], dict[str, str]] = {

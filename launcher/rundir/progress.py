@@ -222,6 +222,8 @@ def evaluation_text(event: Event) -> str:
     """`web 2.4131 (8K 2.51, 128K 2.44), 0.071 from context beyond 4K`, of one corpus."""
     lengths = ", ".join(f"{format_tokens(int(row['length']))} {number_text(row.get('loss'), '.4f')}" for row in event.get("lengths") or ())
     text = f"{event['corpus']} {number_text(event.get('loss'), '.4f')}" + (f" ({lengths})" if lengths else "")
+    if event.get("needles") and event.get("exact") is not None:
+        text += f", {event['exact']:.1%} exact"
     context = event.get("context")
     if context and context.get("gain") is not None:
         text += f", {context['gain']:+.4f} from context beyond {format_tokens(int(context['tokens']))}"

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflaunch.errors import ConfigError, DataError
+from efflaunch.training.config import Learn
 from efflaunch.training.data.builtin import train_tokenizer
-from efflaunch.training.data.config import DataConfig, LongDocuments
+from efflaunch.training.data.config import DataConfig, LongDocuments, SourceConfig, check_cross_document
+from efflaunch.training.data.identity import corpus_content, data_changes, data_identity, settings_of
 from efflaunch.training.data.source import open_data
 
 from .corpora import write_corpus
@@ -71,6 +73,69 @@ def test_long_documents_are_dropped_and_counted(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", [[1] * 9, [1] * 8])
     source = open_data(_config(prefix, long_documents=LongDocuments.DROP), 0, 100)
     assert source.summary() == "1 sequences, 8 tokens per epoch, 1 documents over max_seq_len dropped"
+
+
+def test_long_documents_are_truncated_and_counted(tmp_path: Path) -> None:
+    """To the first of the pieces that they would be split into, its last target included."""
+    prefix = write_corpus(tmp_path / "c", [list(range(20)), [30, 31, 32], list(range(40, 48))])
+    config = _config(prefix, long_documents=LongDocuments.TRUNCATE, global_batch_tokens=19)
+    source = open_data(config, 0, 100)
+    assert source.summary() == "3 sequences, 19 tokens per epoch, 1 documents over max_seq_len truncated"
+    read = {source.sequence(0, index).document: source.tokens(0, index, 0, length) for index, length in enumerate(source.lengths(0))}
+    assert [ids.tolist() for ids in read[0]] == [list(range(8)), list(range(1, 9))]
+    assert [ids.tolist() for ids in read[2]] == [list(range(40, 48)), [*range(41, 48), -100]]
+    assert source.num_target_tokens(0) == 8 + 2 + 7
+
+
+def test_a_truncated_document_that_is_all_prompt_is_left_out(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[1] * 20, [2] * 20, [50, 51]], [[0] * 16 + [1] * 4, [0] * 8 + [1] * 12, [1, 1]])
+    source = open_data(_config(prefix, long_documents=LongDocuments.TRUNCATE), 0, 100)
+    assert [source.table[row].document for row in range(len(source.table))] == [1, 2]
+
+
+def test_all_tokens_are_learnt_where_that_is_asked_for(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[1, 2, 3, 4, 5]], [[0, 0, 0, 1, 1]])
+    masked, everything = (open_data(_config(prefix, global_batch_tokens=5, max_seq_len=5), 0, 100, learn=learn) for learn in Learn)
+    assert masked.tokens(0, 0, 0, 5)[1].tolist() == [-100, -100, 4, 5, -100] and masked.num_target_tokens(0) == 2
+    assert everything.tokens(0, 0, 0, 5)[1].tolist() == [2, 3, 4, 5, -100] and everything.num_target_tokens(0) == 4
+    # What the files hold is the same: no other corpus for a resume.
+    assert corpus_content(everything.corpora[0]) == corpus_content(masked.corpora[0])
+    before, after = (data_identity(masked.corpora, settings_of(_config(prefix), 0, (), learn), "s") for learn in Learn)
+    lines = data_changes(before, after)
+    assert lines.asked_for == ("train.learn: assistant -> all",) and not lines.silent
+
+
+def test_sequences_go_over_the_borders_of_documents_where_that_is_asked_for(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[1, 2, 3], [4], list(range(5, 18))], [[1, 1, 0], [1], [1] * 13])
+    config = _config(prefix, cross_document=True, global_batch_tokens=16)
+    source = open_data(config, 0, 100)
+    read = sorted([ids.tolist() for ids in source.tokens(0, index, 0, length)] for index, length in enumerate(source.lengths(0)))
+    # Nothing is too short, and the last token of a document predicts the first of the next one.
+    assert read == [[list(range(1, 9)), [2, -100, *range(4, 10)]], [list(range(9, 17)), list(range(10, 18))]]
+    assert source.parts(0, 0) == (8,) and source.num_target_tokens(0) == 15
+    assert "attention over the borders of documents" in source.summary()
+    before, after = (
+        data_identity(one.corpora, settings_of(_config(prefix, cross_document=joined), 0), one.fingerprint())
+        for joined in (False, True)
+        for one in [open_data(_config(prefix, cross_document=joined), 0, 100)]
+    )
+    changes = data_changes(before, after)
+    assert changes.asked_for == ("data.cross_document: False -> True",) and not changes.silent
+
+
+@pytest.mark.parametrize(
+    ("changes", "language_modelling", "found"),
+    [
+        ({}, False, "true with pairs or completions"),
+        ({"long_documents": LongDocuments.DROP}, True, "true with data.long_documents=drop"),
+        ({"sources": {"a": SourceConfig(prefixes=["p"], length_weights={"8K": 2.0})}}, True, "lengths that have weights in data.sources.a"),
+    ],
+)
+def test_what_needs_documents_by_themselves_is_refused(changes: dict[str, Any], language_modelling: bool, found: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.cross_document: found ") as error:
+        check_cross_document(_config(cross_document=True, **changes), language_modelling=language_modelling)
+    assert found in str(error.value)
+    assert check_cross_document(_config(**changes), language_modelling=language_modelling) is None
 
 
 @pytest.mark.parametrize("bad", [100, 250])

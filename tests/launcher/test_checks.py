@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from efflaunch.errors import ConfigError, DataError
+from efflaunch.estimate import stage_plans
 from efflaunch.launcher import checks
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.run_config import Config
@@ -78,3 +79,11 @@ def test_what_evaluation_shares_with_a_source_is_said(tmp_path: Path, capsys: py
 
 def test_a_run_without_checkpoints_has_nothing_to_compare(tmp_path: Path) -> None:
     assert checks.check_resumed(config_of(tmp_path), tmp_path) == []
+
+
+def test_every_stage_is_planned_before_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(stage_plans, "check_stage_plans", lambda ledger, stages: seen.append([data.max_seq_len for data in stages]))
+    sources = f"data.sources={{web: {{prefixes: [{tmp_path}/c]}}}}"
+    checks.check_memory_plan(config_of(tmp_path, "data.prefixes=[]", sources, "train.stages=[{steps: 3, max_seq_len: 1K}, {}]"))
+    assert seen == [[1024, 8192]]

@@ -94,7 +94,7 @@ def test_unknown_key_in_an_experiment_file(tmp_path: Path) -> None:
 
 def test_unknown_experiment_lists_them() -> None:
     text = message("+experiment=quickstrt")
-    assert text.startswith("+experiment: found 'quickstrt'; expected one of llama3_prolong_512k, llama3_prolong_64k, llama70b_512k,")
+    assert text.startswith("+experiment: found 'quickstrt'; expected one of llama3_prolong_512k, llama3_prolong_64k, llama3_ultralong_1M,")
     assert text.endswith("Try: +experiment=quickstart")
 
 

@@ -33,6 +33,8 @@ TAKES_ZERO = {
         "train.dpo_label_smoothing",
         "train.dpo_sft_weight",
         "train.grpo_kl_weight",
+        "eval.needles.depths",
+        "eval.needles.seed",
         "adapter.dropout",
         "optim.betas",
         "optim.weight_decay",

@@ -22,6 +22,8 @@ from efflaunch.tests.parity.reference import BASE, hf_config, lift_to_float64, r
 from efflaunch.training.evaluation.config import EvalConfig
 from efflaunch.training.evaluation.corpus import open_corpora
 from efflaunch.training.evaluation.measure import Evaluator
+from efflaunch.training.evaluation.needle_texts import NeedleTask
+from efflaunch.training.evaluation.needles import Cell, NeedleSet, TextCorpus
 from efflaunch.training.micro_batches import count_targets, read_step
 from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.step import backward_step
@@ -93,6 +95,34 @@ def opened(prefix):
 
 def evaluate(case, layout, weights, prefix):
     result = evaluator(build(case, weights), layout).corpus(opened(prefix), lambda done, total: True)
+    return result.fields()
+
+
+ANSWERS = (1, 3, 4, 2, 3)
+"""Tokens of the answer that each of some texts ends with."""
+
+
+def needle_texts(family):
+    """Texts of random tokens, and answers: of every second one the model's own greedy continuation."""
+    model, _ = reference(family)
+    generator, texts = np.random.default_rng(11), []
+    for number, (length, answer) in enumerate(zip((37, 20, 64, 9, 50), ANSWERS, strict=True)):
+        row = generator.integers(0, BASE["vocab_size"], length).tolist()
+        for place in range(length - answer, length) if number % 2 == 0 else ():
+            with torch.no_grad():
+                row[place] = int(model(input_ids=torch.tensor([row[:place]]), use_cache=False).logits[0, -1].argmax())
+        texts.append(row)
+    return texts
+
+
+def needle_set(texts):
+    cells = tuple(Cell(NeedleTask.ONE_KEY, len(row), 0.5) for row in texts)
+    first = np.array([len(row) - answer - 1 for row, answer in zip(texts, ANSWERS, strict=True)], dtype=np.int64)
+    return NeedleSet(TextCorpus("needles", [np.array(row, dtype=np.int64) for row in texts]), cells, first)
+
+
+def find_needles(case, layout, weights, texts):
+    result = evaluator(build(case, weights), layout).needles(needle_set(texts), lambda done, total: True)
     return result.fields()
 
 

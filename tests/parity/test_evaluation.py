@@ -10,7 +10,19 @@ import torch
 from torch.nn import functional as F
 
 from efflaunch.parallel.pipeline.config import PipelineOrder
-from efflaunch.tests.parity.evaluation_side import CONTEXT, LENGTHS, LONGEST, corpus, documents, evaluate, reference, train
+from efflaunch.tests.parity.evaluation_side import (
+    ANSWERS,
+    CONTEXT,
+    LENGTHS,
+    LONGEST,
+    corpus,
+    documents,
+    evaluate,
+    find_needles,
+    needle_texts,
+    reference,
+    train,
+)
 from efflaunch.tests.ranks import RankPool
 
 
@@ -123,6 +135,28 @@ def test_losses_equal_plain_hugging_face(pool, tmp_path, row):
     assert abs(context["short_loss"] - np.mean(short)) <= 1e-10 * np.mean(short) and len(short) == len(beyond)
     assert context["gain"] == pytest.approx(np.mean(short) - np.mean(beyond), rel=1e-8)
     assert found["metrics"]["eval/held/loss_8"] == found["lengths"][0]["loss"]
+
+
+NEEDLES = ("one rank", "hybrid 2x2", "adaptive", "idle ranks", "gemma2, caps and windows", "2 stages, GPipe, ring 2, loss mask")
+
+
+@pytest.mark.parametrize("row", NEEDLES)
+def test_needles_are_found_where_plain_hugging_face_finds_them(pool, row):
+    case, layout = ROWS[row]
+    case = {"family": "llama", **case}
+    model, weights = reference(case["family"])
+    texts = needle_texts(case["family"])
+    answers = pool.run(find_needles, case, layout, weights, texts, ranks=layout[1] * case.get("stages", 1))
+    assert all(answer == answers[0] for answer in answers), "the same numbers to the last bit on every rank"
+    found, exact = answers[0]["needles"], []
+    for cell, tokens, count in zip(found, texts, ANSWERS, strict=True):
+        all_of_it = log_probs(model, tokens)
+        places = range(len(tokens) - count - 1, len(tokens) - 1)
+        due = sum(float(all_of_it[place, tokens[place + 1]]) for place in places)
+        exact.append(float(all(int(all_of_it[place].argmax()) == tokens[place + 1] for place in places)))
+        assert abs(cell["log_prob"] - due) <= 1e-10 * abs(due) and cell["exact"] == exact[-1]
+    assert exact[::2] == [1.0] * 3 and sum(exact) == 3, "of those that are the model's own words, and of no other"
+    assert answers[0]["targets"] == sum(ANSWERS) and answers[0]["metrics"]["eval/needles/exact"] == 3 / 5
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from efflaunch.errors import ConfigError
-from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio, Objective, TrainConfig, check_train
+from efflaunch.training.config import DpoLoss, GrpoNormalize, GrpoRatio, Learn, Objective, TrainConfig, check_train
 
 DPO, GRPO = {"objective": Objective.DPO}, {"objective": Objective.GRPO}
 
@@ -24,6 +24,7 @@ DPO, GRPO = {"objective": Objective.DPO}, {"objective": Objective.GRPO}
         ({"z_loss": 0.1, "objective": Objective.DPO}, r"train.z_loss: found 0.1 with train.objective=dpo.*\n.*train.z_loss=0"),
         ({"label_smoothing": 1.0}, r"train.label_smoothing: found 1; expected 0 to below 1.*\n.*train.label_smoothing=0"),
         ({**DPO, "label_smoothing": 0.1}, r"train.label_smoothing: found 0.1 with train.objective=dpo; .*\n.*train.label_smoothing=0"),
+        ({**DPO, "learn": Learn.ALL}, r"train.learn: found all with train.objective=dpo; .*\n.*train.learn=assistant"),
         ({**DPO, "dpo_label_smoothing": 0.5}, r"train.dpo_label_smoothing: found 0.5; expected 0 to below 0.5"),
         ({**DPO, "dpo_loss": DpoLoss.ROBUST}, r"found 0 with train.dpo_loss=robust; expected .* more than 0.*\n.*smoothing=0.1"),
         (

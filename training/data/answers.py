@@ -1,7 +1,8 @@
 """Records that hold several answers to one prompt: pairs for preferences, rewarded completions for policy optimisation.
 
 Note: advantages. Of a completion among those of its prompt: (reward - mean) / (standard deviation + 1e-4), the deviation being the
-sample's (2402.03300, sec. 4.1.2, with the constant that TRL adds). Groups of equal rewards teach nothing: their advantages are 0.
+sample's (2402.03300, sec. 4.1.2, with the constant that TRL adds). Of several rewards it is of their weighted sum, as in TRL.
+Groups of equal rewards teach nothing: their advantages are 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from .indexed import Kind
 from .messages import Chat, bad_record
 from .records import Exchange, Group, Preference
+from .rewards import total_reward
+from .token_answers import TokenAnswer
 
 EPSILON = 1e-4
 
@@ -22,7 +25,9 @@ EPSILON = 1e-4
 class Answers(Protocol):
     """A tokenizer, as far as it is used here (encode.Encoder)."""
 
-    def answer(self, where: str, record: Exchange | Chat) -> tuple[np.ndarray, np.ndarray]: ...
+    @property
+    def reward_weights(self) -> dict[str, float]: ...
+    def answer(self, where: str, record: Exchange | Chat | TokenAnswer) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,8 @@ def answer_documents(encoder: Answers, where: str, record: Preference | Group) -
         ids, masks = (np.concatenate([half[column] for half in halves]) for column in range(2))
         return [Document(ids, masks, Kind.PAIRS, first=len(halves[0][0]))]
     out = [_answer(encoder, f"{where} completion {n}", entry, "'text'") for n, entry in enumerate(record.completions, 1)]
-    scored = zip(out, record.rewards, advantages(record.rewards), strict=True)
+    rewards = [total_reward(f"{where} completion {n}", reward, encoder.reward_weights) for n, reward in enumerate(record.rewards, 1)]
+    scored = zip(out, rewards, advantages(rewards), strict=True)
     return [Document(ids, mask, Kind.COMPLETIONS, scalars=(reward, value)) for (ids, mask), reward, value in scored]
 
 
@@ -55,7 +61,7 @@ def advantages(rewards: list[float]) -> list[float]:
     return [(reward - mean) / (deviation + EPSILON) for reward in rewards]
 
 
-def _answer(encoder: Answers, where: str, record: Exchange | Chat, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _answer(encoder: Answers, where: str, record: Exchange | Chat | TokenAnswer, name: str) -> tuple[np.ndarray, np.ndarray]:
     ids, mask = encoder.answer(where, record)
     # The first token of all is no target: nothing is before it.
     mask = mask & (np.arange(len(ids)) > 0)

@@ -20,6 +20,7 @@ class LongDocuments(Enum):
 
     SPLIT = "split"
     DROP = "drop"
+    TRUNCATE = "truncate"
 
 
 class DataChanged(Enum):
@@ -67,8 +68,10 @@ class DataConfig:
     cache_dir: str | None = None
     """Where built-in corpora are kept; None: the user's cache directory."""
     max_seq_len: Tokens
-    """Longest sequence; longer documents are split or dropped."""
+    """Longest sequence; longer documents are split, dropped or truncated."""
     long_documents: LongDocuments = LongDocuments.SPLIT
+    cross_document: bool = False
+    """Sequences are cut from documents that lie end to end, and attention goes over their borders; false: each keeps to itself."""
     global_batch_tokens: Tokens
     """Tokens of one optimizer step, over all ranks; at least max_seq_len."""
     changed: DataChanged = DataChanged.REFUSE
@@ -103,6 +106,24 @@ def length_classes(source: SourceConfig, key: str) -> list[tuple[int, float]]:
                 hint=f"{key}.length_weights={{8K: 2, 64K: 5}}",
             ) from error
     return sorted(classes.items())
+
+
+def check_cross_document(config: DataConfig, *, language_modelling: bool) -> None:
+    """Raise ConfigError for settings that need documents by themselves, where data.cross_document joins them."""
+    if not config.cross_document:
+        return
+    weighed = [name for name, source in sorted(config.sources.items()) if source.length_weights]
+    if not language_modelling:
+        found, expected, hint = "true with pairs or completions", "it with train.objective=language_modelling only", ""
+    elif config.long_documents is not LongDocuments.SPLIT:
+        found, expected = f"true with data.long_documents={config.long_documents.value}", "split: joined documents have no length"
+        hint = "data.long_documents=split, or "
+    elif weighed:
+        found, expected = f"true with lengths that have weights in data.sources.{weighed[0]}", "none: joined documents have no length"
+        hint = f"data.sources.{weighed[0]}.length_weights={{}}, or "
+    else:
+        return
+    raise ConfigError("data.cross_document", found=found, expected=expected, hint=f"{hint}data.cross_document=false")
 
 
 def check_sources(config: DataConfig) -> None:

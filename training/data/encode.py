@@ -22,6 +22,7 @@ from .inputs import Format, RawBatch
 from .messages import Chat, bad_record, check_characters
 from .records import TEXT, Exchange, Group, Preference, Record, read_record
 from .streams import csv_row, opened
+from .token_answers import TokenAnswer
 from .token_ids import NotText, SpecialTokens, TokenIds
 from .tokenizer import load_tokenizer
 
@@ -43,6 +44,8 @@ class EncodeOptions:
     turns: Turns = Turns.AUTO
     date: str = DATE
     """What date functions in chat templates give."""
+    reward_weights: tuple[tuple[str, float], ...] = ()
+    """Names and weights of rewards, where completions have several."""
 
 
 @dataclass(slots=True)
@@ -169,8 +172,15 @@ class Encoder:
             return [Document(*self.answer(where, record))]
         return [self._chat_document(where, rendering) for rendering in self._chats.renderings(where, record)]
 
-    def answer(self, where: str, record: Exchange | Chat) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weights of rewards by name."""
+        return dict(self.options.reward_weights)
+
+    def answer(self, where: str, record: Exchange | Chat | TokenAnswer) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int32) and what is learnt of them (bool) of one answer after its prompt."""
+        if isinstance(record, TokenAnswer):
+            return record.document(where, self.vocab_size)
         if isinstance(record, Chat):
             (rendering,) = self._chats.renderings(where, record, one=True)
             document = self._chat_document(where, rendering)

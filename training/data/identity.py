@@ -13,20 +13,25 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from ..config import Learn
 from .config import DataChanged, DataConfig, SourceConfig
 from .indexed import IndexedCorpus
+from .train_stages import Stage
 
 SAMPLE_BLOCKS, BLOCK_NUMBERS = 256, 4096
 """At most so many blocks of so many numbers are read of a column."""
 _NAMES = ("data.prefixes:", "data.sources:", "data.builtin:")
 """Settings that say which corpora there are."""
+STAGES, LEARN, CROSS = "train.stages", "train.learn", "data.cross_document"
+_DEFAULTS: Mapping[str, Any] = {STAGES: [], LEARN: Learn.ASSISTANT.value, CROSS: False}
+"""Settings that checkpoints of earlier versions do not hold, as they were then."""
 _PARTS = {"documents": "document lengths", "tokens": "tokens", "mask": "loss mask", "scalars": "rewards"}
 
 
 def corpus_content(corpus: IndexedCorpus) -> dict[str, str | None]:
     """A hash of each part of a corpus by its name in `_PARTS`; None: it has no such part. Independent of place and integer width."""
     return {
-        "documents": _hash(corpus.lengths),
+        "documents": _hash(corpus.stored_lengths),
         **{name: None if column is None else _hash(column) for name, column in corpus.columns().items()},
     }
 
@@ -47,8 +52,8 @@ def block_starts(length: int) -> list[int]:
     return [last * index // (SAMPLE_BLOCKS - 1) for index in range(SAMPLE_BLOCKS)]
 
 
-def settings_of(config: DataConfig, seed: int) -> dict[str, Any]:
-    """What decides, beside the corpora, which documents a step has; by its key."""
+def settings_of(config: DataConfig, seed: int, stages: Sequence[Stage] = (), learn: Learn = Learn.ASSISTANT) -> dict[str, Any]:
+    """What decides, beside the corpora, which documents a step has; by its key. `stages`: those of train.stages."""
     return {
         "train.seed": seed,
         "data.prefixes": list(config.prefixes),
@@ -59,7 +64,15 @@ def settings_of(config: DataConfig, seed: int) -> dict[str, Any]:
         "data.max_seq_len": config.max_seq_len,
         "data.long_documents": config.long_documents.value,
         "data.global_batch_tokens": config.global_batch_tokens,
+        STAGES: [_stage(stage) for stage in stages],
+        LEARN: learn.value,
+        CROSS: config.cross_document,
     }
+
+
+def _stage(stage: Stage) -> list[Any]:
+    weights = {name: source.weight for name, source in sorted(stage.data.sources.items())}
+    return [stage.start, stage.data.max_seq_len, stage.data.global_batch_tokens, weights]
 
 
 def _weights(source: SourceConfig) -> dict[str, Any]:
@@ -92,9 +105,9 @@ def data_changes(saved: object, now: Mapping[str, Any]) -> DataChanges:
         other = isinstance(saved, str) and now["stream"] is not None and saved != now["stream"]
         return DataChanges(("other documents, lengths, seed or batch",) if other else (), ())
     settings = [
-        f"{key}: {saved['settings'][key]} -> {value}"
+        f"{key}: {saved['settings'].get(key, _DEFAULTS.get(key))} -> {value}"
         for key, value in now["settings"].items()
-        if saved["settings"].get(key, value) != value
+        if saved["settings"].get(key, _DEFAULTS.get(key, value)) != value
     ]
     replaced = _replaced(saved["corpora"], now["corpora"])
     is_moved = not replaced and len(saved["corpora"]) == len(now["corpora"])

@@ -104,13 +104,18 @@ def _checked_index(path: str, num_items: int, num_boundaries: int, dtype: np.dty
 class IndexedCorpus:
     """Documents of one corpus, read from memory maps: only the pages that are asked for are touched."""
 
-    def __init__(self, prefix: str) -> None:
-        """Raise DataError if a file is missing, cut short or does not belong to the others."""
-        self.prefix = _checked_prefix(prefix)
+    def __init__(self, prefix: str, *, learns_all: bool = False, joined: bool = False) -> None:
+        """Raise DataError if a file is missing, cut short or does not belong to the others.
+
+        `learns_all`: every token is a training target, whatever the loss mask says. `joined`: all documents, as they lie, are one.
+        """
+        self.prefix, self.learns_all = _checked_prefix(prefix), learns_all
         index = read_index(self.prefix + ".idx")
         self._starts = index.starts
         self.lengths: np.ndarray = np.diff(index.starts)
         """Tokens per document, int64."""
+        self.stored_lengths = self.lengths
+        """Of the documents in the files, joined or not."""
         if self.num_tokens == 0:
             raise _damaged(self.prefix + ".idx", "no tokens", "at least one document")
         self._tokens = _open_array(self.prefix + ".bin", index.dtype, self.num_tokens)
@@ -120,6 +125,10 @@ class IndexedCorpus:
         self.kind = Kind((self.metadata or {}).get("kind", Kind.DOCUMENTS.value))
         self._first_parts = self._open_pairs(index) if self.kind is Kind.PAIRS else None
         self._scalars = self._open_scalars() if self.kind is Kind.COMPLETIONS else None
+        if joined and self.kind is Kind.DOCUMENTS:
+            # Documents lie end to end in the file.
+            self._starts = self._starts[[0, -1]]
+            self.lengths = np.diff(self._starts)
 
     @property
     def num_documents(self) -> int:
@@ -131,7 +140,8 @@ class IndexedCorpus:
 
     @property
     def has_mask(self) -> bool:
-        return self._mask is not None
+        """Whether a loss mask says what the targets are."""
+        return self._mask is not None and not self.learns_all
 
     def parts(self, document: int) -> tuple[int, ...]:
         """Tokens of the chosen and of the rejected half of a pair, each with its prompt; nothing for other documents."""
@@ -155,7 +165,7 @@ class IndexedCorpus:
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """The loss mask of the same tokens: bool, True where the token is a training target; None where everything is."""
-        if self._mask is None:
+        if self._mask is None or self.learns_all:
             return None
         return np.asarray(np.asarray(self._mask[self.span(document, start, stop)]) != 0)
 

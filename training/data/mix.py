@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from ...errors import ConfigError, DataError
 from ...units import format_tokens
 from .config import DataConfig, length_classes
 from .indexed import IndexedCorpus
-from .mix_course import MixCourse, MixSettings, Place, Segment, first_course
+from .mix_course import MixCourse, MixSettings, Place, Segment, first_course, load_mix_course, resumed_course
 from .sampler import EpochStream, SequenceTable
 
 
@@ -46,17 +47,20 @@ class SourceUse:
 class MixedSampler:
     """Cuts several streams into steps of `batch_tokens` together, by their shares: never empty, as one stream's share holds a sequence."""
 
-    def __init__(self, table: SequenceTable, streams: Sequence[MixStream], seed: int, batch_tokens: int) -> None:
-        """ConfigError where no stream's share of a step holds the longest of its sequences: a step could be empty."""
+    def __init__(self, table: SequenceTable, streams: Sequence[MixStream], seed: int, batch_tokens: int, where: str = "data") -> None:
+        """ConfigError where no stream's share of a step holds the longest of its sequences: a step could be empty.
+
+        `where`: key of what sets the batch, for messages.
+        """
         self.table, self.streams, self.seed, self.batch_tokens = table, list(streams), seed, batch_tokens
         self.epoch_tokens = sum(stream.epochs.tokens for stream in streams)
         needed = min(-(-stream.epochs.longest // stream.share) for stream in streams if stream.share)
         if batch_tokens < needed:
             raise ConfigError(
-                "data.global_batch_tokens",
+                f"{where}.global_batch_tokens",
                 found=format_tokens(batch_tokens),
                 expected="so many that the share of one source holds its longest sequence, or steps could be empty",
-                hint=f"data.global_batch_tokens={needed}, or a smaller data.max_seq_len",
+                hint=f"{where}.global_batch_tokens={needed}, or a smaller {where}.max_seq_len",
             )
         self.settings = MixSettings(
             batch_tokens,
@@ -91,6 +95,11 @@ class MixedSampler:
                     hint="the configuration of that start, in the run's revisions",
                 )
 
+    def resume(self, saved: Sequence[Mapping[str, Any]] | None, done: int) -> bool:
+        """Go on after `done` steps of a `dump`ed course; whether the mix is another from here on."""
+        self.course, is_new = resumed_course(self.settings, load_mix_course(saved), done)
+        return is_new
+
     def describe(self) -> str:
         """`code 30.0 % of the tokens, web 70.0 %`: the shares from here on."""
         shares: dict[str, Fraction] = {}
@@ -114,7 +123,7 @@ class MixedSampler:
 
     def check_epochs(self, steps: int) -> None:
         """Raise DataError for a source that `steps` steps of the course see more often than its max_epochs."""
-        segment = self.course.segment(steps)
+        segment = self._ending_at(steps)
         for stream in self.streams:
             place = segment.places[stream.name]
             seen = place.epochs_before + segment.cursor(stream.name, steps) / stream.epochs.tokens
@@ -128,10 +137,15 @@ class MixedSampler:
                 hint=f"a smaller {key}.weight or train.steps, more documents, or {key}.max_epochs={-(-seen // 0.1) / 10:g}",
             )
 
+    def _ending_at(self, steps: int) -> Segment:
+        """The segment that step `steps` ends; one that begins there where this mix is new there."""
+        own = [one for one in self.course.segments if set(self.settings.digests) <= set(one.places)]
+        return next((one for one in reversed(own) if one.start < steps), own[0])
+
     def _end(self, stream: MixStream, steps: int) -> str:
         """Says after which step the source has nothing left."""
         assert stream.max_epochs is not None
-        segment = self.course.segment(steps)
+        segment = self._ending_at(steps)
         place = segment.places[stream.name]
         left = (stream.max_epochs - place.epochs_before) * stream.epochs.tokens - place.at
         last = segment.start + max(0, int(left / (self.batch_tokens * stream.share)))

@@ -66,6 +66,10 @@ class MixCourse:
         """The segment that step `step` lies in; the first for any before it."""
         return next((segment for segment in reversed(self.segments) if segment.start <= step), self.segments[0])
 
+    def before(self, step: int) -> MixCourse:
+        """The segments that began before `step`: what later stages were to be says nothing. The first one where there is none."""
+        return MixCourse(tuple(segment for segment in self.segments if segment.start < step) or self.segments[:1])
+
     def dump(self) -> list[dict[str, Any]]:
         """Plain values, for a checkpoint."""
         return [
@@ -146,6 +150,7 @@ def resumed_course(settings: MixSettings, saved: MixCourse | None, done: int) ->
     """The course after `done` steps of the course that a checkpoint holds, and whether a new segment begins there."""
     if saved is None:
         return first_course(settings, done), done > 0
+    planned, saved = saved.segment(done), saved.before(done)
     last = saved.segment(done)
     names = settings.digests
     is_same = last.shares == settings.shares and last.batch_tokens == settings.batch_tokens
@@ -162,4 +167,4 @@ def resumed_course(settings: MixSettings, saved: MixCourse | None, done: int) ->
     epoch_tokens = {**last.epoch_tokens, **settings.epoch_tokens}
     segment = Segment(done, settings.batch_tokens, settings.shares, places, epoch_tokens)
     before = tuple(one for one in saved.segments if one.start < done)
-    return MixCourse((*before, segment)), True
+    return MixCourse((*before, segment)), segment != planned

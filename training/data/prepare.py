@@ -181,6 +181,9 @@ def _num_workers(request: PrepareRequest, num_bytes: int) -> int:
 def _identity(request: PrepareRequest, inputs: list[Input], encoder: Encoder) -> dict[str, str]:
     # Not skip_bad: with it, an attempt that stopped at a bad record can go on.
     options = {**asdict(request.encode), "tokenizer": None, "chat_template": None, "skip_bad": None}
+    if not request.encode.reward_weights:
+        # As versions that knew of none had it.
+        del options["reward_weights"]
     parts = {
         "the inputs": "\n".join(map(repr, inputs)),
         "the tokenizer": encoder.identity(),

@@ -8,11 +8,12 @@ Note: order of the rules
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .messages import Chat, bad_record, kind_of, messages_or_text, read_chat, read_template_kwargs, read_tools, shown
+from .rewards import Reward, read_reward
+from .token_answers import IDS, PROMPT_IDS, TokenAnswer, read_token_ids
 from .whole_texts import split_pair
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -22,11 +23,11 @@ MAIN_FIELDS = (*CONVERSATIONS, *ANSWERS, "prompt", "completion", "instruction")
 """Any of these, or the text field, makes a record."""
 _CONTEXT = ("system", "tools", "functions", "chat_template_kwargs")
 _LABELS = ("label", "kto_tag")
-FIELDS = (*MAIN_FIELDS, *_CONTEXT, "input", "output", "history", "rewards", *_LABELS)
+FIELDS = (*MAIN_FIELDS, *_CONTEXT, "input", "output", "history", "rewards", PROMPT_IDS, *_LABELS)
 """Every field that means something besides the text field."""
 TEXT = "text"
 """The text field, unless another is asked for."""
-LISTS = ("completions", "rewards", "history")
+LISTS = ("completions", "rewards", "history", PROMPT_IDS)
 """Fields that hold lists of other things than messages."""
 
 
@@ -50,8 +51,8 @@ class Preference:
 class Group:
     """Completions of one prompt, each with it, and their rewards."""
 
-    completions: list[Exchange | Chat]
-    rewards: list[float]
+    completions: list[Exchange | Chat | TokenAnswer]
+    rewards: list[Reward]
 
 
 Record = str | Exchange | Chat | Preference | Group
@@ -231,7 +232,10 @@ def _group(where: str, row: dict[str, Any]) -> Group:
     if any(name in row for name in ("chosen", "rejected")):
         raise bad_record(where, "'completions' beside 'chosen' or 'rejected'", "a pair, or a group of completions")
     prompt, entries = _prompt(where, row), row["completions"]
-    if prompt is None:
+    prompt_ids = read_token_ids(where, row, PROMPT_IDS) if PROMPT_IDS in row else None
+    if prompt is not None and prompt_ids is not None:
+        raise bad_record(where, f"a prompt beside '{PROMPT_IDS}'", "one of them")
+    if prompt is None and prompt_ids is None:
         raise bad_record(where, "nothing in 'prompt'", "a string, or a list of messages")
     if not isinstance(entries, list) or len(entries) < 2:
         what = f"{len(entries)} of them" if isinstance(entries, list) else kind_of(entries)
@@ -246,24 +250,20 @@ def _group(where: str, row: dict[str, Any]) -> Group:
         raw = entry
         if isinstance(entry, dict):
             reward = entry.get("reward") if reward is None else reward
+        group.rewards.append(read_reward(place, reward))
+        if prompt_ids is not None:
+            fields = entry if isinstance(entry, dict) else {}
+            group.completions.append(TokenAnswer(prompt_ids, read_token_ids(place, fields, IDS)))
+            continue
+        if isinstance(entry, dict):
             raw = {name: value for name, value in entry.items() if name != "reward"}
             if "role" not in raw and "from" not in raw:
                 raw = next((raw[name] for name in ("text", "content", "completion", *CONVERSATIONS) if raw.get(name) is not None), None)
         if raw is None:
             raise bad_record(place, "nothing in 'text'", "an object with a string 'text' (or 'messages') and a number 'reward'")
+        assert prompt is not None
         group.completions.append(_answered(place, row, prompt, _answer(place, raw, "text")))
-        group.rewards.append(_reward(place, reward))
     return group
-
-
-def _reward(where: str, value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise bad_record(where, "no reward" if value is None else f"{shown(value)} in 'reward'", "a finite number")
-    return number
 
 
 def _string(where: str, row: dict[str, Any], name: str) -> str:

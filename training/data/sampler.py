@@ -4,7 +4,7 @@ Note: pieces of long documents
     A document of L tokens has L - 1 targets: position t predicts token t + 1. A document over `max_seq_len` is cut
     into pieces [0, M), [M, 2M), ...; the last position of a piece predicts the first token of the next one, so
     no target is lost. A last piece of one token would have no target and is left out: its token is the target of
-    the piece before it. Each piece is a sequence of its own, with positions from 0.
+    the piece before it. Each piece is a sequence of its own, with positions from 0. A truncated document is its first piece.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ class SequenceTable:
     """Documents of zero or one token: nothing to predict."""
     num_dropped: int
     """Documents over max_seq_len that were dropped."""
+    num_truncated: int = 0
+    """Those that were truncated."""
 
     @classmethod
-    def from_lengths(cls, lengths: list[np.ndarray], *, max_seq_len: int, split: bool) -> SequenceTable:
-        """Rows for the documents of each corpus, in order; longer documents are split, or dropped."""
+    def from_lengths(cls, lengths: list[np.ndarray], *, max_seq_len: int, split: bool, truncate: bool = False) -> SequenceTable:
+        """Rows for the documents of each corpus, in order; longer documents are split, or dropped, or else truncated."""
         if max_seq_len < 2:
             raise ConfigError("data.max_seq_len", found=str(max_seq_len), expected="at least 2 tokens", hint="data.max_seq_len=8K")
-        parts = [_rows(np.asarray(corpus, dtype=np.int64), max_seq_len, split) for corpus in lengths]
+        most = max_seq_len if truncate else None
+        parts = [_rows(np.asarray(corpus, dtype=np.int64), max_seq_len, split or truncate, most) for corpus in lengths]
         sizes = [len(part[0]) for part in parts]
         document, start, stop = (np.concatenate([part[column] for part in parts]) for column in range(3))
         return cls(
@@ -56,7 +59,8 @@ class SequenceTable:
             start=start,
             stop=stop,
             num_too_short=sum(int(np.count_nonzero(corpus < 2)) for corpus in lengths),
-            num_dropped=0 if split else sum(int(np.count_nonzero(corpus > max_seq_len)) for corpus in lengths),
+            num_dropped=0 if split or truncate else _num_longer(lengths, max_seq_len),
+            num_truncated=_num_longer(lengths, max_seq_len) if truncate else 0,
         )
 
     def __len__(self) -> int:
@@ -82,9 +86,16 @@ class SequenceTable:
         return replace(self, corpus=self.corpus[keep], document=self.document[keep], start=self.start[keep], stop=self.stop[keep])
 
 
-def _rows(lengths: np.ndarray, max_seq_len: int, split: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _num_longer(lengths: list[np.ndarray], max_seq_len: int) -> int:
+    return sum(int(np.count_nonzero(corpus > max_seq_len)) for corpus in lengths)
+
+
+def _rows(lengths: np.ndarray, max_seq_len: int, split: bool, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(document, start, stop) of each sequence; `most`: tokens of a document that count, None: all."""
     kept = np.flatnonzero((lengths >= 2) if split else ((lengths >= 2) & (lengths <= max_seq_len)))
     num_pieces = np.maximum(-(-(lengths[kept] - 1) // max_seq_len), 1)
+    if most is not None:
+        num_pieces, lengths = np.ones_like(num_pieces), np.minimum(lengths, most)
     document = np.repeat(kept, num_pieces)
     first_row = np.cumsum(num_pieces) - num_pieces
     piece = np.arange(len(document), dtype=np.int64) - np.repeat(first_row, num_pieces)

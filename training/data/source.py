@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ..config import Objective
+from ..config import Learn, Objective
 from .config import DataConfig, LongDocuments, check_sources, corpus_prefixes
 from .indexed import IndexedCorpus, Kind
 from .mix import MixedSampler, SourceUse, mix_streams
-from .mix_course import load_mix_course, resumed_course
 from .sampler import InOrder, Sampler, Sequence, SequenceTable
+from .staged import StagedSampler, StageMix, in_one_table
 from .tokenizer import read_vocabulary
+from .train_stages import Stage
 
 IGNORE = -100
 """Target of a position that has no loss."""
@@ -32,7 +33,7 @@ class DataSource:
         self,
         corpora: list[IndexedCorpus],
         table: SequenceTable,
-        sampler: Sampler | InOrder | MixedSampler,
+        sampler: Sampler | InOrder | MixedSampler | StagedSampler,
         vocab_size: int,
         tokenizer: str | None = None,
         owners: tuple[str, ...] = (),
@@ -53,20 +54,24 @@ class DataSource:
 
     def usage(self, step: int) -> list[SourceUse]:
         """What was given out of each source before step `step`; nothing without sources."""
-        return self.sampler.usage(step) if isinstance(self.sampler, MixedSampler) else []
+        return self.sampler.usage(step) if isinstance(self.sampler, (MixedSampler, StagedSampler)) else []
+
+    def stage(self, step: int) -> int | None:
+        """The number, from 1, of the stage of train.stages that a step is in; None without stages."""
+        return self.sampler.stage(step).number if isinstance(self.sampler, StagedSampler) else None
 
     def mix_state(self) -> list[dict[str, Any]] | None:
         """What a checkpoint keeps of the mix; None without sources."""
-        return self.sampler.course.dump() if isinstance(self.sampler, MixedSampler) else None
+        return self.sampler.course.dump() if isinstance(self.sampler, (MixedSampler, StagedSampler)) else None
 
     def resume_mix(self, saved: list[dict[str, Any]] | None, done: int, steps: int) -> str | None:
         """Go on after `done` steps from what a checkpoint's `mix_state` was; one line where the mix is another from here on.
 
         DataError for a source that is seen too often in `steps` steps.
         """
-        if not isinstance(self.sampler, MixedSampler):
+        if not isinstance(self.sampler, (MixedSampler, StagedSampler)):
             return None
-        self.sampler.course, is_new = resumed_course(self.sampler.settings, load_mix_course(saved), done)
+        is_new = self.sampler.resume(saved, done)
         self._steps.clear()
         self.sampler.check_epochs(steps)
         return f"data.sources from step {done + 1} on: {self.sampler.describe()}" if is_new else None
@@ -131,12 +136,16 @@ class DataSource:
     def summary(self) -> str:
         """One line for logs: how much there is, and what was left out."""
         parts = [f"{len(self.table):,} sequences", f"{self.sampler.epoch_tokens:,} tokens per epoch"]
-        if isinstance(self.sampler, MixedSampler):
+        if isinstance(self.sampler, (MixedSampler, StagedSampler)):
             parts.append(self.sampler.describe())
+        if any(len(corpus.lengths) != len(corpus.stored_lengths) for corpus in self.corpora):
+            parts.append("attention over the borders of documents")
         if self.table.num_too_short:
             parts.append(f"{self.table.num_too_short:,} documents under 2 tokens skipped")
         if self.table.num_dropped:
             parts.append(f"{self.table.num_dropped:,} documents over max_seq_len dropped")
+        if self.table.num_truncated:
+            parts.append(f"{self.table.num_truncated:,} documents over max_seq_len truncated")
         return ", ".join(parts)
 
     def _rows(self, step: int) -> np.ndarray:
@@ -184,20 +193,40 @@ def no_loss_token(corpus: IndexedCorpus, document: int) -> DataError:
     )
 
 
-def open_data(config: DataConfig, seed: int, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> DataSource:
+def open_data(
+    config: DataConfig,
+    seed: int,
+    model_vocab_size: int,
+    objective: Objective = Objective.LANGUAGE_MODELLING,
+    stages: tuple[Stage, ...] = (),
+    learn: Learn = Learn.ASSISTANT,
+) -> DataSource:
     """The data of a run, checked: corpora whole and of the objective's kind, tokenizer inside the model's vocabulary,
-    something to train on."""
-    corpora, tokenizer = _opened(config, model_vocab_size, objective)
-    split = config.long_documents is LongDocuments.SPLIT
-    if split and objective is not Objective.LANGUAGE_MODELLING:
+    something to train on. `stages`: those of train.stages."""
+    corpora, tokenizer = _opened(config, model_vocab_size, objective, learns_all=learn is Learn.ALL)
+    if config.long_documents is not LongDocuments.DROP and objective is not Objective.LANGUAGE_MODELLING:
         _check_lengths(corpora, config.max_seq_len)
-    table = SequenceTable.from_lengths([corpus.lengths for corpus in corpora], max_seq_len=config.max_seq_len, split=split)
-    table = _without_untaught_pieces(corpora, table)
+    owners = tuple(name for name in sorted(config.sources) for _ in config.sources[name].prefixes)
+    if stages:
+        tables = {length: _table(corpora, config, length) for length in {stage.data.max_seq_len for stage in stages}}
+        mixes = [StageMix(stage, _mixed(stage.data, corpora, tables[stage.data.max_seq_len], seed, stage.key)) for stage in stages]
+        table, mixes = in_one_table(tables, mixes)
+        return DataSource(corpora, table, StagedSampler(mixes, seed), model_vocab_size, tokenizer, owners)
+    table = _table(corpora, config, config.max_seq_len)
     if not config.sources:
         return DataSource(corpora, table, Sampler(table, seed, config.global_batch_tokens), model_vocab_size, tokenizer)
-    mixed = MixedSampler(table, mix_streams(config, corpora, table, seed), seed, config.global_batch_tokens)
-    owners = tuple(name for name in sorted(config.sources) for _ in config.sources[name].prefixes)
-    return DataSource(corpora, table, mixed, model_vocab_size, tokenizer, owners)
+    return DataSource(corpora, table, _mixed(config, corpora, table, seed), model_vocab_size, tokenizer, owners)
+
+
+def _table(corpora: list[IndexedCorpus], config: DataConfig, max_seq_len: int) -> SequenceTable:
+    split, truncate = config.long_documents is LongDocuments.SPLIT, config.long_documents is LongDocuments.TRUNCATE
+    lengths = [corpus.lengths for corpus in corpora]
+    table = SequenceTable.from_lengths(lengths, max_seq_len=max_seq_len, split=split, truncate=truncate)
+    return _without_untaught_pieces(corpora, table)
+
+
+def _mixed(config: DataConfig, corpora: list[IndexedCorpus], table: SequenceTable, seed: int, key: str = "data") -> MixedSampler:
+    return MixedSampler(table, mix_streams(config, corpora, table, seed), seed, config.global_batch_tokens, key)
 
 
 def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objective = Objective.LANGUAGE_MODELLING) -> list[IndexedCorpus]:
@@ -205,10 +234,12 @@ def check_corpora(config: DataConfig, model_vocab_size: int, objective: Objectiv
     return _opened(config, model_vocab_size, objective)[0]
 
 
-def _opened(config: DataConfig, model_vocab_size: int, objective: Objective) -> tuple[list[IndexedCorpus], str | None]:
+def _opened(
+    config: DataConfig, model_vocab_size: int, objective: Objective, *, learns_all: bool = False
+) -> tuple[list[IndexedCorpus], str | None]:
     """The corpora, and the tokenizer."""
     prefixes, tokenizer = _located(config)
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    corpora = [IndexedCorpus(prefix, learns_all=learns_all, joined=config.cross_document) for prefix in prefixes]
     check_vocabularies(corpora, tokenizer, model_vocab_size)
     check_kinds(corpora, objective)
     return corpora, tokenizer
@@ -253,7 +284,7 @@ def _check_lengths(corpora: list[IndexedCorpus], max_seq_len: int) -> None:
             raise DataError(
                 f"corpus {corpus.prefix} document {longest}",
                 found=f"{corpus.lengths[longest]:,} tokens",
-                expected=f"at most data.max_seq_len={max_seq_len}: {corpus.kind.value} are not split (a pair counts both its halves)",
+                expected=f"at most data.max_seq_len={max_seq_len}: {corpus.kind.value} are not cut (a pair counts both its halves)",
                 hint=f"data.max_seq_len={corpus.lengths[longest]}, or data.long_documents=drop",
             )
 
@@ -286,13 +317,17 @@ def _vocab_mismatch(where: str, vocab_size: int, model_vocab_size: int) -> DataE
 
 
 def _without_untaught_pieces(corpora: list[IndexedCorpus], table: SequenceTable) -> SequenceTable:
-    # Only split documents are looked at: a piece that is all prompt would cost compute and teach nothing.
+    # Only cut documents are looked at: a piece that is all prompt would cost compute and teach nothing.
     masked = np.array([corpus.has_mask for corpus in corpora], dtype=bool)
     if not masked.any():
         return table
     untaught = []
-    split = (np.diff(table.document, prepend=-1) == 0) | (np.diff(table.document, append=-1) == 0)
-    for row in np.flatnonzero(split & masked[table.corpus]).tolist():
+    ends = np.empty(len(table), dtype=np.int64)
+    for number, corpus in enumerate(corpora):
+        mine = table.corpus == number
+        ends[mine] = corpus.lengths[table.document[mine]]
+    cut = (table.start > 0) | (table.stop < ends)
+    for row in np.flatnonzero(cut & masked[table.corpus]).tolist():
         sequence = table[row]
         corpus = corpora[sequence.corpus]
         last = min(sequence.stop + 1, int(corpus.lengths[sequence.document]))

@@ -38,8 +38,10 @@ from ..run_settings import RunSettings, Stop
 from ..session import joined_ranks, plain_config, rank_kernel, stage_place, step_setup
 from ..step_planner import resolve_costs
 from ..step_setup import StepSetup
+from .config import NEEDLES
 from .corpus import open_corpora
 from .measure import Evaluator, Plan
+from .needles import make_needles
 
 REQUEST_FILE = "evaluate.json"
 PRELOAD = FSDP2.preload
@@ -65,6 +67,8 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
         corpora = open_corpora(
             config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
         )
+        pulse.at("making needles")
+        needles = make_needles(config.eval, config.data.tokenizer, spec.vocab_size)
         pulse.at("building the model")
         built, plan = _build(config, device, request["checkpoint"], pulse.at)
         position_of(built.model).listener = pulse.at
@@ -82,6 +86,12 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
                 if result is None:
                     return EXIT_PREEMPTED
                 metrics.write("eval", step=int(request["step"] or 0), **result.fields(), eval_s=time.monotonic() - begun)
+            if needles is not None:
+                begun = time.monotonic()
+                found = evaluator.needles(needles, _Progress(built, stop, NEEDLES, metrics.write))
+                if found is None:
+                    return EXIT_PREEMPTED
+                metrics.write("eval", step=int(request["step"] or 0), **found.fields(), eval_s=time.monotonic() - begun)
     return EXIT_DONE
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .config import GAIN
+from .config import is_better_higher
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Best:
         return Best(self.metric, value, step)
 
     def _improves(self, value: float, best: float) -> bool:
-        return value > best if self.metric.endswith(f"/{GAIN}") else value < best
+        return value > best if is_better_higher(self.metric) else value < best
 
     def ends(self, patience: int | None) -> bool:
         """Whether `patience` evaluations in a row were no better."""

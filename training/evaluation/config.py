@@ -10,9 +10,13 @@ from typing import ClassVar
 from ...errors import ConfigError
 from ...units import Tokens, format_tokens
 from ...utils.ranges import STEPS, TOKENS, Range, check_ranges
+from .needle_config import NeedleConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 GAIN = "context_gain"
+EXACT = "exact"
+NEEDLES = "needles"
+"""Name that results of eval.needles have among those of corpora."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +38,8 @@ class EvalConfig:
     """Most tokens that each pass over a corpus reads, of windows spread over it; None: all of them."""
     context_tokens: Tokens = 4096
     """What is left of the context in the pass that shows what the rest of it is worth."""
+    needles: NeedleConfig = field(default_factory=NeedleConfig)
+    """Synthetic retrieval, beside the corpora or by itself."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         "every_steps": Range(1, STEPS),
@@ -45,7 +51,7 @@ class EvalConfig:
     @property
     def is_on(self) -> bool:
         """Whether there is anything to evaluate."""
-        return bool(self.corpora)
+        return bool(self.corpora or self.needles.lengths)
 
 
 def check_eval(config: EvalConfig, *, max_seq_len: int, max_positions: int, longer: str) -> None:
@@ -58,27 +64,41 @@ def check_eval(config: EvalConfig, *, max_seq_len: int, max_positions: int, long
         if not _NAME.fullmatch(name):
             expected, hint = "letters, digits, `.`, `_` and `-`", "eval.corpora={web: PREFIX}"
             raise ConfigError("eval.corpora", found=f"the name {name!r}"[:200], expected=expected, hint=hint)
+    if NEEDLES in config.corpora:
+        expected = "another name: results of eval.needles have this one"
+        raise ConfigError("eval.corpora", found=f"the name {NEEDLES}", expected=expected, hint="eval.corpora={web: PREFIX}")
+    _check_needles(config.needles)
     if not config.is_on and (config.every_steps is not None or config.at_start or config.lengths):
         asked = "every_steps" if config.every_steps is not None else "at_start" if config.at_start else "lengths"
         raise ConfigError(f"eval.{asked}", found="it, and no corpora", expected="corpora to evaluate on", hint="eval.corpora={web: PREFIX}")
-    for length in config.lengths:
-        _check_length(length, max_seq_len, max_positions, longer)
+    for key, lengths in (("eval.lengths", config.lengths), ("eval.needles.lengths", config.needles.lengths)):
+        for length in lengths:
+            _check_length(key, length, max_seq_len, max_positions, longer)
 
 
-def _check_length(length: int, max_seq_len: int, max_positions: int, longer: str) -> None:
+def _check_needles(config: NeedleConfig) -> None:
+    """ConfigError where there are lengths, and nothing to hide or nowhere to hide it."""
+    check_ranges(config, "eval.needles")
+    for name in ("depths", "tasks"):
+        if config.lengths and not getattr(config, name):
+            example = "[0,0.5,1]" if name == "depths" else "[one_key]"
+            raise ConfigError(f"eval.needles.{name}", found="none", expected="at least one", hint=f"eval.needles.{name}={example}")
+
+
+def _check_length(key: str, length: int, max_seq_len: int, max_positions: int, longer: str) -> None:
     if length > max_positions:
         raise ConfigError(
-            "eval.lengths",
+            key,
             found=f"{format_tokens(length)}",
             expected=f"at most the {format_tokens(max_positions)} positions the model knows",
-            hint=f"shorter eval.lengths, or {longer}",
+            hint=f"shorter {key}, or {longer}",
         )
     if length > max_seq_len:
         raise ConfigError(
-            "eval.lengths",
+            key,
             found=f"{format_tokens(length)}",
             expected=f"at most data.max_seq_len={format_tokens(max_seq_len)}, which layout and memory are planned for",
-            hint=f"shorter eval.lengths, or data.max_seq_len={format_tokens(length)}",
+            hint=f"shorter {key}, or data.max_seq_len={format_tokens(length)}",
         )
 
 
@@ -95,7 +115,17 @@ def metric_names(config: EvalConfig, max_seq_len: int) -> list[str]:
         names += [f"eval/{corpus}/loss_{length_name(length)}" for length in sorted(set(config.lengths))]
         if config.context_tokens < max_seq_len:
             names.append(f"eval/{corpus}/{GAIN}")
+    if config.needles.lengths:
+        lengths = [f"_{length_name(length)}" for length in sorted(set(config.needles.lengths))]
+        names += [f"eval/{NEEDLES}/{name}" for name in ("loss", EXACT)]
+        names += [f"eval/{NEEDLES}/{name}{length}" for name in ("loss", EXACT) for length in lengths]
     return names
+
+
+def is_better_higher(metric: str) -> bool:
+    """Whether more of a metric is better."""
+    name = metric.rpartition("/")[2]
+    return name == GAIN or name.partition("_")[0] == EXACT
 
 
 def check_keep_best(metric: str | None, patience: int | None, config: EvalConfig, max_seq_len: int) -> None:

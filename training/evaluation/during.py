@@ -23,6 +23,7 @@ from ..session import Session
 from .best import load_best
 from .corpus import EvalCorpus, check_followed, open_corpora
 from .measure import Evaluator, Plan
+from .needles import make_needles
 from .pin import is_ours, pin_best
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class RunEvaluation:
                 config.eval, max_seq_len=config.data.max_seq_len, vocab_size=session.spec.vocab_size, tokenizer=session.source.tokenizer
             )
             check_followed(config.train.keep_best, self._corpora)
+        with pulse.long("making needles"):
+            self._needles = make_needles(config.eval, session.source.tokenizer, session.spec.vocab_size)
         self._evaluator = Evaluator(
             session,
             plan,
@@ -82,7 +85,7 @@ class RunEvaluation:
 
     def pending(self, done: int) -> bool:
         """Whether there is an evaluation after `done` updates that has not come to its end."""
-        if not self._corpora or self._last == done:
+        if not self._eval.is_on or self._last == done:
             return False
         every, over = self._eval.every_steps, self.is_over(done)
         return (every is not None and done > 0 and done % every == 0) or (self._eval.at_start and done == 0) or (self._eval.at_end and over)
@@ -137,6 +140,13 @@ class RunEvaluation:
                 return True
             metrics |= result.metrics()
             self._report("eval", step=done, **result.fields(), eval_s=time.monotonic() - begun)
+        if self._needles is not None:
+            begun = time.monotonic()
+            found = self._evaluator.needles(self._needles, lambda _done, _total: not self._any_rank(stop.requested))
+            if found is None:
+                return True
+            metrics |= found.metrics()
+            self._report("eval", step=done, **found.fields(), eval_s=time.monotonic() - begun)
         self._last = done
         if self._best is not None:
             self._best = self._best.add(done, metrics)

@@ -9,17 +9,19 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...model.chunked_loss import IGNORE, chunked_log_probs
+from ...model.chunked_loss import IGNORE, Head, chunked_hits, chunked_log_probs
 from ...model.stage import Stage, stage_of
 from ...parallel.sequence.plan import StepPlan
 from ...parallel.topology import Topology
 from ..data.source import DataSource
 from ..forward_only import forward_only
-from ..micro_batches import read_step
+from ..micro_batches import MicroBatchWork, read_step
 from ..step_setup import StepSetup
 from .corpus import EvalCorpus
+from .needles import NeedleResult, NeedleSet, NeedleTally
 from .results import CorpusResult
 from .tally import Tally
 from .windows import SHORT, WHOLE
@@ -79,18 +81,46 @@ class Evaluator:
             tokens=total,
         )
 
+    def needles(self, needles: NeedleSet, go_on: Callable[[int, int], bool]) -> NeedleResult | None:
+        """All texts of eval.needles; None where `go_on` said no, as of `corpus`. Collective."""
+        source = needles.source(self._batch_tokens, self._vocab_size)
+        tally, total, done = NeedleTally(len(needles.cells)), int(needles.corpus.lengths.sum()), 0
+        for step in range(source.num_steps):
+            lengths = source.lengths(step)
+            add_needle_step(self._judged, source, step, self._plan(lengths), tally)
+            done += sum(lengths)
+            if done < total and not go_on(done, total):
+                return None
+        agree(tally, self._judged)
+        return NeedleResult(needles.cells, tally, total)
+
 
 def add_step(judged: Judged, source: DataSource, step: int, plan: StepPlan, tally: Tally) -> None:
     """Add this rank's targets of a step to `tally`: on ranks of the last stage, which alone know their log-probabilities. Collective."""
+    for work, values in _scored(judged, source, step, plan, chunked_log_probs):
+        tally.add(values, work.shard.position_ids, work.shard.target_ids != IGNORE)
+
+
+def add_needle_step(judged: Judged, source: DataSource, step: int, plan: StepPlan, tally: NeedleTally) -> None:
+    """As `add_step`, for texts with answers."""
+    for work, values in _scored(judged, source, step, plan, chunked_hits):
+        counts = work.shard.target_ids != IGNORE
+        texts = work.shard.by_row(lambda part: source.sequence(step, part.sequence).document)
+        tally.add(texts[counts], values[counts, 0], values[counts, 1])
+
+
+def _scored(
+    judged: Judged, source: DataSource, step: int, plan: StepPlan, objective: Callable[[Head], Tensor]
+) -> list[tuple[MicroBatchWork, np.ndarray]]:
+    """Each micro-batch of this rank with what `objective` gives of its rows, float64; nothing where another stage is the last."""
     topology, stage = judged.topology, stage_of(judged.model)
     works = read_step(source, step, plan, topology.stage_rank, shares_experts=topology.shares_experts)
     with _nothing_dropped(stage):
-        scored = forward_only(judged.step_setup, works, lambda work: chunked_log_probs)
-    for work, values in scored:
-        tally.add(np.asarray(values.double().cpu().numpy()), work.shard.position_ids, work.shard.target_ids != IGNORE)
+        scored = forward_only(judged.step_setup, works, lambda work: objective)
     # Training's steps count for themselves.
     stage.expert_load.clear()
     stage.router_losses.take()
+    return [(work, np.asarray(values.double().cpu().numpy())) for work, values in scored]
 
 
 @contextmanager
@@ -107,7 +137,7 @@ def _nothing_dropped(stage: Stage) -> Iterator[None]:
         capacity.factor = factor
 
 
-def agree(tally: Tally, judged: Judged) -> None:
+def agree(tally: Tally | NeedleTally, judged: Judged) -> None:
     """Make `tally` that of all ranks: summed in their order, so bit-equal on each. Collective over all ranks.
 
     Those of earlier stages add zeros, which change no sum.

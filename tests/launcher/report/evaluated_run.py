@@ -46,8 +46,20 @@ def evaluation(number: int, loss: float, at: float, corpus: str = "web") -> dict
     }  # fmt: skip
 
 
-def make_run(root: Path, name: str = "mine", *overrides: str, mfu: float | None = None) -> Path:
-    """A run of six steps with a crash after the fourth, evaluations, a pinned best checkpoint, and a second revision."""
+def needles(number: int, at: float) -> dict[str, Any]:
+    rows = [
+        {"task": "one_key", "length": length, "depth": depth, "samples": 4, "exact": exact, "log_prob": -1.0}
+        for length, depth, exact in ((1024, 0.0, 1.0), (1024, 0.5, 0.75), (8192, 0.0, 0.5), (8192, 0.5, 0.25))
+    ]
+    own = {"metrics": {"eval/needles/exact": 0.625}, "exact": 0.625, "needles": rows, "lengths": [], "positions": [], "context": None}
+    return evaluation(number, 2.0, at, "needles") | own
+
+
+def make_run(root: Path, name: str = "mine", *overrides: str, mfu: float | None = None, hidden: bool = False) -> Path:
+    """A run of six steps with a crash after the fourth, evaluations, a pinned best checkpoint, and a second revision.
+
+    `hidden`: also evaluated on needles.
+    """
     run_dir = root / name
     run_dir.mkdir(parents=True)
     config = compose(["+experiment=quickstart", "train.steps=4", f"run.id={name}", "eval.corpora={web: 'held/<web>'}", *overrides])
@@ -64,6 +76,7 @@ def make_run(root: Path, name: str = "mine", *overrides: str, mfu: float | None 
         {"event": "certificate", "time": 1061.0, "step": 3, "ok": True, "predicted_bytes": 3 << 29, "measured_bytes": [1 << 30],
          "compared": "resident, libraries in"},
         evaluation(6, 2.25, 1125.0),
+        *([needles(6, 1125.5)] if hidden else []),
         {"event": "best", "time": 1126.0, "step": 6, "metric": "eval/web/loss", "value": 2.25, "pinned": True},
         {"event": "end", "time": 1130.0, "step": 6},
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from efflaunch.tests.launcher.report.evaluated_run import make_run
 
 
 def test_every_picture_is_whole_and_by_itself(tmp_path):
-    drawn = dict(pictures(read_facts(make_run(tmp_path, mfu=0.4))))
+    drawn = dict(pictures(read_facts(make_run(tmp_path, mfu=0.4, hidden=True))))
     assert list(drawn) == [title for title, _ in PICTURES]
     ids: set[str] = set()
     for svg in drawn.values():
@@ -30,6 +30,8 @@ def test_every_picture_is_whole_and_by_itself(tmp_path):
     assert (
         ">2 ranks<" in drawn["Plans: groups over steps"] and ">not saved<" not in drawn["Time line"] and ">evaluated<" in drawn["Time line"]
     )
+    heat = drawn["Needles by length and depth"]
+    assert all(f">{text}<" in heat for text in ("100", "75", "50", "25", "50 %", "8K")) and "% of exact answers, step 6" in heat
     assert "certificate (resident, libraries in)" in drawn["Memory, predicted and measured"]
 
 
