@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL
 from ...memory.policy import RECOMPUTED
+from ...model.adapters.targets import targets
 from ..plan_inputs import PlanInputs
 from .activations import graph_row, norm_bytes
 from .kernels import attention_workspace
@@ -32,7 +33,10 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     whole = {phase: int(moment.whole * inputs.tokens) for phase, moment in largest.items()}
     inner = _adapter_rows(inputs) * inputs.piece_tokens
     piece = {
-        phase: int(moment.piece * inputs.piece_tokens + moment.fixed) + inner * (phase in _COMPUTING) for phase, moment in largest.items()
+        phase: int(moment.piece * inputs.piece_tokens + moment.fixed)
+        + inner * (phase in _COMPUTING)
+        + _turned_rows(inputs) * inputs.piece_tokens * (phase in _BACKWARD)
+        for phase, moment in largest.items()
     }
     note = "everything between its ends" if not inputs.in_pieces else f"{inputs.piece_tokens} tokens of everything between its ends"
     return (
@@ -45,15 +49,19 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     )
 
 
-_COMPUTING = (
-    *(Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT),
-    *(Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS),
-)
+_BACKWARD = (Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
+_COMPUTING = (Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT, *_BACKWARD)
 
 
 def _adapter_rows(inputs: PlanInputs) -> int:
     """Bytes of one row of x A^T and of dy B, of one product at a time (model/adapters/lora.py)."""
     return 2 * inputs.adapter.rank * inputs.width * inputs.adapter.is_trained
+
+
+def _turned_rows(inputs: PlanInputs) -> int:
+    """Bytes of one row of the values that a magnitude's gradient needs, then of dy c: the widest product (model/adapters/dora.py)."""
+    widest = max((matrix.largest_rows for matrix in targets(inputs.adapter, inputs.spec)), default=0)
+    return inputs.width * widest * inputs.adapter.dora
 
 
 def forward_alone_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
