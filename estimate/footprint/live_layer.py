@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from ...memory.activation_classes import ATTENTION_OUTPUT, GATE_UP, KEY_VALUE, LAYER_INPUT, QUERY, RESIDUAL
 from ...memory.policy import RECOMPUTED
-from ...model.adapters.targets import targets
 from ..plan_inputs import PlanInputs
 from .activations import graph_row, norm_bytes
 from .kernels import attention_workspace
@@ -33,10 +32,7 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     whole = {phase: int(moment.whole * inputs.tokens) for phase, moment in largest.items()}
     inner = _adapter_rows(inputs) * inputs.piece_tokens
     piece = {
-        phase: int(moment.piece * inputs.piece_tokens + moment.fixed)
-        + inner * (phase in _COMPUTING)
-        + _turned_rows(inputs) * inputs.piece_tokens * (phase in _BACKWARD)
-        for phase, moment in largest.items()
+        phase: int(moment.piece * inputs.piece_tokens + moment.fixed) + inner * (phase in _COMPUTING) for phase, moment in largest.items()
     }
     note = "everything between its ends" if not inputs.in_pieces else f"{inputs.piece_tokens} tokens of everything between its ends"
     return (
@@ -49,19 +45,15 @@ def layer_rows(inputs: PlanInputs) -> tuple[Term, Term]:
     )
 
 
-_BACKWARD = (Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS)
-_COMPUTING = (Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT, *_BACKWARD)
+_COMPUTING = (
+    *(Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT),
+    *(Phase.BACKWARD_MLP, Phase.BACKWARD_ATTENTION, Phase.BACKWARD_PROJECTIONS),
+)
 
 
 def _adapter_rows(inputs: PlanInputs) -> int:
     """Bytes of one row of x A^T and of dy B, of one product at a time (model/adapters/lora.py)."""
     return 2 * inputs.adapter.rank * inputs.width * inputs.adapter.is_trained
-
-
-def _turned_rows(inputs: PlanInputs) -> int:
-    """Bytes of one row of the values that a magnitude's gradient needs, then of dy c: the widest product (model/adapters/dora.py)."""
-    widest = max((matrix.largest_rows for matrix in targets(inputs.adapter, inputs.spec)), default=0)
-    return inputs.width * widest * inputs.adapter.dora
 
 
 def forward_alone_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
@@ -195,7 +187,7 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [
-            *([Moment(saved + w.H + 2 * w.F)] * _has_dense(inputs)),
+            *([Moment(saved + w.H + 2 * w.F + w.H * inputs.adapter.dora)] * _has_dense(inputs)),
             *([] if inputs.spec.experts is None else mixture_graph_backward(inputs, inputs.spec.experts, saved + w.H)),
         ],
         Phase.BACKWARD_ATTENTION: [
@@ -231,13 +223,15 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
     up's gradients and their weights' beside its own work.
     """
+    # A magnitude's gradient needs its product's values (model/adapters/dora.py): of gate, up and projections where less is beside them.
+    values = w.H * inputs.adapter.dora
     total = piece + w.R * is_made(inputs, RESIDUAL) + 2 * (w.R - w.H)
     mixture = [] if inputs.spec.experts is None else mixture_backward(inputs, inputs.spec.experts, whole, total)
     # The gradients of gate's and of up's rows in one matrix are as large as that matrix each.
     weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size * inputs.trains_all * (1 + inputs.spec.fused_gate_up)
     ended = w.H * inputs.spec.ends_with_norms  # the last product, which the norm behind it reads
     dense = [
-        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H + ended),
+        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H + values + ended),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
     ]
     return [*mixture, *(dense * _has_dense(inputs))]

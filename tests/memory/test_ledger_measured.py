@@ -22,7 +22,7 @@ CHOSEN = (
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
     "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
     "lora, recompute, bfloat16", "lora, streambp", "qlora, recompute, bfloat16", "lora with a head of its own, alst, Ulysses 2, bfloat16",
-    "qwen3 moe, a dense layer", "dots1",
+    "dora, recompute, bfloat16", "qwen3 moe, a dense layer", "dots1",
 )  # fmt: skip
 
 

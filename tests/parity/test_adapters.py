@@ -77,6 +77,10 @@ ROWS = {
         "llama_deep", ALL, "keep", {"stages": 2, "virtual": 2, "order": PipelineOrder.INTERLEAVED}, lambda: [static(2, 2, 1)],
     ),
 }  # fmt: skip
+LONG = (
+    "magnitudes, compiled", "magnitudes, upipe_stored, ulysses 2 and ring 2", "magnitudes, shares_streamed, ulysses 2 and ring 2",
+    "magnitudes, norms of heads", "magnitudes, 2 stages",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def pool():
         yield pool
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow if row in LONG else ()) for row in ROWS])
 def test_gradients_equal_peft(pool, row):
     check_row(pool, TRUTH, ROWS[row])
 
